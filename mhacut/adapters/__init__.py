@@ -1,0 +1,1 @@
+"""Attention and MLP classes, each described once."""

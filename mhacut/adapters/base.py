@@ -1,0 +1,113 @@
+"""What an adapter promises: where the channels of a layer lie, what they cost, how the layer shrinks.
+
+An adapter is a description. Slicing, masking, merging gains and reading activations are done once, in
+:mod:`mhacut.surgery` and :mod:`mhacut.calibration`, by walking what is described here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mhacut.plan import UnitKind
+
+
+@dataclass(frozen=True)
+class ChannelAxis:
+    """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * width + i``.
+
+    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v.
+    """
+
+    tensor: str
+    """Parameter name relative to the layer, ``qkv.weight``."""
+    dim: int
+    """Dimension of that tensor along which the channels lie."""
+    offset: int = 0
+    """Where head 0, channel 0 lies."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the activation of a unit passes while the model runs: [..., offset + heads * width, ...]."""
+
+    module: str
+    """Submodule name relative to the layer; what is read is what flows in or out of it."""
+    side: Literal["input", "output"]
+    offset: int = 0
+    channel_dim: int = -1
+    """Dimension of the activation that holds the channels."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A group of channels that is sized together: all heads of (layer, kind)."""
+
+    layer: str
+    kind: UnitKind
+    heads: int
+    width: int
+    """Channels per head now."""
+    axes: tuple[ChannelAxis, ...]
+    """Everything that is sliced when channels go."""
+    gain_axes: tuple[ChannelAxis, ...]
+    """Where a factor per channel scales that channel's contribution exactly: 0 removes it (mask), any other
+    number is a reweight gain. A subset of ``axes``, biases that belong to the channel included."""
+    taps: Mapping[str, Tap]
+    """``query`` and ``key`` for qk; ``value`` and ``output`` (attention-weighted, before the projection) for v;
+    ``hidden`` for the MLP."""
+    readout: ChannelAxis | None = None
+    """The columns through which the channels leave the layer (v, hidden); none for qk."""
+    softmax_scaled: bool = False
+    """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
+
+    @property
+    def key(self) -> tuple[str, UnitKind]:
+        return self.layer, self.kind
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention or MLP of a model, as its adapter sees it."""
+
+    name: str
+    """Module name in the model, ``blocks.0.attn``."""
+    adapter: Adapter
+    units: tuple[Unit, ...]
+    left_whole: Mapping[UnitKind, str] = field(default_factory=dict)
+    """Units that cannot be cut exactly, and why."""
+
+
+class Adapter(ABC):
+    """Describes one attention or MLP class. Stateless; one instance serves all layers of the class."""
+
+    family: Literal["attention", "mlp"]
+    module_classes: tuple[type[nn.Module], ...]
+    """Exactly these classes; a subclass may compute something else and needs a line of its own."""
+
+    @abstractmethod
+    def describe(self, name: str, module: Any) -> Layer:
+        """The units of ``module`` and what of it must stay whole."""
+
+    @abstractmethod
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        """FLOPs (multiply-accumulates) of what depends on the widths of the described units.
+
+        Linear and convolution layers and the attention products, as fvcore counts them.
+
+        Args:
+            module: the layer, at whatever widths it has now.
+            input_shape: shape of the layer's input for one image, batch axis included.
+            widths: channels per head, per described kind; whole numbers, or tensors to differentiate by.
+        """
+
+    @abstractmethod
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        """``module`` told of its new widths after its tensors were sliced; may be of another class.
+
+        Tensors keep their names. ``widths`` names every unit of the layer, also the ones left whole.
+        """

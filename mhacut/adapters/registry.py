@@ -1,0 +1,73 @@
+"""Which adapter serves which class, and which attention classes are refused by name.
+
+A new class is one file with its :class:`~mhacut.adapters.base.Adapter` and one line in ``ADAPTERS``.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from mhacut.adapters.base import Adapter
+from mhacut.adapters.vit_attention import VitAttentionAdapter
+from mhacut.adapters.vit_mlp import GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+
+ADAPTERS: tuple[Adapter, ...] = (
+    VitAttentionAdapter(),
+    MlpAdapter(),
+    GluMlpAdapter(),
+    SwiGLUAdapter(),
+)
+
+POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
+"""Attention that runs once, behind the last block: left whole, with everything in it."""
+
+_KNOWN_ATTENTION = frozenset(
+    {
+        # Attention of timm whose class name does not say so.
+        "XCA",
+        "LiteMLA",
+        "GPSA",
+        "MHSA",
+        "SHMA",
+        "SHSA",
+        "LambdaLayer",
+        "HaloAttn",
+        "BottleneckAttn",
+        "ParallelScalingBlock",
+        "DiffParallelScalingBlock",
+        "SpatialTransformerBlock",
+        "FactorAttnConvRelPosEnc",
+    }
+)
+_SAYS_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_CHANNEL_GATES = frozenset(
+    {"EcaModule", "CecaModule", "GlobalContext", "ChannelAttn", "LightChannelAttn", "SpatialAttn"}
+    | {"LightSpatialAttn", "CbamModule", "LightCbamModule", "SplitAttn", "SelectiveKernelAttn"}
+    | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
+)
+
+_BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
+
+
+def adapter_for(module: nn.Module) -> Adapter | None:
+    """The adapter registered for exactly this class, or None."""
+    return _BY_CLASS.get(type(module))
+
+
+def is_pooling_head(module: nn.Module) -> bool:
+    return type(module).__name__ in POOLING_HEADS
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether an unregistered module is (or may be) multi-head attention; judged by its class's name."""
+    name = type(module).__name__
+    if name in _CHANNEL_GATES:
+        return False
+    return name in _KNOWN_ATTENTION or _SAYS_ATTENTION.search(name) is not None
+
+
+def supported_classes() -> tuple[str, ...]:
+    """Names of the classes that can be cut, for messages."""
+    return tuple(sorted(cls.__name__ for cls in _BY_CLASS if cls.__module__.startswith("timm")))

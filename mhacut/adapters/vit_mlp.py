@@ -1,0 +1,88 @@
+"""The MLPs beside the attention: ``Mlp``, ``GluMlp`` (``SwiGLUPacked`` is one), ``SwiGLU``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import nn
+
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.plan import UnitKind
+
+_NORM_OVER_HIDDEN = "a norm runs over all hidden channels"
+
+
+class _MlpAdapter(Adapter):
+    """Any MLP whose ``fc2`` reads the hidden channels; what writes them is each class's own."""
+
+    family = "mlp"
+
+    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
+        """(linear layer, row of hidden channel 0) for each block of rows that makes the hidden channels."""
+        raise NotImplementedError
+
+    def hidden_width(self, module: Any) -> int:
+        width: int = module.fc2.weight.shape[1]
+        return width
+
+    def describe(self, name: str, module: Any) -> Layer:
+        if type(module.norm) is not nn.Identity:
+            return Layer(name, self, (), {"hidden": _NORM_OVER_HIDDEN})
+        columns = ChannelAxis("fc2.weight", 1)
+        axes = [columns]
+        for linear, offset in self.writers(module):
+            axes.append(ChannelAxis(f"{linear}.weight", 0, offset))
+            if module.get_submodule(linear).bias is not None:
+                axes.append(ChannelAxis(f"{linear}.bias", 0, offset))
+        channel_dim = -1 if isinstance(module.fc2, nn.Linear) else 1
+        hidden = Unit(
+            name,
+            "hidden",
+            heads=1,
+            width=self.hidden_width(module),
+            axes=tuple(axes),
+            gain_axes=(columns,),
+            taps={"hidden": Tap("fc2", "input", channel_dim=channel_dim)},
+            readout=columns,
+        )
+        return Layer(name, self, (hidden,))
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        if "hidden" not in widths:
+            return 0
+        first = module.get_submodule(self.writers(module)[0][0])
+        in_features, out_features = first.weight.shape[1], module.fc2.weight.shape[0]
+        positions = 1
+        for size in input_shape:
+            positions *= size
+        positions //= in_features
+        return widths["hidden"] * positions * (len(self.writers(module)) * in_features + out_features)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        slim: nn.Module = module
+        return slim  # reads its width from its tensors
+
+
+class MlpAdapter(_MlpAdapter):
+    module_classes = (Mlp,)
+
+    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
+        return (("fc1", 0),)
+
+
+class GluMlpAdapter(_MlpAdapter):
+    """One ``fc1`` holds both halves, value and gate (in either order): channel i is rows i and i + hidden."""
+
+    module_classes = (GluMlp,)
+
+    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
+        return (("fc1", 0), ("fc1", self.hidden_width(module)))
+
+
+class SwiGLUAdapter(_MlpAdapter):
+    module_classes = (SwiGLU,)
+
+    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
+        return (("fc1_g", 0), ("fc1_x", 0))

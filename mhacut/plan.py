@@ -1,0 +1,175 @@
+"""The plan: which channels of which unit stay. Pure data, checked before any tensor is touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from mhacut.errors import PlanError
+
+UnitKind = Literal["qk", "v", "hidden"]
+UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
+
+_LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """The channels of one unit that stay, head by head.
+
+    An MLP counts as one head. Every head keeps the same number of channels, each its own choice of which.
+    """
+
+    layer: str
+    """Module name of the layer in the model, ``blocks.0.attn``."""
+    kind: UnitKind
+    """What is cut: ``qk``, ``v`` or ``hidden``."""
+    dense_width: int
+    """Channels per head before the cut."""
+    kept: tuple[tuple[int, ...], ...]
+    """Per head, the indices that stay, ascending, in ``range(dense_width)``."""
+
+    def __post_init__(self) -> None:
+        where = f"plan of {self.layer!r} ({self.kind})"
+        if not _LAYER_NAME.fullmatch(self.layer):
+            raise PlanError(f"{where}: not a module name")
+        if self.kind not in UNIT_KINDS:
+            raise PlanError(f"{where}: kind is one of {', '.join(UNIT_KINDS)}")
+        if not self.kept:
+            raise PlanError(f"{where}: no heads")
+        width = len(self.kept[0])
+        if width == 0:
+            raise PlanError(f"{where}: every head keeps at least one channel, found none")
+        for head, channels in enumerate(self.kept):
+            if len(channels) != width:
+                raise PlanError(
+                    f"{where}: every head keeps the same number of channels, "
+                    f"but head 0 keeps {width} and head {head} keeps {len(channels)}"
+                )
+            if any(a >= b for a, b in zip(channels, channels[1:], strict=False)):
+                raise PlanError(f"{where}: kept channels of head {head} are not strictly ascending")
+            if channels[0] < 0 or channels[-1] >= self.dense_width:
+                raise PlanError(
+                    f"{where}: kept channels of head {head} must lie in 0..{self.dense_width - 1}, "
+                    f"found {channels[0]}..{channels[-1]}"
+                )
+
+    @property
+    def key(self) -> tuple[str, UnitKind]:
+        """What names the unit in a model: layer and kind."""
+        return self.layer, self.kind
+
+    @property
+    def heads(self) -> int:
+        return len(self.kept)
+
+    @property
+    def width(self) -> int:
+        """Channels per head after the cut."""
+        return len(self.kept[0])
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.width == self.dense_width
+
+    @classmethod
+    def keep_all(cls, layer: str, kind: UnitKind, heads: int, dense_width: int) -> UnitPlan:
+        return cls(layer, kind, dense_width, (tuple(range(dense_width)),) * heads)
+
+    def after(self, earlier: UnitPlan) -> UnitPlan:
+        """This cut, made on a layer that ``earlier`` had already cut, told in the first layer's indices."""
+        if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
+            raise PlanError(
+                f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
+                f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
+            )
+        kept = tuple(
+            tuple(before[channel] for channel in now)
+            for before, now in zip(earlier.kept, self.kept, strict=True)
+        )
+        return UnitPlan(self.layer, self.kind, earlier.dense_width, kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cut of a whole model: one :class:`UnitPlan` per unit, none twice. Units not named stay whole."""
+
+    units: tuple[UnitPlan, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, UnitKind]] = set()
+        for unit in self.units:
+            if unit.key in seen:
+                raise PlanError(f"plan names {unit.layer!r} ({unit.kind}) twice")
+            seen.add(unit.key)
+
+    def __iter__(self) -> Iterator[UnitPlan]:
+        return iter(self.units)
+
+    def by_layer(self) -> dict[str, dict[UnitKind, UnitPlan]]:
+        layers: dict[str, dict[UnitKind, UnitPlan]] = {}
+        for unit in self.units:
+            layers.setdefault(unit.layer, {})[unit.kind] = unit
+        return layers
+
+    def widths(self) -> dict[tuple[str, UnitKind], int]:
+        return {unit.key: unit.width for unit in self.units}
+
+    def after(self, earlier: Plan) -> Plan:
+        """This plan, made for a model that ``earlier`` had already cut, told in the dense model's indices."""
+        before = {unit.key: unit for unit in earlier}
+        now = {unit.key: unit for unit in self}
+        merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]
+        merged += [unit for key, unit in now.items() if key not in before]
+        return Plan(tuple(merged))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list of plain objects that :meth:`from_json` reads back.
+
+        >>> plan = Plan((UnitPlan("blocks.0.mlp", "hidden", 4, ((0, 2),)),))
+        >>> plan.to_json()
+        [{'layer': 'blocks.0.mlp', 'kind': 'hidden', 'dense_width': 4, 'kept': [[0, 2]]}]
+        >>> Plan.from_json(plan.to_json()) == plan
+        True
+        """
+        return [
+            {
+                "layer": unit.layer,
+                "kind": unit.kind,
+                "dense_width": unit.dense_width,
+                "kept": [list(channels) for channels in unit.kept],
+            }
+            for unit in self.units
+        ]
+
+    @classmethod
+    def from_json(cls, document: object) -> Plan:
+        """The plan that :meth:`to_json` wrote; the document may come from an untrusted file.
+
+        Raises:
+            PlanError: anything that is not exactly such a document.
+        """
+        if not isinstance(document, list):
+            raise PlanError(f"a plan is a list of units, found {type(document).__name__}")
+        return cls(tuple(_unit_from_json(entry) for entry in document))
+
+
+def _unit_from_json(entry: object) -> UnitPlan:
+    if not isinstance(entry, Mapping) or set(entry) != {"layer", "kind", "dense_width", "kept"}:
+        raise PlanError("a unit of a plan has exactly the keys layer, kind, dense_width, kept")
+    layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
+    if not isinstance(layer, str) or not isinstance(kind, str) or not _is_int(dense_width):
+        raise PlanError("a unit of a plan has text for layer and kind, a whole number for dense_width")
+    if not isinstance(kept, list) or not all(isinstance(row, list) and _all_int(row) for row in kept):
+        raise PlanError(f"plan of {layer!r}: kept is a list of channel indices per head")
+    return UnitPlan(layer, cast(UnitKind, kind), dense_width, tuple(tuple(row) for row in kept))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all_int(values: Iterable[object]) -> bool:
+    return all(_is_int(value) for value in values)

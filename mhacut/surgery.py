@@ -1,0 +1,222 @@
+"""The cut: a model and a plan in, the same model with smaller tensors out. And its masked twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import ChannelAxis, Layer, Unit
+from mhacut.adapters.registry import (
+    adapter_for,
+    is_pooling_head,
+    looks_like_attention,
+    supported_classes,
+)
+from mhacut.errors import PlanError, UnsupportedModelError
+from mhacut.plan import Plan, UnitKind, UnitPlan
+
+UnitKey = tuple[str, UnitKind]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What of a model can be cut."""
+
+    layers: tuple[Layer, ...]
+    """In the order of the model's modules."""
+    left_alone: tuple[str, ...]
+    """Names and classes of pooling heads and the like."""
+
+    def units(self, kinds: Iterable[UnitKind] = ("qk", "v", "hidden")) -> tuple[Unit, ...]:
+        wanted = set(kinds)
+        return tuple(unit for layer in self.layers for unit in layer.units if unit.kind in wanted)
+
+    def unit(self, key: UnitKey) -> Unit:
+        """The unit named ``key``; a :class:`PlanError` when the model has none."""
+        for unit in self.units():
+            if unit.key == key:
+                return unit
+        raise PlanError(f"the model has no unit {key[1]!r} in a layer {key[0]!r}")
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The layers of ``model`` that can be cut, as their adapters describe them.
+
+    Raises:
+        UnsupportedModelError: the model holds an attention class that is not registered, or no attention.
+    """
+    layers: list[Layer] = []
+    left_alone: list[str] = []
+    unknown: dict[str, str] = {}
+    seen: dict[int, str] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        if is_pooling_head(module):
+            left_alone.append(f"{name} ({type(module).__name__})")
+            return
+        adapter = adapter_for(module)
+        if adapter is not None:
+            if id(module) in seen:
+                raise UnsupportedModelError(f"{name} and {seen[id(module)]} are one shared module; not supported")
+            seen[id(module)] = name
+            layers.append(adapter.describe(name, module))
+            return
+        known_inside = len(layers)
+        for child_name, child in module.named_children():
+            walk(f"{name}.{child_name}" if name else child_name, child)
+        if name and len(layers) == known_inside and looks_like_attention(module):
+            cls = type(module)
+            unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
+
+    walk("", model)
+    if unknown:
+        found = ", ".join(f"{cls} (first at {name})" for cls, name in unknown.items())
+        raise UnsupportedModelError(
+            f"attention class not supported: {found}. Nothing was cut, since half a model would be. "
+            f"Supported: {', '.join(supported_classes())}"
+        )
+    if not any(layer.adapter.family == "attention" for layer in layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention layer mhacut can cut. "
+            f"Supported: {', '.join(supported_classes())}"
+        )
+    return Anatomy(tuple(layers), tuple(left_alone))
+
+
+def exact_gain(unit: Unit, width: int) -> float:
+    """What a cut to ``width`` must multiply into the gain axes so that dead channels may go unnoticed.
+
+    A softmax layer derives its scale from its width: at k of d channels its logits grow by sqrt(d / k).
+    """
+    return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
+
+
+@torch.no_grad()
+def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = None) -> None:
+    """Slice ``model`` in place to ``plan``; afterwards it equals :func:`masked_tensors` at the same gains.
+
+    Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
+
+    Args:
+        model: any model :func:`dissect` accepts, the plan's dense model.
+        plan: units not named stay whole.
+        gains: [heads, dense_width] per unit, multiplied into the kept channels' contribution (their logits
+            for qk); missing means 1. Relative to the dense model: the softmax temperature stays the dense one.
+
+    Raises:
+        PlanError: the plan is not for this model.
+    """
+    anatomy = dissect(model)
+    check_plan(anatomy, plan)
+    by_layer = plan.by_layer()
+    for layer in anatomy.layers:
+        unit_plans = by_layer.get(layer.name)
+        if unit_plans is None:
+            continue
+        module = model.get_submodule(layer.name)
+        for unit in layer.units:
+            unit_plan = unit_plans.get(unit.kind)
+            if unit_plan is None:
+                continue
+            gain = torch.full((unit.heads, unit.width), exact_gain(unit, unit_plan.width), dtype=torch.float64)
+            if gains is not None and unit.key in gains:
+                gain = gain * gains[unit.key].to(gain)
+            for axis in unit.gain_axes:
+                _scale(module, axis, gain)
+        _slice(module, layer, unit_plans)
+        widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
+        resized = layer.adapter.resize(module, widths)
+        if resized is not module:
+            model.set_submodule(layer.name, resized)
+
+
+def masked_tensors(
+    model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the masked twin: those of ``model`` with each channel's contribution times its gain.
+
+    A gain of 0 removes a channel exactly as :func:`cut` would. Differentiable in the gains; meant for
+    ``torch.func.functional_call``. Tensors that no gain touches are left out.
+
+    Args:
+        model: the dense model.
+        anatomy: of that model.
+        gains: [heads, width] per unit.
+    """
+    masked: dict[str, Tensor] = {}
+    for layer in anatomy.layers:
+        for unit in layer.units:
+            if unit.key not in gains:
+                continue
+            gain = gains[unit.key].reshape(-1)  # (H * d)
+            for axis in unit.gain_axes:
+                name = f"{layer.name}.{axis.tensor}"
+                tensor = masked.get(name)
+                if tensor is None:
+                    tensor = model.get_parameter(name)
+                masked[name] = _scaled(tensor, axis, gain)
+    return masked
+
+
+def check_plan(anatomy: Anatomy, plan: Plan) -> None:
+    """Raise a :class:`PlanError` unless every unit of ``plan`` is a unit of the model, of the same size."""
+    for unit_plan in plan:
+        unit = anatomy.unit(unit_plan.key)
+        if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):
+            raise PlanError(
+                f"plan of {unit.layer!r} ({unit.kind}): the model has {unit.heads} heads of {unit.width} "
+                f"channels, the plan is for {unit_plan.heads} of {unit_plan.dense_width}"
+            )
+
+
+def _scaled(tensor: Tensor, axis: ChannelAxis, gain: Tensor) -> Tensor:
+    """``tensor`` with the unit's entries along ``axis`` times ``gain`` [heads * width]."""
+    size = tensor.shape[axis.dim]
+    before, after = axis.offset, size - axis.offset - gain.numel()
+    factor = torch.cat([gain.new_ones(before), gain, gain.new_ones(after)])
+    shape = [1] * tensor.dim()
+    shape[axis.dim] = size
+    return tensor * factor.view(shape).to(tensor)
+
+
+def _scale(module: nn.Module, axis: ChannelAxis, gain: Tensor) -> None:
+    parameter = module.get_parameter(axis.tensor)
+    scaled = _scaled(parameter.detach().double(), axis, gain.reshape(-1).to(parameter.device))
+    parameter.copy_(scaled.to(parameter.dtype))
+
+
+def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
+    """Index every tensor of the layer by what its units keep; several units may share a dimension."""
+    removed: dict[tuple[str, int], list[Tensor]] = {}
+    for unit in layer.units:
+        if unit.kind not in unit_plans:
+            continue
+        kept = torch.zeros(unit.heads, unit.width, dtype=torch.bool)
+        for head, channels in enumerate(unit_plans[unit.kind].kept):
+            kept[head, list(channels)] = True
+        gone = (~kept).reshape(-1).nonzero()[:, 0]
+        for axis in unit.axes:
+            removed.setdefault((axis.tensor, axis.dim), []).append(gone + axis.offset)
+    for (name, dim), gone_parts in removed.items():
+        parameter = module.get_parameter(name)
+        keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
+        keep[torch.cat(gone_parts)] = False
+        sliced = parameter.index_select(dim, keep.nonzero()[:, 0].to(parameter.device))
+        owner_name, _, tensor_name = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        fresh = nn.Parameter(sliced.contiguous(), requires_grad=parameter.requires_grad)
+        setattr(owner, tensor_name, fresh)
+        _tell_size(owner)
+
+
+def _tell_size(owner: nn.Module) -> None:
+    """Linear and convolution layers carry their sizes as attributes too."""
+    weight = owner.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = weight.shape
+    elif isinstance(owner, nn.Conv2d):
+        owner.out_channels, owner.in_channels = weight.shape[0], weight.shape[1] * owner.groups
