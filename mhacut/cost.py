@@ -1,0 +1,148 @@
+"""What a model costs: fvcore's count of the whole, and a table that knows it for any widths.
+
+One FLOP is one multiply-accumulate, attention products included, as fvcore and the papers count:
+DeiT-T/S/B are 1.26 / 4.61 / 17.58 G.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut.adapters.base import Layer
+from mhacut.errors import UnsupportedModelError
+from mhacut.surgery import Anatomy, UnitKey
+
+# Operators without multiply-accumulates worth counting. An operator that is neither here nor known to fvcore
+# is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
+_NEGLIGIBLE = frozenset(
+    "aten::" + op
+    for op in (
+        "abs add add_ clamp clamp_min clone cat constant_pad_nd copy_ div div_ dropout exp expand_as fill_ gelu gelu_ "
+        "hardtanh log masked_fill max mean min mul mul_ neg norm pad pow reciprocal relu relu_ repeat rsqrt rsub "
+        "scalar_tensor sigmoid sigmoid_ silu silu_ softmax softplus sqrt square stack sub sub_ sum tanh unflatten "
+        "linalg_vector_norm ones_like zeros_like new_zeros triu_ feature_dropout pixel_shuffle rms_norm var where"
+    ).split()
+)
+
+
+def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """FLOPs of one image through ``model``, counted by fvcore.
+
+    Args:
+        model: in eval mode, on any device.
+        input_size: [C, H, W].
+
+    Raises:
+        UnsupportedModelError: an operator neither counted nor known to be negligible.
+    """
+    with warnings.catch_warnings():
+        # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
+
+        parameter = next(model.parameters())
+        image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
+        analysis = FlopCountAnalysis(model, image)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+        with torch.no_grad():
+            total = int(analysis.total())
+        uncounted = sorted(set(analysis.unsupported_ops()) - _NEGLIGIBLE)
+    if uncounted:
+        raise UnsupportedModelError(
+            f"FLOPs of {type(model).__name__} cannot be counted: fvcore does not know {', '.join(uncounted)}"
+        )
+    return total
+
+
+def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
+    """q k^T and A v: B * H * L * S * (E + Ev)."""
+    query, key, value = (tuple(tensor.type().sizes()) for tensor in inputs[:3])
+    rows = 1
+    for size in query[:-1]:
+        rows *= size
+    return int(rows * key[-2] * (query[-1] + value[-1]))
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """FLOPs of one layer as a function of its widths; exact, and differentiable when widths are tensors."""
+
+    layer: Layer
+    input_shape: tuple[int, ...]
+    """Of the layer's input for one image."""
+    module: nn.Module
+
+    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
+        own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
+        return self.layer.adapter.flops(self.module, self.input_shape, own)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """FLOPs of a model at any widths of its units."""
+
+    fixed: int
+    """What no width changes."""
+    layers: tuple[LayerCost, ...]
+    dense: int
+    """What the model costs as it stands, counted by fvcore."""
+
+    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
+        """Total at ``widths`` (channels per head; units not named stay as they are)."""
+        total: Any = self.fixed
+        for layer in self.layers:
+            total = total + layer.flops(widths)
+        return total
+
+    def by_layer(self) -> dict[str, int]:
+        """FLOPs of what can be cut, per layer, as it stands."""
+        return {cost.layer.name: int(cost.flops({})) for cost in self.layers}
+
+
+def build_cost_table(model: nn.Module, anatomy: Anatomy, input_size: tuple[int, int, int]) -> CostTable:
+    """Count ``model`` once and learn the input shape of every layer.
+
+    Args:
+        model: eval mode.
+        anatomy: of ``model``.
+        input_size: [C, H, W].
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    handles = []
+    for layer in anatomy.layers:
+        module = model.get_submodule(layer.name)
+        handles.append(module.register_forward_pre_hook(_note_shape(shapes, layer.name)))
+    try:
+        parameter = next(model.parameters())
+        with torch.no_grad():
+            model(torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = tuple(
+        LayerCost(layer, shapes[layer.name], model.get_submodule(layer.name))
+        for layer in anatomy.layers
+        if layer.name in shapes
+    )
+    dense = measure_flops(model, input_size)
+    return CostTable(dense - sum(int(cost.flops({})) for cost in layers), layers, dense)
+
+
+def _note_shape(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        shapes[name] = tuple(args[0].shape)
+
+    return hook
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
