@@ -1,0 +1,47 @@
+"""How redundant a channel is within its head, and the weight that follows from it.
+
+Source: the idea of channel-similarity weights is "Automatic Channel Pruning for Multi-Head Attention"
+(arXiv 2405.20867, abstract); the formulas are ours, as its equations were not available.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cosine_similarity(gram: Tensor) -> Tensor:
+    """Cosines between channels, [..., d, d], from their second moments ``gram`` [..., d, d].
+
+    A channel that is always zero is similar to nothing: its row and column are 0, its diagonal 1.
+    """
+    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(norm > 0, 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
+    cosine = (gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).clamp(-1, 1)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return cosine * (1 - identity) + identity
+
+
+def redundancy(*cosines: Tensor) -> Tensor:
+    """Mean absolute similarity of each channel to the others of its head, in [0, 1], [..., d].
+
+    With several cosine matrices, channels are similar where all of them are: for a rank-1 term q_i k_i^T of
+    the logits, cos(q_i k_i^T, q_j k_j^T) = cos(q_i, q_j) * cos(k_i, k_j).
+
+    Args:
+        cosines: each [..., d, d].
+    """
+    joint = torch.ones_like(cosines[0])
+    for cosine in cosines:
+        joint = joint * cosine.abs()
+    others = joint.shape[-1] - 1
+    if others == 0:
+        return joint.new_zeros(joint.shape[:-1])
+    return (joint.sum(-1) - joint.diagonal(dim1=-2, dim2=-1)) / others
+
+
+def similarity_weight(redundancy: Tensor) -> Tensor:
+    """(1 - r) / mean(1 - r) over the head: above 1 for a channel unlike the others, [..., d]."""
+    distinct = 1 - redundancy
+    mean = distinct.mean(-1, keepdim=True)
+    return torch.where(mean > 0, distinct / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
