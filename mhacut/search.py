@@ -7,9 +7,8 @@ not available; the formulas are ours, each in one function of :mod:`mhacut.tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Unit
 from mhacut.calibration import Calibration
 from mhacut.cost import CostTable
+from mhacut.options import SearchOptions, Temperature
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, UnitKey, masked_tensors
 from mhacut.tensor.indicator import (
@@ -29,39 +29,6 @@ from mhacut.tensor.indicator import (
 )
 from mhacut.tensor.similarity import similarity_weight
 from mhacut.widths import fill_budget, nearest_width, width_choices
-
-Init = Literal["attention-difference", "uniform"]
-Temperature = Literal["kept", "dense"]
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How to search; every ingredient can be switched off for ablation."""
-
-    similarity: bool = True
-    """Weight indicators by how unlike the other channels of their head a channel is."""
-    score_adjustment: bool = True
-    """Hold the widths of all heads equal while training; off, only the final plan does."""
-    init: Init = "attention-difference"
-    """Where indicators start."""
-    reweight: bool = True
-    """Train a gain per kept channel, merged into the weights at the cut."""
-    temperature: Temperature = "kept"
-    """Softmax scale of a cut layer: 1/sqrt(kept width), or the dense model's."""
-    steps: int = 100
-    """Optimiser steps, indicators and gains together; the last 40 % train gains on the final plan."""
-    batch_size: int = 16
-    """Images per step."""
-    lr: float = 0.01
-    """Adam's, for indicators."""
-    gain_lr: float = 0.01
-    """Adam's, for gains."""
-    budget_weight: float = 1.0
-    """Weight of the budget's gradient against the task's, both at unit scale."""
-    label_weight: float = 0.0
-    """Weight of the cross-entropy with labels beside the distillation loss; needs labels."""
-    seed: int = 42
-
 
 @dataclass(frozen=True)
 class SearchStep:
@@ -214,7 +181,7 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _batches(count: int, size: int, seed: int):  # type: ignore[no-untyped-def]
+def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Endless shuffled index batches, every image once per round."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)

@@ -1,0 +1,25 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from mhacut.errors import MhacutError, UsageError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device.
+
+    Raises:
+        UsageError: not a device.
+        MhacutError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MhacutError(f"--device {name}: this machine has no usable CUDA GPU; use --device auto or cpu")
+    return device

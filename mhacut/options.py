@@ -1,0 +1,190 @@
+"""The options of ``prune``: one place for names, defaults and limits; flags, arguments and YAML keys are these."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mhacut.errors import UsageError
+
+Scope = Literal["attention", "attention+mlp"]
+Init = Literal["attention-difference", "uniform"]
+Temperature = Literal["kept", "dense"]
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """Overrides of what the checkpoint states about its images; None keeps that."""
+
+    mean: tuple[float, ...] | None = None
+    """Per channel, in units of a pixel range of 0..1."""
+    std: tuple[float, ...] | None = None
+    """Per channel."""
+    crop_pct: float | None = None
+    """Share of the image that the centre crop keeps."""
+    interpolation: str | None = None
+    """``bicubic``, ``bilinear``, ..."""
+    img_size: int | None = None
+    """Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where images come from."""
+
+    data_dir: PathLike | None = None
+    """An ImageFolder with ``train/`` and ``val/``, or a flat folder of unlabelled images."""
+    dataset: str | None = None
+    """A dataset as timm names it: ``hfds/NAME``, ``wds/NAME``, ``torch/NAME``, ``tfds/NAME``."""
+    class_map: PathLike | None = None
+    """Text file with the class names in the order of the model's head."""
+    train_split: str = "train"
+    """Split to search on."""
+    val_split: str = "val"
+    """Split to measure accuracy on."""
+    workers: int = 2
+    """Processes that load images."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search; every ingredient can be switched off for ablation."""
+
+    similarity: bool = True
+    """Weight indicators by how unlike the other channels of its head a channel is."""
+    score_adjustment: bool = True
+    """Hold the widths of all heads equal while training; off, only the final plan does."""
+    init: Init = "attention-difference"
+    """Where indicators start."""
+    reweight: bool = True
+    """Train a gain per kept channel, merged into the weights at the cut."""
+    temperature: Temperature = "kept"
+    """Softmax scale of a cut layer: 1/sqrt(kept width), or the dense model's."""
+    steps: int = 100
+    """Optimiser steps; the last 40 % train only gains, on the final plan."""
+    batch_size: int = 16
+    """Images per step."""
+    lr: float = 0.01
+    """Adam's, for indicators."""
+    gain_lr: float = 0.01
+    """Adam's, for gains."""
+    budget_weight: float = 1.0
+    """Weight of the budget's gradient against the task's, both at unit scale."""
+    label_weight: float = 0.1
+    """Weight of the cross-entropy beside the distillation loss, where there are labels."""
+    seed: int = 42
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        require_choice("--init", self.init, get_args(Init))
+        require_choice("--temperature", self.temperature, get_args(Temperature))
+        require("--steps", self.steps, self.steps >= 1, "at least 1")
+        require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
+        for flag, value in (("--lr", self.lr), ("--gain-lr", self.gain_lr)):
+            require(flag, value, 0 < value < float("inf"), "above 0")
+        for flag, value in (("--budget-weight", self.budget_weight), ("--label-weight", self.label_weight)):
+            require(flag, value, 0 <= value < float("inf"), "at least 0")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Everything ``mhacut prune`` can be told."""
+
+    checkpoint: PathLike
+    """``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``."""
+    flops: str
+    """``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate."""
+    output: PathLike | None = None
+    """The file to write; None is ``<stem>-<budget>.safetensors`` in the working directory."""
+    overwrite: bool = False
+    """Replace an existing file; the input is never replaced."""
+    dry_run: bool = False
+    """Find the plan, write nothing."""
+    model: str | None = None
+    """timm architecture of a bare checkpoint."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for that architecture, ``{"img_size": 32}``."""
+    num_classes: int | None = None
+    """Only asserted: the head's size is read from the file."""
+    scope: Scope = "attention+mlp"
+    """What may be cut."""
+    round_to: int = 8
+    """Widths are multiples of it."""
+    calibration_images: int = 256
+    """How many images to search on."""
+    labels: bool = True
+    """Use labels where there are any; off, distillation only."""
+    eval_images: int = 2000
+    """How many validation images to measure accuracy on; 0 for none."""
+    latency: bool = True
+    """Measure latency before and after."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+    amp: bool = False
+    """bfloat16 autocast in the search."""
+    data: DataOptions = field(default_factory=DataOptions)
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    def __post_init__(self) -> None:
+        require_choice("--scope", self.scope, get_args(Scope))
+        require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
+        require("--calibration-images", self.calibration_images, self.calibration_images >= 1, "at least 1")
+        require("--eval-images", self.eval_images, self.eval_images >= 0, "at least 0")
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> PruneOptions:
+        """Options from names as the flags have them, all on one level.
+
+        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
+        10
+
+        Raises:
+            UsageError: a name that is no option, with the one it resembles.
+        """
+        own, groups = dict(values), {}
+        for name, group in _GROUPS.items():
+            groups[name] = group(**{key: own.pop(key) for key in list(own) if key in group.__dataclass_fields__})
+        unknown = sorted(set(own) - set(option_names()))
+        if unknown:
+            raise UsageError(unknown_option(unknown[0], option_names()))
+        return cls(**own, **groups)
+
+    def flat(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
+        values: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            values |= {key: getattr(value, key) for key in value.__dataclass_fields__} if name in _GROUPS else {name: value}
+        return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in values.items()}
+
+
+_GROUPS: dict[str, Any] = {"data": DataOptions, "preprocessing": PreprocessingOptions, "search": SearchOptions}
+
+
+def option_names() -> tuple[str, ...]:
+    """Every name :meth:`PruneOptions.from_flat` takes."""
+    names = [name for name in PruneOptions.__dataclass_fields__ if name not in _GROUPS]
+    for group in _GROUPS.values():
+        names += group.__dataclass_fields__
+    return tuple(names)
+
+
+def unknown_option(name: str, known: tuple[str, ...]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def require(flag: str, value: object, holds: bool, expected: str) -> None:
+    """Raise a :class:`UsageError` that names the flag unless ``holds``."""
+    if not holds:
+        raise UsageError(f"{flag} {value}: expected {expected}")
+
+
+def require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    require(flag, value, value in choices, "one of " + ", ".join(choices))

@@ -1,0 +1,363 @@
+"""``mhacut prune`` as a function: read, calibrate, search, cut, check, write, measure."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut._version import __version__
+from mhacut.calibration import calibrate
+from mhacut.checkpoint.load import LoadedModel, load_model, read_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
+from mhacut.data import CalibrationImages, Preprocessing, calibration_images, evaluation_loader, has_split
+from mhacut.device import resolve_device
+from mhacut.errors import BudgetError, MhacutError
+from mhacut.evaluate import Evaluation, evaluate
+from mhacut.latency import compare_latency
+from mhacut.modelinfo import classifier_size, left_whole, model_input_size
+from mhacut.options import PathLike, PruneOptions
+from mhacut.plan import Plan, UnitKind
+from mhacut.progress import Reporter, Silent
+from mhacut.quantity import Budget, format_flops
+from mhacut.search import SearchResult, SearchStep, search
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors
+from mhacut.widths import lowest_flops, width_choices
+
+_KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
+
+# Largest relative difference of masked and sliced outputs in float32 that rounding explains.
+_EXACTNESS = 1e-3
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a model weighs, costs and achieves."""
+
+    flops: int
+    parameters: int
+    latency_ms: float | None = None
+    """Median of interleaved runs at batch 1; None when not measured."""
+    evaluation: Evaluation | None = None
+    """On the validation images; None without any."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`prune` did."""
+
+    output: Path | None
+    """The slim file; None after a dry run."""
+    architecture: str
+    plan: Plan
+    """In the indices of the model that was read."""
+    budget: int
+    """FLOPs."""
+    dense: ModelFigures
+    """The model that was read."""
+    slim: ModelFigures
+    """The file that was written (the model in memory, after a dry run)."""
+    data: str
+    """What the search looked at."""
+    left_whole: tuple[str, ...]
+    """What could not be cut exactly, or is never touched, and why."""
+    device: str
+    seconds: Mapping[str, float]
+    """Per stage."""
+    log: tuple[SearchStep, ...]
+
+
+def prune(checkpoint: PathLike, *, flops: str, reporter: Reporter | None = None, **options: Any) -> PruneResult:
+    """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
+
+    Args:
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
+        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
+        reporter: told what happens; silent by default.
+        options: the names of the command line's flags, see :class:`mhacut.options.PruneOptions`:
+            ``data_dir``, ``output``, ``model``, ``model_args``, ``scope``, ``steps``, ``seed``, ...
+
+    Raises:
+        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
+    """
+    return run_prune(PruneOptions.from_flat(checkpoint=checkpoint, flops=flops, **options), reporter or Silent())
+
+
+def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
+    """:func:`prune` with its options in one object."""
+    clock = _Clock(reporter)
+    asked = Budget.parse(options.flops)
+    device = resolve_device(options.device)
+    if options.output is not None and not options.dry_run:
+        check_output(options.output, overwrite=options.overwrite, input_path=options.checkpoint)
+
+    clock.start("reading")
+    loaded = _read(options, reporter)
+    target = Path(options.output or f"{loaded.stem}-{asked.label}.safetensors")
+    if not options.dry_run:
+        check_output(target, overwrite=options.overwrite, input_path=loaded.path)
+    dense = loaded.model.requires_grad_(False)
+    preprocessing = resolve_preprocessing(loaded, options)
+    anatomy = dissect(dense)
+    table = build_cost_table(dense, anatomy, preprocessing.input_size)
+    kinds = _KINDS[options.scope]
+    budget = _reachable(asked, table, anatomy, kinds, options.round_to)
+    whole = left_whole(anatomy)
+    for line in whole:
+        reporter.note(f"left whole: {line}")
+
+    clock.start("loading images")
+    classes = classifier_size(dense)
+    seen = _calibration_images(options, preprocessing, classes)
+    reporter.note(f"searching on {seen.description}")
+
+    dense.to(device)
+    clock.start("calibrating")
+    statistics = calibrate(
+        dense, anatomy, seen.images, batch_size=options.search.batch_size, progress=reporter.advance
+    )
+    clock.start("searching")
+    found = search(
+        dense,
+        anatomy,
+        anatomy.units(kinds),
+        table,
+        statistics,
+        seen.images,
+        seen.labels,
+        budget=budget,
+        round_to=options.round_to,
+        options=options.search,
+        classifier=classes > 0,
+        amp=options.amp,
+        progress=lambda done, total, step: reporter.advance(
+            done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
+        ),
+    )
+
+    clock.start("cutting")
+    dense.cpu()
+    slim = copy.deepcopy(dense)
+    cut(slim, found.plan, found.gains)
+    flops = _checked_flops(slim, table, found.plan, budget, preprocessing)
+    probe = seen.images[:4]
+    _check_exact(dense, slim, anatomy, found, probe)
+    if not options.dry_run:
+        clock.start("writing")
+        record = _record(options, loaded, found.plan, preprocessing, seen, budget, table.dense, flops)
+        write_slim(target, slim, record, dtypes=loaded.dtypes, overwrite=options.overwrite, input_path=loaded.path)
+        slim = _read_back(target, slim, loaded, probe)
+
+    clock.start("measuring")
+    models = (dense.to(device), slim.to(device))
+    evaluations = _evaluate(models, options, preprocessing, classes, device, reporter)
+    times: tuple[float | None, ...] = (None, None)
+    if options.latency:
+        times = tuple(compare_latency(models, preprocessing.input_size, device=device))
+    clock.stop()
+    return PruneResult(
+        output=None if options.dry_run else target,
+        architecture=loaded.identity.architecture,
+        plan=found.plan,
+        budget=budget,
+        dense=ModelFigures(table.dense, count_parameters(dense), times[0], evaluations[0]),
+        slim=ModelFigures(flops, count_parameters(slim), times[1], evaluations[1]),
+        data=seen.description,
+        left_whole=whole,
+        device=str(device),
+        seconds=clock.seconds,
+        log=found.log,
+    )
+
+
+def resolve_preprocessing(loaded: LoadedModel, options: PruneOptions) -> Preprocessing:
+    """What images go through: stated by the slim file or timm's pretrained_cfg, flags on top."""
+    stated = loaded.identity.pretrained_cfg if loaded.record is None else loaded.record.preprocessing
+    override = options.preprocessing
+    return Preprocessing.resolve(
+        stated,
+        model_input_size(loaded.model, loaded.identity.pretrained_cfg),
+        mean=override.mean,
+        std=override.std,
+        crop_pct=override.crop_pct,
+        interpolation=override.interpolation,
+        img_size=override.img_size,
+    )
+
+
+def _read(options: PruneOptions, reporter: Reporter) -> LoadedModel:
+    loaded = read_model(
+        options.checkpoint,
+        model=options.model,
+        model_args=options.model_args or None,
+        num_classes=options.num_classes,
+    )
+    for note in loaded.notes:
+        reporter.note(note)
+    return loaded
+
+
+def _reachable(
+    asked: Budget, table: CostTable, anatomy: Anatomy, kinds: tuple[UnitKind, ...], round_to: int
+) -> int:
+    """The budget in FLOPs, refused when it is met already or below what the least widths cost."""
+    budget = asked.flops(table.dense)
+    if budget >= table.dense:
+        raise BudgetError(
+            f"nothing to prune: the model's {format_flops(table.dense)} FLOPs are already within {asked.text}"
+        )
+    choices = {unit.key: width_choices(unit.width, round_to) for unit in anatomy.units(kinds)}
+    lowest = lowest_flops(choices, table.flops)
+    if budget < lowest:
+        raise BudgetError(
+            f"--flops {asked.text} is out of reach: the lowest is {format_flops(lowest)} "
+            f"({100 * lowest / table.dense:.1f}% of {format_flops(table.dense)}) with scope "
+            f"{'attention+mlp' if 'hidden' in kinds else 'attention'} and --round-to {round_to}"
+        )
+    return budget
+
+
+def _calibration_images(options: PruneOptions, preprocessing: Preprocessing, classes: int) -> CalibrationImages:
+    data = options.data
+    return calibration_images(
+        preprocessing,
+        count=options.calibration_images,
+        seed=options.search.seed,
+        data_dir=None if data.data_dir is None else Path(data.data_dir),
+        dataset=data.dataset,
+        class_map=None if data.class_map is None else Path(data.class_map),
+        split=data.train_split,
+        num_classes=classes or None,
+        use_labels=options.labels and classes > 0,
+    )
+
+
+def _checked_flops(
+    slim: nn.Module, table: CostTable, plan: Plan, budget: int, preprocessing: Preprocessing
+) -> int:
+    """FLOPs of the slim model, counted anew."""
+    counted = measure_flops(slim, preprocessing.input_size)
+    expected = int(table.flops(plan.widths()))
+    if counted != expected or counted > budget:
+        raise AssertionError(f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}")
+    return counted
+
+
+@torch.no_grad()
+def _check_exact(
+    dense: nn.Module, slim: nn.Module, anatomy: Anatomy, found: SearchResult, images: Tensor
+) -> None:
+    """The slim model must compute what the masked dense model computed in the search."""
+    masked = torch.func.functional_call(dense, masked_tensors(dense, anatomy, found.gains), (images,))
+    difference = float((masked - slim(images)).abs().max() / masked.abs().max().clamp_min(1e-12))
+    if not difference <= _EXACTNESS:
+        raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")
+
+
+@torch.no_grad()
+def _read_back(target: Path, slim: nn.Module, loaded: LoadedModel, images: Tensor) -> nn.Module:
+    """The file as a user will load it; its logits must be those of the model in memory, bit for bit."""
+    for name, parameter in slim.named_parameters():
+        parameter.copy_(parameter.to(loaded.dtypes.get(name, parameter.dtype)))
+    reloaded = load_model(target)
+    if not torch.equal(reloaded(images), slim(images)):
+        raise MhacutError(f"{target}: was written but gives other logits than the model in memory; do not use it")
+    return reloaded
+
+
+def _record(
+    options: PruneOptions,
+    loaded: LoadedModel,
+    plan: Plan,
+    preprocessing: Preprocessing,
+    seen: CalibrationImages,
+    budget: int,
+    flops_before: int,
+    flops_after: int,
+) -> SlimRecord:
+    import timm
+
+    entry = {
+        "command": "prune",
+        "options": {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS},
+        "seed": options.search.seed,
+        "budget": budget,
+        "flops_before": flops_before,
+        "flops_after": flops_after,
+        "source_sha256": loaded.sha256,
+        "data": seen.description,
+        "versions": {
+            "mhacut": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
+    earlier = loaded.record
+    return SlimRecord(
+        identity=loaded.identity,
+        plan=plan if earlier is None else plan.after(earlier.plan),
+        basis="channel",
+        preprocessing=preprocessing.to_json(),
+        history=(*(() if earlier is None else earlier.history), entry),
+    )
+
+
+# Where files lie on the machine that made a slim file is nobody else's business.
+_LOCAL_OPTIONS = frozenset({"checkpoint", "output", "overwrite", "dry_run", "data_dir", "class_map", "workers"})
+
+
+def _evaluate(
+    models: tuple[nn.Module, nn.Module],
+    options: PruneOptions,
+    preprocessing: Preprocessing,
+    classes: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """Accuracy of both models where there is a labelled validation split; else (None, None)."""
+    data = options.data
+    if options.eval_images == 0 or classes == 0 or not has_split(data.data_dir, data.dataset, data.val_split):
+        return None, None
+    loader = evaluation_loader(
+        data_dir=None if data.data_dir is None else Path(data.data_dir),
+        dataset=data.dataset,
+        preprocessing=preprocessing,
+        batch_size=options.search.batch_size,
+        workers=data.workers,
+        split=data.val_split,
+        num_classes=classes,
+        class_map=None if data.class_map is None else Path(data.class_map),
+        limit=options.eval_images,
+    )
+    dense, slim = (evaluate(model, loader, device=device, progress=reporter.advance) for model in models)
+    return dense, slim
+
+
+class _Clock:
+    """Seconds per stage, told to the reporter as they begin."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.seconds: dict[str, float] = {}
+        self._stage: tuple[str, float] | None = None
+
+    def start(self, stage: str) -> None:
+        self.stop()
+        self._stage = (stage, time.perf_counter())
+        self.reporter.start(stage)
+
+    def stop(self) -> None:
+        if self._stage is not None:
+            stage, began = self._stage
+            self.seconds[stage] = time.perf_counter() - began
+            self._stage = None
