@@ -1,5 +1,34 @@
-"""Cut channels out of the multi-head attention, and the MLP beside it, of trained vision transformers."""
+"""Cut channels out of the multi-head attention, and the MLP beside it, of trained vision transformers.
+
+    import mhacut
+
+    result = mhacut.prune("vit.safetensors", flops="2.0G", data_dir="images/")
+    model = mhacut.load_model(result.output)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from mhacut.checkpoint.load import load_model
+    from mhacut.pipeline import PruneResult, prune
+
+__all__ = ["PruneResult", "__version__", "load_model", "prune"]
+
+_HOMES = {
+    "PruneResult": "mhacut.pipeline",
+    "load_model": "mhacut.checkpoint.load",
+    "prune": "mhacut.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy parts when they are first asked for: torch and timm take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mhacut' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
