@@ -11,8 +11,10 @@ import re
 import stat
 import struct
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -211,7 +213,8 @@ def _sniff(path: Path, size: int) -> Format:
         raise CheckpointError(
             f"{show(path)}: this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
         )
-    if start[8:9] == b"{":
+    header_bytes = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", start):
         return "torch"
@@ -231,6 +234,11 @@ def _sniff(path: Path, size: int) -> Format:
         raise CheckpointError(
             f"{show(path)}: this is JSON text, not a checkpoint; give the file with the weights"
         )
+    if start[8:9] == b"{":
+        raise CheckpointError(
+            f"{show(path)}: not a safetensors file: its header would be {header_bytes} bytes, "
+            f"at most {_MAX_HEADER_BYTES} are allowed"
+        )
     raise CheckpointError(
         f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "
         f"{start[:8]!r}"
@@ -242,11 +250,6 @@ def _safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], d
     where = show(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{where}: not a safetensors file: the header would be {length} bytes, "
-                f"at most {_MAX_HEADER_BYTES} are allowed"
-            )
         if length > size - 8:
             raise CheckpointError(
                 f"{where}: truncated: the header says {length} bytes, the file has {size - 8} after "
@@ -387,15 +390,21 @@ def _check_zip(path: Path, size: int) -> None:
         )
 
 
-def _torch_load(path: Path, device: Literal["cpu", "meta"]) -> Any:
+def _torch_load(path: Path, device: str) -> Any:
     """``torch.load`` as timm's loader calls it: weights only, ``argparse.Namespace`` allowed, no fallback."""
     import argparse
     import pickle
 
     where = show(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location=device, weights_only=True)
+        # An open file, since torch too would go by the suffix of a path.
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            open(path, "rb") as file,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
+            return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
@@ -408,11 +417,12 @@ def _torch_load(path: Path, device: Literal["cpu", "meta"]) -> Any:
 def _blocked(path: Path, reason: str) -> str:
     """Why the safe unpickler stopped, and what to do about it."""
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # legacy files and broken pickles cannot be listed
-        names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1]
+        with open(path, "rb") as file:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # legacy files and bare pickles cannot be listed
+        names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
     if not names:
-        return f"not a torch checkpoint that can be loaded safely ({reason.splitlines()[0]:.200})"
+        return "a pickle, but not a torch checkpoint that can be loaded safely; save the state dict with torch.save"
     listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     convert = (
         "If you trust where it comes from, convert it where it can do no harm: "
@@ -429,6 +439,23 @@ def _blocked(path: Path, reason: str) -> str:
     return (
         f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"
     )
+
+
+def _globals_of_pickle(path: Path) -> list[str]:
+    """What a bare pickle would import, read from its opcodes without running them."""
+    import pickletools
+
+    names: list[str] = []
+    texts: list[str] = []
+    with open(path, "rb") as file, suppress(Exception):  # broken pickles fail in every way
+        for opcode, argument, _ in pickletools.genops(file.read(_MAX_CONFIG_BYTES)):
+            if opcode.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    return names
 
 
 def _pick_part(where: str, checkpoint: object) -> tuple[str | None, Mapping[Any, Any]]:

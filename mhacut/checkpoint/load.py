@@ -23,6 +23,7 @@ from mhacut.checkpoint.files import (
 from mhacut.checkpoint.recognise import (
     Recognised,
     build_model,
+    build_skeleton,
     check_fit,
     identity_of,
     known_model,
@@ -63,6 +64,30 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What a checkpoint holds and states, its weights not read and its model not built."""
+
+    file: FileHeader
+    record: SlimRecord | None
+    """What a slim file states about itself; None for a dense one."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per tensor name."""
+        return {name: info.shape for name, info in self.file.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Per tensor name."""
+        return {name: info.dtype for name, info in self.file.tensors.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Of a safetensors file; untrusted text."""
+        return self.file.metadata
+
+
+@dataclass(frozen=True)
 class Outline:
     """A checkpoint recognised and checked, its weights not read."""
 
@@ -75,7 +100,7 @@ class Outline:
     stem: str
 
 
-def read_header(source: str | os.PathLike[str]) -> tuple[FileHeader, SlimRecord | None]:
+def read_header(source: str | os.PathLike[str]) -> Header:
     """What a checkpoint holds and, if it is slim, states about itself; weights are not read.
 
     Raises:
@@ -84,9 +109,9 @@ def read_header(source: str | os.PathLike[str]) -> tuple[FileHeader, SlimRecord 
     header = read_file_header(source)
     text = header.metadata.get(METADATA_KEY)
     if text is None:
-        return header, None
+        return Header(header, None)
     try:
-        return header, SlimRecord.from_json(text)
+        return Header(header, SlimRecord.from_json(text))
     except CheckpointError as error:
         raise CheckpointError(f"{show(header.path)}: {error}") from None
 
@@ -102,7 +127,8 @@ def read_outline(
 
     Arguments and errors as for :func:`read_model`; ``timm:NAME`` has no file and is not accepted.
     """
-    header, record = read_header(source)
+    read = read_header(source)
+    header, record = read.file, read.record
     notes = list(_file_notes(header))
     if record is None:
         known = recognise_dense(header, model=model, model_args=model_args or {}, num_classes=num_classes)
@@ -236,7 +262,7 @@ def _file_notes(header: FileHeader) -> list[str]:
             if info.dtype.is_floating_point
         }
     )
-    if dtypes != ["float32"]:
+    if dtypes not in ([], ["float32"]):
         notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")
     return notes
 
@@ -256,7 +282,8 @@ def _as_float32(where: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shown = ", ".join(f"{name!r:.150} ({count} of {total})" for name, count, total in bad[:_TOLD])
         raise CheckpointError(
             f"{where}: {len(bad)} tensors hold NaN or infinite values: {shown}"
-            f"{', ...' if len(bad) > _TOLD else ''}; the training that made them diverged, take an earlier checkpoint"
+            f"{', ...' if len(bad) > _TOLD else ''}; "
+            "the training that made them diverged, take an earlier checkpoint"
         )
     return widened
 
@@ -296,11 +323,10 @@ def _read_timm(source: str, model_args: Mapping[str, Any], num_classes: int | No
         )
     if num_classes is not None:
         args["num_classes"] = num_classes
+    build_skeleton(ModelIdentity(architecture, args))  # arguments that do not fit fail here, by name
     try:
         with torch.random.fork_rng(devices=[]):
             built: Any = timm.create_model(name, pretrained=True, **args)
-    except TypeError as error:
-        raise CheckpointError(f"{source}: timm cannot build it: {error!s:.300}") from error
     except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(

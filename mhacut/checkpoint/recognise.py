@@ -161,9 +161,18 @@ def check_fit(header: FileHeader, expected: nn.Module, identity: ModelIdentity) 
     wanted: dict[str, Tensor] = expected.state_dict()
     found = header.tensors
     where = show(header.path)
+    shared = [name for name in wanted if name in found]
+    odd = [name for name in shared if _is_float(wanted[name].dtype) != _is_float(found[name].dtype)]
+    if odd:
+        shown = ", ".join(f"{name!r:.150} ({_dtype(found[name].dtype)})" for name in odd[:_TOLD])
+        raise CheckpointError(
+            f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
+            f"kind {identity.architecture} has: {shown}{', ...' if len(odd) > _TOLD else ''}; "
+            "give the float32, float16 or bfloat16 checkpoint"
+        )
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
-    other = [name for name in wanted if name in found and tuple(wanted[name].shape) != found[name].shape]
+    other = [name for name in shared if tuple(wanted[name].shape) != found[name].shape]
     if missing or unexpected or other:
         lines = [
             f"{where}: its tensors do not fit {_named(identity)}: "
@@ -180,14 +189,6 @@ def check_fit(header: FileHeader, expected: nn.Module, identity: ModelIdentity) 
         )
         lines += [f"  {hint}" for hint in _hints(wanted, found, missing, unexpected, other)]
         raise CheckpointError("\n".join(lines))
-    odd = [name for name in wanted if _is_float(wanted[name].dtype) != _is_float(found[name].dtype)]
-    if odd:
-        shown = ", ".join(f"{name!r:.150} ({_dtype(found[name].dtype)})" for name in odd[:_TOLD])
-        raise CheckpointError(
-            f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
-            f"kind {identity.architecture} has: {shown}{', ...' if len(odd) > _TOLD else ''}; "
-            "give the float32, float16 or bfloat16 checkpoint"
-        )
 
 
 def _create(identity: ModelIdentity) -> nn.Module:
@@ -317,7 +318,8 @@ def _search(header: FileHeader, args: Mapping[str, Any], shapes: Shapes) -> Reco
     if not fits:
         raise CheckpointError(
             f"{where}: which model this is cannot be told: no timm model of "
-            f"{', '.join(SEARCHED_FAMILIES)} has exactly its {len(shapes)} tensors; say --model NAME (and --model-arg KEY=VALUE for what differs)"
+            f"{', '.join(SEARCHED_FAMILIES)} has exactly its {len(shapes)} tensors; say --model NAME "
+            "(and --model-arg KEY=VALUE for what differs)"
         )
     if len(fits) > 1:
         names = ", ".join(fit.identity.architecture for fit in fits)

@@ -97,7 +97,7 @@ _CFG_KEYS = frozenset(
         "label_descriptions",
     }
 )
-"""What of a pretrained_cfg is kept: preprocessing, labels, provenance; nothing that says where weights are."""
+"""What of a pretrained_cfg is kept: preprocessing, labels, provenance; never a source of weights."""
 
 _CFG_BUILDS = frozenset(
     {

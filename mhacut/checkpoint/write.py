@@ -165,11 +165,11 @@ def _compare(temporary: Path, target: Path, tensors: Mapping[str, Tensor], recor
     from mhacut.checkpoint.files import read_tensors
 
     try:
-        header, found_record = read_header(temporary)
-        found = read_tensors(header)
+        header = read_header(temporary)
+        found = read_tensors(header.file)
     except MhacutError as error:
         raise OutputError(f"{show(target)}: what was written could not be read back: {error}") from error
-    if found_record != record or set(found) != set(tensors):
+    if header.record != record or set(found) != set(tensors):
         raise OutputError(f"{show(target)}: what was read back is not what was written; is the disk sound?")
     for name, tensor in tensors.items():
         if tensor.dtype != found[name].dtype or not _same_bits(tensor, found[name]):

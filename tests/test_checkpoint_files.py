@@ -1,0 +1,276 @@
+"""Files that are not what they seem: each is refused, says what it looks like, and runs nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
+from mhacut.errors import CheckpointError
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.safetensors"
+    save_file(TENSORS, path, {"format": "pt", "note": "hello"})
+    return path
+
+
+def refusal(path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_file_header(path)
+    message = str(error.value)
+    assert str(path) in message
+    return message
+
+
+def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
+    text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_a_safetensors_file_is_read(good):
+    header = read_file_header(good)
+    assert header.format == "safetensors"
+    assert {name: info.shape for name, info in header.tensors.items()} == {"a.weight": (2, 3), "b": (2,)}
+    assert header.tensors["b"].dtype == torch.float16
+    assert header.metadata["note"] == "hello"
+    tensors = read_tensors(header)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "file is empty (0 bytes)"),
+        (b"abc", "3 bytes are too few"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+        (b"\n <!DOCTYPE html><html>", "this is an HTML page"),
+        (b'{"a": {"weight_map": {}}}', "this is JSON text"),
+        (b"just some text, too long to be small", "not a checkpoint: neither safetensors nor a torch file"),
+        (struct.pack("<Q", 2**63) + b"{}", "header would be 9223372036854775808 bytes"),
+        (struct.pack("<Q", 5000) + b"{}", "the header says 5000 bytes, the file has 2"),
+        (safetensors_bytes({"a": entry()}, b"1234"), "truncated: 4 of 8 bytes of weights"),
+        (safetensors_bytes({"a": entry()}, b"0" * 11), "3 unexpected bytes after the last tensor"),
+        (safetensors_bytes({}), "holds no tensors"),
+        (safetensors_bytes('{"a": 1'), "safetensors header: not valid JSON"),
+        (safetensors_bytes('{"a"' + ":{'" * 9), "not valid JSON"),
+        (safetensors_bytes('{"a":' * 100_000), "nested too deeply"),
+        (struct.pack("<Q", 3) + b'{"\xff', "not UTF-8"),
+        (safetensors_bytes('{"a": 1, "a": 2}'), "'a' appears twice"),
+        (safetensors_bytes({"a": entry(offsets=(0, 4))}, b"0" * 4), "is 8 bytes, data_offsets span 4"),
+        (safetensors_bytes({"a": entry(shape=(-2,))}), "shape is a short list of sizes"),
+        (safetensors_bytes({"a": entry(shape=(2**63,))}), "shape is a short list of sizes"),
+        (safetensors_bytes({"a": entry(shape=(True,))}), "shape is a short list of sizes"),
+        (safetensors_bytes({"a": entry(shape=(2**40, 2**40))}), "data_offsets span 8"),
+        (safetensors_bytes({"a": entry(offsets=(-8, 0))}), "data_offsets is begin and end"),
+        (safetensors_bytes({"a": entry(), "b": entry(offsets=(4, 12))}, b"0" * 12), "'b' overlaps"),
+        (safetensors_bytes({"a": entry(), "b": entry(offsets=(9, 17))}, b"0" * 17), "'b' leaves a hole"),
+        (safetensors_bytes({"a": [1]}), "exactly dtype, shape and data_offsets"),
+        (safetensors_bytes({"a": entry("F8_E4M3", (8,))}, b"0" * 8), "quantised or complex weights"),
+        (safetensors_bytes({"a": entry("C64", (1,))}, b"0" * 8), "found C64, expected a float dtype"),
+        (safetensors_bytes({"a": entry("X9")}, b"0" * 8), "unknown dtype 'X9'"),
+        (safetensors_bytes({"__metadata__": {"a": 1}}), "maps text to text"),
+        (safetensors_bytes({"a\x1b[2J\u202e": entry("X9")}), "'a\\x1b[2J\\u202e'"),
+    ],
+)  # fmt: skip
+def test_bad_bytes_say_what_they_look_like(tmp_path, content, says):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert says in refusal(path)
+
+
+def test_every_truncation_of_a_file_is_refused(good):
+    content = good.read_bytes()
+    for size in range(len(content)):
+        good.write_bytes(content[:size])
+        refusal(good)
+
+
+def test_what_is_not_a_file_is_refused_without_opening_it(tmp_path):
+    assert "no such file" in refusal(tmp_path / "none.safetensors")
+    os.mkfifo(tmp_path / "fifo")
+    assert "not a regular file" in refusal(tmp_path / "fifo")
+    assert "not a regular file" in refusal("/dev/null")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot be opened" in refusal(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    assert "a link to a missing file" in refusal(tmp_path / "dangling")
+
+
+def test_a_folder_needs_timms_config(tmp_path, good):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "without a timm config.json" in refusal(folder)
+    good.rename(folder / "model.safetensors")
+    assert "it holds model.safetensors: give that file, and --model" in refusal(folder)
+    config = folder / "config.json"
+    config.write_text('{"architecture": "vit_tiny_patch16_224", "architecture": "x"}')
+    with pytest.raises(CheckpointError, match=r"config.json: key 'architecture' appears twice"):
+        read_file_header(folder)
+    config.write_text('{"architecture": "vit_tiny_patch16_224"}')
+    assert read_file_header(folder).config == {"architecture": "vit_tiny_patch16_224"}
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    assert "sharded weights are not supported" in refusal(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("checkpoint", "part", "stripped"),
+    [
+        (TENSORS, None, False),
+        ({"module." + name: tensor for name, tensor in TENSORS.items()}, None, True),
+        (
+            {"model": {"_orig_mod." + name: tensor for name, tensor in TENSORS.items()}, "epoch": 3},
+            "model",
+            True,
+        ),
+        ({"state_dict": TENSORS, "model": {}}, "state_dict", False),
+        ({"state_dict": {}, "model_ema": TENSORS}, "model_ema", False),
+        ({"state_dict": TENSORS, "state_dict_ema": None}, "state_dict", False),
+    ],
+)
+def test_torch_files_are_read_and_say_which_part(tmp_path, checkpoint, part, stripped, zipped):
+    path = tmp_path / "model.pth"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    header = read_file_header(path)
+    assert (header.format, header.part, header.prefix_stripped) == ("torch", part, stripped)
+    tensors = read_tensors(header)
+    assert set(tensors) == set(TENSORS)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_content_decides_not_the_suffix(tmp_path, good):
+    torch.save(TENSORS, tmp_path / "torch.safetensors")
+    header = read_file_header(tmp_path / "torch.safetensors")
+    assert header.format == "torch"
+    assert torch.equal(read_tensors(header)["b"], TENSORS["b"])
+    header = read_file_header(good.rename(tmp_path / "good.pth"))
+    assert header.format == "safetensors"
+    assert torch.equal(read_tensors(header)["b"], TENSORS["b"])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "says"),
+    [
+        ([torch.ones(1)], "expected a dict of tensors, found list"),
+        (torch.ones(1), "expected a dict of tensors, found Tensor"),
+        ({"state_dict": None}, "'state_dict' of the checkpoint: expected a dict of tensors, found None"),
+        ({"model": 3}, "'model' of the checkpoint: expected a dict of tensors, found int"),
+        ({1: torch.ones(1)}, "expected tensor names, found key 1"),
+        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is a int, expected a tensor"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, "complex weights are not supported, found complex64"),
+        ({"a": torch.ones(1).to(torch.float8_e4m3fn)}, "found float8_e4m3fn"),
+        ({"a": torch.ones(1).to_sparse()}, "sparse or complex weights are not supported"),
+        ({"a": torch.ones(1).expand(10**9)}, "'a' claims 4000000000 bytes, the whole file has"),
+        ({"a": torch.ones(1), "module.a": torch.ones(1)}, "two tensors have the same name"),
+        ({}, "holds no tensors"),
+    ],
+)
+def test_torch_files_without_a_state_dict_say_what_they_hold(tmp_path, checkpoint, says):
+    path = tmp_path / "model.pth"
+    torch.save(checkpoint, path)
+    assert says in refusal(path)
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
+def test_code_in_a_pickle_is_not_run(tmp_path, how):
+    target = tmp_path / "side_effect"
+    path = tmp_path / "model.pth"
+    checkpoint = {"a": torch.ones(1) if how != "raw pickle" else 1, "b": Hostile(str(target))}
+    if how == "raw pickle":
+        path.write_bytes(pickle.dumps(checkpoint))
+    else:
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
+    message = refusal(path)
+    assert "mkdir" in message
+    assert "nothing was run" in message
+    assert not target.exists()
+
+
+def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(nn.Linear(2, 2), path)
+    assert "contains a pickled model" in refusal(path)
+    assert "torch.save(c.state_dict()" in refusal(path)
+    numpy = pytest.importorskip("numpy")
+    torch.save({"state_dict": TENSORS, "best": numpy.float64(3.0)}, path)
+    assert "numpy values beside the weights" in refusal(path)
+    assert "float(x)" in refusal(path)
+
+
+def test_zip_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / "model.pth"
+
+    def pack(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+
+    pack({"../evil.txt": b"x"})
+    assert "a zip file, but not a torch checkpoint" in refusal(path)
+    assert not (tmp_path.parent / "evil.txt").exists()
+    pack({"m/data.pkl": b"\x80\x02N.", "m/data/0": b"0" * 10**7}, zipfile.ZIP_DEFLATED)
+    assert "compressed torch files are not supported" in refusal(path)
+    pack({"m/data.pkl": b"x", "m/constants.pkl": b"x", "m/code/a.py": b"x"})
+    assert "TorchScript archives are not supported" in refusal(path)
+    path.write_bytes(b"\x80\x04garbage")
+    assert "truncated, or not a torch checkpoint" in refusal(path) or "loaded safely" in refusal(path)
+    path.write_bytes(b"\0" * 257 + b"ustar" + b"\0" * 250)
+    assert "tar archive" in refusal(path)
+
+
+def test_a_truncated_torch_file_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(TENSORS, buffer)
+    path = tmp_path / "model.pth"
+    for size in (40, len(buffer.getvalue()) // 2, len(buffer.getvalue()) - 1):
+        path.write_bytes(buffer.getvalue()[:size])
+        assert "truncated, or not a torch checkpoint" in refusal(path)
+
+
+def test_a_real_torchscript_archive_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(path))
+    assert "TorchScript archives are not supported" in refusal(path)
+
+
+def test_a_file_that_changed_after_its_header_was_read_is_refused(good):
+    header = read_file_header(good)
+    save_file({"a.weight": torch.ones(1)}, good)
+    with pytest.raises(CheckpointError, match=r"cannot be read|changed while"):
+        read_tensors(header)
