@@ -38,7 +38,7 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
 def straight_through_mask(score: Tensor) -> Tensor:
     """1 where ``score`` > 1/2, else 0; the gradient passes as if this were the identity."""
     hard = (score > THRESHOLD).to(score.dtype)
-    return hard + score - score.detach()
+    return hard + (score - score.detach())
 
 
 def adjust_scores(score: Tensor, width: int) -> Tensor:
@@ -61,11 +61,10 @@ def adjust_scores(score: Tensor, width: int) -> Tensor:
     tau = (last_kept + first_cut) / 2
     adjusted = score + (THRESHOLD - tau)[:, None]
     kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order.indices[:, :width], True)
-    nudge = torch.finfo(score.dtype).eps * 4
     # Only touches scores on the wrong side: equal ones, and those that rounding put there.
     wrong = kept != (adjusted.detach() > THRESHOLD)
-    side = torch.where(kept, THRESHOLD + nudge, THRESHOLD)
-    return torch.where(wrong, adjusted - adjusted.detach() + side, adjusted)
+    side = THRESHOLD + 4 * torch.finfo(score.dtype).eps * kept.to(score.dtype)
+    return torch.where(wrong, side + (adjusted - adjusted.detach()), adjusted)
 
 
 def top_channels(score: Tensor, width: int) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,102 @@
+"""Every way to the attention output gives the numbers of the slow, obvious one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Attention
+from torch import nn
+
+from mhacut.adapters import attend as attend_module
+from mhacut.adapters.attend import attend
+from mhacut.adapters.vit_attention import SlimAttention
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import cut, dissect, masked_tensors
+
+
+def reference(q, k, v, scale, mask):
+    """One query at a time."""
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    for batch in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            for token in range(q.shape[2]):
+                logits = torch.stack([(q[batch, head, token] * key).sum() for key in k[batch, head]]) * scale
+                weights = (logits + mask[token]).exp()
+                out[batch, head, token] = (weights[:, None] * v[batch, head]).sum(0) / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (5, 8), (8, 3)], ids=str)
+@pytest.mark.parametrize("path", ["explicit", "fused-small", "fused-large"])
+@pytest.mark.parametrize("masking", ["none", "additive", "boolean", "causal"])
+def test_attend_equals_the_reference(widths, path, masking, monkeypatch):
+    monkeypatch.setattr(attend_module, "EXPLICIT_MAX_LOGITS", 0 if path == "fused-large" else 10**9)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 6, widths[0], generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, 3, 6, widths[1], generator=generator, dtype=torch.float64)
+    additive, arguments = torch.zeros(6, 6, dtype=torch.float64), {}
+    if masking == "additive":
+        additive = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        arguments = {"attn_mask": additive}
+    elif masking == "boolean":
+        seen = torch.rand(6, 6, generator=generator) > 0.4
+        seen.fill_diagonal_(True)
+        additive = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~seen, float("-inf"))
+        arguments = {"attn_mask": seen}
+    elif masking == "causal":
+        additive = torch.full((6, 6), float("-inf"), dtype=torch.float64).triu(1)
+        arguments = {"is_causal": True}
+    found = attend(q, k, v, scale=0.3, fused=path != "explicit", **arguments)
+    assert torch.allclose(found, reference(q, k, v, 0.3, additive), atol=1e-12)
+
+
+class OneLayer(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attn = Attention(24, num_heads=3, norm_layer=nn.LayerNorm, **options)
+
+    def forward(self, x):
+        return self.attn(x)
+
+
+OPTIONS = [
+    {"gated": True, "qkv_bias": True},
+    {"gated": True, "qkv_bias": False},
+    {"proj_bias": False},
+    {"attn_head_dim": 6, "dim_out": 16},
+    {"qk_norm": True},
+    {"scale_norm": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_timm_attention_are_cut_exactly_or_left_whole(options):
+    torch.manual_seed(0)
+    model = OneLayer(**options).double().eval()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    anatomy = dissect(model)
+    units, gains = [], {}
+    for unit in anatomy.units():
+        kept = tuple(tuple(sorted(torch.randperm(unit.width)[: unit.width - 2].tolist())) for _ in range(3))
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, kept))
+        gains[unit.key] = torch.zeros(3, unit.width, dtype=torch.float64).scatter(1, torch.tensor(kept), 1.0)
+    masked = torch.func.functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    slim = copy.deepcopy(model)
+    cut(slim, Plan(tuple(units)))
+    assert {unit.kind for unit in anatomy.units()} | set(anatomy.layers[0].left_whole) == {"qk", "v"}
+    # The plan keeps the dense temperature exactly, since no gain says otherwise.
+    assert torch.allclose(slim(x), masked, atol=1e-12)
+
+
+def test_equal_widths_stay_timms_own_class():
+    model = OneLayer()
+    plan = [UnitPlan("attn", kind, 8, ((0, 1, 2, 3),) * 3) for kind in ("qk", "v")]
+    cut(model, Plan(tuple(plan)))
+    assert type(model.attn) is Attention
+    cut(model, Plan((UnitPlan("attn", "v", 4, ((0, 1),) * 3),)))
+    assert type(model.attn) is SlimAttention
+    cut(model, Plan((UnitPlan("attn", "qk", 4, ((0, 1),) * 3),)))
+    assert type(model.attn) is Attention
+    assert model.attn.scale == pytest.approx(2**-0.5)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhacut.errors import PlanError
+from mhacut.plan import Plan, UnitPlan
+
+
+@st.composite
+def unit_plans(draw, dense=st.integers(1, 12)):
+    dense_width, heads = draw(dense), draw(st.integers(1, 4))
+    width = draw(st.integers(1, dense_width))
+    rows = [sorted(draw(st.permutations(range(dense_width)))[:width]) for _ in range(heads)]
+    return UnitPlan("blocks.0.attn", "v", dense_width, tuple(map(tuple, rows)))
+
+
+@given(unit=unit_plans())
+def test_json_round_trip(unit):
+    plan = Plan((unit,))
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@given(data=st.data(), first=unit_plans())
+def test_two_cuts_are_one(data, first):
+    width = data.draw(st.integers(1, first.width))
+    rows = [sorted(data.draw(st.permutations(range(first.width)))[:width]) for _ in range(first.heads)]
+    second = UnitPlan(first.layer, first.kind, first.width, tuple(map(tuple, rows)))
+    channels = [[(head, channel) for channel in range(first.dense_width)] for head in range(first.heads)]
+    for plan in (first, second):
+        channels = [[row[i] for i in kept] for row, kept in zip(channels, plan.kept, strict=True)]
+    both = second.after(first)
+    assert channels == [[(head, i) for i in kept] for head, kept in enumerate(both.kept)]
+    assert both.dense_width == first.dense_width
+
+
+def test_a_later_plan_may_name_fewer_or_other_units():
+    first = Plan((UnitPlan("a", "v", 4, ((0, 2),)), UnitPlan("b", "hidden", 3, ((1,),))))
+    second = Plan((UnitPlan("a", "v", 2, ((1,),)), UnitPlan("c", "qk", 5, ((0, 4),))))
+    assert second.after(first).widths() == {("a", "v"): 1, ("b", "hidden"): 1, ("c", "qk"): 2}
+    assert second.after(first).units[0].kept == ((2,),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("blocks.0.attn", "v", 4, ((0, 1), (2,))), "head 0 keeps 2 and head 1 keeps 1"),
+        (("blocks.0.attn", "v", 4, ((1, 0),)), "not strictly ascending"),
+        (("blocks.0.attn", "v", 4, ((1, 1),)), "not strictly ascending"),
+        (("blocks.0.attn", "v", 4, ((0, 4),)), "must lie in 0..3, found 0..4"),
+        (("blocks.0.attn", "v", 4, ((-1, 0),)), "must lie in 0..3"),
+        (("blocks.0.attn", "v", 4, ((),)), "at least one channel"),
+        (("blocks.0.attn", "v", 4, ()), "no heads"),
+        (("../evil", "v", 4, ((0,),)), "not a module name"),
+        (("blocks.0.attn", "w", 4, ((0,),)), "kind is one of"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(arguments, message):
+    with pytest.raises(PlanError, match=message):
+        UnitPlan(*arguments)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        [1],
+        [{"layer": "a"}],
+        [{"layer": "a", "kind": "v", "dense_width": True, "kept": [[0]]}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0.5]]}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": 7}],
+        [{"layer": 3, "kind": "v", "dense_width": 2, "kept": [[0]]}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0]]}] * 2,
+    ],
+)
+def test_documents_from_elsewhere_are_refused(document):
+    with pytest.raises(PlanError):
+        Plan.from_json(document)

@@ -1,0 +1,187 @@
+"""What is always true of a cut, on every supported class, for any plan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import CASES, build, image, relative
+from torch.func import functional_call
+
+from mhacut.cost import build_cost_table, measure_flops
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import Anatomy, cut, dissect, exact_gain, masked_tensors
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
+    """Any widths, any channels, each head its own; and random gains on what is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    units, gains = [], {}
+    for unit in anatomy.units():
+        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
+        kept = torch.stack(
+            [torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)]
+        )
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept.tolist()))))
+        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
+    return Plan(tuple(units)), gains
+
+
+def keep_everything(anatomy: Anatomy) -> Plan:
+    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
+
+
+def set_fused(model: torch.nn.Module, fused: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+
+
+@each_case
+def test_keeping_everything_changes_nothing(case):
+    model, x = build(case), image(case)
+    expected = model(x)
+    cut(model, keep_everything(dissect(model)))
+    assert relative(model(x), expected) < 1e-5
+
+
+@each_case
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
+@few
+@given(seed=seeds)
+def test_masked_equals_sliced(case, dtype, bound, seed):
+    model, x = build(case, dtype=dtype), image(case, dtype=dtype)
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, seed)
+    with torch.no_grad():
+        masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+        cut(model, plan, gains)
+        assert relative(model(x), masked) < bound
+
+
+@each_case
+@few
+@given(seed=seeds)
+def test_removing_dead_channels_changes_nothing(case, seed):
+    model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
+    anatomy = dissect(model)
+    plan, _ = random_plan(anatomy, seed)
+    with torch.no_grad():
+        for unit_plan in plan:
+            unit = anatomy.unit(unit_plan.key)
+            alive = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+            alive.scatter_(1, torch.tensor(unit_plan.kept), 1.0)
+            for axis in unit.axes:
+                parameter = model.get_submodule(unit.layer).get_parameter(axis.tensor)
+                parameter.narrow(axis.dim, axis.offset, alive.numel()).mul_(
+                    alive.reshape([-1 if d == axis.dim else 1 for d in range(parameter.dim())])
+                )
+        expected = model(x)
+        cut(model, plan)
+        assert relative(model(x), expected) < 1e-10
+
+
+@each_case
+@few
+@given(seed=seeds)
+def test_the_cost_table_is_what_fvcore_counts(case, seed):
+    model = build(case)
+    anatomy = dissect(model)
+    size = (3, case.args["img_size"], case.args["img_size"])
+    table = build_cost_table(model, anatomy, size)
+    plan, _ = random_plan(anatomy, seed)
+    slim = copy.deepcopy(model)
+    cut(slim, plan)
+    assert table.flops(plan.widths()) == measure_flops(slim, size)
+    assert table.flops({}) == table.dense == measure_flops(model, size)
+
+
+@each_case
+@few
+@given(seed=seeds)
+def test_fused_and_plain_attention_agree_at_any_batch(case, seed):
+    model = build(case)
+    plan, gains = random_plan(dissect(model), seed)
+    cut(model, plan, gains)
+    with torch.no_grad():
+        for batch in (1, 3):
+            x = image(case, batch=batch)
+            set_fused(model, True)
+            fused = model(x)
+            set_fused(model, False)
+            assert relative(model(x), fused) < 1e-4
+
+
+@each_case
+def test_a_slim_model_can_be_cut_again(case):
+    model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
+    dense, anatomy = copy.deepcopy(model), dissect(model)
+    first, _ = random_plan(anatomy, 3)
+    cut(model, first)
+    second, _ = random_plan(dissect(model), 4)
+    cut(model, second)
+    cut(dense, second.after(first))
+    assert relative(model(x), dense(x)) < 1e-10
+
+
+@each_case
+def test_gradients_flow_in_training_mode(case):
+    model = build(case)
+    plan, _ = random_plan(dissect(model), 5)
+    cut(model, plan)
+    model.train()
+    model(image(case)).sum().backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert still == []
+
+
+@each_case
+def test_tensors_keep_their_names(case):
+    model = build(case)
+    before = list(model.state_dict())
+    plan, _ = random_plan(dissect(model), 6)
+    cut(model, plan)
+    assert list(model.state_dict()) == before
+
+
+@each_case
+def test_timm_still_knows_the_slim_model(case):
+    model, x = build(case), image(case)
+    plan, _ = random_plan(dissect(model), 7)
+    cut(model, plan)
+    assert model.forward_features(x).shape[-1] == model.num_features
+    assert model.get_classifier() is not None
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+def test_exact_gain_is_the_temperature():
+    model = build(CASES[0])
+    qk, v = (dissect(model).unit(("blocks.0.attn", kind)) for kind in ("qk", "v"))
+    assert exact_gain(qk, 16) == pytest.approx((16 / 64) ** 0.5)
+    assert exact_gain(v, 16) == 1.0
+
+
+def test_what_a_norm_runs_over_is_left_whole():
+    kinds = {}
+    for case in CASES:
+        layers = dissect(build(case)).layers
+        kinds[case.id + str("qk_norm" in case.args)] = {kind for layer in layers for kind in layer.left_whole}
+    assert kinds["beit3_base_patch16_224False"] == {"v", "hidden"}
+    assert kinds["vit_tiny_patch16_224True"] == {"qk"}
+    assert kinds["vit_tiny_patch16_224False"] == set()
+
+
+def test_pooling_heads_are_left_alone():
+    siglip = next(case for case in CASES if "siglip" in case.architecture)
+    anatomy = dissect(build(siglip))
+    assert anatomy.left_alone == ("attn_pool (AttentionPoolLatent)",)
+    assert not [unit for unit in anatomy.units() if unit.layer.startswith("attn_pool")]

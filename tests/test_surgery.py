@@ -1,0 +1,108 @@
+"""What is refused, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from models import SMALL, Case, build
+from torch import nn
+
+from mhacut.errors import PlanError, UnsupportedModelError
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import cut, dissect
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cls"),
+    [
+        ("swin_tiny_patch4_window7_224", "WindowAttention"),
+        ("xcit_nano_12_p16_224", "XCA"),
+        ("cait_xxs24_224", "TalkingHeadAttn"),
+        ("pvt_v2_b0", "timm.models.pvt_v2.Attention"),
+        ("levit_128s", "AttentionDownsample"),
+        ("eva02_tiny_patch14_224", "EvaAttention"),
+        ("efficientvit_b0", "LiteMLA"),
+        ("convit_tiny", "GPSA"),
+        ("volo_d1_224", "OutlookAttention"),
+        ("mobilevitv2_050", "LinearSelfAttention"),
+        ("maxvit_tiny_tf_224", "AttentionCl"),
+        ("vit_small_patch16_rope_224", "AttentionRope"),
+        ("shvit_s1", "SHSA"),
+        ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
+    ],
+)
+def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    with pytest.raises(UnsupportedModelError, match=cls.replace(".", r"\.")) as refusal:
+        dissect(model)
+    assert "Supported: Attention" in str(refusal.value)
+
+
+def test_a_model_that_mixes_known_and_unknown_attention_is_refused_whole():
+    # Two stages hold timm.layers.Attention, the rest the unregistered CrossAttention.
+    with torch.device("meta"):
+        model = timm.create_model("crossvit_tiny_240")
+    with pytest.raises(UnsupportedModelError, match="CrossAttention"):
+        dissect(model)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "seresnet50", "ecaresnet50t"])
+def test_a_model_without_attention_is_refused(architecture):
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    with pytest.raises(UnsupportedModelError, match="no attention layer"):
+        dissect(model)
+
+
+def test_a_subclass_needs_a_registration_of_its_own():
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+
+    class OtherAttention(type(model.blocks[0].attn)):
+        pass
+
+    model.blocks[1].attn.__class__ = OtherAttention
+    with pytest.raises(UnsupportedModelError, match="OtherAttention.*blocks.1.attn"):
+        dissect(model)
+
+
+def test_a_module_shared_between_layers_is_refused():
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model.blocks[1].attn = model.blocks[0].attn
+    with pytest.raises(UnsupportedModelError, match="shared"):
+        dissect(model)
+
+
+@pytest.mark.parametrize(
+    ("unit", "message"),
+    [
+        (UnitPlan("blocks.9.attn", "v", 64, ((0,),) * 3), "blocks.9.attn"),
+        (UnitPlan("blocks.0.attn", "hidden", 64, ((0,),) * 3), "no unit 'hidden'"),
+        (UnitPlan("blocks.0.attn", "v", 64, ((0,),) * 2), "3 heads of 64"),
+        (UnitPlan("blocks.0.attn", "v", 32, ((0,),) * 3), "the plan is for 3 of 32"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_before_any_tensor_changes(unit, message):
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    good = UnitPlan("blocks.0.attn", "qk", 64, ((0, 1),) * 3)
+    with pytest.raises(PlanError, match=message):
+        cut(model, Plan((good, unit)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_cutting_works_on_shapes_alone():
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    cut(model, Plan((UnitPlan("blocks.0.attn", "v", 64, ((1, 5, 9),) * 3),)))
+    assert model.blocks[0].attn.qkv.weight.shape == (3 * (64 + 64 + 3), 192)
+    assert model.blocks[0].attn.proj.weight.shape == (192, 9)
+
+
+def test_linear_layers_know_their_new_size():
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    cut(model, Plan((UnitPlan("blocks.0.mlp", "hidden", 768, (tuple(range(40)),)),)))
+    for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2):
+        assert isinstance(layer, nn.Linear)
+        assert tuple(layer.weight.shape) == (layer.out_features, layer.in_features)

@@ -1,0 +1,133 @@
+"""Tensor maths against slow, obvious references in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhacut.tensor.attention_difference import logit_energy, output_energy
+from mhacut.tensor.indicator import (
+    THRESHOLD,
+    adjust_scores,
+    initial_indicator,
+    straight_through_mask,
+    top_channels,
+)
+from mhacut.tensor.similarity import cosine_similarity, redundancy, similarity_weight
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_redundancy_of_logit_terms_is_the_cosine_of_rank_one_products():
+    q, k = noise(50, 5, seed=1), noise(50, 5, seed=2)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            if i != j:
+                a, b = torch.outer(q[:, i], k[:, i]), torch.outer(q[:, j], k[:, j])
+                expected[i] += ((a * b).sum() / (a.norm() * b.norm())).abs() / 4
+    found = redundancy(cosine_similarity(q.T @ q), cosine_similarity(k.T @ k))
+    assert torch.allclose(found, expected)
+
+
+def test_dead_channels_are_like_nothing_and_finite():
+    x = noise(20, 4)
+    x[:, 1] = 0
+    cosine = cosine_similarity(x.T @ x)
+    assert torch.equal(cosine[1], torch.eye(4, dtype=torch.float64)[1])
+    assert cosine.isfinite().all()
+
+
+def test_a_repeated_channel_is_redundant_whatever_its_sign_and_size():
+    x = noise(2000, 4)
+    x[:, 3] = -7 * x[:, 0]
+    r = redundancy(cosine_similarity(x.T @ x))
+    assert r[0] == pytest.approx(r[3])
+    assert min(r[0], r[3]) > 5 * max(r[1], r[2])
+    assert redundancy(cosine_similarity(torch.ones(2, 1, 1))).tolist() == [[0.0], [0.0]]
+
+
+def test_similarity_weights_average_one_and_favour_the_distinct():
+    weight = similarity_weight(torch.tensor([[0.1, 0.5, 0.9], [1.0, 1.0, 1.0]]))
+    assert torch.allclose(weight.mean(-1), torch.ones(2))
+    assert weight[0].tolist() == sorted(weight[0].tolist(), reverse=True)
+
+
+def test_logit_energy_is_what_the_logits_lose():
+    q, k = noise(3, 2, 6, 4, seed=1), noise(3, 2, 6, 4, seed=2)
+    energy = logit_energy(q, k)
+
+    def logits(q, k):
+        full = q @ k.transpose(-2, -1)
+        return full - full.mean(-1, keepdim=True)  # softmax ignores what is constant over keys
+
+    for channel in range(4):
+        without = [i for i in range(4) if i != channel]
+        lost = logits(q, k) - logits(q[..., without], k[..., without])
+        assert torch.allclose(energy[:, channel], lost.square().sum((0, 2, 3)))
+
+
+def test_output_energy_is_what_the_output_loses():
+    heads, width, out = 2, 3, 5
+    x, columns = noise(40, heads, width, seed=1), noise(out, heads, width, seed=2)
+    energy = output_energy(x.square().sum(0), columns)
+    for head in range(heads):
+        for channel in range(width):
+            lost = torch.outer(x[:, head, channel], columns[:, head, channel])
+            assert energy[head, channel] == pytest.approx(float(lost.square().sum()))
+
+
+@given(seed=seeds, heads=st.integers(1, 4), channels=st.integers(1, 9))
+@settings(deadline=None)
+def test_every_score_starts_above_the_threshold(seed, heads, channels):
+    weight = similarity_weight(noise(heads, channels, seed=seed).sigmoid())
+    difference = noise(heads, channels, seed=seed + 1).exp()
+    for start in (
+        initial_indicator(difference, (heads, channels), weight),
+        initial_indicator(None, (heads, channels), weight),
+        initial_indicator(torch.zeros_like(difference), (heads, channels), weight),
+    ):
+        assert (start * weight > THRESHOLD).all()
+
+
+def test_channels_that_matter_more_start_higher():
+    difference = torch.tensor([[1.0, 4.0, 2.0, 8.0]], dtype=torch.float64)
+    start = initial_indicator(difference, (1, 4), torch.ones(1, 4, dtype=torch.float64))
+    assert start[0].argsort().tolist() == [0, 2, 1, 3]
+
+
+@given(data=st.data(), heads=st.integers(1, 4), channels=st.integers(1, 8))
+@settings(deadline=None)
+def test_adjusted_scores_keep_exactly_the_width_in_every_head(data, heads, channels):
+    # Few distinct values, so that ties are common.
+    values = st.sampled_from([0.0, 0.25, 0.4999999, 0.5, 0.5000001, 0.6, 1e6, -3.0])
+    rows = data.draw(st.lists(st.lists(values, min_size=channels, max_size=channels), min_size=heads, max_size=heads))
+    width = data.draw(st.integers(1, channels))
+    for dtype in (torch.float32, torch.float64):
+        score = torch.tensor(rows, dtype=dtype)
+        mask = straight_through_mask(adjust_scores(score, width))
+        kept = [tuple(row.nonzero()[:, 0].tolist()) for row in mask]
+        assert kept == [slow_top(row, width) for row in score.tolist()]
+        assert tuple(kept) == top_channels(score, width)
+
+
+def slow_top(row, width):
+    return tuple(sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:width]))
+
+
+def test_gradients_pass_masks_and_adjustment_as_through_the_identity():
+    score = torch.tensor([[0.2, 0.9, 0.9, 0.4]], requires_grad=True)
+    factor = torch.tensor([[1.0, -2.0, 3.0, 5.0]])
+    (straight_through_mask(adjust_scores(score, 1)) * factor).sum().backward()
+    assert torch.equal(score.grad, factor)
+
+
+def test_nan_scores_are_refused_not_kept():
+    with pytest.raises(ValueError, match="finite"):
+        top_channels(torch.tensor([[0.1, float("nan")]]), 1)
