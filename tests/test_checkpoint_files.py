@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -150,6 +151,11 @@ def test_a_folder_needs_timms_config(tmp_path, good):
             True,
         ),
         ({"state_dict": TENSORS, "model": {}}, "state_dict", False),
+        (
+            {"model": TENSORS, "args": argparse.Namespace(lr=1e-3), "optimizer": {"m": [torch.ones(3)]}},
+            "model",
+            False,
+        ),
         ({"state_dict": {}, "model_ema": TENSORS}, "model_ema", False),
         ({"state_dict": TENSORS, "state_dict_ema": None}, "state_dict", False),
     ],

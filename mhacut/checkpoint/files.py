@@ -422,7 +422,7 @@ def _blocked(path: Path, reason: str) -> str:
     except Exception:  # legacy files and bare pickles cannot be listed
         names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
     if not names:
-        return "a pickle, but not a torch checkpoint that can be loaded safely; save the state dict with torch.save"
+        return "a pickle, but no torch checkpoint that loads safely; save the state dict with torch.save"
     listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     convert = (
         "If you trust where it comes from, convert it where it can do no harm: "

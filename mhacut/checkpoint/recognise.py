@@ -23,8 +23,15 @@ from mhacut.errors import CheckpointError, MhacutError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-SEARCHED_FAMILIES = ("vision_transformer", "deit", "pit", "naflexvit")
-"""timm modules searched when nobody says which model a file is; others need ``--model``."""
+SEARCHED_FAMILIES = {
+    "vision_transformer": "blocks.",
+    "deit": "blocks.",
+    "vision_transformer_hybrid": "patch_embed.backbone.",
+    "pit": "transformers.",
+    "naflexvit": "embeds.",
+}
+"""timm modules searched when nobody says which model a file is, and how some name in any file of theirs
+begins. Models of other modules need ``--model``."""
 
 _DENSE_TO_FILE = 64
 """A file may not describe a dense model this many times its own size: no cut goes so deep."""
@@ -115,6 +122,8 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
         limit: tensors of the file that states the identity; building stops when it would be out of all
             proportion to them. None for a model the user named.
     """
+    if limit is not None:
+        _check_depth(identity, len(limit))
     with torch.device("meta"), _limited(identity.architecture, limit):
         model = _create(identity)
     if limit is not None:
@@ -335,7 +344,9 @@ def _plausible(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
     import timm
 
     patch = shapes.get("patch_embed.proj.weight", shapes.get("embeds.proj.weight", (0,)))[-1]
-    for family in SEARCHED_FAMILIES:
+    for family, telltale in SEARCHED_FAMILIES.items():
+        if not any(name.startswith(telltale) for name in shapes):
+            continue
         for name in timm.list_models(module=family):
             named_patch = re.search(r"patch(\d+)", name)
             if patch and "patch_size" not in args and named_patch and int(named_patch[1]) != patch:
@@ -403,13 +414,21 @@ def _check_name(header: FileHeader, name: str, origin: str) -> None:
         raise CheckpointError(f"{show(header.path)}: {origin}: {unknown_model(name)}")
 
 
+def _check_depth(identity: ModelIdentity, tensors: int) -> None:
+    """A block has tensors; a depth beyond their number would keep timm busy before it built the first."""
+    for name, value in identity.model_args.items():
+        depths = value if isinstance(value, list) else [value]
+        if name.startswith("depth") and any(isinstance(n, int) and n > tensors for n in depths):
+            raise CheckpointError(_out_of_proportion(identity.architecture))
+
+
 @contextmanager
 def _limited(architecture: str, limit: Mapping[str, TensorInfo] | None) -> Iterator[None]:
     """Stops the construction of a model that has many times the tensors or parameters of the file."""
     if limit is None:
         yield
         return
-    tensors_left = _DENSE_TO_FILE * len(limit)
+    tensors_left = 4 * len(limit) + 100  # a cut takes no tensor away; some are registered twice
     parameters_left = (
         _DENSE_TO_FILE * sum(math.prod(info.shape) for info in limit.values()) + _SPARE_PARAMETERS
     )
@@ -431,8 +450,8 @@ def _limited(architecture: str, limit: Mapping[str, TensorInfo] | None) -> Itera
 
 def _out_of_proportion(architecture: str) -> str:
     return (
-        f"the model the file describes ({architecture} with its model_args) is more than {_DENSE_TO_FILE} "
-        "times as large as the tensors in it; nothing was built"
+        f"the model the file describes ({architecture} with its model_args) is out of all "
+        "proportion to the tensors in it; nothing was built"
     )
 
 
