@@ -249,8 +249,15 @@ def test_a_file_of_another_library_is_told_so(tmp_path):
     save_file({f"encoder.{i}": torch.ones(1) for i in range(2000)}, path)
     message = refusal(path, model=NAME)
     assert "2000 unexpected" in message
-    assert "no tensor name agrees" in message
+    assert "most tensor names are not that model's" in message
     assert len(message) < 2000
+
+
+def test_a_wrong_patch_size_does_not_mislead_about_the_image(dense):
+    message = refusal(dense[1], model=NAME, model_args={"embed_dim": 48, "num_heads": 3})
+    assert "--model-arg patch_size=8?" in message
+    assert "--model-arg depth=2?" in message
+    assert "img_size=" not in message.split("\n")[0]
 
 
 def test_an_average_pooled_file_hints_at_global_pool(tmp_path):
@@ -456,9 +463,9 @@ def elsewhere(units):
     ("changes", "says"),
     [
         ({"plan": widened}, "the model has 1 heads of 192 channels, the plan is for 1 of 1000000000"),
-        ({"plan": one_less}, "0 missing, 0 unexpected, 3 of another shape"),
+        ({"plan": one_less}, "0 missing, 0 unexpected, 3 of another shape\n"),
         ({"plan": elsewhere}, "the model has no unit"),
-        ({"plan": lambda units: []}, "of another shape"),
+        ({"plan": lambda units: []}, "metadata states and its tensors disagree"),
         (
             {"architecture": "resnet18", "model_args": {}, "pretrained_cfg": {}},
             "no attention layer mhacut can cut",

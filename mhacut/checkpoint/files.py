@@ -29,6 +29,8 @@ Format = Literal["safetensors", "torch"]
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
+_MAX_TENSORS = 100_000
+"""The largest model of timm has about 3,000."""
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_CONFIG_BYTES = 4 * 2**20
 _WEIGHT_FILES = (
@@ -264,6 +266,8 @@ def _safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], d
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ of a safetensors file maps text to text")
+    if len(document) > _MAX_TENSORS:
+        raise CheckpointError(f"{where}: {len(document)} tensors, expected at most {_MAX_TENSORS}")
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in document.items():

@@ -215,7 +215,7 @@ def _recognise_slim(header: FileHeader, record: SlimRecord) -> Recognised:
         text = str(error)
         where = show(header.path)
         raise CheckpointError(text if text.startswith(where) else f"{where}: metadata: {text}") from error
-    check_fit(header, known.skeleton, known.identity)
+    check_fit(header, known.skeleton, known.identity, stated=True)
     return known
 
 

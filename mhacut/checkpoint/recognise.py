@@ -38,6 +38,10 @@ _DENSE_TO_FILE = 64
 _SPARE_PARAMETERS = 2**24
 _SPARE_BUFFERS = 2**26
 _TOLD = 5
+_SELF_CONTRADICTION = (
+    "what the file's metadata states and its tensors disagree: it was edited or damaged; "
+    "prune the dense model again"
+)
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,18 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def check_fit(header: FileHeader, expected: nn.Module, identity: ModelIdentity) -> None:
+def check_fit(
+    header: FileHeader, expected: nn.Module, identity: ModelIdentity, *, stated: bool = False
+) -> None:
     """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``.
 
     Counts and the first few names of what is missing, unexpected, or of another shape or kind of dtype.
+
+    Args:
+        header: of the file.
+        expected: the model, on any device.
+        identity: of the dense model, for the message.
+        stated: the file says itself which model it is, so that other arguments cannot help.
     """
     wanted: dict[str, Tensor] = expected.state_dict()
     found = header.tensors
@@ -196,7 +208,8 @@ def check_fit(header: FileHeader, expected: nn.Module, identity: ModelIdentity) 
                 f"{name!r:.150} expected {list(wanted[name].shape)}, found {list(found[name].shape)}"
             ),
         )
-        lines += [f"  {hint}" for hint in _hints(wanted, found, missing, unexpected, other)]
+        hints = [_SELF_CONTRADICTION] if stated else _hints(wanted, found, missing, unexpected, other)
+        lines += [f"  {hint}" for hint in hints]
         raise CheckpointError("\n".join(lines))
 
 
@@ -301,6 +314,9 @@ def _img_size(model: Any, shapes: Shapes) -> int | None:
     patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
     if not isinstance(expected, Tensor) or found is None or tuple(expected.shape) == found:
         return None
+    patches_found = shapes.get("patch_embed.proj.weight", ())[-1:]
+    if patches_found and isinstance(patch_size, tuple) and patches_found != tuple(patch_size[-1:]):
+        return None  # patches of another size: the grid would be misread
     if len(found) != 3 or expected.dim() != 3 or found[2] != expected.shape[2] or found[0] != 1:
         return None
     if not isinstance(patches, int) or not isinstance(patch_size, tuple) or patch_size[0] != patch_size[1]:
@@ -475,8 +491,9 @@ def _hints(
     other: list[str],
 ) -> list[str]:
     """What to try next, told from the pattern of what differs."""
-    if not any(name in found for name in wanted):
-        return ["no tensor name agrees: is this checkpoint of another model or library? say --model NAME"]
+    kinds_wanted, kinds_found = {_kind(name) for name in wanted}, {_kind(name) for name in found}
+    if len(kinds_wanted & kinds_found) < len(kinds_found) / 2:
+        return ["most tensor names are not that model's: is it of another model or library? say --model NAME"]
     hints = []
     blocks = {name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)}
     of_blocks = [name for name in missing + unexpected if re.match(r"blocks\.\d+\.", name)]
@@ -512,6 +529,11 @@ def _hints(
             "and its own slim files"
         )
     return hints
+
+
+def _kind(name: str) -> str:
+    """``blocks.7.attn.qkv.weight`` without the number, which only the depth decides."""
+    return re.sub(r"\.\d+\.", ".", name)
 
 
 def _is_float(dtype: torch.dtype) -> bool:
