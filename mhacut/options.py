@@ -1,11 +1,12 @@
-"""The options of ``prune``: one place for names, defaults and limits; flags, arguments and YAML keys are these."""
+"""The options of every command: one place for names, defaults and limits; flags, arguments, YAML keys are these."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from mhacut.errors import UsageError
 
@@ -13,6 +14,9 @@ Scope = Literal["attention", "attention+mlp"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 PathLike = str | os.PathLike[str]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,74 @@ class SearchOptions:
             require(flag, value, 0 <= value < float("inf"), "at least 0")
 
 
+class Flat:
+    """Options in groups that are also known by flat names, as flags and YAML keys have them."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def _groups(cls) -> dict[str, type[Any]]:
+        return {name: _GROUPS[name] for name in cls.__dataclass_fields__ if name in _GROUPS}
+
+    @classmethod
+    def types(cls) -> dict[str, Any]:
+        """Every name :meth:`from_flat` takes, with its type."""
+        hints = get_type_hints(cls)
+        types = {name: hints[name] for name in cls.__dataclass_fields__ if name not in _GROUPS}
+        for group in cls._groups().values():
+            types |= {name: get_type_hints(group)[name] for name in group.__dataclass_fields__}
+        return types
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Per flat name what holds when it is not given; names that must be given are left out."""
+        fields = {name: item for name, item in cls.__dataclass_fields__.items() if name not in _GROUPS}
+        for group in cls._groups().values():
+            fields |= group.__dataclass_fields__
+        return {
+            name: item.default if item.default is not MISSING else item.default_factory()
+            for name, item in fields.items()
+            if item.default is not MISSING or item.default_factory is not MISSING
+        }
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> Self:
+        """Options from names as the flags have them, all on one level.
+
+        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
+        10
+
+        Raises:
+            UsageError: a name that is no option, with the one it resembles.
+        """
+        own = dict(values)
+        known = tuple(cls.types())
+        for name in own:
+            if name not in known:
+                raise UsageError(unknown_option(name, known))
+        groups = {
+            name: group(**{key: own.pop(key) for key in list(own) if key in group.__dataclass_fields__})
+            for name, group in cls._groups().items()
+        }
+        return cls(**own, **groups)
+
+    def flat(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
+        values: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            grouped = name in self._groups()
+            values |= (
+                {key: getattr(value, key) for key in value.__dataclass_fields__} if grouped else {name: value}
+            )
+        return {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in values.items()
+        }
+
+
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(Flat):
     """Everything ``mhacut prune`` can be told."""
 
     checkpoint: PathLike
@@ -135,47 +205,54 @@ class PruneOptions:
         require("--calibration-images", self.calibration_images, self.calibration_images >= 1, "at least 1")
         require("--eval-images", self.eval_images, self.eval_images >= 0, "at least 0")
 
-    @classmethod
-    def from_flat(cls, **values: Any) -> PruneOptions:
-        """Options from names as the flags have them, all on one level.
 
-        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
-        10
+@dataclass(frozen=True)
+class EvaluateOptions(Flat):
+    """Everything ``mhacut evaluate`` can be told."""
 
-        Raises:
-            UsageError: a name that is no option, with the one it resembles.
-        """
-        own, groups = dict(values), {}
-        for name, group in _GROUPS.items():
-            groups[name] = group(**{key: own.pop(key) for key in list(own) if key in group.__dataclass_fields__})
-        unknown = sorted(set(own) - set(option_names()))
-        if unknown:
-            raise UsageError(unknown_option(unknown[0], option_names()))
-        return cls(**own, **groups)
+    checkpoint: PathLike
+    """What ``mhacut prune`` reads or writes."""
+    model: str | None = None
+    """timm architecture of a bare checkpoint."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for that architecture."""
+    num_classes: int | None = None
+    """Only asserted: the head's size is read from the file."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+    amp: bool = False
+    """bfloat16 autocast."""
+    data: DataOptions = field(default_factory=DataOptions)
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
 
-    def flat(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
-        values: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            values |= {key: getattr(value, key) for key in value.__dataclass_fields__} if name in _GROUPS else {name: value}
-        return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in values.items()}
-
-
-_GROUPS: dict[str, Any] = {"data": DataOptions, "preprocessing": PreprocessingOptions, "search": SearchOptions}
+    def __post_init__(self) -> None:
+        require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
 
 
-def option_names() -> tuple[str, ...]:
-    """Every name :meth:`PruneOptions.from_flat` takes."""
-    names = [name for name in PruneOptions.__dataclass_fields__ if name not in _GROUPS]
-    for group in _GROUPS.values():
-        names += group.__dataclass_fields__
-    return tuple(names)
+@dataclass(frozen=True)
+class InspectOptions(Flat):
+    """Everything ``mhacut inspect`` can be told."""
+
+    checkpoint: PathLike
+    """What ``mhacut prune`` reads or writes."""
+    model: str | None = None
+    """timm architecture of a bare checkpoint."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for that architecture."""
+    num_classes: int | None = None
+    """Only asserted: the head's size is read from the file."""
+
+
+_GROUPS: dict[str, type[Any]] = {
+    "data": DataOptions,
+    "preprocessing": PreprocessingOptions,
+    "search": SearchOptions,
+}
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name, known, n=1)
     return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
