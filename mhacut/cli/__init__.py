@@ -1,0 +1,10 @@
+"""The command line: the only part of mhacut that prints or exits."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    from mhacut.cli.app import app
+
+    app()

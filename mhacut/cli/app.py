@@ -1,0 +1,71 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mhacut._version import __version__
+from mhacut.cli.evaluate import evaluate
+from mhacut.cli.flags import QUIET, VERBOSE
+from mhacut.cli.inspect import inspect
+from mhacut.cli.prune import prune
+from mhacut.cli.running import Globals
+
+# Markup would eat brackets in help; tracebacks are shown by mhacut.cli.running, without the values of locals.
+app = typer.Typer(
+    name="mhacut",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _Grouped(TyperCommand):
+    """A command whose help lists its flags under headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Output"
+                panel = getattr(parameter, "rich_help_panel", None) or default
+                panels.setdefault(panel, []).append((record[0].removesuffix(" <str>"), record[1]))
+        for heading, records in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mhacut {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help=VERBOSE, show_default=False)
+    ] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Cut channels out of the attention and the MLPs of trained vision transformers.
+
+    FLOPs are multiply-accumulates, attention included. Results go to stdout, everything else to stderr.
+    Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+    """
+    context.obj = Globals(quiet=quiet, verbose=verbose)
+
+
+app.command("prune", cls=_Grouped)(prune)
+app.command("evaluate", cls=_Grouped)(evaluate)
+app.command("inspect", cls=_Grouped)(inspect)

@@ -1,0 +1,109 @@
+"""Options from a YAML file, checked as strictly as flags are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from mhacut.errors import UsageError
+from mhacut.options import unknown_option
+
+_MAX_BYTES = 2**20
+
+
+def read_config(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Args:
+        path: of a mapping from option names, with dashes or underscores, to values.
+        types: of every option by its flat name.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something that is no option or of another type.
+    """
+    import yaml
+
+    where = f"--config {path}"
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
+        document = yaml.safe_load(data)
+    except OSError as error:
+        raise UsageError(f"{where}: {os.strerror(error.errno or 0)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is not YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = str(key).replace("-", "_")
+        if name not in types:
+            raise UsageError(f"{where}: {unknown_option(str(key), _spelled_like(str(key), types))}")
+        if name in values:
+            raise UsageError(f"{where}: {name!r} appears twice, once with dashes and once with underscores")
+        values[name] = convert(value, types[name], f"{where}: {key}")
+    return values
+
+
+def convert(value: object, kind: Any, where: str) -> Any:
+    """``value`` of a flag or a YAML file as the type of its option.
+
+    >>> convert("0.5,0.4,0.4", tuple[float, ...] | None, "--mean")
+    (0.5, 0.4, 0.4)
+    >>> convert("1e-2", float, "lr")  # text to YAML, which wants a dot in numbers
+    0.01
+
+    Raises:
+        UsageError: it is none.
+    """
+    optional = get_origin(kind) in (Union, UnionType)
+    kinds = get_args(kind) if optional else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        return _checked(value, isinstance(value, bool), "true or false", where)
+    if int in kinds:
+        return _checked(
+            value, isinstance(value, int) and not isinstance(value, bool), "a whole number", where
+        )
+    if float in kinds:
+        return _number(value, where)
+    if any(get_origin(option) is tuple for option in kinds):
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return tuple(_number(part, where) for part in parts)
+    if any(get_origin(option) not in (None, Literal, os.PathLike) for option in kinds):
+        held = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return _checked(value, held, "NAME: VALUE pairs", where)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a budget of 2000000000 needs no quotes
+    return _checked(value, isinstance(value, str), "text", where)
+
+
+def _number(value: object, where: str) -> float:
+    number = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    _checked(value, math.isfinite(number), "a number", where)
+    return number
+
+
+def _checked(value: object, holds: bool, expected: str, where: str) -> Any:
+    if not holds:
+        raise UsageError(f"{where}: expected {expected}, found {value!r:.100}")
+    return value
+
+
+def _spelled_like(key: str, types: Mapping[str, Any]) -> tuple[str, ...]:
+    """Option names in the spelling of ``key``, to suggest one of them."""
+    return tuple(name.replace("_", "-") if "-" in key else name for name in types)

@@ -1,0 +1,177 @@
+"""The only printer: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SCHEMA_VERSION = 1
+"""Of the JSON that every command prints under ``--json``."""
+
+_ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def safe(text: object) -> str:
+    r"""``text`` with control, bidi and other invisible characters shown as escapes.
+
+    Names in a checkpoint are anyone's text: printed as they are they can clear the screen, set the window's
+    title or turn the reading order. Brackets stay: nothing here is ever parsed as rich markup.
+
+    >>> print(safe("blocks.0\x1b[2J[red]\u202e"))
+    blocks.0\x1b[2J[red]\u202e
+    """
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char
+        for char in str(text)
+    )
+
+
+def safe_lines(text: object) -> str:
+    """:func:`safe` for a message of several lines."""
+    return "\n".join(map(safe, str(text).split("\n")))
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows in aligned columns; never cut to a width, so that a pipe gets whole names.
+
+    >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
+           dense   slim
+    FLOPs  4.61G  2.00G
+
+    Args:
+        rows: cells, the same number in each; a first row of headings is a row like any other.
+        left: so many columns are aligned left, the others right.
+    """
+    widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            room = " " * (width - _cells(cell))
+            cells.append(cell + room if number < left else room + cell)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(text: str) -> int:
+    """Columns of a terminal that ``text`` takes."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+class Console:
+    """Shows one command to one user; a :class:`mhacut.progress.Reporter`.
+
+    Args:
+        quiet: show nothing but the result and errors.
+        verbose: 0, 1 or 2.
+        as_json: the result is one JSON object.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: int = 0, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.as_json = as_json
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    # -- result --
+
+    def result(self, text: str, document: Mapping[str, Any]) -> None:
+        """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error."""
+        self.finish()
+        if self.as_json:
+            text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, allow_nan=False, indent=2)
+        try:
+            _write(sys.stdout, text)
+        except BrokenPipeError:
+            # Nobody reads on (``| head``). Python flushes stdout again on its way out: give it somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    # -- the rest --
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._say(safe(text))
+
+    def start(self, stage: str) -> None:
+        if self.quiet:
+            return
+        if self._shows_progress():
+            self._start_bar(stage)
+        elif self.verbose:
+            self._say(safe(stage))
+
+    def advance(self, done: int, total: int, detail: str = "") -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total or None, detail=safe(detail))
+
+    def finish(self) -> None:
+        """Take the progress display off the terminal."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def error(self, text: str) -> None:
+        """Print ``text`` whatever the verbosity."""
+        self.finish()
+        self._say(safe_lines(text))
+
+    def traceback(self) -> None:
+        """Print the traceback of the exception that is being handled."""
+        import traceback
+
+        self.finish()
+        self._say(safe_lines(traceback.format_exc().rstrip()))
+
+    def _shows_progress(self) -> bool:
+        return not self.quiet and not self.as_json and sys.stderr.isatty()
+
+    def _start_bar(self, stage: str) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[detail]}", markup=False),
+                TimeElapsedColumn(),
+                console=RichConsole(stderr=True, markup=False, highlight=False, emoji=False),
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._progress.start()
+        elif self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(safe(stage), total=None, detail="")
+
+    def _say(self, line: str) -> None:
+        """One line on stderr, above the progress display if there is one."""
+        if self._progress is None:
+            try:
+                _write(sys.stderr, line)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        else:
+            from rich.text import Text
+
+            encoding = sys.stderr.encoding or "ascii"
+            self._progress.console.print(Text(_encodable(line, encoding)), soft_wrap=True)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(_encodable(text, stream.encoding or "ascii") + "\n")
+    stream.flush()
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """``text`` with what a terminal's encoding lacks as escapes; printing must not be what fails."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)

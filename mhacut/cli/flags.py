@@ -1,0 +1,232 @@
+"""Flags made from options: names, types and defaults are those of :mod:`mhacut.options`, help is here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from ast import literal_eval
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from mhacut.cli.config import convert, read_config
+from mhacut.cli.console import Console
+from mhacut.cli.running import Globals, running
+from mhacut.errors import UsageError
+from mhacut.options import Flat
+
+Body = Callable[[Any, Console], None]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How an option looks on the command line."""
+
+    panel: str
+    """Heading it stands under in the help."""
+    help: str
+    metavar: str | None = None
+    short: str | None = None
+
+
+FLAGS: dict[str, Flag] = {
+    # Only the checkpoint has no dashes.
+    "checkpoint": Flag("", "A .safetensors or .pth file, a timm folder, or timm:NAME.", "CHECKPOINT"),
+    "flops": Flag(
+        "Result",
+        "Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included.",
+        "BUDGET",
+    ),
+    "output": Flag(
+        "Result", "File to write; by default CHECKPOINT's stem and the budget, here.", "FILE", "-o"
+    ),
+    "overwrite": Flag("Result", "Replace FILE if it exists; CHECKPOINT is never replaced."),
+    "dry_run": Flag("Result", "Find the plan and show what it gives; write nothing."),
+    "scope": Flag("Result", "What may be cut."),
+    "round_to": Flag("Result", "Widths are multiples of it.", "N"),
+    "eval_images": Flag(
+        "Result", "Validation images to measure accuracy on, where there are any; 0 for none.", "N"
+    ),
+    "latency": Flag("Result", "Measure latency before and after."),
+    "model": Flag("Model", "timm architecture, for a file that does not say.", "NAME", "-m"),
+    "model_args": Flag(
+        "Model", "Argument of that architecture, img_size=32; may be given again.", "KEY=VALUE"
+    ),
+    "num_classes": Flag("Model", "Refuse a model with another number of classes.", "N"),
+    "data_dir": Flag("Data", "Folder with train/ and val/, or of unlabelled images.", "DIR"),
+    "dataset": Flag("Data", "Dataset as timm names it: hfds/NAME, wds/NAME, torch/NAME.", "NAME"),
+    "class_map": Flag("Data", "Text file: class names in the order of the model's head.", "FILE"),
+    "train_split": Flag("Data", "Split to search on.", "NAME"),
+    "val_split": Flag("Data", "Split to measure accuracy on.", "NAME"),
+    "calibration_images": Flag("Data", "How many images to search on.", "N"),
+    "labels": Flag("Data", "Use labels where there are any."),
+    "workers": Flag("Data", "Processes that load images.", "N", "-j"),
+    "mean": Flag("Preprocessing", "Per channel, for pixels in 0..1; by default the model's own.", "A,B,C"),
+    "std": Flag("Preprocessing", "Per channel; by default the model's own.", "A,B,C"),
+    "crop_pct": Flag("Preprocessing", "Share of the image that the centre crop keeps.", "SHARE"),
+    "interpolation": Flag("Preprocessing", "bicubic, bilinear, ...", "NAME"),
+    "img_size": Flag("Preprocessing", "Height and width in pixels.", "N"),
+    "similarity": Flag("Search", "Weight indicators by how unlike other channels a channel is."),
+    "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
+    "init": Flag("Search", "Where indicators start."),
+    "reweight": Flag("Search", "Train a gain per kept channel, merged into the weights."),
+    "temperature": Flag("Search", "Softmax scale of a cut layer: 1/sqrt(kept width) or as it was."),
+    "steps": Flag("Search", "Optimiser steps.", "N"),
+    "lr": Flag("Search", "Learning rate of indicators.", "RATE"),
+    "gain_lr": Flag("Search", "Learning rate of gains.", "RATE"),
+    "budget_weight": Flag("Search", "Weight of the budget's gradient against the task's.", "WEIGHT"),
+    "label_weight": Flag("Search", "Weight of the cross-entropy beside the distillation loss.", "WEIGHT"),
+    "seed": Flag("Search", "Of everything random.", "N"),
+    "batch_size": Flag("Computing", "Images at a time.", "N", "-b"),
+    "device": Flag("Computing", "auto, cpu, cuda or cuda:N.", "NAME"),
+    "amp": Flag("Computing", "bfloat16 autocast."),
+}
+
+
+def command(options: type[Flat]) -> Callable[[Body], Callable[..., None]]:
+    """Make a command of a function of (options, console); its flags are the fields of ``options``.
+
+    A value is the flag's, else the ``--config`` file's, else the default in ``options``.
+    """
+    types, defaults = options.types(), options.defaults()
+
+    def decorate(body: Body) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            context = given.pop("context")
+            shared = Globals(
+                quiet=given.pop("quiet"), verbose=given.pop("verbose"), as_json=given.pop("json")
+            ).joined(context.obj)
+            with running(shared) as console:
+                body(_options(options, given.pop("config"), given), console)
+
+        run.__name__ = body.__name__
+        run.__doc__ = body.__doc__
+        parameters = [_parameter("context", typer.Context)]
+        parameters += [_flag(name, types[name], defaults.get(name)) for name in _in_panels(types)]
+        parameters += _common()
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _options(options: type[Flat], config: str | None, given: Mapping[str, Any]) -> Flat:
+    """The options object of what was given as flags over what a file holds."""
+    types = options.types()
+    values = {} if config is None else read_config(config, types)
+    for name, value in given.items():
+        if value is None or value == []:
+            continue
+        if name == "model_args":
+            value = {**values.get(name, {}), **dict(map(key_value, value))}
+        values[name] = convert(value, types[name], flag_name(name))
+    for name in types:
+        if name not in values and name not in options.defaults():
+            what = "CHECKPOINT" if name == "checkpoint" else f"{flag_name(name)} {FLAGS[name].metavar}"
+            raise UsageError(f"{what} is missing; see --help")
+    return options.from_flat(**values)
+
+
+def flag_name(name: str) -> str:
+    """The flag of an option.
+
+    >>> flag_name("data_dir"), flag_name("model_args")
+    ('--data-dir', '--model-arg')
+    """
+    return "--model-arg" if name == "model_args" else "--" + name.replace("_", "-")
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """A ``--model-arg``; its value is JSON, else a Python literal, else text.
+
+    >>> key_value("img_size=32"), key_value("qk_norm=True"), key_value("global_pool=avg")
+    (('img_size', 32), ('qk_norm', True), ('global_pool', 'avg'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"--model-arg {text!r}: expected KEY=VALUE, like img_size=32")
+    for read in (json.loads, literal_eval):
+        try:
+            return key, read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return key, value
+
+
+def _in_panels(names: Mapping[str, Any]) -> list[str]:
+    """In the order of :data:`FLAGS`, which keeps panels together."""
+    missing = set(names) - set(FLAGS)
+    if missing:
+        raise LookupError(f"options without a flag: {sorted(missing)}")
+    return [name for name in FLAGS if name in names]
+
+
+def _flag(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    """One flag. Its own default is None, which tells a flag that was not given from one that was."""
+    flag = FLAGS[name]
+    if name == "checkpoint":
+        info: Any = typer.Argument(help=flag.help, metavar=flag.metavar, show_default=False)
+        return _parameter(name, Annotated[str | None, info], None)
+    declared = [flag_name(name)]
+    if kind is bool:
+        declared = [f"{flag_name(name)}/--no-{name.replace('_', '-')}"]
+    if flag.short:
+        declared.append(flag.short)
+    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else flag.metavar
+    info = typer.Option(
+        *declared,
+        help=flag.help + _shown_default(default),
+        metavar=metavar,
+        show_default=False,
+        rich_help_panel=flag.panel,
+    )
+    python: Any = {bool: bool, int: int, float: float}.get(_bare(kind), str)
+    if name == "model_args":
+        python = list[str]
+    return _parameter(name, Annotated[python | None, info], None)
+
+
+def _common() -> list[inspect.Parameter]:
+    """Flags of every command that are no options of its function."""
+    panel = "Output"
+    config = typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE.yaml",
+        help="Read options from a file; keys are the names of flags. Flags win.",
+        rich_help_panel=panel,
+    )
+    as_json = typer.Option("--json", help="Print one JSON object.", rich_help_panel=panel)
+    quiet = typer.Option("--quiet", "-q", help=QUIET, rich_help_panel=panel)
+    verbose = typer.Option(
+        "--verbose", "-v", count=True, help=VERBOSE, show_default=False, rich_help_panel=panel
+    )
+    return [
+        _parameter("config", Annotated[str | None, config], None),
+        _parameter("json", Annotated[bool, as_json], False),
+        _parameter("quiet", Annotated[bool, quiet], False),
+        _parameter("verbose", Annotated[int, verbose], 0),
+    ]
+
+
+QUIET = "Show the result and errors only."
+VERBOSE = "Show stages and what libraries have to say; twice shows more."
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _bare(kind: Any) -> Any:
+    """``int`` of ``int | None``."""
+    known = [part for part in get_args(kind) if part is not type(None)]
+    return known[0] if len(known) == 1 else kind
+
+
+def _shown_default(default: Any) -> str:
+    """Typer would show the flag's own default, which is None."""
+    if default is None or default == {}:
+        return ""
+    return f" (default: { ({True: 'on', False: 'off'}[default] if isinstance(default, bool) else default) })"

@@ -1,0 +1,105 @@
+"""``mhacut prune``."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from mhacut._version import __version__
+from mhacut.cli.console import Console, safe, table
+from mhacut.cli.flags import command
+from mhacut.options import PruneOptions
+from mhacut.quantity import format_flops
+
+if TYPE_CHECKING:
+    from mhacut.pipeline import ModelFigures, PruneResult
+
+
+@command(PruneOptions)
+def prune(options: PruneOptions, console: Console) -> None:
+    """Cut CHECKPOINT down to a budget and write a slim safetensors file.
+
+    Works without data; with --data-dir it searches on your images, and on their labels if there are any.
+    One FLOP is one multiply-accumulate, attention included.
+
+    Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
+    """
+    from mhacut.pipeline import run_prune
+
+    result = run_prune(options, console)
+    console.result(_text(result), _document(result))
+
+
+def _text(result: PruneResult) -> str:
+    dense, slim = result.dense, result.slim
+    rows = [[safe(result.architecture), "dense", "slim", "ratio"]]
+    if dense.evaluation and slim.evaluation:
+        before, after = dense.evaluation.top1, slim.evaluation.top1
+        label = f"top-1, % of {dense.evaluation.images} images"
+        rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
+    for name, count, cut in (
+        ("FLOPs", dense.flops, slim.flops),
+        ("parameters", dense.parameters, slim.parameters),
+    ):
+        rows.append([name, format_flops(count), format_flops(cut), f"{100 * cut / count:.1f}%"])
+    if dense.latency_ms is not None and slim.latency_ms is not None:
+        ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
+        label = f"latency, ms (batch 1, {safe(result.device)})"
+        rows.append([label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio])
+    lines = [table(rows), ""]
+    if result.output is None:
+        lines.append("dry run: nothing was written")
+    else:
+        lines.append(f"saved {safe(result.output)}")
+        lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
+    lines.append(f"searched on {safe(result.data)}")
+    lines += [f"left whole: {safe(line)}" for line in result.left_whole]
+    return "\n".join(lines)
+
+
+def _document(result: PruneResult) -> dict[str, Any]:
+    return {
+        "command": "prune",
+        "mhacut": __version__,
+        "output": None if result.output is None else str(result.output),
+        "architecture": result.architecture,
+        "budget": result.budget,
+        "dense": _figures(result.dense),
+        "slim": _figures(result.slim),
+        "data": result.data,
+        "left_whole": list(result.left_whole),
+        "layers": [
+            {
+                "layer": unit.layer,
+                "kind": unit.kind,
+                "heads": unit.heads,
+                "dense_width": unit.dense_width,
+                "width": unit.width,
+            }
+            for unit in result.plan
+        ],
+        "plan": result.plan.to_json(),
+        "device": result.device,
+        "seconds": dict(result.seconds),
+        "log": [
+            {"step": step.step, "loss": _finite(step.loss), "flops": _finite(step.flops)}
+            for step in result.log
+        ],
+    }
+
+
+def _figures(figures: ModelFigures) -> dict[str, Any]:
+    evaluation = figures.evaluation
+    return {
+        "flops": figures.flops,
+        "parameters": figures.parameters,
+        "latency_ms": figures.latency_ms,
+        "top1": None if evaluation is None else evaluation.top1,
+        "top5": None if evaluation is None else evaluation.top5,
+        "images": None if evaluation is None else evaluation.images,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; a step of the log that had one is no reason to lose the rest."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,85 @@
+"""What every command does around its body: a console, quiet libraries, errors to exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import typer
+
+from mhacut.cli.console import Console
+from mhacut.errors import MhacutError, UsageError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Globals:
+    """Flags that may stand before or after the command's name."""
+
+    quiet: bool = False
+    verbose: int = 0
+    as_json: bool = False
+
+    def joined(self, other: Globals | None) -> Globals:
+        other = other or Globals()
+        return Globals(self.quiet or other.quiet, self.verbose + other.verbose, self.as_json or other.as_json)
+
+
+@contextmanager
+def running(flags: Globals) -> Iterator[Console]:
+    """A console for a command's body, whose errors become messages and exit codes.
+
+    Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
+    traceback.
+    """
+    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json)
+    debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
+    code = 0
+    with _libraries_heard(flags.verbose):
+        try:
+            yield console
+        except KeyboardInterrupt:
+            console.error("interrupted; nothing was left half written")
+            code = INTERRUPTED
+        except MhacutError as error:
+            if debug:
+                console.traceback()
+            console.error(f"error: {error}")
+            code = USAGE if isinstance(error, UsageError) else FAILED
+        except Exception as error:
+            console.traceback()
+            console.error(
+                f"error: {type(error).__name__}, which mhacut did not foresee. Please report it with the lines above"
+            )
+            code = FAILED
+        finally:
+            console.finish()
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _libraries_heard(verbose: int) -> Iterator[None]:
+    """Warnings and logs of torch, timm and others reach stderr only with ``-v``."""
+    before = logging.root.manager.disable
+    handler = logging.StreamHandler(sys.stderr)
+    with warnings.catch_warnings():
+        if verbose:
+            handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+            logging.root.addHandler(handler)
+            logging.root.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+        else:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        try:
+            yield
+        finally:
+            logging.root.removeHandler(handler)
+            logging.disable(before)
