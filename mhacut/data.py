@@ -74,7 +74,7 @@ class Preprocessing:
         object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
         if len(self.input_size) != 3 or min(self.input_size) < 1 or self.input_size[0] not in (1, 3):
             raise DataError(
-                f"input size {self.input_size}: expected (1 or 3 channels, height, width) in pixels (--img-size)"
+                f"input size {self.input_size}: expected (1 or 3 channels, height, width) (--img-size)"
             )
         channels = self.input_size[0]
         for name in ("mean", "std"):
@@ -139,10 +139,12 @@ class Preprocessing:
         """
         explicit = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
         stated = pretrained_cfg.get("input_size")
-        size = model_input_size or (3, 224, 224) if stated is None else model_input_size or tuple(stated)
+        size = tuple(model_input_size or stated or (3, 224, 224))
+        if len(size) != 3:
+            raise DataError(f"input size {size}: expected (channels, height, width)")
         if img_size is not None:
             size = (size[0], img_size, img_size)
-        # timm asserts on a wrong count of channels; the constructor below has something to say about it.
+        # Explicit values are laid over the result: timm would assert on a wrong number of channels.
         config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg))
         for name, value in explicit.items():
             if value is not None:
@@ -351,7 +353,8 @@ def _label_images(folder: _Folder, class_map: Path | None, num_classes: int | No
     if num_classes is not None and len(folder.classes) != num_classes:
         raise DataError(
             f"{folder.path}: {len(folder.classes)} class folders ({_listed(folder.classes)}), "
-            f"the model's head has {num_classes} classes. Name the classes in the head's order with --class-map{hint}"
+            f"the model's head has {num_classes} classes. Name the classes in the head's order with "
+            f"--class-map{hint}"
         )
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]
