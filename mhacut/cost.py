@@ -35,6 +35,14 @@ _NEGLIGIBLE = frozenset(
 def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """FLOPs of one image through ``model``, counted by fvcore.
 
+    Arguments and errors as for :func:`measure_flops_by_module`.
+    """
+    return measure_flops_by_module(model, input_size)[""]
+
+
+def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """FLOPs of one image through each module of ``model``, by name; the model itself is ``""``.
+
     Args:
         model: in eval mode, on any device.
         input_size: [C, H, W].
@@ -54,13 +62,13 @@ def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
         with torch.no_grad():
-            total = int(analysis.total())
+            counted = {name: int(count) for name, count in analysis.by_module().items()}
         uncounted = sorted(set(analysis.unsupported_ops()) - _NEGLIGIBLE)
     if uncounted:
         raise UnsupportedModelError(
             f"FLOPs of {type(model).__name__} cannot be counted: fvcore does not know {', '.join(uncounted)}"
         )
-    return total
+    return counted
 
 
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:

@@ -1,4 +1,4 @@
-"""The options of every command: one place for names, defaults and limits; flags, arguments, YAML keys are these."""
+"""The options of every command: one place for names, defaults and limits. Flags and YAML keys are these."""
 
 from __future__ import annotations
 

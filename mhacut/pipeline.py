@@ -23,8 +23,9 @@ from mhacut.data import CalibrationImages, Preprocessing, calibration_images, ev
 from mhacut.device import resolve_device
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
+from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
-from mhacut.modelinfo import classifier_size, left_whole, model_input_size
+from mhacut.modelinfo import classifier_size, left_whole
 from mhacut.options import PathLike, PruneOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.progress import Reporter, Silent
@@ -106,7 +107,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     if not options.dry_run:
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)
     dense = loaded.model.requires_grad_(False)
-    preprocessing = resolve_preprocessing(loaded, options)
+    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     anatomy = dissect(dense)
     table = build_cost_table(dense, anatomy, preprocessing.input_size)
     kinds = _KINDS[options.scope]
@@ -176,21 +177,6 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         device=str(device),
         seconds=clock.seconds,
         log=found.log,
-    )
-
-
-def resolve_preprocessing(loaded: LoadedModel, options: PruneOptions) -> Preprocessing:
-    """What images go through: stated by the slim file or timm's pretrained_cfg, flags on top."""
-    stated = loaded.identity.pretrained_cfg if loaded.record is None else loaded.record.preprocessing
-    override = options.preprocessing
-    return Preprocessing.resolve(
-        stated,
-        model_input_size(loaded.model, loaded.identity.pretrained_cfg),
-        mean=override.mean,
-        std=override.std,
-        crop_pct=override.crop_pct,
-        interpolation=override.interpolation,
-        img_size=override.img_size,
     )
 
 

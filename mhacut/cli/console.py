@@ -91,7 +91,7 @@ class Console:
         try:
             _write(sys.stdout, text)
         except BrokenPipeError:
-            # Nobody reads on (``| head``). Python flushes stdout again on its way out: give it somewhere to go.
+            # Nobody reads on (``| head``). Python flushes stdout again at its end: give it somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     # -- the rest --

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from mhacut.cli.console import Console
+from typing import TYPE_CHECKING, Any
+
+from mhacut._version import __version__
+from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
 from mhacut.options import EvaluateOptions
+from mhacut.quantity import format_flops
+
+if TYPE_CHECKING:
+    from mhacut.accuracy import CheckpointAccuracy
+    from mhacut.data import Preprocessing
 
 
 @command(EvaluateOptions)
@@ -15,3 +23,57 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """
+    from mhacut.accuracy import evaluate_checkpoint
+
+    measured = evaluate_checkpoint(options, console)
+    console.result(_text(measured), _document(measured))
+
+
+def _text(measured: CheckpointAccuracy) -> str:
+    evaluation = measured.evaluation
+    rows = [["top-1", f"{evaluation.top1:.2f}%"]]
+    if evaluation.top5 is not None:
+        rows.append(["top-5", f"{evaluation.top5:.2f}%"])
+    rows += [
+        ["images", str(evaluation.images)],
+        ["FLOPs", format_flops(measured.flops)],
+        ["parameters", format_flops(measured.parameters)],
+    ]
+    return "\n".join(
+        [
+            table(rows),
+            "",
+            f"model: {safe(measured.architecture)} from {safe(measured.source)}",
+            f"data: {safe(measured.data)}, in {evaluation.seconds:.1f} s on {safe(measured.device)}",
+            f"preprocessing: {preprocessing_line(measured.preprocessing)}",
+        ]
+    )
+
+
+def preprocessing_line(preprocessing: Preprocessing) -> str:
+    """One line, in the words of the flags."""
+    _, height, width = preprocessing.input_size
+    mean, std = (",".join(f"{n:.4g}" for n in values) for values in (preprocessing.mean, preprocessing.std))
+    return safe(
+        f"{height}x{width}, crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}, "
+        f"{preprocessing.interpolation}, mean {mean}, std {std}"
+    )
+
+
+def _document(measured: CheckpointAccuracy) -> dict[str, Any]:
+    evaluation = measured.evaluation
+    return {
+        "command": "evaluate",
+        "mhacut": __version__,
+        "checkpoint": measured.source,
+        "architecture": measured.architecture,
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "images": evaluation.images,
+        "seconds": evaluation.seconds,
+        "flops": measured.flops,
+        "parameters": measured.parameters,
+        "preprocessing": measured.preprocessing.to_json(),
+        "data": measured.data,
+        "device": measured.device,
+    }

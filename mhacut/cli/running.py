@@ -55,7 +55,7 @@ def running(flags: Globals) -> Iterator[Console]:
         except Exception as error:
             console.traceback()
             console.error(
-                f"error: {type(error).__name__}, which mhacut did not foresee. Please report it with the lines above"
+                f"error: mhacut did not foresee this {type(error).__name__}; please report it with the lines above"
             )
             code = FAILED
         finally:
