@@ -15,12 +15,12 @@ import timm
 import torch
 from PIL import Image
 
-from mhacut import data
 from mhacut.data import (
     Preprocessing,
     calibration_images,
     evaluation_loader,
     has_split,
+    named,
     synthetic_images,
 )
 from mhacut.errors import DataError, UsageError
@@ -510,8 +510,8 @@ def opens(monkeypatch):
     """Makes timm open the given dataset whatever its name."""
 
     def set_to(opened):
-        monkeypatch.setattr(data, "create_dataset", lambda *_, **__: opened)
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: object())
+        monkeypatch.setattr(named, "create_dataset", lambda *_, **__: opened)
+        monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: object())
 
     return set_to
 
@@ -555,7 +555,7 @@ def test_labels_outside_the_head_are_refused(opens) -> None:
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: None)
     for name, package in (("hfds/cifar10", r"mhacut\[hfds\]"), ("wds/imagenet", r"mhacut\[wds\]")):
         with pytest.raises(DataError, match=f"pip install '{package}'"):
             calibration_images(PLAIN, count=1, seed=0, dataset=name)

@@ -1,0 +1,177 @@
+"""Folders of images, listed and checked before one is opened.
+
+timm's own folder reader hides missing data: a missing split silently becomes the whole root, and an empty
+class folder vanishes and shifts the classes after it. So folders are scanned here, classes in timm's order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm.utils.misc import natural_key
+
+from mhacut.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+"""Files that count as images, in lower case."""
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation"),
+}
+"""Folder names tried for a split, in this order; any other split has only its own name."""
+_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The images of one split, listed but not opened."""
+
+    path: Path
+    images: tuple[str, ...]
+    """Relative to ``path``, with forward slashes, sorted."""
+    names: tuple[str, ...]
+    """Class folder of each image; empty text for images that lie in no class folder."""
+    classes: tuple[str, ...]
+    """Class folders in timm's order (2 before 10), empty ones included."""
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Class folders without an image."""
+        held = set(self.names)
+        return tuple(name for name in self.classes if name not in held)
+
+
+def has_split(data_dir: str | os.PathLike[str] | None, dataset: str | None, split: str) -> bool:
+    """Whether images of ``split`` can be asked for: a folder of that name, or any named dataset."""
+    if dataset is not None:
+        return True
+    return data_dir is not None and split_folder(Path(data_dir), split) is not None
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split under its name or an alias of it."""
+    synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
+    for name in (split, *synonyms):
+        if (root / name).is_dir():
+            return root / name
+    return None
+
+
+def _is_split_name(name: str) -> bool:
+    return name in ("test", "testing") or any(name in names for names in SPLIT_NAMES.values())
+
+
+def subfolders(root: Path) -> list[str]:
+    """Names of the visible folders in ``root``, in timm's order of classes."""
+    names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    # natural_key alone leaves the order of "a" and "A" to the file system
+    return sorted(names, key=lambda name: (natural_key(name), name))
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return (", ".join(names[:_TOLD]) + more) or "none"
+
+
+def find_folder(root: Path, split: str, flag: str) -> Path:
+    """The folder to read for ``split``: its own, or ``root`` itself if that holds no splits at all.
+
+    Raises:
+        DataError: no such directory, or a root of other splits.
+    """
+    if not root.exists():
+        raise DataError(f"{root}: no such directory (--data-dir)")
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file; --data-dir expects a directory with images")
+    folder = split_folder(root, split)
+    if folder is not None:
+        return folder
+    folders = subfolders(root)
+    if any(_is_split_name(name) for name in folders):
+        raise DataError(
+            f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with {flag}"
+        )
+    return root
+
+
+def scan(folder: Path) -> Folder:
+    """Every image under ``folder``; the first folder on the way to an image is its class.
+
+    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are not looked at.
+    """
+    found: list[tuple[str, str]] = []
+    for at, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(at).relative_to(folder)
+        name = inside.parts[0] if inside.parts else ""
+        for file in files:
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
+                found.append(((inside / file).as_posix(), name))
+    # by name, so that no choice depends on the order in which a file system lists files
+    found.sort()
+    images, names = tuple(image for image, _ in found), tuple(name for _, name in found)
+    return Folder(folder, images, names, tuple(subfolders(folder)))
+
+
+def read_class_map(path: Path, num_classes: int | None) -> dict[str, int]:
+    """Class name to index: one name a line, in the order of the model's head.
+
+    Raises:
+        DataError: unreadable, a name twice, or not as many names as the head has classes.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: class map cannot be read: {error} (--class-map)") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    names = [line.strip() for line in lines]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise DataError(
+            f"{path}: class map names {twice[0]!r} twice; expected one class a line (--class-map)"
+        )
+    if num_classes is not None and len(names) != num_classes:
+        raise DataError(
+            f"{path}: class map names {len(names)} classes, the model's head has {num_classes}; "
+            "expected one class a line in the head's order (--class-map)"
+        )
+    return {name: index for index, name in enumerate(names)}
+
+
+def label_images(folder: Folder, class_map: Path | None, num_classes: int | None, hint: str) -> list[int]:
+    """The class index of every image.
+
+    Raises:
+        DataError: images outside class folders, an empty class folder, or classes that are not the head's.
+    """
+    if "" in folder.names:
+        stray = folder.images[folder.names.index("")]
+        raise DataError(
+            f"{folder.path}: {stray} lies beside the class folders {listed(folder.classes)}; "
+            f"expected every image in the folder of its class{hint}"
+        )
+    if class_map is not None:
+        index = read_class_map(class_map, num_classes)
+        unknown = [name for name in folder.classes if name not in index and name not in folder.empty]
+        if unknown:
+            raise DataError(
+                f"{folder.path}: class folders not in {class_map}: {listed(unknown)} (--class-map)"
+            )
+        return [index[name] for name in folder.names]
+    if folder.empty:
+        raise DataError(
+            f"{folder.path}: class folders without images: {listed(folder.empty)}; without them the classes "
+            "after them would shift. Fill them, or name the classes in the head's order with --class-map"
+        )
+    if num_classes is not None and len(folder.classes) != num_classes:
+        raise DataError(
+            f"{folder.path}: {len(folder.classes)} class folders ({listed(folder.classes)}), "
+            f"the model's head has {num_classes} classes. Name the classes in the head's order with "
+            f"--class-map{hint}"
+        )
+    index = {name: number for number, name in enumerate(folder.classes)}
+    return [index[name] for name in folder.names]

@@ -1,0 +1,131 @@
+"""Datasets that timm knows by name: ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME``, ``torch/NAME``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from mhacut.data.folders import read_class_map
+from mhacut.data.preprocessing import Preprocessing
+from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
+from mhacut.errors import DataError, UsageError
+
+_EXTRAS = {
+    "hfds": ("datasets", "mhacut[hfds]"),
+    "hfids": ("datasets", "mhacut[hfds]"),
+    "wds": ("webdataset", "mhacut[wds]"),
+    "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
+}
+"""Per prefix of a dataset name: the module it needs, and what to install for it."""
+
+
+class NamedImages(Dataset[Sample]):
+    """A dataset of timm's or torchvision's with random access, unreadable images told instead of replaced."""
+
+    def __init__(self, name: str, opened: Any, indices: Sequence[int], preprocessing: Preprocessing) -> None:
+        self.name, self.opened, self.indices = name, opened, indices
+        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        position = self.indices[index]
+        reader = getattr(self.opened, "reader", None)
+        target: Any = -1
+        try:
+            # Past timm's ImageDataset, which puts the next image in place of one it cannot read.
+            source, target = (self.opened if reader is None else reader)[position]
+            if isinstance(source, Image.Image):
+                picture = source.convert("RGB" if self._channels == 3 else "L")
+            else:
+                picture = open_image(source, self._channels)
+        except UNREADABLE as error:
+            return Unreadable(f"{self.name}[{position}]", reason_of(error)), -1
+        return self._transform(picture), -1 if target is None else int(target)
+
+
+class NamedStream(IterableDataset[Sample]):
+    """A dataset of timm's that can only be read from its beginning."""
+
+    def __init__(self, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
+        self.opened, self.limit = opened, limit
+        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number, (picture, target) in enumerate(self.opened):
+            if self.limit is not None and number == self.limit:
+                return
+            mode = "RGB" if self._channels == 3 else "L"
+            yield self._transform(picture.convert(mode)), -1 if target is None else int(target)
+
+
+def open_named(
+    name: str,
+    root: Path | None,
+    split: str,
+    class_map: Path | None,
+    num_classes: int | None,
+    *,
+    seed: int | None = None,
+    check_classes: bool,
+) -> Any:
+    """The dataset timm knows by that name; shuffled with ``seed`` where it is a stream.
+
+    Raises:
+        DataError: an extra is missing, it cannot be opened, or its classes are not the head's.
+    """
+    prefix, slash, rest = name.partition("/")
+    prefix = prefix.lower()
+    if not (slash and rest) or prefix not in (*_EXTRAS, "torch"):
+        raise UsageError(
+            f"--dataset {name!r}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
+            "for a folder use --data-dir"
+        )
+    module, package = _EXTRAS.get(prefix, ("torchvision", "torchvision"))
+    if importlib.util.find_spec(module) is None:
+        raise DataError(f"--dataset {name}: needs the package {module}; pip install '{package}'")
+    mapped = read_class_map(class_map, num_classes) if class_map is not None else None
+    if prefix == "torch" and mapped is not None:
+        raise UsageError(f"--dataset {name}: torchvision's datasets take no --class-map")
+    streamed = {} if prefix in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
+    try:
+        opened = create_dataset(
+            name, root=None if root is None else str(root), split=split, class_map=mapped, **streamed
+        )
+    # Whatever a third party's loader raises, from a refused connection to an assertion, says what is wrong.
+    except Exception as error:
+        raise DataError(
+            f"--dataset {name}, split {split!r}: cannot be opened: {type(error).__name__}: {error}"
+        ) from error
+    known = _class_count(opened)
+    if check_classes and mapped is None and num_classes is not None and known not in (None, num_classes):
+        raise DataError(
+            f"--dataset {name}: {known} classes, the model's head has {num_classes}. "
+            "Name the classes in the head's order with --class-map"
+        )
+    return opened
+
+
+def _class_count(opened: Any) -> int | None:
+    classes = getattr(opened, "classes", None) or getattr(
+        getattr(opened, "reader", None), "class_to_idx", None
+    )
+    return len(classes) if classes else None
+
+
+def targets_of(opened: Any) -> list[object]:
+    """A label per image where they are known without reading images; else one and the same for all."""
+    reader: Any = getattr(opened, "reader", None)
+    if hasattr(reader, "iter_targets"):
+        return list(reader.iter_targets())
+    targets = getattr(opened, "targets", None)
+    if targets is not None and len(targets) == len(opened):
+        return [int(target) for target in targets]
+    return [0] * len(opened)

@@ -1,0 +1,171 @@
+"""How a picture becomes a model's input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+
+from mhacut.errors import DataError, UsageError
+
+SMALL_IMAGE = 64
+"""Pixels. Up to this size images are taken whole unless the model says otherwise for this very size."""
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a model's input."""
+
+    input_size: tuple[int, int, int]
+    """[C, H, W] in pixels."""
+    mean: tuple[float, ...]
+    """Per channel, subtracted from pixels in 0..1."""
+    std: tuple[float, ...]
+    """Per channel, divides what is left."""
+    interpolation: str
+    """Of resizing: ``bicubic``, ``bilinear``, ..."""
+    crop_pct: float
+    """Input size over the size images are resized to before the crop; 1.0 crops nothing off a square."""
+    crop_mode: str
+    """``center``, ``squash`` or ``border``, as in timm."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
+        if len(self.input_size) != 3 or min(self.input_size) < 1 or self.input_size[0] not in (1, 3):
+            raise DataError(
+                f"input size {self.input_size}: expected (1 or 3 channels, height, width) (--img-size)"
+            )
+        channels = self.input_size[0]
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            values = values * channels if len(values) == 1 else values
+            low = 0.0 if name == "std" else -math.inf
+            if len(values) != channels or not all(low < value < math.inf for value in values):
+                kind = "positive " if name == "std" else ""
+                raise DataError(
+                    f"{name} {getattr(self, name)}: expected {channels} {kind}number(s) for "
+                    f"{channels} channel(s), in units of a pixel range of 0..1 (--{name})"
+                )
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "crop_pct", float(self.crop_pct))
+        if not 0 < self.crop_pct <= 1:
+            raise DataError(f"crop_pct {self.crop_pct}: expected above 0, at most 1 (--crop-pct)")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise DataError(
+                f"interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)} "
+                "(--interpolation)"
+            )
+        if self.crop_mode not in _CROP_MODES:
+            raise DataError(f"crop_mode {self.crop_mode!r}: expected one of {', '.join(_CROP_MODES)}")
+
+    @classmethod
+    def resolve(
+        cls,
+        pretrained_cfg: Mapping[str, Any],
+        model_input_size: tuple[int, int, int] | None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+        img_size: int | None = None,
+    ) -> Preprocessing:
+        """What timm's record of a model says, made to fit the model, with explicit values on top.
+
+        The model's own image size wins over the record's. ``crop_pct`` is, in this order: the explicit value;
+        the record's, unless the model is small (64 pixels or less) and the record speaks of another image
+        size; 1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a
+        224-pixel model takes a CIFAR image as it is: no resize, no crop.
+
+        >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
+        >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
+        0.9
+        >>> Preprocessing.resolve(made_for_224, (3, 32, 32)).crop_pct
+        1.0
+
+        Args:
+            pretrained_cfg: timm's ``pretrained_cfg``, or what :meth:`to_json` gave.
+            model_input_size: [C, H, W] that the model was built for; None if it does not say.
+            mean: per channel, or one for all.
+            std: likewise.
+            crop_pct: in (0, 1].
+            interpolation: by its name in timm.
+            img_size: height and width in pixels.
+
+        Raises:
+            UsageError: the explicit values make no sense.
+            DataError: the record does not.
+        """
+        explicit = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
+        stated = pretrained_cfg.get("input_size")
+        size = tuple(model_input_size or stated or (3, 224, 224))
+        if len(size) != 3:
+            raise DataError(f"input size {size}: expected (channels, height, width)")
+        if img_size is not None:
+            size = (size[0], img_size, img_size)
+        # Explicit values are laid over the result: timm would assert on a wrong number of channels.
+        config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg))
+        for name, value in explicit.items():
+            if value is not None:
+                config[name] = value
+        small = max(size[1:]) <= SMALL_IMAGE
+        says_so = pretrained_cfg.get("crop_pct") is not None and (
+            stated is None or tuple(stated)[1:] == tuple(size[1:])
+        )
+        if crop_pct is None and small and not says_so:
+            config["crop_pct"] = 1.0
+        if size[0] == 1 and not pretrained_cfg.get("mean") and mean is None:
+            config["mean"] = (0.5,)
+        if size[0] == 1 and not pretrained_cfg.get("std") and std is None:
+            config["std"] = (0.5,)
+        try:
+            return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+        except DataError as error:
+            if img_size is not None or any(value is not None for value in explicit.values()):
+                raise UsageError(str(error)) from None
+            raise
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, under the names of timm's ``pretrained_cfg``, that :meth:`from_json` reads back."""
+        return {
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Preprocessing:
+        """What :meth:`to_json` wrote; the document may come from an untrusted file.
+
+        Raises:
+            DataError: anything that is not such a document.
+        """
+        if not isinstance(document, Mapping) or set(document) != set(cls.__dataclass_fields__):
+            raise DataError(f"preprocessing: expected {', '.join(cls.__dataclass_fields__)}")
+        try:
+            return cls(**document)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"preprocessing: {error}") from None
+
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """The evaluation transform of timm: picture to normalised [C, H, W] float32."""
+        made: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return made

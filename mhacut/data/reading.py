@@ -1,0 +1,102 @@
+"""Images by index, through the transform; one that cannot be read is told, not replaced by its neighbour."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mhacut.data.preprocessing import Preprocessing
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are no images, cut short, or absurdly large."""
+
+
+def open_image(file: Any, channels: int) -> Image.Image:
+    """The decoded picture as RGB or grey.
+
+    Raises:
+        OSError: or another of ``UNREADABLE``.
+    """
+    with Image.open(file) as opened:
+        opened.load()
+        picture: Image.Image = opened
+        if picture.mode.startswith("I"):
+            # 16 bits: Pillow's own conversion would clip everything above 255 to white
+            picture = Image.fromarray(
+                (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            )
+        elif picture.mode == "F":
+            raise ValueError("pixels are floating point, their range is unknown")
+        elif picture.mode == "P" and "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        return picture.convert("RGB" if channels == 3 else "L")
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, in place of its tensor."""
+
+    file: str
+    reason: str
+
+
+Sample = tuple["Tensor | Unreadable", int]
+
+
+class ImageFiles(Dataset[Sample]):
+    """Images of a folder by index, through the transform."""
+
+    def __init__(
+        self, root: Path, images: Sequence[str], labels: Sequence[int], preprocessing: Preprocessing
+    ) -> None:
+        self.root, self.images, self.labels = root, images, labels
+        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.root / self.images[index]
+        try:
+            picture = open_image(path, self._channels)
+        except UNREADABLE as error:
+            return Unreadable(str(path), reason_of(error, path)), self.labels[index]
+        return self._transform(picture), self.labels[index]
+
+
+def reason_of(error: BaseException, path: object = "") -> str:
+    """Pillow's message without the path, which is told anyway."""
+    return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    bad = [image for image, _ in samples if isinstance(image, Unreadable)]
+    good = [(image, label) for image, label in samples if not isinstance(image, Unreadable)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
+
+
+def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
+    """All indices in a random order in which every group comes up equally often for as long as it lasts.
+
+    >>> order = list(balanced_order(["a"] * 6 + ["b"] * 2, seed=0))
+    >>> sorted(order), sum(index >= 6 for index in order[:4])
+    ([0, 1, 2, 3, 4, 5, 6, 7], 2)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    members: dict[object, list[int]] = {}
+    for index in torch.randperm(len(groups), generator=generator).tolist():
+        members.setdefault(groups[index], []).append(index)
+    for turn in range(max(map(len, members.values()), default=0)):
+        left = [indices[turn] for indices in members.values() if turn < len(indices)]
+        for position in torch.randperm(len(left), generator=generator).tolist():
+            yield left[position]
