@@ -20,6 +20,7 @@ from mhacut.checkpoint.record import (
     checked_pretrained_cfg,
 )
 from mhacut.errors import CheckpointError, MhacutError
+from mhacut.modelinfo import SMALL_IMAGE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -265,6 +266,8 @@ def identity_of(model: nn.Module, architecture: str, args: Mapping[str, Any]) ->
             # They recommend a size for weights of another size.
             cfg.pop("test_input_size", None)
             cfg.pop("test_crop_pct", None)
+            if max(sides) <= SMALL_IMAGE and sides != old[1:]:
+                cfg.pop("crop_pct", None)
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
 
 
