@@ -244,11 +244,13 @@ def test_unreadable_images_are_replaced_and_told_until_too_few_are_left(root) ->
     bad.write_bytes(bad.read_bytes()[:40])
     chosen = calibration_images(PLAIN, count=99, seed=0, data_dir=root)
     assert len(chosen.images) == 11
-    assert "1 unreadable left out (first " in chosen.description
-    assert str(bad) in chosen.description
+    assert "1 unreadable left out (first ant/0.png: " in chosen.description
+    assert str(root) not in chosen.description
     for path in sorted((root / "train").rglob("*.png"))[:7]:
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"7 of 12 images tried cannot be read, 5 are left of the 12 needed"):
+    with pytest.raises(
+        DataError, match=r"7 of 12 images tried under train/ cannot be read, 5 are left of the 12 needed"
+    ):
         calibration_images(PLAIN, count=99, seed=0, data_dir=root)
 
 
@@ -519,6 +521,7 @@ def opens(monkeypatch):
 def test_a_dataset_by_index_gives_a_balanced_choice_and_every_image(opens) -> None:
     opens(Pictures())
     chosen = calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
+    assert chosen.description == "6 of 12 images of torch/any train (with labels)"
     assert chosen.labels.bincount().tolist() == [2, 2, 2]
     assert [level // 20 for level in levels(chosen.images)] == chosen.labels.tolist()
     loader = evaluation_loader(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3)
@@ -536,6 +539,14 @@ def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> 
     opens(Stream(lost=1))
     with pytest.raises(DataError, match="11 images came of 12 announced"):
         list(evaluation_loader(PLAIN, **options))
+
+
+def test_a_dataset_without_images_is_told(opens) -> None:
+    opens(Pictures(per_class=0))
+    with pytest.raises(DataError, match="torch/any, split 'train': holds no images"):
+        calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
+    with pytest.raises(DataError, match="no images came"):
+        list(evaluation_loader(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3))
 
 
 def test_a_dataset_of_other_classes_is_refused(opens) -> None:

@@ -87,7 +87,7 @@ def calibration_images(
     if labelled:
         labels = label_images(folder, class_map, num_classes, ", or leave labels out with --no-labels")
     files = ImageFiles(folder.path, folder.images, labels, preprocessing)
-    where = f"{folder.path.name}/"
+    where = f"under {folder.path.name}/"
     return _choose(files, folder.names, count, seed, where, labelled)
 
 
@@ -109,12 +109,14 @@ def _choose(
             break
     if 2 * len(images) < min(count, len(groups)):
         raise DataError(
-            f"{where}: {len(bad)} of {len(bad) + len(images)} images tried cannot be read, {len(images)} are "
+            f"{len(bad)} of {len(bad) + len(images)} images tried {where} cannot be read, {len(images)} are "
             f"left of the {min(count, len(groups))} needed. First: {bad[0].file}: {bad[0].reason}"
         )
-    told = f"{len(images)} of {len(groups)} images under {where} ({'with' if labelled else 'without'} labels)"
+    told = f"{len(images)} of {len(groups)} images {where} ({'with' if labelled else 'without'} labels)"
     if bad:
-        told += f", {len(bad)} unreadable left out (first {bad[0].file}: {bad[0].reason})"
+        # This text ends up in slim files, which need not know where somebody keeps their images.
+        first = "/".join(Path(bad[0].file).parts[-2:])
+        told += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
     return CalibrationImages(
         torch.stack(images).float(), torch.tensor(labels, dtype=torch.int64) if labelled else None, told
     )
@@ -132,15 +134,17 @@ def _from_named(
     use_labels: bool,
 ) -> CalibrationImages:
     opened = open_named(name, root, split, class_map, num_classes, seed=seed, check_classes=use_labels)
-    where = f"{name} {split}"
+    where = f"of {name} {split}"
     if isinstance(opened, IterableDataset):
         samples = list(NamedStream(opened, count, preprocessing))
         if not samples:
             raise DataError(f"--dataset {name}, split {split!r}: gave no images")
         images, labels, _ = collate(samples)
-        told = f"the first {len(labels)} images of {where}, shuffled"
+        told = f"the first {len(labels)} images {where}, shuffled"
         chosen = CalibrationImages(images, labels, f"{told} ({'with' if use_labels else 'without'} labels)")
     else:
+        if not len(opened):
+            raise DataError(f"--dataset {name}, split {split!r}: holds no images")
         everything = NamedImages(name, opened, range(len(opened)), preprocessing)
         chosen = _choose(everything, targets_of(opened), count, seed, where, use_labels)
     if not use_labels or chosen.labels is None:

@@ -102,7 +102,8 @@ def open_named(
     # Whatever a third party's loader raises, from a refused connection to an assertion, says what is wrong.
     except Exception as error:
         raise DataError(
-            f"--dataset {name}, split {split!r}: cannot be opened: {type(error).__name__}: {error}"
+            f"--dataset {name}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "
+            "(splits are chosen with --train-split and --val-split)"
         ) from error
     known = _class_count(opened)
     if check_classes and mapped is None and num_classes is not None and known not in (None, num_classes):
