@@ -28,7 +28,6 @@ class EvaluationLoader:
         samples: Dataset[Sample] | IterableDataset[Sample],
         *,
         total: int,
-        expected: int | None,
         batch_size: int,
         workers: int,
         num_classes: int | None,
@@ -38,7 +37,6 @@ class EvaluationLoader:
         """What is read, for readers."""
         self.images = total
         """How many images a pass gives; 0 if a stream does not say."""
-        self._expected = expected
         self._batch_size, self._num_classes = batch_size, num_classes
         self._loader: DataLoader[Sample] = DataLoader(
             samples, batch_size=batch_size, num_workers=workers, collate_fn=collate
@@ -68,9 +66,9 @@ class EvaluationLoader:
                 f"{self.description}: {len(bad)} of {seen + len(bad)} images cannot be read, so no accuracy "
                 f"is given. First: {bad[0].file}: {bad[0].reason}. Repair or remove them"
             )
-        if self._expected is not None and seen != self._expected:
+        if self.images and seen != self.images:
             raise DataError(
-                f"{self.description}: {seen} images came of {self._expected} announced; no accuracy is given"
+                f"{self.description}: {seen} images came of {self.images} announced; no accuracy is given"
             )
         if not seen:
             raise DataError(f"{self.description}: no images came")
@@ -131,7 +129,6 @@ def evaluation_loader(
     return EvaluationLoader(
         files,
         total=len(images),
-        expected=len(images),
         batch_size=batch_size,
         workers=workers,
         num_classes=num_classes,
@@ -167,7 +164,6 @@ def _from_named(
     return EvaluationLoader(
         samples,
         total=total,
-        expected=total or None,
         batch_size=batch_size,
         workers=workers,
         num_classes=num_classes,
