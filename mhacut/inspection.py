@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from mhacut.checkpoint.load import LoadedModel
@@ -120,7 +122,7 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
         UsageError: an override makes no sense, or is an image size the model does not take.
         DataError: what the file states makes no sense.
     """
-    stated = loaded.identity.pretrained_cfg if loaded.record is None else loaded.record.preprocessing
+    stated = _of_pretrained_weights(loaded) if loaded.record is None else loaded.record.preprocessing
     built_for = model_input_size(loaded.model, loaded.identity.pretrained_cfg)
     patch_embed: Any = getattr(loaded.model, "patch_embed", None)
     size = override.img_size
@@ -138,6 +140,21 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
         interpolation=override.interpolation,
         img_size=size,
     )
+
+
+def _of_pretrained_weights(loaded: LoadedModel) -> dict[str, Any]:
+    """The dense file's pretrained_cfg, with the image size that its other entries were made for.
+
+    timm writes the size a model is built at over the size of its pretrained weights; the crop beside it
+    stays theirs. A folder's config.json speaks for itself.
+    """
+    cfg = dict(loaded.identity.pretrained_cfg)
+    in_folder = loaded.path is not None and Path(loaded.source) != loaded.path
+    if not in_folder and timm.is_model(loaded.identity.architecture):
+        registered = timm.get_pretrained_cfg(loaded.identity.architecture)
+        if registered is not None and registered.crop_pct == cfg.get("crop_pct"):
+            cfg["input_size"] = registered.input_size
+    return cfg
 
 
 def _name(dtype: torch.dtype) -> str:

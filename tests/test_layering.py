@@ -20,7 +20,8 @@ FLOORS = (
     {"checkpoint", "data", "evaluate", "latency"},
     {"inspection"},
     {"pipeline", "accuracy"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 # Within a floor these may use each other, in this direction only.
 BESIDE = {("options", "errors"), ("plan", "errors"), ("quantity", "errors"), ("device", "errors"), ("evaluate", "data")}

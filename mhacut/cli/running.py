@@ -53,15 +53,28 @@ def running(flags: Globals) -> Iterator[Console]:
             console.error(f"error: {error}")
             code = USAGE if isinstance(error, UsageError) else FAILED
         except Exception as error:
-            console.traceback()
-            console.error(
-                f"error: mhacut did not foresee this {type(error).__name__}; please report it with the lines above"
-            )
-            code = FAILED
+            if _out_of_memory(error) and not debug:
+                console.error("error: out of memory; use a smaller --batch-size, or --device cpu")
+                code = FAILED
+            else:
+                code = _unforeseen(console, error)
         finally:
             console.finish()
     if code:
         raise typer.Exit(code)
+
+
+def _unforeseen(console: Console, error: Exception) -> int:
+    console.traceback()
+    console.error(
+        f"error: mhacut did not foresee this {type(error).__name__}; please report it with the lines above"
+    )
+    return FAILED
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # By name: this module must not import torch, nor wait for it.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextmanager

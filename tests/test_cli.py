@@ -1,0 +1,681 @@
+"""The command line: what it prints where, what it refuses, how it exits."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import typer
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import mhacut
+from mhacut.cli.app import app
+from mhacut.cli.config import convert, read_config
+from mhacut.cli.console import Console, safe, table
+from mhacut.cli.flags import FLAGS
+from mhacut.errors import MhacutError, UsageError
+from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
+
+FAST = ["--steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
+COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions, "inspect": InspectOptions}
+# Flags of every command that are no options of its function.
+COMMON = {"config", "json", "quiet", "verbose", "help"}
+
+
+def run(*arguments, env=None):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The options objects that ``prune`` would have run with."""
+    seen = []
+
+    def run_prune(options, reporter):
+        seen.append(options)
+        raise MhacutError("far enough")
+
+    monkeypatch.setattr("mhacut.pipeline.run_prune", run_prune)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def slim(tiny_vit, tmp_path_factory):
+    path = tmp_path_factory.mktemp("slim") / "slim.safetensors"
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", path, *FAST)
+    assert result.exit_code == 0, result.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An ImageFolder with a val split of 7 classes, two images each."""
+    root = tmp_path_factory.mktemp("images")
+    for label in range(7):
+        folder = root / "val" / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (32, 32), (30 * label, 100 * number, 50)).save(folder / f"{number}.png")
+    return root
+
+
+# --- flags, YAML keys and options are one thing ---
+
+
+def test_flags_are_the_options():
+    group = typer.main.get_command(app)
+    every = set()
+    for name, options in COMMANDS.items():
+        flags = {parameter.name for parameter in group.commands[name].params}
+        assert flags - COMMON == set(options.types())
+        every |= set(options.types())
+    assert every == set(FLAGS)
+
+
+def test_defaults_are_the_options(captured):
+    assert run("prune", "a.safetensors", "--flops", "50%").exit_code == 1
+    assert captured == [PruneOptions("a.safetensors", "50%")]
+
+
+FULL = PruneOptions.from_flat(
+    checkpoint="a.safetensors",
+    flops="2.0G",
+    output="b.safetensors",
+    overwrite=True,
+    dry_run=True,
+    model="vit",
+    model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
+    num_classes=10,
+    scope="attention",
+    round_to=4,
+    calibration_images=7,
+    labels=False,
+    eval_images=0,
+    latency=False,
+    device="cpu",
+    amp=True,
+    data_dir="d",
+    dataset="hfds/x",
+    class_map="m.txt",
+    train_split="t",
+    val_split="v",
+    workers=0,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2,),
+    crop_pct=0.9,
+    interpolation="bilinear",
+    img_size=64,
+    similarity=False,
+    score_adjustment=False,
+    init="uniform",
+    reweight=False,
+    temperature="dense",
+    steps=3,
+    batch_size=2,
+    lr=0.1,
+    gain_lr=0.2,
+    budget_weight=0.3,
+    label_weight=0.4,
+    seed=5,
+)
+
+
+def as_flags(options):
+    flags = []
+    for name, value in options.flat().items():
+        flag = "--" + name.replace("_", "-")
+        if name == "checkpoint":
+            flags.append(value)
+        elif name == "model_args":
+            for key, item in value.items():
+                flags += ["--model-arg", f"{key}={item}"]
+        elif isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return flags
+
+
+def test_every_flag_reaches_its_option(captured):
+    differs = {name for name, value in FULL.flat().items() if PruneOptions.defaults().get(name) != value}
+    assert differs == set(PruneOptions.types()), "give every option of FULL a value that is no default"
+    run("prune", *as_flags(FULL))
+    assert captured == [FULL]
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
+    file = tmp_path / "run.yaml"
+    document = {name.replace("_", separator): value for name, value in FULL.flat().items()}
+    # JSON is YAML
+    file.write_text(json.dumps(document))
+    run("prune", "--config", file)
+    assert captured == [FULL]
+
+
+def test_flags_win_over_the_file(captured, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("flops: 50%\nsteps: 7\nlr: 1e-2\nlabels: false\nmodel-args: {img_size: 32, depth: 6}\n")
+    run("prune", "a", "-c", file, "--steps", "8", "--labels", "--model-arg", "depth=2")
+    (options,) = captured
+    assert (options.flops, options.search.steps, options.search.lr, options.labels) == ("50%", 8, 0.01, True)
+    assert options.model_args == {"img_size": 32, "depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
+        ("data-dirr: x", "did you mean 'data-dir'?"),
+        ("steps: many", "steps: expected a whole number, found 'many'"),
+        ("steps: true", "expected a whole number, found True"),
+        ("amp: 1", "expected true or false, found 1"),
+        ("lr: .nan", "expected a number, found nan"),
+        ("mean: [0.5, x]", "expected a number, found 'x'"),
+        ("output: [a]", "expected text, found ['a']"),
+        ("model-args: 3", "expected NAME: VALUE pairs, found 3"),
+        ("data-dir: a\ndata_dir: b", "'data_dir' appears twice"),
+        ("- 1", "expected lines of NAME: VALUE, found list"),
+        ("a: [", "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+    ],
+)
+def test_config_errors_name_file_and_key(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    result = run("prune", "a", "--flops", "50%", "-c", file)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "run.yaml" in result.stderr
+    assert result.stdout == ""
+
+
+def test_config_that_is_not_there():
+    result = run("prune", "a", "--flops", "1G", "-c", "nowhere.yaml")
+    assert result.exit_code == 2
+    assert "error: --config nowhere.yaml: No such file" in result.stderr
+
+
+def test_empty_config_says_nothing(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("# nothing\n")
+    assert read_config(str(file), PruneOptions.types()) == {}
+
+
+def test_budget_without_a_unit_may_be_a_number():
+    assert convert(2_000_000_000, str, "flops") == "2000000000"
+    with pytest.raises(UsageError, match="flops: expected text, found None"):
+        convert(None, str, "flops")
+
+
+# --- prune ---
+
+
+def test_prune_prints_a_table(tiny_vit, tmp_path):
+    out = tmp_path / "new" / "out [1].safetensors"
+    arguments = [argument for argument in FAST if argument != "--no-latency"]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *arguments)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["vit_tiny_patch16_224", "dense", "slim", "ratio"]
+    assert [line.split("  ")[0] for line in lines[1:4]] == [
+        "FLOPs",
+        "parameters",
+        "latency, ms (batch 1, cpu)",
+    ]
+    assert f"saved {out}" in lines
+    assert f"loads with: mhacut.load_model({str(out)!r})" in lines
+    assert any(line.startswith("searched on 8 synthetic") for line in lines)
+    assert max(map(len, lines[:5])) <= 80
+    assert "num_classes 7" in result.stderr
+    assert mhacut.load_model(out).num_classes == 7
+
+
+def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
+    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", *FAST]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "top-1, % of 14 images" in result.stdout
+    assert "dry run: nothing was written" in result.stdout
+
+
+def test_prune_json(tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--json", *FAST)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    assert document["output"] == str(out)
+    assert document["slim"]["flops"] <= document["budget"] < document["dense"]["flops"]
+    assert document["dense"]["latency_ms"] is None
+    assert len(document["log"]) == 2
+    assert {"reading", "searching", "cutting", "writing"} <= set(document["seconds"])
+    slim = load_file(out)
+    hidden = next(layer for layer in document["layers"] if layer["kind"] == "hidden")
+    assert slim[f"{hidden['layer']}.fc1.weight"].shape[0] == hidden["width"] < hidden["dense_width"]
+    with safe_open(out, "pt") as file:
+        stated = json.loads(file.metadata()["mhacut"])
+    assert stated["plan"] == document["plan"]
+
+
+def test_dry_run_writes_nothing(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *FAST)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["output"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_name_is_stem_and_budget(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("prune", *tiny_vit.flags, "--flops", "700K", *FAST).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-700K.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "code", "message"),
+    [
+        ("5G", 1, "nothing to prune: the model's 1.16M FLOPs are already within 5G"),
+        ("100%", 1, "nothing to prune"),
+        ("10K", 1, "--flops 10K is out of reach: the lowest is "),
+        ("2,0G", 2, "--flops '2,0G' is not a budget; write 2.0G, 600M, 2e9 or 50%"),
+        *((text, 2, "is not a budget") for text in ("nan", "inf", "0", "-1G", "", "2GB", "2.0 G", "1e999")),
+        ("101%", 2, "a share is at most 100%"),
+    ],
+)
+def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code, message):
+    monkeypatch.chdir(tmp_path)
+    result = run("prune", *tiny_vit.flags, f"--flops={budget}", *FAST)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept(tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *FAST)
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert "searching" not in result.stderr
+    assert out.read_bytes() == b"precious"
+    assert run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--overwrite", *FAST).exit_code == 0
+    assert mhacut.load_model(out).num_classes == 7
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_input_is_never_overwritten(slim, tmp_path, link):
+    before = slim.read_bytes()
+    out = slim
+    if link:
+        out = tmp_path / "link.safetensors"
+        out.symlink_to(slim)
+    result = run("prune", slim, "--flops", "90%", "-o", out, "--overwrite", *FAST)
+    assert result.exit_code == 1
+    assert "is the input" in result.stderr
+    assert slim.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "CHECKPOINT is missing"),
+        (["a"], "--flops BUDGET is missing"),
+        (["a", "--flops", "1G", "--scope", "mlp"], "--scope mlp: expected one of attention, attention+mlp"),
+        (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),
+        (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean: expected a number, found 'a'"),
+        (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
+        (["a", "--flops", "1G", "--device", "gpu"], "--device 'gpu' is not a device"),
+        (["a", "--flops", "1G", "--steps", "x"], "--steps"),
+        (["a", "--flops", "1G", "--bogus"], "--bogus"),
+    ],
+)
+def test_usage_errors_exit_2(arguments, message):
+    result = run("prune", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- evaluate and inspect ---
+
+
+def test_evaluate(slim, images):
+    result = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["images"] == 14
+    assert 0 <= document["top1"] <= document["top5"] <= 100
+    assert document["preprocessing"]["input_size"] == [3, 32, 32]
+    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.5")
+    assert told.stdout.splitlines()[0] == f"top-1  {document['top1']:>10.2f}%"
+    assert "mean 0.5,0.5,0.5" in told.stdout
+    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.1,0.2,0.3")
+    assert "mean 0.1,0.2,0.3" in told.stdout
+
+
+def test_small_models_see_whole_images(tiny_vit, slim, images):
+    """The crop of the architecture's 224-pixel weights says nothing about a model of 32 pixels."""
+    for checkpoint in (tiny_vit.flags, [slim]):
+        result = run("evaluate", *checkpoint, "--data-dir", images, "--workers", "0", "--json")
+        assert json.loads(result.stdout)["preprocessing"]["crop_pct"] == 1.0
+
+
+def test_evaluate_needs_images(slim):
+    result = run("evaluate", slim)
+    assert result.exit_code == 2
+    assert "nothing to evaluate on: give --data-dir DIR or --dataset NAME" in result.stderr
+
+
+def test_image_size_the_model_does_not_take(slim, images):
+    result = run("evaluate", slim, "--data-dir", images, "--img-size", "64")
+    assert result.exit_code == 2
+    assert "--img-size 64: the model takes images of 32x32 only" in result.stderr
+
+
+def test_inspect_dense(tiny_vit):
+    result = run("inspect", *tiny_vit.flags)
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["layer", "heads", "qk", "v", "hidden", "FLOPs", "share"]
+    assert lines[1][:4] == ["blocks.0.attn", "3", "16", "16"]
+    assert lines[2][:2] == ["blocks.0.mlp", "192"]
+    assert "7 classes: 1.16M FLOPs, 67.1K parameters" in result.stdout
+
+
+def test_inspect_slim_shows_before_and_after(slim):
+    text = run("inspect", slim).stdout
+    assert "16 -> 8" in text
+    assert "step 1: prune 1.16M -> " in text
+    document = json.loads(run("inspect", slim, "--json").stdout)
+    layers = {layer["layer"]: layer for layer in document["layers"]}
+    assert layers["blocks.0.attn"]["widths"]["qk"] == {"now": 8, "dense": 16}
+    assert document["history"][0]["flops_after"] == document["flops"]
+    assert sum(layer["share"] for layer in document["layers"]) < 1
+
+
+def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, qk_norm=True, **tiny_vit.args)
+    save_file(model.state_dict(), tmp_path / "norm.safetensors")
+    flags = [tmp_path / "norm.safetensors", *tiny_vit.flags[1:], "--model-arg", "qk_norm=True"]
+    document = json.loads(run("inspect", *flags, "--json").stdout)
+    plain = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
+    assert "qk" in document["layers"][0]["left_whole"]
+    assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
+    assert "whole" in run("inspect", *flags).stdout.splitlines()[1]
+
+
+# --- hostile text ---
+
+HOSTILE = "x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
+
+
+def test_safe_shows_what_terminals_obey():
+    assert safe(HOSTILE) == r"x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
+    assert safe("h\u00e9 \u6f22 [b]") == "h\u00e9 \u6f22 [b]"
+    assert safe(os.fsdecode(b"\xff.pth")) == r"\udcff.pth"
+
+
+def assert_harmless(text):
+    assert all(char == "\n" or char.isprintable() for char in text), repr(text)
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate", "prune"])
+def test_hostile_tensor_names(tiny_vit, tmp_path, command, images):
+    tensors = load_file(tiny_vit.path)
+    tensors[HOSTILE] = tensors["norm.weight"].clone()
+    path = tmp_path / "[red]\x1b[2J.safetensors"
+    save_file(tensors, path)
+    extra = {"prune": ["--flops", "50%"], "evaluate": ["--data-dir", images], "inspect": []}[command]
+    result = run(command, path, *tiny_vit.flags[1:], *extra)
+    assert result.exit_code == 1
+    assert_harmless(result.stdout + result.stderr)
+    assert "[red]" in result.stderr
+    assert r"\x1b[2J" in result.stderr
+
+
+def test_hostile_history(slim, tmp_path):
+    with safe_open(slim, "pt") as file:
+        document = json.loads(file.metadata()["mhacut"])
+    document["history"] = [
+        {"command": HOSTILE, "budget": HOSTILE, "flops_before": True, "versions": 3, "data": [HOSTILE]}
+    ]
+    path = tmp_path / "slim.safetensors"
+    save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(document)})
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.stderr
+    assert_harmless(result.stdout + result.stderr)
+    assert r"step 1: x\x1b[2J" in result.stdout
+    assert "? -> ? FLOPs (budget ?)" in result.stdout
+
+
+def test_hostile_architecture(slim, tmp_path):
+    with safe_open(slim, "pt") as file:
+        document = json.loads(file.metadata()["mhacut"])
+    document["architecture"] = HOSTILE
+    path = tmp_path / "slim.safetensors"
+    save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(document)})
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert_harmless(result.stderr)
+    assert "expected the name of a timm model" in result.stderr
+
+
+# --- the printer ---
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@contextmanager
+def terminal(monkeypatch):
+    """Stderr as a terminal; not a fixture, since pytest puts its own stderr back before the test runs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        patch.setenv("TERM", "xterm")
+        patch.delenv("NO_COLOR", raising=False)
+        yield sys.stderr
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    with terminal(monkeypatch) as stream:
+        console = Console()
+        console.start("searching")
+        console.advance(3, 10, "loss [bold] 1\x1b[2J")
+        console.note("a note with [brackets] and \x1b[2J")
+        console.finish()
+    text = stream.getvalue()
+    assert "searching" in text
+    assert r"a note with [brackets] and \x1b[2J" in text
+    assert "\x1b[2J" not in text
+
+
+@pytest.mark.parametrize("settings", [{"quiet": True}, {"as_json": True}])
+def test_no_progress_when_not_wanted(monkeypatch, settings):
+    with terminal(monkeypatch) as stream:
+        console = Console(**settings)
+        console.start("searching")
+        console.advance(3, 10)
+        console.finish()
+    assert stream.getvalue() == ""
+
+
+def test_stages_are_lines_without_a_terminal(capsys):
+    for verbose in (0, 1):
+        console = Console(verbose=verbose)
+        console.start("searching")
+        console.advance(1, 2, "detail")
+        console.finish()
+        assert capsys.readouterr().err == "searching\n" * verbose
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_and_verbose_stand_on_either_side(slim, place):
+    def stderr(flag):
+        return run(*([flag, "inspect", slim] if place == "before" else ["inspect", slim, flag])).stderr
+
+    assert stderr("-q") == ""
+    assert "reading\n" in stderr("-v")
+    assert "reading\n" not in run("inspect", slim).stderr
+
+
+def test_table_is_never_cut():
+    name = "blocks." * 40
+    assert table([["layer", "FLOPs"], [name, "1"]]).splitlines()[1] == f"{name}      1"
+    assert table([["\u6f22", "1"], ["ab", "22"]]).splitlines() == ["\u6f22   1", "ab  22"]
+
+
+# --- what nobody foresaw ---
+
+
+def test_unforeseen_errors_ask_for_a_report(monkeypatch):
+    def fail(options, reporter):
+        raise ZeroDivisionError("[red] \x1b[2J")
+
+    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    result = run("prune", "a", "--flops", "1G")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "please report it" in result.stderr
+    assert_harmless(result.stderr)
+
+
+def test_own_errors_show_a_traceback_on_demand(captured):
+    assert "Traceback" not in run("prune", "a", "--flops", "1G").stderr
+    result = run("prune", "a", "--flops", "1G", env={"MHACUT_DEBUG": "1"})
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: far enough\n")
+    assert result.exit_code == 1
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch):
+    import torch
+
+    def fail(options, reporter):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    result = run("prune", "a", "--flops", "1G")
+    assert result.exit_code == 1
+    assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
+
+
+def test_libraries_are_heard_with_v_only(monkeypatch):
+    def fail(options, reporter):
+        import logging
+        import warnings
+
+        warnings.warn("loud warning", stacklevel=1)
+        logging.getLogger("timm.data").warning("loud log")
+        raise MhacutError("far enough")
+
+    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    assert run("prune", "a", "--flops", "1G").stderr == "error: far enough\n"
+    with pytest.warns(UserWarning, match="loud warning"):
+        assert "timm.data: loud log" in run("prune", "a", "--flops", "1G", "-v").stderr
+
+
+# --- as a process ---
+
+
+def start(*arguments, **settings):
+    command = [sys.executable, "-m", "mhacut", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings.pop("env", {})}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **settings
+    )
+
+
+def test_help_is_fast_and_needs_no_torch():
+    code = (
+        "import sys; from mhacut.cli.app import app; app(['prune', '--help'], standalone_mode=False); "
+        "heavy = {'torch', 'timm', 'rich', 'yaml', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - began)
+        assert result.returncode == 0, result.stderr
+    assert "One FLOP is" in result.stdout
+    assert min(seconds) < 0.7
+
+
+def test_help_groups_flags():
+    text = run("prune", "--help").stdout
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        "Arguments:",
+        "Result:",
+        "Model:",
+        "Data:",
+        "Preprocessing:",
+        "Search:",
+        "Computing:",
+        "Output:",
+    ]
+    assert "(default: 256)" in text
+
+
+def test_version():
+    assert run("--version").stdout == f"mhacut {mhacut.__version__}\n"
+
+
+def test_broken_pipe_ends_quietly(slim):
+    process = start("inspect", slim, "-q")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_ascii_terminal(slim, tmp_path):
+    path = tmp_path / "mod\u00e8le \u6f22.safetensors"
+    path.write_bytes(slim.read_bytes())
+    process = start("evaluate", path, "--data-dir", "nowhere", env={"PYTHONIOENCODING": "ascii"})
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert b"error: nowhere: no such directory" in stderr
+    process = start("inspect", tmp_path / "\u6f22", env={"PYTHONIOENCODING": "ascii"})
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert rb"\u6f22" in stderr
+    assert b"Traceback" not in stderr
+
+
+def test_interrupt(tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    flags = ["--flops", "50%", "-o", out, "--steps", "1000000", "--calibration-images", "8", "-v"]
+    process = start("prune", *tiny_vit.flags, *flags)
+    for line in process.stderr:
+        if line == b"searching\n":
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stdout == b""
+    assert b"interrupted" in stderr
+    assert b"Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
