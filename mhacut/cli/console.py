@@ -98,7 +98,7 @@ class Console:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._say(safe(text))
+            self.say(safe(text))
 
     def start(self, stage: str) -> None:
         if self.quiet:
@@ -106,7 +106,7 @@ class Console:
         if self._shows_progress():
             self._start_bar(stage)
         elif self.verbose:
-            self._say(safe(stage))
+            self.say(safe(stage))
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         if self._progress is not None and self._task is not None:
@@ -121,14 +121,14 @@ class Console:
     def error(self, text: str) -> None:
         """Print ``text`` whatever the verbosity."""
         self.finish()
-        self._say(safe_lines(text))
+        self.say(safe_lines(text))
 
     def traceback(self) -> None:
         """Print the traceback of the exception that is being handled."""
         import traceback
 
         self.finish()
-        self._say(safe_lines(traceback.format_exc().rstrip()))
+        self.say(safe_lines(traceback.format_exc().rstrip()))
 
     def _shows_progress(self) -> bool:
         return not self.quiet and not self.as_json and sys.stderr.isatty()
@@ -153,7 +153,7 @@ class Console:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(safe(stage), total=None, detail="")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """One line on stderr, above the progress display if there is one."""
         if self._progress is None:
             try:

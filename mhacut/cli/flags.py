@@ -99,7 +99,10 @@ def command(options: type[Flat]) -> Callable[[Body], Callable[..., None]]:
                 quiet=given.pop("quiet"), verbose=given.pop("verbose"), as_json=given.pop("json")
             ).joined(context.obj)
             with running(shared) as console:
-                body(_options(options, given.pop("config"), given), console)
+                values = _options(options, given.pop("config"), given)
+                # Bodies import torch and timm, which takes seconds.
+                console.start("starting")
+                body(values, console)
 
         run.__name__ = body.__name__
         run.__doc__ = body.__doc__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import typer
 
-from mhacut.cli.console import Console
+from mhacut.cli.console import Console, safe_lines
 from mhacut.errors import MhacutError, UsageError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -41,7 +40,7 @@ def running(flags: Globals) -> Iterator[Console]:
     console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json)
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
-    with _libraries_heard(flags.verbose):
+    with _libraries_heard(console):
         try:
             yield console
         except KeyboardInterrupt:
@@ -77,16 +76,27 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+class _ToConsole(logging.Handler):
+    """Shows log records above the progress display."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.say(safe_lines(self.format(record)))
+
+
 @contextmanager
-def _libraries_heard(verbose: int) -> Iterator[None]:
+def _libraries_heard(console: Console) -> Iterator[None]:
     """Warnings and logs of torch, timm and others reach stderr only with ``-v``."""
     before = logging.root.manager.disable
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToConsole(console)
     with warnings.catch_warnings():
-        if verbose:
+        if console.verbose:
             handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
             logging.root.addHandler(handler)
-            logging.root.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+            logging.root.setLevel(logging.DEBUG if console.verbose > 1 else logging.INFO)
         else:
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
