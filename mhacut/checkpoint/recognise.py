@@ -267,7 +267,7 @@ def identity_of(model: nn.Module, architecture: str, args: Mapping[str, Any]) ->
             cfg.pop("test_input_size", None)
             cfg.pop("test_crop_pct", None)
             if max(sides) <= SMALL_IMAGE and sides != old[1:]:
-                cfg.pop("crop_pct", None)
+                cfg["crop_pct"] = 1.0
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
 
 
