@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from mhacut.errors import UsageError
@@ -36,8 +36,8 @@ class PreprocessingOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Where images come from."""
+class LabelledImages:
+    """Where images to measure accuracy on come from."""
 
     data_dir: PathLike | None = None
     """An ImageFolder with ``train/`` and ``val/``, or a flat folder of unlabelled images."""
@@ -45,12 +45,18 @@ class DataOptions:
     """A dataset as timm names it: ``hfds/NAME``, ``wds/NAME``, ``torch/NAME``, ``tfds/NAME``."""
     class_map: PathLike | None = None
     """Text file with the class names in the order of the model's head."""
-    train_split: str = "train"
-    """Split to search on."""
     val_split: str = "val"
     """Split to measure accuracy on."""
     workers: int = 2
     """Processes that load images."""
+
+
+@dataclass(frozen=True)
+class DataOptions(LabelledImages):
+    """Where images come from, those to search on too."""
+
+    train_split: str = "train"
+    """Split to search on."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,14 @@ class Flat:
 
     @classmethod
     def _groups(cls) -> dict[str, type[Any]]:
-        return {name: _GROUPS[name] for name in cls.__dataclass_fields__ if name in _GROUPS}
+        """The fields that are dataclasses themselves, with their class."""
+        return {name: kind for name, kind in get_type_hints(cls).items() if is_dataclass(kind)}
 
     @classmethod
     def types(cls) -> dict[str, Any]:
         """Every name :meth:`from_flat` takes, with its type."""
         hints = get_type_hints(cls)
-        types = {name: hints[name] for name in cls.__dataclass_fields__ if name not in _GROUPS}
+        types = {name: hints[name] for name in cls.__dataclass_fields__ if name not in cls._groups()}
         for group in cls._groups().values():
             types |= {name: get_type_hints(group)[name] for name in group.__dataclass_fields__}
         return types
@@ -114,7 +121,7 @@ class Flat:
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Per flat name what holds when it is not given; names that must be given are left out."""
-        fields = {name: item for name, item in cls.__dataclass_fields__.items() if name not in _GROUPS}
+        fields = {name: item for name, item in cls.__dataclass_fields__.items() if name not in cls._groups()}
         for group in cls._groups().values():
             fields |= group.__dataclass_fields__
         return {
@@ -224,7 +231,7 @@ class EvaluateOptions(Flat):
     """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
     amp: bool = False
     """bfloat16 autocast."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: LabelledImages = field(default_factory=LabelledImages)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
 
     def __post_init__(self) -> None:
@@ -243,13 +250,6 @@ class InspectOptions(Flat):
     """Arguments for that architecture."""
     num_classes: int | None = None
     """Only asserted: the head's size is read from the file."""
-
-
-_GROUPS: dict[str, type[Any]] = {
-    "data": DataOptions,
-    "preprocessing": PreprocessingOptions,
-    "search": SearchOptions,
-}
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:

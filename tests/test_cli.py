@@ -166,6 +166,11 @@ def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
     assert captured == [FULL]
 
 
+def test_evaluate_has_no_flag_without_an_effect():
+    assert "train_split" not in EvaluateOptions.types()
+    assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.types())
+
+
 def test_flags_win_over_the_file(captured, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("flops: 50%\nsteps: 7\nlr: 1e-2\nlabels: false\nmodel-args: {img_size: 32, depth: 6}\n")
