@@ -107,7 +107,11 @@ class Flat:
     @classmethod
     def _groups(cls) -> dict[str, type[Any]]:
         """The fields that are dataclasses themselves, with their class."""
-        return {name: kind for name, kind in get_type_hints(cls).items() if is_dataclass(kind)}
+        return {
+            name: kind
+            for name, kind in get_type_hints(cls).items()
+            if isinstance(kind, type) and is_dataclass(kind)
+        }
 
     @classmethod
     def types(cls) -> dict[str, Any]:
