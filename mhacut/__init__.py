@@ -1,9 +1,9 @@
 """Cut channels out of the multi-head attention, and the MLP beside it, of trained vision transformers.
 
-    import mhacut
+import mhacut
 
-    result = mhacut.prune("vit.safetensors", flops="2.0G", data_dir="images/")
-    model = mhacut.load_model(result.output)
+result = mhacut.prune("vit.safetensors", flops="2.0G", data_dir="images/")
+model = mhacut.load_model(result.output)
 """
 
 from __future__ import annotations

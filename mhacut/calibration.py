@@ -24,7 +24,7 @@ class UnitStatistics:
     redundancy: Tensor
     """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""
     difference: Tensor
-    """||A - A without the channel||_F: of the logits for qk, of the layer's output for v and hidden, [H, d]."""
+    """||A - A without the channel||_F, [H, d]: of the logits for qk, of the layer's output otherwise."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Calibration:
 
 
 class _Accumulator:
-    """Sums over images for one unit, float64, on the model's device; its size does not depend on the images."""
+    """Sums over images for one unit, float64, on the model's device; as large for one image as for many."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
@@ -47,14 +47,17 @@ class _Accumulator:
 
     def feed(self, tap: str, activation: Tensor) -> None:
         """Take one batch of one tap, [..., heads * width] with the channels moved last."""
-        channels = activation.detach().unflatten(-1, (self.unit.heads, self.unit.width))
+        activation = activation.detach()
+        channels = activation.reshape(*activation.shape[:-1], self.unit.heads, self.unit.width)
         flat = channels.flatten(0, -3).transpose(0, 1).float()  # (H, rows, d)
         gram = (flat.transpose(-2, -1) @ flat).double()
         self.grams[tap] = self.grams[tap] + gram if tap in self.grams else gram
         if self.unit.kind == "qk":
             self._waiting[tap] = channels
             if len(self._waiting) == 2:
-                query, key = (self._waiting.pop(name).movedim(-2, 1).flatten(2, -2) for name in ("query", "key"))
+                query, key = (
+                    self._waiting.pop(name).movedim(-2, 1).flatten(2, -2) for name in ("query", "key")
+                )
                 energy = logit_energy(query.double(), key.double())
                 self.energy = energy if self.energy is None else self.energy + energy
 
@@ -71,7 +74,7 @@ class _Accumulator:
         columns = columns.reshape(-1, columns.shape[-1])  # (out, offset + H * d + ...)
         columns = columns[:, unit.readout.offset : unit.readout.offset + unit.heads * unit.width]
         second_moment = self.grams[leaving].diagonal(dim1=-2, dim2=-1)
-        energy = output_energy(second_moment, columns.unflatten(-1, (unit.heads, unit.width)))
+        energy = output_energy(second_moment, columns.reshape(-1, unit.heads, unit.width))
         return UnitStatistics(redundancy(cosine_similarity(self.grams[inside])).cpu(), energy.sqrt().cpu())
 
 

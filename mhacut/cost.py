@@ -21,15 +21,13 @@ from mhacut.surgery import Anatomy, UnitKey
 
 # Operators without multiply-accumulates worth counting. An operator that is neither here nor known to fvcore
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
-_NEGLIGIBLE = frozenset(
-    "aten::" + op
-    for op in (
-        "abs add add_ clamp clamp_min clone cat constant_pad_nd copy_ div div_ dropout exp expand_as fill_ gelu gelu_ "
-        "hardtanh log masked_fill max mean min mul mul_ neg norm pad pow reciprocal relu relu_ repeat rsqrt rsub "
-        "scalar_tensor sigmoid sigmoid_ silu silu_ softmax softplus sqrt square stack sub sub_ sum tanh unflatten "
-        "linalg_vector_norm ones_like zeros_like new_zeros triu_ feature_dropout pixel_shuffle rms_norm var where"
-    ).split()
-)
+_NEGLIGIBLE_NAMES = """
+abs add add_ clamp clamp_min clone cat constant_pad_nd copy_ div div_ dropout exp expand_as feature_dropout fill_
+gelu gelu_ hardtanh linalg_vector_norm log masked_fill max mean min mul mul_ neg new_zeros norm ones_like pad
+pixel_shuffle pow reciprocal relu relu_ repeat rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_
+softmax softplus sqrt square stack sub sub_ sum tanh triu_ unflatten var where zeros_like
+"""
+_NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())
 
 
 def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -72,7 +70,7 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
 
 
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
-    """q k^T and A v: B * H * L * S * (E + Ev)."""
+    """Q k^T and A v: B * H * L * S * (E + Ev)."""
     query, key, value = (tuple(tensor.type().sizes()) for tensor in inputs[:3])
     rows = 1
     for size in query[:-1]:

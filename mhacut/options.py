@@ -202,6 +202,8 @@ class PruneOptions(Flat):
     """How many validation images to measure accuracy on; 0 for none."""
     latency: bool = True
     """Measure latency before and after."""
+    latency_batch_size: int = 8
+    """Images at a time when it is measured."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
     amp: bool = False
@@ -214,6 +216,7 @@ class PruneOptions(Flat):
         require_choice("--scope", self.scope, get_args(Scope))
         require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
         require("--calibration-images", self.calibration_images, self.calibration_images >= 1, "at least 1")
+        require("--latency-batch-size", self.latency_batch_size, self.latency_batch_size >= 1, "at least 1")
         require("--eval-images", self.eval_images, self.eval_images >= 0, "at least 0")
 
 

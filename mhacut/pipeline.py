@@ -47,7 +47,7 @@ class ModelFigures:
     flops: int
     parameters: int
     latency_ms: float | None = None
-    """Median of interleaved runs at batch 1; None when not measured."""
+    """Median of interleaved runs, per batch; None when not measured."""
     evaluation: Evaluation | None = None
     """On the validation images; None without any."""
 
@@ -72,12 +72,16 @@ class PruneResult:
     left_whole: tuple[str, ...]
     """What could not be cut exactly, or is never touched, and why."""
     device: str
+    latency_batch_size: int
+    """Images per batch of ``latency_ms``."""
     seconds: Mapping[str, float]
     """Per stage."""
     log: tuple[SearchStep, ...]
 
 
-def prune(checkpoint: PathLike, *, flops: str, reporter: Reporter | None = None, **options: Any) -> PruneResult:
+def prune(
+    checkpoint: PathLike, *, flops: str, reporter: Reporter | None = None, **options: Any
+) -> PruneResult:
     """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
 
     Args:
@@ -90,7 +94,9 @@ def prune(checkpoint: PathLike, *, flops: str, reporter: Reporter | None = None,
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    return run_prune(PruneOptions.from_flat(checkpoint=checkpoint, flops=flops, **options), reporter or Silent())
+    return run_prune(
+        PruneOptions.from_flat(checkpoint=checkpoint, flops=flops, **options), reporter or Silent()
+    )
 
 
 def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
@@ -155,7 +161,9 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     if not options.dry_run:
         clock.start("writing")
         record = _record(options, loaded, found.plan, preprocessing, seen, budget, table.dense, flops)
-        write_slim(target, slim, record, dtypes=loaded.dtypes, overwrite=options.overwrite, input_path=loaded.path)
+        write_slim(
+            target, slim, record, dtypes=loaded.dtypes, overwrite=options.overwrite, input_path=loaded.path
+        )
         slim = _read_back(target, slim, loaded, probe)
 
     clock.start("measuring")
@@ -163,7 +171,8 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     evaluations = _evaluate(models, options, preprocessing, classes, device, reporter)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
-        times = tuple(compare_latency(models, preprocessing.input_size, device=device))
+        batch = options.latency_batch_size
+        times = tuple(compare_latency(models, preprocessing.input_size, batch_size=batch, device=device))
     clock.stop()
     return PruneResult(
         output=None if options.dry_run else target,
@@ -175,6 +184,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         data=seen.description,
         left_whole=whole,
         device=str(device),
+        latency_batch_size=options.latency_batch_size,
         seconds=clock.seconds,
         log=found.log,
     )
@@ -212,7 +222,9 @@ def _reachable(
     return budget
 
 
-def _calibration_images(options: PruneOptions, preprocessing: Preprocessing, classes: int) -> CalibrationImages:
+def _calibration_images(
+    options: PruneOptions, preprocessing: Preprocessing, classes: int
+) -> CalibrationImages:
     data = options.data
     return calibration_images(
         preprocessing,
@@ -234,7 +246,9 @@ def _checked_flops(
     counted = measure_flops(slim, preprocessing.input_size)
     expected = int(table.flops(plan.widths()))
     if counted != expected or counted > budget:
-        raise AssertionError(f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}")
+        raise AssertionError(
+            f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}"
+        )
     return counted
 
 
@@ -256,7 +270,9 @@ def _read_back(target: Path, slim: nn.Module, loaded: LoadedModel, images: Tenso
         parameter.copy_(parameter.to(loaded.dtypes.get(name, parameter.dtype)))
     reloaded = load_model(target)
     if not torch.equal(reloaded(images), slim(images)):
-        raise MhacutError(f"{target}: was written but gives other logits than the model in memory; do not use it")
+        raise MhacutError(
+            f"{target}: was written but gives other logits than the model in memory; do not use it"
+        )
     return reloaded
 
 
@@ -299,7 +315,9 @@ def _record(
 
 
 # Where files lie on the machine that made a slim file is nobody else's business.
-_LOCAL_OPTIONS = frozenset({"checkpoint", "output", "overwrite", "dry_run", "data_dir", "class_map", "workers"})
+_LOCAL_OPTIONS = frozenset(
+    {"checkpoint", "output", "overwrite", "dry_run", "data_dir", "class_map", "workers"}
+)
 
 
 def _evaluate(

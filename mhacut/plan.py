@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class UnitPlan:
                     f"{where}: every head keeps the same number of channels, "
                     f"but head 0 keeps {width} and head {head} keeps {len(channels)}"
                 )
-            if any(a >= b for a, b in zip(channels, channels[1:], strict=False)):
+            if any(a >= b for a, b in itertools.pairwise(channels)):
                 raise PlanError(f"{where}: kept channels of head {head} are not strictly ascending")
             if channels[0] < 0 or channels[-1] >= self.dense_width:
                 raise PlanError(

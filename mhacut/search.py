@@ -1,8 +1,8 @@
 """The search: indicators and reweight gains trained with the dense model as teacher, under a FLOPs budget.
 
 Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the four ingredients:
-similarity weights, score adjustment, initialisation by attention difference, reweight gains. Its equations were
-not available; the formulas are ours, each in one function of :mod:`mhacut.tensor`.
+similarity weights, score adjustment, initialisation by attention difference, reweight gains. Its equations
+were not available; the formulas are ours, each in one function of :mod:`mhacut.tensor`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mhacut.tensor.indicator import (
 )
 from mhacut.tensor.similarity import similarity_weight
 from mhacut.widths import fill_budget, nearest_width, width_choices
+
 
 @dataclass(frozen=True)
 class SearchStep:
@@ -61,14 +62,18 @@ class Divergence:
 
     def __call__(self, outputs: Tensor, teacher: Tensor) -> Tensor:
         if self.classifier:
-            return F.kl_div(outputs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+            return F.kl_div(
+                outputs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
         return (outputs - teacher).square().mean() / teacher.var().clamp_min(1e-12)
 
 
 class _UnitState:
     """Indicator and gain of one unit while they are trained."""
 
-    def __init__(self, unit: Unit, calibration: Calibration, options: SearchOptions, device: torch.device) -> None:
+    def __init__(
+        self, unit: Unit, calibration: Calibration, options: SearchOptions, device: torch.device
+    ) -> None:
         self.unit = unit
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
@@ -80,7 +85,7 @@ class _UnitState:
         self.gain = nn.Parameter(torch.ones(shape, device=device), requires_grad=options.reweight)
 
     def score(self) -> Tensor:
-        """[H, d]"""
+        """[H, d]."""
         return self.weight * self.indicator
 
     def temperature(self, width: float, choice: Temperature) -> float:
@@ -161,7 +166,7 @@ def search(
         if labels is not None and options.label_weight > 0:
             loss = loss + options.label_weight * F.cross_entropy(outputs.float(), labels[chosen].to(device))
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         if plan is None:
             _add_budget_gradient(states, flops, target, options.budget_weight)
         optimiser.step()
@@ -212,7 +217,7 @@ def _soft_gains(
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
-    """Bring the indicators' gradients to unit scale and, above ``target``, add the budget's, likewise scaled."""
+    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, likewise scaled."""
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
     _normalise(grads)
@@ -237,7 +242,9 @@ def _final_plan(states: list[_UnitState], table: CostTable, budget: int, round_t
     """The plan that the indicators stand for, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
-    ranked = {key: score.sort(dim=-1, descending=True).values.mean(0).tolist() for key, score in scores.items()}
+    ranked = {
+        key: score.sort(dim=-1, descending=True).values.mean(0).tolist() for key, score in scores.items()
+    }
     choices = {state.unit.key: width_choices(state.unit.width, round_to) for state in states}
     widths = fill_budget(ranked, choices, table.flops, budget)
     return Plan(

@@ -60,7 +60,9 @@ def dissect(model: nn.Module) -> Anatomy:
         adapter = adapter_for(module)
         if adapter is not None:
             if id(module) in seen:
-                raise UnsupportedModelError(f"{name} and {seen[id(module)]} are one shared module; not supported")
+                raise UnsupportedModelError(
+                    f"{name} and {seen[id(module)]} are one shared module; not supported"
+                )
             seen[id(module)] = name
             layers.append(adapter.describe(name, module))
             return
@@ -104,7 +106,7 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
         model: any model :func:`dissect` accepts, the plan's dense model.
         plan: units not named stay whole.
         gains: [heads, dense_width] per unit, multiplied into the kept channels' contribution (their logits
-            for qk); missing means 1. Relative to the dense model: the softmax temperature stays the dense one.
+            for qk); missing means 1. Relative to the dense model: the softmax temperature stays its own.
 
     Raises:
         PlanError: the plan is not for this model.
@@ -121,7 +123,9 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             unit_plan = unit_plans.get(unit.kind)
             if unit_plan is None:
                 continue
-            gain = torch.full((unit.heads, unit.width), exact_gain(unit, unit_plan.width), dtype=torch.float64)
+            gain = torch.full(
+                (unit.heads, unit.width), exact_gain(unit, unit_plan.width), dtype=torch.float64
+            )
             if gains is not None and unit.key in gains:
                 gain = gain * gains[unit.key].to(gain)
             for axis in unit.gain_axes:
@@ -133,9 +137,7 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             model.set_submodule(layer.name, resized)
 
 
-def masked_tensors(
-    model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]
-) -> dict[str, Tensor]:
+def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]) -> dict[str, Tensor]:
     """The tensors of the masked twin: those of ``model`` with each channel's contribution times its gain.
 
     A gain of 0 removes a channel exactly as :func:`cut` would. Differentiable in the gains; meant for

@@ -73,7 +73,9 @@ def fill_budget(
         return sum(gained) / len(gained), key, wider
 
     while True:
-        steps = sorted((step for step in map(next_step, ranked) if step is not None), key=lambda s: (-s[0], s[1]))
+        steps = sorted(
+            (step for step in map(next_step, ranked) if step is not None), key=lambda s: (-s[0], s[1])
+        )
         for _, key, wider in steps:
             if flops({**widths, key: wider}) <= budget:
                 widths[key] = wider

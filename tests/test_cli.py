@@ -105,6 +105,7 @@ FULL = PruneOptions.from_flat(
     labels=False,
     eval_images=0,
     latency=False,
+    latency_batch_size=3,
     device="cpu",
     amp=True,
     data_dir="d",
@@ -239,7 +240,7 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert [line.split("  ")[0] for line in lines[1:4]] == [
         "FLOPs",
         "parameters",
-        "latency, ms (batch 1, cpu)",
+        "latency, ms (batch 8, cpu)",
     ]
     assert f"saved {out}" in lines
     assert f"loads with: mhacut.load_model({str(out)!r})" in lines

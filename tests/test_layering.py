@@ -24,7 +24,13 @@ FLOORS = (
     {"__main__"},
 )
 # Within a floor these may use each other, in this direction only.
-BESIDE = {("options", "errors"), ("plan", "errors"), ("quantity", "errors"), ("device", "errors"), ("evaluate", "data")}
+BESIDE = {
+    ("options", "errors"),
+    ("plan", "errors"),
+    ("quantity", "errors"),
+    ("device", "errors"),
+    ("evaluate", "data"),
+}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -37,7 +43,9 @@ def imported_rooms(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [node.module] if node.module != "mhacut" else [f"mhacut.{alias.name}" for alias in node.names]
+            names = (
+                [node.module] if node.module != "mhacut" else [f"mhacut.{alias.name}" for alias in node.names]
+            )
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         rooms |= {name.split(".")[1] for name in names if name.startswith("mhacut.")}

@@ -11,8 +11,8 @@ from mhacut.plan import Plan, UnitPlan
 
 
 @st.composite
-def unit_plans(draw, dense=st.integers(1, 12)):
-    dense_width, heads = draw(dense), draw(st.integers(1, 4))
+def unit_plans(draw):
+    dense_width, heads = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     width = draw(st.integers(1, dense_width))
     rows = [sorted(draw(st.permutations(range(dense_width)))[:width]) for _ in range(heads)]
     return UnitPlan("blocks.0.attn", "v", dense_width, tuple(map(tuple, rows)))

@@ -54,7 +54,9 @@ def test_keeping_everything_changes_nothing(case):
 
 
 @each_case
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"]
+)
 @few
 @given(seed=seeds)
 def test_masked_equals_sliced(case, dtype, bound, seed):

@@ -8,14 +8,22 @@ from mhacut.quantity import Budget, format_flops
 
 @pytest.mark.parametrize(
     ("text", "flops"),
-    [("2.0G", 2_000_000_000), ("600M", 600_000_000), ("2e9", 2_000_000_000), ("50%", 500), ("12.5%", 125), (".5K", 500)],
+    [
+        ("2.0G", 2_000_000_000),
+        ("600M", 600_000_000),
+        ("2e9", 2_000_000_000),
+        ("50%", 500),
+        ("12.5%", 125),
+        (".5K", 500),
+    ],
 )
 def test_budgets_as_people_write_them(text, flops):
     assert Budget.parse(text).flops(dense=1000) == flops
 
 
 @pytest.mark.parametrize(
-    "text", ["2,0G", "nan", "inf", "0", "0%", "-1G", "", "2GB", "2.0 G", "G", "1e400", "150%", "50 %", "0x10", "²G"]
+    "text",
+    ["2,0G", "nan", "inf", "0", "0%", "-1G", "", "2GB", "2.0 G", "G", "1e400", "150%", "50 %", "0x10", "²G"],
 )
 def test_anything_else_is_refused_with_the_forms_that_work(text):
     with pytest.raises(UsageError, match=r"--flops"):
@@ -27,7 +35,8 @@ def test_labels_fit_file_names():
 
 
 @pytest.mark.parametrize(
-    ("flops", "text"), [(0, "0"), (999, "999"), (999_600, "1.00M"), (17_582_740_224, "17.6G"), (1_258_411_200, "1.26G")]
+    ("flops", "text"),
+    [(0, "0"), (999, "999"), (999_600, "1.00M"), (17_582_740_224, "17.6G"), (1_258_411_200, "1.26G")],
 )
 def test_three_digits(flops, text):
     assert format_flops(flops) == text

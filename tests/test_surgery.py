@@ -63,7 +63,7 @@ def test_a_subclass_needs_a_registration_of_its_own():
         pass
 
     model.blocks[1].attn.__class__ = OtherAttention
-    with pytest.raises(UnsupportedModelError, match="OtherAttention.*blocks.1.attn"):
+    with pytest.raises(UnsupportedModelError, match=r"OtherAttention.*blocks\.1\.attn"):
         dissect(model)
 
 

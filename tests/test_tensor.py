@@ -107,7 +107,9 @@ def test_channels_that_matter_more_start_higher():
 def test_adjusted_scores_keep_exactly_the_width_in_every_head(data, heads, channels):
     # Few distinct values, so that ties are common.
     values = st.sampled_from([0.0, 0.25, 0.4999999, 0.5, 0.5000001, 0.6, 1e6, -3.0])
-    rows = data.draw(st.lists(st.lists(values, min_size=channels, max_size=channels), min_size=heads, max_size=heads))
+    rows = data.draw(
+        st.lists(st.lists(values, min_size=channels, max_size=channels), min_size=heads, max_size=heads)
+    )
     width = data.draw(st.integers(1, channels))
     for dtype in (torch.float32, torch.float64):
         score = torch.tensor(rows, dtype=dtype)

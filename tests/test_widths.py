@@ -25,7 +25,9 @@ def test_filled_budgets_fit_and_leave_no_room_for_another_step(data, units, roun
     dense = {key: data.draw(st.integers(1, 7)) for key in keys}
     price = {key: data.draw(st.integers(1, 9)) for key in keys}
     ranked = {
-        key: sorted(data.draw(st.lists(st.floats(-1, 1), min_size=dense[key], max_size=dense[key])), reverse=True)
+        key: sorted(
+            data.draw(st.lists(st.floats(-1, 1), min_size=dense[key], max_size=dense[key])), reverse=True
+        )
         for key in keys
     }
     choices = {key: width_choices(dense[key], round_to) for key in keys}
@@ -35,7 +37,8 @@ def test_filled_budgets_fit_and_leave_no_room_for_another_step(data, units, roun
 
     low = lowest_flops(choices, flops)
     assert low == min(
-        flops(dict(zip(keys, widths, strict=True))) for widths in itertools.product(*(choices[key] for key in keys))
+        flops(dict(zip(keys, widths, strict=True)))
+        for widths in itertools.product(*(choices[key] for key in keys))
     )
     budget = data.draw(st.integers(low, flops(dense)))
     widths = fill_budget(ranked, choices, flops, budget)
@@ -48,6 +51,6 @@ def test_filled_budgets_fit_and_leave_no_room_for_another_step(data, units, roun
 
 def test_the_better_channels_win():
     ranked = {("a", "v"): [0.9, 0.8, 0.2, 0.1], ("b", "v"): [0.7, 0.3, 0.25, 0.24]}
-    choices = {key: (1, 2, 3, 4) for key in ranked}
+    choices = dict.fromkeys(ranked, (1, 2, 3, 4))
     widths = fill_budget(ranked, choices, lambda widths: sum(widths.values()), 4)
     assert widths == {("a", "v"): 2, ("b", "v"): 2}

@@ -53,6 +53,6 @@ def attend(
 
 
 def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True  # the batch may be symbolic; exporters decompose SDPA anyway
     return q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= EXPLICIT_MAX_LOGITS

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from mhacut.plan import UnitKind
 
@@ -58,8 +58,8 @@ class Unit:
     """Where a factor per channel scales that channel's contribution exactly: 0 removes it (mask), any other
     number is a reweight gain. A subset of ``axes``, biases that belong to the channel included."""
     taps: Mapping[str, Tap]
-    """``query`` and ``key`` for qk; ``value`` and ``output`` (attention-weighted, before the projection) for v;
-    ``hidden`` for the MLP."""
+    """``query`` and ``key`` for qk; ``value`` and ``output`` (weighted by attention, before the projection)
+    for v; ``hidden`` for the MLP."""
     readout: ChannelAxis | None = None
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
     softmax_scaled: bool = False

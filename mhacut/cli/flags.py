@@ -50,6 +50,7 @@ FLAGS: dict[str, Flag] = {
         "Result", "Validation images to measure accuracy on, where there are any; 0 for none.", "N"
     ),
     "latency": Flag("Result", "Measure latency before and after."),
+    "latency_batch_size": Flag("Result", "Images at a time when latency is measured.", "N"),
     "model": Flag("Model", "timm architecture, for a file that does not say.", "NAME", "-m"),
     "model_args": Flag(
         "Model", "Argument of that architecture, img_size=32; may be given again.", "KEY=VALUE"

@@ -44,7 +44,7 @@ def _text(result: PruneResult) -> str:
         rows.append([name, format_flops(count), format_flops(cut), f"{100 * cut / count:.1f}%"])
     if dense.latency_ms is not None and slim.latency_ms is not None:
         ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
-        label = f"latency, ms (batch 1, {safe(result.device)})"
+        label = f"latency, ms (batch {result.latency_batch_size}, {safe(result.device)})"
         rows.append([label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio])
     lines = [table(rows), ""]
     if result.output is None:

@@ -1,8 +1,8 @@
 """Indicators: a learnable number per channel, and the mask that follows from it.
 
 Source: indicators, their score adjustment and their initialisation are the idea of arXiv 2405.20867; raw
-numbers started at 0.6, cut at 1/2 with a straight-through gradient, are the template of the same lab's earlier
-code ("Pruning from Scratch via Shared Pruning Module", WACV 2024). The formulas in between are ours.
+numbers started at 0.6, cut at 1/2 with a straight-through gradient, are the template of the same lab's
+earlier code ("Pruning from Scratch via Shared Pruning Module", WACV 2024). The formulas between are ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torch import Tensor
 
 THRESHOLD = 0.5
 START = 0.6
-_SPREAD = 0.03  # of the start values around START per standard deviation: three of them stay above the threshold
+_SPREAD = (
+    0.03  # of the start values around START per standard deviation: three of them stay above the threshold
+)
 
 
 def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight: Tensor) -> Tensor:
@@ -30,9 +32,9 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
         z = torch.where(spread > 0, (logs - logs.mean(-1, keepdim=True)) / spread.clamp_min(1e-12), 0.0)
         start = start + _SPREAD * z.clamp(-3, 3).to(start)
     margin = 1e-3
-    return start + (THRESHOLD + margin - (start * weight).amin(dim=-1, keepdim=True)).clamp_min(0) / weight.clamp_min(
-        1e-6
-    )
+    return start + (THRESHOLD + margin - (start * weight).amin(dim=-1, keepdim=True)).clamp_min(
+        0
+    ) / weight.clamp_min(1e-6)
 
 
 def straight_through_mask(score: Tensor) -> Tensor:
@@ -51,13 +53,10 @@ def adjust_scores(score: Tensor, width: int) -> Tensor:
         score: [H, d].
         width: channels to keep per head, 1 <= width <= d.
     """
-    heads, channels = score.shape
+    _heads, channels = score.shape
     order = score.detach().sort(dim=-1, descending=True, stable=True)
     last_kept = order.values[:, width - 1]
-    if width == channels:
-        first_cut = last_kept - 1
-    else:
-        first_cut = order.values[:, width]
+    first_cut = last_kept - 1 if width == channels else order.values[:, width]
     tau = (last_kept + first_cut) / 2
     adjusted = score + (THRESHOLD - tau)[:, None]
     kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order.indices[:, :width], True)
