@@ -38,6 +38,8 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+
 
 # Largest relative difference of masked and sliced outputs in float32 that rounding explains.
 _EXACTNESS = 1e-3
+# The same of one model, loaded twice.
+_REPEATABILITY = 1e-5
 
 
 @dataclass(frozen=True)
@@ -258,18 +260,25 @@ def _check_exact(
 ) -> None:
     """The slim model must compute what the masked dense model computed in the search."""
     masked = torch.func.functional_call(dense, masked_tensors(dense, anatomy, found.gains), (images,))
-    difference = float((masked - slim(images)).abs().max() / masked.abs().max().clamp_min(1e-12))
+    difference = _difference(slim(images), masked)
     if not difference <= _EXACTNESS:
         raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")
 
 
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference in units of the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
 @torch.no_grad()
 def _read_back(target: Path, slim: nn.Module, loaded: LoadedModel, images: Tensor) -> nn.Module:
-    """The file as a user will load it; its logits must be those of the model in memory, bit for bit."""
+    """The file as a user will load it, its logits checked against those of the model in memory."""
     for name, parameter in slim.named_parameters():
         parameter.copy_(parameter.to(loaded.dtypes.get(name, parameter.dtype)))
     reloaded = load_model(target)
-    if not torch.equal(reloaded(images), slim(images)):
+    # The tensors were compared bit for bit when they were written. Outputs may still differ in the last bit:
+    # BLAS sums in another order when a buffer is aligned otherwise (seen in SigLIP's pooling head).
+    if not _difference(reloaded(images), slim(images)) <= _REPEATABILITY:
         raise MhacutError(
             f"{target}: was written but gives other logits than the model in memory; do not use it"
         )

@@ -1,0 +1,177 @@
+"""From file to file through the public API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import mhacut
+from mhacut.checkpoint.load import read_model
+from mhacut.errors import BudgetError, OutputError, UnsupportedModelError, UsageError
+
+QUICK = {"steps": 4, "calibration_images": 8, "batch_size": 4, "latency": False}
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+
+
+def prune(tiny_vit, output, **more):
+    options = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, "flops": "60%", **QUICK, **more}
+    return mhacut.prune(
+        more.pop("checkpoint", tiny_vit.path),
+        output=output,
+        **{k: v for k, v in options.items() if k != "checkpoint"},
+    )
+
+
+def test_prune_writes_what_load_model_opens(tiny_vit, tmp_path):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors")
+    assert result.output == tmp_path / "slim.safetensors"
+    assert 0.97 * result.budget <= result.slim.flops <= result.budget < result.dense.flops
+    model = mhacut.load_model(result.output)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == result.slim.parameters < result.dense.parameters
+    with safe_open(result.output, "pt") as file:
+        record = json.loads(file.metadata()["mhacut"])
+    step = record["history"][0]
+    assert step["command"] == "prune"
+    assert (step["flops_before"], step["flops_after"]) == (result.dense.flops, result.slim.flops)
+    assert step["options"]["flops"] == "60%"
+    assert str(tmp_path) not in json.dumps(record)
+    assert record["preprocessing"]["input_size"] == [3, 32, 32]
+
+
+def test_logits_are_bit_equal_in_a_fresh_process(tiny_vit, tmp_path):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    code = (
+        "import sys, mhacut; from safetensors.torch import load_file, save_file;"
+        "y = mhacut.load_model(sys.argv[1])(load_file(sys.argv[2])['x']);"
+        "save_file({'y': y.detach()}, sys.argv[3])"
+    )
+    arguments = [result.output, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+    assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], mhacut.load_model(result.output)(x))
+
+
+def test_a_slim_file_can_be_pruned_again(tiny_vit, tmp_path):
+    first = prune(tiny_vit, tmp_path / "first.safetensors")
+    second = mhacut.prune(first.output, flops="70%", output=tmp_path / "second.safetensors", **QUICK)
+    assert second.dense.flops == first.slim.flops
+    assert second.slim.flops <= 0.7 * first.slim.flops
+    record = read_model(second.output).record
+    assert [step["command"] for step in record.history] == ["prune", "prune"]
+    # Kept channels are told in the dense model's indices, whatever lay between.
+    before = {unit.key: unit for unit in first.plan}
+    for unit in record.plan:
+        assert unit.dense_width == before[unit.key].dense_width
+        for now, earlier in zip(unit.kept, before[unit.key].kept, strict=True):
+            assert set(now) <= set(earlier)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
+    half = tmp_path / "half.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
+    assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
+
+
+def test_same_seed_same_file(tiny_vit, tmp_path):
+    files = [prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_dry_run_finds_the_same_plan_and_writes_nothing(tiny_vit, tmp_path):
+    dry = prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert dry.output is None
+    assert dry.plan == prune(tiny_vit, tmp_path / "slim.safetensors").plan
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"flops": "100%"}, BudgetError, "nothing to prune: .* already within 100%"),
+        ({"flops": "1G"}, BudgetError, "nothing to prune"),
+        ({"flops": "1%"}, BudgetError, r"out of reach: the lowest is .*--round-to 8"),
+        ({"flops": "50%", "scope": "attention"}, BudgetError, "out of reach.*scope attention "),
+        ({"flops": "2,0G"}, UsageError, "2,0G"),
+        ({"init": "magic"}, UsageError, "attention-difference, uniform"),
+        ({"steps": 0}, UsageError, "--steps 0"),
+        ({"stepz": 1}, UsageError, "did you mean 'steps'"),
+        ({"device": "tpu9"}, UsageError, "not a device"),
+        ({"model": "swin_tiny_patch4_window7_224", "model_args": {}}, Exception, "swin_tiny"),
+    ],
+)
+def test_refusals_leave_nothing_behind(tiny_vit, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unsupported_attention_is_refused_by_class(tmp_path):
+    import timm
+
+    path = tmp_path / "xcit.safetensors"
+    save_file(timm.create_model("xcit_nano_12_p16_224", num_classes=5).state_dict(), path)
+    with pytest.raises(UnsupportedModelError, match="XCA"):
+        mhacut.prune(
+            path, flops="50%", model="xcit_nano_12_p16_224", output=tmp_path / "slim.safetensors", **QUICK
+        )
+    assert not (tmp_path / "slim.safetensors").exists()
+
+
+def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):
+    (tmp_path / "there.safetensors").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="--overwrite"):
+        prune(tiny_vit, tmp_path / "there.safetensors", checkpoint=tmp_path / "no-such-file")
+    assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
+
+
+def test_what_is_left_whole_is_told(tmp_path):
+    import timm
+
+    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    path = tmp_path / "siglip.safetensors"
+    save_file(timm.create_model("vit_base_patch16_siglip_224", num_classes=5, **args).state_dict(), path)
+    result = mhacut.prune(
+        path,
+        flops="80%",
+        output=tmp_path / "slim.safetensors",
+        model="vit_base_patch16_siglip_224",
+        model_args=args,
+        **QUICK,
+    )
+    assert result.left_whole == ("attn_pool (AttentionPoolLatent): a pooling head is left alone",)
+
+
+def test_the_example_loses_little(tmp_path):
+    result = mhacut.prune(
+        DIGITS / "model",
+        flops="50%",
+        data_dir=DIGITS / "images",
+        output=tmp_path / "slim.safetensors",
+        latency=False,
+    )
+    assert result.dense.evaluation.top1 > 96
+    assert result.slim.evaluation.top1 > result.dense.evaluation.top1 - 3
+    # The accuracy is that of the file.
+    from mhacut.data import Preprocessing, evaluation_loader
+    from mhacut.evaluate import evaluate
+
+    loaded = read_model(result.output)
+    loader = evaluation_loader(
+        data_dir=DIGITS / "images",
+        preprocessing=Preprocessing.from_json(loaded.record.preprocessing),
+        batch_size=50,
+        workers=0,
+        num_classes=10,
+    )
+    assert evaluate(loaded.model, loader, device=torch.device("cpu")).top1 == result.slim.evaluation.top1

@@ -1,0 +1,201 @@
+"""The search on a small model: what it promises whatever it finds, and that its ingredients do something."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CASES, build, image, relative
+from torch.func import functional_call
+
+from mhacut.calibration import calibrate
+from mhacut.cost import build_cost_table, measure_flops
+from mhacut.options import SearchOptions
+from mhacut.plan import Plan, UnitPlan
+from mhacut.search import Divergence, search
+from mhacut.surgery import cut, dissect, masked_tensors
+from mhacut.tensor.attention_difference import logit_energy
+from mhacut.tensor.similarity import cosine_similarity, redundancy
+
+SHORT = SearchOptions(steps=8, batch_size=4)
+
+
+class Bench:
+    """A small model ready to be searched."""
+
+    def __init__(self, case=CASES[0], images=12):
+        self.model = build(case).requires_grad_(False)
+        self.anatomy = dissect(self.model)
+        side = case.args["img_size"]
+        self.size = (3, side, side)
+        self.images = image(case, batch=images)
+        self.table = build_cost_table(self.model, self.anatomy, self.size)
+        self.calibration = calibrate(self.model, self.anatomy, self.images, batch_size=5)
+
+    def search(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden"), **more):
+        return search(
+            self.model,
+            self.anatomy,
+            self.anatomy.units(kinds),
+            self.table,
+            self.calibration,
+            self.images,
+            labels,
+            budget=int(share * self.table.dense),
+            round_to=8,
+            options=options,
+            **more,
+        )
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench()
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
+def test_the_budget_is_met_and_used(bench, share):
+    found = bench.search(share)
+    flops = bench.table.flops(found.plan.widths())
+    assert 0.99 * share * bench.table.dense <= flops <= share * bench.table.dense
+    assert all(unit.width % 8 == 0 or unit.keeps_all for unit in found.plan)
+
+
+def test_what_was_searched_is_what_is_cut(bench):
+    found = bench.search(0.5)
+    masked = functional_call(
+        bench.model, masked_tensors(bench.model, bench.anatomy, found.gains), (bench.images,)
+    )
+    slim = copy.deepcopy(bench.model)
+    cut(slim, found.plan, found.gains)
+    assert relative(slim(bench.images), masked) < 1e-4
+    assert measure_flops(slim, bench.size) == bench.table.flops(found.plan.widths())
+
+
+def test_the_dense_model_is_left_as_it_was(bench):
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    bench.search(0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
+    first, second = bench.search(0.5), bench.search(0.5)
+    assert first.plan == second.plan
+    assert all(torch.equal(first.gains[key], second.gains[key]) for key in first.gains)
+    assert [step.loss for step in first.log] == [step.loss for step in second.log]
+    other = bench.search(0.5, replace(SHORT, seed=7))
+    assert [step.loss for step in other.log] != [step.loss for step in first.log]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"similarity": False},
+        {"score_adjustment": False},
+        {"init": "uniform"},
+        {"reweight": False},
+        {"temperature": "dense"},
+    ],
+    ids=str,
+)
+def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):
+    usual, without = bench.search(0.5), bench.search(0.5, replace(SHORT, **change))
+    same_gains = all(torch.equal(usual.gains[key], without.gains[key]) for key in usual.gains)
+    assert not (usual.plan == without.plan and same_gains)
+
+
+def test_without_reweight_gains_are_masks_and_temperature(bench):
+    found = bench.search(0.5, replace(SHORT, reweight=False))
+    for unit in found.plan:
+        expected = (64 / unit.width) ** 0.5 if unit.kind == "qk" else 1.0
+        for gain, kept in zip(found.gains[unit.key], unit.kept, strict=True):
+            assert gain[list(kept)].tolist() == pytest.approx([expected] * unit.width, rel=1e-6)
+            assert gain.count_nonzero() == unit.width
+
+
+def test_scope_and_labels(bench):
+    found = bench.search(0.85, kinds=("qk", "v"))
+    assert {unit.kind for unit in found.plan} == {"qk", "v"}
+    labels = torch.zeros(len(bench.images), dtype=torch.long)
+    labelled = bench.search(0.5, replace(SHORT, label_weight=1.0), labels=labels)
+    assert labelled.log[0].loss > bench.search(0.5).log[0].loss
+
+
+def test_training_helps():
+    bench = Bench(images=16)
+    outcomes = []
+    for steps in (1, 60):
+        found = bench.search(0.4, SearchOptions(steps=steps, batch_size=8))
+        slim = copy.deepcopy(bench.model)
+        cut(slim, found.plan, found.gains)
+        outcomes.append(float(Divergence(True)(slim(bench.images), bench.calibration.teacher)))
+    assert outcomes[1] < 0.7 * outcomes[0]
+
+
+def test_models_without_a_classifier_are_taught_by_features():
+    case = replace(CASES[0], args={**CASES[0].args, "num_classes": 0})
+    bench = Bench(case)
+    assert bench.search(0.5, classifier=False).log[-1].loss > 0
+
+
+def test_divergence_is_kl_in_nats():
+    a, b = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    p, q = b.softmax(-1), a.softmax(-1)
+    assert float(Divergence(True)(a, b)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
+    assert float(Divergence(True)(a, a)) == pytest.approx(0, abs=1e-12)
+    assert float(Divergence(False)(a, a)) == 0
+
+
+def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
+    case = CASES[0]
+    model, images = build(case), image(case, batch=7)
+    anatomy = dissect(model)
+    whole, pieces = (calibrate(model, anatomy, images, batch_size=size) for size in (7, 3))
+    seen = {}
+    model.blocks[1].attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o))
+    model.blocks[1].attn.proj.register_forward_pre_hook(lambda m, i: seen.update(out=i[0]))
+    with torch.no_grad():
+        teacher = model(images)
+    q, k, v = seen["qkv"].double().reshape(7, -1, 3, 3, 64).permute(2, 0, 3, 1, 4)
+
+    def gram(x):  # (B, H, N, d)
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return flat.transpose(-2, -1) @ flat
+
+    qk, value = whole.statistics["blocks.1.attn", "qk"], whole.statistics["blocks.1.attn", "v"]
+    expected = redundancy(cosine_similarity(gram(q)), cosine_similarity(gram(k)))
+    assert torch.allclose(qk.redundancy, expected, atol=1e-5)
+    assert torch.allclose(qk.difference, logit_energy(q, k).sqrt(), rtol=1e-5)
+    assert torch.allclose(value.redundancy, redundancy(cosine_similarity(gram(v))), atol=1e-5)
+    columns = model.blocks[1].attn.proj.weight.double().norm(dim=0).reshape(3, 64)
+    norms = seen["out"].double().reshape(-1, 3, 64).norm(dim=0)
+    assert torch.allclose(value.difference, columns * norms, rtol=1e-4)
+    assert torch.allclose(whole.teacher, teacher, atol=1e-5)
+    for key, statistics in whole.statistics.items():
+        assert torch.allclose(statistics.redundancy, pieces.statistics[key].redundancy, atol=1e-5)
+        assert torch.allclose(statistics.difference, pieces.statistics[key].difference, rtol=1e-4)
+
+
+def test_a_search_needs_no_more_than_one_head_wide_plan():
+    # A plan over a subset of units leaves the others whole.
+    bench = Bench()
+    units = bench.anatomy.units(("hidden",))
+    found = search(
+        bench.model, bench.anatomy, units, bench.table, bench.calibration, bench.images, None,
+        budget=int(0.8 * bench.table.dense), round_to=8, options=SHORT,
+    )  # fmt: skip
+    assert [unit.key for unit in found.plan] == [unit.key for unit in units]
+    assert isinstance(found.plan, Plan)
+    assert all(isinstance(unit, UnitPlan) for unit in found.plan)
+
+
+def test_cross_entropy_uses_the_labels_of_the_batch(bench):
+    labels = bench.calibration.teacher.argmax(-1)
+    right = bench.search(0.9, replace(SHORT, label_weight=1.0), labels=labels).log[0].loss
+    wrong = bench.search(0.9, replace(SHORT, label_weight=1.0), labels=(labels + 1) % 7).log[0].loss
+    assert right < wrong
+    assert right >= float(F.cross_entropy(bench.calibration.teacher, labels)) * 0.5
