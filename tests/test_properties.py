@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import CASES, build, image, relative
+from models import CASES, Case, build, image, relative
 from torch.func import functional_call
 
 from mhacut.cost import build_cost_table, measure_flops
@@ -187,3 +187,34 @@ def test_pooling_heads_are_left_alone():
     anatomy = dissect(build(siglip))
     assert anatomy.left_alone == ("attn_pool (AttentionPoolLatent)",)
     assert not [unit for unit in anatomy.units() if unit.layer.startswith("attn_pool")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch32_clip_quickgelu_224",
+        "aimv2_large_patch14_224",
+    ],
+)
+def test_at_full_size(architecture):
+    import timm
+
+    shape = {"img_size": 224} if "dinov2" in architecture else {}
+    model = build(Case(architecture, shape))
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 11)
+    size = (3, 224, 224)
+    table = build_cost_table(model, anatomy, size)
+    x = torch.randn(1, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+        cut(model, plan, gains)
+        assert relative(model(x), masked) < 1e-3
+    assert measure_flops(model, size) == table.flops(plan.widths())
+    assert timm.create_model(architecture, **shape).state_dict().keys() == model.state_dict().keys()
