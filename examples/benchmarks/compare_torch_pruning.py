@@ -6,18 +6,18 @@
 
 prints one table: a row per method and budget, none of them fine-tuned. Rules of the comparison:
 
-- Equal FLOPs: mhacut never exceeds the budget; Torch-Pruning's uniform ratio is the one whose FLOPs come nearest
-  to it, from either side. All are counted by ``mhacut.cost.measure_flops`` on the model read back from its file.
+- Equal FLOPs: mhacut never exceeds the budget, Torch-Pruning comes as near to it as its channels allow, from
+  either side. All are counted by ``mhacut.cost.measure_flops`` on the model read back from its file.
 - Equal freedom: both cut q/k/v channels and hidden channels of the MLP; the residual width stays.
-- Equal data: the same calibration images, batch size and preprocessing. Torch-Pruning's Taylor needs labels.
-- Every cell prunes in a process of its own, and its seconds and peak memory are those of that whole process, from
-  the start of Python to the written file. The row "dense" is a process that only reads model and images: what a
-  process costs before any pruning. Accuracy is measured afterwards, in yet another process.
+- Equal data: the same calibration images, batch size and preprocessing. Taylor needs their labels.
+- Every cell prunes in a process of its own. Its seconds and peak memory are those of that whole process, from
+  the start of Python to the written file; the row "dense" is a process that only reads model and images,
+  which any of them does before it prunes. Accuracy is measured afterwards, in yet another process.
 
-Torch-Pruning's own scripts for timm do not run on timm 1.0.31, and it leaves timm's attention with the attributes of
-the dense model. Here they are set by hand. The softmax temperature it does not choose either: timm would take the
-dense model's 1/sqrt(head width) without fused attention and 1/sqrt(kept width) with it. Both are scored and the
-better one is in the table.
+Torch-Pruning's own scripts for timm do not run on timm 1.0.31: they replace ``forward`` by an older one.
+Without them timm's attention keeps the attributes of the dense model, so they are set by hand here. That
+leaves the softmax temperature open: with the attribute ``scale`` as it was, timm takes 1/sqrt(dense width)
+without fused attention and 1/sqrt(kept width) with it. Both are scored, and the better one is in the table.
 
 This process imports the standard library only: on Linux a child starts with its parent's peak memory.
 """
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +56,12 @@ BATCH = 16
 """Images at a time in Taylor's backward passes, as in mhacut's search."""
 EVALUATION_BATCH = 64
 RATIOS = 10_000
-"""Steps in which the uniform ratio is searched."""
+"""Steps in which pruning ratios are searched."""
+NEAR = 0.005
+"""Share of the budget that a model may miss it by, where its widths allow."""
 
 
-# --- What is compared -------------------------------------------------------------------------------------------
+# --- What is compared ---
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Row:
     wall_s: float
     cpu_s: float
     peak_mib: float
-    checks: Mapping[str, Any]
+    checks: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,7 +199,7 @@ def describe_machine(threads: int) -> dict[str, str]:
         name: importlib.metadata.version(name) for name in ("torch", "timm", "torch-pruning", "mhacut")
     }
     return {
-        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {threads} thread(s) used",
+        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {threads} thread(s) used",
         "python": platform.python_version(),
         **versions,
     }
@@ -242,7 +244,8 @@ def compare(
         row = _row(cell["method"], cell["keep"], found, dense_flops, cell["process"])
         rows.append(row)
         if cell["method"] in TORCH_PRUNING:
-            row.checks["dead channels"] = cell["document"]["exactness"]  # type: ignore[index]
+            row.checks["differs from masked dense model by"] = cell["document"]["exactness"]
+            row.checks["ratios"] = cell["document"]["ratios"]
     return rows, scored["images"], failures
 
 
@@ -350,7 +353,7 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join([*text, "", *(note for note in notes if not note.endswith(": "))])
 
 
-# --- Parts that run in a process of their own --------------------------------------------------------------------
+# --- Parts that run in a process of their own ---
 
 
 def read_all(setup: Setup) -> tuple[LoadedModel, Preprocessing, CalibrationImages]:
@@ -397,8 +400,8 @@ def part_torch_pruning(job: Mapping[str, Any]) -> None:
 
     loaded, preprocessing, seen = read_all(Setup(**job["setup"]))
     dense = loaded.model
-    ratio = nearest_ratio(dense, preprocessing.input_size, job["keep"] / 100)
-    slim, removed = prune_by_torch_pruning(dense, seen, ratio, taylor=job["method"].endswith("Taylor"))
+    ratios = find_ratios(dense, preprocessing.input_size, job["keep"] / 100)
+    slim, removed = prune_by_torch_pruning(dense, seen, ratios, taylor=job["method"].endswith("Taylor"))
     slim.requires_grad_(False)
     dense.requires_grad_(False)
     probe = seen.images[:4]
@@ -409,7 +412,7 @@ def part_torch_pruning(job: Mapping[str, Any]) -> None:
         masked = masked_copy(dense, removed)(probe)
         difference = float((logits - masked).abs().max() / masked.abs().max())
     save_file({**slim.state_dict(), "probe.images": probe, "probe.logits": logits}, job["file"])
-    print(json.dumps({"ratio": ratio, "exactness": f"{difference:.0e}"}))
+    print(json.dumps({"ratios": ratios, "exactness": f"{difference:.0e}"}))
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -443,10 +446,12 @@ def kept(width: int, ratio: float) -> int:
     return int(width * (1 - ratio))
 
 
-def nearest_ratio(dense: nn.Module, input_size: tuple[int, int, int], share: float) -> float:
-    """The uniform pruning ratio whose FLOPs come nearest to ``share`` of the dense model's.
+def find_ratios(dense: nn.Module, input_size: tuple[int, int, int], share: float) -> tuple[float, float]:
+    """The pruning ratios of attention and MLP that bring FLOPs to ``share`` of the dense model's.
 
-    Widths depend on nothing but the ratio, so FLOPs at a ratio are known without pruning.
+    They are one ratio for both if that comes within :data:`NEAR` of it. If it does not, because a channel of
+    attention is too large a step, the MLP makes up for it, with a ratio as near to attention's as there is.
+    Widths depend on nothing but the ratios, so FLOPs are known without pruning.
     """
     from mhacut.cost import build_cost_table
     from mhacut.surgery import dissect
@@ -454,22 +459,45 @@ def nearest_ratio(dense: nn.Module, input_size: tuple[int, int, int], share: flo
     anatomy = dissect(dense)
     table = build_cost_table(dense, anatomy, input_size)
     units = anatomy.units(("qk", "v", "hidden"))
-
-    def flops(step: int) -> float:
-        return float(table.flops({unit.key: max(kept(unit.width, step / RATIOS), 1) for unit in units}))
-
     target = share * table.dense
+
+    def flops(attention: float, mlp: float) -> float:
+        ratios = {"qk": attention, "v": attention, "hidden": mlp}
+        return float(table.flops({unit.key: max(kept(unit.width, ratios[unit.kind]), 1) for unit in units}))
+
+    def gap(attention: float, mlp: float) -> float:
+        return abs(flops(attention, mlp) / target - 1)
+
+    around = _bisect(lambda ratio: flops(ratio, ratio) > target)
+    uniform = min(around, key=lambda ratio: gap(ratio, ratio))
+    pairs = [(uniform, uniform)]
+    if gap(uniform, uniform) > NEAR:
+        for attention in around:
+            mlps = _bisect(lambda mlp, attention=attention: flops(attention, mlp) > target)
+            pairs.append((attention, min(mlps, key=lambda mlp, attention=attention: gap(attention, mlp))))
+    return min(pairs, key=lambda pair: (max(gap(*pair) - NEAR, 0.0), abs(pair[0] - pair[1])))
+
+
+def _bisect(too_much: Callable[[float], bool]) -> tuple[float, float]:
+    """The largest ratio that leaves too much and the smallest that does not, in steps of 1/:data:`RATIOS`."""
     low, high = 0, RATIOS - 1
-    while high - low > 1:  # FLOPs fall as the ratio grows: flops(low) > target >= flops(high)
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if flops(middle) > target else (low, middle)
-    return min((low, high), key=lambda step: abs(flops(step) - target)) / RATIOS
+        low, high = (middle, high) if too_much(middle / RATIOS) else (low, middle)
+    return low / RATIOS, high / RATIOS
 
 
 def prune_by_torch_pruning(
-    dense: nn.Module, seen: CalibrationImages, ratio: float, *, taylor: bool
+    dense: nn.Module, seen: CalibrationImages, ratios: tuple[float, float], *, taylor: bool
 ) -> tuple[nn.Module, list[tuple[str, bool, list[int]]]]:
-    """A pruned copy, and what was removed: (name of a linear layer, whether outputs, channels)."""
+    """A pruned copy, and what was removed: (name of a linear layer, whether outputs, channels).
+
+    Args:
+        dense: left as it is.
+        seen: to take gradients on, if ``taylor``.
+        ratios: of attention and of the MLP.
+        taylor: by first-order Taylor expansion of the loss; otherwise by L1 norm.
+    """
     import copy
 
     import torch
@@ -480,7 +508,8 @@ def prune_by_torch_pruning(
     set_attention(model, fused=False)
     names = {module: name for name, module in model.named_modules()}
     heads = {attention.qkv: attention.num_heads for _, attention in attentions(model)}
-    roots = {*heads, *(module for module, name in names.items() if name.endswith(".fc1"))}
+    hidden = [module for module, name in names.items() if name.endswith(".fc1")]
+    roots = {*heads, *hidden}
     others = [
         m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and m not in roots
     ]
@@ -496,7 +525,8 @@ def prune_by_torch_pruning(
         model,
         seen.images[:1],
         importance=importance,
-        pruning_ratio=ratio,
+        pruning_ratio=ratios[0],
+        pruning_ratio_dict=dict.fromkeys(hidden, ratios[1]),
         num_heads=dict(heads),
         ignored_layers=others,
         # The defaults of these two are shared by all pruners of a process.
@@ -513,7 +543,7 @@ def prune_by_torch_pruning(
         group.prune()
     for name, attention in attentions(model):
         width = attention.qkv.out_features // (3 * attention.num_heads)
-        expected = kept(attention.head_dim, ratio)
+        expected = kept(attention.head_dim, ratios[0])
         if width != expected:
             raise SystemExit(f"{name}: Torch-Pruning left {width} channels per head, expected {expected}")
         # timm reshapes by these, and Torch-Pruning does not know them. The scale stays as it was.
@@ -601,7 +631,7 @@ def part_score(job: Mapping[str, Any]) -> None:
             model, checks = read_torch_pruning(dense, cell["file"])
             _, first = next(attentions(model))
             variants = {"1/sqrt(dense)": first.scale, "1/sqrt(kept)": first.head_dim**-0.5}
-        checks["fused and plain attention differ by"] = f"{path_difference(model, probe):.0e}"
+        checks["fused and plain differ by"] = f"{path_difference(model, probe):.0e}"
         cells.append(
             {"flops": measure_flops(model, preprocessing.input_size), "checks": checks, "variants": variants}
         )
