@@ -290,7 +290,7 @@ def run(command: Sequence[str], folder: Path, threads: int) -> Process:
     """Run ``command`` to its end.
 
     Raises:
-        RuntimeError: it failed; with the last line it wrote to stderr.
+        RuntimeError: it failed; with the last lines it wrote to stderr.
     """
     # GOMP_SPINCOUNT: idle OpenMP threads of two programs on one machine would take each other's cores.
     environment = {**os.environ, "GOMP_SPINCOUNT": "0"}
@@ -307,8 +307,8 @@ def run(command: Sequence[str], folder: Path, threads: int) -> Process:
         out.seek(0)
         err.seek(0)
         if process.returncode != 0:
-            lines = err.read().strip().splitlines() or ["no message"]
-            raise RuntimeError(f"exit code {process.returncode}: {lines[-1]}")
+            last = "\n".join(err.read().strip().splitlines()[-5:])
+            raise RuntimeError(f"exit code {process.returncode}: {last or 'no message'}")
         unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
         return Process(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit, out.read())
 
@@ -621,7 +621,7 @@ def part_score(job: Mapping[str, Any]) -> None:
         workers=0,
         num_classes=dense.num_classes,
     )
-    # A whole batch: slim attention takes a small input on the plain path even where fused attention is allowed.
+    # A whole batch: a small input takes the plain path through slim attention even where fusing is allowed.
     probe, _ = next(iter(loader))
     cells, models = [], []
     for cell in job["cells"]:
