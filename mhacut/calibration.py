@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Tap, Unit
+from mhacut.adapters.base import Unit
 from mhacut.surgery import Anatomy, UnitKey
+from mhacut.taps import listening
 from mhacut.tensor.attention_difference import logit_energy, output_energy
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
@@ -45,10 +45,8 @@ class _Accumulator:
         self.energy: Tensor | None = None
         self._waiting: dict[str, Tensor] = {}
 
-    def feed(self, tap: str, activation: Tensor) -> None:
-        """Take one batch of one tap, [..., heads * width] with the channels moved last."""
-        activation = activation.detach()
-        channels = activation.reshape(*activation.shape[:-1], self.unit.heads, self.unit.width)
+    def feed(self, tap: str, channels: Tensor) -> None:
+        """Take one batch of one tap, [..., heads, width]."""
         flat = channels.flatten(0, -3).transpose(0, 1).float()  # (H, rows, d)
         gram = (flat.transpose(-2, -1) @ flat).double()
         self.grams[tap] = self.grams[tap] + gram if tap in self.grams else gram
@@ -97,35 +95,15 @@ def calibrate(
         progress: called with (images done, images in all).
     """
     accumulators = {unit.key: _Accumulator(unit) for unit in anatomy.units()}
-    handles = []
-    for unit in anatomy.units():
-        for name, tap in unit.taps.items():
-            submodule = model.get_submodule(f"{unit.layer}.{tap.module}")
-            handles.append(_listen(submodule, tap, accumulators[unit.key], name))
     device = next(model.parameters()).device
     teacher = []
-    try:
+    with listening(model, anatomy.units(), lambda unit, tap, x: accumulators[unit.key].feed(tap, x)):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             teacher.append(model(batch.to(device)).float().cpu())
             if progress is not None:
                 progress(start + len(batch), len(images))
-    finally:
-        for handle in handles:
-            handle.remove()
     statistics = {
         unit.key: accumulators[unit.key].finish(model.get_submodule(unit.layer)) for unit in anatomy.units()
     }
     return Calibration(statistics, torch.cat(teacher))
-
-
-def _listen(submodule: nn.Module, tap: Tap, accumulator: _Accumulator, name: str) -> Any:
-    size = accumulator.unit.heads * accumulator.unit.width
-
-    def take(activation: Tensor) -> None:
-        channels = activation.movedim(tap.channel_dim, -1)
-        accumulator.feed(name, channels[..., tap.offset : tap.offset + size])
-
-    if tap.side == "input":
-        return submodule.register_forward_pre_hook(lambda module, args: take(args[0]))
-    return submodule.register_forward_hook(lambda module, args, output: take(output))

@@ -79,19 +79,34 @@ class SearchOptions:
     """Images per step."""
     lr: float = 0.01
     """Adam's, for indicators."""
-    gain_lr: float = 0.01
+    gain_lr: float = 0.003
     """Adam's, for gains."""
     budget_weight: float = 1.0
     """Weight of the budget's gradient against the task's, both at unit scale."""
     label_weight: float = 0.1
     """Weight of the cross-entropy beside the distillation loss, where there are labels."""
+    repair: bool = True
+    """Refit, in closed form, what reads a cut layer."""
+    repair_stages: int = 1
+    """Passes over the images in which layers are repaired, from the input on."""
     seed: int = 42
     """Of everything random."""
+
+    @property
+    def gain_steps(self) -> int:
+        """Steps that train only gains, on the final plan."""
+        return int(0.4 * self.steps) if self.reweight else 0
+
+    @property
+    def search_steps(self) -> int:
+        """Steps that train indicators."""
+        return self.steps - self.gain_steps
 
     def __post_init__(self) -> None:
         require_choice("--init", self.init, get_args(Init))
         require_choice("--temperature", self.temperature, get_args(Temperature))
         require("--steps", self.steps, self.steps >= 1, "at least 1")
+        require("--repair-stages", self.repair_stages, self.repair_stages >= 1, "at least 1")
         require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
         for flag, value in (("--lr", self.lr), ("--gain-lr", self.gain_lr)):
             require(flag, value, 0 < value < float("inf"), "above 0")

@@ -21,6 +21,7 @@ from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
 from mhacut.data import CalibrationImages, Preprocessing, calibration_images, evaluation_loader, has_split
 from mhacut.device import resolve_device
+from mhacut.distillation import Distillation
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
 from mhacut.inspection import resolve_preprocessing
@@ -30,8 +31,10 @@ from mhacut.options import PathLike, PruneOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
+from mhacut.repair import UnitRepair, repair
+from mhacut.reweight import plan_gains, train_gains
 from mhacut.search import SearchResult, SearchStep, search
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors
+from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
 from mhacut.widths import lowest_flops, width_choices
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
@@ -73,6 +76,8 @@ class PruneResult:
     """What the search looked at."""
     left_whole: tuple[str, ...]
     """What could not be cut exactly, or is never touched, and why."""
+    repairs: Mapping[UnitKey, UnitRepair]
+    """How the repair of each unit went; empty without repair."""
     device: str
     latency_batch_size: int
     """Images per batch of ``latency_ms``."""
@@ -135,31 +140,40 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         dense, anatomy, seen.images, batch_size=options.search.batch_size, progress=reporter.advance
     )
     clock.start("searching")
+    lesson = Distillation(
+        seen.images,
+        statistics.teacher,
+        seen.labels,
+        batch_size=options.search.batch_size,
+        seed=options.search.seed,
+        label_weight=options.search.label_weight,
+        classifier=classes > 0,
+        amp=options.amp,
+    )
     found = search(
         dense,
         anatomy,
         anatomy.units(kinds),
         table,
         statistics,
-        seen.images,
-        seen.labels,
+        lesson,
         budget=budget,
         round_to=options.round_to,
         options=options.search,
-        classifier=classes > 0,
-        amp=options.amp,
         progress=lambda done, total, step: reporter.advance(
             done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
         ),
     )
+    shaped, gains, repairs = _compensate(dense, anatomy, found, lesson, options, clock)
 
     clock.start("cutting")
     dense.cpu()
-    slim = copy.deepcopy(dense)
-    cut(slim, found.plan, found.gains)
+    slim = copy.deepcopy(shaped.cpu())
+    cut(slim, found.plan, gains)
     flops = _checked_flops(slim, table, found.plan, budget, preprocessing)
     probe = seen.images[:4]
-    _check_exact(dense, slim, anatomy, found, probe)
+    _check_exact(shaped, slim, anatomy, gains, probe)
+    del shaped
     if not options.dry_run:
         clock.start("writing")
         record = _record(options, loaded, found.plan, preprocessing, seen, budget, table.dense, flops)
@@ -185,6 +199,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         slim=ModelFigures(flops, count_parameters(slim), times[1], evaluations[1]),
         data=seen.description,
         left_whole=whole,
+        repairs=repairs,
         device=str(device),
         latency_batch_size=options.latency_batch_size,
         seconds=clock.seconds,
@@ -241,6 +256,52 @@ def _calibration_images(
     )
 
 
+def _compensate(
+    dense: nn.Module,
+    anatomy: Anatomy,
+    found: SearchResult,
+    lesson: Distillation,
+    options: PruneOptions,
+    clock: _Clock,
+) -> tuple[nn.Module, dict[UnitKey, Tensor], Mapping[UnitKey, UnitRepair]]:
+    """A model of the dense shape and gains that make up for what the plan removes: repair, then reweight."""
+    shaped, start, temperature = (
+        dense,
+        found.gains if options.search.reweight else None,
+        options.search.temperature,
+    )
+    repairs: Mapping[UnitKey, UnitRepair] = {}
+    if options.search.repair:
+        clock.start("repairing")
+        shaped = copy.deepcopy(dense)
+        repairs = repair(
+            shaped,
+            anatomy,
+            found.plan,
+            lesson.images,
+            stages=options.search.repair_stages,
+            batch_size=options.search.batch_size,
+            progress=clock.reporter.advance,
+        )
+        # Repair has fitted the logits; what gains and temperature would add is in its weights.
+        start, temperature = None, "dense"
+    if options.search.gain_steps == 0:
+        return shaped, plan_gains(anatomy, found.plan, start, temperature), repairs
+    clock.start("reweighting")
+    gains = train_gains(
+        shaped,
+        anatomy,
+        found.plan,
+        start,
+        lesson,
+        steps=options.search.gain_steps,
+        lr=options.search.gain_lr,
+        temperature=temperature,
+        progress=lambda done, total, loss: clock.reporter.advance(done, total, f"loss {loss:.4f}"),
+    )
+    return shaped, gains, repairs
+
+
 def _checked_flops(
     slim: nn.Module, table: CostTable, plan: Plan, budget: int, preprocessing: Preprocessing
 ) -> int:
@@ -256,10 +317,10 @@ def _checked_flops(
 
 @torch.no_grad()
 def _check_exact(
-    dense: nn.Module, slim: nn.Module, anatomy: Anatomy, found: SearchResult, images: Tensor
+    shaped: nn.Module, slim: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor], images: Tensor
 ) -> None:
-    """The slim model must compute what the masked dense model computed in the search."""
-    masked = torch.func.functional_call(dense, masked_tensors(dense, anatomy, found.gains), (images,))
+    """The slim model must compute what the masked model of the dense shape computes."""
+    masked = torch.func.functional_call(shaped, masked_tensors(shaped, anatomy, gains), (images,))
     difference = _difference(slim(images), masked)
     if not difference <= _EXACTNESS:
         raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")

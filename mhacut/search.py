@@ -1,25 +1,26 @@
-"""The search: indicators and reweight gains trained with the dense model as teacher, under a FLOPs budget.
+"""The search: indicators trained with the dense model as teacher, under a FLOPs budget.
 
-Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the four ingredients:
+Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the ingredients:
 similarity weights, score adjustment, initialisation by attention difference, reweight gains. Its equations
 were not available; the formulas are ours, each in one function of :mod:`mhacut.tensor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.calibration import Calibration
 from mhacut.cost import CostTable
-from mhacut.options import SearchOptions, Temperature
+from mhacut.distillation import Distillation
+from mhacut.options import SearchOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, UnitKey, masked_tensors
+from mhacut.reweight import GAIN_BETAS, temperature_factor
+from mhacut.surgery import Anatomy, UnitKey
 from mhacut.tensor.indicator import (
     THRESHOLD,
     adjust_scores,
@@ -29,6 +30,9 @@ from mhacut.tensor.indicator import (
 )
 from mhacut.tensor.similarity import similarity_weight
 from mhacut.widths import fill_budget, nearest_width, width_choices
+
+# Share of the search in which the target sinks from dense to the budget; the rest settles there.
+_DESCENT = 0.75
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,12 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class SearchResult:
+    """What a search found."""
+
     plan: Plan
     gains: Mapping[UnitKey, Tensor]
-    """[heads, dense width] per unit, for :func:`mhacut.surgery.cut`; relative to the dense temperature."""
+    """[heads, dense width] per unit, as trained beside the indicators; without masks and temperature."""
     log: tuple[SearchStep, ...]
-
-
-class Divergence:
-    """Distance of the slim model's outputs from the teacher's; a scalar, 0 when equal.
-
-    KL(teacher || slim) in nats for classifiers; for models without one, squared error of the features
-    relative to their variance.
-    """
-
-    def __init__(self, classifier: bool) -> None:
-        self.classifier = classifier
-
-    def __call__(self, outputs: Tensor, teacher: Tensor) -> Tensor:
-        if self.classifier:
-            return F.kl_div(
-                outputs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
-        return (outputs - teacher).square().mean() / teacher.var().clamp_min(1e-12)
 
 
 class _UnitState:
@@ -88,12 +76,6 @@ class _UnitState:
         """[H, d]."""
         return self.weight * self.indicator
 
-    def temperature(self, width: float, choice: Temperature) -> float:
-        """Factor on the logits of the masked dense model."""
-        if choice == "dense" or not self.unit.softmax_scaled:
-            return 1.0
-        return float((self.unit.width / width) ** 0.5)
-
 
 def search(
     model: nn.Module,
@@ -101,20 +83,17 @@ def search(
     units: tuple[Unit, ...],
     table: CostTable,
     calibration: Calibration,
-    images: Tensor,
-    labels: Tensor | None,
+    lesson: Distillation,
     *,
     budget: int,
     round_to: int,
     options: SearchOptions,
-    classifier: bool = True,
-    amp: bool = False,
     progress: Callable[[int, int, SearchStep], None] | None = None,
 ) -> SearchResult:
-    """The plan and gains for ``model`` under ``budget``, found by training indicators.
+    """The plan for ``model`` under ``budget``, found by training indicators, and gains beside them.
 
     The task's gradient and the budget's are each brought to unit scale before they are added, so that the
-    search does not depend on the magnitude of the loss; the target falls from dense to ``budget`` over the
+    search does not depend on the magnitude of the loss; the target sinks from dense to ``budget`` over the
     first part of the search, and the final plan is filled up to the budget.
 
     Args:
@@ -122,79 +101,35 @@ def search(
         anatomy: of ``model``.
         units: those that may be cut.
         table: costs of ``model``.
-        calibration: of ``model`` on ``images``.
-        images: [n, C, H, W], normalised.
-        labels: [n], or None for distillation only.
+        calibration: of ``model``.
+        lesson: what the masked model is taught.
         budget: FLOPs; reachable (see :func:`mhacut.widths.lowest_flops`).
         round_to: widths are multiples of it, or the dense width.
         options: see :class:`SearchOptions`.
-        classifier: whether outputs are class logits.
-        amp: bfloat16 autocast.
         progress: called after every step with (step, steps, its log line).
     """
     device = next(model.parameters()).device
     states = [_UnitState(unit, calibration, options, device) for unit in units]
-    optimiser = torch.optim.Adam(
-        [
-            {"params": [state.indicator for state in states], "lr": options.lr},
-            {"params": [state.gain for state in states if state.gain.requires_grad], "lr": options.gain_lr},
-        ],
-        betas=(0.9, 0.99),
-    )
-    divergence = Divergence(classifier)
-    batches = _batches(len(images), options.batch_size, options.seed)
-    search_steps = options.steps - int(options.steps * 0.4) if options.reweight else options.steps
+    groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
+    if options.reweight:
+        groups.append({"params": [state.gain for state in states], "lr": options.gain_lr})
+    optimiser = torch.optim.Adam(groups, betas=GAIN_BETAS)
     log: list[SearchStep] = []
-    plan: Plan | None = None
-    frozen = _frozen(model)
-
-    for step in range(options.steps):
-        if step == search_steps:
-            plan = _final_plan(states, table, budget, round_to)
-        chosen = next(batches)
-        if plan is None:
-            target = table.dense + (budget - table.dense) * min(1.0, (step + 1) / (0.75 * search_steps))
-            gains, flops = _soft_gains(states, table, round_to, options)
-        else:
-            target = float("inf")
-            gains = _plan_gains(states, plan, options)
-            flops = torch.tensor(float(table.flops(plan.widths())))
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
-            outputs = torch.func.functional_call(model, tensors, (images[chosen].to(device),))
-        loss = divergence(outputs.float(), calibration.teacher[chosen].to(device))
-        if labels is not None and options.label_weight > 0:
-            loss = loss + options.label_weight * F.cross_entropy(outputs.float(), labels[chosen].to(device))
+    for step in range(options.search_steps):
+        target = table.dense + (budget - table.dense) * min(
+            1.0, (step + 1) / (_DESCENT * options.search_steps)
+        )
+        gains, flops = _soft_gains(states, table, round_to, options)
+        loss = lesson.loss(model, anatomy, gains)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
-        if plan is None:
-            _add_budget_gradient(states, flops, target, options.budget_weight)
+        _add_budget_gradient(states, flops, target, options.budget_weight)
         optimiser.step()
         log.append(SearchStep(step, float(loss.detach()), float(flops.detach())))
         if progress is not None:
-            progress(step + 1, options.steps, log[-1])
-
-    if plan is None:
-        plan = _final_plan(states, table, budget, round_to)
-    with torch.no_grad():
-        gains = {key: gain.detach().cpu() for key, gain in _plan_gains(states, plan, options).items()}
-    return SearchResult(plan, gains, tuple(log))
-
-
-def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters outside the autograd graph: only indicators and gains learn."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled index batches, every image once per round."""
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(left) < size:
-            left = torch.cat([left, torch.randperm(count, generator=generator)])
-        yield left[:size]
-        left = left[size:]
+            progress(step + 1, options.search_steps, log[-1])
+    gains = {state.unit.key: state.gain.detach().cpu() for state in states}
+    return SearchResult(_final_plan(states, table, budget, round_to), gains, tuple(log))
 
 
 def _soft_gains(
@@ -204,15 +139,15 @@ def _soft_gains(
     gains: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
-        score = state.score()
-        count = float((score > THRESHOLD).sum()) / state.unit.heads
-        width = nearest_width(count, state.unit.width, round_to)
+        unit, score = state.unit, state.score()
+        count = float((score > THRESHOLD).sum()) / unit.heads
+        width = nearest_width(count, unit.width, round_to)
         if options.score_adjustment:
             score = adjust_scores(score, width)
-        mask = straight_through_mask(score)
-        gains[state.unit.key] = mask * state.gain * state.temperature(width, options.temperature)
-        soft = state.indicator.sum() / state.unit.heads
-        widths[state.unit.key] = width + soft - soft.detach()
+        factor = temperature_factor(unit, width, options.temperature)
+        gains[unit.key] = straight_through_mask(score) * state.gain * factor
+        soft = state.indicator.sum() / unit.heads
+        widths[unit.key] = width + soft - soft.detach()
     return gains, table.flops(widths)
 
 
@@ -254,14 +189,3 @@ def _final_plan(states: list[_UnitState], table: CostTable, budget: int, round_t
             for key in (state.unit.key,)
         )
     )
-
-
-def _plan_gains(states: list[_UnitState], plan: Plan, options: SearchOptions) -> dict[UnitKey, Tensor]:
-    by_key = {unit_plan.key: unit_plan for unit_plan in plan}
-    gains: dict[UnitKey, Tensor] = {}
-    for state in states:
-        unit_plan = by_key[state.unit.key]
-        kept = torch.tensor(unit_plan.kept, device=state.gain.device)
-        mask = torch.zeros_like(state.gain).scatter(-1, kept, 1.0)
-        gains[state.unit.key] = mask * state.gain * state.temperature(unit_plan.width, options.temperature)
-    return gains

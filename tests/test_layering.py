@@ -13,9 +13,10 @@ PACKAGE = Path(mhacut.__file__).parent
 FLOORS = (
     {"errors", "_version", "quantity", "options", "plan", "progress", "device", "tensor"},
     {"adapters"},
-    {"surgery"},
+    {"surgery", "taps"},
     {"cost", "modelinfo", "widths"},
-    {"calibration"},
+    {"calibration", "repair", "distillation"},
+    {"reweight"},
     {"search"},
     {"checkpoint", "data", "evaluate", "latency"},
     {"inspection"},

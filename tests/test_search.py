@@ -13,9 +13,11 @@ from torch.func import functional_call
 
 from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
+from mhacut.distillation import Distillation, Divergence
+from mhacut.errors import MhacutError
 from mhacut.options import SearchOptions
-from mhacut.plan import Plan, UnitPlan
-from mhacut.search import Divergence, search
+from mhacut.reweight import plan_gains, train_gains
+from mhacut.search import search
 from mhacut.surgery import cut, dissect, masked_tensors
 from mhacut.tensor.attention_difference import logit_energy
 from mhacut.tensor.similarity import cosine_similarity, redundancy
@@ -35,20 +37,47 @@ class Bench:
         self.table = build_cost_table(self.model, self.anatomy, self.size)
         self.calibration = calibrate(self.model, self.anatomy, self.images, batch_size=5)
 
-    def search(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden"), **more):
+    def lesson(self, labels=None, options=SHORT, classifier=True):
+        return Distillation(
+            self.images,
+            self.calibration.teacher,
+            labels,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            label_weight=options.label_weight,
+            classifier=classifier,
+            amp=False,
+        )
+
+    def search(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden"), classifier=True):
         return search(
             self.model,
             self.anatomy,
             self.anatomy.units(kinds),
             self.table,
             self.calibration,
-            self.images,
-            labels,
+            self.lesson(labels, options, classifier),
             budget=int(share * self.table.dense),
             round_to=8,
             options=options,
-            **more,
         )
+
+    def slim(self, share, options=SHORT):
+        """Search, train gains, cut."""
+        found = self.search(share, options)
+        gains = train_gains(
+            self.model,
+            self.anatomy,
+            found.plan,
+            found.gains if options.reweight else None,
+            self.lesson(options=options),
+            steps=options.gain_steps,
+            lr=options.gain_lr,
+            temperature=options.temperature,
+        )
+        slim = copy.deepcopy(self.model)
+        cut(slim, found.plan, gains)
+        return found.plan, gains, slim
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +93,12 @@ def test_the_budget_is_met_and_used(bench, share):
     assert all(unit.width % 8 == 0 or unit.keeps_all for unit in found.plan)
 
 
-def test_what_was_searched_is_what_is_cut(bench):
-    found = bench.search(0.5)
-    masked = functional_call(
-        bench.model, masked_tensors(bench.model, bench.anatomy, found.gains), (bench.images,)
-    )
-    slim = copy.deepcopy(bench.model)
-    cut(slim, found.plan, found.gains)
+def test_what_was_trained_is_what_is_cut(bench):
+    plan, gains, slim = bench.slim(0.5)
+    tensors = masked_tensors(bench.model, bench.anatomy, gains)
+    masked = functional_call(bench.model, tensors, (bench.images,))
     assert relative(slim(bench.images), masked) < 1e-4
-    assert measure_flops(slim, bench.size) == bench.table.flops(found.plan.widths())
+    assert measure_flops(slim, bench.size) == bench.table.flops(plan.widths())
 
 
 def test_the_dense_model_is_left_as_it_was(bench):
@@ -103,18 +129,40 @@ def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
     ids=str,
 )
 def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):
-    usual, without = bench.search(0.5), bench.search(0.5, replace(SHORT, **change))
-    same_gains = all(torch.equal(usual.gains[key], without.gains[key]) for key in usual.gains)
-    assert not (usual.plan == without.plan and same_gains)
+    (plan, gains, _), (other_plan, other_gains, _) = (
+        bench.slim(0.5),
+        bench.slim(0.5, replace(SHORT, **change)),
+    )
+    same_gains = all(torch.equal(gains[key], other_gains[key]) for key in gains)
+    assert not (plan == other_plan and same_gains)
 
 
 def test_without_reweight_gains_are_masks_and_temperature(bench):
-    found = bench.search(0.5, replace(SHORT, reweight=False))
-    for unit in found.plan:
+    plan, gains, _ = bench.slim(0.5, replace(SHORT, reweight=False))
+    for unit in plan:
         expected = (64 / unit.width) ** 0.5 if unit.kind == "qk" else 1.0
-        for gain, kept in zip(found.gains[unit.key], unit.kept, strict=True):
+        for gain, kept in zip(gains[unit.key], unit.kept, strict=True):
             assert gain[list(kept)].tolist() == pytest.approx([expected] * unit.width, rel=1e-6)
             assert gain.count_nonzero() == unit.width
+
+
+def test_steps_are_shared_between_search_and_gains():
+    assert (SearchOptions(steps=100).search_steps, SearchOptions(steps=100).gain_steps) == (60, 40)
+    assert SearchOptions(steps=1).search_steps == 1
+    assert SearchOptions(steps=10, reweight=False).gain_steps == 0
+
+
+def test_gains_of_what_is_removed_are_zero_and_trained_ones_help():
+    bench = Bench(images=16)
+    plan = bench.search(0.5).plan
+    start = plan_gains(bench.anatomy, plan, None, "kept")
+    lesson = bench.lesson(options=replace(SHORT, batch_size=16))
+    trained = train_gains(
+        bench.model, bench.anatomy, plan, None, lesson, steps=30, lr=0.02, temperature="kept"
+    )
+    losses = [float(lesson.loss(bench.model, bench.anatomy, gains)) for gains in (start, trained)]
+    assert losses[1] < 0.8 * losses[0]
+    assert all(torch.equal(trained[key] == 0, start[key] == 0) for key in start)
 
 
 def test_scope_and_labels(bench):
@@ -129,9 +177,7 @@ def test_training_helps():
     bench = Bench(images=16)
     outcomes = []
     for steps in (1, 60):
-        found = bench.search(0.4, SearchOptions(steps=steps, batch_size=8))
-        slim = copy.deepcopy(bench.model)
-        cut(slim, found.plan, found.gains)
+        _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, batch_size=8))
         outcomes.append(float(Divergence(True)(slim(bench.images), bench.calibration.teacher)))
     assert outcomes[1] < 0.7 * outcomes[0]
 
@@ -180,17 +226,11 @@ def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
         assert torch.allclose(statistics.difference, pieces.statistics[key].difference, rtol=1e-4)
 
 
-def test_a_search_needs_no_more_than_one_head_wide_plan():
-    # A plan over a subset of units leaves the others whole.
+def test_a_loss_that_is_not_finite_is_said_not_searched():
     bench = Bench()
-    units = bench.anatomy.units(("hidden",))
-    found = search(
-        bench.model, bench.anatomy, units, bench.table, bench.calibration, bench.images, None,
-        budget=int(0.8 * bench.table.dense), round_to=8, options=SHORT,
-    )  # fmt: skip
-    assert [unit.key for unit in found.plan] == [unit.key for unit in units]
-    assert isinstance(found.plan, Plan)
-    assert all(isinstance(unit, UnitPlan) for unit in found.plan)
+    bench.images[3] = float("nan")
+    with pytest.raises(MhacutError, match=r"not finite.*--mean"):
+        bench.search(0.5)
 
 
 def test_cross_entropy_uses_the_labels_of_the_batch(bench):

@@ -62,6 +62,8 @@ class Unit:
     for v; ``hidden`` for the MLP."""
     readout: ChannelAxis | None = None
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
+    readout_bias: str | None = None
+    """The bias added behind those columns, if there is one."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
 

@@ -90,6 +90,7 @@ class VitAttentionAdapter(Adapter):
                     gain_axes=(columns,),
                     taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
                     readout=columns,
+                    readout_bias="proj.bias" if module.proj.bias is not None else None,
                 )
             )
         else:

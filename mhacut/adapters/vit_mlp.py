@@ -46,6 +46,7 @@ class _MlpAdapter(Adapter):
             gain_axes=(columns,),
             taps={"hidden": Tap("fc2", "input", channel_dim=channel_dim)},
             readout=columns,
+            readout_bias="fc2.bias" if module.fc2.bias is not None else None,
         )
         return Layer(name, self, (hidden,))
 

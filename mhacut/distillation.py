@@ -1,0 +1,97 @@
+"""The dense model as teacher: a stream of batches, and the loss of a masked model on the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhacut.errors import MhacutError
+from mhacut.surgery import Anatomy, UnitKey, masked_tensors
+
+
+class Divergence:
+    """Distance of a model's outputs from the teacher's; a scalar, 0 when equal.
+
+    KL(teacher || model) in nats for classifiers; for models without one, squared error of the features
+    relative to their variance.
+    """
+
+    def __init__(self, classifier: bool) -> None:
+        self.classifier = classifier
+
+    def __call__(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        if self.classifier:
+            return F.kl_div(
+                outputs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+        return (outputs - teacher).square().mean() / teacher.var().clamp_min(1e-12)
+
+
+class Distillation:
+    """The loss of a model under gains, batch after shuffled batch."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        *,
+        batch_size: int,
+        seed: int,
+        label_weight: float,
+        classifier: bool,
+        amp: bool,
+    ) -> None:
+        """Prepare to teach.
+
+        Args:
+            images: [n, C, H, W], normalised.
+            teacher: the dense model's outputs for them, [n, classes].
+            labels: [n], or None for distillation only.
+            batch_size: images per batch.
+            seed: of their order.
+            label_weight: of the cross-entropy with labels beside the divergence.
+            classifier: whether outputs are class logits.
+            amp: bfloat16 autocast.
+        """
+        self.images, self.teacher, self.labels = images, teacher, labels
+        self.label_weight = label_weight if labels is not None else 0.0
+        self.divergence = Divergence(classifier)
+        self.amp = amp
+        self._batches = _batches(len(images), batch_size, seed)
+
+    def loss(self, model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]) -> Tensor:
+        """Of ``model`` masked by ``gains`` on the next batch; only the gains are differentiated.
+
+        Raises:
+            MhacutError: it is not finite.
+        """
+        device = next(model.parameters()).device
+        chosen = next(self._batches)
+        frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+            tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
+            outputs = torch.func.functional_call(model, tensors, (self.images[chosen].to(device),)).float()
+        loss = self.divergence(outputs, self.teacher[chosen].to(device))
+        if self.labels is not None and self.label_weight > 0:
+            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
+        if not torch.isfinite(loss):
+            raise MhacutError(
+                "the model's outputs are not finite on the images of the search; check --mean and --std"
+                + (", or go without --amp" if self.amp else "")
+            )
+        return loss
+
+
+def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless shuffled index batches, every image once per round."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:size]
+        left = left[size:]

@@ -1,0 +1,168 @@
+"""Repair: a model and a plan in, the same model out with removed channels dead and their work taken over.
+
+Still of the dense model's shape, so that the cut afterwards is a mere slice. Ours; the algebra is in
+:mod:`mhacut.tensor.refit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Layer, Unit
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import Anatomy, UnitKey
+from mhacut.taps import listening
+from mhacut.tensor.moments import Moments
+from mhacut.tensor.refit import refit_linear, refit_logits
+
+
+@dataclass(frozen=True)
+class UnitRepair:
+    """How the repair of one unit went."""
+
+    ridge: float
+    """Relative; infinite where refitting did not help and was left out."""
+    error: float
+    """Squared error on held-back images over that of plainly removing the channels; of the logits for qk, of
+    the layer's output otherwise."""
+
+
+@torch.no_grad()
+def repair(
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan,
+    images: Tensor,
+    *,
+    stages: int,
+    batch_size: int,
+    held_back: float = 0.25,
+    progress: Callable[[int, int], None] | None = None,
+) -> Mapping[UnitKey, UnitRepair]:
+    """Refit ``model`` in place for ``plan``: removed channels are dead, kept ones stand in for them.
+
+    Layers are repaired in ``stages`` groups from the input on, each on the activations of the network that
+    the earlier groups left behind.
+
+    Args:
+        model: the dense model, eval mode, float32, on the device to work on.
+        anatomy: of ``model``.
+        plan: units that keep everything are skipped.
+        images: [n, C, H, W], normalised.
+        stages: passes over the images; more follow the cut network more closely.
+        batch_size: images at a time.
+        held_back: share of the images that choose the ridge instead of being fitted.
+        progress: called after every stage with (stage, stages).
+    """
+    cut_units = {unit_plan.key: unit_plan for unit_plan in plan if not unit_plan.keeps_all}
+    layers = [layer for layer in anatomy.layers if any(unit.key in cut_units for unit in layer.units)]
+    stages = min(stages, len(layers))
+    bounds = [round(index * len(layers) / stages) for index in range(stages + 1)] if stages else []
+    held = max(1, round(held_back * len(images))) if len(images) > 1 else 0
+    report: dict[UnitKey, UnitRepair] = {}
+    for stage, (first, last) in enumerate(pairwise(bounds)):
+        group = layers[first:last]
+        units = [unit for layer in group for unit in layer.units if unit.key in cut_units]
+        seen = _gather(model, units, group, images[held:], batch_size)
+        unseen = _gather(model, units, group, images[:held], batch_size) if held else seen
+        for unit in units:
+            report[unit.key] = _repair_unit(
+                model, unit, cut_units[unit.key], seen[unit.key], unseen[unit.key]
+            )
+        if progress is not None:
+            progress(stage + 1, stages)
+    return report
+
+
+class _Enough(Exception):
+    """All layers of interest have run."""
+
+
+def _gather(
+    model: nn.Module,
+    units: list[Unit],
+    group: list[Layer],
+    images: Tensor,
+    batch_size: int,
+) -> dict[UnitKey, tuple[Moments, ...]]:
+    """Moments of what repair needs: (output,) or (hidden,) over all heads at once; (query, key) per head."""
+    sums: dict[tuple[UnitKey, str], Moments] = {}
+
+    def take(unit: Unit, name: str, activation: Tensor) -> None:
+        if name == "value":
+            return
+        if unit.kind == "qk":
+            x = activation.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
+            if name == "key":
+                x = x - x.mean(dim=-2, keepdim=True)
+            x = x.transpose(0, 1).flatten(1, 2)  # (H, B * N, d)
+        else:
+            x = activation.flatten(-2).flatten(0, -2)  # (rows, H * d)
+        moments = Moments.of(x)
+        key = unit.key, name
+        sums[key] = sums[key] + moments if key in sums else moments
+
+    waiting: set[nn.Module] = set()
+
+    def stop(module: nn.Module, args: object, output: object) -> None:
+        waiting.discard(module)
+        if not waiting:
+            raise _Enough
+
+    device = next(model.parameters()).device
+    modules = [model.get_submodule(layer.name) for layer in group]
+    handles = [module.register_forward_hook(stop) for module in modules]
+    try:
+        with listening(model, units, take):
+            for start in range(0, len(images), batch_size):
+                waiting.update(modules)
+                with suppress(_Enough):
+                    model(images[start : start + batch_size].to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    wanted = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}
+    return {unit.key: tuple(sums[unit.key, name] for name in wanted[unit.kind]) for unit in units}
+
+
+def _repair_unit(
+    model: nn.Module, unit: Unit, unit_plan: UnitPlan, fit: tuple[Moments, ...], held: tuple[Moments, ...]
+) -> UnitRepair:
+    layer = model.get_submodule(unit.layer)
+    device = fit[0].total.device
+    kept = torch.tensor(unit_plan.kept, device=device)
+    if unit.kind == "qk":
+        plain = (unit.width / unit_plan.width) ** 0.5 if unit.softmax_scaled else 1.0
+        logits = refit_logits((fit[0], fit[1]), (held[0], held[1]), kept, plain)
+        for axis in unit.gain_axes:
+            rows = layer.get_parameter(axis.tensor).movedim(axis.dim, 0)[
+                axis.offset : axis.offset + unit.heads * unit.width
+            ]
+            rows = rows.view(unit.heads, unit.width, *rows.shape[1:])  # (H, d, ...), a view
+            for head in range(unit.heads):
+                chosen = rows[head, kept[head]].double()
+                rows[head] = 0
+                rows[head, kept[head]] = torch.tensordot(logits.mixing[head].T, chosen, dims=1).to(rows.dtype)
+        return UnitRepair(logits.ridge, logits.error)
+
+    assert unit.readout is not None
+    flat = (kept + unit.width * torch.arange(unit.heads, device=device)[:, None]).reshape(-1)
+    gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=device)
+    gone[flat] = False
+    weight = layer.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
+    columns = weight[..., unit.readout.offset : unit.readout.offset + len(gone)]
+    matrix = columns.reshape(-1, len(gone)).double()
+    bias = None if unit.readout_bias is None else layer.get_parameter(unit.readout_bias)
+    linear = refit_linear(fit[0], held[0], flat, matrix, constant=bias is not None)
+    lost = matrix[:, gone]
+    columns[..., flat] += (lost @ linear.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
+    columns[..., gone] = 0
+    if bias is not None:
+        bias.add_((lost @ linear.constant).to(bias.dtype))
+    return UnitRepair(linear.ridge, linear.error)

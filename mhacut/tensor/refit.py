@@ -1,0 +1,158 @@
+"""Closed-form repair: what reads a cut layer is refitted so that kept channels stand in for removed ones.
+
+Ours; the reweight gain of arXiv 2405.20867 is the diagonal case. Removed channels x_P are predicted from kept
+ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x. The
+ridge is the one of a fixed ladder, relative to the mean variance of the kept channels, that leaves the least
+error on images the regression has not seen; the top of the ladder is no prediction at all, so that on those
+images repair never does worse than none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mhacut.tensor.moments import Moments
+
+RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearRefit:
+    """How columns that read removed channels move onto kept ones: W_S += W_P B, bias += W_P c."""
+
+    prediction: Tensor
+    """B, [removed, kept]."""
+    constant: Tensor
+    """c, [removed]."""
+    ridge: float
+    """Chosen, relative; infinite where predicting did not help on held-back images."""
+    error: float
+    """Squared error of the layer's output on held-back images, over that of plainly removing the channels."""
+
+
+@dataclass(frozen=True)
+class LogitRefit:
+    """q_S C k_S^T in place of q k^T, for every head."""
+
+    mixing: Tensor
+    """C, [H, kept, kept]."""
+    ridge: float
+    error: float
+    """Squared error of the logits on held-back images, over that of plainly removing the channels."""
+
+
+def refit_linear(
+    fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
+) -> LinearRefit:
+    """The best B and c for a layer that is read through ``columns``.
+
+    Args:
+        fit: moments of the channels, [d], on the images to fit.
+        held: the same on images held back.
+        kept: indices, [kept], ascending.
+        columns: the weights that read the channels, [out, d].
+        constant: whether there is a bias to take up W_P c.
+    """
+    both = fit + held
+    gone = _others(kept, fit.total.shape[-1])
+    reader = columns.double()[:, gone]
+    metric = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
+
+    def centred(moments: Moments, about: Moments) -> Tensor:
+        return moments.about(about.mean) if constant else moments.energy
+
+    seen, unseen = centred(fit, fit), centred(held, fit)
+    baseline = float((metric * held.energy[gone][:, gone]).sum())
+    errors = {float("inf"): float((metric * unseen[gone][:, gone]).sum())}
+    values, vectors = torch.linalg.eigh(seen[kept][:, kept])
+    size = float(values.clamp_min(0).mean())
+    projected = seen[gone][:, kept] @ vectors
+    for ridge in RIDGES:
+        if size <= 0:
+            break
+        prediction = (projected / (values.clamp_min(0) + ridge * size)) @ vectors.T
+        cross = prediction @ unseen[kept][:, gone]
+        left = unseen[gone][:, gone] - cross - cross.T + prediction @ unseen[kept][:, kept] @ prediction.T
+        errors[ridge] = float((metric * left).sum())
+    ridge = min(errors, key=lambda candidate: errors[candidate])
+    prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
+    if ridge < float("inf"):
+        every = centred(both, both)
+        prediction = _ridge_solve(every[kept][:, kept], every[kept][:, gone], ridge).T
+    offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
+    if constant:
+        offset = both.mean[gone] - prediction @ both.mean[kept]
+    return LinearRefit(prediction, offset, ridge, errors[ridge] / baseline if baseline > 0 else 0.0)
+
+
+def refit_logits(
+    fit: tuple[Moments, Moments], held: tuple[Moments, Moments], kept: Tensor, plain: float
+) -> LogitRefit:
+    """The best C for every head, with q and k taken as independent.
+
+    Args:
+        fit: of q and of k, [H, d]; k centred over the keys of each image, since softmax ignores what is
+            constant over them.
+        held: the same on images held back.
+        kept: indices, [H, kept], ascending.
+        plain: factor on the logits without a refit; kept where refitting does not help.
+    """
+    heads, width = kept.shape
+    identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
+    gone = torch.stack([_others(row, fit[0].total.shape[-1]) for row in kept])
+    candidates = {float("inf"): plain * identity}
+    if gone.shape[-1] > 0:
+        for ridge in RIDGES:
+            candidates[ridge] = _mixing(fit, kept, gone, ridge)
+    errors = {ridge: _logit_error(held, kept, mixing) for ridge, mixing in candidates.items()}
+    baseline = errors[float("inf")]
+    ridge = min(errors, key=lambda candidate: errors[candidate])
+    mixing = candidates[ridge]
+    if ridge < float("inf"):
+        mixing = _mixing((fit[0] + held[0], fit[1] + held[1]), kept, gone, ridge)
+    return LogitRefit(mixing, ridge, errors[ridge] / baseline if baseline > 0 else 0.0)
+
+
+def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
+    """I + Bq^T Bk, [H, kept, kept], where Bq and Bk predict removed q and k channels from kept ones."""
+    predictions = []
+    for side in moments:
+        target = _block(side.energy, kept, gone)
+        predictions.append(_ridge_solve(_block(side.energy, kept, kept), target, ridge))
+    query, key = predictions  # (H, kept, removed)
+    identity = torch.eye(kept.shape[-1], dtype=torch.float64, device=kept.device)
+    return identity + query @ key.transpose(-2, -1)
+
+
+def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """(system + ridge * mean(diag(system)) * I)^-1 target, batched; 0 where the system is."""
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    size = diagonal.mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    solution: Tensor = torch.linalg.solve(system + ridge * size * identity, target)
+    return solution
+
+
+def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor) -> float:
+    """Mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
+    query, key = (side.energy for side in moments)
+    every = torch.arange(query.shape[-1], device=kept.device).expand(len(kept), -1)
+    full = (query * key).sum()
+    cross = (_block(query, every, kept) @ mixing * _block(key, every, kept)).sum()
+    inner = mixing.transpose(-2, -1) @ _block(query, kept, kept) @ mixing
+    return float(full - 2 * cross + (inner * _block(key, kept, kept)).sum())
+
+
+def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Per head, the rows and columns of [H, d, d] named by [H, r] and [H, c]: [H, r, c]."""
+    picked: Tensor = matrix.gather(-2, rows.unsqueeze(-1).expand(-1, -1, matrix.shape[-1]))
+    return picked.gather(-1, columns.unsqueeze(-2).expand(-1, rows.shape[-1], -1))
+
+
+def _others(kept: Tensor, size: int) -> Tensor:
+    rest = torch.ones(size, dtype=torch.bool, device=kept.device)
+    rest[kept] = False
+    return rest.nonzero()[:, 0]

@@ -1,0 +1,167 @@
+"""Repair against least squares done the slow way, and its promises on whole models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import CASES, build, image, relative
+
+from mhacut.plan import Plan, UnitPlan
+from mhacut.repair import repair
+from mhacut.surgery import cut, dissect
+from mhacut.tensor.moments import Moments
+from mhacut.tensor.refit import refit_linear, refit_logits
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+
+
+def exact(x):
+    """Moments with products in float64, unlike those taken of a model."""
+    x = x.double()
+    return Moments(x.shape[-2], x.sum(-2), x.transpose(-2, -1) @ x)
+
+
+def rows(count, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64) @ mix + torch.arange(width)
+
+
+def test_moments_add_up_and_centre_as_written_out():
+    x = rows(30, 4, 0)
+    moments = exact(x[:11]) + exact(x[11:])
+    assert torch.allclose(moments.mean, x.mean(0))
+    assert torch.allclose(moments.covariance, (x - x.mean(0)).T @ (x - x.mean(0)) / 30)
+    centre = torch.tensor([1.0, -2.0, 0.0, 3.0]).double()
+    assert torch.allclose(moments.about(centre), (x - centre).T @ (x - centre) / 30)
+    assert torch.allclose(Moments.of(x).second, moments.second, rtol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_linear_refit_is_least_squares(constant):
+    x, columns = rows(400, 6, 1), torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double()
+    kept, gone = torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4])
+    found = refit_linear(exact(x), exact(x), kept, columns, constant=constant)
+    inputs = torch.cat([x[:, kept], torch.ones(400, 1).double()], 1) if constant else x[:, kept]
+    solution = torch.linalg.lstsq(inputs, x[:, gone]).solution
+    assert found.ridge == 1e-9  # nothing is held back here that a ridge could help with
+    assert torch.allclose(found.prediction, solution[:3].T, atol=1e-5)
+    assert torch.allclose(found.constant, solution[3] if constant else torch.zeros(3).double(), atol=1e-4)
+    left = (x[:, gone] - inputs @ solution) @ columns[:, gone].T
+    plain = x[:, gone] @ columns[:, gone].T
+    assert found.error == pytest.approx(float(left.square().sum() / plain.square().sum()), rel=1e-4)
+
+
+def test_what_kept_channels_determine_is_recovered_whole():
+    x = rows(50, 5, 3)
+    x[:, 3] = 2 * x[:, 0] - x[:, 1] + 7
+    columns = torch.ones(2, 5).double()
+    found = refit_linear(exact(x[:30]), exact(x[30:]), torch.tensor([0, 1, 2, 4]), columns, constant=True)
+    assert found.error < 1e-10
+    assert found.prediction[0].tolist() == pytest.approx([2, -1, 0, 0], abs=1e-4)
+
+
+@given(seed=st.integers(0, 2**31), fitted=st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_few_images_never_make_it_worse_than_removing(seed, fitted):
+    x = rows(60 + fitted, 8, seed)
+    columns = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).double()
+    found = refit_linear(
+        exact(x[:fitted]), exact(x[fitted:]), torch.tensor([1, 2, 6]), columns, constant=False
+    )
+    assert found.error <= 1 + 1e-9
+    assert found.prediction.isfinite().all()
+
+
+def test_nothing_seen_predicts_nothing():
+    zero = exact(torch.zeros(5, 4))
+    found = refit_linear(zero, zero, torch.tensor([0]), torch.ones(2, 4), constant=True)
+    assert found.prediction.count_nonzero() == 0
+    assert found.ridge == float("inf")
+
+
+def test_logit_refit_recovers_what_kept_channels_determine():
+    q, k = rows(80, 4, 5)[None], rows(80, 4, 6)[None]
+    q[..., 3], k[..., 3] = q[..., 0] - q[..., 1], 2 * k[..., 2]
+    kept = torch.tensor([[0, 1, 2]])
+    sides = exact(q), exact(k)
+    found = refit_logits(sides, sides, kept, plain=1.0)
+    logits = q[..., kept[0]] @ found.mixing @ k[..., kept[0]].transpose(-2, -1)
+    assert relative(logits, q @ k.transpose(-2, -1)) < 1e-6
+    assert found.error < 1e-8
+
+
+def test_logit_refit_is_the_best_of_all_mixings():
+    q, k = rows(300, 4, 7)[None], rows(300, 4, 8)[None]
+    kept = torch.tensor([[1, 3]])
+    sides = exact(q), exact(k)
+    found = refit_logits(sides, sides, kept, plain=1.0)
+
+    def error(mixing):
+        left = q @ k.transpose(-2, -1) - q[..., kept[0]] @ mixing @ k[..., kept[0]].transpose(-2, -1)
+        return float(left.square().sum())
+
+    least = error(found.mixing)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert error(found.mixing + 0.01 * torch.randn(1, 2, 2, generator=generator).double()) > least
+    plain = error(torch.eye(2).double())
+    assert found.error == pytest.approx(least / plain, rel=1e-6)
+
+
+def plan_of(anatomy, seed, share=0.6):
+    generator = torch.Generator().manual_seed(seed)
+    units = []
+    for unit in anatomy.units():
+        width = max(1, int(share * unit.width))
+        kept = [
+            torch.randperm(unit.width, generator=generator)[:width].sort().values.tolist()
+            for _ in range(unit.heads)
+        ]
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept))))
+    return Plan(tuple(units))
+
+
+@each_case
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31), stages=st.sampled_from([1, 2, 99]))
+def test_after_repair_the_cut_is_a_mere_slice(case, seed, stages):
+    model, x = (
+        build(case, dtype=torch.float64).requires_grad_(False),
+        image(case, batch=6, dtype=torch.float64),
+    )
+    anatomy = dissect(model)
+    plan = plan_of(anatomy, seed)
+    repair(model, anatomy, plan, x, stages=stages, batch_size=4)
+    shaped = model(x)
+    cut(model, plan)
+    assert relative(model(x), shaped) < 1e-9
+
+
+@each_case
+def test_repair_brings_outputs_nearer_to_the_dense_model(case):
+    model, images = build(case).requires_grad_(False), image(case, batch=24)
+    anatomy = dissect(model)
+    plan, dense = plan_of(anatomy, 0), model(images[12:])
+    plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
+    cut(plain, plan)
+    report = repair(repaired, anatomy, plan, images[:12], stages=1, batch_size=5)
+    cut(repaired, plan)
+    # Random logits are all but flat, so that their repair alone does not show in the outputs.
+    share = 0.8 if any(unit.kind == "v" for unit in plan) else 1.01
+    assert (repaired(images[12:]) - dense).norm() < share * (plain(images[12:]) - dense).norm()
+    assert set(report) == {unit.key for unit in plan}
+    assert all(unit.error <= 1 for unit in report.values())
+
+
+def test_units_that_keep_everything_are_not_touched():
+    model = build(CASES[0]).requires_grad_(False)
+    anatomy = dissect(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
+    assert repair(model, anatomy, whole, image(CASES[0]), stages=3, batch_size=2) == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
