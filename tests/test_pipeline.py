@@ -84,8 +84,9 @@ def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
 
 
 def test_same_seed_same_file(tiny_vit, tmp_path):
-    files = [prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "ab"]
-    assert files[0] == files[1]
+    # Often enough that an order left to chance would show.
+    files = {prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "abcdef"}
+    assert len(files) == 1
 
 
 def test_dry_run_finds_the_same_plan_and_writes_nothing(tiny_vit, tmp_path):

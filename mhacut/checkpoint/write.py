@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -153,11 +154,24 @@ def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:
         raise OutputError(f"{show(temporary.parent)}: cannot be written to: {error}") from error
+    _sort_metadata(temporary)
     # The library makes files only their owner can read; ours are like any other.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     _sync(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in a fixed order: the library's changes from run to run, equal models are equal files."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _compare(temporary: Path, target: Path, tensors: Mapping[str, Tensor], record: SlimRecord) -> None:
