@@ -13,7 +13,7 @@ import torch
 from mhacut.checkpoint.load import LoadedModel
 from mhacut.cost import count_parameters, measure_flops_by_module
 from mhacut.data import Preprocessing
-from mhacut.errors import UsageError
+from mhacut.errors import CheckpointError, UsageError
 from mhacut.modelinfo import classifier_size, left_whole, model_input_size
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import UnitKind
@@ -118,15 +118,31 @@ def inspect_model(loaded: LoadedModel) -> Inspection:
 def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -> Preprocessing:
     """What images go through: stated by the slim file or timm's pretrained_cfg, ``override`` on top.
 
+    A slim file is read at the size it was cut for, which ``--img-size`` may have set, not at the size its
+    model would have by itself.
+
     Raises:
         UsageError: an override makes no sense, or is an image size the model does not take.
         DataError: what the file states makes no sense.
+        CheckpointError: a slim file states a size that its own model does not take.
     """
-    stated = _of_pretrained_weights(loaded) if loaded.record is None else loaded.record.preprocessing
     built_for = model_input_size(loaded.model, loaded.identity.pretrained_cfg)
     patch_embed: Any = getattr(loaded.model, "patch_embed", None)
+    strict = bool(getattr(patch_embed, "strict_img_size", False))
+    if loaded.record is None:
+        stated = _of_pretrained_weights(loaded)
+    else:
+        stated = loaded.record.preprocessing
+        channels, height, width = stated["input_size"]
+        if channels != built_for[0] or (strict and (height, width) != built_for[1:]):
+            raise CheckpointError(
+                f"{loaded.source}: its metadata states images of {channels} channels, {height}x{width}; its "
+                f"model takes {built_for[0]} channels, {built_for[1]}x{built_for[2]}: it was edited or "
+                "damaged; prune the dense model again"
+            )
+        built_for = (channels, height, width)
     size = override.img_size
-    if size is not None and getattr(patch_embed, "strict_img_size", False) and built_for[1:] != (size, size):
+    if size is not None and strict and built_for[1:] != (size, size):
         raise UsageError(
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
             f"leave it out, or build the model for other sizes with --model-arg dynamic_img_size=True"

@@ -1,0 +1,54 @@
+"""What a checkpoint is asked for is what it was made for."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.cost import measure_flops
+from mhacut.data import Preprocessing
+from mhacut.errors import CheckpointError
+from mhacut.inspection import inspect_model, resolve_preprocessing
+from mhacut.options import PreprocessingOptions
+from mhacut.plan import Plan
+
+
+def opened(tmp_path, name, **args):
+    """A dense model with random weights, from a file that does not say what it is."""
+    path = tmp_path / f"{name}.safetensors"
+    model = timm.create_model(name, num_classes=7, **args)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    return read_model(path, model=name, model_args=args)
+
+
+def slim(loaded, path, **preprocessing):
+    """The model in a slim file that cuts nothing and states ``preprocessing``."""
+    stated = resolve_preprocessing(loaded, PreprocessingOptions()).to_json() | preprocessing
+    record = SlimRecord(loaded.identity, Plan(()), "channel", stated, ())
+    write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)
+    return read_model(path)
+
+
+def test_a_slim_file_is_read_at_the_size_it_was_cut_for(tmp_path):
+    dense = opened(tmp_path, "mobilevit_xxs")
+    assert resolve_preprocessing(dense, PreprocessingOptions()).input_size == (3, 256, 256)
+    made = slim(dense, tmp_path / "slim.safetensors", input_size=[3, 64, 96], crop_pct=0.5)
+    seen = inspect_model(made)
+    assert seen.input_size == seen.preprocessing.input_size == (3, 64, 96)
+    assert seen.flops == measure_flops(dense.model, (3, 64, 96))
+    assert resolve_preprocessing(made, PreprocessingOptions()) == Preprocessing(
+        **{**seen.preprocessing.to_json(), "crop_pct": 0.5}
+    )
+    assert resolve_preprocessing(made, PreprocessingOptions(img_size=128)).input_size == (3, 128, 128)
+
+
+@pytest.mark.parametrize("size", [[3, 64, 64], [1, 32, 32]])
+def test_a_slim_file_may_not_state_a_size_its_model_does_not_take(tmp_path, size):
+    dense = opened(tmp_path, "vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=3, img_size=32)
+    made = slim(dense, tmp_path / "slim.safetensors", input_size=size, mean=[0.5], std=[0.5])
+    with pytest.raises(CheckpointError, match="its metadata states images of"):
+        resolve_preprocessing(made, PreprocessingOptions())
