@@ -284,6 +284,17 @@ def test_a_missing_split_is_not_the_whole_root(root) -> None:
         calibration_images(PLAIN, count=1, seed=0, data_dir=root, split="holdout")
 
 
+@pytest.mark.parametrize("split", ["vall", "validation", "holdout"])
+def test_a_split_asked_for_by_name_is_not_the_whole_root(root, split) -> None:
+    """Here the root is itself one split, folders of classes; it serves for the default names alone."""
+    message = f"no split '{split}'; folders there: ant, bee, cat. Choose one with"
+    with pytest.raises(DataError, match=f"{message} --val-split"):
+        evaluation(root / "val", split=split)
+    with pytest.raises(DataError, match=f"{message} --train-split"):
+        calibration_images(PLAIN, count=1, seed=0, data_dir=root / "val", split=split)
+    assert evaluation(root / "val").images == 12
+
+
 def test_an_empty_class_folder_does_not_shift_the_others(root, tmp_path) -> None:
     for path in (root / "val" / "bee").iterdir():
         path.unlink()

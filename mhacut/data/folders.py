@@ -79,8 +79,11 @@ def listed(names: Sequence[str]) -> str:
 def find_folder(root: Path, split: str, flag: str) -> Path:
     """The folder to read for ``split``: its own, or ``root`` itself if that holds no splits at all.
 
+    ``root`` itself serves only for ``train`` and ``val``, the names nobody has to ask for: any other was
+    asked for, and images of something else would be read in its place.
+
     Raises:
-        DataError: no such directory, or a root of other splits.
+        DataError: no such directory, a root of other splits, or no such split.
     """
     if not root.exists():
         raise DataError(f"{root}: no such directory (--data-dir)")
@@ -90,7 +93,7 @@ def find_folder(root: Path, split: str, flag: str) -> Path:
     if folder is not None:
         return folder
     folders = subfolders(root)
-    if any(_is_split_name(name) for name in folders):
+    if split not in SPLIT_NAMES or any(_is_split_name(name) for name in folders):
         raise DataError(
             f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with {flag}"
         )
