@@ -20,6 +20,16 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MhacutError(f"--device {name}: this machine has no usable CUDA GPU; use --device auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise MhacutError(
+                f"--device {name}: this machine has no usable CUDA GPU; use --device auto or cpu"
+            )
+        if device.index is not None and device.index >= count:
+            raise MhacutError(
+                f"--device {name}: this machine has {count} CUDA GPU(s), cuda:0 to cuda:{count - 1}"
+            )
     return device

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError
 from mhacut.surgery import Anatomy, UnitKey, masked_tensors
@@ -72,7 +74,7 @@ class Distillation:
         device = next(model.parameters()).device
         chosen = next(self._batches)
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
             tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
             outputs = torch.func.functional_call(model, tensors, (self.images[chosen].to(device),)).float()
         loss = self.divergence(outputs, self.teacher[chosen].to(device))
@@ -84,6 +86,14 @@ class Distillation:
                 + (", or go without --amp" if self.amp else "")
             )
         return loss
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
+    if device.type != "cuda":
+        return nullcontext()
+    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return kernel
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

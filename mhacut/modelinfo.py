@@ -14,18 +14,28 @@ SMALL_IMAGE = 64
 
 
 def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tuple[int, int, int]:
-    """[C, H, W] that ``model`` is built for: its patch embedding knows, else its pretrained_cfg."""
+    """[C, H, W] that ``model`` is built for: as the model knows, else as its pretrained_cfg says."""
     channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
-    patch_embed: Any = getattr(model, "patch_embed", None)
-    size = getattr(patch_embed, "img_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, int):
         size = (size, size)
     if size is not None:
         height, width = size
-    convolution: Any = getattr(patch_embed, "proj", None)
-    if isinstance(convolution, nn.Conv2d):
-        channels = convolution.in_channels
-    return int(channels), int(height), int(width)
+    return _image_channels(model, pretrained_cfg) or int(channels), int(height), int(width)
+
+
+def _image_channels(model: Any, pretrained_cfg: Mapping[str, Any]) -> int | None:
+    """Channels of an image for ``model``; None if nothing in it says.
+
+    A patch embedding does not tell: behind a convolutional stem it sees that stem's channels, not the image's.
+    """
+    channels = getattr(model, "in_chans", None)
+    if isinstance(channels, int):
+        return channels
+    first = pretrained_cfg.get("first_conv") or ""
+    name = first if isinstance(first, str) else str(first[0])
+    convolution = dict(model.named_modules()).get(name)
+    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
 
 
 def classifier_size(model: Any) -> int:
@@ -40,5 +50,4 @@ def left_whole(anatomy: Anatomy) -> tuple[str, ...]:
         for kind, reason in layer.left_whole.items():
             layers.setdefault(f"{kind}: {reason}", []).append(layer.name)
     lines = [f"{what} ({len(names)} layers, first {names[0]})" for what, names in layers.items()]
-    lines += [f"{name}: a pooling head is left alone" for name in anatomy.left_alone]
-    return tuple(lines)
+    return (*lines, *anatomy.left_alone)

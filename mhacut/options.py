@@ -72,7 +72,8 @@ class SearchOptions:
     reweight: bool = True
     """Train a gain per kept channel, merged into the weights at the cut."""
     temperature: Temperature = "kept"
-    """Softmax scale of a cut layer: 1/sqrt(kept width), or the dense model's."""
+    """Softmax scale of a cut layer while searching, and where repair does not fit a better one:
+    1/sqrt(kept width), or the dense model's."""
     steps: int = 100
     """Optimiser steps; the last 40 % train only gains, on the final plan."""
     batch_size: int = 16
@@ -88,7 +89,9 @@ class SearchOptions:
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
     repair_stages: int = 1
-    """Passes over the images in which layers are repaired, from the input on."""
+    """Passes over the images in which layers are repaired, from the input on. One refits every layer on the
+    dense model's activations; on a CIFAR-10 ViT at 50 and 25 % of its FLOPs, 4 and 12 passes came no nearer
+    to the dense model (KL .0092, .0091, .0091 and .0796, .0794, .0801)."""
     seed: int = 42
     """Of everything random."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -54,15 +55,21 @@ class Budget:
         return self.text.replace("%", "pct")
 
 
-def format_flops(flops: float) -> str:
-    """Three significant digits.
+def format_flops(flops: float, *, up: bool = False) -> str:
+    """Three significant digits, rounded, or ``up`` so that the text as a budget is not below the count.
 
     >>> format_flops(4_608_338_304), format_flops(183_400_000), format_flops(950)
     ('4.61G', '183M', '950')
+    >>> format_flops(300_600_001), format_flops(300_600_001, up=True)
+    ('301M', '301M')
+    >>> format_flops(301_400_001), format_flops(301_400_001, up=True)
+    ('301M', '302M')
     """
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if flops >= 0.9995 * size:
             value = flops / size
             digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            if up:
+                value = math.ceil(value * 10**digits - 1e-9) / 10**digits
             return f"{value:.{digits}f}{unit}"
     return f"{flops:.0f}"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, UnitKey
+from mhacut.surgery import Anatomy, UnitKey, temperature_factor
 from mhacut.taps import listening
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.refit import refit_linear, refit_logits
@@ -42,6 +43,7 @@ def repair(
     *,
     stages: int,
     batch_size: int,
+    temperature: Temperature = "kept",
     held_back: float = 0.25,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
@@ -57,6 +59,7 @@ def repair(
         images: [n, C, H, W], normalised.
         stages: passes over the images; more follow the cut network more closely.
         batch_size: images at a time.
+        temperature: of the softmax, where refitting the logits does not help.
         held_back: share of the images that choose the ridge instead of being fitted.
         progress: called after every stage with (stage, stages).
     """
@@ -72,9 +75,8 @@ def repair(
         seen = _gather(model, units, group, images[held:], batch_size)
         unseen = _gather(model, units, group, images[:held], batch_size) if held else seen
         for unit in units:
-            report[unit.key] = _repair_unit(
-                model, unit, cut_units[unit.key], seen[unit.key], unseen[unit.key]
-            )
+            moments = seen[unit.key], unseen[unit.key]
+            report[unit.key] = _repair_unit(model, unit, cut_units[unit.key], *moments, temperature)
         if progress is not None:
             progress(stage + 1, stages)
     return report
@@ -132,13 +134,18 @@ def _gather(
 
 
 def _repair_unit(
-    model: nn.Module, unit: Unit, unit_plan: UnitPlan, fit: tuple[Moments, ...], held: tuple[Moments, ...]
+    model: nn.Module,
+    unit: Unit,
+    unit_plan: UnitPlan,
+    fit: tuple[Moments, ...],
+    held: tuple[Moments, ...],
+    temperature: Temperature,
 ) -> UnitRepair:
     layer = model.get_submodule(unit.layer)
     device = fit[0].total.device
     kept = torch.tensor(unit_plan.kept, device=device)
     if unit.kind == "qk":
-        plain = (unit.width / unit_plan.width) ** 0.5 if unit.softmax_scaled else 1.0
+        plain = temperature_factor(unit, unit_plan.width, temperature)
         logits = refit_logits((fit[0], fit[1]), (held[0], held[1]), kept, plain)
         for axis in unit.gain_axes:
             rows = layer.get_parameter(axis.tensor).movedim(axis.dim, 0)[

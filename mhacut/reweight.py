@@ -11,21 +11,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Unit
 from mhacut.distillation import Distillation
 from mhacut.options import Temperature
 from mhacut.plan import Plan
-from mhacut.surgery import Anatomy, UnitKey
+from mhacut.surgery import Anatomy, UnitKey, temperature_factor
 
 # There are few steps: a shorter memory of the gradients' size than Adam's own.
 GAIN_BETAS = (0.9, 0.99)
-
-
-def temperature_factor(unit: Unit, width: float, temperature: Temperature) -> float:
-    """Factor on the logits of the masked dense model at ``width``: ``kept`` is 1/sqrt(kept width)."""
-    if temperature == "dense" or not unit.softmax_scaled:
-        return 1.0
-    return float((unit.width / width) ** 0.5)
 
 
 def plan_gains(

@@ -19,8 +19,8 @@ from mhacut.cost import CostTable
 from mhacut.distillation import Distillation
 from mhacut.options import SearchOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.reweight import GAIN_BETAS, temperature_factor
-from mhacut.surgery import Anatomy, UnitKey
+from mhacut.reweight import GAIN_BETAS
+from mhacut.surgery import Anatomy, UnitKey, temperature_factor
 from mhacut.tensor.indicator import (
     THRESHOLD,
     adjust_scores,

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from mhacut.adapters.base import ChannelAxis, Layer, Unit
 from mhacut.adapters.registry import (
     adapter_for,
+    is_attention,
     is_pooling_head,
     looks_like_attention,
+    looks_like_mlp,
     supported_classes,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
+from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitKind, UnitPlan
 
 UnitKey = tuple[str, UnitKind]
@@ -28,7 +31,7 @@ class Anatomy:
     layers: tuple[Layer, ...]
     """In the order of the model's modules."""
     left_alone: tuple[str, ...]
-    """Names and classes of pooling heads and the like."""
+    """Modules outside these layers that hold channels but are not cut: name, class and reason."""
 
     def units(self, kinds: Iterable[UnitKind] = ("qk", "v", "hidden")) -> tuple[Unit, ...]:
         wanted = set(kinds)
@@ -51,11 +54,13 @@ def dissect(model: nn.Module) -> Anatomy:
     layers: list[Layer] = []
     left_alone: list[str] = []
     unknown: dict[str, str] = {}
+    unknown_mlps: dict[str, list[str]] = {}
     seen: dict[int, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
+        cls = type(module)
         if is_pooling_head(module):
-            left_alone.append(f"{name} ({type(module).__name__})")
+            left_alone.append(f"{name} ({cls.__name__}): a pooling head is left alone")
             return
         adapter = adapter_for(module)
         if adapter is not None:
@@ -66,12 +71,15 @@ def dissect(model: nn.Module) -> Anatomy:
             seen[id(module)] = name
             layers.append(adapter.describe(name, module))
             return
-        known_inside = len(layers)
+        before = len(layers)
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child)
-        if name and len(layers) == known_inside and looks_like_attention(module):
-            cls = type(module)
+        families = {layer.adapter.family for layer in layers[before:]}
+        # An MLP inside does not make an attention known: position biases of windows come from one.
+        if is_attention(module) or (looks_like_attention(module) and "attention" not in families):
             unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
+        elif not families and looks_like_mlp(module):
+            unknown_mlps.setdefault(cls.__name__, []).append(name)
 
     walk("", model)
     if unknown:
@@ -85,6 +93,8 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} has no attention layer mhacut can cut. "
             f"Supported: {', '.join(supported_classes())}"
         )
+    for mlp, names in unknown_mlps.items():
+        left_alone.append(f"{names[0]} ({mlp}): this MLP class is not supported ({len(names)} layers)")
     return Anatomy(tuple(layers), tuple(left_alone))
 
 
@@ -94,6 +104,13 @@ def exact_gain(unit: Unit, width: int) -> float:
     A softmax layer derives its scale from its width: at k of d channels its logits grow by sqrt(d / k).
     """
     return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
+
+
+def temperature_factor(unit: Unit, width: float, temperature: Temperature) -> float:
+    """Factor on the logits of the masked dense model at ``width``: ``kept`` is 1/sqrt(kept width)."""
+    if temperature == "dense" or not unit.softmax_scaled:
+        return 1.0
+    return float((unit.width / width) ** 0.5)
 
 
 @torch.no_grad()

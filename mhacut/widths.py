@@ -6,6 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mhacut.surgery import UnitKey
 
+NEAR = 0.99
+"""Share of the budget that is near enough to it."""
+REACH = 6
+"""Width steps that closing the last gap may take from or give to a unit."""
+MOST_WAYS = 20_000
+"""Ways to spend the gap that are looked at together."""
+
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
     """Multiples of ``round_to`` below the dense width, and the dense width itself.
@@ -39,7 +46,8 @@ def fill_budget(
     """Widths within ``budget`` for channels ranked by one score across all units.
 
     First one threshold for all units, as low as the budget allows; then, since widths move in steps, the best
-    step that still fits, again and again until none does.
+    step that still fits, again and again until none does; then, if more than
+    1 % is left, exchanges of steps.
 
     Args:
         ranked: per unit, the score of its best, second best, ... channel.
@@ -64,21 +72,65 @@ def fill_budget(
         else:
             high = middle
     widths = widths_at(thresholds[low])
-
-    def next_step(key: UnitKey) -> tuple[float, UnitKey, int] | None:
-        wider = next((width for width in choices[key] if width > widths[key]), None)
-        if wider is None:
-            return None
-        gained = ranked[key][widths[key] : wider]
-        return sum(gained) / len(gained), key, wider
-
     while True:
-        steps = sorted(
-            (step for step in map(next_step, ranked) if step is not None), key=lambda s: (-s[0], s[1])
-        )
-        for _, key, wider in steps:
+        steps = [step for step in (_next_step(key, widths[key], ranked, choices) for key in ranked) if step]
+        for _, key, wider in sorted(steps, key=lambda step: (-step[0], step[1])):
             if flops({**widths, key: wider}) <= budget:
                 widths[key] = wider
                 break
         else:
-            return widths
+            break
+    if flops(widths) < NEAR * budget:
+        nearer = _exchange(widths, ranked, choices, flops, budget)
+        if flops(widths) < flops(nearer) <= budget:
+            return nearer
+    return widths
+
+
+def _next_step(
+    key: UnitKey,
+    width: int,
+    ranked: Mapping[UnitKey, Sequence[float]],
+    choices: Mapping[UnitKey, Sequence[int]],
+) -> tuple[float, UnitKey, int] | None:
+    """(mean score of the channels gained, unit, next wider width), or None at the dense width."""
+    wider = next((choice for choice in choices[key] if choice > width), None)
+    if wider is None:
+        return None
+    gained = ranked[key][width:wider]
+    return sum(gained) / len(gained), key, wider
+
+
+def _exchange(
+    widths: Mapping[UnitKey, int],
+    ranked: Mapping[UnitKey, Sequence[float]],
+    choices: Mapping[UnitKey, Sequence[int]],
+    flops: Callable[[Mapping[UnitKey, int]], int],
+    budget: int,
+) -> dict[UnitKey, int]:
+    """Widths within a few steps of ``widths`` that leave less of the budget: a knapsack over all units.
+
+    Steps of different prices leave gaps that no single step fills; a model of a few small layers has nothing
+    finer. Takes prices of units as independent of each other, so that the caller must count the outcome.
+    """
+    have = flops(widths)
+    # FLOPs gained -> (score lost, widths changed); the cheapest way to each.
+    ways: dict[int, tuple[float, dict[UnitKey, int]]] = {0: (0.0, {})}
+    for key, scores in ranked.items():
+        at = choices[key].index(widths[key])
+        options = []
+        for width in choices[key][max(0, at - REACH) : at + REACH + 1]:
+            low, high = sorted((width, widths[key]))
+            lost = sum(scores[low:high]) * (1 if width < widths[key] else -1)
+            options.append((flops({**widths, key: width}) - have, lost, width))
+        extended: dict[int, tuple[float, dict[UnitKey, int]]] = {}
+        for gained, (loss, changed) in ways.items():
+            for more, lost, width in options:
+                total = gained + more
+                if total not in extended or loss + lost < extended[total][0]:
+                    extended[total] = (loss + lost, {**changed, key: width})
+        ways = dict(sorted(extended.items(), key=lambda way: (way[1][0], way[0]))[:MOST_WAYS])
+    fitting = {gained: way for gained, way in ways.items() if have + gained <= budget}
+    near = {gained: way for gained, way in fitting.items() if have + gained >= NEAR * budget}
+    gained = min(near, key=lambda gained: (near[gained][0], -gained)) if near else max(fitting)
+    return {**widths, **fitting[gained][1]}

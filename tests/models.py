@@ -38,7 +38,11 @@ CASES = (
 
 
 def build(case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """The model in eval mode with biases, norms and LayerScale moved away from their initial values."""
+    """The model in eval mode, moved away from its initial values so that every channel matters.
+
+    Biases, norms and LayerScale are jittered; matrices, which timm starts near zero, are brought to the size
+    at which logits and hidden activations vary by about 1.
+    """
     torch.manual_seed(seed)
     model = timm.create_model(case.architecture, **case.args).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -46,6 +50,8 @@ def build(case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> n
         for parameter in model.parameters():
             if parameter.dim() <= 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.dim() == 2:
+                parameter.div_(parameter.std() * parameter.shape[1] ** 0.5)
     return model.to(dtype)
 
 

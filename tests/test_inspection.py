@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from mhacut.checkpoint.load import read_model
@@ -13,6 +14,7 @@ from mhacut.cost import measure_flops
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError
 from mhacut.inspection import inspect_model, resolve_preprocessing
+from mhacut.modelinfo import model_input_size
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Plan
 
@@ -52,3 +54,16 @@ def test_a_slim_file_may_not_state_a_size_its_model_does_not_take(tmp_path, size
     made = slim(dense, tmp_path / "slim.safetensors", input_size=size, mean=[0.5], std=[0.5])
     with pytest.raises(CheckpointError, match="its metadata states images of"):
         resolve_preprocessing(made, PreprocessingOptions())
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224", "vit_base_mci_224", "vit_tiny_patch16_224"]
+)
+def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, channels, older):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1, in_chans=channels)
+    if older:
+        del model.in_chans  # as in timm before every model had it
+    assert model_input_size(model, model.pretrained_cfg) == (channels, 224, 224)

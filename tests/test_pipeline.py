@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from models import CASES, build, image, relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mhacut
 from mhacut.checkpoint.load import read_model
-from mhacut.errors import BudgetError, OutputError, UnsupportedModelError, UsageError
+from mhacut.errors import BudgetError, DataError, OutputError, UnsupportedModelError, UsageError
 
 QUICK = {"steps": 4, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -32,7 +34,7 @@ def prune(tiny_vit, output, **more):
 def test_prune_writes_what_load_model_opens(tiny_vit, tmp_path):
     result = prune(tiny_vit, tmp_path / "slim.safetensors")
     assert result.output == tmp_path / "slim.safetensors"
-    assert 0.97 * result.budget <= result.slim.flops <= result.budget < result.dense.flops
+    assert 0.99 * result.budget <= result.slim.flops <= result.budget < result.dense.flops
     model = mhacut.load_model(result.output)
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == result.slim.parameters < result.dense.parameters
@@ -127,6 +129,58 @@ def test_unsupported_attention_is_refused_by_class(tmp_path):
             path, flops="50%", model="xcit_nano_12_p16_224", output=tmp_path / "slim.safetensors", **QUICK
         )
     assert not (tmp_path / "slim.safetensors").exists()
+
+
+def test_the_lowest_budget_that_is_named_works(tiny_vit, tmp_path):
+    with pytest.raises(BudgetError) as refusal:
+        prune(tiny_vit, tmp_path / "slim.safetensors", flops="1%")
+    flops, share = re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups()
+    for number, budget in enumerate((flops, share)):
+        result = prune(tiny_vit, tmp_path / f"{number}.safetensors", flops=budget)
+        assert result.slim.flops <= result.budget
+
+
+def test_bad_validation_images_are_said_before_anything_is_written(tiny_vit, tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label in range(7):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (label * 30, 0, 0)).save(folder / "0.png")
+    (tmp_path / "images" / "val" / "3" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"0\.png"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images")
+    assert not (tmp_path / "slim.safetensors").exists()
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
+    found = [
+        prune(tiny_vit, tmp_path / f"{choice}.safetensors", temperature=choice, repair=repair, reweight=False)
+        for choice in ("kept", "dense")
+    ]
+    assert load_file(found[0].output).keys() == load_file(found[1].output).keys()
+    assert found[0].output.read_bytes() != found[1].output.read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+def test_every_class_survives_the_file_and_repeats(case, tmp_path):
+    dense = build(case)
+    path = tmp_path / "dense.safetensors"
+    save_file(dense.state_dict(), path)
+    options = {"flops": "95%", "model": case.architecture, "model_args": case.args, **QUICK}
+    first, second = (mhacut.prune(path, output=tmp_path / f"{name}.safetensors", **options) for name in "ab")
+    assert first.plan == second.plan
+    assert first.output.read_bytes() == second.output.read_bytes()
+    stored = load_file(first.output)
+    models = [mhacut.load_model(first.output) for _ in range(2)]
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, stored[name])
+    with torch.no_grad():
+        x = image(case)
+        assert torch.equal(models[0].forward_features(x), models[1].forward_features(x))
+        assert relative(models[0](x), models[1](x)) < 1e-6
 
 
 def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):

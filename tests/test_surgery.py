@@ -30,6 +30,10 @@ from mhacut.surgery import cut, dissect
         ("vit_small_patch16_rope_224", "AttentionRope"),
         ("shvit_s1", "SHSA"),
         ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
+        # An MLP inside, or registered attention beside, does not make it known.
+        ("vit_relpos_small_patch16_224", "RelPosAttention"),
+        ("swinv2_cr_tiny_ns_224", "WindowMultiHeadAttention"),
+        ("csatv2", "SpatialTransformerBlock"),
     ],
 )
 def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
@@ -65,6 +69,30 @@ def test_a_subclass_needs_a_registration_of_its_own():
     model.blocks[1].attn.__class__ = OtherAttention
     with pytest.raises(UnsupportedModelError, match=r"OtherAttention.*blocks\.1\.attn"):
         dissect(model)
+
+
+def test_attention_with_an_mlp_inside_is_refused_too():
+    class TalkingHeadAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = timm.layers.Mlp(8, 16)
+
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model.blocks[1].extra = TalkingHeadAttention()
+    with pytest.raises(UnsupportedModelError, match=r"TalkingHeadAttention.*blocks\.1\.extra"):
+        dissect(model)
+
+
+def test_mlps_of_another_class_are_reported():
+    class OtherMlp(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model.blocks[0].mlp, model.blocks[1].mlp = OtherMlp(), OtherMlp()
+    anatomy = dissect(model)
+    assert {unit.kind for unit in anatomy.units()} == {"qk", "v"}
+    assert anatomy.left_alone == ("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)",)
 
 
 def test_a_module_shared_between_layers_is_refused():

@@ -20,7 +20,7 @@ def test_allowed_widths(dense, round_to, count):
 
 @given(data=st.data(), units=st.integers(1, 3), round_to=st.integers(1, 3))
 @settings(deadline=None)
-def test_filled_budgets_fit_and_leave_no_room_for_another_step(data, units, round_to):
+def test_filled_budgets_fit_and_leave_less_than_one_percent_where_they_can(data, units, round_to):
     keys = [(f"layer{i}", "v") for i in range(units)]
     dense = {key: data.draw(st.integers(1, 7)) for key in keys}
     price = {key: data.draw(st.integers(1, 9)) for key in keys}
@@ -43,10 +43,13 @@ def test_filled_budgets_fit_and_leave_no_room_for_another_step(data, units, roun
     budget = data.draw(st.integers(low, flops(dense)))
     widths = fill_budget(ranked, choices, flops, budget)
     assert flops(widths) <= budget
-    for key in keys:
-        assert widths[key] in choices[key]
-        wider = [width for width in choices[key] if width > widths[key]]
-        assert not wider or flops({**widths, key: wider[0]}) > budget
+    assert all(widths[key] in choices[key] for key in keys)
+    # As near as any widths can come, where that is within 1 %; else no single step fits any more.
+    reachable = [
+        dict(zip(keys, every, strict=True)) for every in itertools.product(*(choices[key] for key in keys))
+    ]
+    nearest = max(flops(other) for other in reachable if flops(other) <= budget)
+    assert flops(widths) >= min(nearest, 0.99 * budget)
 
 
 def test_the_better_channels_win():

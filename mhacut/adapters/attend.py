@@ -39,11 +39,12 @@ def attend(
         dropout_p: on the attention weights; 0 outside training.
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
-    if not fused or (d_qk != d_v and _explicit_is_faster(q, k)):
+    unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
+    if not fused or (unequal_on_cpu and _explicit_is_faster(q, k)):
         logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask, is_causal))
         return F.dropout(logits.softmax(dim=-1), dropout_p) @ v
-    if d_qk != d_v and q.device.type == "cpu":
+    if unequal_on_cpu:
         width = max(d_qk, d_v)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
@@ -55,4 +56,4 @@ def attend(
 def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True  # the batch may be symbolic; exporters decompose SDPA anyway
-    return q.device.type == "cpu" and q[..., 0].numel() * k.shape[-2] <= EXPLICIT_MAX_LOGITS
+    return q[..., 0].numel() * k.shape[-2] <= EXPLICIT_MAX_LOGITS

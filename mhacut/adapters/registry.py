@@ -41,6 +41,7 @@ _KNOWN_ATTENTION = frozenset(
         "FactorAttnConvRelPosEnc",
     }
 )
+_SAYS_MLP = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
 _SAYS_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CHANNEL_GATES = frozenset(
     {"EcaModule", "CecaModule", "GlobalContext", "ChannelAttn", "LightChannelAttn", "SpatialAttn"}
@@ -60,12 +61,20 @@ def is_pooling_head(module: nn.Module) -> bool:
     return type(module).__name__ in POOLING_HEADS
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether an unregistered module computes attention itself, whatever else it holds."""
+    return type(module).__name__ in _KNOWN_ATTENTION
+
+
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether an unregistered module is (or may be) multi-head attention; judged by its class's name."""
+    """Whether the name of an unregistered class says attention; it may also just hold one."""
     name = type(module).__name__
-    if name in _CHANNEL_GATES:
-        return False
-    return name in _KNOWN_ATTENTION or _SAYS_ATTENTION.search(name) is not None
+    return name not in _CHANNEL_GATES and _SAYS_ATTENTION.search(name) is not None
+
+
+def looks_like_mlp(module: nn.Module) -> bool:
+    """Whether the name of an unregistered class says MLP."""
+    return _SAYS_MLP.search(type(module).__name__) is not None
 
 
 def supported_classes() -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in a fixed order: the library's changes from run to run, equal models are equal files."""
+    """Put the metadata in a fixed order (the library's is random), so that equal models are equal files."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
