@@ -21,21 +21,8 @@ def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tup
         size = (size, size)
     if size is not None:
         height, width = size
-    return _image_channels(model, pretrained_cfg) or int(channels), int(height), int(width)
-
-
-def _image_channels(model: Any, pretrained_cfg: Mapping[str, Any]) -> int | None:
-    """Channels of an image for ``model``; None if nothing in it says.
-
-    A patch embedding does not tell: behind a convolutional stem it sees that stem's channels, not the image's.
-    """
-    channels = getattr(model, "in_chans", None)
-    if isinstance(channels, int):
-        return channels
-    first = pretrained_cfg.get("first_conv") or ""
-    name = first if isinstance(first, str) else str(first[0])
-    convolution = dict(model.named_modules()).get(name)
-    return convolution.in_channels if isinstance(convolution, nn.Conv2d) else None
+    # Not from the patch embedding: behind a convolutional stem it sees that stem's channels.
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)
 
 
 def classifier_size(model: Any) -> int:

@@ -56,14 +56,11 @@ def test_a_slim_file_may_not_state_a_size_its_model_does_not_take(tmp_path, size
         resolve_preprocessing(made, PreprocessingOptions())
 
 
-@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize(
     "name", ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224", "vit_base_mci_224", "vit_tiny_patch16_224"]
 )
-def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, channels, older):
+def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, channels):
     with torch.device("meta"):
         model = timm.create_model(name, depth=1, in_chans=channels)
-    if older:
-        del model.in_chans  # as in timm before every model had it
     assert model_input_size(model, model.pretrained_cfg) == (channels, 224, 224)
