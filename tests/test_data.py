@@ -142,9 +142,36 @@ def test_senseless_flags_are_usage_errors_that_name_the_flag(values, flag) -> No
         Preprocessing.resolve({}, (3, 32, 32), **values)
 
 
-def test_a_grey_model_gets_one_channel(root) -> None:
+RGB = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.6)}
+
+
+def test_a_grey_model_gets_one_channel_and_averaged_statistics(root) -> None:
     grey = Preprocessing.resolve({"mean": (0.0,), "std": (1.0,)}, (1, 16, 16))
-    assert calibration_images(grey, count=2, seed=0, data_dir=root).images.shape == (2, 1, 16, 16)
+    raw = calibration_images(grey, count=12, seed=0, data_dir=root).images
+    assert raw.shape == (12, 1, 16, 16)
+    averaged = Preprocessing.resolve(RGB, (1, 16, 16))
+    seen = calibration_images(averaged, count=12, seed=0, data_dir=root).images
+    torch.testing.assert_close(seen, (raw - 0.4) / 0.3)
+    told = Preprocessing.resolve(RGB, (1, 16, 16), mean=(0.7,), std=(0.8,))
+    assert (told.mean, told.std) == ((0.7,), (0.8,))
+    with pytest.raises(UsageError, match=r"mean .* expected 1 number.*--mean"):
+        Preprocessing.resolve(RGB, (1, 16, 16), mean=(0.7,) * 3)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 12])
+def test_other_channels_are_synthetic_or_refused(root, channels) -> None:
+    many = Preprocessing.resolve(RGB, (channels, 16, 16))
+    assert many.mean == pytest.approx((0.4,) * channels)
+    images = calibration_images(many, count=3, seed=0).images
+    assert images.shape == (3, channels, 16, 16)
+    assert torch.isfinite(images).all()
+    own = Preprocessing.resolve({"mean": range(channels), "std": [1.0] * channels}, (channels, 16, 16))
+    assert own.mean == tuple(range(channels))
+    message = f"takes images of {channels} channels; pictures are read with 1 or 3. .*synthetic"
+    with pytest.raises(DataError, match=message):
+        calibration_images(many, count=1, seed=0, data_dir=root)
+    with pytest.raises(DataError, match=message):
+        evaluation_loader(many, data_dir=root, batch_size=1, workers=0, num_classes=3)
 
 
 # --- calibration images ---

@@ -38,10 +38,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
-        if len(self.input_size) != 3 or min(self.input_size) < 1 or self.input_size[0] not in (1, 3):
-            raise DataError(
-                f"input size {self.input_size}: expected (1 or 3 channels, height, width) (--img-size)"
-            )
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise DataError(f"input size {self.input_size}: expected (channels, height, width) (--img-size)")
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -82,7 +80,8 @@ class Preprocessing:
         The model's own image size wins over the record's. ``crop_pct`` is, in this order: the explicit value;
         the record's, unless the model is small (64 pixels or less) and the record speaks of another image
         size; 1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a
-        224-pixel model takes a CIFAR image as it is: no resize, no crop.
+        224-pixel model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three channels
+        are averaged for a model that takes another number of them.
 
         >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
         >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
@@ -121,10 +120,10 @@ class Preprocessing:
         )
         if crop_pct is None and small and not says_so:
             config["crop_pct"] = 1.0
-        if size[0] == 1 and not pretrained_cfg.get("mean") and mean is None:
-            config["mean"] = (0.5,)
-        if size[0] == 1 and not pretrained_cfg.get("std") and std is None:
-            config["std"] = (0.5,)
+        for name in ("mean", "std"):
+            # Those of red, green and blue serve a model of other channels by their average.
+            if explicit[name] is None and len(config[name]) == 3 != size[0]:
+                config[name] = (sum(config[name]) / 3,)
         try:
             return cls(**{name: config[name] for name in cls.__dataclass_fields__})
         except DataError as error:
@@ -158,7 +157,16 @@ class Preprocessing:
             raise DataError(f"preprocessing: {error}") from None
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The evaluation transform of timm: picture to normalised [C, H, W] float32."""
+        """The evaluation transform of timm: picture to normalised [C, H, W] float32.
+
+        Raises:
+            DataError: the model's images have neither one nor three channels, so no picture is one of them.
+        """
+        if self.input_size[0] not in (1, 3):
+            raise DataError(
+                f"the model takes images of {self.input_size[0]} channels; pictures are read with 1 or 3. "
+                "Leave --data-dir and --dataset out: synthetic images serve to prune it"
+            )
         made: Callable[[Image.Image], Tensor] = create_transform(
             input_size=self.input_size,
             is_training=False,
