@@ -22,13 +22,23 @@ from mhacut.surgery import Anatomy, UnitKey
 # Operators without multiply-accumulates worth counting. An operator that is neither here nor known to fvcore
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
-abs add add_ cat clamp clamp_min clone constant_pad_nd copy_ div div_ dropout exp expand_as feature_dropout
-fill_ gelu gelu_ hardtanh linalg_vector_norm log masked_fill max mean min mul mul_ neg new_zeros norm
-ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat rms_norm rsqrt rsub scalar_tensor sigmoid
-sigmoid_ silu silu_ softmax softplus sqrt square stack sub sub_ sum tanh triu_ unflatten var where
-zeros_like
+abs add add_ addcmul amax cat ceil clamp clamp_min clone constant_pad_nd copy_ div div_ dropout exp expand_as
+feature_dropout fill_ gelu gelu_ hardtanh linalg_vector_norm log masked_fill max max_pool2d mean min mul mul_
+neg new_zeros norm ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat reshape_as rms_norm rsqrt rsub
+scalar_tensor sigmoid sigmoid_ silu silu_ softmax softplus sqrt square stack sub sub_ sum tanh triu_ unflatten
+var where zeros_like
 """
 _NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())
+
+# Per element of input and of output, for operators whose nearest kin fvcore counts: pooling as its
+# adaptive_avg_pool2d, resampling by the neighbours of a point as its upsample_bilinear2d.
+_PER_ELEMENT = {
+    "aten::avg_pool2d": (1, 0),
+    "aten::upsample_linear1d": (0, 2),
+    "aten::_upsample_bilinear2d_aa": (0, 4),
+    "aten::upsample_bicubic2d": (0, 16),
+    "aten::_upsample_bicubic2d_aa": (0, 16),
+}
 
 
 def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -53,11 +63,14 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
         # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
+        from fvcore.nn.jit_handles import elementwise_flop_counter
 
         parameter = next(model.parameters())
         image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
         analysis = FlopCountAnalysis(model, image)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
+        for name, (per_input, per_output) in _PER_ELEMENT.items():
+            analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
         with torch.no_grad():

@@ -46,3 +46,42 @@ def test_an_operator_nobody_counts_is_an_error_not_a_zero():
 
     with pytest.raises(UnsupportedModelError, match="aten::cumsum"):
         measure_flops(Sorts().eval(), (3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "size"),
+    [
+        ("naflexvit_base_patch16_gap", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
+        ("naflexvit_base_patch16_siglip", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
+        ("naflexvit_base_patch16_parfac_gap", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
+        ("vit_tiny_r_s16_p8_224", {"depth": 1, "img_size": 64}, 64),
+        ("vit_small_resnet26d_224", {"depth": 1, "img_size": 64}, 64),
+        ("vitamin_small_224", {"img_size": 64}, 64),
+        ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32, "global_pool": "avgmax"}, 32),
+    ],
+)
+def test_stems_and_resampled_positions_can_be_counted(architecture, args, size):
+    model = timm.create_model(architecture, **args).eval()
+    table = build_cost_table(model, dissect(model), (3, size, size))
+    assert 0 < sum(table.by_layer().values()) < table.dense
+
+
+def test_resampling_positions_costs_sixteen_neighbours_a_value_and_nothing_else_changes():
+    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+    resampled = timm.create_model("vit_tiny_patch16_224", img_size=32, dynamic_img_size=True, **args).eval()
+    native = timm.create_model("vit_tiny_patch16_224", img_size=64, **args).eval()
+    size = (3, 64, 64)
+    assert measure_flops(resampled, size) - measure_flops(native, size) == 16 * 48 * (64 // 8) ** 2
+
+
+def test_average_pooling_is_counted_as_fvcore_counts_its_kin():
+    class Pools(nn.Module):
+        def __init__(self, pool):
+            super().__init__()
+            self.scale, self.pool = nn.Parameter(torch.ones(())), pool
+
+        def forward(self, x):
+            return self.pool(x * self.scale)
+
+    counts = [measure_flops(Pools(pool), (3, 4, 4)) for pool in (nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2))]
+    assert counts == [48, 48]
