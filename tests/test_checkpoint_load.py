@@ -129,6 +129,8 @@ def test_a_timm_folder(tmp_path):
         ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
         ({"model_args": {**ARGS, "embed_dim": 999_999}}, "out of all proportion to the tensors in it"),
         ({"model_args": {**ARGS, "embed_dim": 10**9}}, "numbers may reach 1000000"),
+        ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
+        ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
         ({"model_args": {**ARGS, "checkpoint_path": "/x"}}, "'checkpoint_path' does not describe a model"),
         ({"model_args": {**ARGS, "block_fn": "os.system"}}, "timm cannot build"),
         ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot build"),
@@ -474,7 +476,7 @@ def elsewhere(units):
         ({"model_args": {**ARGS, "num_classes": 11}}, "2 of another shape"),
         ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
         ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "out of all proportion to the tensors in it"),
-        ({"model_args": {**ARGS, "img_size": 10**6, "patch_size": 1}}, "out of all proportion"),
+        ({"model_args": {**ARGS, "img_size": 2048, "patch_size": 1}}, "out of all proportion"),
         ({"format_version": 2}, "upgrade mhacut"),
     ],
 )

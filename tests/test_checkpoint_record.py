@@ -93,6 +93,10 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(model_args={"a": [[[[[[1]]]]]]}), "nested too deeply"),
         (changed(model_args=[]), "model_args: expected an object, found list"),
         (changed(pretrained_cfg={"input_size": [3, 10**9, 10**9]}), "pretrained_cfg 'input_size'"),
+        (changed(pretrained_cfg={"input_size": [3, 2049, 2048]}), "pretrained_cfg 'input_size': at most"),
+        (changed(pretrained_cfg={"test_input_size": [3, 9999, 999]}), "pretrained_cfg 'test_input_size': at"),
+        (changed(model_args={"img_size": 2049}), "model_args 'img_size': at most 4194304 pixels"),
+        (changed(model_args={"img_size": [2048, 2049]}), "model_args 'img_size': at most 4194304 pixels"),
         (changed(basis="principal component of os.system"), "basis: expected one of channel"),
         (changed(history={}), "history: expected a list, found dict"),
         (changed(history=["prune"]), "history: expected one object per command"),
@@ -101,6 +105,14 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (
             changed(preprocessing={**PREPROCESSING, "input_size": [3, 32]}),
             "input_size is channels, height, width",
+        ),
+        (
+            changed(preprocessing={**PREPROCESSING, "input_size": [3, 30000, 30000]}),
+            "preprocessing: input_size: at most 4194304 pixels (2048x2048) are allowed, found 30000x30000",
+        ),
+        (
+            changed(preprocessing={**PREPROCESSING, "input_size": [17, 2048, 2048], "mean": [0], "std": [1]}),
+            "preprocessing: input_size: at most 67108864 values",
         ),
         (changed(preprocessing={**PREPROCESSING, "crop_pct": 0}), "crop_pct is a fraction"),
         (changed(preprocessing={**PREPROCESSING, "interpolation": "a b"}), "interpolation is a word"),

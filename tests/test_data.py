@@ -135,6 +135,7 @@ def test_preprocessing_survives_json_and_refuses_other_documents() -> None:
         ({"crop_pct": 1.5}, "--crop-pct"),
         ({"interpolation": "cubic"}, "--interpolation"),
         ({"img_size": 0}, "--img-size"),
+        ({"img_size": 2049}, r"at most 4194304 pixels .* found 2049x2049 \(--img-size\)"),
     ],
 )
 def test_senseless_flags_are_usage_errors_that_name_the_flag(values, flag) -> None:

@@ -11,7 +11,7 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 FLOORS = (
-    {"errors", "_version", "quantity", "options", "plan", "progress", "device", "tensor"},
+    {"errors", "_version", "quantity", "options", "limits", "plan", "progress", "device", "tensor"},
     {"adapters"},
     {"surgery", "taps"},
     {"cost", "modelinfo", "widths"},

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mhacut.errors import CheckpointError, PlanError
+from mhacut.limits import too_large
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 1
@@ -246,6 +247,9 @@ def checked_model_args(args: object) -> dict[str, Any]:
                 f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
             )
         checked[name] = _bounded(_plain(value), f"model_args {name!r}")
+    side = checked.get("img_size")
+    # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
+    _check_image([side, side] if _is_int(side) else side, "model_args 'img_size'")
     return checked
 
 
@@ -256,6 +260,8 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     kept = {name: _plain(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     for name in kept.keys() & _CFG_BUILDS:
         _bounded(kept[name], f"pretrained_cfg {name!r}")
+    for name in ("input_size", "test_input_size", "min_input_size"):
+        _check_image(kept.get(name), f"pretrained_cfg {name!r}")
     return kept
 
 
@@ -265,8 +271,9 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
         raise CheckpointError(f"{where}: expected exactly the keys {', '.join(sorted(_PREPROCESSING_KEYS))}")
     plain: dict[str, Any] = _plain(preprocessing)
     size, mean, std = plain["input_size"], plain["mean"], plain["std"]
-    if not isinstance(size, list) or len(size) != 3 or not all(_is_int(n) and 0 < n <= 65536 for n in size):
+    if not isinstance(size, list) or len(size) != 3 or not all(_is_int(n) and n > 0 for n in size):
         raise CheckpointError(f"{where}: input_size is channels, height, width, found {size!r:.100}")
+    _check_image(size, f"{where}: input_size")
     for name, values, lowest in (("mean", mean, -_MAX_NUMBER), ("std", std, 0.0)):
         numbers = isinstance(values, list) and len(values) in (1, size[0]) and all(map(_is_number, values))
         if not numbers or not all(lowest <= value <= _MAX_NUMBER for value in values):
@@ -336,6 +343,14 @@ def _bounded(value: Any, where: str, depth: int = 0) -> Any:
         for item in value.values() if isinstance(value, dict) else value:
             _bounded(item, where, depth + 1)
     return value
+
+
+def _check_image(size: object, where: str) -> None:
+    """Refuse an image size, [H, W] or [C, H, W], that no memory should be taken for."""
+    if isinstance(size, list) and len(size) in (2, 3) and all(map(_is_int, size)):
+        fault = too_large(size)
+        if fault:
+            raise CheckpointError(f"{where}: {fault}")
 
 
 def _is_int(value: object) -> bool:

@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from mhacut.errors import DataError, UsageError
+from mhacut.limits import too_large
 
 SMALL_IMAGE = 64
 """Pixels. Up to this size images are taken whole unless the model says otherwise for this very size."""
@@ -40,6 +41,9 @@ class Preprocessing:
         object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
         if len(self.input_size) != 3 or min(self.input_size) < 1:
             raise DataError(f"input size {self.input_size}: expected (channels, height, width) (--img-size)")
+        fault = too_large(self.input_size)
+        if fault:
+            raise DataError(f"input size {self.input_size}: {fault} (--img-size)")
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -80,8 +84,8 @@ class Preprocessing:
         The model's own image size wins over the record's. ``crop_pct`` is, in this order: the explicit value;
         the record's, unless the model is small (64 pixels or less) and the record speaks of another image
         size; 1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a
-        224-pixel model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three channels
-        are averaged for a model that takes another number of them.
+        224-pixel model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three
+        channels are averaged for a model that takes another number of them.
 
         >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
         >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
