@@ -17,6 +17,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
 from mhacut.checkpoint.load import load_model, read_header, read_model, read_outline
+from mhacut.checkpoint.recognise import _completed
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError
@@ -118,6 +119,33 @@ def test_a_timm_folder(tmp_path):
     assert "config.json says vit_tiny_patch16_224, --model says deit" in refusal(
         tmp_path / "folder", model="deit_tiny_patch16_224"
     )
+
+
+@pytest.mark.parametrize(
+    ("stated", "crop"),
+    [
+        ({"input_size": [3, 32, 32], "num_classes": 10}, None),
+        ({"num_classes": 10}, 0.9),
+        ({"input_size": [3, 224, 224]}, 0.9),
+        ({"input_size": [3, 32, 32], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3]}, 0.8),
+    ],
+)
+def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, crop):
+    model = tiny()
+    save_for_hf(model, tmp_path / "folder", model_args=ARGS)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["pretrained_cfg"] = stated
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    loaded = read_model(tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+    cfg = loaded.identity.pretrained_cfg
+    assert cfg["classifier"] == "head"
+    assert cfg["mean"] == stated.get("mean", [0.5] * 3)
+    # the crop of one size says nothing of another
+    assert _completed(NAME, stated).get("crop_pct") == crop
+    # the weights are not timm's: neither are their license and origin
+    assert _completed(NAME, stated).keys().isdisjoint({"license", "origin_url", "tag", "architecture"})
 
 
 @pytest.mark.parametrize(

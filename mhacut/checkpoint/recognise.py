@@ -36,6 +36,20 @@ begins. Models of other modules need ``--model``."""
 
 _DENSE_TO_FILE = 64
 """A file may not describe a dense model this many times its own size: no cut goes so deep."""
+_OF_INPUT_SIZE = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
+"""What of a pretrained_cfg goes with its ``input_size`` and says nothing of another."""
+_FROM_DEFAULT = _OF_INPUT_SIZE | {
+    "input_size",
+    "fixed_input_size",
+    "min_input_size",
+    "interpolation",
+    "crop_mode",
+    "mean",
+    "std",
+    "first_conv",
+    "classifier",
+}
+"""What timm's default for an architecture may add to a config.json: never labels, license or origin."""
 _SPARE_PARAMETERS = 2**24
 _SPARE_BUFFERS = 2**26
 _TOLD = 5
@@ -100,7 +114,7 @@ def recognise_dense(
             )
         _check_name(header, stated, "config.json")
         args = {**stated_args, **args}
-        fit = _fit(stated, args, cfg, shapes, limit=header.tensors)
+        fit = _fit(stated, args, _completed(stated, cfg), shapes, limit=header.tensors)
         notes = (f"architecture {stated}, from config.json", *fit.notes)
     elif model is not None:
         name, tag = _split_tag(model)
@@ -406,6 +420,20 @@ def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any
     # The classifier's shape says it, and says it of these weights.
     args.pop("num_classes", None)
     return _split_tag(architecture)[0], args, cfg
+
+
+def _completed(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """``stated``, and what it leaves out of the architecture's build and preprocessing from timm's default."""
+    import timm
+
+    registered = timm.get_pretrained_cfg(architecture)
+    if registered is None:
+        return dict(stated)
+    default = checked_pretrained_cfg(registered.to_dict())
+    names = set(_FROM_DEFAULT)
+    if stated.get("input_size", default.get("input_size")) != default.get("input_size"):
+        names -= _OF_INPUT_SIZE
+    return {**{name: value for name, value in default.items() if name in names}, **stated}
 
 
 def _split_tag(name: str) -> tuple[str, str]:
