@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from mhacut.checkpoint.load import LoadedModel
@@ -129,9 +127,8 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
     built_for = model_input_size(loaded.model, loaded.identity.pretrained_cfg)
     patch_embed: Any = getattr(loaded.model, "patch_embed", None)
     strict = bool(getattr(patch_embed, "strict_img_size", False))
-    if loaded.record is None:
-        stated = _of_pretrained_weights(loaded)
-    else:
+    stated = loaded.identity.pretrained_cfg
+    if loaded.record is not None:
         stated = loaded.record.preprocessing
         channels, height, width = stated["input_size"]
         if channels != built_for[0] or (strict and (height, width) != built_for[1:]):
@@ -156,21 +153,6 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
         interpolation=override.interpolation,
         img_size=size,
     )
-
-
-def _of_pretrained_weights(loaded: LoadedModel) -> dict[str, Any]:
-    """The dense file's pretrained_cfg, with the image size that its other entries were made for.
-
-    timm writes the size a model is built at over the size of its pretrained weights; the crop beside it
-    stays theirs. A folder's config.json speaks for itself.
-    """
-    cfg = dict(loaded.identity.pretrained_cfg)
-    in_folder = loaded.path is not None and Path(loaded.source) != loaded.path
-    if not in_folder and timm.is_model(loaded.identity.architecture):
-        registered = timm.get_pretrained_cfg(loaded.identity.architecture)
-        if registered is not None and registered.crop_pct == cfg.get("crop_pct"):
-            cfg["input_size"] = registered.input_size
-    return cfg
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,9 +9,6 @@ from torch import nn
 
 from mhacut.surgery import Anatomy
 
-SMALL_IMAGE = 64
-"""Pixels. Images up to this size are taken whole: a crop recommended for larger ones does not apply."""
-
 
 def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     """[C, H, W] that ``model`` is built for: as the model knows, else as its pretrained_cfg says."""

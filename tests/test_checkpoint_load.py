@@ -85,7 +85,7 @@ def test_a_dense_file_with_its_model_named(dense):
     assert not loaded.model.training
     assert loaded.identity.architecture == NAME
     assert loaded.identity.model_args == {**ARGS, "num_classes": 10}
-    assert loaded.identity.pretrained_cfg["input_size"] == [3, 32, 32]
+    assert loaded.identity.pretrained_cfg["input_size"] == [3, 224, 224]  # of timm's weights
     assert (loaded.record, loaded.stem, loaded.path) == (None, "dense", path)
     assert set(loaded.dtypes.values()) == {torch.float32}
     assert "num_classes 10, from the shape of head.weight" in loaded.notes
@@ -105,7 +105,10 @@ def test_img_size_is_read_from_a_square_pos_embed(dense):
     loaded = read_model(path, model=NAME, model_args=args)
     assert loaded.identity.model_args["img_size"] == 32
     assert "img_size 32, from the shape of pos_embed" in loaded.notes
-    assert resolve_data_config({}, model=loaded.model)["input_size"] == (3, 32, 32)
+    for use_test_size in (False, True):
+        seen = resolve_data_config({}, model=loaded.model, use_test_size=use_test_size)
+        # the crop of the architecture's 224-pixel weights says nothing of 32 pixels
+        assert (seen["input_size"], seen["crop_pct"]) == ((3, 32, 32), 1.0)
 
 
 def test_a_timm_folder(tmp_path):
@@ -159,6 +162,15 @@ def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, cro
         ({"model_args": {**ARGS, "embed_dim": 10**9}}, "numbers may reach 1000000"),
         ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
         ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
+        ({"pretrained_cfg": {"input_size": [3, 32]}}, "'input_size': expected channels, height, width"),
+        (
+            {"pretrained_cfg": {"std": [0, 0, 0]}},
+            "pytorch_model.bin: pretrained_cfg: std [0, 0, 0]: expected 3",
+        ),
+        ({"pretrained_cfg": {"std": 7}}, "pytorch_model.bin: pretrained_cfg: "),
+        ({"pretrained_cfg": {"mean": "abc"}}, "pytorch_model.bin: pretrained_cfg: "),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 9}}, "pretrained_cfg: crop_pct 9"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}}, "pretrained_cfg: preprocessing:"),
         ({"model_args": {**ARGS, "checkpoint_path": "/x"}}, "'checkpoint_path' does not describe a model"),
         ({"model_args": {**ARGS, "block_fn": "os.system"}}, "timm cannot build"),
         ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot build"),

@@ -64,3 +64,14 @@ def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, cha
     with torch.device("meta"):
         model = timm.create_model(name, depth=1, in_chans=channels)
     assert model_input_size(model, model.pretrained_cfg) == (channels, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"), [(32, 1.0), ([32, 64], 1.0), (128, 0.9), (224, 0.9)], ids=["32", "32x64", "128", "224"]
+)
+def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop):
+    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": size, "in_chans": 1}
+    loaded = opened(tmp_path, "vit_tiny_patch16_224", **args)
+    seen = resolve_preprocessing(loaded, PreprocessingOptions())
+    assert (seen.crop_pct, seen.mean) == (crop, (0.5,))
+    assert Preprocessing(**timm.data.resolve_data_config({}, model=loaded.model)) == seen

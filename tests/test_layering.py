@@ -18,6 +18,7 @@ FLOORS = (
     {"calibration", "repair", "distillation"},
     {"reweight"},
     {"search"},
+    {"compensation"},
     {"checkpoint", "data", "evaluate", "latency"},
     {"inspection"},
     {"pipeline", "accuracy"},
@@ -31,6 +32,7 @@ BESIDE = {
     ("quantity", "errors"),
     ("device", "errors"),
     ("evaluate", "data"),
+    ("checkpoint", "data"),
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -32,7 +32,9 @@ from mhacut.checkpoint.recognise import (
     unknown_model,
 )
 from mhacut.checkpoint.record import METADATA_KEY, ModelIdentity, SlimRecord, checked_model_args
-from mhacut.errors import CheckpointError, MhacutError
+from mhacut.data import Preprocessing
+from mhacut.errors import CheckpointError, DataError, MhacutError
+from mhacut.modelinfo import model_input_size
 from mhacut.surgery import cut
 
 TIMM_PREFIX = "timm:"
@@ -171,7 +173,7 @@ def read_model(
         cut(built, outline.record.plan)
         _set_preprocessing(built, outline.record)
     else:
-        _set_cfg(built, outline.identity.pretrained_cfg)
+        _set_resolved(built, outline.identity, show(header.path))
     tensors = read_tensors(header)
     built.load_state_dict(_as_float32(show(header.path), tensors), strict=True)
     return LoadedModel(
@@ -289,16 +291,33 @@ def _as_float32(where: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _set_cfg(model: Any, cfg: Mapping[str, Any]) -> None:
-    """Make ``pretrained_cfg`` say what was resolved; timm reads preprocessing and classifier from it."""
+    """Lay ``cfg`` over the model's ``pretrained_cfg``, where timm looks for preprocessing and classifier."""
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in cfg.items()}
     model.pretrained_cfg = {**model.pretrained_cfg, **tuples}
     if hasattr(model, "default_cfg"):
         model.default_cfg = model.pretrained_cfg  # timm's older name for it
 
 
+def _set_resolved(model: Any, identity: ModelIdentity, where: str) -> None:
+    """The preprocessing that commands work out for a dense model, so that timm works out the same."""
+    cfg = identity.pretrained_cfg
+    try:
+        resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg))
+    except DataError as error:
+        raise CheckpointError(f"{where}: pretrained_cfg: {error}") from None
+    _set_cfg(model, {**cfg, **resolved.to_json()})
+    if list(resolved.input_size) != cfg.get("input_size"):
+        _drop_test_sizes(model)
+
+
 def _set_preprocessing(model: Any, record: SlimRecord) -> None:
     """The preprocessing the cut was made for, over the dense model's own; nothing recommends another."""
     _set_cfg(model, {**record.identity.pretrained_cfg, **record.preprocessing})
+    _drop_test_sizes(model)
+
+
+def _drop_test_sizes(model: Any) -> None:
+    """What recommends evaluation at another size than the model's own."""
     for name in ("test_input_size", "test_crop_pct", "test_pool_size"):
         model.pretrained_cfg.pop(name, None)
 
@@ -340,7 +359,7 @@ def _read_timm(source: str, model_args: Mapping[str, Any], num_classes: int | No
             "random: leave --num-classes out, or fine-tune first and give that file"
         )
     identity = identity_of(built, architecture, args)
-    _set_cfg(built, identity.pretrained_cfg)
+    _set_resolved(built, identity, source)
     tensors = built.state_dict()
     built.load_state_dict(_as_float32(source, tensors), strict=True)
     return LoadedModel(

@@ -20,7 +20,6 @@ from mhacut.checkpoint.record import (
     checked_pretrained_cfg,
 )
 from mhacut.errors import CheckpointError, MhacutError
-from mhacut.modelinfo import SMALL_IMAGE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -265,23 +264,14 @@ def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identity_of(model: nn.Module, architecture: str, args: Mapping[str, Any]) -> ModelIdentity:
-    """The identity of a dense timm model that was built as ``architecture`` with ``args``."""
+    """The identity of a dense timm model that was built as ``architecture`` with ``args``.
+
+    Its pretrained_cfg speaks of the weights: an ``input_size`` other than the model's is the one that the
+    crop beside it was chosen for.
+    """
     described: Any = model
-    cfg = checked_pretrained_cfg(described.pretrained_cfg)
     num_classes = int(described.num_classes)
-    cfg["num_classes"] = num_classes
-    size = args.get("img_size")
-    channels = args.get("in_chans")
-    if "input_size" in cfg and (size is not None or channels is not None):
-        old = cfg["input_size"]
-        sides = old[1:] if size is None else [size, size] if isinstance(size, int) else list(size)
-        cfg["input_size"] = [old[0] if channels is None else channels, *sides]
-        if size is not None:
-            # They recommend a size for weights of another size.
-            cfg.pop("test_input_size", None)
-            cfg.pop("test_crop_pct", None)
-            if max(sides) <= SMALL_IMAGE and sides != old[1:]:
-                cfg["crop_pct"] = 1.0
+    cfg = {**checked_pretrained_cfg(described.pretrained_cfg), "num_classes": num_classes}
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
 
 
@@ -423,7 +413,7 @@ def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any
 
 
 def _completed(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """``stated``, and what it leaves out of the architecture's build and preprocessing from timm's default."""
+    """``stated``; what it leaves out of build and preprocessing is timm's default for the architecture."""
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)

@@ -260,8 +260,13 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     kept = {name: _plain(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     for name in kept.keys() & _CFG_BUILDS:
         _bounded(kept[name], f"pretrained_cfg {name!r}")
-    for name in ("input_size", "test_input_size", "min_input_size"):
-        _check_image(kept.get(name), f"pretrained_cfg {name!r}")
+    for name in kept.keys() & {"input_size", "test_input_size", "min_input_size"}:
+        size = kept[name]
+        if not isinstance(size, list) or len(size) != 3 or not all(_is_int(n) and n > 0 for n in size):
+            raise CheckpointError(
+                f"pretrained_cfg {name!r}: expected channels, height, width, found {size!r:.100}"
+            )
+        _check_image(size, f"pretrained_cfg {name!r}")
     return kept
 
 

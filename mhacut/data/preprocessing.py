@@ -124,12 +124,14 @@ class Preprocessing:
         )
         if crop_pct is None and small and not says_so:
             config["crop_pct"] = 1.0
-        for name in ("mean", "std"):
-            # Those of red, green and blue serve a model of other channels by their average.
-            if explicit[name] is None and len(config[name]) == 3 != size[0]:
-                config[name] = (sum(config[name]) / 3,)
         try:
+            for name in ("mean", "std"):
+                # Those of red, green and blue serve a model of other channels by their average.
+                if explicit[name] is None and len(config[name]) == 3 != size[0]:
+                    config[name] = (sum(config[name]) / 3,)
             return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+        except (TypeError, ValueError) as error:  # the record may come from an untrusted file
+            raise DataError(f"preprocessing: {error}") from None
         except DataError as error:
             if img_size is not None or any(value is not None for value in explicit.values()):
                 raise UsageError(str(error)) from None
