@@ -115,6 +115,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
             "preprocessing: input_size: at most 67108864 values",
         ),
         (changed(preprocessing={**PREPROCESSING, "crop_pct": 0}), "crop_pct is a fraction"),
+        (changed(preprocessing={**PREPROCESSING, "crop_pct": 1.5}), "crop_pct is a fraction"),
         (changed(preprocessing={**PREPROCESSING, "interpolation": "a b"}), "interpolation is a word"),
         (changed(preprocessing={}), "expected exactly the keys crop_mode, crop_pct"),
         ('{"format_version":1,"format_version":1}', "key 'format_version' appears twice"),

@@ -285,7 +285,7 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
             raise CheckpointError(f"{where}: {name} is 1 or {size[0]} numbers, found {values!r:.100}")
     if not all(value > 0 for value in std):
         raise CheckpointError(f"{where}: std is above 0, found {std!r:.100}")
-    if not _is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= 10:
+    if not _is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= 1:
         raise CheckpointError(f"{where}: crop_pct is a fraction, found {plain['crop_pct']!r:.100}")
     for name in ("interpolation", "crop_mode"):
         if not isinstance(plain[name], str) or not _ARGUMENT.fullmatch(plain[name].replace("-", "_")):

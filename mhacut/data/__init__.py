@@ -3,12 +3,11 @@
 from mhacut.data.calibration_set import CalibrationImages, calibration_images
 from mhacut.data.evaluation_set import EvaluationLoader, evaluation_loader
 from mhacut.data.folders import IMAGE_SUFFIXES, SPLIT_NAMES, has_split
-from mhacut.data.preprocessing import SMALL_IMAGE, Preprocessing
+from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.synthetic import synthetic_images
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "SMALL_IMAGE",
     "SPLIT_NAMES",
     "CalibrationImages",
     "EvaluationLoader",
