@@ -13,6 +13,7 @@ from mhacut.errors import UsageError
 Scope = Literal["attention", "attention+mlp"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
+Selection = Literal["repair", "indicator"]
 PathLike = str | os.PathLike[str]
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class SearchOptions:
     """Weight of the cross-entropy beside the distillation loss, where there are labels."""
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
+    selection: Selection = "repair"
+    """Which channels fill the widths found: those that serve best once repaired, or the best indicators."""
     repair_stages: int = 1
     """Passes over the images in which layers are repaired, from the input on. One refits every layer on the
     dense model's activations; on a CIFAR-10 ViT at 50 and 25 % of its FLOPs, 4 and 12 passes came no nearer
@@ -108,6 +111,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         require_choice("--init", self.init, get_args(Init))
         require_choice("--temperature", self.temperature, get_args(Temperature))
+        require_choice("--selection", self.selection, get_args(Selection))
         require("--steps", self.steps, self.steps >= 1, "at least 1")
         require("--repair-stages", self.repair_stages, self.repair_stages >= 1, "at least 1")
         require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")

@@ -19,6 +19,7 @@ from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import LoadedModel, load_model, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.compensation import Compensation, compensate
 from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
 from mhacut.data import (
     CalibrationImages,
@@ -39,9 +40,8 @@ from mhacut.options import PathLike, PruneOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
-from mhacut.repair import UnitRepair, repair
-from mhacut.reweight import plan_gains, train_gains
-from mhacut.search import SearchResult, SearchStep, search
+from mhacut.repair import UnitRepair
+from mhacut.search import SearchStep, search
 from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
 from mhacut.widths import lowest_flops, width_choices
 
@@ -178,19 +178,26 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
         ),
     )
-    shaped, gains, repairs = _compensate(dense, anatomy, found, lesson, options, clock)
+    ready = compensate(
+        dense,
+        anatomy,
+        found,
+        lesson,
+        options.search,
+        start_stage=clock.start,
+        progress=reporter.advance,
+    )
 
     clock.start("cutting")
     dense.cpu()
-    slim = copy.deepcopy(shaped.cpu())
-    cut(slim, found.plan, gains)
-    flops = _checked_flops(slim, table, found.plan, budget, preprocessing)
+    slim = copy.deepcopy(ready.model.cpu())
+    cut(slim, ready.plan, ready.gains)
+    flops = _checked_flops(slim, table, ready.plan, budget, preprocessing)
     probe = seen.images[:4]
-    _check_exact(shaped, slim, anatomy, gains, probe)
-    del shaped
+    _check_exact(ready, slim, anatomy, probe)
     if not options.dry_run:
         clock.start("writing")
-        record = _record(options, loaded, found.plan, preprocessing, seen, budget, table.dense, flops)
+        record = _record(options, loaded, ready.plan, preprocessing, seen, budget, table.dense, flops)
         write_slim(
             target, slim, record, dtypes=loaded.dtypes, overwrite=options.overwrite, input_path=loaded.path
         )
@@ -208,13 +215,13 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     return PruneResult(
         output=None if options.dry_run else target,
         architecture=loaded.identity.architecture,
-        plan=found.plan,
+        plan=ready.plan,
         budget=budget,
         dense=ModelFigures(table.dense, count_parameters(dense), times[0], dense_evaluation),
         slim=ModelFigures(flops, count_parameters(slim), times[1], slim_evaluation),
         data=seen.description,
         left_whole=whole,
-        repairs=repairs,
+        repairs=ready.repairs,
         device=str(device),
         latency_batch_size=options.latency_batch_size,
         seconds=clock.seconds,
@@ -271,53 +278,6 @@ def _calibration_images(
     )
 
 
-def _compensate(
-    dense: nn.Module,
-    anatomy: Anatomy,
-    found: SearchResult,
-    lesson: Distillation,
-    options: PruneOptions,
-    clock: _Clock,
-) -> tuple[nn.Module, dict[UnitKey, Tensor], Mapping[UnitKey, UnitRepair]]:
-    """A model of the dense shape and gains that make up for what the plan removes: repair, then reweight."""
-    shaped, start, temperature = (
-        dense,
-        found.gains if options.search.reweight else None,
-        options.search.temperature,
-    )
-    repairs: Mapping[UnitKey, UnitRepair] = {}
-    if options.search.repair:
-        clock.start("repairing")
-        shaped = copy.deepcopy(dense)
-        repairs = repair(
-            shaped,
-            anatomy,
-            found.plan,
-            lesson.images,
-            stages=options.search.repair_stages,
-            batch_size=options.search.batch_size,
-            temperature=options.search.temperature,
-            progress=clock.reporter.advance,
-        )
-        # Repair has fitted the logits; what gains and temperature would add is in its weights.
-        start, temperature = None, "dense"
-    if options.search.gain_steps == 0:
-        return shaped, plan_gains(anatomy, found.plan, start, temperature), repairs
-    clock.start("reweighting")
-    gains = train_gains(
-        shaped,
-        anatomy,
-        found.plan,
-        start,
-        lesson,
-        steps=options.search.gain_steps,
-        lr=options.search.gain_lr,
-        temperature=temperature,
-        progress=lambda done, total, loss: clock.reporter.advance(done, total, f"loss {loss:.4f}"),
-    )
-    return shaped, gains, repairs
-
-
 def _checked_flops(
     slim: nn.Module, table: CostTable, plan: Plan, budget: int, preprocessing: Preprocessing
 ) -> int:
@@ -332,11 +292,10 @@ def _checked_flops(
 
 
 @torch.no_grad()
-def _check_exact(
-    shaped: nn.Module, slim: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor], images: Tensor
-) -> None:
+def _check_exact(ready: Compensation, slim: nn.Module, anatomy: Anatomy, images: Tensor) -> None:
     """The slim model must compute what the masked model of the dense shape computes."""
-    masked = torch.func.functional_call(shaped, masked_tensors(shaped, anatomy, gains), (images,))
+    tensors = masked_tensors(ready.model, anatomy, ready.gains)
+    masked = torch.func.functional_call(ready.model, tensors, (images,))
     difference = _difference(slim(images), masked)
     if not difference <= _EXACTNESS:
         raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")

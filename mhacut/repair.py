@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -21,11 +21,15 @@ from mhacut.surgery import Anatomy, UnitKey, temperature_factor
 from mhacut.taps import listening
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.refit import refit_linear, refit_logits
+from mhacut.tensor.selection import select_channels, select_logit_channels
 
 
 @dataclass(frozen=True)
 class UnitRepair:
     """How the repair of one unit went."""
+
+    plan: UnitPlan
+    """What it keeps: the plan's channels, or as many of repair's own choice."""
 
     ridge: float
     """Relative; infinite where refitting did not help and was left out."""
@@ -44,6 +48,7 @@ def repair(
     stages: int,
     batch_size: int,
     temperature: Temperature = "kept",
+    reselect: bool = False,
     held_back: float = 0.25,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
@@ -60,6 +65,7 @@ def repair(
         stages: passes over the images; more follow the cut network more closely.
         batch_size: images at a time.
         temperature: of the softmax, where refitting the logits does not help.
+        reselect: keep the plan's widths, but choose the channels anew: those that serve best after the refit.
         held_back: share of the images that choose the ridge instead of being fitted.
         progress: called after every stage with (stage, stages).
     """
@@ -76,7 +82,10 @@ def repair(
         unseen = _gather(model, units, group, images[:held], batch_size) if held else seen
         for unit in units:
             moments = seen[unit.key], unseen[unit.key]
-            report[unit.key] = _repair_unit(model, unit, cut_units[unit.key], *moments, temperature)
+            unit_plan = cut_units[unit.key]
+            if reselect:
+                unit_plan = _reselected(model, unit, unit_plan, *moments)
+            report[unit.key] = _repair_unit(model, unit, unit_plan, *moments, temperature)
         if progress is not None:
             progress(stage + 1, stages)
     return report
@@ -133,6 +142,30 @@ def _gather(
     return {unit.key: tuple(sums[unit.key, name] for name in wanted[unit.kind]) for unit in units}
 
 
+def _reselected(
+    model: nn.Module,
+    unit: Unit,
+    unit_plan: UnitPlan,
+    fit: tuple[Moments, ...],
+    held: tuple[Moments, ...],
+) -> UnitPlan:
+    every = [seen + unseen for seen, unseen in zip(fit, held, strict=True)]
+    if unit.kind == "qk":
+        kept = select_logit_channels(every[0].energy, every[1].energy, unit_plan.width)
+    else:
+        moment = every[0].energy if unit.readout_bias is None else every[0].covariance
+        kept = select_channels(moment, _columns(model, unit), unit.heads, unit_plan.width)
+    return replace(unit_plan, kept=tuple(map(tuple, kept.tolist())))
+
+
+def _columns(model: nn.Module, unit: Unit) -> Tensor:
+    """The weights that read the unit's channels, [out, heads * width], float64."""
+    assert unit.readout is not None
+    weight = model.get_submodule(unit.layer).get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
+    size = unit.heads * unit.width
+    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size).double()
+
+
 def _repair_unit(
     model: nn.Module,
     unit: Unit,
@@ -156,7 +189,7 @@ def _repair_unit(
                 chosen = rows[head, kept[head]].double()
                 rows[head] = 0
                 rows[head, kept[head]] = torch.tensordot(logits.mixing[head].T, chosen, dims=1).to(rows.dtype)
-        return UnitRepair(logits.ridge, logits.error)
+        return UnitRepair(unit_plan, logits.ridge, logits.error)
 
     assert unit.readout is not None
     flat = (kept + unit.width * torch.arange(unit.heads, device=device)[:, None]).reshape(-1)
@@ -164,7 +197,7 @@ def _repair_unit(
     gone[flat] = False
     weight = layer.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
     columns = weight[..., unit.readout.offset : unit.readout.offset + len(gone)]
-    matrix = columns.reshape(-1, len(gone)).double()
+    matrix = _columns(model, unit)
     bias = None if unit.readout_bias is None else layer.get_parameter(unit.readout_bias)
     linear = refit_linear(fit[0], held[0], flat, matrix, constant=bias is not None)
     lost = matrix[:, gone]
@@ -172,4 +205,4 @@ def _repair_unit(
     columns[..., gone] = 0
     if bias is not None:
         bias.add_((lost @ linear.constant).to(bias.dtype))
-    return UnitRepair(linear.ridge, linear.error)
+    return UnitRepair(unit_plan, linear.ridge, linear.error)

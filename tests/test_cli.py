@@ -125,6 +125,7 @@ FULL = PruneOptions.from_flat(
     reweight=False,
     repair=False,
     repair_stages=2,
+    selection="indicator",
     temperature="dense",
     steps=3,
     batch_size=2,

@@ -18,6 +18,7 @@ from mhacut.repair import repair
 from mhacut.surgery import cut, dissect
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.refit import refit_linear, refit_logits
+from mhacut.tensor.selection import select_channels, select_logit_channels
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 
@@ -114,6 +115,86 @@ def test_logit_refit_is_the_best_of_all_mixings():
         assert error(found.mixing + 0.01 * torch.randn(1, 2, 2, generator=generator).double()) > least
     plain = error(torch.eye(2).double())
     assert found.error == pytest.approx(least / plain, rel=1e-6)
+
+
+def slow_greedy(error, channels, keep):
+    """Remove what costs least, one channel at a time, each cost found by refitting from scratch."""
+    kept = list(channels)
+    while len(kept) > keep:
+        kept.remove(min(kept, key=lambda gone: error([channel for channel in kept if channel != gone])))
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_selection_is_greedy_by_the_error_after_the_refit(seed):
+    x, columns = rows(200, 7, seed), torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)).double()
+    second = x.T @ x / 200
+
+    def error(kept):
+        solution = torch.linalg.lstsq(x[:, kept], x).solution
+        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
+
+    found = select_channels(second, columns, heads=1, width=3)
+    assert found.tolist() == [slow_greedy(error, range(7), 3)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logit_selection_is_greedy_by_the_error_after_the_refit(seed):
+    q, k = rows(200, 6, seed), rows(200, 6, seed + 50)
+    query, key = q.T @ q / 200, k.T @ k / 200
+
+    def error(kept):
+        parts = [side[:, kept] @ torch.linalg.solve(side[kept][:, kept], side[kept]) for side in (query, key)]
+        return float((query * key).sum() - (parts[0] * parts[1]).sum())
+
+    found = select_logit_channels(query[None], key[None], width=2)
+    assert found.tolist() == [slow_greedy(error, range(6), 2)]
+
+
+def test_selection_keeps_as_many_in_every_head_and_never_two_of_a_kind():
+    x = rows(300, 12, 1)
+    x[:, 5] = x[:, 4]
+    x[:, 9] = 0
+    kept = select_channels(x.T @ x, torch.ones(2, 12).double(), heads=3, width=2)
+    assert kept.shape == (3, 2)
+    channels = (kept + torch.tensor([[0], [4], [8]])).flatten().tolist()
+    assert not {4, 5} <= set(channels)
+    assert 9 not in channels
+    logits = select_logit_channels((x.T @ x)[None], (x.T @ x)[None], width=10)
+    assert not {4, 5} <= set(logits[0].tolist())
+    assert 9 not in logits[0].tolist()
+
+
+def test_many_channels_go_at_once_at_little_loss():
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(400, 120, generator=generator).double()
+        @ torch.randn(120, 120, generator=generator).double()
+    )
+    columns, second = torch.randn(9, 120, generator=generator).double(), x.T @ x
+
+    def error(kept):
+        solution = torch.linalg.lstsq(x[:, kept], x).solution
+        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
+
+    kept = select_channels(second, columns, heads=1, width=60)[0]
+    order = torch.randperm(120, generator=generator)[:60]
+    strongest = (x.norm(dim=0) * columns.norm(dim=0)).sort(descending=True).indices[:60]
+    assert error(kept) < 0.9 * min(error(order), error(strongest))
+
+
+@each_case
+def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case):
+    model = build(case, dtype=torch.float64).requires_grad_(False)
+    x = image(case, batch=6, dtype=torch.float64)
+    anatomy = dissect(model)
+    plan = plan_of(anatomy, 3)
+    report = repair(model, anatomy, plan, x, stages=1, batch_size=4, reselect=True)
+    chosen = Plan(tuple(report[unit.key].plan for unit in plan))
+    assert chosen.widths() == plan.widths()
+    shaped = model(x)
+    cut(model, chosen)
+    assert relative(model(x), shaped) < 1e-9
 
 
 def plan_of(anatomy, seed, share=0.6):

@@ -73,6 +73,9 @@ FLAGS: dict[str, Flag] = {
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),
     "repair": Flag("Search", "Refit, in closed form, what reads a cut layer."),
+    "selection": Flag(
+        "Search", "Channels that fill the widths found: best once repaired, or best indicators."
+    ),
     "repair_stages": Flag("Search", "Passes over the images in which layers are repaired.", "N"),
     "reweight": Flag("Search", "Train a gain per kept channel, merged into the weights."),
     "temperature": Flag("Search", "Softmax scale of a cut layer: 1/sqrt(kept width) or as it was."),
