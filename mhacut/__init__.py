@@ -14,15 +14,21 @@ from mhacut._version import __version__
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
+    from mhacut.checkpoint.save import save_model
     from mhacut.pipeline import PruneResult, prune
 
-__all__ = ["PruneResult", "__version__", "load_model", "prune"]
+__all__ = ["PruneResult", "__version__", "load_model", "prune", "save_model"]
 
 _HOMES = {
     "PruneResult": "mhacut.pipeline",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.pipeline",
+    "save_model": "mhacut.checkpoint.save",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

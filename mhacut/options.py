@@ -235,6 +235,9 @@ class PruneOptions(Flat):
     search: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:
+        if self.output is not None:
+            name = os.fspath(self.output)
+            require("--output", name, name.endswith(".safetensors"), "a name that ends in .safetensors")
         require_choice("--scope", self.scope, get_args(Scope))
         require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
         require("--calibration-images", self.calibration_images, self.calibration_images >= 1, "at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class PruneResult:
 
 
 def prune(
-    checkpoint: PathLike, *, flops: str, reporter: Reporter | None = None, **options: Any
+    checkpoint: PathLike, *, flops: str | float, reporter: Reporter | None = None, **options: Any
 ) -> PruneResult:
     """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
 
@@ -110,7 +111,7 @@ def prune(
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
     return run_prune(
-        PruneOptions.from_flat(checkpoint=checkpoint, flops=flops, **options), reporter or Silent()
+        PruneOptions.from_flat(checkpoint=checkpoint, flops=str(flops), **options), reporter or Silent()
     )
 
 
@@ -144,7 +145,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
 
     dense.to(device)
     # Before the work, so that whatever is wrong with the images is said before anything is written.
-    loader = _evaluation_loader(options, preprocessing, classes)
+    loader = _evaluation_loader(options, preprocessing, classes, reporter)
     dense_evaluation = slim_evaluation = None
     if loader is not None:
         clock.start("evaluating")
@@ -253,10 +254,11 @@ def _reachable(
     choices = {unit.key: width_choices(unit.width, round_to) for unit in anatomy.units(kinds)}
     lowest = lowest_flops(choices, table.flops)
     if budget < lowest:
+        meant = f"; did you mean {asked.text}%?" if re.fullmatch(r"\d{1,2}", asked.text) else ""
         raise BudgetError(
             f"--flops {asked.text} is out of reach: the lowest is {format_flops(lowest, up=True)} "
             f"({math.ceil(1000 * lowest / table.dense) / 10}% of {format_flops(table.dense)}) with scope "
-            f"{'attention+mlp' if 'hidden' in kinds else 'attention'} and --round-to {round_to}"
+            f"{'attention+mlp' if 'hidden' in kinds else 'attention'} and --round-to {round_to}{meant}"
         )
     return budget
 
@@ -366,11 +368,16 @@ _LOCAL_OPTIONS = frozenset(
 
 
 def _evaluation_loader(
-    options: PruneOptions, preprocessing: Preprocessing, classes: int
+    options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
 ) -> EvaluationLoader | None:
     """The labelled validation images, where there are any."""
     data = options.data
-    if options.eval_images == 0 or classes == 0 or not has_split(data.data_dir, data.dataset, data.val_split):
+    if options.eval_images == 0 or classes == 0 or (data.data_dir is None and data.dataset is None):
+        return None
+    if not has_split(data.data_dir, data.dataset, data.val_split):
+        reporter.note(
+            f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} (--val-split)"
+        )
         return None
     return evaluation_loader(
         data_dir=None if data.data_dir is None else Path(data.data_dir),

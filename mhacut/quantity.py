@@ -23,7 +23,7 @@ class Budget:
     relative: bool
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
+    def parse(cls, text: str | float) -> Budget:
         """Read ``2.0G``, ``600M``, ``2e9`` or ``50%``.
 
         >>> Budget.parse("2.0G").flops(dense=4_608_338_304)
@@ -34,6 +34,7 @@ class Budget:
         Raises:
             UsageError: anything else.
         """
+        text = str(text)
         match = _BUDGET.fullmatch(text)
         value = 0.0
         if match is not None:

@@ -273,7 +273,7 @@ def test_a_tag_decides_the_preprocessing(dense):
         ({"depth": 1}, ["0 missing, 12 unexpected, 0 of another shape"]),
         ({"patch_size": 16}, ["--model-arg patch_size=8?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"]),
         ({"in_chans": 1}, ["--model-arg in_chans=3?"]),
-        ({"embed_dim": 96}, ["another --model, or --model-arg embed_dim=48?", ", ..."]),
+        ({"embed_dim": 96}, ["another --model, or --model-arg embed_dim=48 and num_heads=N", ", ..."]),
         ({"img_size": 64}, ["1 of another shape", "--model-arg img_size=SIDE?"]),
         ({"num_classes": 5}, ["2 of another shape", "the head differs: --num-classes 10?"]),
         ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),

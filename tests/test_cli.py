@@ -184,6 +184,22 @@ def test_flags_win_over_the_file(captured, tmp_path):
     assert options.model_args == {"img_size": 32, "depth": 2}
 
 
+def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
+    run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
+    (options,) = captured
+    assert (options.latency, options.search.similarity, options.model_args) == (False, True, {"depth": 2})
+
+
+def test_what_only_the_command_line_takes_is_said(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("json: true\n")
+    result = run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
+    assert result.exit_code == 2
+    assert "command line only, --json" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from mhacut.checkpoint.load import read_model
-from mhacut.errors import BudgetError, DataError, OutputError, UnsupportedModelError, UsageError
+from mhacut.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    OutputError,
+    UnsupportedModelError,
+    UsageError,
+)
+from mhacut.progress import Silent
 
 QUICK = {"steps": 4, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -83,6 +92,71 @@ def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
     save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
     result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
     assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
+
+
+def test_a_trained_slim_model_goes_back_into_a_file(tiny_vit, tmp_path):
+    slim = prune(tiny_vit, tmp_path / "slim.safetensors").output
+    model = mhacut.load_model(slim)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.train()(x).square().mean().backward()
+    optimiser.step()
+    mhacut.save_model(model.eval(), tmp_path / "tuned.safetensors", like=slim)
+    again = mhacut.load_model(tmp_path / "tuned.safetensors")
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(again(x), mhacut.load_model(slim)(x))
+    record = read_model(tmp_path / "tuned.safetensors").record
+    assert [step["command"] for step in record.history] == ["prune", "save"]
+    assert mhacut.prune(tmp_path / "tuned.safetensors", flops="80%", dry_run=True, **QUICK).slim.flops > 0
+
+
+def test_a_new_classifier_is_saved_with_the_model(tiny_vit, tmp_path):
+    slim = prune(tiny_vit, tmp_path / "slim.safetensors").output
+    model = mhacut.load_model(slim)
+    model.reset_classifier(3)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    assert mhacut.load_model(tmp_path / "other.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_saving_needs_the_file_the_model_came_from(tiny_vit, tmp_path):
+    slim = prune(tiny_vit, tmp_path / "slim.safetensors").output
+    other = prune(tiny_vit, tmp_path / "other.safetensors", flops="90%").output
+    model = mhacut.load_model(slim)
+    with pytest.raises(CheckpointError, match="not the file this model was opened from"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
+    with pytest.raises(CheckpointError, match="is no slim file"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=tiny_vit.path)
+    with pytest.raises(OutputError):
+        mhacut.save_model(model, slim, like=slim, overwrite=True)
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_a_missing_validation_split_is_told(tiny_vit, tmp_path):
+    from PIL import Image
+
+    for label in range(7):
+        folder = tmp_path / "images" / "train" / str(label)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (label * 30, 0, 0)).save(folder / "0.png")
+
+    class Listener(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text):
+            self.notes.append(text)
+
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=Listener())
+    assert result.slim.evaluation is None
+    assert any("accuracy is not measured: no labelled split 'val'" in note for note in Listener.notes)
+
+
+def test_budgets_may_be_numbers(tiny_vit, tmp_path):
+    flops = 900_000
+    assert prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops).budget == flops
+    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+        prune(tiny_vit, tmp_path / "other.safetensors", flops=50)
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
+        prune(tiny_vit, tmp_path / "slim.pth")
 
 
 def test_same_seed_same_file(tiny_vit, tmp_path):

@@ -527,8 +527,11 @@ def _hints(
     if "fc_norm.weight" in unexpected and "norm.weight" in missing:
         hints.append("the file has fc_norm instead of norm: --model-arg global_pool=avg?")
     if any(re.match(r"head", name) for name in missing + unexpected + other):
-        rows = next((found[name].shape[0] for name in other if name == "head.weight"), None)
-        hints.append("the head differs: --num-classes" + (f" {rows}?" if rows else " (0 for no classifier)?"))
+        rows = found["head.weight"].shape[0] if "head.weight" in other else None
+        if rows is None:
+            hints.append("the head differs: --num-classes (0 for no classifier)?")
+        elif rows != wanted["head.weight"].shape[0]:
+            hints.append(f"the head differs: --num-classes {rows}?")
     if "patch_embed.proj.weight" in other and len(found["patch_embed.proj.weight"].shape) == 4:
         rows, channels, _, side = found["patch_embed.proj.weight"].shape
         expected = tuple(wanted["patch_embed.proj.weight"].shape)
@@ -539,7 +542,7 @@ def _hints(
         if rows != expected[0]:
             hints.append(
                 f"the file is {rows} wide, expected {expected[0]}: another --model, "
-                f"or --model-arg embed_dim={rows}?"
+                f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
             )
     elif "pos_embed" in other:
         hints.append("the image size differs: --model-arg img_size=SIDE?")

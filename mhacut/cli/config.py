@@ -13,6 +13,8 @@ from mhacut.errors import UsageError
 from mhacut.options import unknown_option
 
 _MAX_BYTES = 2**20
+_ALIASES = {"model_arg": "model_args"}
+_ON_THE_COMMAND_LINE = frozenset({"json", "quiet", "verbose", "config"})
 
 
 def read_config(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,10 +47,16 @@ def read_config(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = str(key).replace("-", "_")
+        name = _ALIASES.get(name, name)
+        if name not in types and bool in _kinds(types.get(name.removeprefix("no_"))):
+            # `no-latency: true`, as the flag is spelled.
+            name, value = name.removeprefix("no_"), not convert(value, bool, f"{where}: {key}")
+        if name in _ON_THE_COMMAND_LINE:
+            raise UsageError(f"{where}: {str(key)!r} is given on the command line only, --{key}")
         if name not in types:
             raise UsageError(f"{where}: {unknown_option(str(key), _spelled_like(str(key), types))}")
         if name in values:
-            raise UsageError(f"{where}: {name!r} appears twice, once with dashes and once with underscores")
+            raise UsageError(f"{where}: {name!r} appears twice, in two spellings")
         values[name] = convert(value, types[name], f"{where}: {key}")
     return values
 
@@ -64,8 +72,7 @@ def convert(value: object, kind: Any, where: str) -> Any:
     Raises:
         UsageError: it is none.
     """
-    optional = get_origin(kind) in (Union, UnionType)
-    kinds = get_args(kind) if optional else (kind,)
+    kinds = _kinds(kind)
     if value is None and type(None) in kinds:
         return None
     if bool in kinds:
@@ -85,6 +92,11 @@ def convert(value: object, kind: Any, where: str) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a budget of 2000000000 needs no quotes
     return _checked(value, isinstance(value, str), "text", where)
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """The alternatives of a type."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _number(value: object, where: str) -> float:

@@ -89,6 +89,8 @@ def _step(entry: Mapping[str, Any]) -> str:
 
     versions = entry.get("versions")
     version = versions.get("mhacut") if isinstance(versions, Mapping) else None
+    if "flops_before" not in entry:
+        return f"{text(entry.get('command'))}, mhacut {text(version)}"
     return (
         f"{text(entry.get('command'))} {flops('flops_before')} -> {flops('flops_after')} FLOPs "
         f"(budget {flops('budget')}), seed {text(entry.get('seed'))}, mhacut {text(version)}, "

@@ -80,7 +80,7 @@ def select_logit_channels(query: Tensor, key: Tensor, width: int) -> Tensor:
 
 
 def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor:
-    """Up to ``count`` channels of least price, of no head more than it has to give; ties to the lower index."""
+    """Up to ``count`` channels of least price, of no head more than it can give; ties to the lower index."""
     left, owners = excess.tolist(), head.tolist()
     chosen: list[int] = []
     for channel in price.sort(stable=True).indices.tolist():
