@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.load import read_as_told
 from mhacut.cost import count_parameters, measure_flops
 from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.device import resolve_device
@@ -43,14 +43,7 @@ def evaluate_checkpoint(options: EvaluateOptions, reporter: Reporter) -> Checkpo
         raise UsageError("nothing to evaluate on: give --data-dir DIR or --dataset NAME")
     device = resolve_device(options.device)
     reporter.start("reading")
-    loaded = read_model(
-        options.checkpoint,
-        model=options.model,
-        model_args=options.model_args or None,
-        num_classes=options.num_classes,
-    )
-    for note in loaded.notes:
-        reporter.note(note)
+    loaded = read_as_told(options, reporter)
     classes = classifier_size(loaded.model)
     if classes == 0:
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.calibration import calibrate
-from mhacut.checkpoint.load import LoadedModel, load_model, read_model
+from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.compensation import Compensation, compensate
@@ -124,7 +124,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         check_output(options.output, overwrite=options.overwrite, input_path=options.checkpoint)
 
     clock.start("reading")
-    loaded = _read(options, reporter)
+    loaded = read_as_told(options, reporter)
     target = Path(options.output or f"{loaded.stem}-{asked.label}.safetensors")
     if not options.dry_run:
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)
@@ -228,18 +228,6 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         seconds=clock.seconds,
         log=found.log,
     )
-
-
-def _read(options: PruneOptions, reporter: Reporter) -> LoadedModel:
-    loaded = read_model(
-        options.checkpoint,
-        model=options.model,
-        model_args=options.model_args or None,
-        num_classes=options.num_classes,
-    )
-    for note in loaded.notes:
-        reporter.note(note)
-    return loaded
 
 
 def _reachable(

@@ -35,6 +35,8 @@ from mhacut.checkpoint.record import METADATA_KEY, ModelIdentity, SlimRecord, ch
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, MhacutError
 from mhacut.modelinfo import model_input_size
+from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
+from mhacut.progress import Reporter
 from mhacut.surgery import cut
 
 TIMM_PREFIX = "timm:"
@@ -187,6 +189,19 @@ def read_model(
         notes=outline.notes,
         path=header.path,
     )
+
+
+def read_as_told(options: PruneOptions | EvaluateOptions | InspectOptions, reporter: Reporter) -> LoadedModel:
+    """The checkpoint a command was given, by :func:`read_model`; what was inferred goes to ``reporter``."""
+    loaded = read_model(
+        options.checkpoint,
+        model=options.model,
+        model_args=options.model_args or None,
+        num_classes=options.num_classes,
+    )
+    for note in loaded.notes:
+        reporter.note(note)
+    return loaded
 
 
 def load_model(path: str | os.PathLike[str], model: str | None = None, **model_args: Any) -> nn.Module:

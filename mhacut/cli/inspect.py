@@ -26,18 +26,11 @@ def inspect(options: InspectOptions, console: Console) -> None:
 
     Example: mhacut inspect vit.safetensors
     """
-    from mhacut.checkpoint.load import read_model
+    from mhacut.checkpoint.load import read_as_told
     from mhacut.inspection import inspect_model
 
     console.start("reading")
-    loaded = read_model(
-        options.checkpoint,
-        model=options.model,
-        model_args=options.model_args or None,
-        num_classes=options.num_classes,
-    )
-    for note in loaded.notes:
-        console.note(note)
+    loaded = read_as_told(options, console)
     inspection = inspect_model(loaded)
     console.result(_text(inspection), _document(inspection))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -46,6 +45,3 @@ class Moments:
     def energy(self) -> Tensor:
         """Mean of x x^T, not centred."""
         return self.second / self.rows
-
-    def to(self, device: torch.device) -> Moments:
-        return Moments(self.rows, self.total.to(device), self.second.to(device))
