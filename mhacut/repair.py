@@ -67,7 +67,7 @@ def repair(
         temperature: of the softmax, where refitting the logits does not help.
         reselect: keep the plan's widths, but choose the channels anew: those that serve best after the refit.
         held_back: share of the images that choose the ridge instead of being fitted.
-        progress: called after every stage with (stage, stages).
+        progress: called after every batch with (images done, images in all), over all stages.
     """
     cut_units = {unit_plan.key: unit_plan for unit_plan in plan if not unit_plan.keeps_all}
     layers = [layer for layer in anatomy.layers if any(unit.key in cut_units for unit in layer.units)]
@@ -78,17 +78,28 @@ def repair(
     for stage, (first, last) in enumerate(pairwise(bounds)):
         group = layers[first:last]
         units = [unit for layer in group for unit in layer.units if unit.key in cut_units]
-        seen = _gather(model, units, group, images[held:], batch_size)
-        unseen = _gather(model, units, group, images[:held], batch_size) if held else seen
+        told = _counter(progress, stage * len(images), stages * len(images))
+        seen = _gather(model, units, group, images[held:], batch_size, told)
+        unseen = _gather(model, units, group, images[:held], batch_size, told) if held else seen
         for unit in units:
             moments = seen[unit.key], unseen[unit.key]
             unit_plan = cut_units[unit.key]
             if reselect:
                 unit_plan = _reselected(model, unit, unit_plan, *moments)
             report[unit.key] = _repair_unit(model, unit, unit_plan, *moments, temperature)
-        if progress is not None:
-            progress(stage + 1, stages)
     return report
+
+
+def _counter(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:
+    """Called with the size of each batch, tells ``progress`` how many images are done since ``done``."""
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(done, total)
+
+    return count
 
 
 class _Enough(Exception):
@@ -101,6 +112,7 @@ def _gather(
     group: list[Layer],
     images: Tensor,
     batch_size: int,
+    told: Callable[[int], None],
 ) -> dict[UnitKey, tuple[Moments, ...]]:
     """Moments of what repair needs: (output,) or (hidden,) over all heads at once; (query, key) per head."""
     sums: dict[tuple[UnitKey, str], Moments] = {}
@@ -135,6 +147,7 @@ def _gather(
                 waiting.update(modules)
                 with suppress(_Enough):
                     model(images[start : start + batch_size].to(device))
+                told(len(images[start : start + batch_size]))
     finally:
         for handle in handles:
             handle.remove()

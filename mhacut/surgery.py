@@ -53,6 +53,7 @@ def dissect(model: nn.Module) -> Anatomy:
     """
     layers: list[Layer] = []
     left_alone: list[str] = []
+    refused: list[str] = []
     unknown: dict[str, str] = {}
     unknown_mlps: dict[str, list[str]] = {}
     seen: dict[int, str] = {}
@@ -71,12 +72,14 @@ def dissect(model: nn.Module) -> Anatomy:
             seen[id(module)] = name
             layers.append(adapter.describe(name, module))
             return
-        before = len(layers)
+        before, refused_before = len(layers), len(refused)
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child)
         families = {layer.adapter.family for layer in layers[before:]}
         # An MLP inside does not make an attention known: position biases of windows come from one.
-        if is_attention(module) or (looks_like_attention(module) and "attention" not in families):
+        holds_one = "attention" in families or len(refused) > refused_before
+        if is_attention(module) or (looks_like_attention(module) and not holds_one):
+            refused.append(name)
             unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
         elif not families and looks_like_mlp(module):
             unknown_mlps.setdefault(cls.__name__, []).append(name)

@@ -254,6 +254,25 @@ def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_repair_tells_how_far_it_is_after_every_batch(stages):
+    model = build(CASES[0]).requires_grad_(False)
+    anatomy = dissect(model)
+    told = []
+    repair(
+        model,
+        anatomy,
+        plan_of(anatomy, 0),
+        image(CASES[0], batch=8),
+        stages=stages,
+        batch_size=3,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told[-1] == (8 * stages, 8 * stages)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert len(told) == 3 * stages  # 6 images to fit, 2 held back, by 3
+
+
 def test_units_that_keep_everything_are_not_touched():
     model = build(CASES[0]).requires_grad_(False)
     anatomy = dissect(model)

@@ -71,6 +71,15 @@ def test_a_subclass_needs_a_registration_of_its_own():
         dissect(model)
 
 
+def test_what_only_holds_a_refused_class_is_not_named_beside_it():
+    with torch.device("meta"):
+        model = timm.create_model("xcit_nano_12_p16_224")
+    with pytest.raises(UnsupportedModelError) as refusal:
+        dissect(model)
+    assert "ClassAttn " in str(refusal.value)
+    assert "ClassAttentionBlock" not in str(refusal.value)
+
+
 def test_attention_with_an_mlp_inside_is_refused_too():
     class TalkingHeadAttention(nn.Module):
         def __init__(self):
