@@ -1,25 +1,50 @@
-"""One pass of images through the dense model: what the indicators need, and the teacher's answers."""
+"""One streaming pass of images through the dense model: everything later steps know of its activations.
+
+Per unit, moments of its channels, apart for images to fit and images held back; per layer, how sharply the
+model's answer reacts to an error of the layer's output; and the answers themselves. As large for one image as
+for many.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Unit
-from mhacut.surgery import Anatomy, UnitKey
+from mhacut.adapters.base import Layer, Unit
+from mhacut.surgery import Anatomy, UnitKey, readers
 from mhacut.taps import listening
 from mhacut.tensor.attention_difference import logit_energy, output_energy
+from mhacut.tensor.moments import Moments
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
 Progress = Callable[[int, int], None]
+HELD_BACK = 0.25
+"""Share of the images that judges what the others were fitted to."""
+
+
+@dataclass(frozen=True)
+class UnitMoments:
+    """Moments of one unit's channels, as its readout sees them.
+
+    (query, key), [H, d] each, for qk, k centred over the keys of each image; otherwise (channels,) over all
+    heads at once, [H * d].
+    """
+
+    fit: tuple[Moments, ...]
+    held: tuple[Moments, ...]
+
+    @property
+    def every(self) -> tuple[Moments, ...]:
+        return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
 
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """What the calibration pass learned of one unit."""
+    """Where a unit's indicators start from."""
 
     redundancy: Tensor
     """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""
@@ -29,51 +54,81 @@ class UnitStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of every unit, and the dense model's outputs for the same images."""
+    """What one pass learned."""
 
+    held: int
+    """The first so many images are the ones held back; 0 with a single image, which then serves for both."""
+    moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
+    sensitivity: Mapping[str, Tensor]
+    """Per layer, [out, out]: the KL divergence of the answer from an error e of the layer's output is about
+    1/2 tr(S E[e e^T]), E over tokens and images. Empty when not asked for."""
     teacher: Tensor
     """Dense outputs, [images, classes]."""
 
 
 class _Accumulator:
-    """Sums over images for one unit, float64, on the model's device; as large for one image as for many."""
+    """Sums over images for one unit, float64, on the model's device."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
+        self.parts: dict[tuple[str, bool], Moments] = {}
         self.grams: dict[str, Tensor] = {}
         self.energy: Tensor | None = None
         self._waiting: dict[str, Tensor] = {}
 
-    def feed(self, tap: str, channels: Tensor) -> None:
+    def feed(self, tap: str, channels: Tensor, held: bool) -> None:
         """Take one batch of one tap, [..., heads, width]."""
-        flat = channels.flatten(0, -3).transpose(0, 1).float()  # (H, rows, d)
-        gram = (flat.transpose(-2, -1) @ flat).double()
-        self.grams[tap] = self.grams[tap] + gram if tap in self.grams else gram
         if self.unit.kind == "qk":
-            self._waiting[tap] = channels
-            if len(self._waiting) == 2:
-                query, key = (
-                    self._waiting.pop(name).movedim(-2, 1).flatten(2, -2) for name in ("query", "key")
-                )
-                energy = logit_energy(query.double(), key.double())
-                self.energy = energy if self.energy is None else self.energy + energy
+            x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
+            self._gram(tap, x.transpose(0, 1).flatten(1, 2))
+            self._energy(tap, x)
+            if tap == "key":
+                x = x - x.mean(dim=-2, keepdim=True)
+            self._moments(tap, x.transpose(0, 1).flatten(1, 2), held)  # (H, B * N, d)
+            return
+        if tap != "output":  # the values, or hidden channels, which are what the readout reads
+            self._gram(tap, channels.flatten(0, -3).transpose(0, 1))
+        if tap != "value":
+            self._moments(tap, channels.flatten(-2).flatten(0, -2), held)  # (rows, H * d)
 
-    def finish(self, module: nn.Module) -> UnitStatistics:
-        unit = self.unit
+    def _moments(self, tap: str, rows: Tensor, held: bool) -> None:
+        moments, key = Moments.of(rows), (tap, held)
+        self.parts[key] = self.parts[key] + moments if key in self.parts else moments
+
+    def _gram(self, tap: str, rows: Tensor) -> None:
+        """Uncentred, [H, d, d], for similarity; of an MLP the moments say it already."""
+        if self.unit.kind == "hidden":
+            return
+        flat = rows.float()
+        gram = (flat.mT @ flat).double()
+        self.grams[tap] = self.grams[tap] + gram if tap in self.grams else gram
+
+    def _energy(self, tap: str, x: Tensor) -> None:
+        self._waiting[tap] = x
+        if len(self._waiting) == 2:
+            energy = logit_energy(self._waiting.pop("query").float(), self._waiting.pop("key").float())
+            self.energy = energy.double() if self.energy is None else self.energy + energy.double()
+
+    def moments(self) -> UnitMoments:
+        taps = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
+        fit, held = (
+            tuple(self.parts[tap, part] for tap in taps if (tap, part) in self.parts)
+            for part in (False, True)
+        )
+        return UnitMoments(fit or held, held or fit)
+
+    def statistics(self, module: nn.Module) -> UnitStatistics:
+        unit, moments = self.unit, self.moments().every
         if unit.kind == "qk":
             assert self.energy is not None
             similar = redundancy(cosine_similarity(self.grams["query"]), cosine_similarity(self.grams["key"]))
             return UnitStatistics(similar.cpu(), self.energy.sqrt().cpu())
-        assert unit.readout is not None
-        inside = "value" if unit.kind == "v" else "hidden"
-        leaving = "output" if unit.kind == "v" else "hidden"
-        columns = module.get_parameter(unit.readout.tensor).detach().double().movedim(unit.readout.dim, -1)
-        columns = columns.reshape(-1, columns.shape[-1])  # (out, offset + H * d + ...)
-        columns = columns[:, unit.readout.offset : unit.readout.offset + unit.heads * unit.width]
-        second_moment = self.grams[leaving].diagonal(dim1=-2, dim2=-1)
-        energy = output_energy(second_moment, columns.reshape(-1, unit.heads, unit.width))
-        return UnitStatistics(redundancy(cosine_similarity(self.grams[inside])).cpu(), energy.sqrt().cpu())
+        second = moments[0].second
+        gram = second[None] if unit.kind == "hidden" else self.grams["value"]
+        columns = readers(module, unit).view(-1, unit.heads, unit.width)
+        energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
+        return UnitStatistics(redundancy(cosine_similarity(gram)).cpu(), energy.sqrt().cpu())
 
 
 @torch.no_grad()
@@ -83,27 +138,113 @@ def calibrate(
     images: Tensor,
     *,
     batch_size: int,
+    sensitivity_images: int = 0,
+    seed: int = 0,
+    classifier: bool = True,
     progress: Progress | None = None,
 ) -> Calibration:
     """Run ``images`` [n, C, H, W] through ``model`` once and gather :class:`Calibration`.
 
     Args:
-        model: dense, eval mode, float32; images are moved to its device batch by batch.
+        model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
         anatomy: of ``model``.
         images: normalised.
         batch_size: images at a time.
+        sensitivity_images: how many of them to differentiate for the layers' sensitivity; each costs about
+            three times an image that is not.
+        seed: of the random projections that estimate it.
+        classifier: whether outputs are class logits.
         progress: called with (images done, images in all).
     """
+    count = len(images)
+    held = max(1, round(HELD_BACK * count)) if count > 1 else 0
     accumulators = {unit.key: _Accumulator(unit) for unit in anatomy.units()}
+    generator = torch.Generator().manual_seed(seed)
+    sensitivity: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    teacher = []
-    with listening(model, anatomy.units(), lambda unit, tap, x: accumulators[unit.key].feed(tap, x)):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            teacher.append(model(batch.to(device)).float().cpu())
+    teacher: list[Tensor] = []
+    done = differentiated = 0
+    in_held = True
+
+    def listen(unit: Unit, tap: str, channels: Tensor) -> None:
+        accumulators[unit.key].feed(tap, channels, in_held)
+
+    with listening(model, anatomy.units(), listen):
+        # Images to fit come first: gradients are of those.
+        for start, stop in [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]:
+            in_held = start < held
+            batch = images[start:stop].to(device)
+            if differentiated < sensitivity_images:
+                outputs = _differentiated(model, anatomy, batch, sensitivity, generator, classifier)
+                differentiated += len(batch)
+            else:
+                outputs = model(batch)
+            teacher.append(outputs.float().cpu())
+            done += len(batch)
             if progress is not None:
-                progress(start + len(batch), len(images))
-    statistics = {
-        unit.key: accumulators[unit.key].finish(model.get_submodule(unit.layer)) for unit in anatomy.units()
-    }
-    return Calibration(statistics, torch.cat(teacher))
+                progress(done, count)
+    answers = torch.cat(teacher)
+    return Calibration(
+        held,
+        {key: accumulator.moments() for key, accumulator in accumulators.items()},
+        {
+            unit.key: accumulators[unit.key].statistics(model.get_submodule(unit.layer))
+            for unit in anatomy.units()
+        },
+        {name: total / differentiated for name, total in sensitivity.items()},
+        answers.roll(held, 0),
+    )
+
+
+def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, size):
+        yield start, min(start + size, last)
+
+
+def _differentiated(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batch: Tensor,
+    sensitivity: dict[str, Tensor],
+    generator: torch.Generator,
+    classifier: bool,
+) -> Tensor:
+    """The outputs for ``batch``; adds sum of g g^T over tokens and images to ``sensitivity`` of every layer.
+
+    g is the gradient of sum_c eps_c sqrt(p_c) log p_c with eps_c of unit variance: E[g g^T] is then the
+    Fisher information of the answer, the second-order term of its KL divergence.
+    """
+    with torch.enable_grad(), _listening_to_gradients(model, anatomy.layers, sensitivity):
+        outputs: Tensor = model(batch.detach().requires_grad_(True))
+        noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        if classifier:
+            logs = outputs.float().log_softmax(-1)
+            projected = (noise * logs.detach().mul(0.5).exp() * logs).sum()
+        else:
+            scale = outputs.detach().float().var().clamp_min(1e-12) * outputs[0].numel() / 2
+            projected = (noise * outputs.float()).sum() / scale.sqrt()
+        torch.autograd.backward(projected)
+    return outputs.detach()
+
+
+@contextmanager
+def _listening_to_gradients(
+    model: nn.Module, layers: tuple[Layer, ...], sums: dict[str, Tensor]
+) -> Iterator[None]:
+    def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
+        def take(gradient: Tensor) -> None:
+            rows = gradient.detach().float().movedim(layer.channel_dim, -1).flatten(0, -2)
+            gram = (rows.mT @ rows).double()
+            sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
+
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            output.register_hook(take)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = [model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,20 +1,31 @@
-"""Making up for what a plan removes: repair in closed form, then reweight gains trained on top."""
+"""A decision made real on the dense model: bases rotated, readers refitted, removed channels dead."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mhacut.distillation import Distillation
+from mhacut.calibration import Calibration
 from mhacut.options import SearchOptions
 from mhacut.plan import Plan
+from mhacut.reduction import Reduction
 from mhacut.repair import UnitRepair, repair
-from mhacut.reweight import plan_gains, train_gains
-from mhacut.search import SearchResult
-from mhacut.surgery import Anatomy, UnitKey
+from mhacut.reweight import plan_gains
+from mhacut.surgery import Anatomy, UnitKey, rotate
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be cut."""
+
+    plan: Plan
+    ways: Mapping[UnitKey, tuple[Reduction, ...]] | None = None
+    """How each unit may shrink to the plan's widths; None where the plan's channels are meant."""
+    gains: Mapping[UnitKey, Tensor] | None = None
+    """Trained beside the plan, [heads, dense width] per unit; heeded without repair only."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +33,9 @@ class Compensation:
     """A plan ready to be cut."""
 
     model: nn.Module
-    """Of the dense shape, on the device of the dense one; the dense one itself without repair."""
+    """Of the dense shape, on the device of the dense one."""
     plan: Plan
-    """The search's widths; its channels or those that repair chose."""
+    """The decision's widths, with the channels and bases that were chosen."""
     gains: Mapping[UnitKey, Tensor]
     """For :func:`mhacut.surgery.cut`."""
     repairs: Mapping[UnitKey, UnitRepair]
@@ -32,58 +43,35 @@ class Compensation:
 
 
 def compensate(
-    dense: nn.Module,
-    anatomy: Anatomy,
-    found: SearchResult,
-    lesson: Distillation,
-    options: SearchOptions,
-    *,
-    start_stage: Callable[[str], None],
-    progress: Callable[[int, int, str], None],
+    dense: nn.Module, anatomy: Anatomy, decision: Decision, calibration: Calibration, options: SearchOptions
 ) -> Compensation:
-    """Repair a copy of ``dense`` for what the search found and train gains on it, as ``options`` say.
+    """Make up for what ``decision`` removes, on a copy of ``dense``.
 
     Args:
         dense: eval mode, float32; left as it is.
         anatomy: of ``dense``.
-        found: by the search.
-        lesson: what the gains are taught; its images are those that repair fits.
-        options: which of both to do, and how.
-        start_stage: called with the name of each stage as it begins.
-        progress: called with (done, in all, detail) during a stage.
+        decision: what goes.
+        calibration: of ``dense``.
+        options: ``repair`` and ``temperature`` are heeded.
     """
-    model, plan, temperature = dense, found.plan, options.temperature
-    start = found.gains if options.reweight else None
-    repairs: Mapping[UnitKey, UnitRepair] = {}
+    model = copy.deepcopy(dense)
     if options.repair:
-        start_stage("repairing")
-        model = copy.deepcopy(dense)
         repairs = repair(
             model,
             anatomy,
-            plan,
-            lesson.images,
-            stages=options.repair_stages,
-            batch_size=options.batch_size,
-            temperature=temperature,
-            reselect=options.selection == "repair",
-            progress=lambda done, total: progress(done, total, ""),
+            decision.plan,
+            calibration.moments,
+            temperature=options.temperature,
+            ways=decision.ways,
         )
-        plan = Plan(tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan))
-        # Repair has put its own factors and temperature into the weights; gains start anew from there.
-        start, temperature = None, "dense"
-    if options.gain_steps == 0:
-        return Compensation(model, plan, plan_gains(anatomy, plan, start, temperature), repairs)
-    start_stage("reweighting")
-    gains = train_gains(
-        model,
-        anatomy,
-        plan,
-        start,
-        lesson,
-        steps=options.gain_steps,
-        lr=options.gain_lr,
-        temperature=temperature,
-        progress=lambda done, total, loss: progress(done, total, f"loss {loss:.4f}"),
-    )
-    return Compensation(model, plan, gains, repairs)
+        plan = Plan(tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in decision.plan))
+        # Refits hold their own factors and temperature.
+        return Compensation(model, plan, plan_gains(anatomy, plan, None, "dense"), repairs)
+    plan = decision.plan
+    if decision.ways is not None:
+        plan = Plan(tuple(decision.ways[unit.key][0].plan(unit.width) for unit in plan))
+        for unit in plan:
+            rotation = decision.ways[unit.key][0].rotation
+            if rotation is not None and not unit.keeps_all:
+                rotate(model.get_submodule(unit.layer), anatomy.unit(unit.key), rotation)
+    return Compensation(model, plan, plan_gains(anatomy, plan, decision.gains, options.temperature), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -63,7 +64,32 @@ class Distillation:
         self.label_weight = label_weight if labels is not None else 0.0
         self.divergence = Divergence(classifier)
         self.amp = amp
+        self.batch_size, self.seed = batch_size, seed
         self._batches = _batches(len(images), batch_size, seed)
+
+    def part(self, start: int, stop: int | None) -> Distillation:
+        """The same on some of the images."""
+        part = copy.copy(self)
+        part.images, part.teacher = self.images[start:stop], self.teacher[start:stop]
+        part.labels = None if self.labels is None else self.labels[start:stop]
+        part._batches = _batches(len(part.images), self.batch_size, self.seed)
+        return part
+
+    @torch.no_grad()
+    def divergence_of(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float:
+        """Divergence of ``model`` from the teacher, mean over all images.
+
+        Args:
+            model: eval mode.
+            tensors: to use in place of its own, by name.
+        """
+        device = next(model.parameters()).device
+        total = 0.0
+        for start in range(0, len(self.images), self.batch_size):
+            images, teacher = (part[start : start + self.batch_size] for part in (self.images, self.teacher))
+            outputs = torch.func.functional_call(model, dict(tensors or {}), (images.to(device),)).float()
+            total += float(self.divergence(outputs, teacher.to(device))) * len(images)
+        return total / len(self.images)
 
     def loss(self, model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]) -> Tensor:
         """Of ``model`` masked by ``gains`` on the next batch; only the gains are differentiated.

@@ -14,6 +14,9 @@ Scope = Literal["attention", "attention+mlp"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
+BasisChoice = Literal["auto", "channel", "principal"]
+Allocation = Literal["auto", "curves", "indicator", "refined", "uniform"]
+Effort = Literal["fast", "balanced", "best"]
 PathLike = str | os.PathLike[str]
 
 if TYPE_CHECKING:
@@ -64,6 +67,15 @@ class DataOptions(LabelledImages):
 class SearchOptions:
     """How to search; every ingredient can be switched off for ablation."""
 
+    effort: Effort = "balanced"
+    """How much work to put in where nothing else is said: see :data:`EFFORTS`."""
+    allocation: Allocation = "auto"
+    """How the budget is spread over layers and kinds: by error curves, by trained indicators (the paper's
+    way), by indicators that start from the curves' plan, where they do better on held-back images, or the
+    same share everywhere. ``auto`` is curves, and refined with effort ``best``."""
+    basis: BasisChoice = "auto"
+    """What a channel is: one of the model's own, a principal one where the algebra allows it, or, per unit,
+    that which leaves the smaller error on held-back images."""
     similarity: bool = True
     """Weight indicators by how unlike the other channels of its head a channel is."""
     score_adjustment: bool = True
@@ -71,14 +83,16 @@ class SearchOptions:
     init: Init = "attention-difference"
     """Where indicators start."""
     reweight: bool = True
-    """Train a gain per kept channel, merged into the weights at the cut."""
+    """Train a gain per kept channel, merged into the weights."""
     temperature: Temperature = "kept"
     """Softmax scale of a cut layer while searching, and where repair does not fit a better one:
     1/sqrt(kept width), or the dense model's."""
-    steps: int = 100
-    """Optimiser steps; the last 40 % train only gains, on the final plan."""
+    steps: int = 60
+    """Optimiser steps of the indicators, where they are trained."""
+    gain_steps: int | None = None
+    """Optimiser steps of the gains on the final plan; None is what the effort says."""
     batch_size: int = 16
-    """Images per step."""
+    """Images at a time."""
     lr: float = 0.01
     """Adam's, for indicators."""
     gain_lr: float = 0.003
@@ -90,35 +104,63 @@ class SearchOptions:
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
     selection: Selection = "repair"
-    """Which channels fill the widths found: those that serve best once repaired, or the best indicators."""
-    repair_stages: int = 1
-    """Passes over the images in which layers are repaired, from the input on. One refits every layer on the
-    dense model's activations; on a CIFAR-10 ViT at 50 and 25 % of its FLOPs, 4 and 12 passes came no nearer
-    to the dense model (KL .0092, .0091, .0091 and .0796, .0794, .0801)."""
+    """Which channels fill the widths found: those that serve best once repaired, or the best indicators,
+    where they are trained."""
     seed: int = 42
     """Of everything random."""
 
-    @property
-    def gain_steps(self) -> int:
-        """Steps that train only gains, on the final plan."""
-        return int(0.4 * self.steps) if self.reweight else 0
-
-    @property
-    def search_steps(self) -> int:
-        """Steps that train indicators."""
-        return self.steps - self.gain_steps
-
     def __post_init__(self) -> None:
+        require_choice("--effort", self.effort, get_args(Effort))
+        require_choice("--allocation", self.allocation, get_args(Allocation))
+        require_choice("--basis", self.basis, get_args(BasisChoice))
         require_choice("--init", self.init, get_args(Init))
         require_choice("--temperature", self.temperature, get_args(Temperature))
         require_choice("--selection", self.selection, get_args(Selection))
         require("--steps", self.steps, self.steps >= 1, "at least 1")
-        require("--repair-stages", self.repair_stages, self.repair_stages >= 1, "at least 1")
+        gain_steps = 0 if self.gain_steps is None else self.gain_steps
+        require("--gain-steps", gain_steps, gain_steps >= 0, "at least 0")
         require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
         for flag, value in (("--lr", self.lr), ("--gain-lr", self.gain_lr)):
             require(flag, value, 0 < value < float("inf"), "above 0")
         for flag, value in (("--budget-weight", self.budget_weight), ("--label-weight", self.label_weight)):
             require(flag, value, 0 <= value < float("inf"), "at least 0")
+        if self.selection == "indicator" and self.by_indicators:
+            own = self.basis != "principal"
+            require("--basis", self.basis, own, "channel with --selection indicator, whose choice it keeps")
+
+    @property
+    def spread(self) -> Allocation:
+        """``allocation`` with ``auto`` resolved."""
+        if self.allocation != "auto":
+            return self.allocation
+        return "refined" if self.effort == "best" else "curves"
+
+    @property
+    def by_indicators(self) -> bool:
+        """Whether indicators are trained."""
+        return self.spread in ("indicator", "refined")
+
+    @property
+    def trained_gain_steps(self) -> int:
+        """Steps that train only gains."""
+        steps = EFFORTS[self.effort].gain_steps if self.gain_steps is None else self.gain_steps
+        return steps if self.reweight else 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an effort amounts to."""
+
+    sensitivity_share: float
+    """Of the calibration images that are differentiated, of those to fit."""
+    gain_steps: int
+
+
+EFFORTS: Mapping[str, Work] = {
+    "fast": Work(sensitivity_share=0.25, gain_steps=0),
+    "balanced": Work(sensitivity_share=1.0, gain_steps=40),
+    "best": Work(sensitivity_share=1.0, gain_steps=100),
+}
 
 
 class Flat:
@@ -229,7 +271,7 @@ class PruneOptions(Flat):
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
     amp: bool = False
-    """bfloat16 autocast in the search."""
+    """bfloat16 autocast where indicators and gains are trained."""
     data: DataOptions = field(default_factory=DataOptions)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     search: SearchOptions = field(default_factory=SearchOptions)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.calibration import calibrate
+from mhacut.calibration import HELD_BACK, calibrate
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
-from mhacut.compensation import Compensation, compensate
+from mhacut.compensation import Compensation
 from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
 from mhacut.data import (
     CalibrationImages,
@@ -37,12 +37,14 @@ from mhacut.evaluate import Evaluation, evaluate
 from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
 from mhacut.modelinfo import classifier_size, left_whole
-from mhacut.options import PathLike, PruneOptions
+from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
 from mhacut.plan import Plan, UnitKind
+from mhacut.planning import Planner
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
 from mhacut.repair import UnitRepair
-from mhacut.search import SearchStep, search
+from mhacut.reweight import reweight
+from mhacut.search import SearchStep
 from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
 from mhacut.widths import lowest_flops, width_choices
 
@@ -151,13 +153,19 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         clock.start("evaluating")
         dense_evaluation = evaluate(dense, loader, device=device, progress=reporter.advance)
     clock.start("calibrating")
-    statistics = calibrate(
-        dense, anatomy, seen.images, batch_size=options.search.batch_size, progress=reporter.advance
+    calibration = calibrate(
+        dense,
+        anatomy,
+        seen.images,
+        batch_size=options.search.batch_size,
+        sensitivity_images=_sensitivity_images(options.search, len(seen.images)),
+        seed=options.search.seed,
+        classifier=classes > 0,
+        progress=lambda done, total: reporter.advance(done, total),
     )
-    clock.start("searching")
     lesson = Distillation(
         seen.images,
-        statistics.teacher,
+        calibration.teacher,
         seen.labels,
         batch_size=options.search.batch_size,
         seed=options.search.seed,
@@ -165,29 +173,22 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         classifier=classes > 0,
         amp=options.amp,
     )
-    found = search(
+    planned = Planner(
         dense,
         anatomy,
         anatomy.units(kinds),
         table,
-        statistics,
+        calibration,
         lesson,
         budget=budget,
         round_to=options.round_to,
         options=options.search,
-        progress=lambda done, total, step: reporter.advance(
-            done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
-        ),
-    )
-    ready = compensate(
-        dense,
-        anatomy,
-        found,
-        lesson,
-        options.search,
         start_stage=clock.start,
         progress=reporter.advance,
-    )
+    ).plan()
+    if planned.note is not None:
+        reporter.note(planned.note)
+    ready = planned.ready
 
     clock.start("cutting")
     dense.cpu()
@@ -196,6 +197,21 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     flops = _checked_flops(slim, table, ready.plan, budget, preprocessing)
     probe = seen.images[:4]
     _check_exact(ready, slim, anatomy, probe)
+    if options.search.trained_gain_steps > 0 and calibration.held > 0:
+        clock.start("reweighting")
+        reweighted = reweight(
+            slim.to(device),
+            lesson.part(calibration.held, None),
+            lesson.part(0, calibration.held),
+            steps=options.search.trained_gain_steps,
+            lr=options.search.gain_lr,
+            progress=lambda done, total, loss: reporter.advance(done, total, f"loss {loss:.4f}"),
+        )
+        slim = reweighted.model.cpu()
+        reporter.note(
+            f"gains: divergence on held-back images {reweighted.before:.2g} without, "
+            f"{reweighted.after:.2g} with"
+        )
     if not options.dry_run:
         clock.start("writing")
         record = _record(options, loaded, ready.plan, preprocessing, seen, budget, table.dense, flops)
@@ -226,7 +242,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         device=str(device),
         latency_batch_size=options.latency_batch_size,
         seconds=clock.seconds,
-        log=found.log,
+        log=planned.log,
     )
 
 
@@ -266,6 +282,14 @@ def _calibration_images(
         num_classes=classes or None,
         use_labels=options.labels and classes > 0,
     )
+
+
+def _sensitivity_images(options: SearchOptions, images: int) -> int:
+    """How many of the images to differentiate."""
+    if options.spread not in ("curves", "refined"):
+        return 0
+    fitted = images - round(HELD_BACK * images)
+    return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))
 
 
 def _checked_flops(
@@ -343,7 +367,6 @@ def _record(
     return SlimRecord(
         identity=loaded.identity,
         plan=plan if earlier is None else plan.after(earlier.plan),
-        basis="channel",
         preprocessing=preprocessing.to_json(),
         history=(*(() if earlier is None else earlier.history), entry),
     )

@@ -10,9 +10,11 @@ from typing import Any, Literal, cast, get_args
 
 from mhacut.errors import PlanError
 
+Basis = Literal["channel", "principal"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 
+_UNIT_KEYS = {"layer", "kind", "dense_width", "kept", "basis"}
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
@@ -31,6 +33,8 @@ class UnitPlan:
     """Channels per head before the cut."""
     kept: tuple[tuple[int, ...], ...]
     """Per head, the indices that stay, ascending, in ``range(dense_width)``."""
+    basis: Basis = "channel"
+    """What the indices count: the model's own channels, or its principal ones, the strongest first."""
 
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
@@ -38,6 +42,8 @@ class UnitPlan:
             raise PlanError(f"{where}: not a module name")
         if self.kind not in UNIT_KINDS:
             raise PlanError(f"{where}: kind is one of {', '.join(UNIT_KINDS)}")
+        if self.basis not in get_args(Basis):
+            raise PlanError(f"{where}: basis is one of {', '.join(get_args(Basis))}")
         if not self.kept:
             raise PlanError(f"{where}: no heads")
         width = len(self.kept[0])
@@ -86,11 +92,13 @@ class UnitPlan:
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
                 f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
             )
+        if self.basis == "principal" and not self.keeps_all:  # of what was left, whatever that was
+            return UnitPlan(self.layer, self.kind, earlier.dense_width, self.kept, "principal")
         kept = tuple(
             tuple(before[channel] for channel in now)
             for before, now in zip(earlier.kept, self.kept, strict=True)
         )
-        return UnitPlan(self.layer, self.kind, earlier.dense_width, kept)
+        return UnitPlan(self.layer, self.kind, earlier.dense_width, kept, earlier.basis)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class Plan:
 
         >>> plan = Plan((UnitPlan("blocks.0.mlp", "hidden", 4, ((0, 2),)),))
         >>> plan.to_json()
-        [{'layer': 'blocks.0.mlp', 'kind': 'hidden', 'dense_width': 4, 'kept': [[0, 2]]}]
+        [{'layer': 'blocks.0.mlp', 'kind': 'hidden', 'dense_width': 4, 'kept': [[0, 2]], 'basis': 'channel'}]
         >>> Plan.from_json(plan.to_json()) == plan
         True
         """
@@ -141,6 +149,7 @@ class Plan:
                 "kind": unit.kind,
                 "dense_width": unit.dense_width,
                 "kept": [list(channels) for channels in unit.kept],
+                "basis": unit.basis,
             }
             for unit in self.units
         ]
@@ -158,14 +167,16 @@ class Plan:
 
 
 def _unit_from_json(entry: object) -> UnitPlan:
-    if not isinstance(entry, Mapping) or set(entry) != {"layer", "kind", "dense_width", "kept"}:
-        raise PlanError("a unit of a plan has exactly the keys layer, kind, dense_width, kept")
+    if not isinstance(entry, Mapping) or set(entry) | {"basis"} != _UNIT_KEYS:
+        raise PlanError(f"a unit of a plan has exactly the keys {', '.join(sorted(_UNIT_KEYS))}")
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
-    if not isinstance(layer, str) or not isinstance(kind, str) or not _is_int(dense_width):
-        raise PlanError("a unit of a plan has text for layer and kind, a whole number for dense_width")
+    basis = entry.get("basis", "channel")  # the first files named none
+    if not all(isinstance(text, str) for text in (layer, kind, basis)) or not _is_int(dense_width):
+        raise PlanError("a unit of a plan has text for layer, kind, basis, a whole number for dense_width")
     if not isinstance(kept, list) or not all(isinstance(row, list) and _all_int(row) for row in kept):
         raise PlanError(f"plan of {layer!r}: kept is a list of channel indices per head")
-    return UnitPlan(layer, cast(UnitKind, kind), dense_width, tuple(tuple(row) for row in kept))
+    rows = tuple(tuple(row) for row in kept)
+    return UnitPlan(layer, cast(UnitKind, kind), dense_width, rows, cast(Basis, basis))
 
 
 def _is_int(value: object) -> bool:

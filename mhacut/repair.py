@@ -6,22 +6,19 @@ Still of the dense model's shape, so that the cut afterwards is a mere slice. Ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Layer, Unit
+from mhacut.adapters.base import Unit
+from mhacut.calibration import UnitMoments
 from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, UnitKey, temperature_factor
-from mhacut.taps import listening
-from mhacut.tensor.moments import Moments
-from mhacut.tensor.refit import refit_linear, refit_logits
-from mhacut.tensor.selection import select_channels, select_logit_channels
+from mhacut.reduction import Reduction, block_diagonal, rotated
+from mhacut.surgery import Anatomy, UnitKey, channels_of, readers, rotate, temperature_factor
+from mhacut.tensor.refit import LinearRefit, LogitRefit, refit_linear, refit_logits
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,7 @@ class UnitRepair:
     """How the repair of one unit went."""
 
     plan: UnitPlan
-    """What it keeps: the plan's channels, or as many of repair's own choice."""
-
+    """What it keeps, and in which basis."""
     ridge: float
     """Relative; infinite where refitting did not help and was left out."""
     error: float
@@ -43,179 +39,116 @@ def repair(
     model: nn.Module,
     anatomy: Anatomy,
     plan: Plan,
-    images: Tensor,
+    moments: Mapping[UnitKey, UnitMoments],
     *,
-    stages: int,
-    batch_size: int,
     temperature: Temperature = "kept",
-    reselect: bool = False,
-    held_back: float = 0.25,
-    progress: Callable[[int, int], None] | None = None,
+    ways: Mapping[UnitKey, tuple[Reduction, ...]] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
     """Refit ``model`` in place for ``plan``: removed channels are dead, kept ones stand in for them.
 
-    Layers are repaired in ``stages`` groups from the input on, each on the activations of the network that
-    the earlier groups left behind.
+    Every layer is refitted on the dense model's activations. Refitting each on those of the network as cut
+    before it, in 4 and in 12 passes, came no nearer to the dense model (CIFAR-10 ViT, KL .0092, .0091, .0091
+    at 50 % of the FLOPs, .0796, .0794, .0801 at 25 %).
 
     Args:
-        model: the dense model, eval mode, float32, on the device to work on.
+        model: the dense model, eval mode, float32.
         anatomy: of ``model``.
         plan: units that keep everything are skipped.
-        images: [n, C, H, W], normalised.
-        stages: passes over the images; more follow the cut network more closely.
-        batch_size: images at a time.
+        moments: of every unit of the plan; what is fitted, and what judges the fit.
         temperature: of the softmax, where refitting the logits does not help.
-        reselect: keep the plan's widths, but choose the channels anew: those that serve best after the refit.
-        held_back: share of the images that choose the ridge instead of being fitted.
-        progress: called after every batch with (images done, images in all), over all stages.
+        ways: keep the plan's widths, but shrink each unit in that one of these ways that leaves the least
+            error on held-back images; None keeps the plan's channels.
     """
-    cut_units = {unit_plan.key: unit_plan for unit_plan in plan if not unit_plan.keeps_all}
-    layers = [layer for layer in anatomy.layers if any(unit.key in cut_units for unit in layer.units)]
-    stages = min(stages, len(layers))
-    bounds = [round(index * len(layers) / stages) for index in range(stages + 1)] if stages else []
-    held = max(1, round(held_back * len(images))) if len(images) > 1 else 0
     report: dict[UnitKey, UnitRepair] = {}
-    for stage, (first, last) in enumerate(pairwise(bounds)):
-        group = layers[first:last]
-        units = [unit for layer in group for unit in layer.units if unit.key in cut_units]
-        told = _counter(progress, stage * len(images), stages * len(images))
-        seen = _gather(model, units, group, images[held:], batch_size, told)
-        unseen = _gather(model, units, group, images[:held], batch_size, told) if held else seen
-        for unit in units:
-            moments = seen[unit.key], unseen[unit.key]
-            unit_plan = cut_units[unit.key]
-            if reselect:
-                unit_plan = _reselected(model, unit, unit_plan, *moments)
-            report[unit.key] = _repair_unit(model, unit, unit_plan, *moments, temperature)
+    for unit_plan in plan:
+        if unit_plan.keeps_all:
+            continue
+        unit = anatomy.unit(unit_plan.key)
+        module = model.get_submodule(unit.layer)
+        candidates: list[tuple[UnitPlan, Tensor | None]] = [(unit_plan, None)]
+        if ways is not None:
+            candidates = [(way.plan(unit_plan.width), way.rotation) for way in ways[unit.key]]
+        seen = moments[unit.key]
+        fits = [_Fit.of(module, unit, *candidate, seen, temperature) for candidate in candidates]
+        best = min(fits, key=lambda fit: fit.refit.left)
+        best.apply(module, unit)
+        report[unit.key] = UnitRepair(best.plan, best.refit.ridge, best.refit.error)
     return report
 
 
-def _counter(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:
-    """Called with the size of each batch, tells ``progress`` how many images are done since ``done``."""
-
-    def count(images: int) -> None:
-        nonlocal done
-        done += images
-        if progress is not None:
-            progress(done, total)
-
-    return count
+def shrink(
+    module: nn.Module, unit: Unit, way: Reduction, width: int, moments: UnitMoments, temperature: Temperature
+) -> None:
+    """Refit one layer in place for ``unit`` at ``width``, removed channels dead."""
+    _Fit.of(module, unit, way.plan(width), way.rotation, moments, temperature).apply(module, unit)
 
 
-class _Enough(Exception):
-    """All layers of interest have run."""
+@dataclass(frozen=True)
+class _Fit:
+    """The best refit of one unit for one choice of channels."""
 
+    plan: UnitPlan
+    rotation: Tensor | None
+    refit: LinearRefit | LogitRefit
 
-def _gather(
-    model: nn.Module,
-    units: list[Unit],
-    group: list[Layer],
-    images: Tensor,
-    batch_size: int,
-    told: Callable[[int], None],
-) -> dict[UnitKey, tuple[Moments, ...]]:
-    """Moments of what repair needs: (output,) or (hidden,) over all heads at once; (query, key) per head."""
-    sums: dict[tuple[UnitKey, str], Moments] = {}
-
-    def take(unit: Unit, name: str, activation: Tensor) -> None:
-        if name == "value":
-            return
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        unit: Unit,
+        unit_plan: UnitPlan,
+        rotation: Tensor | None,
+        moments: UnitMoments,
+        temperature: Temperature,
+    ) -> _Fit:
+        seen = rotated(moments, unit, rotation)
+        kept = torch.tensor(unit_plan.kept, device=seen.fit[0].total.device)
         if unit.kind == "qk":
-            x = activation.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
-            if name == "key":
-                x = x - x.mean(dim=-2, keepdim=True)
-            x = x.transpose(0, 1).flatten(1, 2)  # (H, B * N, d)
+            plain = temperature_factor(unit, unit_plan.width, temperature)
+            (query, key), (held_query, held_key) = seen.fit, seen.held
+            logits = refit_logits((query, key), (held_query, held_key), kept, plain)
+            return cls(unit_plan, rotation, logits)
+        columns = readers(module, unit)
+        if rotation is not None:
+            columns = columns @ block_diagonal(rotation).mT
+        constant = unit.readout_bias is not None
+        linear = refit_linear(seen.fit[0], seen.held[0], _flat(unit, kept), columns, constant=constant)
+        return cls(unit_plan, rotation, linear)
+
+    def apply(self, module: nn.Module, unit: Unit) -> None:
+        """Put it into the layer's weights."""
+        if self.rotation is not None:
+            rotate(module, unit, self.rotation)
+        if isinstance(self.refit, LogitRefit):
+            self._mix_queries(module, unit, self.refit)
         else:
-            x = activation.flatten(-2).flatten(0, -2)  # (rows, H * d)
-        moments = Moments.of(x)
-        key = unit.key, name
-        sums[key] = sums[key] + moments if key in sums else moments
+            self._move_columns(module, unit, self.refit)
 
-    waiting: set[nn.Module] = set()
-
-    def stop(module: nn.Module, args: object, output: object) -> None:
-        waiting.discard(module)
-        if not waiting:
-            raise _Enough
-
-    device = next(model.parameters()).device
-    modules = [model.get_submodule(layer.name) for layer in group]
-    handles = [module.register_forward_hook(stop) for module in modules]
-    try:
-        with listening(model, units, take):
-            for start in range(0, len(images), batch_size):
-                waiting.update(modules)
-                with suppress(_Enough):
-                    model(images[start : start + batch_size].to(device))
-                told(len(images[start : start + batch_size]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    wanted = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}
-    return {unit.key: tuple(sums[unit.key, name] for name in wanted[unit.kind]) for unit in units}
-
-
-def _reselected(
-    model: nn.Module,
-    unit: Unit,
-    unit_plan: UnitPlan,
-    fit: tuple[Moments, ...],
-    held: tuple[Moments, ...],
-) -> UnitPlan:
-    every = [seen + unseen for seen, unseen in zip(fit, held, strict=True)]
-    if unit.kind == "qk":
-        kept = select_logit_channels(every[0].energy, every[1].energy, unit_plan.width)
-    else:
-        moment = every[0].energy if unit.readout_bias is None else every[0].covariance
-        kept = select_channels(moment, _columns(model, unit), unit.heads, unit_plan.width)
-    return replace(unit_plan, kept=tuple(map(tuple, kept.tolist())))
-
-
-def _columns(model: nn.Module, unit: Unit) -> Tensor:
-    """The weights that read the unit's channels, [out, heads * width], float64."""
-    assert unit.readout is not None
-    weight = model.get_submodule(unit.layer).get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
-    size = unit.heads * unit.width
-    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size).double()
-
-
-def _repair_unit(
-    model: nn.Module,
-    unit: Unit,
-    unit_plan: UnitPlan,
-    fit: tuple[Moments, ...],
-    held: tuple[Moments, ...],
-    temperature: Temperature,
-) -> UnitRepair:
-    layer = model.get_submodule(unit.layer)
-    device = fit[0].total.device
-    kept = torch.tensor(unit_plan.kept, device=device)
-    if unit.kind == "qk":
-        plain = temperature_factor(unit, unit_plan.width, temperature)
-        logits = refit_logits((fit[0], fit[1]), (held[0], held[1]), kept, plain)
+    def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
+        kept = torch.tensor(self.plan.kept, device=refit.mixing.device)
         for axis in unit.gain_axes:
-            rows = layer.get_parameter(axis.tensor).movedim(axis.dim, 0)[
-                axis.offset : axis.offset + unit.heads * unit.width
-            ]
-            rows = rows.view(unit.heads, unit.width, *rows.shape[1:])  # (H, d, ...), a view
+            rows = channels_of(module, unit, axis)
             for head in range(unit.heads):
                 chosen = rows[head, kept[head]].double()
                 rows[head] = 0
-                rows[head, kept[head]] = torch.tensordot(logits.mixing[head].T, chosen, dims=1).to(rows.dtype)
-        return UnitRepair(unit_plan, logits.ridge, logits.error)
+                rows[head, kept[head]] = torch.tensordot(refit.mixing[head].T, chosen, dims=1).to(rows.dtype)
 
-    assert unit.readout is not None
-    flat = (kept + unit.width * torch.arange(unit.heads, device=device)[:, None]).reshape(-1)
-    gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=device)
-    gone[flat] = False
-    weight = layer.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
-    columns = weight[..., unit.readout.offset : unit.readout.offset + len(gone)]
-    matrix = _columns(model, unit)
-    bias = None if unit.readout_bias is None else layer.get_parameter(unit.readout_bias)
-    linear = refit_linear(fit[0], held[0], flat, matrix, constant=bias is not None)
-    lost = matrix[:, gone]
-    columns[..., flat] += (lost @ linear.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
-    columns[..., gone] = 0
-    if bias is not None:
-        bias.add_((lost @ linear.constant).to(bias.dtype))
-    return UnitRepair(unit_plan, linear.ridge, linear.error)
+    def _move_columns(self, module: nn.Module, unit: Unit, refit: LinearRefit) -> None:
+        assert unit.readout is not None
+        kept = _flat(unit, torch.tensor(self.plan.kept, device=refit.prediction.device))
+        gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
+        gone[kept] = False
+        columns = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
+        columns = columns[..., unit.readout.offset : unit.readout.offset + len(gone)]
+        lost = readers(module, unit)[:, gone]
+        columns[..., kept] += (lost @ refit.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
+        columns[..., gone] = 0
+        if unit.readout_bias is not None:
+            bias = module.get_parameter(unit.readout_bias)
+            bias.add_((lost @ refit.constant).to(bias.dtype))
+
+
+def _flat(unit: Unit, kept: Tensor) -> Tensor:
+    """Indices per head, [H, kept], as indices over all heads, [H * kept]."""
+    heads = torch.arange(unit.heads, device=kept.device)
+    return (kept + unit.width * heads[:, None]).reshape(-1)

@@ -6,15 +6,17 @@ form are ours: v and hidden gains scale the columns that read the channel, qk ga
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.distillation import Distillation
 from mhacut.options import Temperature
-from mhacut.plan import Plan
-from mhacut.surgery import Anatomy, UnitKey, temperature_factor
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import Anatomy, UnitKey, cut, dissect, temperature_factor
 
 # There are few steps: a shorter memory of the gradients' size than Adam's own.
 GAIN_BETAS = (0.9, 0.99)
@@ -89,3 +91,47 @@ def train_gains(
     with torch.no_grad():
         trained = plan_gains(anatomy, plan, gains, temperature)
     return {key: gain.cpu() for key, gain in trained.items()}
+
+
+@dataclass(frozen=True)
+class Reweighting:
+    """What training gains on a slim model did."""
+
+    model: nn.Module
+    """With the gains merged; the one given, where they did not help."""
+    before: float
+    """Divergence from the dense model on images the gains were not trained on."""
+    after: float
+    """With the gains."""
+
+
+def reweight(
+    slim: nn.Module,
+    lesson: Distillation,
+    judge: Distillation,
+    *,
+    steps: int,
+    lr: float,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Reweighting:
+    """Train a gain for every channel of ``slim`` and merge them, if they help on images of ``judge``.
+
+    Args:
+        slim: cut, eval mode, float32; left as it is.
+        lesson: what it is taught.
+        judge: images the gains are judged by.
+        steps: of Adam.
+        lr: Adam's, at the start.
+        progress: called after every step with (step, steps, loss).
+    """
+    anatomy = dissect(slim)
+    whole = Plan(
+        tuple(UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in anatomy.units())
+    )
+    gains = train_gains(
+        slim, anatomy, whole, None, lesson, steps=steps, lr=lr, temperature="dense", progress=progress
+    )
+    tuned = copy.deepcopy(slim)
+    cut(tuned, whole, gains)
+    before, after = judge.divergence_of(slim), judge.divergence_of(tuned)
+    return Reweighting(tuned if after < before else slim, before, after)

@@ -60,14 +60,22 @@ class _UnitState:
     """Indicator and gain of one unit while they are trained."""
 
     def __init__(
-        self, unit: Unit, calibration: Calibration, options: SearchOptions, device: torch.device
+        self,
+        unit: Unit,
+        calibration: Calibration,
+        options: SearchOptions,
+        device: torch.device,
+        start: Tensor | None,
     ) -> None:
         self.unit = unit
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
         weight = similarity_weight(statistics.redundancy) if options.similarity else torch.ones(shape)
         difference = statistics.difference if options.init == "attention-difference" else None
-        start = initial_indicator(difference, shape, weight.double())
+        if start is None:
+            start = initial_indicator(difference, shape, weight.double())
+        else:
+            weight = torch.ones(shape)
         self.weight = weight.float().to(device)
         self.indicator = nn.Parameter(start.float().to(device))
         self.gain = nn.Parameter(torch.ones(shape, device=device), requires_grad=options.reweight)
@@ -88,6 +96,7 @@ def search(
     budget: int,
     round_to: int,
     options: SearchOptions,
+    start: Mapping[UnitKey, Tensor] | None = None,
     progress: Callable[[int, int, SearchStep], None] | None = None,
 ) -> SearchResult:
     """The plan for ``model`` under ``budget``, found by training indicators, and gains beside them.
@@ -106,19 +115,23 @@ def search(
         budget: FLOPs; reachable (see :func:`mhacut.widths.lowest_flops`).
         round_to: widths are multiples of it, or the dense width.
         options: see :class:`SearchOptions`.
+        start: scores to start from, [H, d] per unit, kept where above 1/2, instead of ``options.init``; the
+            target is then the budget from the first step on.
         progress: called after every step with (step, steps, its log line).
     """
     device = next(model.parameters()).device
-    states = [_UnitState(unit, calibration, options, device) for unit in units]
+    states = [
+        _UnitState(unit, calibration, options, device, None if start is None else start[unit.key])
+        for unit in units
+    ]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
     if options.reweight:
         groups.append({"params": [state.gain for state in states], "lr": options.gain_lr})
     optimiser = torch.optim.Adam(groups, betas=GAIN_BETAS)
     log: list[SearchStep] = []
-    for step in range(options.search_steps):
-        target = table.dense + (budget - table.dense) * min(
-            1.0, (step + 1) / (_DESCENT * options.search_steps)
-        )
+    for step in range(options.steps):
+        sunk = 1.0 if start is not None else min(1.0, (step + 1) / (_DESCENT * options.steps))
+        target = table.dense + (budget - table.dense) * sunk
         gains, flops = _soft_gains(states, table, round_to, options)
         loss = lesson.loss(model, anatomy, gains)
         optimiser.zero_grad()
@@ -127,7 +140,7 @@ def search(
         optimiser.step()
         log.append(SearchStep(step, float(loss.detach()), float(flops.detach())))
         if progress is not None:
-            progress(step + 1, options.search_steps, log[-1])
+            progress(step + 1, options.steps, log[-1])
     gains = {state.unit.key: state.gain.detach().cpu() for state in states}
     return SearchResult(_final_plan(states, table, budget, round_to), gains, tuple(log))
 

@@ -183,6 +183,39 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
     return masked
 
 
+def readers(module: nn.Module, unit: Unit) -> Tensor:
+    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64."""
+    assert unit.readout is not None
+    weight = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
+    size = unit.heads * unit.width
+    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size).double()
+
+
+@torch.no_grad()
+def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
+    """Change the basis of the unit's channels in place; the layer computes what it did.
+
+    Args:
+        module: the layer.
+        unit: one that is ``rotatable``.
+        basis: A, [H, d, d], invertible: gain axes are multiplied by A, the other axes by A^-T.
+    """
+    assert unit.rotatable
+    inverse = torch.linalg.inv(basis).mT
+    for axis in unit.axes:
+        rows = channels_of(module, unit, axis)
+        mixing = basis if axis in unit.gain_axes else inverse
+        rows.copy_(torch.einsum("hij,hj...->hi...", mixing, rows.double()).to(rows.dtype))
+
+
+def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
+    """What of one tensor belongs to the unit's channels: a view, [H, d, ...]."""
+    tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
+    size = unit.heads * unit.width
+    channels = tensor[axis.offset : axis.offset + size]
+    return channels.view(unit.heads, unit.width, *channels.shape[1:])
+
+
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """Raise a :class:`PlanError` unless every unit of ``plan`` is a unit of the model, of the same size."""
     for unit_plan in plan:

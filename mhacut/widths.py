@@ -42,6 +42,7 @@ def fill_budget(
     choices: Mapping[UnitKey, Sequence[int]],
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
+    price: Mapping[UnitKey, float] | None = None,
 ) -> dict[UnitKey, int]:
     """Widths within ``budget`` for channels ranked by one score across all units.
 
@@ -54,7 +55,10 @@ def fill_budget(
         choices: allowed widths per unit, ascending.
         flops: of the model at given widths; grows with each.
         budget: reachable with the least widths.
+        price: per unit, what a channel costs where scores are worth per cost; a channel is worth its score
+            times its price. None where scores are worth themselves.
     """
+    price = dict.fromkeys(ranked, 1.0) if price is None else price
 
     def widths_at(threshold: float) -> dict[UnitKey, int]:
         widths = {}
@@ -81,7 +85,8 @@ def fill_budget(
         else:
             break
     if flops(widths) < NEAR * budget:
-        nearer = _exchange(widths, ranked, choices, flops, budget)
+        worth = {key: [score * price[key] for score in scores] for key, scores in ranked.items()}
+        nearer = _exchange(widths, worth, choices, flops, budget)
         if flops(widths) < flops(nearer) <= budget:
             return nearer
     return widths

@@ -64,6 +64,9 @@ class Unit:
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
     readout_bias: str | None = None
     """The bias added behind those columns, if there is one."""
+    rotatable: bool = False
+    """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
+    invertible matrix and the other axes by its inverse transpose."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
 
@@ -82,6 +85,8 @@ class Layer:
     units: tuple[Unit, ...]
     left_whole: Mapping[UnitKind, str] = field(default_factory=dict)
     """Units that cannot be cut exactly, and why."""
+    channel_dim: int = -1
+    """Dimension of the layer's output that holds its channels."""
 
 
 class Adapter(ABC):

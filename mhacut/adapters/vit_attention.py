@@ -71,6 +71,7 @@ class VitAttentionAdapter(Adapter):
                     axes=query + _rows("qkv", module.qkv, k_at),
                     gain_axes=query,
                     taps={"query": Tap("qkv", "output", q_at), "key": Tap("qkv", "output", k_at)},
+                    rotatable=True,
                     softmax_scaled=True,
                 )
             )
@@ -91,6 +92,7 @@ class VitAttentionAdapter(Adapter):
                     taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
                     readout=columns,
                     readout_bias="proj.bias" if module.proj.bias is not None else None,
+                    rotatable=module.gate is None,  # a gate acts on single channels
                 )
             )
         else:

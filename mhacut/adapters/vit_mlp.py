@@ -48,7 +48,7 @@ class _MlpAdapter(Adapter):
             readout=columns,
             readout_bias="fc2.bias" if module.fc2.bias is not None else None,
         )
-        return Layer(name, self, (hidden,))
+        return Layer(name, self, (hidden,), channel_dim=channel_dim)
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         if "hidden" not in widths:

@@ -26,7 +26,6 @@ _MAX_ITEMS = 4096
 _MAX_TEXT = 4096
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,128}")
 _ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_BASES = ("channel",)
 _KEYS = {
     "format_version",
     "architecture",
@@ -143,8 +142,6 @@ class SlimRecord:
     """Of the dense model."""
     plan: Plan
     """The whole cut, in the dense model's indices, however many commands it took."""
-    basis: str
-    """What a channel is: ``channel``, one of the dense model's own."""
     preprocessing: dict[str, Any]
     """Resolved ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``."""
     history: tuple[dict[str, Any], ...]
@@ -152,8 +149,6 @@ class SlimRecord:
     and after, sha256 of what it read, versions."""
 
     def __post_init__(self) -> None:
-        if self.basis not in _BASES:
-            raise CheckpointError(f"basis: expected one of {', '.join(_BASES)}, found {self.basis!r:.100}")
         object.__setattr__(self, "preprocessing", _checked_preprocessing(self.preprocessing))
         object.__setattr__(self, "history", tuple(_plain(entry) for entry in self.history))
         if not all(isinstance(entry, dict) for entry in self.history):
@@ -166,7 +161,7 @@ class SlimRecord:
             "architecture": self.identity.architecture,
             "model_args": self.identity.model_args,
             "pretrained_cfg": self.identity.pretrained_cfg,
-            "basis": self.basis,
+            "basis": plan_basis(self.plan),
             "preprocessing": self.preprocessing,
             "layers": layer_widths(self.plan),
             "history": list(self.history),
@@ -208,10 +203,20 @@ class SlimRecord:
             raise CheckpointError(f"metadata {METADATA_KEY!r}: {error}") from error
         if document["layers"] != layer_widths(plan):
             raise CheckpointError(f"metadata {METADATA_KEY!r}: the widths in layers and the plan disagree")
+        if document["basis"] != plan_basis(plan):
+            raise CheckpointError(
+                f"metadata {METADATA_KEY!r}: basis {document['basis']!r:.100} and the plan disagree"
+            )
         if not isinstance(document["history"], list):
             raise CheckpointError(f"history: expected a list, found {_kind(document['history'])}")
         identity = ModelIdentity(document["architecture"], document["model_args"], document["pretrained_cfg"])
-        return cls(identity, plan, document["basis"], document["preprocessing"], tuple(document["history"]))
+        return cls(identity, plan, document["preprocessing"], tuple(document["history"]))
+
+
+def plan_basis(plan: Plan) -> str:
+    """What the plan's indices count: ``channel``, ``principal``, or ``mixed`` where units differ."""
+    found = {unit.basis for unit in plan if not unit.keeps_all}
+    return "mixed" if len(found) > 1 else next(iter(found), "channel")
 
 
 def layer_widths(plan: Plan) -> dict[str, dict[str, int]]:

@@ -69,6 +69,9 @@ FLAGS: dict[str, Flag] = {
     "crop_pct": Flag("Preprocessing", "Share of the image that the centre crop keeps.", "SHARE"),
     "interpolation": Flag("Preprocessing", "bicubic, bilinear, ...", "NAME"),
     "img_size": Flag("Preprocessing", "Height and width in pixels.", "N"),
+    "effort": Flag("Search", "How much work to put in: seconds, a minute or two, whatever it takes."),
+    "allocation": Flag("Search", "How the budget is spread over layers: by error curves, by indicators, ..."),
+    "basis": Flag("Search", "Cut channels as they are, or principal ones where that is exact."),
     "similarity": Flag("Search", "Weight indicators by how unlike other channels a channel is."),
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),
@@ -76,10 +79,10 @@ FLAGS: dict[str, Flag] = {
     "selection": Flag(
         "Search", "Channels that fill the widths found: best once repaired, or best indicators."
     ),
-    "repair_stages": Flag("Search", "Passes over the images in which layers are repaired.", "N"),
     "reweight": Flag("Search", "Train a gain per kept channel, merged into the weights."),
     "temperature": Flag("Search", "Softmax scale of a cut layer: 1/sqrt(kept width) or as it was."),
-    "steps": Flag("Search", "Optimiser steps.", "N"),
+    "steps": Flag("Search", "Optimiser steps of the indicators, where they are trained.", "N"),
+    "gain_steps": Flag("Search", "Optimiser steps of the gains; by default what the effort says.", "N"),
     "lr": Flag("Search", "Learning rate of indicators.", "RATE"),
     "gain_lr": Flag("Search", "Learning rate of gains.", "RATE"),
     "budget_weight": Flag("Search", "Weight of the budget's gradient against the task's.", "WEIGHT"),

@@ -26,6 +26,11 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
 
+    def transformed(self, matrix: Tensor) -> Moments:
+        """Of ``matrix`` x in place of x; [..., d, d]."""
+        total = (matrix @ self.total.unsqueeze(-1)).squeeze(-1)
+        return Moments(self.rows, total, matrix @ self.second @ matrix.mT)
+
     @property
     def mean(self) -> Tensor:
         """[..., d]."""

@@ -31,6 +31,8 @@ class LinearRefit:
     """Chosen, relative; infinite where predicting did not help on held-back images."""
     error: float
     """Squared error of the layer's output on held-back images, over that of plainly removing the channels."""
+    left: float
+    """That error itself, per row."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class LogitRefit:
     ridge: float
     error: float
     """Squared error of the logits on held-back images, over that of plainly removing the channels."""
+    left: float
+    """That error itself, per pair of rows."""
 
 
 def refit_linear(
@@ -85,7 +89,7 @@ def refit_linear(
     offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
     if constant:
         offset = both.mean[gone] - prediction @ both.mean[kept]
-    return LinearRefit(prediction, offset, ridge, errors[ridge] / baseline if baseline > 0 else 0.0)
+    return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
 
 
 def refit_logits(
@@ -113,7 +117,30 @@ def refit_logits(
     mixing = candidates[ridge]
     if ridge < float("inf"):
         mixing = _mixing((fit[0] + held[0], fit[1] + held[1]), kept, gone, ridge)
-    return LogitRefit(mixing, ridge, errors[ridge] / baseline if baseline > 0 else 0.0)
+    return LogitRefit(mixing, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+
+def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor | None) -> float:
+    """Error of the output, per row, once columns are refitted on the kept channels.
+
+    Args:
+        second: (centred) second moment of the channels, [d, d].
+        kept: indices, [kept].
+        columns: the weights that read them, [out, d].
+        metric: of errors of the output, [out, out]; None is plain squared error.
+    """
+    gone = _others(kept, second.shape[-1])
+    if len(gone) == 0:
+        return 0.0
+    solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
+    left = second[gone][:, gone] - second[gone][:, kept] @ solved
+    reader = columns[:, gone]
+    weighed = reader if metric is None else metric @ reader
+    return float((reader.mT @ weighed * left).sum().clamp_min(0))
+
+
+def _share(error: float, baseline: float) -> float:
+    return error / baseline if baseline > 0 else 0.0
 
 
 def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:

@@ -1,0 +1,182 @@
+"""Error curves: how far the model's answer moves when one unit alone is cut to each width and repaired.
+
+Ours. An error e of a layer's output moves the answer by a KL divergence of about 1/2 tr(S E[e e^T]), with S
+the layer's sensitivity (:class:`mhacut.calibration.Calibration`). For v and hidden channels E[e e^T] follows
+from the calibration's moments; what a cut of the logits does passes a softmax, so there the layer is run
+anew at every width. On a CIFAR-10 ViT the true divergence was 1.3 to 3 times the estimate in every unit (the
+errors of an image's tokens add up), which leaves the comparison of units intact.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Layer, Unit
+from mhacut.calibration import Calibration, UnitMoments
+from mhacut.options import Temperature
+from mhacut.reduction import Reduction, block_diagonal, rotated
+from mhacut.repair import shrink
+from mhacut.surgery import Anatomy, UnitKey, readers
+from mhacut.tensor.refit import output_error
+from mhacut.tensor.selection import Removal
+
+Curve = Mapping[int, float]
+"""Width to estimated KL divergence in nats; 0 at the dense width."""
+MOST_WIDTHS = 8
+"""Widths at which a layer is run; between them the logarithm of the error is taken to be linear."""
+
+
+@torch.no_grad()
+def error_curves(
+    model: nn.Module,
+    anatomy: Anatomy,
+    ways: Mapping[UnitKey, Reduction],
+    calibration: Calibration,
+    choices: Mapping[UnitKey, Sequence[int]],
+    images: Tensor,
+    *,
+    temperature: Temperature,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[UnitKey, Curve]:
+    """The curve of every unit in ``ways``.
+
+    Args:
+        model: dense, eval mode, float32, on the device to work on.
+        anatomy: of ``model``.
+        ways: how each unit would shrink.
+        calibration: of ``model``, with sensitivities.
+        choices: allowed widths per unit, ascending, the dense one last.
+        images: a batch to run layers on whose logits are cut, [n, C, H, W], normalised.
+        temperature: of the softmax, where refitting the logits does not help.
+        progress: called with (layers done, layers in all).
+    """
+    curves: dict[UnitKey, Curve] = {}
+    layers = [layer for layer in anatomy.layers if any(unit.key in ways for unit in layer.units)]
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        for unit in layer.units:
+            if unit.key in ways and unit.kind != "qk":
+                sensitivity = calibration.sensitivity[layer.name]
+                moments = calibration.moments[unit.key]
+                curves[unit.key] = _output_curve(
+                    module, ways[unit.key], moments, sensitivity, choices[unit.key]
+                )
+    cut_logits = [layer for layer in layers if any(_cuts_logits(unit, ways) for unit in layer.units)]
+    done = 0
+
+    def replay(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            nonlocal done
+            if module is not model.get_submodule(layer.name):
+                return  # a copy made below, which took the hook along
+            for unit in layer.units:
+                if _cuts_logits(unit, ways):
+                    curves[unit.key] = _logit_curve(
+                        module,
+                        layer,
+                        ways[unit.key],
+                        calibration,
+                        choices[unit.key],
+                        temperature,
+                        lambda: (args, kwargs),
+                        output,
+                    )
+            done += 1
+            if progress is not None:
+                progress(done, len(cut_logits))
+
+        return hook
+
+    handles = [
+        model.get_submodule(layer.name).register_forward_hook(replay(layer), with_kwargs=True)
+        for layer in cut_logits
+    ]
+    try:
+        if cut_logits:
+            model(images.to(next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return curves
+
+
+def _cuts_logits(unit: Unit, ways: Mapping[UnitKey, Reduction]) -> bool:
+    return unit.kind == "qk" and unit.key in ways
+
+
+def _output_curve(
+    module: nn.Module, way: Reduction, moments: UnitMoments, sensitivity: Tensor, choices: Sequence[int]
+) -> Curve:
+    unit, ranking = way.unit, way.ranking
+    if unit.heads == 1 and isinstance(ranking, Removal):
+        return {width: float(ranking.error[width]) / 2 for width in choices}
+    turned = rotated(moments, unit, way.rotation).every[0]
+    second = turned.energy if unit.readout_bias is None else turned.covariance
+    columns = readers(module, unit)
+    if way.rotation is not None:
+        columns = columns @ block_diagonal(way.rotation).mT
+    heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
+    sampled = {
+        width: output_error(second, (ranking.kept(width) + heads).reshape(-1), columns, sensitivity) / 2
+        for width in _sample(choices)
+    }
+    return _interpolated(sampled, choices)
+
+
+def _logit_curve(
+    module: nn.Module,
+    layer: Layer,
+    way: Reduction,
+    calibration: Calibration,
+    choices: Sequence[int],
+    temperature: Temperature,
+    inputs: Callable[[], tuple[Any, Any]],
+    output: Tensor,
+) -> Curve:
+    unit, (args, kwargs) = way.unit, inputs()
+    sensitivity = calibration.sensitivity[layer.name]
+    sampled = {choices[-1]: 0.0}
+    for width in _sample(choices)[:-1]:
+        smaller = copy.deepcopy(module)
+        shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature)
+        error = (smaller(*args, **kwargs) - output).movedim(layer.channel_dim, -1).flatten(0, -2).double()
+        sampled[width] = float((error @ sensitivity * error).sum() / len(error)) / 2
+    return _interpolated(sampled, choices)
+
+
+def _sample(choices: Sequence[int]) -> list[int]:
+    """At most :data:`MOST_WIDTHS` of ``choices``, ends included, even in their logarithm."""
+    if len(choices) <= MOST_WIDTHS:
+        return list(choices)
+    low, high = math.log(choices[0]), math.log(choices[-1])
+    wanted = [math.exp(low + (high - low) * step / (MOST_WIDTHS - 1)) for step in range(MOST_WIDTHS)]
+    return sorted({min(choices, key=lambda width: abs(width - target)) for target in wanted})
+
+
+def _interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve:
+    """The errors at all ``choices``, never rising with the width."""
+    known = sorted(sampled)
+    tiny = 1e-30
+    curve: dict[int, float] = {}
+    for width in choices:
+        above = next(known_width for known_width in known if known_width >= width)
+        if above == width:
+            curve[width] = sampled[width]
+            continue
+        below = max(known_width for known_width in known if known_width < width)
+        share = (width - below) / (above - below)
+        if sampled[above] <= tiny:  # the dense width, where there is no logarithm
+            curve[width] = sampled[below] * (1 - share)
+        else:
+            logs = math.log(max(sampled[below], tiny)), math.log(sampled[above])
+            curve[width] = math.exp(logs[0] + share * (logs[1] - logs[0]))
+    least = math.inf
+    for width in choices:
+        least = curve[width] = min(least, curve[width])
+    return curve

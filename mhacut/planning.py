@@ -1,0 +1,204 @@
+"""From a calibrated model to a plan ready to be cut: spread the budget, choose channels, compensate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Unit
+from mhacut.allocation import cheapest_widths, uniform_widths
+from mhacut.calibration import Calibration
+from mhacut.compensation import Compensation, Decision, compensate
+from mhacut.cost import CostTable
+from mhacut.curves import Curve, error_curves
+from mhacut.distillation import Distillation
+from mhacut.options import SearchOptions
+from mhacut.plan import Plan
+from mhacut.quantity import format_flops
+from mhacut.reduction import Reduction, reductions
+from mhacut.search import SearchResult, SearchStep, search
+from mhacut.surgery import Anatomy, UnitKey, masked_tensors, rotate
+from mhacut.tensor.indicator import THRESHOLD
+from mhacut.widths import width_choices
+
+REPLAYED = 32
+"""Images on which layers are run anew to see what a cut of their logits does."""
+_SPREAD = 0.1
+"""How far from the threshold the best and the worst channel of a head start when a plan is refined."""
+
+Widths = Mapping[UnitKey, int]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and how it came about."""
+
+    ready: Compensation
+    curves: Mapping[UnitKey, Curve]
+    """Estimated KL divergence per width of every unit; empty where no curve was needed."""
+    log: tuple[SearchStep, ...]
+    """Of the indicators, where they were trained."""
+    note: str | None
+    """What was compared with what, in words."""
+
+
+class Planner:
+    """Everything a plan is made from."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        anatomy: Anatomy,
+        units: Sequence[Unit],
+        table: CostTable,
+        calibration: Calibration,
+        lesson: Distillation,
+        *,
+        budget: int,
+        round_to: int,
+        options: SearchOptions,
+        start_stage: Callable[[str], None],
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            dense: eval mode, float32, on the device to work on; left as it is.
+            anatomy: of ``dense``.
+            units: those that may be cut.
+            table: costs of ``dense``.
+            calibration: of ``dense``; with sensitivities where curves are wanted.
+            lesson: what indicators are taught, on all calibration images.
+            budget: FLOPs; reachable (see :func:`mhacut.widths.lowest_flops`).
+            round_to: widths are multiples of it, or the dense width.
+            options: see :class:`SearchOptions`.
+            start_stage: called with the name of each stage as it begins.
+            progress: called with (done, in all, detail) during a stage.
+        """
+        self.dense, self.anatomy, self.units, self.table = dense, anatomy, tuple(units), table
+        self.calibration, self.lesson, self.options = calibration, lesson, options
+        self.budget, self.round_to = budget, round_to
+        self.start_stage, self.progress = start_stage, progress
+        self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
+
+    def plan(self) -> Planned:
+        """The plan that ``options`` ask for."""
+        spread = self.options.spread
+        if spread == "indicator":
+            return self._by_indicators()
+        ways = self._ways()
+        curves: Mapping[UnitKey, Curve] = {}
+        widths: Widths
+        if spread == "uniform":
+            widths = uniform_widths(self.choices, self.table.flops, self.budget)
+        else:
+            curves = self._curves(ways)
+            widths = cheapest_widths(curves, self.choices, self.table.flops, self.budget)
+        ready = self._compensated(ways, widths)
+        if spread != "refined":
+            return Planned(ready, curves, (), None)
+        widths, log = self._refined(ways, ready)
+        refined = self._compensated(ways, widths)
+        before, after = self.divergence(ready), self.divergence(refined)
+        note = f"divergence on held-back images: {before:.4f} by curves, {after:.4f} refined by indicators"
+        return Planned(refined if after < before else ready, curves, log, note)
+
+    def divergence(self, ready: Compensation) -> float:
+        """Of the cut model from the dense one, mean over the images held back."""
+        device = next(self.dense.parameters()).device
+        gains = {key: gain.to(device) for key, gain in ready.gains.items()}
+        judge = self.lesson.part(0, max(self.calibration.held, 1))
+        return judge.divergence_of(ready.model, masked_tensors(ready.model, self.anatomy, gains))
+
+    def _by_indicators(self) -> Planned:
+        self.start_stage("searching")
+        found = self._search(self.dense, None)
+        decision = Decision(found.plan, gains=found.gains if self.options.reweight else None)
+        if self.options.repair and self.options.selection == "repair":
+            decision = replace(decision, ways=self._ways())
+        self.start_stage("repairing")
+        ready = compensate(self.dense, self.anatomy, decision, self.calibration, self.options)
+        return Planned(ready, {}, found.log, None)
+
+    def _ways(self) -> dict[UnitKey, tuple[Reduction, ...]]:
+        self.start_stage("ranking channels")
+        found = {}
+        for done, unit in enumerate(self.units):
+            found[unit.key] = reductions(
+                self.dense.get_submodule(unit.layer),
+                unit,
+                self.calibration.moments[unit.key],
+                self.choices[unit.key][0],
+                self.options.basis,
+                self.calibration.sensitivity.get(unit.layer),
+            )
+            self.progress(done + 1, len(self.units), "")
+        return found
+
+    def _curves(self, ways: Mapping[UnitKey, tuple[Reduction, ...]]) -> Mapping[UnitKey, Curve]:
+        self.start_stage("measuring error curves")
+        return error_curves(
+            self.dense,
+            self.anatomy,
+            {key: likeliest[0] for key, likeliest in ways.items()},
+            self.calibration,
+            self.choices,
+            self.lesson.images[:REPLAYED],
+            temperature=self.options.temperature,
+            progress=lambda done, total: self.progress(done, total, ""),
+        )
+
+    def _compensated(
+        self, ways: Mapping[UnitKey, tuple[Reduction, ...]], widths: Mapping[UnitKey, int]
+    ) -> Compensation:
+        self.start_stage("repairing")
+        plan = Plan(tuple(ways[unit.key][0].plan(widths[unit.key]) for unit in self.units))
+        decision = Decision(plan, ways)
+        return compensate(self.dense, self.anatomy, decision, self.calibration, self.options)
+
+    def _refined(
+        self, ways: Mapping[UnitKey, tuple[Reduction, ...]], ready: Compensation
+    ) -> tuple[Widths, tuple[SearchStep, ...]]:
+        """Widths that indicators move to from those of ``ready``, in its bases."""
+        model = copy.deepcopy(self.dense)
+        start = {}
+        for unit_plan in ready.plan:
+            unit = self.anatomy.unit(unit_plan.key)
+            way = next((way for way in ways[unit.key] if way.basis == unit_plan.basis), ways[unit.key][0])
+            if way.rotation is not None:
+                rotate(model.get_submodule(unit.layer), unit, way.rotation)
+            start[unit.key] = _scores(way.ranking.order.cpu(), unit_plan.width)
+        self.start_stage("searching")
+        found = self._search(model, start)
+        return found.plan.widths(), found.log
+
+    def _search(self, model: nn.Module, start: Mapping[UnitKey, Tensor] | None) -> SearchResult:
+        return search(
+            model,
+            self.anatomy,
+            self.units,
+            self.table,
+            self.calibration,
+            self.lesson,
+            budget=self.budget,
+            round_to=self.round_to,
+            options=self.options,
+            start=start,
+            progress=lambda done, total, step: self.progress(
+                done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
+            ),
+        )
+
+
+def _scores(order: Tensor, width: int) -> Tensor:
+    """Scores that keep the first ``width`` of ``order`` [H, d] and fall along it, [H, d]."""
+    channels = order.shape[1]
+    place = torch.arange(channels, dtype=torch.float64)
+    above = (width - place - 0.5) / max(width, channels - width)
+    return torch.zeros(order.shape, dtype=torch.float64).scatter(
+        -1, order, (THRESHOLD + _SPREAD * above).expand(order.shape)
+    )

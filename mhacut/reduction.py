@@ -1,0 +1,113 @@
+"""How a unit could shrink: in which basis, and in which order its channels would go. Ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Unit
+from mhacut.calibration import UnitMoments
+from mhacut.options import BasisChoice
+from mhacut.plan import Basis, UnitPlan
+from mhacut.surgery import readers
+from mhacut.tensor.moments import Moments
+from mhacut.tensor.principal import logit_basis, output_basis
+from mhacut.tensor.selection import Ranking, rank_channels, rank_logit_channels
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One way to shrink a unit."""
+
+    unit: Unit
+    rotation: Tensor | None
+    """For :func:`mhacut.surgery.rotate`, [H, d, d]; None in the basis of the original channels."""
+    ranking: Ranking
+    """In the order they stay; of rotated channels where there is a rotation."""
+
+    @property
+    def basis(self) -> Basis:
+        return "channel" if self.rotation is None else "principal"
+
+    def plan(self, width: int) -> UnitPlan:
+        """The cut to ``width`` channels per head."""
+        unit = self.unit
+        if width == unit.width:
+            return UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width)
+        kept = self.ranking.kept(width).tolist()
+        return UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept)), self.basis)
+
+
+def reductions(
+    module: nn.Module,
+    unit: Unit,
+    moments: UnitMoments,
+    smallest: int,
+    basis: BasisChoice,
+    metric: Tensor | None = None,
+) -> tuple[Reduction, ...]:
+    """The ways to shrink ``unit`` that ``basis`` allows, the likeliest to be good first.
+
+    Args:
+        module: the layer.
+        unit: of that layer.
+        moments: of its channels.
+        smallest: the least width anyone will ask for.
+        basis: ``auto`` gives both where the algebra allows both.
+        metric: of errors of the layer's output, [out, out], to price the removal of hidden channels.
+    """
+    found = []
+    if unit.rotatable and basis != "channel":
+        found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
+    if not found or basis == "auto":
+        found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric)))
+    return tuple(found)
+
+
+def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:
+    """``moments`` as they are once :func:`mhacut.surgery.rotate` has changed the layer."""
+    if rotation is None:
+        return moments
+    inverse = torch.linalg.inv(rotation).mT
+    matrices = (rotation, inverse) if unit.kind == "qk" else (block_diagonal(inverse),)
+
+    def turned(part: tuple[Moments, ...]) -> tuple[Moments, ...]:
+        return tuple(side.transformed(matrix) for side, matrix in zip(part, matrices, strict=True))
+
+    return UnitMoments(turned(moments.fit), turned(moments.held))
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """[H, d, d] as one [H * d, H * d]."""
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+def _principal(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
+    every = moments.every
+    if unit.kind == "qk":
+        return logit_basis(every[0].energy, every[1].energy)
+    second = _second(unit, every[0]).view(unit.heads, unit.width, unit.heads, unit.width)
+    own = torch.stack([second[head, :, head] for head in range(unit.heads)])
+    return output_basis(own, readers(module, unit).view(-1, unit.heads, unit.width))
+
+
+def _in_order(unit: Unit, moments: UnitMoments) -> Ranking:
+    device = moments.fit[0].total.device
+    return Ranking(torch.arange(unit.width, device=device).expand(unit.heads, -1))
+
+
+def _ranking(
+    module: nn.Module, unit: Unit, moments: UnitMoments, smallest: int, metric: Tensor | None
+) -> Ranking:
+    every = moments.every
+    if unit.kind == "qk":
+        return rank_logit_channels(every[0].energy, every[1].energy, smallest)
+    return rank_channels(_second(unit, every[0]), readers(module, unit), unit.heads, smallest, metric)
+
+
+def _second(unit: Unit, moments: Moments) -> Tensor:
+    """What a bias can take up does not count."""
+    return moments.energy if unit.readout_bias is None else moments.covariance

@@ -1,0 +1,57 @@
+"""Principal bases: a head's channels mixed so that the first few carry as much as any few can.
+
+Ours. Attention does not change when (W_q, W_k) of a head become (A W_q, A^-T W_k), nor when its value rows
+become A W_v and the columns that read them W_o A^-1. Cutting the tail of the right basis is the best
+approximation of that width (Eckart & Young 1936), better than any selection of the original channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOOR = 1e-10
+"""Of the largest eigenvalue: what is less is rounding, and is lifted so that the basis stays invertible."""
+
+
+def logit_basis(query: Tensor, key: Tensor) -> Tensor:
+    """A, [H, d, d]: q' = A q and k' = A^-T k leave q k^T as it is, and order channels by what they add to it.
+
+    With R_q and R_k the symmetric roots of the second moments and R_q R_k = U S V^T, the first w channels of
+    A = S^1/2 U^T R_q^-1 give the best approximation of rank w of the logits, with q and k taken as
+    independent.
+
+    Args:
+        query: second moment of q, [H, d, d], float64.
+        key: of k, centred over the keys of each image.
+    """
+    root, inverse = _roots(query)
+    u, s, _ = torch.linalg.svd(root @ _roots(key)[0])
+    size = s.clamp_min(s[..., :1] * _FLOOR).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
+    basis: Tensor = size.unsqueeze(-1) * u.transpose(-2, -1) @ inverse
+    return basis
+
+
+def output_basis(second: Tensor, columns: Tensor) -> Tensor:
+    """A, [H, d, d], orthogonal: v' = A v, read by W_o A^T, ordered by what channels add to the output.
+
+    The row space of its first w rows is that of the best approximation of rank w of what each head adds to
+    the layer's output.
+
+    Args:
+        second: (centred) second moment of each head's output, [H, d, d], float64.
+        columns: the weights that read it, [out, H, d].
+    """
+    read = columns.to(second).transpose(0, 1)  # (H, out, d)
+    u, _, _ = torch.linalg.svd(read @ _roots(second)[0], full_matrices=False)
+    # Householder QR: an orthogonal basis whose first w rows span the first w of U^T W, completed at will.
+    orthogonal: Tensor = torch.linalg.qr((u.mT @ read).mT, mode="complete").Q
+    return orthogonal.mT
+
+
+def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root of [..., d, d] and its inverse."""
+    values, vectors = torch.linalg.eigh(second)
+    least = (values[..., -1:] * _FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
+    root = values.clamp_min(least).sqrt().unsqueeze(-2)
+    return vectors * root @ vectors.mT, vectors / root @ vectors.mT
