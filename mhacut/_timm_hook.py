@@ -1,7 +1,7 @@
 """Models of mhacut in timm's registry as soon as both are imported, without importing timm for that.
 
-timm and torch take seconds, and ``mhacut --help`` needs neither: whoever imports timm, before or after mhacut,
-finds our models there; whoever does not, does not pay for it.
+timm and torch take seconds, and ``mhacut --help`` needs neither: whoever imports timm, before or after
+mhacut, finds our models there; whoever does not, does not pay for it.
 """
 
 from __future__ import annotations

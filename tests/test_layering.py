@@ -11,7 +11,18 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 FLOORS = (
-    {"errors", "_version", "_timm_hook", "quantity", "options", "limits", "plan", "progress", "device", "tensor"},
+    {
+        "errors",
+        "_version",
+        "_timm_hook",
+        "quantity",
+        "options",
+        "limits",
+        "plan",
+        "progress",
+        "device",
+        "tensor",
+    },
     {"flatten"},
     {"adapters"},
     {"surgery", "taps"},

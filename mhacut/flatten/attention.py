@@ -1,7 +1,7 @@
 """Focused linear attention, as the FLatten Transformers have it (Han et al., ICCV 2023, arXiv 2308.00442).
 
-Letters: B images, N tokens of a map of H x W, h heads, C channels (head-major: channel = head * d + position).
-With phi the focusing of :func:`focus`, a head gives
+Letters: B images, N tokens of a map of H x W, h heads, C channels (head-major: channel = head * d +
+position). With phi the focusing of :func:`focus`, a head gives
 
     out_i = phi(q_i) . (1/N sum_j phi(k_j) v_j^T) / (phi(q_i) . 1/N sum_j phi(k_j) + 1e-6)  +  dwc(v)_i
 
@@ -47,7 +47,8 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR) -> Tensor
     features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
     sharpened = features**power
     length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return sharpened * (length / torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True))
+    focused: Tensor = sharpened * (length / torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True))
+    return focused
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,10 +59,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k: [B, h, M, d_qk], likewise.
         v: [B, h, M, d_v].
     """
-    normaliser = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
+    normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
     root = k.shape[-2] ** -0.5
     keys_values = (k.transpose(-2, -1) * root) @ (v * root)  # (B, h, d_qk, d_v)
-    return (q @ keys_values) * normaliser
+    out: Tensor = (q @ keys_values) * normaliser
+    return out
 
 
 def convolve_heads(v: Tensor, conv: nn.Module, num_heads: int, grid: Grid) -> Tensor:
@@ -74,7 +76,7 @@ def convolve_heads(v: Tensor, conv: nn.Module, num_heads: int, grid: Grid) -> Te
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """[B, N, C] to [B, h, N, d]."""
-    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return tokens.reshape(*tokens.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(heads: Tensor) -> Tensor:
@@ -154,7 +156,9 @@ class FocusedLinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         height, width = self.grid_size
-        return f"num_heads={self.num_heads}, grid_size={height}x{width}, focusing_factor={self.focusing_factor}"
+        return (
+            f"num_heads={self.num_heads}, grid_size={height}x{width}, focusing_factor={self.focusing_factor}"
+        )
 
 
 class FusedFocusedAttention(FocusedLinearAttention):
@@ -241,13 +245,14 @@ class FocusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of a fused projection; q and k share what ``v_channels`` leave."""
     qk_channels = (qkv.shape[-1] - v_channels) // 2
-    q, k, v = qkv.split((qk_channels, qk_channels, v_channels), dim=-1)
+    q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
     return q, k, v
 
 

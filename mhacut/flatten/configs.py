@@ -8,7 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def config(**own: Any) -> dict[str, Any]:
-    """How the authors evaluate: squared to 256/224 of the image size without keeping proportions, then cropped.
+    """How the authors evaluate: resized to a square of 256/224 of the image size, then cropped.
 
     There is no ``license``: the official repository states none for its weights.
     """

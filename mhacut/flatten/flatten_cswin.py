@@ -1,8 +1,9 @@
 """FLatten-CSWin: CSWin with focused linear attention over the whole map in stages 1 and 2 (arXiv 2308.00442).
 
-Stages 3 and 4 are those of CSWin (Dong et al., CVPR 2022, arXiv 2107.00652): in stage 3 one half of the channels
-attends within vertical stripes of the map and the other half within horizontal ones; in stage 4 all of them attend
-over the whole map. Every branch, linear or not, adds LePE: a depthwise 3x3 convolution ``get_v`` of the values.
+Stages 3 and 4 are those of CSWin (Dong et al., CVPR 2022, arXiv 2107.00652): in stage 3 one half of the
+channels attends within vertical stripes of the map, the other half within horizontal ones; in stage 4 all of
+them attend over the whole map. Every branch, linear or not, adds LePE: a depthwise 3x3 convolution ``get_v``
+of the values.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class FocusedLepeAttention(FocusedLinearAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
-        return self.attend(q, k, v) + convolve_heads(v, self.get_v, 1, self.grid_size)
+        out: Tensor = self.attend(q, k, v) + convolve_heads(v, self.get_v, 1, self.grid_size)
+        return out
 
 
 class StripeAttention(nn.Module):
@@ -150,7 +152,8 @@ class CswinBlock(nn.Module):
         branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
         attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
         x = x + self.drop_path(self.proj_drop(self.proj(torch.cat(attended, dim=-1))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
 
 
 class ConvStem(nn.Sequential):
@@ -174,7 +177,8 @@ class ConvStem(nn.Sequential):
         height, width = self.img_size
         _assert(x.shape[-2] == height, f"Input height ({x.shape[-2]}) doesn't match model ({height}).")
         _assert(x.shape[-1] == width, f"Input width ({x.shape[-1]}) doesn't match model ({width}).")
-        out: Tensor = super().forward(x)
+        conv, to_channels_last, norm = self
+        out: Tensor = norm(to_channels_last(conv(x)))
         return out
 
 
@@ -186,7 +190,7 @@ class ToChannelsLast(nn.Module):
 
 
 class MergeBlock(nn.Module):
-    """Between stages: 3x3 convolution of stride 2, then a norm; a map [B, H, W, C] to one of half its size."""
+    """Between stages: 3x3 convolution of stride 2, then a norm; [B, H, W, C] to [B, H / 2, W / 2, C_out]."""
 
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -219,7 +223,8 @@ class FlattenCswin(Pyramid):
         drop_rate: before the classifier.
         proj_drop_rate: after the projection and in the MLP.
         attn_drop_rate: on softmax attention weights.
-        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.4 (small),
+        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.4
+        (small),
             0.5 (base) or 0.7 (base, 384).
         device: as in torch.
         dtype: as in torch.
@@ -305,7 +310,7 @@ class FlattenCswin(Pyramid):
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         entry, blocks = (getattr(self, name) for name in self.stage_parts(index))
         x = entry(x)
-        return self.run_blocks(blocks, x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        return self.run_blocks(blocks, x.flatten(1, 2)).reshape(x.shape)
 
     def finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm(x)
@@ -333,10 +338,8 @@ def _linear_attns(dim: int, num_heads: int, grid: Grid, **kwargs: Any) -> list[n
     return [FocusedLepeAttention(dim, num_heads, grid, **kwargs)]
 
 
-def _stripe_attns(
-    dim: int, num_heads: int, grid: Grid, *, split_size: int, **kwargs: Any
-) -> list[nn.Module]:
-    """One branch over the whole map where a stripe would be all of it, else vertical and horizontal stripes."""
+def _stripe_attns(dim: int, num_heads: int, grid: Grid, *, split_size: int, **kwargs: Any) -> list[nn.Module]:
+    """One branch where a stripe is the whole map, else one of vertical and one of horizontal stripes."""
     height, width = grid
     if grid == (split_size, split_size):
         return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]

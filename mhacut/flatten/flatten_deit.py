@@ -1,9 +1,9 @@
-"""FLatten-DeiT: DeiT with focused linear attention. The paper (arXiv 2308.00442) names it, no official code exists.
+"""FLatten-DeiT: named by the paper (arXiv 2308.00442), of which no official code exists.
 
-What is here is therefore a reading, not a replica: a DeiT-Tiny without a class token, since a class token has no
-place on the map that the depthwise convolution runs over; the classifier reads the mean over tokens, and every
-block is linear, as in FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the authors,
-should there be any, need not fit.
+What is here is therefore a reading, not a replica: a DeiT-Tiny without a class token, since a class token has
+no place on the map that the depthwise convolution runs over; the classifier reads the mean over tokens, and
+every block is linear, as in FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the
+authors, should there be any, need not fit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         for name in ("class_token", "reg_tokens", "dynamic_img_size", "dynamic_img_pad", "qk_norm"):
             if kwargs.get(name):
                 raise UsageError(
-                    f"{name}: the tokens of focused linear attention are those of a map of fixed size; leave it out"
+                    f"{name}: focused linear attention needs the tokens of a map of fixed size, no others; "
+                    "leave it out"
                 )
         fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate, **{**fixed, **kwargs})
@@ -75,7 +76,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         return {"pos_embed": self.patch_embed.grid_size}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """timm's way to another image or patch size; positional encodings are resized too."""
+        """Take images of another size, as timm's ViT does; positional encodings are resized too."""
         super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             block.attn.set_grid_size(tuple(self.patch_embed.grid_size))

@@ -1,7 +1,8 @@
 """FLatten-PVT: Pyramid Vision Transformer v1 with focused linear attention (arXiv 2308.00442).
 
-Beside the attention it differs from the original PVT in that it has no class token and no spatial reduction, and
-that the classifier reads the plain mean over tokens. The final ``norm`` is in every checkpoint and never applied.
+Beside the attention it differs from the original PVT in that it has no class token and no spatial reduction,
+and that the classifier reads the plain mean over tokens. The final ``norm`` is in every checkpoint and never
+applied.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mhacut.flatten.pyramid import Pyramid, make_head
 
 
 class FlattenPvt(Pyramid):
-    """Four stages of: patch embedding, position embedding, blocks; tokens per stage 3136, 784, 196, 49 at 224.
+    """Four stages of patch embedding, position embedding, blocks; 3136, 784, 196, 49 tokens at 224.
 
     Args:
         img_size: of the images, height and width; a multiple of 32 uses every pixel.
@@ -151,12 +152,12 @@ class FlattenPvt(Pyramid):
         grid = embed.grid_size
         if index:
             x = x.permute(0, 3, 1, 2)
-            # From the second stage on, official models pass the embedding through a resize that changes no bit
-            # at the size they were built for. Counts of FLOPs, the paper's too, include it.
+            # From the second stage on, official models pass the embedding through a resize that changes no
+            # bit at the size they were built for. Counts of their FLOPs include it.
             position = position.unflatten(1, grid).permute(0, 3, 1, 2)
             position = F.interpolate(position, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
         x = self.run_blocks(blocks, self.pos_drop(embed(x) + position))
-        return x.unflatten(1, grid)
+        return x.reshape(x.shape[0], *grid, x.shape[-1])
 
     def no_weight_decay(self) -> set[str]:
         """None: the authors decay position embeddings too."""

@@ -85,10 +85,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvtV2:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"flatten_pvt_v2_b{number}.untrained": config(first_conv="patch_embed.proj")
-        for number in range(6)
-    }
+    {f"flatten_pvt_v2_b{number}.untrained": config(first_conv="patch_embed.proj") for number in range(6)}
 )
 
 

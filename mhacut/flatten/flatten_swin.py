@@ -1,7 +1,7 @@
-"""FLatten-Swin: timm's Swin, focused linear attention over the whole map in its first stages (arXiv 2308.00442).
+"""FLatten-Swin: timm's Swin with focused linear attention in its first stages (arXiv 2308.00442).
 
-The paper's macro design: stages 1 and 2 are linear, with one window that is the whole map and no shift; stages 3
-and 4 keep windows and softmax.
+The paper's macro design: stages 1 and 2 are linear, with one window that is the whole map and no shift;
+stages 3 and 4 keep windows and softmax.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class FocusedSwinBlock(FocusedBlock):
         super().__init__(block.norm1, attn, block.norm2, block.mlp, block.drop_path1)
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = x.shape[1:3]
-        return super().forward(x.flatten(1, 2)).unflatten(1, grid)
+        return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
     def set_input_size(self, feat_size: Grid, window_size: Any, always_partition: Any = None) -> None:
-        """timm's way to tell a block the size of its map; the window always is the whole map."""
-        self.attn.set_grid_size(tuple(feat_size))
+        """Take maps of another size, as timm tells a block; the window always is the whole map."""
+        attn: Any = self.attn
+        attn.set_grid_size(tuple(feat_size))
 
 
 class FlattenSwin(SwinTransformer):  # type: ignore[misc]
@@ -53,8 +53,8 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
         num_heads: per stage.
         qkv_bias: whether q, k and v have biases.
         proj_drop_rate: after the projection and in the MLP.
-        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.3 (small)
-            or 0.5 (base).
+        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.3
+            (small) or 0.5 (base).
         focusing_factor: the power p of focused linear attention.
         kernel_size: of its depthwise convolution.
         kwargs: as timm's Swin takes them.
@@ -116,8 +116,22 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official to timm's names by timm's own filter, which also resizes position biases and drops buffers."""
-    return resize_encodings(swin_filter_fn(dict(unwrap(state_dict)), model), model)
+    """Official to timm's names by timm's own filter, which also drops buffers; positions are resized.
+
+    Position biases go past that filter, whose way to resize them PyTorch has deprecated, and so does what it
+    would stumble over: ``load_state_dict`` names it better.
+    """
+    state_dict = unwrap(state_dict)
+    past = {name: tensor for name, tensor in state_dict.items() if not _for_timm(name, tensor)}
+    rest = {name: tensor for name, tensor in state_dict.items() if name not in past}
+    return resize_encodings({**swin_filter_fn(rest, model), **past}, model)
+
+
+def _for_timm(name: str, tensor: Tensor) -> bool:
+    if "patch_embed.proj.weight" in name:
+        return tensor.ndim == 4
+    # "model" and "state_dict" are parts of a file to timm, never tensors.
+    return not name.endswith("relative_position_bias_table") and name not in ("model", "state_dict")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenSwin:
