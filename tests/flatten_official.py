@@ -1,9 +1,10 @@
 """What the official FLatten models give, and how to ask ours for the same.
 
-``flatten_official.json`` was measured on the official code (commit abdb115f of LeapLabTHU/FLatten-Transformer):
-per model its image size, parameters, fvcore FLOPs and number of state-dict entries; for ten of them also a digest
-of all names and shapes, and for weights and images that a hash of their names decides, logits in float64 (the
-first eight, the sum and the norm of each of two rows) and, for four, mean and deviation of what modules give.
+``flatten_official.json`` was measured on the official code (LeapLabTHU/FLatten-Transformer, abdb115f):
+per model its image size, parameters, fvcore FLOPs and number of state-dict entries; for ten of them also a
+digest of all names and shapes, and for weights and images that a hash of their names decides, logits in
+float64 (first eight, sum and norm of each of two rows) and, for four, mean and deviation of what modules
+give.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ REFERENCED = tuple(name for name, facts in OFFICIAL.items() if "logits" in facts
 
 
 def hashed(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float64 numbers, uniform with mean 0 and deviation 1, by the finaliser of murmur3 over index and name."""
-    bits = (
-        np.arange(math.prod(shape), dtype=np.uint64) + (zlib.crc32(name.encode()) * 0x9E3779B1 & 0xFFFFFFFF)
-    ).astype(np.uint32)
+    """Float64 numbers, uniform of mean 0 and deviation 1: murmur3's finaliser over index and name."""
+    seed = zlib.crc32(name.encode()) * 0x9E3779B1 & 0xFFFFFFFF
+    bits = (np.arange(math.prod(shape), dtype=np.uint64) + seed).astype(np.uint32)
     bits ^= bits >> np.uint32(16)
     bits *= np.uint32(0x85EBCA6B)
     bits ^= bits >> np.uint32(13)

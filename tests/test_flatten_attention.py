@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -126,13 +127,14 @@ def test_focusing_keeps_lengths_and_sharpens_directions():
     assert (sharp > 0).all()
 
 
-def test_where_no_channel_is_active_attention_is_the_mean():
-    q = k = focus(torch.full((1, 4, 8), -1.0), torch.zeros(1, 1, 8)).reshape(1, 4, 2, 4).transpose(1, 2)
-    v = tokens(1, 2, 4, 3).float()
-    found = linear_attention(q, k, v)
-    assert torch.isfinite(found).all()
-    # Features of 1e-6 / ln 2 weigh little against the 1e-6 of the denominator.
-    assert (found.abs() < v.abs().amax()).all()
+def test_where_no_channel_is_active_attention_is_finite_and_fades():
+    features = focus(torch.full((1, 4, 8), -1.0), torch.zeros(1, 1, 8)).reshape(1, 4, 2, 4).transpose(1, 2)
+    v = tokens(1, 2, 4, 3)
+    # Every weight is 4 channels of (1e-6 / ln 2)^2, far below the 1e-6 of the denominator.
+    weight = 4 * (1e-6 / math.log(2)) ** 2
+    expected = v.mean(2, keepdim=True).expand_as(v) * weight / (weight + 1e-6)
+    found = linear_attention(features, features, v.float()).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @torch.no_grad()

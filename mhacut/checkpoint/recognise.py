@@ -21,8 +21,7 @@ from mhacut.checkpoint.record import (
     checked_pretrained_cfg,
 )
 from mhacut.errors import CheckpointError, MhacutError
-from mhacut.flatten import checkpoint_filter
-from mhacut.flatten.checkpoints import encoded_img_size
+from mhacut.flatten import checkpoint_filter, img_size_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -134,16 +133,8 @@ def recognise_dense(
         )
     converted = _converted(header, fit.skeleton)
     check_fit(converted, fit.skeleton, fit.identity)
-    resized = [
-        name
-        for name, shape in converted.shapes.items()
-        if _OF_POSITIONS.search(name) and shapes.get(name, shape) != shape
-    ]
-    if resized:
-        notes = (
-            *notes,
-            f"positions of another image size: {len(resized)} tensors resized, first {resized[0]!r:.150}",
-        )
+    if _position_shapes(converted) != _position_shapes(header):
+        notes = (*notes, "positions were of another image size; resized to the model's")
     return Recognised(fit.identity, fit.skeleton, notes)
 
 
@@ -154,6 +145,10 @@ def as_timm_has_it(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     """
     convert = checkpoint_filter(model)
     return dict(tensors) if convert is None else convert(tensors, model)
+
+
+def _position_shapes(header: FileHeader) -> list[tuple[int, ...]]:
+    return sorted(shape for name, shape in header.shapes.items() if _OF_POSITIONS.search(name))
 
 
 def _converted(header: FileHeader, model: nn.Module) -> FileHeader:
@@ -323,6 +318,13 @@ def _fit(
     """Model ``name``, its classes and image size set to what the file's shapes show unless ``args`` says."""
     args = dict(args)
     notes: list[str] = []
+    if "img_size" not in args:
+        # Before anything is built: not every argument goes with every size.
+        patch_size = args.get("patch_size", 4)
+        size = img_size_of(name, header.shapes, patch_size if isinstance(patch_size, int) else 4)
+        if size is not None:
+            args["img_size"] = size
+            notes.append(f"img_size {size}, from the shape of positional_encoding")
     # The shapes of the file decide, whatever size the configuration was written for.
     model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "num_classes" not in args:
@@ -332,12 +334,10 @@ def _fit(
         if classes != getattr(model, "num_classes", classes):
             model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "img_size" not in args:
-        size, origin = _img_size(model, header.shapes), "pos_embed"
-        if size is None:
-            size, origin = encoded_img_size(model, header.shapes), "positional_encoding"
+        size = _img_size(model, header.shapes)
         if size is not None:
             args["img_size"] = size
-            notes.append(f"img_size {size}, from the shape of {origin}")
+            notes.append(f"img_size {size}, from the shape of pos_embed")
             model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     return Recognised(identity_of(model, name, args), model, tuple(notes))
 

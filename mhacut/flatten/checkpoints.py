@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -42,28 +41,23 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     return resized
 
 
-def encoded_img_size(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Side of the images that the positional encodings of a checkpoint were trained on.
+def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
+    """Side of the square images that the positional encodings of a pyramid's checkpoint are for.
 
     Args:
-        model: of the checkpoint's family, at any image size.
-        shapes: per tensor name of the checkpoint, official or timm's.
+        shapes: per tensor name, official or timm's.
+        patch_size: pixels per side of a token of stage 1, which is always a linear one.
 
     Returns:
-        None where ``model`` has no positional encodings, they fit it, or no square image explains them.
+        None where there are no such encodings, or no square image explains them.
     """
-    grids = _encoding_grids(model).values()
-    found = [
+    tokens = [
         shape[1]
         for name, shape in shapes.items()
         if name.endswith(".positional_encoding") and len(shape) == 3
     ]
-    patch_embed: Any = getattr(model, "patch_embed", None)
-    if not grids or not found or max(found) == max(height * width for height, width in grids):
-        return None
-    side = math.isqrt(max(found))
-    pixels = patch_embed.img_size[0] // max(height for height, _ in grids)  # per side of a token
-    return side * pixels if side > 0 and side * side == max(found) else None
+    side = math.isqrt(max(tokens, default=0))
+    return side * patch_size if side and side * side == max(tokens) else None
 
 
 def _encoding_grids(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -213,8 +213,8 @@ class FlattenCswin(Pyramid):
         embed_dim: channels of stage 1; each stage has twice those of the one before.
         depths: blocks per stage.
         num_heads: per stage.
-        split_size: width of the stripes of softmax stages, in tokens; where it is the whole map, a block
-            has one branch instead of two.
+        split_size: width of the stripes of softmax stages, in tokens. Where it is the whole map, and in the
+            last stage, a block has one branch over the whole map instead of two.
         attn_type: a letter per stage, L for focused linear attention, S for softmax in stripes.
         mlp_ratio: hidden over outer channels of the MLPs.
         qkv_bias: whether q, k and v have biases.
@@ -278,7 +278,12 @@ class FlattenCswin(Pyramid):
                 )
             else:
                 make_attns = partial(
-                    _stripe_attns, dim, heads, grid, split_size=split_size, attn_drop=attn_drop_rate
+                    _stripe_attns,
+                    dim,
+                    heads,
+                    grid,
+                    split_size=None if index == len(dims) - 1 else split_size,
+                    attn_drop=attn_drop_rate,
                 )
             blocks = [
                 CswinBlock(
@@ -338,10 +343,12 @@ def _linear_attns(dim: int, num_heads: int, grid: Grid, **kwargs: Any) -> list[n
     return [FocusedLepeAttention(dim, num_heads, grid, **kwargs)]
 
 
-def _stripe_attns(dim: int, num_heads: int, grid: Grid, *, split_size: int, **kwargs: Any) -> list[nn.Module]:
-    """One branch where a stripe is the whole map, else one of vertical and one of horizontal stripes."""
+def _stripe_attns(
+    dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
+) -> list[nn.Module]:
+    """One branch where a stripe is the whole map (None), else one of vertical, one of horizontal stripes."""
     height, width = grid
-    if grid == (split_size, split_size):
+    if split_size is None or grid == (split_size, split_size):
         return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
     if split_size < 1 or height % split_size or width % split_size:
         raise UsageError(
