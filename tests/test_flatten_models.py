@@ -38,8 +38,8 @@ def small(name: str, **args) -> nn.Module:
     return model.eval()
 
 
-def by_weight(names) -> list:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def by_weight(names, fast=FAST) -> list:
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def filled(name: str) -> nn.Module:
@@ -193,7 +193,7 @@ def test_training_reaches_every_parameter(name):
             torch.testing.assert_close(grads[1][key], grad)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", by_weight(SMALL, fast={"flatten_cswin_tiny_224"}))
 @torch.no_grad()
 def test_export_with_any_batch(name):
     model = small(name)
@@ -269,10 +269,10 @@ def test_timm_lists_them():
     "script",
     [
         "import mhacut, importlib.util; assert importlib.util.find_spec('timm'); import timm",
-        "import timm, mhacut",
         *(
             pytest.param(script, marks=pytest.mark.slow)
             for script in (
+                "import timm, mhacut",
                 "import mhacut.flatten.flatten_swin, timm",
                 "import mhacut; from timm.layers import Mlp; import timm",
                 "import mhacut, importlib, timm; importlib.reload(timm); importlib.reload(mhacut)",
