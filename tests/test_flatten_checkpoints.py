@@ -15,7 +15,7 @@ from flatten_official import official_state
 from safetensors.torch import save_file
 
 import mhacut
-from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.load import read_model, read_outline
 from mhacut.errors import CheckpointError
 from mhacut.flatten import checkpoint_filter
 
@@ -101,6 +101,19 @@ def test_weights_alone_open_from_either_format(name, tmp_path):
     save_file(model_of(name).state_dict(), tmp_path / "c.safetensors")  # timm's names
     for file in ("a.pth", "b.safetensors", "c.safetensors"):
         same(mhacut.load_model(tmp_path / file, model=name, **SMALL[name]), model_of(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["flatten_cswin_tiny_224", "flatten_pvt_v2_b0", "flatten_swin_tiny_224", "flatten_deit_tiny"]
+)
+def test_which_model_a_file_is_shows_in_names_and_shapes(name, tmp_path):
+    with torch.device("meta"):
+        state = official_state(timm.create_model(name, num_classes=5))
+    state = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in state.items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    outline = read_outline(tmp_path / "a.pth")
+    assert outline.identity.architecture == name
+    assert outline.identity.model_args == {"num_classes": 5}
 
 
 def test_the_image_size_is_known_before_arguments_must_fit_it(tmp_path):

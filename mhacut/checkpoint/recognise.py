@@ -25,12 +25,17 @@ from mhacut.flatten import checkpoint_filter, img_size_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-SEARCHED_FAMILIES = {
+SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
     "vision_transformer": "blocks.",
     "deit": "blocks.",
     "vision_transformer_hybrid": "patch_embed.backbone.",
     "pit": "transformers.",
     "naflexvit": "embeds.",
+    "flatten_cswin": "stage1.0.attns.0.positional_encoding",
+    "flatten_deit": "blocks.0.attn.positional_encoding",
+    "flatten_pvt": "block1.0.attn.positional_encoding",
+    "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
+    "flatten_swin": "layers.0.blocks.0.attn.positional_encoding",
 }
 """timm modules searched when nobody says which model a file is, and how some name in any file of theirs
 begins. Models of other modules need ``--model``."""
@@ -379,9 +384,11 @@ def _search(header: FileHeader, args: Mapping[str, Any], shapes: Shapes) -> Reco
     for name in _plausible(shapes, args):
         try:
             fit = _fit(name, args, {}, header, limit=None)
-        except CheckpointError:
-            continue  # does not take these arguments
-        if shapes_of(fit.skeleton) == shapes:
+        except MhacutError:
+            continue  # does not take these arguments, or not at this image size
+        converted = _converted(header, fit.skeleton)
+        as_it_is = _position_shapes(converted) == _position_shapes(header)
+        if as_it_is and shapes_of(fit.skeleton) == converted.shapes:
             inferred_size = "img_size" in fit.identity.model_args and "img_size" not in args
             (resized if inferred_size else exact).append(fit)
     fits = exact or resized
@@ -415,7 +422,7 @@ def _plausible(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
                 continue
             try:
                 probe = build_skeleton(ModelIdentity(name, {"depth": 1, **args}))
-            except CheckpointError:
+            except MhacutError:
                 yield name  # takes no depth
                 continue
             if all(_agrees(key, shape, shapes) for key, shape in shapes_of(probe).items()):
