@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _HOMES = {
     "prune": "mhacut.pipeline",
     "save_model": "mhacut.checkpoint.save",
 }
+
+register_with_timm()  # timm.create_model("flatten_swin_tiny_224")
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,19 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 FLOORS = (
-    {"errors", "_version", "quantity", "options", "limits", "plan", "progress", "device", "tensor"},
+    {
+        "errors",
+        "_version",
+        "_timm_hook",
+        "quantity",
+        "options",
+        "limits",
+        "plan",
+        "progress",
+        "device",
+        "tensor",
+    },
+    {"flatten"},
     {"adapters"},
     {"surgery", "taps"},
     {"cost", "modelinfo", "widths"},

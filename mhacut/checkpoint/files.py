@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mhacut.checkpoint import yacs
 from mhacut.checkpoint.record import parse_json
 from mhacut.errors import CheckpointError
 
@@ -84,6 +85,13 @@ class FileHeader:
     """Which part of a training checkpoint the tensors are (``model_ema``), as timm picks it."""
     prefix_stripped: bool = False
     """Names carried ``module.`` or ``_orig_mod.`` of a wrapper."""
+    has_yacs_config: bool = False
+    """A training checkpoint with a yacs configuration beside the weights, as those of Swin have."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per tensor name."""
+        return {name: info.shape for name, info in self.tensors.items()}
 
 
 def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
@@ -118,7 +126,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{show(header.path)}: cannot be read: {error}") from error
     else:
-        tensors = _torch_tensors(header.path)
+        tensors = _torch_tensors(header)
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")
@@ -353,7 +361,13 @@ def _torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> Fi
     if not tensors:
         raise CheckpointError(f"{where}: holds no tensors")
     return FileHeader(
-        path, "torch", tensors, config=config, part=part, prefix_stripped=list(cleaned) != list(state_dict)
+        path,
+        "torch",
+        tensors,
+        config=config,
+        part=part,
+        prefix_stripped=list(cleaned) != list(state_dict),
+        has_yacs_config=yacs.holds_config(checkpoint),
     )
 
 
@@ -395,7 +409,10 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _torch_load(path: Path, device: str) -> Any:
-    """``torch.load`` as timm's loader calls it: weights only, ``argparse.Namespace`` allowed, no fallback."""
+    """``torch.load`` as timm's loader calls it: weights only, ``argparse.Namespace`` allowed.
+
+    The one thing more that is let in, and read by no less strict a reader, is a yacs configuration.
+    """
     import argparse
     import pickle
 
@@ -410,12 +427,21 @@ def _torch_load(path: Path, device: str) -> Any:
             warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
             return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
+        if not yacs.is_only_obstacle(path):
+            raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{where}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
-        ) from None
+        raise _broken(where, error) from None
+    try:
+        return yacs.load(path, device)
+    except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
+        raise _broken(where, error) from None
+
+
+def _broken(where: str, error: Exception) -> CheckpointError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"{where}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
+    )
 
 
 def _blocked(path: Path, reason: str) -> str:
@@ -463,11 +489,14 @@ def _globals_of_pickle(path: Path) -> list[str]:
 
 
 def _pick_part(where: str, checkpoint: object) -> tuple[str | None, Mapping[Any, Any]]:
-    """The state dict inside a checkpoint, and the name of the part it is; chosen in timm's order."""
+    """The state dict inside a checkpoint, and the name of the part it is; chosen in timm's order.
+
+    Training scripts with a yacs configuration evaluate, and publish the accuracy of, their ``model``.
+    """
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
     part = None
-    for name in _EMA_FIRST:
+    for name in ("model", *_EMA_FIRST) if yacs.holds_config(checkpoint) else _EMA_FIRST:
         if name in checkpoint and (checkpoint[name] is not None or not name.endswith("_ema")):
             part = name
             break
@@ -494,10 +523,13 @@ def _clean(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict through timm's own safe loader."""
+def _torch_tensors(header: FileHeader) -> dict[str, Tensor]:
+    """The state dict through timm's own safe loader, or ours where that one refuses a yacs configuration."""
     from timm.models import load_state_dict
 
+    path = header.path
+    if header.has_yacs_config:
+        return _clean(show(path), _pick_part(show(path), _torch_load(path, "cpu"))[1])
     try:
         if path.suffix != ".safetensors":
             return dict(load_state_dict(str(path), weights_only=True))

@@ -22,6 +22,7 @@ from mhacut.checkpoint.files import (
 )
 from mhacut.checkpoint.recognise import (
     Recognised,
+    as_timm_has_it,
     build_model,
     build_skeleton,
     check_fit,
@@ -52,7 +53,7 @@ class LoadedModel:
     identity: ModelIdentity
     """Of the dense model."""
     dtypes: dict[str, torch.dtype]
-    """Per tensor of the file, so that a later file can be written alike."""
+    """Per tensor, as the file has it, so that a later file can be written alike."""
     record: SlimRecord | None
     """What a slim file states about itself; None for a dense one."""
     sha256: str
@@ -78,7 +79,7 @@ class Header:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Per tensor name."""
-        return {name: info.shape for name, info in self.file.tensors.items()}
+        return self.file.shapes
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -177,11 +178,13 @@ def read_model(
     else:
         _set_resolved(built, outline.identity, show(header.path))
     tensors = read_tensors(header)
+    if outline.record is None:
+        tensors = as_timm_has_it(tensors, built)
     built.load_state_dict(_as_float32(show(header.path), tensors), strict=True)
     return LoadedModel(
         model=built.eval(),
         identity=outline.identity,
-        dtypes={name: info.dtype for name, info in header.tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
         record=outline.record,
         sha256=sha256_of(header.path),
         source=os.fspath(source),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -20,15 +21,21 @@ from mhacut.checkpoint.record import (
     checked_pretrained_cfg,
 )
 from mhacut.errors import CheckpointError, MhacutError
+from mhacut.flatten import checkpoint_filter, img_size_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-SEARCHED_FAMILIES = {
+SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
     "vision_transformer": "blocks.",
     "deit": "blocks.",
     "vision_transformer_hybrid": "patch_embed.backbone.",
     "pit": "transformers.",
     "naflexvit": "embeds.",
+    "flatten_cswin": "stage1.0.attns.0.positional_encoding",
+    "flatten_deit": "blocks.0.attn.positional_encoding",
+    "flatten_pvt": "block1.0.attn.positional_encoding",
+    "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
+    "flatten_swin": "layers.0.blocks.0.attn.positional_encoding",
 }
 """timm modules searched when nobody says which model a file is, and how some name in any file of theirs
 begins. Models of other modules need ``--model``."""
@@ -49,6 +56,7 @@ _FROM_DEFAULT = _OF_INPUT_SIZE | {
     "classifier",
 }
 """What timm's default for an architecture may add to a config.json: never labels, license or origin."""
+_OF_POSITIONS = re.compile(r"(positional_encoding|pos_embed\d*|relative_position_bias_table)$")
 _SPARE_PARAMETERS = 2**24
 _SPARE_BUFFERS = 2**26
 _TOLD = 5
@@ -103,7 +111,7 @@ def recognise_dense(
     args = checked_model_args(model_args)
     if num_classes is not None:
         args["num_classes"] = num_classes
-    shapes = {name: info.shape for name, info in header.tensors.items()}
+    shapes = header.shapes
     if header.config is not None:
         stated, stated_args, cfg = _read_config(header)
         if model is not None and _split_tag(model)[0] != stated:
@@ -113,13 +121,13 @@ def recognise_dense(
             )
         _check_name(header, stated, "config.json")
         args = {**stated_args, **args}
-        fit = _fit(stated, args, _completed(stated, cfg), shapes, limit=header.tensors)
+        fit = _fit(stated, args, _completed(stated, cfg), header, limit=header.tensors)
         notes = (f"architecture {stated}, from config.json", *fit.notes)
     elif model is not None:
         name, tag = _split_tag(model)
         _check_name(header, name, "--model")
         cfg = _cfg_of_tag(name, tag)
-        fit = _fit(name, args, cfg, shapes, limit=None)
+        fit = _fit(name, args, cfg, header, limit=None)
         notes = (f"architecture {name}, as given", *fit.notes)
     else:
         fit = _search(header, args, shapes)
@@ -128,8 +136,37 @@ def recognise_dense(
             "(the number of heads is that model's own; shapes cannot show it)",
             *fit.notes,
         )
-    check_fit(header, fit.skeleton, fit.identity)
+    converted = _converted(header, fit.skeleton)
+    check_fit(converted, fit.skeleton, fit.identity)
+    if _position_shapes(converted) != _position_shapes(header):
+        notes = (*notes, "positions were of another image size; resized to the model's")
     return Recognised(fit.identity, fit.skeleton, notes)
+
+
+def as_timm_has_it(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a dense file under the names, and at the resolution, of ``model``.
+
+    Only our own models have other names in the files of their authors; tensors of others stay as they are.
+    """
+    convert = checkpoint_filter(model)
+    return dict(tensors) if convert is None else convert(tensors, model)
+
+
+def _position_shapes(header: FileHeader) -> list[tuple[int, ...]]:
+    return sorted(shape for name, shape in header.shapes.items() if _OF_POSITIONS.search(name))
+
+
+def _converted(header: FileHeader, model: nn.Module) -> FileHeader:
+    """``header`` as the file's tensors will be once converted; works on shapes, no weight is read."""
+    announced = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in header.tensors.items()
+    }
+    tensors = {
+        name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in as_timm_has_it(announced, model).items()
+    }
+    return dataclasses.replace(header, tensors=tensors)
 
 
 def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | None = None) -> nn.Module:
@@ -279,23 +316,30 @@ def _fit(
     name: str,
     args: Mapping[str, Any],
     cfg: Mapping[str, Any],
-    shapes: Shapes,
+    header: FileHeader,
     *,
     limit: Mapping[str, TensorInfo] | None,
 ) -> Recognised:
     """Model ``name``, its classes and image size set to what the file's shapes show unless ``args`` says."""
     args = dict(args)
     notes: list[str] = []
+    if "img_size" not in args:
+        # Before anything is built: not every argument goes with every size.
+        patch_size = args.get("patch_size", 4)
+        size = img_size_of(name, header.shapes, patch_size if isinstance(patch_size, int) else 4)
+        if size is not None:
+            args["img_size"] = size
+            notes.append(f"img_size {size}, from the shape of positional_encoding")
     # The shapes of the file decide, whatever size the configuration was written for.
     model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "num_classes" not in args:
-        classes, origin = _classes(model, shapes)
+        classes, origin = _classes(model, _converted(header, model).shapes)
         args["num_classes"] = classes
         notes.append(f"num_classes {classes}, from {origin}")
         if classes != getattr(model, "num_classes", classes):
             model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "img_size" not in args:
-        size = _img_size(model, shapes)
+        size = _img_size(model, header.shapes)
         if size is not None:
             args["img_size"] = size
             notes.append(f"img_size {size}, from the shape of pos_embed")
@@ -339,10 +383,12 @@ def _search(header: FileHeader, args: Mapping[str, Any], shapes: Shapes) -> Reco
     resized: list[Recognised] = []
     for name in _plausible(shapes, args):
         try:
-            fit = _fit(name, args, {}, shapes, limit=None)
-        except CheckpointError:
-            continue  # does not take these arguments
-        if shapes_of(fit.skeleton) == shapes:
+            fit = _fit(name, args, {}, header, limit=None)
+        except MhacutError:
+            continue  # does not take these arguments, or not at this image size
+        converted = _converted(header, fit.skeleton)
+        as_it_is = _position_shapes(converted) == _position_shapes(header)
+        if as_it_is and shapes_of(fit.skeleton) == converted.shapes:
             inferred_size = "img_size" in fit.identity.model_args and "img_size" not in args
             (resized if inferred_size else exact).append(fit)
     fits = exact or resized
@@ -376,7 +422,7 @@ def _plausible(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
                 continue
             try:
                 probe = build_skeleton(ModelIdentity(name, {"depth": 1, **args}))
-            except CheckpointError:
+            except MhacutError:
                 yield name  # takes no depth
                 continue
             if all(_agrees(key, shape, shapes) for key, shape in shapes_of(probe).items()):

@@ -1,0 +1,269 @@
+"""Focused linear attention, as the FLatten Transformers have it (Han et al., ICCV 2023, arXiv 2308.00442).
+
+Letters: B images, N tokens of a map of H x W, h heads, C channels (head-major: channel = head * d +
+position). With phi the focusing of :func:`focus`, a head gives
+
+    out_i = phi(q_i) . (1/N sum_j phi(k_j) v_j^T) / (phi(q_i) . 1/N sum_j phi(k_j) + 1e-6)  +  dwc(v)_i
+
+so keys meet values first and the cost is N * d * d per head instead of N * N * d. ``dwc`` is one depthwise
+convolution of d filters that all heads share; it gives back the rank that linear attention lacks (paper,
+section 4.2).
+
+Widths are read from the parameters: q/k may have another number of channels per head than v, as long as every
+head of a layer has the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers.trace_utils import _assert
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+"""Height and width of a map of tokens."""
+
+EPSILON = 1e-6
+"""Added after the ReLU, so that no norm is zero, and to the denominator."""
+FOCUSING_FACTOR = 3
+DWC_KERNEL = 5
+
+
+def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
+    """The focused feature map of q or k, [B, N, C] (paper, equations 5 and 6).
+
+    t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions are drawn towards
+    their largest channels, lengths stay. Norms run over all C channels, that is over all heads together.
+
+    Args:
+        tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
+        scale: [1, 1, C].
+        power: focusing factor p.
+    """
+    features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
+    sharpened = features**power
+    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    focused: Tensor = sharpened * (length / torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True))
+    return focused
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a softmax over non-negative features, keys times values first, [B, h, N, d_v].
+
+    Args:
+        q: [B, h, N, d_qk], as :func:`focus` gives it.
+        k: [B, h, M, d_qk], likewise.
+        v: [B, h, M, d_v].
+    """
+    normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
+    root = k.shape[-2] ** -0.5
+    keys_values = (k.transpose(-2, -1) * root) @ (v * root)  # (B, h, d_qk, d_v)
+    out: Tensor = (q @ keys_values) * normaliser
+    return out
+
+
+def convolve_heads(v: Tensor, conv: nn.Module, num_heads: int, grid: Grid) -> Tensor:
+    """One depthwise convolution of d_v filters over the map of every head, [B, N, C_v]."""
+    batch, tokens, channels = v.shape
+    maps = v.reshape(batch, *grid, num_heads, channels // num_heads).permute(0, 3, 4, 1, 2)
+    local: Tensor = conv(maps.flatten(0, 1)).unflatten(0, (batch, num_heads))  # (B, h, d_v, H, W)
+    return local.permute(0, 3, 4, 1, 2).reshape(batch, tokens, channels)
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """[B, N, C] to [B, h, N, d]."""
+    return tokens.reshape(*tokens.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """[B, h, N, d] to [B, N, C], contiguous."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+class FocusedLinearAttention(nn.Module):
+    """What all families share: ``scale``, ``positional_encoding``, ``dwc``, and from q, k, v to the output.
+
+    Families differ in where q, k and v come from; parameters are named as officially.
+    """
+
+    scale: nn.Parameter
+    """[1, 1, C_qk]; through a softplus, the same for q and k."""
+    positional_encoding: nn.Parameter
+    """[1, N, C_qk], added to k before the ReLU."""
+    dwc: nn.Conv2d
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        *,
+        focusing_factor: int = FOCUSING_FACTOR,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
+        self.num_heads = num_heads
+        self.grid_size = grid_size
+        self.focusing_factor = focusing_factor
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
+        tokens = grid_size[0] * grid_size[1]
+        self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, device=device, dtype=dtype))
+
+    def _add_dwc(self, dim: int, kernel_size: int, device: Any, dtype: Any) -> None:
+        """The depthwise convolution; called last, so that parameters come in the official order."""
+        width = dim // self.num_heads
+        self.dwc = nn.Conv2d(
+            width, width, kernel_size, padding=kernel_size // 2, groups=width, device=device, dtype=dtype
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Global linear plus local depthwise branch, heads merged, [B, N, C_v]; no projection.
+
+        Computed in float32 at least, whatever the inputs and autocast say; the result has the dtype of ``v``.
+
+        Args:
+            q: [B, N, C_qk], as projected.
+            k: [B, N, C_qk], likewise, without positional encoding.
+            v: [B, N, C_v].
+        """
+        precise = torch.promote_types(v.dtype, torch.float32)
+        with _no_autocast(v.device.type):
+            scale = self.scale.to(precise)
+            query = focus(q.to(precise), scale, self.focusing_factor)
+            key = focus(k.to(precise) + self.positional_encoding, scale, self.focusing_factor)
+            heads = linear_attention(
+                *(split_heads(tokens, self.num_heads) for tokens in (query, key, v.to(precise)))
+            )
+        return merge_heads(heads).to(v.dtype) + convolve_heads(v, self.dwc, self.num_heads, self.grid_size)
+
+    def set_grid_size(self, grid_size: Grid) -> None:
+        """Take maps of another size from now on; the positional encoding is resized (bicubic)."""
+        if grid_size != self.grid_size:
+            resized = resample_abs_pos_embed(
+                self.positional_encoding.detach(), grid_size, self.grid_size, num_prefix_tokens=0
+            )
+            self.positional_encoding = nn.Parameter(
+                resized, requires_grad=self.positional_encoding.requires_grad
+            )
+            self.grid_size = grid_size
+
+    def extra_repr(self) -> str:
+        height, width = self.grid_size
+        return (
+            f"num_heads={self.num_heads}, grid_size={height}x{width}, focusing_factor={self.focusing_factor}"
+        )
+
+
+class FusedFocusedAttention(FocusedLinearAttention):
+    """With one projection ``qkv`` of rows [q | k | v], as in Swin and DeiT: tokens [B, N, C] to [B, N, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self._add_dwc(dim, kernel_size, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        for linear in (self.qkv, self.proj):
+            init_linear(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_qkv(self.qkv(x), self.proj.in_features)
+        out: Tensor = self.proj_drop(self.proj(self.attend(q, k, v)))
+        return out
+
+
+class SeparateFocusedAttention(FocusedLinearAttention):
+    """With projections ``q`` and ``kv`` of rows [k | v], as in PVT: tokens [B, N, C] to [B, N, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self._add_dwc(dim, kernel_size, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        for linear in (self.q, self.kv, self.proj):
+            init_linear(linear)
+
+    def forward(self, x: Tensor, feat_size: Any = None) -> Tensor:
+        """``feat_size`` is the map's height and width, as timm's PVTv2 tells its attention."""
+        if feat_size is not None:
+            height, width = self.grid_size
+            _assert(
+                (feat_size[0], feat_size[1]) == (height, width),
+                f"a map of {feat_size[0]}x{feat_size[1]} tokens, expected {height}x{width}: the positional "
+                "encoding fixes the size of the images; build the model for theirs with img_size=",
+            )
+        q, kv = self.q(x), self.kv(x)
+        k, v = kv.split((kv.shape[-1] - self.proj.in_features, self.proj.in_features), dim=-1)
+        out: Tensor = self.proj_drop(self.proj(self.attend(q, k, v)))
+        return out
+
+
+class FocusedBlock(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C]; shared by PVT and Swin."""
+
+    def __init__(
+        self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module
+    ) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
+
+
+def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a fused projection; q and k share what ``v_channels`` leave."""
+    qk_channels = (qkv.shape[-1] - v_channels) // 2
+    q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
+    return q, k, v
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Truncated normal of deviation 0.02, bias 0: what every family starts training from."""
+    trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

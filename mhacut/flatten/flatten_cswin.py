@@ -1,0 +1,427 @@
+"""FLatten-CSWin: CSWin with focused linear attention over the whole map in stages 1 and 2 (arXiv 2308.00442).
+
+Stages 3 and 4 are those of CSWin (Dong et al., CVPR 2022, arXiv 2107.00652): in stage 3 one half of the
+channels attends within vertical stripes of the map, the other half within horizontal ones; in stage 4 all of
+them attend over the whole map. Every branch, linear or not, adds LePE: a depthwise 3x3 convolution ``get_v``
+of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, use_fused_attn
+from timm.layers.trace_utils import _assert
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mhacut.errors import UsageError
+from mhacut.flatten.attention import (
+    DWC_KERNEL,
+    FOCUSING_FACTOR,
+    FocusedLinearAttention,
+    Grid,
+    convolve_heads,
+    init_linear,
+    merge_heads,
+    split_heads,
+    split_qkv,
+)
+from mhacut.flatten.checkpoints import resize_encodings, unwrap
+from mhacut.flatten.configs import config
+from mhacut.flatten.pyramid import Pyramid, make_head
+
+
+class FocusedLepeAttention(FocusedLinearAttention):
+    """Focused linear attention plus LePE over the whole map; projections belong to the block."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        *,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
+        self.get_v = _lepe(dim, **dd)
+        self._add_dwc(dim, kernel_size, **dd)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
+        out: Tensor = self.attend(q, k, v) + convolve_heads(v, self.get_v, 1, self.grid_size)
+        return out
+
+
+class StripeAttention(nn.Module):
+    """Softmax attention within stripes of the map, plus LePE within each stripe.
+
+    Args:
+        dim: channels of q, k and v here: all of the block, or half of them.
+        num_heads: that share them.
+        grid_size: of the map.
+        stripe: height and width of a stripe; they tile the map.
+        attn_drop: on the attention weights.
+        device: as in torch.
+        dtype: as in torch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        stripe: Grid,
+        *,
+        attn_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.grid_size, self.stripe = num_heads, grid_size, stripe
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.get_v = _lepe(dim, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
+        q, k, v = (self._to_stripes(tokens) for tokens in (q, k, v))  # (B * stripes, tokens, C)
+        lepe = convolve_heads(v, self.get_v, 1, self.stripe)
+        q, k, v = (split_heads(tokens, self.num_heads) for tokens in (q, k, v))
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        else:
+            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        return self._from_stripes(merge_heads(out) + lepe)
+
+    def _to_stripes(self, tokens: Tensor) -> Tensor:
+        (height, width), (high, wide) = self.grid_size, self.stripe
+        tiles = tokens.reshape(tokens.shape[0], height // high, high, width // wide, wide, tokens.shape[-1])
+        return tiles.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+    def _from_stripes(self, tokens: Tensor) -> Tensor:
+        (height, width), (high, wide) = self.grid_size, self.stripe
+        tiles = tokens.reshape(-1, height // high, width // wide, high, wide, tokens.shape[-1])
+        return tiles.transpose(2, 3).flatten(1, 4)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, grid_size={self.grid_size}, stripe={self.stripe}"
+
+
+class CswinBlock(nn.Module):
+    """x + proj(attns(qkv(norm1(x)))), then x + mlp(norm2(x)), on tokens [B, N, C].
+
+    Branch b of ``attns`` takes the b-th equal part of q, of k and of v.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attns: Sequence[nn.Module],
+        *,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        proj_drop: float,
+        drop_path: float,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.attns = nn.ModuleList(attns)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = split_qkv(self.qkv(self.norm1(x)), self.proj.in_features)
+        branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
+        attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
+        x = x + self.drop_path(self.proj_drop(self.proj(torch.cat(attended, dim=-1))))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
+
+
+class ConvStem(nn.Sequential):
+    """7x7 convolution of stride 4, then a norm: images to a map, [B, H, W, C].
+
+    Knows the image size under the names of timm's PatchEmbed.
+    """
+
+    def __init__(
+        self, img_size: Grid, in_chans: int, dim: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.Conv2d(in_chans, dim, 7, stride=4, padding=2, **dd), ToChannelsLast(), nn.LayerNorm(dim, **dd)
+        )
+        self.img_size = img_size
+        self.grid_size = ((img_size[0] - 3) // 4 + 1, (img_size[1] - 3) // 4 + 1)
+        self.strict_img_size = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.img_size
+        _assert(x.shape[-2] == height, f"Input height ({x.shape[-2]}) doesn't match model ({height}).")
+        _assert(x.shape[-1] == width, f"Input width ({x.shape[-1]}) doesn't match model ({width}).")
+        conv, to_channels_last, norm = self
+        out: Tensor = norm(to_channels_last(conv(x)))
+        return out
+
+
+class ToChannelsLast(nn.Module):
+    """[B, C, H, W] to [B, H, W, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class MergeBlock(nn.Module):
+    """Between stages: 3x3 convolution of stride 2, then a norm; [B, H, W, C] to [B, H / 2, W / 2, C_out]."""
+
+    def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return merged
+
+
+class FlattenCswin(Pyramid):
+    """CSWin with :class:`FocusedLepeAttention` in the stages that ``attn_type`` marks L.
+
+    Args:
+        img_size: of the images, height and width; their map in stage 3 must divide into stripes.
+        in_chans: channels of the images.
+        num_classes: 0 for a model that gives features.
+        global_pool: ``avg``, or ``""`` for none.
+        embed_dim: channels of stage 1; each stage has twice those of the one before.
+        depths: blocks per stage.
+        num_heads: per stage.
+        split_size: width of the stripes of softmax stages, in tokens. Where it is the whole map, and in the
+            last stage, a block has one branch over the whole map instead of two.
+        attn_type: a letter per stage, L for focused linear attention, S for softmax in stripes.
+        mlp_ratio: hidden over outer channels of the MLPs.
+        qkv_bias: whether q, k and v have biases.
+        focusing_factor: the power p of focused linear attention.
+        kernel_size: of its depthwise convolution.
+        drop_rate: before the classifier.
+        proj_drop_rate: after the projection and in the MLP.
+        attn_drop_rate: on softmax attention weights.
+        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.4
+        (small),
+            0.5 (base) or 0.7 (base, 384).
+        device: as in torch.
+        dtype: as in torch.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 18, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_size: int = 7,
+        attn_type: str = "LLSS",
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if len(attn_type) != len(depths) or set(attn_type) - {"L", "S"}:
+            raise UsageError(f"attn_type {attn_type!r}: expected L or S for each of {len(depths)} stages")
+        dims = [embed_dim * 2**index for index in range(len(depths))]
+        super().__init__(
+            dims=dims,
+            reductions=[4 * 2**index for index in range(len(depths))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
+        dd = {"device": device, "dtype": dtype}
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stage1_conv_embed = ConvStem(to_2tuple(img_size), in_chans, embed_dim, **dd)
+        grid: Grid = self.stage1_conv_embed.grid_size
+        for index, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
+            if index:
+                setattr(self, f"merge{index}", MergeBlock(dims[index - 1], dim, **dd))
+                grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+            make_attns: partial[list[nn.Module]]
+            if kind == "L":
+                make_attns = partial(
+                    _linear_attns, dim, heads, grid, focusing_factor=focusing_factor, kernel_size=kernel_size
+                )
+            else:
+                make_attns = partial(
+                    _stripe_attns,
+                    dim,
+                    heads,
+                    grid,
+                    split_size=None if index == len(dims) - 1 else split_size,
+                    attn_drop=attn_drop_rate,
+                )
+            blocks = [
+                CswinBlock(
+                    dim,
+                    make_attns(**dd),
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rate,
+                    **dd,
+                )
+                for rate in drop_paths[index]
+            ]
+            setattr(self, f"stage{index + 1}", nn.ModuleList(blocks))
+        self.norm = nn.LayerNorm(dims[-1], **dd)
+        self.head = make_head(dims[-1], num_classes, **dd)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    @property
+    def patch_embed(self) -> ConvStem:
+        """The stem; knows the image size, as timm expects under this name."""
+        return self.stage1_conv_embed
+
+    def stage_parts(self, index: int) -> tuple[str, ...]:
+        return f"merge{index}" if index else "stage1_conv_embed", f"stage{index + 1}"
+
+    def run_stage(self, index: int, x: Tensor) -> Tensor:
+        entry, blocks = (getattr(self, name) for name in self.stage_parts(index))
+        x = entry(x)
+        return self.run_blocks(blocks, x.flatten(1, 2)).reshape(x.shape)
+
+    def finish(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def no_weight_decay(self) -> set[str]:
+        """None: the authors decay everything that is not 1-D."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^stage1_conv_embed",
+            "blocks": r"^(?:stage|merge)(\d+)"
+            if coarse
+            else [(r"^merge(\d+)", (0,)), (r"^stage(\d+)\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+def _lepe(dim: int, device: Any = None, dtype: Any = None) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+
+def _linear_attns(dim: int, num_heads: int, grid: Grid, **kwargs: Any) -> list[nn.Module]:
+    return [FocusedLepeAttention(dim, num_heads, grid, **kwargs)]
+
+
+def _stripe_attns(
+    dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
+) -> list[nn.Module]:
+    """One branch where a stripe is the whole map (None), else one of vertical, one of horizontal stripes."""
+    height, width = grid
+    if split_size is None or grid == (split_size, split_size):
+        return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
+    if split_size < 1 or height % split_size or width % split_size:
+        raise UsageError(
+            f"split_size {split_size}: stripes of it do not tile a map of {height}x{width} tokens; give an "
+            "img_size or a split_size that fits"
+        )
+    return [
+        StripeAttention(dim // 2, num_heads // 2, grid, stripe, **kwargs)
+        for stripe in ((height, split_size), (split_size, width))
+    ]
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Official checkpoints have these names already; positional encodings of another size are resized."""
+    return resize_encodings(unwrap(state_dict), model)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenCswin:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    model: FlattenCswin = build_model_with_cfg(
+        FlattenCswin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+    return model
+
+
+def _config(**own: Any) -> dict[str, Any]:
+    return config(first_conv="stage1_conv_embed.0", **own)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "flatten_cswin_tiny_224.untrained": _config(),
+        "flatten_cswin_small_224.untrained": _config(),
+        "flatten_cswin_base_224.untrained": _config(),
+        "flatten_cswin_base_384.untrained": _config(input_size=(3, 384, 384), pool_size=(12, 12)),
+    }
+)
+
+
+@register_model
+def flatten_cswin_tiny_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
+    """FLatten-CSWin-T: 21.2M parameters, 4.3G FLOPs."""
+    args = {"embed_dim": 64, "depths": (2, 4, 18, 1), "num_heads": (2, 4, 8, 16), **kwargs}
+    return _create("flatten_cswin_tiny_224", pretrained, **args)
+
+
+@register_model
+def flatten_cswin_small_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
+    """FLatten-CSWin-S: 35.5M parameters, 6.8G FLOPs."""
+    args = {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16), **kwargs}
+    return _create("flatten_cswin_small_224", pretrained, **args)
+
+
+@register_model
+def flatten_cswin_base_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
+    """FLatten-CSWin-B: 74.9M parameters, 15.0G FLOPs."""
+    args = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32), **kwargs}
+    return _create("flatten_cswin_base_224", pretrained, **args)
+
+
+@register_model
+def flatten_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
+    """FLatten-CSWin-B at 384 pixels, stripes of 12: 78.4M parameters, 46.4G FLOPs."""
+    args = {
+        "embed_dim": 96,
+        "depths": (3, 6, 29, 2),
+        "num_heads": (4, 8, 16, 32),
+        "split_size": 12,
+        **kwargs,
+    }
+    return _create("flatten_cswin_base_384", pretrained, **args)

@@ -1,0 +1,108 @@
+"""FLatten-DeiT: named by the paper (arXiv 2308.00442), of which no official code exists.
+
+What is here is therefore a reading, not a replica: a DeiT-Tiny without a class token, since a class token has
+no place on the map that the depthwise convolution runs over; the classifier reads the mean over tokens, and
+every block is linear, as in FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the
+authors, should there be any, need not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mhacut.errors import UsageError
+from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FusedFocusedAttention
+from mhacut.flatten.checkpoints import resize_encodings, unwrap
+from mhacut.flatten.configs import config
+
+
+class FocusedVitAttention(FusedFocusedAttention):
+    """As timm's ViT blocks call their attention."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise UsageError("focused linear attention has no attention weights that a mask could act on")
+        return super().forward(x)
+
+
+class FlattenDeit(VisionTransformer):  # type: ignore[misc]
+    """timm's ViT without a class token, with :class:`FocusedVitAttention` in every block.
+
+    Args:
+        qkv_bias: whether q, k and v have biases.
+        proj_drop_rate: after the projection and in the MLP.
+        focusing_factor: the power p of focused linear attention.
+        kernel_size: of its depthwise convolution.
+        kwargs: as timm's ViT takes them.
+    """
+
+    def __init__(
+        self,
+        qkv_bias: bool = True,
+        proj_drop_rate: float = 0.0,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("class_token", "reg_tokens", "dynamic_img_size", "dynamic_img_pad", "qk_norm"):
+            if kwargs.get(name):
+                raise UsageError(
+                    f"{name}: focused linear attention needs the tokens of a map of fixed size, no others; "
+                    "leave it out"
+                )
+        fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        super().__init__(qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate, **{**fixed, **kwargs})
+        for block in self.blocks:
+            block.attn = FocusedVitAttention(
+                self.embed_dim,
+                block.attn.num_heads,
+                self.patch_embed.grid_size,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                focusing_factor=focusing_factor,
+                kernel_size=kernel_size,
+                device=kwargs.get("device"),
+                dtype=kwargs.get("dtype"),
+            )
+
+    @property
+    def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the position embedding."""
+        return {"pos_embed": self.patch_embed.grid_size}
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Take images of another size, as timm's ViT does; positional encodings are resized too."""
+        super().set_input_size(*args, **kwargs)
+        for block in self.blocks:
+            block.attn.set_grid_size(tuple(self.patch_embed.grid_size))
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Names as they are; positions of another resolution are resized."""
+    return resize_encodings(unwrap(state_dict), model)
+
+
+default_cfgs = generate_default_cfgs(
+    {"flatten_deit_tiny.untrained": config(first_conv="patch_embed.proj", pool_size=None)}
+)
+
+
+@register_model
+def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenDeit:
+    """FLatten-DeiT-T as read from the paper: 6.2M parameters, 1.1G FLOPs; no official code exists."""
+    out_indices = kwargs.pop("out_indices", 3)
+    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
+    model: FlattenDeit = build_model_with_cfg(
+        FlattenDeit,
+        "flatten_deit_tiny",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **args,
+    )
+    return model

@@ -1,0 +1,223 @@
+"""FLatten-PVT: Pyramid Vision Transformer v1 with focused linear attention (arXiv 2308.00442).
+
+Beside the attention it differs from the original PVT in that it has no class token and no spatial reduction,
+and that the classifier reads the plain mean over tokens. The final ``norm`` is in every checkpoint and never
+applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mhacut.flatten.attention import (
+    DWC_KERNEL,
+    FOCUSING_FACTOR,
+    FocusedBlock,
+    SeparateFocusedAttention,
+    init_linear,
+)
+from mhacut.flatten.checkpoints import resize_encodings, unwrap
+from mhacut.flatten.configs import config
+from mhacut.flatten.pyramid import Pyramid, make_head
+
+
+class FlattenPvt(Pyramid):
+    """Four stages of patch embedding, position embedding, blocks; 3136, 784, 196, 49 tokens at 224.
+
+    Args:
+        img_size: of the images, height and width; a multiple of 32 uses every pixel.
+        in_chans: channels of the images.
+        num_classes: 0 for a model that gives features.
+        global_pool: ``avg``, or ``""`` for none.
+        depths: blocks per stage.
+        embed_dims: channels per stage.
+        num_heads: per stage.
+        mlp_ratios: hidden over outer channels of the MLPs.
+        qkv_bias: whether q, k and v have biases.
+        focusing_factor: the power p of focused linear attention.
+        kernel_size: of its depthwise convolution.
+        drop_rate: before the classifier.
+        pos_drop_rate: after the position embedding.
+        proj_drop_rate: after the projection and in the MLP.
+        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.1 (tiny, small) or
+            0.3 (medium, large).
+        device: as in torch.
+        dtype: as in torch.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 2, 2),
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        qkv_bias: bool = True,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dims=embed_dims,
+            reductions=[4 * 2**index for index in range(len(embed_dims))],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
+        dd = {"device": device, "dtype": dtype}
+        block_norm = partial(nn.LayerNorm, eps=1e-6)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        size, channels = to_2tuple(img_size), in_chans
+        for index, dim in enumerate(embed_dims):
+            embed = PatchEmbed(
+                img_size=size,
+                patch_size=2 if index else 4,
+                in_chans=channels,
+                embed_dim=dim,
+                norm_layer=nn.LayerNorm,
+                **dd,
+            )
+            grid = embed.grid_size
+            blocks = [
+                FocusedBlock(
+                    norm1=block_norm(dim, **dd),
+                    attn=SeparateFocusedAttention(
+                        dim,
+                        num_heads[index],
+                        grid,
+                        qkv_bias=qkv_bias,
+                        proj_drop=proj_drop_rate,
+                        focusing_factor=focusing_factor,
+                        kernel_size=kernel_size,
+                        **dd,
+                    ),
+                    norm2=block_norm(dim, **dd),
+                    mlp=Mlp(dim, int(dim * mlp_ratios[index]), drop=proj_drop_rate, **dd),
+                    drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
+                )
+                for rate in drop_paths[index]
+            ]
+            position = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, **dd))
+            setattr(self, f"patch_embed{index + 1}", embed)
+            setattr(self, f"pos_embed{index + 1}", position)
+            setattr(self, f"block{index + 1}", nn.ModuleList(blocks))
+            size, channels = grid, dim
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.norm = block_norm(channels, **dd)  # of every checkpoint, never applied
+        self.head = make_head(channels, num_classes, **dd)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        for name in self.pos_embed_grids:
+            trunc_normal_(getattr(self, name), std=0.02)
+
+    @property
+    def patch_embed(self) -> PatchEmbed:
+        """Of the first stage; knows the image size, as timm expects under this name."""
+        return self.patch_embed1
+
+    @property
+    def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
+        """Height and width of every position embedding."""
+        return {
+            f"pos_embed{index + 1}": getattr(self, f"patch_embed{index + 1}").grid_size
+            for index in range(self.num_stages)
+        }
+
+    def stage_parts(self, index: int) -> tuple[str, ...]:
+        return f"patch_embed{index + 1}", f"pos_embed{index + 1}", f"block{index + 1}"
+
+    def run_stage(self, index: int, x: Tensor) -> Tensor:
+        embed, position, blocks = (getattr(self, name) for name in self.stage_parts(index))
+        grid = embed.grid_size
+        if index:
+            x = x.permute(0, 3, 1, 2)
+            # From the second stage on, official models pass the embedding through a resize that changes no
+            # bit at the size they were built for. Counts of their FLOPs include it.
+            position = position.unflatten(1, grid).permute(0, 3, 1, 2)
+            position = F.interpolate(position, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+        x = self.run_blocks(blocks, self.pos_drop(embed(x) + position))
+        return x.reshape(x.shape[0], *grid, x.shape[-1])
+
+    def no_weight_decay(self) -> set[str]:
+        """None: the authors decay position embeddings too."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^patch_embed1|^pos_embed1",
+            "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"
+            if coarse
+            else [(r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^block(\d+)\.(\d+)", None)],
+        }
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Official checkpoints have these names already; positions of another resolution are resized."""
+    return resize_encodings(unwrap(state_dict), model)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvt:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    model: FlattenPvt = build_model_with_cfg(
+        FlattenPvt,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+    return model
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"flatten_pvt_{size}.untrained": config(first_conv="patch_embed1.proj")
+        for size in ("tiny", "small", "medium", "large")
+    }
+)
+
+
+@register_model
+def flatten_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
+    """FLatten-PVT-T: 12.2M parameters, 2.0G FLOPs."""
+    return _create("flatten_pvt_tiny", pretrained, **{"depths": (2, 2, 2, 2), **kwargs})
+
+
+@register_model
+def flatten_pvt_small(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
+    """FLatten-PVT-S: 21.7M parameters, 4.0G FLOPs."""
+    return _create("flatten_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
+
+
+@register_model
+def flatten_pvt_medium(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
+    """FLatten-PVT-M: 37.2M parameters, 7.1G FLOPs."""
+    return _create("flatten_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), **kwargs})
+
+
+@register_model
+def flatten_pvt_large(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
+    """FLatten-PVT-L: 50.6M parameters, 10.4G FLOPs."""
+    return _create("flatten_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), **kwargs})

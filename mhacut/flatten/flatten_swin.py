@@ -1,0 +1,198 @@
+"""FLatten-Swin: timm's Swin with focused linear attention in its first stages (arXiv 2308.00442).
+
+The paper's macro design: stages 1 and 2 are linear, with one window that is the whole map and no shift;
+stages 3 and 4 keep windows and softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
+from torch import Tensor, nn
+
+from mhacut.errors import UsageError
+from mhacut.flatten.attention import (
+    DWC_KERNEL,
+    FOCUSING_FACTOR,
+    FocusedBlock,
+    FusedFocusedAttention,
+    Grid,
+)
+from mhacut.flatten.checkpoints import resize_encodings, unwrap
+from mhacut.flatten.configs import config
+
+
+class FocusedSwinBlock(FocusedBlock):
+    """A block on maps, [B, H, W, C], as a stage of timm's Swin runs them."""
+
+    def __init__(self, block: SwinTransformerBlock, attn: FusedFocusedAttention) -> None:
+        """Everything but the attention is taken over from ``block``."""
+        super().__init__(block.norm1, attn, block.norm2, block.mlp, block.drop_path1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1, 2)).reshape(x.shape)
+
+    def set_input_size(self, feat_size: Grid, window_size: Any, always_partition: Any = None) -> None:
+        """Take maps of another size, as timm tells a block; the window always is the whole map."""
+        attn: Any = self.attn
+        attn.set_grid_size(tuple(feat_size))
+
+
+class FlattenSwin(SwinTransformer):  # type: ignore[misc]
+    """Swin with :class:`FusedFocusedAttention` in the stages that ``attn_type`` marks L.
+
+    Args:
+        img_size: of the images, height and width.
+        attn_type: a letter per stage, L for focused linear attention, S for softmax in windows.
+        window_size: of the softmax stages, in tokens.
+        depths: blocks per stage.
+        num_heads: per stage.
+        qkv_bias: whether q, k and v have biases.
+        proj_drop_rate: after the projection and in the MLP.
+        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.3
+            (small) or 0.5 (base).
+        focusing_factor: the power p of focused linear attention.
+        kernel_size: of its depthwise convolution.
+        kwargs: as timm's Swin takes them.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        attn_type: str = "LLSS",
+        window_size: int = 7,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        qkv_bias: bool = True,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
+        **kwargs: Any,
+    ) -> None:
+        if len(attn_type) != len(depths) or set(attn_type) - {"L", "S"}:
+            raise UsageError(f"attn_type {attn_type!r}: expected L or S for each of {len(depths)} stages")
+        if kwargs.get("dynamic_img_size") or not kwargs.get("strict_img_size", True):
+            raise UsageError(
+                "dynamic_img_size: the positional encoding of focused linear attention fixes the size of the "
+                "images; build the model for theirs with img_size="
+            )
+        super().__init__(
+            img_size=img_size,
+            window_size=window_size,
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+            qkv_bias=qkv_bias,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            **kwargs,
+        )
+        for kind, stage, heads in zip(attn_type, self.layers, num_heads, strict=True):
+            if kind == "S":
+                continue
+            stage.blocks = nn.Sequential(
+                *(
+                    FocusedSwinBlock(
+                        block,
+                        FusedFocusedAttention(
+                            block.dim,
+                            heads,
+                            tuple(stage.output_resolution),
+                            qkv_bias=qkv_bias,
+                            proj_drop=proj_drop_rate,
+                            focusing_factor=focusing_factor,
+                            kernel_size=kernel_size,
+                            device=kwargs.get("device"),
+                            dtype=kwargs.get("dtype"),
+                        ),
+                    )
+                    for block in stage.blocks
+                )
+            )
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Official to timm's names by timm's own filter, which also drops buffers; positions are resized.
+
+    Position biases go past that filter, whose way to resize them PyTorch has deprecated, and so does what it
+    would stumble over: ``load_state_dict`` names it better.
+    """
+    state_dict = unwrap(state_dict)
+    past = {name: tensor for name, tensor in state_dict.items() if not _for_timm(name, tensor)}
+    rest = {name: tensor for name, tensor in state_dict.items() if name not in past}
+    return resize_encodings({**swin_filter_fn(rest, model), **past}, model)
+
+
+def _for_timm(name: str, tensor: Tensor) -> bool:
+    if "patch_embed.proj.weight" in name:
+        return tensor.ndim == 4
+    # "model" and "state_dict" are parts of a file to timm, never tensors.
+    return not name.endswith("relative_position_bias_table") and name not in ("model", "state_dict")
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenSwin:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    model: FlattenSwin = build_model_with_cfg(
+        FlattenSwin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
+        **kwargs,
+    )
+    return model
+
+
+def _config(**own: Any) -> dict[str, Any]:
+    return config(first_conv="patch_embed.proj", classifier="head.fc", **own)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "flatten_swin_tiny_224.untrained": _config(),
+        "flatten_swin_small_224.untrained": _config(),
+        "flatten_swin_base_224.untrained": _config(),
+        # The only one that the authors evaluate without a crop.
+        "flatten_swin_base_384.untrained": _config(
+            input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0
+        ),
+    }
+)
+
+
+@register_model
+def flatten_swin_tiny_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
+    """FLatten-Swin-T: 29.2M parameters, 4.5G FLOPs."""
+    args = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs}
+    return _create("flatten_swin_tiny_224", pretrained, **args)
+
+
+@register_model
+def flatten_swin_small_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
+    """FLatten-Swin-S: 50.5M parameters, 8.8G FLOPs."""
+    args = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs}
+    return _create("flatten_swin_small_224", pretrained, **args)
+
+
+@register_model
+def flatten_swin_base_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
+    """FLatten-Swin-B: 89.0M parameters, 15.5G FLOPs."""
+    args = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs}
+    return _create("flatten_swin_base_224", pretrained, **args)
+
+
+@register_model
+def flatten_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
+    """FLatten-Swin-B at 384 pixels, windows of 12: 91.4M parameters, 46.5G FLOPs."""
+    args = {
+        "embed_dim": 128,
+        "depths": (2, 2, 18, 2),
+        "num_heads": (4, 8, 16, 32),
+        "window_size": 12,
+        **kwargs,
+    }
+    return _create("flatten_swin_base_384", pretrained, **args)
