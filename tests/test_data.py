@@ -263,7 +263,7 @@ def test_a_split_itself_and_aliases_are_found(root, tmp_path) -> None:
 def test_without_data_images_are_synthetic() -> None:
     made = calibration_images(PLAIN, count=5, seed=7)
     assert made.labels is None
-    assert made.description == "5 synthetic 1/f images (16x16)"
+    assert made.description == "5 synthetic images of shapes (16x16)"
     assert torch.equal(made.images, synthetic_images(5, (3, 16, 16), PLAIN.mean, PLAIN.std, 7))
 
 
@@ -468,7 +468,7 @@ def test_an_absurdly_large_image_is_unreadable_not_a_crash(root, monkeypatch) ->
 # --- synthetic images ---
 
 
-def test_power_falls_with_the_square_of_frequency() -> None:
+def test_shapes_have_edges_and_their_power_falls_as_that_of_photographs() -> None:
     size = 64
     images = synthetic_images(64, (3, size, size), (0.0,) * 3, (1.0,) * 3, 0)
     power = torch.fft.fft2(images - images.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=(0, 1))
@@ -479,21 +479,30 @@ def test_power_falls_with_the_square_of_frequency() -> None:
     x = torch.stack([radius[band].mean().log() for band in bands])
     y = torch.stack([power[band].mean().log() for band in bands])
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-    assert slope == pytest.approx(-2, abs=0.3)
+    assert slope == pytest.approx(-2.5, abs=0.5)  # photographs: -2, with blur -2.5 to -3
+    steps = images.diff(dim=-1).abs()
+    assert float((steps < 1e-6).float().mean()) > 0.7  # plain inside, unlike noise of the same spectrum
+    assert float((steps > 0.1).float().mean()) > 0.03
 
 
-@pytest.mark.parametrize("size", [(3, 32, 32), (3, 48, 80), (1, 31, 31)])
+@pytest.mark.parametrize("size", [(3, 32, 32), (3, 48, 80), (1, 31, 31), (5, 8, 8)])
 def test_pixels_are_plausible_and_channels_agree(size) -> None:
     images = synthetic_images(64, size, (0.0,) * size[0], (1.0,) * size[0], 1)
     assert images.shape == (64, *size)
     assert images.min() >= 0
     assert images.max() <= 1
     assert float(images.mean()) == pytest.approx(0.5, abs=0.05)
-    assert float(images.std()) == pytest.approx(0.25, abs=0.05)
+    assert float(images.std()) == pytest.approx(0.22, abs=0.05)
     if size[0] == 3:
         agreement = torch.corrcoef(images.transpose(0, 1).flatten(1))
-        assert float(agreement[~torch.eye(3, dtype=torch.bool)].min()) > 0.8
+        assert float(agreement[~torch.eye(3, dtype=torch.bool)].min()) > 0.7
         assert float(agreement[~torch.eye(3, dtype=torch.bool)].max()) < 0.98
+
+
+def test_shapes_scale_with_the_image() -> None:
+    small, large = (synthetic_images(4, (3, size, size), (0.0,) * 3, (1.0,) * 3, 3) for size in (32, 128))
+    shrunk = torch.nn.functional.avg_pool2d(large, 4)
+    assert float((small - shrunk).abs().mean()) < 0.02
 
 
 def test_an_image_depends_on_the_seed_and_its_number_alone() -> None:

@@ -75,7 +75,7 @@ def calibration_images(
         images = synthetic_images(
             count, preprocessing.input_size, preprocessing.mean, preprocessing.std, seed
         )
-        return CalibrationImages(images, None, f"{count} synthetic 1/f images ({height}x{width})")
+        return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
     folder = scan(find_folder(data_dir, split, "--train-split"))
     if not folder.images:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Images made of noise, for models without data."""
+"""Images made of shapes, for models without data."""
 
 from __future__ import annotations
 
@@ -8,32 +8,77 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LEAVES = 40
+"""Shapes per image."""
+_SIZES = (0.05, 0.5)
+"""Least and largest radius, in units of the image's longer side; their density falls with the cube."""
+_STRETCH = 0.5
+"""Largest logarithm of a shape's stretch along its axis (and shrinking across it)."""
+_COLOURFULNESS = 0.3
+"""Share of a colour's channels that is their own; the rest is common brightness."""
+
 
 def synthetic_images(
     count: int, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], seed: int
 ) -> Tensor:
-    """Noise with the statistics of photographs, [count, C, H, W] float32, normalised.
+    """Dead leaves: plain shapes that lie on each other, [count, C, H, W] float32, normalised.
 
-    Amplitudes fall with spatial frequency as 1/f, the best known law of natural images (Field 1987), and the
-    colour channels agree to nine tenths. Pixels have mean 0.5 and deviation 0.25 before they are clipped to
-    0..1 and normalised. Image i depends on ``seed`` and i, not on ``count``.
+    Discs, rectangles and triangles of any place, direction and colour, many small and few large ones, the
+    later hiding the earlier. Occlusion between objects of all sizes gives pictures the statistics of
+    photographs (Lee, Mumford & Huang, IJCV 2001), edges included, and networks trained on them learn to see
+    (Baradad et al., NeurIPS 2021). As calibration they leave a quarter of the divergence that 1/f noise does
+    (CIFAR-10 ViT at 25 % of its FLOPs). Image i depends on ``seed`` and i, not on ``count``.
     """
-    channels, height, width = input_size
-    rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
-    frequency = (rows[:, None] ** 2 + columns[None, :] ** 2).sqrt()
-    # The mean of an image varies as its coarsest wave does: bright and dark pictures both exist.
-    frequency[0, 0] = 1 / max(height, width)
-    amplitude = 1 / frequency
-    all_columns = torch.fft.fftfreq(width)
-    power = 1 / (rows[:, None] ** 2 + all_columns[None, :] ** 2).clamp_min(1 / max(height, width) ** 2)
-    amplitude = amplitude / power.mean().sqrt()  # white noise of deviation 1 keeps deviation 1
     generator = torch.Generator().manual_seed(seed)
-    offset = torch.tensor(tuple(mean)).view(-1, 1, 1)
-    scale = torch.tensor(tuple(std)).view(-1, 1, 1)
-    images = torch.empty(count, channels, height, width)
-    for image in images:
-        white = torch.randn(channels + 1, height, width, generator=generator)
-        pink = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=(height, width))
-        mixed = math.sqrt(0.9) * pink[:1] + math.sqrt(0.1) * pink[1:]
-        image.copy_((0.5 + 0.25 * mixed).clamp(0, 1).sub(offset).div(scale))
-    return images
+    images = torch.stack([_leaves(input_size, generator) for _ in range(count)])
+    return images.sub(torch.tensor(tuple(mean)).view(-1, 1, 1)).div(torch.tensor(tuple(std)).view(-1, 1, 1))
+
+
+def _leaves(input_size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """One image, [C, H, W] in 0..1."""
+    channels, height, width = input_size
+    side = max(height, width)
+    colours = torch.rand(LEAVES + 1, channels + 1, generator=generator)
+    colours = torch.lerp(colours[:, :1], colours[:, 1:], _COLOURFULNESS)
+    image = colours[-1].view(channels, 1, 1).repeat(1, height, width)
+    most, least = (size**-2 for size in _SIZES)
+    for draw, colour in zip(torch.rand(LEAVES, 6, generator=generator), colours[:-1], strict=True):
+        size, stretch, direction, across, down, kind = draw.tolist()
+        radius = side * (most + (least - most) * size) ** -0.5  # inverse of the cumulated r^-3
+        stretch = math.exp(_STRETCH * (2 * stretch - 1))
+        centre = (1.2 * down - 0.1) * height, (1.2 * across - 0.1) * width
+        # A rectangle reaches sqrt(2) radii from its centre, a triangle 2, times the stretch.
+        reach = 2 * radius * max(stretch, 1 / stretch) + 1
+        (top, bottom), (left, right) = (
+            (max(0, math.floor(middle - reach)), min(size, math.ceil(middle + reach)))
+            for middle, size in zip(centre, (height, width), strict=True)
+        )
+        if top >= bottom or left >= right:
+            continue
+        y = torch.arange(top, bottom).add(0.5 - centre[0])[:, None]
+        x = torch.arange(left, right).add(0.5 - centre[1])[None, :]
+        angle = math.pi * direction
+        along = (x * math.cos(angle) + y * math.sin(angle)) / stretch
+        over = (y * math.cos(angle) - x * math.sin(angle)) * stretch
+        cover = (radius - _DISTANCES[int(len(_DISTANCES) * kind)](along, over) + 0.5).clamp(0, 1)
+        patch = image[:, top:bottom, left:right]
+        patch.lerp_(colour.view(channels, 1, 1), cover)
+    return image
+
+
+def _disc(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y)
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs())
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    """With all sides equal, about as large as the disc."""
+    slope = math.sqrt(3) / 2
+    return 1.3 * torch.maximum(y, torch.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y))
+
+
+_DISTANCES = (_disc, _square, _triangle)
+"""From the centre, in radii: 1 on the shape's edge."""
