@@ -90,7 +90,8 @@ class SearchOptions:
     steps: int = 60
     """Optimiser steps of the indicators, where they are trained."""
     gain_steps: int | None = None
-    """Optimiser steps of the gains on the final plan; None is what the effort says."""
+    """Optimiser steps of the gains on the final plan; None is what the effort says, or
+    :data:`UNREPAIRED_GAIN_STEPS` without repair."""
     batch_size: int = 16
     """Images at a time."""
     lr: float = 0.01
@@ -143,8 +144,11 @@ class SearchOptions:
     @property
     def trained_gain_steps(self) -> int:
         """Steps that train only gains."""
-        steps = EFFORTS[self.effort].gain_steps if self.gain_steps is None else self.gain_steps
-        return steps if self.reweight else 0
+        if not self.reweight:
+            return 0
+        if self.gain_steps is not None:
+            return self.gain_steps
+        return EFFORTS[self.effort].gain_steps if self.repair else UNREPAIRED_GAIN_STEPS
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,13 @@ class Work:
 
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(sensitivity_share=0.25, gain_steps=0),
-    "balanced": Work(sensitivity_share=1.0, gain_steps=40),
+    "balanced": Work(sensitivity_share=1.0, gain_steps=0),
     "best": Work(sensitivity_share=1.0, gain_steps=100),
 }
+
+UNREPAIRED_GAIN_STEPS = 40
+"""Gains are worth training where nothing else makes up for a cut; after a repair few of them hold on images
+that they were not trained on."""
 
 
 class Flat:
