@@ -26,8 +26,8 @@ SMALL = {"depth": 2, "img_size": 32, "num_classes": 7}
 CASES = (
     Case("vit_tiny_patch16_224", SMALL),
     Case("deit_tiny_distilled_patch16_224", SMALL),
-    Case("deit3_small_patch16_224", {**SMALL, "init_values": 0.1}),
-    Case("vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 42}),
+    Case("deit3_small_patch16_224", {**SMALL, "embed_dim": 96, "num_heads": 3, "init_values": 0.1}),
+    Case("vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 42, "embed_dim": 96, "num_heads": 2}),
     Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 96, "num_heads": 3}),
     Case("vit_base_patch16_clip_quickgelu_224", {**SMALL, "embed_dim": 96, "num_heads": 4}),
     Case("vit_giant_patch14_reg4_dinov2", {**SMALL, "img_size": 42, "embed_dim": 96, "num_heads": 4}),

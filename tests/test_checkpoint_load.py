@@ -66,7 +66,7 @@ def make_slim(source, path, widths=None, **read_args):
     plan = random_plan(loaded.model, widths or {"qk": 5, "v": 11, "hidden": 77})
     preprocessing = resolve_data_config({}, model=loaded.model)
     cut(loaded.model, plan)
-    record = SlimRecord(loaded.identity, plan, "channel", preprocessing, ({"command": "prune"},))
+    record = SlimRecord(loaded.identity, plan, preprocessing, ({"command": "prune"},))
     write_slim(path, loaded.model, record, dtypes=loaded.dtypes, overwrite=False, input_path=loaded.path)
     return loaded.model, record
 
@@ -425,7 +425,7 @@ def test_the_preprocessing_of_the_cut_is_what_timm_resolves(dense, tmp_path):
         "crop_pct": 0.5,
         "crop_mode": "squash",
     }
-    record = SlimRecord(loaded.identity, Plan(()), "channel", preprocessing, ())
+    record = SlimRecord(loaded.identity, Plan(()), preprocessing, ())
     path = tmp_path / "slim.safetensors"
     write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)
     for use_test_size in (False, True):

@@ -42,7 +42,6 @@ def record(**changes) -> SlimRecord:
             "vit_tiny_patch16_224", {"num_classes": 10, "img_size": (32, 32)}, {"mean": (0.5,)}
         ),
         "plan": plan,
-        "basis": "channel",
         "preprocessing": PREPROCESSING,
         "history": ({"command": "prune", "seed": 0, "flops_before": 2e9, "versions": {"torch": "2.13"}},),
     }
@@ -97,7 +96,14 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(pretrained_cfg={"test_input_size": [3, 9999, 999]}), "pretrained_cfg 'test_input_size': at"),
         (changed(model_args={"img_size": 2049}), "model_args 'img_size': at most 4194304 pixels"),
         (changed(model_args={"img_size": [2048, 2049]}), "model_args 'img_size': at most 4194304 pixels"),
-        (changed(basis="principal component of os.system"), "basis: expected one of channel"),
+        (
+            changed(basis="principal component of os.system"),
+            "basis 'principal component of os.system' and the",
+        ),
+        (changed(basis="principal"), "basis 'principal' and the plan disagree"),
+        (changed(basis=["channel"]), "basis ['channel'] and the plan disagree"),
+        (changed(plan=[{**UNIT, "kept": [[0]], "basis": "os.system"}]), "basis is one of channel, principal"),
+        (changed(plan=[{**UNIT, "kept": [[0]], "basis": 1}]), "text for layer, kind, basis"),
         (changed(history={}), "history: expected a list, found dict"),
         (changed(history=["prune"]), "history: expected one object per command"),
         (changed(preprocessing={**PREPROCESSING, "mean": ["0.5"] * 3}), "mean is 1 or 3 numbers"),

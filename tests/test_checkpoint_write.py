@@ -23,7 +23,6 @@ ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size
 RECORD = SlimRecord(
     ModelIdentity("vit_tiny_patch16_224", ARGS),
     Plan(()),
-    "channel",
     {
         "input_size": (3, 16, 16),
         "mean": (0.5,) * 3,

@@ -26,7 +26,7 @@ from mhacut.cli.flags import FLAGS
 from mhacut.errors import MhacutError, UsageError
 from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
 
-FAST = ["--steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
+FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
 COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions, "inspect": InspectOptions}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
@@ -124,7 +124,10 @@ FULL = PruneOptions.from_flat(
     init="uniform",
     reweight=False,
     repair=False,
-    repair_stages=2,
+    effort="fast",
+    allocation="indicator",
+    basis="channel",
+    gain_steps=9,
     selection="indicator",
     temperature="dense",
     steps=3,
@@ -279,7 +282,8 @@ def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
 
 def test_prune_json(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--json", *FAST)
+    by_indicators = ["--allocation", "indicator", "--steps", "2"]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--json", *by_indicators, *FAST)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["schema_version"] == 1
@@ -692,7 +696,8 @@ def test_ascii_terminal(slim, tmp_path):
 
 def test_interrupt(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
-    flags = ["--flops", "50%", "-o", out, "--steps", "1000000", "--calibration-images", "8", "-v"]
+    endless = ["--allocation", "indicator", "--steps", "1000000"]
+    flags = ["--flops", "50%", "-o", out, *endless, "--calibration-images", "8", "-v"]
     process = start("prune", *tiny_vit.flags, *flags)
     for line in process.stderr:
         if line == b"searching\n":

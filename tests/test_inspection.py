@@ -30,7 +30,7 @@ def opened(tmp_path, name, **args):
 def slim(loaded, path, **preprocessing):
     """The model in a slim file that cuts nothing and states ``preprocessing``."""
     stated = resolve_preprocessing(loaded, PreprocessingOptions()).to_json() | preprocessing
-    record = SlimRecord(loaded.identity, Plan(()), "channel", stated, ())
+    record = SlimRecord(loaded.identity, Plan(()), stated, ())
     write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)
     return read_model(path)
 

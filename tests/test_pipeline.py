@@ -27,7 +27,7 @@ from mhacut.errors import (
 )
 from mhacut.progress import Silent
 
-QUICK = {"steps": 4, "calibration_images": 8, "batch_size": 4, "latency": False}
+QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 
 

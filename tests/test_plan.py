@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.errors import PlanError
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Basis, Plan, UnitPlan
 
 
 @st.composite
@@ -15,7 +17,8 @@ def unit_plans(draw):
     dense_width, heads = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     width = draw(st.integers(1, dense_width))
     rows = [sorted(draw(st.permutations(range(dense_width)))[:width]) for _ in range(heads)]
-    return UnitPlan("blocks.0.attn", "v", dense_width, tuple(map(tuple, rows)))
+    basis = draw(st.sampled_from(get_args(Basis)))
+    return UnitPlan("blocks.0.attn", "v", dense_width, tuple(map(tuple, rows)), basis)
 
 
 @given(unit=unit_plans())
@@ -35,6 +38,26 @@ def test_two_cuts_are_one(data, first):
     both = second.after(first)
     assert channels == [[(head, i) for i in kept] for head, kept in enumerate(both.kept)]
     assert both.dense_width == first.dense_width
+    assert both.basis == first.basis
+
+
+@given(data=st.data(), first=unit_plans())
+def test_principal_channels_are_counted_anew_by_every_cut(data, first):
+    # They are mixtures of what was left, whatever that was: no index of the dense model names them.
+    width = data.draw(st.integers(1, first.width))
+    second = UnitPlan(first.layer, first.kind, first.width, (tuple(range(width)),) * first.heads, "principal")
+    both = second.after(first)
+    if width == first.width:
+        assert both == first
+    else:
+        assert (both.basis, both.kept, both.dense_width) == ("principal", second.kept, first.dense_width)
+
+
+@given(unit=unit_plans())
+def test_files_that_name_no_basis_mean_the_models_own_channels(unit):
+    (document,) = Plan((unit,)).to_json()
+    del document["basis"]
+    assert Plan.from_json([document]) == Plan((replace(unit, basis="channel"),))
 
 
 def test_a_later_plan_may_name_fewer_or_other_units():
@@ -56,6 +79,7 @@ def test_a_later_plan_may_name_fewer_or_other_units():
         (("blocks.0.attn", "v", 4, ()), "no heads"),
         (("../evil", "v", 4, ((0,),)), "not a module name"),
         (("blocks.0.attn", "w", 4, ((0,),)), "kind is one of"),
+        (("blocks.0.attn", "v", 4, ((0,),), "svd"), "basis is one of channel, principal"),
     ],
 )
 def test_a_plan_that_contradicts_itself_is_refused(arguments, message):
@@ -73,6 +97,9 @@ def test_a_plan_that_contradicts_itself_is_refused(arguments, message):
         [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0.5]]}],
         [{"layer": "a", "kind": "v", "dense_width": 2, "kept": 7}],
         [{"layer": 3, "kind": "v", "dense_width": 2, "kept": [[0]]}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0]], "basis": None}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0]], "basis": ["channel"]}],
+        [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0]], "bases": "channel"}],
         [{"layer": "a", "kind": "v", "dense_width": 2, "kept": [[0]]}] * 2,
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, build, image, relative
 
+from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
+from mhacut.options import BasisChoice
 from mhacut.plan import Plan, UnitPlan
+from mhacut.reduction import reductions
 from mhacut.repair import repair
 from mhacut.surgery import cut, dissect
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.refit import refit_linear, refit_logits
-from mhacut.tensor.selection import select_channels, select_logit_channels
+from mhacut.tensor.selection import rank_channels, rank_logit_channels
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 
@@ -134,7 +138,7 @@ def test_selection_is_greedy_by_the_error_after_the_refit(seed):
         solution = torch.linalg.lstsq(x[:, kept], x).solution
         return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
 
-    found = select_channels(second, columns, heads=1, width=3)
+    found = rank_channels(second, columns, heads=1, smallest=3).kept(3)
     assert found.tolist() == [slow_greedy(error, range(7), 3)]
 
 
@@ -147,7 +151,7 @@ def test_logit_selection_is_greedy_by_the_error_after_the_refit(seed):
         parts = [side[:, kept] @ torch.linalg.solve(side[kept][:, kept], side[kept]) for side in (query, key)]
         return float((query * key).sum() - (parts[0] * parts[1]).sum())
 
-    found = select_logit_channels(query[None], key[None], width=2)
+    found = rank_logit_channels(query[None], key[None], smallest=2).kept(2)
     assert found.tolist() == [slow_greedy(error, range(6), 2)]
 
 
@@ -155,12 +159,12 @@ def test_selection_keeps_as_many_in_every_head_and_never_two_of_a_kind():
     x = rows(300, 12, 1)
     x[:, 5] = x[:, 4]
     x[:, 9] = 0
-    kept = select_channels(x.T @ x, torch.ones(2, 12).double(), heads=3, width=2)
+    kept = rank_channels(x.T @ x, torch.ones(2, 12).double(), heads=3, smallest=2).kept(2)
     assert kept.shape == (3, 2)
     channels = (kept + torch.tensor([[0], [4], [8]])).flatten().tolist()
     assert not {4, 5} <= set(channels)
     assert 9 not in channels
-    logits = select_logit_channels((x.T @ x)[None], (x.T @ x)[None], width=10)
+    logits = rank_logit_channels((x.T @ x)[None], (x.T @ x)[None], smallest=10).kept(10)
     assert not {4, 5} <= set(logits[0].tolist())
     assert 9 not in logits[0].tolist()
 
@@ -177,24 +181,33 @@ def test_many_channels_go_at_once_at_little_loss():
         solution = torch.linalg.lstsq(x[:, kept], x).solution
         return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
 
-    kept = select_channels(second, columns, heads=1, width=60)[0]
+    kept = rank_channels(second, columns, heads=1, smallest=60).kept(60)[0]
     order = torch.randperm(120, generator=generator)[:60]
     strongest = (x.norm(dim=0) * columns.norm(dim=0)).sort(descending=True).indices[:60]
     assert error(kept) < 0.9 * min(error(order), error(strongest))
 
 
 @each_case
-def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case):
+@pytest.mark.parametrize("basis", get_args(BasisChoice))
+def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
     model = build(case, dtype=torch.float64).requires_grad_(False)
     x = image(case, batch=6, dtype=torch.float64)
     anatomy = dissect(model)
-    plan = plan_of(anatomy, 3)
-    report = repair(model, anatomy, plan, x, stages=1, batch_size=4, reselect=True)
+    plan, moments = plan_of(anatomy, 3), moments_of(model, anatomy, x)
+    ways = {
+        unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 1, basis)
+        for unit in anatomy.units()
+    }
+    report = repair(model, anatomy, plan, moments, ways=ways)
     chosen = Plan(tuple(report[unit.key].plan for unit in plan))
     assert chosen.widths() == plan.widths()
     shaped = model(x)
     cut(model, chosen)
     assert relative(model(x), shaped) < 1e-9
+
+
+def moments_of(model, anatomy, images):
+    return calibrate(model, anatomy, images, batch_size=4).moments
 
 
 def plan_of(anatomy, seed, share=0.6):
@@ -212,15 +225,15 @@ def plan_of(anatomy, seed, share=0.6):
 
 @each_case
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**31), stages=st.sampled_from([1, 2, 99]))
-def test_after_repair_the_cut_is_a_mere_slice(case, seed, stages):
+@given(seed=st.integers(0, 2**31))
+def test_after_repair_the_cut_is_a_mere_slice(case, seed):
     model, x = (
         build(case, dtype=torch.float64).requires_grad_(False),
         image(case, batch=6, dtype=torch.float64),
     )
     anatomy = dissect(model)
     plan = plan_of(anatomy, seed)
-    repair(model, anatomy, plan, x, stages=stages, batch_size=4)
+    repair(model, anatomy, plan, moments_of(model, anatomy, x))
     shaped = model(x)
     cut(model, plan)
     assert relative(model(x), shaped) < 1e-9
@@ -231,7 +244,7 @@ def test_repair_is_never_worse_than_removing_where_it_was_not_fitted(case):
     model = build(case).requires_grad_(False)
     anatomy = dissect(model)
     plan = plan_of(anatomy, 0)
-    report = repair(model, anatomy, plan, image(case, batch=24), stages=1, batch_size=5)
+    report = repair(model, anatomy, plan, moments_of(model, anatomy, image(case, batch=24)))
     assert set(report) == {unit.key for unit in plan}
     assert all(unit.error <= 1 + 1e-9 for unit in report.values())
 
@@ -249,28 +262,9 @@ def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     plan, dense = plan_of(anatomy, 0, share=0.5), model(unseen)
     plain = copy.deepcopy(model)
     cut(plain, plan)
-    repair(model, anatomy, plan, images, stages=1, batch_size=50)
+    repair(model, anatomy, plan, moments_of(model, anatomy, images))
     cut(model, plan)
     assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
-
-
-@pytest.mark.parametrize("stages", [1, 2])
-def test_repair_tells_how_far_it_is_after_every_batch(stages):
-    model = build(CASES[0]).requires_grad_(False)
-    anatomy = dissect(model)
-    told = []
-    repair(
-        model,
-        anatomy,
-        plan_of(anatomy, 0),
-        image(CASES[0], batch=8),
-        stages=stages,
-        batch_size=3,
-        progress=lambda done, total: told.append((done, total)),
-    )
-    assert told[-1] == (8 * stages, 8 * stages)
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert len(told) == 3 * stages  # 6 images to fit, 2 held back, by 3
 
 
 def test_units_that_keep_everything_are_not_touched():
@@ -278,5 +272,5 @@ def test_units_that_keep_everything_are_not_touched():
     anatomy = dissect(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
-    assert repair(model, anatomy, whole, image(CASES[0]), stages=3, batch_size=2) == {}
+    assert repair(model, anatomy, whole, moments_of(model, anatomy, image(CASES[0]))) == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -15,14 +15,14 @@ from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.distillation import Distillation, Divergence
 from mhacut.errors import MhacutError
-from mhacut.options import SearchOptions
+from mhacut.options import EFFORTS, SearchOptions
 from mhacut.reweight import plan_gains, train_gains
 from mhacut.search import search
 from mhacut.surgery import cut, dissect, masked_tensors
 from mhacut.tensor.attention_difference import logit_energy
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
-SHORT = SearchOptions(steps=8, batch_size=4)
+SHORT = SearchOptions(steps=5, gain_steps=3, batch_size=4, allocation="indicator")
 
 
 class Bench:
@@ -71,7 +71,7 @@ class Bench:
             found.plan,
             found.gains if options.reweight else None,
             self.lesson(options=options),
-            steps=options.gain_steps,
+            steps=options.trained_gain_steps,
             lr=options.gain_lr,
             temperature=options.temperature,
         )
@@ -146,10 +146,19 @@ def test_without_reweight_gains_are_masks_and_temperature(bench):
             assert gain.count_nonzero() == unit.width
 
 
-def test_steps_are_shared_between_search_and_gains():
-    assert (SearchOptions(steps=100).search_steps, SearchOptions(steps=100).gain_steps) == (60, 40)
-    assert SearchOptions(steps=1).search_steps == 1
-    assert SearchOptions(steps=10, reweight=False).gain_steps == 0
+def test_gains_are_trained_as_long_as_asked_or_as_the_effort_says():
+    assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 40, 100]
+    assert SearchOptions(effort="fast", gain_steps=7).trained_gain_steps == 7
+    assert SearchOptions(gain_steps=0).trained_gain_steps == 0
+    assert SearchOptions(gain_steps=7, reweight=False).trained_gain_steps == 0
+
+
+def test_indicators_are_trained_where_they_are_asked_for():
+    assert [SearchOptions(effort=effort).spread for effort in EFFORTS] == ["curves", "curves", "refined"]
+    assert not SearchOptions().by_indicators
+    assert SearchOptions(effort="best").by_indicators
+    assert SearchOptions(effort="best", allocation="uniform").spread == "uniform"
+    assert SHORT.by_indicators
 
 
 def test_gains_of_what_is_removed_are_zero_and_trained_ones_help():
@@ -176,8 +185,8 @@ def test_scope_and_labels(bench):
 def test_training_helps():
     bench = Bench(images=16)
     outcomes = []
-    for steps in (1, 60):
-        _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, batch_size=8))
+    for steps, gain_steps in ((1, 0), (36, 24)):
+        _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, gain_steps=gain_steps, batch_size=8))
         outcomes.append(float(Divergence(True)(slim(bench.images), bench.calibration.teacher)))
     assert outcomes[1] < 0.7 * outcomes[0]
 
