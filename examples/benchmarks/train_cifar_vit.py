@@ -12,9 +12,11 @@ No step depends on what was drawn before it: its random numbers are seeded by it
 stopped anywhere and started again ends with the same bytes as one that was not (same machine, same number of
 threads). Results are those of the last step: no epoch is chosen by its accuracy on val/.
 
-All images stay in memory as bytes and are augmented as batches. Dropped patches are the cheapest augmentation,
-for a step costs less with them than without. The last epochs see whole, undistorted images, because those of
-val/ are such.
+All images stay in memory as bytes and are augmented as batches. Dropped patches are the cheapest
+augmentation: a step costs less with them than without. The last epochs see fewer distortions, because val/
+has none.
+
+The same command with another ``--epochs`` goes on too, along the other schedule; the log says where.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--init", type=Path, help="safetensors file to start from, instead of from scratch")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--plain-epochs", type=int, default=2, help="last epochs with flips and crops only")
+    parser.add_argument("--plain-epochs", type=int, default=2, help="last epochs without mixup and cutout")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, metavar="STEPS")
@@ -86,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixup", type=float, default=0.2, help="alpha; 0 turns it off")
     parser.add_argument("--cutout", type=int, default=8, metavar="PIXELS", help="side of a square; 0: none")
     parser.add_argument("--patch-drop", type=float, default=0.4, help="share of the patches, until then")
+    parser.add_argument("--plain-patch-drop", type=float, default=0.25, help="in those last epochs")
     parser.add_argument("--ema-decay", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -148,8 +151,14 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it goes on with."""
-        free = {"output", "save_every", "data_dir", "init"}
+        free = {"output", "save_every", "data_dir", "init", *self.schedule}
         return {name: value for name, value in vars(self.asked).items() if name not in free}
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What may change between two starts of a run."""
+        names = ("epochs", "plain_epochs", "plain_patch_drop")
+        return {name: getattr(self.asked, name) for name in names}
 
     def run(self, held_images: Tensor, held_labels: Tensor) -> None:
         """Train to the last step; score on the held images and save after every epoch."""
@@ -188,7 +197,7 @@ class Training:
             images = share * images + (1 - share) * images.flip(0)
             targets = share * targets + (1 - share) * targets.flip(0)
         if self.asked.patch_drop:
-            self.model.patch_drop.prob = self.asked.patch_drop if distort else 0.0
+            self.model.patch_drop.prob = self.asked.patch_drop if distort else self.asked.plain_patch_drop
         self.scheduler.step_update(self.step)
         self.model.train()
         with torch.autocast("cpu", torch.bfloat16):
@@ -213,6 +222,7 @@ class Training:
     def save(self) -> None:
         state = {
             "options": json.dumps(self.options, sort_keys=True),
+            "schedule": json.dumps(self.schedule, sort_keys=True),
             "step": self.step,
             "loss_sum": self.loss_sum,
             "cpu_s": self.cpu_s,
@@ -233,6 +243,8 @@ class Training:
             sys.exit(
                 f"{self.state_file} is of a run with other {', '.join(changed)}: delete it, or ask for those"
             )
+        if json.loads(state["schedule"]) != self.schedule:
+            self.tell(f"from step {state['step']} on with {self.schedule} instead of {state['schedule']}")
         self.step, self.loss_sum, self.cpu_s = state["step"], state["loss_sum"], state["cpu_s"]
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])
