@@ -220,7 +220,8 @@ def test_scores_equal_their_definition(compare) -> None:
         kl += float((p * np.log(p / q)).sum()) / 9
         right += 100 / 9 * (np.argmax(slim) == label)
         agree += 100 / 9 * (np.argmax(slim) == np.argmax(dense))
-    assert found == {key: pytest.approx(x) for key, x in (("top1", right), ("agreement", agree), ("kl", kl))}
+    expected = {"top1": right, "agreement": agree, "kl": kl, "images": 9}
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
     assert compare.score(reference, reference, labels)["kl"] == 0
 
 
@@ -237,8 +238,10 @@ def make_row(compare, method: str, keep: float | None, top1: float, **scores: fl
     found = {
         "flops": 500,
         "scores": {
-            name: {"top1": top1, "agreement": 50.0, "kl": kl} for name, kl in (scores or {"own": 0.5}).items()
+            name: {"top1": top1, "agreement": 50.0, "kl": kl, "images": 9}
+            for name, kl in (scores or {"own": 0.5}).items()
         },
+        "best": compare.best_of({name: {"kl": kl} for name, kl in (scores or {"own": 0.5}).items()}),
         "checks": {},
     }
     process = compare.Process(wall_s=1.0, cpu_s=2.0, peak_mib=3.0, stdout="")
@@ -284,7 +287,7 @@ def test_the_better_temperature_is_reported(compare) -> None:
     row = make_row(compare, "tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
     assert (row["temperature"], row["kl"]) == ("kept", 0.6)
     text = compare.as_text([row, compare._empty_row(compare.METHODS["vbp"], 12.5, "37.0 % stay")])
-    assert "scored at temperature kept (dense: 40.00 / 0.7000)" in text
+    assert "scored at temperature kept (dense: 40.00 / 0.7000 on 9)" in text
     assert "VBP (own reference) 12.5%: out of reach, 37.0 % stay" in text
     assert "50.00%" in text
 
