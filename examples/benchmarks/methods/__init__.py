@@ -1,0 +1,103 @@
+"""The methods that ``compare.py`` sets side by side, by name; see :data:`METHODS`.
+
+This module imports the standard library only, so that the comparing process stays small: on Linux a child
+starts with its parent's peak memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Sees = Literal["nothing", "images", "labelled images"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of the comparison."""
+
+    name: str
+    """What ``--methods`` matches."""
+    title: str
+    """For readers."""
+    sees: Sees
+    """What it looks at beside the weights."""
+    module: str
+    """Module of this package that does it; empty for ``mhacut prune``, which is run as a command."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For the module's ``prune``; for mhacut, ``flags`` of the command."""
+    default: bool = True
+    """Whether a comparison that names no methods has it."""
+
+
+def _mhacut() -> Iterable[Method]:
+    data: dict[str, tuple[Sees, tuple[str, ...]]] = {
+        "nodata": ("nothing", ()),
+        "unlabelled": ("images", ("--no-labels",)),
+        "labelled": ("labelled images", ()),
+    }
+    for told, (sees, data_flags) in data.items():
+        for basis in ("auto", "channel", "principal"):
+            for effort in ("balanced", "fast", "best"):
+                yield Method(
+                    f"mhacut-{told}-{basis}-{effort}",
+                    f"mhacut, {'no data' if told == 'nodata' else told}, {basis}, {effort}",
+                    sees,
+                    "",
+                    {"flags": (*data_flags, "--basis", basis, "--effort", effort)},
+                    default=(basis, effort) == ("auto", "balanced"),
+                )
+
+
+def _torch_pruning() -> Iterable[Method]:
+    criteria: dict[str, tuple[str, Sees]] = {
+        "l1": ("L1", "nothing"),
+        "l2": ("L2", "nothing"),
+        "taylor": ("Taylor", "labelled images"),
+        "hessian": ("Hessian", "labelled images"),
+    }
+    for criterion, (title, sees) in criteria.items():
+        for spread in ("uniform", "global", "isomorphic"):
+            yield Method(
+                f"tp-{criterion}-{spread}",
+                f"Torch-Pruning {title}, {spread}",
+                sees,
+                "torch_pruning_timm",
+                {"criterion": criterion, "spread": spread},
+            )
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        *_mhacut(),
+        *_torch_pruning(),
+        Method("corp", "CORP (own reference)", "images", "corp"),
+        Method("vbp", "VBP (own reference)", "images", "vbp"),
+        Method("snp", "SNP criterion (own reference)", "images", "snp"),
+    )
+}
+"""Every method, mhacut's first."""
+
+
+def chosen(patterns: Iterable[str]) -> list[Method]:
+    """The methods that match, in the order of the patterns; the default ones without patterns.
+
+    >>> [method.name for method in chosen(["vbp", "tp-l1-*"])]
+    ['vbp', 'tp-l1-uniform', 'tp-l1-global', 'tp-l1-isomorphic']
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    found: dict[str, Method] = {}
+    patterns = list(patterns)
+    if not patterns:
+        return [method for method in METHODS.values() if method.default]
+    for pattern in patterns:
+        names = fnmatch.filter(METHODS, pattern)
+        if not names:
+            raise ValueError(f"--methods {pattern}: none of {', '.join(METHODS)}")
+        found |= {name: METHODS[name] for name in names}
+    return list(found.values())

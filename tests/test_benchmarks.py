@@ -1,0 +1,449 @@
+"""The scripts in examples/benchmarks do what their first lines say, on images a few seconds old."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+DIGITS = BENCHMARKS.parent / "digits"
+sys.path.insert(0, str(BENCHMARKS))  # the scripts import the package methods/ beside them
+
+
+def script(name: str) -> Any:
+    """The module of a script, not run."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def paint(folder: Path, *, classes: int = 2, per_class: int = 8, size: int = 32) -> Path:
+    """A folder of images, each of the colour of its class and some noise."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(classes):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for index in range(per_class):
+                pixels = generator.integers(0, 60, (size, size, 3)) + 180 * label // max(classes - 1, 1)
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    folder / split / f"class{label}" / f"{index}.png"
+                )
+    return folder
+
+
+# --- train_cifar_vit.py ---
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return paint(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """The script, with a model small enough for a test."""
+    module = script("train_cifar_vit")
+    small = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 3}
+    monkeypatch.setattr(module, "MODEL_ARGS", small)
+    yield module
+    torch.use_deterministic_algorithms(False)
+
+
+def train_flags(images: Path, output: Path) -> list[str]:
+    flags = f"--data-dir {images} --output {output} --epochs 2 --plain-epochs 1 --batch 4 --warmup 1"
+    return [*flags.split(), "--save-every", "1", "--lr", "1e-2"]
+
+
+def test_stopped_training_ends_with_the_bytes_of_one_that_was_not(
+    train, images, tmp_path, monkeypatch
+) -> None:
+    train.main(train_flags(images, tmp_path / "whole"))
+    step = train.Training.train_step
+    for stop in (3, 6):  # in the distorted epoch, and in the plain one
+
+        def stopping(self, stop=stop):
+            if self.step == stop:
+                raise KeyboardInterrupt
+            return step(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Training, "train_step", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                train.main(train_flags(images, tmp_path / "parts"))
+    train.main(train_flags(images, tmp_path / "parts"))
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    told = (tmp_path / "parts" / "log.txt").read_text()
+    assert "goes on at step 3 of 8" in told
+    losses = [
+        [
+            line.split(",")[0]
+            for line in (tmp_path / name / "log.txt").read_text().splitlines()
+            if "epoch" in line
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+def test_training_refuses_to_go_on_with_other_options(train, images, tmp_path) -> None:
+    train.main(train_flags(images, tmp_path))
+    with pytest.raises(SystemExit, match="--weight-decay"):
+        train.main([*train_flags(images, tmp_path), "--weight-decay", "0.1"])
+
+
+def test_training_goes_on_along_another_schedule(train, images, tmp_path) -> None:
+    train.main(train_flags(images, tmp_path))
+    flags = [*train_flags(images, tmp_path), "--epochs", "3"]
+    train.main(flags)
+    told = (tmp_path / "log.txt").read_text()
+    assert "from step 8 on with {'epochs': 3" in told
+    assert "epoch 3 of 3" in told
+
+
+def test_training_starts_from_given_weights(train, images, tmp_path) -> None:
+    train.main(train_flags(images, tmp_path / "first"))
+    file = tmp_path / "first" / "model.safetensors"
+    flags = [*train_flags(images, tmp_path / "second"), "--init", str(file), "--lr", "0"]
+    train.main(flags)
+    before, after = load_file(file), load_file(tmp_path / "second" / "model.safetensors")
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, msg=name)
+
+
+def test_augmented_images_are_shifted_or_flipped_ones(train) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    changed = train.augment(images, cutout=0)
+    padded = torch.nn.functional.pad(train.normalize(images), (4, 4, 4, 4))
+    for before, after in zip(padded, changed, strict=True):
+        views = [
+            before[:, top : top + 32, left : left + 32].flip(-1)
+            if flip
+            else before[:, top : top + 32, left : left + 32]
+            for top in range(9)
+            for left in range(9)
+            for flip in (False, True)
+        ]
+        assert any(torch.equal(after, view) for view in views)
+
+
+def test_cutout_greys_at_most_its_square(train) -> None:
+    torch.manual_seed(0)
+    images = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
+    changed = train.augment(images, cutout=8, padding=0)
+    areas = (changed == 0).all(1).sum((1, 2))
+    assert int(areas.max()) == 64
+    assert int(areas.min()) >= 16  # the centre is inside: a quarter of the square at least
+
+
+def test_soft_targets_sum_to_one(train) -> None:
+    targets = train.smooth(torch.tensor([0, 2]), 4, 0.2)
+    torch.testing.assert_close(targets, torch.tensor([[0.85, 0.05, 0.05, 0.05], [0.05, 0.05, 0.85, 0.05]]))
+
+
+# --- compare.py and methods/ ---
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return script("compare")
+
+
+@pytest.fixture(scope="module")
+def methods():
+    import methods.common
+
+    return methods
+
+
+def small_vit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        spread = 0.3 if parameter.dim() == 1 else 2 / parameter[0].numel() ** 0.5
+        parameter += spread * torch.randn_like(parameter)
+    return model
+
+
+def task_of(model, share: float, **options: Any) -> Any:
+    from methods.common import Task
+
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return Task.of(model, (3, 16, 16), images, torch.arange(24) % 5, share, options)
+
+
+def reread(slim, tmp_path: Path, dense, temperature: str) -> torch.nn.Module:
+    from methods.common import read_slim, write_slim
+
+    file = str(tmp_path / "slim.safetensors")
+    write_slim(file, slim.model, slim.temperatures)
+    return read_slim(dense, file, temperature)
+
+
+def test_methods_are_chosen_by_glob(methods) -> None:
+    assert [method.name for method in methods.chosen(["snp", "tp-l?-global"])] == [
+        "snp",
+        "tp-l1-global",
+        "tp-l2-global",
+    ]
+    default = {method.name for method in methods.chosen([])}
+    assert {"mhacut-nodata-auto-balanced", "corp", "vbp", "tp-hessian-isomorphic"} <= default
+    assert "mhacut-nodata-auto-best" not in default
+    with pytest.raises(ValueError, match="--methods tp-l3"):
+        methods.chosen(["tp-l3"])
+
+
+def test_scores_equal_their_definition(compare) -> None:
+    torch.manual_seed(0)
+    reference, logits, labels = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
+    found = compare.score(reference, logits, labels)
+    right = agree = kl = 0.0
+    for dense, slim, label in zip(reference.tolist(), logits.tolist(), labels.tolist(), strict=True):
+        p, q = np.exp(dense) / np.exp(dense).sum(), np.exp(slim) / np.exp(slim).sum()
+        kl += float((p * np.log(p / q)).sum()) / 9
+        right += 100 / 9 * (np.argmax(slim) == label)
+        agree += 100 / 9 * (np.argmax(slim) == np.argmax(dense))
+    expected = {"top1": right, "agreement": agree, "kl": kl, "images": 9}
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
+    assert compare.score(reference, reference, labels)["kl"] == 0
+
+
+def make_setup(compare, checkpoint: Path, **other: Any) -> Any:
+    about = {"model": None, "model_args": (), "data_dir": "d", "mean": None, "std": None}
+    return compare.Setup(
+        **{"checkpoint": str(checkpoint), **about, "calibration_images": 8, "seed": 1, **other}
+    )
+
+
+def make_row(compare, method: str, keep: float | None, top1: float, **scores: float) -> dict[str, Any]:
+    from methods import METHODS
+
+    found = {
+        "flops": 500,
+        "scores": {
+            name: {"top1": top1, "agreement": 50.0, "kl": kl, "images": 9}
+            for name, kl in (scores or {"own": 0.5}).items()
+        },
+        "best": compare.best_of({name: {"kl": kl} for name, kl in (scores or {"own": 0.5}).items()}),
+        "checks": {},
+    }
+    process = compare.Process(wall_s=1.0, cpu_s=2.0, peak_mib=3.0, stdout="")
+    return compare._row(METHODS.get(method), keep, found, 1000, process, {})
+
+
+def test_a_table_is_made_in_parts(compare, tmp_path) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(b"weights")
+    setup, machine, file = make_setup(compare, checkpoint), {"cpu": "one"}, str(tmp_path / "table.json")
+    table = compare.Table.open(file, machine, setup)
+    table.put(make_row(compare, "vbp", 50.0, 40.0))
+    table.put(make_row(compare, "dense", None, 90.0))
+    again = compare.Table.open(file, machine, setup)
+    assert again.has("vbp", 50.0)
+    assert not again.has("vbp", 37.5)
+    again.put(make_row(compare, "corp", 37.5, 30.0))
+    again.put(make_row(compare, "corp", 90.0, 80.0))
+    again.put(make_row(compare, "vbp", 50.0, 41.0))  # made anew
+    found = json.loads(Path(file).read_text())["rows"]
+    assert [(row["method"], row["keep"], row["top1"]) for row in found] == [
+        ("dense", None, 90.0),
+        ("corp", 90.0, 80.0),
+        ("corp", 37.5, 30.0),
+        ("vbp", 50.0, 41.0),
+    ]
+
+
+def test_rows_of_other_things_are_not_mixed(compare, tmp_path) -> None:
+    checkpoint, file = tmp_path / "model.safetensors", str(tmp_path / "table.json")
+    checkpoint.write_bytes(b"weights")
+    compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint)).write(file)
+    with pytest.raises(SystemExit, match="cpu 'one', this is 'two'"):
+        compare.Table.open(file, {"cpu": "two"}, make_setup(compare, checkpoint))
+    with pytest.raises(SystemExit, match="seed 1, this is 2"):
+        compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint, seed=2))
+    checkpoint.write_bytes(b"other")
+    with pytest.raises(SystemExit, match="checkpoint_sha256"):
+        compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint))
+
+
+def test_the_better_temperature_is_reported(compare) -> None:
+    row = make_row(compare, "tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
+    assert (row["temperature"], row["kl"]) == ("kept", 0.6)
+    text = compare.as_text([row, compare._empty_row(compare.METHODS["vbp"], 12.5, "37.0 % stay")])
+    assert "scored at temperature kept (dense: 40.00 / 0.7000 on 9)" in text
+    assert "VBP (own reference) 12.5%: out of reach, 37.0 % stay" in text
+    assert "50.00%" in text
+
+
+def test_mhacut_is_run_as_a_user_would(compare, tmp_path) -> None:
+    setup = make_setup(compare, Path("m.pth"), model="vit", model_args=("depth=6",), mean="0,0,0")
+    method = compare.METHODS["mhacut-unlabelled-principal-fast"]
+    command = " ".join(compare.mhacut_command(setup, method, 37.5, tmp_path / "o"))
+    assert "prune m.pth --flops 37.5% " in command
+    assert command.endswith(
+        "--seed 1 --calibration-images 8 --model vit --model-arg depth=6 --mean 0,0,0 "
+        "--no-labels --basis principal --effort fast --data-dir d"
+    )
+    bare = compare.mhacut_command(setup, compare.METHODS["mhacut-nodata-auto-balanced"], 50.0, tmp_path / "o")
+    assert "--data-dir" not in bare
+
+
+@pytest.mark.parametrize("name", ["corp", "vbp", "snp"])
+def test_references_meet_the_budget_and_survive_their_file(name, methods, tmp_path) -> None:
+    import importlib
+
+    from mhacut.cost import measure_flops
+
+    dense = small_vit()
+    task = task_of(dense, 0.8)
+    before = copy.deepcopy(dense.state_dict())
+    slim = importlib.import_module(f"methods.{name}").prune(task)
+    read = reread(slim, tmp_path, dense, slim.temperatures[0])
+    torch.testing.assert_close(read(task.images), slim.model(task.images))
+    assert measure_flops(read, (3, 16, 16)) / task.table.dense == pytest.approx(0.8, rel=0.01)
+    for key, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, before[key])
+    with pytest.raises(methods.common.OutOfReachError, match="at least"):
+        importlib.import_module(f"methods.{name}").prune(task_of(dense, 0.02))
+
+
+def test_vbp_loses_nothing_where_activations_do_not_vary(methods) -> None:
+    from methods.vbp import prune
+
+    dense = small_vit()
+    for block in dense.blocks:
+        block.mlp.fc1.weight[::2] = 0  # half of the channels are constant, at a value of their own
+    task = task_of(dense, 0.8)
+    slim = prune(task)
+    assert [block.mlp.fc1.out_features < 96 for block in slim.model.blocks] == [True, True]
+    torch.testing.assert_close(slim.model(task.images), dense(task.images), rtol=1e-4, atol=1e-4)
+
+
+def test_corp_loses_nothing_where_channels_repeat(methods) -> None:
+    from methods.corp import prune
+
+    dense = small_vit()
+    for block in dense.blocks:
+        for rows in (block.mlp.fc1.weight, block.mlp.fc1.bias):
+            rows[48:] = rows[:48]
+        for tensor in (block.attn.qkv.weight, block.attn.qkv.bias):
+            query_key = tensor[:48].unflatten(0, (2, 2, 2, 6))  # q or k, head, half, channel
+            query_key[:, :, 1] = 0.3 * query_key[:, :, 0]
+        # less energy, so the second half is what goes
+        block.mlp.fc2.weight[:, 48:] *= 0.1
+    task = task_of(dense, 0.75)
+    slim = prune(task)
+    plain = copy.deepcopy(dense)
+    for block in plain.blocks:
+        block.mlp.fc2.weight[:, 48:] = 0
+    expected = dense(task.images)
+    error = (slim.model(task.images) - expected).abs().max() / expected.abs().max()
+    without = (plain(task.images) - expected).abs().max() / expected.abs().max()
+    assert error < 0.02 * without
+
+
+def test_the_dense_temperature_is_that_of_dead_channels(methods, tmp_path) -> None:
+    """Channels at zero may go: with the dense temperature nothing changes, with the kept one it does."""
+    from methods.common import Slim, cut_to
+
+    dense = small_vit()
+    for block in dense.blocks:
+        for tensor in (block.attn.qkv.weight, block.attn.qkv.bias):
+            tensor.view(3, 2, 12, -1)[:2, :, 6:] = 0
+    task = task_of(dense, 0.5)
+    kept = {unit.key: torch.arange(6).expand(2, 6) for unit in task.anatomy.units(("qk",))}
+    slim = Slim(
+        cut_to(dense, task.anatomy, kept, keep_temperature=False), temperatures=("kept", "dense"), checks={}
+    )
+    expected = dense(task.images)
+    same = reread(slim, tmp_path, dense, "dense")(task.images)
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-5)
+    other = reread(slim, tmp_path, dense, "kept")(task.images)
+    torch.testing.assert_close(other, slim.model(task.images))
+    assert (other - expected).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spread", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "hessian"])
+def test_torch_pruning_meets_the_budget(criterion, spread, methods, tmp_path) -> None:
+    pytest.importorskip("torch_pruning")
+    from methods.torch_pruning_timm import prune
+
+    from mhacut.cost import measure_flops
+
+    dense = timm.create_model(f"local-dir:{DIGITS / 'model'}", pretrained=True).eval().requires_grad_(False)
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"criterion": criterion, "spread": spread}
+    task = methods.common.Task.of(dense, (3, 32, 32), images, torch.arange(20) % 10, 0.6, options)
+    slim = prune(task)
+    assert float(slim.checks["differs from masked dense model by"]) < 1e-5
+    read = reread(slim, tmp_path, dense, "dense")
+    torch.testing.assert_close(read(images), slim.model(images), rtol=1e-4, atol=1e-4)
+    assert measure_flops(read, (3, 32, 32)) / task.table.dense == pytest.approx(0.6, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_hessian_is_summed_over_images(methods) -> None:
+    pytest.importorskip("torch_pruning")
+    from methods.torch_pruning_timm import importance_of
+
+    dense = small_vit().requires_grad_(True)
+    task = task_of(dense, 0.5)
+    images, labels = task.images[:3], task.labels[:3]
+    importance = importance_of("hessian", dense, images, labels)
+    weight = dense.blocks[0].mlp.fc1.weight
+    expected = torch.zeros_like(weight)
+    for image, label in zip(images, labels, strict=True):
+        loss = torch.nn.functional.cross_entropy(dense(image[None]), label[None])
+        expected += torch.autograd.grad(loss, weight)[0] ** 2
+    torch.testing.assert_close(importance._accu_grad[weight], expected)
+    assert importance._counter[weight] == 3
+
+
+@pytest.mark.slow
+def test_the_command_compares_on_the_digits(compare, tmp_path, capsys) -> None:
+    flags = (
+        f"--checkpoint {DIGITS / 'model'} --data-dir {DIGITS / 'images'} --keep 50 --calibration-images 64"
+    )
+    flags += f" --merge {tmp_path / 'table.json'} --keep-models {tmp_path / 'models'}"
+    assert compare.main([*flags.split(), "--methods", "snp"]) == 0
+    first = json.loads((tmp_path / "table.json").read_text())
+    assert compare.main([*flags.split(), "--methods", "snp", "mhacut-nodata-auto-fast"]) == 0
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in document["rows"]] == ["dense", "mhacut-nodata-auto-fast", "snp"]
+    assert document["rows"][2] == first["rows"][1]  # reused
+    assert document["validation_images"] == 300
+    assert document["rows"][0]["top1"] == pytest.approx(97.67, abs=0.01)
+    assert document["rows"][1]["ratio"] <= 0.5
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "mhacut-nodata-auto-fast-50.safetensors",
+        "snp-50.safetensors",
+    }
+    assert "mhacut, no data, auto, fast" in capsys.readouterr().out
+
+
+def test_the_setup_is_told_without_paths(compare, tmp_path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"x")
+    setup = make_setup(compare, tmp_path / "m.safetensors", data_dir=str(tmp_path / "images"))
+    assert str(tmp_path) not in json.dumps(setup.told())
+    assert compare.setup_of({"setup": json.loads(json.dumps(asdict(setup)))}) == setup
