@@ -155,15 +155,16 @@ class SearchOptions:
 class Work:
     """What an effort amounts to."""
 
+    calibration_images: int
     sensitivity_share: float
     """Of the calibration images that are differentiated, of those to fit."""
     gain_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(sensitivity_share=0.25, gain_steps=0),
-    "balanced": Work(sensitivity_share=1.0, gain_steps=0),
-    "best": Work(sensitivity_share=1.0, gain_steps=100),
+    "fast": Work(calibration_images=128, sensitivity_share=0.5, gain_steps=0),
+    "balanced": Work(calibration_images=256, sensitivity_share=1.0, gain_steps=0),
+    "best": Work(calibration_images=256, sensitivity_share=1.0, gain_steps=100),
 }
 
 UNREPAIRED_GAIN_STEPS = 40
@@ -266,8 +267,8 @@ class PruneOptions(Flat):
     """What may be cut."""
     round_to: int = 8
     """Widths are multiples of it."""
-    calibration_images: int = 256
-    """How many images to search on."""
+    calibration_images: int | None = None
+    """How many images to search on; None is what the effort says."""
     labels: bool = True
     """Use labels where there are any; off, distillation only."""
     eval_images: int = 2000
@@ -290,9 +291,16 @@ class PruneOptions(Flat):
             require("--output", name, name.endswith(".safetensors"), "a name that ends in .safetensors")
         require_choice("--scope", self.scope, get_args(Scope))
         require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
-        require("--calibration-images", self.calibration_images, self.calibration_images >= 1, "at least 1")
+        require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")
         require("--latency-batch-size", self.latency_batch_size, self.latency_batch_size >= 1, "at least 1")
         require("--eval-images", self.eval_images, self.eval_images >= 0, "at least 0")
+
+    @property
+    def images_wanted(self) -> int:
+        """``calibration_images``, or what the effort says."""
+        if self.calibration_images is not None:
+            return self.calibration_images
+        return EFFORTS[self.search.effort].calibration_images
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def _calibration_images(
     data = options.data
     return calibration_images(
         preprocessing,
-        count=options.calibration_images,
+        count=options.images_wanted,
         seed=options.search.seed,
         data_dir=None if data.data_dir is None else Path(data.data_dir),
         dataset=data.dataset,

@@ -61,7 +61,7 @@ FLAGS: dict[str, Flag] = {
     "class_map": Flag("Data", "Text file: class names in the order of the model's head.", "FILE"),
     "train_split": Flag("Data", "Split to search on.", "NAME"),
     "val_split": Flag("Data", "Split to measure accuracy on.", "NAME"),
-    "calibration_images": Flag("Data", "How many images to search on.", "N"),
+    "calibration_images": Flag("Data", "How many images to search on; by default what the effort says.", "N"),
     "labels": Flag("Data", "Use labels where there are any."),
     "workers": Flag("Data", "Processes that load images.", "N", "-j"),
     "mean": Flag("Preprocessing", "Per channel, for pixels in 0..1; by default the model's own.", "A,B,C"),

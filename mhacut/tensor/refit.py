@@ -73,14 +73,17 @@ def refit_linear(
     errors = {float("inf"): float((metric * unseen[gone][:, gone]).sum())}
     values, vectors = torch.linalg.eigh(seen[kept][:, kept])
     size = float(values.clamp_min(0).mean())
+    # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
     projected = seen[gone][:, kept] @ vectors
+    weighed = metric @ projected
+    linear = (weighed * (unseen[gone][:, kept] @ vectors)).sum(0)
+    quadratic = (projected.T @ weighed) * (vectors.T @ unseen[kept][:, kept] @ vectors)
     for ridge in RIDGES:
         if size <= 0:
             break
-        prediction = (projected / (values.clamp_min(0) + ridge * size)) @ vectors.T
-        cross = prediction @ unseen[kept][:, gone]
-        left = unseen[gone][:, gone] - cross - cross.T + prediction @ unseen[kept][:, kept] @ prediction.T
-        errors[ridge] = float((metric * left).sum())
+        shrunk = 1 / (values.clamp_min(0) + ridge * size)
+        saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
+        errors[ridge] = max(0.0, errors[float("inf")] - saved)
     ridge = min(errors, key=lambda candidate: errors[candidate])
     prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
     if ridge < float("inf"):

@@ -56,37 +56,35 @@ def rank_channels(
     size = second.shape[0]
     width = size // heads
     inverse = torch.linalg.inv(_damped(second))
-    readers = columns.to(inverse).clone()
-    head = torch.arange(size, device=second.device) // width
-    alive = torch.ones(size, dtype=torch.bool, device=second.device)
+    readers = columns.to(inverse)
+    left = torch.arange(size, device=second.device)  # whose rows, columns and readers these are
     excess = torch.full((heads,), width - smallest, device=second.device)
     error = second.new_zeros(size + 1)
     removed: list[Tensor] = []
-    left, spent = size, 0.0
+    spent = 0.0
     while int(excess.sum()) > 0:
+        head = left // width
         price = readers.square().sum(0) / inverse.diagonal()
-        price[~(alive & (excess[head] > 0))] = float("inf")
-        gone = _cheapest(price, head, excess, max(1, int(AT_ONCE * left)))
+        price[excess[head] == 0] = float("inf")
+        gone = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[gone] = False
         share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         lost = readers[:, gone]
         weighed = lost if metric is None else metric @ lost
         spent_now = float((torch.linalg.solve(inverse[gone][:, gone], lost.mT @ weighed)).trace())
         count = torch.arange(1, len(gone) + 1, device=second.device)
-        error[left - count] = spent + spent_now * count.to(error) / len(gone)
-        readers = readers - lost @ share
-        inverse = inverse - inverse[:, gone] @ share
-        # Rounding would leave specks where there is nothing any more.
-        readers[:, gone] = 0
-        inverse[gone] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = 1
-        alive[gone] = False
+        error[len(left) - count] = spent + spent_now * count.to(error) / len(gone)
         excess -= torch.bincount(head[gone], minlength=heads)
-        removed.append(gone)
-        left, spent = left - len(gone), spent + spent_now
-    error[:left] = spent  # nothing is known below
-    sequence = torch.cat([*removed, alive.nonzero()[:, 0].flip(0)]).flip(0)
-    order = torch.stack([sequence[head[sequence] == number] - number * width for number in range(heads)])
+        removed.append(left[gone])
+        share = share[:, stays]
+        readers = readers[:, stays] - lost @ share
+        inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ share
+        left, spent = left[stays], spent + spent_now
+    error[: len(left)] = spent  # nothing is known below
+    sequence = torch.cat([*removed, left.flip(0)]).flip(0)
+    owner = sequence // width
+    order = torch.stack([sequence[owner == number] - number * width for number in range(heads)])
     return Removal(order, error)
 
 
