@@ -103,9 +103,34 @@ class Distillation:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
             tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
             outputs = torch.func.functional_call(model, tensors, (self.images[chosen].to(device),)).float()
-        loss = self.divergence(outputs, self.teacher[chosen].to(device))
+        return self._checked(outputs, self.teacher[chosen].to(device), chosen)
+
+    def taught(self, model: nn.Module, dense: nn.Module, *, mirrored: bool) -> Tensor:
+        """Loss of ``model`` on the next batch, all its weights differentiated.
+
+        Args:
+            model: eval mode.
+            dense: the teacher.
+            mirrored: flip the images left to right; the teacher is asked anew then.
+
+        Raises:
+            MhacutError: it is not finite.
+        """
+        device = next(model.parameters()).device
+        chosen = next(self._batches)
+        images, teacher = self.images[chosen].to(device), self.teacher[chosen].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
+            if mirrored:
+                images = images.flip(-1)
+                with torch.no_grad():
+                    teacher = dense(images).float()
+            outputs = model(images).float()
+        return self._checked(outputs, teacher, chosen)
+
+    def _checked(self, outputs: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+        loss = self.divergence(outputs, teacher)
         if self.labels is not None and self.label_weight > 0:
-            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
+            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(outputs.device))
         if not torch.isfinite(loss):
             raise MhacutError(
                 "the model's outputs are not finite on the images of the search; check --mean and --std"

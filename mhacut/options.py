@@ -90,14 +90,19 @@ class SearchOptions:
     steps: int = 60
     """Optimiser steps of the indicators, where they are trained."""
     gain_steps: int | None = None
-    """Optimiser steps of the gains on the final plan; None is what the effort says, or
-    :data:`UNREPAIRED_GAIN_STEPS` without repair."""
+    """Optimiser steps of the gains on the final plan; None is :data:`UNREPAIRED_GAIN_STEPS` without repair,
+    and none with it."""
+    tuning_steps: int | None = None
+    """Optimiser steps that tune all weights of the slim model on the calibration images, with the dense model
+    as teacher; None is what the effort says."""
     batch_size: int = 16
     """Images at a time."""
     lr: float = 0.01
     """Adam's, for indicators."""
     gain_lr: float = 0.003
     """Adam's, for gains."""
+    tuning_lr: float = 3e-5
+    """Adam's, for tuning."""
     budget_weight: float = 1.0
     """Weight of the budget's gradient against the task's, both at unit scale."""
     label_weight: float = 0.1
@@ -121,7 +126,12 @@ class SearchOptions:
         gain_steps = 0 if self.gain_steps is None else self.gain_steps
         require("--gain-steps", gain_steps, gain_steps >= 0, "at least 0")
         require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
-        for flag, value in (("--lr", self.lr), ("--gain-lr", self.gain_lr)):
+        require("--tuning-steps", self.tuned_steps, self.tuned_steps >= 0, "at least 0")
+        for flag, value in (
+            ("--lr", self.lr),
+            ("--gain-lr", self.gain_lr),
+            ("--tuning-lr", self.tuning_lr),
+        ):
             require(flag, value, 0 < value < float("inf"), "above 0")
         for flag, value in (("--budget-weight", self.budget_weight), ("--label-weight", self.label_weight)):
             require(flag, value, 0 <= value < float("inf"), "at least 0")
@@ -148,7 +158,12 @@ class SearchOptions:
             return 0
         if self.gain_steps is not None:
             return self.gain_steps
-        return EFFORTS[self.effort].gain_steps if self.repair else UNREPAIRED_GAIN_STEPS
+        return 0 if self.repair else UNREPAIRED_GAIN_STEPS
+
+    @property
+    def tuned_steps(self) -> int:
+        """Steps that tune all weights."""
+        return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
 
 
 @dataclass(frozen=True)
@@ -158,13 +173,13 @@ class Work:
     calibration_images: int
     sensitivity_share: float
     """Of the calibration images that are differentiated, of those to fit."""
-    gain_steps: int
+    tuning_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(calibration_images=128, sensitivity_share=0.5, gain_steps=0),
-    "balanced": Work(calibration_images=256, sensitivity_share=1.0, gain_steps=0),
-    "best": Work(calibration_images=256, sensitivity_share=1.0, gain_steps=100),
+    "fast": Work(calibration_images=128, sensitivity_share=0.5, tuning_steps=0),
+    "balanced": Work(calibration_images=256, sensitivity_share=1.0, tuning_steps=0),
+    "best": Work(calibration_images=1024, sensitivity_share=0.5, tuning_steps=400),
 }
 
 UNREPAIRED_GAIN_STEPS = 40

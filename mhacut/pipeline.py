@@ -46,6 +46,7 @@ from mhacut.repair import UnitRepair
 from mhacut.reweight import reweight
 from mhacut.search import SearchStep
 from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
+from mhacut.tuning import tune
 from mhacut.widths import lowest_flops, width_choices
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
@@ -197,21 +198,9 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     flops = _checked_flops(slim, table, ready.plan, budget, preprocessing)
     probe = seen.images[:4]
     _check_exact(ready, slim, anatomy, probe)
-    if options.search.trained_gain_steps > 0 and calibration.held > 0:
-        clock.start("reweighting")
-        reweighted = reweight(
-            slim.to(device),
-            lesson.part(calibration.held, None),
-            lesson.part(0, calibration.held),
-            steps=options.search.trained_gain_steps,
-            lr=options.search.gain_lr,
-            progress=lambda done, total, loss: reporter.advance(done, total, f"loss {loss:.4f}"),
-        )
-        slim = reweighted.model.cpu()
-        reporter.note(
-            f"gains: divergence on held-back images {reweighted.before:.2g} without, "
-            f"{reweighted.after:.2g} with"
-        )
+    if calibration.held > 0:
+        parts = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
+        slim = _trained(slim, dense, *parts, options.search, device, clock, reporter)
     if not options.dry_run:
         clock.start("writing")
         record = _record(options, loaded, ready.plan, preprocessing, seen, budget, table.dense, flops)
@@ -303,6 +292,53 @@ def _checked_flops(
             f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}"
         )
     return counted
+
+
+def _trained(
+    slim: nn.Module,
+    dense: nn.Module,
+    lesson: Distillation,
+    judge: Distillation,
+    options: SearchOptions,
+    device: torch.device,
+    clock: _Clock,
+    reporter: Reporter,
+) -> nn.Module:
+    """``slim`` after what training the options ask for, as far as it helps on images of ``judge``."""
+
+    def advance(done: int, total: int, loss: float) -> None:
+        reporter.advance(done, total, f"loss {loss:.4f}")
+
+    def tell(what: str, before: float, after: float) -> None:
+        reporter.note(f"{what}: divergence on held-back images {before:.2g} without, {after:.2g} with")
+
+    if options.trained_gain_steps > 0:
+        clock.start("reweighting")
+        reweighted = reweight(
+            slim.to(device),
+            lesson,
+            judge,
+            steps=options.trained_gain_steps,
+            lr=options.gain_lr,
+            progress=advance,
+        )
+        slim = reweighted.model
+        tell("gains", reweighted.before, reweighted.after)
+    if options.tuned_steps > 0:
+        clock.start("tuning")
+        tuned = tune(
+            slim.to(device),
+            dense.to(device),
+            lesson,
+            judge,
+            steps=options.tuned_steps,
+            lr=options.tuning_lr,
+            progress=advance,
+        )
+        slim = tuned.model
+        tell("tuning", tuned.before, tuned.after)
+    dense.cpu()
+    return slim.cpu()
 
 
 @torch.no_grad()

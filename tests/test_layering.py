@@ -28,7 +28,7 @@ FLOORS = (
     {"surgery", "taps"},
     {"cost", "modelinfo", "widths"},
     {"calibration", "distillation"},
-    {"reduction", "reweight"},
+    {"reduction", "reweight", "tuning"},
     {"repair", "search"},
     {"compensation", "curves"},
     {"allocation"},

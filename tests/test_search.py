@@ -147,7 +147,7 @@ def test_without_reweight_gains_are_masks_and_temperature(bench):
 
 
 def test_gains_are_trained_as_long_as_asked_or_as_the_effort_says():
-    assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 0, 100]
+    assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 0, 0]
     assert SearchOptions(repair=False).trained_gain_steps == 40
     assert SearchOptions(effort="fast", gain_steps=7).trained_gain_steps == 7
     assert SearchOptions(gain_steps=0).trained_gain_steps == 0

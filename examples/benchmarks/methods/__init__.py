@@ -7,29 +7,10 @@ starts with its parent's peak memory.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable
 
-Sees = Literal["nothing", "images", "labelled images"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One column of the comparison."""
-
-    name: str
-    """What ``--methods`` matches."""
-    title: str
-    """For readers."""
-    sees: Sees
-    """What it looks at beside the weights."""
-    module: str
-    """Module of this package that does it; empty for ``mhacut prune``, which is run as a command."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """For the module's ``prune``; for mhacut, ``flags`` of the command."""
-    default: bool = True
-    """Whether a comparison that names no methods has it."""
+from methods import ablation
+from methods.method import Method, Sees
 
 
 def _mhacut() -> Iterable[Method]:
@@ -73,6 +54,7 @@ METHODS = {
     method.name: method
     for method in (
         *_mhacut(),
+        *ablation.methods(),
         *_torch_pruning(),
         Method("corp", "CORP (own reference)", "images", "corp"),
         Method("vbp", "VBP (own reference)", "images", "vbp"),

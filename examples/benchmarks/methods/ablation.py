@@ -1,0 +1,53 @@
+"""``mhacut prune`` with one ingredient changed at a time, for ``ablation.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from methods.method import Method
+
+PAPER = ("--allocation", "indicator", "--selection", "indicator", "--basis", "channel", "--no-repair")
+"""The ingredients of arXiv 2405.20867 and nothing else; gains are trained where there is no repair."""
+PLAIN = ("--allocation", "uniform", "--basis", "channel", "--no-repair", "--no-reweight")
+"""Widths the same everywhere, channels that serve best after a refit, but no refit."""
+
+_FULL = {
+    "full": ("the full method", ()),
+    "full-channel": ("original channels only", ("--basis", "channel")),
+    "full-principal": ("principal channels wherever exact", ("--basis", "principal")),
+    "full-uniform": ("uniform widths", ("--allocation", "uniform")),
+    "full-indicator": ("widths by learnable search", ("--allocation", "indicator")),
+    "full-refined": ("widths by curves, then learnable search", ("--allocation", "refined")),
+    "full-no-repair": ("no repair", ("--no-repair", "--no-reweight")),
+    "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
+    "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),
+}
+_PAPER = {
+    "paper": ("the paper's ingredients", ()),
+    "paper-no-similarity": ("no similarity weight", ("--no-similarity",)),
+    "paper-no-init": ("no attention-difference start", ("--init", "uniform")),
+    "paper-no-adjustment": ("no score adjustment while training", ("--no-score-adjustment",)),
+    "paper-no-reweight": ("no reweight", ("--no-reweight",)),
+}
+_ALONE = {
+    "plain": ("none of them: uniform widths", ()),
+    "plain-repair": ("repair alone", ("--repair",)),
+    "plain-principal": ("principal basis alone", ("--basis", "principal")),
+    "plain-curves": ("error curves alone", ("--allocation", "curves")),
+    "plain-indicator": ("learnable search alone", ("--allocation", "indicator", "--selection", "indicator")),
+    "plain-reweight": ("reweight alone", ("--reweight",)),
+}
+
+
+def methods() -> Iterable[Method]:
+    for base, rows in (((), _FULL), (PAPER, _PAPER), (PLAIN, _ALONE)):
+        for name, (title, flags) in rows.items():
+            # Of a flag given twice, the command line takes the later one.
+            yield Method(
+                f"ablation-{name}",
+                title,
+                "images",
+                "",
+                {"flags": ("--no-labels", *base, *flags)},
+                default=False,
+            )
