@@ -38,7 +38,7 @@ def output_energy(second_moment: Tensor, readout: Tensor) -> Tensor:
 
 
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
-    """||A - A without channel i||_F^2 of linear attention, summed over images, [H, d]; exact.
+    """||A - A without channel i||_F^2 of linear attention, summed over images, [H, d].
 
     A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are taken as they are:
     where they were normalised over all channels, that norm is not taken anew.
@@ -53,10 +53,10 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
     along, square = _along_output(weights, gram)
     mean = mean.unsqueeze(-2)
     first = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) - 2 * along * mean + square * mean.square()
-    # What is left of the denominator: nothing, but for the epsilon, where a token has this channel only.
-    floor = EPSILON / (query @ mean.mT + EPSILON)
-    left = torch.maximum(1 - weights * mean, floor)
-    return ((weights / left).square() * first.clamp_min(0)).sum(-2).sum(0)
+    left = 1 - weights * mean  # of the denominator
+    lost = (weights / left.clamp_min(EPSILON)).square() * first.clamp_min(0)
+    # A token that has this channel only is left with nothing that the epsilon would not drown.
+    return torch.where(left < EPSILON, square, lost).sum(-2).sum(0)
 
 
 def linear_contributions(query: Tensor, key: Tensor, value: Tensor, metric: Tensor) -> Tensor:
