@@ -1,8 +1,9 @@
-"""The script that trains a FLatten model: the same bytes however often it was stopped."""
+"""The scripts that train and prune a FLatten model: the same bytes however often they were stopped."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from PIL import Image
 
 import mhacut
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "flatten_cifar" / "train.py"
+SCRIPTS = Path(__file__).parent.parent / "examples" / "flatten_cifar"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("flatten_cifar_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"flatten_cifar_{name}", SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture
@@ -37,16 +41,17 @@ def folder(tmp_path):
 
 
 def test_a_run_that_was_stopped_ends_at_the_same_bytes(script, folder, monkeypatch, capsys):
-    monkeypatch.setattr(script, "BATCH", 6)
+    train = script("train")
+    monkeypatch.setattr(train, "BATCH", 6)
     ending = ["--epochs", "3", "--embed-dims", "8", "16", "40", "64", "--data-dir", str(folder / "data")]
 
     def run(output: Path) -> bytes:
         monkeypatch.setattr("sys.argv", ["train.py", "--output", str(output), *ending])
-        script.main()
+        train.main()
         return (output / "model" / "model.safetensors").read_bytes()
 
     straight = run(folder / "straight")
-    set_rate, seen = script.set_rate, []
+    set_rate, seen = train.set_rate, []
 
     def stop(optimiser, done):
         seen.append(done)
@@ -55,7 +60,7 @@ def test_a_run_that_was_stopped_ends_at_the_same_bytes(script, folder, monkeypat
         set_rate(optimiser, done)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(script, "set_rate", stop)
+        stopped.setattr(train, "set_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder / "stopped")
     assert run(folder / "stopped") == straight
@@ -65,3 +70,36 @@ def test_a_run_that_was_stopped_ends_at_the_same_bytes(script, folder, monkeypat
     ending[1] = "4"
     with pytest.raises(SystemExit, match="another run"):
         run(folder / "straight")
+
+
+def test_the_table_has_a_row_for_every_method_and_goes_on(script, folder, monkeypatch, capsys):
+    train, table = script("train"), script("table")
+    recipe = train.Recipe((8, 16, 40, 64), 1, 0, 16)
+    model = train.train(recipe, *train.read_split(folder / "data", "train")[:2], 2, folder / "run")
+    train.write_model(folder / "run" / "model", model, recipe, ["cat", "dog"])
+    monkeypatch.setattr(table, "CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr(table, "BATCH", 4)
+    monkeypatch.setattr(table, "LATENCY_SECONDS", 0.0)
+    monkeypatch.setattr(table, "ROUND_TO", 4)
+    argv = ["table.py", "--checkpoint", str(folder / "run" / "model"), "--data-dir", str(folder / "data")]
+    argv += [
+        "--keep",
+        "60",
+        "--json",
+        str(folder / "cells.json"),
+        "--methods",
+        "mhacut",
+        "Taylor",
+        "magnitude",
+    ]
+    monkeypatch.setattr("sys.argv", [*argv, "--seeds", "0"])
+    table.main()
+    first = json.loads((folder / "cells.json").read_text())
+    assert set(first) == {f"{method} | 60 | 0" for method in ("mhacut", "Taylor", "magnitude")}
+    assert all(0.5 < cell["flops"] <= 0.6 for cell in first.values())
+    monkeypatch.setattr("sys.argv", [*argv, "--seeds", "0", "1"])
+    table.main()
+    again = json.loads((folder / "cells.json").read_text())
+    assert len(again) == 6
+    assert {name: again[name] for name in first} == first
+    assert capsys.readouterr().out.count("| 60 % | mhacut |") == 2
