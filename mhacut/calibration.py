@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Layer, Unit
 from mhacut.surgery import Anatomy, UnitKey, readers
 from mhacut.taps import listening
-from mhacut.tensor.attention_difference import logit_energy, output_energy
+from mhacut.tensor.attention_difference import (
+    linear_attention_energy,
+    linear_contributions,
+    logit_energy,
+    output_energy,
+)
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
@@ -30,8 +35,9 @@ HELD_BACK = 0.25
 class UnitMoments:
     """Moments of one unit's channels, as its readout sees them.
 
-    (query, key), [H, d] each, for qk, k centred over the keys of each image; otherwise (channels,) over all
-    heads at once, [H * d].
+    (query, key), [H, d] each, for qk, k centred over the keys of each image; of linear attention (parts,),
+    [H, d], of what each channel adds to the layer's output; otherwise (channels,) over all heads at once,
+    [H * d].
     """
 
     fit: tuple[Moments, ...]
@@ -70,8 +76,9 @@ class Calibration:
 class _Accumulator:
     """Sums over images for one unit, float64, on the model's device."""
 
-    def __init__(self, unit: Unit) -> None:
-        self.unit = unit
+    def __init__(self, unit: Unit, metric: Tensor | None = None) -> None:
+        """Start from nothing; ``metric``, [H, d_v, d_v], is of what heads of linear attention give."""
+        self.unit, self.metric = unit, metric
         self.parts: dict[tuple[str, bool], Moments] = {}
         self.grams: dict[str, Tensor] = {}
         self.energy: Tensor | None = None
@@ -79,6 +86,9 @@ class _Accumulator:
 
     def feed(self, tap: str, channels: Tensor, held: bool) -> None:
         """Take one batch of one tap, [..., heads, width]."""
+        if self.unit.linear:
+            self._feed_linear(tap, channels.movedim(-2, 1).flatten(2, -2), held)
+            return
         if self.unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._gram(tap, x.transpose(0, 1).flatten(1, 2))
@@ -91,6 +101,22 @@ class _Accumulator:
             self._gram(tap, channels.flatten(0, -3).transpose(0, 1))
         if tap != "value":
             self._moments(tap, channels.flatten(-2).flatten(0, -2), held)  # (rows, H * d)
+
+    def _feed_linear(self, tap: str, x: Tensor, held: bool) -> None:
+        """Take features or values, (B, H, N, d); they mean something together only."""
+        self._waiting[tap] = x
+        if tap != "value":
+            self._gram(tap, x.transpose(0, 1).flatten(1, 2))
+        if len(self._waiting) < 3:
+            return
+        query, key, value = (self._waiting.pop(name) for name in ("query", "key", "value"))
+        energy = linear_attention_energy(query, key)
+        self.energy = energy if self.energy is None else self.energy + energy
+        assert self.metric is not None
+        second = linear_contributions(query, key, value, self.metric)
+        rows = query.shape[0] * query.shape[2]
+        parts, place = Moments(rows, torch.zeros_like(energy), second), ("parts", held)
+        self.parts[place] = self.parts[place] + parts if place in self.parts else parts
 
     def _moments(self, tap: str, rows: Tensor, held: bool) -> None:
         moments, key = Moments.of(rows), (tap, held)
@@ -112,6 +138,8 @@ class _Accumulator:
 
     def moments(self) -> UnitMoments:
         taps = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
+        if self.unit.linear:
+            taps = ("parts",)
         fit, held = (
             tuple(self.parts[tap, part] for tap in taps if (tap, part) in self.parts)
             for part in (False, True)
@@ -158,7 +186,11 @@ def calibrate(
     """
     count = len(images)
     held = max(1, round(HELD_BACK * count)) if count > 1 else 0
-    accumulators = {unit.key: _Accumulator(unit) for unit in anatomy.units()}
+    accumulators = {
+        unit.key: _Accumulator(unit, _output_metric(model, layer) if unit.linear else None)
+        for layer in anatomy.layers
+        for unit in layer.units
+    }
     generator = torch.Generator().manual_seed(seed)
     sensitivity: dict[str, Tensor] = {}
     device = next(model.parameters()).device
@@ -194,6 +226,13 @@ def calibrate(
         {name: total / differentiated for name, total in sensitivity.items()},
         answers.roll(held, 0),
     )
+
+
+def _output_metric(model: nn.Module, layer: Layer) -> Tensor:
+    """W^T W of every head, with W the columns that read its values, [H, d_v, d_v], float64."""
+    values = next(unit for unit in layer.units if unit.kind == "v")
+    columns = readers(model.get_submodule(layer.name), values).view(-1, values.heads, values.width)
+    return torch.einsum("ohi,ohj->hij", columns, columns)
 
 
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

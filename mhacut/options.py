@@ -15,6 +15,7 @@ Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
 BasisChoice = Literal["auto", "channel", "principal"]
+Positions = Literal["auto", "own", "equal"]
 Allocation = Literal["auto", "curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
 PathLike = str | os.PathLike[str]
@@ -76,6 +77,10 @@ class SearchOptions:
     basis: BasisChoice = "auto"
     """What a channel is: one of the model's own, a principal one where the algebra allows it, or, per unit,
     that which leaves the smaller error on held-back images."""
+    positions: Positions = "auto"
+    """Which v channels heads keep that share the filters of a convolution (focused linear attention): each
+    its own, with a copy of the filters, the same positions in all, or, per unit, that which leaves the
+    smaller error on held-back images."""
     similarity: bool = True
     """Weight indicators by how unlike the other channels of its head a channel is."""
     score_adjustment: bool = True
@@ -119,6 +124,7 @@ class SearchOptions:
         require_choice("--effort", self.effort, get_args(Effort))
         require_choice("--allocation", self.allocation, get_args(Allocation))
         require_choice("--basis", self.basis, get_args(BasisChoice))
+        require_choice("--positions", self.positions, get_args(Positions))
         require_choice("--init", self.init, get_args(Init))
         require_choice("--temperature", self.temperature, get_args(Temperature))
         require_choice("--selection", self.selection, get_args(Selection))

@@ -14,7 +14,8 @@ Basis = Literal["channel", "principal"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 
-_UNIT_KEYS = {"layer", "kind", "dense_width", "kept", "basis"}
+_UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
+_OPTIONAL_KEYS = {"basis", "unshared"}
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
@@ -35,6 +36,9 @@ class UnitPlan:
     """Per head, the indices that stay, ascending, in ``range(dense_width)``."""
     basis: Basis = "channel"
     """What the indices count: the model's own channels, or its principal ones, the strongest first."""
+    unshared: bool = False
+    """Tensors that all heads share are copied for each head first. Without that, heads that share them keep
+    the same channels."""
 
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
@@ -93,12 +97,15 @@ class UnitPlan:
                 f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
             )
         if self.basis == "principal" and not self.keeps_all:  # of what was left, whatever that was
-            return UnitPlan(self.layer, self.kind, earlier.dense_width, self.kept, "principal")
+            return UnitPlan(
+                self.layer, self.kind, earlier.dense_width, self.kept, "principal", earlier.unshared
+            )
         kept = tuple(
             tuple(before[channel] for channel in now)
             for before, now in zip(earlier.kept, self.kept, strict=True)
         )
-        return UnitPlan(self.layer, self.kind, earlier.dense_width, kept, earlier.basis)
+        unshared = earlier.unshared or self.unshared
+        return UnitPlan(self.layer, self.kind, earlier.dense_width, kept, earlier.basis, unshared)
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ class Plan:
                 "dense_width": unit.dense_width,
                 "kept": [list(channels) for channels in unit.kept],
                 "basis": unit.basis,
+                **({"unshared": True} if unit.unshared else {}),
             }
             for unit in self.units
         ]
@@ -167,16 +175,22 @@ class Plan:
 
 
 def _unit_from_json(entry: object) -> UnitPlan:
-    if not isinstance(entry, Mapping) or set(entry) | {"basis"} != _UNIT_KEYS:
-        raise PlanError(f"a unit of a plan has exactly the keys {', '.join(sorted(_UNIT_KEYS))}")
+    if not isinstance(entry, Mapping) or not _UNIT_KEYS <= set(entry) <= _UNIT_KEYS | _OPTIONAL_KEYS:
+        raise PlanError(
+            f"a unit of a plan has the keys {', '.join(sorted(_UNIT_KEYS))}, and at most "
+            f"{', '.join(sorted(_OPTIONAL_KEYS))} beside them"
+        )
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
     basis = entry.get("basis", "channel")  # the first files named none
+    unshared = entry.get("unshared", False)
     if not all(isinstance(text, str) for text in (layer, kind, basis)) or not _is_int(dense_width):
         raise PlanError("a unit of a plan has text for layer, kind, basis, a whole number for dense_width")
+    if not isinstance(unshared, bool):
+        raise PlanError(f"plan of {layer!r}: unshared is true or false")
     if not isinstance(kept, list) or not all(isinstance(row, list) and _all_int(row) for row in kept):
         raise PlanError(f"plan of {layer!r}: kept is a list of channel indices per head")
     rows = tuple(tuple(row) for row in kept)
-    return UnitPlan(layer, cast(UnitKind, kind), dense_width, rows, cast(Basis, basis))
+    return UnitPlan(layer, cast(UnitKind, kind), dense_width, rows, cast(Basis, basis), unshared)
 
 
 def _is_int(value: object) -> bool:

@@ -135,6 +135,7 @@ class Planner:
                 self.choices[unit.key][0],
                 self.options.basis,
                 self.calibration.sensitivity.get(unit.layer),
+                self.options.positions,
             )
             self.progress(done + 1, len(self.units), "")
         return found

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.calibration import UnitMoments
-from mhacut.options import BasisChoice
+from mhacut.options import BasisChoice, Positions
 from mhacut.plan import Basis, UnitPlan
 from mhacut.surgery import readers
 from mhacut.tensor.moments import Moments
 from mhacut.tensor.principal import logit_basis, output_basis
-from mhacut.tensor.selection import Ranking, rank_channels, rank_logit_channels
+from mhacut.tensor.selection import (
+    Ranking,
+    rank_channels,
+    rank_logit_channels,
+    rank_parts,
+    rank_shared_channels,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Reduction:
     """For :func:`mhacut.surgery.rotate`, [H, d, d]; None in the basis of the original channels."""
     ranking: Ranking
     """In the order they stay; of rotated channels where there is a rotation."""
+    unshared: bool = False
+    """Each head gets a copy of what heads share, see :attr:`mhacut.plan.UnitPlan.unshared`."""
 
     @property
     def basis(self) -> Basis:
@@ -37,7 +45,8 @@ class Reduction:
         if width == unit.width:
             return UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width)
         kept = self.ranking.kept(width).tolist()
-        return UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept)), self.basis)
+        rows = tuple(map(tuple, kept))
+        return UnitPlan(unit.layer, unit.kind, unit.width, rows, self.basis, self.unshared)
 
 
 def reductions(
@@ -47,6 +56,7 @@ def reductions(
     smallest: int,
     basis: BasisChoice,
     metric: Tensor | None = None,
+    positions: Positions = "auto",
 ) -> tuple[Reduction, ...]:
     """The ways to shrink ``unit`` that ``basis`` allows, the likeliest to be good first.
 
@@ -57,12 +67,18 @@ def reductions(
         smallest: the least width anyone will ask for.
         basis: ``auto`` gives both where the algebra allows both.
         metric: of errors of the layer's output, [out, out], to price the removal of hidden channels.
+        positions: of channels in heads that share tensors; ``auto`` gives both ways.
     """
     found = []
     if unit.rotatable and basis != "channel":
         found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
-    if not found or basis == "auto":
-        found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric)))
+    shares = unit.shares
+    if (not found or basis == "auto") and (not shares or positions != "equal"):
+        found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
+    if shares and positions != "own":
+        second = _second(unit, moments.every[0])
+        ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
+        found.append(Reduction(unit, None, ranking))
     return tuple(found)
 
 
@@ -103,6 +119,8 @@ def _ranking(
     module: nn.Module, unit: Unit, moments: UnitMoments, smallest: int, metric: Tensor | None
 ) -> Ranking:
     every = moments.every
+    if unit.linear:
+        return rank_parts(every[0].energy)
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
     return rank_channels(_second(unit, every[0]), readers(module, unit), unit.heads, smallest, metric)

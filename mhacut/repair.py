@@ -17,7 +17,7 @@ from mhacut.calibration import UnitMoments
 from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import Reduction, block_diagonal, rotated
-from mhacut.surgery import Anatomy, UnitKey, channels_of, readers, rotate, temperature_factor
+from mhacut.surgery import Anatomy, UnitKey, channels_of, readers, rotate, set_gate, temperature_factor
 from mhacut.tensor.refit import LinearRefit, LogitRefit, refit_linear, refit_logits
 
 
@@ -28,7 +28,7 @@ class UnitRepair:
     plan: UnitPlan
     """What it keeps, and in which basis."""
     ridge: float
-    """Relative; infinite where refitting did not help and was left out."""
+    """Relative; infinite where refitting did not help and was left out, or is not possible."""
     error: float
     """Squared error on held-back images over that of plainly removing the channels; of the logits for qk, of
     the layer's output otherwise."""
@@ -69,6 +69,9 @@ def repair(
         if ways is not None:
             candidates = [(way.plan(unit_plan.width), way.rotation) for way in ways[unit.key]]
         seen = moments[unit.key]
+        if unit.linear:
+            report[unit.key] = UnitRepair(candidates[0][0], float("inf"), 1.0)
+            continue
         fits = [_Fit.of(module, unit, *candidate, seen, temperature) for candidate in candidates]
         best = min(fits, key=lambda fit: fit.refit.left)
         best.apply(module, unit)
@@ -80,6 +83,10 @@ def shrink(
     module: nn.Module, unit: Unit, way: Reduction, width: int, moments: UnitMoments, temperature: Temperature
 ) -> None:
     """Refit one layer in place for ``unit`` at ``width``, removed channels dead."""
+    if unit.linear:  # nothing to refit
+        kept = torch.tensor(way.plan(width).kept, device=next(module.parameters()).device)
+        set_gate(module, unit, torch.zeros(unit.heads, unit.width, device=kept.device).scatter(-1, kept, 1.0))
+        return
     _Fit.of(module, unit, way.plan(width), way.rotation, moments, temperature).apply(module, unit)
 
 

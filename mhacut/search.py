@@ -68,6 +68,9 @@ class _UnitState:
         start: Tensor | None,
     ) -> None:
         self.unit = unit
+        # Heads that share filters then keep the same channels, by their mean score.
+        self.equal = unit.shares and options.positions == "equal"
+        self.unshared = unit.shares and not self.equal
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
         weight = similarity_weight(statistics.redundancy) if options.similarity else torch.ones(shape)
@@ -82,7 +85,15 @@ class _UnitState:
 
     def score(self) -> Tensor:
         """[H, d]."""
-        return self.weight * self.indicator
+        score = self.weight * self.indicator
+        return score.mean(0, keepdim=True).expand_as(score) if self.equal else score
+
+    def plan(self, score: Tensor, width: int) -> UnitPlan:
+        """The best ``width`` channels of each head."""
+        unit = self.unit
+        unshared = self.unshared and width < unit.width
+        kept = top_channels(score, width)
+        return UnitPlan(unit.layer, unit.kind, unit.width, kept, unshared=unshared)
 
 
 def search(
@@ -195,10 +206,4 @@ def _final_plan(states: list[_UnitState], table: CostTable, budget: int, round_t
     }
     choices = {state.unit.key: width_choices(state.unit.width, round_to) for state in states}
     widths = fill_budget(ranked, choices, table.flops, budget)
-    return Plan(
-        tuple(
-            UnitPlan(key[0], key[1], state.unit.width, top_channels(scores[key], widths[key]))
-            for state in states
-            for key in (state.unit.key,)
-        )
-    )
+    return Plan(tuple(state.plan(scores[state.unit.key], widths[state.unit.key]) for state in states))

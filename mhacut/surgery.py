@@ -143,11 +143,12 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             unit_plan = unit_plans.get(unit.kind)
             if unit_plan is None:
                 continue
-            gain = torch.full(
-                (unit.heads, unit.width), exact_gain(unit, unit_plan.width), dtype=torch.float64
-            )
+            gain = _kept(unit_plan).double() * exact_gain(unit, unit_plan.width)
             if gains is not None and unit.key in gains:
                 gain = gain * gains[unit.key].to(gain)
+            _fold_constants(module, unit, gain)
+            if unit.gate is not None:
+                layer.adapter.merge_gate(module, unit, gain)
             for axis in unit.gain_axes:
                 _scale(module, axis, gain)
         _slice(module, layer, unit_plans)
@@ -174,6 +175,12 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
             if unit.key not in gains:
                 continue
             gain = gains[unit.key].reshape(-1)  # (H * d)
+            if unit.gate is not None:
+                masked[f"{layer.name}.{unit.gate}"] = gain
+            if unit.constants:
+                bias = f"{layer.name}.{unit.readout_bias}"
+                module = model.get_submodule(layer.name)
+                masked[bias] = model.get_parameter(bias) + _constant_lost(module, unit, gain)
             for axis in unit.gain_axes:
                 name = f"{layer.name}.{axis.tensor}"
                 tensor = masked.get(name)
@@ -183,12 +190,24 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
     return masked
 
 
+def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
+    """Put ``gain`` [heads, width] into the unit's gate; None opens it."""
+    assert unit.gate is not None
+    owner, _, name = unit.gate.rpartition(".")
+    setattr(module.get_submodule(owner), name, None if gain is None else gain.reshape(-1))
+
+
 def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64."""
+    return readout(module, unit).detach().double()
+
+
+def readout(module: nn.Module, unit: Unit) -> Tensor:
+    """As :func:`readers`, of the parameter's own dtype."""
     assert unit.readout is not None
-    weight = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
+    weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
     size = unit.heads * unit.width
-    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size).double()
+    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size)
 
 
 @torch.no_grad()
@@ -225,6 +244,14 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
                 f"plan of {unit.layer!r} ({unit.kind}): the model has {unit.heads} heads of {unit.width} "
                 f"channels, the plan is for {unit_plan.heads} of {unit_plan.dense_width}"
             )
+        shared = [axis.tensor for axis in unit.axes if axis.shared]
+        if shared and not unit_plan.unshared and len(set(unit_plan.kept)) > 1:
+            raise PlanError(
+                f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)}: they keep the "
+                "same channels, or the plan says unshared; found different ones"
+            )
+        if unit_plan.unshared and not shared:
+            raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but its heads share nothing")
 
 
 def _scaled(tensor: Tensor, axis: ChannelAxis, gain: Tensor) -> Tensor:
@@ -243,35 +270,80 @@ def _scale(module: nn.Module, axis: ChannelAxis, gain: Tensor) -> None:
     parameter.copy_(scaled.to(parameter.dtype))
 
 
+def _kept(unit_plan: UnitPlan) -> Tensor:
+    """Which channels stay, [heads, dense_width], bool."""
+    kept = torch.zeros(unit_plan.heads, unit_plan.dense_width, dtype=torch.bool)
+    for head, channels in enumerate(unit_plan.kept):
+        kept[head, list(channels)] = True
+    return kept
+
+
+def _constant_lost(module: nn.Module, unit: Unit, gain: Tensor) -> Tensor:
+    """What the readout's bias must take up when channels are scaled by ``gain`` [heads * width]; [out]."""
+    columns = readout(module, unit)
+    lost = columns.new_zeros(len(columns))
+    for axis in unit.constants:
+        first, last = axis.heads or (0, unit.heads)
+        own = module.get_parameter(axis.tensor)
+        constant = own.repeat(last - first) if axis.shared else own
+        part = slice(first * unit.width, last * unit.width)
+        lost = lost + columns[:, part] @ (constant * (1 - gain[part].to(constant)))
+    return lost
+
+
+def _fold_constants(module: nn.Module, unit: Unit, gain: Tensor) -> None:
+    if unit.constants:
+        assert unit.readout_bias is not None
+        bias = module.get_parameter(unit.readout_bias)
+        bias.add_(_constant_lost(module, unit, gain.reshape(-1)).to(bias))
+
+
+def _unshare(module: nn.Module, unit: Unit) -> None:
+    """A copy for each head of every tensor that heads share."""
+    for axis in unit.axes:
+        if axis.shared:
+            parameter = module.get_parameter(axis.tensor)
+            copies = [unit.heads if dim == axis.dim else 1 for dim in range(parameter.dim())]
+            _replace(module, axis.tensor, parameter.detach().repeat(copies))
+
+
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
     """Index every tensor of the layer by what its units keep; several units may share a dimension."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
     for unit in layer.units:
         if unit.kind not in unit_plans:
             continue
-        kept = torch.zeros(unit.heads, unit.width, dtype=torch.bool)
-        for head, channels in enumerate(unit_plans[unit.kind].kept):
-            kept[head, list(channels)] = True
-        gone = (~kept).reshape(-1).nonzero()[:, 0]
+        if unit_plans[unit.kind].unshared:
+            _unshare(module, unit)
+        gone = ~_kept(unit_plans[unit.kind])
         for axis in unit.axes:
-            removed.setdefault((axis.tensor, axis.dim), []).append(gone + axis.offset)
+            first, last = axis.heads or (0, unit.heads)
+            if axis.shared and not unit_plans[unit.kind].unshared:
+                last = first + 1
+            rows = gone[first:last].reshape(-1).nonzero()[:, 0]
+            removed.setdefault((axis.tensor, axis.dim), []).append(rows + axis.offset)
     for (name, dim), gone_parts in removed.items():
         parameter = module.get_parameter(name)
         keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
         keep[torch.cat(gone_parts)] = False
         sliced = parameter.index_select(dim, keep.nonzero()[:, 0].to(parameter.device))
-        owner_name, _, tensor_name = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        fresh = nn.Parameter(sliced.contiguous(), requires_grad=parameter.requires_grad)
-        setattr(owner, tensor_name, fresh)
-        _tell_size(owner)
+        _replace(module, name, sliced)
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a parameter of ``module`` another tensor."""
+    requires_grad = module.get_parameter(name).requires_grad
+    owner_name, _, tensor_name = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    setattr(owner, tensor_name, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
+    _tell_size(owner)
 
 
 def _tell_size(owner: nn.Module) -> None:
     """Linear and convolution layers carry their sizes as attributes too."""
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
     if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = weight.shape
+        owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.Conv2d):
-        owner.out_channels, owner.in_channels = weight.shape[0], weight.shape[1] * owner.groups
+        if owner.groups == owner.out_channels:  # depthwise
+            owner.groups = owner.weight.shape[0]
+        owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups

@@ -40,7 +40,8 @@ def _listen(submodule: nn.Module, tap: Tap, take: Callable[[Tensor], None]) -> R
 def _taker(unit: Unit, name: str, tap: Tap, listener: Listener) -> Callable[[Tensor], None]:
     def take(activation: Tensor) -> None:
         channels = activation.detach().movedim(tap.channel_dim, -1)
-        channels = channels[..., tap.offset : tap.offset + unit.heads * unit.width]
-        listener(unit, name, channels.reshape(*channels.shape[:-1], unit.heads, unit.width))
+        width = tap.width or unit.width
+        channels = channels[..., tap.offset : tap.offset + unit.heads * width]
+        listener(unit, name, channels.reshape(*channels.shape[:-1], unit.heads, width))
 
     return take

@@ -65,6 +65,7 @@ def official_name(name: str) -> str:
         name = re.sub(r"stages\.(\d)\.blocks\.", lambda found: f"block{int(found[1]) + 1}.", name)
         name = re.sub(r"stages\.(\d)\.norm", lambda found: f"norm{int(found[1]) + 1}", name)
         return name.replace(".dwconv.", ".dwconv.dwconv.")
+    name = re.sub(r"^(stage\d\.\d+)\.attn\.", r"\1.", name)  # CSWin
     return name.replace("head.fc.", "head.")
 
 

@@ -16,10 +16,9 @@ from mhacut.surgery import cut, dissect
 @pytest.mark.parametrize(
     ("architecture", "cls"),
     [
-        ("swin_tiny_patch4_window7_224", "WindowAttention"),
         ("xcit_nano_12_p16_224", "XCA"),
         ("cait_xxs24_224", "TalkingHeadAttn"),
-        ("pvt_v2_b0", "timm.models.pvt_v2.Attention"),
+        ("twins_svt_small", "LocallyGroupedAttn"),
         ("levit_128s", "AttentionDownsample"),
         ("eva02_tiny_patch14_224", "EvaAttention"),
         ("efficientvit_b0", "LiteMLA"),

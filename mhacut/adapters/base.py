@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.plan import UnitKind
 
@@ -28,7 +28,12 @@ class ChannelAxis:
     dim: int
     """Dimension of that tensor along which the channels lie."""
     offset: int = 0
-    """Where head 0, channel 0 lies."""
+    """Where head 0 (the first head here), channel 0 lies."""
+    heads: tuple[int, int] | None = None
+    """First and past the last head whose channels lie here, where it is not all of them."""
+    shared: bool = False
+    """One row serves all heads: channel i of every head lies at ``offset + i``. Heads that keep channels of
+    their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Tap:
     offset: int = 0
     channel_dim: int = -1
     """Dimension of the activation that holds the channels."""
+    width: int | None = None
+    """Channels per head, where it is not the unit's."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,11 @@ class Unit:
     """Everything that is sliced when channels go."""
     gain_axes: tuple[ChannelAxis, ...]
     """Where a factor per channel scales that channel's contribution exactly: 0 removes it (mask), any other
-    number is a reweight gain. A subset of ``axes``, biases that belong to the channel included."""
+    number is a reweight gain. A subset of ``axes``, biases that belong to the channel included. Empty where
+    there is a ``gate``."""
     taps: Mapping[str, Tap]
-    """``query`` and ``key`` for qk; ``value`` and ``output`` (weighted by attention, before the projection)
-    for v; ``hidden`` for the MLP."""
+    """``query`` and ``key`` for qk (of ``linear`` attention their features, and ``value`` too); ``value`` and
+    ``output`` (weighted by attention, before the projection) for v; ``hidden`` for the MLP."""
     readout: ChannelAxis | None = None
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
     readout_bias: str | None = None
@@ -69,10 +77,25 @@ class Unit:
     invertible matrix and the other axes by its inverse transpose."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
+    linear: bool = False
+    """Attention without a softmax: its weights are products of features of q and of k, over their sum. What
+    makes the features acts on single channels, so that kept ones cannot be mixed to stand in for others."""
+    gate: str | None = None
+    """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
+    negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
+    gains."""
+    constants: tuple[ChannelAxis, ...] = ()
+    """Biases, one per channel, that pass on to the readout untouched: what a channel gives when it is zero.
+    Stays when the channel goes: the readout's bias takes it up."""
 
     @property
     def key(self) -> tuple[str, UnitKind]:
         return self.layer, self.kind
+
+    @property
+    def shares(self) -> bool:
+        """Whether heads share a tensor of the unit."""
+        return any(axis.shared for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -118,3 +141,13 @@ class Adapter(ABC):
 
         Tensors keep their names. ``widths`` names every unit of the layer, also the ones left whole.
         """
+
+    def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:
+        """Put gains into parameters, before they are sliced, so that the layer needs no gate.
+
+        Args:
+            module: the layer, not yet cut.
+            unit: of that layer, with a gate.
+            gain: [heads, width], float64; 0 only where the channel is about to go.
+        """
+        raise NotImplementedError

@@ -10,14 +10,23 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.cswin_attention import CswinAttentionAdapter
+from mhacut.adapters.focused_attention import FocusedAttentionAdapter
+from mhacut.adapters.pvt_attention import PvtAttentionAdapter
+from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.vit_attention import VitAttentionAdapter
-from mhacut.adapters.vit_mlp import GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
 
 ADAPTERS: tuple[Adapter, ...] = (
     VitAttentionAdapter(),
+    FocusedAttentionAdapter(),
+    WindowAttentionAdapter(),
+    CswinAttentionAdapter(),
+    PvtAttentionAdapter(),
     MlpAdapter(),
     GluMlpAdapter(),
     SwiGLUAdapter(),
+    DepthwiseMlpAdapter(),
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
@@ -49,6 +58,8 @@ _CHANNEL_GATES = frozenset(
     | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
 )
 
+_OWN = "mhacut.adapters"
+"""Where the classes of cut layers are."""
 _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
 
 
@@ -79,4 +90,4 @@ def looks_like_mlp(module: nn.Module) -> bool:
 
 def supported_classes() -> tuple[str, ...]:
     """Names of the classes that can be cut, for messages."""
-    return tuple(sorted(cls.__name__ for cls in _BY_CLASS if cls.__module__.startswith("timm")))
+    return tuple(sorted({cls.__name__ for cls in _BY_CLASS if not cls.__module__.startswith(_OWN)}))

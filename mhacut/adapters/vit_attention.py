@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
 
@@ -61,14 +62,14 @@ class VitAttentionAdapter(Adapter):
         left_whole: dict[UnitKind, str] = {}
 
         if _is_identity(module.q_norm) and _is_identity(module.k_norm):
-            query = _rows("qkv", module.qkv, q_at)
+            query = rows(module, "qkv", q_at)
             units.append(
                 Unit(
                     name,
                     "qk",
                     heads,
                     qk_width,
-                    axes=query + _rows("qkv", module.qkv, k_at),
+                    axes=query + rows(module, "qkv", k_at),
                     gain_axes=query,
                     taps={"query": Tap("qkv", "output", q_at), "key": Tap("qkv", "output", k_at)},
                     rotatable=True,
@@ -80,14 +81,14 @@ class VitAttentionAdapter(Adapter):
 
         if _is_identity(module.norm):
             columns = ChannelAxis("proj.weight", 1)
-            gate = _rows("gate", module.gate, 0) if module.gate is not None else ()
+            gate = rows(module, "gate") if module.gate is not None else ()
             units.append(
                 Unit(
                     name,
                     "v",
                     heads,
                     v_width,
-                    axes=(*_rows("qkv", module.qkv, v_at), *gate, columns),
+                    axes=(*rows(module, "qkv", v_at), *gate, columns),
                     gain_axes=(columns,),
                     taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
                     readout=columns,
@@ -129,11 +130,6 @@ def _widths(module: Any) -> tuple[int, int]:
     if isinstance(module, SlimAttention):
         return module.qk_width, module.v_width
     return module.head_dim, module.head_dim
-
-
-def _rows(name: str, linear: nn.Linear, offset: int) -> tuple[ChannelAxis, ...]:
-    weight = ChannelAxis(f"{name}.weight", 0, offset)
-    return (weight,) if linear.bias is None else (weight, ChannelAxis(f"{name}.bias", 0, offset))
 
 
 def _is_identity(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The MLPs beside the attention: ``Mlp``, ``GluMlp`` (``SwiGLUPacked`` is one), ``SwiGLU``."""
+"""The MLPs beside the attention: ``Mlp``, ``GluMlp`` (``SwiGLUPacked`` is one), ``SwiGLU``, and PVTv2's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import nn
 
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
 _NORM_OVER_HIDDEN = "a norm runs over all hidden channels"
@@ -23,19 +25,21 @@ class _MlpAdapter(Adapter):
         """(linear layer, row of hidden channel 0) for each block of rows that makes the hidden channels."""
         raise NotImplementedError
 
+    def between(self, module: Any) -> tuple[str, ...]:
+        """Depthwise convolutions that the hidden channels pass, each by itself."""
+        return ()
+
     def hidden_width(self, module: Any) -> int:
         width: int = module.fc2.weight.shape[1]
         return width
 
     def describe(self, name: str, module: Any) -> Layer:
-        if type(module.norm) is not nn.Identity:
+        if type(getattr(module, "norm", None)) not in (nn.Identity, type(None)):
             return Layer(name, self, (), {"hidden": _NORM_OVER_HIDDEN})
         columns = ChannelAxis("fc2.weight", 1)
         axes = [columns]
-        for linear, offset in self.writers(module):
-            axes.append(ChannelAxis(f"{linear}.weight", 0, offset))
-            if module.get_submodule(linear).bias is not None:
-                axes.append(ChannelAxis(f"{linear}.bias", 0, offset))
+        for linear, offset in (*self.writers(module), *((conv, 0) for conv in self.between(module))):
+            axes += rows(module, linear, offset)
         channel_dim = -1 if isinstance(module.fc2, nn.Linear) else 1
         hidden = Unit(
             name,
@@ -59,7 +63,9 @@ class _MlpAdapter(Adapter):
         for size in input_shape:
             positions *= size
         positions //= in_features
-        return widths["hidden"] * positions * (len(self.writers(module)) * in_features + out_features)
+        between = sum(module.get_submodule(conv).weight[0].numel() for conv in self.between(module))
+        each = len(self.writers(module)) * in_features + between + out_features
+        return widths["hidden"] * positions * each
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module
@@ -87,3 +93,15 @@ class SwiGLUAdapter(_MlpAdapter):
 
     def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
         return (("fc1_g", 0), ("fc1_x", 0))
+
+
+class DepthwiseMlpAdapter(_MlpAdapter):
+    """PVTv2's: a depthwise convolution over the map between ``fc1`` and the activation."""
+
+    module_classes = (MlpWithDepthwiseConv,)
+
+    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
+        return (("fc1", 0),)
+
+    def between(self, module: Any) -> tuple[str, ...]:
+        return ("dwconv",)

@@ -31,7 +31,7 @@ SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
     "vision_transformer_hybrid": "patch_embed.backbone.",
     "pit": "transformers.",
     "naflexvit": "embeds.",
-    "flatten_cswin": "stage1.0.attns.0.positional_encoding",
+    "flatten_cswin": ("stage1.0.attns.0.positional_encoding", "stage1.0.attn.attns.0.positional_encoding"),
     "flatten_deit": "blocks.0.attn.positional_encoding",
     "flatten_pvt": "block1.0.attn.positional_encoding",
     "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),

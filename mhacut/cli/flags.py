@@ -72,6 +72,7 @@ FLAGS: dict[str, Flag] = {
     "effort": Flag("Search", "How much work to put in: seconds, a minute or two, whatever it takes."),
     "allocation": Flag("Search", "How the budget is spread over layers: by error curves, by indicators, ..."),
     "basis": Flag("Search", "Cut channels as they are, or principal ones where that is exact."),
+    "positions": Flag("Search", "v channels of heads that share filters: each its own, or equal ones."),
     "similarity": Flag("Search", "Weight indicators by how unlike other channels a channel is."),
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),

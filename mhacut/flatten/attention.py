@@ -10,7 +10,7 @@ convolution of d filters that all heads share; it gives back the rank that linea
 section 4.2).
 
 Widths are read from the parameters: q/k may have another number of channels per head than v, as long as every
-head of a layer has the same.
+head of a layer has the same; and ``dwc`` may have a filter of its own for every channel of every head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOCUSING_FACTOR = 3
 DWC_KERNEL = 5
 
 
-def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
+def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Tensor | None = None) -> Tensor:
     """The focused feature map of q or k, [B, N, C] (paper, equations 5 and 6).
 
     t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions are drawn towards
@@ -43,12 +43,40 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR) -> Tensor
         tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
         scale: [1, 1, C].
         power: focusing factor p.
+        gate: a gain per channel on the products of q and k, [C], not negative. The norms heed it here, as if
+            the channel of both had a factor of gate^(1/2p) before the power; the product is left to the
+            caller, who multiplies q or k. So 0 is as if the channel were not there, which no factor before
+            the + 1e-6 could be, and gradients do not vanish at 0.
     """
     features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
     sharpened = features**power
-    length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    focused: Tensor = sharpened * (length / torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True))
+    if gate is None:
+        length = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True)
+    else:
+        length = torch.linalg.vector_norm(features * _factor(gate, power), dim=-1, keepdim=True)
+        size = (sharpened.square() * gate.clamp_min(0)).sum(-1, keepdim=True).sqrt()
+    focused: Tensor = sharpened * (length / size)
     return focused
+
+
+def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
+    """The scale with which :func:`focus` does without ``gate`` what it does with it, [1, 1, C].
+
+    Exact where the gate is above 0, since features are divided by softplus(scale); where it is not, the scale
+    is left as it is.
+    """
+    size = F.softplus(scale) / _factor(gate, power)
+    wanted = torch.where(
+        size > 20, size, size + torch.log(-torch.expm1(-size))
+    )  # torch's softplus: x above 20
+    return torch.where((gate <= 0) | (gate == 1), scale, wanted)
+
+
+def _factor(gate: Tensor, power: int) -> Tensor:
+    """gate^(1/2p), 0 where that is not positive, with a gradient of 0 there."""
+    tiny = torch.finfo(gate.dtype).tiny
+    return torch.where(gate > 0, gate.clamp_min(tiny) ** (0.5 / power), 0.0)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,11 +94,15 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def convolve_heads(v: Tensor, conv: nn.Module, num_heads: int, grid: Grid) -> Tensor:
-    """One depthwise convolution of d_v filters over the map of every head, [B, N, C_v]."""
+def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
+    """A depthwise convolution over the maps of all channels, [B, N, C_v].
+
+    With a filter per channel of a head, all heads share them; with one per channel, none do.
+    """
     batch, tokens, channels = v.shape
-    maps = v.reshape(batch, *grid, num_heads, channels // num_heads).permute(0, 3, 4, 1, 2)
-    local: Tensor = conv(maps.flatten(0, 1)).unflatten(0, (batch, num_heads))  # (B, h, d_v, H, W)
+    sharing = channels // conv.out_channels
+    maps = v.reshape(batch, *grid, sharing, conv.out_channels).permute(0, 3, 4, 1, 2)
+    local: Tensor = conv(maps.flatten(0, 1)).unflatten(0, (batch, sharing))  # (B, h, d_v, H, W)
     return local.permute(0, 3, 4, 1, 2).reshape(batch, tokens, channels)
 
 
@@ -95,6 +127,9 @@ class FocusedLinearAttention(nn.Module):
     positional_encoding: nn.Parameter
     """[1, N, C_qk], added to k before the ReLU."""
     dwc: nn.Conv2d
+    """d_v filters, which all heads share, or heads * d_v."""
+    feature_gate: Tensor | None
+    """A gain per q/k channel, [C_qk], see :func:`focus`; None but in the masked twin of a model."""
 
     def __init__(
         self,
@@ -115,6 +150,9 @@ class FocusedLinearAttention(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
         tokens = grid_size[0] * grid_size[1]
         self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, device=device, dtype=dtype))
+        self.register_buffer("feature_gate", None, persistent=False)
+        # Where features can be listened to, [B, N, C_qk].
+        self.query_features, self.key_features = nn.Identity(), nn.Identity()
 
     def _add_dwc(self, dim: int, kernel_size: int, device: Any, dtype: Any) -> None:
         """The depthwise convolution; called last, so that parameters come in the official order."""
@@ -135,13 +173,16 @@ class FocusedLinearAttention(nn.Module):
         """
         precise = torch.promote_types(v.dtype, torch.float32)
         with _no_autocast(v.device.type):
-            scale = self.scale.to(precise)
-            query = focus(q.to(precise), scale, self.focusing_factor)
-            key = focus(k.to(precise) + self.positional_encoding, scale, self.focusing_factor)
+            scale, gate = self.scale.to(precise), self.feature_gate
+            gate = None if gate is None else gate.to(precise)
+            query = focus(q.to(precise), scale, self.focusing_factor, gate)
+            key = focus(k.to(precise) + self.positional_encoding, scale, self.focusing_factor, gate)
+            query = self.query_features(query if gate is None else query * gate.clamp_min(0))
+            key = self.key_features(key)
             heads = linear_attention(
                 *(split_heads(tokens, self.num_heads) for tokens in (query, key, v.to(precise)))
             )
-        return merge_heads(heads).to(v.dtype) + convolve_heads(v, self.dwc, self.num_heads, self.grid_size)
+        return merge_heads(heads).to(v.dtype) + convolve_channels(v, self.dwc, self.grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
         """Take maps of another size from now on; the positional encoding is resized (bicubic)."""
@@ -234,7 +275,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
 
 
 class FocusedBlock(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C]; shared by PVT and Swin."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C]; shared by PVT, Swin and CSWin."""
 
     def __init__(
         self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module

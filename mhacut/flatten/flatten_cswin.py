@@ -8,6 +8,7 @@ of the values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,9 +24,10 @@ from mhacut.errors import UsageError
 from mhacut.flatten.attention import (
     DWC_KERNEL,
     FOCUSING_FACTOR,
+    FocusedBlock,
     FocusedLinearAttention,
     Grid,
-    convolve_heads,
+    convolve_channels,
     init_linear,
     merge_heads,
     split_heads,
@@ -37,7 +39,7 @@ from mhacut.flatten.pyramid import Pyramid, make_head
 
 
 class FocusedLepeAttention(FocusedLinearAttention):
-    """Focused linear attention plus LePE over the whole map; projections belong to the block."""
+    """Focused linear attention plus LePE over the whole map; projections are those of all branches."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class FocusedLepeAttention(FocusedLinearAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
-        out: Tensor = self.attend(q, k, v) + convolve_heads(v, self.get_v, 1, self.grid_size)
+        out: Tensor = self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
         return out
 
 
@@ -95,14 +97,19 @@ class StripeAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
         q, k, v = (self._to_stripes(tokens) for tokens in (q, k, v))  # (B * stripes, tokens, C)
-        lepe = convolve_heads(v, self.get_v, 1, self.stripe)
+        lepe = convolve_channels(v, self.get_v, self.stripe)
         q, k, v = (split_heads(tokens, self.num_heads) for tokens in (q, k, v))
+        out = self.attend_within(q, k, v)
+        return self._from_stripes(merge_heads(out) + lepe)
+
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention, [B * stripes, h, tokens, d]."""
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        else:
-            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        return self._from_stripes(merge_heads(out) + lepe)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        weights: Tensor = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        out: Tensor = self.attn_drop(weights) @ v
+        return out
 
     def _to_stripes(self, tokens: Tensor) -> Tensor:
         (height, width), (high, wide) = self.grid_size, self.stripe
@@ -118,41 +125,34 @@ class StripeAttention(nn.Module):
         return f"num_heads={self.num_heads}, grid_size={self.grid_size}, stripe={self.stripe}"
 
 
-class CswinBlock(nn.Module):
-    """x + proj(attns(qkv(norm1(x)))), then x + mlp(norm2(x)), on tokens [B, N, C].
+class CswinAttention(nn.Module):
+    """Attention in branches between one pair of projections: tokens [B, N, C] to [B, N, C].
 
-    Branch b of ``attns`` takes the b-th equal part of q, of k and of v.
+    Branch b of ``attns`` takes the b-th equal part of q, of k and of v, that is of the heads.
     """
 
     def __init__(
         self,
         dim: int,
-        attns: Sequence[nn.Module],
+        attns: Sequence[FocusedLepeAttention | StripeAttention],
         *,
-        mlp_ratio: float,
         qkv_bias: bool,
         proj_drop: float,
-        drop_path: float,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.num_heads = sum(attn.num_heads for attn in attns)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attns = nn.ModuleList(attns)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = split_qkv(self.qkv(self.norm1(x)), self.proj.in_features)
+        qkv = split_qkv(self.qkv(x), self.proj.in_features)
         branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
         attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
-        x = x + self.drop_path(self.proj_drop(self.proj(torch.cat(attended, dim=-1))))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        out: Tensor = self.proj_drop(self.proj(torch.cat(attended, dim=-1)))
         return out
 
 
@@ -271,7 +271,7 @@ class FlattenCswin(Pyramid):
             if index:
                 setattr(self, f"merge{index}", MergeBlock(dims[index - 1], dim, **dd))
                 grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-            make_attns: partial[list[nn.Module]]
+            make_attns: partial[list[FocusedLepeAttention | StripeAttention]]
             if kind == "L":
                 make_attns = partial(
                     _linear_attns, dim, heads, grid, focusing_factor=focusing_factor, kernel_size=kernel_size
@@ -286,14 +286,14 @@ class FlattenCswin(Pyramid):
                     attn_drop=attn_drop_rate,
                 )
             blocks = [
-                CswinBlock(
-                    dim,
-                    make_attns(**dd),
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    proj_drop=proj_drop_rate,
-                    drop_path=rate,
-                    **dd,
+                FocusedBlock(
+                    norm1=nn.LayerNorm(dim, **dd),
+                    attn=CswinAttention(
+                        dim, make_attns(**dd), qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd
+                    ),
+                    norm2=nn.LayerNorm(dim, **dd),
+                    mlp=Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd),
+                    drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
                 )
                 for rate in drop_paths[index]
             ]
@@ -339,13 +339,15 @@ def _lepe(dim: int, device: Any = None, dtype: Any = None) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
 
-def _linear_attns(dim: int, num_heads: int, grid: Grid, **kwargs: Any) -> list[nn.Module]:
+def _linear_attns(
+    dim: int, num_heads: int, grid: Grid, **kwargs: Any
+) -> list[FocusedLepeAttention | StripeAttention]:
     return [FocusedLepeAttention(dim, num_heads, grid, **kwargs)]
 
 
 def _stripe_attns(
     dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
-) -> list[nn.Module]:
+) -> list[FocusedLepeAttention | StripeAttention]:
     """One branch where a stripe is the whole map (None), else one of vertical, one of horizontal stripes."""
     height, width = grid
     if split_size is None or grid == (split_size, split_size):
@@ -362,8 +364,12 @@ def _stripe_attns(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official checkpoints have these names already; positional encodings of another size are resized."""
-    return resize_encodings(unwrap(state_dict), model)
+    """Official blocks hold what is of the attention themselves; positions of another size are resized."""
+    own = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
+    return resize_encodings(own, model)
+
+
+_OF_ATTENTION = re.compile(r"^(stage\d+\.\d+\.)((?:qkv|attns|proj)\.)")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenCswin:

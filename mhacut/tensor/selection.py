@@ -120,6 +120,65 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
     return Ranking(torch.cat([stayed, *reversed(removed)], dim=-1))
 
 
+def rank_parts(second: Tensor) -> Ranking:
+    """Rank channels that nothing can stand in for, each head for itself.
+
+    Removing a set of them costs the squared length of the sum of their parts in the output; the next to go is
+    the one that adds least to it.
+
+    Args:
+        second: second moment of the parts, [H, d, d], float64.
+    """
+    size = second.shape[-1]
+    price = second.diagonal(dim1=-2, dim2=-1).clone()
+    removed: list[Tensor] = []
+    for _ in range(size):
+        gone = price.argmin(-1, keepdim=True)  # (H, 1)
+        price = price + 2 * second.gather(-2, gone.unsqueeze(-1).expand(-1, 1, size)).squeeze(-2)
+        price.scatter_(-1, gone, float("inf"))
+        removed.append(gone)
+    return Ranking(torch.cat(removed[::-1], dim=-1))
+
+
+def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: int) -> Ranking:
+    """As :func:`rank_channels`, of heads that all keep the same channels: those at one position go together.
+
+    Args:
+        second: (centred) second moment of all channels, [heads * d, heads * d], float64.
+        columns: the weights that read them, [out, heads * d].
+        heads: how many share.
+        smallest: positions that are never removed; they end up in ascending order at the front.
+    """
+    width = second.shape[0] // heads
+    inverse = torch.linalg.inv(_damped(second))
+    readers = columns.to(inverse).clone()
+    alive = torch.ones(width, dtype=torch.bool, device=second.device)
+    positions = torch.arange(heads, device=second.device)[:, None] * width + torch.arange(
+        width, device=second.device
+    )  # (H, d)
+    removed: list[Tensor] = []
+    for _ in range(width - smallest):
+        left = alive.nonzero()[:, 0]
+        group = positions[:, left].T  # (left, H)
+        blocks = inverse[group[:, :, None], group[:, None, :]]  # (left, H, H)
+        lost = readers[:, group]  # (out, left, H)
+        gram = torch.einsum("olh,olk->lhk", lost, lost)
+        price = torch.linalg.solve(blocks, gram).diagonal(dim1=-2, dim2=-1).sum(-1)
+        gone = left[price.argmin()]
+        rows = positions[:, gone]
+        share = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
+        readers = readers - readers[:, rows] @ share
+        inverse = inverse - inverse[:, rows] @ share
+        inverse[rows] = 0
+        inverse[:, rows] = 0
+        inverse[rows, rows] = 1
+        readers[:, rows] = 0
+        alive[gone] = False
+        removed.append(gone[None])
+    order = torch.cat([alive.nonzero()[:, 0], *removed[::-1]])
+    return Ranking(order.expand(heads, -1))
+
+
 def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor:
     """Up to ``count`` channels of least price, of no head more than it can give; ties to the lower index."""
     left, owners = excess.tolist(), head.tolist()

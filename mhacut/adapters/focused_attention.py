@@ -1,0 +1,118 @@
+"""Focused linear attention, as the FLatten Transformers have it: :mod:`mhacut.flatten.attention`.
+
+q/k channels end in a ReLU and a power over all heads, so that they are chosen, never mixed; removed exactly
+they are by a gate on their features. v channels pass a depthwise convolution: chosen as well, and where heads
+share its filters, either at equal positions or with a copy of the filters for each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.rows import rows
+from mhacut.flatten.attention import FusedFocusedAttention, SeparateFocusedAttention, scale_with_gate
+from mhacut.flatten.flatten_deit import FocusedVitAttention
+from mhacut.plan import UnitKind
+
+
+class FocusedAttentionAdapter(Adapter):
+    """Where q, k and v come from is each family's; the rest they share."""
+
+    family = "attention"
+    module_classes: tuple[type[nn.Module], ...] = (
+        FusedFocusedAttention,
+        SeparateFocusedAttention,
+        FocusedVitAttention,
+    )
+
+    def branch(self, module: Any) -> tuple[str, Any]:
+        """Prefix of the names and the module that hold ``scale``, ``positional_encoding`` and ``dwc``."""
+        return "", module
+
+    def describe(self, name: str, module: Any) -> Layer:
+        prefix, inner = self.branch(module)
+        heads = inner.num_heads
+        qk_width, v_width = _widths(module, inner)
+        query, key, value = _projections(module, heads * qk_width)
+        value_tap = Tap(value[0], "output", value[1], width=v_width)
+        qk = Unit(
+            name,
+            "qk",
+            heads,
+            qk_width,
+            axes=(
+                *rows(module, *query),
+                *rows(module, *key),
+                ChannelAxis(f"{prefix}scale", 2),
+                ChannelAxis(f"{prefix}positional_encoding", 2),
+            ),
+            gain_axes=(),
+            taps={
+                "query": Tap(f"{prefix}query_features", "output"),
+                "key": Tap(f"{prefix}key_features", "output"),
+                "value": value_tap,
+            },
+            linear=True,
+            gate=f"{prefix}feature_gate",
+        )
+        columns = ChannelAxis("proj.weight", 1)
+        shared = heads > 1 and inner.dwc.out_channels == v_width
+        filters = [ChannelAxis(f"{prefix}dwc.weight", 0, shared=shared)]
+        biases = []
+        if inner.dwc.bias is not None:
+            biases.append(ChannelAxis(f"{prefix}dwc.bias", 0, shared=shared))
+        if hasattr(inner, "get_v"):
+            filters.append(ChannelAxis(f"{prefix}get_v.weight", 0))
+            biases.append(ChannelAxis(f"{prefix}get_v.bias", 0))
+        v = Unit(
+            name,
+            "v",
+            heads,
+            v_width,
+            axes=(*rows(module, *value), *filters, *biases, columns),
+            gain_axes=(columns,),
+            taps={"value": value_tap, "output": Tap("proj", "input")},
+            readout=columns,
+            readout_bias=None if module.proj.bias is None else "proj.bias",
+            constants=() if module.proj.bias is None else tuple(biases),
+        )
+        return Layer(name, self, (qk, v))
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        _, inner = self.branch(module)
+        batch, tokens, dim = input_shape
+        qk, v = inner.num_heads * widths["qk"], inner.num_heads * widths["v"]
+        kernel = inner.dwc.weight[0, 0].numel()
+        if hasattr(inner, "get_v"):
+            kernel += inner.get_v.weight[0, 0].numel()
+        projections = dim * (2 * qk + v) + v * module.proj.out_features
+        # Keys times values, queries times that, queries times the mean key; the convolutions.
+        return batch * tokens * (projections + 2 * qk * widths["v"] + qk + kernel * v)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        slim: nn.Module = module
+        return slim  # reads its widths from its tensors
+
+    def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:
+        _, inner = self.branch(module)
+        scale = inner.scale
+        gate = gain.reshape(-1).to(scale.device)
+        merged = scale_with_gate(scale.detach().double(), gate, inner.focusing_factor)
+        with torch.no_grad():
+            scale.copy_(torch.where(gate == 1, scale, merged.to(scale.dtype)))
+
+
+def _widths(module: Any, inner: Any) -> tuple[int, int]:
+    return inner.scale.shape[-1] // inner.num_heads, module.proj.in_features // inner.num_heads
+
+
+def _projections(module: Any, qk_channels: int) -> tuple[tuple[str, int], tuple[str, int], tuple[str, int]]:
+    """Linear layer and first row of q, of k and of v."""
+    if hasattr(module, "kv"):
+        return ("q", 0), ("kv", 0), ("kv", qk_channels)
+    return ("qkv", 0), ("qkv", qk_channels), ("qkv", 2 * qk_channels)

@@ -1,0 +1,389 @@
+"""What is always true of a cut, on the FLatten Transformers and the softmax attention beside theirs."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import relative
+from test_flatten_models import SMALL
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mhacut.adapters.base import Unit
+from mhacut.adapters.registry import adapter_for
+from mhacut.cost import build_cost_table, measure_flops
+from mhacut.errors import PlanError
+from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, set_gate
+
+CASES = {
+    **{name: (name, args) for name, args in SMALL.items()},
+    "timm swin": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
+    ),
+    # Two of its stages reduce their keys by a convolution; of PVTv2 with pooling, all.
+    "timm pvt": (
+        "pvt_v2_b0",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "sr_ratios": (4, 2, 1, 1)},
+    ),
+    "timm pvt pooled": ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}),
+}
+FREE_SIZE = {"timm pvt", "timm pvt pooled"}
+SIZE = (3, 64, 64)
+each_case = pytest.mark.parametrize("case", CASES)
+few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def build(case: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """In eval mode, at 64 pixels, far from its initial values so that every channel matters."""
+    name, args = CASES[case]
+    size = {} if case in FREE_SIZE else {"img_size": 64}
+    generator = torch.Generator().manual_seed(seed)
+    model = timm.create_model(name, num_classes=5, **size, **args).double().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() == 2 and key.endswith("weight"):
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            elif parameter.dim() == 4:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.3 * noise)
+    return model.to(dtype)
+
+
+def image(dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
+    return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
+    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    units, gains = [], {}
+    for unit in anatomy.units():
+        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
+        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
+        rows = [
+            torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
+        ]
+        kept = torch.stack(rows if own else rows[:1] * unit.heads)
+        rows = tuple(map(tuple, kept.tolist()))
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, rows, unshared=own and unit.shares))
+        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
+    return Plan(tuple(units)), gains
+
+
+def without(model: nn.Module, anatomy: Anatomy, plan: Plan) -> dict[str, Tensor]:
+    """Tensors of ``model`` with all rows that make removed channels zero; gates for q/k."""
+    tensors = {}
+    for unit_plan in plan:
+        unit = anatomy.unit(unit_plan.key)
+        alive = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        alive = alive.scatter(1, torch.tensor(unit_plan.kept), 1.0)
+        if unit.gate is not None:
+            tensors[f"{unit.layer}.{unit.gate}"] = alive.reshape(-1)
+            continue
+        for axis in unit.axes:
+            if axis.tensor.startswith(("proj", "fc2", "dwc.", "attns.")):
+                continue  # what reads dead channels may be anything, and so may biases of the convolutions
+            name = f"{unit.layer}.{axis.tensor}"
+            tensor = tensors.get(name, model.get_parameter(name)).clone()
+            tensor.narrow(axis.dim, axis.offset, alive.numel()).mul_(
+                alive.reshape([-1 if dim == axis.dim else 1 for dim in range(tensor.dim())])
+            )
+            tensors[name] = tensor
+    return tensors
+
+
+@each_case
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(case):
+    model, x = build(case), image()
+    expected, anatomy = model(x), dissect(model)
+    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()]
+    cut(model, Plan(tuple(units)))
+    assert relative(model(x), expected) < 1e-12
+
+
+@each_case
+@few
+@given(seed=seeds)
+@torch.no_grad()
+def test_masked_equals_sliced(case, seed):
+    model, x = build(case), image()
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, seed)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-9
+
+
+@each_case
+@torch.no_grad()
+def test_masked_equals_sliced_in_single_precision(case):
+    model, x = build(case, dtype=torch.float32), image(torch.float32)
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 8)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-4
+
+
+@each_case
+@torch.no_grad()
+def test_every_unit_matters(case):
+    model, x = build(case), image()
+    anatomy, dense = dissect(model), model(x)
+    assert anatomy.left_alone == ()
+    assert {unit.kind for unit in anatomy.units()} == {"qk", "v", "hidden"}
+    for unit in anatomy.units():
+        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        gain[:, 0] = 1.0  # without any features there would be no attention
+        dead = {unit.key: gain}
+        if unit.width > 1:
+            assert relative(functional_call(model, masked_tensors(model, anatomy, dead), (x,)), dense) > 1e-4
+
+
+@each_case
+@few
+@given(seed=seeds)
+@torch.no_grad()
+def test_removing_dead_channels_changes_nothing(case, seed):
+    model, x = build(case), image()
+    anatomy = dissect(model)
+    plan, _ = random_plan(anatomy, seed)
+    for unit_plan in plan:  # what GELU makes of an MLP's constant channel is not zero
+        unit = anatomy.unit(unit_plan.key)
+        for axis in unit.axes if unit.kind == "hidden" else ():
+            if axis.tensor == "dwconv.bias":
+                gone = torch.ones(unit.width, dtype=torch.bool)
+                gone[list(unit_plan.kept[0])] = False
+                model.get_submodule(unit.layer).get_parameter(axis.tensor)[gone] = 0
+    expected = functional_call(model, without(model, anatomy, plan), (x,))
+    for name, tensor in without(model, anatomy, plan).items():
+        if not name.endswith("gate"):
+            model.get_parameter(name).copy_(tensor)
+    cut(model, plan)
+    assert relative(model(x), expected) < 1e-9
+
+
+@each_case
+@few
+@given(seed=seeds)
+def test_the_cost_table_is_what_fvcore_counts(case, seed):
+    model = build(case, dtype=torch.float32)
+    anatomy = dissect(model)
+    table = build_cost_table(model, anatomy, SIZE)
+    plan, _ = random_plan(anatomy, seed)
+    slim = copy.deepcopy(model)
+    cut(slim, plan)
+    assert table.flops(plan.widths()) == measure_flops(slim, SIZE)
+    assert table.flops({}) == table.dense == measure_flops(model, SIZE)
+
+
+@each_case
+@torch.no_grad()
+def test_fused_and_plain_attention_agree(case):
+    model = build(case)
+    plan, gains = random_plan(dissect(model), 2)
+    cut(model, plan, gains)
+    outputs = []
+    for fused in (True, False):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        outputs.append(model(image(batch=3)))
+    assert relative(*outputs) < 1e-12
+
+
+@each_case
+@few
+@given(seed=seeds)
+@torch.no_grad()
+def test_a_slim_model_can_be_cut_again(case, seed):
+    model, x = build(case), image()
+    dense, anatomy = copy.deepcopy(model), dissect(model)
+    first, _ = random_plan(anatomy, seed)
+    cut(model, first)
+    second, _ = random_plan(dissect(model), seed + 1)
+    cut(model, second)
+    # A file tells the whole cut, and the model built from that must have the same shapes.
+    told = Plan.from_json(second.after(first).to_json())
+    cut(dense, told)
+    assert {key: t.shape for key, t in dense.state_dict().items()} == {
+        key: t.shape for key, t in model.state_dict().items()
+    }
+    assert relative(model(x), dense(x)) < 1e-9
+
+
+@each_case
+def test_gradients_flow_in_training_mode(case):
+    model = build(case)
+    plan, _ = random_plan(dissect(model), 5)
+    cut(model, plan)
+    unused = {"norm.weight", "norm.bias"} if case == "flatten_pvt_tiny" else set()
+    model.train()
+    model(image()).square().sum().backward()
+    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    assert still == unused
+
+
+@each_case
+def test_tensors_keep_their_names(case):
+    model = build(case)
+    before = list(model.state_dict())
+    plan, _ = random_plan(dissect(model), 6)
+    cut(model, plan)
+    assert list(model.state_dict()) == before
+
+
+@each_case
+def test_cutting_works_on_shapes_alone(case):
+    model = build(case)
+    plan, _ = random_plan(dissect(model), 7)
+    shapes = copy.deepcopy(model).to("meta")
+    cut(shapes, plan)
+    cut(model, plan)
+    assert {key: t.shape for key, t in shapes.state_dict().items()} == {
+        key: t.shape for key, t in model.state_dict().items()
+    }
+
+
+@each_case
+def test_gradients_of_gains_reach_channels_that_are_masked(case):
+    # Or the search could never take a channel back.
+    model, x = build(case), image()
+    anatomy = dissect(model)
+    _, gains = random_plan(anatomy, 9)
+    gains = {key: gain.requires_grad_() for key, gain in gains.items()}
+    functional_call(model, masked_tensors(model, anatomy, gains), (x,)).square().sum().backward()
+    for key, gain in gains.items():
+        assert gain.grad.isfinite().all(), key
+        assert (gain.grad != 0).double().mean() > 0.9, key  # features of q or k may be nowhere positive
+
+
+def focused_layers(model: nn.Module) -> list[tuple[nn.Module, Unit, Unit]]:
+    """(layer, qk unit, v unit) of focused linear attention."""
+    found = []
+    for layer in dissect(model).layers:
+        units = {unit.kind: unit for unit in layer.units}
+        if "qk" in units and units["qk"].linear:
+            found.append((model.get_submodule(layer.name), units["qk"], units["v"]))
+    return found
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_what_is_allowed_in_focused_attention(case):
+    layers = focused_layers(build(case))
+    assert layers
+    for _, qk, v in layers:
+        assert not qk.rotatable
+        assert not v.rotatable
+        assert not qk.softmax_scaled
+        assert v.shares == (v.heads > 1)
+        assert qk.gain_axes == ()
+
+
+def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels():
+    allowed = {}
+    for case in ("flatten_swin_tiny_224", "flatten_cswin_tiny_224", "timm pvt"):
+        units = [unit for unit in dissect(build(case)).units(("qk", "v")) if not unit.linear]
+        allowed[case] = {
+            (unit.kind, unit.rotatable) for unit in units if unit.softmax_scaled or unit.kind == "v"
+        }
+    assert ("qk", True) in allowed["flatten_cswin_tiny_224"]
+    assert ("v", True) not in allowed["flatten_cswin_tiny_224"]
+    assert ("v", True) in allowed["flatten_swin_tiny_224"]
+    assert allowed["timm pvt"] == {("qk", True), ("v", True)}
+
+
+@torch.no_grad()
+def test_own_positions_need_filters_of_their_own():
+    model = build("flatten_deit_tiny")
+    unit = dissect(model).unit(("blocks.0.attn", "v"))
+    own = tuple((head, head + 2) for head in range(unit.heads))
+    with pytest.raises(PlanError, match=r"its heads share dwc\.weight, dwc\.bias:"):
+        cut(model, Plan((UnitPlan(unit.layer, "v", unit.width, own),)))
+    equal = UnitPlan(unit.layer, "v", unit.width, ((1, 4),) * unit.heads)
+    shared, unshared = copy.deepcopy(model), copy.deepcopy(model)
+    cut(shared, Plan((equal,)))
+    assert shared.blocks[0].attn.dwc.weight.shape[0] == 2
+    cut(unshared, Plan((UnitPlan(unit.layer, "v", unit.width, equal.kept, unshared=True),)))
+    assert unshared.blocks[0].attn.dwc.weight.shape[0] == 2 * unit.heads
+    assert relative(shared(image()), unshared(image())) < 1e-12
+    with pytest.raises(PlanError, match="its heads share nothing"):
+        cut(model, Plan((UnitPlan("blocks.0.mlp", "hidden", 192, ((0,),), unshared=True),)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, channels=st.integers(2, 9), power=st.sampled_from([2, 3, 4]))
+@torch.no_grad()
+def test_a_gate_is_as_if_channels_were_not_there(seed, channels, power):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 5, channels, generator=generator, dtype=torch.float64)
+    q[0] = k[1] = -1  # nothing passes the ReLU: only what is added after it is left
+    scale = torch.randn(1, 1, channels, generator=generator, dtype=torch.float64)
+    gate = 0.5 + torch.rand(channels, generator=generator, dtype=torch.float64)
+    gate[torch.randperm(channels, generator=generator)[: channels - 1 - seed % (channels - 1)]] = 0
+    kept = gate > 0
+    merged = scale_with_gate(scale, gate, power)[..., kept]
+    products = (gate * focus(q[None], scale, power, gate)) @ focus(k[None], scale, power, gate).mT
+    expected = focus(q[None, :, kept], merged, power) @ focus(k[None, :, kept], merged, power).mT
+    torch.testing.assert_close(products, expected, rtol=1e-9, atol=0)
+
+
+def test_merging_gains_of_one_changes_no_bit():
+    model = build("flatten_pvt_v2_b0", dtype=torch.float32)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    anatomy = dissect(model)
+    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()]
+    cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in anatomy.units()})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_gate_is_open_in_a_model_at_rest():
+    model = build("flatten_swin_tiny_224")
+    layer, qk, _ = focused_layers(model)[0]
+    assert isinstance(layer, FocusedLinearAttention)
+    assert layer.feature_gate is None
+    set_gate(layer, qk, torch.ones(qk.heads, qk.width))
+    assert layer.feature_gate.shape == (qk.heads * qk.width,)
+    set_gate(layer, qk, None)
+    assert layer.feature_gate is None
+    assert not [key for key in model.state_dict() if "gate" in key]
+
+
+def test_every_class_of_flatten_attention_has_an_adapter():
+    def subclasses(cls):
+        return [cls, *(sub for child in cls.__subclasses__() for sub in subclasses(child))]
+
+    whole = [cls for cls in subclasses(FocusedLinearAttention) if hasattr(cls, "forward")]
+    served = {type(module) for case in SMALL for module in build(case).modules() if adapter_for(module)}
+    used = {type(module) for case in SMALL for module in build(case).modules()} & set(whole)
+    # CSWin's is a branch of the attention that is served.
+    assert {cls.__name__ for cls in used - served} == {"FocusedLepeAttention"}
+
+
+def test_plans_say_what_is_unshared():
+    plan = UnitPlan("blocks.0.attn", "v", 4, ((0, 1), (0, 2)), unshared=True)
+    told = Plan((plan,)).to_json()
+    assert told[0]["unshared"] is True
+    assert Plan.from_json(told) == Plan((plan,))
+    assert "unshared" not in Plan((UnitPlan("a", "v", 4, ((0, 1),)),)).to_json()[0]
+    later = UnitPlan("blocks.0.attn", "v", 2, ((0,), (0,)))
+    assert later.after(plan).unshared
+    with pytest.raises(PlanError, match="unshared"):
+        Plan.from_json([{**told[0], "unshared": 1}])
+    assert all(a != b for a, b in pairwise([plan, later]))
