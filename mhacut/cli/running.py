@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import Interrupted, MhacutError, UsageError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -45,6 +45,9 @@ def running(flags: Globals) -> Iterator[Console]:
             yield console
         except KeyboardInterrupt:
             console.error("interrupted; nothing was left half written")
+            code = INTERRUPTED
+        except Interrupted as error:
+            console.error(str(error))
             code = INTERRUPTED
         except MhacutError as error:
             if debug:
