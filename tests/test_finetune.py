@@ -541,7 +541,7 @@ def test_the_command_and_its_files(slim, images, tmp_path):
     assert document["steps"] == 6
     assert document["output"] == str(out / "best.safetensors")
     rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
-    assert list(rows[0]) == ["epoch", "train_loss", "eval_top1", "eval_top5", "lr"]
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
     assert [row["epoch"] for row in rows] == ["0", "1"]
     kept = yaml.safe_load((out / "args.yaml").read_text())
     assert (kept["lr"], kept["remode"], kept["epochs"], kept["scale"]) == (1e-3, "rand", 2, [0.7, 1.0])
@@ -626,6 +626,7 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
     assert document["processes"] == 2
     for row, expected in zip(document["epochs"], alone.epochs, strict=True):
         assert row["train_loss"] == pytest.approx(expected.train_loss, rel=1e-5)
+        assert row["eval_loss"] == pytest.approx(expected.eval_loss, rel=1e-4)
         assert row["eval_top1"] == pytest.approx(expected.eval_top1)
     assert document["before"]["images"] == 14
     # What two began, one can end.

@@ -138,6 +138,7 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
             {
                 "epoch": row.epoch,
                 "train_loss": row.train_loss,
+                "eval_loss": row.eval_loss,
                 "eval_top1": row.eval_top1,
                 "eval_top5": row.eval_top5,
                 "lr": row.lr,

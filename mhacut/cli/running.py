@@ -37,7 +37,13 @@ def running(flags: Globals) -> Iterator[Console]:
     Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
     traceback.
     """
-    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json)
+    rank = os.environ.get("RANK", "0")  # torchrun says
+    console = Console(
+        quiet=flags.quiet,
+        verbose=flags.verbose,
+        as_json=flags.as_json,
+        rank=int(rank) if rank.isdecimal() else 0,
+    )
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
     with _libraries_heard(console):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import os
 import platform
 import random
 import time
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.checkpoint.load import LoadedModel, load_model, read_header, read_model
+from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.cost import measure_flops
@@ -52,6 +55,8 @@ class EpochSummary:
     """From 0."""
     train_loss: float
     """Mean over the images of the epoch, as the weights moved."""
+    eval_loss: float | None
+    """Cross-entropy on the validation images."""
     eval_top1: float | None
     eval_top5: float | None
     lr: float
@@ -216,7 +221,7 @@ class _Run:
             for name in (LAST, BEST):
                 check_output(self.folder.file(name), overwrite=True, input_path=self.loaded.path)
             self.folder.open_new(overwrite=self.options.overwrite)
-            self.folder.write_arguments({**self.options.flat(), "overwrite": False})
+            self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
         self.processes.wait()
         if state is None:
             if self.validation is not None:
@@ -317,6 +322,7 @@ class _Run:
         row = EpochSummary(
             epoch=len(self.rows),
             train_loss=self.epoch_loss / self.epoch_images,
+            eval_loss=None if evaluation is None else evaluation.loss,
             eval_top1=None if evaluation is None else evaluation.top1,
             eval_top5=None if evaluation is None else evaluation.top5,
             lr=self.trainer.lr,
@@ -405,15 +411,21 @@ class _Run:
         )
         if self.processes.size == 1:
             return found
-        top5 = 0.0 if found.top5 is None else found.top5
-        right, right5, images = self.processes.total(
-            [round(found.top1 * found.images / 100), round(top5 * found.images / 100), found.images]
+        top5, loss = found.top5 or 0.0, found.loss or 0.0
+        right, right5, summed, images = self.processes.total(
+            [
+                round(found.top1 * found.images / 100),
+                round(top5 * found.images / 100),
+                loss * found.images,
+                found.images,
+            ]
         )
         return Evaluation(
             top1=100 * right / images,
             top5=None if found.top5 is None else 100 * right5 / images,
             images=int(images),
             seconds=found.seconds,
+            loss=summed / images,
         )
 
     def _validation(self) -> EvaluationLoader | None:
@@ -502,7 +514,7 @@ def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: LoadedModel
     """The teacher; a file that does not say what it is is the dense model the slim one was cut from."""
     teaching = options.teaching
     model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
-    if model is None and not str(teacher).startswith("timm:"):
+    if model is None and not str(teacher).startswith(TIMM_PREFIX):
         header = read_header(teacher)
         if header.record is None and header.file.config is None:
             model = slim.identity.architecture
@@ -520,10 +532,19 @@ def _first_source(loaded: LoadedModel) -> object:
     return history[0].get("source_sha256") if history else None
 
 
-def _digest(document: Any) -> str:
-    import hashlib
-    import json
+def _whole_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with paths that hold from any working directory."""
+    paths = {name: values[name] for name in ("checkpoint", "teacher", "data_dir", "class_map", "output")}
+    return {
+        **values,
+        **{
+            name: os.path.abspath(path) if path is not None and not path.startswith(TIMM_PREFIX) else path
+            for name, path in paths.items()
+        },
+    }
 
+
+def _digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
