@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -568,6 +569,49 @@ def test_flat_names_are_unique_and_round_trip():
     options = FinetuneOptions.from_flat(checkpoint="a", lr=0.5, scale=(0.1, 0.2), teacher="b", workers=3)
     assert FinetuneOptions.from_flat(**options.flat()) == options
     assert len(FinetuneOptions.types()) == len(options.flat())
+
+
+def test_a_log_that_is_not_installed_is_told_before_the_work(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MhacutError, match=r"pip install 'mhacut\[wandb\]'"):
+        tune(log="wandb", output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UsageError, match="--log"):
+        tune(log="mlflow")
+
+
+def test_a_log_that_fails_does_not_end_the_training(tune, monkeypatch):
+    told = []
+    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    assert tune(log="wandb", reporter=Listener(told)).steps == 6
+    assert any("--log wandb: gave up" in text for text in told)
+
+
+def test_rows_reach_a_log(tune, monkeypatch):
+    sent = []
+
+    class Run:
+        log, finish = staticmethod(sent.append), staticmethod(lambda: sent.append("end"))
+
+    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: Run))
+    result = tune(log="wandb")
+    assert [row["train_loss"] for row in sent[:-1]] == [row.train_loss for row in result.epochs]
+    assert sent[-1] == "end"
+
+
+class Listener:
+    """A reporter that remembers notes."""
+
+    def __init__(self, told):
+        self.note = told.append
+
+    def start(self, stage):
+        pass
+
+    def advance(self, done, total, detail=""):
+        pass
 
 
 SCRIPT = """

@@ -65,7 +65,7 @@ _FLAGS: dict[str, Flag] = {
     "amp_dtype": Flag("Computing", "Of mixed precision."),
     "compile": Flag("Computing", "Compile the model with torch.compile."),
     "grad_checkpointing": Flag("Computing", "Less memory for more time."),
-    "log": Flag("Computing", "Log there as well as to summary.csv."),
+    "log": Flag("Computing", "Log to png, tensorboard or wandb, besides summary.csv.", "NAME"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -201,8 +200,9 @@ class FinetuneOptions(Flat):
     """Compute activations twice to keep fewer."""
     deterministic: bool = False
     """Refuse CUDA kernels that sum in random order. CPUs always repeat."""
-    log: Literal["tensorboard", "wandb"] | None = None
-    """Send what ``summary.csv`` holds there as well."""
+    log: str | None = None
+    """Where the lines of ``summary.csv`` go as well: ``png``, ``tensorboard``, ``wandb``, or several with
+    commas between."""
     data: DataOptions = field(default_factory=DataOptions)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     teaching: TeacherOptions = field(default_factory=TeacherOptions)
@@ -216,8 +216,8 @@ class FinetuneOptions(Flat):
         dtype = "float32" if self.dtype is None else self.dtype
         require_choice("--dtype", dtype, get_args(Dtype))
         require_choice("--amp-dtype", self.amp_dtype, get_args(AmpDtype))
-        log = "tensorboard" if self.log is None else self.log
-        require_choice("--log", log, ("tensorboard", "wandb"))
+        for log in self.logs:
+            require_choice("--log", log, ("png", "tensorboard", "wandb"))
         if not self.labels:
             taught = self.teaching.teacher is not None
             require("--no-labels", "", taught, "a --teacher, which needs no labels")
@@ -226,9 +226,9 @@ class FinetuneOptions(Flat):
         require("--batch-size", self.training.batch_size, even, "an even number with --mixup or --cutmix")
 
     @property
-    def target_name(self) -> str | None:
-        """The directory asked for, as text."""
-        return None if self.output is None else os.fspath(self.output)
+    def logs(self) -> tuple[str, ...]:
+        """``log``, taken apart."""
+        return tuple(name.strip() for name in self.log.split(",")) if self.log else ()
 
 
 def _flag(name: str) -> str:

@@ -31,6 +31,7 @@ from mhacut.evaluate import Evaluation, evaluate
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
 from mhacut.finetuning.images import Batch, StepBatches, TrainingImages, training_images, training_loader
 from mhacut.finetuning.interrupt import StopRequest, stop_request
+from mhacut.finetuning.logs import Logs, check_logs
 from mhacut.finetuning.objective import Blocks, Mixing, Objective, Teacher, check_matching
 from mhacut.finetuning.options import FinetuneOptions
 from mhacut.finetuning.processes import Processes, gathered
@@ -117,6 +118,7 @@ def finetune(
 
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
     """:func:`finetune` with its options in one object."""
+    check_logs(options.logs)
     with gathered(options.device) as processes, _random_state_kept(), repeatable(options):
         check_precision(options, processes.device)
         return _Run(options, processes, reporter if processes.first else Silent()).go()
@@ -181,6 +183,7 @@ class _Run:
         self.best: float | None = None
         self.before: Evaluation | None = None
         self.unreadable: dict[str, None] = {}
+        self.logs: Logs | None = None
 
     # -- the run --
 
@@ -188,8 +191,16 @@ class _Run:
         began = time.perf_counter()
         self._open()
         self.reporter.note(f"training on {self.images.description}")
-        with stop_request() as request:
-            rate = self._train(request)
+        if self.processes.first:
+            self.logs = Logs(
+                self.options.logs, self.folder.path, self._portable_options(), self.reporter.note
+            )
+        try:
+            with stop_request() as request:
+                rate = self._train(request)
+        finally:
+            if self.logs is not None:
+                self.logs.close()
         output = self.folder.file(BEST if self.best is not None else LAST)
         after = None
         if self.validation is not None:
@@ -335,6 +346,8 @@ class _Run:
             self.best = evaluation.top1
             self._write(BEST)
         self._save()
+        if self.logs is not None:
+            self.logs.write([dataclasses.asdict(row) for row in self.rows])
 
     def _save(self) -> None:
         """Write the last weights, and what the run goes on from."""
@@ -400,6 +413,9 @@ class _Run:
         return dataclasses.replace(
             earlier, preprocessing=self.preprocessing.to_json(), history=(*earlier.history, entry)
         )
+
+    def _portable_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS}
 
     # -- parts --
 
