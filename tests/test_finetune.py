@@ -9,11 +9,13 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 import mhacut
 from mhacut.checkpoint.load import read_header
 from mhacut.cli.app import app
+from mhacut.cli.config import read_config
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import run as run_module
@@ -32,6 +35,7 @@ from mhacut.finetuning.training import Trainer
 from mhacut.options import DataOptions
 
 CLASSES = 7
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 PREPROCESSING = Preprocessing((3, 32, 32), (0.5,), (0.5,), "bicubic", 1.0, "center")
 
 
@@ -158,7 +162,8 @@ def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
     assert step["options"]["lr"] == 1e-3
     assert "data_dir" not in step["options"]
     assert set(read_header(result.output).dtypes.values()) == {torch.bfloat16}
-    assert CliRunner().invoke(app, ["inspect", str(result.output)]).exit_code == 0
+    shown = cli("inspect", result.output)
+    assert "step 2: finetune, 6 steps of 12 images, no teacher, seed 42" in shown.stdout
 
 
 def test_features_are_matched_block_by_block(tune, tiny_vit):
@@ -563,6 +568,23 @@ def test_the_command_refuses(slim, images, tmp_path):
     bad = cli("finetune", slim, "--config", tmp_path / "bad.yaml")
     assert bad.exit_code == 2
     assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_options(recipe):
+    values = read_config(str(recipe), FinetuneOptions.types())
+    options = FinetuneOptions.from_flat(checkpoint="a", **values)
+    assert {key: options.flat()[key] for key in values} == values
+    assert "Cost: " in recipe.read_text()
+
+
+def test_every_option_is_a_flag_or_named_in_the_help():
+    command = typer.main.get_command(app).commands["finetune"]
+    flags = {parameter.name for parameter in command.params} - {"config", "json", "quiet", "verbose"}
+    named = command.help.rpartition("--config only: ")[2].rstrip(".").replace("\n", " ").split(", ")
+    assert flags | set(named) == set(FinetuneOptions.types())
+    assert not flags & set(named)
+    assert len(flags) < 50
 
 
 def test_flat_names_are_unique_and_round_trip():

@@ -88,7 +88,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
     Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
     DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from.
-    Names and meanings are those of timm's train.py; more of them can stand in a --config file.
+    Names and meanings are those of timm's train.py.
     Several GPUs or machines: torchrun --nproc-per-node N -m mhacut finetune ...
 
     Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run

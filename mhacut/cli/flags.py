@@ -126,7 +126,10 @@ def command(
                 body(values, console)
 
         run.__name__ = body.__name__
-        run.__doc__ = body.__doc__
+        run.__doc__ = inspect.cleandoc(body.__doc__ or "")
+        if config_only:
+            names = ", ".join(name for name in types if name in config_only)
+            run.__doc__ += f"\n\nOptions for --config only: {names}."
         shown = _in_panels(types, flags, config_only)
         parameters = [_parameter("context", typer.Context)]
         parameters += [_flag(name, flags[name], types[name], defaults.get(name)) for name in shown]

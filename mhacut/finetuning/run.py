@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut._version import __version__
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
@@ -160,6 +162,11 @@ class _Run:
         self.total_steps = training.steps or training.epochs * per_epoch
         self.validation = self._validation()
         model = self.loaded.model.to(self.device)
+        if processes.size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            if self.device.type == "cuda":
+                model = convert_sync_batchnorm(model)
+            else:
+                reporter.note("batch norms see the images of one process only: CPUs cannot share statistics")
         self.trainer = Trainer(
             model,
             self._objective(model),
@@ -286,9 +293,15 @@ class _Run:
             if stop and self.step < self.total_steps:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
-                    f"Go on with: mhacut finetune --resume {self.folder.path}"
+                    f"Go on with: {self._launcher()}mhacut finetune --resume {self.folder.path}"
                 )
         return images / seconds if seconds else 0.0
+
+    def _launcher(self) -> str:
+        many = self.processes.size
+        return (
+            "" if many == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', many)} -m "
+        )
 
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
