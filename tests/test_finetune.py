@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -463,9 +464,13 @@ def test_unreadable_images_are_told_and_another_stands_in(tune, images, tmp_path
     result = tune(data_dir=broken, workers=2)
     assert [path.endswith("c2/3.png") for path in result.unreadable] == [True]
     assert result.steps == 6
+    for label in range(CLASSES):
+        (broken / "train" / f"c{label}" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"\d of 42 images cannot be read, first"):
+        tune("many", data_dir=broken)
     for path in (broken / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="cannot be read, first"):
+    with pytest.raises(DataError, match="one batch cannot be read, first"):
         tune("all", data_dir=broken)
 
 
@@ -555,7 +560,7 @@ def test_the_command_and_its_files(slim, images, tmp_path):
     again = cli("finetune", "--config", out / "args.yaml", "-o", tmp_path / "again")
     assert again.exit_code == 0, again.stderr
     assert same(weights(out), weights(tmp_path / "again"))
-    assert "top-1, % of 14 images" in again.stdout
+    assert "top-1, % of 14 images (best epoch)" in again.stdout
     resumed = cli("finetune", "--resume", out, "-j", "1")
     assert resumed.exit_code == 0, resumed.stderr
 
@@ -698,3 +703,26 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
     # What two began, one can end.
     resumed = resume(tmp_path / "both", batch_size=12)
     assert resumed.steps == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
+    """All processes stop after the same step, whoever heard it first."""
+    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", "0", "-b", 12 // processes]
+    flags += ["-o", tmp_path / "cut", "--save-every", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
+    command = [sys.executable, *(launcher if processes > 1 else ["-m"]), "mhacut", "finetune", slim, *flags]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "cut" / "summary.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        run.send_signal(number)
+        _, stderr = run.communicate(timeout=200)
+    assert "all is saved. Go on with: " in stderr
+    assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
+    if processes == 1:
+        assert run.returncode == 130
+    state = RunFolder(tmp_path / "cut").read_state()
+    assert f"stopped after step {state['step']} of 1200" in stderr
+    assert state["step"] < 1200

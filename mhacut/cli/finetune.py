@@ -33,6 +33,7 @@ _FLAGS: dict[str, Flag] = {
     "dataset": FLAGS["dataset"],
     "class_map": FLAGS["class_map"],
     "labels": FLAGS["labels"],
+    "eval_images": Flag("Data", "Validation images to measure accuracy on; all by default, 0 for none.", "N"),
     "workers": FLAGS["workers"],
     "epochs": Flag("Training", "Passes over the training images.", "N"),
     "steps": Flag("Training", "Optimiser steps in all, in place of --epochs.", "N"),
@@ -102,7 +103,8 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     rows = [[safe(result.architecture), "before", "after", ""]]
     if result.before is not None and result.after is not None:
-        label = f"top-1, % of {result.after.images} images"
+        best = " (best epoch)" if len(result.epochs) > 1 else ""
+        label = f"top-1, % of {result.after.images} images{best}"
         before, after = result.before.top1, result.after.top1
         rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
     flops = format_flops(result.flops)

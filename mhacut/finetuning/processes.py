@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,14 @@ class Processes:
         dist.all_reduce(tensor)
         found: list[float] = tensor.tolist()
         return found
+
+    def union(self, texts: Sequence[str]) -> list[str]:
+        """What any process has, in the order of processes; every process must ask at the same point."""
+        if self.size == 1:
+            return list(texts)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(texts))
+        return list(dict.fromkeys(text for several in found for text in several))
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -28,7 +28,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.cost import measure_flops
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
-from mhacut.errors import CheckpointError, Interrupted, MhacutError, OutputError
+from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
 from mhacut.evaluate import Evaluation, evaluate
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
 from mhacut.finetuning.images import Batch, StepBatches, TrainingImages, training_images, training_loader
@@ -48,6 +48,10 @@ from mhacut.progress import Reporter, Silent
 _LOCAL_OPTIONS = frozenset(
     {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
 )
+
+
+_MOST_UNREADABLE = 0.1
+"""Share of the images for which others may stand in."""
 
 
 @dataclass(frozen=True)
@@ -364,6 +368,12 @@ class _Run:
 
     def _save(self) -> None:
         """Write the last weights, and what the run goes on from."""
+        self.unreadable = dict.fromkeys(self.processes.union(list(self.unreadable)))
+        if len(self.unreadable) > _MOST_UNREADABLE * self.images.count:
+            raise DataError(
+                f"{len(self.unreadable)} of {self.images.count} images cannot be read, first "
+                f"{next(iter(self.unreadable))}; repair or remove them"
+            )
         self._write(LAST)
         if self.processes.first:
             self.folder.write_summary([dataclasses.asdict(row) for row in self.rows])
