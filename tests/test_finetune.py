@@ -163,7 +163,7 @@ def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
     assert step["options"]["lr"] == 1e-3
     assert "data_dir" not in step["options"]
     assert set(read_header(result.output).dtypes.values()) == {torch.bfloat16}
-    shown = cli("inspect", result.output)
+    shown = cli("inspect", result.folder / "last.safetensors")
     assert "step 2: finetune, 6 steps of 12 images, no teacher, seed 42" in shown.stdout
 
 
