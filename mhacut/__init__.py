@@ -16,12 +16,15 @@ from mhacut._version import __version__
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
+    from mhacut.finetuning.run import FinetuneResult, finetune
     from mhacut.pipeline import PruneResult, prune
 
-__all__ = ["PruneResult", "__version__", "load_model", "prune", "save_model"]
+__all__ = ["FinetuneResult", "PruneResult", "__version__", "finetune", "load_model", "prune", "save_model"]
 
 _HOMES = {
+    "FinetuneResult": "mhacut.finetuning.run",
     "PruneResult": "mhacut.pipeline",
+    "finetune": "mhacut.finetuning.run",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.pipeline",
     "save_model": "mhacut.checkpoint.save",

@@ -33,3 +33,7 @@ class DataError(MhacutError):
 
 class OutputError(MhacutError):
     """A file that cannot or must not be written."""
+
+
+class Interrupted(MhacutError):
+    """Asked to stop, and stopped with all saved: the command line exits 130."""

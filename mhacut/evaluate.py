@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhacut.errors import DataError, MhacutError
@@ -25,6 +26,8 @@ class Evaluation:
     images: int
     seconds: float
     """Wall time, reading images included."""
+    loss: float | None = None
+    """Mean cross-entropy, in nats."""
 
 
 @torch.inference_mode()
@@ -55,6 +58,7 @@ def evaluate(
     batches = len(loader) if isinstance(loader, Sized) else 0
     first = first_five = images = 0
     classes = 0
+    loss = 0.0
     try:
         for done, (inputs, labels) in enumerate(loader, start=1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
@@ -68,6 +72,7 @@ def evaluate(
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices  # [B, 5]
             right = best == labels.to(device)[:, None]
+            loss += float(F.cross_entropy(logits.float(), labels.to(device), reduction="sum"))
             first += int(right[:, 0].sum())
             first_five += int(right.sum())
             images += len(labels)
@@ -82,6 +87,7 @@ def evaluate(
         top5=100 * first_five / images if classes > _TOP else None,
         images=images,
         seconds=time.perf_counter() - began,
+        loss=loss / images,
     )
 
 

@@ -35,7 +35,7 @@ FLOORS = (
     {"planning"},
     {"checkpoint", "data", "evaluate", "latency"},
     {"inspection"},
-    {"pipeline", "accuracy"},
+    {"pipeline", "accuracy", "finetuning"},
     {"cli"},
     {"__main__"},
 )

@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from mhacut._version import __version__
 from mhacut.cli.evaluate import evaluate
+from mhacut.cli.finetune import finetune
 from mhacut.cli.flags import QUIET, VERBOSE
 from mhacut.cli.inspect import inspect
 from mhacut.cli.prune import prune
@@ -67,5 +68,6 @@ def root(
 
 
 app.command("prune", cls=_Grouped)(prune)
+app.command("finetune", cls=_Grouped)(finetune)
 app.command("evaluate", cls=_Grouped)(evaluate)
 app.command("inspect", cls=_Grouped)(inspect)

@@ -72,10 +72,14 @@ class Console:
         quiet: show nothing but the result and errors.
         verbose: 0, 1 or 2.
         as_json: the result is one JSON object.
+        rank: which of several processes this is; all but the first, 0, only say what goes wrong.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: int = 0, as_json: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(
+        self, *, quiet: bool = False, verbose: int = 0, as_json: bool = False, rank: int = 0
+    ) -> None:
+        self.rank = rank
+        self.quiet = quiet or rank > 0
         self.verbose = verbose
         self.as_json = as_json
         self._progress: Progress | None = None
@@ -86,6 +90,8 @@ class Console:
     def result(self, text: str, document: Mapping[str, Any]) -> None:
         """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error."""
         self.finish()
+        if self.rank > 0:
+            return
         if self.as_json:
             text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, allow_nan=False, indent=2)
         try:
@@ -121,7 +127,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print ``text`` whatever the verbosity."""
         self.finish()
-        self.say(safe_lines(text))
+        self.say(safe_lines(text if self.rank == 0 else f"process {self.rank}: {text}"))
 
     def traceback(self) -> None:
         """Print the traceback of the exception that is being handled."""

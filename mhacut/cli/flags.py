@@ -97,10 +97,22 @@ FLAGS: dict[str, Flag] = {
 }
 
 
-def command(options: type[Flat]) -> Callable[[Body], Callable[..., None]]:
+def command(
+    options: type[Flat],
+    *,
+    flags: Mapping[str, Flag] = FLAGS,
+    config_only: frozenset[str] = frozenset(),
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> Callable[[Body], Callable[..., None]]:
     """Make a command of a function of (options, console); its flags are the fields of ``options``.
 
     A value is the flag's, else the ``--config`` file's, else the default in ``options``.
+
+    Args:
+        options: the class of what the function takes.
+        flags: how its fields look on the command line.
+        config_only: fields without a flag, for ``--config`` alone.
+        complete: given the values, gives those to use.
     """
     types, defaults = options.types(), options.defaults()
 
@@ -111,15 +123,19 @@ def command(options: type[Flat]) -> Callable[[Body], Callable[..., None]]:
                 quiet=given.pop("quiet"), verbose=given.pop("verbose"), as_json=given.pop("json")
             ).joined(context.obj)
             with running(shared) as console:
-                values = _options(options, given.pop("config"), given)
+                values = _options(options, given.pop("config"), given, complete)
                 # Bodies import torch and timm, which takes seconds.
                 console.start("starting")
                 body(values, console)
 
         run.__name__ = body.__name__
-        run.__doc__ = body.__doc__
+        run.__doc__ = inspect.cleandoc(body.__doc__ or "")
+        if config_only:
+            names = ", ".join(name for name in types if name in config_only)
+            run.__doc__ += f"\n\nOptions for --config only: {names}."
+        shown = _in_panels(types, flags, config_only)
         parameters = [_parameter("context", typer.Context)]
-        parameters += [_flag(name, types[name], defaults.get(name)) for name in _in_panels(types)]
+        parameters += [_flag(name, flags[name], types[name], defaults.get(name)) for name in shown]
         parameters += _common()
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
@@ -127,7 +143,12 @@ def command(options: type[Flat]) -> Callable[[Body], Callable[..., None]]:
     return decorate
 
 
-def _options(options: type[Flat], config: str | None, given: Mapping[str, Any]) -> Flat:
+def _options(
+    options: type[Flat],
+    config: str | None,
+    given: Mapping[str, Any],
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Flat:
     """The options object of what was given as flags over what a file holds."""
     types = options.types()
     values = {} if config is None else read_config(config, types)
@@ -137,6 +158,7 @@ def _options(options: type[Flat], config: str | None, given: Mapping[str, Any]) 
         if name == "model_args":
             value = {**values.get(name, {}), **dict(map(key_value, value))}
         values[name] = convert(value, types[name], flag_name(name))
+    values = dict(complete(values))
     for name in types:
         if name not in values and name not in options.defaults():
             what = "CHECKPOINT" if name == "checkpoint" else f"{flag_name(name)} {FLAGS[name].metavar}"
@@ -170,17 +192,16 @@ def key_value(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _in_panels(names: Mapping[str, Any]) -> list[str]:
-    """In the order of :data:`FLAGS`, which keeps panels together."""
-    missing = set(names) - set(FLAGS)
+def _in_panels(names: Mapping[str, Any], flags: Mapping[str, Flag], config_only: frozenset[str]) -> list[str]:
+    """In the order of ``flags``, which keeps panels together."""
+    missing = set(names) - set(flags) - config_only
     if missing:
         raise LookupError(f"options without a flag: {sorted(missing)}")
-    return [name for name in FLAGS if name in names]
+    return [name for name in flags if name in names]
 
 
-def _flag(name: str, kind: Any, default: Any) -> inspect.Parameter:
+def _flag(name: str, flag: Flag, kind: Any, default: Any) -> inspect.Parameter:
     """One flag. Its own default is None, which tells a flag that was not given from one that was."""
-    flag = FLAGS[name]
     if name == "checkpoint":
         info: Any = typer.Argument(help=flag.help, metavar=flag.metavar, show_default=False)
         return _parameter(name, Annotated[str | None, info], None)
@@ -189,7 +210,8 @@ def _flag(name: str, kind: Any, default: Any) -> inspect.Parameter:
         declared = [f"{flag_name(name)}/--no-{name.replace('_', '-')}"]
     if flag.short:
         declared.append(flag.short)
-    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else flag.metavar
+    bare = _bare(kind)
+    metavar = "|".join(get_args(bare)) if get_origin(bare) is Literal else flag.metavar
     info = typer.Option(
         *declared,
         help=flag.help + _shown_default(default),
@@ -197,7 +219,7 @@ def _flag(name: str, kind: Any, default: Any) -> inspect.Parameter:
         show_default=False,
         rich_help_panel=flag.panel,
     )
-    python: Any = {bool: bool, int: int, float: float}.get(_bare(kind), str)
+    python: Any = {bool: bool, int: int, float: float}.get(bare, str)
     if name == "model_args":
         python = list[str]
     return _parameter(name, Annotated[python | None, info], None)

@@ -82,6 +82,12 @@ def _step(entry: Mapping[str, Any]) -> str:
 
     versions = entry.get("versions")
     version = versions.get("mhacut") if isinstance(versions, Mapping) else None
+    if entry.get("command") == "finetune":
+        taught = "no teacher" if entry.get("teacher_sha256") is None else "a teacher"
+        return (
+            f"finetune, {text(entry.get('steps'))} steps of {text(entry.get('images_per_step'))} images, "
+            f"{taught}, seed {text(entry.get('seed'))}, mhacut {text(version)}, on {text(entry.get('data'))}"
+        )
     if "flops_before" not in entry:
         return f"{text(entry.get('command'))}, mhacut {text(version)}"
     return (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import Interrupted, MhacutError, UsageError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -37,7 +37,13 @@ def running(flags: Globals) -> Iterator[Console]:
     Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
     traceback.
     """
-    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json)
+    rank = os.environ.get("RANK", "0")  # torchrun says
+    console = Console(
+        quiet=flags.quiet,
+        verbose=flags.verbose,
+        as_json=flags.as_json,
+        rank=int(rank) if rank.isdecimal() else 0,
+    )
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
     with _libraries_heard(console):
@@ -45,6 +51,9 @@ def running(flags: Globals) -> Iterator[Console]:
             yield console
         except KeyboardInterrupt:
             console.error("interrupted; nothing was left half written")
+            code = INTERRUPTED
+        except Interrupted as error:
+            console.error(str(error))
             code = INTERRUPTED
         except MhacutError as error:
             if debug:

@@ -85,6 +85,7 @@ def evaluation_loader(
     num_classes: int | None,
     class_map: Path | None = None,
     limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> EvaluationLoader:
     """Labelled images of ``split`` to measure accuracy on.
 
@@ -98,6 +99,7 @@ def evaluation_loader(
         num_classes: of the model's head, to check the data against.
         class_map: text file, one class name a line, in the order of the model's head.
         limit: at most so many images, chosen evenly over the classes and always alike; None for all.
+        part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
 
     Raises:
         DataError: images or labels that are missing or do not fit the model. Unreadable images come to light
@@ -108,7 +110,7 @@ def evaluation_loader(
         raise UsageError(f"limit {limit}: expected at least 1 image")
     if dataset is not None:
         return _from_named(
-            preprocessing, data_dir, dataset, batch_size, workers, split, num_classes, class_map, limit
+            preprocessing, data_dir, dataset, batch_size, workers, split, num_classes, class_map, limit, part
         )
     if data_dir is None:
         raise UsageError("nothing to evaluate on: give --data-dir or --dataset")
@@ -125,6 +127,8 @@ def evaluation_loader(
     if limit is not None and limit < len(images):
         chosen = sorted(index for index, _ in zip(balanced_order(labels, 0), range(limit), strict=False))
         images, labels = [images[index] for index in chosen], [labels[index] for index in chosen]
+    description = f"{len(images)} of {len(folder.images)} images under {folder.path.name}/"
+    images, labels = images[part[0] :: part[1]], labels[part[0] :: part[1]]
     files = ImageFiles(folder.path, images, labels, preprocessing)
     return EvaluationLoader(
         files,
@@ -132,7 +136,7 @@ def evaluation_loader(
         batch_size=batch_size,
         workers=workers,
         num_classes=num_classes,
-        description=f"{len(images)} of {len(folder.images)} images under {folder.path.name}/",
+        description=description,
     )
 
 
@@ -146,12 +150,16 @@ def _from_named(
     num_classes: int | None,
     class_map: Path | None,
     limit: int | None,
+    part: tuple[int, int],
 ) -> EvaluationLoader:
     opened = open_named(name, root, split, class_map, num_classes, check_classes=True)
     samples: Dataset[Sample] | IterableDataset[Sample]
     if isinstance(opened, IterableDataset):
+        if part[1] > 1:
+            raise DataError(f"--dataset {name}: is a stream, which several processes cannot share")
         total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
         total = total if limit is None or not total else min(limit, total)
+        all_of_them = total
         samples = NamedStream(opened, limit, preprocessing)
         # Shards are divided among workers unevenly, which would make the count below meaningless.
         workers = 0
@@ -160,6 +168,8 @@ def _from_named(
         if limit is not None and limit < len(indices):
             order = balanced_order(targets_of(opened), 0)
             indices = sorted(index for index, _ in zip(order, range(limit), strict=False))
+        all_of_them = len(indices)
+        indices = indices[part[0] :: part[1]]
         samples, total = NamedImages(name, opened, indices, preprocessing), len(indices)
     return EvaluationLoader(
         samples,
@@ -167,5 +177,5 @@ def _from_named(
         batch_size=batch_size,
         workers=workers,
         num_classes=num_classes,
-        description=f"{total or 'all'} images of {name} {split}",
+        description=f"{all_of_them or 'all'} images of {name} {split}",
     )

@@ -12,7 +12,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from mhacut.data.folders import read_class_map
-from mhacut.data.preprocessing import Preprocessing
+from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
 from mhacut.errors import DataError, UsageError
 
@@ -28,9 +28,18 @@ _EXTRAS = {
 class NamedImages(Dataset[Sample]):
     """A dataset of timm's or torchvision's with random access, unreadable images told instead of replaced."""
 
-    def __init__(self, name: str, opened: Any, indices: Sequence[int], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        name: str,
+        opened: Any,
+        indices: Sequence[int],
+        preprocessing: Preprocessing,
+        transform: Transform | None = None,
+    ) -> None:
+        """Take ``indices`` of a dataset that is open; ``transform`` in place of the one for evaluation."""
         self.name, self.opened, self.indices = name, opened, indices
-        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+        self._channels = preprocessing.input_size[0]
+        self._transform = transform or preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -16,6 +16,8 @@ from mhacut.limits import too_large
 
 SMALL_IMAGE = 64
 """Pixels. Up to this size images are taken whole unless the model says otherwise for this very size."""
+Transform = Callable[[Image.Image], Tensor]
+"""Picture to normalised [C, H, W] float32."""
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
@@ -162,7 +164,7 @@ class Preprocessing:
         except (TypeError, ValueError) as error:
             raise DataError(f"preprocessing: {error}") from None
 
-    def transform(self) -> Callable[[Image.Image], Tensor]:
+    def transform(self) -> Transform:
         """The evaluation transform of timm: picture to normalised [C, H, W] float32.
 
         Raises:
@@ -173,7 +175,7 @@ class Preprocessing:
                 f"the model takes images of {self.input_size[0]} channels; pictures are read with 1 or 3. "
                 "Leave --data-dir and --dataset out: synthetic images serve to prune it"
             )
-        made: Callable[[Image.Image], Tensor] = create_transform(
+        made: Transform = create_transform(
             input_size=self.input_size,
             is_training=False,
             interpolation=self.interpolation,

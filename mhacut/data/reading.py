@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mhacut.data.preprocessing import Preprocessing
+from mhacut.data.preprocessing import Preprocessing, Transform
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for files that are no images, cut short, or absurdly large."""
@@ -56,10 +56,25 @@ class ImageFiles(Dataset[Sample]):
     """Images of a folder by index, through the transform."""
 
     def __init__(
-        self, root: Path, images: Sequence[str], labels: Sequence[int], preprocessing: Preprocessing
+        self,
+        root: Path,
+        images: Sequence[str],
+        labels: Sequence[int],
+        preprocessing: Preprocessing,
+        transform: Transform | None = None,
     ) -> None:
+        """List images to read.
+
+        Args:
+            root: the folder they are in.
+            images: relative to it.
+            labels: of each.
+            preprocessing: of the model.
+            transform: in place of the one for evaluation.
+        """
         self.root, self.images, self.labels = root, images, labels
-        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+        self._channels = preprocessing.input_size[0]
+        self._transform = transform or preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,0 +1,162 @@
+"""``mhacut finetune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mhacut._version import __version__
+from mhacut.cli.console import Console, safe, table
+from mhacut.cli.flags import FLAGS, Flag, command
+from mhacut.finetuning.options import FinetuneOptions
+from mhacut.quantity import format_flops
+
+if TYPE_CHECKING:
+    from mhacut.evaluate import Evaluation
+    from mhacut.finetuning.run import FinetuneResult
+
+_FLAGS: dict[str, Flag] = {
+    "checkpoint": Flag("", "A slim file, as mhacut prune writes it.", "SLIM"),
+    "output": Flag(
+        "Result", "Directory of the run; by default SLIM's stem and -finetuned, here.", "DIR", "-o"
+    ),
+    "overwrite": Flag("Result", "Start anew in a DIR that holds a run; SLIM is never replaced."),
+    "resume": Flag("Result", "Go on with the run in DIR, with its own options.", "DIR"),
+    "save_every": Flag("Result", "Steps between saves within an epoch; 0 saves at its end.", "N"),
+    "dtype": Flag("Result", "Of the weights that are written; by default SLIM's."),
+    "teacher": Flag(
+        "Teacher", "The dense checkpoint, to learn from; labels are then optional.", "CHECKPOINT"
+    ),
+    "label_weight": Flag("Teacher", "Weight of labels beside the teacher.", "WEIGHT"),
+    "feature_weight": Flag("Teacher", "Weight of matching the teacher's block outputs.", "WEIGHT"),
+    "data_dir": Flag("Data", "Folder with train/ and val/, or of unlabelled images.", "DIR"),
+    "dataset": FLAGS["dataset"],
+    "class_map": FLAGS["class_map"],
+    "labels": FLAGS["labels"],
+    "eval_images": Flag("Data", "Validation images to measure accuracy on; all by default, 0 for none.", "N"),
+    "workers": FLAGS["workers"],
+    "epochs": Flag("Training", "Passes over the training images.", "N"),
+    "steps": Flag("Training", "Optimiser steps in all, in place of --epochs.", "N"),
+    "batch_size": Flag("Training", "Images at a time, per process.", "N", "-b"),
+    "grad_accum_steps": Flag("Training", "Batches per optimiser step.", "N"),
+    "opt": Flag("Training", "Optimiser, by its name in timm.", "NAME"),
+    "lr": Flag("Training", "Learning rate at its highest.", "RATE"),
+    "weight_decay": Flag("Training", "Weight decay.", "RATE"),
+    "sched": Flag("Training", "Learning rate over the run."),
+    "warmup_epochs": Flag("Training", "Epochs in which the learning rate rises.", "N"),
+    "clip_grad": Flag("Training", "Largest norm of the gradient; 0 for no limit.", "NORM"),
+    "layer_decay": Flag(
+        "Training", "Factor on the learning rate from each layer to the one before.", "FACTOR"
+    ),
+    "drop_path": Flag("Training", "Stochastic depth of the last block.", "RATE"),
+    "model_ema": Flag("Training", "Measure and write a moving average of the weights."),
+    "model_ema_decay": Flag("Training", "Of that average, per step.", "RATE"),
+    "seed": Flag("Training", "Of everything random.", "N"),
+    "aug": Flag("Augmentation", "Vary training images at all."),
+    "scale": Flag("Augmentation", "Least and largest share of the area that a random crop keeps.", "A,B"),
+    "hflip": Flag("Augmentation", "Probability of a horizontal flip; 0 where left and right differ.", "P"),
+    "color_jitter": Flag("Augmentation", "Changes of brightness, contrast, saturation.", "STRENGTH"),
+    "aa": Flag("Augmentation", "AutoAugment policy, rand-m9-mstd0.5-inc1.", "POLICY"),
+    "reprob": Flag("Augmentation", "Probability of erasing a rectangle.", "P"),
+    "mixup": Flag("Augmentation", "Alpha of mixup; 0 for none.", "ALPHA"),
+    "cutmix": Flag("Augmentation", "Alpha of cutmix; 0 for none.", "ALPHA"),
+    "smoothing": Flag("Augmentation", "Label smoothing.", "SHARE"),
+    "device": FLAGS["device"],
+    "amp": Flag("Computing", "Mixed precision."),
+    "amp_dtype": Flag("Computing", "Of mixed precision."),
+    "compile": Flag("Computing", "Compile the model with torch.compile."),
+    "grad_checkpointing": Flag("Computing", "Less memory for more time."),
+    "log": Flag("Computing", "Log to png, tensorboard or wandb, besides summary.csv.", "NAME"),
+}
+
+
+def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    if values.get("resume") is None:
+        return values
+    from mhacut.finetuning.resuming import completed  # imports torch
+
+    return completed(values)
+
+
+@command(
+    FinetuneOptions,
+    flags=_FLAGS,
+    config_only=frozenset(FinetuneOptions.types()) - frozenset(_FLAGS),
+    complete=_completed,
+)
+def finetune(options: FinetuneOptions, console: Console) -> None:
+    """Train SLIM on, to win back what the cut lost, and write a better slim file.
+
+    Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
+    DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from.
+    Names and meanings are those of timm's train.py.
+    Several GPUs or machines: torchrun --nproc-per-node N -m mhacut finetune ...
+
+    Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
+    """
+    from mhacut.finetuning.run import run_finetune
+
+    result = run_finetune(options, console)
+    console.result(_text(result), _document(result))
+
+
+def _text(result: FinetuneResult) -> str:
+    rows = [[safe(result.architecture), "before", "after", ""]]
+    if result.before is not None and result.after is not None:
+        best = " (best epoch)" if len(result.epochs) > 1 else ""
+        label = f"top-1, % of {result.after.images} images{best}"
+        before, after = result.before.top1, result.after.top1
+        rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
+    flops = format_flops(result.flops)
+    rows.append(["FLOPs", flops, flops, ""])
+    lines = [
+        table(rows),
+        "",
+        f"saved {safe(result.output)}",
+        f"loads with: mhacut.load_model({str(result.output)!r})",
+        f"trained {result.steps} steps on {safe(result.data)}, {result.images_per_second:.0f} images/s on "
+        f"{'' if result.processes == 1 else f'{result.processes} x '}{safe(result.device)}",
+    ]
+    if result.unreadable:
+        lines.append(
+            f"{len(result.unreadable)} images could not be read, others stood in for them; "
+            f"first {safe(result.unreadable[0])}"
+        )
+    return "\n".join(lines)
+
+
+def _document(result: FinetuneResult) -> dict[str, Any]:
+    return {
+        "command": "finetune",
+        "mhacut": __version__,
+        "directory": str(result.folder),
+        "output": str(result.output),
+        "architecture": result.architecture,
+        "before": _accuracy(result.before),
+        "after": _accuracy(result.after),
+        "flops": result.flops,
+        "steps": result.steps,
+        "epochs": [
+            {
+                "epoch": row.epoch,
+                "train_loss": row.train_loss,
+                "eval_loss": row.eval_loss,
+                "eval_top1": row.eval_top1,
+                "eval_top5": row.eval_top5,
+                "lr": row.lr,
+            }
+            for row in result.epochs
+        ],
+        "data": result.data,
+        "unreadable": list(result.unreadable),
+        "images_per_second": result.images_per_second,
+        "device": result.device,
+        "processes": result.processes,
+        "seconds": result.seconds,
+    }
+
+
+def _accuracy(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {"top1": evaluation.top1, "top5": evaluation.top5, "images": evaluation.images}

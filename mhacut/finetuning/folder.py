@@ -1,0 +1,151 @@
+"""The directory of a run: every file in it is old or new, never half written.
+
+``args.yaml`` the options, ``last.safetensors`` and ``best.safetensors`` slim files, ``state.pt`` what a run
+goes on from, ``summary.csv`` a line per epoch. ``state.pt`` is written last: whatever the others hold beyond
+it is done again, and comes out the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mhacut.errors import CheckpointError, OutputError, UsageError
+from mhacut.options import unknown_option
+
+ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
+LAST, BEST = "last.safetensors", "best.safetensors"
+_STATE_VERSION = 1
+_MAX_ARGUMENT_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its files."""
+
+    path: Path
+
+    def file(self, name: str) -> Path:
+        """One of the files."""
+        return self.path / name
+
+    def open_new(self, *, overwrite: bool) -> None:
+        """Make the directory, for a run that begins.
+
+        Raises:
+            OutputError: it holds a run, or cannot be made.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file; expected a directory for the run (--output)")
+        held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
+        if held and not overwrite:
+            raise OutputError(
+                f"{self.path}: holds a run already ({', '.join(held)}); go on with it by --resume "
+                f"{self.path}, choose another directory, or --overwrite it"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in held:
+                self.file(name).unlink()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def write_arguments(self, values: Mapping[str, Any]) -> None:
+        """Keep the options of the run, in a form that ``--config`` reads."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode())
+
+    def write_summary(self, rows: Sequence[Mapping[str, float | None]]) -> None:
+        """Keep a line per epoch, in timm's columns."""
+        if not rows:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+        write_whole(self.file(SUMMARY), text.getvalue().encode())
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Keep what the run goes on from."""
+        buffer = io.BytesIO()
+        torch.save({"version": _STATE_VERSION, **state}, buffer)
+        write_whole(self.file(STATE), buffer.getbuffer())
+
+    def read_state(self) -> dict[str, Any] | None:
+        """What :meth:`write_state` kept; None before the first time. Nothing in the file is run.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another version.
+        """
+        path = self.file(STATE)
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged zip or pickle fails in many ways
+            raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error!s:.200}") from None
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _STATE_VERSION:
+            raise CheckpointError(
+                f"{path}: this mhacut goes on from version {_STATE_VERSION}, found {version!r:.50}"
+            )
+        return dict(state)
+
+
+def read_arguments(folder: str | os.PathLike[str], known: Sequence[str]) -> dict[str, Any]:
+    """The options a run was started with.
+
+    Args:
+        folder: of the run.
+        known: names of options.
+
+    Raises:
+        UsageError: there is no run, or what it was started with cannot be read.
+    """
+    path = Path(folder) / ARGUMENTS
+    try:
+        with path.open("rb") as file:
+            document = yaml.safe_load(file.read(_MAX_ARGUMENT_BYTES))
+    except OSError as error:
+        raise UsageError(
+            f"--resume {folder}: no run to go on with, {ARGUMENTS}: {error.strerror or error}"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    for name in document:
+        if name not in known:
+            raise UsageError(f"{path}: {unknown_option(str(name), tuple(known))}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write ``content`` under ``path`` in one step that either happens or does not.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is untouched.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,329 @@
+"""Images to train on: each as varied as its seed says, in batches that any number of processes can share.
+
+What happens to an image depends on the run's seed, the epoch and the image alone: not on which process or
+worker reads it, nor on what was read before. So a run that goes on after an interruption, or on other
+machines, sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from mhacut.data import Preprocessing
+from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
+from mhacut.data.named import NamedImages, open_named, targets_of
+from mhacut.data.preprocessing import Transform
+from mhacut.data.reading import ImageFiles, Sample, Unreadable
+from mhacut.errors import DataError, UsageError
+from mhacut.finetuning.options import AugmentationOptions
+from mhacut.options import DataOptions
+
+_TRIES = 10
+"""How many images after an unreadable one may take its place."""
+
+Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
+"""An image (None if no readable one was found), its label (-1 without), and what could not be read."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one forward pass."""
+
+    images: Tensor
+    """[B, C, H, W], normalised."""
+    labels: Tensor
+    """[B] int64; -1 throughout for unlabelled images."""
+    unreadable: tuple[Unreadable, ...]
+    """Images in whose place others stand."""
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """What there is to train on."""
+
+    samples: Dataset[Sample]
+    """Varied images by index."""
+    count: int
+    labelled: bool
+    description: str
+    """For readers."""
+    fingerprint: str
+    """Of names and labels: equal for equal data, wherever it lies."""
+
+
+def training_images(
+    data: DataOptions,
+    preprocessing: Preprocessing,
+    augmentation: AugmentationOptions,
+    *,
+    num_classes: int,
+    use_labels: bool,
+    need_labels: bool,
+) -> TrainingImages:
+    """The images of the training split, listed and checked, none of them opened.
+
+    Args:
+        data: where they are.
+        preprocessing: of the model.
+        augmentation: how they are varied.
+        num_classes: of the model's head; 0 for none.
+        use_labels: False leaves labels out.
+        need_labels: refuse images without class folders.
+
+    Raises:
+        DataError: images or labels that are missing, or do not fit the model.
+        UsageError: no place to look.
+    """
+    transform = training_transform(preprocessing, augmentation)
+    class_map = None if data.class_map is None else Path(data.class_map)
+    root = None if data.data_dir is None else Path(data.data_dir)
+    use_labels = use_labels and num_classes > 0
+    if data.dataset is not None:
+        return _named(data.dataset, data, root, class_map, preprocessing, transform, num_classes, use_labels)
+    if root is None:
+        raise UsageError("nothing to train on: give --data-dir DIR or --dataset NAME")
+    folder = scan(find_folder(root, data.train_split, "--train-split"))
+    if not folder.images:
+        raise DataError(
+            f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    labelled = use_labels and any(folder.names)
+    if need_labels and not labelled:
+        raise DataError(
+            f"{folder.path}: images without class folders, so without labels; "
+            "give a --teacher, or put them in <class>/<image>"
+        )
+    labels = [-1] * len(folder.images)
+    if labelled:
+        labels = label_images(folder, class_map, num_classes, ", or leave labels out with --no-labels")
+    return TrainingImages(
+        samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
+        count=len(labels),
+        labelled=labelled,
+        description=(
+            f"{len(labels)} images under {folder.path.name}/ ({'with' if labelled else 'without'} labels)"
+        ),
+        fingerprint=_fingerprint(folder.images, labels),
+    )
+
+
+def _named(
+    name: str,
+    data: DataOptions,
+    root: Path | None,
+    class_map: Path | None,
+    preprocessing: Preprocessing,
+    transform: Transform,
+    num_classes: int,
+    use_labels: bool,
+) -> TrainingImages:
+    opened = open_named(
+        name, root, data.train_split, class_map, num_classes or None, check_classes=use_labels
+    )
+    if isinstance(opened, IterableDataset):
+        raise DataError(
+            f"--dataset {name}: is a stream, which cannot be resumed at a step; unpack it, or use hfds/"
+        )
+    count = len(opened)
+    if not count:
+        raise DataError(f"--dataset {name}, split {data.train_split!r}: holds no images")
+    told = "with" if use_labels else "without"
+    return TrainingImages(
+        samples=NamedImages(name, opened, range(count), preprocessing, transform),
+        count=count,
+        labelled=use_labels,
+        description=f"{count} images of {name} {data.train_split} ({told} labels)",
+        fingerprint=_fingerprint([name, data.train_split], targets_of(opened)),
+    )
+
+
+def training_transform(preprocessing: Preprocessing, options: AugmentationOptions) -> Transform:
+    """Picture to varied, normalised [C, H, W] float32, by timm's transforms.
+
+    Raises:
+        UsageError: timm does not know what ``options`` name.
+    """
+    plain = preprocessing.transform()
+    if not options.aug:
+        return plain
+    try:
+        made: Transform = create_transform(
+            input_size=preprocessing.input_size,
+            is_training=True,
+            scale=options.scale,
+            ratio=options.ratio,
+            hflip=options.hflip,
+            vflip=options.vflip,
+            color_jitter=options.color_jitter or None,
+            auto_augment=options.aa,
+            interpolation=options.train_interpolation or preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            re_prob=options.reprob,
+            re_mode=options.remode,
+            re_count=options.recount,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        asked = f"--aa {options.aa}, --train-interpolation {options.train_interpolation}"
+        raise UsageError(f"{asked}: timm does not know this: {error}") from None
+    return made
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed in 0..2**63 that depends on every number and their order.
+
+    >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
+    (True, False)
+    """
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Start the generators of Python, numpy and torch's CPU at ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+class _Seeded(Dataset[Drawn]):
+    """Images by (epoch, index), varied by what the seed says for these two; unreadable ones replaced."""
+
+    def __init__(self, samples: Dataset[Sample], count: int, seed: int) -> None:
+        self.samples, self.count, self.seed = samples, count, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Drawn:
+        epoch, index = key
+        unreadable: list[Unreadable] = []
+        for attempt in range(min(_TRIES, self.count)):
+            at = (index + attempt) % self.count
+            seed_everything(mixed_seed(self.seed, epoch, at))
+            image, label = self.samples[at]
+            if not isinstance(image, Unreadable):
+                return image, label, tuple(unreadable)
+            unreadable.append(image)
+        return None, -1, tuple(unreadable)
+
+
+class StepBatches:
+    """Which images each step sees: an order per epoch, cut into global batches, each shared out in parts.
+
+    A part holds images from both ends of its global batch, so that the partner of an image in mixup (the one
+    as far from the other end) is in the same part.
+    """
+
+    def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
+        """Lay out the order.
+
+        Args:
+            count: images in all.
+            batch_size: images of a part.
+            parts: of a global batch, over processes and accumulated batches.
+            seed: of the order.
+
+        Raises:
+            DataError: fewer images than a global batch.
+        """
+        self.count, self.batch_size, self.parts, self.seed = count, batch_size, parts, seed
+        self.steps_per_epoch = count // (batch_size * parts)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{count} images to train on are fewer than the {batch_size * parts} of one step; use a "
+                f"smaller --batch-size{' or --grad-accum-steps' if parts > 1 else ''}"
+            )
+
+    def of_step(self, step: int) -> tuple[int, list[int]]:
+        """The epoch of ``step`` and the indices of its global batch; steps and epochs count from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator)
+        size = self.batch_size * self.parts
+        return epoch, self._order[within * size : (within + 1) * size].tolist()
+
+    def part(self, step: int, number: int) -> list[tuple[int, int]]:
+        """(epoch, index) of every image in one part of a step's global batch.
+
+        >>> batches = StepBatches(8, batch_size=4, parts=2, seed=0)
+        >>> batches.part(step=0, number=1) == [(0, index) for index in batches.of_step(0)[1][2:6]]
+        True
+        """
+        epoch, batch = self.of_step(step)
+        if self.batch_size % 2:
+            chosen = batch[number * self.batch_size : (number + 1) * self.batch_size]
+        else:
+            half, end = self.batch_size // 2, len(batch) - number * self.batch_size // 2
+            chosen = batch[number * half : (number + 1) * half] + batch[end - half : end]
+        return [(epoch, index) for index in chosen]
+
+
+def training_loader(
+    images: TrainingImages,
+    batches: StepBatches,
+    *,
+    start: int,
+    stop: int,
+    mine: Sequence[int],
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """The parts ``mine`` of every step's global batch, in order, of steps ``start`` to ``stop`` - 1.
+
+    Raises:
+        DataError: so many images in a row cannot be read that none is left to take their place.
+    """
+    loader: DataLoader[Drawn] = DataLoader(
+        _Seeded(images.samples, images.count, batches.seed),
+        batch_sampler=_Parts(batches, range(start, stop), mine),
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=pin_memory,
+    )
+    for stacked, labels, unreadable in loader:
+        if len(stacked) < len(labels):
+            raise DataError(
+                f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "
+                f"{unreadable[0].reason}. Repair or remove them"
+            )
+        yield Batch(stacked, labels, tuple(unreadable))
+
+
+class _Parts:
+    """A batch sampler over the parts of one process."""
+
+    def __init__(self, batches: StepBatches, steps: range, mine: Sequence[int]) -> None:
+        self.batches, self.steps, self.mine = batches, steps, mine
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.mine)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for number in self.mine:
+                yield self.batches.part(step, number)
+
+
+def _stack(drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    found = [image for image, _, _ in drawn if image is not None]
+    images = torch.stack(found) if found else torch.empty(0)
+    unreadable = [bad for _, _, several in drawn for bad in several]
+    return images, torch.tensor([label for _, label, _ in drawn], dtype=torch.int64), unreadable
+
+
+def _fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    for label in labels:
+        digest.update(f"{label},".encode())
+    return digest.hexdigest()

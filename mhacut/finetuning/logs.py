@@ -1,0 +1,152 @@
+"""Where else the lines of ``summary.csv`` go: a curve as PNG, TensorBoard, Weights & Biases.
+
+All need packages that mhacut does not, so they are imported when asked for. A log that is missing is told
+before the work; one that fails during it is told and left out, and the training goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from mhacut.errors import MhacutError
+from mhacut.finetuning.folder import write_whole
+
+Row = Mapping[str, float | None]
+
+_NEEDS = {
+    "png": ("matplotlib", "mhacut[plot]"),
+    "tensorboard": ("tensorboard", "mhacut[tensorboard]"),
+    "wandb": ("wandb", "mhacut[wandb]"),
+}
+"""Per log: the module it needs, and what to install for it."""
+
+
+def check_logs(names: Sequence[str]) -> None:
+    """Raise a :class:`MhacutError` that says what to install, if a log's package is missing."""
+    for name in names:
+        module, package = _NEEDS[name]
+        if importlib.util.find_spec(module) is None:
+            raise MhacutError(f"--log {name}: needs the package {module}; pip install '{package}'")
+
+
+class _Log(Protocol):
+    def write(self, rows: Sequence[Row]) -> None:
+        """Take every row so far; the last one is new."""
+
+    def close(self) -> None:
+        """No more rows will come."""
+
+
+class Logs:
+    """The logs that were asked for."""
+
+    def __init__(
+        self, names: Sequence[str], folder: Path, options: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> None:
+        """Open them.
+
+        Args:
+            names: of :data:`_NEEDS`.
+            folder: of the run.
+            options: of the run, for those that keep them.
+            tell: called with what went wrong.
+        """
+        self._tell = tell
+        self._open: dict[str, _Log] = {}
+        for name in names:
+            self._guarded(name, partial(self._add, name, folder, options))
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Pass on the rows, of which the last is new."""
+        for name, log in list(self._open.items()):
+            self._guarded(name, partial(log.write, rows))
+
+    def close(self) -> None:
+        """End all of them."""
+        for name, log in list(self._open.items()):
+            self._guarded(name, log.close)
+
+    def _add(self, name: str, folder: Path, options: Mapping[str, Any]) -> None:
+        self._open[name] = _opened(name, folder, options)
+
+    def _guarded(self, name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # third parties' disks, networks and accounts fail in many ways
+            self._open.pop(name, None)
+            self._tell(f"--log {name}: gave up, training goes on: {type(error).__name__}: {error!s:.200}")
+
+
+def _opened(name: str, folder: Path, options: Mapping[str, Any]) -> _Log:
+    if name == "png":
+        return _Curve(folder / "curve.png")
+    return _TensorBoard(folder) if name == "tensorboard" else _WandB(folder, options)
+
+
+class _Curve:
+    """Loss and accuracy over epochs, drawn anew each time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, rows: Sequence[Row]) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        losses, accuracy = figure.subplots(1, 2)
+        epochs = [(row["epoch"] or 0) + 1 for row in rows]
+        for axes, names in ((losses, ("train_loss", "eval_loss")), (accuracy, ("eval_top1",))):
+            for name in names:
+                if rows[-1][name] is not None:
+                    axes.plot(epochs, [row[name] for row in rows], marker="o", label=name)
+            axes.set_xlabel("epoch")
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
+        losses.set_ylabel("loss")
+        accuracy.set_ylabel("top-1, %")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=120)
+        write_whole(self.path, drawn.getvalue())
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    """A scalar per column."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for name, value in rows[-1].items():
+            if name != "epoch" and value is not None:
+                self._writer.add_scalar(name, value, int(rows[-1]["epoch"] or 0))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A metric per column, one run per directory."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        import wandb
+
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+        self._run: Any = wandb.init(project="mhacut", dir=str(folder), name=folder.name, config=config)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._run.log({name: value for name, value in rows[-1].items() if value is not None})
+
+    def close(self) -> None:
+        self._run.finish()

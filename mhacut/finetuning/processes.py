@@ -1,0 +1,80 @@
+"""One process or many: who is who, and what they say to each other. Launched by torchrun, or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mhacut.device import resolve_device
+from mhacut.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    """Which this one is; 0 is the one that writes and prints."""
+    size: int
+    """How many there are."""
+    device: torch.device
+    """Where this one computes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64; every process must ask at the same point."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        found: list[float] = tensor.tolist()
+        return found
+
+    def union(self, texts: Sequence[str]) -> list[str]:
+        """What any process has, in the order of processes; every process must ask at the same point."""
+        if self.size == 1:
+            return list(texts)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(texts))
+        return list(dict.fromkeys(text for several in found for text in several))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.total([0.0])
+
+
+@contextmanager
+def gathered(device: str) -> Iterator[Processes]:
+    """The processes that torchrun started together, or this one alone; parted again at the end.
+
+    NCCL connects GPUs, gloo CPUs.
+
+    Raises:
+        UsageError: ``device`` names one GPU for several processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes(0, 1, resolve_device(device))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: {size} processes cannot share it; use --device cuda")
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        chosen = resolve_device(f"cuda:{local}")
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Going on with a run: its own options, and nothing else in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mhacut.errors import CheckpointError, UsageError
+from mhacut.finetuning.folder import read_arguments
+from mhacut.finetuning.options import FinetuneOptions
+
+_FREE = frozenset(
+    {
+        # where things lie; what they hold is compared
+        "checkpoint",
+        "teacher",
+        "data_dir",
+        "class_map",
+        # how the work is shared out; the images of a step are compared
+        "batch_size",
+        "grad_accum_steps",
+        "workers",
+        "device",
+        # what is kept
+        "save_every",
+        "log",
+        "overwrite",
+        "resume",
+    }
+)
+"""Options that a later command may give anew."""
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` as given, over the options of the run that ``resume`` names, if it names one.
+
+    Raises:
+        UsageError: no such run, or a value contradicts what it was started with.
+    """
+    given = dict(values)
+    folder = given.get("resume")
+    if folder is None:
+        return given
+    known = tuple(FinetuneOptions.types())
+    began = {**FinetuneOptions.defaults(), **read_arguments(folder, known)}
+    for name, value in given.items():
+        if name == "output" and str(value) != str(folder):
+            raise UsageError(f"--output {value}: a run goes on in its own directory, {folder}")
+        if name in known and name not in _FREE | {"output"} and value != began.get(name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: the run in {folder} was started with "
+                f"{began.get(name)}; leave it out, or start another run"
+            )
+    return {**began, **given, "output": folder}
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise a :class:`CheckpointError` that names what changed since the run was started."""
+    changed = [
+        f"{name} ({_short(before.get(name))}, now {_short(now[name])})"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{where}: the run cannot go on, for these are not what it was started with: {'; '.join(changed)}"
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] + "..." if len(text) > 24 else text

@@ -1,0 +1,599 @@
+"""``mhacut finetune`` as a function: read, train, save as it goes, measure what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhacut._version import __version__
+from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.cost import measure_flops
+from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
+from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
+from mhacut.evaluate import Evaluation, evaluate
+from mhacut.finetuning.folder import BEST, LAST, RunFolder
+from mhacut.finetuning.images import Batch, StepBatches, TrainingImages, training_images, training_loader
+from mhacut.finetuning.interrupt import StopRequest, stop_request
+from mhacut.finetuning.logs import Logs, check_logs
+from mhacut.finetuning.objective import Blocks, Mixing, Objective, Teacher, check_matching
+from mhacut.finetuning.options import FinetuneOptions
+from mhacut.finetuning.processes import Processes, gathered
+from mhacut.finetuning.resuming import check_same, completed
+from mhacut.finetuning.training import Trainer, check_precision, repeatable
+from mhacut.inspection import resolve_preprocessing
+from mhacut.modelinfo import classifier_size
+from mhacut.options import PathLike
+from mhacut.progress import Reporter, Silent
+
+# Where files lie on the machine that made a slim file is nobody else's business.
+_LOCAL_OPTIONS = frozenset(
+    {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
+)
+
+
+_MOST_UNREADABLE = 0.1
+"""Share of the images for which others may stand in."""
+
+
+@dataclass(frozen=True)
+class EpochSummary:
+    """A line of ``summary.csv``."""
+
+    epoch: int
+    """From 0."""
+    train_loss: float
+    """Mean over the images of the epoch, as the weights moved."""
+    eval_loss: float | None
+    """Cross-entropy on the validation images."""
+    eval_top1: float | None
+    eval_top5: float | None
+    lr: float
+    """Of the epoch's last step."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What :func:`finetune` did."""
+
+    folder: Path
+    output: Path
+    """The slim file to use: the best on validation images where there are any, else the last."""
+    architecture: str
+    before: Evaluation | None
+    """Of the slim file that was read; None without labelled validation images."""
+    after: Evaluation | None
+    """Of ``output``, as it was read back."""
+    epochs: tuple[EpochSummary, ...]
+    steps: int
+    flops: int
+    """The same before and after."""
+    data: str
+    """What it was trained on."""
+    unreadable: tuple[str, ...]
+    """Images that could not be read; others stood in for them."""
+    images_per_second: float
+    """Over all processes, of the steps of this call, without measuring and saving."""
+    device: str
+    processes: int
+    seconds: float
+
+
+def finetune(
+    checkpoint: PathLike | None = None, *, reporter: Reporter | None = None, **options: Any
+) -> FinetuneResult:
+    """Train a slim file on, and write a better one.
+
+        result = mhacut.finetune("vit-2.0G.safetensors", teacher="vit.safetensors", data_dir="images/")
+        model = mhacut.load_model(result.output)
+
+    Under torchrun every process calls this alike, and shares the work.
+
+    Args:
+        checkpoint: a slim file; left out to go on with a run (``resume``).
+        reporter: told what happens; silent by default.
+        options: the names of the command line's flags, see
+            :class:`mhacut.finetuning.options.FinetuneOptions`: ``data_dir``, ``output``, ``teacher``,
+            ``epochs``, ``lr``, ``resume``, ...
+
+    Raises:
+        Interrupted: asked to stop; all is saved.
+        MhacutError: and its kinds, in :mod:`mhacut.errors`.
+    """
+    given = options if checkpoint is None else {"checkpoint": checkpoint, **options}
+    return run_finetune(FinetuneOptions.from_flat(**completed(given)), reporter or Silent())
+
+
+def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
+    """:func:`finetune` with its options in one object."""
+    check_logs(options.logs)
+    with gathered(options.device) as processes, _random_state_kept(), repeatable(options):
+        check_precision(options, processes.device)
+        return _Run(options, processes, reporter if processes.first else Silent()).go()
+
+
+class _Run:
+    """One run, seen from one process."""
+
+    def __init__(self, options: FinetuneOptions, processes: Processes, reporter: Reporter) -> None:
+        self.options, self.processes, self.reporter = options, processes, reporter
+        self.device = processes.device
+        reporter.start("reading")
+        self.loaded = _read_slim(options)
+        for note in self.loaded.notes:
+            reporter.note(note)
+        stem = self.loaded.stem
+        self.folder = RunFolder(Path(options.resume or options.output or f"{stem}-finetuned"))
+        self.classes = classifier_size(self.loaded.model)
+        self.preprocessing = resolve_preprocessing(self.loaded, options.preprocessing)
+        self.flops = measure_flops(self.loaded.model, self.preprocessing.input_size)
+        self.teacher_sha256: str | None = None
+        training = options.training
+        taught = options.teaching.teacher is not None
+        self.images: TrainingImages = training_images(
+            options.data,
+            self.preprocessing,
+            options.augmentation,
+            num_classes=self.classes,
+            use_labels=options.labels and not (taught and options.teaching.label_weight == 0),
+            need_labels=not taught,
+        )
+        self.batches = StepBatches(
+            self.images.count,
+            batch_size=training.batch_size,
+            parts=processes.size * training.grad_accum_steps,
+            seed=training.seed,
+        )
+        per_epoch = self.batches.steps_per_epoch
+        self.total_steps = training.steps or training.epochs * per_epoch
+        self.validation = self._validation()
+        model = self.loaded.model.to(self.device)
+        if processes.size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            if self.device.type == "cuda":
+                model = convert_sync_batchnorm(model)
+            else:
+                reporter.note("batch norms see the images of one process only: CPUs cannot share statistics")
+        self.trainer = Trainer(
+            model,
+            self._objective(model),
+            Mixing(options.augmentation, self.classes),
+            options,
+            processes,
+            labelled=self.images.labelled,
+            total_steps=self.total_steps,
+            steps_per_epoch=per_epoch,
+        )
+        self.began_with = {
+            "plan": _digest(_record(self.loaded).plan.to_json()),
+            "slim file": self.loaded.sha256,
+            "teacher": self.teacher_sha256,
+            "training images": self.images.fingerprint,
+            "images per step": self.batches.batch_size * self.batches.parts,
+        }
+        self.step = 0
+        self.epoch_loss, self.epoch_images = 0.0, 0
+        self.rows: list[EpochSummary] = []
+        self.best: float | None = None
+        self.before: Evaluation | None = None
+        self.unreadable: dict[str, None] = {}
+        self.logs: Logs | None = None
+
+    # -- the run --
+
+    def go(self) -> FinetuneResult:
+        began = time.perf_counter()
+        self._open()
+        self.reporter.note(f"training on {self.images.description}")
+        if self.processes.first:
+            self.logs = Logs(
+                self.options.logs, self.folder.path, self._portable_options(), self.reporter.note
+            )
+        try:
+            with stop_request() as request:
+                rate = self._train(request)
+        finally:
+            if self.logs is not None:
+                self.logs.close()
+        output = self.folder.file(BEST if self.best is not None else LAST)
+        after = None
+        if self.validation is not None:
+            self.reporter.start("measuring the file")
+            after = self._measure(load_model(output))
+        return FinetuneResult(
+            folder=self.folder.path,
+            output=output,
+            architecture=self.loaded.identity.architecture,
+            before=self.before,
+            after=after,
+            epochs=tuple(self.rows),
+            steps=self.step,
+            flops=self.flops,
+            data=self.images.description,
+            unreadable=tuple(self.unreadable),
+            images_per_second=rate,
+            device=str(self.device),
+            processes=self.processes.size,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _open(self) -> None:
+        """Begin, or go on from what is there."""
+        state = None
+        if self.options.resume is not None:
+            state = self.folder.read_state()
+        elif self.processes.first:
+            for name in (LAST, BEST):
+                check_output(self.folder.file(name), overwrite=True, input_path=self.loaded.path)
+            self.folder.open_new(overwrite=self.options.overwrite)
+            self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
+        self.processes.wait()
+        if state is None:
+            if self.validation is not None:
+                self.reporter.start("measuring before")
+                self.before = self._measure(self.trainer.model)
+            return
+        check_same(state["began_with"], self.began_with, str(self.folder.path))
+        self.trainer.restore(state["trainer"])
+        self.step, self.best = state["step"], state["best"]
+        self.epoch_loss, self.epoch_images = state["epoch_loss"], state["epoch_images"]
+        self.rows = [EpochSummary(**row) for row in state["rows"]]
+        self.before = None if state["before"] is None else Evaluation(**state["before"])
+        self.unreadable = dict.fromkeys(state["unreadable"])
+        self.reporter.note(f"going on after step {self.step} of {self.total_steps}")
+
+    def _train(self, request: StopRequest) -> float:
+        """All steps that are left; gives images per second."""
+        training, per_epoch = self.options.training, self.batches.steps_per_epoch
+        accumulated = training.grad_accum_steps
+        mine = [micro * self.processes.size + self.processes.rank for micro in range(accumulated)]
+        loader = training_loader(
+            self.images,
+            self.batches,
+            start=self.step,
+            stop=self.total_steps,
+            mine=mine,
+            workers=self.options.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.reporter.start("training")
+        seconds, images = 0.0, 0
+        while self.step < self.total_steps:
+            began = time.perf_counter()
+            batches = self._noted(islice(loader, accumulated))
+            loss, count = self.trainer.step(self.step, batches)
+            loss, seen, stop = self.processes.total([loss, count, float(request.asked)])
+            self._check_finite(loss)
+            self.step += 1
+            self.epoch_loss += loss
+            self.epoch_images += int(seen)
+            seconds += time.perf_counter() - began
+            images += int(seen)
+            self._tell(loss / seen, images / seconds, seconds)
+            ended = self.step % per_epoch == 0 or self.step == self.total_steps
+            every = self.options.save_every
+            if ended:
+                self._end_epoch()
+                self.reporter.start("training")
+            elif stop or (every and self.step % every == 0):
+                self._save()
+            if stop and self.step < self.total_steps:
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.total_steps}; all is saved. "
+                    f"Go on with: {self._launcher()}mhacut finetune --resume {self.folder.path}"
+                )
+        return images / seconds if seconds else 0.0
+
+    def _launcher(self) -> str:
+        many = self.processes.size
+        return (
+            "" if many == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', many)} -m "
+        )
+
+    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            for bad in batch.unreadable:
+                if bad.file not in self.unreadable:
+                    self.unreadable[bad.file] = None
+                    self.reporter.note(
+                        f"unreadable, another image stands in for it: {bad.file}: {bad.reason}"
+                    )
+            yield batch
+
+    def _check_finite(self, loss: float) -> None:
+        if loss - loss == 0:
+            return
+        kept = "the files of the last save are kept" if self.rows or self.step else "nothing was saved yet"
+        raise MhacutError(
+            f"the loss became {loss} at step {self.step + 1} of {self.total_steps}; {kept} in "
+            f"{self.folder.path}. Try a smaller --lr, or a --clip-grad"
+            + (", or go without --amp" if self.options.amp else "")
+        )
+
+    def _tell(self, loss: float, rate: float, seconds: float) -> None:
+        epoch = (self.step - 1) // self.batches.steps_per_epoch + 1
+        epochs = -(-self.total_steps // self.batches.steps_per_epoch)
+        size = self.batches.batch_size * self.batches.parts
+        left = int((self.total_steps - self.step) * size / rate)
+        self.reporter.advance(
+            self.step,
+            self.total_steps,
+            f"epoch {epoch}/{epochs} step {self.step} loss {loss:.4f} {rate:.0f} images/s "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+        )
+
+    # -- saving --
+
+    def _end_epoch(self) -> None:
+        """Measure, write what is best and last, and a line of the summary."""
+        evaluation = None
+        if self.validation is not None:
+            self.reporter.start("measuring")
+            evaluation = self._measure(self.trainer.result)
+        row = EpochSummary(
+            epoch=len(self.rows),
+            train_loss=self.epoch_loss / self.epoch_images,
+            eval_loss=None if evaluation is None else evaluation.loss,
+            eval_top1=None if evaluation is None else evaluation.top1,
+            eval_top5=None if evaluation is None else evaluation.top5,
+            lr=self.trainer.lr,
+        )
+        self.rows.append(row)
+        self.epoch_loss, self.epoch_images = 0.0, 0
+        measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
+        self.reporter.note(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
+        if evaluation is not None and (self.best is None or evaluation.top1 > self.best):
+            self.best = evaluation.top1
+            self._write(BEST)
+        self._save()
+        if self.logs is not None:
+            self.logs.write([dataclasses.asdict(row) for row in self.rows])
+
+    def _save(self) -> None:
+        """Write the last weights, and what the run goes on from."""
+        self.unreadable = dict.fromkeys(self.processes.union(list(self.unreadable)))
+        if len(self.unreadable) > _MOST_UNREADABLE * self.images.count:
+            raise DataError(
+                f"{len(self.unreadable)} of {self.images.count} images cannot be read, first "
+                f"{next(iter(self.unreadable))}; repair or remove them"
+            )
+        self._write(LAST)
+        if self.processes.first:
+            self.folder.write_summary([dataclasses.asdict(row) for row in self.rows])
+            self.folder.write_state(
+                {
+                    "began_with": self.began_with,
+                    "trainer": self.trainer.state(),
+                    "step": self.step,
+                    "best": self.best,
+                    "epoch_loss": self.epoch_loss,
+                    "epoch_images": self.epoch_images,
+                    "rows": [dataclasses.asdict(row) for row in self.rows],
+                    "before": None if self.before is None else dataclasses.asdict(self.before),
+                    "unreadable": list(self.unreadable),
+                }
+            )
+        self.processes.wait()
+
+    def _write(self, name: str) -> None:
+        if not self.processes.first:
+            return
+        dtypes = dict(self.loaded.dtypes)
+        if self.options.dtype is not None:
+            chosen = getattr(torch, self.options.dtype)
+            dtypes = {key: chosen if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}
+        try:
+            write_slim(
+                self.folder.file(name),
+                self.trainer.result,
+                self._record_now(),
+                dtypes=dtypes,
+                overwrite=True,
+                input_path=self.loaded.path,
+            )
+        except OutputError as error:
+            raise OutputError(f"after step {self.step}: {error}") from error
+
+    def _record_now(self) -> SlimRecord:
+        import timm
+
+        earlier = _record(self.loaded)
+        entry = {
+            "command": "finetune",
+            "options": {
+                key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS
+            },
+            "seed": self.options.training.seed,
+            "steps": self.step,
+            "images_per_step": self.batches.batch_size * self.batches.parts,
+            "source_sha256": self.loaded.sha256,
+            "teacher_sha256": self.teacher_sha256,
+            "data": self.images.description,
+            "versions": {
+                "mhacut": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+            },
+        }
+        return dataclasses.replace(
+            earlier, preprocessing=self.preprocessing.to_json(), history=(*earlier.history, entry)
+        )
+
+    def _portable_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS}
+
+    # -- parts --
+
+    def _measure(self, model: nn.Module) -> Evaluation:
+        """Accuracy over the images of all processes."""
+        assert self.validation is not None
+        found = evaluate(
+            model, self.validation, device=self.device, amp=self.options.amp, progress=self.reporter.advance
+        )
+        if self.processes.size == 1:
+            return found
+        top5, loss = found.top5 or 0.0, found.loss or 0.0
+        right, right5, summed, images = self.processes.total(
+            [
+                round(found.top1 * found.images / 100),
+                round(top5 * found.images / 100),
+                loss * found.images,
+                found.images,
+            ]
+        )
+        return Evaluation(
+            top1=100 * right / images,
+            top5=None if found.top5 is None else 100 * right5 / images,
+            images=int(images),
+            seconds=found.seconds,
+            loss=summed / images,
+        )
+
+    def _validation(self) -> EvaluationLoader | None:
+        """This process's share of the labelled validation images, where there are any."""
+        options, data = self.options, self.options.data
+        if options.eval_images == 0 or self.classes == 0:
+            return None
+        if not has_split(data.data_dir, data.dataset, data.val_split):
+            self.reporter.note(
+                f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)"
+            )
+            return None
+        return evaluation_loader(
+            self.preprocessing,
+            data_dir=None if data.data_dir is None else Path(data.data_dir),
+            dataset=data.dataset,
+            batch_size=max(options.training.batch_size, 64),
+            workers=data.workers,
+            split=data.val_split,
+            num_classes=self.classes,
+            class_map=None if data.class_map is None else Path(data.class_map),
+            limit=options.eval_images,
+            part=(self.processes.rank, self.processes.size),
+        )
+
+    def _objective(self, model: nn.Module) -> Objective:
+        teaching = self.options.teaching
+        matched = teaching.feature_weight > 0
+        teacher = self._teacher(matched) if teaching.teacher is not None else None
+        student = Blocks(model) if matched else None
+        if student is not None and teacher is not None and teacher.blocks is not None:
+            check_matching(student, teacher.blocks)
+        return Objective(
+            teacher=teacher,
+            student=student,
+            label_weight=teaching.label_weight if teacher is not None else 1.0,
+            temperature=teaching.kd_temperature,
+            feature_weight=teaching.feature_weight,
+            smoothing=self.options.augmentation.smoothing,
+            classes=self.classes,
+        )
+
+    def _teacher(self, matched: bool) -> Teacher:
+        teaching = self.options.teaching
+        assert teaching.teacher is not None
+        loaded = _read_teacher(teaching.teacher, self.options, self.loaded)
+        self.teacher_sha256 = loaded.sha256
+        classes = classifier_size(loaded.model)
+        if classes != self.classes:
+            raise CheckpointError(
+                f"--teacher {loaded.source}: has {classes} classes, the slim model {self.classes}"
+            )
+        own = resolve_preprocessing(loaded, self.options.preprocessing)
+        if _is_bare(loaded):
+            # A file that says nothing of its images was fed as the slim file states.
+            own = self.preprocessing
+        if own.input_size != self.preprocessing.input_size:
+            raise CheckpointError(
+                f"--teacher {loaded.source}: takes images of {own.input_size}, the slim model of "
+                f"{self.preprocessing.input_size}; both see the same images"
+            )
+        if loaded.sha256 != _first_source(self.loaded):
+            self.reporter.note("the teacher is not the file that the slim model was cut from")
+        mean, std = ([self._tensor(p, name) for p in (self.preprocessing, own)] for name in ("mean", "std"))
+        return Teacher(loaded.model.to(self.device), mean, std, matched)
+
+    def _tensor(self, preprocessing: Preprocessing, name: str) -> Tensor:
+        return torch.tensor(getattr(preprocessing, name), device=self.device)
+
+
+def _read_slim(options: FinetuneOptions) -> LoadedModel:
+    loaded = read_model(options.checkpoint)
+    if loaded.record is None:
+        raise CheckpointError(
+            f"{loaded.source}: is no slim file; cut it first: mhacut prune {loaded.source} --flops 50%"
+        )
+    return loaded
+
+
+def _record(loaded: LoadedModel) -> SlimRecord:
+    assert loaded.record is not None
+    return loaded.record
+
+
+def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: LoadedModel) -> LoadedModel:
+    """The teacher; a file that does not say what it is is the dense model the slim one was cut from."""
+    teaching = options.teaching
+    model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
+    if model is None and not str(teacher).startswith(TIMM_PREFIX):
+        header = read_header(teacher)
+        if header.record is None and header.file.config is None:
+            model = slim.identity.architecture
+            args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
+    return read_model(teacher, model=model, model_args=args or None)
+
+
+def _is_bare(loaded: LoadedModel) -> bool:
+    return loaded.record is None and loaded.path is not None and read_header(loaded.path).file.config is None
+
+
+def _first_source(loaded: LoadedModel) -> object:
+    """sha256 of the dense file, as a slim file's history states it."""
+    history: tuple[Mapping[str, Any], ...] = _record(loaded).history
+    return history[0].get("source_sha256") if history else None
+
+
+def _whole_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with paths that hold from any working directory."""
+    paths = {name: values[name] for name in ("checkpoint", "teacher", "data_dir", "class_map", "output")}
+    return {
+        **values,
+        **{
+            name: os.path.abspath(path) if path is not None and not path.startswith(TIMM_PREFIX) else path
+            for name, path in paths.items()
+        },
+    }
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The caller's random numbers go on afterwards as if nothing had drawn any."""
+    python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(generator)

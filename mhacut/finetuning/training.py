@@ -1,0 +1,260 @@
+"""Moving the weights: optimiser, schedule, average and precision around one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mhacut.errors import MhacutError, UsageError
+from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
+from mhacut.finetuning.objective import Mixing, Objective
+from mhacut.finetuning.options import FinetuneOptions, TrainingOptions
+from mhacut.finetuning.processes import Processes
+from mhacut.options import unknown_option
+
+_MODEL_STREAM, _MIXING_STREAM = 1, 2
+"""Told apart where seeds are made."""
+
+
+class Trainer:
+    """A model, and everything that moves with it from step to step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        mixing: Mixing,
+        options: FinetuneOptions,
+        processes: Processes,
+        *,
+        labelled: bool,
+        total_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        """Put ``model`` to work.
+
+        Args:
+            model: float32, on the device.
+            objective: what it is trained for.
+            mixing: of images.
+            options: of the run.
+            processes: that share the work.
+            labelled: whether labels mean something.
+            total_steps: of the schedule.
+            steps_per_epoch: of the schedule.
+
+        Raises:
+            UsageError: timm has no such optimiser, or the model cannot do what is asked.
+        """
+        training = options.training
+        self.model, self.objective, self.mixing = model, objective, mixing
+        self.options, self.processes, self.labelled = options, processes, labelled
+        self.device = processes.device
+        set_drop_path(model, training.drop_path)
+        if options.grad_checkpointing:
+            _checkpoint_gradients(model)
+        self.optimizer = _optimizer(model, training)
+        self.schedule = _schedule(self.optimizer, training, total_steps, steps_per_epoch)
+        self.average = (
+            ModelEmaV3(model, decay=training.model_ema_decay, use_warmup=training.model_ema_warmup)
+            if training.model_ema
+            else None
+        )
+        half = options.amp and options.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.network: Any = _network(model, options, processes)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to measure and to write."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def lr(self) -> float:
+        """Of the group that learns fastest."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Take one step on this process's batches of it.
+
+        Args:
+            number: of the step, from 0.
+            batches: ``grad_accum_steps`` of them.
+
+        Returns:
+            The sum of the losses of its images, and how many there were, on this process.
+        """
+        training = self.options.training
+        self.schedule.step_update(number)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        images = 0
+        for position, batch in enumerate(batches):
+            last = position == training.grad_accum_steps - 1
+            seed_everything(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
+            with self._apart(last):
+                loss = self._loss(number, batch)
+                scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
+                scaled.backward()
+            losses.append(loss.detach() * len(batch.images))
+            images += len(batch.images)
+        if training.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), training.clip_grad, mode=training.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, step=number + 1)
+        return float(torch.stack(losses).sum()), images
+
+    def _loss(self, number: int, batch: Batch) -> Tensor:
+        moved = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True) if self.labelled else None
+        # One draw per step: its parts, wherever they are computed, are mixed alike.
+        seed = mixed_seed(self.options.training.seed, _MIXING_STREAM, number)
+        moved, targets = self.mixing(moved, labels, seed)
+        if self.options.channels_last:
+            moved = moved.contiguous(memory_format=torch.channels_last)
+        dtype = getattr(torch, self.options.amp_dtype)
+        with torch.autocast(self.device.type, dtype, enabled=self.options.amp):
+            answers = self.objective.answers(moved)
+            outputs = self.network(moved)
+        return self.objective(outputs, targets, answers)
+
+    def _apart(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients travel between processes with the last batch of a step only."""
+        if isinstance(self.network, DistributedDataParallel) and not last:
+            return self.network.no_sync()
+        return nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later steps depend on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`, in a run with the same options."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Give ``model`` stochastic depth that grows linearly from 0 to ``rate`` over its blocks.
+
+    Raises:
+        UsageError: no block of it has a place for that.
+    """
+    blocks = []
+    for module in model.modules():
+        places = [
+            (module, name)
+            for name, child in module.named_children()
+            if name in ("drop_path", "drop_path1", "drop_path2") and isinstance(child, nn.Identity | DropPath)
+        ]
+        if places:
+            blocks.append(places)
+    if rate > 0 and not blocks:
+        raise UsageError(f"--drop-path {rate}: this model has no stochastic depth; leave the flag out")
+    for number, places in enumerate(blocks):
+        share = rate * number / max(1, len(blocks) - 1)
+        for module, name in places:
+            setattr(module, name, DropPath(share) if share > 0 else nn.Identity())
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise UsageError("--grad-checkpointing: this model has none; leave the flag out")
+    model.set_grad_checkpointing(True)
+
+
+def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    known = tuple(list_optimizers())
+    if options.opt not in known:
+        raise UsageError(f"--opt: {unknown_option(options.opt, known)}")
+    if options.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise UsageError("--layer-decay: timm knows no order of this model's layers; leave the flag out")
+    try:
+        made: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            layer_decay=options.layer_decay,
+        )
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--opt {options.opt}: cannot be made: {error}") from error
+    return made
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, options: TrainingOptions, total_steps: int, steps_per_epoch: int
+) -> Any:
+    """A schedule of timm in units of steps; a function of the step alone, so it has no state to keep."""
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+    if warmup >= total_steps:
+        raise UsageError(
+            f"--warmup-epochs {options.warmup_epochs:g}: is {warmup} steps, the whole run {total_steps}"
+        )
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=options.sched,
+        num_epochs=total_steps,
+        decay_epochs=max(1, round(options.decay_epochs * steps_per_epoch)),
+        decay_rate=options.decay_rate,
+        min_lr=min(options.min_lr, options.lr),
+        warmup_lr=min(options.warmup_lr, options.lr),
+        warmup_epochs=warmup,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return schedule
+
+
+def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -> Any:
+    """The model as it is called: compiled if asked, gradients shared if there are several processes."""
+    network: Any = model
+    if processes.size > 1:
+        ids = [processes.device.index] if processes.device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=ids)
+    if options.compile:
+        network = torch.compile(network)
+    return network
+
+
+def check_precision(options: FinetuneOptions, device: torch.device) -> None:
+    """Raise a :class:`MhacutError` if ``device`` cannot compute as asked."""
+    if not options.amp:
+        return
+    if device.type == "cpu" and options.amp_dtype == "float16":
+        raise UsageError("--amp-dtype float16: needs CUDA; CPUs have bfloat16")
+    if device.type == "cuda" and options.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise MhacutError("--amp: this GPU has no bfloat16; use --amp-dtype float16")
+
+
+def repeatable(options: FinetuneOptions) -> AbstractContextManager[object]:
+    """In the block, CUDA kernels that sum in random order are refused, if asked."""
+    stack = ExitStack()
+    if options.deterministic:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        stack.callback(torch.use_deterministic_algorithms, before)
+    return stack
