@@ -668,7 +668,7 @@ def test_help_groups_flags():
         "Computing:",
         "Output:",
     ]
-    assert "(default: 256)" in text
+    assert "(default: 60)" in text
 
 
 def test_version():
