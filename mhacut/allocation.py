@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from mhacut.curves import Curve
 from mhacut.surgery import UnitKey
-from mhacut.widths import fill_budget
+from mhacut.widths import NEAR, fill_budget
 
 TIE = 0.01
 """Share of the predicted error that equal q/k and v widths may cost: layers where they differ run slower."""
@@ -44,9 +44,9 @@ def cheapest_widths(
     """
     free = _solve(curves, choices, flops, budget)
     tied = _solve_tied(curves, choices, flops, budget)
-    if tied is not None and _total(curves, tied) <= (1 + TIE) * _total(curves, free):
-        return tied
-    return free
+    if tied is None or flops(tied) < min(flops(free), NEAR * budget):  # the budget is there to be used
+        return free
+    return tied if _total(curves, tied) <= (1 + TIE) * _total(curves, free) else free
 
 
 def _total(curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int]) -> float:

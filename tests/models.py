@@ -25,7 +25,7 @@ class Case:
 SMALL = {"depth": 2, "img_size": 32, "num_classes": 7}
 CASES = (
     Case("vit_tiny_patch16_224", SMALL),
-    Case("deit_tiny_distilled_patch16_224", SMALL),
+    Case("deit_tiny_distilled_patch16_224", {**SMALL, "embed_dim": 96}),
     Case("deit3_small_patch16_224", {**SMALL, "embed_dim": 96, "num_heads": 3, "init_values": 0.1}),
     Case("vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 42, "embed_dim": 96, "num_heads": 2}),
     Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 96, "num_heads": 3}),
@@ -33,7 +33,7 @@ CASES = (
     Case("vit_giant_patch14_reg4_dinov2", {**SMALL, "img_size": 42, "embed_dim": 96, "num_heads": 4}),
     Case("aimv2_large_patch14_224", {**SMALL, "img_size": 42, "embed_dim": 96, "num_heads": 3}),
     Case("beit3_base_patch16_224", {**SMALL, "embed_dim": 96, "num_heads": 4}),
-    Case("vit_tiny_patch16_224", {**SMALL, "qk_norm": True}),
+    Case("vit_tiny_patch16_224", {**SMALL, "embed_dim": 96, "qk_norm": True}),
 )
 
 

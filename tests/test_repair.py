@@ -21,7 +21,7 @@ from mhacut.reduction import reductions
 from mhacut.repair import repair
 from mhacut.surgery import cut, dissect
 from mhacut.tensor.moments import Moments
-from mhacut.tensor.refit import refit_linear, refit_logits
+from mhacut.tensor.refit import output_error, refit_linear, refit_logits
 from mhacut.tensor.selection import rank_channels, rank_logit_channels
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
@@ -85,6 +85,81 @@ def test_few_images_never_make_it_worse_than_removing(seed, fitted):
     assert found.prediction.isfinite().all()
 
 
+@given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), width=st.integers(1, 6))
+@settings(deadline=None, max_examples=25)
+def test_data_that_leaves_the_solution_open_still_gives_the_least_error(seed, rank, width):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(50, rank, generator=generator).double() @ rows(rank, 7, seed)
+    columns = torch.randn(3, 7, generator=generator).double()
+    kept = torch.randperm(7, generator=generator)[:width].sort().values
+    gone = torch.tensor([channel for channel in range(7) if channel not in kept.tolist()])
+    found = refit_linear(exact(x), exact(x), kept, columns, constant=False)
+    solution = torch.linalg.lstsq(x[:, kept], x[:, gone], driver="gelsd").solution
+    least = float(((x[:, gone] - x[:, kept] @ solution) @ columns[:, gone].T).square().sum())
+    size = float((x @ columns.T).square().sum()) + float(x.square().sum() * columns.square().sum())
+    rest = (x[:, gone] - x[:, kept] @ found.prediction.T) @ columns[:, gone].T
+    assert float(rest.square().sum()) == pytest.approx(least, rel=1e-3, abs=1e-6 * size)
+    assert 50 * found.left == pytest.approx(least, rel=1e-3, abs=1e-6 * size)
+    left = 50 * output_error(exact(x).energy, kept, columns, None)
+    assert left == pytest.approx(least, rel=1e-3, abs=1e-6 * size)
+
+
+@given(seed=st.integers(0, 2**31), metric=st.booleans(), width=st.integers(1, 7))
+@settings(deadline=None, max_examples=25)
+def test_the_error_of_the_output_is_that_of_explicit_least_squares(seed, metric, width):
+    x, generator = rows(200, 7, seed), torch.Generator().manual_seed(seed)
+    columns, root = (torch.randn(4, size, generator=generator).double() for size in (7, 4))
+    kept = torch.randperm(7, generator=generator)[:width].sort().values
+    inputs = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
+    left = (x - inputs @ torch.linalg.lstsq(inputs, x).solution) @ columns.T
+    expected = (left @ root).square().sum(1) if metric else left.square().sum(1)
+    found = output_error(exact(x).covariance, kept, columns, root @ root.T if metric else None)
+    assert found == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-8 * float(x.square().sum()))
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_held_back_images_that_disagree_leave_the_columns_as_they_were(constant):
+    x = rows(200, 4, 1) - torch.arange(4)
+    other = x.clone()
+    x[:, 3], other[:, 3] = x[:, 0] + x[:, 1], -x[:, 0] - x[:, 1]
+    columns, kept = torch.ones(2, 4).double(), torch.tensor([0, 1, 2])
+    found = refit_linear(exact(x), exact(other), kept, columns, constant=constant)
+    assert found.ridge == float("inf")
+    assert found.prediction.count_nonzero() == 0
+    # What is known of the removed channel is its mean.
+    mean = (x[:, 3].mean() + other[:, 3].mean()) / 2 if constant else torch.tensor(0.0)
+    assert found.constant.tolist() == pytest.approx([float(mean)], abs=1e-9)
+    agreeing = refit_linear(exact(x), exact(x), kept, columns, constant=constant)
+    assert agreeing.ridge < 1e-3
+    assert agreeing.error < 1e-6
+
+
+def test_held_back_logits_that_disagree_leave_the_queries_as_they_were():
+    q, k = rows(80, 4, 5)[None], rows(80, 4, 6)[None]
+    q[..., 3], k[..., 3] = q[..., 0], k[..., 1]
+    other = q.clone()
+    other[..., 3] *= -1
+    kept = torch.tensor([[0, 1, 2]])
+    found = refit_logits((exact(q), exact(k)), (exact(other), exact(k)), kept, plain=1.25)
+    assert found.ridge == float("inf")
+    assert torch.equal(found.mixing, 1.25 * torch.eye(3)[None].double())
+    assert found.error == 1.0
+
+
+def test_every_head_is_refitted_for_itself():
+    q, k = (torch.stack([rows(60, 5, seed + head) for head in range(3)]) for seed in (10, 20))
+    kept = torch.tensor([[0, 1], [1, 4], [2, 3]])
+    sides = exact(q), exact(k)
+    together = refit_logits(sides, sides, kept, plain=1.0)
+    left = 0.0
+    for head in range(3):
+        own = exact(q[head : head + 1]), exact(k[head : head + 1])
+        alone = refit_logits(own, own, kept[head : head + 1], plain=1.0)
+        assert torch.allclose(together.mixing[head], alone.mixing[0], rtol=1e-5)
+        left += alone.left
+    assert together.left == pytest.approx(left, rel=1e-6)
+
+
 def test_nothing_seen_predicts_nothing():
     zero = exact(torch.zeros(5, 4))
     found = refit_linear(zero, zero, torch.tensor([0]), torch.ones(2, 4), constant=True)
@@ -136,23 +211,72 @@ def test_selection_is_greedy_by_the_error_after_the_refit(seed):
 
     def error(kept):
         solution = torch.linalg.lstsq(x[:, kept], x).solution
-        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
+        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum()) / 200
 
-    found = rank_channels(second, columns, heads=1, smallest=3).kept(3)
-    assert found.tolist() == [slow_greedy(error, range(7), 3)]
+    found = rank_channels(second, columns, heads=1, smallest=1)
+    for width in range(1, 8):
+        kept = slow_greedy(error, range(7), width)
+        assert found.kept(width).tolist() == [kept]
+        assert float(found.error[width]) == pytest.approx(error(kept), rel=1e-3, abs=1e-9)
+    assert sorted(found.order[0].tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_give_in_turn_what_costs_least_of_all_and_none_below_the_smallest(seed):
+    heads, width, smallest = 3, 4, 2
+    x, columns = (
+        rows(300, 12, seed),
+        torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)).double(),
+    )
+
+    def error(kept):
+        solution = torch.linalg.lstsq(x[:, kept], x).solution
+        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum()) / 300
+
+    alive, gone = list(range(12)), []
+    while len(alive) > heads * smallest:
+        may_go = [c for c in alive if sum(o // width == c // width for o in alive) > smallest]
+        gone.append(min(may_go, key=lambda c: error([other for other in alive if other != c])))
+        alive.remove(gone[-1])
+    found = rank_channels(x.T @ x / 300, columns, heads, smallest)
+    for head in range(heads):
+        own = [channel - head * width for channel in range(head * width, (head + 1) * width)]
+        leaving = [channel - head * width for channel in gone if channel // width == head]
+        assert found.order[head].tolist()[smallest:] == leaving[::-1]
+        assert sorted(found.order[head].tolist()) == own
+    assert float(found.error[heads * smallest]) == pytest.approx(error(alive), rel=1e-3)
+    assert found.error[12] == 0
+    assert torch.all(found.error.diff() <= 0)
+
+
+def test_a_metric_prices_the_removal_but_does_not_choose():
+    x, generator = rows(200, 7, 0), torch.Generator().manual_seed(0)
+    columns, root = (torch.randn(3, size, generator=generator).double() for size in (7, 3))
+    metric = root @ root.T
+    plain, priced = (rank_channels(x.T @ x / 200, columns, 1, 1, metric) for metric in (None, metric))
+    assert torch.equal(plain.order, priced.order)
+    for width in range(1, 7):
+        kept = priced.kept(width)[0]
+        left = (x - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x).solution) @ columns.T
+        expected = float((left @ metric * left).sum()) / 200
+        assert float(priced.error[width]) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_logit_selection_is_greedy_by_the_error_after_the_refit(seed):
-    q, k = rows(200, 6, seed), rows(200, 6, seed + 50)
-    query, key = q.T @ q / 200, k.T @ k / 200
+    sides = [torch.stack([rows(200, 6, seed + shift + head) for head in (0, 20)]) for shift in (0, 50)]
+    query, key = (side.mT @ side / 200 for side in sides)
+    found = rank_logit_channels(query, key, smallest=1)
+    for head in range(2):
 
-    def error(kept):
-        parts = [side[:, kept] @ torch.linalg.solve(side[kept][:, kept], side[kept]) for side in (query, key)]
-        return float((query * key).sum() - (parts[0] * parts[1]).sum())
+        def error(kept, head=head):
+            # q k^T of all pairs of rows; what kept channels do not predict of either side is lost.
+            q, k = (side[head] for side in sides)
+            seen = [side[:, kept] @ torch.linalg.lstsq(side[:, kept], side).solution for side in (q, k)]
+            return float((q @ k.T - seen[0] @ seen[1].T).square().sum())
 
-    found = rank_logit_channels(query[None], key[None], smallest=2).kept(2)
-    assert found.tolist() == [slow_greedy(error, range(6), 2)]
+        for width in range(1, 7):
+            assert found.kept(width)[head].tolist() == slow_greedy(error, range(6), width)
 
 
 def test_selection_keeps_as_many_in_every_head_and_never_two_of_a_kind():

@@ -1,0 +1,192 @@
+"""Allocation against every plan there is, on problems small enough to list them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhacut.allocation import TIE, cheapest_widths, uniform_widths
+from mhacut.widths import NEAR, width_choices
+
+quick = settings(deadline=None, max_examples=60)
+
+
+LAYERS = [
+    [("v",)],
+    [("qk", "v")],
+    [("qk", "v"), ("hidden",)],
+    [("qk", "v"), ("qk", "v")],
+    [("v",), ("hidden",)],
+]
+
+
+class Problem:
+    """Units with convex error curves, FLOPs linear in their widths."""
+
+    def __init__(self, keys, choices, curves, price, fixed):
+        self.keys, self.choices, self.curves = keys, choices, curves
+        self.price, self.fixed = price, fixed
+
+    @classmethod
+    def draw(cls, data, fixed):
+        layers = data.draw(st.sampled_from(LAYERS))
+        keys, choices = [], {}
+        for layer, kinds in enumerate(layers):
+            step = data.draw(st.integers(1, 2))
+            width = data.draw(st.integers(step + 1, 4 * step + 1))
+            for kind in kinds:
+                key = (f"layer{layer}", kind)
+                keys.append(key)
+                choices[key] = width_choices(width, step)
+        curves = {}
+        for key in keys:
+            count = len(choices[key])
+            # Savings per channel fall from step to step.
+            rates = sorted(data.draw(st.lists(st.floats(0.01, 10), min_size=count, max_size=count)))
+            curve, error = {}, 0.0
+            for narrow, wide, rate in reversed(
+                list(zip(choices[key], choices[key][1:], rates[::-1], strict=False))
+            ):
+                curve[wide] = error
+                error += rate * (wide - narrow)
+            curve[choices[key][0]] = error
+            curves[key] = dict(sorted(curve.items()))
+        price = {key: data.draw(st.integers(1, 9)) for key in keys}
+        return cls(keys, choices, curves, price, fixed)
+
+    def flops(self, widths):
+        return self.fixed + sum(self.price[key] * widths[key] for key in self.keys)
+
+    def error(self, widths):
+        return sum(self.curves[key][widths[key]] for key in self.keys)
+
+    def every(self):
+        for widths in itertools.product(*(self.choices[key] for key in self.keys)):
+            yield dict(zip(self.keys, widths, strict=True))
+
+    def budget(self, data):
+        least, most = (self.flops({key: self.choices[key][end] for key in self.keys}) for end in (0, -1))
+        return data.draw(st.integers(least, most))
+
+    def dearest_step(self):
+        return max(
+            curve[narrow] - curve[wide]
+            for curve in self.curves.values()
+            for narrow, wide in itertools.pairwise(curve)
+        )
+
+    def solve(self, budget):
+        return cheapest_widths(self.curves, self.choices, self.flops, budget)
+
+
+@quick
+@given(data=st.data())
+def test_on_convex_curves_it_is_at_most_one_step_from_the_best_plan(data):
+    # What does not shrink is so large that any plan uses nearly all of the budget.
+    problem = Problem.draw(data, fixed=100_000)
+    budget = problem.budget(data)
+    found = problem.solve(budget)
+    assert problem.flops(found) <= budget
+    assert all(found[key] in problem.choices[key] for key in problem.keys)
+    best = min(problem.error(plan) for plan in problem.every() if problem.flops(plan) <= budget)
+    assert problem.error(found) <= (1 + TIE) * (best + problem.dearest_step()) + 1e-9
+
+
+@quick
+@given(data=st.data())
+def test_a_budget_that_steps_fit_badly_is_met_and_used_as_well_as_it_can_be(data):
+    problem = Problem.draw(data, fixed=5)
+    budget = problem.budget(data)
+    found = problem.solve(budget)
+    fitting = [plan for plan in problem.every() if problem.flops(plan) <= budget]
+    fullest = max(problem.flops(plan) for plan in fitting)
+    assert problem.flops(found) <= budget
+    assert problem.flops(found) >= min(fullest, NEAR * budget) - 1e-9
+    # Among plans that use the budget it is the best, but for the one step.
+    enough = [plan for plan in fitting if problem.flops(plan) >= min(fullest, NEAR * budget)]
+    best = max(
+        min(problem.error(plan) for plan in enough),
+        min(problem.error(plan) for plan in fitting) + problem.dearest_step(),
+    )
+    assert problem.error(found) <= (1 + TIE) * best + 1e-9
+
+
+@quick
+@given(data=st.data())
+def test_more_budget_never_costs_more_than_a_step(data):
+    problem = Problem.draw(data, fixed=100_000)
+    low, high = sorted(problem.budget(data) for _ in range(2))
+    assert problem.error(problem.solve(high)) <= (1 + TIE) * (
+        problem.error(problem.solve(low)) + problem.dearest_step()
+    )
+
+
+def test_the_dearer_unit_must_save_more():
+    choices = {("a", "v"): (1, 2, 3, 4), ("b", "hidden"): (1, 2, 3, 4)}
+    curve = {1: 6.0, 2: 3.0, 3: 1.0, 4: 0.0}
+    price = {("a", "v"): 1, ("b", "hidden"): 3}
+
+    def flops(widths):
+        return 1000 + sum(price[key] * width for key, width in widths.items())
+
+    assert cheapest_widths(dict.fromkeys(choices, curve), choices, flops, 1000 + 4 + 3 * 2) == {
+        ("a", "v"): 4,
+        ("b", "hidden"): 2,
+    }
+
+
+def test_a_bump_is_not_a_reason_to_stop_before_it():
+    # The step from 2 to 3 saves nothing by itself, the two from 2 to 4 more than any other.
+    choices = {("a", "hidden"): (1, 2, 3, 4), ("b", "hidden"): (1, 2, 3, 4)}
+    curves = {
+        ("a", "hidden"): {1: 10.0, 2: 8.0, 3: 8.0, 4: 0.0},
+        ("b", "hidden"): {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.0},
+    }
+    found = cheapest_widths(curves, choices, lambda widths: 1000 + sum(widths.values()), 1005)
+    assert found == {("a", "hidden"): 4, ("b", "hidden"): 1}
+
+
+@pytest.mark.parametrize(("extra", "equal"), [(0.0, True), (0.004, True), (0.5, False)])
+def test_q_k_and_v_are_as_wide_as_each_other_where_that_costs_next_to_nothing(extra, equal):
+    choices = dict.fromkeys([("a", "qk"), ("a", "v")], (8, 16, 24, 32))
+    curves = {
+        ("a", "qk"): {8: 1.0 + extra, 16: 0.5, 24: 0.2, 32: 0.0},
+        ("a", "v"): {8: 1.0, 16: 0.5, 24: 0.2 - extra / 4, 32: 0.0},
+    }
+    curves["a", "v"][8] += 3 * extra
+    curves["a", "v"][16] += 3 * extra
+
+    def flops(widths):
+        return 10_000 + sum(widths.values())
+
+    found = cheapest_widths(curves, choices, flops, 10_000 + 32)
+    assert (found["a", "qk"] == found["a", "v"]) is equal
+    assert flops(found) <= 10_032
+
+
+@quick
+@given(data=st.data())
+def test_uniform_widths_are_the_same_share_of_every_unit_but_for_one_step(data):
+    problem = Problem.draw(data, fixed=100_000)
+    budget = problem.budget(data)
+    found = uniform_widths(problem.choices, problem.flops, budget)
+    assert problem.flops(found) <= budget
+    # Some unit is more than a step ahead of another only where the other's next step would not have fitted.
+    for ahead, behind in itertools.permutations(found, 2):
+        wider = next((width for width in problem.choices[behind] if width > found[behind]), None)
+        if wider is None:
+            continue
+        level, dense = wider / problem.choices[behind][-1], problem.choices[ahead][-1]
+        narrower = [width for width in problem.choices[ahead] if width < found[ahead]]
+        if narrower and narrower[-1] / dense > level:
+            back = next(width for width in problem.choices[ahead] if width / dense > level)
+            assert problem.flops({**found, ahead: back, behind: wider}) > budget
+    wider = [
+        {**found, key: choices[choices.index(found[key]) + 1]}
+        for key, choices in problem.choices.items()
+        if found[key] != choices[-1]
+    ]
+    assert all(problem.flops(plan) > budget for plan in wider)

@@ -1,0 +1,183 @@
+"""Calibration against hooks and gradients written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import CASES, Case, build, image, relative
+from torch.autograd.functional import jacobian
+
+from mhacut.calibration import HELD_BACK, calibrate
+from mhacut.distillation import Divergence
+from mhacut.surgery import dissect
+from mhacut.tensor.moments import Moments
+
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
+TINY = Case("vit_tiny_patch16_224", SMALL)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+
+
+class Calibrated:
+    def __init__(self, case=TINY, images=9, **options):
+        self.model = build(case, dtype=torch.float64).requires_grad_(False)
+        self.images = image(case, batch=images, dtype=torch.float64)
+        self.anatomy = dissect(self.model)
+        self.found = self.run(**options)
+
+    def run(self, **options):
+        return calibrate(self.model, self.anatomy, self.images, **{"batch_size": 4, **options})
+
+
+def same(found, expected, bound=1e-5):
+    # Products are taken in float32; totals of centred keys are 0 but for rounding.
+    size = float(expected.second.abs().max())
+    assert found.rows == expected.rows
+    assert float((found.second - expected.second).abs().max()) <= bound * size
+    assert float((found.total - expected.total).abs().max()) <= bound * (size * expected.rows) ** 0.5
+
+
+def moments(x):
+    return Moments(x.shape[-2], x.sum(-2), x.mT @ x)
+
+
+def test_moments_are_those_of_what_hooks_see():
+    it = Calibrated()
+    block, seen = it.model.blocks[1], {}
+    hooks = [
+        block.attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
+        block.attn.proj.register_forward_pre_hook(lambda m, i: seen.update(output=i[0])),
+        block.mlp.fc2.register_forward_pre_hook(lambda m, i: seen.update(hidden=i[0])),
+    ]
+    assert torch.allclose(it.found.teacher.double(), it.model(it.images), atol=1e-5)
+    [hook.remove() for hook in hooks]
+    q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
+    k = k - k.mean(2, keepdim=True)
+    held = it.found.held
+    assert held == round(HELD_BACK * 9) == 2
+    for name, part in (("held", slice(0, held)), ("fit", slice(held, None)), ("every", slice(None))):
+        got = {kind: getattr(it.found.moments[f"blocks.1.{kind[0]}", kind[1]], name) for kind in KINDS}
+        query, key = got["attn", "qk"]
+        same(query, moments(q[:, part].flatten(1, 2)))
+        same(key, moments(k[:, part].flatten(1, 2)))
+        (output,), (hidden,) = got["attn", "v"], got["mlp", "hidden"]
+        same(output, moments(seen["output"][part].flatten(0, 1)))
+        same(hidden, moments(seen["hidden"][part].flatten(0, 1)))
+
+
+KINDS = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
+
+
+@each_case
+def test_batches_make_no_difference(case):
+    it = Calibrated(case, images=5, batch_size=5)
+    other = it.run(batch_size=2)
+    assert other.held == it.found.held
+    assert relative(other.teacher, it.found.teacher) < 1e-5
+    for key, unit in it.found.moments.items():
+        for part in ("fit", "held"):
+            for one, another in zip(getattr(unit, part), getattr(other.moments[key], part), strict=True):
+                same(another, one)
+        statistics, others = it.found.statistics[key], other.statistics[key]
+        assert torch.allclose(statistics.redundancy, others.redundancy, atol=1e-5)
+        assert torch.allclose(statistics.difference, others.difference, rtol=1e-4)
+
+
+def test_a_single_image_serves_for_both():
+    it = Calibrated(images=1, sensitivity_images=1)
+    assert it.found.held == 0
+    assert it.found.teacher.shape == (1, 5)
+    for unit in it.found.moments.values():
+        assert [side.rows for side in unit.fit] == [side.rows for side in unit.held]
+        assert all(torch.equal(a.second, b.second) for a, b in zip(unit.fit, unit.held, strict=True))
+
+
+def test_it_tells_how_far_it_is_after_every_batch():
+    told = []
+    Calibrated(images=8, batch_size=3, progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held back, by 3
+
+
+def test_the_model_is_left_as_it_was():
+    it = Calibrated()
+    before = {name: tensor.clone() for name, tensor in it.model.state_dict().items()}
+    it.run(sensitivity_images=9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in it.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in it.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in it.model.modules())
+
+
+# --- sensitivity ---
+
+
+def outputs_under(it, layer, images, errors):
+    """The model's outputs when ``errors`` are added to the output of one layer."""
+    handle = it.model.get_submodule(layer).register_forward_hook(lambda m, i, output: output + errors)
+    try:
+        return it.model(images)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
+    it = Calibrated(batch_size=9, sensitivity_images=1, seed=3, classifier=classifier)
+    fitted = it.images[it.found.held :]
+    noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
+    dense = it.model(fitted)
+    for layer in it.anatomy.layers:
+        errors = torch.zeros(len(fitted), 5, 24, dtype=torch.float64, requires_grad=True)
+        moved = outputs_under(it, layer.name, fitted, errors)
+        if classifier:
+            aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
+        else:
+            aim = (noise * moved).sum() * (2 / (5 * dense.var())) ** 0.5
+        (gradient,) = torch.autograd.grad(aim, errors)
+        expected = torch.einsum("bti,btj->ij", gradient, gradient) / len(fitted)
+        assert relative(it.found.sensitivity[layer.name], expected) < 1e-4
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
+    # By its definition: J^T F J of every token, F that of the class logits; one image, seen often enough.
+    it = Calibrated(images=2)
+    x = it.images[1:]
+    draws = x.expand(600, -1, -1, -1)
+    found = calibrate(
+        it.model, it.anatomy, draws, batch_size=600, sensitivity_images=1, classifier=classifier
+    )
+    dense = it.model(x)
+    # Features are judged relative to their variance over the batch.
+    variance = it.model(draws).var()
+    for layer in it.anatomy.layers:
+        errors = torch.zeros(1, 5, 24, dtype=torch.float64)
+        slopes = jacobian(lambda e, name=layer.name: outputs_under(it, name, x, e)[0], errors)[:, 0]
+        p = dense.softmax(-1)[0]
+        metric = torch.diag(p) - torch.outer(p, p) if classifier else 2 * torch.eye(5) / (5 * variance)
+        expected = torch.einsum("cti,cd,dtj->ij", slopes, metric.double(), slopes)
+        assert (found.sensitivity[layer.name] - expected).norm() < 0.15 * expected.norm()
+
+
+def test_it_foretells_the_divergence_of_small_errors():
+    it = Calibrated(images=2)
+    x = it.images[1:].expand(400, -1, -1, -1).contiguous()
+    found = calibrate(it.model, it.anatomy, x, batch_size=400, sensitivity_images=1)
+    dense = it.model(x)
+    for number, layer in enumerate(it.anatomy.layers):
+        generator = torch.Generator().manual_seed(number)
+        mixing = torch.randn(24, 24, generator=generator).double()
+        errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
+        true = float(Divergence(True)(outputs_under(it, layer.name, x, errors), dense))
+        told = float((found.sensitivity[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
+        assert told == pytest.approx(true, rel=0.2)
+
+
+def test_only_as_many_images_are_differentiated_as_asked_for():
+    it = Calibrated(images=9, batch_size=2)
+    assert it.found.sensitivity == {}
+    part = it.run(batch_size=2, sensitivity_images=4)
+    it.images = torch.cat([it.images[: part.held], it.images[part.held : part.held + 4]])
+    fewer = calibrate(it.model, it.anatomy, it.images, batch_size=2, sensitivity_images=4)
+    # 6 images: 2 held back as before.
+    assert fewer.held == part.held
+    for layer, sensitivity in part.sensitivity.items():
+        assert torch.allclose(sensitivity, fewer.sensitivity[layer])

@@ -1,0 +1,228 @@
+"""What makes up for a cut: bases, repair, gains and tuning, and what guards each."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import CASES, Case, build, image, relative
+from torch.func import functional_call
+
+from mhacut.calibration import calibrate
+from mhacut.compensation import Decision, compensate
+from mhacut.distillation import Distillation
+from mhacut.options import SearchOptions
+from mhacut.plan import Plan
+from mhacut.reduction import reductions
+from mhacut.reweight import reweight
+from mhacut.surgery import cut, dissect, masked_tensors
+from mhacut.tuning import tune
+from mhacut.widths import width_choices
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+TINY = Case(
+    "vit_tiny_patch16_224",
+    {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5},
+)
+
+
+class Bench:
+    def __init__(self, case, basis, share=0.5, dtype=torch.float64, images=8):
+        self.model = build(case, dtype=dtype).requires_grad_(False)
+        self.images = image(case, batch=images, dtype=dtype)
+        self.anatomy = dissect(self.model)
+        self.calibration = calibrate(self.model, self.anatomy, self.images, batch_size=8)
+        self.ways, plans = {}, []
+        for unit in self.anatomy.units():
+            width = max(1, int(share * unit.width))
+            module = self.model.get_submodule(unit.layer)
+            moments = self.calibration.moments[unit.key]
+            self.ways[unit.key] = reductions(module, unit, moments, width, basis)
+            plans.append(self.ways[unit.key][0].plan(width))
+        self.plan = Plan(tuple(plans))
+
+    def compensated(self, **options):
+        decision = Decision(self.plan, self.ways)
+        return compensate(self.model, self.anatomy, decision, self.calibration, SearchOptions(**options))
+
+    def slim(self, **options):
+        ready = self.compensated(**options)
+        slim = copy.deepcopy(ready.model)
+        cut(slim, ready.plan, ready.gains)
+        return slim
+
+    def lesson(self, model):
+        """That teaches what ``model`` says."""
+        return Distillation(
+            self.images,
+            model(self.images),
+            None,
+            batch_size=8,
+            seed=0,
+            label_weight=0.0,
+            classifier=True,
+            amp=False,
+        )
+
+
+@each_case
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize("basis", ["channel", "principal"])
+def test_what_is_cut_computes_what_was_compensated(case, basis, repair):
+    bench = Bench(case, basis, share=0.6)
+    before = [tensor.clone() for tensor in bench.model.state_dict().values()]
+    ready = bench.compensated(repair=repair)
+    tensors = masked_tensors(ready.model, bench.anatomy, ready.gains)
+    masked = functional_call(ready.model, tensors, (bench.images,))
+    slim = copy.deepcopy(ready.model)
+    cut(slim, ready.plan, ready.gains)
+    assert relative(slim(bench.images), masked) < 1e-8
+    assert ready.plan.widths() == bench.plan.widths()
+    assert {unit.basis for unit in ready.plan} <= {basis, "channel"}
+    assert bool(ready.repairs) is repair
+    after = bench.model.state_dict().values()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("basis", ["channel", "principal"])
+@pytest.mark.parametrize("repair", [True, False])
+def test_at_full_width_nothing_changes(basis, repair):
+    bench = Bench(TINY, basis, share=1.0)
+    assert relative(bench.slim(repair=repair)(bench.images), bench.model(bench.images)) < 1e-9
+
+
+def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_back_images():
+    both, left = Bench(TINY, "auto", images=24), {}
+    ready = both.compensated()
+    for basis in ("channel", "principal"):
+        alone = Bench(TINY, basis, images=24)
+        # Errors are told as shares of what plain removal costs, which depends on the basis.
+        left[basis] = {unit.key: (unit, alone.compensated().repairs[unit.key].error) for unit in alone.plan}
+    assert {unit.basis for unit in ready.plan} == {"channel", "principal"}
+    for unit in ready.plan:
+        expected, error = left[unit.basis][unit.key]
+        assert unit == expected
+        assert ready.repairs[unit.key].error == pytest.approx(error)
+
+
+def test_repair_and_the_principal_basis_each_bring_the_model_nearer():
+    # On images it was not fitted to.
+    case = next(case for case in CASES if case.architecture.startswith("deit3"))
+    unseen, distance = image(case, batch=16, seed=5), {}
+    for basis in ("channel", "principal"):
+        bench = Bench(case, basis, dtype=torch.float32, images=32)
+        for repair in (True, False):
+            slim = bench.slim(repair=repair)
+            distance[basis, repair] = float((slim(unseen) - bench.model(unseen)).norm())
+    assert distance["channel", True] < distance["channel", False]
+    assert distance["principal", True] < distance["principal", False]
+    assert distance["principal", True] < distance["channel", True]
+
+
+# --- gains on the slim model ---
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(TINY, "auto", share=0.6, dtype=torch.float32, images=16)
+
+
+def test_gains_that_help_are_merged(bench):
+    slim = bench.slim(repair=False).requires_grad_(False)
+    before = copy.deepcopy(slim.state_dict())
+    told, lesson = [], bench.lesson(bench.model)
+    found = reweight(
+        slim, lesson, lesson, steps=40, lr=0.01, progress=lambda done, total, loss: told.append((done, total))
+    )
+    assert found.after < 0.9 * found.before
+    assert found.model is not slim
+    assert lesson.divergence_of(found.model) == pytest.approx(found.after)
+    assert lesson.divergence_of(slim) == pytest.approx(found.before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
+    assert {name: tensor.shape for name, tensor in found.model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert told == [(step + 1, 40) for step in range(40)]
+
+
+def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
+    slim = bench.slim(repair=False).requires_grad_(False)
+    found = reweight(slim, bench.lesson(bench.model), bench.lesson(slim), steps=20, lr=0.01)
+    assert found.model is slim
+    assert found.before == pytest.approx(0, abs=1e-6)
+    assert found.after > 1e-4
+
+
+def test_gains_of_no_steps_change_nothing(bench):
+    slim = bench.slim(repair=True).requires_grad_(False)
+    lesson = bench.lesson(bench.model)
+    found = reweight(slim, lesson, lesson, steps=0, lr=0.01)
+    assert relative(found.model(bench.images), slim(bench.images)) < 1e-5
+
+
+def test_merged_gains_keep_the_softmax_temperature(bench):
+    # A layer whose q/k were cut has another scale; gains of 1 must leave it as it is.
+    slim = bench.slim(repair=True).requires_grad_(False)
+    anatomy = dissect(slim)
+    assert any(unit.width not in width_choices(8, 8) for unit in anatomy.units(["qk"]))
+    ones = {unit.key: torch.ones(unit.heads, unit.width) for unit in anatomy.units()}
+    merged = copy.deepcopy(slim)
+    cut(merged, Plan(()), ones)
+    assert relative(merged(bench.images), slim(bench.images)) < 1e-6
+
+
+# --- tuning of all weights ---
+
+
+def test_tuning_that_helps_is_kept(bench):
+    slim = bench.slim(repair=False).requires_grad_(False)
+    before = copy.deepcopy(slim.state_dict())
+    told, lesson = [], bench.lesson(bench.model)
+    found = tune(
+        slim,
+        bench.model,
+        lesson,
+        lesson,
+        steps=30,
+        lr=1e-3,
+        progress=lambda done, total, loss: told.append((done, total)),
+    )
+    assert found.after < 0.9 * found.before
+    assert lesson.divergence_of(found.model) == pytest.approx(found.after)
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    changed = [
+        name for name, tensor in found.model.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    assert len(changed) > 0.9 * len(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
+    assert told == [(step + 1, 30) for step in range(30)]
+
+
+def test_tuning_that_does_not_help_on_held_back_images_is_left_out(bench):
+    slim = bench.slim(repair=False).requires_grad_(False)
+    found = tune(slim, bench.model, bench.lesson(bench.model), bench.lesson(slim), steps=5, lr=1e-3)
+    assert found.model is slim
+    assert found.after > found.before
+
+
+def test_every_other_batch_is_mirrored_and_the_teacher_answers_for_it(bench):
+    slim, seen = bench.slim(repair=True), []
+    lesson = bench.lesson(bench.model)
+    hooks = [
+        model.register_forward_pre_hook(lambda module, args, who=who: seen.append((who, args[0])))
+        for who, model in (("slim", slim), ("dense", bench.model))
+    ]
+    _, mirrored = (lesson.taught(slim, bench.model, mirrored=flip) for flip in (False, True))
+    for hook in hooks:
+        hook.remove()
+    (_, images), (who, flipped), (other, same) = seen
+    assert (who, other) == ("dense", "slim")
+    assert torch.equal(flipped, same)
+    pool = [image.flatten() for image in bench.images]
+    for batch, flip in ((images, False), (flipped, True)):
+        for image_seen in batch:
+            back = (image_seen.flip(-1) if flip else image_seen).flatten()
+            assert any(torch.equal(back, one) for one in pool)
+    expected = lesson.divergence(slim(flipped), bench.model(flipped))
+    assert float(mirrored.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

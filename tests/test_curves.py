@@ -1,0 +1,207 @@
+"""Error curves: what a unit's cut and refit really leaves, weighed by what the answer makes of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Case, build, image
+
+from mhacut import curves as module_under_test
+from mhacut.calibration import calibrate
+from mhacut.curves import MOST_WIDTHS, error_curves
+from mhacut.reduction import reductions
+from mhacut.repair import shrink
+from mhacut.surgery import dissect, rotate
+from mhacut.widths import width_choices
+
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
+CASES = (
+    Case("vit_tiny_patch16_224", SMALL),
+    Case("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "qkv_bias": False}),
+    Case("beit3_base_patch16_224", SMALL),
+)
+IMAGES = 20
+
+
+class Curved:
+    """The curves of a small model, and the calibration's activations to check them by."""
+
+    def __init__(self, case, basis, round_to=2):
+        self.model = build(case, dtype=torch.float64).requires_grad_(False)
+        self.anatomy = dissect(self.model)
+        self.images = image(case, batch=IMAGES, dtype=torch.float64)
+        self.calibration = calibrate(
+            self.model, self.anatomy, self.images, batch_size=IMAGES, sensitivity_images=1
+        )
+        units = self.anatomy.units()
+        self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
+        self.ways = {
+            unit.key: reductions(
+                self.model.get_submodule(unit.layer),
+                unit,
+                self.calibration.moments[unit.key],
+                self.choices[unit.key][0],
+                basis,
+                self.calibration.sensitivity[unit.layer],
+            )[0]
+            for unit in units
+        }
+        self.told = []
+        self.curves = error_curves(
+            self.model,
+            self.anatomy,
+            self.ways,
+            self.calibration,
+            self.choices,
+            self.images,
+            temperature="kept",
+            progress=lambda done, total: self.told.append((done, total)),
+        )
+
+    def layer_output(self, model, layer):
+        seen = []
+        handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: seen.append(o))
+        model(self.images)
+        handle.remove()
+        return seen[0]
+
+    def divergence(self, unit, errors):
+        """1/2 e^T S e, mean over rows."""
+        sensitivity = self.calibration.sensitivity[unit.layer]
+        flat = errors.flatten(0, -2)
+        return float((flat @ sensitivity * flat).sum()) / len(flat) / 2
+
+
+@pytest.fixture(scope="module", params=["channel", "principal"])
+def basis(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id + str("qk_norm" in case.args))
+def it(request, basis):
+    return Curved(request.param, basis)
+
+
+def test_every_unit_has_an_error_at_every_choice_falling_to_nothing(it):
+    assert set(it.curves) == {unit.key for unit in it.anatomy.units()}
+    for key, curve in it.curves.items():
+        assert tuple(curve) == it.choices[key]
+        errors = list(curve.values())
+        assert errors[-1] == 0
+        assert all(error > 0 for error in errors[:-1])
+        assert errors == sorted(errors, reverse=True)
+
+
+def test_progress_is_told_for_every_layer_that_is_run(it):
+    layers = len({unit.layer for unit in it.anatomy.units(["qk"])})
+    assert it.told == [(done, layers) for done in range(1, layers + 1)]
+
+
+def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
+    for unit in it.anatomy.units(["v", "hidden"]):
+        model, way = copy.deepcopy(it.model), it.ways[unit.key]
+        layer = model.get_submodule(unit.layer)
+        if way.rotation is not None:
+            rotate(layer, unit, way.rotation)
+        reader, seen = layer.get_submodule(unit.readout.tensor.rpartition(".")[0]), []
+        reader.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(i[0].flatten(0, -2)))
+        model(it.images)
+        x = seen[0]  # every row that the unit's channels were read from
+        checked = 0
+        for width in (choice for choice in it.choices[unit.key] if choice in sampled(it, unit)):
+            heads = unit.width * torch.arange(unit.heads)[:, None]
+            kept = (way.ranking.kept(width) + heads).flatten()
+            inputs = x[:, kept]
+            if unit.readout_bias is not None:
+                inputs = torch.cat([inputs, torch.ones(len(x), 1).double()], 1)
+            predicted = inputs @ torch.linalg.lstsq(inputs, x, driver="gelsd").solution
+            left = it.divergence(unit, (x - predicted) @ reader.weight.T)
+            # Activations were multiplied in float32.
+            assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3, abs=1e-6 * most(it, unit))
+            checked += 1
+        assert checked > 2
+
+
+def most(it, unit):
+    return max(it.curves[unit.key].values())
+
+
+def sampled(it, unit):
+    """Between the others, curves are interpolated."""
+    choices = it.choices[unit.key]
+    return choices if unit.kind == "hidden" else module_under_test._sample(choices)
+
+
+def test_errors_of_logits_are_those_of_the_layer_cut(it):
+    for unit in it.anatomy.units(["qk"]):
+        dense = it.layer_output(it.model, unit.layer)
+        for width in it.choices[unit.key][:-1]:
+            model = copy.deepcopy(it.model)
+            layer = model.get_submodule(unit.layer)
+            shrink(layer, unit, it.ways[unit.key], width, it.calibration.moments[unit.key], "kept")
+            errors = it.layer_output(model, unit.layer) - dense
+            # The least of it and of narrower widths: curves never rise.
+            least = min(it.curves[unit.key][other] for other in it.choices[unit.key] if other <= width)
+            assert it.curves[unit.key][width] == least
+            assert it.curves[unit.key][width] <= it.divergence(unit, errors) * (1 + 1e-6)
+        width = it.choices[unit.key][0]
+        shrunk = copy.deepcopy(it.model)
+        layer = shrunk.get_submodule(unit.layer)
+        shrink(layer, unit, it.ways[unit.key], width, it.calibration.moments[unit.key], "kept")
+        errors = it.layer_output(shrunk, unit.layer) - dense
+        assert it.curves[unit.key][width] == pytest.approx(it.divergence(unit, errors), rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    it = Curved(CASES[0], "principal")
+    fresh = build(CASES[0], dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(it.model.parameters(), fresh.parameters(), strict=True))
+    assert not any(module._forward_hooks for module in it.model.modules())
+
+
+def test_units_that_are_not_asked_for_are_not_run():
+    it = Curved(CASES[0], "principal")
+    told = []
+    ways = {key: way for key, way in it.ways.items() if key[1] != "qk"}
+    found = error_curves(
+        it.model,
+        it.anatomy,
+        ways,
+        it.calibration,
+        it.choices,
+        it.images,
+        temperature="kept",
+        progress=lambda *done: told.append(done),
+    )
+    assert set(found) == set(ways)
+    assert all(found[key] == it.curves[key] for key in ways)
+    assert told == []
+
+
+@given(last=st.integers(1, 60), step=st.integers(1, 8))
+def test_few_widths_are_measured_and_the_ends_are_among_them(last, step):
+    choices = width_choices(last, step)
+    chosen = module_under_test._sample(choices)
+    assert len(chosen) <= MOST_WIDTHS
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(choices)
+    assert (chosen[0], chosen[-1]) == (choices[0], choices[-1])
+    assert len(choices) > MOST_WIDTHS or tuple(chosen) == choices
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_between_measured_widths_the_error_lies_between_theirs(data):
+    choices = width_choices(data.draw(st.integers(2, 40)), data.draw(st.integers(1, 4)))
+    inner = data.draw(st.sets(st.sampled_from(choices)))
+    known = sorted(inner | {choices[0], choices[-1]})
+    errors = data.draw(st.lists(st.floats(1e-9, 1e3), min_size=len(known), max_size=len(known)))
+    sampled = dict(zip(known, [*sorted(errors, reverse=True)[:-1], 0.0], strict=True))
+    curve = module_under_test._interpolated(sampled, choices)
+    assert tuple(curve) == choices
+    assert all(curve[width] == pytest.approx(sampled[width]) for width in known)
+    assert list(curve.values()) == sorted(curve.values(), reverse=True)

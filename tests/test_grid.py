@@ -1,0 +1,133 @@
+"""Every way to search, from file to file."""
+
+from __future__ import annotations
+
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from models import Case, build, relative
+from safetensors.torch import load_file, save_file
+
+import mhacut
+from mhacut import pipeline
+from mhacut.checkpoint.load import read_model
+from mhacut.errors import UsageError
+from mhacut.options import Allocation, BasisChoice, Effort
+
+ALLOCATIONS = [allocation for allocation in get_args(Allocation) if allocation != "auto"]
+BASES, EFFORTS = get_args(BasisChoice), get_args(Effort)
+ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8}
+EVERY = list(itertools.product(ALLOCATIONS, BASES, EFFORTS, (True, False)))
+# A Latin square: every pair of values once, whatever the two options.
+SOME = [
+    (allocation, basis, EFFORTS[(row + column) % 3], (row + column) % 2 == 0)
+    for row, allocation in enumerate(ALLOCATIONS)
+    for column, basis in enumerate(BASES)
+]
+QUICK = {"steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False, "round_to": 2}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    save_file(build(Case("vit_tiny_patch16_224", {**ARGS, "num_classes": 5})).state_dict(), path)
+    return path
+
+
+def check(dense, folder, monkeypatch, flops="55%", **options):
+    written = []
+
+    def write_slim(path, model, *args, **kwargs):
+        written.append(model)
+        return real(path, model, *args, **kwargs)
+
+    real = pipeline.write_slim
+    monkeypatch.setattr(pipeline, "write_slim", write_slim)
+    result = mhacut.prune(
+        dense,
+        flops=flops,
+        output=folder / "slim.safetensors",
+        model="vit_tiny_patch16_224",
+        model_args=ARGS,
+        **{**QUICK, **options},
+    )
+    assert result.slim.flops <= result.budget < result.dense.flops
+    assert result.slim.flops >= 0.97 * result.budget  # of so small a model, steps are large
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    (in_memory,), reloaded = written, mhacut.load_model(result.output)
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), in_memory(images))
+        assert reloaded(images).isfinite().all()
+    assert sum(tensor.numel() for tensor in load_file(result.output).values()) < sum(
+        tensor.numel() for tensor in load_file(dense).values()
+    )
+    assert read_model(result.output).record.plan == result.plan
+    return result
+
+
+@pytest.mark.parametrize(("allocation", "basis", "effort", "repair"), SOME)
+def test_some_ways_give_a_file_within_the_budget(
+    dense, tmp_path, monkeypatch, allocation, basis, effort, repair
+):
+    check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("allocation", "basis", "effort", "repair"), [way for way in EVERY if way not in SOME]
+)
+def test_all_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basis, effort, repair):
+    check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
+
+
+def check_way(dense, folder, monkeypatch, allocation, basis, effort, repair):
+    options = {"allocation": allocation, "basis": basis, "effort": effort, "repair": repair}
+    if effort == "best":
+        options["tuning_steps"] = 3
+    result = check(dense, folder, monkeypatch, **options)
+    assert bool(result.log) is (allocation in ("indicator", "refined"))
+    assert bool(result.repairs) is repair
+    cut = [unit for unit in result.plan if not unit.keeps_all]
+    bases = {unit.basis for unit in cut}
+    assert "principal" not in {unit.basis for unit in cut if unit.kind == "hidden"}
+    if basis == "channel":
+        assert bases == {"channel"}
+    if basis == "principal" and (allocation != "indicator" or repair):
+        assert {unit.basis for unit in cut if unit.kind != "hidden"} <= {"principal"}
+
+
+def test_that_some_ways_hold_every_pair():
+    for first, second in itertools.combinations(range(4), 2):
+        pairs = {(way[first], way[second]) for way in SOME}
+        assert pairs == {(way[first], way[second]) for way in EVERY}
+
+
+@pytest.mark.parametrize("flops", ["90%", "32%"])
+def test_budgets_at_either_end(dense, tmp_path, monkeypatch, flops):
+    check(dense, tmp_path, monkeypatch, flops=flops)
+
+
+def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense, tmp_path, monkeypatch):
+    options = {"allocation": "indicator", "selection": "indicator"}
+    result = check(dense, tmp_path, monkeypatch, **options)
+    assert {unit.basis for unit in result.plan} == {"channel"}
+    assert result.repairs
+    with pytest.raises(UsageError, match="--basis principal: expected channel with --selection indicator"):
+        check(dense, tmp_path, monkeypatch, basis="principal", **options)
+
+
+def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(
+    dense, tmp_path, monkeypatch
+):
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    results, far = {}, {}
+    expected = read_model(dense, model="vit_tiny_patch16_224", model_args=ARGS).model(images)
+    for allocation in ("uniform", "curves"):
+        folder = tmp_path / allocation
+        folder.mkdir()
+        results[allocation] = check(dense, folder, monkeypatch, allocation=allocation)
+        far[allocation] = relative(mhacut.load_model(results[allocation].output)(images), expected)
+    assert results["uniform"].plan.widths() != results["curves"].plan.widths()
+    assert far["curves"] < far["uniform"]

@@ -1,0 +1,227 @@
+"""Principal bases: a layer turned into one computes what it did, and no other few channels carry more."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CASES, build, image, relative
+
+from mhacut.calibration import calibrate
+from mhacut.plan import Plan, UnitPlan
+from mhacut.reduction import block_diagonal, reductions, rotated
+from mhacut.repair import repair
+from mhacut.surgery import cut, dissect, readers, rotate
+from mhacut.tensor.moments import Moments
+from mhacut.tensor.principal import logit_basis, output_basis
+from mhacut.tensor.refit import output_error, refit_logits
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+few = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rows(heads, count, width, seed):
+    """Activations of very unequal directions, [H, count, width]."""
+    return (
+        noise(heads, count, width, seed=seed)
+        * 2.0 ** -torch.arange(width)
+        @ noise(heads, width, width, seed=seed + 1)
+    )
+
+
+def energy(x):
+    return x.mT @ x / x.shape[-2]
+
+
+# --- rotation of a layer ---
+
+
+@each_case
+@pytest.mark.parametrize("slim", [False, True], ids=["dense", "slim"])
+def test_a_rotated_layer_computes_what_it_did(case, slim):
+    model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
+    if slim:  # q/k narrower than v, and both cut to widths of their own
+        widths = {"qk": 3, "v": 5, "hidden": 7}
+        cut(
+            model,
+            Plan(
+                tuple(
+                    UnitPlan(u.layer, u.kind, u.width, (tuple(range(widths[u.kind])),) * u.heads)
+                    for u in dissect(model).units()
+                )
+            ),
+        )
+    expected, turned = model(x), 0
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            before = copy.deepcopy(model.state_dict())
+            rotate(
+                model.get_submodule(unit.layer), unit, noise(unit.heads, unit.width, unit.width, seed=turned)
+            )
+            changed = {
+                name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+            }
+            assert changed == {f"{unit.layer}.{axis.tensor}" for axis in unit.axes}
+            turned += 1
+    assert relative(model(x), expected) < 1e-8
+    assert turned == sum(unit.kind != "hidden" and unit.rotatable for unit in dissect(model).units())
+
+
+def test_what_acts_on_single_channels_is_not_rotatable():
+    rotatable = {}
+    for case in CASES:
+        units = dissect(build(case)).units()
+        rotatable[case.id + str("qk_norm" in case.args)] = {unit.kind for unit in units if unit.rotatable}
+    assert rotatable["vit_tiny_patch16_224False"] == {"qk", "v"}
+    assert rotatable["vit_tiny_patch16_224True"] == {"v"}
+    assert rotatable["beit3_base_patch16_224False"] == {"qk"}
+    assert not any("hidden" in kinds for kinds in rotatable.values())
+
+
+@each_case
+def test_moments_follow_a_rotation(case):
+    model, images = build(case, dtype=torch.float64).requires_grad_(False), image(case, batch=3)
+    images, anatomy = images.double(), dissect(model)
+    found = calibrate(model, anatomy, images, batch_size=3).moments
+    bases = {u.key: noise(u.heads, u.width, u.width, seed=1) for u in anatomy.units() if u.rotatable}
+    for key, basis in bases.items():
+        rotate(model.get_submodule(key[0]), anatomy.unit(key), basis)
+    measured = calibrate(model, anatomy, images, batch_size=3).moments
+    for unit in anatomy.units():
+        for part in ("fit", "held"):
+            expected = getattr(measured[unit.key], part)
+            for told, seen in zip(
+                getattr(rotated(found[unit.key], unit, bases.get(unit.key)), part), expected, strict=True
+            ):
+                assert told.rows == seen.rows
+                assert relative(told.second, seen.second) < 1e-4
+                size = seen.rows * float(seen.energy.abs().max()) ** 0.5  # keys are centred: total 0
+                assert float((told.total - seen.total).abs().max()) < 1e-4 * size
+
+
+# --- the basis of the logits ---
+
+
+@few
+@given(seed=seeds, width=st.integers(1, 6))
+def test_the_first_logit_channels_leave_the_tail_of_the_singular_values(seed, width):
+    query, key = energy(rows(2, 40, 6, seed)), energy(rows(2, 40, 6, seed + 9))
+    basis = logit_basis(query, key)
+    inverse = torch.linalg.inv(basis).mT
+    turned = basis @ query @ basis.mT, inverse @ key @ inverse.mT
+    sizes = singular(query, key)
+    # Both sides come out uncorrelated, with the same energy per channel: that of the logits' singular values.
+    for side in turned:
+        assert relative(side, torch.diag_embed(sizes)) < 1e-5
+    left = (turned[0] * turned[1])[:, width:, width:].sum()
+    assert float(left) == pytest.approx(float(sizes[:, width:].square().sum()), rel=1e-4, abs=1e-12)
+
+
+@few
+@given(seed=seeds, width=st.integers(1, 5))
+def test_no_selection_of_logit_channels_beats_the_principal_ones(seed, width):
+    sides = [energy(rows(1, 40, 6, seed + shift)) for shift in (0, 9)]
+    moments = tuple(Moments(1, side[:, 0] * 0, side) for side in sides)
+    least = float(singular(*sides)[:, width:].square().sum())
+    for shift in range(5):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(seed % 1000 + shift))
+        kept = order[:width].sort().values[None]
+        assert refit_logits(moments, moments, kept, plain=1.0).left >= least * (1 - 1e-6)
+
+
+def singular(query, key):
+    """Of R_q R_k per head, as q k^T has them when q and k are independent, [H, d]."""
+    return torch.linalg.eigvals(query @ key).real.clamp_min(0).sqrt().sort(dim=-1, descending=True).values
+
+
+# --- the basis of the output ---
+
+
+@few
+@given(seed=seeds, width=st.integers(0, 6), outputs=st.sampled_from([2, 4, 6, 9]))
+def test_the_first_output_channels_leave_the_tail_of_the_singular_values(seed, width, outputs):
+    x, columns = rows(1, 60, 6, seed)[0], noise(outputs, 6, seed=seed + 3)
+    second = energy(x)
+    basis = output_basis(second[None], columns[:, None])[0]
+    assert torch.allclose(basis @ basis.T, torch.eye(6).double(), atol=1e-9)
+    assert relative((x @ basis.T) @ (columns @ basis.T).T, x @ columns.T) < 1e-9
+    tail = float(torch.linalg.svdvals(x @ columns.T)[width:].square().sum()) / 60
+    rounding = 1e-8 * float(second.trace() * columns.square().sum())
+    left = output_error(basis @ second @ basis.T, torch.arange(width), columns @ basis.T, None)
+    assert left == pytest.approx(tail, rel=1e-3, abs=rounding)
+    for shift in range(5):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(seed % 1000 + shift))
+        kept = order[:width].sort().values
+        assert output_error(second, kept, columns, None) >= tail * (1 - 1e-6) - rounding
+
+
+def test_every_head_has_a_basis_of_its_own():
+    x, columns = rows(3, 60, 4, seed=0), noise(5, 3, 4, seed=1)
+    together = output_basis(energy(x), columns)
+    for head in range(3):
+        alone = output_basis(energy(x)[head : head + 1], columns[:, head : head + 1])
+        assert torch.allclose(together[head], alone[0])
+    logits = logit_basis(energy(x), energy(x).flip(0))
+    for head in range(3):
+        alone = logit_basis(energy(x)[head : head + 1], energy(x)[2 - head : 3 - head])
+        assert torch.allclose(logits[head], alone[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank):
+    x = rows(2, 40, rank, seed=0) @ noise(2, rank, 5, seed=2) if rank else torch.zeros(2, 40, 5).double()
+    second = energy(x)
+    for basis in (logit_basis(second, second), output_basis(second, noise(7, 2, 5, seed=4))):
+        assert basis.isfinite().all()
+        assert torch.linalg.inv(basis).isfinite().all()
+        assert relative(torch.linalg.inv(basis) @ basis, torch.eye(5).expand(2, -1, -1)) < 1e-4
+    turned = (
+        output_basis(second, noise(7, 2, 5, seed=4))
+        @ second
+        @ output_basis(second, noise(7, 2, 5, seed=4)).mT
+    )
+    for head in range(2):
+        left = output_error(turned[head], torch.arange(rank), torch.ones(3, 5).double(), None)
+        assert left <= 1e-6 * float(second[head].trace()) * 5
+
+
+# --- in whole models ---
+
+
+@pytest.mark.parametrize("kind", ["qk", "v"])
+def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
+    case = CASES[0]
+    model, images = build(case).requires_grad_(False), image(case, batch=24)
+    anatomy = dissect(model)
+    moments, dense = calibrate(model, anatomy, images, batch_size=8).moments, model(images)
+    far = {}
+    for basis in ("channel", "principal"):
+        slim = copy.deepcopy(model)
+        ways = {
+            unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 16, basis)
+            for unit in anatomy.units([kind])
+        }
+        assert all(len(way) == 1 and way[0].basis == basis for way in ways.values())
+        plan = Plan(tuple(way[0].plan(16) for way in ways.values()))
+        report = repair(slim, anatomy, plan, moments, ways=ways)
+        assert {unit.plan.basis for unit in report.values()} == {basis}
+        cut(slim, Plan(tuple(unit.plan for unit in report.values())))
+        far[basis] = float((slim(images) - dense).norm())
+    assert far["principal"] < 0.95 * far["channel"]
+
+
+def test_what_reads_turned_channels_is_turned_too():
+    model = build(CASES[0], dtype=torch.float64)
+    unit = dissect(model).unit(("blocks.0.attn", "v"))
+    module, basis = model.blocks[0].attn, noise(3, 64, 64, seed=0)
+    before = readers(module, unit).clone()
+    rotate(module, unit, basis)
+    assert relative(readers(module, unit), before @ block_diagonal(basis).mT) < 1e-10
