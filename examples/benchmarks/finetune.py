@@ -7,8 +7,8 @@
 One shot is not the end: what a method removed may be what training wins back at once. So every model gets
 the same steps: AdamW, cosine schedule with a short warm-up, batches of 128, flips and crops, the same images
 in the same order for the same seed. Each number of steps is a run of its own, with its schedule to its own
-end. With a teacher, half of the loss is the divergence from the dense model. Accuracy is that of the last step, in
-float32 on all of val/.
+end. With a teacher, half of the loss is the divergence from the dense model. Accuracy is that of the last
+step, in float32 on all of val/.
 
 ``--runs FILE`` gets one line of JSON per finished run. The same command goes on where it was stopped, inside
 of a run too, to the same numbers; what is in the file is not run again. A table is printed at the end.
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from compare import Setup, describe_machine, read, score
 from methods import chosen
-from methods.common import read_slim
+from methods.common import read_slim, temperatures_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -169,7 +169,10 @@ def model_file(folder: Path, method: str, keep: float) -> Path:
 
 def slim_model(dense: nn.Module, folder: Path, run: Run) -> nn.Module:
     """What a run starts from, ready to train."""
-    model = read_slim(dense, str(model_file(folder, run.method, run.keep)), "own").requires_grad_(True)
+    file = str(model_file(folder, run.method, run.keep))
+    if temperatures_of(file) not in (None, ("own",)):
+        sys.exit(f"{file}: compare.py has not chosen its softmax temperature yet")
+    model = read_slim(dense, file, "own").requires_grad_(True)
     if run.start == "scratch":
         initialize(model, run.seed)
     return model
