@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
     asked.output.mkdir(parents=True, exist_ok=True)
-    images, labels, classes = read_split(asked.data_dir / "train")
-    held_images, held_labels, held_classes = read_split(asked.data_dir / "val")
+    size = MODEL_ARGS["img_size"]
+    images, labels, classes = read_split(asked.data_dir / "train", size)
+    held_images, held_labels, held_classes = read_split(asked.data_dir / "val", size)
     if classes != held_classes:
         sys.exit(f"{asked.data_dir}: train/ and val/ have different classes: {classes} and {held_classes}")
     training = Training(asked, images, labels, num_classes=len(classes))
@@ -190,7 +192,7 @@ class Training:
         chosen = order[place * self.asked.batch : (place + 1) * self.asked.batch]
         # Dropped patches and mixup's Beta draw from the global generator.
         torch.manual_seed(seed_of(self.asked.seed, 2, self.step))
-        images = augment(self.images[chosen], cutout=self.asked.cutout if distort else 0)
+        images = augment(normalize(self.images[chosen]), cutout=self.asked.cutout if distort else 0)
         targets = smooth(self.labels[chosen], self.model.num_classes, self.asked.smoothing)
         if distort and self.asked.mixup:
             share = float(torch.distributions.Beta(self.asked.mixup, self.asked.mixup).sample())
@@ -275,9 +277,8 @@ def write_whole(file: Path, write: Any) -> None:
     os.replace(temporary, file)
 
 
-def read_split(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Images uint8 [N, 3, 32, 32], labels [N] and class names, in the order of the names."""
-    size = MODEL_ARGS["img_size"]
+def read_split(folder: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images uint8 [N, 3, size, size], labels [N] and class names, in the order of the names."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     images, labels = [], []
     for label, name in enumerate(classes):
@@ -295,22 +296,22 @@ def read_split(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     return torch.stack(images), torch.tensor(labels), classes
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Bytes to what the model reads, [..., 3, H, W]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    means, stds = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - means) / stds
 
 
 def augment(images: Tensor, *, cutout: int, padding: int = 4) -> Tensor:
-    """Crops out of the padded images, half of them flipped, a square in each grey; normalised.
+    """Crops out of the padded images, half of them flipped, a square in each grey.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        images: normalised, [B, 3, H, W].
         cutout: side of the square; its centre is anywhere, so part of it may lie outside. 0 for none.
         padding: on each side, in the mean colour.
     """
     count, _, height, width = images.shape
-    padded = F.pad(normalize(images), (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4)
     tops, lefts = torch.randint(0, 2 * padding + 1, (2, count, 1))
     rows, columns = tops + torch.arange(height), lefts + torch.arange(width)  # [B, H], [B, W]
     flipped = torch.rand(count, 1) < 0.5
