@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -639,6 +640,38 @@ class Listener:
 
     def advance(self, done, total, detail=""):
         pass
+
+
+def benchmark(name, monkeypatch, *arguments):
+    spec = importlib.util.spec_from_file_location(name, RECIPES.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module.main()
+
+
+def test_the_table_of_fine_tuning_can_be_made_in_parts(slim, images, tiny_vit, tmp_path, monkeypatch, capsys):
+    given = [slim, "--teacher", tiny_vit.path, "--data-dir", images, "--output", tmp_path, "--steps", "2"]
+    given += ["--batch-size", "12", "--teaching", "teacher", "--seeds"]
+    benchmark("finetune_table", monkeypatch, *given, "1")
+    first = json.loads((tmp_path / "slim-2-teacher-1" / "finished.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| slim | 2 | the dense model and labels |")
+    written = (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns
+    benchmark("finetune_table", monkeypatch, *given, "1", "2")
+    assert (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns == written
+    second = json.loads((tmp_path / "slim-2-teacher-2" / "finished.json").read_text())
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[4].startswith(f"{(first['after'] + second['after']) / 2:.2f} ± ")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_throughput_benchmark_runs_both_loops(slim, images, monkeypatch, capsys):
+    given = [slim, "--data-dir", images, "--batch-size", "6", "--steps", "1", "--turns", "2"]
+    benchmark("finetune_throughput", monkeypatch, *given)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("images per second: mhacut ")
+    assert "median ratio" in lines[-2]
 
 
 SCRIPT = """
