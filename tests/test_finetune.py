@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import random
@@ -361,7 +362,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp
         return (float("nan") if number == 4 else loss), images
 
     monkeypatch.setattr(Trainer, "step", diverged)
-    with pytest.raises(MhacutError, match=r"loss became nan at step 5 of 6.*--lr"):
+    with pytest.raises(
+        MhacutError, match=r"loss became nan at step 5 of 6; .*run keeps .* after step 3.*--lr"
+    ):
         tune()
     folder = tmp_path / "run"
     assert RunFolder(folder).read_state()["step"] == 3
@@ -530,7 +533,7 @@ def test_what_makes_no_sense_is_refused(tune, options, message):
 
 
 def test_a_dense_file_is_sent_to_prune(tiny_vit, images):
-    with pytest.raises(CheckpointError, match=r"--model|no slim file"):
+    with pytest.raises(CheckpointError, match="is no slim file; cut it first: mhacut prune"):
         mhacut.finetune(tiny_vit.path, data_dir=images)
 
 
@@ -641,6 +644,38 @@ class Listener:
         pass
 
 
+def benchmark(name, monkeypatch, *arguments):
+    spec = importlib.util.spec_from_file_location(name, RECIPES.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module.main()
+
+
+def test_the_table_of_fine_tuning_can_be_made_in_parts(slim, images, tiny_vit, tmp_path, monkeypatch, capsys):
+    given = [slim, "--teacher", tiny_vit.path, "--data-dir", images, "--output", tmp_path, "--steps", "2"]
+    given += ["--batch-size", "12", "--teaching", "teacher", "--seeds"]
+    benchmark("finetune_table", monkeypatch, *given, "1")
+    first = json.loads((tmp_path / "slim-2-teacher-1" / "finished.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| slim | 2 | the dense model and labels |")
+    written = (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns
+    benchmark("finetune_table", monkeypatch, *given, "1", "2")
+    assert (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns == written
+    second = json.loads((tmp_path / "slim-2-teacher-2" / "finished.json").read_text())
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[4].startswith(f"{(first['after'] + second['after']) / 2:.2f} ± ")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_throughput_benchmark_runs_both_loops(slim, images, monkeypatch, capsys):
+    given = [slim, "--data-dir", images, "--batch-size", "6", "--steps", "1", "--turns", "2"]
+    benchmark("finetune_throughput", monkeypatch, *given)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("images per second: mhacut ")
+    assert "median ratio" in lines[-2]
+
+
 SCRIPT = """
 import os, signal, sys
 import mhacut
@@ -706,18 +741,29 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]
+)
 def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
-    """All processes stop after the same step, whoever heard it first."""
-    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", "0", "-b", 12 // processes]
+    """All processes stop after the same step, whoever heard it first.
+
+    A terminal's Ctrl-C, and many a scheduler, reach the processes that read images as well.
+    """
+    workers = 2 if processes == 1 else 0
+    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", workers, "-b", 12 // processes]
     flags += ["-o", tmp_path / "cut", "--save-every", "1"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
     command = [sys.executable, *(launcher if processes > 1 else ["-m"]), "mhacut", "finetune", slim, *flags]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         deadline = time.monotonic() + 200
         while not (tmp_path / "cut" / "summary.csv").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        run.send_signal(number)
+        if processes == 1:
+            os.killpg(run.pid, number)
+        else:
+            run.send_signal(number)
         _, stderr = run.communicate(timeout=200)
     assert "all is saved. Go on with: " in stderr
     assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr

@@ -25,6 +25,7 @@ from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable
 from mhacut.errors import DataError, UsageError
+from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import AugmentationOptions
 from mhacut.options import DataOptions
 
@@ -288,6 +289,7 @@ def training_loader(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
+        worker_init_fn=outlive_first_signal,
     )
     for stacked, labels, unreadable in loader:
         if len(stacked) < len(labels):

@@ -189,6 +189,7 @@ class _Run:
             "images per step": self.batches.batch_size * self.batches.parts,
         }
         self.step = 0
+        self.saved: int | None = None
         self.epoch_loss, self.epoch_images = 0.0, 0
         self.rows: list[EpochSummary] = []
         self.best: float | None = None
@@ -252,7 +253,8 @@ class _Run:
             return
         check_same(state["began_with"], self.began_with, str(self.folder.path))
         self.trainer.restore(state["trainer"])
-        self.step, self.best = state["step"], state["best"]
+        self.step = self.saved = state["step"]
+        self.best = state["best"]
         self.epoch_loss, self.epoch_images = state["epoch_loss"], state["epoch_images"]
         self.rows = [EpochSummary(**row) for row in state["rows"]]
         self.before = None if state["before"] is None else Evaluation(**state["before"])
@@ -294,6 +296,8 @@ class _Run:
                 self.reporter.start("training")
             elif stop or (every and self.step % every == 0):
                 self._save()
+                so_far = self.epoch_loss / self.epoch_images
+                self.reporter.note(f"step {self.step}: loss {so_far:.4f} so far in this epoch; saved")
             if stop and self.step < self.total_steps:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
@@ -320,11 +324,12 @@ class _Run:
     def _check_finite(self, loss: float) -> None:
         if loss - loss == 0:
             return
-        kept = "the files of the last save are kept" if self.rows or self.step else "nothing was saved yet"
+        kept = "nothing was saved yet"
+        if self.saved is not None:
+            kept = f"{self.folder.path} keeps what was saved after step {self.saved}"
         raise MhacutError(
-            f"the loss became {loss} at step {self.step + 1} of {self.total_steps}; {kept} in "
-            f"{self.folder.path}. Try a smaller --lr, or a --clip-grad"
-            + (", or go without --amp" if self.options.amp else "")
+            f"the loss became {loss} at step {self.step + 1} of {self.total_steps}; {kept}. "
+            "Try a smaller --lr, or a --clip-grad" + (", or go without --amp" if self.options.amp else "")
         )
 
     def _tell(self, loss: float, rate: float, seconds: float) -> None:
@@ -390,6 +395,7 @@ class _Run:
                     "unreadable": list(self.unreadable),
                 }
             )
+        self.saved = self.step
         self.processes.wait()
 
     def _write(self, name: str) -> None:
@@ -536,12 +542,10 @@ class _Run:
 
 
 def _read_slim(options: FinetuneOptions) -> LoadedModel:
-    loaded = read_model(options.checkpoint)
-    if loaded.record is None:
-        raise CheckpointError(
-            f"{loaded.source}: is no slim file; cut it first: mhacut prune {loaded.source} --flops 50%"
-        )
-    return loaded
+    source = os.fspath(options.checkpoint)
+    if source.startswith(TIMM_PREFIX) or read_header(source).record is None:
+        raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
+    return read_model(source)
 
 
 def _record(loaded: LoadedModel) -> SlimRecord:
@@ -591,9 +595,12 @@ def _digest(document: Any) -> str:
 def _random_state_kept() -> Iterator[None]:
     """The caller's random numbers go on afterwards as if nothing had drawn any."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         yield
     finally:
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -117,6 +118,11 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
         return float(torch.stack(losses).sum()), images
+
+    def _seed(self, seed: int) -> None:
+        seed_everything(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _loss(self, number: int, batch: Batch) -> Tensor:
         moved = batch.images.to(self.device, non_blocking=True)
@@ -254,6 +260,7 @@ def repeatable(options: FinetuneOptions) -> AbstractContextManager[object]:
     """In the block, CUDA kernels that sum in random order are refused, if asked."""
     stack = ExitStack()
     if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is refused
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)
         stack.callback(torch.use_deterministic_algorithms, before)
