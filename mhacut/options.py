@@ -16,7 +16,7 @@ Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
 BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
-Allocation = Literal["auto", "curves", "indicator", "refined", "uniform"]
+Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
 PathLike = str | os.PathLike[str]
 
@@ -70,10 +70,10 @@ class SearchOptions:
 
     effort: Effort = "balanced"
     """How much work to put in where nothing else is said: see :data:`EFFORTS`."""
-    allocation: Allocation = "auto"
+    allocation: Allocation = "curves"
     """How the budget is spread over layers and kinds: by error curves, by trained indicators (the paper's
     way), by indicators that start from the curves' plan, where they do better on held-back images, or the
-    same share everywhere. ``auto`` is curves, and refined with effort ``best``."""
+    same share everywhere."""
     basis: BasisChoice = "auto"
     """What a channel is: one of the model's own, a principal one where the algebra allows it, or, per unit,
     that which leaves the smaller error on held-back images."""
@@ -146,16 +146,9 @@ class SearchOptions:
             require("--basis", self.basis, own, "channel with --selection indicator, whose choice it keeps")
 
     @property
-    def spread(self) -> Allocation:
-        """``allocation`` with ``auto`` resolved."""
-        if self.allocation != "auto":
-            return self.allocation
-        return "refined" if self.effort == "best" else "curves"
-
-    @property
     def by_indicators(self) -> bool:
         """Whether indicators are trained."""
-        return self.spread in ("indicator", "refined")
+        return self.allocation in ("indicator", "refined")
 
     @property
     def trained_gain_steps(self) -> int:

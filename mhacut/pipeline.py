@@ -275,7 +275,7 @@ def _calibration_images(
 
 def _sensitivity_images(options: SearchOptions, images: int) -> int:
     """How many of the images to differentiate."""
-    if options.spread not in ("curves", "refined"):
+    if options.allocation not in ("curves", "refined"):
         return 0
     fitted = images - round(HELD_BACK * images)
     return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))

@@ -87,7 +87,7 @@ class Planner:
 
     def plan(self) -> Planned:
         """The plan that ``options`` ask for."""
-        spread = self.options.spread
+        spread = self.options.allocation
         if spread == "indicator":
             return self._by_indicators()
         ways = self._ways()

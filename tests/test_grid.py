@@ -16,7 +16,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.errors import UsageError
 from mhacut.options import Allocation, BasisChoice, Effort
 
-ALLOCATIONS = [allocation for allocation in get_args(Allocation) if allocation != "auto"]
+ALLOCATIONS = get_args(Allocation)
 BASES, EFFORTS = get_args(BasisChoice), get_args(Effort)
 ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8}
 EVERY = list(itertools.product(ALLOCATIONS, BASES, EFFORTS, (True, False)))

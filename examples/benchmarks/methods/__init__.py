@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from methods import ablation
 from methods.method import Method, Sees
 
+_OWN_IMAGES = {"balanced": None, "fast": 128, "best": 1024}
+"""Calibration images of an effort that is not compared on those of the other methods."""
+
 
 def _mhacut() -> Iterable[Method]:
     data: dict[str, tuple[Sees, tuple[str, ...]]] = {
@@ -21,13 +24,15 @@ def _mhacut() -> Iterable[Method]:
     }
     for told, (sees, data_flags) in data.items():
         for basis in ("auto", "channel", "principal"):
-            for effort in ("balanced", "fast", "best"):
+            for effort, images in _OWN_IMAGES.items():
+                own = () if images is None else ("--calibration-images", str(images))
                 yield Method(
                     f"mhacut-{told}-{basis}-{effort}",
-                    f"mhacut, {'no data' if told == 'nodata' else told}, {basis}, {effort}",
+                    f"mhacut, {'no data' if told == 'nodata' else told}, {basis}, {effort}"
+                    + (f" ({images} images)" if images else ""),
                     sees,
                     "",
-                    {"flags": (*data_flags, "--basis", basis, "--effort", effort)},
+                    {"flags": (*data_flags, "--basis", basis, "--effort", effort, *own)},
                     default=(basis, effort) == ("auto", "balanced"),
                 )
 
