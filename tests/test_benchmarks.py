@@ -569,3 +569,22 @@ def test_the_table_of_runs_has_mean_and_spread(finetune) -> None:
         ["corp", "pruned", "50%", "on", "40.00", "-", "60.00", "(1)"],
         ["vbp", "pruned", "50%", "on", "40.00", "-", "71.00", "+-1.41", "(2)"],
     ]
+
+
+# --- overhead.py ---
+
+
+def test_the_cost_of_pruning_is_told_per_stage(monkeypatch, tmp_path, capsys) -> None:
+    overhead = script("overhead")
+    monkeypatch.setitem(overhead.MODELS, "tiny", "test_vit")
+    file = tmp_path / "rows.json"
+    flags = ["--models", "tiny", "--images", "4", "--threads", "1", "--merge", str(file)]
+    overhead.main(flags)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("| tiny | balanced | 4 |")
+    (row,) = json.loads(file.read_text()).values()
+    assert set(overhead.STAGES) - set(row["seconds"]) == {"tuning"}
+    assert 0 < row["start"]["peak_mib"] < row["all"]["peak_mib"]
+    monkeypatch.setattr(overhead, "measure", None)  # what is in the file is not run again
+    overhead.main(flags)
+    assert capsys.readouterr().out.splitlines()[-1] == line

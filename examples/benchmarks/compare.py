@@ -26,20 +26,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods import METHODS, Method, chosen
+from process import OUT_OF_REACH, FailedError, Process, TooFarError, describe_machine, run
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +48,6 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 64
 RACE = 1000
 """Images on which the softmax temperatures compete that a method leaves open."""
-OUT_OF_REACH = 3
-"""Exit code of a part whose method cannot cut that far; the reason is on stdout."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +82,6 @@ class Setup:
         told = asdict(self) | {"model_args": list(self.model_args)}
         told |= {"checkpoint": Path(self.checkpoint).name, "data_dir": Path(self.data_dir).name}
         return told | {"checkpoint_sha256": digest(self.checkpoint)}
-
-
-@dataclass(frozen=True)
-class Process:
-    """What a finished process took."""
-
-    wall_s: float
-    cpu_s: float
-    """User and system time."""
-    peak_mib: float
-    """Largest resident set."""
-    stdout: str
-
-
-class FailedError(Exception):
-    """A process that failed."""
-
-
-class TooFarError(Exception):
-    """A budget out of the method's reach."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,29 +153,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
     parser.add_argument("--keep-models", metavar="DIR", help="keep METHOD-PERCENT.safetensors there")
     return parser
-
-
-def describe_machine(threads: int) -> dict[str, str]:
-    versions = {}
-    for name in ("torch", "timm", "torch-pruning", "mhacut"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {threads} thread(s) used",
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def digest(checkpoint: str) -> str:
@@ -340,7 +292,7 @@ class Comparison:
             process = self.part("prune", {"setup": asdict(self.setup), **cell})
             checks = json.loads(process.stdout)
         else:
-            process = self.run(mhacut_command(self.setup, method, keep, file))
+            process = run(mhacut_command(self.setup, method, keep, file), self.threads)
             checks = {}
         took = {"wall_s": process.wall_s, "cpu_s": process.cpu_s, "peak_mib": process.peak_mib}
         return {**cell, "process": took, "checks": checks}
@@ -349,36 +301,7 @@ class Comparison:
         """One of :data:`PARTS` of this script in a process of its own."""
         file = self.folder / "job.json"
         file.write_text(json.dumps(job), encoding="utf-8")
-        return self.run([sys.executable, os.path.abspath(__file__), f"--part={part}", str(file)])
-
-    def run(self, command: Sequence[str]) -> Process:
-        """Run ``command`` to its end.
-
-        Raises:
-            FailedError: it failed; with the last lines it wrote to stderr.
-            TooFarError: it said that the budget is out of reach.
-        """
-        # GOMP_SPINCOUNT: idle OpenMP threads of two programs on one machine would take each other's cores.
-        environment = {**os.environ, "GOMP_SPINCOUNT": "0"}
-        environment |= {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        began = time.perf_counter()
-        with (
-            open(self.folder / "stdout", "w+", encoding="utf-8") as out,
-            open(self.folder / "stderr", "w+", encoding="utf-8") as err,
-        ):
-            process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            wall = time.perf_counter() - began
-            out.seek(0)
-            err.seek(0)
-            if process.returncode == OUT_OF_REACH:
-                raise TooFarError(out.read().strip())
-            if process.returncode != 0:
-                last = "\n".join(err.read().strip().splitlines()[-5:])
-                raise FailedError(f"exit code {process.returncode}: {last or 'no message'}")
-            unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-            return Process(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit, out.read())
+        return run([sys.executable, os.path.abspath(__file__), f"--part={part}", str(file)], self.threads)
 
 
 def mhacut_command(setup: Setup, method: Method, keep: float, output: Path) -> list[str]:

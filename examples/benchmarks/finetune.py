@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Setup, describe_machine, read, score
+from compare import Setup, read, score
 from methods import chosen
 from methods.common import read_slim, temperatures_of
+from process import describe_machine
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn

@@ -1,0 +1,127 @@
+"""What `mhacut prune` costs beside the model it cuts: time per stage and memory, by model size and images.
+
+    python examples/benchmarks/overhead.py --threads 2
+
+prunes timm's DeiT-T, -S and -B at 224 pixels, weights random, on synthetic images, to 50 % of the FLOPs, each
+run in a process of its own, and prints a row per run. The weights do not matter for the time. CPU seconds are
+of the whole process; "of that, start" is one that reads the model and asks only for ``inspect``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from process import Process, describe_machine, run
+
+MODELS = {name: f"deit_{name}_patch16_224" for name in ("tiny", "small", "base")}
+STAGES = (
+    "loading images",
+    "calibrating",
+    "ranking channels",
+    "measuring error curves",
+    "repairing",
+    "tuning",
+)
+_WRITE = """
+import sys, timm, torch
+from safetensors.torch import save_file
+torch.manual_seed(0)
+save_file(timm.create_model(sys.argv[1]).state_dict(), sys.argv[2])
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--images", nargs="+", type=int, default=[64, 256], help="to calibrate on")
+    parser.add_argument("--efforts", nargs="+", default=[], help="rows with the images of an effort")
+    parser.add_argument("--flops", default="50%")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="keep rows there, and reuse them")
+    asked = parser.parse_args(arguments)
+    ways = [("balanced", images) for images in asked.images] + [(effort, None) for effort in asked.efforts]
+    rows: dict[str, dict[str, Any]] = {}
+    if asked.merge is not None and asked.merge.exists():
+        rows = json.loads(asked.merge.read_text(encoding="utf-8"))
+    wanted = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in asked.models:
+            for effort, images in ways:
+                name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
+                wanted.append(name)
+                if name in rows:
+                    continue
+                weights = Path(folder) / f"{model}.safetensors"
+                if not weights.exists():
+                    subprocess.run([sys.executable, "-c", _WRITE, MODELS[model], str(weights)], check=True)
+                rows[name] = measure(weights, model, effort, images, asked)
+                if asked.merge is not None:
+                    asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    about = {**describe_machine(asked.threads), "seed": asked.seed, "budget": asked.flops}
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    print("\n" + as_text([rows[name] for name in wanted]))
+
+
+def measure(
+    weights: Path, model: str, effort: str, images: int | None, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """One row."""
+    opened = [str(weights), "--model", MODELS[model]]
+    mhacut = [sys.executable, "-m", "mhacut"]
+    start = run([*mhacut, "inspect", *opened], asked.threads)
+    command = [
+        *mhacut,
+        "prune",
+        *opened,
+        "--flops",
+        asked.flops,
+        "--effort",
+        effort,
+        "--seed",
+        str(asked.seed),
+    ]
+    command += [] if images is None else ["--calibration-images", str(images)]
+    command += ["--output", str(weights.parent / "slim.safetensors"), "--overwrite"]
+    process = run([*command, "--no-latency", "--device", "cpu", "--json"], asked.threads)
+    told = json.loads(process.stdout)
+    return {
+        "model": model,
+        "effort": effort,
+        "data": told["data"],
+        "seconds": told["seconds"],
+        "start": _told(start),
+        "all": _told(process),
+    }
+
+
+def _told(process: Process) -> dict[str, float]:
+    return {name: value for name, value in asdict(process).items() if name != "stdout"}
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, a line per run."""
+    head = ["model", "effort", "images", *(f"{stage}, s" for stage in STAGES)]
+    head += ["all, s", "CPU s", "of that, start", "peak MiB", "of that, start"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        seconds, start, whole = row["seconds"], row["start"], row["all"]
+        cells = [row["model"], row["effort"], row["data"].split()[0]]
+        cells += [f"{seconds[stage]:.1f}" if stage in seconds else "-" for stage in STAGES]
+        cells += [f"{whole['wall_s']:.0f}", f"{whole['cpu_s']:.0f}", f"{start['cpu_s']:.0f}"]
+        cells += [f"{whole['peak_mib']:.0f}", f"{start['peak_mib']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
