@@ -14,16 +14,34 @@ from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
 
 if TYPE_CHECKING:
+    from mhacut.benching import BenchResult, bench
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
+    from mhacut.exporting import ExportResult, export
     from mhacut.finetuning.run import FinetuneResult, finetune
     from mhacut.pipeline import PruneResult, prune
 
-__all__ = ["FinetuneResult", "PruneResult", "__version__", "finetune", "load_model", "prune", "save_model"]
+__all__ = [
+    "BenchResult",
+    "ExportResult",
+    "FinetuneResult",
+    "PruneResult",
+    "__version__",
+    "bench",
+    "export",
+    "finetune",
+    "load_model",
+    "prune",
+    "save_model",
+]
 
 _HOMES = {
+    "BenchResult": "mhacut.benching",
+    "ExportResult": "mhacut.exporting",
     "FinetuneResult": "mhacut.finetuning.run",
     "PruneResult": "mhacut.pipeline",
+    "bench": "mhacut.benching",
+    "export": "mhacut.exporting",
     "finetune": "mhacut.finetuning.run",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.pipeline",

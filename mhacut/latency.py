@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 
 
-@torch.inference_mode()
 def compare_latency(
     models: Sequence[nn.Module],
     input_size: tuple[int, int, int],
@@ -23,42 +22,71 @@ def compare_latency(
     seconds: float = 3.0,
     device: torch.device,
 ) -> list[float]:
-    """Median milliseconds per batch of each model, in the order given.
-
-    The models take turns, and every other round runs backwards, so that a machine that slows down or warms up
-    slows all of them alike. Only differences between the models of one call mean something.
+    """Median milliseconds per batch of each model, in the order given; see :func:`take_turns`.
 
     Args:
         models: in eval mode; moved to ``device``.
         input_size: [C, H, W] in pixels.
         batch_size: images at a time.
-        seconds: for everything, after the warm-up; at least five rounds are run whatever they take.
+        seconds: for everything, after the warm-up.
         device: to compute on.
     """
-    for model in models:
-        model.to(device)
-    # A fixed input: some kernels are slower on denormal or special numbers, which noise does not have.
-    images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(device)
-    for model in models:
+    images = fixed_images(batch_size, input_size).to(device)
+    runs = [run_of(model.to(device), images) for model in models]
+    return [1000 * statistics.median(times) for times in take_turns(runs, seconds=seconds, device=device)]
+
+
+def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:
+    """Images to time models on, [B, C, H, W].
+
+    Noise: some kernels are slower on denormal or special numbers, which it does not have.
+    """
+    return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+
+
+def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Callable[[], object]:
+    """One pass of ``images``, without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return run
+
+
+def take_turns(
+    runs: Sequence[Callable[[], object]], *, seconds: float, device: torch.device
+) -> list[list[float]]:
+    """Seconds of every call of each of ``runs``, in the order given.
+
+    They take turns, and every other round runs backwards, so that a machine that slows down or warms up
+    slows all of them alike. Only differences between the runs of one call mean something.
+
+    Args:
+        runs: what to time.
+        seconds: for everything, after the warm-up; at least five rounds are run whatever they take.
+        device: it has finished before the clock is read.
+    """
+    for run in runs:
         for _ in range(_WARM_UP):
-            _time(model, images, device)
-    times: list[list[float]] = [[] for _ in models]
+            _time(run, device)
+    times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for number in range(_MAX_ROUNDS):
         if number >= _MIN_ROUNDS and time.perf_counter() - began > seconds:
             break
-        turns = list(enumerate(models))
-        for index, model in turns if number % 2 == 0 else reversed(turns):
-            times[index].append(_time(model, images, device))
-    return [1000 * statistics.median(measured) for measured in times]
+        turns = list(enumerate(runs))
+        for index, run in turns if number % 2 == 0 else reversed(turns):
+            times[index].append(_time(run, device))
+    return times
 
 
-def _time(model: nn.Module, images: Tensor, device: torch.device) -> float:
-    """Seconds of one pass; a GPU has finished before the clock is read."""
+def _time(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; a GPU has finished before the clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
-    model(images)
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

@@ -18,6 +18,9 @@ BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
 Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
+ExportFormat = Literal["onnx", "pt2"]
+Runtime = Literal["eager", "compile", "onnx"]
+ExportDtype = Literal["float32", "float16", "bfloat16"]
 PathLike = str | os.PathLike[str]
 
 if TYPE_CHECKING:
@@ -258,11 +261,23 @@ class Flat:
 
 
 @dataclass(frozen=True)
-class PruneOptions(Flat):
-    """Everything ``mhacut prune`` can be told."""
+class CheckpointOptions(Flat):
+    """Which checkpoint, and what its file does not say."""
 
     checkpoint: PathLike
     """``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``."""
+    model: str | None = None
+    """timm architecture of a bare checkpoint."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for that architecture, ``{"img_size": 32}``."""
+    num_classes: int | None = None
+    """Only asserted: the head's size is read from the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(CheckpointOptions):
+    """Everything ``mhacut prune`` can be told."""
+
     flops: str
     """``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate."""
     output: PathLike | None = None
@@ -271,12 +286,6 @@ class PruneOptions(Flat):
     """Replace an existing file; the input is never replaced."""
     dry_run: bool = False
     """Find the plan, write nothing."""
-    model: str | None = None
-    """timm architecture of a bare checkpoint."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments for that architecture, ``{"img_size": 32}``."""
-    num_classes: int | None = None
-    """Only asserted: the head's size is read from the file."""
     scope: Scope = "attention+mlp"
     """What may be cut."""
     round_to: int = 8
@@ -318,17 +327,9 @@ class PruneOptions(Flat):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Flat):
+class EvaluateOptions(CheckpointOptions):
     """Everything ``mhacut evaluate`` can be told."""
 
-    checkpoint: PathLike
-    """What ``mhacut prune`` reads or writes."""
-    model: str | None = None
-    """timm architecture of a bare checkpoint."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments for that architecture."""
-    num_classes: int | None = None
-    """Only asserted: the head's size is read from the file."""
     batch_size: int = 64
     """Images at a time."""
     device: str = "auto"
@@ -343,17 +344,71 @@ class EvaluateOptions(Flat):
 
 
 @dataclass(frozen=True)
-class InspectOptions(Flat):
+class InspectOptions(CheckpointOptions):
     """Everything ``mhacut inspect`` can be told."""
 
-    checkpoint: PathLike
-    """What ``mhacut prune`` reads or writes."""
+
+@dataclass(frozen=True)
+class ExportOptions(CheckpointOptions):
+    """Everything ``mhacut export`` can be told."""
+
+    format: ExportFormat = "onnx"
+    """``onnx`` for ONNX Runtime, ``pt2`` for ``torch.export.load``."""
+    output: PathLike | None = None
+    """The file to write; None is the checkpoint's stem and the format's ending in the working directory."""
+    overwrite: bool = False
+    """Replace an existing file; the input is never replaced."""
+    dtype: ExportDtype = "float32"
+    """What the file computes in; images and answers are float32 whatever it is."""
+    fixed_batch: int | None = None
+    """Images at a time; None is any number."""
+    opset: int = 18
+    """Of ONNX; 23 and later have an operator for attention."""
+
+    def __post_init__(self) -> None:
+        require_choice("--format", self.format, get_args(ExportFormat))
+        require_choice("--dtype", self.dtype, get_args(ExportDtype))
+        require("--opset", self.opset, self.opset >= 18, "at least 18")
+        if self.fixed_batch is not None:
+            require("--fixed-batch", self.fixed_batch, self.fixed_batch >= 1, "at least 1")
+        known = self.format != "onnx" or self.dtype != "bfloat16"
+        require("--dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+
+
+@dataclass(frozen=True)
+class BenchOptions(Flat):
+    """Everything ``mhacut bench`` can be told."""
+
+    checkpoints: tuple[PathLike, ...]
+    """What ``mhacut prune`` reads or writes; the first is what the others are compared with."""
     model: str | None = None
-    """timm architecture of a bare checkpoint."""
+    """timm architecture of bare checkpoints."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments for that architecture."""
-    num_classes: int | None = None
-    """Only asserted: the head's size is read from the file."""
+    """Arguments for that architecture, ``{"img_size": 32}``."""
+    runtime: Runtime = "eager"
+    """``eager``, ``compile`` for torch.compile, ``onnx`` for ONNX Runtime."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Images at a time."""
+    seconds: float = 5.0
+    """Per batch size, for all checkpoints together."""
+    threads: int | None = None
+    """On CPUs; None is torch's own choice."""
+    dtype: ExportDtype = "float32"
+    """What is computed in."""
+    fused: bool = True
+    """Fused attention kernels where a layer can use them."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+
+    def __post_init__(self) -> None:
+        require("CHECKPOINT", len(self.checkpoints), len(self.checkpoints) >= 1, "at least one")
+        require_choice("--runtime", self.runtime, get_args(Runtime))
+        for batch_size in self.batch_sizes:
+            require("--batch-sizes", batch_size, batch_size >= 1, "at least 1")
+        require("--seconds", self.seconds, 0 < self.seconds < float("inf"), "above 0")
+        if self.threads is not None:
+            require("--threads", self.threads, self.threads >= 1, "at least 1")
+        require_choice("--dtype", self.dtype, get_args(ExportDtype))
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:

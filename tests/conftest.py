@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+
+import mhacut
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
@@ -44,3 +47,48 @@ def tiny_vit(tmp_path_factory) -> ModelFile:
     path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
     save_file(model.state_dict(), path)
     return ModelFile(path, "vit_tiny_patch16_224", args)
+
+
+SLIM: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
+    ),
+    "distilled": ("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32, "embed_dim": 96}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
+    ),
+    "flatten": (
+        "flatten_swin_tiny_224",
+        {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4},
+    ),
+}
+"""Models that :func:`slim_of` cuts."""
+
+
+@pytest.fixture(scope="session")
+def slim_of(tmp_path_factory) -> Callable[[str], Path]:
+    """The slim file of one of SLIM, made when first asked for; in all but "vit", q/k and v differ in width."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name in made:
+            return made[name]
+        folder = tmp_path_factory.mktemp(name)
+        architecture, args = SLIM[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(architecture, num_classes=5, **args)
+        save_file(model.state_dict(), folder / "dense.safetensors")
+        made[name] = folder / "slim.safetensors"
+        options = {"calibration_images": 4, "round_to": 4, "latency": False, "output": made[name]}
+        result = mhacut.prune(
+            folder / "dense.safetensors", flops="70%", model=architecture, model_args=args, **options
+        )
+        if name != "vit":
+            widths = {unit.key: unit.width for unit in result.plan}
+            assert any(widths[layer, "qk"] != widths[layer, "v"] for layer, kind in widths if kind == "qk")
+        return made[name]
+
+    return make

@@ -35,7 +35,7 @@ FLOORS = (
     {"planning"},
     {"checkpoint", "data", "evaluate", "latency"},
     {"inspection"},
-    {"pipeline", "accuracy", "finetuning"},
+    {"pipeline", "accuracy", "finetuning", "exporting", "benching"},
     {"cli"},
     {"__main__"},
 )
@@ -47,6 +47,7 @@ BESIDE = {
     ("device", "errors"),
     ("evaluate", "data"),
     ("checkpoint", "data"),
+    ("benching", "exporting"),
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -36,7 +36,7 @@ from mhacut.checkpoint.record import METADATA_KEY, ModelIdentity, SlimRecord, ch
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, MhacutError
 from mhacut.modelinfo import model_input_size
-from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
+from mhacut.options import CheckpointOptions
 from mhacut.progress import Reporter
 from mhacut.surgery import cut
 
@@ -194,7 +194,7 @@ def read_model(
     )
 
 
-def read_as_told(options: PruneOptions | EvaluateOptions | InspectOptions, reporter: Reporter) -> LoadedModel:
+def read_as_told(options: CheckpointOptions, reporter: Reporter) -> LoadedModel:
     """The checkpoint a command was given, by :func:`read_model`; what was inferred goes to ``reporter``."""
     loaded = read_model(
         options.checkpoint,

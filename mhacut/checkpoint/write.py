@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,17 +74,48 @@ def write_slim(
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
-    # A link stays a link; its target is replaced.
-    target = Path(os.path.realpath(path)) if overwrite else Path(path)
     tensors = _as_stored(model, dtypes)
     metadata = {"format": "pt", METADATA_KEY: record.to_json()}
+
+    def write(temporary: Path) -> None:
+        _check_space(Path(path), tensors, metadata)
+        _save(temporary, tensors, metadata)
+        _compare(temporary, Path(path), tensors, record)
+
+    write_whole(path, write, overwrite=overwrite, input_path=input_path)
+
+
+def write_whole(
+    path: str | os.PathLike[str],
+    write: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    input_path: str | os.PathLike[str] | None,
+) -> None:
+    """Make the file ``path`` appear complete, or not at all.
+
+    Args:
+        path: the file; its directory is created.
+        write: writes and checks a file of the name it is given, beside ``path``.
+        overwrite: replace an existing file (what a link points to, if it is a link).
+        input_path: the checkpoint it is made from, never replaced.
+
+    Raises:
+        OutputError: the file must not or cannot be written; what was there before is untouched.
+    """
+    check_output(path, overwrite=overwrite, input_path=input_path)
+    # A link stays a link; its target is replaced.
+    target = Path(os.path.realpath(path)) if overwrite else Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, tensors, metadata)
         temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
         try:
-            _save(temporary, tensors, metadata)
-            _compare(temporary, target, tensors, record)
+            write(temporary)
+            # Libraries make files only their owner can read; ours are like any other.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            _sync(temporary)
             _publish(temporary, target, overwrite)
         finally:
             with suppress(FileNotFoundError):
@@ -155,11 +186,6 @@ def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     except SafetensorError as error:
         raise OutputError(f"{show(temporary.parent)}: cannot be written to: {error}") from error
     _sort_metadata(temporary)
-    # The library makes files only their owner can read; ours are like any other.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    _sync(temporary)
 
 
 def _sort_metadata(path: Path) -> None:

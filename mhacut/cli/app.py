@@ -8,7 +8,9 @@ import typer
 from typer.core import TyperCommand
 
 from mhacut._version import __version__
+from mhacut.cli.bench import bench
 from mhacut.cli.evaluate import evaluate
+from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
 from mhacut.cli.flags import QUIET, VERBOSE
 from mhacut.cli.inspect import inspect
@@ -71,3 +73,5 @@ app.command("prune", cls=_Grouped)(prune)
 app.command("finetune", cls=_Grouped)(finetune)
 app.command("evaluate", cls=_Grouped)(evaluate)
 app.command("inspect", cls=_Grouped)(inspect)
+app.command("bench", cls=_Grouped)(bench)
+app.command("export", cls=_Grouped)(export)

@@ -66,6 +66,8 @@ def convert(value: object, kind: Any, where: str) -> Any:
 
     >>> convert("0.5,0.4,0.4", tuple[float, ...] | None, "--mean")
     (0.5, 0.4, 0.4)
+    >>> convert("1,8", tuple[int, ...], "--batch-sizes")
+    (1, 8)
     >>> convert("1e-2", float, "lr")  # text to YAML, which wants a dot in numbers
     0.01
 
@@ -85,7 +87,8 @@ def convert(value: object, kind: Any, where: str) -> Any:
         return _number(value, where)
     if any(get_origin(option) is tuple for option in kinds):
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        return tuple(_number(part, where) for part in parts)
+        (element, *_) = next(get_args(option) for option in kinds if get_origin(option) is tuple)
+        return tuple(_element(part, element, where) for part in parts)
     if any(get_origin(option) not in (None, Literal, os.PathLike) for option in kinds):
         held = isinstance(value, dict) and all(isinstance(key, str) for key in value)
         return _checked(value, held, "NAME: VALUE pairs", where)
@@ -97,6 +100,15 @@ def convert(value: object, kind: Any, where: str) -> Any:
 def _kinds(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a type."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _element(value: object, kind: Any, where: str) -> Any:
+    """One of several values; text, where it stood among commas."""
+    if kind is float:
+        return _number(value, where)
+    if kind is int and isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return convert(value.strip() if isinstance(value, str) else value, kind, where)
 
 
 def _number(value: object, where: str) -> float:

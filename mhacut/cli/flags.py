@@ -31,8 +31,10 @@ class Flag:
     short: str | None = None
 
 
+_ARGUMENTS = ("checkpoint", "checkpoints")
+"""Options without dashes."""
+
 FLAGS: dict[str, Flag] = {
-    # Only the checkpoint has no dashes.
     "checkpoint": Flag("", "A .safetensors or .pth file, a timm folder, or timm:NAME.", "CHECKPOINT"),
     "flops": Flag(
         "Result",
@@ -161,7 +163,7 @@ def _options(
     values = dict(complete(values))
     for name in types:
         if name not in values and name not in options.defaults():
-            what = "CHECKPOINT" if name == "checkpoint" else f"{flag_name(name)} {FLAGS[name].metavar}"
+            what = "CHECKPOINT" if name in _ARGUMENTS else f"{flag_name(name)} {FLAGS[name].metavar}"
             raise UsageError(f"{what} is missing; see --help")
     return options.from_flat(**values)
 
@@ -202,9 +204,10 @@ def _in_panels(names: Mapping[str, Any], flags: Mapping[str, Flag], config_only:
 
 def _flag(name: str, flag: Flag, kind: Any, default: Any) -> inspect.Parameter:
     """One flag. Its own default is None, which tells a flag that was not given from one that was."""
-    if name == "checkpoint":
+    if name in _ARGUMENTS:
         info: Any = typer.Argument(help=flag.help, metavar=flag.metavar, show_default=False)
-        return _parameter(name, Annotated[str | None, info], None)
+        given: Any = list[str] if get_origin(_bare(kind)) is tuple else str
+        return _parameter(name, Annotated[given | None, info], None)
     declared = [flag_name(name)]
     if kind is bool:
         declared = [f"{flag_name(name)}/--no-{name.replace('_', '-')}"]

@@ -1,0 +1,89 @@
+"""``mhacut bench``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mhacut._version import __version__
+from mhacut.cli.console import Console, safe, table
+from mhacut.cli.flags import FLAGS, Flag, command
+from mhacut.options import BenchOptions
+from mhacut.quantity import format_flops
+
+if TYPE_CHECKING:
+    from mhacut.benching import Benched, BenchResult, Timing
+
+_FLAGS: dict[str, Flag] = {
+    "checkpoints": Flag("", "One or more; the others are compared with the first.", "CHECKPOINT..."),
+    "runtime": Flag("Measuring", "PyTorch as it is, torch.compile, or ONNX Runtime."),
+    "batch_sizes": Flag("Measuring", "Images at a time.", "N,N"),
+    "seconds": Flag("Measuring", "To measure per batch size, for all checkpoints together.", "SECONDS"),
+    "model": Flag("Model", "timm architecture of files that do not say.", "NAME", "-m"),
+    "model_args": FLAGS["model_args"],
+    "threads": Flag("Computing", "Of a CPU; by default as torch has it.", "N"),
+    "dtype": Flag("Computing", "What is computed in."),
+    "fused": Flag("Computing", "Fused attention where a layer can use it."),
+    "device": FLAGS["device"],
+}
+
+
+@command(BenchOptions, flags=_FLAGS)
+def bench(options: BenchOptions, console: Console) -> None:
+    """Time checkpoints beside each other, dense or slim.
+
+    They take turns, so that whatever else the machine does falls on all of them alike: trust ratios more
+    than milliseconds. Memory is the peak of a process that reads the checkpoint and runs it.
+
+    Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
+    """
+    from mhacut.benching import run_bench
+
+    result = run_bench(options, console)
+    console.result(_text(result), _document(result))
+
+
+def _text(result: BenchResult) -> str:
+    costs = [["", "FLOPs", "parameters", "file, MB"]]
+    times = [["", "batch", "ms", "+-", "images/s", "ratio", "saved", "peak MiB"]]
+    for number, model in enumerate(result.models, start=1):
+        size = "" if model.file_bytes is None else f"{model.file_bytes / 1e6:.1f}"
+        costs.append([_name(number, model), format_flops(model.flops), format_flops(model.parameters), size])
+    for index in range(len(result.models[0].timings)):
+        for number, model in enumerate(result.models, start=1):
+            times.append([f"[{number}]", *_cells(model.timings[index])])
+    fused = "" if result.fused else ", attention not fused"
+    return "\n".join(
+        [
+            table(costs),
+            "",
+            table(times),
+            "",
+            f"{result.runtime}, {result.dtype} on {safe(result.device)}, {result.threads} thread(s){fused}",
+            "ratio: time beside [1] in the same round, median; saved: share of saved FLOPs that became time",
+        ]
+    )
+
+
+def _name(number: int, model: Benched) -> str:
+    return f"[{number}] {safe(model.source)}"
+
+
+def _cells(timing: Timing) -> list[str]:
+    saved = "" if timing.saving_realised is None else f"{100 * timing.saving_realised:.0f}%"
+    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"
+    rate = 1000 * timing.batch_size / timing.median_ms
+    ratio = f"{100 * timing.ratio:.1f}%"
+    return [
+        str(timing.batch_size),
+        f"{timing.median_ms:.2f}",
+        f"{timing.spread_ms:.2f}",
+        f"{rate:.1f}",
+        ratio,
+        saved,
+        peak,
+    ]
+
+
+def _document(result: BenchResult) -> dict[str, Any]:
+    return {"command": "bench", "mhacut": __version__, **asdict(result)}

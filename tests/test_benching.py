@@ -1,0 +1,121 @@
+"""``mhacut bench``: what it measures, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+from test_cli import run
+
+import mhacut
+from mhacut import benching
+from mhacut.benching import _timing
+from mhacut.errors import MhacutError, UsageError
+from mhacut.latency import take_turns
+
+QUICK = {"batch_sizes": (2,), "seconds": 0.01}
+
+
+def test_every_run_takes_its_turn():
+    order = []
+    runs = [lambda name=name: order.append(name) for name in "ab"]
+    times = take_turns(runs, seconds=0.0, device=torch.device("cpu"))
+    assert order[:6] == list("aaabbb")  # warm-up
+    assert order[6:12] == list("abbaab")
+    assert len(times) == 2
+    assert len(times[0]) == len(times[1]) >= 5
+
+
+def test_times_are_seconds():
+    times = take_turns([lambda: time.sleep(0.01)], seconds=0.0, device=torch.device("cpu"))
+    assert all(0.01 <= seconds < 1 for seconds in times[0])
+
+
+def test_ratios_are_of_the_same_round():
+    # The machine became three times slower for both on the way.
+    first, own = [1.0, 1.0, 3.0, 3.0, 3.0], [0.5, 0.5, 1.5, 1.5, 1.5]
+    timing = _timing(4, own, first, flops=40, first_flops=100, peak_mib=None)
+    assert timing.ratio == pytest.approx(0.5)
+    assert timing.saving_realised == pytest.approx(0.5 / 0.6)
+    assert timing.median_ms == pytest.approx(1500)
+    assert timing.runs == 5
+    assert _timing(4, first, first, flops=100, first_flops=100, peak_mib=None).saving_realised is None
+
+
+def test_models_beside_each_other(slim_of):
+    result = mhacut.bench(slim_of("distilled"), slim_of("vit"), **QUICK, threads=1)
+    first, second = result.models
+    assert (first.architecture, second.architecture) == (
+        "deit_tiny_distilled_patch16_224",
+        "vit_tiny_patch16_224",
+    )
+    assert first.flops > second.flops
+    assert first.file_bytes == slim_of("distilled").stat().st_size
+    (timing,) = second.timings
+    assert timing.batch_size == 2
+    assert timing.median_ms > 0
+    assert timing.runs >= 5
+    assert first.timings[0].ratio == 1
+    if sys.platform.startswith("linux"):
+        assert 100 < timing.peak_mib < 4000
+    assert result.threads == 1
+
+
+def test_threads_are_put_back(slim_of):
+    before = torch.get_num_threads()
+    assert mhacut.bench(slim_of("vit"), **QUICK, threads=before + 1).threads == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_onnx_runtime_and_plain_attention(slim_of):
+    result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", fused=False)
+    assert (result.runtime, result.fused, result.device) == ("onnx", False, "cpu")
+    assert result.models[0].timings[0].median_ms > 0
+
+
+def test_odd_widths_are_pointed_out(slim_of):
+    result = run("bench", slim_of("vit"), "--batch-sizes", "1", "--seconds", "0.01")
+    assert result.exit_code == 0
+    assert "are no multiples of 8" in result.stderr
+
+
+def test_the_command(slim_of):
+    flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16", "--no-fused"]
+    result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert [timing["batch_size"] for timing in told["models"][1]["timings"]] == [1, 3]
+    assert (told["dtype"], told["fused"]) == ("bfloat16", False)
+    text = run("bench", slim_of("vit"), slim_of("vit"), *flags).stdout
+    assert "[2]      3" in text
+    assert "attention not fused" in text
+
+
+def test_what_cannot_be_compiled_is_one_sentence(slim_of, monkeypatch):
+    def fail(model):
+        def program(images):
+            raise RuntimeError("no compiler")
+
+        return program
+
+    monkeypatch.setattr(benching.torch, "compile", fail)
+    with pytest.raises(MhacutError, match=r"torch.compile failed \(RuntimeError: no compiler\)"):
+        mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_sizes": (0,)}, {"seconds": 0.0}, {"threads": 0}, {"runtime": "jit"}, {"dtype": "int8"}],
+)
+def test_refused_before_any_work(options):
+    with pytest.raises(UsageError, match="expected"):
+        mhacut.bench("no such file", **options)
+
+
+def test_nothing_to_time():
+    result = run("bench")
+    assert result.exit_code == 2
+    assert "CHECKPOINT is missing" in result.stderr

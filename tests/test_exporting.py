@@ -1,0 +1,135 @@
+"""``mhacut export``: files that another runtime runs to the same numbers, with nothing of ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SLIM
+from safetensors.torch import load_file, save_file
+from test_cli import run
+
+import mhacut
+from mhacut import exporting
+from mhacut.checkpoint.load import read_model
+from mhacut.errors import MhacutError, OutputError, UsageError
+
+
+@pytest.mark.parametrize("name", SLIM)
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, slim_of, tmp_path):
+    result = mhacut.export(slim_of(name), format=format, output=tmp_path / "file")
+    assert set(result.difference) == {1, 2, 5}
+    assert max(result.difference.values()) < 1e-5
+    assert result.file_bytes == (tmp_path / "file").stat().st_size
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+ALONE = """
+import sys
+for name in ("mhacut", "timm"):
+    sys.modules[name] = None  # importing it fails
+import json, torch
+from safetensors.torch import load_file, save_file
+images = load_file(sys.argv[2])["x"]
+if sys.argv[1].endswith(".pt2"):
+    extra = {"mhacut.json": ""}
+    logits = torch.export.load(sys.argv[1], extra_files=extra).module()(images)
+    about = extra["mhacut.json"]
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1])
+    logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    about = session.get_modelmeta().custom_metadata_map["mhacut"]
+save_file({"y": logits.detach()}, sys.argv[3])
+print(about)
+"""
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_the_file_needs_nothing_of_ours(format, slim_of, tmp_path):
+    file, images = tmp_path / f"model.{format}", torch.randn(3, 3, 32, 32)
+    mhacut.export(slim_of("vit"), format=format, output=file)
+    save_file({"x": images}, tmp_path / "x.safetensors")
+    command = [sys.executable, "-c", ALONE, file, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
+    told = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+    expected = mhacut.load_model(slim_of("vit"))(images).detach()
+    torch.testing.assert_close(load_file(tmp_path / "y.safetensors")["y"], expected, rtol=0, atol=1e-5)
+    about = json.loads(told)
+    assert about["architecture"] == "vit_tiny_patch16_224"
+    assert about["preprocessing"]["input_size"] == [3, 32, 32]
+    assert [entry["command"] for entry in about["history"]] == ["prune"]
+
+
+def test_half_precision_behind_float32_images(slim_of, tmp_path):
+    exact = mhacut.export(slim_of("vit"), format="pt2", output=tmp_path / "exact.pt2")
+    half = mhacut.export(slim_of("vit"), format="pt2", dtype="bfloat16", output=tmp_path / "half.pt2")
+    assert half.file_bytes < exact.file_bytes
+    assert 0 < half.difference[2] < 0.1
+    program = torch.export.load(tmp_path / "half.pt2")
+    assert {tensor.dtype for tensor in program.state_dict.values()} == {torch.bfloat16}
+    assert program.module()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_a_fixed_batch(slim_of, tmp_path):
+    result = mhacut.export(slim_of("vit"), format="pt2", fixed_batch=1, output=tmp_path / "one.pt2")
+    assert set(result.difference) == {1}
+    program = torch.export.load(tmp_path / "one.pt2").module()
+    assert program(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.randn(2, 3, 32, 32))
+
+
+def test_a_dense_file_can_be_exported(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mhacut.export(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args, format="pt2")
+    assert str(result.output) == "tiny.pt2"
+    x = torch.randn(1, 3, 32, 32)
+    dense = read_model(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args).model
+    torch.testing.assert_close(torch.export.load("tiny.pt2").module()(x), dense(x), rtol=0, atol=1e-6)
+
+
+def test_a_file_that_differs_is_not_kept(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.TOLERANCE, "float32", -1.0)
+    with pytest.raises(MhacutError, match=r"differs from the model by .* nothing was written"):
+        mhacut.export(slim_of("vit"), format="pt2", output=tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_replaced(slim_of, tmp_path):
+    file = tmp_path / "model.pt2"
+    file.write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        mhacut.export(slim_of("vit"), format="pt2", output=file)
+    assert file.read_text() == "mine"
+    with pytest.raises(OutputError, match="is the input"):
+        mhacut.export(slim_of("vit"), format="pt2", output=slim_of("vit"), overwrite=True)
+
+
+def test_onnx_is_an_extra(slim_of, monkeypatch):
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MhacutError, match=r"onnxruntime.*pip install 'mhacut\[onnx\]'"):
+        mhacut.export(slim_of("vit"), format="onnx")
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "onnx", "dtype": "bfloat16"}, {"format": "jit"}, {"fixed_batch": 0}, {"opset": 9}]
+)
+def test_refused_before_any_work(options):
+    with pytest.raises(UsageError, match="expected"):
+        mhacut.export("no such file", **options)
+
+
+def test_the_command(slim_of, tmp_path):
+    file = tmp_path / "model.pt2"
+    result = run("export", slim_of("vit"), "--format", "pt2", "-o", file, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["command"], told["output"], told["format"]) == ("export", str(file), "pt2")
+    assert told["difference"].keys() == {"1", "2", "5"}
+    text = run("export", slim_of("vit"), "--format", "pt2", "-o", file, "--overwrite")
+    assert f"saved {file}, " in text.stdout
+    assert "any batch of 3x32x32, float32" in text.stdout
