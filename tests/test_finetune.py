@@ -30,6 +30,7 @@ from mhacut.cli.config import read_config
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import run as run_module
+from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
 from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
@@ -203,7 +204,37 @@ def test_the_average_is_what_is_written(tune):
     assert same(state["model"], weights(folder.parent / "plain"))
 
 
+def test_clipping_by_agc_leaves_the_head_alone_as_timm_does(tune, monkeypatch):
+    clipped = []
+    monkeypatch.setattr(
+        training_module, "dispatch_clip_grad", lambda parameters, *_, **__: clipped.append(list(parameters))
+    )
+    tune(steps=1, clip_mode="agc")
+    tune("norm", steps=1)
+    assert len(clipped[1]) - len(clipped[0]) == 2  # its weight and bias
+
+
 # -- the same whatever the way there --
+
+
+def test_every_step_starts_the_random_numbers_of_the_gpu_too(tune, monkeypatch):
+    """No GPU is needed to see that they are started: the step takes it for one, the computation does not."""
+    seeds = []
+    step, loss = Trainer.step, Trainer._loss
+
+    def on_gpu(self, number, batches):
+        self.device = torch.device("cuda")
+        return step(self, number, batches)
+
+    def on_cpu(self, number, batch):
+        self.device = torch.device("cpu")
+        return loss(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "step", on_gpu)
+    monkeypatch.setattr(Trainer, "_loss", on_cpu)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    tune(steps=2)
+    assert len(set(seeds)) == 2
 
 
 def test_accumulated_batches_are_one_batch(tune):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -103,7 +104,7 @@ class Trainer:
         images = 0
         for position, batch in enumerate(batches):
             last = position == training.grad_accum_steps - 1
-            seed_everything(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
+            self._seed(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
             with self._apart(last):
                 loss = self._loss(number, batch)
                 scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
@@ -112,7 +113,9 @@ class Trainer:
             images += len(batch.images)
         if training.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), training.clip_grad, mode=training.clip_mode)
+            # As timm: the head's gradient is large when training begins, and agc would hold it back.
+            clipped = model_parameters(self.model, exclude_head=training.clip_mode == "agc")
+            dispatch_clip_grad(clipped, training.clip_grad, mode=training.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -120,6 +123,7 @@ class Trainer:
         return float(torch.stack(losses).sum()), images
 
     def _seed(self, seed: int) -> None:
+        """Also on the GPU, or stochastic depth would not go on after --resume as it was."""
         seed_everything(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -140,8 +144,9 @@ class Trainer:
 
     def _apart(self, last: bool) -> AbstractContextManager[object]:
         """Gradients travel between processes with the last batch of a step only."""
-        if isinstance(self.network, DistributedDataParallel) and not last:
-            return self.network.no_sync()
+        if self.processes.size > 1 and not last:
+            apart: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
+            return apart
         return nullcontext()
 
     def state(self) -> dict[str, Any]:
