@@ -251,6 +251,12 @@ def test_accumulated_batches_are_one_batch(tune):
     assert max(difference) < 1e-4  # 6 steps of Adam at 1e-3
 
 
+def test_matched_features_are_the_same_loss_however_a_step_is_shared_out(tune, tiny_vit):
+    given = {"teacher": tiny_vit.path, "label_weight": 0, "feature_weight": 1.0, "steps": 1, "aug": False}
+    whole, parts = tune("whole", **given), tune("parts", batch_size=4, grad_accum_steps=3, **given)
+    assert parts.epochs[0].train_loss == pytest.approx(whole.epochs[0].train_loss, rel=1e-5)
+
+
 def test_workers_change_nothing(tune):
     alone, helped = tune("alone", workers=0, reprob=0.5), tune("helped", workers=2, reprob=0.5)
     assert same(weights(alone.folder), weights(helped.folder))
