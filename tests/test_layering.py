@@ -21,6 +21,7 @@ FLOORS = (
         "plan",
         "progress",
         "device",
+        "processes",
         "tensor",
     },
     {"flatten"},
@@ -45,6 +46,8 @@ BESIDE = {
     ("plan", "errors"),
     ("quantity", "errors"),
     ("device", "errors"),
+    ("processes", "errors"),
+    ("processes", "device"),
     ("evaluate", "data"),
     ("checkpoint", "data"),
 }

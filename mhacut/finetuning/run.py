@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -36,12 +38,12 @@ from mhacut.finetuning.interrupt import StopRequest, stop_request
 from mhacut.finetuning.logs import Logs, check_logs
 from mhacut.finetuning.objective import Blocks, Mixing, Objective, Teacher, check_matching
 from mhacut.finetuning.options import FinetuneOptions
-from mhacut.finetuning.processes import Processes, gathered
 from mhacut.finetuning.resuming import check_same, completed
 from mhacut.finetuning.training import Trainer, check_precision, repeatable
 from mhacut.inspection import resolve_preprocessing
 from mhacut.modelinfo import classifier_size
 from mhacut.options import PathLike
+from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
 
 # Where files lie on the machine that made a slim file is nobody else's business.
@@ -127,7 +129,9 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
     check_logs(options.logs)
     with gathered(options.device) as processes, _random_state_kept(), repeatable(options):
         check_precision(options, processes.device)
-        return _Run(options, processes, reporter if processes.first else Silent()).go()
+        with processes.together():
+            run = _Run(options, processes, reporter if processes.first else Silent())
+        return run.go()
 
 
 class _Run:
@@ -202,6 +206,7 @@ class _Run:
     def go(self) -> FinetuneResult:
         began = time.perf_counter()
         self._open()
+        self.trainer.connect()
         self.reporter.note(f"training on {self.images.description}")
         if self.processes.first:
             self.logs = Logs(
@@ -217,7 +222,9 @@ class _Run:
         after = None
         if self.validation is not None:
             self.reporter.start("measuring the file")
-            after = self._measure(load_model(output))
+            with self.processes.together():
+                written = load_model(output)
+            after = self._measure(written)
         return FinetuneResult(
             folder=self.folder.path,
             output=output,
@@ -238,20 +245,20 @@ class _Run:
     def _open(self) -> None:
         """Begin, or go on from what is there."""
         state = None
-        if self.options.resume is not None:
-            state = self.folder.read_state()
-        elif self.processes.first:
-            for name in (LAST, BEST):
-                check_output(self.folder.file(name), overwrite=True, input_path=self.loaded.path)
-            self.folder.open_new(overwrite=self.options.overwrite)
-            self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
-        self.processes.wait()
+        with self.processes.together():
+            if self.options.resume is not None:
+                state = self.folder.read_state()
+                if state is not None:
+                    check_same(state["began_with"], self.began_with, str(self.folder.path))
+            elif self.processes.first:
+                self._open_new()
         if state is None:
+            if self.options.resume is not None:
+                self.reporter.note(f"{self.folder.path}: no step was saved, beginning with the first")
             if self.validation is not None:
                 self.reporter.start("measuring before")
                 self.before = self._measure(self.trainer.model)
             return
-        check_same(state["began_with"], self.began_with, str(self.folder.path))
         self.trainer.restore(state["trainer"])
         self.step = self.saved = state["step"]
         self.best = state["best"]
@@ -260,6 +267,17 @@ class _Run:
         self.before = None if state["before"] is None else Evaluation(**state["before"])
         self.unreadable = dict.fromkeys(state["unreadable"])
         self.reporter.note(f"going on after step {self.step} of {self.total_steps}")
+
+    def _open_new(self) -> None:
+        teacher = self.options.teaching.teacher
+        read = [self.loaded.path]
+        if teacher is not None and not str(teacher).startswith(TIMM_PREFIX):
+            read.append(Path(teacher))
+        for name in (LAST, BEST):
+            for path in read:
+                check_output(self.folder.file(name), overwrite=True, input_path=path)
+        self.folder.open_new(overwrite=self.options.overwrite)
+        self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
 
     def _train(self, request: StopRequest) -> float:
         """All steps that are left; gives images per second."""
@@ -282,7 +300,9 @@ class _Run:
             batches = self._noted(islice(loader, accumulated))
             loss, count = self.trainer.step(self.step, batches)
             loss, seen, stop = self.processes.total([loss, count, float(request.asked)])
-            self._check_finite(loss)
+            if not math.isfinite(loss):
+                with self.processes.together():
+                    raise self._diverged(loss)
             self.step += 1
             self.epoch_loss += loss
             self.epoch_images += int(seen)
@@ -301,7 +321,7 @@ class _Run:
             if stop and self.step < self.total_steps:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
-                    f"Go on with: {self._launcher()}mhacut finetune --resume {self.folder.path}"
+                    f"Go on with: {self._launcher()}mhacut finetune --resume {quote(str(self.folder.path))}"
                 )
         return images / seconds if seconds else 0.0
 
@@ -321,13 +341,11 @@ class _Run:
                     )
             yield batch
 
-    def _check_finite(self, loss: float) -> None:
-        if loss - loss == 0:
-            return
+    def _diverged(self, loss: float) -> MhacutError:
         kept = "nothing was saved yet"
         if self.saved is not None:
             kept = f"{self.folder.path} keeps what was saved after step {self.saved}"
-        raise MhacutError(
+        return MhacutError(
             f"the loss became {loss} at step {self.step + 1} of {self.total_steps}; {kept}. "
             "Try a smaller --lr, or a --clip-grad" + (", or go without --amp" if self.options.amp else "")
         )
@@ -366,14 +384,28 @@ class _Run:
         self.reporter.note(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
         if evaluation is not None and (self.best is None or evaluation.top1 > self.best):
             self.best = evaluation.top1
-            self._write(BEST)
+            with self.processes.together():
+                self._write(BEST)
         self._save()
         if self.logs is not None:
             self.logs.write([dataclasses.asdict(row) for row in self.rows])
 
     def _save(self) -> None:
         """Write the last weights, and what the run goes on from."""
-        self.unreadable = dict.fromkeys(self.processes.union(list(self.unreadable)))
+        self._share_unreadable()
+        with self.processes.together():
+            self._write_last()
+        self.saved = self.step
+
+    def _share_unreadable(self) -> None:
+        """What any process could not read; the first says what it has not said of its own."""
+        told = self.unreadable
+        self.unreadable = dict.fromkeys(self.processes.union(list(told)))
+        for file in self.unreadable:
+            if file not in told:
+                self.reporter.note(f"unreadable, another image stands in for it: {file}")
+
+    def _write_last(self) -> None:
         if len(self.unreadable) > _MOST_UNREADABLE * self.images.count:
             raise DataError(
                 f"{len(self.unreadable)} of {self.images.count} images cannot be read, first "
@@ -395,8 +427,6 @@ class _Run:
                     "unreadable": list(self.unreadable),
                 }
             )
-        self.saved = self.step
-        self.processes.wait()
 
     def _write(self, name: str) -> None:
         if not self.processes.first:
@@ -423,9 +453,7 @@ class _Run:
         earlier = _record(self.loaded)
         entry = {
             "command": "finetune",
-            "options": {
-                key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS
-            },
+            "options": self._portable_options(),
             "seed": self.options.training.seed,
             "steps": self.step,
             "images_per_step": self.batches.batch_size * self.batches.parts,
@@ -451,9 +479,14 @@ class _Run:
     def _measure(self, model: nn.Module) -> Evaluation:
         """Accuracy over the images of all processes."""
         assert self.validation is not None
-        found = evaluate(
-            model, self.validation, device=self.device, amp=self.options.amp, progress=self.reporter.advance
-        )
+        with self.processes.together():
+            found = evaluate(
+                model,
+                self.validation,
+                device=self.device,
+                amp=self.options.amp,
+                progress=self.reporter.advance,
+            )
         if self.processes.size == 1:
             return found
         top5, loss = found.top5 or 0.0, found.loss or 0.0

@@ -21,8 +21,8 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.options import FinetuneOptions, TrainingOptions
-from mhacut.finetuning.processes import Processes
 from mhacut.options import unknown_option
+from mhacut.processes import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
 """Told apart where seeds are made."""
@@ -74,7 +74,12 @@ class Trainer:
         )
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.network: Any = _network(model, options, processes)
+        self.network: Any = model
+        """What is called in a step: the model, as :meth:`connect` leaves it."""
+
+    def connect(self) -> None:
+        """Share gradients among processes, compile if asked; every process comes here before a step."""
+        self.network = _network(self.model, self.options, self.processes)
 
     @property
     def result(self) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mhacut.device import resolve_device
-from mhacut.errors import UsageError
+from mhacut.errors import FailedElsewhere, UsageError
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,29 @@ class Processes:
         dist.all_gather_object(found, list(texts))
         return list(dict.fromkeys(text for several in found for text in several))
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.total([0.0])
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that ends well in every process or in none, so that none waits for one that failed.
+
+        In the block processes must not speak to each other. Every process must enter it at the same point.
+
+        Raises:
+            FailedElsewhere: the block failed in another process, or alike in an earlier one.
+        """
+        if self.size == 1:
+            yield
+            return
+        failed = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None and told[self.rank] not in told[: self.rank]:
+            raise failed
+        if any(text is not None for text in told):
+            raise FailedElsewhere("another process failed, and says why")
 
 
 @contextmanager
