@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mhacut.device import resolve_device
 from mhacut.errors import FailedElsewhere, UsageError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=1)
+"""Processes may wait for the first one for as long as a search takes; torchrun ends them if another dies."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,45 @@ class Processes:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         found: list[float] = tensor.tolist()
+        return found
+
+    def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes of tensors by name; every process must ask at the same point.
+
+        Args:
+            tensors: of this process, which may lack some that others have. They may be summed in place.
+
+        Returns:
+            Every name that any process has, in the same order everywhere; tensors are where they were, and
+            on :attr:`device` if this process had none.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        have: list[Any] = [None] * self.size
+        dist.all_gather_object(have, {name: (part.shape, part.dtype) for name, part in tensors.items()})
+        found = {}
+        for name, (shape, dtype) in {name: like for part in have for name, like in part.items()}.items():
+            own = tensors.get(name)
+            if own is None:
+                own = torch.zeros(shape, dtype=dtype, device=self.device)
+            shared = own.contiguous().to(self.device)
+            dist.all_reduce(shared)
+            found[name] = shared.to(own.device)
+        return found
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, which alone does it; the others are given a copy.
+
+        Raises:
+            FailedElsewhere: it failed there, where its own error is raised.
+        """
+        held: list[Any] = [None]
+        with self.together():
+            if self.first:
+                held[0] = work()
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        found: T = held[0]
         return found
 
     def union(self, texts: Sequence[str]) -> list[str]:
@@ -93,7 +138,10 @@ def gathered(device: str) -> Iterator[Processes]:
     if chosen.type == "cuda":
         chosen = resolve_device(f"cuda:{local}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if dist.is_initialized():  # by whoever calls mhacut as a library
+        yield Processes(dist.get_rank(), size, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), size, chosen)
     finally:

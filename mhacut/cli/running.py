@@ -50,7 +50,8 @@ def running(flags: Globals) -> Iterator[Console]:
         try:
             yield console
         except KeyboardInterrupt:
-            console.error("interrupted; nothing was left half written")
+            if console.rank == 0:
+                console.error("interrupted; nothing was left half written")
             code = INTERRUPTED
         except Interrupted as error:
             if console.rank == 0:  # all processes stop alike
