@@ -16,13 +16,14 @@ from mhacut._version import __version__
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
-    from mhacut.finetuning.run import FinetuneResult, finetune
+    from mhacut.finetuning.result import FinetuneResult
+    from mhacut.finetuning.run import finetune
     from mhacut.pipeline import PruneResult, prune
 
 __all__ = ["FinetuneResult", "PruneResult", "__version__", "finetune", "load_model", "prune", "save_model"]
 
 _HOMES = {
-    "FinetuneResult": "mhacut.finetuning.run",
+    "FinetuneResult": "mhacut.finetuning.result",
     "PruneResult": "mhacut.pipeline",
     "finetune": "mhacut.finetuning.run",
     "load_model": "mhacut.checkpoint.load",

@@ -30,6 +30,7 @@ from mhacut.cli.app import app
 from mhacut.cli.config import read_config
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
+from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import run as run_module
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
@@ -331,7 +332,7 @@ def kill(monkeypatch):
         (run_module, "write_slim", 2, 1),  # while last.safetensors is written
         (RunFolder, "write_state", 4, 1),  # between last.safetensors and state.pt
         (RunFolder, "write_summary", 2, 0),
-        (run_module, "evaluate", 2, 0),
+        (measuring_module, "evaluate", 2, 0),
     ],
 )
 @pytest.mark.parametrize("options", [{"model_ema": True, "drop_path": 0.2, "mixup": 0.5}], ids=["ema"])

@@ -13,7 +13,7 @@ from mhacut.quantity import format_flops
 
 if TYPE_CHECKING:
     from mhacut.evaluate import Evaluation
-    from mhacut.finetuning.run import FinetuneResult
+    from mhacut.finetuning.result import FinetuneResult
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": Flag("", "A slim file, as mhacut prune writes it.", "SLIM"),
