@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
     from mhacut.exporting import ExportResult, export
-    from mhacut.finetuning.run import FinetuneResult, finetune
+    from mhacut.finetuning.result import FinetuneResult
+    from mhacut.finetuning.run import finetune
     from mhacut.pipeline import PruneResult, prune
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 _HOMES = {
     "BenchResult": "mhacut.benching",
     "ExportResult": "mhacut.exporting",
-    "FinetuneResult": "mhacut.finetuning.run",
+    "FinetuneResult": "mhacut.finetuning.result",
     "PruneResult": "mhacut.pipeline",
     "bench": "mhacut.benching",
     "export": "mhacut.exporting",

@@ -7,7 +7,7 @@ for many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.processes import Processes
 from mhacut.surgery import Anatomy, UnitKey, readers
 from mhacut.taps import listening
 from mhacut.tensor.attention_difference import (
@@ -136,6 +137,29 @@ class _Accumulator:
             energy = logit_energy(self._waiting.pop("query").float(), self._waiting.pop("key").float())
             self.energy = energy.double() if self.energy is None else self.energy + energy.double()
 
+    def sums(self) -> dict[str, Tensor]:
+        """Everything gathered so far, by names that are alike in every process."""
+        found = {f"gram {tap}": gram for tap, gram in self.grams.items()}
+        if self.energy is not None:
+            found["energy"] = self.energy
+        for (tap, held), part in self.parts.items():
+            name = f"{tap} {'held' if held else 'fit'}"
+            rows = torch.tensor(part.rows, dtype=torch.int64, device=part.total.device)
+            found |= {f"rows {name}": rows, f"total {name}": part.total, f"second {name}": part.second}
+        return found
+
+    def take_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`sums`."""
+        self.energy = sums.get("energy")
+        self.grams = {name[5:]: gram for name, gram in sums.items() if name.startswith("gram ")}
+        self.parts = {
+            (name.split()[1], name.endswith(" held")): Moments(
+                int(rows), sums["total" + name[4:]], sums["second" + name[4:]]
+            )
+            for name, rows in sums.items()
+            if name.startswith("rows ")
+        }
+
     def moments(self) -> UnitMoments:
         taps = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
         if self.unit.linear:
@@ -170,8 +194,12 @@ def calibrate(
     seed: int = 0,
     classifier: bool = True,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> Calibration:
     """Run ``images`` [n, C, H, W] through ``model`` once and gather :class:`Calibration`.
+
+    Several processes take turns batch by batch, and add up what they found: every one of them is given the
+    same as one alone would be, up to the rounding of sums.
 
     Args:
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
@@ -183,7 +211,9 @@ def calibrate(
         seed: of the random projections that estimate it.
         classifier: whether outputs are class logits.
         progress: called with (images done, images in all).
+        processes: that share the images, each of which it was given all of; None for this one alone.
     """
+    processes = processes or Processes(0, 1, images.device)
     count = len(images)
     held = max(1, round(HELD_BACK * count)) if count > 1 else 0
     accumulators = {
@@ -194,28 +224,39 @@ def calibrate(
     generator = torch.Generator().manual_seed(seed)
     sensitivity: dict[str, Tensor] = {}
     device = next(model.parameters()).device
-    teacher: list[Tensor] = []
+    answers: Tensor | None = None  # where other processes have theirs, zeros
     done = differentiated = 0
     in_held = True
+    drawn_elsewhere: list[int] = []
 
     def listen(unit: Unit, tap: str, channels: Tensor) -> None:
         accumulators[unit.key].feed(tap, channels, in_held)
 
     with listening(model, anatomy.units(), listen):
         # Images to fit come first: gradients are of those.
-        for start, stop in [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]:
+        batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
+        for number, (start, stop) in enumerate(batches):
             in_held = start < held
-            batch = images[start:stop].to(device)
-            if differentiated < sensitivity_images:
-                outputs = _differentiated(model, anatomy, batch, sensitivity, generator, classifier)
-                differentiated += len(batch)
-            else:
-                outputs = model(batch)
-            teacher.append(outputs.float().cpu())
-            done += len(batch)
+            differentiate = differentiated < sensitivity_images
+            differentiated += (stop - start) * differentiate
+            if number % processes.size == processes.rank:
+                batch = images[start:stop].to(device)
+                if differentiate:
+                    outputs = _differentiated(
+                        model, anatomy, batch, sensitivity, generator, classifier, drawn_elsewhere
+                    )
+                    drawn_elsewhere.clear()
+                else:
+                    outputs = model(batch)
+                if answers is None:
+                    answers = torch.zeros(count, *outputs.shape[1:])
+                answers[start:stop] = outputs.float().cpu()
+            elif differentiate:
+                drawn_elsewhere.append(stop - start)
+            done += stop - start
             if progress is not None:
                 progress(done, count)
-    answers = torch.cat(teacher)
+    answers = _shared(processes, accumulators, sensitivity, answers)
     return Calibration(
         held,
         {key: accumulator.moments() for key, accumulator in accumulators.items()},
@@ -224,8 +265,34 @@ def calibrate(
             for unit in anatomy.units()
         },
         {name: total / differentiated for name, total in sensitivity.items()},
-        answers.roll(held, 0),
+        answers,
     )
+
+
+def _shared(
+    processes: Processes,
+    accumulators: Mapping[UnitKey, _Accumulator],
+    sensitivity: dict[str, Tensor],
+    answers: Tensor | None,
+) -> Tensor:
+    """Add up, in place, what the processes gathered; gives the answers of all."""
+    sums = {
+        f"{number} {name}": part
+        for number, accumulator in enumerate(accumulators.values())
+        for name, part in accumulator.sums().items()
+    }
+    sums |= {f"sensitivity {name}": part for name, part in sensitivity.items()}
+    if answers is not None:
+        sums["answers"] = answers
+    sums = processes.summed(sums)
+    for number, accumulator in enumerate(accumulators.values()):
+        accumulator.take_sums(_under(f"{number} ", sums))
+    sensitivity.update(_under("sensitivity ", sums))
+    return sums["answers"].cpu()
+
+
+def _under(prefix: str, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)}
 
 
 def _output_metric(model: nn.Module, layer: Layer) -> Tensor:
@@ -247,6 +314,7 @@ def _differentiated(
     sensitivity: dict[str, Tensor],
     generator: torch.Generator,
     classifier: bool,
+    drawn_elsewhere: Sequence[int],
 ) -> Tensor:
     """The outputs for ``batch``; adds sum of g g^T over tokens and images to ``sensitivity`` of every layer.
 
@@ -255,6 +323,8 @@ def _differentiated(
     """
     with torch.enable_grad(), _listening_to_gradients(model, anatomy.layers, sensitivity):
         outputs: Tensor = model(batch.detach().requires_grad_(True))
+        for size in drawn_elsewhere:  # by other processes, for their batches in between
+            torch.randn((size, *outputs.shape[1:]), generator=generator)
         noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         if classifier:
             logs = outputs.float().log_softmax(-1)

@@ -37,3 +37,7 @@ class OutputError(MhacutError):
 
 class Interrupted(MhacutError):
     """Asked to stop, and stopped with all saved: the command line exits 130."""
+
+
+class FailedElsewhere(MhacutError):
+    """Another process of the run failed and says why; this one only ends."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.calibration import HELD_BACK, calibrate
+from mhacut.calibration import HELD_BACK, Calibration, calibrate
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
@@ -30,7 +30,6 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
-from mhacut.device import resolve_device
 from mhacut.distillation import Distillation
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
@@ -40,6 +39,7 @@ from mhacut.modelinfo import classifier_size, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.planning import Planner
+from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
 from mhacut.repair import UnitRepair
@@ -110,6 +110,9 @@ def prune(
         options: the names of the command line's flags, see :class:`mhacut.options.PruneOptions`:
             ``data_dir``, ``output``, ``model``, ``model_args``, ``scope``, ``steps``, ``seed``, ...
 
+    Under torchrun every process calls this alike and calibrates on its share of the images; the first then
+    searches and writes, and all return what it did.
+
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
@@ -120,9 +123,51 @@ def prune(
 
 def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     """:func:`prune` with its options in one object."""
-    clock = _Clock(reporter)
+    with gathered(options.device) as processes:
+        clock = _Clock(reporter if processes.first else Silent())
+        with processes.together():
+            subject = _read(options, processes, clock)
+        clock.start("calibrating")
+        calibration = calibrate(
+            subject.dense,
+            subject.anatomy,
+            subject.seen.images,
+            batch_size=options.search.batch_size,
+            sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
+            seed=options.search.seed,
+            classifier=subject.classes > 0,
+            progress=lambda done, total: clock.reporter.advance(done, total),
+            processes=processes,
+        )
+        return processes.from_first(lambda: _cut_down(subject, calibration, options, clock))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be cut, and what with."""
+
+    loaded: LoadedModel
+    target: Path
+    dense: nn.Module
+    """Without gradients, on ``device``."""
+    device: torch.device
+    classes: int
+    preprocessing: Preprocessing
+    anatomy: Anatomy
+    left_whole: tuple[str, ...]
+    table: CostTable
+    budget: int
+    seen: CalibrationImages
+    loader: EvaluationLoader | None
+    evaluation: Evaluation | None
+    """Of the dense model, in the first process."""
+
+
+def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subject:
+    """Everything that can be found wrong before the work."""
+    reporter = clock.reporter
     asked = Budget.parse(options.flops)
-    device = resolve_device(options.device)
+    device = processes.device
     if options.output is not None and not options.dry_run:
         check_output(options.output, overwrite=options.overwrite, input_path=options.checkpoint)
 
@@ -135,8 +180,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     anatomy = dissect(dense)
     table = build_cost_table(dense, anatomy, preprocessing.input_size)
-    kinds = _KINDS[options.scope]
-    budget = _reachable(asked, table, anatomy, kinds, options.round_to)
+    budget = _reachable(asked, table, anatomy, _KINDS[options.scope], options.round_to)
     whole = left_whole(anatomy)
     for line in whole:
         reporter.note(f"left whole: {line}")
@@ -149,21 +193,35 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
     dense.to(device)
     # Before the work, so that whatever is wrong with the images is said before anything is written.
     loader = _evaluation_loader(options, preprocessing, classes, reporter)
-    dense_evaluation = slim_evaluation = None
-    if loader is not None:
+    evaluation = None
+    if loader is not None and processes.first:
         clock.start("evaluating")
-        dense_evaluation = evaluate(dense, loader, device=device, progress=reporter.advance)
-    clock.start("calibrating")
-    calibration = calibrate(
-        dense,
-        anatomy,
-        seen.images,
-        batch_size=options.search.batch_size,
-        sensitivity_images=_sensitivity_images(options.search, len(seen.images)),
-        seed=options.search.seed,
-        classifier=classes > 0,
-        progress=lambda done, total: reporter.advance(done, total),
+        evaluation = evaluate(dense, loader, device=device, progress=reporter.advance)
+    return _Subject(
+        loaded=loaded,
+        target=target,
+        dense=dense,
+        device=device,
+        classes=classes,
+        preprocessing=preprocessing,
+        anatomy=anatomy,
+        left_whole=whole,
+        table=table,
+        budget=budget,
+        seen=seen,
+        loader=loader,
+        evaluation=evaluation,
     )
+
+
+def _cut_down(
+    subject: _Subject, calibration: Calibration, options: PruneOptions, clock: _Clock
+) -> PruneResult:
+    """Search, cut, check, write and measure."""
+    reporter = clock.reporter
+    loaded, target, dense, device = subject.loaded, subject.target, subject.dense, subject.device
+    preprocessing, anatomy, table = subject.preprocessing, subject.anatomy, subject.table
+    budget, seen = subject.budget, subject.seen
     lesson = Distillation(
         seen.images,
         calibration.teacher,
@@ -171,13 +229,13 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         batch_size=options.search.batch_size,
         seed=options.search.seed,
         label_weight=options.search.label_weight,
-        classifier=classes > 0,
+        classifier=subject.classes > 0,
         amp=options.amp,
     )
     planned = Planner(
         dense,
         anatomy,
-        anatomy.units(kinds),
+        anatomy.units(_KINDS[options.scope]),
         table,
         calibration,
         lesson,
@@ -211,8 +269,9 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
 
     clock.start("measuring")
     models = (dense.to(device), slim.to(device))
-    if loader is not None:
-        slim_evaluation = evaluate(slim, loader, device=device, progress=reporter.advance)
+    evaluation = None
+    if subject.loader is not None:
+        evaluation = evaluate(slim, subject.loader, device=device, progress=reporter.advance)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
         batch = options.latency_batch_size
@@ -223,10 +282,10 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         architecture=loaded.identity.architecture,
         plan=ready.plan,
         budget=budget,
-        dense=ModelFigures(table.dense, count_parameters(dense), times[0], dense_evaluation),
-        slim=ModelFigures(flops, count_parameters(slim), times[1], slim_evaluation),
+        dense=ModelFigures(table.dense, count_parameters(dense), times[0], subject.evaluation),
+        slim=ModelFigures(flops, count_parameters(slim), times[1], evaluation),
         data=seen.description,
-        left_whole=whole,
+        left_whole=subject.left_whole,
         repairs=ready.repairs,
         device=str(device),
         latency_batch_size=options.latency_batch_size,

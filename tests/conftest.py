@@ -69,7 +69,7 @@ SLIM: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def slim_of(tmp_path_factory) -> Callable[[str], Path]:
-    """The slim file of one of SLIM, made when first asked for; in all but "vit", q/k and v differ in width."""
+    """The slim file of one of SLIM, made when first asked for; in all but "vit" q/k and v differ."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from models import CASES, Case, build, image, relative
+from test_flatten_adapters import build as build_flatten
+from test_flatten_adapters import image as image_flatten
 from torch.autograd.functional import jacobian
 
 from mhacut.calibration import HELD_BACK, calibrate
 from mhacut.distillation import Divergence
+from mhacut.processes import Processes
 from mhacut.surgery import dissect
 from mhacut.tensor.moments import Moments
 
@@ -181,3 +184,56 @@ def test_only_as_many_images_are_differentiated_as_asked_for():
     assert fewer.held == part.held
     for layer, sensitivity in part.sensitivity.items():
         assert torch.allclose(sensitivity, fewer.sensitivity[layer])
+
+
+class Gathered(Exception):
+    """What a process would tell the others."""
+
+
+class Telling(Processes):
+    def summed(self, tensors):
+        raise Gathered(tensors)
+
+
+class Adding(Processes):
+    def summed(self, tensors):
+        """Adds what the other process told, ``other``."""
+        names = dict.fromkeys([*tensors, *self.other])
+        parts = {name: [t[name] for t in (tensors, self.other) if name in t] for name in names}
+        return {name: torch.stack(found).sum(0) for name, found in parts.items()}
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 16])
+@pytest.mark.parametrize("architecture", [TINY.architecture, "flatten_pvt_v2_b0"])
+def test_processes_that_share_the_images_find_what_one_finds(architecture, batch_size):
+    """Random projections included; a process may have no batch of a kind, or none at all."""
+    if architecture == TINY.architecture:
+        model, images = build(TINY).requires_grad_(False), image(TINY, batch=9)
+    else:
+        model, images = (
+            build_flatten(architecture, dtype=torch.float32),
+            image_flatten(torch.float32, batch=9),
+        )
+        model.requires_grad_(False)
+
+    def run(processes):
+        given = {"batch_size": batch_size, "sensitivity_images": 6, "processes": processes}
+        return calibrate(model, dissect(model), images, **given)
+
+    device = torch.device("cpu")
+    with pytest.raises(Gathered) as told:
+        run(Telling(1, 2, device))
+    first = Adding(0, 2, device)
+    object.__setattr__(first, "other", told.value.args[0])
+    shared, alone = run(first), run(None)
+    assert torch.allclose(shared.teacher, alone.teacher, rtol=1e-5, atol=1e-6)
+    assert shared.held == alone.held
+    assert alone.sensitivity
+    for layer, expected in alone.sensitivity.items():
+        assert relative(shared.sensitivity[layer], expected) < 1e-5
+    for key, expected in alone.moments.items():
+        for part in ("fit", "held"):
+            for pair in zip(getattr(shared.moments[key], part), getattr(expected, part), strict=True):
+                same(*pair)
+        for name in ("redundancy", "difference"):
+            assert relative(*(getattr(it.statistics[key], name) for it in (shared, alone))) < 1e-4

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from mhacut.cli.app import app
 from mhacut.cli.config import read_config
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
+from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import run as run_module
+from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
 from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
@@ -203,7 +206,37 @@ def test_the_average_is_what_is_written(tune):
     assert same(state["model"], weights(folder.parent / "plain"))
 
 
+def test_clipping_by_agc_leaves_the_head_alone_as_timm_does(tune, monkeypatch):
+    clipped = []
+    monkeypatch.setattr(
+        training_module, "dispatch_clip_grad", lambda parameters, *_, **__: clipped.append(list(parameters))
+    )
+    tune(steps=1, clip_mode="agc")
+    tune("norm", steps=1)
+    assert len(clipped[1]) - len(clipped[0]) == 2  # its weight and bias
+
+
 # -- the same whatever the way there --
+
+
+def test_every_step_starts_the_random_numbers_of_the_gpu_too(tune, monkeypatch):
+    """No GPU is needed to see that they are started: the step takes it for one, the computation does not."""
+    seeds = []
+    step, loss = Trainer.step, Trainer._loss
+
+    def on_gpu(self, number, batches):
+        self.device = torch.device("cuda")
+        return step(self, number, batches)
+
+    def on_cpu(self, number, batch):
+        self.device = torch.device("cpu")
+        return loss(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "step", on_gpu)
+    monkeypatch.setattr(Trainer, "_loss", on_cpu)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    tune(steps=2)
+    assert len(set(seeds)) == 2
 
 
 def test_accumulated_batches_are_one_batch(tune):
@@ -218,6 +251,12 @@ def test_accumulated_batches_are_one_batch(tune):
         for a, b in zip(weights(whole.folder).values(), weights(parts.folder).values(), strict=True)
     ]
     assert max(difference) < 1e-4  # 6 steps of Adam at 1e-3
+
+
+def test_matched_features_are_the_same_loss_however_a_step_is_shared_out(tune, tiny_vit):
+    given = {"teacher": tiny_vit.path, "label_weight": 0, "feature_weight": 1.0, "steps": 1, "aug": False}
+    whole, parts = tune("whole", **given), tune("parts", batch_size=4, grad_accum_steps=3, **given)
+    assert parts.epochs[0].train_loss == pytest.approx(whole.epochs[0].train_loss, rel=1e-5)
 
 
 def test_workers_change_nothing(tune):
@@ -293,7 +332,7 @@ def kill(monkeypatch):
         (run_module, "write_slim", 2, 1),  # while last.safetensors is written
         (RunFolder, "write_state", 4, 1),  # between last.safetensors and state.pt
         (RunFolder, "write_summary", 2, 0),
-        (run_module, "evaluate", 2, 0),
+        (measuring_module, "evaluate", 2, 0),
     ],
 )
 @pytest.mark.parametrize("options", [{"model_ema": True, "drop_path": 0.2, "mixup": 0.5}], ids=["ema"])
@@ -349,6 +388,27 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(tune, tmp_path, mon
     assert again.epochs == whole.epochs
 
 
+def test_the_command_to_go_on_with_can_be_pasted(tune, monkeypatch):
+    step = Trainer.step
+
+    def stopped_in(self, count, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, count, batches)
+
+    monkeypatch.setattr(Trainer, "step", stopped_in)
+    with pytest.raises(Interrupted, match=r"--resume '[^']*/my run'$"):
+        tune("my run")
+
+
+def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, tmp_path, kill):
+    kill(Trainer, "step", 2)
+    with pytest.raises(Killed):
+        tune("cut", steps=2)
+    told = []
+    resume(tmp_path / "cut", reporter=Listener(told))
+    assert any("no step was saved, beginning with the first" in text for text in told)
+
+
 def test_resuming_a_finished_run_does_nothing_more(tune):
     result = tune()
     assert resume(result.folder).epochs == result.epochs
@@ -382,6 +442,9 @@ def test_a_run_is_not_written_over(tune, slim, images, tmp_path):
     (held / "last.safetensors").write_bytes(slim.read_bytes())
     with pytest.raises(OutputError, match="is the input"):
         mhacut.finetune(held / "last.safetensors", output=held, overwrite=True, data_dir=images, batch_size=6)
+    with pytest.raises(OutputError, match="is the input"):
+        tune(teacher=tmp_path / "run" / "best.safetensors", overwrite=True)
+    assert (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_another_model_or_other_data_are_refused_by_name(tune, slim, images, tiny_vit, tmp_path, monkeypatch):
@@ -589,10 +652,14 @@ def test_recipes_are_options(recipe):
 def test_every_option_is_a_flag_or_named_in_the_help():
     command = typer.main.get_command(app).commands["finetune"]
     flags = {parameter.name for parameter in command.params} - {"config", "json", "quiet", "verbose"}
-    named = command.help.rpartition("--config only: ")[2].rstrip(".").replace("\n", " ").split(", ")
+    told = command.help.rpartition("Options for --config only:\n")[2]
+    named = re.findall(r"^  (\w+)  +\S", told, re.MULTILINE)
     assert flags | set(named) == set(FinetuneOptions.types())
     assert not flags & set(named)
     assert len(flags) < 50
+    shown = cli("finetune", "--help").stdout
+    assert "(default: 0.5,1)" in shown
+    assert "Least and largest aspect ratio of a random crop. (default: 0.75,1.333)" in " ".join(shown.split())
 
 
 def test_flat_names_are_unique_and_round_trip():
@@ -738,6 +805,24 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
     # What two began, one can end.
     resumed = resume(tmp_path / "both", batch_size=12)
     assert resumed.steps == 6
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, images, tmp_path):
+    """The second process waits for the first, which must not write over a run; or both find no images."""
+    held = tune("held", steps=1).folder
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["-b", "6", "-j", "0", "--steps", "1"]
+    for given, message in (
+        (["--data-dir", images, "-o", held], "holds a run already"),
+        (["--data-dir", tmp_path / "none", "-o", tmp_path / "new"], "no such directory"),
+    ):
+        command = [*launcher, "-m", "mhacut", "finetune", slim, *map(str, given), *flags]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        own = done.stderr.partition("torch.distributed.elastic")[0]  # the launcher has more to say
+        assert done.returncode != 0
+        assert own.count(message) == 1, done.stderr
+        assert "did not foresee" not in done.stderr
 
 
 @pytest.mark.slow

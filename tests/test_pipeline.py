@@ -311,3 +311,37 @@ def test_the_example_loses_little(tmp_path):
         num_classes=10,
     )
     assert evaluate(loaded.model, loader, device=torch.device("cpu")).top1 == result.slim.evaluation.top1
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tiny_vit, tmp_path):
+    """Each calibrates on half of the images; the first one searches, writes and prints."""
+    alone = prune(tiny_vit, tmp_path / "alone.safetensors", calibration_images=24)
+    flags = [
+        "--flops",
+        "60%",
+        "--calibration-images",
+        "24",
+        "--batch-size",
+        "4",
+        "--gain-steps",
+        "2",
+        "--json",
+        "--no-latency",
+    ]
+    flags += ["-o", tmp_path / "both.safetensors"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "mhacut", "prune", *tiny_vit.flags, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "both.safetensors")
+    both = read_model(tmp_path / "both.safetensors")
+    assert both.record.plan.widths() == alone.plan.widths()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = both.model(images), mhacut.load_model(alone.output)(images)
+    assert relative(found, expected) < 1e-3
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode != 0
+    assert again.stderr.count("exists") == 1, again.stderr
+    assert "did not foresee" not in again.stderr

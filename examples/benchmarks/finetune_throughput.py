@@ -32,10 +32,10 @@ from mhacut.data import Preprocessing
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
 from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.options import FinetuneOptions
-from mhacut.finetuning.processes import Processes
 from mhacut.finetuning.training import Trainer
 from mhacut.inspection import resolve_preprocessing
 from mhacut.modelinfo import classifier_size
+from mhacut.processes import Processes
 
 ENDLESS = 10**6
 

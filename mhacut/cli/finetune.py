@@ -13,7 +13,7 @@ from mhacut.quantity import format_flops
 
 if TYPE_CHECKING:
     from mhacut.evaluate import Evaluation
-    from mhacut.finetuning.run import FinetuneResult
+    from mhacut.finetuning.result import FinetuneResult
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": Flag("", "A slim file, as mhacut prune writes it.", "SLIM"),
@@ -69,6 +69,32 @@ _FLAGS: dict[str, Flag] = {
     "log": Flag("Computing", "Log to png, tensorboard or wandb, besides summary.csv.", "NAME"),
 }
 
+_CONFIG_ONLY = {
+    "train_split": "Split to train on.",
+    "val_split": FLAGS["val_split"].help,
+    **{name: FLAGS[name].help for name in ("mean", "std", "crop_pct", "interpolation", "img_size")},
+    "teacher_model": "timm architecture of a teacher file that does not say; by default SLIM's.",
+    "teacher_model_args": "Arguments of that architecture, as KEY: VALUE.",
+    "kd_temperature": "Divides both models' outputs before they are compared.",
+    "momentum": "Of optimisers that have it.",
+    "warmup_lr": "Where the learning rate rises from.",
+    "min_lr": "Where the learning rate ends.",
+    "decay_epochs": "Epochs between decays of --sched step.",
+    "decay_rate": "Factor of each decay of --sched step; power of --sched poly.",
+    "clip_mode": "What --clip-grad limits: norm, value or agc.",
+    "model_ema_warmup": "Let the moving average forget faster at the start.",
+    "ratio": "Least and largest aspect ratio of a random crop.",
+    "vflip": "Probability of a vertical flip.",
+    "remode": "What an erased rectangle is filled with: const, rand or pixel.",
+    "recount": "Erased rectangles per image at most.",
+    "mixup_prob": "Probability that a step's images are mixed, with --mixup or --cutmix.",
+    "mixup_switch_prob": "Probability of cutmix rather than mixup, with both.",
+    "train_interpolation": "Of random crops; by default the model's own.",
+    "channels_last": "Lay images out with channels last.",
+    "deterministic": "Refuse CUDA kernels that sum in random order.",
+}
+"""Options without a flag: rarely needed."""
+
 
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if values.get("resume") is None:
@@ -81,7 +107,7 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 @command(
     FinetuneOptions,
     flags=_FLAGS,
-    config_only=frozenset(FinetuneOptions.types()) - frozenset(_FLAGS),
+    config_only=_CONFIG_ONLY,
     complete=_completed,
 )
 def finetune(options: FinetuneOptions, console: Console) -> None:
@@ -90,7 +116,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
     Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
     DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from.
     Names and meanings are those of timm's train.py.
-    Several GPUs or machines: torchrun --nproc-per-node N -m mhacut finetune ...
+    Several GPUs: torchrun --nproc-per-node N -m mhacut finetune ... (of several machines, all must see DIR)
 
     Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
     """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import textwrap
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -103,7 +105,7 @@ def command(
     options: type[Flat],
     *,
     flags: Mapping[str, Flag] = FLAGS,
-    config_only: frozenset[str] = frozenset(),
+    config_only: Mapping[str, str] = MappingProxyType({}),
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Callable[[Body], Callable[..., None]]:
     """Make a command of a function of (options, console); its flags are the fields of ``options``.
@@ -113,7 +115,7 @@ def command(
     Args:
         options: the class of what the function takes.
         flags: how its fields look on the command line.
-        config_only: fields without a flag, for ``--config`` alone.
+        config_only: fields without a flag, for ``--config`` alone, and what they mean.
         complete: given the values, gives those to use.
     """
     types, defaults = options.types(), options.defaults()
@@ -133,8 +135,7 @@ def command(
         run.__name__ = body.__name__
         run.__doc__ = inspect.cleandoc(body.__doc__ or "")
         if config_only:
-            names = ", ".join(name for name in types if name in config_only)
-            run.__doc__ += f"\n\nOptions for --config only: {names}."
+            run.__doc__ += "\n\n" + _told_without_flags(config_only, defaults)
         shown = _in_panels(types, flags, config_only)
         parameters = [_parameter("context", typer.Context)]
         parameters += [_flag(name, flags[name], types[name], defaults.get(name)) for name in shown]
@@ -194,9 +195,11 @@ def key_value(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _in_panels(names: Mapping[str, Any], flags: Mapping[str, Flag], config_only: frozenset[str]) -> list[str]:
+def _in_panels(
+    names: Mapping[str, Any], flags: Mapping[str, Flag], config_only: Mapping[str, str]
+) -> list[str]:
     """In the order of ``flags``, which keeps panels together."""
-    missing = set(names) - set(flags) - config_only
+    missing = set(names) - set(flags) - set(config_only)
     if missing:
         raise LookupError(f"options without a flag: {sorted(missing)}")
     return [name for name in flags if name in names]
@@ -226,6 +229,20 @@ def _flag(name: str, flag: Flag, kind: Any, default: Any) -> inspect.Parameter:
     if name == "model_args":
         python = list[str]
     return _parameter(name, Annotated[python | None, info], None)
+
+
+def _told_without_flags(meanings: Mapping[str, str], defaults: Mapping[str, Any]) -> str:
+    """A list for the help; the first character keeps click from filling its lines."""
+    room = max(map(len, meanings)) + 2
+    lines = ["\b", "Options for --config only:"]
+    for name, meaning in meanings.items():
+        told = textwrap.wrap(meaning + _shown_default(defaults.get(name)), width=_HELP_WIDTH - room - 2)
+        lines += [f"  {name:{room}}{told[0]}", *(" " * (room + 2) + line for line in told[1:])]
+    return "\n".join(lines)
+
+
+_HELP_WIDTH = 76
+"""Characters of a line of help in a terminal of 80."""
 
 
 def _common() -> list[inspect.Parameter]:
@@ -269,4 +286,10 @@ def _shown_default(default: Any) -> str:
     """Typer would show the flag's own default, which is None."""
     if default is None or default == {}:
         return ""
-    return f" (default: { ({True: 'on', False: 'off'}[default] if isinstance(default, bool) else default) })"
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif isinstance(default, tuple):
+        shown = ",".join(f"{part:.4g}" for part in default)  # as it is typed
+    else:
+        shown = str(default)
+    return f" (default: {shown})"

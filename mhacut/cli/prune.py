@@ -21,6 +21,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Works without data; with --data-dir it searches on your images, and on their labels if there are any.
     One FLOP is one multiply-accumulate, attention included.
+    Several GPUs share the calibration: torchrun --nproc-per-node N -m mhacut prune ...
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
-from mhacut.errors import Interrupted, MhacutError, UsageError
+from mhacut.errors import FailedElsewhere, Interrupted, MhacutError, UsageError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -50,11 +50,15 @@ def running(flags: Globals) -> Iterator[Console]:
         try:
             yield console
         except KeyboardInterrupt:
-            console.error("interrupted; nothing was left half written")
+            if console.rank == 0:
+                console.error("interrupted; nothing was left half written")
             code = INTERRUPTED
         except Interrupted as error:
-            console.error(str(error))
+            if console.rank == 0:  # all processes stop alike
+                console.error(str(error))
             code = INTERRUPTED
+        except FailedElsewhere:
+            code = FAILED
         except MhacutError as error:
             if debug:
                 console.traceback()

@@ -99,7 +99,7 @@ class Objective:
         self.teacher, self.student = teacher, student
         self.label_weight, self.feature_weight = label_weight, feature_weight
         self.temperature, self.smoothing = temperature, smoothing
-        self.divergence = Divergence(classes > 0)
+        self.divergence = Divergence(True) if classes > 0 else _relative_error
 
     def answers(self, images: Tensor) -> Tensor | None:
         """What the teacher says to ``images``."""
@@ -128,14 +128,23 @@ class Objective:
 
     @staticmethod
     def _feature_error(student: Blocks, teacher: Blocks) -> Tensor:
-        """Squared error of the blocks' outputs in units of the teacher's variance, mean over blocks."""
+        """:func:`_relative_error` of the blocks' outputs, mean over blocks."""
         with student.taken() as found, teacher.taken() as wanted:
-            errors = [
-                (found[name].float() - wanted[name].float()).square().mean()
-                / wanted[name].float().var().clamp_min(1e-12)
-                for name in found
-            ]
+            errors = [_relative_error(found[name].float(), wanted[name].float()) for name in found]
         return torch.stack(errors).mean()
+
+
+def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error in units of the teacher's variance, of each image alone, mean over images.
+
+    Not of the whole batch: the loss would depend on how a step's images are shared out among processes.
+
+    Args:
+        outputs: [B, ...].
+        teacher: likewise.
+    """
+    error = (outputs - teacher).flatten(1).square().mean(1)
+    return (error / teacher.flatten(1).var(1).clamp_min(1e-12)).mean()
 
 
 def check_matching(student: Blocks, teacher: Blocks) -> None:

@@ -5,96 +5,48 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import platform
 import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut._version import __version__
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
-from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.cost import measure_flops
-from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
-from mhacut.evaluate import Evaluation, evaluate
+from mhacut.evaluate import Evaluation
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
+from mhacut.finetuning.history import portable, record_after, record_of
 from mhacut.finetuning.images import Batch, StepBatches, TrainingImages, training_images, training_loader
 from mhacut.finetuning.interrupt import StopRequest, stop_request
 from mhacut.finetuning.logs import Logs, check_logs
-from mhacut.finetuning.objective import Blocks, Mixing, Objective, Teacher, check_matching
+from mhacut.finetuning.measuring import measure, validation_images
+from mhacut.finetuning.objective import Mixing
 from mhacut.finetuning.options import FinetuneOptions
-from mhacut.finetuning.processes import Processes, gathered
+from mhacut.finetuning.result import EpochSummary, FinetuneResult
 from mhacut.finetuning.resuming import check_same, completed
+from mhacut.finetuning.teaching import lesson_of
 from mhacut.finetuning.training import Trainer, check_precision, repeatable
 from mhacut.inspection import resolve_preprocessing
 from mhacut.modelinfo import classifier_size
 from mhacut.options import PathLike
+from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
-
-# Where files lie on the machine that made a slim file is nobody else's business.
-_LOCAL_OPTIONS = frozenset(
-    {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
-)
-
 
 _MOST_UNREADABLE = 0.1
 """Share of the images for which others may stand in."""
-
-
-@dataclass(frozen=True)
-class EpochSummary:
-    """A line of ``summary.csv``."""
-
-    epoch: int
-    """From 0."""
-    train_loss: float
-    """Mean over the images of the epoch, as the weights moved."""
-    eval_loss: float | None
-    """Cross-entropy on the validation images."""
-    eval_top1: float | None
-    eval_top5: float | None
-    lr: float
-    """Of the epoch's last step."""
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What :func:`finetune` did."""
-
-    folder: Path
-    output: Path
-    """The slim file to use: the best on validation images where there are any, else the last."""
-    architecture: str
-    before: Evaluation | None
-    """Of the slim file that was read; None without labelled validation images."""
-    after: Evaluation | None
-    """Of ``output``, as it was read back."""
-    epochs: tuple[EpochSummary, ...]
-    steps: int
-    flops: int
-    """The same before and after."""
-    data: str
-    """What it was trained on."""
-    unreadable: tuple[str, ...]
-    """Images that could not be read; others stood in for them."""
-    images_per_second: float
-    """Over all processes, of the steps of this call, without measuring and saving."""
-    device: str
-    processes: int
-    seconds: float
 
 
 def finetune(
@@ -127,7 +79,9 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
     check_logs(options.logs)
     with gathered(options.device) as processes, _random_state_kept(), repeatable(options):
         check_precision(options, processes.device)
-        return _Run(options, processes, reporter if processes.first else Silent()).go()
+        with processes.together():
+            run = _Run(options, processes, reporter if processes.first else Silent())
+        return run.go()
 
 
 class _Run:
@@ -145,7 +99,6 @@ class _Run:
         self.classes = classifier_size(self.loaded.model)
         self.preprocessing = resolve_preprocessing(self.loaded, options.preprocessing)
         self.flops = measure_flops(self.loaded.model, self.preprocessing.input_size)
-        self.teacher_sha256: str | None = None
         training = options.training
         taught = options.teaching.teacher is not None
         self.images: TrainingImages = training_images(
@@ -164,16 +117,20 @@ class _Run:
         )
         per_epoch = self.batches.steps_per_epoch
         self.total_steps = training.steps or training.epochs * per_epoch
-        self.validation = self._validation()
+        self.validation = validation_images(
+            options, self.preprocessing, self.classes, processes, reporter.note
+        )
         model = self.loaded.model.to(self.device)
         if processes.size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             if self.device.type == "cuda":
                 model = convert_sync_batchnorm(model)
             else:
                 reporter.note("batch norms see the images of one process only: CPUs cannot share statistics")
+        lesson = lesson_of(options, self.loaded, model, self.preprocessing, self.device, reporter.note)
+        self.teacher_sha256 = lesson.teacher_sha256
         self.trainer = Trainer(
             model,
-            self._objective(model),
+            lesson.objective,
             Mixing(options.augmentation, self.classes),
             options,
             processes,
@@ -182,7 +139,7 @@ class _Run:
             steps_per_epoch=per_epoch,
         )
         self.began_with = {
-            "plan": _digest(_record(self.loaded).plan.to_json()),
+            "plan": _digest(record_of(self.loaded).plan.to_json()),
             "slim file": self.loaded.sha256,
             "teacher": self.teacher_sha256,
             "training images": self.images.fingerprint,
@@ -202,11 +159,10 @@ class _Run:
     def go(self) -> FinetuneResult:
         began = time.perf_counter()
         self._open()
+        self.trainer.connect()
         self.reporter.note(f"training on {self.images.description}")
         if self.processes.first:
-            self.logs = Logs(
-                self.options.logs, self.folder.path, self._portable_options(), self.reporter.note
-            )
+            self.logs = Logs(self.options.logs, self.folder.path, portable(self.options), self.reporter.note)
         try:
             with stop_request() as request:
                 rate = self._train(request)
@@ -217,7 +173,9 @@ class _Run:
         after = None
         if self.validation is not None:
             self.reporter.start("measuring the file")
-            after = self._measure(load_model(output))
+            with self.processes.together():
+                written = load_model(output)
+            after = self._measure(written)
         return FinetuneResult(
             folder=self.folder.path,
             output=output,
@@ -238,20 +196,20 @@ class _Run:
     def _open(self) -> None:
         """Begin, or go on from what is there."""
         state = None
-        if self.options.resume is not None:
-            state = self.folder.read_state()
-        elif self.processes.first:
-            for name in (LAST, BEST):
-                check_output(self.folder.file(name), overwrite=True, input_path=self.loaded.path)
-            self.folder.open_new(overwrite=self.options.overwrite)
-            self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
-        self.processes.wait()
+        with self.processes.together():
+            if self.options.resume is not None:
+                state = self.folder.read_state()
+                if state is not None:
+                    check_same(state["began_with"], self.began_with, str(self.folder.path))
+            elif self.processes.first:
+                self._open_new()
         if state is None:
+            if self.options.resume is not None:
+                self.reporter.note(f"{self.folder.path}: no step was saved, beginning with the first")
             if self.validation is not None:
                 self.reporter.start("measuring before")
                 self.before = self._measure(self.trainer.model)
             return
-        check_same(state["began_with"], self.began_with, str(self.folder.path))
         self.trainer.restore(state["trainer"])
         self.step = self.saved = state["step"]
         self.best = state["best"]
@@ -260,6 +218,17 @@ class _Run:
         self.before = None if state["before"] is None else Evaluation(**state["before"])
         self.unreadable = dict.fromkeys(state["unreadable"])
         self.reporter.note(f"going on after step {self.step} of {self.total_steps}")
+
+    def _open_new(self) -> None:
+        teacher = self.options.teaching.teacher
+        read = [self.loaded.path]
+        if teacher is not None and not str(teacher).startswith(TIMM_PREFIX):
+            read.append(Path(teacher))
+        for name in (LAST, BEST):
+            for path in read:
+                check_output(self.folder.file(name), overwrite=True, input_path=path)
+        self.folder.open_new(overwrite=self.options.overwrite)
+        self.folder.write_arguments(_whole_paths({**self.options.flat(), "overwrite": False}))
 
     def _train(self, request: StopRequest) -> float:
         """All steps that are left; gives images per second."""
@@ -282,7 +251,9 @@ class _Run:
             batches = self._noted(islice(loader, accumulated))
             loss, count = self.trainer.step(self.step, batches)
             loss, seen, stop = self.processes.total([loss, count, float(request.asked)])
-            self._check_finite(loss)
+            if not math.isfinite(loss):
+                with self.processes.together():
+                    raise self._diverged(loss)
             self.step += 1
             self.epoch_loss += loss
             self.epoch_images += int(seen)
@@ -301,7 +272,7 @@ class _Run:
             if stop and self.step < self.total_steps:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
-                    f"Go on with: {self._launcher()}mhacut finetune --resume {self.folder.path}"
+                    f"Go on with: {self._launcher()}mhacut finetune --resume {quote(str(self.folder.path))}"
                 )
         return images / seconds if seconds else 0.0
 
@@ -321,13 +292,11 @@ class _Run:
                     )
             yield batch
 
-    def _check_finite(self, loss: float) -> None:
-        if loss - loss == 0:
-            return
+    def _diverged(self, loss: float) -> MhacutError:
         kept = "nothing was saved yet"
         if self.saved is not None:
             kept = f"{self.folder.path} keeps what was saved after step {self.saved}"
-        raise MhacutError(
+        return MhacutError(
             f"the loss became {loss} at step {self.step + 1} of {self.total_steps}; {kept}. "
             "Try a smaller --lr, or a --clip-grad" + (", or go without --amp" if self.options.amp else "")
         )
@@ -366,14 +335,28 @@ class _Run:
         self.reporter.note(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
         if evaluation is not None and (self.best is None or evaluation.top1 > self.best):
             self.best = evaluation.top1
-            self._write(BEST)
+            with self.processes.together():
+                self._write(BEST)
         self._save()
         if self.logs is not None:
             self.logs.write([dataclasses.asdict(row) for row in self.rows])
 
     def _save(self) -> None:
         """Write the last weights, and what the run goes on from."""
-        self.unreadable = dict.fromkeys(self.processes.union(list(self.unreadable)))
+        self._share_unreadable()
+        with self.processes.together():
+            self._write_last()
+        self.saved = self.step
+
+    def _share_unreadable(self) -> None:
+        """What any process could not read; the first says what it has not said of its own."""
+        told = self.unreadable
+        self.unreadable = dict.fromkeys(self.processes.union(list(told)))
+        for file in self.unreadable:
+            if file not in told:
+                self.reporter.note(f"unreadable, another image stands in for it: {file}")
+
+    def _write_last(self) -> None:
         if len(self.unreadable) > _MOST_UNREADABLE * self.images.count:
             raise DataError(
                 f"{len(self.unreadable)} of {self.images.count} images cannot be read, first "
@@ -395,8 +378,6 @@ class _Run:
                     "unreadable": list(self.unreadable),
                 }
             )
-        self.saved = self.step
-        self.processes.wait()
 
     def _write(self, name: str) -> None:
         if not self.processes.first:
@@ -409,7 +390,15 @@ class _Run:
             write_slim(
                 self.folder.file(name),
                 self.trainer.result,
-                self._record_now(),
+                record_after(
+                    self.loaded,
+                    self.options,
+                    self.preprocessing,
+                    steps=self.step,
+                    images_per_step=self.batches.batch_size * self.batches.parts,
+                    teacher_sha256=self.teacher_sha256,
+                    data=self.images.description,
+                ),
                 dtypes=dtypes,
                 overwrite=True,
                 input_path=self.loaded.path,
@@ -417,128 +406,15 @@ class _Run:
         except OutputError as error:
             raise OutputError(f"after step {self.step}: {error}") from error
 
-    def _record_now(self) -> SlimRecord:
-        import timm
-
-        earlier = _record(self.loaded)
-        entry = {
-            "command": "finetune",
-            "options": {
-                key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS
-            },
-            "seed": self.options.training.seed,
-            "steps": self.step,
-            "images_per_step": self.batches.batch_size * self.batches.parts,
-            "source_sha256": self.loaded.sha256,
-            "teacher_sha256": self.teacher_sha256,
-            "data": self.images.description,
-            "versions": {
-                "mhacut": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-            },
-        }
-        return dataclasses.replace(
-            earlier, preprocessing=self.preprocessing.to_json(), history=(*earlier.history, entry)
-        )
-
-    def _portable_options(self) -> dict[str, Any]:
-        return {key: value for key, value in self.options.flat().items() if key not in _LOCAL_OPTIONS}
-
-    # -- parts --
-
     def _measure(self, model: nn.Module) -> Evaluation:
-        """Accuracy over the images of all processes."""
         assert self.validation is not None
-        found = evaluate(
-            model, self.validation, device=self.device, amp=self.options.amp, progress=self.reporter.advance
+        return measure(
+            model,
+            self.validation,
+            self.processes,
+            amp=self.options.amp,
+            progress=self.reporter.advance,
         )
-        if self.processes.size == 1:
-            return found
-        top5, loss = found.top5 or 0.0, found.loss or 0.0
-        right, right5, summed, images = self.processes.total(
-            [
-                round(found.top1 * found.images / 100),
-                round(top5 * found.images / 100),
-                loss * found.images,
-                found.images,
-            ]
-        )
-        return Evaluation(
-            top1=100 * right / images,
-            top5=None if found.top5 is None else 100 * right5 / images,
-            images=int(images),
-            seconds=found.seconds,
-            loss=summed / images,
-        )
-
-    def _validation(self) -> EvaluationLoader | None:
-        """This process's share of the labelled validation images, where there are any."""
-        options, data = self.options, self.options.data
-        if options.eval_images == 0 or self.classes == 0:
-            return None
-        if not has_split(data.data_dir, data.dataset, data.val_split):
-            self.reporter.note(
-                f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)"
-            )
-            return None
-        return evaluation_loader(
-            self.preprocessing,
-            data_dir=None if data.data_dir is None else Path(data.data_dir),
-            dataset=data.dataset,
-            batch_size=max(options.training.batch_size, 64),
-            workers=data.workers,
-            split=data.val_split,
-            num_classes=self.classes,
-            class_map=None if data.class_map is None else Path(data.class_map),
-            limit=options.eval_images,
-            part=(self.processes.rank, self.processes.size),
-        )
-
-    def _objective(self, model: nn.Module) -> Objective:
-        teaching = self.options.teaching
-        matched = teaching.feature_weight > 0
-        teacher = self._teacher(matched) if teaching.teacher is not None else None
-        student = Blocks(model) if matched else None
-        if student is not None and teacher is not None and teacher.blocks is not None:
-            check_matching(student, teacher.blocks)
-        return Objective(
-            teacher=teacher,
-            student=student,
-            label_weight=teaching.label_weight if teacher is not None else 1.0,
-            temperature=teaching.kd_temperature,
-            feature_weight=teaching.feature_weight,
-            smoothing=self.options.augmentation.smoothing,
-            classes=self.classes,
-        )
-
-    def _teacher(self, matched: bool) -> Teacher:
-        teaching = self.options.teaching
-        assert teaching.teacher is not None
-        loaded = _read_teacher(teaching.teacher, self.options, self.loaded)
-        self.teacher_sha256 = loaded.sha256
-        classes = classifier_size(loaded.model)
-        if classes != self.classes:
-            raise CheckpointError(
-                f"--teacher {loaded.source}: has {classes} classes, the slim model {self.classes}"
-            )
-        own = resolve_preprocessing(loaded, self.options.preprocessing)
-        if _is_bare(loaded):
-            # A file that says nothing of its images was fed as the slim file states.
-            own = self.preprocessing
-        if own.input_size != self.preprocessing.input_size:
-            raise CheckpointError(
-                f"--teacher {loaded.source}: takes images of {own.input_size}, the slim model of "
-                f"{self.preprocessing.input_size}; both see the same images"
-            )
-        if loaded.sha256 != _first_source(self.loaded):
-            self.reporter.note("the teacher is not the file that the slim model was cut from")
-        mean, std = ([self._tensor(p, name) for p in (self.preprocessing, own)] for name in ("mean", "std"))
-        return Teacher(loaded.model.to(self.device), mean, std, matched)
-
-    def _tensor(self, preprocessing: Preprocessing, name: str) -> Tensor:
-        return torch.tensor(getattr(preprocessing, name), device=self.device)
 
 
 def _read_slim(options: FinetuneOptions) -> LoadedModel:
@@ -546,33 +422,6 @@ def _read_slim(options: FinetuneOptions) -> LoadedModel:
     if source.startswith(TIMM_PREFIX) or read_header(source).record is None:
         raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
     return read_model(source)
-
-
-def _record(loaded: LoadedModel) -> SlimRecord:
-    assert loaded.record is not None
-    return loaded.record
-
-
-def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: LoadedModel) -> LoadedModel:
-    """The teacher; a file that does not say what it is is the dense model the slim one was cut from."""
-    teaching = options.teaching
-    model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
-    if model is None and not str(teacher).startswith(TIMM_PREFIX):
-        header = read_header(teacher)
-        if header.record is None and header.file.config is None:
-            model = slim.identity.architecture
-            args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
-    return read_model(teacher, model=model, model_args=args or None)
-
-
-def _is_bare(loaded: LoadedModel) -> bool:
-    return loaded.record is None and loaded.path is not None and read_header(loaded.path).file.config is None
-
-
-def _first_source(loaded: LoadedModel) -> object:
-    """sha256 of the dense file, as a slim file's history states it."""
-    history: tuple[Mapping[str, Any], ...] = _record(loaded).history
-    return history[0].get("source_sha256") if history else None
 
 
 def _whole_paths(values: Mapping[str, Any]) -> dict[str, Any]:

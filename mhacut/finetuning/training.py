@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -20,8 +21,8 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.options import FinetuneOptions, TrainingOptions
-from mhacut.finetuning.processes import Processes
 from mhacut.options import unknown_option
+from mhacut.processes import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
 """Told apart where seeds are made."""
@@ -73,7 +74,12 @@ class Trainer:
         )
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.network: Any = _network(model, options, processes)
+        self.network: Any = model
+        """What is called in a step: the model, as :meth:`connect` leaves it."""
+
+    def connect(self) -> None:
+        """Share gradients among processes, compile if asked; every process comes here before a step."""
+        self.network = _network(self.model, self.options, self.processes)
 
     @property
     def result(self) -> nn.Module:
@@ -103,7 +109,7 @@ class Trainer:
         images = 0
         for position, batch in enumerate(batches):
             last = position == training.grad_accum_steps - 1
-            seed_everything(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
+            self._seed(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
             with self._apart(last):
                 loss = self._loss(number, batch)
                 scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
@@ -112,7 +118,9 @@ class Trainer:
             images += len(batch.images)
         if training.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), training.clip_grad, mode=training.clip_mode)
+            # As timm: the head's gradient is large when training begins, and agc would hold it back.
+            clipped = model_parameters(self.model, exclude_head=training.clip_mode == "agc")
+            dispatch_clip_grad(clipped, training.clip_grad, mode=training.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -120,6 +128,7 @@ class Trainer:
         return float(torch.stack(losses).sum()), images
 
     def _seed(self, seed: int) -> None:
+        """Also on the GPU, or stochastic depth would not go on after --resume as it was."""
         seed_everything(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -140,8 +149,9 @@ class Trainer:
 
     def _apart(self, last: bool) -> AbstractContextManager[object]:
         """Gradients travel between processes with the last batch of a step only."""
-        if isinstance(self.network, DistributedDataParallel) and not last:
-            return self.network.no_sync()
+        if self.processes.size > 1 and not last:
+            apart: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
+            return apart
         return nullcontext()
 
     def state(self) -> dict[str, Any]:

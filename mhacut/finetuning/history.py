@@ -1,0 +1,76 @@
+"""What a fine-tuned file says about itself: the record of the slim file it came from, and one step more."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from typing import Any
+
+import torch
+
+from mhacut._version import __version__
+from mhacut.checkpoint.load import LoadedModel
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.data import Preprocessing
+from mhacut.finetuning.options import FinetuneOptions
+
+# Where files lie on the machine that made a slim file is nobody else's business.
+_LOCAL_OPTIONS = frozenset(
+    {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
+)
+
+
+def portable(options: FinetuneOptions) -> dict[str, Any]:
+    """``options`` without those that mean something on one machine only."""
+    return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}
+
+
+def record_of(loaded: LoadedModel) -> SlimRecord:
+    """The record of a slim file that was read."""
+    assert loaded.record is not None
+    return loaded.record
+
+
+def record_after(
+    loaded: LoadedModel,
+    options: FinetuneOptions,
+    preprocessing: Preprocessing,
+    *,
+    steps: int,
+    images_per_step: int,
+    teacher_sha256: str | None,
+    data: str,
+) -> SlimRecord:
+    """The record of a model that was trained on.
+
+    Args:
+        loaded: the slim file it came from.
+        options: of the run.
+        preprocessing: of its images.
+        steps: taken so far.
+        images_per_step: over all processes.
+        teacher_sha256: of the teacher's file; None without one.
+        data: what it was trained on, for readers.
+    """
+    import timm
+
+    earlier = record_of(loaded)
+    entry = {
+        "command": "finetune",
+        "options": portable(options),
+        "seed": options.training.seed,
+        "steps": steps,
+        "images_per_step": images_per_step,
+        "source_sha256": loaded.sha256,
+        "teacher_sha256": teacher_sha256,
+        "data": data,
+        "versions": {
+            "mhacut": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
+    return dataclasses.replace(
+        earlier, preprocessing=preprocessing.to_json(), history=(*earlier.history, entry)
+    )

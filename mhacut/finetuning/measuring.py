@@ -1,0 +1,88 @@
+"""Accuracy on the validation images, each process measuring its share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
+from mhacut.evaluate import Evaluation, evaluate
+from mhacut.finetuning.options import FinetuneOptions
+from mhacut.processes import Processes
+
+
+def validation_images(
+    options: FinetuneOptions,
+    preprocessing: Preprocessing,
+    classes: int,
+    processes: Processes,
+    tell: Callable[[str], None],
+) -> EvaluationLoader | None:
+    """This process's share of the labelled validation images, where there are any.
+
+    Args:
+        options: of the run.
+        preprocessing: of the model.
+        classes: of the model's head; 0 for none, which has no accuracy.
+        processes: that share the images.
+        tell: called with why there are none.
+    """
+    data = options.data
+    if options.eval_images == 0 or classes == 0:
+        return None
+    if not has_split(data.data_dir, data.dataset, data.val_split):
+        tell(f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)")
+        return None
+    return evaluation_loader(
+        preprocessing,
+        data_dir=None if data.data_dir is None else Path(data.data_dir),
+        dataset=data.dataset,
+        batch_size=max(options.training.batch_size, 64),
+        workers=data.workers,
+        split=data.val_split,
+        num_classes=classes,
+        class_map=None if data.class_map is None else Path(data.class_map),
+        limit=options.eval_images,
+        part=(processes.rank, processes.size),
+    )
+
+
+def measure(
+    model: nn.Module,
+    images: EvaluationLoader,
+    processes: Processes,
+    *,
+    amp: bool,
+    progress: Callable[[int, int], None],
+) -> Evaluation:
+    """Accuracy of ``model`` over the images of all processes, each of which must call this.
+
+    Args:
+        model: a classifier, moved to the processes' device.
+        images: of this process.
+        processes: that share them.
+        amp: bfloat16 autocast.
+        progress: called after each batch with (batches done, batches in all).
+    """
+    with processes.together():
+        found = evaluate(model, images, device=processes.device, amp=amp, progress=progress)
+    if processes.size == 1:
+        return found
+    top5, loss = found.top5 or 0.0, found.loss or 0.0
+    right, right5, summed, count = processes.total(
+        [
+            round(found.top1 * found.images / 100),
+            round(top5 * found.images / 100),
+            loss * found.images,
+            found.images,
+        ]
+    )
+    return Evaluation(
+        top1=100 * right / count,
+        top5=None if found.top5 is None else 100 * right5 / count,
+        images=int(count),
+        seconds=found.seconds,
+        loss=summed / count,
+    )
