@@ -49,6 +49,19 @@ def test_moments_add_up_and_centre_as_written_out():
     assert torch.allclose(Moments.of(x).second, moments.second, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mean", [0, 30, 3000])
+def test_a_large_mean_does_not_drown_the_variance(mean):
+    x = (rows(500, 6, 0) - torch.arange(6)) @ torch.diag(torch.tensor([1, 1, 0.1, 0.1, 1e-2, 1e-2])).double()
+    batches = (x + mean).float().split(120)
+    found = sum(map(Moments.of, batches[1:]), Moments.of(batches[0]))
+    expected = exact(torch.cat(batches))
+    assert torch.allclose(found.mean, expected.mean, rtol=1e-9)
+    assert torch.allclose(found.second, expected.second, rtol=1e-6)
+    assert relative(found.covariance[4:, 4:], expected.covariance[4:, 4:]) < 1e-4
+    # So that nothing seems to be won by keeping less.
+    assert rank_channels(found.covariance, torch.ones(3, 6), heads=1, smallest=1).error.min() >= 0
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_linear_refit_is_least_squares(constant):
     x, columns = rows(400, 6, 1), torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double()
