@@ -159,6 +159,27 @@ def test_held_back_logits_that_disagree_leave_the_queries_as_they_were():
     assert found.error == 1.0
 
 
+def test_fewer_rows_than_channels_do_not_blow_up_what_rounding_left_of_the_rest():
+    # In float32, the second moment of 50 rows has eigenvalues about 0, also below.
+    generator = torch.Generator().manual_seed(0)
+    mix, mean = torch.randn(60, 192, generator=generator), torch.randn(192, generator=generator)
+    x = torch.randn(400, 60, generator=generator) @ mix + mean
+    columns = torch.randn(96, 192, generator=generator)
+    kept, gone = torch.arange(0, 192, 2), torch.arange(1, 192, 2)
+    seen = Moments.of(x[:50])
+    found = refit_linear(seen, seen, kept, columns, constant=True)
+    unseen = x[50:].double()
+    left = unseen[:, gone] - unseen[:, kept] @ found.prediction.T - found.constant
+    reader = columns[:, gone].double().T
+    assert (left @ reader).norm() < (unseen[:, gone] @ reader).norm()
+    assert found.prediction.norm() < 100
+    heads = Moments.of(x[:50, :64] - x[:50, :64].mean(0))
+    heads = Moments(50, heads.total[None], heads.second[None])
+    logits = refit_logits((heads, heads), (heads, heads), torch.arange(0, 64, 1)[None, :56], plain=1.0)
+    assert logits.mixing.norm() < 100
+    assert logits.left >= 0
+
+
 def test_every_head_is_refitted_for_itself():
     q, k = (torch.stack([rows(60, 5, seed + head) for head in range(3)]) for seed in (10, 20))
     kept = torch.tensor([[0, 1], [1, 4], [2, 3]])
