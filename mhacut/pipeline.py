@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.calibration import HELD_BACK, calibrate
+from mhacut.calibration import calibrate, held_back
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
@@ -277,7 +277,7 @@ def _sensitivity_images(options: SearchOptions, images: int) -> int:
     """How many of the images to differentiate."""
     if options.allocation not in ("curves", "refined"):
         return 0
-    fitted = images - round(HELD_BACK * images)
+    fitted = images - held_back(images)
     return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))
 
 
