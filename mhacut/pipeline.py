@@ -36,7 +36,7 @@ from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
 from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
-from mhacut.modelinfo import classifier_size, left_whole
+from mhacut.modelinfo import classifier_size, gives_probabilities, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.planning import Planner
@@ -161,7 +161,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         batch_size=options.search.batch_size,
         sensitivity_images=_sensitivity_images(options.search, len(seen.images)),
         seed=options.search.seed,
-        classifier=classes > 0,
+        classifier=gives_probabilities(dense),
         progress=lambda done, total: reporter.advance(done, total),
     )
     lesson = Distillation(
@@ -171,7 +171,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
         batch_size=options.search.batch_size,
         seed=options.search.seed,
         label_weight=options.search.label_weight,
-        classifier=classes > 0,
+        classifier=gives_probabilities(dense),
         amp=options.amp,
     )
     planned = Planner(
