@@ -1,8 +1,8 @@
 """One streaming pass of images through the dense model: everything later steps know of its activations.
 
 Per unit, moments of its channels, apart for images to fit and images held back; per layer, how sharply the
-model's answer reacts to an error of the layer's output; and the answers themselves. As large for one image as
-for many.
+model's answer reacts to an error of the layer's output; and the answers themselves. But for the answers, as
+large for one image as for many.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ HELD_BACK = 0.25
 """Share of the images that judges what the others were fitted to."""
 
 
+def held_back(images: int) -> int:
+    """How many of so many images judge what the others were fitted to; 0 of a single one."""
+    return max(1, round(HELD_BACK * images)) if images > 1 else 0
+
+
 @dataclass(frozen=True)
 class UnitMoments:
     """Moments of one unit's channels, as its readout sees them.
@@ -43,9 +48,11 @@ class UnitMoments:
 
     fit: tuple[Moments, ...]
     held: tuple[Moments, ...]
+    """The same as ``fit`` where there is a single image."""
 
     @property
     def every(self) -> tuple[Moments, ...]:
+        """Of all images."""
         return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
 
 
@@ -161,6 +168,7 @@ class _Accumulator:
         }
 
     def moments(self) -> UnitMoments:
+        """Of what was fed so far."""
         taps = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
         if self.unit.linear:
             taps = ("parts",)
@@ -171,6 +179,7 @@ class _Accumulator:
         return UnitMoments(fit or held, held or fit)
 
     def statistics(self, module: nn.Module) -> UnitStatistics:
+        """Of what was fed so far, on the CPU; ``module`` is the unit's layer."""
         unit, moments = self.unit, self.moments().every
         if unit.kind == "qk":
             assert self.energy is not None
@@ -206,8 +215,8 @@ def calibrate(
         anatomy: of ``model``.
         images: normalised.
         batch_size: images at a time.
-        sensitivity_images: how many of them to differentiate for the layers' sensitivity; each costs about
-            three times an image that is not.
+        sensitivity_images: how many of those to fit are differentiated, in whole batches, for the layers'
+            sensitivity; each costs about three times an image that is not.
         seed: of the random projections that estimate it.
         classifier: whether outputs are class logits.
         progress: called with (images done, images in all).
@@ -215,7 +224,7 @@ def calibrate(
     """
     processes = processes or Processes(0, 1, images.device)
     count = len(images)
-    held = max(1, round(HELD_BACK * count)) if count > 1 else 0
+    held = held_back(count)
     accumulators = {
         unit.key: _Accumulator(unit, _output_metric(model, layer) if unit.linear else None)
         for layer in anatomy.layers
@@ -233,11 +242,10 @@ def calibrate(
         accumulators[unit.key].feed(tap, channels, in_held)
 
     with listening(model, anatomy.units(), listen):
-        # Images to fit come first: gradients are of those.
         batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
         for number, (start, stop) in enumerate(batches):
             in_held = start < held
-            differentiate = differentiated < sensitivity_images
+            differentiate = not in_held and differentiated < sensitivity_images
             differentiated += (stop - start) * differentiate
             if number % processes.size == processes.rank:
                 batch = images[start:stop].to(device)

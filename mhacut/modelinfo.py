@@ -27,6 +27,11 @@ def classifier_size(model: Any) -> int:
     return int(getattr(model, "num_classes", 0) or 0)
 
 
+def gives_probabilities(model: Any) -> bool:
+    """Whether a softmax over the outputs says something: of a single output it is 1, whatever that is."""
+    return classifier_size(model) > 1
+
+
 def left_whole(anatomy: Anatomy) -> tuple[str, ...]:
     """One line per reason for what is not cut: which units of how many layers, and pooling heads."""
     layers: dict[str, list[str]] = {}

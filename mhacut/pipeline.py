@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.calibration import HELD_BACK, Calibration, calibrate
+from mhacut.calibration import Calibration, calibrate, held_back
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
@@ -35,7 +35,7 @@ from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
 from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
-from mhacut.modelinfo import classifier_size, left_whole
+from mhacut.modelinfo import classifier_size, gives_probabilities, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
 from mhacut.plan import Plan, UnitKind
 from mhacut.planning import Planner
@@ -135,7 +135,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             batch_size=options.search.batch_size,
             sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
             seed=options.search.seed,
-            classifier=subject.classes > 0,
+            classifier=gives_probabilities(subject.dense),
             progress=lambda done, total: clock.reporter.advance(done, total),
             processes=processes,
         )
@@ -151,7 +151,6 @@ class _Subject:
     dense: nn.Module
     """Without gradients, on ``device``."""
     device: torch.device
-    classes: int
     preprocessing: Preprocessing
     anatomy: Anatomy
     left_whole: tuple[str, ...]
@@ -202,7 +201,6 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
         target=target,
         dense=dense,
         device=device,
-        classes=classes,
         preprocessing=preprocessing,
         anatomy=anatomy,
         left_whole=whole,
@@ -229,7 +227,7 @@ def _cut_down(
         batch_size=options.search.batch_size,
         seed=options.search.seed,
         label_weight=options.search.label_weight,
-        classifier=subject.classes > 0,
+        classifier=gives_probabilities(dense),
         amp=options.amp,
     )
     planned = Planner(
@@ -336,7 +334,7 @@ def _sensitivity_images(options: SearchOptions, images: int) -> int:
     """How many of the images to differentiate."""
     if options.allocation not in ("curves", "refined"):
         return 0
-    fitted = images - round(HELD_BACK * images)
+    fitted = images - held_back(images)
     return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))
 
 

@@ -47,7 +47,7 @@ class Planned:
 
 
 class Planner:
-    """Everything a plan is made from."""
+    """Makes one plan; holds everything it is made from."""
 
     def __init__(
         self,
@@ -72,7 +72,8 @@ class Planner:
             units: those that may be cut.
             table: costs of ``dense``.
             calibration: of ``dense``; with sensitivities where curves are wanted.
-            lesson: what indicators are taught, on all calibration images.
+            lesson: what indicators are taught, on all calibration images; held-back ones are left out where
+                they judge what was learned.
             budget: FLOPs; reachable (see :func:`mhacut.widths.lowest_flops`).
             round_to: widths are multiples of it, or the dense width.
             options: see :class:`SearchOptions`.
@@ -108,7 +109,11 @@ class Planner:
         return Planned(refined if after < before else ready, curves, log, note)
 
     def divergence(self, ready: Compensation) -> float:
-        """Of the cut model from the dense one, mean over the images held back."""
+        """Of the cut model from the dense one, mean over the images held back.
+
+        Those chose the ridges of the repair, which was then fitted to them too: it compares plans, and
+        flatters both alike.
+        """
         device = next(self.dense.parameters()).device
         gains = {key: gain.to(device) for key, gain in ready.gains.items()}
         judge = self.lesson.part(0, max(self.calibration.held, 1))
@@ -116,7 +121,7 @@ class Planner:
 
     def _by_indicators(self) -> Planned:
         self.start_stage("searching")
-        found = self._search(self.dense, None)
+        found = self._search(self.dense, self.lesson, None)
         decision = Decision(found.plan, gains=found.gains if self.options.reweight else None)
         if self.options.repair and self.options.selection == "repair":
             decision = replace(decision, ways=self._ways())
@@ -145,7 +150,7 @@ class Planner:
         return error_curves(
             self.dense,
             self.anatomy,
-            {key: likeliest[0] for key, likeliest in ways.items()},
+            {key: by_likelihood[0] for key, by_likelihood in ways.items()},
             self.calibration,
             self.choices,
             self.lesson.images[:REPLAYED],
@@ -153,9 +158,7 @@ class Planner:
             progress=lambda done, total: self.progress(done, total, ""),
         )
 
-    def _compensated(
-        self, ways: Mapping[UnitKey, tuple[Reduction, ...]], widths: Mapping[UnitKey, int]
-    ) -> Compensation:
+    def _compensated(self, ways: Mapping[UnitKey, tuple[Reduction, ...]], widths: Widths) -> Compensation:
         self.start_stage("repairing")
         plan = Plan(tuple(ways[unit.key][0].plan(widths[unit.key]) for unit in self.units))
         decision = Decision(plan, ways)
@@ -174,17 +177,19 @@ class Planner:
                 rotate(model.get_submodule(unit.layer), unit, way.rotation)
             start[unit.key] = _scores(way.ranking.order.cpu(), unit_plan.width)
         self.start_stage("searching")
-        found = self._search(model, start)
+        found = self._search(model, self.lesson.part(self.calibration.held, None), start)
         return found.plan.widths(), found.log
 
-    def _search(self, model: nn.Module, start: Mapping[UnitKey, Tensor] | None) -> SearchResult:
+    def _search(
+        self, model: nn.Module, lesson: Distillation, start: Mapping[UnitKey, Tensor] | None
+    ) -> SearchResult:
         return search(
             model,
             self.anatomy,
             self.units,
             self.table,
             self.calibration,
-            self.lesson,
+            lesson,
             budget=self.budget,
             round_to=self.round_to,
             options=self.options,

@@ -174,6 +174,16 @@ def test_it_foretells_the_divergence_of_small_errors():
         assert told == pytest.approx(true, rel=0.2)
 
 
+@pytest.mark.parametrize("images", [2, 9])
+def test_images_held_back_are_never_differentiated(images):
+    it = Calibrated(images=images, sensitivity_images=images)
+    assert it.found.sensitivity.keys() == {layer.name for layer in it.anatomy.layers}
+    it.images[: it.found.held] += 1
+    other = it.run(sensitivity_images=images)
+    for layer, sensitivity in it.found.sensitivity.items():
+        assert torch.equal(other.sensitivity[layer], sensitivity)
+
+
 def test_only_as_many_images_are_differentiated_as_asked_for():
     it = Calibrated(images=9, batch_size=2)
     assert it.found.sensitivity == {}

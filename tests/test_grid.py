@@ -11,7 +11,7 @@ from models import Case, build, relative
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from mhacut import pipeline
+from mhacut import pipeline, planning
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import UsageError
 from mhacut.options import Allocation, BasisChoice, Effort
@@ -116,6 +116,20 @@ def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense
     assert result.repairs
     with pytest.raises(UsageError, match="--basis principal: expected channel with --selection indicator"):
         check(dense, tmp_path, monkeypatch, basis="principal", **options)
+
+
+@pytest.mark.parametrize(("allocation", "taught"), [("indicator", 8), ("refined", 6)])
+def test_indicators_are_not_taught_what_they_are_judged_by(dense, tmp_path, monkeypatch, allocation, taught):
+    seen = []
+
+    def search(*args, **kwargs):
+        seen.append(args[5].images)
+        return real(*args, **kwargs)
+
+    real = planning.search
+    monkeypatch.setattr(planning, "search", search)
+    check(dense, tmp_path, monkeypatch, allocation=allocation)
+    assert [len(images) for images in seen] == [taught]
 
 
 def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(

@@ -78,6 +78,28 @@ def test_a_fresh_process_reads_the_same_model(tiny_vit, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_head_with_one_output_is_judged_by_what_it_says(tiny_vit, tmp_path):
+    # A softmax over one output is 1: by its divergence, every cut would be perfect.
+    tensors = load_file(tiny_vit.path)
+    tensors |= {name: tensors[name][:1].clone() for name in ("head.weight", "head.bias")}
+    save_file(tensors, tmp_path / "one.safetensors")
+    notes = []
+
+    class Noting(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    prune(
+        tiny_vit,
+        tmp_path / "slim.safetensors",
+        checkpoint=tmp_path / "one.safetensors",
+        tuning_steps=1,
+        reporter=Noting(),
+    )
+    (told,) = (note for note in notes if note.startswith("tuning: "))
+    assert float(re.search(r"images (\S+) without", told)[1]) > 0
+
+
 def test_a_slim_file_can_be_pruned_again(tiny_vit, tmp_path):
     first = prune(tiny_vit, tmp_path / "first.safetensors")
     second = mhacut.prune(first.output, flops="70%", output=tmp_path / "second.safetensors", **QUICK)
@@ -345,3 +367,16 @@ def test_two_processes_write_what_one_writes(tiny_vit, tmp_path):
     assert again.returncode != 0
     assert again.stderr.count("exists") == 1, again.stderr
     assert "did not foresee" not in again.stderr
+
+
+def test_a_single_image_does_not_break_the_model():
+    # There is nothing to judge refits by, and fewer tokens than channels to fit them to.
+    result = mhacut.prune(
+        DIGITS / "model",
+        flops="50%",
+        data_dir=DIGITS / "images",
+        calibration_images=1,
+        latency=False,
+        dry_run=True,
+    )
+    assert result.slim.evaluation.top1 > 90

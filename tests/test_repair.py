@@ -49,6 +49,19 @@ def test_moments_add_up_and_centre_as_written_out():
     assert torch.allclose(Moments.of(x).second, moments.second, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mean", [0, 30, 3000])
+def test_a_large_mean_does_not_drown_the_variance(mean):
+    x = (rows(500, 6, 0) - torch.arange(6)) @ torch.diag(torch.tensor([1, 1, 0.1, 0.1, 1e-2, 1e-2])).double()
+    batches = (x + mean).float().split(120)
+    found = sum(map(Moments.of, batches[1:]), Moments.of(batches[0]))
+    expected = exact(torch.cat(batches))
+    assert torch.allclose(found.mean, expected.mean, rtol=1e-9)
+    assert torch.allclose(found.second, expected.second, rtol=1e-6)
+    assert relative(found.covariance[4:, 4:], expected.covariance[4:, 4:]) < 1e-4
+    # So that nothing seems to be won by keeping less.
+    assert rank_channels(found.covariance, torch.ones(3, 6), heads=1, smallest=1).error.min() >= 0
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_linear_refit_is_least_squares(constant):
     x, columns = rows(400, 6, 1), torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double()
@@ -144,6 +157,27 @@ def test_held_back_logits_that_disagree_leave_the_queries_as_they_were():
     assert found.ridge == float("inf")
     assert torch.equal(found.mixing, 1.25 * torch.eye(3)[None].double())
     assert found.error == 1.0
+
+
+def test_fewer_rows_than_channels_do_not_blow_up_what_rounding_left_of_the_rest():
+    # In float32, the second moment of 50 rows has eigenvalues about 0, also below.
+    generator = torch.Generator().manual_seed(0)
+    mix, mean = torch.randn(60, 192, generator=generator), torch.randn(192, generator=generator)
+    x = torch.randn(400, 60, generator=generator) @ mix + mean
+    columns = torch.randn(96, 192, generator=generator)
+    kept, gone = torch.arange(0, 192, 2), torch.arange(1, 192, 2)
+    seen = Moments.of(x[:50])
+    found = refit_linear(seen, seen, kept, columns, constant=True)
+    unseen = x[50:].double()
+    left = unseen[:, gone] - unseen[:, kept] @ found.prediction.T - found.constant
+    reader = columns[:, gone].double().T
+    assert (left @ reader).norm() < (unseen[:, gone] @ reader).norm()
+    assert found.prediction.norm() < 100
+    heads = Moments.of(x[:50, :64] - x[:50, :64].mean(0))
+    heads = Moments(50, heads.total[None], heads.second[None])
+    logits = refit_logits((heads, heads), (heads, heads), torch.arange(0, 64, 1)[None, :56], plain=1.0)
+    assert logits.mixing.norm() < 100
+    assert logits.left >= 0
 
 
 def test_every_head_is_refitted_for_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,7 @@ class Moments:
     """Sums over rows x of x and of x x^T; batched over leading dimensions."""
 
     rows: int
+    """How many rows were summed."""
     total: Tensor
     """[..., d], float64."""
     second: Tensor
@@ -19,9 +21,20 @@ class Moments:
 
     @classmethod
     def of(cls, activation: Tensor) -> Moments:
-        """Of ``activation`` [..., rows, d]; products in float32, which a single batch cannot wear out."""
+        """Of ``activation`` [..., rows, d].
+
+        Products are taken in float32, about the mean of these rows: about 0, the rounding of a large mean
+        would drown a small variance, and covariances could come out negative.
+        """
         x = activation.detach().float()
-        return cls(x.shape[-2], x.double().sum(-2), (x.transpose(-2, -1) @ x).double())
+        rows, total = x.shape[-2], x.double().sum(-2)
+        centre = x.mean(-2, keepdim=True)
+        x = x - centre
+        middle = centre.squeeze(-2).double()
+        rest = total - rows * middle  # 0 but for rounding
+        # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
+        about_zero = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
+        return cls(rows, total, (x.mT @ x).double() + about_zero)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
@@ -44,9 +57,10 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        """Mean of (x - mean)(x - mean)^T, [..., d, d]."""
         return self.about(self.mean)
 
     @property
     def energy(self) -> Tensor:
-        """Mean of x x^T, not centred."""
+        """Mean of x x^T, not centred, [..., d, d]."""
         return self.second / self.rows

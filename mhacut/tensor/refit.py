@@ -73,6 +73,7 @@ def refit_linear(
     errors = {float("inf"): float((metric * unseen[gone][:, gone]).sum())}
     values, vectors = torch.linalg.eigh(seen[kept][:, kept])
     size = float(values.clamp_min(0).mean())
+    rounding = max(0.0, -float(values[0]))  # what no ridge is smaller than, see _ridge_solve
     # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
     projected = seen[gone][:, kept] @ vectors
     weighed = metric @ projected
@@ -81,7 +82,7 @@ def refit_linear(
     for ridge in RIDGES:
         if size <= 0:
             break
-        shrunk = 1 / (values.clamp_min(0) + ridge * size)
+        shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
         saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
         errors[ridge] = max(0.0, errors[float("inf")] - saved)
     ridge = min(errors, key=lambda candidate: errors[candidate])
@@ -158,11 +159,27 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
 
 
 def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(system + ridge * mean(diag(system)) * I)^-1 target, batched; 0 where the system is."""
+    """(system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is.
+
+    Where rounding has left ``system`` negative eigenvalues, they count as 0 and the ridge is at least as
+    large: a smaller one could hit upon them, and the solution would be as large as rounding is small.
+
+    Args:
+        system: second moment, [..., n, n].
+        target: [..., n, m].
+        ridge: relative.
+    """
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     size = diagonal.mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    solution: Tensor = torch.linalg.solve(system + ridge * size * identity, target)
+    damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    solution: Tensor
+    # A Cholesky factor vouches for half the ridge, in far less time than eigenvalues take.
+    if not torch.linalg.cholesky_ex((system + damped) / 2).info.any():
+        solution = torch.linalg.solve(damped, target)
+        return solution
+    values, vectors = torch.linalg.eigh(system)
+    lifted = values.clamp_min(0) + torch.maximum(ridge * size.squeeze(-1), -values[..., :1])
+    solution = vectors @ (vectors.mT @ target / lifted.unsqueeze(-1))
     return solution
 
 
@@ -173,7 +190,7 @@ def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor)
     full = (query * key).sum()
     cross = (_block(query, every, kept) @ mixing * _block(key, every, kept)).sum()
     inner = mixing.transpose(-2, -1) @ _block(query, kept, kept) @ mixing
-    return float(full - 2 * cross + (inner * _block(key, kept, kept)).sum())
+    return max(0.0, float(full - 2 * cross + (inner * _block(key, kept, kept)).sum()))
 
 
 def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
