@@ -353,6 +353,20 @@ def test_merging_gains_of_one_changes_no_bit():
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("case", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224"])
+@torch.no_grad()
+def test_gains_that_were_trained_away_leave_nothing_of_a_kept_channel(case):
+    model, x = build(case), image()
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 3)
+    for unit in anatomy.units():
+        if unit.width > 2:
+            gains[unit.key][:, :2] *= torch.tensor([0.0, -0.5], dtype=torch.float64)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-9
+
+
 def test_a_gate_is_open_in_a_model_at_rest():
     model = build("flatten_swin_tiny_224")
     layer, qk, _ = focused_layers(model)[0]
