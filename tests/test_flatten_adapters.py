@@ -21,7 +21,7 @@ from mhacut.cost import build_cost_table, measure_flops
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, set_gate
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, set_gate
 
 CASES = {
     **{name: (name, args) for name, args in SMALL.items()},
@@ -307,6 +307,28 @@ def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels(
     assert ("v", True) not in allowed["flatten_cswin_tiny_224"]
     assert ("v", True) in allowed["flatten_swin_tiny_224"]
     assert allowed["timm pvt"] == {("qk", True), ("v", True)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["flatten_swin_tiny_224", "flatten_cswin_tiny_224", *(case for case in CASES if case not in SMALL)],
+)
+@pytest.mark.parametrize("slim", [False, True], ids=["dense", "slim"])
+@torch.no_grad()
+def test_turned_channels_compute_what_they_did(case, slim):
+    model, x = build(case), image()
+    if slim:
+        cut(model, random_plan(dissect(model), 4)[0])
+    expected, turned = model(x), 0
+    generator = torch.Generator().manual_seed(2)
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            shape = unit.heads, unit.width, unit.width
+            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
+            turned += 1
+    assert turned
+    assert relative(model(x), expected) < 1e-9
 
 
 @torch.no_grad()
