@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -23,10 +24,12 @@ from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.plan import Plan
+from mhacut.planning import Planner
 from mhacut.reduction import reductions
 from mhacut.repair import repair
 from mhacut.surgery import cut, dissect, masked_tensors, readers
 from mhacut.tensor.attention_difference import linear_attention_energy, linear_contributions
+from mhacut.tensor.indicator import THRESHOLD
 from mhacut.tensor.refit import output_error, refit_linear
 from mhacut.tensor.selection import Ranking, rank_parts, rank_shared_channels
 
@@ -212,6 +215,30 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
             assert report[unit.key].plan == best.plan(8)
             chosen.add(best.unshared)
     assert chosen == {True, False}
+
+
+@torch.no_grad()
+def test_indicators_that_refine_a_plan_start_from_its_channels():
+    model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
+    anatomy = dissect(model)
+    moments = calibrate(model, anatomy, images, batch_size=8).moments
+    ways = {
+        unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
+        for unit in anatomy.units(("v",))
+    }
+    for number in range(2):  # each its own, or equal positions
+        plan = Plan(tuple(choices[number].plan(8) for choices in ways.values()))
+        started = {}
+
+        def search(dense, start, plan=plan, started=started):
+            started.update(start)
+            return SimpleNamespace(plan=plan, log=())
+
+        planner = SimpleNamespace(dense=model, anatomy=anatomy, start_stage=lambda name: None, _search=search)
+        Planner._refined(planner, ways, SimpleNamespace(plan=plan))
+        for unit_plan in plan:
+            masks = started[unit_plan.key] > THRESHOLD
+            assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept
 
 
 def checkpoint(case: str, folder) -> tuple[object, dict]:
