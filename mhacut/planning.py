@@ -172,7 +172,8 @@ class Planner:
         start = {}
         for unit_plan in ready.plan:
             unit = self.anatomy.unit(unit_plan.key)
-            way = next((way for way in ways[unit.key] if way.basis == unit_plan.basis), ways[unit.key][0])
+            # That of the plan; a unit that stays whole fits several.
+            way = next(way for way in ways[unit.key] if way.plan(unit_plan.width) == unit_plan)
             if way.rotation is not None:
                 rotate(model.get_submodule(unit.layer), unit, way.rotation)
             start[unit.key] = _scores(way.ranking.order.cpu(), unit_plan.width)

@@ -22,6 +22,9 @@ from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitKind, UnitPlan
 
 UnitKey = tuple[str, UnitKind]
+_LEAST_GATE = 1e-60
+"""What can be merged is positive. A kept channel whose gain was trained to 0 or below is gone in the masked
+twin; so much of it is left in the cut. (Features get the sixth root, 1e-10: little beside 1e-6.)"""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
                 gain = gain * gains[unit.key].to(gain)
             _fold_constants(module, unit, gain)
             if unit.gate is not None:
-                layer.adapter.merge_gate(module, unit, gain)
+                layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
             for axis in unit.gain_axes:
                 _scale(module, axis, gain)
         _slice(module, layer, unit_plans)

@@ -21,7 +21,7 @@ from mhacut.cost import build_cost_table, measure_flops
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, set_gate
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, set_gate
 
 CASES = {
     **{name: (name, args) for name, args in SMALL.items()},
@@ -309,6 +309,28 @@ def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels(
     assert allowed["timm pvt"] == {("qk", True), ("v", True)}
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["flatten_swin_tiny_224", "flatten_cswin_tiny_224", *(case for case in CASES if case not in SMALL)],
+)
+@pytest.mark.parametrize("slim", [False, True], ids=["dense", "slim"])
+@torch.no_grad()
+def test_turned_channels_compute_what_they_did(case, slim):
+    model, x = build(case), image()
+    if slim:
+        cut(model, random_plan(dissect(model), 4)[0])
+    expected, turned = model(x), 0
+    generator = torch.Generator().manual_seed(2)
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            shape = unit.heads, unit.width, unit.width
+            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
+            turned += 1
+    assert turned
+    assert relative(model(x), expected) < 1e-9
+
+
 @torch.no_grad()
 def test_own_positions_need_filters_of_their_own():
     model = build("flatten_deit_tiny")
@@ -351,6 +373,20 @@ def test_merging_gains_of_one_changes_no_bit():
     units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()]
     cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in anatomy.units()})
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224"])
+@torch.no_grad()
+def test_gains_that_were_trained_away_leave_nothing_of_a_kept_channel(case):
+    model, x = build(case), image()
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 3)
+    for unit in anatomy.units():
+        if unit.width > 2:
+            gains[unit.key][:, :2] *= torch.tensor([0.0, -0.5], dtype=torch.float64)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-9
 
 
 def test_a_gate_is_open_in_a_model_at_rest():

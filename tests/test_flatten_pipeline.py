@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -21,12 +24,14 @@ from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.plan import Plan
+from mhacut.planning import Planner
 from mhacut.reduction import reductions
 from mhacut.repair import repair
 from mhacut.surgery import cut, dissect, masked_tensors, readers
 from mhacut.tensor.attention_difference import linear_attention_energy, linear_contributions
-from mhacut.tensor.refit import output_error
-from mhacut.tensor.selection import rank_parts, rank_shared_channels
+from mhacut.tensor.indicator import THRESHOLD
+from mhacut.tensor.refit import output_error, refit_linear
+from mhacut.tensor.selection import Ranking, rank_parts, rank_shared_channels
 
 seeds = st.integers(0, 2**32 - 1)
 QUICK = {
@@ -142,12 +147,12 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
 
 @pytest.mark.parametrize("case", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224", "flatten_swin_tiny_224"])
 @torch.no_grad()
-def test_repair_helps_v_and_leaves_linear_q_and_k_alone(case):
+def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     model, images = build(case, dtype=torch.float32), image(torch.float32, batch=24)
     anatomy = dissect(model)
     calibration = calibrate(model, anatomy, images, batch_size=8)
     plans, gains = {}, {}
-    for unit in anatomy.units(("qk", "v")):
+    for unit in anatomy.units():
         module = model.get_submodule(unit.layer)
         ways = reductions(module, unit, calibration.moments[unit.key], 4, "channel")
         assert [way.unshared for way in ways] == ([True, False] if unit.shares else [False])
@@ -165,13 +170,13 @@ def test_repair_helps_v_and_leaves_linear_q_and_k_alone(case):
     )
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     report = repair(model, anatomy, plan, calibration.moments)
-    for unit in anatomy.units(("qk",)):
+    for unit in anatomy.units():
         if unit.linear:
             assert report[unit.key].error == 1.0
             for axis in unit.axes:
                 name = f"{unit.layer}.{axis.tensor}"
                 assert torch.equal(model.get_parameter(name), before[name])
-        elif unit.kind == "v":
+        elif unit.kind != "qk":
             assert report[unit.key].error < 1
             assert not readers(model.get_submodule(unit.layer), unit)[
                 :, gains[unit.key].reshape(-1) == 0
@@ -180,6 +185,60 @@ def test_repair_helps_v_and_leaves_linear_q_and_k_alone(case):
     assert (masked - dense).norm() < (plain - dense).norm()
     cut(model, plan, gains)
     assert relative(model(images), masked) < 1e-4
+
+
+@torch.no_grad()
+def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_images():
+    model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=24)
+    anatomy = dissect(model)
+    moments = calibrate(model, anatomy, images, batch_size=8).moments
+    chosen = set()
+    for unit in anatomy.units(("v",)):
+        module, seen = model.get_submodule(unit.layer), moments[unit.key]
+        own, equal = reductions(module, unit, seen, 4, "channel")
+        bad = replace(own, ranking=Ranking(own.ranking.order.flip(-1)))  # keeps what matters least
+        columns, first = readers(module, unit), torch.arange(unit.heads)[:, None] * unit.width
+        for ways in ((own, equal), (equal, own), (bad, equal), (equal, bad)):
+            left = [
+                refit_linear(
+                    seen.fit[0],
+                    seen.held[0],
+                    (torch.tensor(way.plan(8).kept) + first).reshape(-1),
+                    columns,
+                    constant=True,
+                ).left
+                for way in ways
+            ]
+            best = ways[left.index(min(left))]
+            plan = Plan((best.plan(8),))
+            report = repair(copy.deepcopy(model), anatomy, plan, moments, ways={unit.key: ways})
+            assert report[unit.key].plan == best.plan(8)
+            chosen.add(best.unshared)
+    assert chosen == {True, False}
+
+
+@torch.no_grad()
+def test_indicators_that_refine_a_plan_start_from_its_channels():
+    model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
+    anatomy = dissect(model)
+    moments = calibrate(model, anatomy, images, batch_size=8).moments
+    ways = {
+        unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
+        for unit in anatomy.units(("v",))
+    }
+    for number in range(2):  # each its own, or equal positions
+        plan = Plan(tuple(choices[number].plan(8) for choices in ways.values()))
+        started = {}
+
+        def search(dense, start, plan=plan, started=started):
+            started.update(start)
+            return SimpleNamespace(plan=plan, log=())
+
+        planner = SimpleNamespace(dense=model, anatomy=anatomy, start_stage=lambda name: None, _search=search)
+        Planner._refined(planner, ways, SimpleNamespace(plan=plan))
+        for unit_plan in plan:
+            masks = started[unit_plan.key] > THRESHOLD
+            assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept
 
 
 def checkpoint(case: str, folder) -> tuple[object, dict]:

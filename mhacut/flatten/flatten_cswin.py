@@ -224,8 +224,7 @@ class FlattenCswin(Pyramid):
         proj_drop_rate: after the projection and in the MLP.
         attn_drop_rate: on softmax attention weights.
         drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.4
-        (small),
-            0.5 (base) or 0.7 (base, 384).
+            (small), 0.5 (base) or 0.7 (base, 384).
         device: as in torch.
         dtype: as in torch.
     """
