@@ -15,7 +15,7 @@ from mhacut.adapters.registry import (
     is_pooling_head,
     looks_like_attention,
     looks_like_mlp,
-    supported_classes,
+    supported_attention,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.options import Temperature
@@ -91,13 +91,13 @@ def dissect(model: nn.Module) -> Anatomy:
     if unknown:
         found = ", ".join(f"{cls} (first at {name})" for cls, name in unknown.items())
         raise UnsupportedModelError(
-            f"attention class not supported: {found}. Nothing was cut, since half a model would be. "
-            f"Supported: {', '.join(supported_classes())}"
+            f"attention class not supported: {found}; a model is cut whole or not at all. "
+            f"Supported: {', '.join(supported_attention())}"
         )
     if not any(layer.adapter.family == "attention" for layer in layers):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no attention layer mhacut can cut. "
-            f"Supported: {', '.join(supported_classes())}"
+            f"Supported: {', '.join(supported_attention())}"
         )
     for mlp, names in unknown_mlps.items():
         left_alone.append(f"{names[0]} ({mlp}): this MLP class is not supported ({len(names)} layers)")

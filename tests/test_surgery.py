@@ -40,7 +40,8 @@ def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
         model = timm.create_model(architecture)
     with pytest.raises(UnsupportedModelError, match=cls.replace(".", r"\.")) as refusal:
         dissect(model)
-    assert "Supported: Attention" in str(refusal.value)
+    assert "timm.layers.attention.Attention" in str(refusal.value).partition("Supported: ")[2]
+    assert "Mlp" not in str(refusal.value)
 
 
 def test_a_model_that_mixes_known_and_unknown_attention_is_refused_whole():

@@ -88,6 +88,9 @@ def looks_like_mlp(module: nn.Module) -> bool:
     return _SAYS_MLP.search(type(module).__name__) is not None
 
 
-def supported_classes() -> tuple[str, ...]:
-    """Names of the classes that can be cut, for messages."""
-    return tuple(sorted({cls.__name__ for cls in _BY_CLASS if not cls.__module__.startswith(_OWN)}))
+def supported_attention() -> tuple[str, ...]:
+    """The attention classes that can be cut, with their modules, for messages."""
+    found = (cls for cls, adapter in _BY_CLASS.items() if adapter.family == "attention")
+    return tuple(
+        sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found if not cls.__module__.startswith(_OWN))
+    )
