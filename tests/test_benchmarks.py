@@ -584,7 +584,8 @@ def test_the_cost_of_pruning_is_told_per_stage(monkeypatch, tmp_path, capsys) ->
     assert line.startswith("| tiny | balanced | 4 |")
     (row,) = json.loads(file.read_text()).values()
     assert set(overhead.STAGES) - set(row["seconds"]) == {"tuning"}
-    assert 0 < row["start"]["peak_mib"] < row["all"]["peak_mib"]
+    # Not less: on Linux a child starts with the peak of its parent, which here is large.
+    assert 0 < row["start"]["peak_mib"] <= row["all"]["peak_mib"]
     monkeypatch.setattr(overhead, "measure", None)  # what is in the file is not run again
     overhead.main(flags)
     assert capsys.readouterr().out.splitlines()[-1] == line

@@ -87,7 +87,7 @@ def test_flags_are_the_options():
 
 def test_defaults_are_the_options(captured):
     assert run("prune", "a.safetensors", "--flops", "50%").exit_code == 1
-    assert captured == [PruneOptions("a.safetensors", "50%")]
+    assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
 
 
 FULL = PruneOptions.from_flat(

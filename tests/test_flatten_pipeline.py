@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import relative
 from safetensors import safe_open
@@ -54,6 +54,7 @@ def features(*shape: int, seed: int) -> Tensor:
 
 
 @given(seed=seeds)
+@example(seed=172)  # a row that is left with so little that the 1e-6 beside it shows
 @settings(max_examples=20, deadline=None)
 def test_attention_energy_is_what_row_normalised_attention_loses(seed):
     q, k = features(2, 3, 6, 4, seed=seed), features(2, 3, 5, 4, seed=seed + 1) + 0.1
@@ -68,7 +69,7 @@ def test_attention_energy_is_what_row_normalised_attention_loses(seed):
     for channel in range(4):
         without = [i for i in range(4) if i != channel]
         lost = attention(q, k) - attention(q[..., without], k[..., without])
-        torch.testing.assert_close(found[:, channel], lost.square().sum((0, 2, 3)), rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(found[:, channel], lost.square().sum((0, 2, 3)), rtol=1e-3, atol=1e-12)
 
 
 @given(seed=seeds)
@@ -221,7 +222,8 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
 def test_indicators_that_refine_a_plan_start_from_its_channels():
     model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
     anatomy = dissect(model)
-    moments = calibrate(model, anatomy, images, batch_size=8).moments
+    calibration = calibrate(model, anatomy, images, batch_size=8)
+    moments = calibration.moments
     ways = {
         unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
         for unit in anatomy.units(("v",))
@@ -230,11 +232,12 @@ def test_indicators_that_refine_a_plan_start_from_its_channels():
         plan = Plan(tuple(choices[number].plan(8) for choices in ways.values()))
         started = {}
 
-        def search(dense, start, plan=plan, started=started):
+        def search(dense, lesson, start, plan=plan, started=started):
             started.update(start)
             return SimpleNamespace(plan=plan, log=())
 
         planner = SimpleNamespace(dense=model, anatomy=anatomy, start_stage=lambda name: None, _search=search)
+        planner.calibration, planner.lesson = calibration, SimpleNamespace(part=lambda start, stop: None)
         Planner._refined(planner, ways, SimpleNamespace(plan=plan))
         for unit_plan in plan:
             masks = started[unit_plan.key] > THRESHOLD
