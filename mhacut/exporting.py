@@ -110,7 +110,7 @@ def require_onnx(flag: str) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise MhacutError(
-            f"{flag} needs {' and '.join(missing)}, which are not installed: pip install 'mhacut[onnx]'"
+            f"{flag} needs {', '.join(missing)}, not installed here: pip install 'mhacut[onnx]'"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
-from mhacut.adapters.rows import rows
+from mhacut.adapters.rows import fused_qk, rows
 from mhacut.plan import UnitKind
 
 
@@ -55,19 +55,8 @@ class WindowAttentionAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         heads, (qk_width, v_width) = module.num_heads, _widths(module)
-        k_at, v_at = heads * qk_width, 2 * heads * qk_width
-        query, columns = rows(module, "qkv"), ChannelAxis("proj.weight", 1)
-        qk = Unit(
-            name,
-            "qk",
-            heads,
-            qk_width,
-            axes=query + rows(module, "qkv", k_at),
-            gain_axes=query,
-            taps={"query": Tap("qkv", "output"), "key": Tap("qkv", "output", k_at)},
-            rotatable=True,
-            softmax_scaled=True,
-        )
+        v_at, columns = 2 * heads * qk_width, ChannelAxis("proj.weight", 1)
+        qk = fused_qk(name, module, heads, qk_width)
         v = Unit(
             name,
             "v",

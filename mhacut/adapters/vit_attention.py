@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
-from mhacut.adapters.rows import rows
+from mhacut.adapters.rows import fused_qk, rows
 from mhacut.plan import UnitKind
 
 
@@ -57,25 +57,12 @@ class VitAttentionAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         heads, (qk_width, v_width) = module.num_heads, _widths(module)
-        q_at, k_at, v_at = 0, heads * qk_width, 2 * heads * qk_width
+        v_at = 2 * heads * qk_width
         units: list[Unit] = []
         left_whole: dict[UnitKind, str] = {}
 
         if _is_identity(module.q_norm) and _is_identity(module.k_norm):
-            query = rows(module, "qkv", q_at)
-            units.append(
-                Unit(
-                    name,
-                    "qk",
-                    heads,
-                    qk_width,
-                    axes=query + rows(module, "qkv", k_at),
-                    gain_axes=query,
-                    taps={"query": Tap("qkv", "output", q_at), "key": Tap("qkv", "output", k_at)},
-                    rotatable=True,
-                    softmax_scaled=True,
-                )
-            )
+            units.append(fused_qk(name, module, heads, qk_width))
         else:
             left_whole["qk"] = "q and k are normalised over the channels of a head"
 
