@@ -41,11 +41,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--teaching", nargs="+", choices=("teacher", "labels"), default=["teacher", "labels"])
+    parser.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
     arguments = parser.parse_args()
+    precision = "bfloat16 amp, " if arguments.amp else ""
     print(
         f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, timm "
         f"{timm.__version__}; batch size {arguments.batch_size}, lr {arguments.lr:g}, seeds "
-        f"{' '.join(map(str, arguments.seeds))}, otherwise default options of mhacut finetune"
+        f"{' '.join(map(str, arguments.seeds))}, {precision}otherwise default options of mhacut finetune"
     )
     print(f"dense: top-1 {dense_top1(arguments):.2f}%")
     print("| slim file | steps | learns from | before | after | seeds | images/s |")
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace, slim: Path, steps: int, teaching: str, se
             seed=seed,
             batch_size=arguments.batch_size,
             lr=arguments.lr,
+            amp=arguments.amp,
             save_every=50,
             workers=0,
         )
