@@ -33,13 +33,18 @@ class _Grouped(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
+        rare = []
         for parameter in self.get_params(ctx):
+            if getattr(parameter, "hidden", False):
+                rare.append((parameter.opts[0], getattr(parameter, "help", "")))
             record = parameter.get_help_record(ctx)
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Output"
                 panel = getattr(parameter, "rich_help_panel", None) or default
                 panels.setdefault(panel, []).append((record[0].removesuffix(" <str>"), record[1]))
-        for heading, records in panels.items():
+        for heading, records in {**panels, "Rarer options": rare}.items():
+            if not records:
+                continue
             with formatter.section(heading):
                 formatter.write_dl(records)
 

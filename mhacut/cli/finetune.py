@@ -23,12 +23,10 @@ _FLAGS: dict[str, Flag] = {
     "overwrite": Flag("Result", "Start anew in a DIR that holds a run; SLIM is never replaced."),
     "resume": Flag("Result", "Go on with the run in DIR, with its own options.", "DIR"),
     "save_every": Flag("Result", "Steps between saves within an epoch; 0 saves at its end.", "N"),
-    "dtype": Flag("Result", "Of the weights that are written; by default SLIM's."),
     "teacher": Flag(
         "Teacher", "The dense checkpoint, to learn from; labels are then optional.", "CHECKPOINT"
     ),
     "label_weight": Flag("Teacher", "Weight of labels beside the teacher.", "WEIGHT"),
-    "feature_weight": Flag("Teacher", "Weight of matching the teacher's block outputs.", "WEIGHT"),
     "data_dir": Flag("Data", "Folder with train/ and val/, or of unlabelled images.", "DIR"),
     "dataset": FLAGS["dataset"],
     "class_map": FLAGS["class_map"],
@@ -45,55 +43,55 @@ _FLAGS: dict[str, Flag] = {
     "sched": Flag("Training", "Learning rate over the run."),
     "warmup_epochs": Flag("Training", "Epochs in which the learning rate rises.", "N"),
     "clip_grad": Flag("Training", "Largest norm of the gradient; 0 for no limit.", "NORM"),
-    "layer_decay": Flag(
-        "Training", "Factor on the learning rate from each layer to the one before.", "FACTOR"
-    ),
-    "drop_path": Flag("Training", "Stochastic depth of the last block.", "RATE"),
     "model_ema": Flag("Training", "Measure and write a moving average of the weights."),
-    "model_ema_decay": Flag("Training", "Of that average, per step.", "RATE"),
     "seed": Flag("Training", "Of everything random.", "N"),
     "aug": Flag("Augmentation", "Vary training images at all."),
-    "scale": Flag("Augmentation", "Least and largest share of the area that a random crop keeps.", "A,B"),
-    "hflip": Flag("Augmentation", "Probability of a horizontal flip; 0 where left and right differ.", "P"),
-    "color_jitter": Flag("Augmentation", "Changes of brightness, contrast, saturation.", "STRENGTH"),
     "aa": Flag("Augmentation", "AutoAugment policy, rand-m9-mstd0.5-inc1.", "POLICY"),
-    "reprob": Flag("Augmentation", "Probability of erasing a rectangle.", "P"),
     "mixup": Flag("Augmentation", "Alpha of mixup; 0 for none.", "ALPHA"),
     "cutmix": Flag("Augmentation", "Alpha of cutmix; 0 for none.", "ALPHA"),
-    "smoothing": Flag("Augmentation", "Label smoothing.", "SHARE"),
     "device": FLAGS["device"],
     "amp": Flag("Computing", "Mixed precision."),
-    "amp_dtype": Flag("Computing", "Of mixed precision."),
     "compile": Flag("Computing", "Compile the model with torch.compile."),
-    "grad_checkpointing": Flag("Computing", "Less memory for more time."),
     "log": Flag("Computing", "Log to png, tensorboard or wandb, besides summary.csv.", "NAME"),
 }
 
-_CONFIG_ONLY = {
+_FURTHER = {
     "train_split": "Split to train on.",
     "val_split": FLAGS["val_split"].help,
     **{name: FLAGS[name].help for name in ("mean", "std", "crop_pct", "interpolation", "img_size")},
+    "dtype": "Of the weights that are written: float32, bfloat16 or float16; by default SLIM's.",
     "teacher_model": "timm architecture of a teacher file that does not say; by default SLIM's.",
-    "teacher_model_args": "Arguments of that architecture, as KEY: VALUE.",
+    "teacher_model_args": "Argument of that architecture, KEY=VALUE.",
+    "feature_weight": "Weight of matching the teacher's block outputs.",
     "kd_temperature": "Divides both models' outputs before they are compared.",
     "momentum": "Of optimisers that have it.",
+    "layer_decay": "Factor on the learning rate from each layer to the one before.",
+    "drop_path": "Stochastic depth of the last block.",
     "warmup_lr": "Where the learning rate rises from.",
     "min_lr": "Where the learning rate ends.",
     "decay_epochs": "Epochs between decays of --sched step.",
     "decay_rate": "Factor of each decay of --sched step; power of --sched poly.",
     "clip_mode": "What --clip-grad limits: norm, value or agc.",
+    "model_ema_decay": "Of --model-ema, per step.",
     "model_ema_warmup": "Let the moving average forget faster at the start.",
+    "scale": "Least and largest share of the area that a random crop keeps.",
     "ratio": "Least and largest aspect ratio of a random crop.",
+    "hflip": "Probability of a horizontal flip; 0 where left and right differ.",
     "vflip": "Probability of a vertical flip.",
+    "color_jitter": "Changes of brightness, contrast, saturation.",
+    "reprob": "Probability of erasing a rectangle.",
     "remode": "What an erased rectangle is filled with: const, rand or pixel.",
     "recount": "Erased rectangles per image at most.",
     "mixup_prob": "Probability that a step's images are mixed, with --mixup or --cutmix.",
     "mixup_switch_prob": "Probability of cutmix rather than mixup, with both.",
+    "smoothing": "Label smoothing.",
     "train_interpolation": "Of random crops; by default the model's own.",
+    "amp_dtype": "Of --amp: bfloat16, or float16 on CUDA.",
+    "grad_checkpointing": "Less memory for more time.",
     "channels_last": "Lay images out with channels last.",
     "deterministic": "Refuse CUDA kernels that sum in random order.",
 }
-"""Options without a flag: rarely needed."""
+"""Rarely needed: told in brief."""
 
 
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,7 +105,7 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 @command(
     FinetuneOptions,
     flags=_FLAGS,
-    config_only=_CONFIG_ONLY,
+    further=_FURTHER,
     complete=_completed,
 )
 def finetune(options: FinetuneOptions, console: Console) -> None:

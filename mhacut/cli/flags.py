@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import textwrap
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def command(
     options: type[Flat],
     *,
     flags: Mapping[str, Flag] = FLAGS,
-    config_only: Mapping[str, str] = MappingProxyType({}),
+    further: Mapping[str, str] = MappingProxyType({}),
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Callable[[Body], Callable[..., None]]:
     """Make a command of a function of (options, console); its flags are the fields of ``options``.
@@ -115,7 +114,7 @@ def command(
     Args:
         options: the class of what the function takes.
         flags: how its fields look on the command line.
-        config_only: fields without a flag, for ``--config`` alone, and what they mean.
+        further: fields that are rarely wanted, and what they mean; the help lists them last.
         complete: given the values, gives those to use.
     """
     types, defaults = options.types(), options.defaults()
@@ -134,11 +133,13 @@ def command(
 
         run.__name__ = body.__name__
         run.__doc__ = inspect.cleandoc(body.__doc__ or "")
-        if config_only:
-            run.__doc__ += "\n\n" + _told_without_flags(config_only, defaults)
-        shown = _in_panels(types, flags, config_only)
+        shown = _in_panels(types, flags, further)
         parameters = [_parameter("context", typer.Context)]
         parameters += [_flag(name, flags[name], types[name], defaults.get(name)) for name in shown]
+        parameters += [
+            _flag(name, Flag("", meaning), types[name], defaults.get(name), hidden=True)
+            for name, meaning in further.items()
+        ]
         parameters += _common()
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
@@ -158,7 +159,7 @@ def _options(
     for name, value in given.items():
         if value is None or value == []:
             continue
-        if name == "model_args":
+        if _takes_arguments(name):
             value = {**values.get(name, {}), **dict(map(key_value, value))}
         values[name] = convert(value, types[name], flag_name(name))
     values = dict(complete(values))
@@ -172,10 +173,15 @@ def _options(
 def flag_name(name: str) -> str:
     """The flag of an option.
 
-    >>> flag_name("data_dir"), flag_name("model_args")
-    ('--data-dir', '--model-arg')
+    >>> flag_name("data_dir"), flag_name("model_args"), flag_name("teacher_model_args")
+    ('--data-dir', '--model-arg', '--teacher-model-arg')
     """
-    return "--model-arg" if name == "model_args" else "--" + name.replace("_", "-")
+    return "--" + (name.removesuffix("s") if _takes_arguments(name) else name).replace("_", "-")
+
+
+def _takes_arguments(name: str) -> bool:
+    """Whether the option is KEY=VALUE, given one by one."""
+    return name.endswith("model_args")
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -195,17 +201,15 @@ def key_value(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _in_panels(
-    names: Mapping[str, Any], flags: Mapping[str, Flag], config_only: Mapping[str, str]
-) -> list[str]:
+def _in_panels(names: Mapping[str, Any], flags: Mapping[str, Flag], further: Mapping[str, str]) -> list[str]:
     """In the order of ``flags``, which keeps panels together."""
-    missing = set(names) - set(flags) - set(config_only)
+    missing = set(names) - set(flags) - set(further)
     if missing:
         raise LookupError(f"options without a flag: {sorted(missing)}")
     return [name for name in flags if name in names]
 
 
-def _flag(name: str, flag: Flag, kind: Any, default: Any) -> inspect.Parameter:
+def _flag(name: str, flag: Flag, kind: Any, default: Any, *, hidden: bool = False) -> inspect.Parameter:
     """One flag. Its own default is None, which tells a flag that was not given from one that was."""
     if name in _ARGUMENTS:
         info: Any = typer.Argument(help=flag.help, metavar=flag.metavar, show_default=False)
@@ -224,25 +228,12 @@ def _flag(name: str, flag: Flag, kind: Any, default: Any) -> inspect.Parameter:
         metavar=metavar,
         show_default=False,
         rich_help_panel=flag.panel,
+        hidden=hidden,
     )
     python: Any = {bool: bool, int: int, float: float}.get(bare, str)
-    if name == "model_args":
+    if _takes_arguments(name):
         python = list[str]
     return _parameter(name, Annotated[python | None, info], None)
-
-
-def _told_without_flags(meanings: Mapping[str, str], defaults: Mapping[str, Any]) -> str:
-    """A list for the help; the first character keeps click from filling its lines."""
-    room = max(map(len, meanings)) + 2
-    lines = ["\b", "Options for --config only:"]
-    for name, meaning in meanings.items():
-        told = textwrap.wrap(meaning + _shown_default(defaults.get(name)), width=_HELP_WIDTH - room - 2)
-        lines += [f"  {name:{room}}{told[0]}", *(" " * (room + 2) + line for line in told[1:])]
-    return "\n".join(lines)
-
-
-_HELP_WIDTH = 76
-"""Characters of a line of help in a terminal of 80."""
 
 
 def _common() -> list[inspect.Parameter]:

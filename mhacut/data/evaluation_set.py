@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mhacut.data.folders import find_folder, label_images, listed, scan, subfolders
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate
+from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
 from mhacut.errors import DataError, UsageError
 
 
@@ -32,7 +32,10 @@ class EvaluationLoader:
         workers: int,
         num_classes: int | None,
         description: str,
+        fingerprint: str,
     ) -> None:
+        self.fingerprint = fingerprint
+        """Of what is measured, whatever part of it is read here; equal for equal data."""
         self.description = description
         """What is read, for readers."""
         self.images = total
@@ -128,6 +131,7 @@ def evaluation_loader(
         chosen = sorted(index for index, _ in zip(balanced_order(labels, 0), range(limit), strict=False))
         images, labels = [images[index] for index in chosen], [labels[index] for index in chosen]
     description = f"{len(images)} of {len(folder.images)} images under {folder.path.name}/"
+    whole = fingerprint(images, labels)
     images, labels = images[part[0] :: part[1]], labels[part[0] :: part[1]]
     files = ImageFiles(folder.path, images, labels, preprocessing)
     return EvaluationLoader(
@@ -137,6 +141,7 @@ def evaluation_loader(
         workers=workers,
         num_classes=num_classes,
         description=description,
+        fingerprint=whole,
     )
 
 
@@ -160,15 +165,17 @@ def _from_named(
         total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
         total = total if limit is None or not total else min(limit, total)
         all_of_them = total
+        whole = fingerprint([name, split], [total])
         samples = NamedStream(opened, limit, preprocessing)
         # Shards are divided among workers unevenly, which would make the count below meaningless.
         workers = 0
     else:
-        indices = list(range(len(opened)))
+        indices, targets = list(range(len(opened))), targets_of(opened)
         if limit is not None and limit < len(indices):
-            order = balanced_order(targets_of(opened), 0)
+            order = balanced_order(targets, 0)
             indices = sorted(index for index, _ in zip(order, range(limit), strict=False))
         all_of_them = len(indices)
+        whole = fingerprint([name, split], [targets[index] for index in indices])
         indices = indices[part[0] :: part[1]]
         samples, total = NamedImages(name, opened, indices, preprocessing), len(indices)
     return EvaluationLoader(
@@ -178,4 +185,5 @@ def _from_named(
         workers=workers,
         num_classes=num_classes,
         description=f"{all_of_them or 'all'} images of {name} {split}",
+        fingerprint=whole,
     )

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from mhacut.data.folders import read_class_map
 from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
+from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError
 
 _EXTRAS = {
@@ -87,6 +88,8 @@ def open_named(
 ) -> Any:
     """The dataset timm knows by that name; shuffled with ``seed`` where it is a stream.
 
+    Tar files on this machine are no stream: see :mod:`mhacut.data.shards`.
+
     Raises:
         DataError: an extra is missing, it cannot be opened, or its classes are not the head's.
     """
@@ -120,7 +123,7 @@ def open_named(
             f"--dataset {name}: {known} classes, the model's head has {num_classes}. "
             "Name the classes in the head's order with --class-map"
         )
-    return opened
+    return (by_index(opened) or opened) if prefix == "wds" else opened
 
 
 def _class_count(opened: Any) -> int | None:

@@ -23,7 +23,7 @@ from mhacut.data import Preprocessing
 from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
 from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
-from mhacut.data.reading import ImageFiles, Sample, Unreadable
+from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
 from mhacut.errors import DataError, UsageError
 from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import AugmentationOptions
@@ -114,7 +114,7 @@ def training_images(
         description=(
             f"{len(labels)} images under {folder.path.name}/ ({'with' if labelled else 'without'} labels)"
         ),
-        fingerprint=_fingerprint(folder.images, labels),
+        fingerprint=fingerprint(folder.images, labels),
     )
 
 
@@ -133,7 +133,8 @@ def _named(
     )
     if isinstance(opened, IterableDataset):
         raise DataError(
-            f"--dataset {name}: is a stream, which cannot be resumed at a step; unpack it, or use hfds/"
+            f"--dataset {name}: is a stream, which cannot be resumed at a step; "
+            "bring its shards here as plain tar files, unpack it, or use hfds/"
         )
     count = len(opened)
     if not count:
@@ -144,7 +145,7 @@ def _named(
         count=count,
         labelled=use_labels,
         description=f"{count} images of {name} {data.train_split} ({told} labels)",
-        fingerprint=_fingerprint([name, data.train_split], targets_of(opened)),
+        fingerprint=fingerprint([name, data.train_split], targets_of(opened)),
     )
 
 
@@ -320,12 +321,3 @@ def _stack(drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     images = torch.stack(found) if found else torch.empty(0)
     unreadable = [bad for _, _, several in drawn for bad in several]
     return images, torch.tensor([label for _, label, _ in drawn], dtype=torch.int64), unreadable
-
-
-def _fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    for label in labels:
-        digest.update(f"{label},".encode())
-    return digest.hexdigest()

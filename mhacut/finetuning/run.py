@@ -143,6 +143,7 @@ class _Run:
             "slim file": self.loaded.sha256,
             "teacher": self.teacher_sha256,
             "training images": self.images.fingerprint,
+            "validation images": None if self.validation is None else self.validation.fingerprint,
             "images per step": self.batches.batch_size * self.batches.parts,
         }
         self.step = 0

@@ -1,0 +1,115 @@
+"""Tar files of samples, as webdataset writes them, by index instead of from their beginning.
+
+timm streams them, and a stream can neither be shuffled as a whole, nor gone on with at a step, nor shared
+among processes image by image. Files that lie on a disk can: their members are looked up once, by headers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from array import array
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from mhacut.errors import DataError
+
+_MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
+"""A sample's key and what of it the member holds, as webdataset splits names."""
+
+
+class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
+    """(encoded image, label) of every sample that has an image, in the order of the shards."""
+
+    def __init__(self, shards: list[Path], image_endings: tuple[str, ...], label_field: str) -> None:
+        """Look up what is in ``shards``; reads headers and labels, no images.
+
+        Args:
+            shards: uncompressed tar files.
+            image_endings: of members that are images, the likeliest first.
+            label_field: of the member ``json`` that holds the label; empty for the member ``cls``.
+
+        Raises:
+            DataError: no tar file, or a label that is none.
+        """
+        self.shards = shards
+        self.targets: list[int] = []
+        """Labels; -1 where a sample has none."""
+        self._places = array("q")  # shard, offset, size of every image: millions of them fit
+        for number, shard in enumerate(shards):
+            try:
+                self._index(number, shard, image_endings, label_field)
+            except (tarfile.TarError, OSError) as error:
+                raise DataError(f"{shard}: cannot be read as a tar file: {error}") from error
+
+    def _index(self, number: int, shard: Path, image_endings: tuple[str, ...], label_field: str) -> None:
+        # Members of one sample stand side by side.
+        key, members = "", dict[str, tarfile.TarInfo]()
+        with tarfile.open(shard, "r:") as tar:
+            for member in (*tar, None):
+                parts = None if member is None or not member.isfile() else _MEMBER.fullmatch(member.name)
+                if member is not None and parts is None:
+                    continue
+                if parts is None or parts[1] != key:
+                    self._add(number, tar, key, members, image_endings, label_field)
+                    key, members = "" if parts is None else parts[1], {}
+                if parts is not None and member is not None:
+                    members[parts[2].lower()] = member
+
+    def _add(
+        self,
+        number: int,
+        tar: tarfile.TarFile,
+        key: str,
+        members: dict[str, tarfile.TarInfo],
+        image_endings: tuple[str, ...],
+        label_field: str,
+    ) -> None:
+        image = next((members[ending] for ending in image_endings if ending in members), None)
+        if image is None:
+            return
+        ending = "json" if label_field else "cls"
+        label = -1
+        if ending in members:
+            held = tar.extractfile(members[ending])
+            text = b"" if held is None else held.read()
+            try:
+                label = int(json.loads(text)[label_field] if label_field else text)
+            except (ValueError, KeyError, TypeError):
+                where = f"{label_field!r} of its json" if label_field else "its cls"
+                raise DataError(
+                    f"{self.shards[number]}: sample {key}: {where} is no label, found {text[:40]!r}"
+                ) from None
+        self._places.extend((number, image.offset_data, image.size))
+        self.targets.append(label)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        number, offset, size = self._places[3 * index : 3 * index + 3]
+        with open(self.shards[number], "rb") as shard:
+            shard.seek(offset)
+            return io.BytesIO(shard.read(size)), self.targets[index]
+
+
+def by_index(opened: Any) -> ShardedSamples | None:
+    """The samples that timm's stream ``opened`` would give; None where they cannot be looked up.
+
+    That is, where they are no plain tar files on this machine, or their labels are more than a number.
+    """
+    reader = getattr(opened, "reader", None)
+    split: Any = getattr(reader, "split_info", None)
+    names = getattr(split, "filenames", None)
+    if reader is None or not names or not hasattr(split, "alt_label"):
+        return None
+    shards = [Path(getattr(reader, "root", None) or "", name) for name in names]
+    plain = all(shard.suffix == ".tar" and shard.is_file() for shard in shards)
+    if not plain or reader.remap_class or getattr(reader, "target_keys", None):
+        return None
+    endings = tuple(str(reader.input_key).lower().split(";"))
+    return ShardedSamples(shards, endings, reader.target_key or split.alt_label)
