@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mhacut.benching import BenchResult, bench
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
-    from mhacut.exporting import ExportResult, export
+    from mhacut.exporting.run import ExportResult, export
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.finetuning.run import finetune
     from mhacut.pipeline import PruneResult, prune
@@ -38,11 +38,11 @@ __all__ = [
 
 _HOMES = {
     "BenchResult": "mhacut.benching",
-    "ExportResult": "mhacut.exporting",
+    "ExportResult": "mhacut.exporting.run",
     "FinetuneResult": "mhacut.finetuning.result",
     "PruneResult": "mhacut.pipeline",
     "bench": "mhacut.benching",
-    "export": "mhacut.exporting",
+    "export": "mhacut.exporting.run",
     "finetune": "mhacut.finetuning.run",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.pipeline",

@@ -13,15 +13,20 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODELS = "mhacut.flatten"
+_MODELS = ("mhacut.flatten", "mhacut.timm_slim")
 
 
 def register_with_timm() -> None:
     """Register our models now if timm is imported already, else right after it is."""
     if "timm" in sys.modules:
-        import_module(_MODELS)
+        _import_models()
     elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TimmFinder())
+
+
+def _import_models() -> None:
+    for name in _MODELS:
+        import_module(name)
 
 
 class _TimmFinder:
@@ -50,6 +55,6 @@ class _TimmFinder:
             execute(module)
             with suppress(ValueError):
                 sys.meta_path.remove(self)
-            import_module(_MODELS)
+            _import_models()
 
         loader.exec_module = execute_and_register

@@ -19,7 +19,7 @@ from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_model
 from mhacut.cost import count_parameters, measure_flops
 from mhacut.device import resolve_device
 from mhacut.errors import MhacutError, UsageError
-from mhacut.exporting import DTYPES, onnx_runner, require_onnx
+from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
 from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import fixed_images, run_of, take_turns
 from mhacut.options import BenchOptions, PathLike, PreprocessingOptions

@@ -18,7 +18,7 @@ BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
 Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
-ExportFormat = Literal["onnx", "pt2"]
+ExportFormat = Literal["onnx", "pt2", "timm"]
 Runtime = Literal["eager", "compile", "onnx"]
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 PathLike = str | os.PathLike[str]
@@ -353,9 +353,9 @@ class ExportOptions(CheckpointOptions):
     """Everything ``mhacut export`` can be told."""
 
     format: ExportFormat = "onnx"
-    """``onnx`` for ONNX Runtime, ``pt2`` for ``torch.export.load``."""
+    """``onnx`` for ONNX Runtime, ``pt2`` for ``torch.export.load``, ``timm`` for a folder of timm's."""
     output: PathLike | None = None
-    """The file to write; None is the checkpoint's stem and the format's ending in the working directory."""
+    """What to write; None is the checkpoint's stem and the format's ending in the working directory."""
     overwrite: bool = False
     """Replace an existing file; the input is never replaced."""
     dtype: ExportDtype = "float32"
@@ -371,6 +371,8 @@ class ExportOptions(CheckpointOptions):
         require("--opset", self.opset, self.opset >= 18, "at least 18")
         if self.fixed_batch is not None:
             require("--fixed-batch", self.fixed_batch, self.fixed_batch >= 1, "at least 1")
+            traced = self.format != "timm"
+            require("--fixed-batch", self.fixed_batch, traced, "--format onnx or pt2; timm takes any number")
         known = self.format != "onnx" or self.dtype != "bfloat16"
         require("--dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
 

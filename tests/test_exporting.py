@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import run
 
 import mhacut
-from mhacut import exporting
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import MhacutError, OutputError, UsageError
+from mhacut.exporting import run as exporting
+from mhacut.exporting import runtimes
 
 
 @pytest.mark.parametrize("name", SLIM)
@@ -110,7 +111,7 @@ def test_what_is_there_is_not_replaced(slim_of, tmp_path):
 
 
 def test_onnx_is_an_extra(slim_of, monkeypatch):
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MhacutError, match=r"onnxruntime.*pip install 'mhacut\[onnx\]'"):
         mhacut.export(slim_of("vit"), format="onnx")
 

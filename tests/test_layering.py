@@ -35,7 +35,7 @@ FLOORS = (
     {"allocation"},
     {"planning"},
     {"checkpoint", "data", "evaluate", "latency"},
-    {"inspection"},
+    {"inspection", "timm_slim"},
     {"pipeline", "accuracy", "finetuning", "exporting", "benching"},
     {"cli"},
     {"__main__"},

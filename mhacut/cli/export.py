@@ -10,13 +10,15 @@ from mhacut.cli.flags import FLAGS, Flag, command
 from mhacut.options import ExportOptions
 
 if TYPE_CHECKING:
-    from mhacut.exporting import ExportResult
+    from mhacut.exporting.run import ExportResult
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": Flag("", "Slim or dense: .safetensors, .pth, a timm folder, or timm:NAME.", "CHECKPOINT"),
-    "format": Flag("Result", "For ONNX Runtime and others, or for torch.export.load."),
+    "format": Flag(
+        "Result", "For ONNX Runtime and others, for torch.export.load, or a folder for timm and the hub."
+    ),
     "output": Flag(
-        "Result", "File to write; by default CHECKPOINT's stem and the ending, here.", "FILE", "-o"
+        "Result", "File or folder to write; by default CHECKPOINT's stem and an ending, here.", "PATH", "-o"
     ),
     "overwrite": FLAGS["overwrite"],
     "dtype": Flag("Result", "What the file computes in; images and logits are float32 always."),
@@ -30,14 +32,14 @@ _FLAGS: dict[str, Flag] = {
 
 @command(ExportOptions, flags=_FLAGS)
 def export(options: ExportOptions, console: Console) -> None:
-    """Write CHECKPOINT for another runtime; the file needs neither mhacut nor timm.
+    """Write CHECKPOINT for another program: as ONNX or pt2, which need neither mhacut nor timm, or for timm.
 
-    What was written is run again and compared with CHECKPOINT; a file that differs is not kept. Its metadata
-    says how images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
+    What was written is run again and compared with CHECKPOINT; what differs is not kept. It says itself how
+    images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """
-    from mhacut.exporting import run_export
+    from mhacut.exporting.run import run_export
 
     result = run_export(options, console)
     console.result(_text(result), _document(result))

@@ -1,0 +1,187 @@
+"""A folder that timm opens, ``local-dir:`` or from the hub, with a card that says what was cut."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.models import save_for_hf
+from timm.models._hub import generate_readme
+from torch import nn
+
+from mhacut.checkpoint.load import LoadedModel
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.cost import count_parameters, measure_flops
+from mhacut.data import Preprocessing
+from mhacut.errors import OutputError
+from mhacut.exporting.runtimes import DTYPES, Runner
+from mhacut.options import ExportOptions
+from mhacut.quantity import format_flops
+from mhacut.timm_slim import NAME
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
+    """Raise an :class:`OutputError` if the folder must not be written to."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file; --format timm writes a folder")
+    if input_path is not None and target.is_dir():
+        for mine in (target, target / WEIGHTS):
+            if mine.exists() and input_path.exists() and mine.samefile(input_path):
+                raise OutputError(f"{target}: is the input, which is never overwritten; choose another name")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputError(f"{target}: exists already; choose another name, or --overwrite")
+
+
+def write_folder(
+    target: Path,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    options: ExportOptions,
+    compare: Callable[[Runner], None],
+) -> None:
+    """Make ``target`` a folder that timm opens; whole or not at all.
+
+    Args:
+        target: the folder; of an existing one only the files of the same names are replaced.
+        loaded: the model, dense or slim.
+        preprocessing: of its images.
+        options: ``dtype`` and ``overwrite`` are heeded.
+        compare: called with what runs the folder as timm opens it; raises if that differs.
+
+    Raises:
+        OutputError: it must not or cannot be written.
+    """
+    model = _as_timm_makes_it(loaded)
+    dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
+    target = Path(os.path.realpath(target))
+    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # timm's own writer decides what its reader finds; the weights it wrote are then ours.
+        save_for_hf(model, str(temporary), safe_serialization=True)
+        if loaded.record is None:
+            _save_plain(temporary / WEIGHTS, model, DTYPES[options.dtype])
+        else:
+            write_slim(
+                temporary / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None
+            )
+        (temporary / CARD).write_text(_card(target.name, loaded, preprocessing), encoding="utf-8")
+        opened = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().requires_grad_(False)
+        compare(lambda images: opened(images))
+        _publish(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_timm_makes_it(loaded: LoadedModel) -> Any:
+    """The model made by timm's factory, which notes the arguments that its writer writes."""
+    identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
+    made: Any
+    if loaded.record is None:
+        made = timm.create_model(identity.architecture, **identity.model_args)
+        made.pretrained_cfg = {**given, "architecture": identity.architecture}
+        made.default_cfg = made.pretrained_cfg
+    else:
+        made = timm.create_model(
+            NAME,
+            pretrained_cfg={**given, "architecture": NAME},
+            base_architecture=identity.architecture,
+            plan=loaded.record.plan.to_json(),
+            **identity.model_args,
+        )
+    made.load_state_dict(loaded.model.state_dict())
+    return made
+
+
+def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    for file in temporary.iterdir():
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+    with suppress(OSError):  # taken, which is what the rest is for
+        os.rename(temporary, target)
+        return
+    for file in temporary.iterdir():
+        os.replace(file, target / file.name)
+
+
+def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:
+    """The model card, Markdown."""
+    identity, record = loaded.identity, loaded.record
+    flops = measure_flops(loaded.model, preprocessing.input_size)
+    classes = int(getattr(loaded.model, "num_classes", 0) or 0)
+    cut = record is not None
+    details: dict[str, Any] = {
+        "Dense architecture" if cut else "Architecture": identity.architecture,
+        "Classes": classes,
+        "Image size": "x".join(map(str, preprocessing.input_size[1:])),
+        "FLOPs (multiply-accumulates, attention included)": format_flops(flops) + _before(record),
+        "Parameters": format_flops(count_parameters(loaded.model)),
+    }
+    card: Mapping[str, Any] = {
+        "license": identity.pretrained_cfg.get("license") or "other",
+        "description": (
+            f"{identity.architecture}, with channels of its attention and MLPs cut away by mhacut: "
+            "the matrices are smaller, nothing is masked."
+            if cut
+            else f"{identity.architecture}, uncut."
+        ),
+        "details": details,
+        "usage": _usage(name, cut=cut),
+    }
+    task = "image-classification" if classes else "image-feature-extraction"
+    text: str = generate_readme(dict(card), name, task)
+    return text + ("" if record is None else _widths(record))
+
+
+def _before(record: SlimRecord | None) -> str:
+    """What the first step of a slim file's history says of the dense model; the file may hold anything."""
+    first = record.history[0].get("flops_before") if record is not None and record.history else None
+    told = isinstance(first, int) and 0 < first < 10**18
+    return f", dense {format_flops(first)}" if told and first is not None else ""
+
+
+def _usage(name: str, *, cut: bool) -> str:
+    lines = ["```python", "import timm"]
+    if cut:
+        lines.append("import mhacut  # pip install mhacut; tells timm of slim models")
+    lines += [
+        f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()',
+        "data = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**data, is_training=False)",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _widths(record: SlimRecord) -> str:
+    """What stays of every layer, as a table."""
+    lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
+    lines.append("|---|---|---|---|---|---|")
+    for unit in record.plan:
+        heads = "" if unit.kind == "hidden" else str(unit.heads)
+        lines.append(
+            f"| `{unit.layer}` | {unit.kind} | {heads} | {unit.width} | {unit.dense_width} | {unit.basis} |"
+        )
+    return "\n".join(lines) + "\n"

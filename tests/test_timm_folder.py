@@ -1,0 +1,152 @@
+"""``mhacut export --format timm``: a folder that timm opens, with all that timm can do to a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import SLIM
+from timm.models import save_for_hf
+
+import mhacut
+from mhacut.checkpoint.load import read_model
+from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
+from mhacut.exporting import run as exporting
+
+
+def opened(folder, **arguments):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(slim_of, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("timm") / "slim"
+    mhacut.export(slim_of("vit"), format="timm", output=path)
+    return path
+
+
+@pytest.mark.parametrize("name", SLIM)
+def test_timm_opens_it_to_the_same_numbers(name, slim_of, tmp_path):
+    result = mhacut.export(slim_of(name), format="timm", output=tmp_path / "folder")
+    assert max(result.difference.values()) == 0
+    model, images = mhacut.load_model(slim_of(name)), torch.randn(2, *result.input_size)
+    assert torch.equal(opened(tmp_path / "folder")(images), model(images))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    again = read_model(tmp_path / "folder")
+    assert again.record == read_model(slim_of(name)).record
+    assert torch.equal(again.model(images), model(images))
+
+
+def test_a_fresh_process_opens_it(folder):
+    code = (
+        "import timm, mhacut, sys, torch\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "print(model(torch.ones(1, 3, 32, 32)).sum().item())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
+    )
+    expected = opened(folder)(torch.ones(1, 3, 32, 32)).sum().item()
+    assert float(told.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    assert opened(folder, num_classes=3)(images).shape == (2, 3)
+    assert opened(folder, in_chans=1)(images[:, :1]).shape == (2, 5)
+    assert opened(folder, img_size=64)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    features = opened(folder, features_only=True, out_indices=(0, 1))(images)
+    model = opened(folder)
+    taken = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert all(torch.equal(one, other) for one, other in zip(features, taken, strict=True))
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 32, 32)
+    save_for_hf(model, str(tmp_path / "again"), safe_serialization=True)
+    assert torch.equal(opened(tmp_path / "again")(images), model(images))
+
+
+def test_gradients_can_be_checkpointed(folder):
+    model, images = opened(folder).train(), torch.randn(2, 3, 32, 32)
+    model(images).sum().backward()
+    plain = model.blocks[0].attn.qkv.weight.grad.clone()
+    model.zero_grad()
+    model.set_grad_checkpointing(True)
+    model(images).sum().backward()
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, plain)
+
+
+def test_the_card_says_what_was_cut(folder):
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\ntags:")
+    assert "license: other" in card or "license: apache-2.0" in card
+    plan = read_model(folder).record.plan
+    for unit in plan:
+        assert f"| `{unit.layer}` | {unit.kind} |" in card
+        assert f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
+    assert ", dense " in card
+    assert 'timm.create_model("local-dir:slim", pretrained=True)' in card
+
+
+def test_a_dense_model_becomes_a_plain_folder_of_timm(tiny_vit, tmp_path):
+    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    mhacut.export(tiny_vit.path, format="timm", output=tmp_path / "dense", **asked)
+    assert (
+        json.loads((tmp_path / "dense" / "config.json").read_text())["architecture"] == tiny_vit.architecture
+    )
+    code = (
+        "import sys; sys.modules['mhacut'] = None\n"
+        "import timm, torch\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)\n"
+        "print(model(torch.ones(1, 3, 32, 32)).shape)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "dense")], check=True, capture_output=True, text=True
+    )
+    assert told.stdout.startswith("torch.Size([1, ")
+
+
+def test_half_the_bytes(folder, slim_of, tmp_path):
+    result = mhacut.export(slim_of("vit"), format="timm", dtype="bfloat16", output=tmp_path / "half")
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert 0 < result.difference[2] < 0.1
+
+
+def test_what_must_not_be_written_over(folder, slim_of, tmp_path, monkeypatch):
+    slim, taken = slim_of("vit"), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        mhacut.export(slim, format="timm", output=taken)
+    mhacut.export(slim, format="timm", output=taken, overwrite=True)
+    assert {path.name for path in taken.iterdir()} == {
+        "notes.txt",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    with pytest.raises(OutputError, match="is the input"):
+        mhacut.export(folder, format="timm", output=folder, overwrite=True)
+    with pytest.raises(OutputError, match="is a file"):
+        mhacut.export(slim, format="timm", output=slim)
+    with pytest.raises(UsageError, match="--fixed-batch 1: expected --format onnx or pt2"):
+        mhacut.export(slim, format="timm", fixed_batch=1)
+    monkeypatch.setitem(exporting.TOLERANCE, "float32", -1.0)
+    with pytest.raises(MhacutError, match="written for timm differs"):
+        mhacut.export(slim, format="timm", output=tmp_path / "never")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_architecture_without_a_cut_says_what_it_needs(slim_of):
+    with pytest.raises(CheckpointError, match="needs base_architecture and plan"):
+        timm.create_model("mhacut_slim")
+    plan = read_model(slim_of("vit")).record.plan.to_json()
+    with pytest.raises(CheckpointError, match=r"base_architecture: .*no_such_model"):
+        timm.create_model("mhacut_slim", base_architecture="no_such_model", plan=plan)
+    with pytest.raises(CheckpointError, match="base_architecture"):
+        timm.create_model("mhacut_slim", base_architecture="mhacut_slim", plan=plan)
