@@ -1,7 +1,8 @@
 """Slim models in timm: ``timm.create_model("local-dir:DIR", pretrained=True)`` after ``import mhacut``.
 
 timm knows no architecture whose widths are free. This one is: it names a dense architecture and a cut, and
-builds the first, then makes the second.
+builds the first, then makes the second. This module is imported while timm is, maybe in the middle of an
+import of ours, so ours are imported when a model is made.
 """
 
 from __future__ import annotations
@@ -12,11 +13,6 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, create_model, model_entrypoint, register_model
 from torch import Tensor, nn
-
-from mhacut.checkpoint.recognise import known_model, unknown_model
-from mhacut.errors import CheckpointError
-from mhacut.plan import Plan
-from mhacut.surgery import cut
 
 NAME = "mhacut_slim"
 
@@ -33,6 +29,9 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Raises:
         CheckpointError: no such architecture, or a plan that does not fit it.
     """
+    from mhacut.checkpoint.recognise import known_model, unknown_model
+    from mhacut.errors import CheckpointError
+
     base = kwargs.get("base_architecture")
     if not isinstance(base, str) or "plan" not in kwargs:
         raise CheckpointError(
@@ -54,6 +53,9 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _cut_model(base_architecture: str, plan: Any, **kwargs: Any) -> nn.Module:
+    from mhacut.plan import Plan
+    from mhacut.surgery import cut
+
     model: nn.Module = create_model(base_architecture, pretrained=False, **kwargs)
     cut(model, Plan.from_json(plan))
     return model

@@ -55,6 +55,12 @@ def test_a_fresh_process_opens_it(folder):
     assert float(told.stdout) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_command_which_imports_timm_in_the_middle_of_ours(slim_of, tmp_path):
+    command = [sys.executable, "-m", "mhacut", "export", str(slim_of("vit")), "--format", "timm"]
+    told = subprocess.run([*command, "-o", str(tmp_path / "out")], check=True, capture_output=True, text=True)
+    assert f"saved {tmp_path / 'out'}" in told.stdout
+
+
 def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     assert opened(folder, num_classes=3)(images).shape == (2, 3)

@@ -139,7 +139,9 @@ def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:
         "FLOPs (multiply-accumulates, attention included)": format_flops(flops) + _before(record),
         "Parameters": format_flops(count_parameters(loaded.model)),
     }
+    task = "image-classification" if classes else "image-feature-extraction"
     card: Mapping[str, Any] = {
+        "tags": [task, "timm", "mhacut"],
         "license": identity.pretrained_cfg.get("license") or "other",
         "description": (
             f"{identity.architecture}, with channels of its attention and MLPs cut away by mhacut: "
@@ -150,7 +152,6 @@ def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:
         "details": details,
         "usage": _usage(name, cut=cut),
     }
-    task = "image-classification" if classes else "image-feature-extraction"
     text: str = generate_readme(dict(card), name, task)
     return text + ("" if record is None else _widths(record))
 
