@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError
 from mhacut.surgery import Anatomy, UnitKey, masked_tensors
+from mhacut.tensor.variation import varied
 
 
 class Divergence:
@@ -103,34 +104,32 @@ class Distillation:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
             tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
             outputs = torch.func.functional_call(model, tensors, (self.images[chosen].to(device),)).float()
-        return self._checked(outputs, self.teacher[chosen].to(device), chosen)
+        loss = self.divergence(outputs, self.teacher[chosen].to(device))
+        if self.labels is not None and self.label_weight > 0:
+            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
+        return self._checked(loss)
 
-    def taught(self, model: nn.Module, dense: nn.Module, *, mirrored: bool) -> Tensor:
-        """Loss of ``model`` on the next batch, all its weights differentiated.
+    def taught(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
+        """Loss of ``model`` on a variation of the next batch, all its weights differentiated.
 
         Args:
             model: eval mode.
-            dense: the teacher.
-            mirrored: flip the images left to right; the teacher is asked anew then.
+            dense: the teacher, asked for its answer to the varied images. Labels, which are not theirs, are
+                left out.
+            generator: of :func:`mhacut.tensor.variation.varied`, on the CPU.
 
         Raises:
             MhacutError: it is not finite.
         """
         device = next(model.parameters()).device
-        chosen = next(self._batches)
-        images, teacher = self.images[chosen].to(device), self.teacher[chosen].to(device)
+        images = varied(self.images[next(self._batches)], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
-            if mirrored:
-                images = images.flip(-1)
-                with torch.no_grad():
-                    teacher = dense(images).float()
+            with torch.no_grad():
+                teacher = dense(images).float()
             outputs = model(images).float()
-        return self._checked(outputs, teacher, chosen)
+        return self._checked(self.divergence(outputs, teacher))
 
-    def _checked(self, outputs: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
-        loss = self.divergence(outputs, teacher)
-        if self.labels is not None and self.label_weight > 0:
-            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(outputs.device))
+    def _checked(self, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
             raise MhacutError(
                 "the model's outputs are not finite on the images of the search; check --mean and --std"

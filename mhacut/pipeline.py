@@ -390,6 +390,7 @@ def _trained(
             judge,
             steps=options.tuned_steps,
             lr=options.tuning_lr,
+            seed=options.seed,
             progress=advance,
         )
         slim = tuned.model

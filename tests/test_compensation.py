@@ -17,7 +17,6 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import reductions
 from mhacut.reweight import reweight
 from mhacut.surgery import cut, dissect, masked_tensors
-from mhacut.tuning import tune
 from mhacut.widths import width_choices
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
@@ -171,59 +170,3 @@ def test_merged_gains_keep_the_softmax_temperature(bench):
     whole = [UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in anatomy.units()]
     cut(merged, Plan(tuple(whole)), ones)
     assert relative(merged(bench.images), slim(bench.images)) < 1e-6
-
-
-# --- tuning of all weights ---
-
-
-def test_tuning_that_helps_is_kept(bench):
-    slim = bench.slim(repair=False).requires_grad_(False)
-    before = copy.deepcopy(slim.state_dict())
-    told, lesson = [], bench.lesson(bench.model)
-    found = tune(
-        slim,
-        bench.model,
-        lesson,
-        lesson,
-        steps=30,
-        lr=1e-3,
-        progress=lambda done, total, loss: told.append((done, total)),
-    )
-    assert found.after < 0.9 * found.before
-    assert lesson.divergence_of(found.model) == pytest.approx(found.after)
-    assert not any(parameter.requires_grad for parameter in found.model.parameters())
-    changed = [
-        name for name, tensor in found.model.state_dict().items() if not torch.equal(tensor, before[name])
-    ]
-    assert len(changed) > 0.9 * len(before)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
-    assert told == [(step + 1, 30) for step in range(30)]
-
-
-def test_tuning_that_does_not_help_on_held_back_images_is_left_out(bench):
-    slim = bench.slim(repair=False).requires_grad_(False)
-    found = tune(slim, bench.model, bench.lesson(bench.model), bench.lesson(slim), steps=5, lr=1e-3)
-    assert found.model is slim
-    assert found.after > found.before
-
-
-def test_every_other_batch_is_mirrored_and_the_teacher_answers_for_it(bench):
-    slim, seen = bench.slim(repair=True), []
-    lesson = bench.lesson(bench.model)
-    hooks = [
-        model.register_forward_pre_hook(lambda module, args, who=who: seen.append((who, args[0])))
-        for who, model in (("slim", slim), ("dense", bench.model))
-    ]
-    _, mirrored = (lesson.taught(slim, bench.model, mirrored=flip) for flip in (False, True))
-    for hook in hooks:
-        hook.remove()
-    (_, images), (who, flipped), (other, same) = seen
-    assert (who, other) == ("dense", "slim")
-    assert torch.equal(flipped, same)
-    pool = [image.flatten() for image in bench.images]
-    for batch, flip in ((images, False), (flipped, True)):
-        for image_seen in batch:
-            back = (image_seen.flip(-1) if flip else image_seen).flatten()
-            assert any(torch.equal(back, one) for one in pool)
-    expected = lesson.divergence(slim(flipped), bench.model(flipped))
-    assert float(mirrored.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

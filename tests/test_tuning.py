@@ -10,6 +10,7 @@ import torch
 
 from mhacut.distillation import Distillation
 from mhacut.errors import MhacutError
+from mhacut.tensor.variation import varied
 from mhacut.tuning import tune
 
 
@@ -28,6 +29,10 @@ def lesson_of(dense, images) -> Distillation:
     return Distillation(
         images, teacher, None, batch_size=4, seed=0, label_weight=0.0, classifier=True, amp=False
     )
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def damaged(dense):
@@ -61,21 +66,63 @@ def test_tuning_that_does_not_help_is_dropped(dense):
     assert tuned.after > tuned.before
 
 
-def test_the_mirrored_image_has_the_teachers_answer_to_it(dense):
+def test_the_teacher_answers_for_what_images_have_become(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    lesson = lesson_of(dense, images)
-    assert float(lesson.taught(dense, dense, mirrored=True)) == pytest.approx(0, abs=1e-6)
-    assert float(lesson.taught(dense, dense, mirrored=False)) == pytest.approx(0, abs=1e-6)
+    lesson, seen = lesson_of(dense, images), []
+    for number in range(4):
+        assert float(lesson.taught(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
     other = copy.deepcopy(dense)
     other.head.weight.zero_()
-    plain, mirrored = (float(lesson.taught(other, dense, mirrored=flip)) for flip in (False, True))
-    expected = lesson.divergence(other(images.flip(-1)), dense(images.flip(-1)))
-    assert mirrored == pytest.approx(float(expected), rel=1e-5)
-    assert mirrored != pytest.approx(plain, rel=1e-3)
+    hook = other.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    loss = float(lesson.taught(other, dense, generator(0)))
+    hook.remove()
+    assert not any(torch.equal(seen[0], known) for known in (images, images.flip(-1)))
+    assert loss == pytest.approx(float(lesson.divergence(other(seen[0]), dense(seen[0]))), rel=1e-5)
+
+
+def test_labels_are_not_those_of_mixed_images(dense):
+    images = torch.randn(4, 3, 16, 16)
+    lesson = Distillation(
+        images,
+        dense(images),
+        torch.zeros(4, dtype=torch.long),
+        batch_size=4,
+        seed=0,
+        label_weight=1.0,
+        classifier=True,
+        amp=False,
+    )
+    assert float(lesson.taught(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_variation_is_made_of_the_images_of_its_batch():
+    # Image k is 10 k everywhere but for a column at its left, 1 more: so all that was done shows.
+    images = (10.0 * torch.arange(6.0)).view(6, 1, 1, 1).repeat(1, 3, 8, 8)
+    images[..., 0] += 1
+    known = {10.0 * k + more for k in range(6) for more in (0, 1)}
+    kinds = set()
+    for seed in range(40):
+        found = varied(images, generator(seed))
+        assert found.shape == images.shape
+        assert torch.equal(found, varied(images, generator(seed)))
+        values = set(found.flatten().tolist())
+        kinds.add("patched" if values <= known else "blended")
+        if values <= known:
+            borders = found[:, 0, :, [0, -1]] % 10
+            assert set(borders.flatten().tolist()) <= {0.0, 1.0}
+            inside = found[:, 0, :, 1:-1]
+            assert all(set(image.flatten().tolist()) <= {10.0 * k for k in range(6)} for image in inside)
+            assert all(len(set(image.flatten().tolist())) <= 2 for image in inside)
+        else:
+            assert float(found.min()) >= 0
+            assert float(found.max()) <= 51
+    assert kinds == {"patched", "blended"}
+    left = torch.stack([varied(images, generator(seed))[:, 0, 0, 0] % 10 == 1 for seed in range(40)])
+    assert 0.1 < float(left.float().mean()) < 0.9  # mirrored or not
 
 
 def test_a_loss_that_is_not_finite_is_refused(dense):
     lesson = lesson_of(dense, torch.randn(4, 3, 16, 16))
     dense.head.bias += float("nan")
     with pytest.raises(MhacutError, match="not finite"):
-        lesson.taught(dense, dense, mirrored=False)
+        lesson.taught(dense, dense, generator(0))
