@@ -1,0 +1,40 @@
+"""The walk-throughs run as they stand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "walkthroughs"
+ENDS = {
+    "vit_to_onnx_runtime": "of 300 digits right",
+    "ablation": "paper-no-similarity",
+    "flatten": "a new head of 3 classes (2, 3)",
+}
+
+
+def test_each_is_in_the_table():
+    assert {path.stem for path in SCRIPTS.glob("*.sh")} == set(ENDS)
+    told = (SCRIPTS / "README.md").read_text()
+    assert all(f"`{name}.sh" in told for name in ENDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDS)
+def test_it_runs(name, tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        ["bash", SCRIPTS / f"{name}.sh", tmp_path / "out"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ENDS[name] in ran.stdout
+    if name == "vit_to_onnx_runtime":
+        right = next(line for line in ran.stdout.splitlines() if ENDS[name] in line)
+        assert int(right.split()[0]) >= 285
