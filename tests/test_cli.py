@@ -27,7 +27,7 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
 
 FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
-COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions, "inspect": InspectOptions}
+COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
 
@@ -83,6 +83,11 @@ def test_flags_are_the_options():
         assert flags - COMMON == set(options.types())
         every |= set(options.types())
     assert every == set(FLAGS)
+
+
+def test_flags_of_inspect_are_its_options():
+    parameters = typer.main.get_command(app).commands["inspect"].params
+    assert {parameter.name for parameter in parameters} - COMMON == set(InspectOptions.types())
 
 
 def test_defaults_are_the_options(captured):
@@ -424,16 +429,24 @@ def test_image_size_the_model_does_not_take(slim, images):
 def test_inspect_dense(tiny_vit):
     result = run("inspect", *tiny_vit.flags)
     assert result.exit_code == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["layer", "heads", "qk", "v", "hidden", "FLOPs", "share"]
-    assert lines[1][:4] == ["blocks.0.attn", "3", "16", "16"]
-    assert lines[2][:2] == ["blocks.0.mlp", "192"]
-    assert "7 classes: 1.16M FLOPs, 67.1K parameters" in result.stdout
+    lines = result.stdout.splitlines()
+    blank = lines.index("")
+    document = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
+    assert " ".join(lines[:blank]) == document["verdict"]
+    spent = sum(layer["share"] for layer in document["layers"] if layer["heads"])
+    assert document["verdict"].startswith(f"attention {100 * spent:.0f} % of 1.16M; ")
+    assert document["verdict"].endswith("(by weights alone)")
+    cells = [line.split() for line in lines[blank + 1 :]]
+    assert cells[0] == ["attention", "heads", "qk", "sim", "r99", "v", "sim", "r99", "FLOPs", "params"]
+    assert [*cells[1][:3], cells[1][5]] == ["blocks.0.attn", "3", "16", "16"]
+    assert cells[5][:2] == ["blocks.0.mlp", "192"]
+    assert "7 classes: 1.16M FLOPs, 67.1K" in result.stdout
+    assert max(map(len, lines)) <= 80
 
 
 def test_inspect_slim_shows_before_and_after(slim):
     text = run("inspect", slim).stdout
-    assert "16 -> 8" in text
+    assert " 8/16 " in text
     assert "step 1: prune 1.16M -> " in text
     document = json.loads(run("inspect", slim, "--json").stdout)
     layers = {layer["layer"]: layer for layer in document["layers"]}
@@ -452,7 +465,8 @@ def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
     plain = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
     assert "qk" in document["layers"][0]["left_whole"]
     assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
-    assert "whole" in run("inspect", *flags).stdout.splitlines()[1]
+    shown = run("inspect", *flags).stdout.splitlines()
+    assert "whole" in next(line for line in shown if line.startswith("blocks.0.attn"))
 
 
 # --- hostile text ---

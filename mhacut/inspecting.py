@@ -1,0 +1,148 @@
+"""``mhacut inspect`` as a function: open a checkpoint, look at its heads, say what it found."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhacut.calibration import calibrate
+from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, Outline, read_as_told, read_outline
+from mhacut.data import CalibrationImages, calibration_images
+from mhacut.device import resolve_device
+from mhacut.errors import UsageError
+from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model, resolve_preprocessing
+from mhacut.options import InspectOptions, PathLike
+from mhacut.progress import Reporter, Silent
+from mhacut.surgery import dissect
+from mhacut.verdict import verdict
+
+_TOLD = 8
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What :func:`inspect` found."""
+
+    inspection: Inspection
+    """Of the whole model."""
+    verdict: str
+    """In one line."""
+    chosen: tuple[LayerReport, ...]
+    """Of the layers those that were asked for, in the order asked for."""
+
+
+def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> InspectResult:
+    """Look at every head of ``checkpoint``: what it costs, how alike its channels are, how many it uses.
+
+    Args:
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
+        reporter: told what happens; silent by default.
+        options: the names of the command line's flags, see :class:`mhacut.options.InspectOptions`:
+            ``data_dir``, ``layer``, ``heads``, ``model``, ``model_args``, ...
+
+    Raises:
+        MhacutError: and its kinds, in :mod:`mhacut.errors`.
+    """
+    return run_inspect(InspectOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+
+
+def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
+    """:func:`inspect` with its options in one object."""
+    reporter.start("reading")
+    opened = _open(options, reporter)
+    names = [layer.name for layer in dissect(opened.model).layers]
+    wanted = _wanted(names, options.layer)
+    evidence = None
+    if isinstance(opened, LoadedModel) and options.sees_images:
+        seen = _images(options, opened)
+        reporter.start("looking at images")
+        evidence = _look(opened, seen, options, reporter)
+    reporter.start("looking at heads")
+    in_detail = set(wanted) if options.heads or options.layer is not None else set()
+    inspection = inspect_model(
+        opened,
+        shapes_only=options.shapes,
+        evidence=evidence,
+        ranked=in_detail.__contains__,
+        preprocessing=options.preprocessing,
+        progress=lambda done, total: reporter.advance(done, total),
+    )
+    chosen = [layer for layer in inspection.layers if layer.name in wanted]
+    return InspectResult(inspection, verdict(inspection), tuple(sorted(chosen, key=_order(options.sort))))
+
+
+def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:
+    """The checkpoint, its weights read only where the model is going to be run."""
+    named = str(options.checkpoint).startswith(TIMM_PREFIX)
+    if named or options.sees_images:
+        return read_as_told(options, reporter)
+    outline = read_outline(
+        options.checkpoint,
+        model=options.model,
+        model_args=options.model_args or None,
+        num_classes=options.num_classes,
+    )
+    for note in outline.notes:
+        reporter.note(note)
+    return outline
+
+
+def _wanted(names: list[str], pattern: str | None) -> list[str]:
+    if pattern is None:
+        return names
+    wanted = fnmatch.filter(names, pattern)
+    if not wanted:
+        shown = ", ".join(names[:_TOLD]) + (", ..." if len(names) > _TOLD else "")
+        raise UsageError(
+            f"--layer {pattern}: no layer of that name; there are {shown} (quote patterns: 'blocks.1*.attn')"
+        )
+    return wanted
+
+
+def _images(options: InspectOptions, opened: LoadedModel) -> CalibrationImages:
+    return calibration_images(
+        resolve_preprocessing(opened, options.preprocessing),
+        count=options.images_wanted,
+        seed=options.seed,
+        data_dir=None if options.data_dir is None else Path(options.data_dir),
+        dataset=options.dataset,
+        split=options.train_split,
+        use_labels=False,
+    )
+
+
+def _look(
+    opened: LoadedModel, seen: CalibrationImages, options: InspectOptions, reporter: Reporter
+) -> Evidence:
+    device = resolve_device(options.device)
+    model = opened.model.requires_grad_(False).to(device)
+    calibration = calibrate(
+        model,
+        dissect(model),
+        seen.images,
+        batch_size=options.batch_size,
+        progress=lambda done, total: reporter.advance(done, total),
+    )
+    return Evidence(calibration, seen.description)
+
+
+def _order(sort: str) -> Any:
+    """A key that puts the largest first; layers that have no such number come last, in the model's order."""
+
+    def key(layer: LayerReport) -> float:
+        if sort == "layer":
+            return 0.0
+        if sort in ("flops", "params"):
+            return -float(layer.flops if sort == "flops" else layer.parameters)
+        if sort in ("qk", "v"):
+            return -float(sum(unit.now for kind, unit in layer.units.items() if kind == sort)) or 1.0
+        values = [
+            head.similarity if sort == "similarity" else head.rank99
+            for unit in layer.units.values()
+            for head in unit.heads
+        ]
+        return -sum(values) / len(values) if values else 1.0
+
+    return key
