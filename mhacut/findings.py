@@ -12,6 +12,7 @@ from mhacut.adapters.base import Unit
 from mhacut.calibration import UnitMoments
 from mhacut.reduction import reductions
 from mhacut.surgery import readers
+from mhacut.tensor.moments import Moments
 from mhacut.tensor.spectrum import effective_rank, falling_eigenvalues, logit_energies, output_energies
 
 SHARES = (75, 50, 25)
@@ -67,7 +68,13 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
         return falling_eigenvalues(every[0].energy)
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
-    second = every[0].energy if unit.readout_bias is None else every[0].covariance
-    blocks = second.view(unit.heads, unit.width, unit.heads, unit.width)
-    own = torch.stack([blocks[head, :, head] for head in range(unit.heads)])
-    return output_energies(own, readers(module, unit).view(-1, unit.heads, unit.width))
+    own = _per_head(unit, every[0])
+    second = own.energy if unit.readout_bias is None else own.covariance
+    return output_energies(second, readers(module, unit).view(-1, unit.heads, unit.width))
+
+
+def _per_head(unit: Unit, moments: Moments) -> Moments:
+    """Moments of all channels at once, [H * d], as those of each head by itself, [H, d]."""
+    blocks = moments.second.view(unit.heads, unit.width, unit.heads, unit.width)
+    second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])
+    return Moments(moments.rows, moments.total.view(unit.heads, unit.width), second)

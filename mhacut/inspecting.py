@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mhacut.calibration import calibrate
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, Outline, read_as_told, read_outline
+from mhacut.checkpoint.load import (
+    TIMM_PREFIX,
+    LoadedModel,
+    Outline,
+    read_as_told,
+    read_header,
+    read_model,
+    read_outline,
+)
+from mhacut.comparison import Comparison, compare
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.device import resolve_device
 from mhacut.errors import UsageError
@@ -31,6 +41,8 @@ class InspectResult:
     """In one line."""
     chosen: tuple[LayerReport, ...]
     """Of the layers those that were asked for, in the order asked for."""
+    comparison: Comparison | None = None
+    """With a dense model, where one was given."""
 
 
 def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> InspectResult:
@@ -54,11 +66,14 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     opened = _open(options, reporter)
     names = [layer.name for layer in dissect(opened.model).layers]
     wanted = _wanted(names, options.layer)
-    evidence = None
+    evidence = comparison = None
     if isinstance(opened, LoadedModel) and options.sees_images:
         seen = _images(options, opened)
-        reporter.start("looking at images")
-        evidence = _look(opened, seen, options, reporter)
+        if options.data_dir is not None or options.dataset is not None:
+            reporter.start("looking at images")
+            evidence = _look(opened, seen, options, reporter)
+        if options.compare is not None:
+            comparison = _compared(opened, seen, options, reporter)
     reporter.start("looking at heads")
     in_detail = set(wanted) if options.heads or options.layer is not None else set()
     inspection = inspect_model(
@@ -70,7 +85,8 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         progress=lambda done, total: reporter.advance(done, total),
     )
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
-    return InspectResult(inspection, verdict(inspection), tuple(sorted(chosen, key=_order(options.sort))))
+    chosen.sort(key=_order(options.sort))
+    return InspectResult(inspection, verdict(inspection), tuple(chosen), comparison)
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:
@@ -126,6 +142,38 @@ def _look(
         progress=lambda done, total: reporter.advance(done, total),
     )
     return Evidence(calibration, seen.description)
+
+
+def _compared(
+    opened: LoadedModel, seen: CalibrationImages, options: InspectOptions, reporter: Reporter
+) -> Comparison:
+    """With the checkpoint of ``--compare``, which is of the same architecture, whether it says so or not."""
+    assert options.compare is not None
+    reporter.start("reading the dense model")
+    says_what_it_is = os.fspath(options.compare).startswith(TIMM_PREFIX)
+    if not says_what_it_is:
+        header = read_header(options.compare)
+        says_what_it_is = header.record is not None or header.file.config is not None
+    identity = opened.identity
+    args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
+    stated: dict[str, Any] = {} if says_what_it_is else {"model": identity.architecture, "model_args": args}
+    dense = read_model(options.compare, **stated)
+    if dense.identity.architecture != identity.architecture:
+        raise UsageError(
+            f"--compare {dense.source}: expected the checkpoint's architecture, {identity.architecture}, "
+            f"found {dense.identity.architecture}; give the dense model that it was made from"
+        )
+    device = resolve_device(options.device)
+    reporter.start("comparing")
+    return compare(
+        dense.model.requires_grad_(False).to(device),
+        opened.model.requires_grad_(False).to(device),
+        seen.images,
+        source=dense.source,
+        data=seen.description,
+        batch_size=options.batch_size,
+        progress=lambda done, total: reporter.advance(done, total),
+    )
 
 
 def _order(sort: str) -> Any:

@@ -22,7 +22,7 @@ from mhacut.modelinfo import classifier_size, left_whole, model_input_size
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Basis, UnitKind, UnitPlan
 from mhacut.surgery import UnitKey, dissect
-from mhacut.weight_moments import white_moments, white_redundancy
+from mhacut.weight_moments import white_moments
 
 BY_WEIGHTS = "weights alone, inputs taken as white"
 """What findings rest on where there were no images."""
@@ -196,7 +196,7 @@ def _findings(
     found = {}
     for unit in layer.units:
         if evidence is None:
-            moments, similarity = white_moments(module, unit), white_redundancy(module, unit)
+            moments, similarity = white_moments(module, unit)
         else:
             moments = evidence.calibration.moments[unit.key]
             similarity = evidence.calibration.statistics[unit.key].redundancy

@@ -356,6 +356,8 @@ class InspectOptions(CheckpointOptions):
     """Order of layers, and of heads where it tells them apart: as in the model, or the largest first."""
     shapes: bool = False
     """Look at shapes alone: no weight is read."""
+    compare: PathLike | None = None
+    """A dense checkpoint to lay beside, layer by layer; without images, on synthetic ones."""
     data_dir: PathLike | None = None
     """Images to judge heads by: an ImageFolder with ``train/``, or a flat folder. Without, weights do."""
     dataset: str | None = None
@@ -389,7 +391,7 @@ class InspectOptions(CheckpointOptions):
     @property
     def sees_images(self) -> bool:
         """Whether the model is run on images."""
-        return self.data_dir is not None or self.dataset is not None
+        return self.data_dir is not None or self.dataset is not None or self.compare is not None
 
     @property
     def images_wanted(self) -> int:
@@ -398,7 +400,11 @@ class InspectOptions(CheckpointOptions):
 
     def _needs_numbers(self) -> dict[str, bool]:
         """Flags that ask for more than shapes, and whether they were given."""
-        return {"--data-dir": self.data_dir is not None, "--dataset": self.dataset is not None}
+        return {
+            "--compare": self.compare is not None,
+            "--data-dir": self.data_dir is not None,
+            "--dataset": self.dataset is not None,
+        }
 
 
 INSPECTED_IMAGES = 64

@@ -16,8 +16,10 @@ from mhacut.tensor.moments import Moments
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
 
-def white_moments(module: nn.Module, unit: Unit) -> UnitMoments:
-    """Moments of the unit's channels for inputs of mean 0 and unit covariance.
+def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor]:
+    """Moments of the unit's channels for inputs of mean 0 and unit covariance, and their similarity.
+
+    The second is the mean similarity of each channel to the others of its head, [H, d], in [0, 1].
 
     Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
     What follows the projections (ReLUs, powers, convolutions) is left out.
@@ -27,17 +29,13 @@ def white_moments(module: nn.Module, unit: Unit) -> UnitMoments:
         unit: qk or v of that layer.
     """
     grams = _grams(module, unit)
+    similarity = redundancy(*map(cosine_similarity, grams))
     if unit.linear:
         grams = [grams[0] * grams[1]]  # of independent features, as products of q, k and v are
     elif unit.kind == "v":
         grams = [block_diagonal(grams[0])]
     sides = tuple(Moments(1, gram.new_zeros(gram.shape[:-1]), gram) for gram in grams)
-    return UnitMoments(sides, sides)
-
-
-def white_redundancy(module: nn.Module, unit: Unit) -> Tensor:
-    """Mean similarity of each channel to the others of its head by weights alone, [H, d], in [0, 1]."""
-    return redundancy(*(cosine_similarity(gram) for gram in _grams(module, unit)))
+    return UnitMoments(sides, sides), similarity
 
 
 def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:

@@ -10,7 +10,7 @@ from mhacut.findings import SHARES, find
 from mhacut.reduction import reductions
 from mhacut.surgery import dissect
 from mhacut.tensor.similarity import cosine_similarity, redundancy
-from mhacut.weight_moments import white_moments, white_redundancy
+from mhacut.weight_moments import white_moments
 
 SIZE, HEADS = 24, 3
 
@@ -40,10 +40,10 @@ def test_moments_of_white_inputs(attention):
     torch.manual_seed(1)
     q, k, v = sampled(module)
     bias = module.qkv.bias.detach().view(3, HEADS, -1)
-    query, key = (side.energy for side in white_moments(module, units["qk"]).every)
+    query, key = (side.energy for side in white_moments(module, units["qk"])[0].every)
     torch.testing.assert_close(query, q.mT @ q + bias[0].unsqueeze(-1) * bias[0].unsqueeze(-2))
     torch.testing.assert_close(key, k.mT @ k)
-    (values,) = white_moments(module, units["v"]).every
+    (values,) = white_moments(module, units["v"])[0].every
     torch.testing.assert_close(values.covariance, torch.block_diag(*(v.mT @ v)))
 
 
@@ -52,14 +52,14 @@ def test_redundancy_of_white_inputs(attention):
     torch.manual_seed(1)
     _, _, v = sampled(module)
     expected = redundancy(cosine_similarity(v.mT @ v))
-    torch.testing.assert_close(white_redundancy(module, units["v"]), expected)
+    torch.testing.assert_close(white_moments(module, units["v"])[1], expected)
 
 
 @pytest.mark.parametrize("kind", ["qk", "v"])
 def test_findings_are_those_of_the_ranking(attention, kind):
     module, units = attention
     unit = units[kind]
-    moments, similarity = white_moments(module, unit), white_redundancy(module, unit)
+    moments, similarity = white_moments(module, unit)
     with torch.no_grad():
         found = find(module, unit, moments, similarity, ranked=True)
         ranking = reductions(module, unit, moments, 1, "channel")[0].ranking

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 
 if TYPE_CHECKING:
+    from mhacut.comparison import Comparison
     from mhacut.inspecting import InspectResult
     from mhacut.inspection import LayerReport, UnitReport
 
@@ -28,10 +29,37 @@ def document(result: InspectResult) -> dict[str, Any]:
         "dtypes": list(inspection.dtypes),
         "judged_by": inspection.judged_by,
         "layers": [_layer(layer) for layer in result.chosen],
+        "comparison": None if result.comparison is None else _comparison(result.comparison),
         "left_whole": list(inspection.left_whole),
         "preprocessing": inspection.preprocessing.to_json(),
         "slim": inspection.slim,
         "history": [dict(entry) for entry in inspection.history],
+    }
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    def sides(pair: tuple[int, int]) -> dict[str, int]:
+        return {"dense": pair[0], "slim": pair[1]}
+
+    return {
+        "dense": found.dense,
+        "flops": sides(found.flops),
+        "parameters": sides(found.parameters),
+        "agreement": found.agreement,
+        "divergence": found.divergence,
+        "images": found.images,
+        "data": found.data,
+        "layers": [
+            {
+                "layer": layer.name,
+                "widths": {kind: sides(pair) for kind, pair in layer.widths.items()},
+                "flops": sides(layer.flops),
+                "own_error": layer.own_error,
+                "error": layer.error,
+                "agreement": layer.agreement,
+            }
+            for layer in found.layers
+        ],
     }
 
 

@@ -12,6 +12,7 @@ from mhacut.quantity import format_flops
 from mhacut.spans import ranges
 
 if TYPE_CHECKING:
+    from mhacut.comparison import Comparison
     from mhacut.findings import HeadFindings
     from mhacut.inspecting import InspectResult
     from mhacut.inspection import Inspection, LayerReport, UnitReport
@@ -36,6 +37,8 @@ def text(result: InspectResult, *, heads: bool) -> str:
         parts.append(_attention_table(attention, judged=inspection.judged_by is not None))
     if mlps:
         parts.append(_mlp_table(mlps))
+    if result.comparison is not None:
+        parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
     parts.append("\n".join(line for told in _about(inspection, heads) for line in _filled(told, "  ")))
     return "\n\n".join(parts)
 
@@ -141,6 +144,41 @@ def _width(layer: LayerReport, kind: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
+
+
+def _comparison(found: Comparison, names: Sequence[str]) -> str:
+    by_name = {layer.name: layer for layer in found.layers}
+    rows = [["dense -> slim", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
+    for name in names:
+        layer = by_name[name]
+        before, after = layer.flops
+        rows.append(
+            [
+                safe(name),
+                " ".join(f"{kind} {dense}>{slim}" for kind, (dense, slim) in layer.widths.items()),
+                format_flops(after),
+                _percent(after / before) if before else "",
+                f"{layer.own_error:.3f}",
+                f"{layer.error:.3f}",
+                f"{layer.agreement:.4f}",
+            ]
+        )
+    (dense, slim), (weights, left) = found.flops, found.parameters
+    lines = [
+        f"beside {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
+        f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
+        f"({_percent(left / weights)})",
+        f"answers on {safe(found.data)}: {_agreement(found)}",
+        "error: of the layer's output, relative, in its own model (own: given the dense model's input); "
+        "agree: mean cosine of tokens",
+    ]
+    return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
+
+
+def _agreement(found: Comparison) -> str:
+    if found.agreement is None:
+        return f"features differ by {found.divergence:.2g} of their variance"
+    return f"{_percent(found.agreement)} the same, KL divergence {found.divergence:.2g} nats"
 
 
 def _about(inspection: Inspection, heads: bool) -> list[str]:
