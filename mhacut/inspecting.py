@@ -18,6 +18,7 @@ from mhacut.checkpoint.load import (
     read_model,
     read_outline,
 )
+from mhacut.checkpoint.write import check_output
 from mhacut.comparison import Comparison, compare
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.device import resolve_device
@@ -25,6 +26,8 @@ from mhacut.errors import UsageError
 from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model, resolve_preprocessing
 from mhacut.options import InspectOptions, PathLike
 from mhacut.progress import Reporter, Silent
+from mhacut.report.contents import Contents, stored_curves
+from mhacut.report.page import write_page
 from mhacut.surgery import dissect
 from mhacut.verdict import verdict
 
@@ -43,6 +46,8 @@ class InspectResult:
     """Of the layers those that were asked for, in the order asked for."""
     comparison: Comparison | None = None
     """With a dense model, where one was given."""
+    written: tuple[Path, ...] = ()
+    """Files that the report was written to."""
 
 
 def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> InspectResult:
@@ -62,6 +67,8 @@ def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """:func:`inspect` with its options in one object."""
+    if options.html is not None:
+        check_output(options.html, overwrite=options.overwrite, input_path=options.checkpoint)
     reporter.start("reading")
     opened = _open(options, reporter)
     names = [layer.name for layer in dissect(opened.model).layers]
@@ -75,7 +82,8 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         if options.compare is not None:
             comparison = _compared(opened, seen, options, reporter)
     reporter.start("looking at heads")
-    in_detail = set(wanted) if options.heads or options.layer is not None else set()
+    detailed = options.heads or options.layer is not None or options.html is not None
+    in_detail = set(wanted) if detailed else set()
     inspection = inspect_model(
         opened,
         shapes_only=options.shapes,
@@ -86,7 +94,13 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     )
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
     chosen.sort(key=_order(options.sort))
-    return InspectResult(inspection, verdict(inspection), tuple(chosen), comparison)
+    told = verdict(inspection)
+    written = []
+    if options.html is not None:
+        curves, budget = stored_curves(inspection.history)
+        contents = Contents(inspection, told, tuple(chosen), comparison, curves, budget)
+        written.append(write_page(options.html, contents, options.overwrite, opened.path))
+    return InspectResult(inspection, told, tuple(chosen), comparison, tuple(written))
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:

@@ -356,6 +356,10 @@ class InspectOptions(CheckpointOptions):
     """Order of layers, and of heads where it tells them apart: as in the model, or the largest first."""
     shapes: bool = False
     """Look at shapes alone: no weight is read."""
+    html: PathLike | None = None
+    """A page to write the report to."""
+    overwrite: bool = False
+    """Replace the page if it exists."""
     compare: PathLike | None = None
     """A dense checkpoint to lay beside, layer by layer; without images, on synthetic ones."""
     data_dir: PathLike | None = None
@@ -378,6 +382,10 @@ class InspectOptions(CheckpointOptions):
         require_choice("--sort", self.sort, get_args(Sort))
         require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
         require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")
+        if self.html is not None:
+            _require_page("--html", self.html)
+        if self.overwrite and self.html is None:
+            raise UsageError("--overwrite: nothing is written without --html FILE; leave it out")
         if self.shapes:
             _refuse_beside("--shapes", "reads no weights", self._needs_numbers())
             if self.sort in ("similarity", "rank"):
@@ -477,6 +485,11 @@ class BenchOptions(Flat):
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _require_page(flag: str, path: PathLike) -> None:
+    name = os.fspath(path)
+    require(flag, name, name.lower().endswith((".html", ".htm")), "a name that ends in .html")
 
 
 def _refuse_beside(flag: str, why: str, given: Mapping[str, bool]) -> None:

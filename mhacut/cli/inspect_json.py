@@ -33,6 +33,7 @@ def document(result: InspectResult) -> dict[str, Any]:
         "left_whole": list(inspection.left_whole),
         "preprocessing": inspection.preprocessing.to_json(),
         "slim": inspection.slim,
+        "written": [str(path) for path in result.written],
         "history": [dict(entry) for entry in inspection.history],
     }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mhacut.cli.console import safe, table
 from mhacut.cli.evaluate import preprocessing_line
 from mhacut.quantity import format_flops
+from mhacut.report.history import step
 from mhacut.spans import ranges
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def text(result: InspectResult, *, heads: bool) -> str:
     if result.comparison is not None:
         parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
     parts.append("\n".join(line for told in _about(inspection, heads) for line in _filled(told, "  ")))
+    parts += [f"saved {safe(path)}" for path in result.written]
     return "\n\n".join(parts)
 
 
@@ -202,31 +204,3 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
     lines += [f"left whole: {safe(line)}" for line in inspection.left_whole]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines
-
-
-def step(entry: Mapping[str, Any]) -> str:
-    """One command of a slim file's history; the file may hold anything there."""
-
-    def flops(name: str) -> str:
-        value = entry.get(name)
-        held = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
-        return format_flops(float(value)) if held and value is not None else "?"
-
-    def text(value: object) -> str:
-        return safe("?" if value is None else f"{value!s:.100}")
-
-    versions = entry.get("versions")
-    version = versions.get("mhacut") if isinstance(versions, Mapping) else None
-    if entry.get("command") == "finetune":
-        taught = "no teacher" if entry.get("teacher_sha256") is None else "a teacher"
-        return (
-            f"finetune, {text(entry.get('steps'))} steps of {text(entry.get('images_per_step'))} images, "
-            f"{taught}, seed {text(entry.get('seed'))}, mhacut {text(version)}, on {text(entry.get('data'))}"
-        )
-    if "flops_before" not in entry:
-        return f"{text(entry.get('command'))}, mhacut {text(version)}"
-    return (
-        f"{text(entry.get('command'))} {flops('flops_before')} -> {flops('flops_after')} FLOPs "
-        f"(budget {flops('budget')}), seed {text(entry.get('seed'))}, mhacut {text(version)}, "
-        f"on {text(entry.get('data'))}"
-    )
