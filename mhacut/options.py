@@ -286,7 +286,9 @@ class PruneOptions(CheckpointOptions):
     overwrite: bool = False
     """Replace an existing file; the input is never replaced."""
     dry_run: bool = False
-    """Find the plan, write nothing."""
+    """Find the plan, write no slim file."""
+    report: PathLike | None = None
+    """A page to write about the run, a dry one too."""
     scope: Scope = "attention+mlp"
     """What may be cut."""
     round_to: int = 8
@@ -313,6 +315,8 @@ class PruneOptions(CheckpointOptions):
         if self.output is not None:
             name = os.fspath(self.output)
             require("--output", name, name.endswith(".safetensors"), "a name that ends in .safetensors")
+        if self.report is not None:
+            _require_page("--report", self.report)
         require_choice("--scope", self.scope, get_args(Scope))
         require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
         require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")

@@ -101,6 +101,7 @@ FULL = PruneOptions.from_flat(
     output="b.safetensors",
     overwrite=True,
     dry_run=True,
+    report="r.html",
     model="vit",
     model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
     num_classes=10,

@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mhacut.checkpoint.load import read_outline
+import mhacut
+from mhacut.checkpoint.load import read_header, read_outline
 from mhacut.errors import OutputError, UsageError
 from mhacut.inspecting import inspect
 from mhacut.inspection import inspect_model
@@ -207,6 +208,41 @@ def test_inspect_writes_the_page(slim_of, tmp_path):
         inspect(slim_of("vit"), html=target)
     inspect(slim_of("vit"), html=target, overwrite=True)
     assert target.read_text(encoding="utf-8") == text
+
+
+def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
+    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args, "steps": 3}
+    options |= {"calibration_images": 8, "latency": False, "allocation": "refined", "round_to": 4}
+    page_file = tmp_path / "run.html"
+    result = mhacut.prune(tiny_vit.path, output=tmp_path / "slim.safetensors", report=page_file, **options)
+    assert result.report == page_file
+    read = Reader(page_file.read_text(encoding="utf-8"))
+    titles = [data for element, data in read.texts if element == "h2"]
+    parts = ["In numbers", "Heads", "FLOPs", "Beside the dense model", "Sensitivity", "Search"]
+    assert titles == [*parts, "All heads", "History"]
+    assert str(tmp_path / "slim.safetensors") in read.text("h1")
+    assert [set(step.kept) for step in result.log] == [{"qk", "v", "hidden"}] * 3
+    record = read_header(tmp_path / "slim.safetensors").record
+    assert "report" not in record.history[-1]["options"]
+    curves, budget = stored_curves(record.history)
+    assert budget == result.budget
+    assert {(curve.layer, curve.kind): curve.chosen for curve in curves} == result.plan.widths()
+    for curve in curves:
+        known = result.curves[curve.layer, curve.kind]
+        assert dict(curve.points) == {w: pytest.approx(known[w], rel=1e-3) for w, _ in curve.points}
+    # What the file carries is in the page that inspect makes of it.
+    inspect(tmp_path / "slim.safetensors", html=tmp_path / "later.html")
+    assert "Sensitivity" in Reader((tmp_path / "later.html").read_text(encoding="utf-8")).text("h2")
+
+
+def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
+    (tmp_path / "there.html").write_text("mine")
+    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    with pytest.raises(OutputError, match=r"there\.html.*exists"):
+        mhacut.prune(tiny_vit.path, report=tmp_path / "there.html", data_dir="missing", **options)
+    with pytest.raises(UsageError, match=r"--report run.txt: expected a name that ends in .html"):
+        mhacut.prune(tiny_vit.path, report="run.txt", **options)
+    assert (tmp_path / "there.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     chosen = plan.widths()
     told = []
     for (layer, kind), curve in curves.items():
+        if not all(map(math.isfinite, curve.values())):
+            continue  # JSON has no infinity, and such a curve says nothing
         widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
         points = [[width, float(f"{curve[width]:.4g}")] for width in widths]
         told.append({"layer": layer, "kind": kind, "points": points, "chosen": chosen[layer, kind]})

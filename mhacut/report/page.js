@@ -3,7 +3,8 @@
 const table = document.getElementById("every-head");
 const body = table.tBodies[0];
 const rows = Array.from(body.rows);
-const words = rows.map((row) => row.textContent.toLowerCase());
+// Not the channels, whose text has every word.
+const words = rows.map((row) => Array.from(row.cells).slice(0, -1).map((cell) => cell.textContent).join(" ").toLowerCase());
 const found = document.getElementById("found");
 
 document.getElementById("search").addEventListener("input", (event) => {
