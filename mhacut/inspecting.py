@@ -23,11 +23,13 @@ from mhacut.comparison import Comparison, compare
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.device import resolve_device
 from mhacut.errors import UsageError
+from mhacut.extras import need
 from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model, resolve_preprocessing
 from mhacut.options import InspectOptions, PathLike
 from mhacut.progress import Reporter, Silent
 from mhacut.report.contents import Contents, stored_curves
 from mhacut.report.page import write_page
+from mhacut.report.picture import write_picture
 from mhacut.surgery import dissect
 from mhacut.verdict import verdict
 
@@ -67,8 +69,11 @@ def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """:func:`inspect` with its options in one object."""
-    if options.html is not None:
-        check_output(options.html, overwrite=options.overwrite, input_path=options.checkpoint)
+    if options.png is not None:
+        need("--png", "matplotlib", "plot")
+    for path in (options.html, options.png):
+        if path is not None:
+            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
     reporter.start("reading")
     opened = _open(options, reporter)
     names = [layer.name for layer in dissect(opened.model).layers]
@@ -95,12 +100,14 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
     chosen.sort(key=_order(options.sort))
     told = verdict(inspection)
-    written = []
-    if options.html is not None:
-        curves, budget = stored_curves(inspection.history)
-        contents = Contents(inspection, told, tuple(chosen), comparison, curves, budget)
-        written.append(write_page(options.html, contents, options.overwrite, opened.path))
-    return InspectResult(inspection, told, tuple(chosen), comparison, tuple(written))
+    curves, budget = stored_curves(inspection.history)
+    contents = Contents(inspection, told, tuple(chosen), comparison, curves, budget)
+    written = tuple(
+        write(path, contents, options.overwrite, opened.path)
+        for path, write in ((options.html, write_page), (options.png, write_picture))
+        if path is not None
+    )
+    return InspectResult(inspection, told, tuple(chosen), comparison, written)
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:

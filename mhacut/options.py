@@ -362,8 +362,10 @@ class InspectOptions(CheckpointOptions):
     """Look at shapes alone: no weight is read."""
     html: PathLike | None = None
     """A page to write the report to."""
+    png: PathLike | None = None
+    """A picture to draw the report's charts on; needs ``mhacut[plot]``."""
     overwrite: bool = False
-    """Replace the page if it exists."""
+    """Replace these files if they exist."""
     compare: PathLike | None = None
     """A dense checkpoint to lay beside, layer by layer; without images, on synthetic ones."""
     data_dir: PathLike | None = None
@@ -388,8 +390,11 @@ class InspectOptions(CheckpointOptions):
         require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")
         if self.html is not None:
             _require_page("--html", self.html)
-        if self.overwrite and self.html is None:
-            raise UsageError("--overwrite: nothing is written without --html FILE; leave it out")
+        if self.png is not None:
+            name = os.fspath(self.png)
+            require("--png", name, name.lower().endswith(".png"), "a name that ends in .png")
+        if self.overwrite and self.html is None and self.png is None:
+            raise UsageError("--overwrite: nothing is written without --html or --png FILE; leave it out")
         if self.shapes:
             _refuse_beside("--shapes", "reads no weights", self._needs_numbers())
             if self.sort in ("similarity", "rank"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -694,6 +695,20 @@ def test_help_groups_flags():
 
 def test_version():
     assert run("--version").stdout == f"mhacut {mhacut.__version__}\n"
+
+
+def test_version_with_what_it_stands_on():
+    for order in (["--version", "-v"], ["-v", "--version"]):
+        lines = run(*order).stdout.splitlines()
+        assert lines[0] == f"mhacut {mhacut.__version__}"
+        assert [line.split()[0] for line in lines[1:]] == ["python", "torch", "timm", "safetensors", "device"]
+        assert lines[2] == f"torch {version('torch')}"
+
+
+def test_no_command_is_a_usage_error():
+    result = run("-q")
+    assert result.exit_code == 2
+    assert "Missing command" in result.stderr
 
 
 def test_broken_pipe_ends_quietly(slim):

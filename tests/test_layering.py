@@ -19,6 +19,7 @@ FLOORS = (
         "options",
         "limits",
         "spans",
+        "extras",
         "untrusted",
         "plan",
         "progress",
@@ -48,6 +49,7 @@ FLOORS = (
 BESIDE = {
     ("options", "errors"),
     ("plan", "errors"),
+    ("extras", "errors"),
     ("quantity", "errors"),
     ("device", "errors"),
     ("processes", "errors"),

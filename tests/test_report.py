@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 import mhacut
 from mhacut.checkpoint.load import read_header, read_outline
-from mhacut.errors import OutputError, UsageError
+from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.inspecting import inspect
 from mhacut.inspection import inspect_model
 from mhacut.plan import Plan, UnitPlan
@@ -19,6 +22,7 @@ from mhacut.report.charts import Line, line_chart
 from mhacut.report.contents import Contents, StoredCurve, curves_to_json, stored_curves
 from mhacut.report.markup import Markup, tag
 from mhacut.report.page import page
+from mhacut.report.picture import heat_values
 from mhacut.search import SearchStep
 from mhacut.verdict import verdict
 
@@ -249,9 +253,41 @@ def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
     ("given", "message"),
     [
         ({"html": "report.txt"}, r"--html report.txt: expected a name that ends in .html"),
-        ({"overwrite": True}, "--overwrite: nothing is written without --html FILE"),
+        ({"png": "report.jpg"}, r"--png report.jpg: expected a name that ends in .png"),
+        ({"overwrite": True}, "--overwrite: nothing is written without --html or --png FILE"),
     ],
 )
 def test_what_cannot_be_is_refused(slim_of, given, message):
     with pytest.raises(UsageError, match=message):
         inspect(slim_of("vit"), **given)
+
+
+# --- the picture ---
+
+
+def test_cells_of_the_picture_are_heads(contents):
+    attention = [layer for layer in contents.layers if layer.heads]
+    narrower = dataclasses.replace(attention[0], heads=1, units={"v": attention[0].units["v"]})
+    values = heat_values([*attention, narrower], "v", lambda unit, head: unit.now / unit.dense + head)
+    for row, layer in zip(values, attention, strict=False):
+        unit = layer.units["v"]
+        assert row == [unit.now / unit.dense + head for head in range(3)]
+    assert values[-1][0] == values[0][0]
+    assert all(math.isnan(value) for value in values[-1][1:])
+    assert all(math.isnan(value) for value in heat_values([narrower], "qk", lambda unit, head: 1.0)[0])
+
+
+def test_a_picture_needs_its_extra(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = re.escape("--png: needs the package matplotlib; pip install 'mhacut[plot]'")
+    with pytest.raises(MhacutError, match=wanted):
+        inspect(slim_of("vit"), png=tmp_path / "a.png")
+
+
+def test_a_picture_is_drawn(slim_of, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "a.png"
+    assert inspect(slim_of("vit"), png=target).written == (target,)
+    with Image.open(target) as drawn:
+        assert drawn.format == "PNG"
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 20

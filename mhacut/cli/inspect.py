@@ -11,6 +11,7 @@ _FLAGS: dict[str, Flag] = {
     "layer": Flag("What is shown", "Only layers whose name fits, head by head: 'blocks.1*.attn'.", "GLOB"),
     "heads": Flag("What is shown", "Every head, and the channels it keeps or would keep at 75, 50, 25 %."),
     "html": Flag("What is shown", "Write the report as one page that needs no network.", "FILE"),
+    "png": Flag("What is shown", "Draw its charts; needs pip install 'mhacut[plot]'.", "FILE"),
     "overwrite": Flag("What is shown", "Replace FILE if it exists."),
     "compare": Flag("What is shown", "Layer by layer beside the dense model it was made from.", "DENSE"),
     "sort": Flag("What is shown", "Order of the layers; all but the first put the largest on top."),
