@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from mhacut.exporting.run import ExportResult, export
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.finetuning.run import finetune
+    from mhacut.inspecting import InspectResult, inspect
     from mhacut.pipeline import PruneResult, prune
 
 __all__ = [
     "BenchResult",
     "ExportResult",
     "FinetuneResult",
+    "InspectResult",
     "PruneResult",
     "__version__",
     "bench",
     "export",
     "finetune",
+    "inspect",
     "load_model",
     "prune",
     "save_model",
@@ -40,10 +43,12 @@ _HOMES = {
     "BenchResult": "mhacut.benching",
     "ExportResult": "mhacut.exporting.run",
     "FinetuneResult": "mhacut.finetuning.result",
+    "InspectResult": "mhacut.inspecting",
     "PruneResult": "mhacut.pipeline",
     "bench": "mhacut.benching",
     "export": "mhacut.exporting.run",
     "finetune": "mhacut.finetuning.run",
+    "inspect": "mhacut.inspecting",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.pipeline",
     "save_model": "mhacut.checkpoint.save",

@@ -6,6 +6,7 @@ DeiT-T/S/B are 1.26 / 4.61 / 17.58 G.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -81,6 +82,23 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
             f"FLOPs of {type(model).__name__} cannot be counted: fvcore does not know {', '.join(uncounted)}"
         )
     return counted
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, which may be on the meta device, that runs on the CPU and takes no memory.
+
+    All its tensors are zeros that are stored once: what it computes means nothing, what that costs can be
+    counted. Tracing a model on the meta device fails in torch's own shape checks.
+    """
+    stand_in = copy.deepcopy(model)
+    for module in stand_in.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            zeros = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+            module.register_buffer(name, zeros, persistent=name not in module._non_persistent_buffers_set)
+    return stand_in.eval()
 
 
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:

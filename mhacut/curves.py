@@ -124,7 +124,7 @@ def _output_curve(
     heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
     sampled = {
         width: output_error(second, (ranking.kept(width) + heads).reshape(-1), columns, sensitivity) / 2
-        for width in _sample(choices)
+        for width in sampled_widths(choices)
     }
     return _interpolated(sampled, choices)
 
@@ -142,7 +142,7 @@ def _logit_curve(
     unit, (args, kwargs) = way.unit, inputs()
     sensitivity = calibration.sensitivity[layer.name]
     sampled = {choices[-1]: 0.0}
-    for width in _sample(choices)[:-1]:
+    for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(module)
         shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature)
         error = (smaller(*args, **kwargs) - output).movedim(layer.channel_dim, -1).flatten(0, -2).double()
@@ -150,8 +150,8 @@ def _logit_curve(
     return _interpolated(sampled, choices)
 
 
-def _sample(choices: Sequence[int]) -> list[int]:
-    """At most :data:`MOST_WIDTHS` of ``choices``, ends included, even in their logarithm."""
+def sampled_widths(choices: Sequence[int]) -> list[int]:
+    """At most :data:`MOST_WIDTHS` of ``choices``, ascending, ends included, even in their logarithm."""
     if len(choices) <= MOST_WIDTHS:
         return list(choices)
     low, high = math.log(choices[0]), math.log(choices[-1])

@@ -1,30 +1,48 @@
-"""What is in an opened checkpoint: its layers, what they cost, how it wants its images."""
+"""What is in a checkpoint: its layers and heads, what they cost, how alike and how few their channels are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from mhacut.checkpoint.load import LoadedModel
-from mhacut.cost import count_parameters, measure_flops_by_module
+from mhacut.adapters.base import Layer, Unit
+from mhacut.calibration import Calibration
+from mhacut.checkpoint.layers import LayerReader
+from mhacut.checkpoint.load import LoadedModel, Outline
+from mhacut.cost import count_parameters, measure_flops_by_module, weightless
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError
+from mhacut.findings import HeadFindings, find
 from mhacut.modelinfo import classifier_size, left_whole, model_input_size
 from mhacut.options import PreprocessingOptions
-from mhacut.plan import UnitKind
-from mhacut.surgery import dissect
+from mhacut.plan import Basis, UnitKind, UnitPlan
+from mhacut.surgery import UnitKey, dissect
+from mhacut.weight_moments import white_moments
+
+BY_WEIGHTS = "weights alone, inputs taken as white"
+"""What findings rest on where there were no images."""
 
 
 @dataclass(frozen=True)
-class Width:
-    """Channels per head of one unit (of the whole MLP for ``hidden``)."""
+class UnitReport:
+    """q/k or v of one attention layer, or the hidden channels of one MLP."""
 
+    kind: UnitKind
     now: int
+    """Channels per head (of the whole MLP for ``hidden``)."""
     dense: int
     """Before any cut; equal to ``now`` in a dense file."""
+    basis: Basis
+    """What ``kept`` counts."""
+    kept: tuple[tuple[int, ...], ...] | None
+    """Per head, of the dense channels those that a slim file still has; None where nothing was cut."""
+    heads: tuple[HeadFindings, ...]
+    """Empty where nothing was looked for: from shapes alone, and for hidden channels."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class LayerReport:
     """Its class."""
     heads: int | None
     """None for an MLP."""
-    widths: Mapping[UnitKind, Width]
+    units: Mapping[UnitKind, UnitReport]
     """Of its units that can be cut."""
     left_whole: Mapping[UnitKind, str]
     """Units that cannot, and why."""
@@ -45,6 +63,10 @@ class LayerReport:
     """Of the whole layer, as it stands."""
     share: float
     """Of the model's FLOPs, in 0..1."""
+    parameters: int
+    """Of the whole layer, as it stands."""
+    parameter_share: float
+    """Of the model's parameters, in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -67,53 +89,128 @@ class Inspection:
     preprocessing: Preprocessing
     history: tuple[Mapping[str, Any], ...]
     """What a slim file says of the commands that made it, oldest first; untrusted. Empty for a dense file."""
+    slim: bool
+    """Whether the file is one that mhacut cut."""
+    judged_by: str | None
+    """What findings of heads rest on: images, or :data:`BY_WEIGHTS`; None from shapes alone."""
 
 
-def inspect_model(loaded: LoadedModel) -> Inspection:
-    """Describe ``loaded``.
+@dataclass(frozen=True)
+class Evidence:
+    """Activations of the very model that is inspected."""
+
+    calibration: Calibration
+    description: str
+    """Of the images."""
+
+
+def inspect_model(
+    opened: LoadedModel | Outline,
+    *,
+    shapes_only: bool = False,
+    evidence: Evidence | None = None,
+    ranked: Callable[[str], bool] = lambda layer: False,
+    preprocessing: PreprocessingOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Describe ``opened``.
+
+    Args:
+        opened: a checkpoint; of an outline, layers are read one at a time.
+        shapes_only: read no weights, and say nothing of single heads but their widths.
+        evidence: what to judge heads by; None is the weights alone.
+        ranked: whether the channels of a layer of that name are to be ranked, which takes most of the time.
+        preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
+        progress: called with (layers done, layers in all).
 
     Raises:
         UnsupportedModelError: it has no attention that can be cut, or one that is not known.
+        CheckpointError: weights cannot be read.
     """
-    model = loaded.model
+    model = opened.model
     anatomy = dissect(model)
-    preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
-    flops = measure_flops_by_module(model, preprocessing.input_size)
-    dense = {} if loaded.record is None else {unit.key: unit.dense_width for unit in loaded.record.plan}
+    resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
+    countable = weightless(model) if isinstance(opened, Outline) else model
+    flops = measure_flops_by_module(countable, resolved.input_size)
+    parameters = count_parameters(model)
+    plans = {} if opened.record is None else {unit.key: unit for unit in opened.record.plan}
+    layer_of = _reader(opened, needed=not shapes_only)
     layers = []
-    for layer in anatomy.layers:
+    for done, layer in enumerate(anatomy.layers):
         module: Any = model.get_submodule(layer.name)
         is_attention = layer.adapter.family == "attention"
-        own = flops.get(layer.name, 0)
+        own, held = flops.get(layer.name, 0), count_parameters(module)
+        found: dict[UnitKey, tuple[HeadFindings, ...]] = {}
+        if is_attention and not shapes_only:
+            with layer_of(layer.name) as read:
+                found = _findings(read, layer, evidence, ranked(layer.name))
         layers.append(
             LayerReport(
                 name=layer.name,
                 module=type(module).__name__,
                 heads=int(module.num_heads) if is_attention else None,
-                widths={
-                    unit.kind: Width(unit.width, dense.get(unit.key, unit.width)) for unit in layer.units
+                units={
+                    unit.kind: _unit_report(unit, plans.get(unit.key), found.get(unit.key, ()))
+                    for unit in layer.units
                 },
                 left_whole=dict(layer.left_whole),
                 flops=own,
                 share=own / flops[""],
+                parameters=held,
+                parameter_share=held / parameters,
             )
         )
+        if progress is not None:
+            progress(done + 1, len(anatomy.layers))
+    told = BY_WEIGHTS if evidence is None else evidence.description
     return Inspection(
-        source=loaded.source,
-        architecture=loaded.identity.architecture,
-        input_size=preprocessing.input_size,
+        source=opened.source,
+        architecture=opened.identity.architecture,
+        input_size=resolved.input_size,
         classes=classifier_size(model),
         flops=flops[""],
-        parameters=count_parameters(model),
-        dtypes=tuple(sorted({_name(dtype) for dtype in loaded.dtypes.values() if dtype.is_floating_point})),
+        parameters=parameters,
+        dtypes=tuple(sorted({_name(dtype) for dtype in opened.dtypes.values() if dtype.is_floating_point})),
         layers=tuple(layers),
         left_whole=left_whole(anatomy),
-        preprocessing=preprocessing,
-        history=() if loaded.record is None else loaded.record.history,
+        preprocessing=resolved,
+        history=() if opened.record is None else opened.record.history,
+        slim=opened.record is not None,
+        judged_by=None if shapes_only else told,
     )
 
 
-def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -> Preprocessing:
+def _reader(
+    opened: LoadedModel | Outline, *, needed: bool
+) -> Callable[[str], AbstractContextManager[nn.Module]]:
+    """What gives a layer with its numbers in it."""
+    if isinstance(opened, Outline) and needed:
+        return LayerReader(opened).layer
+    return lambda name: nullcontext(opened.model.get_submodule(name))
+
+
+@torch.no_grad()
+def _findings(
+    module: nn.Module, layer: Layer, evidence: Evidence | None, ranked: bool
+) -> dict[UnitKey, tuple[HeadFindings, ...]]:
+    found = {}
+    for unit in layer.units:
+        if evidence is None:
+            moments, similarity = white_moments(module, unit)
+        else:
+            moments = evidence.calibration.moments[unit.key]
+            similarity = evidence.calibration.statistics[unit.key].redundancy
+        found[unit.key] = find(module, unit, moments, similarity, ranked=ranked)
+    return found
+
+
+def _unit_report(unit: Unit, plan: UnitPlan | None, found: tuple[HeadFindings, ...]) -> UnitReport:
+    if plan is None or plan.keeps_all:
+        return UnitReport(unit.kind, unit.width, unit.width, "channel", None, found)
+    return UnitReport(unit.kind, unit.width, plan.dense_width, plan.basis, plan.kept, found)
+
+
+def resolve_preprocessing(opened: LoadedModel | Outline, override: PreprocessingOptions) -> Preprocessing:
     """What images go through: stated by the slim file or timm's pretrained_cfg, ``override`` on top.
 
     A slim file is read at the size it was cut for, which ``--img-size`` may have set, not at the size its
@@ -124,16 +221,16 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
         DataError: what the file states makes no sense.
         CheckpointError: a slim file states a size that its own model does not take.
     """
-    built_for = model_input_size(loaded.model, loaded.identity.pretrained_cfg)
-    patch_embed: Any = getattr(loaded.model, "patch_embed", None)
+    built_for = model_input_size(opened.model, opened.identity.pretrained_cfg)
+    patch_embed: Any = getattr(opened.model, "patch_embed", None)
     strict = bool(getattr(patch_embed, "strict_img_size", False))
-    stated = loaded.identity.pretrained_cfg
-    if loaded.record is not None:
-        stated = loaded.record.preprocessing
+    stated = opened.identity.pretrained_cfg
+    if opened.record is not None:
+        stated = opened.record.preprocessing
         channels, height, width = stated["input_size"]
         if channels != built_for[0] or (strict and (height, width) != built_for[1:]):
             raise CheckpointError(
-                f"{loaded.source}: its metadata states images of {channels} channels, {height}x{width}; its "
+                f"{opened.source}: its metadata states images of {channels} channels, {height}x{width}; its "
                 f"model takes {built_for[0]} channels, {built_for[1]}x{built_for[2]}: it was edited or "
                 "damaged; prune the dense model again"
             )

@@ -18,6 +18,7 @@ BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
 Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
+Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 ExportFormat = Literal["onnx", "pt2", "timm"]
 Runtime = Literal["eager", "compile", "onnx"]
 ExportDtype = Literal["float32", "float16", "bfloat16"]
@@ -285,7 +286,9 @@ class PruneOptions(CheckpointOptions):
     overwrite: bool = False
     """Replace an existing file; the input is never replaced."""
     dry_run: bool = False
-    """Find the plan, write nothing."""
+    """Find the plan, write no slim file."""
+    report: PathLike | None = None
+    """A page to write about the run, a dry one too."""
     scope: Scope = "attention+mlp"
     """What may be cut."""
     round_to: int = 8
@@ -312,6 +315,8 @@ class PruneOptions(CheckpointOptions):
         if self.output is not None:
             name = os.fspath(self.output)
             require("--output", name, name.endswith(".safetensors"), "a name that ends in .safetensors")
+        if self.report is not None:
+            _require_page("--report", self.report)
         require_choice("--scope", self.scope, get_args(Scope))
         require("--round-to", self.round_to, self.round_to >= 1, "at least 1")
         require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")
@@ -346,6 +351,81 @@ class EvaluateOptions(CheckpointOptions):
 @dataclass(frozen=True)
 class InspectOptions(CheckpointOptions):
     """Everything ``mhacut inspect`` can be told."""
+
+    layer: str | None = None
+    """Only layers whose name fits, ``blocks.1?.attn``; heads are shown one by one."""
+    heads: bool = False
+    """Show heads one by one, and the channels they keep or would keep."""
+    sort: Sort = "layer"
+    """Order of layers, and of heads where it tells them apart: as in the model, or the largest first."""
+    shapes: bool = False
+    """Look at shapes alone: no weight is read."""
+    html: PathLike | None = None
+    """A page to write the report to."""
+    png: PathLike | None = None
+    """A picture to draw the report's charts on; needs ``mhacut[plot]``."""
+    overwrite: bool = False
+    """Replace these files if they exist."""
+    compare: PathLike | None = None
+    """A dense checkpoint to lay beside, layer by layer; without images, on synthetic ones."""
+    data_dir: PathLike | None = None
+    """Images to judge heads by: an ImageFolder with ``train/``, or a flat folder. Without, weights do."""
+    dataset: str | None = None
+    """A dataset as timm names it: ``hfds/NAME``, ``wds/NAME``, ``torch/NAME``, ``tfds/NAME``."""
+    train_split: str = "train"
+    """Split the images are taken from."""
+    calibration_images: int | None = None
+    """How many images; None is :data:`INSPECTED_IMAGES`."""
+    seed: int = 42
+    """Of the choice of images."""
+    batch_size: int = 16
+    """Images at a time."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+
+    def __post_init__(self) -> None:
+        require_choice("--sort", self.sort, get_args(Sort))
+        require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")
+        require("--calibration-images", self.images_wanted, self.images_wanted >= 1, "at least 1")
+        if self.html is not None:
+            _require_page("--html", self.html)
+        if self.png is not None:
+            name = os.fspath(self.png)
+            require("--png", name, name.lower().endswith(".png"), "a name that ends in .png")
+        if self.overwrite and self.html is None and self.png is None:
+            raise UsageError("--overwrite: nothing is written without --html or --png FILE; leave it out")
+        if self.shapes:
+            _refuse_beside("--shapes", "reads no weights", self._needs_numbers())
+            if self.sort in ("similarity", "rank"):
+                raise UsageError(f"--sort {self.sort}: is not known from shapes alone; leave --shapes out")
+        if self.calibration_images is not None and not self.sees_images:
+            raise UsageError(
+                f"--calibration-images {self.calibration_images}: no images are looked at; "
+                "say where they are with --data-dir DIR or --dataset NAME"
+            )
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the model is run on images."""
+        return self.data_dir is not None or self.dataset is not None or self.compare is not None
+
+    @property
+    def images_wanted(self) -> int:
+        """``calibration_images``, or the default."""
+        return INSPECTED_IMAGES if self.calibration_images is None else self.calibration_images
+
+    def _needs_numbers(self) -> dict[str, bool]:
+        """Flags that ask for more than shapes, and whether they were given."""
+        return {
+            "--compare": self.compare is not None,
+            "--data-dir": self.data_dir is not None,
+            "--dataset": self.dataset is not None,
+        }
+
+
+INSPECTED_IMAGES = 64
+"""Images that ``mhacut inspect`` looks at, some thousand tokens."""
 
 
 @dataclass(frozen=True)
@@ -416,6 +496,18 @@ class BenchOptions(Flat):
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _require_page(flag: str, path: PathLike) -> None:
+    name = os.fspath(path)
+    require(flag, name, name.lower().endswith((".html", ".htm")), "a name that ends in .html")
+
+
+def _refuse_beside(flag: str, why: str, given: Mapping[str, bool]) -> None:
+    """Raise a :class:`UsageError` that names what cannot stand beside ``flag``."""
+    others = [name for name, there in given.items() if there]
+    if others:
+        raise UsageError(f"{flag} {why}, which {' and '.join(others)} would need: leave one of them out")
 
 
 def require(flag: str, value: object, holds: bool, expected: str) -> None:

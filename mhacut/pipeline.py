@@ -22,6 +22,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.compensation import Compensation
 from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
+from mhacut.curves import Curve
 from mhacut.data import (
     CalibrationImages,
     EvaluationLoader,
@@ -38,11 +39,13 @@ from mhacut.latency import compare_latency
 from mhacut.modelinfo import classifier_size, gives_probabilities, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
 from mhacut.plan import Plan, UnitKind
-from mhacut.planning import Planner
+from mhacut.planning import Planned, Planner
 from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
 from mhacut.repair import UnitRepair
+from mhacut.report.contents import curves_to_json
+from mhacut.report.of_prune import write_report
 from mhacut.reweight import reweight
 from mhacut.search import SearchStep
 from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
@@ -96,6 +99,11 @@ class PruneResult:
     seconds: Mapping[str, float]
     """Per stage."""
     log: tuple[SearchStep, ...]
+    """Of the indicators, where they were trained."""
+    curves: Mapping[UnitKey, Curve]
+    """Estimated KL divergence in nats per width of every unit; empty where no curve was needed."""
+    report: Path | None
+    """The page about the run; None when not asked for."""
 
 
 def prune(
@@ -167,6 +175,8 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
     reporter = clock.reporter
     asked = Budget.parse(options.flops)
     device = processes.device
+    if options.report is not None:
+        check_output(options.report, overwrite=options.overwrite, input_path=options.checkpoint)
     if options.output is not None and not options.dry_run:
         check_output(options.output, overwrite=options.overwrite, input_path=options.checkpoint)
 
@@ -257,9 +267,9 @@ def _cut_down(
     if calibration.held > 0:
         parts = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
         slim = _trained(slim, dense, *parts, options.search, device, clock, reporter)
+    record = _record(options, loaded, planned, preprocessing, seen, budget, table.dense, flops)
     if not options.dry_run:
         clock.start("writing")
-        record = _record(options, loaded, ready.plan, preprocessing, seen, budget, table.dense, flops)
         write_slim(
             target, slim, record, dtypes=loaded.dtypes, overwrite=options.overwrite, input_path=loaded.path
         )
@@ -274,14 +284,33 @@ def _cut_down(
     if options.latency:
         batch = options.latency_batch_size
         times = tuple(compare_latency(models, preprocessing.input_size, batch_size=batch, device=device))
+    before = ModelFigures(table.dense, count_parameters(dense), times[0], subject.evaluation)
+    after = ModelFigures(flops, count_parameters(slim), times[1], evaluation)
+    report = None
+    if options.report is not None:
+        clock.start("reporting")
+        report = write_report(
+            options.report,
+            loaded=loaded,
+            dense=dense,
+            slim=slim,
+            record=record,
+            name=f"{target} (dry run)" if options.dry_run else str(target),
+            images=seen.images,
+            data=seen.description,
+            steps=planned.log,
+            figures=_figures(before, after, options.latency_batch_size, str(device)),
+            batch_size=options.search.batch_size,
+            overwrite=options.overwrite,
+        )
     clock.stop()
     return PruneResult(
         output=None if options.dry_run else target,
         architecture=loaded.identity.architecture,
         plan=ready.plan,
         budget=budget,
-        dense=ModelFigures(table.dense, count_parameters(dense), times[0], subject.evaluation),
-        slim=ModelFigures(flops, count_parameters(slim), times[1], evaluation),
+        dense=before,
+        slim=after,
         data=seen.description,
         left_whole=subject.left_whole,
         repairs=ready.repairs,
@@ -289,7 +318,23 @@ def _cut_down(
         latency_batch_size=options.latency_batch_size,
         seconds=clock.seconds,
         log=planned.log,
+        curves=planned.curves,
+        report=report,
     )
+
+
+def _figures(
+    before: ModelFigures, after: ModelFigures, batch_size: int, device: str
+) -> list[tuple[str, str, str]]:
+    """What was measured besides FLOPs and parameters, for the page."""
+    told = []
+    if before.evaluation is not None and after.evaluation is not None:
+        name = f"top-1, % of {before.evaluation.images} images"
+        told.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
+    if before.latency_ms is not None and after.latency_ms is not None:
+        name = f"latency, ms (batch {batch_size}, {device})"
+        told.append((name, f"{before.latency_ms:.2f}", f"{after.latency_ms:.2f}"))
+    return told
 
 
 def _reachable(
@@ -432,7 +477,7 @@ def _read_back(target: Path, slim: nn.Module, loaded: LoadedModel, images: Tenso
 def _record(
     options: PruneOptions,
     loaded: LoadedModel,
-    plan: Plan,
+    planned: Planned,
     preprocessing: Preprocessing,
     seen: CalibrationImages,
     budget: int,
@@ -441,7 +486,7 @@ def _record(
 ) -> SlimRecord:
     import timm
 
-    entry = {
+    entry: dict[str, Any] = {
         "command": "prune",
         "options": {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS},
         "seed": options.search.seed,
@@ -457,6 +502,9 @@ def _record(
             "timm": timm.__version__,
         },
     }
+    plan = planned.ready.plan
+    if planned.curves:
+        entry["curves"] = curves_to_json(planned.curves, plan)
     earlier = loaded.record
     return SlimRecord(
         identity=loaded.identity,
@@ -468,7 +516,7 @@ def _record(
 
 # Where files lie on the machine that made a slim file is nobody else's business.
 _LOCAL_OPTIONS = frozenset(
-    {"checkpoint", "output", "overwrite", "dry_run", "data_dir", "class_map", "workers"}
+    {"checkpoint", "output", "report", "overwrite", "dry_run", "data_dir", "class_map", "workers"}
 )
 
 

@@ -8,7 +8,7 @@ were not available; the formulas are ours, each in one function of :mod:`mhacut.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class SearchStep:
     """Distillation loss (plus cross-entropy) of the step's batch."""
     flops: float
     """Of the masked model at this step."""
+    kept: Mapping[str, float] = field(default_factory=dict)
+    """Share of all channels of a kind (``qk``, ``v``, ``hidden``) that stay at this step."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,14 @@ def search(
     for step in range(options.steps):
         sunk = 1.0 if start is not None else min(1.0, (step + 1) / (_DESCENT * options.steps))
         target = table.dense + (budget - table.dense) * sunk
-        gains, flops = _soft_gains(states, table, round_to, options)
+        gains, widths = _soft_gains(states, round_to, options)
+        flops = table.flops(widths)
         loss = lesson.loss(model, anatomy, gains)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         _add_budget_gradient(states, flops, target, options.budget_weight)
         optimiser.step()
-        log.append(SearchStep(step, float(loss.detach()), float(flops.detach())))
+        log.append(SearchStep(step, float(loss.detach()), float(flops.detach()), _kept(states, widths)))
         if progress is not None:
             progress(step + 1, options.steps, log[-1])
     gains = {state.unit.key: state.gain.detach().cpu() for state in states}
@@ -157,9 +160,9 @@ def search(
 
 
 def _soft_gains(
-    states: list[_UnitState], table: CostTable, round_to: int, options: SearchOptions
-) -> tuple[dict[UnitKey, Tensor], Tensor]:
-    """Masks times gains at the present indicators, and their FLOPs; both differentiable straight through."""
+    states: list[_UnitState], round_to: int, options: SearchOptions
+) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
+    """Masks times gains at the present indicators, and the widths; both differentiable straight through."""
     gains: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
@@ -172,7 +175,18 @@ def _soft_gains(
         gains[unit.key] = straight_through_mask(score) * state.gain * factor
         soft = state.indicator.sum() / unit.heads
         widths[unit.key] = width + soft - soft.detach()
-    return gains, table.flops(widths)
+    return gains, widths
+
+
+def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[str, float]:
+    """Share of all channels of each kind that stay."""
+    now: dict[str, float] = {}
+    dense: dict[str, int] = {}
+    for state in states:
+        unit = state.unit
+        now[unit.kind] = now.get(unit.kind, 0.0) + unit.heads * float(widths[unit.key].detach())
+        dense[unit.kind] = dense.get(unit.kind, 0) + unit.heads * unit.width
+    return {kind: now[kind] / dense[kind] for kind in now}
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:

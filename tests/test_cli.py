@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -27,7 +28,7 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
 
 FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
-COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions, "inspect": InspectOptions}
+COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
 
@@ -85,6 +86,11 @@ def test_flags_are_the_options():
     assert every == set(FLAGS)
 
 
+def test_flags_of_inspect_are_its_options():
+    parameters = typer.main.get_command(app).commands["inspect"].params
+    assert {parameter.name for parameter in parameters} - COMMON == set(InspectOptions.types())
+
+
 def test_defaults_are_the_options(captured):
     assert run("prune", "a.safetensors", "--flops", "50%").exit_code == 1
     assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
@@ -96,6 +102,7 @@ FULL = PruneOptions.from_flat(
     output="b.safetensors",
     overwrite=True,
     dry_run=True,
+    report="r.html",
     model="vit",
     model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
     num_classes=10,
@@ -424,16 +431,24 @@ def test_image_size_the_model_does_not_take(slim, images):
 def test_inspect_dense(tiny_vit):
     result = run("inspect", *tiny_vit.flags)
     assert result.exit_code == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["layer", "heads", "qk", "v", "hidden", "FLOPs", "share"]
-    assert lines[1][:4] == ["blocks.0.attn", "3", "16", "16"]
-    assert lines[2][:2] == ["blocks.0.mlp", "192"]
-    assert "7 classes: 1.16M FLOPs, 67.1K parameters" in result.stdout
+    lines = result.stdout.splitlines()
+    blank = lines.index("")
+    document = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
+    assert " ".join(lines[:blank]) == document["verdict"]
+    spent = sum(layer["share"] for layer in document["layers"] if layer["heads"])
+    assert document["verdict"].startswith(f"attention {100 * spent:.0f} % of 1.16M; ")
+    assert document["verdict"].endswith("(by weights alone)")
+    cells = [line.split() for line in lines[blank + 1 :]]
+    assert cells[0] == ["attention", "heads", "qk", "sim", "r99", "v", "sim", "r99", "FLOPs", "params"]
+    assert [*cells[1][:3], cells[1][5]] == ["blocks.0.attn", "3", "16", "16"]
+    assert cells[5][:2] == ["blocks.0.mlp", "192"]
+    assert "7 classes: 1.16M FLOPs, 67.1K" in result.stdout
+    assert max(map(len, lines)) <= 80
 
 
 def test_inspect_slim_shows_before_and_after(slim):
     text = run("inspect", slim).stdout
-    assert "16 -> 8" in text
+    assert " 8/16 " in text
     assert "step 1: prune 1.16M -> " in text
     document = json.loads(run("inspect", slim, "--json").stdout)
     layers = {layer["layer"]: layer for layer in document["layers"]}
@@ -452,7 +467,8 @@ def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
     plain = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
     assert "qk" in document["layers"][0]["left_whole"]
     assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
-    assert "whole" in run("inspect", *flags).stdout.splitlines()[1]
+    shown = run("inspect", *flags).stdout.splitlines()
+    assert "whole" in next(line for line in shown if line.startswith("blocks.0.attn"))
 
 
 # --- hostile text ---
@@ -679,6 +695,20 @@ def test_help_groups_flags():
 
 def test_version():
     assert run("--version").stdout == f"mhacut {mhacut.__version__}\n"
+
+
+def test_version_with_what_it_stands_on():
+    for order in (["--version", "-v"], ["-v", "--version"]):
+        lines = run(*order).stdout.splitlines()
+        assert lines[0] == f"mhacut {mhacut.__version__}"
+        assert [line.split()[0] for line in lines[1:]] == ["python", "torch", "timm", "safetensors", "device"]
+        assert lines[2] == f"torch {version('torch')}"
+
+
+def test_no_command_is_a_usage_error():
+    result = run("-q")
+    assert result.exit_code == 2
+    assert "Missing command" in result.stderr
 
 
 def test_broken_pipe_ends_quietly(slim):

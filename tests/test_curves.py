@@ -133,7 +133,7 @@ def most(it, unit):
 def sampled(it, unit):
     """Between the others, curves are interpolated."""
     choices = it.choices[unit.key]
-    return choices if unit.kind == "hidden" else module_under_test._sample(choices)
+    return choices if unit.kind == "hidden" else module_under_test.sampled_widths(choices)
 
 
 def test_errors_of_logits_are_those_of_the_layer_cut(it):
@@ -185,7 +185,7 @@ def test_units_that_are_not_asked_for_are_not_run():
 @given(last=st.integers(1, 60), step=st.integers(1, 8))
 def test_few_widths_are_measured_and_the_ends_are_among_them(last, step):
     choices = width_choices(last, step)
-    chosen = module_under_test._sample(choices)
+    chosen = module_under_test.sampled_widths(choices)
     assert len(chosen) <= MOST_WIDTHS
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(choices)

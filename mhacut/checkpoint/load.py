@@ -103,6 +103,23 @@ class Outline:
     """The model (cut if the file is slim) on the meta device: shapes, no numbers."""
     notes: tuple[str, ...]
     stem: str
+    source: str
+    """What was asked for."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The skeleton, under the name that a loaded checkpoint has its model by."""
+        return self.skeleton
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Per tensor, as the file has it."""
+        return {name: info.dtype for name, info in self.header.tensors.items()}
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the weights."""
+        return self.header.path
 
 
 def read_header(source: str | os.PathLike[str]) -> Header:
@@ -142,7 +159,8 @@ def read_outline(
         known = _recognise_slim(header, record)
         notes.append(f"slim file, written by mhacut in {len(record.history)} step(s)")
     stem = Path(source).resolve().name if header.config is not None else header.path.stem
-    return Outline(header, known.identity, record, known.skeleton, (*known.notes, *notes), stem)
+    told = (*known.notes, *notes)
+    return Outline(header, known.identity, record, known.skeleton, told, stem, os.fspath(source))
 
 
 def read_model(

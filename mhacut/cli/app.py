@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from mhacut._version import __version__
 from mhacut.cli.bench import bench
 from mhacut.cli.evaluate import evaluate
 from mhacut.cli.export import export
@@ -16,6 +15,7 @@ from mhacut.cli.flags import QUIET, VERBOSE
 from mhacut.cli.inspect import inspect
 from mhacut.cli.prune import prune
 from mhacut.cli.running import Globals
+from mhacut.cli.versions import versions
 
 # Markup would eat brackets in help; tracebacks are shown by mhacut.cli.running, without the values of locals.
 app = typer.Typer(
@@ -49,13 +49,8 @@ class _Grouped(TyperCommand):
                 formatter.write_dl(records)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"mhacut {__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
+# Without a command too: with --version there is none. Anything else is told apart below.
+@app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
@@ -63,7 +58,8 @@ def root(
         int, typer.Option("--verbose", "-v", count=True, help=VERBOSE, show_default=False)
     ] = 0,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", help="Print the version; with -v those of torch, timm, ... too."),
     ] = False,
 ) -> None:
     """Cut channels out of the attention and the MLPs of trained vision transformers.
@@ -71,6 +67,11 @@ def root(
     FLOPs are multiply-accumulates, attention included. Results go to stdout, everything else to stderr.
     Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
     """
+    if version:
+        typer.echo("\n".join(versions(everything=verbose > 0)))
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        context.fail("Missing command.")
     context.obj = Globals(quiet=quiet, verbose=verbose)
 
 

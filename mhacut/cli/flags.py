@@ -46,7 +46,8 @@ FLAGS: dict[str, Flag] = {
         "Result", "File to write; by default CHECKPOINT's stem and the budget, here.", "FILE", "-o"
     ),
     "overwrite": Flag("Result", "Replace FILE if it exists; CHECKPOINT is never replaced."),
-    "dry_run": Flag("Result", "Find the plan and show what it gives; write nothing."),
+    "dry_run": Flag("Result", "Find the plan and show what it gives; write no slim file."),
+    "report": Flag("Result", "Write a page about the run, as inspect --html does.", "FILE"),
     "scope": Flag("Result", "What may be cut."),
     "round_to": Flag("Result", "Widths are multiples of it.", "N"),
     "eval_images": Flag(

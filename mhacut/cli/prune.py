@@ -53,6 +53,8 @@ def _text(result: PruneResult) -> str:
     else:
         lines.append(f"saved {safe(result.output)}")
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
+    if result.report is not None:
+        lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
     lines += [f"left whole: {safe(line)}" for line in result.left_whole]
     return "\n".join(lines)
@@ -63,6 +65,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "command": "prune",
         "mhacut": __version__,
         "output": None if result.output is None else str(result.output),
+        "report": None if result.report is None else str(result.report),
         "architecture": result.architecture,
         "budget": result.budget,
         "dense": _figures(result.dense),
@@ -83,7 +86,12 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "device": result.device,
         "seconds": dict(result.seconds),
         "log": [
-            {"step": step.step, "loss": _finite(step.loss), "flops": _finite(step.flops)}
+            {
+                "step": step.step,
+                "loss": _finite(step.loss),
+                "flops": _finite(step.flops),
+                "kept": dict(step.kept),
+            }
             for step in result.log
         ],
     }

@@ -6,32 +6,30 @@ before the work; one that fails during it is told and left out, and the training
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhacut.errors import MhacutError
+from mhacut.extras import need
 from mhacut.finetuning.folder import write_whole
 
 Row = Mapping[str, float | None]
 
 _NEEDS = {
-    "png": ("matplotlib", "mhacut[plot]"),
-    "tensorboard": ("tensorboard", "mhacut[tensorboard]"),
-    "wandb": ("wandb", "mhacut[wandb]"),
+    "png": ("matplotlib", "plot"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
 }
-"""Per log: the module it needs, and what to install for it."""
+"""Per log: the module it needs, and the extra of mhacut that brings it."""
 
 
 def check_logs(names: Sequence[str]) -> None:
     """Raise a :class:`MhacutError` that says what to install, if a log's package is missing."""
     for name in names:
-        module, package = _NEEDS[name]
-        if importlib.util.find_spec(module) is None:
-            raise MhacutError(f"--log {name}: needs the package {module}; pip install '{package}'")
+        module, extra = _NEEDS[name]
+        need(f"--log {name}", module, extra)
 
 
 class _Log(Protocol):

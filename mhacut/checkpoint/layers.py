@@ -1,0 +1,71 @@
+"""The numbers of one layer at a time, of a checkpoint whose weights were not read as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.checkpoint.files import read_tensors, show
+from mhacut.checkpoint.load import Outline
+from mhacut.checkpoint.recognise import as_timm_has_it
+from mhacut.errors import CheckpointError
+
+
+class LayerReader:
+    """Fills layers of an outline's skeleton with the file's numbers, float32, and empties them again.
+
+    A safetensors file under timm's names is read layer by layer, so that memory holds one of them; any other
+    is read whole first.
+    """
+
+    def __init__(self, outline: Outline) -> None:
+        self._outline = outline
+        self._where = show(outline.header.path)
+        names = {name for name, _ in outline.skeleton.named_parameters()}
+        as_they_are = outline.header.format == "safetensors" and names <= set(outline.header.tensors)
+        self._whole: Mapping[str, Tensor] | None = None
+        if not as_they_are:
+            self._whole = as_timm_has_it(read_tensors(outline.header), outline.skeleton)
+
+    @contextmanager
+    def layer(self, name: str) -> Iterator[nn.Module]:
+        """The layer of that name, its parameters read; they are gone when the block ends.
+
+        Raises:
+            CheckpointError: they cannot be read, or are not all finite.
+        """
+        module = self._outline.skeleton.get_submodule(name)
+        wanted = [key for key, _ in module.named_parameters()]
+        read = self._read([f"{name}.{key}" for key in wanted])
+        for key, tensor in read.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{self._where}: tensor {key!r:.150} holds NaN or infinite values; the training that "
+                    "made it diverged, take an earlier checkpoint, or ask for shapes alone with --shapes"
+                )
+        empty = {key: module.get_parameter(key) for key in wanted}
+        try:
+            _assign(module, {key: read[f"{name}.{key}"] for key in wanted})
+            yield module
+        finally:
+            _assign(module, empty)
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        if self._whole is not None:
+            return {name: self._whole[name].float() for name in names}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._outline.header.path, framework="pt") as file:
+                return {name: file.get_tensor(name).float() for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self._where}: cannot be read: {error}") from error
+
+
+def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition(".")
+        module.get_submodule(owner).register_parameter(name, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,206 @@
+"""What ``mhacut inspect`` prints."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mhacut.cli.console import safe, table
+from mhacut.cli.evaluate import preprocessing_line
+from mhacut.quantity import format_flops
+from mhacut.report.history import step
+from mhacut.spans import ranges
+
+if TYPE_CHECKING:
+    from mhacut.comparison import Comparison
+    from mhacut.findings import HeadFindings
+    from mhacut.inspecting import InspectResult
+    from mhacut.inspection import Inspection, LayerReport, UnitReport
+
+_WIDTH = 80
+
+
+def text(result: InspectResult, *, heads: bool) -> str:
+    """The whole report.
+
+    Args:
+        result: of the inspection.
+        heads: one by one, with the channels they keep or would keep.
+    """
+    inspection = result.inspection
+    parts = ["\n".join(_filled(safe(result.verdict), ""))]
+    attention = [layer for layer in result.chosen if layer.heads is not None]
+    mlps = [layer for layer in result.chosen if layer.heads is None]
+    if heads:
+        parts += [_layer(layer) for layer in attention]
+    elif attention:
+        parts.append(_attention_table(attention, judged=inspection.judged_by is not None))
+    if mlps:
+        parts.append(_mlp_table(mlps))
+    if result.comparison is not None:
+        parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
+    parts.append("\n".join(line for told in _about(inspection, heads) for line in _filled(told, "  ")))
+    parts += [f"saved {safe(path)}" for path in result.written]
+    return "\n\n".join(parts)
+
+
+def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
+    found = ["sim", "r99"] if judged else []
+    rows = [["attention", "heads", "qk", *found, "v", *found, "FLOPs", "params"]]
+    for layer in layers:
+        cells = [safe(layer.name), str(layer.heads)]
+        for kind in ("qk", "v"):
+            cells += [_width(layer, kind), *(_means(layer, kind) if judged else [])]
+        rows.append([*cells, _percent(layer.share), _percent(layer.parameter_share)])
+    return table(rows)
+
+
+def _mlp_table(layers: Sequence[LayerReport]) -> str:
+    rows = [["MLP", "hidden", "FLOPs", "params"]]
+    for layer in layers:
+        shares = [_percent(layer.share), _percent(layer.parameter_share)]
+        rows.append([safe(layer.name), _width(layer, "hidden"), *shares])
+    return table(rows)
+
+
+def _layer(layer: LayerReport) -> str:
+    """One attention layer, head by head."""
+    heads = layer.heads or 1
+    share = f"{_percent(layer.share)} of FLOPs, {_percent(layer.parameter_share)} of parameters"
+    title = f"{safe(layer.name)} ({layer.module}), {heads} heads: {share}"
+    units = [layer.units[kind] for kind in ("qk", "v") if kind in layer.units]
+    judged = any(unit.heads for unit in units)
+    found = ["sim", "r90", "r99"] if judged else []
+    rows = [["  head", "qk", *found, "v", *found, "FLOPs", "params"]]
+    for head in range(heads):
+        cells = [f"  {head}"]
+        for kind in ("qk", "v"):
+            cells.append(_width(layer, kind))
+            if judged:
+                unit = layer.units.get(kind)
+                cells += ["", "", ""] if unit is None else _findings(unit.heads[head])
+        rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])
+    lines = [title, table(rows)]
+    for unit in units:
+        lines += _channels(unit)
+    return "\n".join(lines)
+
+
+def _channels(unit: UnitReport) -> list[str]:
+    """What a slim file kept and lost, and what a cut would keep, head by head."""
+    lines = []
+    if unit.kept is not None:
+        basis = "principal" if unit.basis == "principal" else "original"
+        lines.append(f"  {unit.kind}: of {unit.dense} {basis} channels, kept (removed)")
+        for head, kept in enumerate(unit.kept):
+            gone = sorted(set(range(unit.dense)) - set(kept))
+            lines += _wrapped(f"    {head}: ", f"{ranges(kept)} ({ranges(gone)})")
+    for share in unit.heads[0].keeps if unit.heads else ():
+        lines.append(f"  {unit.kind}: at {share} % would keep, of the {unit.now} it has")
+        for head, found in enumerate(unit.heads):
+            lines += _wrapped(f"    {head}: ", ranges(found.keeps[share]))
+    return lines
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+
+
+def _filled(line: str, indent: str) -> list[str]:
+    """A line of prose in lines of a terminal; names too long for one stay whole."""
+    return textwrap.wrap(
+        line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _means(layer: LayerReport, kind: Any) -> list[str]:
+    """Similarity and rank, mean of the heads."""
+    unit = layer.units.get(kind)
+    if unit is None or not unit.heads:
+        return ["", ""]
+    count = len(unit.heads)
+    return [
+        _similarity(sum(head.similarity for head in unit.heads) / count),
+        f"{sum(head.rank99 for head in unit.heads) / count:.0f}",
+    ]
+
+
+def _findings(head: HeadFindings) -> list[str]:
+    return [_similarity(head.similarity), str(head.rank90), str(head.rank99)]
+
+
+def _similarity(value: float) -> str:
+    """``.31``; two digits tell apart what is worth telling apart."""
+    return f"{value:.2f}".removeprefix("0")
+
+
+def _width(layer: LayerReport, kind: Any) -> str:
+    if kind in layer.left_whole:
+        return "whole"
+    if kind not in layer.units:
+        return ""
+    unit = layer.units[kind]
+    return str(unit.now) if unit.now == unit.dense else f"{unit.now}/{unit.dense}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _comparison(found: Comparison, names: Sequence[str]) -> str:
+    by_name = {layer.name: layer for layer in found.layers}
+    rows = [["dense -> slim", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
+    for name in names:
+        layer = by_name[name]
+        before, after = layer.flops
+        rows.append(
+            [
+                safe(name),
+                " ".join(f"{kind} {dense}>{slim}" for kind, (dense, slim) in layer.widths.items()),
+                format_flops(after),
+                _percent(after / before) if before else "",
+                f"{layer.own_error:.3f}",
+                f"{layer.error:.3f}",
+                f"{layer.agreement:.4f}",
+            ]
+        )
+    (dense, slim), (weights, left) = found.flops, found.parameters
+    lines = [
+        f"beside {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
+        f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
+        f"({_percent(left / weights)})",
+        f"answers on {safe(found.data)}: {_agreement(found)}",
+        "error: of the layer's output, relative, in its own model (own: given the dense model's input); "
+        "agree: mean cosine of tokens",
+    ]
+    return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
+
+
+def _agreement(found: Comparison) -> str:
+    if found.agreement is None:
+        return f"features differ by {found.divergence:.2g} of their variance"
+    return f"{_percent(found.agreement)} the same, KL divergence {found.divergence:.2g} nats"
+
+
+def _about(inspection: Inspection, heads: bool) -> list[str]:
+    channels, height, width = inspection.input_size
+    classes = f"{inspection.classes} classes" if inspection.classes else "no classifier"
+    lines = [
+        f"{safe(inspection.architecture)}, {channels}x{height}x{width}, {classes}: "
+        f"{format_flops(inspection.flops)} FLOPs, {format_flops(inspection.parameters)} parameters, "
+        f"{' and '.join(inspection.dtypes)}",
+    ]
+    if any(unit.now != unit.dense for layer in inspection.layers for unit in layer.units.values()):
+        lines.append("qk, v, hidden: channels per head (of the MLP) now/before the cut")
+    if inspection.judged_by is not None:
+        lines += [
+            "sim: mean similarity of a channel to the others of its head, 0 unlike, 1 alike",
+            ("r90, r99" if heads else "r99")
+            + f": principal channels that hold {'90, ' if heads else ''}99 % of the energy",
+            f"judged by: {safe(inspection.judged_by)}",
+        ]
+    lines.append(f"preprocessing: {preprocessing_line(inspection.preprocessing)}")
+    lines += [f"left whole: {safe(line)}" for line in inspection.left_whole]
+    lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
+    return lines

@@ -1,0 +1,128 @@
+"""Two models laid beside each other, against a slow reference."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from mhacut.cli.app import app
+from mhacut.comparison import compare
+from mhacut.errors import MhacutError, UsageError
+from mhacut.inspecting import inspect
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import cut, dissect
+from tests.models import Case, build, image
+
+CASE = Case("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
+
+
+def halved(model):
+    """Every unit without its last half; q/k and v channels of head h from h on."""
+    plan = []
+    for unit in dissect(model).units():
+        width = unit.width // 2
+        plan.append(UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(width)),) * unit.heads))
+    slim = copy.deepcopy(model)
+    cut(slim, Plan(tuple(plan)))
+    return slim
+
+
+def outputs(model, images, name):
+    """(input, output) of one layer, float64."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen[0]
+
+
+def test_layers_are_compared_as_a_slow_reference_does():
+    dense = build(CASE, dtype=torch.float64)
+    slim = halved(dense)
+    images = image(CASE, batch=5, dtype=torch.float64)
+    found = compare(dense, slim, images, source="dense", data="noise", batch_size=2)
+    for layer in found.layers:
+        x, expected = outputs(dense, images, layer.name)
+        _, other = outputs(slim, images, layer.name)
+        with torch.no_grad():
+            alone = slim.get_submodule(layer.name)(x)
+        assert layer.own_error == pytest.approx(float((alone - expected).norm() / expected.norm()), rel=1e-9)
+        assert layer.error == pytest.approx(float((other - expected).norm() / expected.norm()), rel=1e-9)
+        pairs = list(zip(expected.flatten(0, 1), other.flatten(0, 1), strict=True))
+        cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]
+        assert layer.agreement == pytest.approx(sum(cosines) / len(cosines), rel=1e-9)
+        assert layer.flops[1] < layer.flops[0]
+    with torch.no_grad():
+        p, q = dense(images).log_softmax(-1), slim(images).log_softmax(-1)
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum() / 5), rel=1e-5)
+    assert found.agreement == sum(int(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)) / 5
+
+
+def test_a_model_agrees_with_itself():
+    model = build(CASE)
+    found = compare(model, copy.deepcopy(model), image(CASE), source="a", data="b", batch_size=2)
+    assert (found.agreement, found.divergence) == (1.0, pytest.approx(0.0, abs=1e-6))
+    for layer in found.layers:
+        assert (layer.own_error, layer.error) == (0.0, 0.0)
+        assert layer.agreement == pytest.approx(1.0, abs=1e-6)
+
+
+def test_no_hook_is_left():
+    model, slim = build(CASE), halved(build(CASE))
+    compare(model, slim, image(CASE), source="a", data="b", batch_size=2)
+    assert not any(module._forward_hooks for side in (model, slim) for module in side.modules())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"depth": 1}, "--compare other: .*has 2 of 4 .the first that only one has is blocks.1.attn"),
+        ({"num_heads": 6}, "--compare other: blocks.0.attn has 6 heads there, 3 in the checkpoint"),
+        ({"num_classes": 3}, "--compare other: it gives 3 numbers an image, the checkpoint 7"),
+    ],
+)
+def test_another_model_is_refused(args, message):
+    other = build(Case(CASE.architecture, {**CASE.args, **args}))
+    with pytest.raises(MhacutError, match=message):
+        compare(other, build(CASE), image(CASE), source="other", data="b", batch_size=2)
+
+
+def test_a_slim_file_beside_its_dense_one(slim_of):
+    slim = slim_of("flatten")
+    dense = slim.parent / "dense.safetensors"  # says nothing of itself: the slim file does
+    asked = ["inspect", str(slim), "--compare", str(dense), "--calibration-images", "8"]
+    result = CliRunner().invoke(app, [*asked, "--json"])
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)["comparison"]
+    assert told["data"] == "8 synthetic images of shapes (64x64)"
+    assert told["flops"]["slim"] < 0.7 * told["flops"]["dense"]
+    assert all(layer["error"] >= 0 for layer in told["layers"])
+    widths = [pair for layer in told["layers"] for pair in layer["widths"].values()]
+    assert any(pair["slim"] < pair["dense"] for pair in widths)
+    shown = CliRunner().invoke(app, asked).stdout
+    assert "own error" in shown
+    assert f"{100 * told['agreement']:.1f}% the same" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_another_architecture_is_refused(slim_of, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, img_size=32)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "vit_tiny_patch16_224",
+                "model_args": {"depth": 1, "embed_dim": 48, "img_size": 32},
+            }
+        )
+    )
+    with pytest.raises(UsageError, match="expected the checkpoint's architecture, flatten_swin_tiny_224"):
+        inspect(slim_of("flatten"), compare=tmp_path)

@@ -1,0 +1,173 @@
+"""``mhacut.inspect``: what is read, what heads are judged by, what is shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import mhacut
+from mhacut.checkpoint.load import read_model, read_outline
+from mhacut.cli.app import app
+from mhacut.cost import measure_flops_by_module, weightless
+from mhacut.errors import CheckpointError, UsageError
+from mhacut.inspecting import inspect
+from mhacut.inspection import BY_WEIGHTS, inspect_model
+from mhacut.verdict import redundant_share
+from tests.models import CASES, build
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Unlabelled images of noise."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        pixels = (255 * torch.rand(32, 32, 3, generator=generator)).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def opened(tiny_vit):
+    return {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_flops_without_weights_are_flops(case):
+    model = build(case)
+    size = (3, case.args["img_size"], case.args["img_size"])
+    counted = measure_flops_by_module(weightless(model.to("meta")), size)
+    assert counted == measure_flops_by_module(build(case), size)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "flatten"])
+def test_layer_by_layer_is_as_in_the_whole_model(slim_of, name):
+    path = slim_of(name)
+    assert inspect_model(read_outline(path), ranked=lambda layer: True) == inspect_model(
+        read_model(path), ranked=lambda layer: True
+    )
+
+
+def test_torch_files_are_read_too(tiny_vit, tmp_path):
+    torch.save(load_file(tiny_vit.path), tmp_path / "a.pth")
+    found = inspect(tmp_path / "a.pth", **opened(tiny_vit))
+    assert found.inspection.layers == inspect(tiny_vit.path, **opened(tiny_vit)).inspection.layers
+
+
+def test_shapes_alone_need_no_weights(tiny_vit, tmp_path):
+    """Of a file whose numbers are all NaN only the header is worth anything."""
+    tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(tiny_vit.path).items()}
+    save_file(tensors, tmp_path / "nan.safetensors")
+    found = inspect(tmp_path / "nan.safetensors", shapes=True, **opened(tiny_vit)).inspection
+    whole = inspect(tiny_vit.path, **opened(tiny_vit)).inspection
+    assert (found.flops, found.parameters, found.judged_by) == (whole.flops, whole.parameters, None)
+    assert [layer.flops for layer in found.layers] == [layer.flops for layer in whole.layers]
+    assert not any(unit.heads for layer in found.layers for unit in layer.units.values())
+    with pytest.raises(CheckpointError, match=r"'blocks.0.attn.qkv.weight' holds NaN.*--shapes"):
+        inspect(tmp_path / "nan.safetensors", **opened(tiny_vit))
+
+
+def test_images_judge_by_what_they_are(tiny_vit, images):
+    found = inspect(tiny_vit.path, data_dir=images, **opened(tiny_vit)).inspection
+    assert found.judged_by == "6 of 6 images under " + images.name + "/ (without labels)"
+    by_weights = inspect(tiny_vit.path, **opened(tiny_vit)).inspection
+    assert by_weights.judged_by == BY_WEIGHTS
+    assert found.layers[0].units["v"].heads != by_weights.layers[0].units["v"].heads
+    assert found.flops == by_weights.flops
+
+
+def test_a_repeated_channel_is_seen(tiny_vit, tmp_path):
+    """A head whose value channels all do the same has rank 1 and similarity 1."""
+    tensors = load_file(tiny_vit.path)
+    weight = tensors["blocks.1.attn.qkv.weight"]  # 3 heads of 16: v of head 1 lies at 96 + 16
+    weight[112:128] = weight[112]
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = inspect(tmp_path / "a.safetensors", **opened(tiny_vit)).inspection.layers[2]
+    head = found.units["v"].heads[1]
+    assert (head.rank90, head.rank99) == (1, 1)
+    assert head.similarity == pytest.approx(1.0, abs=1e-6)
+    assert found.units["v"].heads[0].rank99 > 10
+    assert redundant_share(found, "v") == 1 - sum(h.rank99 for h in found.units["v"].heads) / 48
+
+
+def test_the_verdict_names_where(tiny_vit, tmp_path):
+    tensors = load_file(tiny_vit.path)
+    weight = tensors["blocks.1.attn.qkv.weight"]
+    for head in range(3):
+        low = 96 + 16 * head
+        weight[low + 8 : low + 16] = weight[low : low + 8]
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = inspect(tmp_path / "a.safetensors", **opened(tiny_vit))
+    assert "; about half of v in blocks.1.attn is redundant (by weights alone)" in found.verdict
+
+
+def test_slim_files_say_what_was_kept_and_removed(slim_of):
+    document = json.loads(run("inspect", slim_of("vit"), "--json").stdout)
+    assert document["slim"]
+    cut = [unit for layer in document["layers"] for unit in layer["units"].values() if unit["kept"]]
+    assert cut
+    for unit in cut:
+        for kept, removed in zip(unit["kept"], unit["removed"], strict=True):
+            assert len(kept) == unit["now"]
+            assert sorted(kept + removed) == list(range(unit["dense"]))
+    shown = run("inspect", slim_of("vit"), "--heads").stdout
+    assert "channels, kept (removed)" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_one_layer_head_by_head(tiny_vit):
+    result = run("inspect", *tiny_vit.flags, "--layer", "*.1.attn")
+    assert "blocks.1.attn (Attention), 3 heads: " in result.stdout
+    assert "blocks.0" not in result.stdout
+    assert "qk: at 25 % would keep, of the 16 it has" in result.stdout
+    document = json.loads(run("inspect", *tiny_vit.flags, "--layer", "*.1.attn", "--json").stdout)
+    (layer,) = document["layers"]
+    for head in layer["units"]["v"]["heads"]:
+        assert [len(kept) for kept in head["keeps"].values()] == [12, 8, 4]
+
+
+@pytest.mark.parametrize("sort", ["flops", "params", "qk", "v", "similarity", "rank"])
+def test_sorted_layers_fall(slim_of, sort):
+    path = slim_of("flatten")
+    found = inspect(path, sort=sort)
+    assert {layer.name for layer in found.chosen} == {layer.name for layer in found.inspection.layers}
+
+    def number(layer):
+        heads = [head for unit in layer.units.values() for head in unit.heads]
+        if sort in ("similarity", "rank"):
+            of = {"similarity": lambda head: head.similarity, "rank": lambda head: head.rank99}[sort]
+            return sum(map(of, heads)) / len(heads) if heads else 0
+        if sort in ("flops", "params"):
+            return layer.flops if sort == "flops" else layer.parameters
+        return layer.units[sort].now if sort in layer.units else 0
+
+    numbers = [number(layer) for layer in found.chosen]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shapes": True, "data_dir": "d"}, "--shapes reads no weights, which --data-dir would need"),
+        ({"shapes": True, "sort": "rank"}, "--sort rank: is not known from shapes alone"),
+        ({"sort": "size"}, "--sort size: expected one of layer, flops"),
+        ({"calibration_images": 5}, "--calibration-images 5: no images are looked at"),
+        ({"layer": "blocks.7.*"}, r"--layer blocks.7.\*: no layer of that name; there are blocks.0.attn"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny_vit, given, message):
+    with pytest.raises(UsageError, match=message):
+        inspect(tiny_vit.path, **opened(tiny_vit), **given)
+
+
+def test_it_is_public():
+    assert mhacut.inspect is inspect

@@ -1,0 +1,293 @@
+"""The page: whole, self-contained, and nothing in it but our own markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import mhacut
+from mhacut.checkpoint.load import read_header, read_outline
+from mhacut.errors import MhacutError, OutputError, UsageError
+from mhacut.inspecting import inspect
+from mhacut.inspection import inspect_model
+from mhacut.plan import Plan, UnitPlan
+from mhacut.report.charts import Line, line_chart
+from mhacut.report.contents import Contents, StoredCurve, curves_to_json, stored_curves
+from mhacut.report.markup import Markup, tag
+from mhacut.report.page import page
+from mhacut.report.picture import heat_values
+from mhacut.search import SearchStep
+from mhacut.verdict import verdict
+
+HOSTILE = "</title><script>alert(1)</script>\"'&\x1b[2J\u202e"
+VOID = {"br", "input", "link", "meta"}
+
+
+class Reader(HTMLParser):
+    """Every element, with its attributes, and the text under each; fails on what is not closed."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, name):
+        return [attributes for element, attributes in self.elements if element == name]
+
+    def text(self, name):
+        return " ".join(data for element, data in self.texts if element == name)
+
+
+@pytest.fixture(scope="module")
+def contents(slim_of):
+    """All that a page can have, all text of it hostile."""
+    path = slim_of("vit")
+    found = inspect_model(read_outline(path), ranked=lambda layer: True)
+    layers = tuple(dataclasses.replace(layer, name=layer.name + HOSTILE) for layer in found.layers)
+    entry = {"command": HOSTILE, "flops_before": 5, "data": HOSTILE}
+    found = dataclasses.replace(found, layers=layers, source=HOSTILE, history=(entry,), left_whole=(HOSTILE,))
+    curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
+    steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
+    return Contents(found, HOSTILE, layers, None, (curve,), 2_000_000, steps, ((HOSTILE, HOSTILE, HOSTILE),))
+
+
+def test_text_never_becomes_markup(contents):
+    text = page(contents)
+    read = Reader(text)
+    assert (
+        len(read.all("script"))
+        == len(read.all("style"))
+        == len(read.all("title"))
+        - len([1 for name, _ in read.elements if name in ("rect", "polyline", "circle")])
+    )
+    assert "alert(1)" not in read.text("script")
+    assert "alert(1)" in read.text("h1")
+    assert all(char == "\n" or char.isprintable() for char in text)
+    assert not any(
+        key.startswith("on") or key == "style" for _, attributes in read.elements for key in attributes
+    )
+
+
+def test_nothing_is_fetched(contents):
+    read = Reader(page(contents))
+    for name, attributes in read.elements:
+        for key in ("src", "href", "xlink:href", "action", "data"):
+            target = attributes.get(key)
+            assert target is None or target.startswith(("#", "data:")), (name, target)
+    policy = next(meta["content"] for meta in read.all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "url(" not in read.text("style")
+    assert "@import" not in read.text("style")
+
+
+def test_what_is_seen_is_read_too(contents):
+    read = Reader(page(contents))
+    assert read.all("html") == [{"lang": "en"}]
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in read.all("svg"))
+    names = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+    for _, attributes in read.elements:
+        for key in ("aria-labelledby", "aria-controls", "for"):
+            assert attributes.get(key) is None or attributes[key] in names
+    assert all(th.get("scope") for th in read.all("th"))
+    assert "prefers-color-scheme: dark" in read.text("style")
+
+
+def test_every_head_is_in_the_table(contents):
+    text = page(contents)
+    body = text[text.index('id="every-head"') :]
+    rows = sum(len(layer.units) * (layer.heads or 1) for layer in contents.layers)
+    assert body[: body.index("</table>")].count("<tr>") == rows + 1
+    assert f"{rows} of {rows} rows" in text
+    kept = contents.layers[0].units["v"].kept
+    assert kept is None or "kept (" in body
+
+
+def test_sections_appear_where_there_is_something(contents):
+    read = Reader(page(contents))
+    titles = [data for element, data in read.texts if element == "h2"]
+    assert titles == ["In numbers", "Heads", "FLOPs", "Sensitivity", "Search", "All heads", "History"]
+    plain = dataclasses.replace(contents, curves=(), steps=(), figures=())
+    titles = [data for element, data in Reader(page(plain)).texts if element == "h2"]
+    assert titles == ["In numbers", "Heads", "FLOPs", "All heads", "History"]
+
+
+def test_markup_is_told_from_text():
+    assert tag("p", Markup("<b>x</b>"), "<i>") == "<p><b>x</b>&lt;i&gt;</p>"
+    assert tag("a", href='"><script>') == '<a href="&quot;&gt;&lt;script&gt;"></a>'
+
+
+def test_points_lie_where_their_numbers_are():
+    """Both ends of a line at the corners of the axes, the middle in between; on a logarithmic axis too."""
+    for logarithmic, ys in ((False, (1.0, 2.0, 3.0)), (True, (0.01, 0.1, 1.0))):
+        drawn = line_chart(
+            "t",
+            [Line("l", list(zip((0, 1, 2), ys, strict=True)), 0.0)],
+            across="x",
+            up="y",
+            logarithmic=logarithmic,
+        )
+        points = re.search(r'points="([^"]+)"', drawn)[1].split()
+        (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
+        assert (x1, y1) == ((x0 + x2) / 2, (y0 + y2) / 2)
+        assert x0 < x2
+        assert y0 > y2  # SVG counts downwards
+
+
+# --- curves in a file ---
+
+PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))
+
+
+def test_curves_come_back_from_a_history():
+    curve = {width: 0.123456 / width for width in range(1, 8)} | {8: 0.0}
+    entry = json.loads(
+        json.dumps({"budget": 7, "curves": curves_to_json({("blocks.0.attn", "v"): curve}, PLAN)})
+    )
+    (found,), budget = stored_curves([{"command": "older"}, entry, {"command": "finetune"}])
+    assert (found.layer, found.kind, found.chosen, budget) == ("blocks.0.attn", "v", 3, 7)
+    assert dict(found.points) == {width: pytest.approx(curve[width], rel=1e-3) for width, _ in found.points}
+    assert {3, 8} <= dict(found.points).keys()
+
+
+GOOD = {"layer": "a", "kind": "v", "points": [[2, 0.5], [4, 0.0]], "chosen": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layer": 3},
+        {"layer": "x" * 300},
+        {"kind": "other"},
+        {"chosen": True},
+        {"chosen": None},
+        {"points": []},
+        {"points": [[2, 0.5]]},
+        {"points": [[4, 0.5], [2, 0.0]]},
+        {"points": [[2, -1.0], [4, 0.0]]},
+        {"points": [[2, "x"], [4, 0.0]]},
+        {"points": [[2, 1e300], [4, 0.0]]},
+        {"points": [[n, 0.0] for n in range(1, 100)]},
+        {"points": {"2": 1}},
+    ],
+)
+def test_curves_that_make_no_sense_are_left_out(wrong):
+    assert stored_curves([{"curves": [GOOD]}])[0] != ()
+    assert stored_curves([{"curves": [{**GOOD, **wrong}]}]) == ((), None)
+    assert stored_curves([{"curves": 5, "budget": 3}, {"curves": [7]}]) == ((), None)
+
+
+# --- the file ---
+
+
+def test_inspect_writes_the_page(slim_of, tmp_path):
+    target = tmp_path / "report.html"
+    found = inspect(slim_of("vit"), html=target)
+    assert found.written == (target,)
+    text = target.read_text(encoding="utf-8")
+    assert verdict(found.inspection).replace("'", "&#x27;") in text
+    assert "at 50 % would keep" in text
+    with pytest.raises(OutputError, match=r"report\.html.*exists"):
+        inspect(slim_of("vit"), html=target)
+    inspect(slim_of("vit"), html=target, overwrite=True)
+    assert target.read_text(encoding="utf-8") == text
+
+
+def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
+    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args, "steps": 3}
+    options |= {"calibration_images": 8, "latency": False, "allocation": "refined", "round_to": 4}
+    page_file = tmp_path / "run.html"
+    result = mhacut.prune(tiny_vit.path, output=tmp_path / "slim.safetensors", report=page_file, **options)
+    assert result.report == page_file
+    read = Reader(page_file.read_text(encoding="utf-8"))
+    titles = [data for element, data in read.texts if element == "h2"]
+    parts = ["In numbers", "Heads", "FLOPs", "Beside the dense model", "Sensitivity", "Search"]
+    assert titles == [*parts, "All heads", "History"]
+    assert str(tmp_path / "slim.safetensors") in read.text("h1")
+    assert [set(step.kept) for step in result.log] == [{"qk", "v", "hidden"}] * 3
+    record = read_header(tmp_path / "slim.safetensors").record
+    assert "report" not in record.history[-1]["options"]
+    curves, budget = stored_curves(record.history)
+    assert budget == result.budget
+    assert {(curve.layer, curve.kind): curve.chosen for curve in curves} == result.plan.widths()
+    for curve in curves:
+        known = result.curves[curve.layer, curve.kind]
+        assert dict(curve.points) == {w: pytest.approx(known[w], rel=1e-3) for w, _ in curve.points}
+    # What the file carries is in the page that inspect makes of it.
+    inspect(tmp_path / "slim.safetensors", html=tmp_path / "later.html")
+    assert "Sensitivity" in Reader((tmp_path / "later.html").read_text(encoding="utf-8")).text("h2")
+
+
+def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
+    (tmp_path / "there.html").write_text("mine")
+    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    with pytest.raises(OutputError, match=r"there\.html.*exists"):
+        mhacut.prune(tiny_vit.path, report=tmp_path / "there.html", data_dir="missing", **options)
+    with pytest.raises(UsageError, match=r"--report run.txt: expected a name that ends in .html"):
+        mhacut.prune(tiny_vit.path, report="run.txt", **options)
+    assert (tmp_path / "there.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"html": "report.txt"}, r"--html report.txt: expected a name that ends in .html"),
+        ({"png": "report.jpg"}, r"--png report.jpg: expected a name that ends in .png"),
+        ({"overwrite": True}, "--overwrite: nothing is written without --html or --png FILE"),
+    ],
+)
+def test_what_cannot_be_is_refused(slim_of, given, message):
+    with pytest.raises(UsageError, match=message):
+        inspect(slim_of("vit"), **given)
+
+
+# --- the picture ---
+
+
+def test_cells_of_the_picture_are_heads(contents):
+    attention = [layer for layer in contents.layers if layer.heads]
+    narrower = dataclasses.replace(attention[0], heads=1, units={"v": attention[0].units["v"]})
+    values = heat_values([*attention, narrower], "v", lambda unit, head: unit.now / unit.dense + head)
+    for row, layer in zip(values, attention, strict=False):
+        unit = layer.units["v"]
+        assert row == [unit.now / unit.dense + head for head in range(3)]
+    assert values[-1][0] == values[0][0]
+    assert all(math.isnan(value) for value in values[-1][1:])
+    assert all(math.isnan(value) for value in heat_values([narrower], "qk", lambda unit, head: 1.0)[0])
+
+
+def test_a_picture_needs_its_extra(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = re.escape("--png: needs the package matplotlib; pip install 'mhacut[plot]'")
+    with pytest.raises(MhacutError, match=wanted):
+        inspect(slim_of("vit"), png=tmp_path / "a.png")
+
+
+def test_a_picture_is_drawn(slim_of, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "a.png"
+    assert inspect(slim_of("vit"), png=target).written == (target,)
+    with Image.open(target) as drawn:
+        assert drawn.format == "PNG"
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 20

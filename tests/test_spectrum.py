@@ -1,0 +1,70 @@
+"""Effective ranks against the singular values of the logits and outputs themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhacut.tensor.principal import logit_basis, output_basis
+from mhacut.tensor.spectrum import effective_rank, logit_energies, output_energies
+
+HEADS, WIDTH, ROWS, OUT = 3, 6, 40, 10
+
+
+def rows(seed, rank=WIDTH):
+    """[H, rows, d] of a given rank, with channels of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2.0 ** -torch.arange(WIDTH, dtype=torch.float64)
+    mixed = torch.randn(HEADS, ROWS, rank, generator=generator, dtype=torch.float64)
+    return mixed @ torch.randn(HEADS, rank, WIDTH, generator=generator, dtype=torch.float64) * scale
+
+
+@pytest.mark.parametrize("rank", [2, WIDTH])
+def test_energies_of_logits_are_squared_singular_values_of_all_logits(rank):
+    q, k = rows(0, rank), rows(1)
+    found = logit_energies(q.mT @ q, k.mT @ k)
+    for head in range(HEADS):
+        expected = torch.linalg.svdvals(q[head] @ k[head].T)[:WIDTH].square()
+        torch.testing.assert_close(found[head], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
+
+
+def test_energies_of_outputs_are_squared_singular_values_of_what_a_head_adds():
+    x = rows(2)
+    columns = torch.randn(OUT, HEADS, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = output_energies(x.mT @ x, columns)
+    for head in range(HEADS):
+        expected = torch.linalg.svdvals(x[head] @ columns[:, head].T)[:WIDTH].square()
+        torch.testing.assert_close(found[head], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
+
+
+def test_the_tail_is_what_a_repaired_cut_in_the_principal_basis_loses():
+    q, k, x = rows(4), rows(5), rows(6)
+    columns = torch.randn(OUT, HEADS, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    basis = logit_basis(q.mT @ q, k.mT @ k)
+    turned, opposite = q @ basis.mT, k @ torch.linalg.inv(basis)
+    turn = output_basis(x.mT @ x, columns)
+    energies, added = logit_energies(q.mT @ q, k.mT @ k), output_energies(x.mT @ x, columns)
+    for width in range(1, WIDTH):
+        lost = q @ k.mT - turned[..., :width] @ opposite[..., :width].mT
+        torch.testing.assert_close(
+            lost.square().sum((1, 2)), energies[:, width:].sum(1), rtol=1e-6, atol=1e-9
+        )
+        outputs, few = torch.einsum("hnd,ohd->hno", x, columns), x @ turn[:, :width].mT
+        refitted = few @ torch.linalg.lstsq(few, outputs).solution
+        left = (outputs - refitted).square().sum((1, 2))
+        torch.testing.assert_close(left, added[:, width:].sum(1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.9999])
+def test_effective_rank_is_the_first_width_that_holds_enough(share):
+    generator = torch.Generator().manual_seed(8)
+    energies = (
+        torch.rand(50, 9, generator=generator, dtype=torch.float64).pow(6).sort(-1, descending=True).values
+    )
+    energies[0] = 0
+    energies[1] = 1
+    energies[2, 3:] = 0
+    for row, found in zip(energies.tolist(), effective_rank(energies, share).tolist(), strict=True):
+        total = sum(row)
+        slow = next(width for width in range(1, 10) if sum(row[:width]) >= share * total)
+        assert found == slow

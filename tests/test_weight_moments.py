@@ -1,0 +1,74 @@
+"""Moments by weights alone are those of white inputs, sampled."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from mhacut.findings import SHARES, find
+from mhacut.reduction import reductions
+from mhacut.surgery import dissect
+from mhacut.tensor.similarity import cosine_similarity, redundancy
+from mhacut.weight_moments import white_moments
+
+SIZE, HEADS = 24, 3
+
+
+@pytest.fixture(scope="module")
+def attention():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=1, embed_dim=SIZE, num_heads=HEADS, img_size=32
+    ).double()
+    module = model.blocks[0].attn
+    torch.nn.init.normal_(module.qkv.bias)
+    (layer, _) = dissect(model).layers
+    return module, {unit.kind: unit for unit in layer.units}
+
+
+def sampled(module):
+    """q, k, v [H, rows, d] of white inputs with second moments that are exact."""
+    x = torch.linalg.qr(torch.randn(200, SIZE, dtype=torch.float64)).Q
+    x = torch.cat([x, -x]) / (2**0.5)  # mean 0, x^T x the identity
+    rows = torch.nn.functional.linear(x, module.qkv.weight).detach()
+    return rows.view(len(x), 3, HEADS, -1).permute(1, 2, 0, 3)
+
+
+def test_moments_of_white_inputs(attention):
+    module, units = attention
+    torch.manual_seed(1)
+    q, k, v = sampled(module)
+    bias = module.qkv.bias.detach().view(3, HEADS, -1)
+    query, key = (side.energy for side in white_moments(module, units["qk"])[0].every)
+    torch.testing.assert_close(query, q.mT @ q + bias[0].unsqueeze(-1) * bias[0].unsqueeze(-2))
+    torch.testing.assert_close(key, k.mT @ k)
+    (values,) = white_moments(module, units["v"])[0].every
+    torch.testing.assert_close(values.covariance, torch.block_diag(*(v.mT @ v)))
+
+
+def test_redundancy_of_white_inputs(attention):
+    module, units = attention
+    torch.manual_seed(1)
+    _, _, v = sampled(module)
+    expected = redundancy(cosine_similarity(v.mT @ v))
+    torch.testing.assert_close(white_moments(module, units["v"])[1], expected)
+
+
+@pytest.mark.parametrize("kind", ["qk", "v"])
+def test_findings_are_those_of_the_ranking(attention, kind):
+    module, units = attention
+    unit = units[kind]
+    moments, similarity = white_moments(module, unit)
+    with torch.no_grad():
+        found = find(module, unit, moments, similarity, ranked=True)
+        ranking = reductions(module, unit, moments, 1, "channel")[0].ranking
+    assert len(found) == HEADS
+    for head, told in enumerate(found):
+        assert told.similarity == pytest.approx(float(similarity[head].mean()))
+        assert 1 <= told.rank90 <= told.rank99 <= unit.width
+        assert set(told.keeps) == set(SHARES)
+        for share, kept in told.keeps.items():
+            assert kept == tuple(ranking.kept(unit.width * share // 100)[head].tolist())
+    with torch.no_grad():
+        assert all(not told.keeps for told in find(module, unit, moments, similarity, ranked=False))
