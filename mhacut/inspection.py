@@ -89,7 +89,7 @@ def inspect_model(loaded: LoadedModel) -> Inspection:
             LayerReport(
                 name=layer.name,
                 module=type(module).__name__,
-                heads=int(module.num_heads) if is_attention else None,
+                heads=layer.adapter.heads(module) if is_attention else None,
                 widths={
                     unit.kind: Width(unit.width, dense.get(unit.key, unit.width)) for unit in layer.units
                 },

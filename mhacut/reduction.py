@@ -121,6 +121,8 @@ def _ranking(
     every = moments.every
     if unit.linear:
         return rank_parts(every[0].energy)
+    if unit.unmixed:  # with q and k taken as independent, of each channel's own product
+        return rank_parts(every[0].energy * every[1].energy)
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
     return rank_channels(_second(unit, every[0]), readers(module, unit), unit.heads, smallest, metric)

@@ -13,6 +13,7 @@ from mhacut.adapters.base import Adapter
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
+from mhacut.adapters.rope_attention import ROPE_ATTENTION
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.vit_attention import VitAttentionAdapter
 from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
@@ -23,6 +24,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     WindowAttentionAdapter(),
     CswinAttentionAdapter(),
     PvtAttentionAdapter(),
+    *ROPE_ATTENTION,
     MlpAdapter(),
     GluMlpAdapter(),
     SwiGLUAdapter(),
