@@ -142,6 +142,8 @@ class _Accumulator:
         self._waiting[tap] = x
         if len(self._waiting) == 2:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
+            if len(query) < len(key):  # queries of an image that all its windows share
+                query = query.repeat_interleave(len(key) // len(query), dim=0)
             energy = logit_energy(query, key, centre=not self.unit.unmixed)
             self.energy = energy.double() if self.energy is None else self.energy + energy.double()
 

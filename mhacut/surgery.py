@@ -13,6 +13,7 @@ from mhacut.adapters.registry import (
     adapter_for,
     is_attention,
     is_pooling_head,
+    is_position_bias,
     looks_like_attention,
     looks_like_mlp,
     supported_attention,
@@ -65,6 +66,8 @@ def dissect(model: nn.Module) -> Anatomy:
         cls = type(module)
         if is_pooling_head(module):
             left_alone.append(f"{name} ({cls.__name__}): a pooling head is left alone")
+            return
+        if is_position_bias(module):
             return
         adapter = adapter_for(module)
         if adapter is not None:
@@ -318,6 +321,7 @@ def _unshare(module: nn.Module, unit: Unit) -> None:
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
     """Index every tensor of the layer by what its units keep; several units may share a dimension."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
+    order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for unit in layer.units:
         if unit.kind not in unit_plans:
             continue
@@ -330,13 +334,22 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
                 axis = replace(axis, shared=False)
             elif axis.shared:
                 last = first + 1
-            rows = axis.rows(unit.heads, unit.width)[gone[first:last]]
-            removed.setdefault((axis.tensor, axis.dim), []).append(rows.flatten())
+            rows, own, place = axis.rows(unit.heads, unit.width), gone[first:last], (axis.tensor, axis.dim)
+            removed.setdefault(place, []).append(rows[own].flatten())
+            stays = rows[~own].flatten()
+            # Where channels are not side by side, heads that keep different ones leave another order behind
+            # than the layer will read: that of channels numbered anew.
+            number = (~own).cumsum(1)[..., None] - 1
+            moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
+            order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
     for (name, dim), gone_parts in removed.items():
         parameter = module.get_parameter(name)
         keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
         keep[torch.cat(gone_parts)] = False
-        sliced = parameter.index_select(dim, keep.nonzero()[:, 0].to(parameter.device))
+        source = torch.arange(len(keep))
+        for slots, entries in order[name, dim]:
+            source[slots] = entries
+        sliced = parameter.index_select(dim, source[keep].to(parameter.device))
         _replace(module, name, sliced)
 
 

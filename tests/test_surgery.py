@@ -17,8 +17,6 @@ from mhacut.surgery import cut, dissect
     ("architecture", "cls"),
     [
         ("xcit_nano_12_p16_224", "XCA"),
-        ("cait_xxs24_224", "TalkingHeadAttn"),
-        ("twins_svt_small", "LocallyGroupedAttn"),
         ("levit_128s", "AttentionDownsample"),
         ("efficientvit_b0", "LiteMLA"),
         ("convit_tiny", "GPSA"),
@@ -28,7 +26,6 @@ from mhacut.surgery import cut, dissect
         ("shvit_s1", "SHSA"),
         ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
         # An MLP inside, or registered attention beside, does not make it known.
-        ("vit_relpos_small_patch16_224", "RelPosAttention"),
         ("swinv2_cr_tiny_ns_224", "WindowMultiHeadAttention"),
         ("csatv2", "SpatialTransformerBlock"),
     ],

@@ -8,6 +8,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import metaformer, register_model
+from timm.models._builder import build_model_with_cfg
+from timm.models.gcvit import GlobalContextVit
+from timm.models.nest import Nest
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 
@@ -20,11 +25,42 @@ class Case:
     size: int = 32
     whole: frozenset[str] = frozenset()
     """Kinds that some layer must leave whole."""
+    share: int = 80
+    """Per cent of the FLOPs that a cut can reach."""
 
 
-def _eva(architecture: str, size: int = 32, whole: frozenset[str] = frozenset(), **args: Any) -> Case:
+# What timm's own names do not let one make small.
+
+
+@register_model
+def small_volo(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(VOLO, "small_volo", pretrained, **kwargs)
+
+
+@register_model
+def small_nest(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(Nest, "small_nest", pretrained, **kwargs)
+
+
+@register_model
+def small_gcvit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(GlobalContextVit, "small_gcvit", pretrained, **kwargs)
+
+
+@register_model
+def small_caformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    mixers = [metaformer.SepConv, metaformer.SepConv, metaformer.Attention, metaformer.Attention]
+    norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
+    return build_model_with_cfg(
+        metaformer.MetaFormer, "small_caformer", pretrained, token_mixers=mixers, norm_layers=norms, **kwargs
+    )
+
+
+def _eva(
+    architecture: str, size: int = 32, whole: frozenset[str] = frozenset(), share: int = 80, **args: Any
+) -> Case:
     small = {"depth": 2, "img_size": size, "embed_dim": 48, "num_heads": 3, **args}
-    return Case(architecture, small, size, whole)
+    return Case(architecture, small, size, whole, share)
 
 
 CASES = {
@@ -40,9 +76,116 @@ CASES = {
     ),
     "eva biases in parts": _eva("eva02_tiny_patch14_224", size=42),
     "eva separate": _eva("eva02_base_patch14_224", size=42, scale_mlp=False),
-    "eva norm behind": _eva("eva02_base_patch16_clip_224", whole=frozenset({"v", "hidden"})),
+    "eva norm behind": _eva("eva02_base_patch16_clip_224", whole=frozenset({"v", "hidden"}), share=95),
     "eva half": _eva("vit_small_patch16_dinov3"),
     "eva bias": _eva("vit_small_patch16_dinov3_qkvb"),
+    "metaformer": Case("small_caformer", {"depths": (1, 1, 1, 2), "dims": (16, 16, 32, 64)}, 64),
+    "fastvit": Case("fastvit_sa12", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 16, 64)}, 64, share=98),
+    "beit": _eva("beit_base_patch16_224"),
+    "beit shared positions": _eva(
+        "beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True, init_values=None
+    ),
+    "beit without biases": _eva("beit_base_patch16_224", qkv_bias=False),
+    "relpos mlp": _eva("vit_relpos_small_patch16_224"),
+    "relpos bias": _eva("vit_relpos_base_patch32_plus_rpn_256", size=64, rel_pos_type="bias"),
+    "relpos shared": _eva("vit_srelpos_small_patch16_224"),
+    "relpos normalised": _eva("vit_relpos_small_patch16_224", qk_norm=True, whole=frozenset({"qk"})),
+    "volo": Case(
+        "small_volo",
+        {
+            "img_size": 32,
+            "layers": (1, 1, 1, 1),
+            "embed_dims": (16, 32, 32, 32),
+            "num_heads": (2, 2, 2, 4),
+            "outlook_attention": (False, False, False, False),
+            "post_layers": (),
+            "global_pool": "avg",
+            "use_aux_head": False,
+            "stem_hidden_dim": 8,
+        },
+        share=90,
+    ),
+    "visformer": Case(
+        "visformer_tiny",
+        {"img_size": 64, "depth": (0, 1, 1), "embed_dim": 48, "num_heads": 3},
+        64,
+        share=95,
+    ),
+    "nest": Case(
+        "small_nest",
+        {"img_size": 32, "embed_dims": (16, 32, 48), "num_heads": (2, 4, 3), "depths": (1, 1, 1)},
+    ),
+    "davit window": Case(
+        "davit_tiny",
+        {
+            "depths": (1, 1),
+            "embed_dims": (16, 32),
+            "num_heads": (2, 4),
+            "window_size": 3,
+            "attn_types": ("spatial",),
+        },
+    ),
+    "twins window": Case(
+        "twins_svt_small",
+        {
+            "img_size": 32,
+            "depths": (1, 1, 1, 1),
+            "embed_dims": (16, 24, 32, 32),
+            "num_heads": (1, 2, 4, 4),
+            "wss": (3, 3, 3, 2),
+        },
+    ),
+    "cait": Case(
+        "cait_xxs24_224",
+        {
+            "img_size": 32,
+            "depth": 2,
+            "embed_dim": 48,
+            "num_heads": 4,
+            "depth_token_only": 0,
+            "global_pool": "avg",
+        },
+    ),
+    "convit": Case(
+        "convit_tiny",
+        {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4, "local_up_to_layer": 0},
+    ),
+    "gcvit": Case(
+        "small_gcvit",
+        {
+            "img_size": 64,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "window_ratio": (32, 16),
+            "embed_dim": 16,
+        },
+        64,
+    ),
+    "hiera": Case(
+        "hiera_tiny_224",
+        {
+            "img_size": 64,
+            "embed_dim": 16,
+            "num_heads": 2,
+            "stages": (1, 1, 2),
+            "q_pool": 2,
+            "mask_unit_attn": (True, True, False),
+            "mask_unit_size": (4, 4),
+        },
+        64,
+    ),
+    "sam2": Case(
+        "sam2_hiera_tiny",
+        {
+            "embed_dim": 16,
+            "num_heads": 2,
+            "stages": (1, 2, 2),
+            "q_pool": 2,
+            "window_spec": (4, 2, 2),
+            "global_att_blocks": (4,),
+        },
+        64,
+    ),
 }
 
 
