@@ -26,7 +26,6 @@ from mhacut.surgery import cut, dissect
         ("shvit_s1", "SHSA"),
         ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
         # An MLP inside, or registered attention beside, does not make it known.
-        ("swinv2_cr_tiny_ns_224", "WindowMultiHeadAttention"),
         ("csatv2", "SpatialTransformerBlock"),
     ],
 )

@@ -186,6 +186,28 @@ CASES = {
         },
         64,
     ),
+    "swin v2": Case(
+        "swinv2_tiny_window8_256",
+        {"img_size": 64, "embed_dim": 24, "depths": (2, 1), "num_heads": (3, 4), "window_size": 4},
+        64,
+    ),
+    "swin v2 without biases": Case(
+        "swinv2_tiny_window8_256",
+        {
+            "img_size": 64,
+            "embed_dim": 24,
+            "depths": (1, 1),
+            "num_heads": (3, 4),
+            "window_size": 8,
+            "qkv_bias": False,
+        },
+        64,
+    ),
+    "swin v2 cr": Case(
+        "swinv2_cr_tiny_224",
+        {"img_size": 64, "embed_dim": 24, "depths": (2, 1), "num_heads": (3, 4), "window_size": 4},
+        64,
+    ),
 }
 
 

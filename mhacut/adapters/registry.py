@@ -10,6 +10,7 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
@@ -30,6 +31,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
     *POOLED_ATTENTION,
+    *COSINE_ATTENTION,
     *GCVIT_ATTENTION,
     MlpAdapter(),
     GluMlpAdapter(),
