@@ -20,8 +20,6 @@ from mhacut.surgery import cut, dissect
         ("levit_128s", "AttentionDownsample"),
         ("efficientvit_b0", "LiteMLA"),
         ("convit_tiny", "GPSA"),
-        ("volo_d1_224", "OutlookAttention"),
-        ("mobilevitv2_050", "LinearSelfAttention"),
         ("maxvit_tiny_tf_224", "AttentionCl"),
         ("shvit_s1", "SHSA"),
         ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),

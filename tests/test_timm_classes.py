@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import mhacut
+from mhacut.adapters.partial_attention import ChannelAdapter
 from mhacut.adapters.registry import adapter_for
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
@@ -40,15 +41,18 @@ def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
 
 
 def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
-    """Zero every row that makes a removed channel, in place, or what reads it in an MLP."""
+    """Zero every row that makes a removed channel, in place, or what reads it."""
     for unit_plan in plan:
         unit = anatomy.unit(unit_plan.key)
         gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
         gone.scatter_(1, torch.tensor(unit_plan.kept), False)
+        # An activation of 0 need not be 0, nor what a softmax over channels makes of it.
+        module = model.get_submodule(unit.layer)
+        by_reader = unit.kind == "hidden" or isinstance(adapter_for(module), ChannelAdapter)
         for axis in unit.axes:
-            if (axis == unit.readout) != (unit.kind == "hidden"):  # an activation of 0 need not be 0
+            if (axis == unit.readout) != by_reader:
                 continue
-            tensor = model.get_submodule(unit.layer).get_parameter(axis.tensor).detach()
+            tensor = module.get_parameter(axis.tensor).detach()
             first, last = axis.heads or (0, unit.heads)
             rows = axis.rows(unit.heads, unit.width)[gone[first:last]].flatten()
             tensor.index_fill_(axis.dim, rows, 0)

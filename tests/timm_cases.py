@@ -208,6 +208,39 @@ CASES = {
         {"img_size": 64, "embed_dim": 24, "depths": (2, 1), "num_heads": (3, 4), "window_size": 4},
         64,
     ),
+    "mobilevit v2": Case("mobilevitv2_050", {}, 64, whole=frozenset({"qk"}), share=95),
+    "volo outlook": Case(
+        "small_volo",
+        {
+            "img_size": 64,
+            "layers": (1, 1, 1, 1),
+            "embed_dims": (16, 32, 32, 32),
+            "num_heads": (2, 2, 2, 4),
+            "post_layers": (),
+            "global_pool": "avg",
+            "use_aux_head": False,
+            "stem_hidden_dim": 8,
+        },
+        64,
+        whole=frozenset({"qk"}),
+        share=90,
+    ),
+    "davit": Case(
+        "davit_tiny",
+        {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (2, 4), "window_size": 4},
+        whole=frozenset({"qk"}),
+    ),
+    "davit v2": Case(
+        "davit_tiny",
+        {
+            "depths": (1, 1),
+            "embed_dims": (16, 32),
+            "num_heads": (2, 4),
+            "window_size": 4,
+            "channel_attn_v2": True,
+        },
+        whole=frozenset({"qk"}),
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
+from mhacut.adapters.partial_attention import PARTIAL_ATTENTION
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
 from mhacut.adapters.rope_attention import ROPE_ATTENTION
@@ -31,6 +32,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
     *POOLED_ATTENTION,
+    *PARTIAL_ATTENTION,
     *COSINE_ATTENTION,
     *GCVIT_ATTENTION,
     MlpAdapter(),
