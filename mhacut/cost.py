@@ -7,6 +7,7 @@ DeiT-T/S/B are 1.26 / 4.61 / 17.58 G.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
         image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
         analysis = FlopCountAnalysis(model, image)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
+        analysis.set_op_handle("aten::einsum", _count_einsum)
         for name, (per_input, per_output) in _PER_ELEMENT.items():
             analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -90,6 +92,17 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
     for size in query[:-1]:
         rows *= size
     return int(rows * key[-2] * (query[-1] + value[-1]))
+
+
+def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of a product of two tensors, the sizes of all its indices; fvcore's own count is to four digits."""
+    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]
+    assert len(terms) == len(shapes) == 2
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        sizes.update(zip(term, shape, strict=True))
+    return math.prod(sizes.values())
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def reductions(
     shares = unit.shares
     if (not found or basis == "auto") and (not shares or positions != "equal"):
         found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
-    if shares and positions != "own":
+    if shares and positions != "own" and unit.unmixed:
+        query, key = moments.every
+        together = (query.energy * key.energy).sum(0, keepdim=True)
+        found.append(Reduction(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
+    elif shares and positions != "own":
         second = _second(unit, moments.every[0])
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))

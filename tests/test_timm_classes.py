@@ -25,7 +25,7 @@ SEEDS = (0, 1, 2)
 
 
 def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
-    """Any widths; any channels, each head its own; and gains on what is kept."""
+    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
     generator = torch.Generator().manual_seed(seed)
     units, gains = [], {}
     for unit in anatomy.units():
@@ -33,8 +33,10 @@ def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
         ]
-        kept = torch.stack(rows[:1] * unit.heads if unit.shares else rows)
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept.tolist()))))
+        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
+        kept = torch.stack(rows if own else rows[:1] * unit.heads)
+        rows = tuple(map(tuple, kept.tolist()))
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, rows, unshared=own and unit.shares))
         gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
         gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
     return Plan(tuple(units)), gains
@@ -50,7 +52,7 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         module = model.get_submodule(unit.layer)
         by_reader = unit.kind == "hidden" or isinstance(adapter_for(module), ChannelAdapter)
         for axis in unit.axes:
-            if (axis == unit.readout) != by_reader:
+            if (axis == unit.readout) != by_reader or axis.shared:
                 continue
             tensor = module.get_parameter(axis.tensor).detach()
             first, last = axis.heads or (0, unit.heads)

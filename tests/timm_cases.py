@@ -63,6 +63,11 @@ def _eva(
     return Case(architecture, small, size, whole, share)
 
 
+def _sam(size: int, whole: frozenset[str] = frozenset(), **args: Any) -> Case:
+    small = {"depth": 1, "embed_dim": 48, "num_heads": 3, "window_size": 4, "neck_chans": 16}
+    return Case("samvit_base_patch16", {"img_size": size, **small, **args}, size, whole)
+
+
 CASES = {
     "rope interleaved": _eva("vit_small_patch16_rope_224"),
     "rope mixed": _eva("vit_small_patch16_rope_mixed_ape_224"),
@@ -241,6 +246,9 @@ CASES = {
         },
         whole=frozenset({"qk"}),
     ),
+    "sam": _sam(96, depth=2, global_attn_indexes=(1,)),
+    "sam without positions": _sam(64, use_rel_pos=False),
+    "sam turned": _sam(64, frozenset({"qk"}), use_rel_pos=False, use_rope=True, global_attn_indexes=(0,)),
 }
 
 

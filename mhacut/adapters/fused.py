@@ -46,18 +46,30 @@ class FusedForward(nn.Module):
         q, k, v = (by_head(part, head_count(self)) for part in qkv.split((qk_dim, qk_dim, v_dim), dim=-1))
         return q, k, v
 
-    def weigh(self: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **masks: Any) -> Tensor:
-        """softmax(q k^T / sqrt(d) + bias) v with the heads beside each other, [..., N, H * d_v]."""
+    def weigh(
+        self: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """softmax(scale * q k^T + bias) v with the heads beside each other, [..., N, H * d_v].
+
+        The scale is 1/sqrt(d) by default.
+        """
         drop = getattr(self, "attn_drop", None)
         out = attend(
             q,
             k,
             v,
-            scale=q.shape[-1] ** -0.5,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
             fused=getattr(self, "fused_attn", False),
             attn_mask=bias,
             dropout_p=drop.p if drop is not None and self.training else 0.0,
-            **masks,
+            is_causal=is_causal,
         )
         return out.transpose(-3, -2).flatten(-2)
 

@@ -18,6 +18,7 @@ from mhacut.adapters.partial_attention import PARTIAL_ATTENTION
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
 from mhacut.adapters.rope_attention import ROPE_ATTENTION
+from mhacut.adapters.sam_attention import SAM_ATTENTION
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.token_attention import TOKEN_ATTENTION
 from mhacut.adapters.vit_attention import VitAttentionAdapter
@@ -32,6 +33,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
     *POOLED_ATTENTION,
+    *SAM_ATTENTION,
     *PARTIAL_ATTENTION,
     *COSINE_ATTENTION,
     *GCVIT_ATTENTION,

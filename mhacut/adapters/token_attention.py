@@ -34,7 +34,7 @@ class SlimDavitWindowAttention(FusedForward, davit.WindowAttention):  # type: ig
 class SlimTalkingHeadAttn(FusedForward, cait.TalkingHeadAttn):  # type: ignore[misc]
     """CaiT's attention, whose heads are mixed before and after the softmax, at any widths."""
 
-    def weigh(self: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **masks: Any) -> Tensor:
+    def weigh(self: Any, q: Tensor, k: Tensor, v: Tensor, *unused: Any, **options: Any) -> Tensor:
         """As of :class:`FusedForward`, with the mixing; there are no biases."""
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
         weights = _over_heads(self.proj_l, logits).softmax(dim=-1)
