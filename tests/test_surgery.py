@@ -22,7 +22,6 @@ from mhacut.surgery import cut, dissect
         ("convit_tiny", "GPSA"),
         ("maxvit_tiny_tf_224", "AttentionCl"),
         ("shvit_s1", "SHSA"),
-        ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
         # An MLP inside, or registered attention beside, does not make it known.
         ("csatv2", "SpatialTransformerBlock"),
     ],

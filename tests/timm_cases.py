@@ -10,7 +10,9 @@ import timm
 import torch
 from timm.models import metaformer, register_model
 from timm.models._builder import build_model_with_cfg
+from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.gcvit import GlobalContextVit
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.nest import Nest
 from timm.models.volo import VOLO
 from torch import Tensor, nn
@@ -53,6 +55,24 @@ def small_caformer(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
     return build_model_with_cfg(
         metaformer.MetaFormer, "small_caformer", pretrained, token_mixers=mixers, norm_layers=norms, **kwargs
+    )
+
+
+@register_model
+def small_multi_query(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    definition = [
+        ["er_r1_k3_s2_e4_c24"],
+        ["mqa_r1_k3_h3_s1_v2_d16_c24", "mqa_r1_k3_h2_s1_d8_c24"],
+        ["cn_r1_k1_s1_c32"],
+    ]
+    return build_model_with_cfg(
+        MobileNetV3,
+        "small_multi_query",
+        pretrained,
+        block_args=decode_arch_def(definition),
+        stem_size=8,
+        num_features=32,
+        **kwargs,
     )
 
 
@@ -249,6 +269,7 @@ CASES = {
     "sam": _sam(96, depth=2, global_attn_indexes=(1,)),
     "sam without positions": _sam(64, use_rel_pos=False),
     "sam turned": _sam(64, frozenset({"qk"}), use_rel_pos=False, use_rope=True, global_attn_indexes=(0,)),
+    "multi query": Case("small_multi_query", {}, 64, whole=frozenset({"v"}), share=97),
 }
 
 

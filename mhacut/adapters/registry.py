@@ -14,6 +14,7 @@ from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
+from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
 from mhacut.adapters.partial_attention import PARTIAL_ATTENTION
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
@@ -32,6 +33,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     PvtAttentionAdapter(),
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
+    *MULTI_QUERY_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *PARTIAL_ATTENTION,
