@@ -362,7 +362,9 @@ def _listening_to_gradients(
 
         return hook
 
-    handles = [model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers]
+    handles = [
+        model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers if layer.units
+    ]
     try:
         yield
     finally:

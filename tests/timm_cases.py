@@ -13,6 +13,7 @@ from timm.models._builder import build_model_with_cfg
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.gcvit import GlobalContextVit
 from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.nest import Nest
 from timm.models.volo import VOLO
 from torch import Tensor, nn
@@ -74,6 +75,12 @@ def small_multi_query(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         num_features=32,
         **kwargs,
     )
+
+
+@register_model
+def small_mvitv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    cfg = MultiScaleVitCfg(depths=(1, 1), embed_dim=(16, 32), num_heads=(1, 2))
+    return build_model_with_cfg(MultiScaleVit, "small_mvitv2", pretrained, model_cfg=cfg, **kwargs)
 
 
 def _eva(
@@ -270,6 +277,14 @@ CASES = {
     "sam without positions": _sam(64, use_rel_pos=False),
     "sam turned": _sam(64, frozenset({"qk"}), use_rel_pos=False, use_rope=True, global_attn_indexes=(0,)),
     "multi query": Case("small_multi_query", {}, 64, whole=frozenset({"v"}), share=97),
+    "mvit v2": Case("small_mvitv2", {"img_size": 64}, 64, whole=frozenset({"qk", "v"})),
+    "coat": Case(
+        "coat_lite_tiny",
+        {"img_size": 64, "embed_dims": (16, 24, 32, 48), "serial_depths": (1, 1, 1, 2)},
+        64,
+        whole=frozenset({"qk", "v"}),
+        share=90,
+    ),
 }
 
 

@@ -24,6 +24,7 @@ from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.token_attention import TOKEN_ATTENTION
 from mhacut.adapters.vit_attention import VitAttentionAdapter
 from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
     VitAttentionAdapter(),
@@ -39,6 +40,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *PARTIAL_ATTENTION,
     *COSINE_ATTENTION,
     *GCVIT_ATTENTION,
+    *WHOLE_ATTENTION,
     MlpAdapter(),
     GluMlpAdapter(),
     SwiGLUAdapter(),
