@@ -41,9 +41,9 @@ def held_back(images: int) -> int:
 class UnitMoments:
     """Moments of one unit's channels, as its readout sees them.
 
-    (query, key), [H, d] each, for qk, k centred over the keys of each image; of linear attention (parts,),
-    [H, d], of what each channel adds to the layer's output; otherwise (channels,) over all heads at once,
-    [H * d].
+    (query, key), [H, d] each, for qk, k centred over the keys of each image unless unmixed; of linear
+    attention (parts,), [H, d], of what each channel adds to the layer's output; otherwise (channels,) over
+    all heads at once, [H * d].
     """
 
     fit: tuple[Moments, ...]
@@ -101,7 +101,7 @@ class _Accumulator:
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._gram(tap, x.transpose(0, 1).flatten(1, 2))
             self._energy(tap, x)
-            if tap == "key":
+            if tap == "key" and not self.unit.unmixed:
                 x = x - x.mean(dim=-2, keepdim=True)
             self._moments(tap, x.transpose(0, 1).flatten(1, 2), held)  # (H, B * N, d)
             return
@@ -141,7 +141,10 @@ class _Accumulator:
     def _energy(self, tap: str, x: Tensor) -> None:
         self._waiting[tap] = x
         if len(self._waiting) == 2:
-            energy = logit_energy(self._waiting.pop("query").float(), self._waiting.pop("key").float())
+            query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
+            if len(query) < len(key):  # queries of an image that all its windows share
+                query = query.repeat_interleave(len(key) // len(query), dim=0)
+            energy = logit_energy(query, key, centre=not self.unit.unmixed)
             self.energy = energy.double() if self.energy is None else self.energy + energy.double()
 
     def sums(self) -> dict[str, Tensor]:
@@ -359,7 +362,9 @@ def _listening_to_gradients(
 
         return hook
 
-    handles = [model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers]
+    handles = [
+        model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers if layer.units
+    ]
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from mhacut.surgery import Anatomy, UnitKey
 # Operators without multiply-accumulates worth counting. An operator that is neither here nor known to fvcore
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
-abs add add_ addcmul amax cat ceil clamp clamp_min clone constant_pad_nd copy_ div div_ dropout exp expand_as
-feature_dropout fill_ gelu gelu_ hardtanh linalg_vector_norm log masked_fill max max_pool2d mean min mul mul_
-neg new_zeros norm ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat reshape_as rms_norm rsqrt rsub
-scalar_tensor sigmoid sigmoid_ silu silu_ softmax softplus sqrt square stack sub sub_ sum tanh triu_ unflatten
-var where zeros_like
+abs add add_ addcmul amax cat ceil clamp clamp_min clone col2im constant_pad_nd copy_ cos div div_ dropout exp
+expand_as feature_dropout fill_ gelu gelu_ hardtanh im2col linalg_vector_norm log mT masked_fill max
+max_pool2d mean meshgrid min movedim mul mul_ neg new_zeros norm ones_like pad pixel_shuffle pow reciprocal
+relu relu_ repeat repeat_interleave reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_
+sin softmax softplus sqrt square stack sub sub_ sum tanh tile triu_ unflatten var where zeros_like
 """
 _NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())
 
@@ -70,6 +71,7 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
         image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
         analysis = FlopCountAnalysis(model, image)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
+        analysis.set_op_handle("aten::einsum", _count_einsum)
         for name, (per_input, per_output) in _PER_ELEMENT.items():
             analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -108,6 +110,17 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
     for size in query[:-1]:
         rows *= size
     return int(rows * key[-2] * (query[-1] + value[-1]))
+
+
+def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of a product of two tensors, the sizes of all its indices; fvcore's own count is to four digits."""
+    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]
+    assert len(terms) == len(shapes) == 2
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        sizes.update(zip(term, shape, strict=True))
+    return math.prod(sizes.values())
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def reductions(
     shares = unit.shares
     if (not found or basis == "auto") and (not shares or positions != "equal"):
         found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
-    if shares and positions != "own":
+    if shares and positions != "own" and unit.unmixed:
+        query, key = moments.every
+        together = (query.energy * key.energy).sum(0, keepdim=True)
+        found.append(Reduction(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
+    elif shares and positions != "own":
         second = _second(unit, moments.every[0])
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))
@@ -121,6 +125,8 @@ def _ranking(
     every = moments.every
     if unit.linear:
         return rank_parts(every[0].energy)
+    if unit.unmixed:  # with q and k taken as independent, of each channel's own product
+        return rank_parts(every[0].energy * every[1].energy)
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
     return rank_channels(_second(unit, every[0]), readers(module, unit), unit.heads, smallest, metric)

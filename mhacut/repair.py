@@ -17,7 +17,16 @@ from mhacut.calibration import UnitMoments
 from mhacut.options import Temperature
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import Reduction, block_diagonal, rotated
-from mhacut.surgery import Anatomy, UnitKey, channels_of, readers, rotate, set_gate, temperature_factor
+from mhacut.surgery import (
+    Anatomy,
+    UnitKey,
+    channels_of,
+    readers,
+    rotate,
+    set_channels,
+    set_gate,
+    temperature_factor,
+)
 from mhacut.tensor.refit import LinearRefit, LogitRefit, refit_linear, refit_logits
 
 
@@ -113,7 +122,7 @@ class _Fit:
         if unit.kind == "qk":
             plain = temperature_factor(unit, unit_plan.width, temperature)
             (query, key), (held_query, held_key) = seen.fit, seen.held
-            logits = refit_logits((query, key), (held_query, held_key), kept, plain)
+            logits = refit_logits((query, key), (held_query, held_key), kept, plain, mixes=not unit.unmixed)
             return cls(unit_plan, rotation, logits)
         columns = readers(module, unit)
         if rotation is not None:
@@ -139,6 +148,7 @@ class _Fit:
                 chosen = rows[head, kept[head]].double()
                 rows[head] = 0
                 rows[head, kept[head]] = torch.tensordot(refit.mixing[head].T, chosen, dims=1).to(rows.dtype)
+            set_channels(module, unit, axis, rows)
 
     def _move_columns(self, module: nn.Module, unit: Unit, refit: LinearRefit) -> None:
         assert unit.readout is not None
@@ -146,10 +156,11 @@ class _Fit:
         gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
         gone[kept] = False
         columns = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
-        columns = columns[..., unit.readout.offset : unit.readout.offset + len(gone)]
+        places = unit.readout.rows(unit.heads, unit.width).flatten().to(kept.device)
         lost = readers(module, unit)[:, gone]
-        columns[..., kept] += (lost @ refit.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
-        columns[..., gone] = 0
+        added = (lost @ refit.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
+        columns[..., places[kept]] += added
+        columns[..., places[gone]] = 0
         if unit.readout_bias is not None:
             bias = module.get_parameter(unit.readout_bias)
             bias.add_((lost @ refit.constant).to(bias.dtype))

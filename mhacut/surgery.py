@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from mhacut.adapters.registry import (
     adapter_for,
     is_attention,
     is_pooling_head,
+    is_position_bias,
     looks_like_attention,
     looks_like_mlp,
     supported_attention,
@@ -65,6 +66,8 @@ def dissect(model: nn.Module) -> Anatomy:
         cls = type(module)
         if is_pooling_head(module):
             left_alone.append(f"{name} ({cls.__name__}): a pooling head is left alone")
+            return
+        if is_position_bias(module):
             return
         adapter = adapter_for(module)
         if adapter is not None:
@@ -153,7 +156,8 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             if unit.gate is not None:
                 layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
             for axis in unit.gain_axes:
-                _scale(module, axis, gain)
+                _scale(module, unit, axis, gain)
+            layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
         _slice(module, layer, unit_plans)
         widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
         resized = layer.adapter.resize(module, widths)
@@ -189,7 +193,7 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
                 tensor = masked.get(name)
                 if tensor is None:
                     tensor = model.get_parameter(name)
-                masked[name] = _scaled(tensor, axis, gain)
+                masked[name] = _scaled(tensor, unit, axis, gain)
     return masked
 
 
@@ -209,8 +213,8 @@ def readout(module: nn.Module, unit: Unit) -> Tensor:
     """As :func:`readers`, of the parameter's own dtype."""
     assert unit.readout is not None
     weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
-    size = unit.heads * unit.width
-    return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size)
+    columns = unit.readout.rows(unit.heads, unit.width).flatten().to(weight.device)
+    return weight[..., columns].reshape(-1, len(columns))
 
 
 @torch.no_grad()
@@ -227,15 +231,19 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
     for axis in unit.axes:
         rows = channels_of(module, unit, axis)
         mixing = basis if axis in unit.gain_axes else inverse
-        rows.copy_(torch.einsum("hij,hj...->hi...", mixing, rows.double()).to(rows.dtype))
+        set_channels(module, unit, axis, torch.einsum("hij,hj...->hi...", mixing, rows.double()))
 
 
 def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
-    """What of one tensor belongs to the unit's channels: a view, [H, d, ...]."""
+    """What of one tensor belongs to the unit's channels: a copy, [H, d, copies, ...]."""
     tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
-    size = unit.heads * unit.width
-    channels = tensor[axis.offset : axis.offset + size]
-    return channels.view(unit.heads, unit.width, *channels.shape[1:])
+    return tensor[axis.rows(unit.heads, unit.width).to(tensor.device)]
+
+
+def set_channels(module: nn.Module, unit: Unit, axis: ChannelAxis, channels: Tensor) -> None:
+    """Write what :func:`channels_of` gives."""
+    tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
+    tensor[axis.rows(unit.heads, unit.width).to(tensor.device)] = channels.to(tensor.dtype)
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
@@ -257,19 +265,19 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
             raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but its heads share nothing")
 
 
-def _scaled(tensor: Tensor, axis: ChannelAxis, gain: Tensor) -> Tensor:
+def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, gain: Tensor) -> Tensor:
     """``tensor`` with the unit's entries along ``axis`` times ``gain`` [heads * width]."""
     size = tensor.shape[axis.dim]
-    before, after = axis.offset, size - axis.offset - gain.numel()
-    factor = torch.cat([gain.new_ones(before), gain, gain.new_ones(after)])
+    rows = axis.rows(unit.heads, unit.width).to(gain.device)
+    factor = gain.new_ones(size).index_copy(0, rows.flatten(), gain.repeat_interleave(rows.shape[-1]))
     shape = [1] * tensor.dim()
     shape[axis.dim] = size
     return tensor * factor.view(shape).to(tensor)
 
 
-def _scale(module: nn.Module, axis: ChannelAxis, gain: Tensor) -> None:
+def _scale(module: nn.Module, unit: Unit, axis: ChannelAxis, gain: Tensor) -> None:
     parameter = module.get_parameter(axis.tensor)
-    scaled = _scaled(parameter.detach().double(), axis, gain.reshape(-1).to(parameter.device))
+    scaled = _scaled(parameter.detach().double(), unit, axis, gain.reshape(-1).to(parameter.device))
     parameter.copy_(scaled.to(parameter.dtype))
 
 
@@ -313,6 +321,7 @@ def _unshare(module: nn.Module, unit: Unit) -> None:
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
     """Index every tensor of the layer by what its units keep; several units may share a dimension."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
+    order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for unit in layer.units:
         if unit.kind not in unit_plans:
             continue
@@ -321,15 +330,26 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
         gone = ~_kept(unit_plans[unit.kind])
         for axis in unit.axes:
             first, last = axis.heads or (0, unit.heads)
-            if axis.shared and not unit_plans[unit.kind].unshared:
+            if axis.shared and unit_plans[unit.kind].unshared:
+                axis = replace(axis, shared=False)
+            elif axis.shared:
                 last = first + 1
-            rows = gone[first:last].reshape(-1).nonzero()[:, 0]
-            removed.setdefault((axis.tensor, axis.dim), []).append(rows + axis.offset)
+            rows, own, place = axis.rows(unit.heads, unit.width), gone[first:last], (axis.tensor, axis.dim)
+            removed.setdefault(place, []).append(rows[own].flatten())
+            stays = rows[~own].flatten()
+            # Where channels are not side by side, heads that keep different ones leave another order behind
+            # than the layer will read: that of channels numbered anew.
+            number = (~own).cumsum(1)[..., None] - 1
+            moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
+            order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
     for (name, dim), gone_parts in removed.items():
         parameter = module.get_parameter(name)
         keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
         keep[torch.cat(gone_parts)] = False
-        sliced = parameter.index_select(dim, keep.nonzero()[:, 0].to(parameter.device))
+        source = torch.arange(len(keep))
+        for slots, entries in order[name, dim]:
+            source[slots] = entries
+        sliced = parameter.index_select(dim, source[keep].to(parameter.device))
         _replace(module, name, sliced)
 
 

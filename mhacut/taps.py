@@ -22,8 +22,8 @@ def listening(model: nn.Module, units: Iterable[Unit], listener: Listener) -> It
     handles = []
     for unit in units:
         for name, tap in unit.taps.items():
-            submodule = model.get_submodule(f"{unit.layer}.{tap.module}")
-            handles.append(_listen(submodule, tap, _taker(unit, name, tap, listener)))
+            submodule = model.get_submodule(f"{unit.layer}.{tap.module}".rstrip("."))
+            handles.append(_listen(submodule, tap, _taker(unit, name, tap, submodule, listener)))
     try:
         yield
     finally:
@@ -33,12 +33,16 @@ def listening(model: nn.Module, units: Iterable[Unit], listener: Listener) -> It
 
 def _listen(submodule: nn.Module, tap: Tap, take: Callable[[Tensor], None]) -> RemovableHandle:
     if tap.side == "input":
-        return submodule.register_forward_pre_hook(lambda module, args: take(args[0]))
+        return submodule.register_forward_pre_hook(lambda module, args: take(args[tap.argument]))
     return submodule.register_forward_hook(lambda module, args, output: take(output))
 
 
-def _taker(unit: Unit, name: str, tap: Tap, listener: Listener) -> Callable[[Tensor], None]:
+def _taker(
+    unit: Unit, name: str, tap: Tap, submodule: nn.Module, listener: Listener
+) -> Callable[[Tensor], None]:
     def take(activation: Tensor) -> None:
+        if tap.then is not None:
+            activation = tap.then(submodule, activation)
         channels = activation.detach().movedim(tap.channel_dim, -1)
         width = tap.width or unit.width
         channels = channels[..., tap.offset : tap.offset + unit.heads * width]

@@ -17,21 +17,12 @@ from mhacut.surgery import cut, dissect
     ("architecture", "cls"),
     [
         ("xcit_nano_12_p16_224", "XCA"),
-        ("cait_xxs24_224", "TalkingHeadAttn"),
-        ("twins_svt_small", "LocallyGroupedAttn"),
         ("levit_128s", "AttentionDownsample"),
-        ("eva02_tiny_patch14_224", "EvaAttention"),
         ("efficientvit_b0", "LiteMLA"),
         ("convit_tiny", "GPSA"),
-        ("volo_d1_224", "OutlookAttention"),
-        ("mobilevitv2_050", "LinearSelfAttention"),
         ("maxvit_tiny_tf_224", "AttentionCl"),
-        ("vit_small_patch16_rope_224", "AttentionRope"),
         ("shvit_s1", "SHSA"),
-        ("mobilenetv4_hybrid_medium", "MultiQueryAttention2d"),
         # An MLP inside, or registered attention beside, does not make it known.
-        ("vit_relpos_small_patch16_224", "RelPosAttention"),
-        ("swinv2_cr_tiny_ns_224", "WindowMultiHeadAttention"),
         ("csatv2", "SpatialTransformerBlock"),
     ],
 )

@@ -7,10 +7,11 @@ An adapter is a description. Slicing, masking, merging gains and reading activat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mhacut.plan import UnitKind
@@ -21,6 +22,13 @@ class ChannelAxis:
     """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * width + i``.
 
     One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v.
+    Other orders are said by steps: head h, channel i, copy c lies at
+    ``offset + h * head_step + i * channel_step + copies[c]``.
+
+    >>> ChannelAxis("qkv.weight", 0, offset=4).rows(heads=2, width=3)[..., 0].tolist()
+    [[4, 5, 6], [7, 8, 9]]
+    >>> ChannelAxis("qkv.weight", 0, copies=(0, 3)).rows(heads=2, width=3).tolist()
+    [[[0, 3], [1, 4], [2, 5]], [[6, 9], [7, 10], [8, 11]]]
     """
 
     tensor: str
@@ -34,6 +42,22 @@ class ChannelAxis:
     shared: bool = False
     """One row serves all heads: channel i of every head lies at ``offset + i``. Heads that keep channels of
     their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`."""
+    head_step: int | None = None
+    """From a head to the next; None where everything of a head lies together."""
+    channel_step: int = 1
+    """From a channel of a head to the next."""
+    copies: tuple[int, ...] = (0,)
+    """Where each entry of a channel lies from the first, for channels that are several rows."""
+
+    def rows(self, heads: int, width: int) -> Tensor:
+        """Indices along ``dim`` of each channel's entries, [heads, width, copies]."""
+        if self.shared:
+            heads = 1
+        elif self.heads is not None:
+            heads = self.heads[1] - self.heads[0]
+        step = width * len(self.copies) if self.head_step is None else self.head_step
+        head, channel = torch.arange(heads)[:, None, None], torch.arange(width)[:, None]
+        return self.offset + head * step + channel * self.channel_step + torch.tensor(self.copies)
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,11 @@ class Tap:
     """Dimension of the activation that holds the channels."""
     width: int | None = None
     """Channels per head, where it is not the unit's."""
+    argument: int = 0
+    """Which positional argument is read, of an input."""
+    then: Callable[[Any, Tensor], Tensor] | None = None
+    """What to make of it first, of (submodule, activation). Where no module makes the channels, or where they
+    lie in another order than head by head."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,9 @@ class Unit:
     linear: bool = False
     """Attention without a softmax: its weights are products of features of q and of k, over their sum. What
     makes the features acts on single channels, so that kept ones cannot be mixed to stand in for others."""
+    unmixed: bool = False
+    """q/k channels that something treats one by one behind the projection, beside a plain product: kept ones
+    cannot be mixed to stand in for others, and what is constant over the keys matters."""
     gate: str | None = None
     """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
@@ -141,6 +173,15 @@ class Adapter(ABC):
 
         Tensors keep their names. ``widths`` names every unit of the layer, also the ones left whole.
         """
+
+    def heads(self, module: Any) -> int:
+        """How many heads ``module``, of the family ``attention``, has."""
+        heads: int = module.num_heads
+        return heads
+
+    def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Note which channels of ``unit`` stay, [heads, kept], where the layer must know; before slicing."""
+        return
 
     def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:
         """Put gains into parameters, before they are sliced, so that the layer needs no gate.

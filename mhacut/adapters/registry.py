@@ -10,12 +10,21 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
+from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
+from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
+from mhacut.adapters.partial_attention import PARTIAL_ATTENTION
+from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
+from mhacut.adapters.rope_attention import ROPE_ATTENTION
+from mhacut.adapters.sam_attention import SAM_ATTENTION
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
+from mhacut.adapters.token_attention import TOKEN_ATTENTION
 from mhacut.adapters.vit_attention import VitAttentionAdapter
 from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
     VitAttentionAdapter(),
@@ -23,6 +32,15 @@ ADAPTERS: tuple[Adapter, ...] = (
     WindowAttentionAdapter(),
     CswinAttentionAdapter(),
     PvtAttentionAdapter(),
+    *ROPE_ATTENTION,
+    *TOKEN_ATTENTION,
+    *MULTI_QUERY_ATTENTION,
+    *POOLED_ATTENTION,
+    *SAM_ATTENTION,
+    *PARTIAL_ATTENTION,
+    *COSINE_ATTENTION,
+    *GCVIT_ATTENTION,
+    *WHOLE_ATTENTION,
     MlpAdapter(),
     GluMlpAdapter(),
     SwiGLUAdapter(),
@@ -31,6 +49,9 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
 """Attention that runs once, behind the last block: left whole, with everything in it."""
+
+POSITION_BIASES = ("RelPosMlp",)
+"""Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
 
 _KNOWN_ATTENTION = frozenset(
     {
@@ -70,6 +91,10 @@ def adapter_for(module: nn.Module) -> Adapter | None:
 
 def is_pooling_head(module: nn.Module) -> bool:
     return type(module).__name__ in POOLING_HEADS
+
+
+def is_position_bias(module: nn.Module) -> bool:
+    return type(module).__name__ in POSITION_BIASES
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ EPSILON = 1e-6
 """What linear attention adds to the sum of its weights."""
 
 
-def logit_energy(query: Tensor, key: Tensor) -> Tensor:
+def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
     """Squared Frobenius norm of what each qk channel adds to the logits, summed over images, [H, d].
 
     ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||, exactly. What is constant over keys
@@ -22,9 +22,11 @@ def logit_energy(query: Tensor, key: Tensor) -> Tensor:
     Args:
         query: [B, H, N, d].
         key: [B, H, M, d].
+        centre: False where something acts on keys before the product, so that what is constant matters.
     """
-    centred = key - key.mean(dim=-2, keepdim=True)
-    return (query.square().sum(-2) * centred.square().sum(-2)).sum(0)
+    if centre:
+        key = key - key.mean(dim=-2, keepdim=True)
+    return (query.square().sum(-2) * key.square().sum(-2)).sum(0)
 
 
 def output_energy(second_moment: Tensor, readout: Tensor) -> Tensor:

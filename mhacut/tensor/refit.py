@@ -97,7 +97,12 @@ def refit_linear(
 
 
 def refit_logits(
-    fit: tuple[Moments, Moments], held: tuple[Moments, Moments], kept: Tensor, plain: float
+    fit: tuple[Moments, Moments],
+    held: tuple[Moments, Moments],
+    kept: Tensor,
+    plain: float,
+    *,
+    mixes: bool = True,
 ) -> LogitRefit:
     """The best C for every head, with q and k taken as independent.
 
@@ -107,12 +112,13 @@ def refit_logits(
         held: the same on images held back.
         kept: indices, [H, kept], ascending.
         plain: factor on the logits without a refit; kept where refitting does not help.
+        mixes: whether kept channels may be mixed; without that, there is nothing to refit.
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
     gone = torch.stack([_others(row, fit[0].total.shape[-1]) for row in kept])
     candidates = {float("inf"): plain * identity}
-    if gone.shape[-1] > 0:
+    if mixes and gone.shape[-1] > 0:
         for ridge in RIDGES:
             candidates[ridge] = _mixing(fit, kept, gone, ridge)
     errors = {ridge: _logit_error(held, kept, mixing) for ridge, mixing in candidates.items()}

@@ -1,0 +1,178 @@
+"""Attention whose q and k are turned by their position (RoPE): EVA-02, DINOv3, RoPE-ViT, PE, Qwen3-ViT, ...
+
+A q/k channel is a pair of rows that turn together: neighbours, or one from each half of a head. Pairs turn at
+different speeds, so that they are chosen, each head its own, and never mixed; a slim layer keeps the numbers
+of its pairs to look up their angles. v channels do not turn and are free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
+from torch import Tensor
+
+from mhacut.adapters.base import ChannelAxis, Tap, Unit
+from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, fused_projection
+from mhacut.adapters.rows import rows
+from mhacut.plan import UnitKind
+
+SHARED_KEYS = "several heads share their keys and values"
+_KEPT = "turned_channels"
+"""Buffer with the numbers of a slim layer's q/k channels in the dense one, [H, d]."""
+
+
+class RopeForward(FusedForward):
+    """How the slim twins compute."""
+
+    def forward(
+        self: Any,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """[B, N, C] to [B, N, C_out]; ``rope`` has sines and cosines, [..., N, 2 * dense width]."""
+        q, k, v = self.heads_of(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            table = _of_channels(rope, getattr(self, _KEPT, None))
+            q, k = (self.turned(part, table).type_as(v) for part in (q, k))
+        out = self.norm(self.weigh(q, k, v, attn_mask, is_causal=is_causal))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        projected: Tensor = self.finish(out)
+        return projected
+
+    def project(self: Any, x: Tensor) -> Tensor:
+        """Rows [q | k | v], of one projection or of three."""
+        if self.qkv is not None:
+            return fused_projection(self, x)
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+
+    def turned(self: Any, x: Tensor, table: Tensor) -> Tensor:
+        """[B, H, N, d]; tokens before those of the image have no position."""
+        prefix = self.num_prefix_tokens
+        return torch.cat(
+            (x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], table, half=self.rotate_half)), dim=2
+        )
+
+
+class SlimAttentionRope(RopeForward, AttentionRope):  # type: ignore[misc]
+    """timm's ``AttentionRope`` at any widths."""
+
+
+class SlimEvaAttention(RopeForward, EvaAttention):  # type: ignore[misc]
+    """EVA's attention at any widths."""
+
+
+class RopeAdapter(FusedAdapter):
+    """One ``qkv``, with its bias in parts or not, or ``q_proj``, ``k_proj`` and ``v_proj``."""
+
+    def source(self, module: Any, part: Part) -> Source:
+        """One projection or three."""
+        if module.qkv is not None:
+            return super().source(module, part)
+        projection = f"{part}_proj"
+        biased = module.get_submodule(projection).bias is not None
+        return Source(projection, 0, ChannelAxis(f"{projection}.bias", 0) if biased else None)
+
+    def widths(self, module: Any) -> tuple[int, int]:
+        """Rows of q, and of v, per head."""
+        if module.qkv is not None:
+            return super().widths(module)
+        return int(module.q_proj.out_features) // module.num_heads, int(
+            module.proj.in_features
+        ) // module.num_heads
+
+    def qk(self, name: str, module: Any) -> Unit | str:
+        """Pairs of rows that turn together."""
+        plain = super().qk(name, module)
+        if isinstance(plain, str) or _shares_keys(module):
+            return plain if isinstance(plain, str) else SHARED_KEYS
+        pairs, half = plain.width // 2, module.rotate_half
+
+        def paired(axes: tuple[ChannelAxis, ...]) -> tuple[ChannelAxis, ...]:
+            copies, step = ((0, pairs), 1) if half else ((0, 1), 2)
+            return tuple(
+                replace(axis, head_step=2 * pairs, channel_step=step, copies=copies) for axis in axes
+            )
+
+        return replace(
+            plain,
+            width=pairs,
+            axes=paired(plain.axes),
+            gain_axes=paired(plain.gain_axes),
+            taps={name: _of_pairs(tap, plain.heads, pairs, half) for name, tap in plain.taps.items()},
+            rotatable=False,
+            unmixed=True,
+        )
+
+    def v(self, name: str, module: Any) -> Unit | str:
+        """As everywhere, but for a gate, which acts on single channels."""
+        plain = super().v(name, module)
+        if isinstance(plain, str) or _shares_keys(module):
+            return plain if isinstance(plain, str) else SHARED_KEYS
+        if module.gate is None:
+            return plain
+        return replace(plain, axes=(*plain.axes, *rows(module, "gate")), rotatable=False)
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        channels = dict(widths)
+        if "qk" in widths:
+            channels["qk"] = 2 * widths["qk"]
+        total = super().flops(module, input_shape, channels)
+        if "v" in widths and module.gate is not None:
+            batch, tokens, dim = input_shape
+            total = total + batch * tokens * dim * module.num_heads * widths["v"]
+        return total
+
+    def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Numbers, in the dense layer, of the channels whose angles the slim one needs."""
+        if unit.kind != "qk":
+            return
+        kept = kept.to(module.proj.weight.device)
+        if module.rotate_half:
+            channels = torch.cat((kept, kept + unit.width), dim=-1)
+        else:
+            channels = (2 * kept[..., None] + torch.arange(2, device=kept.device)).flatten(1)
+        earlier = getattr(module, _KEPT, None)
+        if earlier is not None:
+            channels = earlier.gather(1, channels)
+        module.register_buffer(_KEPT, channels, persistent=False)
+
+
+def _of_channels(rope: Tensor, channels: Tensor | None) -> Tensor:
+    """Sines and cosines, [..., N, 2 * dense], of ``channels`` [H, d]: [..., H, N, 2 * d]."""
+    if channels is None:
+        return rope
+    heads, width = channels.shape
+    rope = rope if rope.dim() > 2 else rope[None]
+    rope = rope.expand(*rope.shape[:-3], heads, -1, -1)
+    index = channels[:, None].expand(*rope.shape[:-1], width)
+    return torch.cat([part.gather(-1, index) for part in rope.chunk(2, dim=-1)], dim=-1)
+
+
+def _of_pairs(tap: Tap, heads: int, pairs: int, half: bool) -> Tap:
+    """What flows through ``tap``, the two of a pair apart: [..., 2, heads * pairs]."""
+
+    def split(module: Any, x: Tensor) -> Tensor:
+        x = x if tap.then is None else tap.then(module, x)
+        x = x[..., tap.offset : tap.offset + heads * 2 * pairs]
+        if half:
+            return x.reshape(*x.shape[:-1], heads, 2, pairs).transpose(-2, -3).flatten(-2)
+        return x.reshape(*x.shape[:-1], heads * pairs, 2).transpose(-1, -2)
+
+    return replace(tap, offset=0, then=split)
+
+
+def _shares_keys(module: Any) -> bool:
+    return getattr(module, "num_kv_groups", 1) > 1
+
+
+ROPE_ATTENTION = (RopeAdapter(AttentionRope, SlimAttentionRope), RopeAdapter(EvaAttention, SlimEvaAttention))

@@ -1,0 +1,47 @@
+"""Attention in which no channel can go by itself: left whole, so that the MLPs beside it can be cut.
+
+MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and adds
+q to what leaves; CoaT multiplies q into convolutions of v that the layers of a stage share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.coat import FactorAttnConvRelPosEnc
+from timm.models.mvitv2 import MultiScaleAttention, MultiScaleAttentionPoolFirst
+from torch import nn
+
+from mhacut.adapters.base import Adapter, Layer
+from mhacut.plan import UnitKind
+
+
+class WholeAdapter(Adapter):
+    """No units; a reason."""
+
+    family = "attention"
+
+    def __init__(self, classes: tuple[type[nn.Module], ...], reason: str) -> None:
+        """Leave ``classes`` as they are, and say why."""
+        self.module_classes = classes
+        self.reason = reason
+
+    def describe(self, name: str, module: Any) -> Layer:
+        return Layer(name, self, (), {"qk": self.reason, "v": self.reason})
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        return 0
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        slim: nn.Module = module
+        return slim
+
+
+WHOLE_ATTENTION = (
+    WholeAdapter(
+        (MultiScaleAttention, MultiScaleAttentionPoolFirst),
+        "q, k and v are normalised over the channels of a head",
+    ),
+    WholeAdapter((FactorAttnConvRelPosEnc,), "q is multiplied into convolutions of v that layers share"),
+)

@@ -1,0 +1,264 @@
+"""What is always true of a cut, on every attention class of timm that can be cut, for any plan."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import relative
+from safetensors.torch import save_file
+from timm.layers.attention import AttentionRope
+from timm_cases import CASES, build, image
+from torch import nn
+from torch.func import functional_call
+
+import mhacut
+from mhacut.adapters.partial_attention import ChannelAdapter
+from mhacut.adapters.registry import adapter_for
+from mhacut.cost import build_cost_table, measure_flops
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SEEDS = (0, 1, 2)
+
+
+def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
+    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    units, gains = [], {}
+    for unit in anatomy.units():
+        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
+        rows = [
+            torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
+        ]
+        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
+        kept = torch.stack(rows if own else rows[:1] * unit.heads)
+        rows = tuple(map(tuple, kept.tolist()))
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, rows, unshared=own and unit.shares))
+        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
+    return Plan(tuple(units)), gains
+
+
+def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+    """Zero every row that makes a removed channel, in place, or what reads it."""
+    for unit_plan in plan:
+        unit = anatomy.unit(unit_plan.key)
+        gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
+        gone.scatter_(1, torch.tensor(unit_plan.kept), False)
+        # An activation of 0 need not be 0, nor what a softmax over channels makes of it.
+        module = model.get_submodule(unit.layer)
+        by_reader = unit.kind == "hidden" or isinstance(adapter_for(module), ChannelAdapter)
+        for axis in unit.axes:
+            if (axis == unit.readout) != by_reader or axis.shared:
+                continue
+            tensor = module.get_parameter(axis.tensor).detach()
+            first, last = axis.heads or (0, unit.heads)
+            rows = axis.rows(unit.heads, unit.width)[gone[first:last]].flatten()
+            tensor.index_fill_(axis.dim, rows, 0)
+
+
+@each_case
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(case):
+    model, x = build(case), image(case)
+    expected, anatomy = model(x), dissect(model)
+    cut(model, Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units())))
+    assert relative(model(x), expected) < 1e-12
+
+
+@each_case
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
+@torch.no_grad()
+def test_masked_equals_sliced(case, dtype, bound):
+    dense, x = build(case, dtype=dtype), image(case, dtype=dtype)
+    anatomy = dissect(dense)
+    for seed in SEEDS:
+        plan, gains = random_plan(anatomy, seed)
+        masked = functional_call(dense, masked_tensors(dense, anatomy, gains), (x,))
+        slim = copy.deepcopy(dense)
+        cut(slim, plan, gains)
+        assert relative(slim(x), masked) < bound
+
+
+@each_case
+@torch.no_grad()
+def test_removing_dead_channels_changes_nothing(case):
+    for seed in SEEDS:
+        model, x = build(case), image(case)
+        anatomy = dissect(model)
+        plan, _ = random_plan(anatomy, seed)
+        kill(model, anatomy, plan)
+        expected = model(x)
+        cut(model, plan)
+        assert relative(model(x), expected) < 1e-10
+
+
+@each_case
+@torch.no_grad()
+def test_every_unit_matters_and_every_kind_is_cut_or_left_whole_for_a_reason(case):
+    model, x = build(case), image(case)
+    anatomy, dense = dissect(model), model(x)
+    assert {kind for layer in anatomy.layers for kind in layer.left_whole} == case.whole
+    for layer in anatomy.layers:
+        kinds = {unit.kind for unit in layer.units} | set(layer.left_whole)
+        assert kinds == ({"qk", "v"} if layer.adapter.family == "attention" else {"hidden"})
+    for unit in anatomy.units():
+        dead = {unit.key: torch.zeros(unit.heads, unit.width, dtype=torch.float64)}
+        assert relative(functional_call(model, masked_tensors(model, anatomy, dead), (x,)), dense) > 1e-4
+
+
+@each_case
+def test_the_cost_table_is_what_fvcore_counts(case):
+    model = build(case, dtype=torch.float32)
+    anatomy, size = dissect(model), (3, case.size, case.size)
+    table = build_cost_table(model, anatomy, size)
+    assert table.flops({}) == table.dense == measure_flops(model, size)
+    for seed in SEEDS[:2]:
+        plan, _ = random_plan(anatomy, seed)
+        slim = copy.deepcopy(model)
+        cut(slim, plan)
+        assert table.flops(plan.widths()) == measure_flops(slim, size)
+
+
+@each_case
+@torch.no_grad()
+def test_fused_and_plain_attention_agree(case):
+    model = build(case)
+    plan, gains = random_plan(dissect(model), 2)
+    cut(model, plan, gains)
+    outputs = []
+    for fused in (True, False):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        outputs.append(model(image(case, batch=3)))
+    assert relative(*outputs) < 1e-12
+
+
+@each_case
+@torch.no_grad()
+def test_a_slim_model_can_be_cut_again(case):
+    model, x = build(case), image(case)
+    dense = copy.deepcopy(model)
+    first, _ = random_plan(dissect(model), 3)
+    cut(model, first)
+    second, _ = random_plan(dissect(model), 4)
+    cut(model, second)
+    told = Plan.from_json(second.after(first).to_json())
+    cut(dense, told)
+    assert relative(model(x), dense(x)) < 1e-10
+
+
+@each_case
+def test_gradients_flow_in_training_mode(case):
+    model = build(case)
+    x = image(case)
+    model.train()
+    model(x).square().sum().backward()
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    model.zero_grad()
+    plan, _ = random_plan(dissect(model), 5)
+    cut(model, plan)
+    model.train()
+    model(x).square().sum().backward()
+    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    assert still == unused
+
+
+@each_case
+def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
+    model = build(case)
+    before = list(model.state_dict())
+    plan, _ = random_plan(dissect(model), 6)
+    shapes = copy.deepcopy(model).to("meta")
+    cut(shapes, plan)
+    cut(model, plan)
+    assert list(model.state_dict()) == before
+    assert {key: t.shape for key, t in shapes.state_dict().items()} == {
+        key: t.shape for key, t in model.state_dict().items()
+    }
+
+
+@each_case
+@torch.no_grad()
+def test_turned_channels_compute_what_they_did(case):
+    model, x = build(case), image(case)
+    generator, expected = torch.Generator().manual_seed(2), model(x)
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            shape = unit.heads, unit.width, unit.width
+            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
+    assert relative(model(x), expected) < 1e-9
+
+
+@pytest.mark.slow
+@each_case
+def test_pruned_without_data_written_and_read_back(case, tmp_path):
+    """The whole way: calibrated, repaired, cut, checked, saved; and the same logits from the file."""
+    dense = build(case, dtype=torch.float32)
+    tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items()}  # CoaT shares some
+    save_file(tensors, tmp_path / "dense.safetensors")
+    result = mhacut.prune(
+        tmp_path / "dense.safetensors",
+        flops=f"{case.share}%",
+        model=case.architecture,
+        model_args={**case.args, "num_classes": 5},
+        calibration_images=4,
+        round_to=2,
+        latency=False,
+        img_size=case.size,
+        output=tmp_path / "slim.safetensors",
+    )
+    assert result.slim.flops <= case.share / 100 * result.dense.flops
+    slim, again = (mhacut.load_model(result.output) for _ in range(2))
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters())
+    x, more = (image(case, batch=batch, dtype=torch.float32) for batch in (2, 3))
+    with torch.no_grad():
+        assert torch.equal(slim(x), again(x))
+        assert slim(x).isfinite().all()
+        program = torch.export.export(slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        assert relative(program.module()(more), slim(more)) < 1e-5
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
+@torch.no_grad()
+def test_a_gate_beside_turned_channels(half):
+    # No model of timm has one.
+    torch.manual_seed(0)
+    attention = AttentionRope(24, 3, num_prefix_tokens=1, gated=True, rotate_half=half).double().eval()
+    model = nn.ModuleDict({"attn": attention})
+    x, rope = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+    anatomy = dissect(model)
+    assert {unit.kind: unit.rotatable for unit in anatomy.units()} == {"qk": False, "v": False}
+    plan, gains = random_plan(anatomy, 1)
+    masked = {
+        name.removeprefix("attn."): tensor for name, tensor in masked_tensors(model, anatomy, gains).items()
+    }
+    expected = functional_call(attention, masked, (x, rope))
+    cut(model, plan, gains)
+    assert relative(model["attn"](x, rope), expected) < 1e-10
+    size = (
+        2
+        * 5
+        * 3
+        * (2 * plan.widths()["attn", "qk"] * (2 * 24 + 5) + plan.widths()["attn", "v"] * (3 * 24 + 5))
+    )
+    widths = {unit.kind: unit.width for unit in dissect(model).units()}
+    assert adapter_for(model["attn"]).flops(model["attn"], (2, 5, 24), widths) == size
+
+
+@torch.no_grad()
+def test_which_pairs_turn_how():
+    """A slim layer looks up the angles of the pairs it kept, in every head its own."""
+    torch.manual_seed(0)
+    attention = AttentionRope(8, 2, num_prefix_tokens=0, rotate_half=True).double().eval()
+    model = nn.ModuleDict({"attn": attention})
+    cut(model, Plan((UnitPlan("attn", "qk", 2, ((1,), (0,))),)))
+    assert model["attn"].turned_channels.tolist() == [[1, 3], [0, 2]]
+    assert model["attn"].qkv.out_features == 2 * 4 + 8
