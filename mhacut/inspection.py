@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mhacut.adapters.base import Layer
 from mhacut.checkpoint.load import LoadedModel
 from mhacut.cost import count_parameters, measure_flops_by_module
 from mhacut.data import Preprocessing
@@ -89,7 +90,7 @@ def inspect_model(loaded: LoadedModel) -> Inspection:
             LayerReport(
                 name=layer.name,
                 module=type(module).__name__,
-                heads=int(module.num_heads) if is_attention else None,
+                heads=_heads(layer, module) if is_attention else None,
                 widths={
                     unit.kind: Width(unit.width, dense.get(unit.key, unit.width)) for unit in layer.units
                 },
@@ -153,6 +154,13 @@ def resolve_preprocessing(loaded: LoadedModel, override: PreprocessingOptions) -
         interpolation=override.interpolation,
         img_size=size,
     )
+
+
+def _heads(layer: Layer, module: Any) -> int | None:
+    """Of an attention; what nothing can be cut of may not say."""
+    if layer.units:
+        return layer.units[0].heads
+    return getattr(module, "num_heads", None)
 
 
 def _name(dtype: torch.dtype) -> str:

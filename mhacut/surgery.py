@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import ChannelAxis, Layer, Unit
+from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Layer, Unit
 from mhacut.adapters.registry import (
     adapter_for,
     is_attention,
@@ -153,7 +154,8 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             if unit.gate is not None:
                 layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
             for axis in unit.gain_axes:
-                _scale(module, axis, gain)
+                for part in _scaled_with(axis):
+                    _scale(module, unit, part, gain)
         _slice(module, layer, unit_plans)
         widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
         resized = layer.adapter.resize(module, widths)
@@ -177,19 +179,20 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
         for unit in layer.units:
             if unit.key not in gains:
                 continue
+            module = model.get_submodule(layer.name)
             gain = gains[unit.key].reshape(-1)  # (H * d)
             if unit.gate is not None:
                 masked[f"{layer.name}.{unit.gate}"] = gain
             if unit.constants:
                 bias = f"{layer.name}.{unit.readout_bias}"
-                module = model.get_submodule(layer.name)
                 masked[bias] = model.get_parameter(bias) + _constant_lost(module, unit, gain)
-            for axis in unit.gain_axes:
+            scaled = (part for axis in unit.gain_axes for part in _scaled_with(axis))
+            for axis in scaled:
                 name = f"{layer.name}.{axis.tensor}"
                 tensor = masked.get(name)
                 if tensor is None:
                     tensor = model.get_parameter(name)
-                masked[name] = _scaled(tensor, axis, gain)
+                masked[name] = _scaled(tensor, unit, axis, gain)
     return masked
 
 
@@ -201,16 +204,42 @@ def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
 
 
 def readers(module: nn.Module, unit: Unit) -> Tensor:
-    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64."""
-    return readout(module, unit).detach().double()
+    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
+
+    With the factors of a batch norm behind them, so that they tell errors of what the layer gives.
+    """
+    columns = readout(module, unit).detach().double()
+    if unit.readout_norm is None:
+        return columns
+    return norm_factor(module.get_submodule(unit.readout_norm))[:, None] * columns
 
 
 def readout(module: nn.Module, unit: Unit) -> Tensor:
-    """As :func:`readers`, of the parameter's own dtype."""
+    """As :func:`readers`, but the parameter itself, of its own dtype."""
     assert unit.readout is not None
     weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
     size = unit.heads * unit.width
     return weight[..., unit.readout.offset : unit.readout.offset + size].reshape(-1, size)
+
+
+@torch.no_grad()
+def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
+    """Add ``constant`` [out] to what the columns of the unit's readout give."""
+    if unit.readout_bias is not None:
+        bias = module.get_parameter(unit.readout_bias)
+        bias.add_(constant.to(bias))
+    elif unit.readout_norm is not None:
+        mean = module.get_submodule(unit.readout_norm).running_mean
+        assert isinstance(mean, Tensor)
+        mean.sub_(constant.to(mean))
+
+
+def norm_factor(norm: nn.Module) -> Tensor:
+    """What a batch norm in eval mode multiplies by, [C], float64."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.detach().double()
 
 
 @torch.no_grad()
@@ -225,17 +254,68 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
     assert unit.rotatable
     inverse = torch.linalg.inv(basis).mT
     for axis in unit.axes:
-        rows = channels_of(module, unit, axis)
-        mixing = basis if axis in unit.gain_axes else inverse
+        mix(module, unit, axis, basis if axis in unit.gain_axes else inverse)
+
+
+@torch.no_grad()
+def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> None:
+    """Multiply the unit's channels in one tensor by ``mixing`` [H, d, d], with the batch norm behind them.
+
+    A batch norm scales single channels. Its scale is put into the rows first, and then made anew so that it
+    changes nothing; its variances become those of the mixed rows, had the rows been independent, so that it
+    finds in training about what it says.
+    """
+    linear = [axis]
+    if axis.norm is not None:
+        norm = module.get_submodule(axis.norm)
+        factor = _picked(norm_factor(norm), unit, axis)
+        for part in (axis, _of_norm(axis, "running_mean")):
+            rows = channels_of(module, unit, part)
+            rows.mul_(factor.view(*factor.shape, *[1] * (rows.dim() - 2)).to(rows))
+        bias = axis.tensor.removesuffix("weight") + "bias"
+        if _has(module, bias):  # moves behind the factor into the norm's mean
+            own, mean = (
+                channels_of(module, unit, replace(axis, tensor=name, dim=0, norm=None))
+                for name in (bias, f"{axis.norm}.running_mean")
+            )
+            mean.sub_((own.double() * factor).to(mean))
+            own.zero_()
+        variance = channels_of(module, unit, _of_norm(axis, "running_var"))
+        mixed = torch.einsum("hij,hj->hi", mixing.square(), variance.double() * factor.square())
+        variance.copy_(mixed.to(variance))
+        scale = channels_of(module, unit, _of_norm(axis, "weight"))
+        scale.copy_((mixed.to(variance).double() + float(norm.eps)).sqrt().to(scale))  # type: ignore[arg-type]
+        linear += [_of_norm(axis, "running_mean"), _of_norm(axis, "bias")]
+    for part in linear:
+        rows = channels_of(module, unit, part)
         rows.copy_(torch.einsum("hij,hj...->hi...", mixing, rows.double()).to(rows.dtype))
+
+
+def positions(unit: Unit, axis: ChannelAxis, *, unshared: bool = False) -> Tensor:
+    """Where the unit's channels lie along ``axis``, [heads with channels there, width], whole numbers."""
+    first, last = axis.heads or (0, unit.heads)
+    if axis.shared and not unshared:
+        last = first + 1
+    heads = torch.arange(last - first)[:, None] * (axis.stride or unit.width)
+    return axis.offset + heads + torch.arange(unit.width)
+
+
+def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
+    """``unit.axes``, and what of batch norms behind them belongs to the channels."""
+    axes: list[ChannelAxis] = []
+    for axis in unit.axes:
+        axes.append(axis)
+        if axis.norm is not None:
+            axes += [_of_norm(axis, name) for name in NORM_TENSORS]
+    return tuple(axes)
 
 
 def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
     """What of one tensor belongs to the unit's channels: a view, [H, d, ...]."""
-    tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
-    size = unit.heads * unit.width
-    channels = tensor[axis.offset : axis.offset + size]
-    return channels.view(unit.heads, unit.width, *channels.shape[1:])
+    tensor = _tensor(module, axis.tensor).detach().movedim(axis.dim, 0)
+    stride = axis.stride or unit.width
+    rows = tensor.narrow(0, axis.offset, (unit.heads - 1) * stride + unit.width)
+    return rows.unfold(0, unit.width, stride).movedim(-1, 1)
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
@@ -257,19 +337,52 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
             raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but its heads share nothing")
 
 
-def _scaled(tensor: Tensor, axis: ChannelAxis, gain: Tensor) -> Tensor:
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of ``module``."""
+    owner, _, last = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), last)
+    assert isinstance(tensor, Tensor), name
+    return tensor
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return isinstance(getattr(module.get_submodule(owner), last, None), Tensor)
+
+
+def _of_norm(axis: ChannelAxis, tensor: str) -> ChannelAxis:
+    """Where the channels of ``axis`` lie in one tensor of the batch norm behind it."""
+    return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
+
+
+def _scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
+    """What a gain multiplies: the rows, or the batch norm behind them.
+
+    In training a batch norm would undo what is done to the rows.
+    """
+    if axis.norm is None:
+        return (axis,)
+    return _of_norm(axis, "weight"), _of_norm(axis, "bias")
+
+
+def _picked(values: Tensor, unit: Unit, axis: ChannelAxis) -> Tensor:
+    """Of one value per row of a linear layer those of the unit's channels, [heads, width]."""
+    return values[positions(unit, axis).to(values.device)]
+
+
+def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, gain: Tensor) -> Tensor:
     """``tensor`` with the unit's entries along ``axis`` times ``gain`` [heads * width]."""
     size = tensor.shape[axis.dim]
-    before, after = axis.offset, size - axis.offset - gain.numel()
-    factor = torch.cat([gain.new_ones(before), gain, gain.new_ones(after)])
+    where = positions(unit, axis).reshape(-1).to(gain.device)
+    factor = gain.new_ones(size).index_copy(0, where, gain)
     shape = [1] * tensor.dim()
     shape[axis.dim] = size
     return tensor * factor.view(shape).to(tensor)
 
 
-def _scale(module: nn.Module, axis: ChannelAxis, gain: Tensor) -> None:
+def _scale(module: nn.Module, unit: Unit, axis: ChannelAxis, gain: Tensor) -> None:
     parameter = module.get_parameter(axis.tensor)
-    scaled = _scaled(parameter.detach().double(), axis, gain.reshape(-1).to(parameter.device))
+    scaled = _scaled(parameter.detach().double(), unit, axis, gain.reshape(-1).to(parameter.device))
     parameter.copy_(scaled.to(parameter.dtype))
 
 
@@ -297,8 +410,7 @@ def _constant_lost(module: nn.Module, unit: Unit, gain: Tensor) -> Tensor:
 def _fold_constants(module: nn.Module, unit: Unit, gain: Tensor) -> None:
     if unit.constants:
         assert unit.readout_bias is not None
-        bias = module.get_parameter(unit.readout_bias)
-        bias.add_(_constant_lost(module, unit, gain.reshape(-1)).to(bias))
+        add_constant(module, unit, _constant_lost(module, unit, gain.reshape(-1)))
 
 
 def _unshare(module: nn.Module, unit: Unit) -> None:
@@ -316,37 +428,41 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
     for unit in layer.units:
         if unit.kind not in unit_plans:
             continue
-        if unit_plans[unit.kind].unshared:
+        unshared = unit_plans[unit.kind].unshared
+        if unshared:
             _unshare(module, unit)
         gone = ~_kept(unit_plans[unit.kind])
-        for axis in unit.axes:
-            first, last = axis.heads or (0, unit.heads)
-            if axis.shared and not unit_plans[unit.kind].unshared:
-                last = first + 1
-            rows = gone[first:last].reshape(-1).nonzero()[:, 0]
-            removed.setdefault((axis.tensor, axis.dim), []).append(rows + axis.offset)
+        for axis in axes_of(unit):
+            where = positions(unit, axis, unshared=unshared)
+            first = axis.heads[0] if axis.heads else 0
+            rows = where[gone[first : first + len(where)]]
+            removed.setdefault((axis.tensor, axis.dim), []).append(rows)
     for (name, dim), gone_parts in removed.items():
-        parameter = module.get_parameter(name)
-        keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
+        tensor = _tensor(module, name)
+        keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
         keep[torch.cat(gone_parts)] = False
-        sliced = parameter.index_select(dim, keep.nonzero()[:, 0].to(parameter.device))
-        _replace(module, name, sliced)
+        _replace(module, name, tensor.index_select(dim, keep.nonzero()[:, 0].to(tensor.device)))
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give a parameter of ``module`` another tensor."""
-    requires_grad = module.get_parameter(name).requires_grad
+    """Give a parameter or buffer of ``module`` another tensor."""
     owner_name, _, tensor_name = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    setattr(owner, tensor_name, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
+    old, tensor = getattr(owner, tensor_name), tensor.contiguous()
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    setattr(owner, tensor_name, tensor)
     _tell_size(owner)
 
 
 def _tell_size(owner: nn.Module) -> None:
-    """Linear and convolution layers carry their sizes as attributes too."""
+    """Linear, convolution and batch norm layers carry their sizes as attributes too."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.Conv2d):
         if owner.groups == owner.out_channels:  # depthwise
             owner.groups = owner.weight.shape[0]
         owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+    elif isinstance(owner, _BatchNorm):
+        assert owner.running_mean is not None
+        owner.num_features = len(owner.running_mean)

@@ -41,7 +41,8 @@ def _taker(unit: Unit, name: str, tap: Tap, listener: Listener) -> Callable[[Ten
     def take(activation: Tensor) -> None:
         channels = activation.detach().movedim(tap.channel_dim, -1)
         width = tap.width or unit.width
-        channels = channels[..., tap.offset : tap.offset + unit.heads * width]
-        listener(unit, name, channels.reshape(*channels.shape[:-1], unit.heads, width))
+        stride = tap.stride or width
+        channels = channels[..., tap.offset : tap.offset + (unit.heads - 1) * stride + width]
+        listener(unit, name, channels.unfold(-1, width, stride))
 
     return take

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from mhacut.plan import UnitKind
 
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+"""What a batch norm holds for each channel."""
+
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * width + i``.
+    """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * stride + i``.
 
-    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v.
+    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v, of
+    all heads or in every head.
     """
 
     tensor: str
@@ -34,6 +38,11 @@ class ChannelAxis:
     shared: bool = False
     """One row serves all heads: channel i of every head lies at ``offset + i``. Heads that keep channels of
     their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`."""
+    stride: int | None = None
+    """From one head to the next, where that is not the unit's width."""
+    norm: str | None = None
+    """The batch norm behind the linear layer whose rows these are. What it holds for the channels is sliced
+    with the rows, and scaled instead of them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class Tap:
     """Dimension of the activation that holds the channels."""
     width: int | None = None
     """Channels per head, where it is not the unit's."""
+    stride: int | None = None
+    """From one head to the next, where that is not the width."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Unit:
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
     readout_bias: str | None = None
     """The bias added behind those columns, if there is one."""
+    readout_norm: str | None = None
+    """The batch norm behind those columns and their bias, if there is one."""
     rotatable: bool = False
     """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
     invertible matrix and the other axes by its inverse transpose."""
@@ -91,6 +104,11 @@ class Unit:
     @property
     def key(self) -> tuple[str, UnitKind]:
         return self.layer, self.kind
+
+    @property
+    def constants_pass(self) -> bool:
+        """Whether something behind the readout can take up what removed channels gave on average."""
+        return self.readout_bias is not None or self.readout_norm is not None
 
     @property
     def shares(self) -> bool:

@@ -15,7 +15,7 @@ from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.vit_attention import VitAttentionAdapter
-from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
 
 ADAPTERS: tuple[Adapter, ...] = (
     VitAttentionAdapter(),
@@ -23,10 +23,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     WindowAttentionAdapter(),
     CswinAttentionAdapter(),
     PvtAttentionAdapter(),
-    MlpAdapter(),
-    GluMlpAdapter(),
-    SwiGLUAdapter(),
-    DepthwiseMlpAdapter(),
+    *map(MlpAdapter, MLPS),
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
