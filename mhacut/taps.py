@@ -40,6 +40,8 @@ def _listen(submodule: nn.Module, tap: Tap, take: Callable[[Tensor], None]) -> R
 def _taker(unit: Unit, name: str, tap: Tap, listener: Listener) -> Callable[[Tensor], None]:
     def take(activation: Tensor) -> None:
         channels = activation.detach().movedim(tap.channel_dim, -1)
+        if channels.dim() == 2:  # of one token, which timm's class attention takes out by its number
+            channels = channels[:, None]
         width = tap.width or unit.width
         stride = tap.stride or width
         channels = channels[..., tap.offset : tap.offset + (unit.heads - 1) * stride + width]

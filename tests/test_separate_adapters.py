@@ -9,16 +9,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import relative
+from safetensors.torch import save_file
 from test_flatten_adapters import random_plan
-from timm_cases_separate import CASES, WHOLE, build, image
+from timm_cases_separate import CASES, MODELS, WHOLE, build, image
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import mhacut
+from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
+from mhacut.repair import repair
 from mhacut.surgery import Anatomy, axes_of, channels_of, cut, dissect, masked_tensors, rotate
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+QUICK_MODELS = {"levit model, convolutions", "maxvit model, tf"}
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in MODELS.keys() - QUICK_MODELS else ())
+        for name, case in CASES.items()
+    ],
+)
 few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
 
@@ -28,14 +39,14 @@ def keep_everything(anatomy: Anatomy) -> Plan:
 
 
 @torch.no_grad()
-def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
-    """Make zero what removed channels are made of, or how they are read where an activation revives them."""
+def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...]) -> None:
+    """Make zero what removed channels are made of, or how they are read in units that are ``revived``."""
     for unit_plan in plan:
         unit, module = anatomy.unit(unit_plan.key), model.get_submodule(unit_plan.layer)
         gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
         gone.scatter_(1, torch.tensor(unit_plan.kept), False)
         for axis in axes_of(unit):
-            if axis != unit.readout:
+            if (axis == unit.readout) == (unit.kind in revived):
                 channels_of(module, unit, axis)[gone] = 0
 
 
@@ -108,7 +119,7 @@ def test_removing_dead_channels_changes_nothing(case, seed):
     model, x = build(case), image(case)
     anatomy = dissect(model)
     plan, _ = random_plan(anatomy, seed)
-    kill(model, anatomy, plan)
+    kill(model, anatomy, plan, case.revived)
     expected = model(x)
     cut(model, plan)
     assert relative(model(x), expected) < 1e-10
@@ -204,6 +215,62 @@ def test_turned_channels_compute_what_they_did(case, slim):
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
             rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
     assert relative(model(x), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("mlp levit", "ln2.bn"),
+        ("mlp shvit", "pw2.bn"),
+        ("mlp efficientformer", "norm2"),
+        ("levit", "proj.ln.bn"),
+    ],
+)
+@torch.no_grad()
+def test_what_removed_channels_gave_on_average_goes_into_the_norm_behind(name, norm):
+    case = CASES[name]
+    model, x = build(case).requires_grad_(False), image(case, batch=6)
+    anatomy = dissect(model)
+    unit = next(unit for unit in anatomy.units(("v", "hidden")) if unit.layer == "layer")
+    assert unit.readout_norm == norm
+    plan = Plan((UnitPlan("layer", unit.kind, unit.width, (tuple(range(2)),) * unit.heads),))
+    for axis in unit.axes:  # what is to go becomes constant, not zero
+        if axis != unit.readout and (axis.norm is not None or axis.tensor == "fc1.weight"):
+            channels_of(model.layer, unit, axis)[:, 2:] = 0
+    expected, moments = model(x), calibrate(model, anatomy, x, batch_size=6).moments
+    repair(model, anatomy, plan, moments)
+    cut(model, plan)
+    assert relative(model(x), expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
+def test_from_file_to_file(case, tmp_path):
+    model = build(case, dtype=torch.float32)
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    result = mhacut.prune(
+        tmp_path / "dense.safetensors",
+        flops=case.flops,
+        model=case.architecture,
+        model_args=case.args,
+        calibration_images=6,
+        img_size=case.side,
+        effort="fast",
+        round_to=1,
+        latency=False,
+        output=tmp_path / "slim.safetensors",
+    )
+    assert 0.98 * result.budget < result.slim.flops <= result.budget < result.dense.flops
+    assert all(repair.error <= 1 + 1e-6 for repair in result.repairs.values())
+    slim, x = mhacut.load_model(tmp_path / "slim.safetensors"), image(case, dtype=torch.float32)
+    assert measure_flops(slim, case.size) == result.slim.flops
+    with torch.no_grad():
+        logits = slim(x)
+    mhacut.save_model(slim, tmp_path / "again.safetensors", like=tmp_path / "slim.safetensors")
+    with torch.no_grad():
+        assert torch.equal(mhacut.load_model(tmp_path / "again.safetensors")(x), logits)
+    exported = torch.export.export(slim, (x,)).module()
+    assert relative(exported(x), logits) < 1e-5
 
 
 @pytest.mark.parametrize(("case", "reasons"), WHOLE.values(), ids=WHOLE.keys())

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, ConvMlp, LayerNorm2d
+from timm.layers import Attention, ConvMlp, LayerNorm2d, RelPosBias
 from timm.models import (
+    cait,
+    convit,
+    cpubone,
+    crossvit,
     efficientformer,
     efficientformer_v2,
     efficientvit_msra,
     fastvit,
     gemma4_vit,
+    iformer,
     levit,
+    lowformer,
+    maxxvit,
+    nextvit,
     shvit,
     swiftformer,
     tiny_vit,
+    tnt,
+    twins,
     visformer,
     vitamin,
+    volo,
 )
 from torch import Tensor, nn
 
@@ -31,11 +43,11 @@ class Alone(nn.Module):
     In front of an MLP there is attention, since nothing without attention is cut.
     """
 
-    def __init__(self, layer: nn.Module, dim: int, *, tokens: bool, out: int | None, args: tuple) -> None:
+    def __init__(self, case: LayerCase) -> None:
         super().__init__()
-        self.before = None if out is None else Attention(dim, num_heads=2)
-        self.layer, self.tokens, self.args = layer, tokens, args
-        self.head = nn.Linear(out or dim, 5)
+        self.before = Attention(case.dim, num_heads=2) if case.mlp else None
+        self.layer, self.tokens, self.args = case.make(), case.tokens, case.args
+        self.head = nn.Linear(case.out or case.dim, 5)
 
     def forward(self, image: Tensor) -> Tensor:
         x = image.flatten(2).transpose(1, 2)
@@ -59,13 +71,16 @@ class LayerCase:
     args: tuple = ()
     mlp: bool = False
     """Whether it is an MLP."""
+    out: int | None = None
+    """Of what it gives, where that is not ``dim``."""
+    side: int = 4
+    revived: tuple[str, ...] = ()
+    """Units whose channels do not end when all that they are made of is zero."""
 
-    size = property(lambda self: (self.dim, 4, 4))
+    size = property(lambda self: (self.dim, self.side, self.side))
 
     def create(self) -> nn.Module:
-        return Alone(
-            self.make(), self.dim, tokens=self.tokens, out=self.dim if self.mlp else None, args=self.args
-        )
+        return Alone(self)
 
 
 @dataclass(frozen=True)
@@ -75,11 +90,21 @@ class ModelCase:
     architecture: str
     args: dict[str, Any] = field(default_factory=dict)
     side: int = 64
+    revived: tuple[str, ...] = ()
+    flops: str = "85%"
+    """A budget within reach."""
 
     size = property(lambda self: (3, self.side, self.side))
 
     def create(self) -> nn.Module:
         return timm.create_model(self.architecture, num_classes=5, **self.args)
+
+
+def _maxxvit(cls: type, *, tokens: bool = False, **args: Any) -> LayerCase:
+    rel_pos = partial(RelPosBias, window_size=(4, 4))
+    return LayerCase(
+        lambda: cls(12, dim_head=4, rel_pos_cls=rel_pos, **args), tokens=tokens, out=args.get("dim_out")
+    )
 
 
 def _mlp(make: Callable[[], nn.Module], *, tokens: bool = False) -> LayerCase:
@@ -103,6 +128,8 @@ MLPS = {
     ),
     "efficientvit_msra": _mlp(lambda: efficientvit_msra.ConvMlp(12, 20)),
     "shvit": _mlp(lambda: shvit.FFN(12, 20)),
+    "iformer": _mlp(lambda: iformer.FFN(12, 2)),
+    "iformer, scaled": _mlp(lambda: iformer.FFN(12, 2, layer_scale_init_value=0.5)),
     "visformer": _mlp(lambda: visformer.SpatialMlp(12, 20)),
     "gemma4": _mlp(lambda: gemma4_vit.Gemma4GatedMlp(12, 20), tokens=True),
     "gemma4, clipped": _mlp(
@@ -114,16 +141,158 @@ WHOLE = {
         _mlp(lambda: ConvMlp(12, 20, norm_layer=LayerNorm2d)),
         {"hidden": "a norm runs over all hidden channels"},
     ),
+    "cpubone, fused": (
+        LayerCase(lambda: cpubone.ConvAttention(12, att_stride=2, fuse_out_proj=True), tokens=False),
+        {"v": "a transposed convolution upsamples and projects at once"},
+    ),
     "visformer, in groups": (
         _mlp(lambda: visformer.SpatialMlp(16, 20, spatial_conv=True, group=8)),
         {"hidden": "a convolution mixes hidden channels"},
     ),
 }
 """What of a layer must stay, and why."""
-ATTENTION: dict[str, LayerCase] = {}
+ATTENTION = {
+    "cait class": LayerCase(lambda: cait.ClassAttn(12, 3)),
+    "cait class, biases": LayerCase(lambda: cait.ClassAttn(12, 2, qkv_bias=True)),
+    "crossvit": LayerCase(lambda: crossvit.CrossAttention(12, 3, qkv_bias=True)),
+    "volo class": LayerCase(lambda: volo.ClassAttention(12, 3, qkv_bias=True)),
+    "nextvit": LayerCase(lambda: nextvit.EfficientAttention(12, head_dim=4)),
+    "nextvit, reduced": LayerCase(lambda: nextvit.EfficientAttention(12, head_dim=4, sr_ratio=2)),
+    "twins global": LayerCase(lambda: twins.GlobalSubSampleAttn(12, 3), args=((4, 4),)),
+    "twins global, reduced": LayerCase(lambda: twins.GlobalSubSampleAttn(12, 3, sr_ratio=2), args=((4, 4),)),
+    "tnt": LayerCase(lambda: tnt.Attention(12, 12, 3)),
+    "tnt, narrow": LayerCase(lambda: tnt.Attention(12, 8, 2, qkv_bias=True)),
+    "convit": LayerCase(lambda: convit.GPSA(12, 3, qkv_bias=True)),
+    "maxxvit": _maxxvit(maxxvit.Attention2d),
+    "maxxvit, wider": _maxxvit(maxxvit.Attention2d, dim_out=16),
+    "maxxvit, wider behind": _maxxvit(maxxvit.Attention2d, dim_out=16, expand_first=False),
+    "maxxvit, over heads": _maxxvit(maxxvit.Attention2d, head_first=False, bias=False),
+    "maxxvit channels last": _maxxvit(maxxvit.AttentionCl, tokens=True),
+    "maxxvit channels last, over heads": _maxxvit(maxxvit.AttentionCl, tokens=True, head_first=False),
+    "levit": LayerCase(lambda: levit.Attention(12, 4, 3, attn_ratio=2, resolution=4)),
+    "levit, convolutions": LayerCase(
+        lambda: levit.Attention(12, 4, 3, attn_ratio=1.5, resolution=4, use_conv=True), tokens=False
+    ),
+    "levit downsampling": LayerCase(
+        lambda: levit.AttentionDownsample(12, 12, 4, 3, attn_ratio=2, resolution=4)
+    ),
+    "levit downsampling, convolutions": LayerCase(
+        lambda: levit.AttentionDownsample(12, 12, 4, 2, resolution=4, use_conv=True, use_pool=True),
+        tokens=False,
+    ),
+    "efficientformer": LayerCase(lambda: efficientformer.Attention(12, 4, 3, attn_ratio=2, resolution=4)),
+    "tiny_vit": LayerCase(lambda: tiny_vit.Attention(12, 4, 3, attn_ratio=1, resolution=(4, 4))),
+    "lowformer": LayerCase(
+        lambda: lowformer.ConvAttention(60, 1.0, att_stride=2, att_kernel=5), dim=60, tokens=False
+    ),
+    "lowformer, not coarser": LayerCase(
+        lambda: lowformer.ConvAttention(12, att_stride=1, att_kernel=3), tokens=False
+    ),
+    "cpubone": LayerCase(lambda: cpubone.ConvAttention(60, att_stride=2, att_kernel=5), dim=60, tokens=False),
+    "cpubone, nearest": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=2, small_kernels=True, upsample_mode="nearest"),
+        tokens=False,
+        side=5,
+    ),
+    "cpubone, not coarser": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=1, small_kernels=True), tokens=False
+    ),
+    "cpubone, nearest and fused": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=2, upsample_mode="nearest", fuse_out_proj=True),
+        tokens=False,
+    ),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
-MODELS: dict[str, ModelCase] = {}
-CASES: dict[str, LayerCase | ModelCase] = {**LAYERS, **MODELS}
+MODELS = {
+    "crossvit model": ModelCase(
+        "crossvit_9_dagger_240",
+        {
+            "img_size": 120,
+            "embed_dim": (16, 24),
+            "depth": ((1, 1, 0),),
+            "num_heads": (2, 2),
+            "mlp_ratio": (2.0, 2.0, 1.0),
+        },
+        side=120,
+    ),
+    "nextvit model": ModelCase("nextvit_small", {"depths": (1, 1, 5, 1), "stem_chs": (16, 8, 16)}),
+    "twins model": ModelCase(
+        "twins_pcpvt_small",
+        {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)},
+    ),
+    "tnt model": ModelCase(
+        "tnt_s_patch16_224",
+        {
+            "img_size": 32,
+            "depth": 1,
+            "embed_dim": 32,
+            "inner_dim": 8,
+            "num_heads_inner": 2,
+            "num_heads_outer": 2,
+        },
+        side=32,
+    ),
+    "convit model": ModelCase(
+        "convit_tiny",
+        {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 4, "local_up_to_layer": 2},
+        side=32,
+    ),
+    "maxvit model": ModelCase(
+        "maxvit_rmlp_pico_rw_256",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "maxvit model, tf": ModelCase(
+        "maxvit_tiny_tf_224",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "coatnet model": ModelCase(
+        "coatnet_nano_rw_224",
+        {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": (16, 32)},
+        flops="93%",
+    ),
+    "maxxvit model": ModelCase(
+        "maxxvitv2_nano_rw_256",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "levit model": ModelCase(
+        "levit_128s",
+        {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
+    ),
+    "levit model, convolutions": ModelCase(
+        "levit_conv_256d",
+        {"img_size": 64, "embed_dim": (16, 24), "key_dim": 8, "num_heads": (2, 2), "depth": (1, 1)},
+    ),
+    "efficientformer model": ModelCase(
+        "efficientformer_l1",
+        {"embed_dims": (8, 8, 16, 24), "depths": (1, 1, 1, 2)},
+        side=224,
+    ),
+    "tiny_vit model": ModelCase(
+        "tiny_vit_5m_224",
+        {
+            "embed_dims": (16, 32, 32, 32),
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 2, 2, 2),
+            "window_sizes": (2, 2, 2, 2),
+        },
+    ),
+    "lowformer model": ModelCase(
+        "lowformer_b0",
+        {"width_list": (8, 8, 16, 32, 64), "depth_list": (0, 0, 0, 1, 1), "head_widths": (32, 32)},
+        flops="99%",
+    ),
+    "cpubone model": ModelCase(
+        "cpubone_nano",
+        {"width_list": (8, 8, 16, 32, 64), "depth_list": (0, 0, 0, 1, 1), "head_widths": (32, 32)},
+        flops="95%",
+    ),
+    "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
+}
+CASES: dict[str, LayerCase | ModelCase] = {
+    **LAYERS,
+    "cpubone, fused": WHOLE["cpubone, fused"][0],
+    **MODELS,
+}
 
 
 def clipped(module: nn.Module) -> nn.Module:

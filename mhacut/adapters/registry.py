@@ -12,7 +12,9 @@ from torch import nn
 from mhacut.adapters.base import Adapter
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
+from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
+from mhacut.adapters.separate_attention import SEPARATE
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
 from mhacut.adapters.vit_attention import VitAttentionAdapter
 from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
@@ -23,6 +25,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     WindowAttentionAdapter(),
     CswinAttentionAdapter(),
     PvtAttentionAdapter(),
+    *SEPARATE,
+    *PER_HEAD,
     *map(MlpAdapter, MLPS),
 )
 
@@ -54,6 +58,8 @@ _CHANNEL_GATES = frozenset(
     | {"LightSpatialAttn", "CbamModule", "LightCbamModule", "SplitAttn", "SelectiveKernelAttn"}
     | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
 )
+_NO_ATTENTION = frozenset({"ConvAttention"})
+"""Next-ViT's, convolutions only. (Those of LowFormer and CPUBone are registered.)"""
 
 _OWN = "mhacut.adapters"
 """Where the classes of cut layers are."""
@@ -77,7 +83,7 @@ def is_attention(module: nn.Module) -> bool:
 def looks_like_attention(module: nn.Module) -> bool:
     """Whether the name of an unregistered class says attention; it may also just hold one."""
     name = type(module).__name__
-    return name not in _CHANNEL_GATES and _SAYS_ATTENTION.search(name) is not None
+    return name not in _CHANNEL_GATES | _NO_ATTENTION and _SAYS_ATTENTION.search(name) is not None
 
 
 def looks_like_mlp(module: nn.Module) -> bool:

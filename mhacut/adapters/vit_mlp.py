@@ -17,6 +17,7 @@ from timm.models import (
     efficientvit_msra,
     fastvit,
     gemma4_vit,
+    iformer,
     levit,
     pvt_v2,
     shvit,
@@ -44,6 +45,10 @@ class MlpNames:
     """The linear layer that reads them."""
     between: tuple[str, ...] = ()
     """Depthwise convolutions and norms that the hidden channels pass, where the module has them."""
+    behind: str = ""
+    """A norm behind the reader, where it is not part of that."""
+    within: str = ""
+    """Submodule that holds them, where the module adds its input to what they give."""
     halves: bool = False
     """Both factors of a product come from one writer: channel i is rows i and i + hidden."""
 
@@ -59,10 +64,11 @@ MLPS = (
     MlpNames(fastvit.ConvMlp),
     MlpNames(tiny_vit.NormMlp),
     MlpNames(swiftformer.Mlp),
-    MlpNames(efficientformer.ConvMlpWithNorm, between=("norm1",)),
+    MlpNames(efficientformer.ConvMlpWithNorm, between=("norm1",), behind="norm2"),
     MlpNames(efficientformer_v2.ConvMlpWithNorm, between=("mid",)),
     MlpNames(efficientvit_msra.ConvMlp, ("pw1",), "pw2"),
     MlpNames(shvit.FFN, ("pw1",), "pw2"),
+    MlpNames(iformer.FFN, ("0",), "2", within="mixer.module"),
     MlpNames(visformer.SpatialMlp, ("conv1",), "conv3", between=("conv2",)),
     MlpNames(gemma4_vit.Gemma4GatedMlp, ("gate_proj", "up_proj"), "down_proj"),
 )
@@ -79,6 +85,8 @@ class MlpAdapter(Adapter):
         self.module_classes = (names.cls,)
 
     def describe(self, name: str, module: Any) -> Layer:
+        if self.names.within:
+            name, module = f"{name}.{self.names.within}", module.get_submodule(self.names.within)
         reason = _left_whole(self._between(module))
         if reason is not None:
             channel_dim = Projection.of(module, self.names.reader).channel_dim
@@ -99,7 +107,7 @@ class MlpAdapter(Adapter):
             taps={"hidden": reader.tap("input")},
             readout=reader.columns(),
             readout_bias=reader.bias,
-            readout_norm=reader.norm,
+            readout_norm=self._norm_behind(module, reader),
         )
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
 
@@ -126,6 +134,10 @@ class MlpAdapter(Adapter):
             norms,
             [Projection.of(module, name) for name in between if name not in norms],
         )
+
+    def _norm_behind(self, module: Any, reader: Projection) -> str | None:
+        own = self.names.behind
+        return own if own and isinstance(getattr(module, own), _BatchNorm) else reader.norm
 
     def _between(self, module: Any) -> dict[str, nn.Module]:
         parts = {name: part for name, part in module.named_children() if name in self.names.between}
