@@ -22,7 +22,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.repair import repair
 from mhacut.surgery import Anatomy, axes_of, channels_of, cut, dissect, masked_tensors, rotate
 
-QUICK_MODELS = {"levit model, convolutions", "maxvit model, tf"}
+QUICK_MODELS = {"xcit model", "levit model, convolutions", "maxvit model, tf"}
 each_case = pytest.mark.parametrize(
     "case",
     [
@@ -224,6 +224,7 @@ def test_turned_channels_compute_what_they_did(case, slim):
         ("mlp shvit", "pw2.bn"),
         ("mlp efficientformer", "norm2"),
         ("levit", "proj.ln.bn"),
+        ("shvit", "proj.1.bn"),
     ],
 )
 @torch.no_grad()

@@ -15,6 +15,8 @@ from timm.models import (
     convit,
     cpubone,
     crossvit,
+    davit,
+    edgenext,
     efficientformer,
     efficientformer_v2,
     efficientvit_msra,
@@ -24,6 +26,7 @@ from timm.models import (
     levit,
     lowformer,
     maxxvit,
+    mobilevit,
     nextvit,
     shvit,
     swiftformer,
@@ -33,6 +36,7 @@ from timm.models import (
     visformer,
     vitamin,
     volo,
+    xcit,
 )
 from torch import Tensor, nn
 
@@ -59,6 +63,17 @@ class Alone(nn.Module):
         if self.tokens:
             x = x.transpose(1, 2)
         return self.head(x.flatten(2).mean(-1))
+
+
+class ChannelsLast(nn.Module):
+    """A layer of [B, H, W, C] behind an interface of [B, C, H, W]."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -201,9 +216,41 @@ ATTENTION = {
         lambda: cpubone.ConvAttention(12, att_stride=2, upsample_mode="nearest", fuse_out_proj=True),
         tokens=False,
     ),
+    "xcit": LayerCase(lambda: xcit.XCA(12, 3, qkv_bias=True), revived=("v",)),
+    "efficientformer_v2": LayerCase(
+        lambda: efficientformer_v2.Attention2d(12, 4, 3, attn_ratio=2, resolution=4), tokens=False
+    ),
+    "efficientformer_v2, coarser": LayerCase(
+        lambda: efficientformer_v2.Attention2d(12, 4, 3, attn_ratio=2, resolution=4, stride=2), tokens=False
+    ),
+    "efficientformer_v2, downsampling": LayerCase(
+        lambda: efficientformer_v2.Attention2dDownsample(12, 4, 3, attn_ratio=2, resolution=4), tokens=False
+    ),
+    "volo outlook": LayerCase(
+        lambda: ChannelsLast(volo.OutlookAttention(12, 3, qkv_bias=True)), tokens=False
+    ),
+    "volo outlook, strided": LayerCase(
+        lambda: ChannelsLast(volo.OutlookAttention(12, 3, stride=2)), tokens=False, side=5
+    ),
+    "mobilevitv2": LayerCase(lambda: mobilevit.LinearSelfAttention(12), tokens=False),
+    "edgenext": LayerCase(lambda: edgenext.CrossCovarianceAttn(12, 3), revived=("v",)),
+    "davit channels": LayerCase(lambda: davit.ChannelAttention(12, 3, qkv_bias=True), revived=("v",)),
+    "davit channels v2": LayerCase(lambda: davit.ChannelAttentionV2(12, 3), revived=("v",)),
+    "davit channels v2, scaled by width": LayerCase(
+        lambda: davit.ChannelAttentionV2(12, 3, dynamic_scale=False), revived=("v",)
+    ),
+    "shvit": LayerCase(lambda: shvit.SHSA(12, 4, 5), tokens=False),
+    "iformer": LayerCase(lambda: iformer.SHMA(12), tokens=False, revived=("v",)),
+    "iformer, windows": LayerCase(lambda: iformer.SHMA(12, window_size=3), tokens=False, revived=("v",)),
 }
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 MODELS = {
+    "xcit model": ModelCase(
+        "xcit_tiny_12_p8_224",
+        {"depth": 1, "embed_dim": 32, "num_heads": 2, "cls_attn_layers": 1},
+        side=32,
+        revived=("v",),
+    ),
     "crossvit model": ModelCase(
         "crossvit_9_dagger_240",
         {
@@ -285,6 +332,22 @@ MODELS = {
         "cpubone_nano",
         {"width_list": (8, 8, 16, 32, 64), "depth_list": (0, 0, 0, 1, 1), "head_widths": (32, 32)},
         flops="95%",
+    ),
+    "edgenext model": ModelCase(
+        "edgenext_xx_small", {"dims": (16, 16, 32, 32), "depths": (1, 2, 2, 2)}, revived=("v",)
+    ),
+    "efficientformer_v2 model": ModelCase(
+        "efficientformerv2_s0",
+        {"img_size": 64, "embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_vit": 1},
+    ),
+    "mobilevitv2 model": ModelCase("mobilevitv2_050"),
+    "shvit model": ModelCase(
+        "shvit_s1", {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "partial_dim": (8, 16, 16)}
+    ),
+    "iformer model": ModelCase(
+        "iformer_t",
+        {"dims": (8, 16, 32, 32), "depths": (1, 1, 4, 3), "attn_groups": (0, 0, 1, 1)},
+        revived=("v",),
     ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }

@@ -10,12 +10,17 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
+from mhacut.adapters.outlook_attention import OutlookAdapter
 from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
+from mhacut.adapters.scalar_attention import ScalarAttentionAdapter
 from mhacut.adapters.separate_attention import SEPARATE
+from mhacut.adapters.single_head_attention import SINGLE_HEAD
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
+from mhacut.adapters.talking_attention import TALKING_MAPS
 from mhacut.adapters.vit_attention import VitAttentionAdapter
 from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
 
@@ -27,6 +32,11 @@ ADAPTERS: tuple[Adapter, ...] = (
     PvtAttentionAdapter(),
     *SEPARATE,
     *PER_HEAD,
+    *CHANNEL_ATTENTION,
+    *TALKING_MAPS,
+    OutlookAdapter(),
+    ScalarAttentionAdapter(),
+    *SINGLE_HEAD,
     *map(MlpAdapter, MLPS),
 )
 
