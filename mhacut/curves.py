@@ -117,7 +117,7 @@ def _output_curve(
     if unit.heads == 1 and isinstance(ranking, Removal):
         return {width: float(ranking.error[width]) / 2 for width in choices}
     turned = rotated(moments, unit, way.rotation).every[0]
-    second = turned.energy if unit.readout_bias is None else turned.covariance
+    second = turned.covariance if unit.constants_pass else turned.energy
     columns = readers(module, unit)
     if way.rotation is not None:
         columns = columns @ block_diagonal(way.rotation).mT

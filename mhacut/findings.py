@@ -69,7 +69,7 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
     own = _per_head(unit, every[0])
-    second = own.energy if unit.readout_bias is None else own.covariance
+    second = own.covariance if unit.constants_pass else own.energy
     return output_energies(second, readers(module, unit).view(-1, unit.heads, unit.width))
 
 

@@ -252,5 +252,12 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
     )
 
 
+def _heads(layer: Layer, module: Any) -> int | None:
+    """Of an attention; what nothing can be cut of may not say."""
+    if layer.units:
+        return layer.units[0].heads
+    return getattr(module, "num_heads", None)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

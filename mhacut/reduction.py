@@ -133,5 +133,5 @@ def _ranking(
 
 
 def _second(unit: Unit, moments: Moments) -> Tensor:
-    """What a bias can take up does not count."""
-    return moments.energy if unit.readout_bias is None else moments.covariance
+    """What a bias or batch norm can take up does not count."""
+    return moments.covariance if unit.constants_pass else moments.energy

@@ -20,10 +20,11 @@ from mhacut.reduction import Reduction, block_diagonal, rotated
 from mhacut.surgery import (
     Anatomy,
     UnitKey,
-    channels_of,
+    add_constant,
+    mix,
     readers,
+    readout,
     rotate,
-    set_channels,
     set_gate,
     temperature_factor,
 )
@@ -127,8 +128,8 @@ class _Fit:
         columns = readers(module, unit)
         if rotation is not None:
             columns = columns @ block_diagonal(rotation).mT
-        constant = unit.readout_bias is not None
-        linear = refit_linear(seen.fit[0], seen.held[0], _flat(unit, kept), columns, constant=constant)
+        flat, constant = _flat(unit, kept), unit.constants_pass
+        linear = refit_linear(seen.fit[0], seen.held[0], flat, columns, constant=constant)
         return cls(unit_plan, rotation, linear)
 
     def apply(self, module: nn.Module, unit: Unit) -> None:
@@ -141,14 +142,12 @@ class _Fit:
             self._move_columns(module, unit, self.refit)
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
-        kept = torch.tensor(self.plan.kept, device=refit.mixing.device)
+        mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)
+        for head, kept in enumerate(self.plan.kept):
+            where = torch.tensor(kept, device=mixing.device)
+            mixing[head, where[:, None], where] = refit.mixing[head].T
         for axis in unit.gain_axes:
-            rows = channels_of(module, unit, axis)
-            for head in range(unit.heads):
-                chosen = rows[head, kept[head]].double()
-                rows[head] = 0
-                rows[head, kept[head]] = torch.tensordot(refit.mixing[head].T, chosen, dims=1).to(rows.dtype)
-            set_channels(module, unit, axis, rows)
+            mix(module, unit, axis, mixing)
 
     def _move_columns(self, module: nn.Module, unit: Unit, refit: LinearRefit) -> None:
         assert unit.readout is not None
@@ -157,13 +156,11 @@ class _Fit:
         gone[kept] = False
         columns = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
         places = unit.readout.rows(unit.heads, unit.width).flatten().to(kept.device)
-        lost = readers(module, unit)[:, gone]
+        lost = readout(module, unit).detach().double()[:, gone]
         added = (lost @ refit.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
         columns[..., places[kept]] += added
         columns[..., places[gone]] = 0
-        if unit.readout_bias is not None:
-            bias = module.get_parameter(unit.readout_bias)
-            bias.add_((lost @ refit.constant).to(bias.dtype))
+        add_constant(module, unit, lost @ refit.constant)
 
 
 def _flat(unit: Unit, kept: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import ChannelAxis, Layer, Unit
+from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Layer, Unit
 from mhacut.adapters.registry import (
     adapter_for,
     is_attention,
@@ -156,7 +157,8 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             if unit.gate is not None:
                 layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
             for axis in unit.gain_axes:
-                _scale(module, unit, axis, gain)
+                for part in _scaled_with(axis):
+                    _scale(module, unit, part, gain)
             layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
         _slice(module, layer, unit_plans)
         widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
@@ -181,14 +183,15 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
         for unit in layer.units:
             if unit.key not in gains:
                 continue
+            module = model.get_submodule(layer.name)
             gain = gains[unit.key].reshape(-1)  # (H * d)
             if unit.gate is not None:
                 masked[f"{layer.name}.{unit.gate}"] = gain
             if unit.constants:
                 bias = f"{layer.name}.{unit.readout_bias}"
-                module = model.get_submodule(layer.name)
                 masked[bias] = model.get_parameter(bias) + _constant_lost(module, unit, gain)
-            for axis in unit.gain_axes:
+            scaled = (part for axis in unit.gain_axes for part in _scaled_with(axis))
+            for axis in scaled:
                 name = f"{layer.name}.{axis.tensor}"
                 tensor = masked.get(name)
                 if tensor is None:
@@ -205,16 +208,42 @@ def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
 
 
 def readers(module: nn.Module, unit: Unit) -> Tensor:
-    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64."""
-    return readout(module, unit).detach().double()
+    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
+
+    With the factors of a batch norm behind them, so that they tell errors of what the layer gives.
+    """
+    columns = readout(module, unit).detach().double()
+    if unit.readout_norm is None:
+        return columns
+    return norm_factor(module.get_submodule(unit.readout_norm))[:, None] * columns
 
 
 def readout(module: nn.Module, unit: Unit) -> Tensor:
-    """As :func:`readers`, of the parameter's own dtype."""
+    """As :func:`readers`, but the parameter itself, of its own dtype."""
     assert unit.readout is not None
     weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
     columns = unit.readout.rows(unit.heads, unit.width).flatten().to(weight.device)
     return weight[..., columns].reshape(-1, len(columns))
+
+
+@torch.no_grad()
+def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
+    """Add ``constant`` [out] to what the columns of the unit's readout give."""
+    if unit.readout_bias is not None:
+        bias = module.get_parameter(unit.readout_bias)
+        bias.add_(constant.to(bias))
+    elif unit.readout_norm is not None:
+        mean = module.get_submodule(unit.readout_norm).running_mean
+        assert isinstance(mean, Tensor)
+        mean.sub_(constant.to(mean))
+
+
+def norm_factor(norm: nn.Module) -> Tensor:
+    """What a batch norm in eval mode multiplies by, [C], float64."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.detach().double()
 
 
 @torch.no_grad()
@@ -229,20 +258,62 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
     assert unit.rotatable
     inverse = torch.linalg.inv(basis).mT
     for axis in unit.axes:
-        rows = channels_of(module, unit, axis)
-        mixing = basis if axis in unit.gain_axes else inverse
-        set_channels(module, unit, axis, torch.einsum("hij,hj...->hi...", mixing, rows.double()))
+        mix(module, unit, axis, basis if axis in unit.gain_axes else inverse)
+
+
+@torch.no_grad()
+def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> None:
+    """Multiply the unit's channels in one tensor by ``mixing`` [H, d, d], with the batch norm behind them.
+
+    A batch norm scales single channels. Its scale is put into the rows first, and then made anew so that it
+    changes nothing; its variances become those of the mixed rows, had the rows been independent, so that it
+    finds in training about what it says.
+    """
+    linear = [axis]
+    if axis.norm is not None:
+        norm = module.get_submodule(axis.norm)
+        factor = norm_factor(norm)
+        factor = factor[axis.rows(unit.heads, unit.width).to(factor.device)]  # (H, d, copies)
+        for part in (axis, _of_norm(axis, "running_mean")):
+            rows = channels_of(module, unit, part).double()
+            set_channels(module, unit, part, rows * factor.view(*factor.shape, *[1] * (rows.dim() - 3)))
+        bias = replace(axis, tensor=axis.tensor.removesuffix("weight") + "bias", dim=0, norm=None)
+        if _has(module, bias.tensor):  # moves behind the factor into the norm's mean
+            own, mean = (
+                channels_of(module, unit, part).double() for part in (bias, _of_norm(axis, "running_mean"))
+            )
+            set_channels(module, unit, _of_norm(axis, "running_mean"), mean - own * factor)
+            set_channels(module, unit, bias, torch.zeros_like(own))
+        variance = channels_of(module, unit, _of_norm(axis, "running_var")).double() * factor.square()
+        mixed = torch.einsum("hij,hj...->hi...", mixing.square(), variance)
+        set_channels(module, unit, _of_norm(axis, "running_var"), mixed)
+        mixed = channels_of(module, unit, _of_norm(axis, "running_var")).double()  # as it was rounded
+        set_channels(module, unit, _of_norm(axis, "weight"), (mixed + _eps(norm)).sqrt())
+        linear += [_of_norm(axis, "running_mean"), _of_norm(axis, "bias")]
+    for part in linear:
+        rows = channels_of(module, unit, part).double()
+        set_channels(module, unit, part, torch.einsum("hij,hj...->hi...", mixing, rows))
+
+
+def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
+    """``unit.axes``, and what of batch norms behind them belongs to the channels."""
+    axes: list[ChannelAxis] = []
+    for axis in unit.axes:
+        axes.append(axis)
+        if axis.norm is not None:
+            axes += [_of_norm(axis, name) for name in NORM_TENSORS]
+    return tuple(axes)
 
 
 def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
     """What of one tensor belongs to the unit's channels: a copy, [H, d, copies, ...]."""
-    tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
+    tensor = _tensor(module, axis.tensor).detach().movedim(axis.dim, 0)
     return tensor[axis.rows(unit.heads, unit.width).to(tensor.device)]
 
 
 def set_channels(module: nn.Module, unit: Unit, axis: ChannelAxis, channels: Tensor) -> None:
     """Write what :func:`channels_of` gives."""
-    tensor = module.get_parameter(axis.tensor).detach().movedim(axis.dim, 0)
+    tensor = _tensor(module, axis.tensor).detach().movedim(axis.dim, 0)
     tensor[axis.rows(unit.heads, unit.width).to(tensor.device)] = channels.to(tensor.dtype)
 
 
@@ -263,6 +334,39 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
             )
         if unit_plan.unshared and not shared:
             raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but its heads share nothing")
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of ``module``."""
+    owner, _, last = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), last)
+    assert isinstance(tensor, Tensor), name
+    return tensor
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return isinstance(getattr(module.get_submodule(owner), last, None), Tensor)
+
+
+def _eps(norm: nn.Module) -> float:
+    assert isinstance(norm, _BatchNorm)
+    return norm.eps
+
+
+def _of_norm(axis: ChannelAxis, tensor: str) -> ChannelAxis:
+    """Where the channels of ``axis`` lie in one tensor of the batch norm behind it."""
+    return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
+
+
+def _scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
+    """What a gain multiplies: the rows, or the batch norm behind them.
+
+    In training a batch norm would undo what is done to the rows.
+    """
+    if axis.norm is None:
+        return (axis,)
+    return _of_norm(axis, "weight"), _of_norm(axis, "bias")
 
 
 def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, gain: Tensor) -> Tensor:
@@ -305,8 +409,7 @@ def _constant_lost(module: nn.Module, unit: Unit, gain: Tensor) -> Tensor:
 def _fold_constants(module: nn.Module, unit: Unit, gain: Tensor) -> None:
     if unit.constants:
         assert unit.readout_bias is not None
-        bias = module.get_parameter(unit.readout_bias)
-        bias.add_(_constant_lost(module, unit, gain.reshape(-1)).to(bias))
+        add_constant(module, unit, _constant_lost(module, unit, gain.reshape(-1)))
 
 
 def _unshare(module: nn.Module, unit: Unit) -> None:
@@ -325,12 +428,13 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
     for unit in layer.units:
         if unit.kind not in unit_plans:
             continue
-        if unit_plans[unit.kind].unshared:
+        unshared = unit_plans[unit.kind].unshared
+        if unshared:
             _unshare(module, unit)
         gone = ~_kept(unit_plans[unit.kind])
-        for axis in unit.axes:
+        for axis in axes_of(unit):
             first, last = axis.heads or (0, unit.heads)
-            if axis.shared and unit_plans[unit.kind].unshared:
+            if axis.shared and unshared:
                 axis = replace(axis, shared=False)
             elif axis.shared:
                 last = first + 1
@@ -343,30 +447,34 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
             moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
             order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
     for (name, dim), gone_parts in removed.items():
-        parameter = module.get_parameter(name)
-        keep = torch.ones(parameter.shape[dim], dtype=torch.bool)
+        tensor = _tensor(module, name)
+        keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
         keep[torch.cat(gone_parts)] = False
         source = torch.arange(len(keep))
         for slots, entries in order[name, dim]:
             source[slots] = entries
-        sliced = parameter.index_select(dim, source[keep].to(parameter.device))
-        _replace(module, name, sliced)
+        _replace(module, name, tensor.index_select(dim, source[keep].to(tensor.device)))
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give a parameter of ``module`` another tensor."""
-    requires_grad = module.get_parameter(name).requires_grad
+    """Give a parameter or buffer of ``module`` another tensor."""
     owner_name, _, tensor_name = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    setattr(owner, tensor_name, nn.Parameter(tensor.contiguous(), requires_grad=requires_grad))
+    old, tensor = getattr(owner, tensor_name), tensor.contiguous()
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    setattr(owner, tensor_name, tensor)
     _tell_size(owner)
 
 
 def _tell_size(owner: nn.Module) -> None:
-    """Linear and convolution layers carry their sizes as attributes too."""
+    """Linear, convolution and batch norm layers carry their sizes as attributes too."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.Conv2d):
         if owner.groups == owner.out_channels:  # depthwise
             owner.groups = owner.weight.shape[0]
         owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+    elif isinstance(owner, _BatchNorm):
+        assert owner.running_mean is not None
+        owner.num_features = len(owner.running_mean)

@@ -44,8 +44,11 @@ def _taker(
         if tap.then is not None:
             activation = tap.then(submodule, activation)
         channels = activation.detach().movedim(tap.channel_dim, -1)
+        if channels.dim() == 2:  # of one token, which timm's class attention takes out by its number
+            channels = channels[:, None]
         width = tap.width or unit.width
-        channels = channels[..., tap.offset : tap.offset + unit.heads * width]
-        listener(unit, name, channels.reshape(*channels.shape[:-1], unit.heads, width))
+        stride = tap.stride or width
+        channels = channels[..., tap.offset : tap.offset + (unit.heads - 1) * stride + width]
+        listener(unit, name, channels.unfold(-1, width, stride))
 
     return take

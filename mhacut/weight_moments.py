@@ -48,7 +48,7 @@ def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
     if unit.kind == "qk":
         bias = _bias_beside(module, unit, weights[0])
         if bias is not None:  # keys are centred, so that theirs is not seen
-            grams[0] = grams[0] + bias.unsqueeze(-1) * bias.unsqueeze(-2)
+            grams[0] = grams[0] + bias @ bias.mT
     return grams
 
 
@@ -59,6 +59,7 @@ def _projects(module: nn.Module, axis: ChannelAxis) -> bool:
 
 
 def _bias_beside(module: nn.Module, unit: Unit, weight: ChannelAxis) -> Tensor | None:
+    """[H, d, copies], float64."""
     name = weight.tensor.removesuffix("weight") + "bias"
     for axis in unit.axes:
         if axis.tensor == name and axis.offset == weight.offset:

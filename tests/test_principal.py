@@ -142,6 +142,14 @@ def singular(query, key):
     return torch.linalg.eigvals(query @ key).real.clamp_min(0).sqrt().sort(dim=-1, descending=True).values
 
 
+def test_a_single_key_leaves_a_basis_that_single_precision_holds():
+    query = energy(rows(2, 40, 6, 0))
+    basis = logit_basis(query, torch.zeros_like(query))
+    for matrix in (basis, torch.linalg.inv(basis)):
+        assert 0 < float(matrix.abs().max()) < 1e15
+    assert relative(torch.linalg.inv(basis) @ basis, torch.eye(6).expand(2, -1, -1)) < 1e-4
+
+
 # --- the basis of the output ---
 
 

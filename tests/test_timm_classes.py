@@ -14,8 +14,6 @@ from torch import nn
 from torch.func import functional_call
 
 import mhacut
-from mhacut.adapters.partial_attention import ChannelAdapter
-from mhacut.adapters.registry import adapter_for
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
@@ -48,9 +46,8 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         unit = anatomy.unit(unit_plan.key)
         gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
         gone.scatter_(1, torch.tensor(unit_plan.kept), False)
-        # An activation of 0 need not be 0, nor what a softmax over channels makes of it.
         module = model.get_submodule(unit.layer)
-        by_reader = unit.kind == "hidden" or isinstance(adapter_for(module), ChannelAdapter)
+        by_reader = unit.kind == "hidden"  # an activation of 0 need not be 0
         for axis in unit.axes:
             if (axis == unit.readout) != by_reader or axis.shared:
                 continue

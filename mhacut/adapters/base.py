@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from mhacut.plan import UnitKind
 
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+"""What a batch norm holds for each channel."""
+
 
 @dataclass(frozen=True)
 class ChannelAxis:
     """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * width + i``.
 
-    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v.
-    Other orders are said by steps: head h, channel i, copy c lies at
+    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v, of
+    all heads or in every head. In general, head h, channel i, copy c lies at
     ``offset + h * head_step + i * channel_step + copies[c]``.
 
     >>> ChannelAxis("qkv.weight", 0, offset=4).rows(heads=2, width=3)[..., 0].tolist()
@@ -48,6 +51,9 @@ class ChannelAxis:
     """From a channel of a head to the next."""
     copies: tuple[int, ...] = (0,)
     """Where each entry of a channel lies from the first, for channels that are several rows."""
+    norm: str | None = None
+    """The batch norm behind the linear layer whose rows these are. What it holds for the channels is sliced
+    with the rows, and scaled instead of them."""
 
     def rows(self, heads: int, width: int) -> Tensor:
         """Indices along ``dim`` of each channel's entries, [heads, width, copies]."""
@@ -72,6 +78,8 @@ class Tap:
     """Dimension of the activation that holds the channels."""
     width: int | None = None
     """Channels per head, where it is not the unit's."""
+    stride: int | None = None
+    """From one head to the next, where that is not the width."""
     argument: int = 0
     """Which positional argument is read, of an input."""
     then: Callable[[Any, Tensor], Tensor] | None = None
@@ -101,6 +109,8 @@ class Unit:
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
     readout_bias: str | None = None
     """The bias added behind those columns, if there is one."""
+    readout_norm: str | None = None
+    """The batch norm behind those columns and their bias, if there is one."""
     rotatable: bool = False
     """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
     invertible matrix and the other axes by its inverse transpose."""
@@ -123,6 +133,11 @@ class Unit:
     @property
     def key(self) -> tuple[str, UnitKind]:
         return self.layer, self.kind
+
+    @property
+    def constants_pass(self) -> bool:
+        """Whether something behind the readout can take up what removed channels gave on average."""
+        return self.readout_bias is not None or self.readout_norm is not None
 
     @property
     def shares(self) -> bool:

@@ -10,20 +10,26 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
 from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
-from mhacut.adapters.partial_attention import PARTIAL_ATTENTION
+from mhacut.adapters.outlook_attention import OutlookAdapter
+from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
 from mhacut.adapters.rope_attention import ROPE_ATTENTION
 from mhacut.adapters.sam_attention import SAM_ATTENTION
+from mhacut.adapters.scalar_attention import ScalarAttentionAdapter
+from mhacut.adapters.separate_attention import SEPARATE
+from mhacut.adapters.single_head_attention import SINGLE_HEAD
 from mhacut.adapters.swin_attention import WindowAttentionAdapter
+from mhacut.adapters.talking_attention import TALKING_MAPS
 from mhacut.adapters.token_attention import TOKEN_ATTENTION
 from mhacut.adapters.vit_attention import VitAttentionAdapter
-from mhacut.adapters.vit_mlp import DepthwiseMlpAdapter, GluMlpAdapter, MlpAdapter, SwiGLUAdapter
+from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
 from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
@@ -37,14 +43,17 @@ ADAPTERS: tuple[Adapter, ...] = (
     *MULTI_QUERY_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
-    *PARTIAL_ATTENTION,
     *COSINE_ATTENTION,
     *GCVIT_ATTENTION,
     *WHOLE_ATTENTION,
-    MlpAdapter(),
-    GluMlpAdapter(),
-    SwiGLUAdapter(),
-    DepthwiseMlpAdapter(),
+    *SEPARATE,
+    *PER_HEAD,
+    *CHANNEL_ATTENTION,
+    *TALKING_MAPS,
+    OutlookAdapter(),
+    ScalarAttentionAdapter(),
+    *SINGLE_HEAD,
+    *map(MlpAdapter, MLPS),
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
@@ -78,6 +87,8 @@ _CHANNEL_GATES = frozenset(
     | {"LightSpatialAttn", "CbamModule", "LightCbamModule", "SplitAttn", "SelectiveKernelAttn"}
     | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
 )
+_NO_ATTENTION = frozenset({"ConvAttention"})
+"""Next-ViT's, convolutions only. (Those of LowFormer and CPUBone are registered.)"""
 
 _OWN = "mhacut.adapters"
 """Where the classes of cut layers are."""
@@ -105,7 +116,7 @@ def is_attention(module: nn.Module) -> bool:
 def looks_like_attention(module: nn.Module) -> bool:
     """Whether the name of an unregistered class says attention; it may also just hold one."""
     name = type(module).__name__
-    return name not in _CHANNEL_GATES and _SAYS_ATTENTION.search(name) is not None
+    return name not in _CHANNEL_GATES | _NO_ATTENTION and _SAYS_ATTENTION.search(name) is not None
 
 
 def looks_like_mlp(module: nn.Module) -> bool:

@@ -1,107 +1,157 @@
-"""The MLPs beside the attention: ``Mlp``, ``GluMlp`` (``SwiGLUPacked`` is one), ``SwiGLU``, and PVTv2's."""
+"""The MLPs beside the attention: two linear layers or 1x1 convolutions, whatever they are called.
+
+One description serves them all; a class is a row of :data:`MLPS`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models.pvt_v2 import MlpWithDepthwiseConv
+from timm.layers import ConvMlp, GluMlp, Mlp, SwiGLU
+from timm.models import (
+    efficientformer,
+    efficientformer_v2,
+    efficientvit_msra,
+    fastvit,
+    gemma4_vit,
+    iformer,
+    levit,
+    pvt_v2,
+    shvit,
+    swiftformer,
+    tiny_vit,
+    visformer,
+    vitamin,
+)
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
-from mhacut.adapters.rows import rows
+from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Unit
+from mhacut.adapters.rows import NORM_FLOPS, Projection
 from mhacut.plan import UnitKind
 
-_NORM_OVER_HIDDEN = "a norm runs over all hidden channels"
+
+@dataclass(frozen=True)
+class MlpNames:
+    """What an MLP class calls its parts. Linear layers may be convolutions, with or without a batch norm."""
+
+    cls: type[nn.Module]
+    writers: tuple[str, ...] = ("fc1",)
+    """Linear layers that make the hidden channels; of several, channels of equal number meet in a product."""
+    reader: str = "fc2"
+    """The linear layer that reads them."""
+    between: tuple[str, ...] = ()
+    """Depthwise convolutions and norms that the hidden channels pass, where the module has them."""
+    behind: str = ""
+    """A norm behind the reader, where it is not part of that."""
+    within: str = ""
+    """Submodule that holds them, where the module adds its input to what they give."""
+    halves: bool = False
+    """Both factors of a product come from one writer: channel i is rows i and i + hidden."""
 
 
-class _MlpAdapter(Adapter):
-    """Any MLP whose ``fc2`` reads the hidden channels; what writes them is each class's own."""
+MLPS = (
+    MlpNames(Mlp, between=("norm",)),
+    MlpNames(GluMlp, between=("norm",), halves=True),
+    MlpNames(SwiGLU, ("fc1_g", "fc1_x"), between=("norm",)),
+    MlpNames(ConvMlp, between=("norm",)),
+    MlpNames(pvt_v2.MlpWithDepthwiseConv, between=("dwconv",)),
+    MlpNames(levit.LevitMlp, ("ln1",), "ln2"),
+    MlpNames(vitamin.GeGluMlp, ("w0", "w1"), "w2"),
+    MlpNames(fastvit.ConvMlp),
+    MlpNames(tiny_vit.NormMlp),
+    MlpNames(swiftformer.Mlp),
+    MlpNames(efficientformer.ConvMlpWithNorm, between=("norm1",), behind="norm2"),
+    MlpNames(efficientformer_v2.ConvMlpWithNorm, between=("mid",)),
+    MlpNames(efficientvit_msra.ConvMlp, ("pw1",), "pw2"),
+    MlpNames(shvit.FFN, ("pw1",), "pw2"),
+    MlpNames(iformer.FFN, ("0",), "2", within="mixer.module"),
+    MlpNames(visformer.SpatialMlp, ("conv1",), "conv3", between=("conv2",)),
+    MlpNames(gemma4_vit.Gemma4GatedMlp, ("gate_proj", "up_proj"), "down_proj"),
+)
+
+
+class MlpAdapter(Adapter):
+    """Any MLP of :data:`MLPS`."""
 
     family = "mlp"
 
-    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
-        """(linear layer, row of hidden channel 0) for each block of rows that makes the hidden channels."""
-        raise NotImplementedError
-
-    def between(self, module: Any) -> tuple[str, ...]:
-        """Depthwise convolutions that the hidden channels pass, each by itself."""
-        return ()
-
-    def hidden_width(self, module: Any) -> int:
-        width: int = module.fc2.weight.shape[1]
-        return width
+    def __init__(self, names: MlpNames) -> None:
+        """Serve the class of ``names``."""
+        self.names = names
+        self.module_classes = (names.cls,)
 
     def describe(self, name: str, module: Any) -> Layer:
-        if type(getattr(module, "norm", None)) not in (nn.Identity, type(None)):
-            return Layer(name, self, (), {"hidden": _NORM_OVER_HIDDEN})
-        columns = ChannelAxis("fc2.weight", 1)
-        axes = [columns]
-        for linear, offset in (*self.writers(module), *((conv, 0) for conv in self.between(module))):
-            axes += rows(module, linear, offset)
-        channel_dim = -1 if isinstance(module.fc2, nn.Linear) else 1
+        if self.names.within:
+            name, module = f"{name}.{self.names.within}", module.get_submodule(self.names.within)
+        reason = _left_whole(self._between(module))
+        if reason is not None:
+            channel_dim = Projection.of(module, self.names.reader).channel_dim
+            return Layer(name, self, (), {"hidden": reason}, channel_dim)
+        writers, reader, norms, convs = self._parts(module)
+        halves = range(1 + self.names.halves)
+        axes = [reader.columns()]
+        axes += (axis for writer in writers for half in halves for axis in writer.rows(half * reader.reads))
+        axes += (axis for conv in convs for axis in conv.rows())
+        axes += (ChannelAxis(f"{norm}.{part}", 0) for norm in norms for part in NORM_TENSORS)
         hidden = Unit(
             name,
             "hidden",
             heads=1,
-            width=self.hidden_width(module),
+            width=reader.reads,
             axes=tuple(axes),
-            gain_axes=(columns,),
-            taps={"hidden": Tap("fc2", "input", channel_dim=channel_dim)},
-            readout=columns,
-            readout_bias="fc2.bias" if module.fc2.bias is not None else None,
+            gain_axes=(reader.columns(),),
+            taps={"hidden": reader.tap("input")},
+            readout=reader.columns(),
+            readout_bias=reader.bias,
+            readout_norm=self._norm_behind(module, reader),
         )
-        return Layer(name, self, (hidden,), channel_dim=channel_dim)
+        return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         if "hidden" not in widths:
             return 0
-        first = module.get_submodule(self.writers(module)[0][0])
-        in_features, out_features = first.weight.shape[1], module.fc2.weight.shape[0]
-        positions = 1
-        for size in input_shape:
-            positions *= size
-        positions //= in_features
-        between = sum(module.get_submodule(conv).weight[0].numel() for conv in self.between(module))
-        each = len(self.writers(module)) * in_features + between + out_features
+        writers, reader, norms, convs = self._parts(module)
+        positions = math.prod(input_shape) // writers[0].reads
+        each = (1 + self.names.halves) * sum(writer.flops_per_row for writer in writers)
+        each += sum(conv.flops_per_row for conv in convs) + NORM_FLOPS * len(norms) + reader.flops_per_column
         return widths["hidden"] * positions * each
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module
         return slim  # reads its width from its tensors
 
+    def _parts(self, module: Any) -> tuple[list[Projection], Projection, list[str], list[Projection]]:
+        """Writers, reader, and the batch norms and convolutions between them."""
+        between = self._between(module)
+        norms = [name for name, part in between.items() if isinstance(part, _BatchNorm)]
+        return (
+            [Projection.of(module, name) for name in self.names.writers],
+            Projection.of(module, self.names.reader),
+            norms,
+            [Projection.of(module, name) for name in between if name not in norms],
+        )
 
-class MlpAdapter(_MlpAdapter):
-    module_classes = (Mlp,)
+    def _norm_behind(self, module: Any, reader: Projection) -> str | None:
+        own = self.names.behind
+        return own if own and isinstance(getattr(module, own), _BatchNorm) else reader.norm
 
-    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
-        return (("fc1", 0),)
-
-
-class GluMlpAdapter(_MlpAdapter):
-    """One ``fc1`` holds both halves, value and gate (in either order): channel i is rows i and i + hidden."""
-
-    module_classes = (GluMlp,)
-
-    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
-        return (("fc1", 0), ("fc1", self.hidden_width(module)))
-
-
-class SwiGLUAdapter(_MlpAdapter):
-    module_classes = (SwiGLU,)
-
-    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
-        return (("fc1_g", 0), ("fc1_x", 0))
+    def _between(self, module: Any) -> dict[str, nn.Module]:
+        parts = {name: part for name, part in module.named_children() if name in self.names.between}
+        return {name: part for name, part in parts.items() if type(part) is not nn.Identity}
 
 
-class DepthwiseMlpAdapter(_MlpAdapter):
-    """PVTv2's: a depthwise convolution over the map between ``fc1`` and the activation."""
-
-    module_classes = (MlpWithDepthwiseConv,)
-
-    def writers(self, module: Any) -> tuple[tuple[str, int], ...]:
-        return (("fc1", 0),)
-
-    def between(self, module: Any) -> tuple[str, ...]:
-        return ("dwconv",)
+def _left_whole(between: Mapping[str, nn.Module]) -> str | None:
+    """Why the hidden channels must stay."""
+    for part in between.values():
+        if isinstance(part, _BatchNorm):
+            continue
+        convs = [conv for conv in part.modules() if isinstance(conv, nn.Conv2d)]
+        if not convs:
+            return "a norm runs over all hidden channels"
+        if any(conv.groups != conv.out_channels for conv in convs):
+            return "a convolution mixes hidden channels"
+    return None

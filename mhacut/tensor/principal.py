@@ -14,6 +14,10 @@ _FLOOR = 1e-10
 """Of the largest eigenvalue: what is less is rounding, and is lifted so that the basis stays invertible."""
 
 
+_NOTHING = 1e-30
+"""Logits of this size are rounding."""
+
+
 def logit_basis(query: Tensor, key: Tensor) -> Tensor:
     """A, [H, d, d]: q' = A q and k' = A^-T k leave q k^T as it is, and order channels by what they add to it.
 
@@ -27,6 +31,10 @@ def logit_basis(query: Tensor, key: Tensor) -> Tensor:
     """
     root, inverse = _roots(query)
     u, s, _ = torch.linalg.svd(root @ _roots(key)[0])
+    largest = s[..., :1].clamp_min(torch.finfo(s.dtype).tiny)
+    # Of a single key nothing is left once it is centred: no channel says anything, and any size will do. That
+    # of rounding would be beyond what single precision holds.
+    s = torch.where(largest > _NOTHING, s, s / largest)
     size = s.clamp_min(s[..., :1] * _FLOOR).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
     basis: Tensor = size.unsqueeze(-1) * u.transpose(-2, -1) @ inverse
     return basis

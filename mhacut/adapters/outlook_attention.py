@@ -1,0 +1,71 @@
+"""VOLO's outlook attention: each point says, without q and k, how its neighbours are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.volo import OutlookAttention
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Adapter, Layer, Unit
+from mhacut.adapters.rows import Projection
+from mhacut.plan import UnitKind
+
+
+class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
+    """VOLO's, at any width. Made by ``resize``, never constructed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to [B, H, W, C_out]."""
+        batch, height, width, _ = x.shape
+        window, heads = self.kernel_size**2, self.num_heads
+        said = self.attn(self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))  # (B, N, H * k^4)
+        weights = said.reshape(batch, -1, heads, window, window).transpose(1, 2) * self.scale
+        weights = self.attn_drop(weights.softmax(dim=-1))  # (B, H, N, k^2, k^2)
+        v = self.unfold(self.v(x).permute(0, 3, 1, 2)).reshape(batch, heads, -1, window, weights.shape[2])
+        mixed = (weights @ v.permute(0, 1, 4, 3, 2)).permute(0, 1, 4, 3, 2)  # (B, H, d, k^2, N)
+        out = F.fold(
+            mixed.reshape(batch, -1, weights.shape[2]),
+            output_size=(height, width),
+            kernel_size=self.kernel_size,
+            padding=self.padding,
+            stride=self.stride,
+        )
+        projected: Tensor = self.proj_drop(self.proj(out.permute(0, 2, 3, 1)))
+        return projected
+
+
+class OutlookAdapter(Adapter):
+    """``v``, head-major; there is no q and no k."""
+
+    family = "attention"
+    module_classes = (OutlookAttention, SlimOutlookAttention)
+
+    def describe(self, name: str, module: Any) -> Layer:
+        value, proj = Projection.of(module, "v"), Projection.of(module, "proj")
+        v = Unit(
+            name,
+            "v",
+            module.num_heads,
+            proj.reads // module.num_heads,
+            axes=(*value.rows(), proj.columns()),
+            gain_axes=(proj.columns(),),
+            taps={"value": value.tap("output"), "output": proj.tap("input")},
+            readout=proj.columns(),
+            readout_bias=proj.bias,
+            rotatable=True,
+        )
+        return Layer(name, self, (v,))
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        batch, height, width, dim = input_shape
+        points = -(-height // module.stride) * -(-width // module.stride)
+        each = height * width * (dim + module.proj.out_features) + points * int(module.kernel_size) ** 4
+        return batch * module.num_heads * widths["v"] * each
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        module.__class__ = SlimOutlookAttention
+        slim: nn.Module = module
+        return slim

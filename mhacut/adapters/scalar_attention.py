@@ -1,0 +1,49 @@
+"""MobileViTv2's attention: one score per point, and a sum of keys weighed by it that scales every value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.mobilevit import LinearSelfAttention
+from torch import nn
+
+from mhacut.adapters.base import Adapter, Layer, Unit
+from mhacut.adapters.rows import Projection
+from mhacut.plan import UnitKind
+
+
+class ScalarAttentionAdapter(Adapter):
+    """``qkv_proj`` with rows [score | k | v]. Channel i of k, of v and of the result are one, called v."""
+
+    family = "attention"
+    module_classes = (LinearSelfAttention,)
+
+    def describe(self, name: str, module: Any) -> Layer:
+        qkv, proj, width = (
+            Projection.of(module, "qkv_proj"),
+            Projection.of(module, "out_proj"),
+            module.embed_dim,
+        )
+        v = Unit(
+            name,
+            "v",
+            1,
+            width,
+            axes=(*qkv.rows(1), *qkv.rows(1 + width), proj.columns()),
+            gain_axes=(proj.columns(),),
+            taps={"value": qkv.tap("output", 1 + width), "output": proj.tap("input")},
+            readout=proj.columns(),
+            readout_bias=proj.bias,
+        )
+        return Layer(name, self, (v,), channel_dim=1)
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        points = math.prod(input_shape) // module.qkv_proj.in_channels
+        return widths["v"] * points * (2 * module.qkv_proj.in_channels + module.out_proj.out_channels)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        module.embed_dim = widths["v"]
+        slim: nn.Module = module
+        return slim

@@ -1,0 +1,281 @@
+"""What is always true of a cut, on the classes of :mod:`timm_cases_separate`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import relative
+from safetensors.torch import save_file
+from test_flatten_adapters import random_plan
+from timm_cases_separate import CASES, MODELS, WHOLE, build, image
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import mhacut
+from mhacut.calibration import calibrate
+from mhacut.cost import build_cost_table, measure_flops
+from mhacut.plan import Plan, UnitPlan
+from mhacut.repair import repair
+from mhacut.surgery import Anatomy, axes_of, channels_of, cut, dissect, masked_tensors, rotate
+
+QUICK_MODELS = {"xcit model", "levit model, convolutions", "maxvit model, tf"}
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in MODELS.keys() - QUICK_MODELS else ())
+        for name, case in CASES.items()
+    ],
+)
+few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def keep_everything(anatomy: Anatomy) -> Plan:
+    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
+
+
+@torch.no_grad()
+def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...]) -> None:
+    """Make zero what removed channels are made of, or how they are read in units that are ``revived``."""
+    for unit_plan in plan:
+        unit, module = anatomy.unit(unit_plan.key), model.get_submodule(unit_plan.layer)
+        gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
+        gone.scatter_(1, torch.tensor(unit_plan.kept), False)
+        for axis in axes_of(unit):
+            if (axis == unit.readout) == (unit.kind in revived):
+                channels_of(module, unit, axis)[gone] = 0
+
+
+@each_case
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(case):
+    model, x = build(case), image(case)
+    expected = model(x)
+    cut(model, keep_everything(dissect(model)))
+    assert relative(model(x), expected) < 1e-12
+
+
+@each_case
+@few
+@given(seed=seeds)
+@torch.no_grad()
+def test_masked_equals_sliced(case, seed):
+    model, x = build(case), image(case)
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, seed)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-10
+
+
+@each_case
+@torch.no_grad()
+def test_masked_equals_sliced_in_single_precision(case):
+    model, x = build(case, dtype=torch.float32), image(case, dtype=torch.float32)
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 8)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-5
+
+
+@each_case
+@torch.no_grad()
+def test_gains_survive_training_mode(case):
+    # Where a batch norm looks at the batch, it undoes what is done to the rows before it.
+    model, x = build(case), image(case)
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        pytest.skip("no batch norm")
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 3)
+    model.train()
+    for module in model.modules():
+        if type(module).__name__.startswith(("Drop", "Stochastic")):
+            module.eval()
+    masked = functional_call(copy.deepcopy(model), masked_tensors(model, anatomy, gains), (x,))
+    cut(model, plan, gains)
+    assert relative(model(x), masked) < 1e-9
+
+
+@each_case
+@torch.no_grad()
+def test_every_unit_matters(case):
+    model, x = build(case), image(case)
+    anatomy, dense = dissect(model), model(x)
+    for unit in anatomy.units():
+        dead = {unit.key: torch.zeros(unit.heads, unit.width, dtype=torch.float64)}
+        assert relative(functional_call(model, masked_tensors(model, anatomy, dead), (x,)), dense) > 1e-4
+
+
+@each_case
+@few
+@given(seed=seeds)
+@torch.no_grad()
+def test_removing_dead_channels_changes_nothing(case, seed):
+    model, x = build(case), image(case)
+    anatomy = dissect(model)
+    plan, _ = random_plan(anatomy, seed)
+    kill(model, anatomy, plan, case.revived)
+    expected = model(x)
+    cut(model, plan)
+    assert relative(model(x), expected) < 1e-10
+
+
+@each_case
+@few
+@given(seed=seeds)
+def test_the_cost_table_is_what_fvcore_counts(case, seed):
+    model = build(case, dtype=torch.float32)
+    anatomy = dissect(model)
+    table = build_cost_table(model, anatomy, case.size)
+    plan, _ = random_plan(anatomy, seed)
+    slim = copy.deepcopy(model)
+    cut(slim, plan)
+    assert table.flops(plan.widths()) == measure_flops(slim, case.size)
+    assert table.flops({}) == table.dense == measure_flops(model, case.size)
+
+
+@each_case
+@torch.no_grad()
+def test_fused_and_plain_attention_agree(case):
+    model = build(case)
+    plan, gains = random_plan(dissect(model), 2)
+    cut(model, plan, gains)
+    outputs = []
+    for fused in (True, False):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        outputs.append(model(image(case, batch=3)))
+    assert relative(*outputs) < 1e-12
+
+
+@each_case
+@torch.no_grad()
+def test_a_slim_model_can_be_cut_again(case):
+    model, x = build(case), image(case)
+    dense = copy.deepcopy(model)
+    first, _ = random_plan(dissect(model), 3)
+    cut(model, first)
+    second, _ = random_plan(dissect(model), 4)
+    cut(model, second)
+    cut(dense, Plan.from_json(second.after(first).to_json()))
+    assert relative(model(x), dense(x)) < 1e-9
+    assert shapes(model) == shapes(dense)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@each_case
+def test_gradients_flow_in_training_mode(case):
+    model = build(case)
+    dense_unused = unused(copy.deepcopy(model), image(case))
+    plan, _ = random_plan(dissect(model), 5)
+    cut(model, plan)
+    assert unused(model, image(case)) == dense_unused
+
+
+def unused(model: nn.Module, x: Tensor) -> set[str]:
+    """Parameters that no finite gradient reaches; timm's models have some."""
+    model.train()
+    model(x).square().sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+
+
+@each_case
+def test_tensors_keep_their_names_and_shapes_are_known_without_data(case):
+    model = build(case)
+    before = list(model.state_dict())
+    plan, _ = random_plan(dissect(model), 6)
+    outline = copy.deepcopy(model).to("meta")
+    cut(outline, plan)
+    cut(model, plan)
+    assert list(model.state_dict()) == before
+    assert shapes(outline) == shapes(model)
+
+
+@each_case
+@pytest.mark.parametrize("slim", [False, True], ids=["dense", "slim"])
+@torch.no_grad()
+def test_turned_channels_compute_what_they_did(case, slim):
+    model, x = build(case), image(case)
+    if slim:
+        cut(model, random_plan(dissect(model), 4)[0])
+    expected = model(x)
+    generator = torch.Generator().manual_seed(2)
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            shape = unit.heads, unit.width, unit.width
+            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
+    assert relative(model(x), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("mlp levit", "ln2.bn"),
+        ("mlp shvit", "pw2.bn"),
+        ("mlp efficientformer", "norm2"),
+        ("levit", "proj.ln.bn"),
+        ("shvit", "proj.1.bn"),
+    ],
+)
+@torch.no_grad()
+def test_what_removed_channels_gave_on_average_goes_into_the_norm_behind(name, norm):
+    case = CASES[name]
+    model, x = build(case).requires_grad_(False), image(case, batch=6)
+    anatomy = dissect(model)
+    unit = next(unit for unit in anatomy.units(("v", "hidden")) if unit.layer == "layer")
+    assert unit.readout_norm == norm
+    plan = Plan((UnitPlan("layer", unit.kind, unit.width, (tuple(range(2)),) * unit.heads),))
+    for axis in unit.axes:  # what is to go becomes constant, not zero
+        if axis != unit.readout and (axis.norm is not None or axis.tensor == "fc1.weight"):
+            channels_of(model.layer, unit, axis)[:, 2:] = 0
+    expected, moments = model(x), calibrate(model, anatomy, x, batch_size=6).moments
+    repair(model, anatomy, plan, moments)
+    cut(model, plan)
+    assert relative(model(x), expected) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
+def test_from_file_to_file(case, tmp_path):
+    model = build(case, dtype=torch.float32)
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    result = mhacut.prune(
+        tmp_path / "dense.safetensors",
+        flops=case.flops,
+        model=case.architecture,
+        model_args=case.args,
+        calibration_images=6,
+        img_size=case.side,
+        effort="fast",
+        round_to=1,
+        latency=False,
+        output=tmp_path / "slim.safetensors",
+    )
+    assert 0.98 * result.budget < result.slim.flops <= result.budget < result.dense.flops
+    assert all(repair.error <= 1 + 1e-6 for repair in result.repairs.values())
+    slim, x = mhacut.load_model(tmp_path / "slim.safetensors"), image(case, dtype=torch.float32)
+    assert measure_flops(slim, case.size) == result.slim.flops
+    with torch.no_grad():
+        logits = slim(x)
+    mhacut.save_model(slim, tmp_path / "again.safetensors", like=tmp_path / "slim.safetensors")
+    with torch.no_grad():
+        assert torch.equal(mhacut.load_model(tmp_path / "again.safetensors")(x), logits)
+    exported = torch.export.export(slim, (x,)).module()
+    assert relative(exported(x), logits) < 1e-5
+
+
+@pytest.mark.parametrize(("case", "reasons"), WHOLE.values(), ids=WHOLE.keys())
+def test_what_cannot_be_cut_exactly_is_left_whole(case, reasons):
+    layer = next(layer for layer in dissect(case.create()).layers if layer.name == "layer")
+    assert dict(layer.left_whole) == reasons
+    assert not {unit.kind for unit in layer.units} & set(reasons)

@@ -1,0 +1,394 @@
+"""Layers of timm beside ``layers.Attention``, each alone between image and logits, and small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, ConvMlp, LayerNorm2d, RelPosBias
+from timm.models import (
+    cait,
+    convit,
+    cpubone,
+    crossvit,
+    davit,
+    edgenext,
+    efficientformer,
+    efficientformer_v2,
+    efficientvit_msra,
+    fastvit,
+    gemma4_vit,
+    iformer,
+    levit,
+    lowformer,
+    maxxvit,
+    mobilevit,
+    nextvit,
+    shvit,
+    swiftformer,
+    tiny_vit,
+    tnt,
+    twins,
+    visformer,
+    vitamin,
+    volo,
+    xcit,
+)
+from torch import Tensor, nn
+
+
+class Alone(nn.Module):
+    """One layer on a map of 4x4 points, or on the points as tokens; pooled to logits.
+
+    In front of an MLP there is attention, since nothing without attention is cut.
+    """
+
+    def __init__(self, case: LayerCase) -> None:
+        super().__init__()
+        self.before = Attention(case.dim, num_heads=2) if case.mlp else None
+        self.layer, self.tokens, self.args = case.make(), case.tokens, case.args
+        self.head = nn.Linear(case.out or case.dim, 5)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.flatten(2).transpose(1, 2)
+        if self.before is not None:
+            x = x + self.before(x)
+        if not self.tokens:
+            x = x.transpose(1, 2).unflatten(2, image.shape[2:])
+        x = self.layer(x, *self.args)
+        if self.tokens:
+            x = x.transpose(1, 2)
+        return self.head(x.flatten(2).mean(-1))
+
+
+class ChannelsLast(nn.Module):
+    """A layer of [B, H, W, C] behind an interface of [B, C, H, W]."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """How to make one layer."""
+
+    make: Callable[[], nn.Module]
+    dim: int = 12
+    tokens: bool = True
+    args: tuple = ()
+    mlp: bool = False
+    """Whether it is an MLP."""
+    out: int | None = None
+    """Of what it gives, where that is not ``dim``."""
+    side: int = 4
+    revived: tuple[str, ...] = ()
+    """Units whose channels do not end when all that they are made of is zero."""
+
+    size = property(lambda self: (self.dim, self.side, self.side))
+
+    def create(self) -> nn.Module:
+        return Alone(self)
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A timm model at test size."""
+
+    architecture: str
+    args: dict[str, Any] = field(default_factory=dict)
+    side: int = 64
+    revived: tuple[str, ...] = ()
+    flops: str = "85%"
+    """A budget within reach."""
+
+    size = property(lambda self: (3, self.side, self.side))
+
+    def create(self) -> nn.Module:
+        return timm.create_model(self.architecture, num_classes=5, **self.args)
+
+
+def _maxxvit(cls: type, *, tokens: bool = False, **args: Any) -> LayerCase:
+    rel_pos = partial(RelPosBias, window_size=(4, 4))
+    return LayerCase(
+        lambda: cls(12, dim_head=4, rel_pos_cls=rel_pos, **args), tokens=tokens, out=args.get("dim_out")
+    )
+
+
+def _mlp(make: Callable[[], nn.Module], *, tokens: bool = False) -> LayerCase:
+    return LayerCase(make, tokens=tokens, mlp=True)
+
+
+MLPS = {
+    "ConvMlp": _mlp(lambda: ConvMlp(12, 20)),
+    "ConvMlp, batch norm": _mlp(lambda: ConvMlp(12, 20, norm_layer=nn.BatchNorm2d, bias=False)),
+    "levit": _mlp(lambda: levit.LevitMlp(12, 20), tokens=True),
+    "levit, convolutions": _mlp(lambda: levit.LevitMlp(12, 20, use_conv=True)),
+    "vitamin": _mlp(lambda: vitamin.GeGluMlp(12, 20), tokens=True),
+    "fastvit": _mlp(lambda: fastvit.ConvMlp(12, 20)),
+    "tiny_vit": _mlp(lambda: tiny_vit.NormMlp(12, 20), tokens=True),
+    "swiftformer": _mlp(lambda: swiftformer.Mlp(12, 20)),
+    "efficientformer": _mlp(lambda: efficientformer.ConvMlpWithNorm(12, 20)),
+    "efficientformer, no norm": _mlp(lambda: efficientformer.ConvMlpWithNorm(12, 20, norm_layer=None)),
+    "efficientformer_v2": _mlp(lambda: efficientformer_v2.ConvMlpWithNorm(12, 20)),
+    "efficientformer_v2, depthwise": _mlp(
+        lambda: efficientformer_v2.ConvMlpWithNorm(12, 20, mid_conv=True, act_layer=nn.GELU)
+    ),
+    "efficientvit_msra": _mlp(lambda: efficientvit_msra.ConvMlp(12, 20)),
+    "shvit": _mlp(lambda: shvit.FFN(12, 20)),
+    "iformer": _mlp(lambda: iformer.FFN(12, 2)),
+    "iformer, scaled": _mlp(lambda: iformer.FFN(12, 2, layer_scale_init_value=0.5)),
+    "visformer": _mlp(lambda: visformer.SpatialMlp(12, 20)),
+    "gemma4": _mlp(lambda: gemma4_vit.Gemma4GatedMlp(12, 20), tokens=True),
+    "gemma4, clipped": _mlp(
+        lambda: clipped(gemma4_vit.Gemma4GatedMlp(12, 20, use_clipped_linears=True)), tokens=True
+    ),
+}
+WHOLE = {
+    "ConvMlp, layer norm": (
+        _mlp(lambda: ConvMlp(12, 20, norm_layer=LayerNorm2d)),
+        {"hidden": "a norm runs over all hidden channels"},
+    ),
+    "cpubone, fused": (
+        LayerCase(lambda: cpubone.ConvAttention(12, att_stride=2, fuse_out_proj=True), tokens=False),
+        {"v": "a transposed convolution upsamples and projects at once"},
+    ),
+    "visformer, in groups": (
+        _mlp(lambda: visformer.SpatialMlp(16, 20, spatial_conv=True, group=8)),
+        {"hidden": "a convolution mixes hidden channels"},
+    ),
+}
+"""What of a layer must stay, and why."""
+ATTENTION = {
+    "cait class": LayerCase(lambda: cait.ClassAttn(12, 3)),
+    "cait class, biases": LayerCase(lambda: cait.ClassAttn(12, 2, qkv_bias=True)),
+    "crossvit": LayerCase(lambda: crossvit.CrossAttention(12, 3, qkv_bias=True)),
+    "volo class": LayerCase(lambda: volo.ClassAttention(12, 3, qkv_bias=True)),
+    "nextvit": LayerCase(lambda: nextvit.EfficientAttention(12, head_dim=4)),
+    "nextvit, reduced": LayerCase(lambda: nextvit.EfficientAttention(12, head_dim=4, sr_ratio=2)),
+    "twins global": LayerCase(lambda: twins.GlobalSubSampleAttn(12, 3), args=((4, 4),)),
+    "twins global, reduced": LayerCase(lambda: twins.GlobalSubSampleAttn(12, 3, sr_ratio=2), args=((4, 4),)),
+    "tnt": LayerCase(lambda: tnt.Attention(12, 12, 3)),
+    "tnt, narrow": LayerCase(lambda: tnt.Attention(12, 8, 2, qkv_bias=True)),
+    "convit": LayerCase(lambda: convit.GPSA(12, 3, qkv_bias=True)),
+    "maxxvit": _maxxvit(maxxvit.Attention2d),
+    "maxxvit, wider": _maxxvit(maxxvit.Attention2d, dim_out=16),
+    "maxxvit, wider behind": _maxxvit(maxxvit.Attention2d, dim_out=16, expand_first=False),
+    "maxxvit, over heads": _maxxvit(maxxvit.Attention2d, head_first=False, bias=False),
+    "maxxvit channels last": _maxxvit(maxxvit.AttentionCl, tokens=True),
+    "maxxvit channels last, over heads": _maxxvit(maxxvit.AttentionCl, tokens=True, head_first=False),
+    "levit": LayerCase(lambda: levit.Attention(12, 4, 3, attn_ratio=2, resolution=4)),
+    "levit, convolutions": LayerCase(
+        lambda: levit.Attention(12, 4, 3, attn_ratio=1.5, resolution=4, use_conv=True), tokens=False
+    ),
+    "levit downsampling": LayerCase(
+        lambda: levit.AttentionDownsample(12, 12, 4, 3, attn_ratio=2, resolution=4)
+    ),
+    "levit downsampling, convolutions": LayerCase(
+        lambda: levit.AttentionDownsample(12, 12, 4, 2, resolution=4, use_conv=True, use_pool=True),
+        tokens=False,
+    ),
+    "efficientformer": LayerCase(lambda: efficientformer.Attention(12, 4, 3, attn_ratio=2, resolution=4)),
+    "tiny_vit": LayerCase(lambda: tiny_vit.Attention(12, 4, 3, attn_ratio=1, resolution=(4, 4))),
+    "lowformer": LayerCase(
+        lambda: lowformer.ConvAttention(60, 1.0, att_stride=2, att_kernel=5), dim=60, tokens=False
+    ),
+    "lowformer, not coarser": LayerCase(
+        lambda: lowformer.ConvAttention(12, att_stride=1, att_kernel=3), tokens=False
+    ),
+    "cpubone": LayerCase(lambda: cpubone.ConvAttention(60, att_stride=2, att_kernel=5), dim=60, tokens=False),
+    "cpubone, nearest": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=2, small_kernels=True, upsample_mode="nearest"),
+        tokens=False,
+        side=5,
+    ),
+    "cpubone, not coarser": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=1, small_kernels=True), tokens=False
+    ),
+    "cpubone, nearest and fused": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=2, upsample_mode="nearest", fuse_out_proj=True),
+        tokens=False,
+    ),
+    "xcit": LayerCase(lambda: xcit.XCA(12, 3, qkv_bias=True), revived=("v",)),
+    "efficientformer_v2": LayerCase(
+        lambda: efficientformer_v2.Attention2d(12, 4, 3, attn_ratio=2, resolution=4), tokens=False
+    ),
+    "efficientformer_v2, coarser": LayerCase(
+        lambda: efficientformer_v2.Attention2d(12, 4, 3, attn_ratio=2, resolution=4, stride=2), tokens=False
+    ),
+    "efficientformer_v2, downsampling": LayerCase(
+        lambda: efficientformer_v2.Attention2dDownsample(12, 4, 3, attn_ratio=2, resolution=4), tokens=False
+    ),
+    "volo outlook": LayerCase(
+        lambda: ChannelsLast(volo.OutlookAttention(12, 3, qkv_bias=True)), tokens=False
+    ),
+    "volo outlook, strided": LayerCase(
+        lambda: ChannelsLast(volo.OutlookAttention(12, 3, stride=2)), tokens=False, side=5
+    ),
+    "mobilevitv2": LayerCase(lambda: mobilevit.LinearSelfAttention(12), tokens=False),
+    "edgenext": LayerCase(lambda: edgenext.CrossCovarianceAttn(12, 3), revived=("v",)),
+    "davit channels": LayerCase(lambda: davit.ChannelAttention(12, 3, qkv_bias=True), revived=("v",)),
+    "davit channels v2": LayerCase(lambda: davit.ChannelAttentionV2(12, 3), revived=("v",)),
+    "davit channels v2, scaled by width": LayerCase(
+        lambda: davit.ChannelAttentionV2(12, 3, dynamic_scale=False), revived=("v",)
+    ),
+    "shvit": LayerCase(lambda: shvit.SHSA(12, 4, 5), tokens=False),
+    "iformer": LayerCase(lambda: iformer.SHMA(12), tokens=False, revived=("v",)),
+    "iformer, windows": LayerCase(lambda: iformer.SHMA(12, window_size=3), tokens=False, revived=("v",)),
+}
+LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
+MODELS = {
+    "xcit model": ModelCase(
+        "xcit_tiny_12_p8_224",
+        {"depth": 1, "embed_dim": 32, "num_heads": 2, "cls_attn_layers": 1},
+        side=32,
+        revived=("v",),
+    ),
+    "crossvit model": ModelCase(
+        "crossvit_9_dagger_240",
+        {
+            "img_size": 120,
+            "embed_dim": (16, 24),
+            "depth": ((1, 1, 0),),
+            "num_heads": (2, 2),
+            "mlp_ratio": (2.0, 2.0, 1.0),
+        },
+        side=120,
+    ),
+    "nextvit model": ModelCase("nextvit_small", {"depths": (1, 1, 5, 1), "stem_chs": (16, 8, 16)}),
+    "twins model": ModelCase(
+        "twins_pcpvt_small",
+        {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 24, 32, 48), "num_heads": (1, 2, 2, 4)},
+    ),
+    "tnt model": ModelCase(
+        "tnt_s_patch16_224",
+        {
+            "img_size": 32,
+            "depth": 1,
+            "embed_dim": 32,
+            "inner_dim": 8,
+            "num_heads_inner": 2,
+            "num_heads_outer": 2,
+        },
+        side=32,
+    ),
+    "convit model": ModelCase(
+        "convit_tiny",
+        {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 4, "local_up_to_layer": 2},
+        side=32,
+    ),
+    "maxvit model": ModelCase(
+        "maxvit_rmlp_pico_rw_256",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "maxvit model, tf": ModelCase(
+        "maxvit_tiny_tf_224",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "coatnet model": ModelCase(
+        "coatnet_nano_rw_224",
+        {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": (16, 32)},
+        flops="93%",
+    ),
+    "maxxvit model": ModelCase(
+        "maxxvitv2_nano_rw_256",
+        {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 32), "stem_width": 16},
+    ),
+    "levit model": ModelCase(
+        "levit_128s",
+        {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
+    ),
+    "levit model, convolutions": ModelCase(
+        "levit_conv_256d",
+        {"img_size": 64, "embed_dim": (16, 24), "key_dim": 8, "num_heads": (2, 2), "depth": (1, 1)},
+    ),
+    "efficientformer model": ModelCase(
+        "efficientformer_l1",
+        {"embed_dims": (8, 8, 16, 24), "depths": (1, 1, 1, 2)},
+        side=224,
+    ),
+    "tiny_vit model": ModelCase(
+        "tiny_vit_5m_224",
+        {
+            "embed_dims": (16, 32, 32, 32),
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 2, 2, 2),
+            "window_sizes": (2, 2, 2, 2),
+        },
+    ),
+    "lowformer model": ModelCase(
+        "lowformer_b0",
+        {"width_list": (8, 8, 16, 32, 64), "depth_list": (0, 0, 0, 1, 1), "head_widths": (32, 32)},
+        flops="99%",
+    ),
+    "cpubone model": ModelCase(
+        "cpubone_nano",
+        {"width_list": (8, 8, 16, 32, 64), "depth_list": (0, 0, 0, 1, 1), "head_widths": (32, 32)},
+        flops="95%",
+    ),
+    "edgenext model": ModelCase(
+        "edgenext_xx_small", {"dims": (16, 16, 32, 32), "depths": (1, 2, 2, 2)}, revived=("v",)
+    ),
+    "efficientformer_v2 model": ModelCase(
+        "efficientformerv2_s0",
+        {"img_size": 64, "embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_vit": 1},
+    ),
+    "mobilevitv2 model": ModelCase("mobilevitv2_050"),
+    "shvit model": ModelCase(
+        "shvit_s1", {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "partial_dim": (8, 16, 16)}
+    ),
+    "iformer model": ModelCase(
+        "iformer_t",
+        {"dims": (8, 16, 32, 32), "depths": (1, 1, 4, 3), "attn_groups": (0, 0, 1, 1)},
+        revived=("v",),
+    ),
+    "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
+}
+CASES: dict[str, LayerCase | ModelCase] = {
+    **LAYERS,
+    "cpubone, fused": WHOLE["cpubone, fused"][0],
+    **MODELS,
+}
+
+
+def clipped(module: nn.Module) -> nn.Module:
+    """``module`` with clamps that bite."""
+    for name, buffer in module.named_buffers():
+        buffer.fill_(-0.7 if name.endswith("min") else 0.8)
+    return module
+
+
+def build(case: LayerCase | ModelCase, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """In eval mode, far from initial values, batch norms included, so that everything matters."""
+    torch.manual_seed(seed)
+    model = case.create().double()
+    model.eval()  # of some of timm's attention it returns None
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and name.endswith("weight"):
+                parameter.copy_(noise(parameter) / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.3 * noise(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.add_(0.5)
+                module.running_mean.add_(0.3 * noise(module.running_mean))
+                module.running_var.mul_(0.5 + noise(module.running_var).abs())
+    return model.to(dtype)
+
+
+def image(case: LayerCase | ModelCase, *, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, *case.size, generator=generator, dtype=torch.float64).to(dtype)
