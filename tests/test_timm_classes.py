@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import mhacut
+from mhacut.adapters.registry import adapter_for
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
