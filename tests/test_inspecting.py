@@ -112,6 +112,10 @@ def test_the_verdict_names_where(tiny_vit, tmp_path):
 def test_slim_files_say_what_was_kept_and_removed(slim_of):
     document = json.loads(run("inspect", slim_of("vit"), "--json").stdout)
     assert document["slim"]
+    units = [unit for layer in document["layers"] for unit in layer["units"].values()]
+    heads = [head for unit in units for head in unit["heads"]]
+    assert heads
+    assert all(set(head["keeps"]) == {"75", "50", "25"} for head in heads)  # JSON has everything
     cut = [unit for layer in document["layers"] for unit in layer["units"].values() if unit["kept"]]
     assert cut
     for unit in cut:

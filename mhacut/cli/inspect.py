@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mhacut.cli.console import Console
 from mhacut.cli.flags import FLAGS, Flag, command
 from mhacut.options import InspectOptions
@@ -42,5 +44,8 @@ def inspect(options: InspectOptions, console: Console) -> None:
     from mhacut.cli.inspect_text import text
     from mhacut.inspecting import run_inspect
 
+    heads = options.heads or options.layer is not None
+    if console.as_json:  # which has everything
+        options = replace(options, heads=True)
     result = run_inspect(options, console)
-    console.result(text(result, heads=options.heads or options.layer is not None), document(result))
+    console.result(text(result, heads=heads), document(result))

@@ -89,12 +89,15 @@ def _heat(
     if not values or not values[0]:
         axes.set_axis_off()
         return
+    from matplotlib.ticker import MaxNLocator
+
     drawn = axes.imshow(values, vmin=0, vmax=most, cmap="viridis", aspect="auto")
     axes.set_title(title, fontsize=8)
     axes.set_xlabel("head", fontsize=7)
     axes.set_yticks(range(len(layers)), [_plain(layer.name) for layer in layers])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=6)
-    figure.colorbar(drawn, ax=axes)
+    figure.colorbar(drawn, ax=axes).ax.tick_params(labelsize=6)
 
 
 def _plain(text: str) -> str:
