@@ -16,12 +16,9 @@ from mhacut.surgery import cut, dissect
 @pytest.mark.parametrize(
     ("architecture", "cls"),
     [
-        ("xcit_nano_12_p16_224", "XCA"),
-        ("levit_128s", "AttentionDownsample"),
         ("efficientvit_b0", "LiteMLA"),
-        ("convit_tiny", "GPSA"),
-        ("maxvit_tiny_tf_224", "AttentionCl"),
-        ("shvit_s1", "SHSA"),
+        ("efficientvit_m0", "CascadedGroupAttention"),
+        ("swiftformer_xs", "EfficientAdditiveAttention"),
         # An MLP inside, or registered attention beside, does not make it known.
         ("csatv2", "SpatialTransformerBlock"),
     ],
@@ -36,10 +33,12 @@ def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
 
 
 def test_a_model_that_mixes_known_and_unknown_attention_is_refused_whole():
-    # Two stages hold timm.layers.Attention, the rest the unregistered CrossAttention.
-    with torch.device("meta"):
-        model = timm.create_model("crossvit_tiny_240")
-    with pytest.raises(UnsupportedModelError, match="CrossAttention"):
+    class StrangeAttention(nn.Module):
+        pass
+
+    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model.blocks[1].attn = StrangeAttention()
+    with pytest.raises(UnsupportedModelError, match=r"StrangeAttention.*blocks\.1\.attn"):
         dissect(model)
 
 
@@ -64,11 +63,11 @@ def test_a_subclass_needs_a_registration_of_its_own():
 
 def test_what_only_holds_a_refused_class_is_not_named_beside_it():
     with torch.device("meta"):
-        model = timm.create_model("xcit_nano_12_p16_224")
+        model = timm.create_model("efficientvit_m0")
     with pytest.raises(UnsupportedModelError) as refusal:
         dissect(model)
-    assert "ClassAttn " in str(refusal.value)
-    assert "ClassAttentionBlock" not in str(refusal.value)
+    assert "CascadedGroupAttention " in str(refusal.value)
+    assert "LocalWindowAttention" not in str(refusal.value)
 
 
 def test_attention_with_an_mlp_inside_is_refused_too():

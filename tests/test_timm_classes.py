@@ -19,7 +19,15 @@ from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = {"rope half", "relpos shared", "nest", "gcvit", "swin v2", "sam"}
+"""One of a kind; the others are like one of these, and take minutes together."""
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 SEEDS = (0, 1, 2)
 
 

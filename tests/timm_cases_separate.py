@@ -303,7 +303,8 @@ MODELS = {
     ),
     "levit model": ModelCase(
         "levit_128s",
-        {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
+        {"img_size": 96, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
+        side=96,  # of 64 a single token would be left, whose q and k do not matter
     ),
     "levit model, convolutions": ModelCase(
         "levit_conv_256d",
