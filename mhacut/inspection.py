@@ -196,7 +196,10 @@ def _findings(
     found = {}
     for unit in layer.units:
         if evidence is None:
-            moments, similarity = white_moments(module, unit)
+            seen = white_moments(module, unit)
+            if seen is None:
+                continue
+            moments, similarity = seen
         else:
             moments = evidence.calibration.moments[unit.key]
             similarity = evidence.calibration.statistics[unit.key].redundancy

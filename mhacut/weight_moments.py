@@ -16,19 +16,22 @@ from mhacut.tensor.moments import Moments
 from mhacut.tensor.similarity import cosine_similarity, redundancy
 
 
-def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor]:
+def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
     """Moments of the unit's channels for inputs of mean 0 and unit covariance, and their similarity.
 
     The second is the mean similarity of each channel to the others of its head, [H, d], in [0, 1].
 
     Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
-    What follows the projections (ReLUs, powers, convolutions) is left out.
+    What follows the projections (ReLUs, powers, norms, convolutions) is left out. None where the channels are
+    not made by linear layers, one row each.
 
     Args:
         module: the layer.
         unit: qk or v of that layer.
     """
     grams = _grams(module, unit)
+    if not grams:
+        return None
     similarity = redundancy(*map(cosine_similarity, grams))
     if unit.linear:
         grams = [grams[0] * grams[1]]  # of independent features, as products of q, k and v are
@@ -39,10 +42,13 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor]:
 
 
 def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
-    """Second moments [H, d, d], float64: of q and of (centred) k; of v."""
+    """Second moments [H, d, d], float64: of q and of (centred) k; of v. Empty without linear layers."""
     weights = [axis for axis in unit.axes if _projects(module, axis)]
-    grams = []
-    for axis in weights[: 2 if unit.kind == "qk" else 1]:
+    sides = 2 if unit.kind == "qk" else 1
+    grams: list[Tensor] = []
+    if len(weights) < sides or any(axis.shared for axis in weights):
+        return grams
+    for axis in weights[:sides]:
         rows = channels_of(module, unit, axis).flatten(2).double()  # (H, d, in)
         grams.append(rows @ rows.mT)
     if unit.kind == "qk":
@@ -53,9 +59,11 @@ def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
 
 
 def _projects(module: nn.Module, axis: ChannelAxis) -> bool:
-    """Whether the axis is that of rows which a linear layer makes channels by."""
-    owner, _, name = axis.tensor.rpartition(".")
-    return axis.dim == 0 and name == "weight" and isinstance(module.get_submodule(owner), nn.Linear)
+    """Whether the axis is that of rows by which a linear layer, or one on single pixels, makes channels."""
+    owner_name, _, name = axis.tensor.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    pixelwise = isinstance(owner, nn.Conv2d) and owner.kernel_size == (1, 1) and owner.groups == 1
+    return axis.dim == 0 and name == "weight" and (isinstance(owner, nn.Linear) or pixelwise)
 
 
 def _bias_beside(module: nn.Module, unit: Unit, weight: ChannelAxis) -> Tensor | None:
