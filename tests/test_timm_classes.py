@@ -19,7 +19,7 @@ from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
 
-QUICK = {"rope half", "relpos shared", "nest", "gcvit", "swin v2", "sam"}
+QUICK = {"rope half", "nest", "swin v2"}
 """One of a kind; the others are like one of these, and take minutes together."""
 each_case = pytest.mark.parametrize(
     "case",

@@ -94,5 +94,5 @@ def test_every_class_of_timm_can_be_looked_at(cases, name):
             if seen is not None:
                 moments, similarity = seen
                 assert similarity.shape == (unit.heads, unit.width)
-                found = find(module, unit, moments, similarity, ranked=True)
+                found = find(module, unit, moments, similarity, ranked=False)
                 assert all(1 <= told.rank99 <= unit.width for told in found)
