@@ -493,6 +493,16 @@ class BenchOptions(Flat):
         require_choice("--dtype", self.dtype, get_args(ExportDtype))
 
 
+@dataclass(frozen=True)
+class ModelsOptions(Flat):
+    """Everything ``mhacut models`` can be told."""
+
+    pattern: str = "*"
+    """Of names, as for ``timm.list_models``."""
+    refused: bool = False
+    """Only those that cannot be cut."""
+
+
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -41,7 +41,7 @@ FLOORS = (
     {"inspection", "comparison", "timm_slim"},
     {"verdict"},
     {"report"},
-    {"pipeline", "accuracy", "finetuning", "exporting", "benching", "inspecting"},
+    {"pipeline", "accuracy", "finetuning", "exporting", "benching", "inspecting", "catalogue"},
     {"cli"},
     {"__main__"},
 )

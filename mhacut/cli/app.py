@@ -13,6 +13,7 @@ from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
 from mhacut.cli.flags import QUIET, VERBOSE
 from mhacut.cli.inspect import inspect
+from mhacut.cli.models import models
 from mhacut.cli.prune import prune
 from mhacut.cli.running import Globals
 from mhacut.cli.versions import versions
@@ -81,3 +82,4 @@ app.command("evaluate", cls=_Grouped)(evaluate)
 app.command("inspect", cls=_Grouped)(inspect)
 app.command("bench", cls=_Grouped)(bench)
 app.command("export", cls=_Grouped)(export)
+app.command("models", cls=_Grouped)(models)

@@ -32,7 +32,7 @@ class Flag:
     short: str | None = None
 
 
-_ARGUMENTS = ("checkpoint", "checkpoints")
+_ARGUMENTS = ("checkpoint", "checkpoints", "pattern")
 """Options without dashes."""
 
 FLAGS: dict[str, Flag] = {

@@ -1,0 +1,75 @@
+"""Which models of timm can be cut: found by building each without weights and looking."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+
+from mhacut.adapters.registry import is_attention, looks_like_attention
+from mhacut.errors import UnsupportedModelError
+from mhacut.modelinfo import left_whole
+from mhacut.surgery import dissect
+from mhacut.timm_slim import NAME
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """One architecture of timm."""
+
+    architecture: str
+    attention: tuple[str, ...]
+    """Classes of attention that can be cut, wholly or in part; empty where it is refused."""
+    kinds: tuple[str, ...]
+    """What can be cut: of ``qk``, ``v``, ``hidden``."""
+    left_whole: tuple[str, ...]
+    """What cannot, and why."""
+    refusal: str | None
+    """Why nothing can; None where something can."""
+    tags: tuple[str, ...]
+    """timm's pretrained weights."""
+    transformer: bool
+    """Whether there is attention in its body."""
+
+
+def catalogue(
+    pattern: str = "*", progress: Callable[[int, int, str], None] | None = None
+) -> tuple[CatalogueEntry, ...]:
+    """What can be cut in each architecture whose name matches ``pattern``, in timm's order.
+
+    Args:
+        pattern: as for ``timm.list_models``.
+        progress: called with (done, in all, architecture).
+    """
+    names = [name for name in timm.list_models(pattern) if name != NAME]
+    tags: dict[str, list[str]] = {}
+    for tagged in timm.list_pretrained():
+        name, _, tag = tagged.partition(".")
+        tags.setdefault(name, []).append(tag)
+    found = []
+    for done, name in enumerate(names):
+        found.append(_entry(name, tags.get(name, ())))
+        if progress is not None:
+            progress(done + 1, len(names), name)
+    return tuple(found)
+
+
+def _entry(name: str, tags: Sequence[str]) -> CatalogueEntry:
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = timm.create_model(name)
+    try:
+        anatomy = dissect(model)
+    except UnsupportedModelError as error:
+        attends = any(is_attention(module) or looks_like_attention(module) for module in model.modules())
+        return CatalogueEntry(name, (), (), (), str(error), tuple(tags), attends)
+    layers = [layer for layer in anatomy.layers if layer.adapter.family == "attention" and layer.units]
+    classes = {type(model.get_submodule(layer.name)).__name__ for layer in layers}
+    kinds = {unit.kind for layer in anatomy.layers for unit in layer.units}
+    order = tuple(kind for kind in ("qk", "v", "hidden") if kind in kinds)
+    return CatalogueEntry(
+        name, tuple(sorted(classes)), order, left_whole(anatomy), None, tuple(tags), transformer=True
+    )

@@ -1,0 +1,74 @@
+"""``mhacut models``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mhacut._version import __version__
+from mhacut.cli.console import Console, table
+from mhacut.cli.flags import Flag, command
+from mhacut.options import ModelsOptions
+
+if TYPE_CHECKING:
+    from mhacut.catalogue import CatalogueEntry
+
+_FLAGS = {
+    "pattern": Flag("", "Of names, as for timm.list_models; all by default, which takes minutes.", "PATTERN"),
+    "refused": Flag("Models", "Only those that cannot be cut, with the reason."),
+}
+
+
+@command(ModelsOptions, flags=_FLAGS)
+def models(options: ModelsOptions, console: Console) -> None:
+    """Show which models of timm can be cut, and what of them; FLatten Transformers are among them.
+
+    Each is built without weights and looked at. Models without attention are counted, not listed.
+
+    Example: mhacut models 'swin*'
+    """
+    from mhacut.catalogue import catalogue
+
+    console.start("building models")
+    found = catalogue(options.pattern, console.advance)
+    console.result(_text(found, options.refused), _document(found))
+
+
+def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
+    attending = [entry for entry in found if entry.transformer]
+    cut = [entry for entry in attending if entry.refusal is None]
+    if refused:
+        rows = [["architecture", "tags", "why"]]
+        rows += [
+            [entry.architecture, str(len(entry.tags)), _short(entry.refusal)]
+            for entry in attending
+            if entry.refusal
+        ]
+    else:
+        rows = [["architecture", "tags", "cut", "attention"]]
+        rows += [
+            [
+                entry.architecture,
+                str(len(entry.tags)),
+                " ".join(entry.kinds) + ("*" if entry.left_whole else "") if entry.refusal is None else "-",
+                ", ".join(entry.attention) or "-",
+            ]
+            for entry in attending
+        ]
+    tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
+    lines = [table(rows), ""] if len(rows) > 1 else []
+    lines.append(
+        f"{len(cut)} of {len(attending)} architectures with attention can be cut, {tags[0]} of their "
+        f"{tags[1]} pretrained tags; {len(found) - len(attending)} have no attention"
+    )
+    if any(entry.left_whole for entry in cut) and not refused:
+        lines.append("*: part of it is left whole; --json says which, and why")
+    return "\n".join(lines)
+
+
+def _short(reason: str | None) -> str:
+    return (reason or "").partition(" Supported: ")[0]
+
+
+def _document(found: tuple[CatalogueEntry, ...]) -> dict[str, Any]:
+    return {"command": "models", "mhacut": __version__, "models": [asdict(entry) for entry in found]}

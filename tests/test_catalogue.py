@@ -1,0 +1,46 @@
+"""``mhacut models``: what of timm can be cut, as it is found by looking."""
+
+from __future__ import annotations
+
+import json
+
+from test_cli import run
+
+from mhacut.catalogue import catalogue
+
+
+def test_what_can_be_cut_and_what_is_refused():
+    (vit,) = catalogue("vit_tiny_patch16_224")
+    assert (vit.attention, vit.kinds, vit.refusal) == (("Attention",), ("qk", "v", "hidden"), None)
+    assert "augreg_in21k_ft_in1k" in vit.tags
+    (mvit,) = catalogue("mvitv2_tiny")
+    assert mvit.kinds == ("hidden",)
+    assert any("attn" in line for line in mvit.left_whole)
+    (cascaded,) = catalogue("efficientvit_m0")
+    assert cascaded.transformer
+    assert cascaded.kinds == ()
+    assert "CascadedGroupAttention" in cascaded.refusal
+    (resnet,) = catalogue("resnet18")
+    assert not resnet.transformer
+    assert "no attention" in resnet.refusal
+    (flatten,) = catalogue("flatten_deit_tiny")
+    assert flatten.kinds == ("qk", "v", "hidden")
+    assert catalogue("mhacut_slim") == ()
+
+
+def test_the_command():
+    told = run("models", "*vit_m0")
+    assert told.exit_code == 0, told.stderr
+    assert "efficientvit_m0" in told.stdout
+    assert told.stdout.splitlines()[-1] == (
+        "0 of 1 architectures with attention can be cut, 0 of their 1 pretrained tags; 0 have no attention"
+    )
+    why = run("models", "*vit_m0", "--refused").stdout
+    assert "CascadedGroupAttention" in why
+    assert "Supported" not in why
+    document = json.loads(run("models", "resnet18", "--json").stdout)
+    assert document["schema_version"] == 1
+    (entry,) = document["models"]
+    assert entry["architecture"] == "resnet18"
+    assert entry["transformer"] is False
+    assert run("models", "nothing_like_it").stdout.startswith("0 of 0 architectures")
