@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,8 @@ def compare(
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
             if progress is not None:
                 progress(start + len(batch), len(images))
+    if not math.isfinite(divergence):
+        raise MhacutError(f"--compare {source}: the answers of one of the two are not finite numbers")
     size = tuple(images.shape[1:])
     flops = [measure_flops_by_module(model, (size[0], size[1], size[2])) for model in (dense, slim)]
     slim_units = {unit.key: unit for unit in other.units()}

@@ -25,6 +25,7 @@ from mhacut.device import resolve_device
 from mhacut.errors import UsageError
 from mhacut.extras import need
 from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model, resolve_preprocessing
+from mhacut.modelinfo import model_input_size
 from mhacut.options import InspectOptions, PathLike
 from mhacut.progress import Reporter, Silent
 from mhacut.report.contents import Contents, stored_curves
@@ -183,6 +184,20 @@ def _compared(
         raise UsageError(
             f"--compare {dense.source}: expected the checkpoint's architecture, {identity.architecture}, "
             f"found {dense.identity.architecture}; give the dense model that it was made from"
+        )
+    if opened.record is None and dense.record is not None:
+        raise UsageError(
+            f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
+        )
+    history = () if opened.record is None else opened.record.history
+    if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
+        reporter.note(f"{dense.source} is not the file that {opened.source} was cut from")
+    sizes = [model_input_size(one.model, one.identity.pretrained_cfg) for one in (dense, opened)]
+    if sizes[0] != sizes[1]:
+        told = ["x".join(map(str, size)) for size in sizes]
+        raise UsageError(
+            f"--compare {dense.source}: takes images of {told[0]}, the checkpoint of {told[1]}; give the "
+            "dense model that it was made from"
         )
     device = resolve_device(options.device)
     reporter.start("comparing")

@@ -148,7 +148,7 @@ def inspect_model(
             LayerReport(
                 name=layer.name,
                 module=type(module).__name__,
-                heads=layer.adapter.heads(module) if is_attention else None,
+                heads=_heads(layer, module) if is_attention else None,
                 units={
                     unit.kind: _unit_report(unit, plans.get(unit.key), found.get(unit.key, ()))
                     for unit in layer.units

@@ -43,4 +43,6 @@ def test_the_command():
     (entry,) = document["models"]
     assert entry["architecture"] == "resnet18"
     assert entry["transformer"] is False
-    assert run("models", "nothing_like_it").stdout.startswith("0 of 0 architectures")
+    nothing = run("models", "nothing_like_it")
+    assert nothing.exit_code == 2
+    assert "'nothing_like_it': no model of timm has such a name" in nothing.stderr

@@ -126,3 +126,17 @@ def test_another_architecture_is_refused(slim_of, tmp_path):
     )
     with pytest.raises(UsageError, match="expected the checkpoint's architecture, flatten_swin_tiny_224"):
         inspect(slim_of("flatten"), compare=tmp_path)
+
+
+def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
+    dense = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    with pytest.raises(UsageError, match=r"is a slim file and .* is dense; give the slim one first"):
+        inspect(tiny_vit.path, compare=slim_of("vit"), **dense)
+    large = tmp_path / "large"
+    timm.models.save_for_hf(
+        timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, img_size=64),
+        str(large),
+        safe_serialization=True,
+    )
+    with pytest.raises(UsageError, match="takes images of 3x64x64, the checkpoint of 3x32x32"):
+        inspect(slim_of("vit"), compare=large, calibration_images=2)

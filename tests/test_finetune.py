@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import typer
 import yaml
@@ -865,3 +866,11 @@ def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path,
     state = RunFolder(tmp_path / "cut").read_state()
     assert f"stopped after step {state['step']} of 1200" in stderr
     assert state["step"] < 1200
+
+
+def test_a_teacher_that_cannot_take_the_images_is_refused_before_anything_is_written(tune, tmp_path):
+    teacher = timm.create_model("flatten_pvt_v2_b0", img_size=64, num_classes=CLASSES)
+    timm.models.save_for_hf(teacher, str(tmp_path / "teacher"), safe_serialization=True)
+    with pytest.raises(CheckpointError, match="cannot take the slim model's images, 3x32x32"):
+        tune(teacher=tmp_path / "teacher", name="none")
+    assert not (tmp_path / "none").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -171,6 +172,20 @@ def test_sorted_layers_fall(slim_of, sort):
 def test_what_cannot_be_is_refused(tiny_vit, given, message):
     with pytest.raises(UsageError, match=message):
         inspect(tiny_vit.path, **opened(tiny_vit), **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["mobilevitv2_050", "levit_128s", "mobilenetv4_hybrid_medium", "gcvit_xxtiny"]
+)
+def test_layers_that_are_like_no_others(name, tmp_path):
+    # Batch norms behind the readout, no number of heads, keys that heads share, q of another layer.
+    save_file(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "model.safetensors")
+    flags = ["--model", name, "--heads", "--html", str(tmp_path / "page.html"), "-q"]
+    told = run("inspect", str(tmp_path / "model.safetensors"), *flags)
+    assert told.exit_code == 0, told.stderr
+    assert "heads:" in told.stdout
+    assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
 def test_it_is_public():

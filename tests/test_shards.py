@@ -106,6 +106,29 @@ def test_what_is_not_a_sample_is_told_or_left_out(tmp_path):
     assert len(ShardedSamples([root / "any-0000.tar"], ("jpg",), "")) == 0
 
 
+def test_a_shard_that_is_cut_short_or_says_too_much_is_told(root, tmp_path):
+    fewer = write_shards(tmp_path / "fewer", [("9", png(9), 0), ("8", png(8), 1)])
+    (root / "any-0001.tar").write_bytes((fewer / "any-0001.tar").read_bytes())
+    with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is cut short"):
+        open_named(NAME, root, "train", None, 3, check_classes=True)
+
+    def labelled(text):
+        samples = [("0", png(0), 0), ("1", png(1), 1)]
+        texts = ['{"kind": 1}', text]
+        folder = write_shards(
+            tmp_path / "labels", samples, shards=1, label=lambda value: ("json", texts[value].encode())
+        )
+        return ShardedSamples([folder / "any-0000.tar"], ("png",), "kind")
+
+    assert labelled('{"kind": -1}').targets == [1]  # as timm: a sample without a label
+    for text in ('{"kind": 1e999}', "[" * 100_000):
+        with pytest.raises(DataError, match="is no label"):
+            labelled(text)
+    plain = write_shards(tmp_path / "plain", [("0", png(0), 0)], shards=1)
+    with pytest.raises(DataError, match="has no json to hold its 'kind'"):
+        ShardedSamples([plain / "any-0000.tar"], ("png",), "kind")
+
+
 def test_fine_tuning_on_them_knows_them_again(tiny_vit, tmp_path):
     slim = tmp_path / "slim.safetensors"
     mhacut.prune(

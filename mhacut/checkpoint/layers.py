@@ -24,7 +24,7 @@ class LayerReader:
     def __init__(self, outline: Outline) -> None:
         self._outline = outline
         self._where = show(outline.header.path)
-        names = {name for name, _ in outline.skeleton.named_parameters()}
+        names = set(outline.skeleton.state_dict())
         as_they_are = outline.header.format == "safetensors" and names <= set(outline.header.tensors)
         self._whole: Mapping[str, Tensor] | None = None
         if not as_they_are:
@@ -32,13 +32,14 @@ class LayerReader:
 
     @contextmanager
     def layer(self, name: str) -> Iterator[nn.Module]:
-        """The layer of that name, its parameters read; they are gone when the block ends.
+        """The layer of that name, its parameters and buffers read; they are gone when the block ends.
 
         Raises:
             CheckpointError: they cannot be read, or are not all finite.
         """
         module = self._outline.skeleton.get_submodule(name)
-        wanted = [key for key, _ in module.named_parameters()]
+        empty = module.state_dict(keep_vars=True)
+        wanted = list(empty)
         read = self._read([f"{name}.{key}" for key in wanted])
         for key, tensor in read.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -46,7 +47,6 @@ class LayerReader:
                     f"{self._where}: tensor {key!r:.150} holds NaN or infinite values; the training that "
                     "made it diverged, take an earlier checkpoint, or ask for shapes alone with --shapes"
                 )
-        empty = {key: module.get_parameter(key) for key in wanted}
         try:
             _assign(module, {key: read[f"{name}.{key}"] for key in wanted})
             yield module
@@ -55,17 +55,25 @@ class LayerReader:
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         if self._whole is not None:
-            return {name: self._whole[name].float() for name in names}
+            return {name: _wide(self._whole[name]) for name in names}
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self._outline.header.path, framework="pt") as file:
-                return {name: file.get_tensor(name).float() for name in names}
+                return {name: _wide(file.get_tensor(name)) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self._where}: cannot be read: {error}") from error
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        owner, _, name = key.rpartition(".")
-        module.get_submodule(owner).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        owner_name, _, name = key.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if name in owner._buffers:
+            owner._buffers[name] = tensor
+        else:
+            owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -79,7 +79,8 @@ def _layer(layer: LayerReport) -> str:
             cells.append(_width(layer, kind))
             if judged:
                 unit = layer.units.get(kind)
-                cells += ["", "", ""] if unit is None else _findings(unit.heads[head])
+                known = unit is not None and head < len(unit.heads)
+                cells += _findings(unit.heads[head]) if unit is not None and known else ["", "", ""]
         rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])
     lines = [title, table(rows)]
     for unit in units:

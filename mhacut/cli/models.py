@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.cli.console import Console, table
 from mhacut.cli.flags import Flag, command
+from mhacut.errors import UsageError
 from mhacut.options import ModelsOptions
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def models(options: ModelsOptions, console: Console) -> None:
 
     console.start("building models")
     found = catalogue(options.pattern, console.advance)
+    if not found:
+        raise UsageError(f"{options.pattern!r}: no model of timm has such a name; try '*{options.pattern}*'")
     console.result(_text(found, options.refused), _document(found))
 
 

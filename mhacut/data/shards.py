@@ -39,6 +39,8 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
         self.shards = shards
         self.targets: list[int] = []
         """Labels; -1 where a sample has none."""
+        self.left_out = 0
+        """Samples whose json says that they have no label."""
         self._places = array("q")  # shard, offset, size of every image: millions of them fit
         for number, shard in enumerate(shards):
             try:
@@ -79,11 +81,16 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
             text = b"" if held is None else held.read()
             try:
                 label = int(json.loads(text)[label_field] if label_field else text)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 where = f"{label_field!r} of its json" if label_field else "its cls"
                 raise DataError(
                     f"{self.shards[number]}: sample {key}: {where} is no label, found {text[:40]!r}"
                 ) from None
+            if label < 0 and label_field:  # timm's way to say that there is none, and it leaves them out
+                self.left_out += 1
+                return
+        elif label_field:
+            raise DataError(f"{self.shards[number]}: sample {key}: has no json to hold its {label_field!r}")
         self._places.extend((number, image.offset_data, image.size))
         self.targets.append(label)
 
@@ -112,4 +119,12 @@ def by_index(opened: Any) -> ShardedSamples | None:
     if not plain or reader.remap_class or getattr(reader, "target_keys", None):
         return None
     endings = tuple(str(reader.input_key).lower().split(";"))
-    return ShardedSamples(shards, endings, reader.target_key or split.alt_label)
+    samples = ShardedSamples(shards, endings, reader.target_key or split.alt_label)
+    announced = int(split.num_samples or 0)
+    found = len(samples) + samples.left_out
+    if announced and announced != found:
+        raise DataError(
+            f"{shards[0].parent}: {found} samples in {len(shards)} shards, {announced} announced; a shard is "
+            "cut short or damaged, or _info.json is of other ones"
+        )
+    return samples

@@ -15,7 +15,7 @@ from mhacut.checkpoint.load import LoadedModel, read_as_told
 from mhacut.checkpoint.write import check_output, write_whole
 from mhacut.errors import MhacutError
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
-from mhacut.exporting.timm_folder import check_folder, write_folder
+from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.inspection import resolve_preprocessing
 from mhacut.options import ExportOptions, PathLike, PreprocessingOptions
 from mhacut.progress import Reporter, Silent
@@ -41,7 +41,7 @@ class ExportResult:
     preprocessing: Mapping[str, Any]
     """Also in what was written."""
     file_bytes: int
-    """Of the file, or of all files of the folder."""
+    """Of the file, or of those written into the folder."""
     difference: Mapping[int, float]
     """Per batch size tried: the largest difference of the output of what was written, run again, from the
     model's, in units of the largest output."""
@@ -92,7 +92,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         write_folder(target, loaded, preprocessing, options, compare)
     else:
         write_whole(target, write, overwrite=options.overwrite, input_path=loaded.path)
-    files = target.iterdir() if target.is_dir() else (target,)
+    files = [target / name for name in FILES] if options.format == "timm" else [target]
     return ExportResult(
         output=target,
         format=options.format,

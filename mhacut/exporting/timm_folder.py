@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,6 +29,9 @@ from mhacut.quantity import format_flops
 from mhacut.timm_slim import NAME
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, CARD)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
+"""The hub's identifiers."""
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
@@ -49,7 +53,7 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Make ``target`` a folder that timm opens; whole or not at all.
+    """Make ``target`` a folder that timm opens: a new one whole or not at all, an old one file by file.
 
     Args:
         target: the folder; of an existing one only the files of the same names are replaced.
@@ -139,10 +143,11 @@ def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:
         "FLOPs (multiply-accumulates, attention included)": format_flops(flops) + _before(record),
         "Parameters": format_flops(count_parameters(loaded.model)),
     }
+    license = identity.pretrained_cfg.get("license")  # of an untrusted file, and goes into YAML
     task = "image-classification" if classes else "image-feature-extraction"
     card: Mapping[str, Any] = {
         "tags": [task, "timm", "mhacut"],
-        "license": identity.pretrained_cfg.get("license") or "other",
+        "license": license if isinstance(license, str) and _LICENSE.fullmatch(license) else "other",
         "description": (
             f"{identity.architecture}, with channels of its attention and MLPs cut away by mhacut: "
             "the matrices are smaller, nothing is masked."

@@ -59,6 +59,7 @@ def lesson_of(
         own = _checked_preprocessing(loaded, options, slim, classes, preprocessing)
         if loaded.sha256 != _first_source(slim):
             tell("the teacher is not the file that the slim model was cut from")
+        _check_runs(loaded, preprocessing)
         mean = [torch.tensor(images.mean, device=device) for images in (preprocessing, own)]
         std = [torch.tensor(images.std, device=device) for images in (preprocessing, own)]
         teacher, sha256 = Teacher(loaded.model.to(device), mean, std, matched), loaded.sha256
@@ -75,6 +76,19 @@ def lesson_of(
         classes=classes,
     )
     return Lesson(objective, sha256)
+
+
+@torch.no_grad()
+def _check_runs(teacher: LoadedModel, preprocessing: Preprocessing) -> None:
+    """Not every model that is bound to one size of images says so."""
+    size = preprocessing.input_size
+    try:
+        teacher.model(torch.zeros(1, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{teacher.source}: the teacher cannot take the slim model's images, {'x'.join(map(str, size))} "
+            f"({str(error).splitlines()[0]:.120}); give the dense model that it was cut from"
+        ) from error
 
 
 def _checked_preprocessing(

@@ -31,6 +31,10 @@ def heat_values(
     return rows
 
 
+def _similarity(unit: UnitReport, head: int) -> float:
+    return unit.heads[head].similarity if head < len(unit.heads) else math.nan
+
+
 def write_picture(
     path: PathLike, contents: Contents, overwrite: bool, input_path: str | os.PathLike[str] | None
 ) -> Path:
@@ -62,7 +66,7 @@ def write_picture(
             figure, figure.add_subplot(grid[0, column]), f"{kind}: share of width kept", attention, kept, 1.0
         )
         if judged:
-            alike = heat_values(attention, kind, lambda unit, head: unit.heads[head].similarity)
+            alike = heat_values(attention, kind, _similarity)
             most = max([0.01, *(value for row in alike for value in row if value == value)])
             axes = figure.add_subplot(grid[1, column])
             _heat(figure, axes, f"{kind}: mean channel similarity", attention, alike, most)

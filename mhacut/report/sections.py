@@ -223,7 +223,9 @@ def _kept(layer: LayerReport, unit: UnitReport, head: int) -> tuple[float, str]:
     return share, f"{layer.name}, head {head}: {unit.now} of {unit.dense} channels ({100 * share:.0f} %)"
 
 
-def _similar(layer: LayerReport, unit: UnitReport, head: int) -> tuple[float, str]:
+def _similar(layer: LayerReport, unit: UnitReport, head: int) -> tuple[float, str] | None:
+    if head >= len(unit.heads):
+        return None
     found = unit.heads[head]
     told = (
         f"{layer.name}, head {head}: similarity {found.similarity:.3f}; {found.rank90} and {found.rank99} of "

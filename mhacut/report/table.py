@@ -52,7 +52,7 @@ def heads_table(contents: Contents) -> Markup:
 
 
 def _row(layer: LayerReport, unit: UnitReport, head: int) -> Markup:
-    found = unit.heads[head] if unit.heads else None
+    found = unit.heads[head] if head < len(unit.heads) else None
     share = 1 / (layer.heads or 1)
     cells = [
         "" if layer.heads is None else str(head),
