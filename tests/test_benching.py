@@ -45,6 +45,7 @@ def test_ratios_are_of_the_same_round():
     assert _timing(4, first, first, flops=100, first_flops=100, peak_mib=None).saving_realised is None
 
 
+@pytest.mark.slow
 def test_models_beside_each_other(slim_of):
     result = mhacut.bench(slim_of("distilled"), slim_of("vit"), **QUICK, threads=1)
     first, second = result.models
@@ -76,12 +77,14 @@ def test_onnx_runtime_and_plain_attention(slim_of):
     assert result.models[0].timings[0].median_ms > 0
 
 
+@pytest.mark.slow
 def test_odd_widths_are_pointed_out(slim_of):
     result = run("bench", slim_of("vit"), "--batch-sizes", "1", "--seconds", "0.01")
     assert result.exit_code == 0
     assert "are no multiples of 8" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_command(slim_of):
     flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16", "--no-fused"]
     result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ from mhacut.finetuning.images import StepBatches, training_images, training_load
 from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
 from mhacut.finetuning.training import Trainer
 from mhacut.options import DataOptions
+from mhacut.processes import Processes
 
 CLASSES = 7
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -874,3 +876,23 @@ def test_a_teacher_that_cannot_take_the_images_is_refused_before_anything_is_wri
     with pytest.raises(CheckpointError, match="cannot take the slim model's images, 3x32x32"):
         tune(teacher=tmp_path / "teacher", name="none")
     assert not (tmp_path / "none").exists()
+
+
+def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
+    # Else its destructor can wait for a thread that waits for Python's lock.
+    trainer = object.__new__(Trainer)
+    trainer.model, trainer.options = torch.nn.Linear(2, 2), FinetuneOptions.from_flat(checkpoint="a")
+    trainer.processes = Processes(0, 2, torch.device("cpu"))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
+    try:
+        trainer.connect()
+        network = weakref.ref(trainer.network)
+        trainer.network(torch.randn(3, 2)).sum().backward()
+        assert network() is not trainer.model
+        trainer.disconnect()
+        assert network() is None
+        assert trainer.network is trainer.model
+    finally:
+        torch.distributed.destroy_process_group()

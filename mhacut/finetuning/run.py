@@ -81,7 +81,10 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
         check_precision(options, processes.device)
         with processes.together():
             run = _Run(options, processes, reporter if processes.first else Silent())
-        return run.go()
+        try:
+            return run.go()
+        finally:
+            run.trainer.disconnect()
 
 
 class _Run:

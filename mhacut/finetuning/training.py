@@ -81,6 +81,14 @@ class Trainer:
         """Share gradients among processes, compile if asked; every process comes here before a step."""
         self.network = _network(self.model, self.options, self.processes)
 
+    def disconnect(self) -> None:
+        """Undo :meth:`connect`, before processes part.
+
+        What shares gradients holds their group. If it goes last, Python waits, with its lock in hand, for a
+        thread of the group that waits for that lock: now and then one process never ended.
+        """
+        self.network = self.model
+
     @property
     def result(self) -> nn.Module:
         """The model to measure and to write."""
