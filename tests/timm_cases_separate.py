@@ -343,7 +343,9 @@ MODELS = {
     ),
     "mobilevitv2 model": ModelCase("mobilevitv2_050"),
     "shvit model": ModelCase(
-        "shvit_s1", {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "partial_dim": (8, 16, 16)}
+        "shvit_s1",
+        {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "partial_dim": (8, 16, 16)},
+        side=128,
     ),
     "iformer model": ModelCase(
         "iformer_t",
