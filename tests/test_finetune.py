@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ import mhacut
 from mhacut.checkpoint.load import read_header
 from mhacut.cli.app import app
 from mhacut.cli.config import read_config
-from mhacut.data import Preprocessing
+from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import run as run_module
@@ -843,9 +844,9 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, im
 def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
     """All processes stop after the same step, whoever heard it first.
 
-    A terminal's Ctrl-C reaches the processes that read images as well.
+    A terminal's Ctrl-C, and many a scheduler, reach the processes that read images as well.
     """
-    workers = 2 if number == signal.SIGINT else 0
+    workers = 2 if processes == 1 else 0
     flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", workers, "-b", 12 // processes]
     flags += ["-o", tmp_path / "cut", "--save-every", "1"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
@@ -896,3 +897,20 @@ def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
         assert trainer.network is trainer.model
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_read_validation_images_outlive_the_signal_too(images, number, monkeypatch):
+    options = FinetuneOptions.from_flat(checkpoint="a", data_dir=images, workers=1)
+    processes = Processes(0, 1, torch.device("cpu"))
+
+    def by_twos(*given, **named):
+        return evaluation_loader(*given, **{**named, "batch_size": 2})
+
+    monkeypatch.setattr(measuring_module, "evaluation_loader", by_twos)
+    loader = measuring_module.validation_images(options, PREPROCESSING, CLASSES, processes, print)
+    batches = iter(loader)
+    first, _ = next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)
+    assert len(first) + sum(len(more) for more, _ in batches) == 14

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,7 @@ class EvaluationLoader:
         num_classes: int | None,
         description: str,
         fingerprint: str,
+        prepare_worker: Callable[[int], None] | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         """Of what is measured, whatever part of it is read here; equal for equal data."""
@@ -42,7 +43,11 @@ class EvaluationLoader:
         """How many images a pass gives; 0 if a stream does not say."""
         self._batch_size, self._num_classes = batch_size, num_classes
         self._loader: DataLoader[Sample] = DataLoader(
-            samples, batch_size=batch_size, num_workers=workers, collate_fn=collate
+            samples,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=prepare_worker,
         )
 
     def __len__(self) -> int:
@@ -89,6 +94,7 @@ def evaluation_loader(
     class_map: Path | None = None,
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
+    prepare_worker: Callable[[int], None] | None = None,
 ) -> EvaluationLoader:
     """Labelled images of ``split`` to measure accuracy on.
 
@@ -103,6 +109,7 @@ def evaluation_loader(
         class_map: text file, one class name a line, in the order of the model's head.
         limit: at most so many images, chosen evenly over the classes and always alike; None for all.
         part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
+        prepare_worker: called in each process that reads images, with its number, before it does.
 
     Raises:
         DataError: images or labels that are missing or do not fit the model. Unreadable images come to light
@@ -113,7 +120,17 @@ def evaluation_loader(
         raise UsageError(f"limit {limit}: expected at least 1 image")
     if dataset is not None:
         return _from_named(
-            preprocessing, data_dir, dataset, batch_size, workers, split, num_classes, class_map, limit, part
+            preprocessing,
+            data_dir,
+            dataset,
+            batch_size,
+            workers,
+            split,
+            num_classes,
+            class_map,
+            limit,
+            part,
+            prepare_worker,
         )
     if data_dir is None:
         raise UsageError("nothing to evaluate on: give --data-dir or --dataset")
@@ -142,6 +159,7 @@ def evaluation_loader(
         num_classes=num_classes,
         description=description,
         fingerprint=whole,
+        prepare_worker=prepare_worker,
     )
 
 
@@ -156,6 +174,7 @@ def _from_named(
     class_map: Path | None,
     limit: int | None,
     part: tuple[int, int],
+    prepare_worker: Callable[[int], None] | None,
 ) -> EvaluationLoader:
     opened = open_named(name, root, split, class_map, num_classes, check_classes=True)
     samples: Dataset[Sample] | IterableDataset[Sample]
@@ -186,4 +205,5 @@ def _from_named(
         num_classes=num_classes,
         description=f"{all_of_them or 'all'} images of {name} {split}",
         fingerprint=whole,
+        prepare_worker=prepare_worker,
     )
