@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import relative
+from plans import difference_of_kernels, difference_of_two_cuts_and_one, random_plan
 from test_flatten_models import SMALL
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -65,24 +66,6 @@ def image(dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
     return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
         dtype
     )
-
-
-def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
-    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    units, gains = [], {}
-    for unit in anatomy.units():
-        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
-        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
-        rows = [
-            torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
-        ]
-        kept = torch.stack(rows if own else rows[:1] * unit.heads)
-        rows = tuple(map(tuple, kept.tolist()))
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, rows, unshared=own and unit.shares))
-        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
-        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
-    return Plan(tuple(units)), gains
 
 
 def without(model: nn.Module, anatomy: Anatomy, plan: Plan) -> dict[str, Tensor]:
@@ -199,13 +182,7 @@ def test_fused_and_plain_attention_agree(case):
     model = build(case)
     plan, gains = random_plan(dissect(model), 2)
     cut(model, plan, gains)
-    outputs = []
-    for fused in (True, False):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
-        outputs.append(model(image(batch=3)))
-    assert relative(*outputs) < 1e-12
+    assert difference_of_kernels(model, image(batch=3)) < 1e-12
 
 
 @each_case
@@ -213,19 +190,7 @@ def test_fused_and_plain_attention_agree(case):
 @given(seed=seeds)
 @torch.no_grad()
 def test_a_slim_model_can_be_cut_again(case, seed):
-    model, x = build(case), image()
-    dense, anatomy = copy.deepcopy(model), dissect(model)
-    first, _ = random_plan(anatomy, seed)
-    cut(model, first)
-    second, _ = random_plan(dissect(model), seed + 1)
-    cut(model, second)
-    # A file tells the whole cut, and the model built from that must have the same shapes.
-    told = Plan.from_json(second.after(first).to_json())
-    cut(dense, told)
-    assert {key: t.shape for key, t in dense.state_dict().items()} == {
-        key: t.shape for key, t in model.state_dict().items()
-    }
-    assert relative(model(x), dense(x)) < 1e-9
+    assert difference_of_two_cuts_and_one(build(case), image(), seed) < 1e-9
 
 
 @each_case

@@ -9,40 +9,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, Case, build, image, relative
+from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
 from torch.func import functional_call
 
 from mhacut.cost import build_cost_table, measure_flops
-from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, exact_gain, masked_tensors
+from mhacut.surgery import cut, dissect, exact_gain, masked_tensors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
-
-
-def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
-    """Any widths, any channels, each head its own; and random gains on what is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    units, gains = [], {}
-    for unit in anatomy.units():
-        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
-        kept = torch.stack(
-            [torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)]
-        )
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept.tolist()))))
-        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
-        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
-    return Plan(tuple(units)), gains
-
-
-def keep_everything(anatomy: Anatomy) -> Plan:
-    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
-
-
-def set_fused(model: torch.nn.Module, fused: bool) -> None:
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
 
 
 @each_case
@@ -125,23 +100,13 @@ def test_fused_and_plain_attention_agree_at_any_batch(case, seed):
     cut(model, plan, gains)
     with torch.no_grad():
         for batch in (1, 3):
-            x = image(case, batch=batch)
-            set_fused(model, True)
-            fused = model(x)
-            set_fused(model, False)
-            assert relative(model(x), fused) < 1e-4
+            assert difference_of_kernels(model, image(case, batch=batch)) < 1e-4
 
 
 @each_case
 def test_a_slim_model_can_be_cut_again(case):
     model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
-    dense, anatomy = copy.deepcopy(model), dissect(model)
-    first, _ = random_plan(anatomy, 3)
-    cut(model, first)
-    second, _ = random_plan(dissect(model), 4)
-    cut(model, second)
-    cut(dense, second.after(first))
-    assert relative(model(x), dense(x)) < 1e-10
+    assert difference_of_two_cuts_and_one(model, x, 3) < 1e-10
 
 
 @each_case

@@ -9,8 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import relative
+from plans import (
+    difference_of_kernels,
+    difference_of_two_cuts_and_one,
+    keep_everything,
+    random_plan,
+    shapes,
+)
 from safetensors.torch import save_file
-from test_flatten_adapters import random_plan
 from timm_cases_separate import CASES, MODELS, WHOLE, build, image
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -42,10 +48,6 @@ each_case = pytest.mark.parametrize(
 )
 few = settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
-
-
-def keep_everything(anatomy: Anatomy) -> Plan:
-    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
 
 
 @torch.no_grad()
@@ -157,31 +159,13 @@ def test_fused_and_plain_attention_agree(case):
     model = build(case)
     plan, gains = random_plan(dissect(model), 2)
     cut(model, plan, gains)
-    outputs = []
-    for fused in (True, False):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
-        outputs.append(model(image(case, batch=3)))
-    assert relative(*outputs) < 1e-12
+    assert difference_of_kernels(model, image(case, batch=3)) < 1e-12
 
 
 @each_case
 @torch.no_grad()
 def test_a_slim_model_can_be_cut_again(case):
-    model, x = build(case), image(case)
-    dense = copy.deepcopy(model)
-    first, _ = random_plan(dissect(model), 3)
-    cut(model, first)
-    second, _ = random_plan(dissect(model), 4)
-    cut(model, second)
-    cut(dense, Plan.from_json(second.after(first).to_json()))
-    assert relative(model(x), dense(x)) < 1e-9
-    assert shapes(model) == shapes(dense)
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert difference_of_two_cuts_and_one(build(case), image(case), 3) < 1e-9
 
 
 @each_case

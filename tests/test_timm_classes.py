@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from models import relative
+from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
 from safetensors.torch import save_file
 from timm.layers.attention import AttentionRope
 from timm_cases import CASES, build, image
@@ -31,24 +32,6 @@ each_case = pytest.mark.parametrize(
 SEEDS = (0, 1, 2)
 
 
-def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
-    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    units, gains = [], {}
-    for unit in anatomy.units():
-        width = int(torch.randint(1, unit.width + 1, (), generator=generator))
-        rows = [
-            torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
-        ]
-        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
-        kept = torch.stack(rows if own else rows[:1] * unit.heads)
-        rows = tuple(map(tuple, kept.tolist()))
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, rows, unshared=own and unit.shares))
-        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
-        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
-    return Plan(tuple(units)), gains
-
-
 def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
     """Zero every row that makes a removed channel, in place, or what reads it."""
     for unit_plan in plan:
@@ -71,7 +54,7 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
 def test_keeping_everything_changes_nothing(case):
     model, x = build(case), image(case)
     expected, anatomy = model(x), dissect(model)
-    cut(model, Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units())))
+    cut(model, keep_everything(anatomy))
     assert relative(model(x), expected) < 1e-12
 
 
@@ -137,27 +120,13 @@ def test_fused_and_plain_attention_agree(case):
     model = build(case)
     plan, gains = random_plan(dissect(model), 2)
     cut(model, plan, gains)
-    outputs = []
-    for fused in (True, False):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
-        outputs.append(model(image(case, batch=3)))
-    assert relative(*outputs) < 1e-12
+    assert difference_of_kernels(model, image(case, batch=3)) < 1e-12
 
 
 @each_case
 @torch.no_grad()
 def test_a_slim_model_can_be_cut_again(case):
-    model, x = build(case), image(case)
-    dense = copy.deepcopy(model)
-    first, _ = random_plan(dissect(model), 3)
-    cut(model, first)
-    second, _ = random_plan(dissect(model), 4)
-    cut(model, second)
-    told = Plan.from_json(second.after(first).to_json())
-    cut(dense, told)
-    assert relative(model(x), dense(x)) < 1e-10
+    assert difference_of_two_cuts_and_one(build(case), image(case), 3) < 1e-10
 
 
 @each_case
