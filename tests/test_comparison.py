@@ -8,6 +8,7 @@ import json
 import pytest
 import timm
 import torch
+from models import Case, build, image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.inspecting import inspect
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import cut, dissect
-from tests.models import Case, build, image
 
 CASE = Case("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
 
@@ -140,3 +140,11 @@ def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
     )
     with pytest.raises(UsageError, match="takes images of 3x64x64, the checkpoint of 3x32x32"):
         inspect(slim_of("vit"), compare=large, calibration_images=2)
+
+
+def test_answers_that_are_not_finite_are_no_comparison():
+    dense = build(CASE).requires_grad_(False)
+    broken = copy.deepcopy(dense)
+    broken.head.bias += float("nan")
+    with pytest.raises(MhacutError, match="not finite numbers"):
+        compare(dense, broken, image(CASE), source="dense", data="noise", batch_size=2)

@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from models import CASES, build
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -19,7 +20,6 @@ from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspecting import inspect
 from mhacut.inspection import BY_WEIGHTS, inspect_model
 from mhacut.verdict import redundant_share
-from tests.models import CASES, build
 
 
 @pytest.fixture(scope="module")
