@@ -1,14 +1,14 @@
-"""One streaming pass of images through the dense model: everything later steps know of its activations.
+"""Streaming passes of images through the dense model: everything later steps know of its activations.
 
 Per unit, moments of its channels, apart for images to fit and images held back; per layer, how sharply the
-model's answer reacts to an error of the layer's output; and the answers themselves. But for the answers, as
-large for one image as for many.
+model's answer reacts to an error of the layer's output (:mod:`mhacut.sensitivity`), which also says how much
+each token counts in the moments; and the answers themselves. But for the answers, as large for one image as
+for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
 from mhacut.processes import Processes
+from mhacut.sensitivity import Sensitivity, measure_sensitivity
 from mhacut.surgery import Anatomy, UnitKey, readers
 from mhacut.taps import listening
 from mhacut.tensor.attention_difference import (
@@ -43,7 +44,8 @@ class UnitMoments:
 
     (query, key), [H, d] each, for qk, k centred over the keys of each image unless unmixed; of linear
     attention (parts,), [H, d], of what each channel adds to the layer's output; otherwise (channels,) over
-    all heads at once, [H * d].
+    all heads at once, [H * d]. Tokens count as much as they influence the answer, where that is known; not
+    keys, which serve all queries, nor those of linear attention.
     """
 
     fit: tuple[Moments, ...]
@@ -74,9 +76,8 @@ class Calibration:
     """The first so many images are the ones held back; 0 with a single image, which then serves for both."""
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
-    sensitivity: Mapping[str, Tensor]
-    """Per layer, [out, out]: the KL divergence of the answer from an error e of the layer's output is about
-    1/2 tr(S E[e e^T]), E over tokens and images. Empty when not asked for."""
+    sensitivity: Sensitivity
+    """Of the answer to errors of each layer's output; empty when not asked for."""
     teacher: Tensor
     """Dense outputs, [images, classes]."""
 
@@ -84,16 +85,17 @@ class Calibration:
 class _Accumulator:
     """Sums over images for one unit, float64, on the model's device."""
 
-    def __init__(self, unit: Unit, metric: Tensor | None = None) -> None:
+    def __init__(self, unit: Unit, sensitivity: Sensitivity, metric: Tensor | None = None) -> None:
         """Start from nothing; ``metric``, [H, d_v, d_v], is of what heads of linear attention give."""
-        self.unit, self.metric = unit, metric
+        self.unit, self.sensitivity, self.metric = unit, sensitivity, metric
         self.parts: dict[tuple[str, bool], Moments] = {}
         self.grams: dict[str, Tensor] = {}
         self.energy: Tensor | None = None
         self._waiting: dict[str, Tensor] = {}
 
-    def feed(self, tap: str, channels: Tensor, held: bool) -> None:
-        """Take one batch of one tap, [..., heads, width]."""
+    def feed(self, tap: str, channels: Tensor, images: int, held: bool) -> None:
+        """Take one batch of so many images of one tap, [..., heads, width]."""
+        weights = self.sensitivity.token_weights(self.unit.layer, channels.shape[:-2], images)
         if self.unit.linear:
             self._feed_linear(tap, channels.movedim(-2, 1).flatten(2, -2), held)
             return
@@ -101,14 +103,16 @@ class _Accumulator:
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._gram(tap, x.transpose(0, 1).flatten(1, 2))
             self._energy(tap, x)
-            if tap == "key" and not self.unit.unmixed:
-                x = x - x.mean(dim=-2, keepdim=True)
-            self._moments(tap, x.transpose(0, 1).flatten(1, 2), held)  # (H, B * N, d)
+            if tap == "key":
+                weights = None
+                if not self.unit.unmixed:
+                    x = x - x.mean(dim=-2, keepdim=True)
+            self._moments(tap, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
             return
         if tap != "output":  # the values, or hidden channels, which are what the readout reads
             self._gram(tap, channels.flatten(0, -3).transpose(0, 1))
         if tap != "value":
-            self._moments(tap, channels.flatten(-2).flatten(0, -2), held)  # (rows, H * d)
+            self._moments(tap, channels.flatten(-2).flatten(0, -2), weights, held)  # (rows, H * d)
 
     def _feed_linear(self, tap: str, x: Tensor, held: bool) -> None:
         """Take features or values, (B, H, N, d); they mean something together only."""
@@ -126,8 +130,8 @@ class _Accumulator:
         parts, place = Moments(rows, torch.zeros_like(energy), second), ("parts", held)
         self.parts[place] = self.parts[place] + parts if place in self.parts else parts
 
-    def _moments(self, tap: str, rows: Tensor, held: bool) -> None:
-        moments, key = Moments.of(rows), (tap, held)
+    def _moments(self, tap: str, rows: Tensor, weights: Tensor | None, held: bool) -> None:
+        moments, key = Moments.of(rows, weights), (tap, held)
         self.parts[key] = self.parts[key] + moments if key in self.parts else moments
 
     def _gram(self, tap: str, rows: Tensor) -> None:
@@ -203,12 +207,13 @@ def calibrate(
     *,
     batch_size: int,
     sensitivity_images: int = 0,
+    token_weights: bool = True,
     seed: int = 0,
     classifier: bool = True,
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` once and gather :class:`Calibration`.
+    """Run ``images`` [n, C, H, W] through ``model`` and gather :class:`Calibration`.
 
     Several processes take turns batch by batch, and add up what they found: every one of them is given the
     same as one alone would be, up to the rounding of sums.
@@ -218,56 +223,62 @@ def calibrate(
         anatomy: of ``model``.
         images: normalised.
         batch_size: images at a time.
-        sensitivity_images: how many of those to fit are differentiated, in whole batches, for the layers'
-            sensitivity; each costs about three times an image that is not.
+        sensitivity_images: how many of those to fit are differentiated first, for the layers' sensitivity;
+            each costs about three times an image that is not.
+        token_weights: whether tokens count as much as those images say they influence the answer.
         seed: of the random projections that estimate it.
         classifier: whether outputs are class logits.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images in all), those differentiated counted twice.
         processes: that share the images, each of which it was given all of; None for this one alone.
     """
     processes = processes or Processes(0, 1, images.device)
     count = len(images)
     held = held_back(count)
+    fitted = images[held:][:sensitivity_images]
+    done = 0
+
+    def advance(by: int) -> None:
+        nonlocal done
+        done += by
+        if progress is not None:
+            progress(done, len(fitted) + count)
+
+    sensitivity = Sensitivity()
+    if len(fitted) > 0:
+        sensitivity = measure_sensitivity(
+            model,
+            anatomy,
+            fitted,
+            batch_size=batch_size,
+            seed=seed,
+            classifier=classifier,
+            progress=advance,
+            processes=processes,
+        )
+        if not token_weights:
+            sensitivity = Sensitivity(sensitivity.metric)
     accumulators = {
-        unit.key: _Accumulator(unit, _output_metric(model, layer) if unit.linear else None)
+        unit.key: _Accumulator(unit, sensitivity, _output_metric(model, layer) if unit.linear else None)
         for layer in anatomy.layers
         for unit in layer.units
     }
-    generator = torch.Generator().manual_seed(seed)
-    sensitivity: dict[str, Tensor] = {}
     device = next(model.parameters()).device
     answers: Tensor | None = None  # where other processes have theirs, zeros
-    done = differentiated = 0
-    in_held = True
-    drawn_elsewhere: list[int] = []
+    start = stop = 0
 
     def listen(unit: Unit, tap: str, channels: Tensor) -> None:
-        accumulators[unit.key].feed(tap, channels, in_held)
+        accumulators[unit.key].feed(tap, channels, stop - start, held=start < held)
 
     with listening(model, anatomy.units(), listen):
         batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
         for number, (start, stop) in enumerate(batches):
-            in_held = start < held
-            differentiate = not in_held and differentiated < sensitivity_images
-            differentiated += (stop - start) * differentiate
             if number % processes.size == processes.rank:
-                batch = images[start:stop].to(device)
-                if differentiate:
-                    outputs = _differentiated(
-                        model, anatomy, batch, sensitivity, generator, classifier, drawn_elsewhere
-                    )
-                    drawn_elsewhere.clear()
-                else:
-                    outputs = model(batch)
+                outputs: Tensor = model(images[start:stop].to(device))
                 if answers is None:
                     answers = torch.zeros(count, *outputs.shape[1:])
                 answers[start:stop] = outputs.float().cpu()
-            elif differentiate:
-                drawn_elsewhere.append(stop - start)
-            done += stop - start
-            if progress is not None:
-                progress(done, count)
-    answers = _shared(processes, accumulators, sensitivity, answers)
+            advance(stop - start)
+    answers = _shared(processes, accumulators, answers)
     return Calibration(
         held,
         {key: accumulator.moments() for key, accumulator in accumulators.items()},
@@ -275,7 +286,7 @@ def calibrate(
             unit.key: accumulators[unit.key].statistics(model.get_submodule(unit.layer))
             for unit in anatomy.units()
         },
-        {name: total / differentiated for name, total in sensitivity.items()},
+        sensitivity,
         answers,
     )
 
@@ -283,7 +294,6 @@ def calibrate(
 def _shared(
     processes: Processes,
     accumulators: Mapping[UnitKey, _Accumulator],
-    sensitivity: dict[str, Tensor],
     answers: Tensor | None,
 ) -> Tensor:
     """Add up, in place, what the processes gathered; gives the answers of all."""
@@ -292,13 +302,11 @@ def _shared(
         for number, accumulator in enumerate(accumulators.values())
         for name, part in accumulator.sums().items()
     }
-    sums |= {f"sensitivity {name}": part for name, part in sensitivity.items()}
     if answers is not None:
         sums["answers"] = answers
     sums = processes.summed(sums)
     for number, accumulator in enumerate(accumulators.values()):
         accumulator.take_sums(_under(f"{number} ", sums))
-    sensitivity.update(_under("sensitivity ", sums))
     return sums["answers"].cpu()
 
 
@@ -316,57 +324,3 @@ def _output_metric(model: nn.Module, layer: Layer) -> Tensor:
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(first, last, size):
         yield start, min(start + size, last)
-
-
-def _differentiated(
-    model: nn.Module,
-    anatomy: Anatomy,
-    batch: Tensor,
-    sensitivity: dict[str, Tensor],
-    generator: torch.Generator,
-    classifier: bool,
-    drawn_elsewhere: Sequence[int],
-) -> Tensor:
-    """The outputs for ``batch``; adds sum of g g^T over tokens and images to ``sensitivity`` of every layer.
-
-    g is the gradient of sum_c eps_c sqrt(p_c) log p_c with eps_c of unit variance: E[g g^T] is then the
-    Fisher information of the answer, the second-order term of its KL divergence.
-    """
-    with torch.enable_grad(), _listening_to_gradients(model, anatomy.layers, sensitivity):
-        outputs: Tensor = model(batch.detach().requires_grad_(True))
-        for size in drawn_elsewhere:  # by other processes, for their batches in between
-            torch.randn((size, *outputs.shape[1:]), generator=generator)
-        noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-        if classifier:
-            logs = outputs.float().log_softmax(-1)
-            projected = (noise * logs.detach().mul(0.5).exp() * logs).sum()
-        else:
-            scale = outputs.detach().float().var().clamp_min(1e-12) * outputs[0].numel() / 2
-            projected = (noise * outputs.float()).sum() / scale.sqrt()
-        torch.autograd.backward(projected)
-    return outputs.detach()
-
-
-@contextmanager
-def _listening_to_gradients(
-    model: nn.Module, layers: tuple[Layer, ...], sums: dict[str, Tensor]
-) -> Iterator[None]:
-    def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
-        def take(gradient: Tensor) -> None:
-            rows = gradient.detach().float().movedim(layer.channel_dim, -1).flatten(0, -2)
-            gram = (rows.mT @ rows).double()
-            sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
-
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            output.register_hook(take)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    handles = [
-        model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers if layer.units
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

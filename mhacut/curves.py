@@ -1,7 +1,7 @@
 """Error curves: how far the model's answer moves when one unit alone is cut to each width and repaired.
 
 Ours. An error e of a layer's output moves the answer by a KL divergence of about 1/2 tr(S E[e e^T]), with S
-the layer's sensitivity (:class:`mhacut.calibration.Calibration`). For v and hidden channels E[e e^T] follows
+the layer's sensitivity (:class:`mhacut.sensitivity.Sensitivity`). For v and hidden channels E[e e^T] follows
 from the calibration's moments; what a cut of the logits does passes a softmax, so there the layer is run
 anew at every width. On a CIFAR-10 ViT the true divergence was 1.3 to 3 times the estimate in every unit (the
 errors of an image's tokens add up), which leaves the comparison of units intact.
@@ -62,7 +62,7 @@ def error_curves(
         module = model.get_submodule(layer.name)
         for unit in layer.units:
             if unit.key in ways and unit.kind != "qk":
-                sensitivity = calibration.sensitivity[layer.name]
+                sensitivity = calibration.sensitivity.metric[layer.name]
                 moments = calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
                     module, ways[unit.key], moments, sensitivity, choices[unit.key]
@@ -86,6 +86,7 @@ def error_curves(
                         temperature,
                         lambda: (args, kwargs),
                         output,
+                        len(images),
                     )
             done += 1
             if progress is not None:
@@ -138,15 +139,19 @@ def _logit_curve(
     temperature: Temperature,
     inputs: Callable[[], tuple[Any, Any]],
     output: Tensor,
+    images: int,
 ) -> Curve:
     unit, (args, kwargs) = way.unit, inputs()
-    sensitivity = calibration.sensitivity[layer.name]
+    sensitivity, dense = calibration.sensitivity, output.movedim(layer.channel_dim, -1)
+    metric = sensitivity.metric[layer.name]
+    weights = sensitivity.token_weights(layer.name, dense.shape[:-1], images)
     sampled = {choices[-1]: 0.0}
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(module)
         shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature)
-        error = (smaller(*args, **kwargs) - output).movedim(layer.channel_dim, -1).flatten(0, -2).double()
-        sampled[width] = float((error @ sensitivity * error).sum() / len(error)) / 2
+        error = (smaller(*args, **kwargs).movedim(layer.channel_dim, -1) - dense).flatten(0, -2).double()
+        weighed = error if weights is None else error * weights[:, None]
+        sampled[width] = float((error @ metric * weighed).sum() / len(error)) / 2
     return _interpolated(sampled, choices)
 
 

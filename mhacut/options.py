@@ -118,6 +118,8 @@ class SearchOptions:
     """Weight of the cross-entropy beside the distillation loss, where there are labels."""
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
+    token_weights: bool = True
+    """Count each token as much as it influences the answer, in what is fitted and judged; off, all alike."""
     selection: Selection = "repair"
     """Which channels fill the widths found: those that serve best once repaired, or the best indicators,
     where they are trained."""

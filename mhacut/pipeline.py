@@ -142,6 +142,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             subject.seen.images,
             batch_size=options.search.batch_size,
             sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
+            token_weights=options.search.token_weights,
             seed=options.search.seed,
             classifier=gives_probabilities(subject.dense),
             progress=lambda done, total: clock.reporter.advance(done, total),
@@ -377,7 +378,8 @@ def _calibration_images(
 
 def _sensitivity_images(options: SearchOptions, images: int) -> int:
     """How many of the images to differentiate."""
-    if options.allocation not in ("curves", "refined"):
+    weighs = options.repair and options.token_weights
+    if options.allocation not in ("curves", "refined") and not weighs:
         return 0
     fitted = images - held_back(images)
     return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))

@@ -139,7 +139,7 @@ class Planner:
                 self.calibration.moments[unit.key],
                 self.choices[unit.key][0],
                 self.options.basis,
-                self.calibration.sensitivity.get(unit.layer),
+                self.calibration.sensitivity.metric.get(unit.layer),
                 self.options.positions,
             )
             self.progress(done + 1, len(self.units), "")

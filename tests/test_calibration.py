@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
 import pytest
 import torch
 from models import CASES, Case, build, image, relative
@@ -12,6 +17,7 @@ from torch.autograd.functional import jacobian
 from mhacut.calibration import HELD_BACK, calibrate
 from mhacut.distillation import Divergence
 from mhacut.processes import Processes
+from mhacut.sensitivity import EVEN_SHARE, Sensitivity
 from mhacut.surgery import dissect
 from mhacut.tensor.moments import Moments
 
@@ -100,6 +106,17 @@ def test_it_tells_how_far_it_is_after_every_batch():
     assert told == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held back, by 3
 
 
+def test_images_that_are_differentiated_count_twice():
+    told = []
+    Calibrated(
+        images=8,
+        batch_size=3,
+        sensitivity_images=4,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(3, 12), (4, 12), (7, 12), (10, 12), (12, 12)]
+
+
 def test_the_model_is_left_as_it_was():
     it = Calibrated()
     before = {name: tensor.clone() for name, tensor in it.model.state_dict().items()}
@@ -123,7 +140,7 @@ def outputs_under(it, layer, images, errors):
 
 @pytest.mark.parametrize("classifier", [True, False])
 def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
-    it = Calibrated(batch_size=9, sensitivity_images=1, seed=3, classifier=classifier)
+    it = Calibrated(batch_size=9, sensitivity_images=9, seed=3, classifier=classifier)
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
     dense = it.model(fitted)
@@ -136,7 +153,7 @@ def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
             aim = (noise * moved).sum() * (2 / (5 * dense.var())) ** 0.5
         (gradient,) = torch.autograd.grad(aim, errors)
         expected = torch.einsum("bti,btj->ij", gradient, gradient) / len(fitted)
-        assert relative(it.found.sensitivity[layer.name], expected) < 1e-4
+        assert relative(it.found.sensitivity.metric[layer.name], expected) < 1e-4
 
 
 @pytest.mark.parametrize("classifier", [True, False])
@@ -146,7 +163,7 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
     x = it.images[1:]
     draws = x.expand(600, -1, -1, -1)
     found = calibrate(
-        it.model, it.anatomy, draws, batch_size=600, sensitivity_images=1, classifier=classifier
+        it.model, it.anatomy, draws, batch_size=600, sensitivity_images=600, classifier=classifier
     )
     dense = it.model(x)
     # Features are judged relative to their variance over the batch.
@@ -157,60 +174,61 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
         p = dense.softmax(-1)[0]
         metric = torch.diag(p) - torch.outer(p, p) if classifier else 2 * torch.eye(5) / (5 * variance)
         expected = torch.einsum("cti,cd,dtj->ij", slopes, metric.double(), slopes)
-        assert (found.sensitivity[layer.name] - expected).norm() < 0.15 * expected.norm()
+        assert (found.sensitivity.metric[layer.name] - expected).norm() < 0.15 * expected.norm()
 
 
 def test_it_foretells_the_divergence_of_small_errors():
     it = Calibrated(images=2)
     x = it.images[1:].expand(400, -1, -1, -1).contiguous()
-    found = calibrate(it.model, it.anatomy, x, batch_size=400, sensitivity_images=1)
+    found = calibrate(it.model, it.anatomy, x, batch_size=400, sensitivity_images=400)
     dense = it.model(x)
     for number, layer in enumerate(it.anatomy.layers):
         generator = torch.Generator().manual_seed(number)
         mixing = torch.randn(24, 24, generator=generator).double()
         errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
         true = float(Divergence(True)(outputs_under(it, layer.name, x, errors), dense))
-        told = float((found.sensitivity[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
+        told = float((found.sensitivity.metric[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
         assert told == pytest.approx(true, rel=0.2)
 
 
 @pytest.mark.parametrize("images", [2, 9])
 def test_images_held_back_are_never_differentiated(images):
     it = Calibrated(images=images, sensitivity_images=images)
-    assert it.found.sensitivity.keys() == {layer.name for layer in it.anatomy.layers}
+    assert it.found.sensitivity.metric.keys() == {layer.name for layer in it.anatomy.layers}
     it.images[: it.found.held] += 1
     other = it.run(sensitivity_images=images)
-    for layer, sensitivity in it.found.sensitivity.items():
-        assert torch.equal(other.sensitivity[layer], sensitivity)
+    for layer, sensitivity in it.found.sensitivity.metric.items():
+        assert torch.equal(other.sensitivity.metric[layer], sensitivity)
 
 
 def test_only_as_many_images_are_differentiated_as_asked_for():
     it = Calibrated(images=9, batch_size=2)
-    assert it.found.sensitivity == {}
+    assert it.found.sensitivity == Sensitivity()
     part = it.run(batch_size=2, sensitivity_images=4)
     it.images = torch.cat([it.images[: part.held], it.images[part.held : part.held + 4]])
     fewer = calibrate(it.model, it.anatomy, it.images, batch_size=2, sensitivity_images=4)
     # 6 images: 2 held back as before.
     assert fewer.held == part.held
-    for layer, sensitivity in part.sensitivity.items():
-        assert torch.allclose(sensitivity, fewer.sensitivity[layer])
+    for layer, sensitivity in part.sensitivity.metric.items():
+        assert torch.allclose(sensitivity, fewer.sensitivity.metric[layer])
 
 
-class Gathered(Exception):
-    """What a process would tell the others."""
+class Meeting(Processes):
+    """One of two processes that are threads here, and add up what both tell when both have told it."""
 
+    barrier = threading.Barrier(2, timeout=60)
+    told: ClassVar[dict[int, dict[str, torch.Tensor]]] = {}
 
-class Telling(Processes):
     def summed(self, tensors):
-        raise Gathered(tensors)
-
-
-class Adding(Processes):
-    def summed(self, tensors):
-        """Adds what the other process told, ``other``."""
-        names = dict.fromkeys([*tensors, *self.other])
-        parts = {name: [t[name] for t in (tensors, self.other) if name in t] for name in names}
-        return {name: torch.stack(found).sum(0) for name, found in parts.items()}
+        self.told[self.rank] = dict(tensors)
+        self.barrier.wait()
+        names = dict.fromkeys([*self.told[0], *self.told[1]])
+        found = {
+            name: torch.stack([part[name] for part in self.told.values() if name in part]).sum(0)
+            for name in names
+        }
+        self.barrier.wait()  # before either tells more
+        return found
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 16])
@@ -228,22 +246,102 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
 
     def run(processes):
         given = {"batch_size": batch_size, "sensitivity_images": 6, "processes": processes}
-        return calibrate(model, dissect(model), images, **given)
+        own = copy.deepcopy(model)  # the other listens to its own
+        return calibrate(own, dissect(own), images, **given)
 
     device = torch.device("cpu")
-    with pytest.raises(Gathered) as told:
-        run(Telling(1, 2, device))
-    first = Adding(0, 2, device)
-    object.__setattr__(first, "other", told.value.args[0])
-    shared, alone = run(first), run(None)
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(run, [Meeting(rank, 2, device) for rank in (0, 1)]))
+    shared, alone = both[0], run(None)
+    assert all(torch.equal(*pair) for pair in zip(*(it.teacher for it in both), strict=True))
     assert torch.allclose(shared.teacher, alone.teacher, rtol=1e-5, atol=1e-6)
     assert shared.held == alone.held
-    assert alone.sensitivity
-    for layer, expected in alone.sensitivity.items():
-        assert relative(shared.sensitivity[layer], expected) < 1e-5
+    assert alone.sensitivity.metric
+    assert alone.sensitivity.influence
+    for layer, expected in alone.sensitivity.metric.items():
+        assert relative(shared.sensitivity.metric[layer], expected) < 1e-5
+    for layer, grids in alone.sensitivity.influence.items():
+        for grid, expected in grids.items():
+            assert relative(shared.sensitivity.influence[layer][grid], expected) < 1e-5
     for key, expected in alone.moments.items():
         for part in ("fit", "held"):
             for pair in zip(getattr(shared.moments[key], part), getattr(expected, part), strict=True):
                 same(*pair)
         for name in ("redundancy", "difference"):
             assert relative(*(getattr(it.statistics[key], name) for it in (shared, alone))) < 1e-4
+
+
+# --- how much tokens count ---
+
+
+def test_a_token_counts_as_much_as_its_gradients_say():
+    it = Calibrated(batch_size=9, sensitivity_images=9, seed=3)
+    fitted = it.images[it.found.held :]
+    noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
+    dense = it.model(fitted)
+    for layer in it.anatomy.layers:
+        errors = torch.zeros(len(fitted), 5, 24, dtype=torch.float64, requires_grad=True)
+        moved = outputs_under(it, layer.name, fitted, errors)
+        aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
+        (gradient,) = torch.autograd.grad(aim, errors)
+        influence = gradient.square().sum((0, 2))
+        expected = EVEN_SHARE + (1 - EVEN_SHARE) * influence / influence.mean()
+        weights = it.found.sensitivity.token_weights(layer.name, (2, 5), images=2)
+        assert relative(weights, expected.repeat(2)) < 1e-4
+        assert weights.mean() == pytest.approx(1)
+
+
+def test_in_the_last_block_all_but_the_class_token_count_as_little_as_any_can():
+    it = Calibrated(sensitivity_images=9)
+    weights = it.found.sensitivity.token_weights("blocks.1.mlp", (1, 5), images=1)
+    assert weights[1:].tolist() == pytest.approx([EVEN_SHARE] * 4)
+    assert weights[0] == pytest.approx(5 - 4 * EVEN_SHARE)
+
+
+def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
+    it = Calibrated(sensitivity_images=9)
+    block, seen = it.model.blocks[0], {}
+    hooks = [
+        block.attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
+        block.attn.proj.register_forward_pre_hook(lambda m, i: seen.update(output=i[0])),
+        block.mlp.fc2.register_forward_pre_hook(lambda m, i: seen.update(hidden=i[0])),
+    ]
+    it.model(it.images)
+    [hook.remove() for hook in hooks]
+    q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
+    k = k - k.mean(2, keepdim=True)
+    attn, mlp = (
+        it.found.sensitivity.token_weights(f"blocks.0.{name}", (9, 5), images=9) for name in ("attn", "mlp")
+    )
+    assert attn.std() > 0.1  # else nothing is tested
+    assert mlp.std() > 0.1
+
+    def weighted(x, weights):
+        return Moments(45, weights @ x, x.mT @ (weights[:, None] * x))
+
+    found = {kind: it.found.moments[f"blocks.0.{name}", kind].every for name, kind in WHERE}
+    same(found["qk"][0], weighted(q.reshape(3, 45, 8), attn))
+    same(found["qk"][1], weighted(k.reshape(3, 45, 8), torch.ones_like(attn)))
+    same(found["v"][0], weighted(seen["output"].reshape(45, 24), attn))
+    same(found["hidden"][0], weighted(seen["hidden"].reshape(45, -1), mlp))
+
+
+WHERE = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
+
+
+def test_tokens_all_count_alike_where_that_is_asked_for_or_nothing_is_known():
+    it = Calibrated(sensitivity_images=9, token_weights=False)
+    assert it.found.sensitivity.metric
+    plain = it.run()
+    for key, expected in plain.moments.items():
+        for found, wanted in zip(it.found.moments[key].every, expected.every, strict=True):
+            same(found, wanted)
+    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9) is None
+
+
+def test_rows_that_are_laid_out_otherwise_than_the_output_count_alike():
+    it = Calibrated(sensitivity_images=9)
+    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9) is not None
+    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 1, 5), images=9) is None
+    assert it.found.sensitivity.token_weights("blocks.0.attn", (18, 5), images=9) is None
+    assert it.found.sensitivity.token_weights("head", (9, 5), images=9) is None

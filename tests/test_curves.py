@@ -24,7 +24,7 @@ CASES = (
     Case("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "qkv_bias": False}),
     Case("beit3_base_patch16_224", SMALL),
 )
-IMAGES = 20
+IMAGES = 60
 
 
 class Curved:
@@ -35,7 +35,7 @@ class Curved:
         self.anatomy = dissect(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
         self.calibration = calibrate(
-            self.model, self.anatomy, self.images, batch_size=IMAGES, sensitivity_images=1
+            self.model, self.anatomy, self.images, batch_size=IMAGES, sensitivity_images=IMAGES
         )
         units = self.anatomy.units()
         self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
@@ -46,7 +46,7 @@ class Curved:
                 self.calibration.moments[unit.key],
                 self.choices[unit.key][0],
                 basis,
-                self.calibration.sensitivity[unit.layer],
+                self.calibration.sensitivity.metric[unit.layer],
             )[0]
             for unit in units
         }
@@ -70,10 +70,16 @@ class Curved:
         return seen[0]
 
     def divergence(self, unit, errors):
-        """1/2 e^T S e, mean over rows."""
-        sensitivity = self.calibration.sensitivity[unit.layer]
+        """1/2 e^T S e, mean over rows, each of which counts as much as its token."""
         flat = errors.flatten(0, -2)
-        return float((flat @ sensitivity * flat).sum()) / len(flat) / 2
+        each = (flat @ self.calibration.sensitivity.metric[unit.layer] * flat).sum(-1)
+        return float(self.weights(unit, flat) @ each) / len(flat) / 2
+
+    def weights(self, unit, rows):
+        grid = (IMAGES, len(rows) // IMAGES)
+        weights = self.calibration.sensitivity.token_weights(unit.layer, grid, IMAGES)
+        assert weights.std() > 0.1  # else they are not tested
+        return weights
 
 
 @pytest.fixture(scope="module", params=["channel", "principal"])
@@ -118,7 +124,8 @@ def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
             inputs = x[:, kept]
             if unit.readout_bias is not None:
                 inputs = torch.cat([inputs, torch.ones(len(x), 1).double()], 1)
-            predicted = inputs @ torch.linalg.lstsq(inputs, x, driver="gelsd").solution
+            share = it.weights(unit, x).sqrt()[:, None]
+            predicted = inputs @ torch.linalg.lstsq(share * inputs, share * x, driver="gelsd").solution
             left = it.divergence(unit, (x - predicted) @ reader.weight.T)
             # Activations were multiplied in float32.
             assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3, abs=1e-6 * most(it, unit))

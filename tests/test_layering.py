@@ -31,6 +31,7 @@ FLOORS = (
     {"adapters"},
     {"surgery", "taps"},
     {"cost", "modelinfo", "widths"},
+    {"sensitivity"},
     {"calibration", "distillation"},
     {"reduction", "reweight", "tuning"},
     {"repair", "search", "weight_moments", "findings"},

@@ -49,6 +49,19 @@ def test_moments_add_up_and_centre_as_written_out():
     assert torch.allclose(Moments.of(x).second, moments.second, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mean", [0, 300])
+def test_rows_count_as_often_as_their_weights_say(mean):
+    x = torch.stack([rows(30, 4, 0), rows(30, 4, 1)]) + mean
+    counts = torch.randint(0, 4, (30,), generator=torch.Generator().manual_seed(0))
+    repeated = exact(x.repeat_interleave(counts, dim=-2))
+    weights = counts.double() * 30 / counts.sum()
+    found = Moments.of(x, weights)
+    assert found.rows == 30
+    assert torch.allclose(found.mean, repeated.mean, rtol=1e-6)
+    assert torch.allclose(found.energy, repeated.energy, rtol=1e-6)
+    assert relative(found.covariance, repeated.covariance) < 1e-4
+
+
 @pytest.mark.parametrize("mean", [0, 30, 3000])
 def test_a_large_mean_does_not_drown_the_variance(mean):
     x = (rows(500, 6, 0) - torch.arange(6)) @ torch.diag(torch.tensor([1, 1, 0.1, 0.1, 1e-2, 1e-2])).double()

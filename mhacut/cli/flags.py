@@ -81,6 +81,7 @@ FLAGS: dict[str, Flag] = {
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),
     "repair": Flag("Search", "Refit, in closed form, what reads a cut layer."),
+    "token_weights": Flag("Search", "Count each token as much as it influences the answer."),
     "selection": Flag(
         "Search", "Channels that fill the widths found: best once repaired, or best indicators."
     ),

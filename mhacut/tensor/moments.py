@@ -1,4 +1,4 @@
-"""First and second moments of activations, summed over any number of rows in float64."""
+"""First and second moments of activations, summed over any number of weighted rows in float64."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ class Moments:
     """Sums over rows x of x and of x x^T; batched over leading dimensions."""
 
     rows: int
-    """How many rows were summed."""
+    """How many rows were summed, and what their weights sum to."""
     total: Tensor
     """[..., d], float64."""
     second: Tensor
     """[..., d, d], float64."""
 
     @classmethod
-    def of(cls, activation: Tensor) -> Moments:
-        """Of ``activation`` [..., rows, d].
+    def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
+        """Of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times, which sum to rows.
 
         Products are taken in float32, about the mean of these rows: about 0, the rounding of a large mean
         would drown a small variance, and covariances could come out negative.
         """
         x = activation.detach().float()
-        rows, total = x.shape[-2], x.double().sum(-2)
-        centre = x.mean(-2, keepdim=True)
-        x = x - centre
-        middle = centre.squeeze(-2).double()
+        rows = x.shape[-2]
+        if weights is None:
+            total, centre = x.double().sum(-2), x.mean(-2)
+            x = x - centre.unsqueeze(-2)
+        else:
+            total = weights.double() @ x.double()
+            centre = (total / rows).float()
+            x = (x - centre.unsqueeze(-2)) * weights.float().sqrt().unsqueeze(-1)
+        middle = centre.double()
         rest = total - rows * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
         about_zero = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
