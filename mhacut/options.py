@@ -450,6 +450,8 @@ class ExportOptions(CheckpointOptions):
     def __post_init__(self) -> None:
         require_choice("--format", self.format, get_args(ExportFormat))
         require_choice("--dtype", self.dtype, get_args(ExportDtype))
+        if self.output is not None:
+            self._require_ending(os.fspath(self.output))
         require("--opset", self.opset, self.opset >= 18, "at least 18")
         if self.fixed_batch is not None:
             require("--fixed-batch", self.fixed_batch, self.fixed_batch >= 1, "at least 1")
@@ -457,6 +459,12 @@ class ExportOptions(CheckpointOptions):
             require("--fixed-batch", self.fixed_batch, traced, "--format onnx or pt2; timm takes any number")
         known = self.format != "onnx" or self.dtype != "bfloat16"
         require("--dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+
+    def _require_ending(self, output: str) -> None:
+        """What other tools tell a file by must not name another format."""
+        formats = get_args(ExportFormat)
+        told = next((name for name in formats if output.lower().endswith(f".{name}")), self.format)
+        require("--output", output, told == self.format, f"another name, or --format {told}")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,15 @@ def test_onnx_is_an_extra(slim_of, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"format": "onnx", "dtype": "bfloat16"}, {"format": "jit"}, {"fixed_batch": 0}, {"opset": 9}]
+    "options",
+    [
+        {"format": "onnx", "dtype": "bfloat16"},
+        {"format": "jit"},
+        {"fixed_batch": 0},
+        {"opset": 9},
+        {"output": "model.pt2"},
+        {"output": "model.ONNX", "format": "pt2"},
+    ],
 )
 def test_refused_before_any_work(options):
     with pytest.raises(UsageError, match="expected"):
