@@ -93,11 +93,16 @@ def shrink(
     module: nn.Module, unit: Unit, way: Reduction, width: int, moments: UnitMoments, temperature: Temperature
 ) -> None:
     """Refit one layer in place for ``unit`` at ``width``, removed channels dead."""
-    if unit.linear:  # nothing to refit
-        kept = torch.tensor(way.plan(width).kept, device=next(module.parameters()).device)
-        set_gate(module, unit, torch.zeros(unit.heads, unit.width, device=kept.device).scatter(-1, kept, 1.0))
-        return
-    _Fit.of(module, unit, way.plan(width), way.rotation, moments, temperature).apply(module, unit)
+    unit_plan = way.plan(width)
+    if not unit.linear:  # where there is nothing to refit
+        _Fit.of(module, unit, unit_plan, way.rotation, moments, temperature).apply(module, unit)
+    if unit.linear or unit.feeds:
+        kept = torch.tensor(unit_plan.kept, device=next(module.parameters()).device)
+        gain = torch.zeros(unit.heads, unit.width, device=kept.device).scatter(-1, kept, 1.0)
+        if unit.gate is not None:
+            set_gate(module, unit, gain)
+        for axis in unit.gain_axes:
+            mix(module, unit, axis, torch.diag_embed(gain.double()))
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> Non
     changes nothing; its variances become those of the mixed rows, had the rows been independent, so that it
     finds in training about what it says.
     """
-    linear = [axis]
+    linear, mixing = [axis], _of_heads(axis, mixing)
     if axis.norm is not None:
         norm = module.get_submodule(axis.norm)
         factor = norm_factor(norm)
@@ -369,10 +369,16 @@ def _scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
     return _of_norm(axis, "weight"), _of_norm(axis, "bias")
 
 
+def _of_heads(axis: ChannelAxis, of_all: Tensor) -> Tensor:
+    """What of [H, ...] belongs to the heads whose channels lie along ``axis``."""
+    return of_all if axis.heads is None else of_all[slice(*axis.heads)]
+
+
 def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, gain: Tensor) -> Tensor:
     """``tensor`` with the unit's entries along ``axis`` times ``gain`` [heads * width]."""
     size = tensor.shape[axis.dim]
     rows = axis.rows(unit.heads, unit.width).to(gain.device)
+    gain = _of_heads(axis, gain.view(unit.heads, unit.width)).reshape(-1)
     factor = gain.new_ones(size).index_copy(0, rows.flatten(), gain.repeat_interleave(rows.shape[-1]))
     shape = [1] * tensor.dim()
     shape[axis.dim] = size

@@ -37,7 +37,7 @@ from mhacut.surgery import (
     set_channels,
 )
 
-QUICK = {"crossvit", "levit, convolutions", "xcit"}
+QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit"}
 """One of a kind; the others are like one of these, and take minutes together."""
 each_case = pytest.mark.parametrize(
     "case",
@@ -60,7 +60,8 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...
         for axis in axes_of(unit):
             if (axis == unit.readout) == (unit.kind in revived):
                 channels = channels_of(module, unit, axis)
-                channels[gone] = 0
+                first, last = axis.heads or (0, unit.heads)
+                channels[gone[first:last]] = 0
                 set_channels(module, unit, axis, channels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from timm.models import (
     edgenext,
     efficientformer,
     efficientformer_v2,
+    efficientvit_mit,
     efficientvit_msra,
     fastvit,
     gemma4_vit,
@@ -112,7 +114,11 @@ class ModelCase:
     size = property(lambda self: (3, self.side, self.side))
 
     def create(self) -> nn.Module:
-        return timm.create_model(self.architecture, num_classes=5, **self.args)
+        model = timm.create_model(self.architecture, num_classes=5, **self.args)
+        for module in model.modules():
+            if type(module) is efficientvit_mit.LiteMLA:
+                _in_double(module)
+        return model
 
 
 def _maxxvit(cls: type, *, tokens: bool = False, **args: Any) -> LayerCase:
@@ -243,6 +249,28 @@ ATTENTION = {
     "iformer": LayerCase(lambda: iformer.SHMA(12), tokens=False, revived=("v",)),
     "iformer, windows": LayerCase(lambda: iformer.SHMA(12, window_size=3), tokens=False, revived=("v",)),
 }
+
+
+def _in_double(module: efficientvit_mit.LiteMLA) -> nn.Module:
+    """``module``, which computes in single precision whatever it is given, without that."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q @ (k.transpose(-1, -2) @ v)
+        return out[..., :-1] / (out[..., -1:] + self.eps)
+
+    module._attn = MethodType(attend, module)
+    return module
+
+
+def _multi_scale(**args: Any) -> LayerCase:
+    return LayerCase(lambda: _in_double(efficientvit_mit.LiteMLA(12, 12, dim=4, **args)), tokens=False)
+
+
+ATTENTION |= {
+    "efficientvit_mit": _multi_scale(),
+    "efficientvit_mit, biases and scales": _multi_scale(use_bias=(True, True), scales=(3, 5)),
+    "efficientvit_mit, norm in front": _multi_scale(norm_layer=(nn.BatchNorm2d, nn.BatchNorm2d)),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 MODELS = {
     "xcit model": ModelCase(
@@ -351,6 +379,9 @@ MODELS = {
         "iformer_t",
         {"dims": (8, 16, 32, 32), "depths": (1, 1, 4, 3), "attn_groups": (0, 0, 1, 1)},
         revived=("v",),
+    ),
+    "efficientvit_mit model": ModelCase(
+        "efficientvit_b0", {"widths": (8, 8, 16, 16, 32), "depths": (1, 1, 1, 1), "head_dim": 8}, flops="99%"
     ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }

@@ -16,6 +16,7 @@ from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
 from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
+from mhacut.adapters.multi_scale_attention import MULTI_SCALE_ATTENTION
 from mhacut.adapters.outlook_attention import OutlookAdapter
 from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
@@ -41,6 +42,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
     *MULTI_QUERY_ATTENTION,
+    *MULTI_SCALE_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *COSINE_ATTENTION,
