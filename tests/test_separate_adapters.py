@@ -36,8 +36,9 @@ from mhacut.surgery import (
     rotate,
     set_channels,
 )
+from mhacut.taps import listening
 
-QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit"}
+QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit", "efficientvit_msra"}
 """One of a kind; the others are like one of these, and take minutes together."""
 each_case = pytest.mark.parametrize(
     "case",
@@ -241,6 +242,24 @@ def test_what_removed_channels_gave_on_average_goes_into_the_norm_behind(name, n
     repair(model, anatomy, plan, moments)
     cut(model, plan)
     assert relative(model(x), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_heads_with_modules_of_their_own_are_heard_together():
+    case, heard = CASES["efficientvit_msra"], {}
+    model, x = build(case), image(case)
+    attention = model.layer
+    rows = [[] for _ in attention.qkvs]
+    for head, qkv in enumerate(attention.qkvs):
+        qkv.register_forward_hook(lambda module, args, output, head=head: rows[head].append(output))
+    units = dissect(model).units()
+    with listening(model, units, lambda unit, tap, channels: heard.update({(unit.kind, tap): channels})):
+        model(x)
+    qkv = torch.stack([row[0].movedim(1, -1) for row in rows], dim=-2)  # (B, H, W, heads, rows)
+    assert torch.equal(heard["qk", "key"], qkv[..., 4:8])
+    assert torch.equal(heard["v", "value"], qkv[..., 8:])
+    convolved = [conv(row[0][:, :4]).movedim(1, -1) for conv, row in zip(attention.dws, rows, strict=True)]
+    assert torch.equal(heard["qk", "query"], torch.stack(convolved, dim=-2))
 
 
 @pytest.mark.slow

@@ -271,6 +271,22 @@ ATTENTION |= {
     "efficientvit_mit, biases and scales": _multi_scale(use_bias=(True, True), scales=(3, 5)),
     "efficientvit_mit, norm in front": _multi_scale(norm_layer=(nn.BatchNorm2d, nn.BatchNorm2d)),
 }
+
+
+def _cascaded(heads: int, **args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: efficientvit_msra.CascadedGroupAttention(
+            12, 4, heads, resolution=4, kernels=(5, 3, 3), **args
+        ),
+        tokens=False,
+    )
+
+
+ATTENTION |= {
+    "efficientvit_msra": _cascaded(3, attn_ratio=1),
+    "efficientvit_msra, wider values": _cascaded(2, attn_ratio=1.5),
+    "efficientvit_msra, one head": _cascaded(1, attn_ratio=3),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 MODELS = {
     "xcit model": ModelCase(
@@ -382,6 +398,17 @@ MODELS = {
     ),
     "efficientvit_mit model": ModelCase(
         "efficientvit_b0", {"widths": (8, 8, 16, 16, 32), "depths": (1, 1, 1, 1), "head_dim": 8}, flops="99%"
+    ),
+    "efficientvit_msra model": ModelCase(
+        "efficientvit_m0",
+        {
+            "img_size": 128,
+            "embed_dim": (16, 24, 32),
+            "key_dim": (8, 8, 8),
+            "depth": (1, 1, 1),
+            "num_heads": (2, 2, 2),
+        },
+        side=128,
     ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }

@@ -71,7 +71,8 @@ class Tap:
     """Where the activation of a unit passes while the model runs: [..., offset + heads * width, ...]."""
 
     module: str
-    """Submodule name relative to the layer; what is read is what flows in or out of it."""
+    """Submodule name relative to the layer; what is read is what flows in or out of it. ``*`` in it stands
+    for the number of the head, where every head has a submodule of its own, which run one after the other."""
     side: Literal["input", "output"]
     offset: int = 0
     channel_dim: int = -1

@@ -10,6 +10,7 @@ import re
 from torch import nn
 
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
@@ -43,6 +44,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *TOKEN_ATTENTION,
     *MULTI_QUERY_ATTENTION,
     *MULTI_SCALE_ATTENTION,
+    *CASCADED_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *COSINE_ATTENTION,
