@@ -287,6 +287,12 @@ ATTENTION |= {
     "efficientvit_msra, wider values": _cascaded(2, attn_ratio=1.5),
     "efficientvit_msra, one head": _cascaded(1, attn_ratio=3),
 }
+ATTENTION |= {
+    "swiftformer": LayerCase(lambda: swiftformer.EfficientAdditiveAttention(12, 12), tokens=False),
+    "swiftformer, two heads": LayerCase(
+        lambda: swiftformer.EfficientAdditiveAttention(12, 8, 2), tokens=False, out=8
+    ),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 MODELS = {
     "xcit model": ModelCase(
@@ -409,6 +415,9 @@ MODELS = {
             "num_heads": (2, 2, 2),
         },
         side=128,
+    ),
+    "swiftformer model": ModelCase(
+        "swiftformer_xs", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 24, 32)}
     ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }

@@ -9,6 +9,7 @@ import re
 
 from torch import nn
 
+from mhacut.adapters.additive_attention import ADDITIVE_ATTENTION
 from mhacut.adapters.base import Adapter
 from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
@@ -45,6 +46,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *MULTI_QUERY_ATTENTION,
     *MULTI_SCALE_ATTENTION,
     *CASCADED_ATTENTION,
+    *ADDITIVE_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *COSINE_ATTENTION,
