@@ -210,9 +210,11 @@ def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
 def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
 
-    With the factors of a batch norm behind them, so that they tell errors of what the layer gives.
+    With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
     """
     columns = readout(module, unit).detach().double()
+    if unit.readout_scale is not None:
+        columns = module.get_parameter(unit.readout_scale).detach().double()[:, None] * columns
     if unit.readout_norm is None:
         return columns
     return norm_factor(module.get_submodule(unit.readout_norm))[:, None] * columns

@@ -39,6 +39,7 @@ from mhacut.surgery import (
 from mhacut.taps import listening
 
 QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit", "efficientvit_msra", "swiftformer"}
+QUICK |= {"parallel, fused", "parallel diff"}
 """One of a kind; the others are like one of these, and take minutes together."""
 each_case = pytest.mark.parametrize(
     "case",

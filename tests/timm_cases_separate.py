@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, ConvMlp, LayerNorm2d, RelPosBias
+from timm.layers import Attention, ConvMlp, DiffAttention, LayerNorm2d, RelPosBias
 from timm.models import (
     cait,
     convit,
@@ -40,6 +40,8 @@ from timm.models import (
     volo,
     xcit,
 )
+from timm.models.csatv2 import SpatialTransformerBlock
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
 
@@ -118,7 +120,7 @@ class ModelCase:
         for module in model.modules():
             if type(module) is efficientvit_mit.LiteMLA:
                 _in_double(module)
-        return model
+        return clipped(model)
 
 
 def _maxxvit(cls: type, *, tokens: bool = False, **args: Any) -> LayerCase:
@@ -157,7 +159,28 @@ MLPS = {
         lambda: clipped(gemma4_vit.Gemma4GatedMlp(12, 20, use_clipped_linears=True)), tokens=True
     ),
 }
+_NORMALISED = "q and k are normalised over the channels of a head"
+_NORM_WITHIN = "a norm before the projection runs over the v channels of a head"
+_ALL_NORMALISED = "q, k and v are normalised over the channels of a head"
 WHOLE = {
+    "parallel, normalised": (
+        LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0, qk_norm=True)),
+        {"qk": _NORMALISED},
+    ),
+    "diff": (LayerCase(lambda: DiffAttention(12, 2)), {"v": _NORM_WITHIN}),
+    "diff, normalised": (
+        LayerCase(lambda: DiffAttention(12, 2, qk_norm=True)),
+        {"qk": _NORMALISED, "v": _NORM_WITHIN},
+    ),
+    "parallel diff": (LayerCase(lambda: DiffParallelScalingBlock(12, 2, 2.0)), {"v": _NORM_WITHIN}),
+    "gemma4": (
+        LayerCase(lambda: gemma4_vit.Gemma4Attention(12, 3, 4)),
+        {"qk": _ALL_NORMALISED, "v": _ALL_NORMALISED},
+    ),
+    "csatv2": (
+        LayerCase(SpatialTransformerBlock),
+        {"qk": "q, k and v are a single channel", "v": "q, k and v are a single channel"},
+    ),
     "ConvMlp, layer norm": (
         _mlp(lambda: ConvMlp(12, 20, norm_layer=LayerNorm2d)),
         {"hidden": "a norm runs over all hidden channels"},
@@ -293,7 +316,21 @@ ATTENTION |= {
         lambda: swiftformer.EfficientAdditiveAttention(12, 8, 2), tokens=False, out=8
     ),
 }
+ATTENTION |= {
+    "diff": LayerCase(lambda: DiffAttention(12, 2, qkv_bias=True, depth=1)),
+    "diff, scalars": LayerCase(lambda: DiffAttention(12, 3, scale_norm=True, dual_lambda=True)),
+    "parallel": LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0)),
+    "parallel, biases": LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0, qkv_bias=True, init_values=0.5)),
+    "parallel, fused": LayerCase(
+        lambda: ParallelScalingBlock(12, 2, 2.0, qkv_bias=True, proj_bias=False, fuse_out_proj=True)
+    ),
+    "parallel diff": LayerCase(lambda: DiffParallelScalingBlock(12, 2, 2.0, init_values=0.5)),
+    "parallel diff, biases": LayerCase(
+        lambda: DiffParallelScalingBlock(12, 2, 2.0, qkv_bias=True, dual_lambda=True)
+    ),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
+_SMALL_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}
 MODELS = {
     "xcit model": ModelCase(
         "xcit_tiny_12_p8_224",
@@ -419,6 +456,26 @@ MODELS = {
     "swiftformer model": ModelCase(
         "swiftformer_xs", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 24, 32)}
     ),
+    "diff model": ModelCase("vit_dwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "parallel model": ModelCase("vit_pwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "parallel model, normalised": ModelCase("vit_base_patch16_xp_224", _SMALL_VIT, side=32),
+    "parallel diff model": ModelCase("vit_dpwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "gemma4 model": ModelCase(
+        "gemma4_vit_167m",
+        {
+            "depth": 1,
+            "embed_dim": 24,
+            "num_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 64,
+            "position_embedding_size": 16,
+        },
+    ),
+    "csatv2 model": ModelCase(
+        "csatv2",
+        {"dims": (16, 24, 32, 32), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+        side=128,
+    ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }
 CASES: dict[str, LayerCase | ModelCase] = {
@@ -431,7 +488,8 @@ CASES: dict[str, LayerCase | ModelCase] = {
 def clipped(module: nn.Module) -> nn.Module:
     """``module`` with clamps that bite."""
     for name, buffer in module.named_buffers():
-        buffer.fill_(-0.7 if name.endswith("min") else 0.8)
+        if name.endswith(("_min", "_max")):
+            buffer.fill_(-0.7 if name.endswith("min") else 0.8)
     return module
 
 

@@ -112,6 +112,8 @@ class Unit:
     """The bias added behind those columns, if there is one."""
     readout_norm: str | None = None
     """The batch norm behind those columns and their bias, if there is one."""
+    readout_scale: str | None = None
+    """A factor for each channel that they give, if there is one: what a layer adds to its input, weighed."""
     rotatable: bool = False
     """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
     invertible matrix and the other axes by its inverse transpose."""
