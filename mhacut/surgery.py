@@ -156,9 +156,7 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             _fold_constants(module, unit, gain)
             if unit.gate is not None:
                 layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
-            for axis in unit.gain_axes:
-                for part in _scaled_with(axis):
-                    _scale(module, unit, part, gain)
+            scale(module, unit, gain)
             layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
         _slice(module, layer, unit_plans)
         widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
@@ -198,6 +196,14 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
                     tensor = model.get_parameter(name)
                 masked[name] = _scaled(tensor, unit, axis, gain)
     return masked
+
+
+@torch.no_grad()
+def scale(module: nn.Module, unit: Unit, gain: Tensor) -> None:
+    """Multiply the unit's channels by ``gain`` [heads, width], in place, where that scales what they do."""
+    for axis in unit.gain_axes:
+        for part in _scaled_with(axis):
+            _scale(module, unit, part, gain)
 
 
 def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:

@@ -25,7 +25,8 @@ import mhacut
 from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
-from mhacut.repair import repair
+from mhacut.reduction import reductions
+from mhacut.repair import repair, shrink
 from mhacut.surgery import (
     Anatomy,
     axes_of,
@@ -33,6 +34,7 @@ from mhacut.surgery import (
     cut,
     dissect,
     masked_tensors,
+    readers,
     rotate,
     set_channels,
 )
@@ -261,6 +263,49 @@ def test_heads_with_modules_of_their_own_are_heard_together():
     assert torch.equal(heard["v", "value"], qkv[..., 8:])
     convolved = [conv(row[0][:, :4]).movedim(1, -1) for conv, row in zip(attention.dws, rows, strict=True)]
     assert torch.equal(heard["qk", "query"], torch.stack(convolved, dim=-2))
+
+
+MADE_DEAD = ["efficientvit_mit", "efficientvit_msra", "swiftformer", "parallel, biases", "diff"]
+
+
+@pytest.mark.parametrize("name", MADE_DEAD)
+@torch.no_grad()
+def test_repaired_or_shrunk_a_cut_is_a_mere_slice(name):
+    """Also where channels feed others of the layer, so that it is not enough not to read them."""
+    case = CASES[name]
+    dense, x = build(case).requires_grad_(False), image(case, batch=6)
+    anatomy = dissect(dense)
+    plan = random_plan(anatomy, 1)[0]
+    moments = calibrate(dense, anatomy, x, batch_size=6).moments
+    model = copy.deepcopy(dense)
+    repair(model, anatomy, plan, moments)
+    repaired = model(x)
+    cut(model, plan)
+    assert relative(model(x), repaired) < 1e-8
+    for unit in anatomy.units():
+        model = copy.deepcopy(dense)
+        module, seen = model.get_submodule(unit.layer), moments[unit.key]
+        (way, *_) = reductions(module, unit, seen, 1, "channel")
+        width = max(1, unit.width // 2)
+        shrink(module, unit, way, width, seen, "kept")
+        shrunk = model(x)
+        cut(model, Plan((way.plan(width),)))
+        assert relative(model(x), shrunk) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["parallel, biases", "parallel diff"])
+@torch.no_grad()
+def test_the_readers_of_a_parallel_block_tell_what_it_adds(name):
+    case = CASES[name]
+    model, x = build(case), torch.randn(2, 5, 12, dtype=torch.float64)
+    unit = next(unit for unit in dissect(model).units(("hidden",)) if unit.layer == "layer")
+    tap, before = unit.taps["hidden"], model.layer(x)
+    handle = model.layer.get_submodule(tap.module).register_forward_pre_hook(
+        lambda module, args: (torch.cat([args[0][..., : tap.offset], args[0][..., tap.offset :] + 1], -1),)
+    )
+    moved = model.layer(x) - before
+    handle.remove()
+    assert relative(moved, readers(model.layer, unit).sum(1).expand_as(moved)) < 1e-10
 
 
 @pytest.mark.slow
