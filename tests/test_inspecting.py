@@ -187,6 +187,7 @@ def test_what_cannot_be_is_refused(tiny_vit, given, message):
         "efficientvit_m0",
         "swiftformer_xs",
         "vit_pwee_patch16_reg1_gap_256",
+        "halonet26t",
     ],
 )
 def test_layers_that_are_like_no_others(name, judge, tmp_path, images):

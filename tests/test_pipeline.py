@@ -225,10 +225,12 @@ def test_refusals_leave_nothing_behind(tiny_vit, tmp_path, options, error, messa
 def test_unsupported_attention_is_refused_by_class(tmp_path):
     import timm
 
-    path = tmp_path / "botnet.safetensors"
-    save_file(timm.create_model("botnet26t_256", num_classes=5).state_dict(), path)
-    with pytest.raises(UnsupportedModelError, match="BottleneckAttn"):
-        mhacut.prune(path, flops="50%", model="botnet26t_256", output=tmp_path / "slim.safetensors", **QUICK)
+    path = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("lambda_resnet26t", num_classes=5).state_dict(), path)
+    with pytest.raises(UnsupportedModelError, match="LambdaLayer"):
+        mhacut.prune(
+            path, flops="50%", model="lambda_resnet26t", output=tmp_path / "slim.safetensors", **QUICK
+        )
     assert not (tmp_path / "slim.safetensors").exists()
 
 

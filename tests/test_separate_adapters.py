@@ -265,6 +265,26 @@ def test_heads_with_modules_of_their_own_are_heard_together():
     assert torch.equal(heard["qk", "query"], torch.stack(convolved, dim=-2))
 
 
+@pytest.mark.parametrize(
+    "name", ["efficientvit_mit", "efficientvit_msra", "swiftformer", "bottleneck", "halo"]
+)
+@torch.no_grad()
+def test_a_channel_that_is_made_of_nothing_is_heard_as_nothing(name):
+    model, x = build(CASES[name]), image(CASES[name])
+    anatomy = dissect(model)
+    (unit,) = (unit for unit in anatomy.units(("qk",)) if unit.layer == "layer")
+    kept = torch.arange(unit.width)[1:].expand(unit.heads, -1).tolist()
+    plan = Plan((UnitPlan("layer", "qk", unit.width, tuple(map(tuple, kept))),))
+    kill(model, anatomy, plan, ())
+    with listening(model, (unit,), lambda unit, tap, channels: heard.update({tap: channels})):
+        heard: dict[str, Tensor] = {}
+        model(x)
+    for tap in ("query", "key"):
+        assert heard[tap].shape[-2:] == (unit.heads, unit.width) or unit.heads == 1
+        assert not heard[tap][..., 0].any()
+        assert heard[tap][..., 1:].flatten(0, -2).any(0).all()
+
+
 MADE_DEAD = ["efficientvit_mit", "efficientvit_msra", "swiftformer", "parallel, biases", "diff"]
 
 

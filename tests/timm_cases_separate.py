@@ -10,7 +10,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, ConvMlp, DiffAttention, LayerNorm2d, RelPosBias
+from timm.layers import (
+    Attention,
+    ConvMlp,
+    DiffAttention,
+    LayerNorm2d,
+    RelPosBias,
+)
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.halo_attn import HaloAttn
 from timm.models import (
     cait,
     convit,
@@ -328,6 +336,32 @@ ATTENTION |= {
     "parallel diff, biases": LayerCase(
         lambda: DiffParallelScalingBlock(12, 2, 2.0, qkv_bias=True, dual_lambda=True)
     ),
+}
+
+
+def _bottleneck(**args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: BottleneckAttn(12, 18, feat_size=(4, 4), num_heads=3, dim_head=4, **args),
+        tokens=False,
+        out=18,
+    )
+
+
+def _halo(**args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: HaloAttn(12, 18, num_heads=3, dim_head=4, block_size=2, halo_size=1, **args),
+        tokens=False,
+        out=18,
+    )
+
+
+ATTENTION |= {
+    "bottleneck": _bottleneck(),
+    "bottleneck, biases": _bottleneck(qkv_bias=True, scale_pos_embed=True, stride=2),
+    "halo": _halo(),
+    "halo, biases": _halo(qkv_bias=True, scale_pos_embed=True),
+    "halo, strided": _halo(stride=2),
+    "halo, pooled": _halo(stride=2, avg_down=True),
 }
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 _SMALL_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}

@@ -11,6 +11,7 @@ from torch import nn
 
 from mhacut.adapters.additive_attention import ADDITIVE_ATTENTION
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.bottleneck_attention import POSITIONAL_ATTENTION
 from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.cosine_attention import COSINE_ATTENTION
@@ -49,6 +50,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *MULTI_SCALE_ATTENTION,
     *CASCADED_ATTENTION,
     *ADDITIVE_ATTENTION,
+    *POSITIONAL_ATTENTION,
     *DIFF_ATTENTION,
     *PARALLEL_ATTENTION,
     *POOLED_ATTENTION,
