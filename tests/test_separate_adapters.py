@@ -285,6 +285,16 @@ def test_a_channel_that_is_made_of_nothing_is_heard_as_nothing(name):
         assert heard[tap][..., 1:].flatten(0, -2).any(0).all()
 
 
+@pytest.mark.parametrize("name", ["efficientvit_mit", "efficientvit_msra", "parallel diff", "halo"])
+@torch.no_grad()
+def test_a_slim_layer_is_exported_for_any_batch(name):
+    case = CASES[name]
+    model, x, more = build(case), image(case), image(case, batch=3)
+    cut(model, random_plan(dissect(model), 1)[0])
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    assert relative(program.module()(more), model(more)) < 1e-10
+
+
 MADE_DEAD = ["efficientvit_mit", "efficientvit_msra", "swiftformer", "parallel, biases", "diff"]
 
 

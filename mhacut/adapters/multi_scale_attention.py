@@ -51,7 +51,7 @@ def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
     for depthwise, pointwise in module.aggreg:
         scales.append(_within_parts(pointwise, depthwise(scales[0]), heads, qk_width, v_width))
     rows = torch.cat(scales, dim=1).flatten(2)
-    rows = rows.reshape(len(rows), -1, 2 * qk_width + v_width, rows.shape[-1]).transpose(-1, -2)
+    rows = rows.reshape(x.shape[0], -1, 2 * qk_width + v_width, rows.shape[-1]).transpose(-1, -2)
     return torch.split(rows, [qk_width, qk_width, v_width], dim=-1)
 
 
