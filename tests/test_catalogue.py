@@ -16,10 +16,10 @@ def test_what_can_be_cut_and_what_is_refused():
     (mvit,) = catalogue("mvitv2_tiny")
     assert mvit.kinds == ("hidden",)
     assert any("attn" in line for line in mvit.left_whole)
-    (refused,) = catalogue("lambda_resnet26t")
+    (refused,) = catalogue("bat_resnext26ts")
     assert refused.transformer
     assert refused.kinds == ()
-    assert "LambdaLayer" in refused.refusal
+    assert "BilinearAttnTransform" in refused.refusal
     (resnet,) = catalogue("resnet18")
     assert not resnet.transformer
     assert "no attention" in resnet.refusal
@@ -32,14 +32,14 @@ def test_what_can_be_cut_and_what_is_refused():
 
 
 def test_the_command():
-    told = run("models", "lambda_resnet26t*")
+    told = run("models", "bat_resnext26*")
     assert told.exit_code == 0, told.stderr
-    assert "lambda_resnet26t" in told.stdout
+    assert "bat_resnext26ts" in told.stdout
     assert told.stdout.splitlines()[-1] == (
         "0 of 1 architectures with attention can be cut, 0 of their 1 pretrained tags; 0 have no attention"
     )
-    why = run("models", "lambda_resnet26t*", "--refused").stdout
-    assert "LambdaLayer" in why
+    why = run("models", "bat_resnext26*", "--refused").stdout
+    assert "BilinearAttnTransform" in why
     assert "Supported" not in why
     document = json.loads(run("models", "resnet18", "--json").stdout)
     assert document["schema_version"] == 1

@@ -226,10 +226,10 @@ def test_unsupported_attention_is_refused_by_class(tmp_path):
     import timm
 
     path = tmp_path / "resnet.safetensors"
-    save_file(timm.create_model("lambda_resnet26t", num_classes=5).state_dict(), path)
-    with pytest.raises(UnsupportedModelError, match="LambdaLayer"):
+    save_file(timm.create_model("bat_resnext26ts", num_classes=5).state_dict(), path)
+    with pytest.raises(UnsupportedModelError, match="BilinearAttnTransform"):
         mhacut.prune(
-            path, flops="50%", model="lambda_resnet26t", output=tmp_path / "slim.safetensors", **QUICK
+            path, flops="50%", model="bat_resnext26ts", output=tmp_path / "slim.safetensors", **QUICK
         )
     assert not (tmp_path / "slim.safetensors").exists()
 

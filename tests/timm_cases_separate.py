@@ -19,6 +19,7 @@ from timm.layers import (
 )
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.halo_attn import HaloAttn
+from timm.layers.lambda_layer import LambdaLayer
 from timm.models import (
     cait,
     convit,
@@ -362,6 +363,17 @@ ATTENTION |= {
     "halo, biases": _halo(qkv_bias=True, scale_pos_embed=True),
     "halo, strided": _halo(stride=2),
     "halo, pooled": _halo(stride=2, avg_down=True),
+}
+
+
+def _lambda(**args: Any) -> LayerCase:
+    return LayerCase(lambda: LambdaLayer(12, feat_size=(4, 4), num_heads=3, dim_head=5, **args), tokens=False)
+
+
+ATTENTION |= {
+    "lambda": _lambda(r=3),
+    "lambda, biases": _lambda(r=3, qkv_bias=True, stride=2),
+    "lambda, table": _lambda(r=None),
 }
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
 _SMALL_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}

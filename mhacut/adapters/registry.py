@@ -19,6 +19,7 @@ from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.diff_attention import DIFF_ATTENTION
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
+from mhacut.adapters.lambda_attention import LAMBDA_ATTENTION
 from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
 from mhacut.adapters.multi_scale_attention import MULTI_SCALE_ATTENTION
 from mhacut.adapters.outlook_attention import OutlookAdapter
@@ -51,6 +52,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *CASCADED_ATTENTION,
     *ADDITIVE_ATTENTION,
     *POSITIONAL_ATTENTION,
+    *LAMBDA_ATTENTION,
     *DIFF_ATTENTION,
     *PARALLEL_ATTENTION,
     *POOLED_ATTENTION,
