@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import timm
 import torch
+from torch import nn
 
-from mhacut.adapters.registry import is_attention, looks_like_attention
+from mhacut.adapters.registry import is_attention, is_pooling_head, looks_like_attention
 from mhacut.errors import UnsupportedModelError
 from mhacut.modelinfo import left_whole
 from mhacut.surgery import dissect
@@ -64,8 +65,7 @@ def _entry(name: str, tags: Sequence[str]) -> CatalogueEntry:
     try:
         anatomy = dissect(model)
     except UnsupportedModelError as error:
-        attends = any(is_attention(module) or looks_like_attention(module) for module in model.modules())
-        return CatalogueEntry(name, (), (), (), str(error), tuple(tags), attends)
+        return CatalogueEntry(name, (), (), (), str(error), tuple(tags), _attends(model))
     layers = [layer for layer in anatomy.layers if layer.adapter.family == "attention" and layer.units]
     classes = {type(model.get_submodule(layer.name)).__name__ for layer in layers}
     kinds = {unit.kind for layer in anatomy.layers for unit in layer.units}
@@ -73,3 +73,10 @@ def _entry(name: str, tags: Sequence[str]) -> CatalogueEntry:
     return CatalogueEntry(
         name, tuple(sorted(classes)), order, left_whole(anatomy), None, tuple(tags), transformer=True
     )
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether there is attention in ``module``, pooling heads aside."""
+    if is_pooling_head(module):
+        return False
+    return is_attention(module) or looks_like_attention(module) or any(map(_attends, module.children()))

@@ -1,10 +1,11 @@
 """Error curves: how far the model's answer moves when one unit alone is cut to each width and repaired.
 
 Ours. An error e of a layer's output moves the answer by a KL divergence of about 1/2 tr(S E[e e^T]), with S
-the layer's sensitivity (:class:`mhacut.sensitivity.Sensitivity`). For v and hidden channels E[e e^T] follows
-from the calibration's moments; what a cut of the logits does passes a softmax, so there the layer is run
-anew at every width. On a CIFAR-10 ViT the true divergence was 1.3 to 3 times the estimate in every unit (the
-errors of an image's tokens add up), which leaves the comparison of units intact.
+the layer's sensitivity (:class:`mhacut.sensitivity.Sensitivity`). For v and hidden channels E[e e^T]
+follows from the calibration's moments; what a cut of the logits does passes a softmax, and v channels may
+feed others, so there the layer is run anew at every width. On a CIFAR-10 ViT the true divergence was 1.3 to
+3 times the estimate in every unit (the errors of an image's tokens add up), which leaves the comparison of
+units intact.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def error_curves(
         ways: how each unit would shrink.
         calibration: of ``model``, with sensitivities.
         choices: allowed widths per unit, ascending, the dense one last.
-        images: a batch to run layers on whose logits are cut, [n, C, H, W], normalised.
+        images: a batch to run layers on where moments do not tell, [n, C, H, W], normalised.
         temperature: of the softmax, where refitting the logits does not help.
         progress: called with (layers done, layers in all).
     """
@@ -61,13 +62,13 @@ def error_curves(
     for layer in layers:
         module = model.get_submodule(layer.name)
         for unit in layer.units:
-            if unit.key in ways and unit.kind != "qk":
+            if unit.key in ways and not _is_run(unit, ways):
                 sensitivity = calibration.sensitivity.metric[layer.name]
                 moments = calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
                     module, ways[unit.key], moments, sensitivity, choices[unit.key]
                 )
-    cut_logits = [layer for layer in layers if any(_cuts_logits(unit, ways) for unit in layer.units)]
+    run_anew = [layer for layer in layers if any(_is_run(unit, ways) for unit in layer.units)]
     done = 0
 
     def replay(layer: Layer) -> Callable[..., None]:
@@ -76,8 +77,8 @@ def error_curves(
             if module is not model.get_submodule(layer.name):
                 return  # a copy made below, which took the hook along
             for unit in layer.units:
-                if _cuts_logits(unit, ways):
-                    curves[unit.key] = _logit_curve(
+                if _is_run(unit, ways):
+                    curves[unit.key] = _curve_by_runs(
                         module,
                         layer,
                         ways[unit.key],
@@ -90,16 +91,16 @@ def error_curves(
                     )
             done += 1
             if progress is not None:
-                progress(done, len(cut_logits))
+                progress(done, len(run_anew))
 
         return hook
 
     handles = [
         model.get_submodule(layer.name).register_forward_hook(replay(layer), with_kwargs=True)
-        for layer in cut_logits
+        for layer in run_anew
     ]
     try:
-        if cut_logits:
+        if run_anew:
             model(images.to(next(model.parameters()).device))
     finally:
         for handle in handles:
@@ -107,8 +108,9 @@ def error_curves(
     return curves
 
 
-def _cuts_logits(unit: Unit, ways: Mapping[UnitKey, Reduction]) -> bool:
-    return unit.kind == "qk" and unit.key in ways
+def _is_run(unit: Unit, ways: Mapping[UnitKey, Reduction]) -> bool:
+    """Whether the curve of ``unit`` takes runs of its layer."""
+    return (unit.kind == "qk" or unit.feeds) and unit.key in ways
 
 
 def _output_curve(
@@ -130,7 +132,7 @@ def _output_curve(
     return _interpolated(sampled, choices)
 
 
-def _logit_curve(
+def _curve_by_runs(
     module: nn.Module,
     layer: Layer,
     way: Reduction,

@@ -195,6 +195,8 @@ def _findings(
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
     found = {}
     for unit in layer.units:
+        if unit.kind == "hidden":  # of a block with an MLP inside
+            continue
         if evidence is None:
             seen = white_moments(module, unit)
             if seen is None:

@@ -25,6 +25,7 @@ from mhacut.surgery import (
     readers,
     readout,
     rotate,
+    scale,
     set_gate,
     temperature_factor,
 )
@@ -81,6 +82,8 @@ def repair(
         seen = moments[unit.key]
         if unit.linear:
             report[unit.key] = UnitRepair(candidates[0][0], float("inf"), 1.0)
+            if unit.gate is None:
+                scale(module, unit, _mask(candidates[0][0]))
             continue
         fits = [_Fit.of(module, unit, *candidate, seen, temperature) for candidate in candidates]
         best = min(fits, key=lambda fit: fit.refit.left)
@@ -93,11 +96,13 @@ def shrink(
     module: nn.Module, unit: Unit, way: Reduction, width: int, moments: UnitMoments, temperature: Temperature
 ) -> None:
     """Refit one layer in place for ``unit`` at ``width``, removed channels dead."""
-    if unit.linear:  # nothing to refit
-        kept = torch.tensor(way.plan(width).kept, device=next(module.parameters()).device)
-        set_gate(module, unit, torch.zeros(unit.heads, unit.width, device=kept.device).scatter(-1, kept, 1.0))
-        return
-    _Fit.of(module, unit, way.plan(width), way.rotation, moments, temperature).apply(module, unit)
+    unit_plan = way.plan(width)
+    if not unit.linear:
+        _Fit.of(module, unit, unit_plan, way.rotation, moments, temperature).apply(module, unit)
+    elif unit.gate is not None:  # nothing to refit
+        set_gate(module, unit, _mask(unit_plan).to(next(module.parameters()).device))
+    else:
+        scale(module, unit, _mask(unit_plan))
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ class _Fit:
             self._mix_queries(module, unit, self.refit)
         else:
             self._move_columns(module, unit, self.refit)
+        if unit.feeds:  # a channel that is not read is not dead
+            scale(module, unit, _mask(self.plan))
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
         mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)
@@ -161,6 +168,12 @@ class _Fit:
         columns[..., places[kept]] += added
         columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)
+
+
+def _mask(unit_plan: UnitPlan) -> Tensor:
+    """1 for channels that stay, 0 for the others, [H, d]."""
+    mask = torch.zeros(unit_plan.heads, unit_plan.dense_width)
+    return mask.scatter(-1, torch.tensor(unit_plan.kept), 1.0)
 
 
 def _flat(unit: Unit, kept: Tensor) -> Tensor:

@@ -156,9 +156,7 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             _fold_constants(module, unit, gain)
             if unit.gate is not None:
                 layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
-            for axis in unit.gain_axes:
-                for part in _scaled_with(axis):
-                    _scale(module, unit, part, gain)
+            scale(module, unit, gain)
             layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
         _slice(module, layer, unit_plans)
         widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
@@ -200,6 +198,14 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
     return masked
 
 
+@torch.no_grad()
+def scale(module: nn.Module, unit: Unit, gain: Tensor) -> None:
+    """Multiply the unit's channels by ``gain`` [heads, width], in place, where that scales what they do."""
+    for axis in unit.gain_axes:
+        for part in _scaled_with(axis):
+            _scale(module, unit, part, gain)
+
+
 def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
     """Put ``gain`` [heads, width] into the unit's gate; None opens it."""
     assert unit.gate is not None
@@ -210,9 +216,11 @@ def set_gate(module: nn.Module, unit: Unit, gain: Tensor | None) -> None:
 def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
 
-    With the factors of a batch norm behind them, so that they tell errors of what the layer gives.
+    With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
     """
     columns = readout(module, unit).detach().double()
+    if unit.readout_scale is not None:
+        columns = module.get_parameter(unit.readout_scale).detach().double()[:, None] * columns
     if unit.readout_norm is None:
         return columns
     return norm_factor(module.get_submodule(unit.readout_norm))[:, None] * columns
@@ -269,7 +277,7 @@ def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> Non
     changes nothing; its variances become those of the mixed rows, had the rows been independent, so that it
     finds in training about what it says.
     """
-    linear = [axis]
+    linear, mixing = [axis], _of_heads(axis, mixing)
     if axis.norm is not None:
         norm = module.get_submodule(axis.norm)
         factor = norm_factor(norm)
@@ -369,10 +377,16 @@ def _scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
     return _of_norm(axis, "weight"), _of_norm(axis, "bias")
 
 
+def _of_heads(axis: ChannelAxis, of_all: Tensor) -> Tensor:
+    """What of [H, ...] belongs to the heads whose channels lie along ``axis``."""
+    return of_all if axis.heads is None else of_all[slice(*axis.heads)]
+
+
 def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, gain: Tensor) -> Tensor:
     """``tensor`` with the unit's entries along ``axis`` times ``gain`` [heads * width]."""
     size = tensor.shape[axis.dim]
     rows = axis.rows(unit.heads, unit.width).to(gain.device)
+    gain = _of_heads(axis, gain.view(unit.heads, unit.width)).reshape(-1)
     factor = gain.new_ones(size).index_copy(0, rows.flatten(), gain.repeat_interleave(rows.shape[-1]))
     shape = [1] * tensor.dim()
     shape[axis.dim] = size

@@ -46,7 +46,7 @@ def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
     weights = [axis for axis in unit.axes if _projects(module, axis)]
     sides = 2 if unit.kind == "qk" else 1
     grams: list[Tensor] = []
-    if len(weights) < sides or any(axis.shared for axis in weights):
+    if len(weights) < sides or any(axis.shared or axis.heads for axis in weights):
         return grams
     for axis in weights[:sides]:
         rows = channels_of(module, unit, axis).flatten(2).double()  # (H, d, in)

@@ -16,27 +16,30 @@ def test_what_can_be_cut_and_what_is_refused():
     (mvit,) = catalogue("mvitv2_tiny")
     assert mvit.kinds == ("hidden",)
     assert any("attn" in line for line in mvit.left_whole)
-    (cascaded,) = catalogue("efficientvit_m0")
-    assert cascaded.transformer
-    assert cascaded.kinds == ()
-    assert "CascadedGroupAttention" in cascaded.refusal
+    (refused,) = catalogue("bat_resnext26ts")
+    assert refused.transformer
+    assert refused.kinds == ()
+    assert "BilinearAttnTransform" in refused.refusal
     (resnet,) = catalogue("resnet18")
     assert not resnet.transformer
     assert "no attention" in resnet.refusal
+    (pooled,) = catalogue("resnet50_clip")  # attends only behind its body
+    assert not pooled.transformer
+    assert "no attention" in pooled.refusal
     (flatten,) = catalogue("flatten_deit_tiny")
     assert flatten.kinds == ("qk", "v", "hidden")
     assert catalogue("mhacut_slim") == ()
 
 
 def test_the_command():
-    told = run("models", "*vit_m0")
+    told = run("models", "bat_resnext26*")
     assert told.exit_code == 0, told.stderr
-    assert "efficientvit_m0" in told.stdout
+    assert "bat_resnext26ts" in told.stdout
     assert told.stdout.splitlines()[-1] == (
         "0 of 1 architectures with attention can be cut, 0 of their 1 pretrained tags; 0 have no attention"
     )
-    why = run("models", "*vit_m0", "--refused").stdout
-    assert "CascadedGroupAttention" in why
+    why = run("models", "bat_resnext26*", "--refused").stdout
+    assert "BilinearAttnTransform" in why
     assert "Supported" not in why
     document = json.loads(run("models", "resnet18", "--json").stdout)
     assert document["schema_version"] == 1

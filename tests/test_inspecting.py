@@ -175,17 +175,41 @@ def test_what_cannot_be_is_refused(tiny_vit, given, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("judge", ["weights", "images"])
 @pytest.mark.parametrize(
-    "name", ["mobilevitv2_050", "levit_128s", "mobilenetv4_hybrid_medium", "gcvit_xxtiny"]
+    "name",
+    [
+        "mobilevitv2_050",
+        "levit_128s",
+        "mobilenetv4_hybrid_medium",
+        "gcvit_xxtiny",
+        "efficientvit_b0",
+        "efficientvit_m0",
+        "swiftformer_xs",
+        "vit_pwee_patch16_reg1_gap_256",
+        "halonet26t",
+    ],
 )
-def test_layers_that_are_like_no_others(name, tmp_path):
-    # Batch norms behind the readout, no number of heads, keys that heads share, q of another layer.
+def test_layers_that_are_like_no_others(name, judge, tmp_path, images):
+    # Batch norms behind the readout, no number of heads, keys that heads share, q of another layer, heads of
+    # several scales, heads in a row, a single unit, an MLP inside.
     save_file(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "model.safetensors")
     flags = ["--model", name, "--heads", "--html", str(tmp_path / "page.html"), "-q"]
+    if judge == "images":
+        flags += ["--data-dir", str(images)]
     told = run("inspect", str(tmp_path / "model.safetensors"), *flags)
     assert told.exit_code == 0, told.stderr
     assert "heads:" in told.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_the_mlp_inside_a_block_has_a_column(tmp_path):
+    name, args = "vit_pwee_patch16_reg1_gap_256", {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    save_file(timm.create_model(name, **args).state_dict(), tmp_path / "model.safetensors")
+    flags = [flag for key, value in args.items() for flag in ("--model-arg", f"{key}={value}")]
+    told = run("inspect", str(tmp_path / "model.safetensors"), "--model", name, *flags).stdout
+    lines = [line.split() for line in told.splitlines() if line.startswith(("attention  ", "blocks"))]
+    assert lines[1][lines[0].index("hidden")] == "160"
 
 
 def test_it_is_public():

@@ -225,11 +225,11 @@ def test_refusals_leave_nothing_behind(tiny_vit, tmp_path, options, error, messa
 def test_unsupported_attention_is_refused_by_class(tmp_path):
     import timm
 
-    path = tmp_path / "efficientvit.safetensors"
-    save_file(timm.create_model("efficientvit_m0", num_classes=5).state_dict(), path)
-    with pytest.raises(UnsupportedModelError, match="CascadedGroupAttention"):
+    path = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("bat_resnext26ts", num_classes=5).state_dict(), path)
+    with pytest.raises(UnsupportedModelError, match="BilinearAttnTransform"):
         mhacut.prune(
-            path, flops="50%", model="efficientvit_m0", output=tmp_path / "slim.safetensors", **QUICK
+            path, flops="50%", model="bat_resnext26ts", output=tmp_path / "slim.safetensors", **QUICK
         )
     assert not (tmp_path / "slim.safetensors").exists()
 

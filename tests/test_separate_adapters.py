@@ -25,7 +25,8 @@ import mhacut
 from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
-from mhacut.repair import repair
+from mhacut.reduction import reductions
+from mhacut.repair import repair, shrink
 from mhacut.surgery import (
     Anatomy,
     axes_of,
@@ -33,11 +34,14 @@ from mhacut.surgery import (
     cut,
     dissect,
     masked_tensors,
+    readers,
     rotate,
     set_channels,
 )
+from mhacut.taps import listening
 
-QUICK = {"crossvit", "levit, convolutions", "xcit"}
+QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit", "efficientvit_msra", "swiftformer"}
+QUICK |= {"parallel, fused", "parallel diff"}
 """One of a kind; the others are like one of these, and take minutes together."""
 each_case = pytest.mark.parametrize(
     "case",
@@ -60,7 +64,8 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...
         for axis in axes_of(unit):
             if (axis == unit.readout) == (unit.kind in revived):
                 channels = channels_of(module, unit, axis)
-                channels[gone] = 0
+                first, last = axis.heads or (0, unit.heads)
+                channels[gone[first:last]] = 0
                 set_channels(module, unit, axis, channels)
 
 
@@ -240,6 +245,97 @@ def test_what_removed_channels_gave_on_average_goes_into_the_norm_behind(name, n
     repair(model, anatomy, plan, moments)
     cut(model, plan)
     assert relative(model(x), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_heads_with_modules_of_their_own_are_heard_together():
+    case, heard = CASES["efficientvit_msra"], {}
+    model, x = build(case), image(case)
+    attention = model.layer
+    rows = [[] for _ in attention.qkvs]
+    for head, qkv in enumerate(attention.qkvs):
+        qkv.register_forward_hook(lambda module, args, output, head=head: rows[head].append(output))
+    units = dissect(model).units()
+    with listening(model, units, lambda unit, tap, channels: heard.update({(unit.kind, tap): channels})):
+        model(x)
+    qkv = torch.stack([row[0].movedim(1, -1) for row in rows], dim=-2)  # (B, H, W, heads, rows)
+    assert torch.equal(heard["qk", "key"], qkv[..., 4:8])
+    assert torch.equal(heard["v", "value"], qkv[..., 8:])
+    convolved = [conv(row[0][:, :4]).movedim(1, -1) for conv, row in zip(attention.dws, rows, strict=True)]
+    assert torch.equal(heard["qk", "query"], torch.stack(convolved, dim=-2))
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientvit_mit", "efficientvit_msra", "swiftformer", "bottleneck", "halo"]
+)
+@torch.no_grad()
+def test_a_channel_that_is_made_of_nothing_is_heard_as_nothing(name):
+    model, x = build(CASES[name]), image(CASES[name])
+    anatomy = dissect(model)
+    (unit,) = (unit for unit in anatomy.units(("qk",)) if unit.layer == "layer")
+    kept = torch.arange(unit.width)[1:].expand(unit.heads, -1).tolist()
+    plan = Plan((UnitPlan("layer", "qk", unit.width, tuple(map(tuple, kept))),))
+    kill(model, anatomy, plan, ())
+    with listening(model, (unit,), lambda unit, tap, channels: heard.update({tap: channels})):
+        heard: dict[str, Tensor] = {}
+        model(x)
+    for tap in ("query", "key"):
+        assert heard[tap].shape[-2:] == (unit.heads, unit.width) or unit.heads == 1
+        assert not heard[tap][..., 0].any()
+        assert heard[tap][..., 1:].flatten(0, -2).any(0).all()
+
+
+@pytest.mark.parametrize("name", ["efficientvit_mit", "efficientvit_msra", "parallel diff", "halo"])
+@torch.no_grad()
+def test_a_slim_layer_is_exported_for_any_batch(name):
+    case = CASES[name]
+    model, x, more = build(case), image(case), image(case, batch=3)
+    cut(model, random_plan(dissect(model), 1)[0])
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    assert relative(program.module()(more), model(more)) < 1e-10
+
+
+MADE_DEAD = ["efficientvit_mit", "efficientvit_msra", "swiftformer", "parallel, biases", "diff"]
+
+
+@pytest.mark.parametrize("name", MADE_DEAD)
+@torch.no_grad()
+def test_repaired_or_shrunk_a_cut_is_a_mere_slice(name):
+    """Also where channels feed others of the layer, so that it is not enough not to read them."""
+    case = CASES[name]
+    dense, x = build(case).requires_grad_(False), image(case, batch=6)
+    anatomy = dissect(dense)
+    plan = random_plan(anatomy, 1)[0]
+    moments = calibrate(dense, anatomy, x, batch_size=6).moments
+    model = copy.deepcopy(dense)
+    repair(model, anatomy, plan, moments)
+    repaired = model(x)
+    cut(model, plan)
+    assert relative(model(x), repaired) < 1e-8
+    for unit in anatomy.units():
+        model = copy.deepcopy(dense)
+        module, seen = model.get_submodule(unit.layer), moments[unit.key]
+        (way, *_) = reductions(module, unit, seen, 1, "channel")
+        width = max(1, unit.width // 2)
+        shrink(module, unit, way, width, seen, "kept")
+        shrunk = model(x)
+        cut(model, Plan((way.plan(width),)))
+        assert relative(model(x), shrunk) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["parallel, biases", "parallel diff"])
+@torch.no_grad()
+def test_the_readers_of_a_parallel_block_tell_what_it_adds(name):
+    case = CASES[name]
+    model, x = build(case), torch.randn(2, 5, 12, dtype=torch.float64)
+    unit = next(unit for unit in dissect(model).units(("hidden",)) if unit.layer == "layer")
+    tap, before = unit.taps["hidden"], model.layer(x)
+    handle = model.layer.get_submodule(tap.module).register_forward_pre_hook(
+        lambda module, args: (torch.cat([args[0][..., : tap.offset], args[0][..., tap.offset :] + 1], -1),)
+    )
+    moved = model.layer(x) - before
+    handle.remove()
+    assert relative(moved, readers(model.layer, unit).sum(1).expand_as(moved)) < 1e-10
 
 
 @pytest.mark.slow

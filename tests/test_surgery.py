@@ -16,11 +16,7 @@ from mhacut.surgery import cut, dissect
 @pytest.mark.parametrize(
     ("architecture", "cls"),
     [
-        ("efficientvit_b0", "LiteMLA"),
-        ("efficientvit_m0", "CascadedGroupAttention"),
-        ("swiftformer_xs", "EfficientAdditiveAttention"),
-        # An MLP inside, or registered attention beside, does not make it known.
-        ("csatv2", "SpatialTransformerBlock"),
+        ("bat_resnext26ts", "BilinearAttnTransform"),
     ],
 )
 def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
@@ -63,11 +59,11 @@ def test_a_subclass_needs_a_registration_of_its_own():
 
 def test_what_only_holds_a_refused_class_is_not_named_beside_it():
     with torch.device("meta"):
-        model = timm.create_model("efficientvit_m0")
+        model = timm.create_model("bat_resnext26ts")
     with pytest.raises(UnsupportedModelError) as refusal:
         dissect(model)
-    assert "CascadedGroupAttention " in str(refusal.value)
-    assert "LocalWindowAttention" not in str(refusal.value)
+    assert "BilinearAttnTransform " in str(refusal.value)
+    assert "BatNonLocalAttn" not in str(refusal.value)
 
 
 def test_attention_with_an_mlp_inside_is_refused_too():

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, ConvMlp, LayerNorm2d, RelPosBias
+from timm.layers import (
+    Attention,
+    ConvMlp,
+    DiffAttention,
+    LayerNorm2d,
+    RelPosBias,
+)
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.halo_attn import HaloAttn
+from timm.layers.lambda_layer import LambdaLayer
 from timm.models import (
     cait,
     convit,
@@ -19,6 +29,7 @@ from timm.models import (
     edgenext,
     efficientformer,
     efficientformer_v2,
+    efficientvit_mit,
     efficientvit_msra,
     fastvit,
     gemma4_vit,
@@ -38,6 +49,8 @@ from timm.models import (
     volo,
     xcit,
 )
+from timm.models.csatv2 import SpatialTransformerBlock
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
 
@@ -112,7 +125,11 @@ class ModelCase:
     size = property(lambda self: (3, self.side, self.side))
 
     def create(self) -> nn.Module:
-        return timm.create_model(self.architecture, num_classes=5, **self.args)
+        model = timm.create_model(self.architecture, num_classes=5, **self.args)
+        for module in model.modules():
+            if type(module) is efficientvit_mit.LiteMLA:
+                _in_double(module)
+        return clipped(model)
 
 
 def _maxxvit(cls: type, *, tokens: bool = False, **args: Any) -> LayerCase:
@@ -151,7 +168,28 @@ MLPS = {
         lambda: clipped(gemma4_vit.Gemma4GatedMlp(12, 20, use_clipped_linears=True)), tokens=True
     ),
 }
+_NORMALISED = "q and k are normalised over the channels of a head"
+_NORM_WITHIN = "a norm before the projection runs over the v channels of a head"
+_ALL_NORMALISED = "q, k and v are normalised over the channels of a head"
 WHOLE = {
+    "parallel, normalised": (
+        LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0, qk_norm=True)),
+        {"qk": _NORMALISED},
+    ),
+    "diff": (LayerCase(lambda: DiffAttention(12, 2)), {"v": _NORM_WITHIN}),
+    "diff, normalised": (
+        LayerCase(lambda: DiffAttention(12, 2, qk_norm=True)),
+        {"qk": _NORMALISED, "v": _NORM_WITHIN},
+    ),
+    "parallel diff": (LayerCase(lambda: DiffParallelScalingBlock(12, 2, 2.0)), {"v": _NORM_WITHIN}),
+    "gemma4": (
+        LayerCase(lambda: gemma4_vit.Gemma4Attention(12, 3, 4)),
+        {"qk": _ALL_NORMALISED, "v": _ALL_NORMALISED},
+    ),
+    "csatv2": (
+        LayerCase(SpatialTransformerBlock),
+        {"qk": "q, k and v are a single channel", "v": "q, k and v are a single channel"},
+    ),
     "ConvMlp, layer norm": (
         _mlp(lambda: ConvMlp(12, 20, norm_layer=LayerNorm2d)),
         {"hidden": "a norm runs over all hidden channels"},
@@ -243,7 +281,102 @@ ATTENTION = {
     "iformer": LayerCase(lambda: iformer.SHMA(12), tokens=False, revived=("v",)),
     "iformer, windows": LayerCase(lambda: iformer.SHMA(12, window_size=3), tokens=False, revived=("v",)),
 }
+
+
+def _in_double(module: efficientvit_mit.LiteMLA) -> nn.Module:
+    """``module``, which computes in single precision whatever it is given, without that."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q @ (k.transpose(-1, -2) @ v)
+        return out[..., :-1] / (out[..., -1:] + self.eps)
+
+    module._attn = MethodType(attend, module)
+    return module
+
+
+def _multi_scale(**args: Any) -> LayerCase:
+    return LayerCase(lambda: _in_double(efficientvit_mit.LiteMLA(12, 12, dim=4, **args)), tokens=False)
+
+
+ATTENTION |= {
+    "efficientvit_mit": _multi_scale(),
+    "efficientvit_mit, biases and scales": _multi_scale(use_bias=(True, True), scales=(3, 5)),
+    "efficientvit_mit, norm in front": _multi_scale(norm_layer=(nn.BatchNorm2d, nn.BatchNorm2d)),
+}
+
+
+def _cascaded(heads: int, **args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: efficientvit_msra.CascadedGroupAttention(
+            12, 4, heads, resolution=4, kernels=(5, 3, 3), **args
+        ),
+        tokens=False,
+    )
+
+
+ATTENTION |= {
+    "efficientvit_msra": _cascaded(3, attn_ratio=1),
+    "efficientvit_msra, wider values": _cascaded(2, attn_ratio=1.5),
+    "efficientvit_msra, one head": _cascaded(1, attn_ratio=3),
+}
+ATTENTION |= {
+    "swiftformer": LayerCase(lambda: swiftformer.EfficientAdditiveAttention(12, 12), tokens=False),
+    "swiftformer, two heads": LayerCase(
+        lambda: swiftformer.EfficientAdditiveAttention(12, 8, 2), tokens=False, out=8
+    ),
+}
+ATTENTION |= {
+    "diff": LayerCase(lambda: DiffAttention(12, 2, qkv_bias=True, depth=1)),
+    "diff, scalars": LayerCase(lambda: DiffAttention(12, 3, scale_norm=True, dual_lambda=True)),
+    "parallel": LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0)),
+    "parallel, biases": LayerCase(lambda: ParallelScalingBlock(12, 3, 2.0, qkv_bias=True, init_values=0.5)),
+    "parallel, fused": LayerCase(
+        lambda: ParallelScalingBlock(12, 2, 2.0, qkv_bias=True, proj_bias=False, fuse_out_proj=True)
+    ),
+    "parallel diff": LayerCase(lambda: DiffParallelScalingBlock(12, 2, 2.0, init_values=0.5)),
+    "parallel diff, biases": LayerCase(
+        lambda: DiffParallelScalingBlock(12, 2, 2.0, qkv_bias=True, dual_lambda=True)
+    ),
+}
+
+
+def _bottleneck(**args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: BottleneckAttn(12, 18, feat_size=(4, 4), num_heads=3, dim_head=4, **args),
+        tokens=False,
+        out=18,
+    )
+
+
+def _halo(**args: Any) -> LayerCase:
+    return LayerCase(
+        lambda: HaloAttn(12, 18, num_heads=3, dim_head=4, block_size=2, halo_size=1, **args),
+        tokens=False,
+        out=18,
+    )
+
+
+ATTENTION |= {
+    "bottleneck": _bottleneck(),
+    "bottleneck, biases": _bottleneck(qkv_bias=True, scale_pos_embed=True, stride=2),
+    "halo": _halo(),
+    "halo, biases": _halo(qkv_bias=True, scale_pos_embed=True),
+    "halo, strided": _halo(stride=2),
+    "halo, pooled": _halo(stride=2, avg_down=True),
+}
+
+
+def _lambda(**args: Any) -> LayerCase:
+    return LayerCase(lambda: LambdaLayer(12, feat_size=(4, 4), num_heads=3, dim_head=5, **args), tokens=False)
+
+
+ATTENTION |= {
+    "lambda": _lambda(r=3),
+    "lambda, biases": _lambda(r=3, qkv_bias=True, stride=2),
+    "lambda, table": _lambda(r=None),
+}
 LAYERS = {**{f"mlp {name}": case for name, case in MLPS.items()}, **ATTENTION}
+_SMALL_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}
 MODELS = {
     "xcit model": ModelCase(
         "xcit_tiny_12_p8_224",
@@ -352,6 +485,43 @@ MODELS = {
         {"dims": (8, 16, 32, 32), "depths": (1, 1, 4, 3), "attn_groups": (0, 0, 1, 1)},
         revived=("v",),
     ),
+    "efficientvit_mit model": ModelCase(
+        "efficientvit_b0", {"widths": (8, 8, 16, 16, 32), "depths": (1, 1, 1, 1), "head_dim": 8}, flops="99%"
+    ),
+    "efficientvit_msra model": ModelCase(
+        "efficientvit_m0",
+        {
+            "img_size": 128,
+            "embed_dim": (16, 24, 32),
+            "key_dim": (8, 8, 8),
+            "depth": (1, 1, 1),
+            "num_heads": (2, 2, 2),
+        },
+        side=128,
+    ),
+    "swiftformer model": ModelCase(
+        "swiftformer_xs", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 24, 32)}
+    ),
+    "diff model": ModelCase("vit_dwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "parallel model": ModelCase("vit_pwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "parallel model, normalised": ModelCase("vit_base_patch16_xp_224", _SMALL_VIT, side=32),
+    "parallel diff model": ModelCase("vit_dpwee_patch16_reg1_gap_256", _SMALL_VIT, side=32),
+    "gemma4 model": ModelCase(
+        "gemma4_vit_167m",
+        {
+            "depth": 1,
+            "embed_dim": 24,
+            "num_heads": 2,
+            "head_dim": 12,
+            "intermediate_size": 64,
+            "position_embedding_size": 16,
+        },
+    ),
+    "csatv2 model": ModelCase(
+        "csatv2",
+        {"dims": (16, 24, 32, 32), "depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)},
+        side=128,
+    ),
     "vitamin model": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}),
 }
 CASES: dict[str, LayerCase | ModelCase] = {
@@ -364,7 +534,8 @@ CASES: dict[str, LayerCase | ModelCase] = {
 def clipped(module: nn.Module) -> nn.Module:
     """``module`` with clamps that bite."""
     for name, buffer in module.named_buffers():
-        buffer.fill_(-0.7 if name.endswith("min") else 0.8)
+        if name.endswith(("_min", "_max")):
+            buffer.fill_(-0.7 if name.endswith("min") else 0.8)
     return module
 
 

@@ -71,7 +71,8 @@ class Tap:
     """Where the activation of a unit passes while the model runs: [..., offset + heads * width, ...]."""
 
     module: str
-    """Submodule name relative to the layer; what is read is what flows in or out of it."""
+    """Submodule name relative to the layer; what is read is what flows in or out of it. ``*`` in it stands
+    for the number of the head, where every head has a submodule of its own, which run one after the other."""
     side: Literal["input", "output"]
     offset: int = 0
     channel_dim: int = -1
@@ -111,6 +112,8 @@ class Unit:
     """The bias added behind those columns, if there is one."""
     readout_norm: str | None = None
     """The batch norm behind those columns and their bias, if there is one."""
+    readout_scale: str | None = None
+    """A factor for each channel that they give, if there is one: what a layer adds to its input, weighed."""
     rotatable: bool = False
     """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
     invertible matrix and the other axes by its inverse transpose."""
@@ -122,6 +125,9 @@ class Unit:
     unmixed: bool = False
     """q/k channels that something treats one by one behind the projection, beside a plain product: kept ones
     cannot be mixed to stand in for others, and what is constant over the keys matters."""
+    feeds: bool = False
+    """The channels make others of the layer before they are read out: what goes with them is not only what
+    the readout loses, and is seen by running the layer without them."""
     gate: str | None = None
     """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges

@@ -36,7 +36,7 @@ class MultiQueryAdapter(Adapter):
             axes=(*query, *_axes(module.key, "key", (0,))),
             gain_axes=query,
             taps={
-                "query": Tap("query.proj", "output", then=partial(_every_head, heads)),
+                "query": Tap("query.proj", "output", then=partial(every_head, heads)),
                 "key": Tap("key.proj", "output", channel_dim=1),
             },
             rotatable=True,
@@ -66,7 +66,7 @@ def _axes(part: Any, name: str, copies: tuple[int, ...]) -> tuple[ChannelAxis, .
     )
 
 
-def _every_head(heads: int, module: Any, x: Tensor) -> Tensor:
+def every_head(heads: int, module: Any, x: Tensor) -> Tensor:
     """[B, heads * d, H, W], each head an observation of its own: [B, H, W, heads, d]."""
     x = x.movedim(1, -1)
     return x.reshape(*x.shape[:-1], heads, -1)

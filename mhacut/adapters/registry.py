@@ -9,14 +9,21 @@ import re
 
 from torch import nn
 
+from mhacut.adapters.additive_attention import ADDITIVE_ATTENTION
 from mhacut.adapters.base import Adapter
+from mhacut.adapters.bottleneck_attention import POSITIONAL_ATTENTION
+from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
+from mhacut.adapters.diff_attention import DIFF_ATTENTION
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
+from mhacut.adapters.lambda_attention import LAMBDA_ATTENTION
 from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
+from mhacut.adapters.multi_scale_attention import MULTI_SCALE_ATTENTION
 from mhacut.adapters.outlook_attention import OutlookAdapter
+from mhacut.adapters.parallel_attention import PARALLEL_ATTENTION
 from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
@@ -41,6 +48,13 @@ ADAPTERS: tuple[Adapter, ...] = (
     *ROPE_ATTENTION,
     *TOKEN_ATTENTION,
     *MULTI_QUERY_ATTENTION,
+    *MULTI_SCALE_ATTENTION,
+    *CASCADED_ATTENTION,
+    *ADDITIVE_ATTENTION,
+    *POSITIONAL_ATTENTION,
+    *LAMBDA_ATTENTION,
+    *DIFF_ATTENTION,
+    *PARALLEL_ATTENTION,
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *COSINE_ATTENTION,

@@ -47,11 +47,13 @@ def text(result: InspectResult, *, heads: bool) -> str:
 
 def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
     found = ["sim", "r99"] if judged else []
-    rows = [["attention", "heads", "qk", *found, "v", *found, "FLOPs", "params"]]
+    mlps = ["hidden"] if any("hidden" in layer.units for layer in layers) else []  # in blocks that hold both
+    rows = [["attention", "heads", "qk", *found, "v", *found, *mlps, "FLOPs", "params"]]
     for layer in layers:
         cells = [safe(layer.name), str(layer.heads)]
         for kind in ("qk", "v"):
             cells += [_width(layer, kind), *(_means(layer, kind) if judged else [])]
+        cells += [_width(layer, kind) for kind in mlps]
         rows.append([*cells, _percent(layer.share), _percent(layer.parameter_share)])
     return table(rows)
 

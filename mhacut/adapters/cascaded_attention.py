@@ -1,0 +1,138 @@
+"""Heads in a row: ``CascadedGroupAttention`` of EfficientViT (Microsoft).
+
+Every head has a ``qkvs`` of its own, which reads a share of the map's channels and, added to it, what the
+head before gave. q passes a depthwise convolution: q/k channels are chosen, never mixed, and gated behind it.
+A channel of v leaves by a column of the projection and by the channel of the next head's input that it is
+added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models.efficientvit_msra import CascadedGroupAttention
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.per_head_attention import FreshBiases
+from mhacut.adapters.rows import Projection
+from mhacut.adapters.softmax import as_map, as_tokens, attend_in
+from mhacut.plan import UnitKind
+
+_PLACES = "places_of_values"
+"""Buffer with the place of each channel of the next head's input among the v channels that a head kept,
+[H, d]; for those that it did not keep, one past the last."""
+
+
+class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: ignore[misc]
+    """EfficientViT's, at any widths. Made by ``resize``, never constructed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same."""
+        shares, biases = x.chunk(self.num_heads, dim=1), self.get_attention_biases(x.device)
+        given: list[Tensor] = []
+        for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.dws, strict=True)):
+            read = shares[head] + self.passed_on(given[-1], head - 1) if head else shares[0]
+            q, k, v = torch.split(qkv(read), [self.key_dim, self.key_dim, self.val_dim], dim=1)
+            q, k, v = (as_tokens(part)[:, None] for part in (depthwise(q), k, v))
+            given.append(as_map(attend_in(self, q, k, v, biases[head]), x.shape[2:]))
+        projected: Tensor = self.proj(torch.cat(given, dim=1))
+        return projected
+
+    def passed_on(self, given: Tensor, head: int) -> Tensor:
+        """What ``head`` gave, [B, kept, H, W], among zeros for the channels that it did not keep."""
+        places = getattr(self, _PLACES, None)
+        if places is None:
+            return given
+        return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1).index_select(1, places[head])
+
+
+class CascadedAdapter(Adapter):
+    """Rows of each of ``qkvs`` are [q | k | v]; all that makes channels has a batch norm."""
+
+    family = "attention"
+    module_classes = (CascadedGroupAttention, SlimCascadedGroupAttention)
+
+    def describe(self, name: str, module: Any) -> Layer:
+        heads, qk_width, v_width = module.num_heads, module.key_dim, module.val_dim
+        proj = Projection.of(module, "proj.1")
+        query, key, value = (_rows(module, "qkvs", offset) for offset in (0, qk_width, 2 * qk_width))
+        convolved = _rows(module, "dws")
+        qk = Unit(
+            name,
+            "qk",
+            heads,
+            qk_width,
+            axes=query + key + convolved,
+            gain_axes=convolved,
+            taps={
+                "query": Tap("dws.*", "output", channel_dim=1),
+                "key": Tap("qkvs.*", "output", qk_width, channel_dim=1),
+            },
+            softmax_scaled=True,
+            unmixed=True,
+        )
+        v = Unit(
+            name,
+            "v",
+            heads,
+            v_width,
+            axes=(*value, proj.columns()),
+            gain_axes=value,
+            taps={
+                "value": Tap("qkvs.*", "output", 2 * qk_width, channel_dim=1),
+                "output": proj.tap("input"),
+            },
+            readout=proj.columns(),
+            readout_norm=proj.norm,
+            feeds=heads > 1,
+        )
+        return Layer(name, self, (qk, v), channel_dim=1)
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        windows, _, height, width = input_shape
+        tokens, read = height * width, Projection.of(module, "proj.1").flops_per_column
+        total: Any = 0
+        for head in range(module.num_heads):
+            row, convolved = (
+                Projection.of(module, f"{part}.{head}").flops_per_row for part in ("qkvs", "dws")
+            )
+            total = (
+                total + widths["qk"] * (2 * row + convolved + tokens) + widths["v"] * (row + tokens + read)
+            )
+        return windows * tokens * total
+
+    def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Where the next head's input finds what it adds."""
+        if unit.kind != "v":
+            return
+        kept = kept.to(module.attention_biases.device)
+        heads, width = kept.shape
+        places = getattr(module, _PLACES, None)
+        if places is None:
+            places = torch.arange(unit.width, device=kept.device).expand(heads, -1)
+        moved = kept.new_full((heads, unit.width + 1), width)
+        moved.scatter_(1, kept, torch.arange(width, device=kept.device).expand(heads, -1))
+        module.register_buffer(_PLACES, moved.gather(1, places), persistent=False)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        module.__class__ = SlimCascadedGroupAttention
+        module.key_dim, module.val_dim = widths["qk"], widths["v"]
+        module.scale = widths["qk"] ** -0.5
+        slim: nn.Module = module
+        return slim
+
+
+def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
+    """From row ``offset`` on of every head's own."""
+    return tuple(
+        replace(axis, heads=(head, head + 1))
+        for head in range(module.num_heads)
+        for axis in Projection.of(module, f"{part}.{head}").rows(offset)
+    )
+
+
+CASCADED_ATTENTION = (CascadedAdapter(),)

@@ -1,0 +1,192 @@
+"""Linear attention at several scales: ``LiteMLA`` of EfficientViT (MIT).
+
+Every scale has heads of its own: those of the first are what ``qkv`` gives, those of the others what a
+depthwise convolution and then one within the q, the k and the v of each head make of them. So a channel of
+the first scale feeds its own head and, beside others, all channels of that head at the other scales. All
+heads keep as many channels, each its own; q and k end in a ReLU and v in the depthwise convolution, so that
+they are chosen, never mixed. What scales their rows scales all that they feed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.efficientvit_mit import LiteMLA
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.rows import Projection
+from mhacut.plan import UnitKind
+
+
+class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
+    """EfficientViT's, with other widths for q/k than for v. Made by ``resize``, never constructed.
+
+    The convolution within q, k and v reads as many channels as it writes, fewer of one kind than of the
+    other: its weight has room for the wider, and zeros there that are not read.
+    """
+
+    num_heads: int
+    """Of one scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C_out, H, W]."""
+        q, k, v = heads_of_all_scales(self, x)
+        q, k, v = self.kernel_func(q), self.kernel_func(k), F.pad(v, (0, 1), value=1.0)
+        with torch.autocast(device_type=v.device.type, enabled=False):
+            out = self._attn(q, k, v)
+        projected: Tensor = self.proj(out.transpose(-1, -2).reshape(x.shape[0], -1, *x.shape[2:]))
+        return projected
+
+
+def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v, each [B, heads of all scales, N, d], of [B, C, H, W]."""
+    heads, qk_width, v_width = _sizes(module)
+    scales = [module.qkv(x)]
+    for depthwise, pointwise in module.aggreg:
+        scales.append(_within_parts(pointwise, depthwise(scales[0]), heads, qk_width, v_width))
+    rows = torch.cat(scales, dim=1).flatten(2)
+    rows = rows.reshape(x.shape[0], -1, 2 * qk_width + v_width, rows.shape[-1]).transpose(-1, -2)
+    return torch.split(rows, [qk_width, qk_width, v_width], dim=-1)
+
+
+def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int) -> Tensor:
+    """``conv`` of [B, C, H, W], whose groups are the q, the k and the v of each head."""
+    if qk_width == v_width:
+        same: Tensor = conv(x)
+        return same
+    by_head, weight = x.reshape(x.shape[0], heads, -1, *x.shape[2:]), conv.weight.unflatten(0, (heads, -1))
+    bias = None if conv.bias is None else conv.bias.unflatten(0, (heads, -1))
+    parts = []
+    for part, width in ((slice(2 * qk_width), qk_width), (slice(2 * qk_width, None), v_width)):
+        rows = weight[:, part, :width]
+        made = F.conv2d(
+            by_head[:, :, part].flatten(1, 2),
+            rows.flatten(0, 1),
+            None if bias is None else bias[:, part].flatten(),
+            groups=heads * rows.shape[1] // width,
+        )
+        parts.append(made.reshape(x.shape[0], heads, -1, *x.shape[2:]))
+    return torch.cat(parts, dim=2).flatten(1, 2)
+
+
+class MultiScaleAdapter(Adapter):
+    """Rows of ``qkv``, and of what makes the other scales of it, are q, k, v within every head."""
+
+    family = "attention"
+    module_classes = (LiteMLA, SlimLiteMLA)
+
+    def heads(self, module: Any) -> int:
+        """Of all scales."""
+        return _sizes(module)[0] * (1 + len(module.aggreg))
+
+    def describe(self, name: str, module: Any) -> Layer:
+        _, qk_width, v_width = _sizes(module)
+        proj, heads = Projection.of(module, "proj"), self.heads(module)
+        query, key, value = (_rows(module, offset) for offset in (0, qk_width, 2 * qk_width))
+        value_tap = _tap(2, v_width)
+        qk = Unit(
+            name,
+            "qk",
+            heads,
+            qk_width,
+            axes=query[0] + key[0],
+            gain_axes=query[1] + key[1],
+            taps={"query": _tap(0, qk_width), "key": _tap(1, qk_width), "value": value_tap},
+            linear=True,
+        )
+        v = Unit(
+            name,
+            "v",
+            heads,
+            v_width,
+            axes=(*value[0], proj.columns()),
+            gain_axes=value[1],
+            taps={"value": value_tap, "output": proj.tap("input")},
+            readout=proj.columns(),
+            readout_bias=proj.bias,
+            readout_norm=proj.norm,
+            feeds=bool(module.aggreg),
+        )
+        return Layer(name, self, (qk, v), channel_dim=1)
+
+    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
+        qk, v = widths["qk"], widths["v"]
+        qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
+        positions = math.prod(input_shape) // qkv.reads
+        rows = qkv.flops_per_row + sum(conv.weight[0].numel() for conv, _ in module.aggreg)
+        within = len(module.aggreg) * (2 * qk * qk + v * v)
+        scales = 1 + len(module.aggreg)
+        # Keys times values and ones, queries times that; the projection.
+        attended = scales * (2 * qk * (v + 1) + v * proj.flops_per_column)
+        return positions * _sizes(module)[0] * (rows * (2 * qk + v) + within + attended)
+
+    def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Move what the other scales read of the first in front of what they no longer do."""
+        heads, qk_width, _ = _sizes(module)
+        width = kept.shape[1]
+        for _, pointwise in module.aggreg:
+            weight = pointwise.weight.detach().unflatten(0, (heads, -1))
+            index = kept[:heads, None, :, None, None].to(weight.device).expand(-1, unit.width, -1, 1, 1)
+            for first in (0, qk_width) if unit.kind == "qk" else (2 * qk_width,):
+                rows = weight[:, first : first + unit.width]
+                chosen = rows.gather(2, index)
+                rows.zero_()
+                rows[:, :, :width] = chosen
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+        qk_width, v_width = widths["qk"], widths["v"]
+        module.num_heads = Projection.of(module, "qkv").writes // (2 * qk_width + v_width)
+        for _, conv in module.aggreg:
+            weight = conv.weight.detach()[:, : max(qk_width, v_width)].contiguous()
+            conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+            conv.in_channels = conv.out_channels
+        module.dim = v_width
+        module.__class__ = LiteMLA if qk_width == v_width else SlimLiteMLA
+        slim: nn.Module = module
+        return slim
+
+
+def _sizes(module: Any) -> tuple[int, int, int]:
+    """Heads of one scale, channels of each for q and k, and for v."""
+    qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
+    heads = module.num_heads if isinstance(module, SlimLiteMLA) else qkv.writes // (3 * module.dim)
+    v_width = proj.reads // (heads * (1 + len(module.aggreg)))
+    return heads, (qkv.writes // heads - v_width) // 2, v_width
+
+
+def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[ChannelAxis, ...]]:
+    """Rows that make q, k or v, which begin at ``offset`` of a head; and those that a factor scales."""
+    heads, qk_width, v_width = _sizes(module)
+    stride, first = 2 * qk_width + v_width, (0, heads)
+    qkv = Projection.of(module, "qkv")
+    rows = [replace(axis, heads=first) for axis in qkv.rows(offset, stride)]
+    scaled = [replace(axis, heads=first) for axis in qkv.scaled_rows(offset, stride)]
+    for scale in range(len(module.aggreg)):
+        depthwise, pointwise = (Projection.of(module, f"aggreg.{scale}.{part}") for part in (0, 1))
+        passed = [replace(axis, heads=first) for axis in depthwise.rows(offset, stride)]
+        own = ((scale + 1) * heads, (scale + 2) * heads)
+        made = [replace(axis, heads=own) for axis in pointwise.rows(offset, stride)]
+        rows += passed + made
+        scaled += passed[1:] + made  # of the depthwise convolution the bias; its weight has scaled input
+    return tuple(rows), tuple(scaled)
+
+
+def _tap(part: int, width: int) -> Tap:
+    """q, k or v of all scales as attention sees it: no module makes it, the layer does, of its input."""
+
+    def features(module: Any, x: Tensor) -> Tensor:
+        made = heads_of_all_scales(module, x)[part]
+        if part < 2:
+            made = module.kernel_func(made)
+        return made.transpose(1, 2).flatten(2)
+
+    return Tap("", "input", width=width, then=features)
+
+
+MULTI_SCALE_ATTENTION = (MultiScaleAdapter(),)
