@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta import TraceableOnMeta, products
+from meta import Remembering, TraceableOnMeta, products
 from torch import nn
 
 from mhacut.adapters.registry import is_pooling_head, is_position_bias
@@ -182,7 +182,9 @@ def _check_run(outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Ana
             f"silently left whole: activations are multiplied in {unseen[0] or 'the model itself'} "
             f"({type(model.get_submodule(unseen[0])).__name__}, {len(unseen)} modules)"
         )
-    if (given := _output_shapes(slim, size)) != expected:
+    with Remembering():
+        given = _output_shapes(slim, size)
+    if given != expected:
         outcome.failures.append(f"the slim model's output is {given}, expected {expected}")
     classes = int(getattr(model, "num_classes", 0) or 0)
     if classes and expected != [(BATCH, classes)]:
