@@ -101,7 +101,10 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
 def _refusal(outcome: Outcome) -> str:
     if outcome.entry is None:
         return "cannot be built"
-    return (outcome.entry.refusal or "").partition("; a model is cut whole")[0].partition(" (first at")[0]
+    refusal = outcome.entry.refusal or ""
+    for tail in ("; a model is cut whole", " Supported: ", " (first at"):
+        refusal = refusal.partition(tail)[0]
+    return refusal
 
 
 def _reasons(outcome: Outcome) -> list[str]:

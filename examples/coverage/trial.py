@@ -64,7 +64,7 @@ class Outcome:
         if entry is None:
             return (self.architecture,)
         reasons = sorted({reason_of(line) for line in entry.left_whole})
-        refusal = (entry.refusal or "").partition(" (first at")[0]
+        refusal = (entry.refusal or "").partition(" (first at")[0].partition(" Supported: ")[0]
         return self.model_class, entry.attention, self.mlps, entry.kinds, tuple(reasons), refusal
 
 
@@ -117,9 +117,14 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
     outcome.mlps = _classes(model, anatomy, "mlp")
     for layer in anatomy.layers:
         told = {unit.kind for unit in layer.units} | set(layer.left_whole)
-        if told != _KINDS[layer.adapter.family]:
-            outcome.failures.append(f"{layer.name}: only {sorted(told)} are cut or left whole for a reason")
+        cls = type(model.get_submodule(layer.name)).__name__
+        missing = _KINDS[layer.adapter.family] - told
+        if missing == {"qk"}:
+            outcome.notes.append(f"{cls} has no channels of q and k alone")
+        elif missing:
+            outcome.failures.append(f"{layer.name} ({cls}): nothing is said of {', '.join(sorted(missing))}")
         outcome.whole_attention += layer.adapter.family == "attention" and bool(layer.left_whole)
+    outcome.notes = list(dict.fromkeys(outcome.notes))
 
     with _told(outcome, "keeping everything"):
         untouched = copy.deepcopy(model)
