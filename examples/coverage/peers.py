@@ -10,8 +10,8 @@ the MLP's hidden channels, of a model with random weights; the embedding stays. 
 - exact: the largest difference of the logits to those of the dense model with the removed channels at zero,
   relative to the largest logit;
 - reloads: whether another process gets the same logits from a file that runs no code (no pickle);
-- seconds and peak memory of the cut alone: no search, no calibration. Memory is that of the whole process,
-  with Python, torch and the dense model.
+- CPU seconds and peak memory of the cut alone: no search, no calibration. Memory is that of the whole
+  process, with Python, torch and the dense model.
 
 Every cell is a process of its own, with limits of time and memory: one that crashes is a cell like others.
 ``--json FILE`` keeps the cells as they come; the same command goes on from there.
@@ -23,6 +23,7 @@ import argparse
 import fnmatch
 import importlib.util
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ TOOLS = {
 }
 """Per tool the package that must be there, and the module in ``tools/``."""
 
+PATIENCE = 5
+"""How many times its limit of CPU time a process may take of the clock, on a machine with other work."""
 # fmt: off
 ARCHITECTURES = [
     "vit_tiny_patch16_224", "deit_small_patch16_224", "deit3_small_patch16_224",
@@ -84,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         "patterns", nargs="*", default=["*"], help="which of the architectures, all by default"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the cells here, and go on from there")
-    parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="a process may take")
+    parser.add_argument(
+        "--limit", type=float, default=120, metavar="SECONDS", help="of CPU time for a process"
+    )
     return parser
 
 
@@ -92,15 +97,15 @@ def cell(architecture: str, tool: str, limit_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
 
         def step(what: str) -> dict[str, Any]:
-            command = [sys.executable, str(HERE / "cell.py"), what, architecture, tool, folder]
-            told: dict[str, Any] = json.loads(run(command, 1, limit_s).stdout.splitlines()[-1])
+            command = [sys.executable, str(HERE / "cell.py"), what, architecture, tool, folder, str(limit_s)]
+            told: dict[str, Any] = json.loads(run(command, 1, PATIENCE * limit_s).stdout.splitlines()[-1])
             return told
 
         try:
             found = step("cut")
-        except TooLongError as error:
-            return {"outcome": "too long", "why": str(error)}
         except FailedError as error:
+            if isinstance(error, TooLongError) or f"exit code {-signal.SIGXCPU}:" in str(error):
+                return {"outcome": "too long", "why": f"more than {limit_s:g} s"}
             return {"outcome": "crashes", "why": str(error)}
         if found["outcome"] == "cut":
             try:
