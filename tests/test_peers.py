@@ -128,6 +128,6 @@ def test_the_table_is_kept_and_goes_on(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_mhacut_in_its_own_processes():
-    found = peers.cell("vit_tiny_patch16_224", "mhacut_tool", 120)
+    found = peers.cell("vit_tiny_patch16_224", "mhacut_tool", 120.0)
     assert (found["outcome"], found["attention_cut"], found["reloads"]) == ("cut", 12, True)
     assert found["difference"] < 1e-5
