@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.metadata
 import importlib.util
 import json
 import signal
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tools = [tool for tool, (package, _) in TOOLS.items() if importlib.util.find_spec(package)]
     cells = json.loads(asked.json.read_text())["cells"] if asked.json and asked.json.exists() else {}
     machine = describe_machine(1)
+    if "torch-kirigami" in tools:
+        machine["torch-kirigami"] = importlib.metadata.version("torch-kirigami")
     for name in names:
         for tool in tools:
             key = f"{name} {tool}"
