@@ -45,23 +45,35 @@ def catalogue(
         pattern: as for ``timm.list_models``.
         progress: called with (done, in all, architecture).
     """
-    names = [name for name in timm.list_models(pattern) if name != NAME]
-    tags: dict[str, list[str]] = {}
-    for tagged in timm.list_pretrained():
-        name, _, tag = tagged.partition(".")
-        tags.setdefault(name, []).append(tag)
+    names = architectures(pattern)
     found = []
-    for done, name in enumerate(names):
-        found.append(_entry(name, tags.get(name, ())))
+    for done, (name, tags) in enumerate(names.items()):
+        found.append(entry_of(name, build_weightless(name), tags))
         if progress is not None:
             progress(done + 1, len(names), name)
     return tuple(found)
 
 
-def _entry(name: str, tags: Sequence[str]) -> CatalogueEntry:
+def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
+    """Timm's dense architectures whose names match ``pattern``, and the pretrained tags of each."""
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name != NAME}
+    for tagged in timm.list_pretrained():
+        name, _, tag = tagged.partition(".")
+        if name in tags:
+            tags[name].append(tag)
+    return {name: tuple(own) for name, own in tags.items()}
+
+
+def build_weightless(name: str) -> nn.Module:
+    """The architecture ``name`` of timm on the meta device."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = timm.create_model(name)
+        model: nn.Module = timm.create_model(name)
+    return model
+
+
+def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry:
+    """What can be cut in ``model``, which is the architecture ``name``, on any device."""
     try:
         anatomy = dissect(model)
     except UnsupportedModelError as error:

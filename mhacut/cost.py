@@ -130,13 +130,13 @@ class LayerCost:
     """FLOPs of one layer as a function of its widths; exact, and differentiable when widths are tensors."""
 
     layer: Layer
-    input_shape: tuple[int, ...]
-    """Of the layer's input for one image."""
+    input_shapes: tuple[tuple[int, ...], ...]
+    """Of the layer's input for one image, once for every time that the layer runs."""
     module: nn.Module
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
         own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
-        return self.layer.adapter.flops(self.module, self.input_shape, own)
+        return sum(self.layer.adapter.flops(self.module, shape, own) for shape in self.input_shapes)
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class CostTable:
 
 
 def build_cost_table(model: nn.Module, anatomy: Anatomy, input_size: tuple[int, int, int]) -> CostTable:
-    """Count ``model`` once and learn the input shape of every layer.
+    """Count ``model`` once and learn the input shapes of every layer.
 
     Args:
         model: eval mode.
         anatomy: of ``model``.
         input_size: [C, H, W].
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     handles = []
     for layer in anatomy.layers:
         module = model.get_submodule(layer.name)
@@ -182,7 +182,7 @@ def build_cost_table(model: nn.Module, anatomy: Anatomy, input_size: tuple[int, 
         for handle in handles:
             handle.remove()
     layers = tuple(
-        LayerCost(layer, shapes[layer.name], model.get_submodule(layer.name))
+        LayerCost(layer, tuple(shapes[layer.name]), model.get_submodule(layer.name))
         for layer in anatomy.layers
         if layer.name in shapes
     )
@@ -190,9 +190,9 @@ def build_cost_table(model: nn.Module, anatomy: Anatomy, input_size: tuple[int, 
     return CostTable(dense - sum(int(cost.flops({})) for cost in layers), layers, dense)
 
 
-def _note_shape(shapes: dict[str, tuple[int, ...]], name: str) -> Callable[[nn.Module, Any], None]:
+def _note_shape(shapes: dict[str, list[tuple[int, ...]]], name: str) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        shapes[name] = tuple(args[0].shape)
+        shapes.setdefault(name, []).append(tuple(args[0].shape))
 
     return hook
 

@@ -1,4 +1,4 @@
-"""How large an image may be, wherever its size comes from: no file may make a model eat the memory."""
+"""How images may be sized, wherever that is said: no file may make a model eat the memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ MAX_PIXELS = 2048 * 2048
 tokens, whose attention logits take 1 GB per head where they are held in memory."""
 MAX_VALUES = 16 * MAX_PIXELS
 """Of an image, all channels together; 256 MB in float32."""
+
+MAX_CROP_PCT = 1.25
+"""Above 1 an image is made smaller than the input and a border put around it: timm's VOLO at 448 and 512
+pixels says 1.15."""
 
 
 def too_large(size: Sequence[int]) -> str:

@@ -7,7 +7,8 @@ from torch import nn
 
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.errors import UnsupportedModelError
-from mhacut.surgery import dissect
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery import cut, dissect
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,20 @@ def test_the_table_is_differentiable_in_the_widths():
     key = ("blocks.0.attn", "v")
     table.flops({key: width}).backward()
     assert float(width.grad) == table.flops({key: 64}) - table.flops({key: 63})
+
+
+def test_a_layer_that_runs_three_times_costs_as_often():
+    # The parallel blocks of CoaT share one MLP among three resolutions.
+    args = {"img_size": 64, "parallel_depth": 1, "serial_depths": (1, 1, 1, 1)}
+    model = timm.create_model("coat_mini", **args).eval()
+    anatomy = dissect(model)
+    table = build_cost_table(model, anatomy, (3, 64, 64))
+    (shared,) = (cost for cost in table.layers if cost.layer.name == "parallel_blocks.0.mlp2")
+    assert len(shared.input_shapes) == 3
+    (unit,) = shared.layer.units
+    plan = Plan((UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(unit.width // 2)),)),))
+    cut(model, plan)
+    assert table.flops(plan.widths()) == measure_flops(model, (3, 64, 64))
 
 
 def test_an_operator_nobody_counts_is_an_error_not_a_zero():

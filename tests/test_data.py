@@ -143,6 +143,16 @@ def test_senseless_flags_are_usage_errors_that_name_the_flag(values, flag) -> No
         Preprocessing.resolve({}, (3, 32, 32), **values)
 
 
+def test_a_crop_beyond_the_image_puts_a_border_around_it() -> None:
+    cfg = timm.models.get_pretrained_cfg("volo_d4_448").to_dict()
+    assert cfg["crop_pct"] > 1
+    seen = Preprocessing.resolve(cfg, (3, 448, 448)).transform()(Image.new("RGB", (600, 600), "white"))
+    assert seen.shape == (3, 448, 448)
+    border = (448 - math.floor(448 / 1.15)) // 2
+    assert seen[0, :, 200].unique().numel() == 2
+    assert seen[0, border - 1, 200] < 0 < seen[0, border + 1, 200]
+
+
 RGB = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.6)}
 
 

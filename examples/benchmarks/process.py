@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +42,16 @@ class TooFarError(Exception):
     """A budget out of the method's reach."""
 
 
-def run(command: Sequence[str], threads: int) -> Process:
-    """Run ``command`` to its end, on so many threads.
+class TooLongError(FailedError):
+    """A process that was ended because its time was up."""
+
+
+def run(command: Sequence[str], threads: int, limit_s: float | None = None) -> Process:
+    """Run ``command`` to its end, on so many threads; or end it after ``limit_s``.
 
     Raises:
         FailedError: it failed; with the last lines it wrote to stderr.
+        TooLongError: its time was up.
         TooFarError: it said that the budget is out of reach.
     """
     # GOMP_SPINCOUNT: idle OpenMP threads of two programs on one machine would take each other's cores.
@@ -53,9 +60,16 @@ def run(command: Sequence[str], threads: int) -> Process:
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        watch = threading.Timer(limit_s, process.kill) if limit_s is not None else None
+        if watch is not None:
+            watch.start()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - began
+        if watch is not None:
+            watch.cancel()
+        if limit_s is not None and wall >= limit_s and process.returncode == -signal.SIGKILL:
+            raise TooLongError(f"more than {limit_s:g} s")
         out.seek(0)
         err.seek(0)
         if process.returncode == OUT_OF_REACH:

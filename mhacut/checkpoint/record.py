@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from mhacut.errors import CheckpointError, PlanError
-from mhacut.limits import too_large
+from mhacut.limits import MAX_CROP_PCT, too_large
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 1
@@ -290,7 +290,7 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
             raise CheckpointError(f"{where}: {name} is 1 or {size[0]} numbers, found {values!r:.100}")
     if not all(value > 0 for value in std):
         raise CheckpointError(f"{where}: std is above 0, found {std!r:.100}")
-    if not _is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= 1:
+    if not _is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= MAX_CROP_PCT:
         raise CheckpointError(f"{where}: crop_pct is a fraction, found {plain['crop_pct']!r:.100}")
     for name in ("interpolation", "crop_mode"):
         if not isinstance(plain[name], str) or not _ARGUMENT.fullmatch(plain[name].replace("-", "_")):

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from mhacut.errors import DataError, UsageError
-from mhacut.limits import too_large
+from mhacut.limits import MAX_CROP_PCT, too_large
 
 SMALL_IMAGE = 64
 """Pixels. Up to this size images are taken whole unless the model says otherwise for this very size."""
@@ -35,7 +35,8 @@ class Preprocessing:
     interpolation: str
     """Of resizing: ``bicubic``, ``bilinear``, ..."""
     crop_pct: float
-    """Input size over the size images are resized to before the crop; 1.0 crops nothing off a square."""
+    """Input size over the size images are resized to before the crop; 1.0 crops nothing off a square,
+    more puts a border around it."""
     crop_mode: str
     """``center``, ``squash`` or ``border``, as in timm."""
 
@@ -59,8 +60,10 @@ class Preprocessing:
                 )
             object.__setattr__(self, name, values)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
-        if not 0 < self.crop_pct <= 1:
-            raise DataError(f"crop_pct {self.crop_pct}: expected above 0, at most 1 (--crop-pct)")
+        if not 0 < self.crop_pct <= MAX_CROP_PCT:
+            raise DataError(
+                f"crop_pct {self.crop_pct}: expected above 0, at most {MAX_CROP_PCT} (--crop-pct)"
+            )
         if self.interpolation not in _INTERPOLATIONS:
             raise DataError(
                 f"interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)} "
@@ -100,7 +103,7 @@ class Preprocessing:
             model_input_size: [C, H, W] that the model was built for; None if it does not say.
             mean: per channel, or one for all.
             std: likewise.
-            crop_pct: in (0, 1].
+            crop_pct: above 0; above 1 for a border around the image.
             interpolation: by its name in timm.
             img_size: height and width in pixels.
 

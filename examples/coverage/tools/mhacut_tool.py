@@ -1,0 +1,63 @@
+"""mhacut: every unit to half its width, each head its own channels, by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cell import RefusedError
+from torch import Tensor, nn
+from torch.func import functional_call
+from trial import half_plan
+
+import mhacut
+from mhacut.checkpoint.recognise import identity_of
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.data.preprocessing import Preprocessing
+from mhacut.errors import UnsupportedModelError
+from mhacut.modelinfo import left_whole, model_input_size
+from mhacut.plan import Plan
+from mhacut.surgery import cut as cut_model
+from mhacut.surgery import dissect, masked_tensors
+from tools import Done
+
+
+def cut(model: Any, x: Tensor) -> Done:
+    try:
+        anatomy = dissect(model)
+    except UnsupportedModelError as error:
+        raise RefusedError(str(error).partition(";")[0]) from error
+    plan = half_plan(anatomy, 0)
+    cfg = model.pretrained_cfg
+    record = SlimRecord(
+        identity_of(model, cfg["architecture"], {}),
+        plan,
+        Preprocessing.resolve(cfg, model_input_size(model, cfg)).to_json(),
+        (),
+    )
+    cut_model(model, plan)
+    told = "; ".join(left_whole(anatomy))
+    return Done(model, "inner", lambda dense: masked(dense, plan), told, kept=record)
+
+
+def masked(dense: nn.Module, plan: Plan) -> Callable[..., Any]:
+    """The dense model with the contribution of removed channels at zero."""
+    gains = {}
+    for unit in plan:
+        gain = torch.zeros(unit.heads, unit.dense_width)
+        gains[unit.key] = gain.scatter(1, torch.tensor(unit.kept), 1.0)
+    return partial(functional_call, dense, masked_tensors(dense, dissect(dense), gains))
+
+
+def save(done: Done, folder: Path) -> None:
+    write_slim(
+        folder / "slim.safetensors", done.model, done.kept, dtypes={}, overwrite=False, input_path=None
+    )
+
+
+def load(architecture: str, folder: Path) -> nn.Module:
+    return mhacut.load_model(folder / "slim.safetensors")

@@ -1,0 +1,118 @@
+"""One architecture of every kind that timm has is cut on paper, and what checks that sees what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from mhacut.adapters.vit_attention import VitAttentionAdapter
+from mhacut.catalogue import build_weightless
+from mhacut.cost import measure_flops, weightless
+
+COVERAGE = Path(__file__).parents[1] / "examples" / "coverage"
+sys.path.insert(0, str(COVERAGE))  # the scripts import each other
+
+import sweep  # noqa: E402
+import trial  # noqa: E402
+from meta import TraceableOnMeta  # noqa: E402
+
+REPRESENTATIVES = sweep.REPRESENTATIVES.read_text(encoding="utf-8").split()
+SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", REPRESENTATIVES)
+def test_no_architecture_fails(architecture):
+    outcome = trial.examine(architecture)
+    assert outcome.failures == []
+    assert outcome.entry.refusal is not None or outcome.flops[1] < outcome.flops[0]
+
+
+def small_vit(monkeypatch, change=None) -> trial.Outcome:
+    """What is found out about a small ViT that ``change`` was made to."""
+
+    def build(name: str) -> nn.Module:
+        with torch.device("meta"):
+            model = timm.create_model(name, **SMALL)
+        if change is not None:
+            change(model)
+        return model
+
+    monkeypatch.setattr(trial, "build_weightless", build)
+    monkeypatch.setattr(trial, "_check_file", lambda *arguments: None)  # timm's own would be built again
+    return trial.examine("vit_tiny_patch16_224")
+
+
+def test_nothing_is_wrong_with_a_vit(monkeypatch):
+    outcome = small_vit(monkeypatch)
+    assert outcome.failures == outcome.notes == []
+    assert outcome.signature == (
+        "VisionTransformer",
+        ("Attention",),
+        ("Mlp",),
+        ("qk", "v", "hidden"),
+        (),
+        "",
+    )
+    dense, slim = outcome.flops
+    assert 0.5 * dense < slim < 0.8 * dense
+
+
+def test_attention_that_nobody_names_is_found(monkeypatch):
+    class Mixer(nn.Module):
+        """Attention, by another name."""
+
+        def forward(self, x):
+            return x + (x @ x.mT).softmax(-1) @ x
+
+    def change(model: nn.Module) -> None:
+        model.norm = Mixer()
+
+    (failure,) = small_vit(monkeypatch, change).failures
+    assert failure == "silently left whole: activations are multiplied in norm (Mixer, 1 modules)"
+
+
+def test_a_promise_that_is_not_kept_is_found(monkeypatch):
+    honest = VitAttentionAdapter.flops
+    monkeypatch.setattr(VitAttentionAdapter, "flops", lambda *args: honest(*args) // 2)
+    (failure,) = small_vit(monkeypatch).failures
+    assert failure.startswith("FLOPs: ")
+
+
+def test_what_was_not_cut_is_found(monkeypatch):
+    monkeypatch.setattr(trial, "cut", lambda model, plan: None)
+    failures = small_vit(monkeypatch).failures
+    assert "blocks.0.attn.qkv.weight: not narrower, 144 to 144" in failures
+    assert "the cut: the slim model is not seen to have the planned widths" in failures
+    assert "the cut: not fewer parameters" in failures
+
+
+def test_what_crashes_is_told_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+    def build(name: str) -> nn.Module:
+        if name.startswith("deit_"):
+            raise RuntimeError("no such luck")
+        return build_weightless(name)
+
+    monkeypatch.setattr(trial, "build_weightless", build)
+    assert sweep.main(["*t_tiny_patch16_224", "--json", str(tmp_path / "found.json")]) == 1
+    told = capsys.readouterr().out
+    assert "| q/k and v of every layer are cut | 1 |" in told
+    assert told.endswith("\nFailures: 1\ndeit_tiny_patch16_224: crash: RuntimeError: no such luck\n")
+    deit, vit = json.loads((tmp_path / "found.json").read_text())["architectures"]
+    assert deit["failures"] == ["crash: RuntimeError: no such luck"]
+    assert vit["entry"]["attention"] == ["Attention"]
+    assert sweep.main(["nothing_like_it"]) == 2
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "levit_128s", "flatten_swin_tiny_224"])
+def test_models_without_weights_cost_the_same_on_every_device(architecture):
+    model = build_weightless(architecture).eval()
+    with TraceableOnMeta():
+        counted = measure_flops(model, (3, 224, 224))
+    assert counted == measure_flops(weightless(model), (3, 224, 224))
