@@ -119,8 +119,9 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
         told = {unit.kind for unit in layer.units} | set(layer.left_whole)
         cls = type(model.get_submodule(layer.name)).__name__
         missing = _KINDS[layer.adapter.family] - told
-        if missing == {"qk"}:
-            outcome.notes.append(f"{cls} has no channels of q and k alone")
+        if missing in ({"qk"}, {"v"}):
+            kind = {"qk": "q and k", "v": "v"}[missing.pop()]
+            outcome.notes.append(f"{cls} has no channels of {kind} alone")
         elif missing:
             outcome.failures.append(f"{layer.name} ({cls}): nothing is said of {', '.join(sorted(missing))}")
         outcome.whole_attention += layer.adapter.family == "attention" and bool(layer.left_whole)
@@ -258,9 +259,16 @@ def _write_hollow(path: Path, model: nn.Module, metadata: dict[str, str]) -> Non
         file.truncate(8 + len(header) + end)
 
 
+_TRANSFORMS = frozenset({"Dct1d", "Gemma4PatchEmbed", "Gemma4RotaryEmbedding2D", "Gemma4VisionPooler"})
+"""They multiply by matrices that no image makes: cosines, positions as one-hot rows, means over places."""
+
+
 def _left_alone(model: nn.Module) -> list[str]:
+    """Names of modules that multiply activations and are no attention inside the body."""
     return [
-        name for name, module in model.named_modules() if is_pooling_head(module) or is_position_bias(module)
+        name
+        for name, module in model.named_modules()
+        if is_pooling_head(module) or is_position_bias(module) or type(module).__name__ in _TRANSFORMS
     ]
 
 
