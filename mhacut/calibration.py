@@ -60,7 +60,10 @@ class UnitMoments:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Where a unit's indicators start from."""
+    """Where a unit's indicators start from.
+
+    Those of v's outputs and of hidden channels count tokens as the moments do.
+    """
 
     redundancy: Tensor
     """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""

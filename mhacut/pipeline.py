@@ -378,8 +378,7 @@ def _calibration_images(
 
 def _sensitivity_images(options: SearchOptions, images: int) -> int:
     """How many of the images to differentiate."""
-    weighs = options.repair and options.token_weights
-    if options.allocation not in ("curves", "refined") and not weighs:
+    if options.allocation not in ("curves", "refined") and not options.repair:
         return 0
     fitted = images - held_back(images)
     return max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))

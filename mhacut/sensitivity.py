@@ -6,6 +6,7 @@ even in the first block of a CIFAR-10 ViT that one token of 65 has a quarter to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from mhacut.surgery import Anatomy
 EVEN_SHARE = 0.1
 """Of the weights of tokens, what is spread evenly: the few tokens that matter may be too few to fit to. On a
 CIFAR-10 ViT with 256 images and two seeds, the divergence at 25 % of the FLOPs was .0198 and .0181 with a
-tenth, .0181 and .0179 with a fifth, .0235 with tokens all alike; at 12.5 % .099 with a tenth, .103 and .102
-with a fifth, .109 with tokens all alike."""
+tenth, .0181 and .0179 with a fifth, .0235 with tokens all alike; at 12.5 % .099 and .101 with a tenth, .103
+and .102 with a fifth, .109 (one seed) with tokens all alike. On synthetic images, whose tokens matter
+otherwise, weights were no gain: .0335 against .0325, and .172 against .163 (a tenth, one seed)."""
 
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
@@ -34,31 +36,35 @@ class Sensitivity:
     metric: Mapping[str, Tensor] = field(default_factory=dict)
     """Per layer, [out, out]: the KL divergence of the answer from an error e of the layer's output is about
     1/2 tr(S E[e e^T]), E over tokens and images."""
-    influence: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
-    """Per layer and grid, the squared gradient at each token, summed over images, flat, [tokens]."""
+    weights: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
+    """Per layer and grid, how much each token counts, flat, [tokens]: in proportion to its squared gradient,
+    but for :data:`EVEN_SHARE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
 
-    def token_weights(self, layer: str, rows: Sequence[int], images: int) -> Tensor | None:
-        """How much each of ``rows`` counts in a mean over tokens and images.
+    def token_weights(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
+        """How much each row counts in a mean over tokens and images.
 
         Args:
-            layer: whose output the rows become, one for one.
-            rows: shape of an activation without its channels, images first.
+            layer: whose output the rows become: a row for each token of it, or several that follow each
+                other, such as both halves of a rotary head.
+            shape: of an activation without its channels, images first.
             images: how many those are.
 
         Returns:
-            [all rows], float64, of mean 1; None where all count alike, or where the rows are laid out
-            otherwise than those of the layer's output.
+            [all rows], float64; None where all count alike, or where the rows are laid out otherwise than
+            those of the layer's output.
         """
-        influence = self.influence.get(layer, {}).get(_grid(rows, images))
-        if influence is None or not influence.mean() > 0:
+        if shape[0] % images:
             return None
-        weights = EVEN_SHARE + (1 - EVEN_SHARE) * influence / influence.mean()
-        return weights.repeat(images)
+        own = _grid(shape, images)
+        for grid, weights in self.weights.get(layer, {}).items():
+            if own[: len(grid)] == grid:
+                return weights.repeat_interleave(math.prod(own[len(grid) :])).repeat(images)
+        return None
 
 
-def _grid(rows: Sequence[int], images: int) -> Grid:
+def _grid(shape: Sequence[int], images: int) -> Grid:
     """Of one image. Windows of an image follow one another in the first dimension."""
-    return (rows[0] // images, *rows[1:])
+    return (shape[0] // images, *shape[1:])
 
 
 @torch.no_grad()
@@ -111,6 +117,7 @@ class _Sums:
         """Of the batch under way."""
         self.metric: dict[str, Tensor] = {}
         self.influence: dict[tuple[str, Grid], Tensor] = {}
+        """Squared gradients, [tokens]."""
 
     def add(self, layer: str, gradient: Tensor) -> None:
         """Take the gradient of one batch, [images, ..., out]."""
@@ -127,16 +134,25 @@ class _Sums:
         """Of all processes, which differentiated so many images together."""
         sums: dict[str, Tensor] = {f"metric {layer}": total for layer, total in self.metric.items()}
         for (layer, grid), total in self.influence.items():
-            sums[f"influence {layer} {' '.join(map(str, grid))}"] = total
+            sums[f"influence {'x'.join(map(str, grid))} {layer}"] = total
         metric: dict[str, Tensor] = {}
         influence: dict[str, dict[Grid, Tensor]] = {}
         for name, total in processes.summed(sums).items():
-            kind, layer, *sizes = name.split()
+            kind, _, rest = name.partition(" ")
             if kind == "metric":
-                metric[layer] = total / images
+                metric[rest] = total / images
             else:
-                influence.setdefault(layer, {})[tuple(map(int, sizes))] = total
-        return Sensitivity(metric, influence)
+                sizes, _, layer = rest.partition(" ")
+                influence.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
+        return Sensitivity(metric, {layer: _weights(grids) for layer, grids in influence.items()})
+
+
+def _weights(influence: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
+    """Of the tokens of one layer; none where none matters."""
+    mean = torch.cat(list(influence.values())).mean()
+    if not mean > 0:
+        return {}
+    return {grid: EVEN_SHARE + (1 - EVEN_SHARE) * each / mean for grid, each in influence.items()}
 
 
 def _differentiate(

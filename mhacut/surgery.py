@@ -17,7 +17,6 @@ from mhacut.adapters.registry import (
     is_position_bias,
     looks_like_attention,
     looks_like_mlp,
-    supported_attention,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.options import Temperature
@@ -95,13 +94,13 @@ def dissect(model: nn.Module) -> Anatomy:
     if unknown:
         found = ", ".join(f"{cls} (first at {name})" for cls, name in unknown.items())
         raise UnsupportedModelError(
-            f"attention class not supported: {found}; a model is cut whole or not at all. "
-            f"Supported: {', '.join(supported_attention())}"
+            f"attention class not supported: {found}; nothing is cut beside attention that mhacut does not "
+            "know. `mhacut models` lists what can be cut"
         )
     if not any(layer.adapter.family == "attention" for layer in layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention layer mhacut can cut. "
-            f"Supported: {', '.join(supported_attention())}"
+            f"{type(model).__name__} has no attention layer mhacut can cut; "
+            "`mhacut models` lists what can be cut"
         )
     for mlp, names in unknown_mlps.items():
         left_alone.append(f"{names[0]} ({mlp}): this MLP class is not supported ({len(names)} layers)")

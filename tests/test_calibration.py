@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
+import timm_cases
 import torch
 from models import CASES, Case, build, image, relative
 from test_flatten_adapters import build as build_flatten
@@ -257,12 +258,12 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
     assert torch.allclose(shared.teacher, alone.teacher, rtol=1e-5, atol=1e-6)
     assert shared.held == alone.held
     assert alone.sensitivity.metric
-    assert alone.sensitivity.influence
+    assert alone.sensitivity.weights
     for layer, expected in alone.sensitivity.metric.items():
         assert relative(shared.sensitivity.metric[layer], expected) < 1e-5
-    for layer, grids in alone.sensitivity.influence.items():
+    for layer, grids in alone.sensitivity.weights.items():
         for grid, expected in grids.items():
-            assert relative(shared.sensitivity.influence[layer][grid], expected) < 1e-5
+            assert relative(shared.sensitivity.weights[layer][grid], expected) < 1e-5
     for key, expected in alone.moments.items():
         for part in ("fit", "held"):
             for pair in zip(getattr(shared.moments[key], part), getattr(expected, part), strict=True):
@@ -344,4 +345,36 @@ def test_rows_that_are_laid_out_otherwise_than_the_output_count_alike():
     assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9) is not None
     assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 1, 5), images=9) is None
     assert it.found.sensitivity.token_weights("blocks.0.attn", (18, 5), images=9) is None
+    assert it.found.sensitivity.token_weights("blocks.0.attn", (10, 5), images=9) is None
     assert it.found.sensitivity.token_weights("head", (9, 5), images=9) is None
+
+
+def test_several_rows_of_a_token_count_as_much_each():
+    it = Calibrated(sensitivity_images=9)
+    weights = it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9)
+    several = it.found.sensitivity.token_weights("blocks.0.attn", (9, 5, 2), images=9)
+    assert torch.equal(several.view(45, 2), weights[:, None].expand(-1, 2))
+
+
+def test_queries_that_turn_with_their_position_are_weighed_too():
+    case = Case("vit_small_patch16_rope_224", SMALL)
+    plain, weighed = (
+        Calibrated(case, sensitivity_images=9, token_weights=asked)
+        .found.moments["blocks.0.attn", "qk"]
+        .every[0]
+        for asked in (False, True)
+    )
+    assert weighed.rows == plain.rows
+    assert relative(weighed.second, plain.second) > 1e-3
+
+
+def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
+    args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
+    case = timm_cases.Case("coat_tiny", {"img_size": 64, **args}, 64)
+    model, images = timm_cases.build(case), timm_cases.image(case, batch=6)
+    found = calibrate(model, dissect(model), images, batch_size=6, sensitivity_images=6).sensitivity
+    layer, grids = next((layer, grids) for layer, grids in found.weights.items() if len(grids) > 1)
+    assert torch.cat(list(grids.values())).mean() == pytest.approx(1)
+    for grid, weights in grids.items():
+        assert torch.equal(found.token_weights(layer, (6 * grid[0], *grid[1:]), images=6), weights.repeat(6))
+        assert weights.mean() != pytest.approx(1, rel=1e-2)

@@ -36,11 +36,12 @@ def test_the_command():
     assert told.exit_code == 0, told.stderr
     assert "bat_resnext26ts" in told.stdout
     assert told.stdout.splitlines()[-1] == (
-        "0 of 1 architectures with attention can be cut, 0 of their 1 pretrained tags; 0 have no attention"
+        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags); 0 have no attention"
     )
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
-    assert "Supported" not in why
+    assert "`mhacut models`" not in why
+    assert run("models", "resnet18").stdout == "none of these 1 architectures has attention\n"
     document = json.loads(run("models", "resnet18", "--json").stdout)
     assert document["schema_version"] == 1
     (entry,) = document["models"]
@@ -48,4 +49,5 @@ def test_the_command():
     assert entry["transformer"] is False
     nothing = run("models", "nothing_like_it")
     assert nothing.exit_code == 2
-    assert "'nothing_like_it': no model of timm has such a name" in nothing.stderr
+    assert "'nothing_like_it': no model of timm has such a name; try '*nothing_like_it*'" in nothing.stderr
+    assert "try" not in run("models", "*nothing_like_it*").stderr

@@ -60,6 +60,8 @@ def test_rows_count_as_often_as_their_weights_say(mean):
     assert torch.allclose(found.mean, repeated.mean, rtol=1e-6)
     assert torch.allclose(found.energy, repeated.energy, rtol=1e-6)
     assert relative(found.covariance, repeated.covariance) < 1e-4
+    halves = Moments.of(x[:, :11], weights[:11]) + Moments.of(x[:, 11:], weights[11:])
+    assert torch.allclose(halves.energy, repeated.energy, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mean", [0, 30, 3000])

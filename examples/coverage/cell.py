@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import resource
 import sys
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     what, architecture, name, folder, limit_s = arguments
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     # Of CPU time, which does not depend on what else the machine does. Ends the process by SIGXCPU.
-    resource.setrlimit(resource.RLIMIT_CPU, (round(float(limit_s)), round(float(limit_s)) + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(float(limit_s)), math.ceil(float(limit_s)) + 5))
     warnings.simplefilter("ignore")
     tool = importlib.import_module(f"tools.{name}")
     step = {"cut": run_cut, "reload": run_reload}[what]

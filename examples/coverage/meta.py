@@ -28,7 +28,7 @@ class Remembering(TorchDispatchMode):
         key = (func, _described(args), _described(tuple(kwargs.items()))) if _makes_new(func) else None
         try:
             known = self.known.get(key)
-        except TypeError:  # of something that cannot be looked up
+        except TypeError:  # of what cannot be looked up, numbers in tensors among it
             key = known = None
         if known is not None:
             several, like = known
@@ -51,8 +51,8 @@ def _makes_new(func: Any) -> bool:
 
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        # Numbers are only in tensors of other devices, which are never alike.
-        return (tuple(value.shape), value.stride(), value.dtype) if value.is_meta else object()
+        # Tensors of other devices have numbers, which tell them apart: a list has no hash.
+        return (tuple(value.shape), value.stride(), value.dtype) if value.is_meta else []
     if isinstance(value, list | tuple):
         return tuple(map(_described, value))
     return type(value), value

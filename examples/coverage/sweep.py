@@ -102,9 +102,7 @@ def _refusal(outcome: Outcome) -> str:
     if outcome.entry is None:
         return "cannot be built"
     refusal = outcome.entry.refusal or ""
-    for tail in ("; a model is cut whole", " Supported: ", " (first at"):
-        refusal = refusal.partition(tail)[0]
-    return refusal
+    return refusal.partition("; ")[0].partition(" (first at")[0]
 
 
 def _reasons(outcome: Outcome) -> list[str]:

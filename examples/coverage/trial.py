@@ -64,7 +64,7 @@ class Outcome:
         if entry is None:
             return (self.architecture,)
         reasons = sorted({reason_of(line) for line in entry.left_whole})
-        refusal = (entry.refusal or "").partition(" (first at")[0].partition(" Supported: ")[0]
+        refusal = (entry.refusal or "").partition(" (first at")[0]
         return self.model_class, entry.attention, self.mlps, entry.kinds, tuple(reasons), refusal
 
 

@@ -127,7 +127,7 @@ class Unit:
     cannot be mixed to stand in for others, and what is constant over the keys matters."""
     feeds: bool = False
     """The channels make others of the layer before they are read out: what goes with them is not only what
-    the readout loses, and is seen by running the layer without them."""
+    the readout loses, and is seen by running the layer without them. Repair makes up for the readout only."""
     gate: str | None = None
     """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges

@@ -104,8 +104,6 @@ _CHANNEL_GATES = frozenset(
 _NO_ATTENTION = frozenset({"ConvAttention"})
 """Next-ViT's, convolutions only. (Those of LowFormer and CPUBone are registered.)"""
 
-_OWN = "mhacut.adapters"
-"""Where the classes of cut layers are."""
 _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
 
 
@@ -136,11 +134,3 @@ def looks_like_attention(module: nn.Module) -> bool:
 def looks_like_mlp(module: nn.Module) -> bool:
     """Whether the name of an unregistered class says MLP."""
     return _SAYS_MLP.search(type(module).__name__) is not None
-
-
-def supported_attention() -> tuple[str, ...]:
-    """The attention classes that can be cut, with their modules, for messages."""
-    found = (cls for cls, adapter in _BY_CLASS.items() if adapter.family == "attention")
-    return tuple(
-        sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in found if not cls.__module__.startswith(_OWN))
-    )

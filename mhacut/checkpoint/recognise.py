@@ -207,7 +207,13 @@ def unknown_model(name: str) -> str:
     """The message for a name timm does not know, with the closest it does."""
     import timm
 
-    close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
+    names = timm.list_models()
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
+    stems = {
+        known[: len(name)]: known for known in reversed(names)
+    }  # who leaves out `_patch16_224` means this
+    begun = [stems[stem] for stem in difflib.get_close_matches(name, stems, n=2, cutoff=0.8)]
+    close = list(dict.fromkeys([*begun, *close]))[:5]
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names those it has"
     return f"timm has no model {name!r:.150}; {hint}"
 

@@ -33,7 +33,9 @@ def models(options: ModelsOptions, console: Console) -> None:
     console.start("building models")
     found = catalogue(options.pattern, console.advance)
     if not found:
-        raise UsageError(f"{options.pattern!r}: no model of timm has such a name; try '*{options.pattern}*'")
+        hint = f"*{options.pattern.strip('*')}*"
+        hint = "" if hint == options.pattern else f"; try {hint!r}"
+        raise UsageError(f"{options.pattern!r}: no model of timm has such a name{hint}")
     console.result(_text(found, options.refused), _document(found))
 
 
@@ -43,7 +45,7 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
     if refused:
         rows = [["architecture", "tags", "why"]]
         rows += [
-            [entry.architecture, str(len(entry.tags)), _short(entry.refusal)]
+            [entry.architecture, str(len(entry.tags)), entry.refusal.partition(";")[0]]
             for entry in attending
             if entry.refusal
         ]
@@ -60,17 +62,15 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
         ]
     tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
     lines = [table(rows), ""] if len(rows) > 1 else []
+    if not attending:
+        return f"none of these {len(found)} architectures has attention"
     lines.append(
-        f"{len(cut)} of {len(attending)} architectures with attention can be cut, {tags[0]} of their "
-        f"{tags[1]} pretrained tags; {len(found) - len(attending)} have no attention"
+        f"{len(cut)} of {len(attending)} architectures with attention can be cut ({tags[0]} of {tags[1]} "
+        f"pretrained tags); {len(found) - len(attending)} have no attention"
     )
     if any(entry.left_whole for entry in cut) and not refused:
         lines.append("*: part of it is left whole; --json says which, and why")
     return "\n".join(lines)
-
-
-def _short(reason: str | None) -> str:
-    return (reason or "").partition(" Supported: ")[0]
 
 
 def _document(found: tuple[CatalogueEntry, ...]) -> dict[str, Any]:

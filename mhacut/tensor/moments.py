@@ -13,7 +13,7 @@ class Moments:
     """Sums over rows x of x and of x x^T; batched over leading dimensions."""
 
     rows: int
-    """How many rows were summed, and what their weights sum to."""
+    """How many rows were summed; what their weights sum to."""
     total: Tensor
     """[..., d], float64."""
     second: Tensor
@@ -21,22 +21,25 @@ class Moments:
 
     @classmethod
     def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
-        """Of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times, which sum to rows.
+        """Of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times.
+
+        ``rows`` is their number all the same: over all that is summed, weights must have the mean 1.
 
         Products are taken in float32, about the mean of these rows: about 0, the rounding of a large mean
         would drown a small variance, and covariances could come out negative.
         """
         x = activation.detach().float()
         rows = x.shape[-2]
+        weight: float | Tensor = rows
         if weights is None:
             total, centre = x.double().sum(-2), x.mean(-2)
             x = x - centre.unsqueeze(-2)
         else:
-            total = weights.double() @ x.double()
-            centre = (total / rows).float()
+            total, weight = weights.double() @ x.double(), weights.double().sum()
+            centre = (total / weight).float()
             x = (x - centre.unsqueeze(-2)) * weights.float().sqrt().unsqueeze(-1)
         middle = centre.double()
-        rest = total - rows * middle  # 0 but for rounding
+        rest = total - weight * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
         about_zero = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
         return cls(rows, total, (x.mT @ x).double() + about_zero)
