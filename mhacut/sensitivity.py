@@ -18,12 +18,14 @@ from mhacut.adapters.base import Layer
 from mhacut.processes import Processes
 from mhacut.surgery import Anatomy
 
-EVEN_SHARE = 0.1
-"""Of the weights of tokens, what is spread evenly: the few tokens that matter may be too few to fit to. On a
-CIFAR-10 ViT with 256 images and two seeds, the divergence at 25 % of the FLOPs was .0198 and .0181 with a
+EVEN_IMAGES = 64 / 3
+"""Weights are those of the images seen and of so many more whose tokens all matter alike: the few tokens that
+matter may be too few to fit to. Of 192 images, a tenth of the weight is thus spread evenly. On a CIFAR-10 ViT
+with 256 images (192 to fit) and two seeds, the divergence at 25 % of the FLOPs was .0198 and .0181 with a
 tenth, .0181 and .0179 with a fifth, .0235 with tokens all alike; at 12.5 % .099 and .101 with a tenth, .103
-and .102 with a fifth, .109 (one seed) with tokens all alike. On synthetic images, whose tokens matter
-otherwise, weights were no gain: .0335 against .0325, and .172 against .163 (a tenth, one seed)."""
+and .102 with a fifth, .109 (one seed) with tokens all alike. With 32 images (24 to fit) a tenth was too
+little: .0335, with two fifths .0281, with tokens all alike .0279. On synthetic images, whose tokens matter
+otherwise, weights were no gain: .0335 against .0325, and .172 against .163 at 12.5 %."""
 
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
@@ -38,7 +40,7 @@ class Sensitivity:
     1/2 tr(S E[e e^T]), E over tokens and images."""
     weights: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
     """Per layer and grid, how much each token counts, flat, [tokens]: in proportion to its squared gradient,
-    but for :data:`EVEN_SHARE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
+    but for :func:`even_share`. Of mean 1 over all tokens of a layer, which may run on several grids."""
 
     def token_weights(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
         """How much each row counts in a mean over tokens and images.
@@ -144,15 +146,21 @@ class _Sums:
             else:
                 sizes, _, layer = rest.partition(" ")
                 influence.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
-        return Sensitivity(metric, {layer: _weights(grids) for layer, grids in influence.items()})
+        return Sensitivity(metric, {layer: _weights(grids, images) for layer, grids in influence.items()})
 
 
-def _weights(influence: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
+def even_share(images: int) -> float:
+    """Of the weights, what is spread evenly, once so many images were differentiated."""
+    return EVEN_IMAGES / (EVEN_IMAGES + images)
+
+
+def _weights(influence: Mapping[Grid, Tensor], images: int) -> dict[Grid, Tensor]:
     """Of the tokens of one layer; none where none matters."""
     mean = torch.cat(list(influence.values())).mean()
     if not mean > 0:
         return {}
-    return {grid: EVEN_SHARE + (1 - EVEN_SHARE) * each / mean for grid, each in influence.items()}
+    even = even_share(images)
+    return {grid: even + (1 - even) * each / mean for grid, each in influence.items()}
 
 
 def _differentiate(
