@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 MEMORY = 12 * 2**30
 """Address space that a tool may take, in bytes."""
-_ATTENTION = re.compile(r"attn|attention|^XCA$|LiteMLA", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|^XCA$|^GPSA$|^MHSA$|LiteMLA", re.IGNORECASE)
 _PROJECTION = re.compile(r"^(to_|w)?(qkvs?|qk|kv|q|k|v)(_proj)?(\.\d+)?(\.conv|\.linear|\.c)?\.weight$")
 
 
