@@ -98,18 +98,18 @@ class _Accumulator:
 
     def feed(self, tap: str, channels: Tensor, images: int, held: bool) -> None:
         """Take one batch of so many images of one tap, [..., heads, width]."""
-        weights = self.sensitivity.token_weights(self.unit.layer, channels.shape[:-2], images)
         if self.unit.linear:
             self._feed_linear(tap, channels.movedim(-2, 1).flatten(2, -2), held)
             return
+        weights = None
+        if tap != "key":
+            weights = self.sensitivity.token_weights(self.unit.layer, channels.shape[:-2], images)
         if self.unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._gram(tap, x.transpose(0, 1).flatten(1, 2))
             self._energy(tap, x)
-            if tap == "key":
-                weights = None
-                if not self.unit.unmixed:
-                    x = x - x.mean(dim=-2, keepdim=True)
+            if tap == "key" and not self.unit.unmixed:
+                x = x - x.mean(dim=-2, keepdim=True)
             self._moments(tap, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
             return
         if tap != "output":  # the values, or hidden channels, which are what the readout reads

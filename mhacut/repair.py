@@ -21,6 +21,7 @@ from mhacut.surgery import (
     Anatomy,
     UnitKey,
     add_constant,
+    kept_channels,
     mix,
     readers,
     readout,
@@ -83,7 +84,7 @@ def repair(
         if unit.linear:
             report[unit.key] = UnitRepair(candidates[0][0], float("inf"), 1.0)
             if unit.gate is None:
-                scale(module, unit, _mask(candidates[0][0]))
+                scale(module, unit, kept_channels(candidates[0][0]).float())
             continue
         fits = [_Fit.of(module, unit, *candidate, seen, temperature) for candidate in candidates]
         best = min(fits, key=lambda fit: fit.refit.left)
@@ -100,9 +101,9 @@ def shrink(
     if not unit.linear:
         _Fit.of(module, unit, unit_plan, way.rotation, moments, temperature).apply(module, unit)
     elif unit.gate is not None:  # nothing to refit
-        set_gate(module, unit, _mask(unit_plan).to(next(module.parameters()).device))
+        set_gate(module, unit, kept_channels(unit_plan).float().to(next(module.parameters()).device))
     else:
-        scale(module, unit, _mask(unit_plan))
+        scale(module, unit, kept_channels(unit_plan).float())
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Fit:
         else:
             self._move_columns(module, unit, self.refit)
         if unit.feeds:  # a channel that is not read is not dead
-            scale(module, unit, _mask(self.plan))
+            scale(module, unit, kept_channels(self.plan).float())
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
         mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)
@@ -168,12 +169,6 @@ class _Fit:
         columns[..., places[kept]] += added
         columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)
-
-
-def _mask(unit_plan: UnitPlan) -> Tensor:
-    """1 for channels that stay, 0 for the others, [H, d]."""
-    mask = torch.zeros(unit_plan.heads, unit_plan.dense_width)
-    return mask.scatter(-1, torch.tensor(unit_plan.kept), 1.0)
 
 
 def _flat(unit: Unit, kept: Tensor) -> Tensor:

@@ -149,12 +149,12 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
             unit_plan = unit_plans.get(unit.kind)
             if unit_plan is None:
                 continue
-            gain = _kept(unit_plan).double() * exact_gain(unit, unit_plan.width)
+            gain = kept_channels(unit_plan).double() * exact_gain(unit, unit_plan.width)
             if gains is not None and unit.key in gains:
                 gain = gain * gains[unit.key].to(gain)
             _fold_constants(module, unit, gain)
             if unit.gate is not None:
-                layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * _kept(unit_plan))
+                layer.adapter.merge_gate(module, unit, gain.clamp_min(_LEAST_GATE) * kept_channels(unit_plan))
             scale(module, unit, gain)
             layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
         _slice(module, layer, unit_plans)
@@ -398,7 +398,7 @@ def _scale(module: nn.Module, unit: Unit, axis: ChannelAxis, gain: Tensor) -> No
     parameter.copy_(scaled.to(parameter.dtype))
 
 
-def _kept(unit_plan: UnitPlan) -> Tensor:
+def kept_channels(unit_plan: UnitPlan) -> Tensor:
     """Which channels stay, [heads, dense_width], bool."""
     kept = torch.zeros(unit_plan.heads, unit_plan.dense_width, dtype=torch.bool)
     for head, channels in enumerate(unit_plan.kept):
@@ -444,7 +444,7 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
         unshared = unit_plans[unit.kind].unshared
         if unshared:
             _unshare(module, unit)
-        gone = ~_kept(unit_plans[unit.kind])
+        gone = ~kept_channels(unit_plans[unit.kind])
         for axis in axes_of(unit):
             first, last = axis.heads or (0, unit.heads)
             if axis.shared and unshared:

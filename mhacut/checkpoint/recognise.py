@@ -252,10 +252,14 @@ def check_fit(
     unexpected = [name for name in found if name not in wanted]
     other = [name for name in shared if tuple(wanted[name].shape) != found[name].shape]
     if missing or unexpected or other:
-        lines = [
-            f"{where}: its tensors do not fit {_named(identity)}: "
-            f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-        ]
+        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
+        if not stated and _is_foreign(wanted, found):  # name by name there is nothing to learn
+            instead = f", not {missing[0]!r:.150}" if missing else ""
+            raise CheckpointError(
+                f"{where}: its tensors do not fit {identity.architecture}: {counts}; most names are not that "
+                f"model's (it has {unexpected[0]!r:.150}{instead}): give --model the one the file is of"
+            )
+        lines = [f"{where}: its tensors do not fit {_named(identity)}: {counts}"]
         lines += _listed("missing", missing)
         lines += _listed("unexpected", unexpected)
         lines += _listed(
@@ -556,6 +560,12 @@ def _listed(title: str, names: list[str], line: Any = None) -> Iterable[str]:
     return [f"  {title}: {', '.join(shown)}{', ...' if len(names) > _TOLD else ''}"]
 
 
+def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
+    """Whether most names in the file are of a kind that the model does not have."""
+    kinds_wanted, kinds_found = {_kind(name) for name in wanted}, {_kind(name) for name in found}
+    return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
+
+
 def _hints(
     wanted: Mapping[str, Tensor],
     found: Mapping[str, TensorInfo],
@@ -564,9 +574,6 @@ def _hints(
     other: list[str],
 ) -> list[str]:
     """What to try next, told from the pattern of what differs."""
-    kinds_wanted, kinds_found = {_kind(name) for name in wanted}, {_kind(name) for name in found}
-    if len(kinds_wanted & kinds_found) < len(kinds_found) / 2:
-        return ["most tensor names are not that model's: is it of another model or library? say --model NAME"]
     hints = []
     blocks = {name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)}
     of_blocks = [name for name in missing + unexpected if re.match(r"blocks\.\d+\.", name)]
