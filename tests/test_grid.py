@@ -145,3 +145,16 @@ def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere
         far[allocation] = relative(mhacut.load_model(results[allocation].output)(images), expected)
     assert results["uniform"].plan.widths() != results["curves"].plan.widths()
     assert far["curves"] < far["uniform"]
+
+
+def test_tokens_can_all_count_alike(dense, tmp_path, monkeypatch):
+    slim = {}
+    for asked in (True, False):
+        folder = tmp_path / str(asked)
+        folder.mkdir()
+        # Of the same widths, so that only what is fitted can differ.
+        result = check(dense, folder, monkeypatch, allocation="uniform", token_weights=asked)
+        slim[asked] = result.plan.widths(), load_file(result.output)
+    (widths, weighed), (others, alike) = slim[True], slim[False]
+    assert widths == others
+    assert any(not torch.equal(weighed[name], alike[name]) for name in weighed)
