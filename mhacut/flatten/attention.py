@@ -55,7 +55,7 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
         size = torch.linalg.vector_norm(sharpened, dim=-1, keepdim=True)
     else:
         length = torch.linalg.vector_norm(features * _factor(gate, power), dim=-1, keepdim=True)
-        size = (sharpened.square() * gate.clamp_min(0)).sum(-1, keepdim=True).sqrt()
+        size = (sharpened.square() * _opening(gate)).sum(-1, keepdim=True).sqrt()
     focused: Tensor = sharpened * (length / size)
     return focused
 
@@ -71,6 +71,14 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
         size > 20, size, size + torch.log(-torch.expm1(-size))
     )  # torch's softplus: x above 20
     return torch.where((gate <= 0) | (gate == 1), scale, wanted)
+
+
+def _opening(gate: Tensor) -> Tensor:
+    """``gate`` where it is not negative, else 0, with a gradient at 0: a shut gate must be able to open.
+
+    That of ``clamp_min`` at its bound is 1 or 0, as the version of torch has it.
+    """
+    return torch.where(gate >= 0, gate, 0.0)
 
 
 def _factor(gate: Tensor, power: int) -> Tensor:
@@ -177,7 +185,7 @@ class FocusedLinearAttention(nn.Module):
             gate = None if gate is None else gate.to(precise)
             query = focus(q.to(precise), scale, self.focusing_factor, gate)
             key = focus(k.to(precise) + self.positional_encoding, scale, self.focusing_factor, gate)
-            query = self.query_features(query if gate is None else query * gate.clamp_min(0))
+            query = self.query_features(query if gate is None else query * _opening(gate))
             key = self.key_features(key)
             heads = linear_attention(
                 *(split_heads(tokens, self.num_heads) for tokens in (query, key, v.to(precise)))
