@@ -441,7 +441,7 @@ def _broken(where: str, error: Exception) -> CheckpointError:
     # torch 2.15 looks into sparse tensors, which are not there to be seen.
     if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
         return CheckpointError(
-            f"{where}: quantised, sparse or complex weights are not supported; save plain tensors (to_dense())"
+            f"{where}: quantised, sparse or complex weights are not supported; save them dense (to_dense())"
         )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return CheckpointError(
