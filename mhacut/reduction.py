@@ -73,13 +73,14 @@ def reductions(
     if unit.rotatable and basis != "channel":
         found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
     shares = unit.shares
-    if (not found or basis == "auto") and (not shares or positions != "equal"):
+    own, equal = not unit.together and positions != "equal", unit.together or positions != "own"
+    if (not found or basis == "auto") and (not shares or own):
         found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
-    if shares and positions != "own" and unit.unmixed:
+    if shares and equal and unit.unmixed:
         query, key = moments.every
         together = (query.energy * key.energy).sum(0, keepdim=True)
         found.append(Reduction(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
-    elif shares and positions != "own":
+    elif shares and equal and (not found or basis == "auto"):
         second = _second(unit, moments.every[0])
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))
@@ -111,7 +112,11 @@ def _principal(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
         return logit_basis(every[0].energy, every[1].energy)
     second = _second(unit, every[0]).view(unit.heads, unit.width, unit.heads, unit.width)
     own = torch.stack([second[head, :, head] for head in range(unit.heads)])
-    return output_basis(own, readers(module, unit).view(-1, unit.heads, unit.width))
+    columns = readers(module, unit).view(-1, unit.heads, unit.width)
+    if unit.together:  # one basis, of what any head gives to any reader
+        columns = columns.flatten(0, 1)[:, None]
+        return output_basis(own.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
+    return output_basis(own, columns)
 
 
 def _in_order(unit: Unit, moments: UnitMoments) -> Ranking:

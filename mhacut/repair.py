@@ -165,7 +165,8 @@ class _Fit:
         columns = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
         places = unit.readout.rows(unit.heads, unit.width).flatten().to(kept.device)
         lost = readout(module, unit).detach().double()[:, gone]
-        added = (lost @ refit.prediction).to(columns.dtype).reshape(*columns.shape[:-1], -1)
+        added = (lost @ refit.prediction).to(columns.dtype)
+        added = added.reshape(*columns.shape[1:-1], len(columns), -1).movedim(-2, 0)
         columns[..., places[kept]] += added
         columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)

@@ -71,7 +71,7 @@ class _UnitState:
     ) -> None:
         self.unit = unit
         # Heads that share filters then keep the same channels, by their mean score.
-        self.equal = unit.shares and options.positions == "equal"
+        self.equal = unit.shares and (unit.together or options.positions == "equal")
         self.unshared = unit.shares and not self.equal
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)

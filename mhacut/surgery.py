@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,9 @@ def dissect(model: nn.Module) -> Anatomy:
                 )
             seen[id(module)] = name
             layers.append(adapter.describe(name, module))
+            for child_name, child in module.named_children():
+                if child_name in adapter.holds:
+                    walk(f"{name}.{child_name}", child)
             return
         before, refused_before = len(layers), len(refused)
         for child_name, child in module.named_children():
@@ -216,8 +220,14 @@ def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
 
     With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
+    Of a convolution that reads a channel at several places, [places * out, heads * width]: their squares sum
+    to that of each place of the output, if errors at the places are independent.
     """
+    assert unit.readout is not None
     columns = readout(module, unit).detach().double()
+    reader = module.get_submodule(unit.readout.tensor.rpartition(".")[0])
+    if isinstance(reader, nn.ConvTranspose2d):  # each input place is read at more than one of the output
+        columns = columns / math.prod(reader.stride) ** 0.5
     if unit.readout_scale is not None:
         columns = module.get_parameter(unit.readout_scale).detach().double()[:, None] * columns
     if unit.readout_norm is None:
@@ -230,7 +240,7 @@ def readout(module: nn.Module, unit: Unit) -> Tensor:
     assert unit.readout is not None
     weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
     columns = unit.readout.rows(unit.heads, unit.width).flatten().to(weight.device)
-    return weight[..., columns].reshape(-1, len(columns))
+    return weight.movedim(0, -2)[..., columns].reshape(-1, len(columns))
 
 
 @torch.no_grad()
@@ -260,7 +270,8 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
     Args:
         module: the layer.
         unit: one that is ``rotatable``.
-        basis: A, [H, d, d], invertible: gain axes are multiplied by A, the other axes by A^-T.
+        basis: A, [H, d, d], invertible: gain axes are multiplied by A, the other axes by A^-T. The same for
+            all heads of a unit whose heads go together.
     """
     assert unit.rotatable
     inverse = torch.linalg.inv(basis).mT
@@ -335,12 +346,14 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
             )
         shared = [axis.tensor for axis in unit.axes if axis.shared]
         if shared and not unit_plan.unshared and len(set(unit_plan.kept)) > 1:
+            or_unshared = ", or the plan says unshared" if unit.can_unshare else ""
             raise PlanError(
                 f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)}: they keep the "
-                "same channels, or the plan says unshared; found different ones"
+                f"same channels{or_unshared}; found different ones"
             )
-        if unit_plan.unshared and not shared:
-            raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but its heads share nothing")
+        if unit_plan.unshared and not unit.can_unshare:
+            why = "what its heads share cannot be copied" if shared else "its heads share nothing"
+            raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but {why}")
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -378,6 +391,8 @@ def _scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
 
 def _of_heads(axis: ChannelAxis, of_all: Tensor) -> Tensor:
     """What of [H, ...] belongs to the heads whose channels lie along ``axis``."""
+    if axis.shared:  # all alike
+        return of_all[:1]
     return of_all if axis.heads is None else of_all[slice(*axis.heads)]
 
 
@@ -484,6 +499,8 @@ def _tell_size(owner: nn.Module) -> None:
     """Linear, convolution and batch norm layers carry their sizes as attributes too."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
+    elif isinstance(owner, nn.ConvTranspose2d):
+        owner.in_channels = owner.weight.shape[0]
     elif isinstance(owner, nn.Conv2d):
         if owner.groups == owner.out_channels:  # depthwise
             owner.groups = owner.weight.shape[0]

@@ -21,10 +21,10 @@ def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
         ]
-        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
+        own = not unit.shares or (unit.can_unshare and bool(torch.randint(2, (), generator=generator)))
         kept = torch.stack(rows if own else rows[:1] * unit.heads)
         chosen = tuple(map(tuple, kept.tolist()))
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=own and unit.shares))
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=own and unit.can_unshare))
         gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
         gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
     return Plan(tuple(units)), gains

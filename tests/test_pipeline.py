@@ -296,18 +296,25 @@ def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):
 def test_what_is_left_whole_is_told(tmp_path):
     import timm
 
-    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
-    path = tmp_path / "siglip.safetensors"
-    save_file(timm.create_model("vit_base_patch16_siglip_224", num_classes=5, **args).state_dict(), path)
+    args = {
+        "depth": 1,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "img_size": 32,
+        "patch_size": 8,
+        "global_pool": "prr",
+    }
+    path = tmp_path / "prr.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).state_dict(), path)
     result = mhacut.prune(
         path,
         flops="80%",
         output=tmp_path / "slim.safetensors",
-        model="vit_base_patch16_siglip_224",
+        model="vit_tiny_patch16_224",
         model_args=args,
         **QUICK,
     )
-    assert result.left_whole == ("attn_pool (AttentionPoolLatent): a pooling head is left alone",)
+    assert result.left_whole == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
 
 
 def test_the_example_loses_little(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,11 @@ from models import CASES, Case, build, image, relative
 from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
 from torch.func import functional_call
 
+from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
+from mhacut.plan import Plan
+from mhacut.reduction import reductions
+from mhacut.repair import repair
 from mhacut.surgery import cut, dissect, exact_gain, masked_tensors
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
@@ -157,11 +162,27 @@ def test_what_a_norm_runs_over_is_left_whole():
     assert kinds["vit_tiny_patch16_224False"] == set()
 
 
-def test_pooling_heads_are_left_alone():
-    siglip = next(case for case in CASES if "siglip" in case.architecture)
-    anatomy = dissect(build(siglip))
-    assert anatomy.left_alone == ("attn_pool (AttentionPoolLatent): a pooling head is left alone",)
+def test_a_pooling_head_without_projections_of_its_own_is_left_alone():
+    args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    anatomy = dissect(timm.create_model("vit_tiny_patch16_224", global_pool="prr", **args))
+    assert anatomy.left_alone == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
     assert not [unit for unit in anatomy.units() if unit.layer.startswith("attn_pool")]
+
+
+@torch.no_grad()
+def test_a_pooling_head_attends_with_one_channel():
+    """Its queries are the same for every image, so that one direction of each head's keys counts."""
+    siglip = next(case for case in CASES if "siglip" in case.architecture)
+    model, images = build(siglip, dtype=torch.float64), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    unit = dissect(model).unit(("attn_pool", "qk"))
+    dense = model(images)
+    moments = calibrate(model, dissect(model), images, batch_size=4).moments
+    (way,) = reductions(model.attn_pool, unit, moments[unit.key], 1, "principal")
+    plan = Plan((way.plan(1),))
+    repair(model, dissect(model), plan, moments, ways={unit.key: (way,)})
+    cut(model, plan)
+    assert model.attn_pool.q.out_features == unit.heads
+    assert relative(model(images), dense) < 1e-5
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import mhacut
-from mhacut.calibration import calibrate
+from mhacut.calibration import UnitMoments, calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import reductions
@@ -64,7 +64,7 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...
         for axis in axes_of(unit):
             if (axis == unit.readout) == (unit.kind in revived):
                 channels = channels_of(module, unit, axis)
-                first, last = axis.heads or (0, unit.heads)
+                first, last = (0, 1) if axis.shared else axis.heads or (0, unit.heads)
                 channels[gone[first:last]] = 0
                 set_channels(module, unit, axis, channels)
 
@@ -214,6 +214,7 @@ def test_turned_channels_compute_what_they_did(case, slim):
         if unit.rotatable:
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            mixing = mixing[:1].expand(shape) if unit.together else mixing
             rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
     assert relative(model(x), expected) < 1e-9
 
@@ -336,6 +337,34 @@ def test_the_readers_of_a_parallel_block_tell_what_it_adds(name):
     moved = model.layer(x) - before
     handle.remove()
     assert relative(moved, readers(model.layer, unit).sum(1).expand_as(moved)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["cpubone, fused", "lowformer, fused", "multi query"])
+@torch.no_grad()
+def test_repaired_readers_read_what_kept_channels_foretell(name):
+    """Of all heads, where they go together; at every place, where a transposed convolution reads."""
+    case = CASES[name]
+    model, x = build(case).requires_grad_(False), image(case, batch=40)
+    anatomy = dissect(model)
+    (unit,) = (unit for unit in anatomy.units(("v",)) if unit.layer == "layer")
+    kept = tuple(range(0, unit.width, 2))
+    plan = Plan((UnitPlan("layer", "v", unit.width, (kept,) * unit.heads),))
+    tap, heard = unit.taps["output"], []
+    reader = copy.deepcopy(model.layer.get_submodule(tap.module))
+    model.layer.get_submodule(tap.module).register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    seen = calibrate(model, anatomy, x, batch_size=40).moments[unit.key].every
+    rows, stays = torch.cat(heard).movedim(1, -1), torch.zeros(unit.heads, unit.width, dtype=torch.bool)
+    stays[:, kept] = True
+    stays = stays.flatten()
+    from_kept = rows[..., stays].flatten(0, -2)
+    if unit.constants_pass:
+        from_kept = torch.cat([from_kept, torch.ones_like(from_kept[:, :1])], dim=1)
+    solution = torch.linalg.lstsq(from_kept, rows[..., ~stays].flatten(0, -2), driver="gelsd").solution
+    rows[..., ~stays] = (from_kept @ solution).view(*rows.shape[:-1], -1)
+    expected = reader(rows.movedim(-1, 1))
+    repair(model, anatomy, plan, {unit.key: UnitMoments(seen, seen)})  # judged by what was seen: no ridge
+    cut(model, plan)
+    assert relative(model.layer.get_submodule(tap.module)(rows[..., stays].movedim(-1, 1)), expected) < 1e-4
 
 
 @pytest.mark.slow

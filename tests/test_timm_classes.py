@@ -41,10 +41,10 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
         module = model.get_submodule(unit.layer)
         by_reader = unit.kind == "hidden"  # an activation of 0 need not be 0
         for axis in unit.axes:
-            if (axis == unit.readout) != by_reader or axis.shared:
+            if (axis == unit.readout) != by_reader or (axis.shared and unit_plan.unshared):
                 continue
             tensor = module.get_parameter(axis.tensor).detach()
-            first, last = axis.heads or (0, unit.heads)
+            first, last = (0, 1) if axis.shared else axis.heads or (0, unit.heads)
             rows = axis.rows(unit.heads, unit.width)[gone[first:last]].flatten()
             tensor.index_fill_(axis.dim, rows, 0)
 
@@ -168,6 +168,7 @@ def test_turned_channels_compute_what_they_did(case):
         if unit.rotatable:
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            mixing = mixing[:1].expand(shape) if unit.together else mixing
             rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
     assert relative(model(x), expected) < 1e-9
 

@@ -111,6 +111,8 @@ CASES = {
     "eva norm behind": _eva("eva02_base_patch16_clip_224", whole=frozenset({"v", "hidden"}), share=95),
     "eva half": _eva("vit_small_patch16_dinov3"),
     "eva bias": _eva("vit_small_patch16_dinov3_qkvb"),
+    "pooling head": _eva("vit_base_patch16_siglip_224"),
+    "pooling head of eva": _eva("vit_small_patch16_rope_224", global_pool="map"),
     "metaformer": Case("small_caformer", {"depths": (1, 1, 1, 2), "dims": (16, 16, 32, 64)}, 64),
     "fastvit": Case("fastvit_sa12", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 16, 64)}, 64, share=98),
     "beit": _eva("beit_base_patch16_224"),
@@ -243,7 +245,7 @@ CASES = {
     "sam": _sam(96, depth=2, global_attn_indexes=(1,)),
     "sam without positions": _sam(64, use_rel_pos=False),
     "sam turned": _sam(64, frozenset({"qk"}), use_rel_pos=False, use_rope=True, global_attn_indexes=(0,)),
-    "multi query": Case("small_multi_query", {}, 64, whole=frozenset({"v"}), share=97),
+    "multi query": Case("small_multi_query", {}, 64),
     "mvit v2": Case("small_mvitv2", {"img_size": 64}, 64, whole=frozenset({"qk", "v"})),
     "coat": Case(
         "coat_lite_tiny",

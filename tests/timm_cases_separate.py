@@ -15,6 +15,7 @@ from timm.layers import (
     ConvMlp,
     DiffAttention,
     LayerNorm2d,
+    MultiQueryAttention2d,
     RelPosBias,
 )
 from timm.layers.bottleneck_attn import BottleneckAttn
@@ -194,10 +195,6 @@ WHOLE = {
         _mlp(lambda: ConvMlp(12, 20, norm_layer=LayerNorm2d)),
         {"hidden": "a norm runs over all hidden channels"},
     ),
-    "cpubone, fused": (
-        LayerCase(lambda: cpubone.ConvAttention(12, att_stride=2, fuse_out_proj=True), tokens=False),
-        {"v": "a transposed convolution upsamples and projects at once"},
-    ),
     "visformer, in groups": (
         _mlp(lambda: visformer.SpatialMlp(16, 20, spatial_conv=True, group=8)),
         {"hidden": "a convolution mixes hidden channels"},
@@ -242,6 +239,15 @@ ATTENTION = {
         lambda: lowformer.ConvAttention(12, att_stride=1, att_kernel=3), tokens=False
     ),
     "cpubone": LayerCase(lambda: cpubone.ConvAttention(60, att_stride=2, att_kernel=5), dim=60, tokens=False),
+    "cpubone, fused": LayerCase(
+        lambda: cpubone.ConvAttention(12, att_stride=2, fuse_out_proj=True), tokens=False
+    ),
+    "lowformer, fused": LayerCase(
+        lambda: lowformer.ConvAttention(60, 1.0, att_stride=1, att_kernel=3, fuse_out_proj=True),
+        dim=60,
+        tokens=False,
+    ),
+    "multi query": LayerCase(lambda: MultiQueryAttention2d(12, num_heads=3, use_bias=True), tokens=False),
     "cpubone, nearest": LayerCase(
         lambda: cpubone.ConvAttention(12, att_stride=2, small_kernels=True, upsample_mode="nearest"),
         tokens=False,
@@ -526,7 +532,6 @@ MODELS = {
 }
 CASES: dict[str, LayerCase | ModelCase] = {
     **LAYERS,
-    "cpubone, fused": WHOLE["cpubone, fused"][0],
     **MODELS,
 }
 

@@ -1,8 +1,12 @@
 """Trains the benchmarks' dense model: a small timm ViT on CIFAR-10 as a folder of images, on one CPU core.
 
-    python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --init vit.safetensors --output base
+    python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --network resnet --output teacher
+    python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --init vit.safetensors \
+        --teacher teacher/model.safetensors --output base
 
-trains a vit_tiny_patch16_224 of 6 blocks on 32x32 pixels in patches of 4, and writes into the output folder
+The second trains a vit_tiny_patch16_224 of 6 blocks on 32x32 pixels in patches of 4. On so few images it
+learns more from a convolutional network than from labels (DeiT, arXiv 2012.12877); the first trains one, in
+less time than the ViT takes. Either writes into its output folder
 
     log.txt             one line per epoch: loss, top-1 on val/ of the weights and of their moving average
     state.pt            everything a run needs to go on; the same command goes on from it
@@ -34,7 +38,9 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchDropout
 from timm.models import create_model
+from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -66,19 +72,26 @@ def main(arguments: list[str] | None = None) -> None:
     write_whole(file, lambda temporary: save_file(training.average.module.state_dict(), temporary))
     top1 = accuracy(training.average.module, held_images, held_labels, exact=True)
     training.tell(f"{file}: top-1 {top1:.2f} on {len(held_labels)} images in float32")
-    print("\nmhacut reads it with these flags:")
-    print(f"mhacut prune {file} {mhacut_flags(len(classes))} --data-dir {asked.data_dir}")
+    if asked.network == "vit":
+        print("\nmhacut reads it with these flags:")
+        print(f"mhacut prune {file} {mhacut_flags(len(classes))} --data-dir {asked.data_dir}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train a small timm ViT on a folder of 32x32 images; the same command resumes.",
+        description="Train a small timm ViT, or a teacher for it, on a folder of 32x32 images; "
+        "the same command resumes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--data-dir", type=Path, required=True, help="folder with train/ and val/, a folder per class in each"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--network", choices=sorted(NETWORKS), default="vit")
+    parser.add_argument("--teacher", type=Path, help="safetensors file of a resnet that this command trained")
+    parser.add_argument(
+        "--teacher-share", type=float, default=0.7, help="of the targets; labels have the rest"
+    )
     parser.add_argument("--init", type=Path, help="safetensors file to start from, instead of from scratch")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--plain-epochs", type=int, default=2, help="last epochs without mixup and cutout")
@@ -96,6 +109,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     return parser
+
+
+def build_vit(num_classes: int) -> Any:
+    return create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS)
+
+
+def build_resnet(num_classes: int) -> Any:
+    """A ResNet for small images: its stem keeps the resolution."""
+    model = ResNet(BasicBlock, [2, 2, 2, 1], channels=(16, 32, 64, 128), num_classes=num_classes)
+    stem_width = model.conv1.out_channels
+    model.conv1 = nn.Conv2d(3, stem_width, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model.to(memory_format=torch.channels_last)
+
+
+NETWORKS = {"vit": build_vit, "resnet": build_resnet}
 
 
 def mhacut_flags(num_classes: int) -> str:
@@ -126,11 +155,16 @@ class Training:
         if self.steps <= asked.warmup:
             sys.exit(f"{self.steps} steps in all are not more than the {asked.warmup} of --warmup")
         torch.manual_seed(asked.seed)
-        self.model: Any = create_model(
-            ARCHITECTURE, num_classes=num_classes, patch_drop_rate=asked.patch_drop, **MODEL_ARGS
-        )
+        self.num_classes = num_classes
+        self.model: Any = NETWORKS[asked.network](num_classes)
         if asked.init is not None:
             self.model.load_state_dict(load_file(asked.init))
+        if asked.network == "vit":
+            self.model.patch_drop = PatchDropout(num_prefix_tokens=self.model.num_prefix_tokens)
+        self.teacher = None
+        if asked.teacher is not None:
+            self.teacher = build_resnet(num_classes).eval()
+            self.teacher.load_state_dict(load_file(asked.teacher))
         self.optimizer = create_optimizer_v2(
             self.model, opt="adamw", lr=asked.lr, weight_decay=asked.weight_decay
         )
@@ -153,8 +187,9 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it goes on with."""
-        free = {"output", "save_every", "data_dir", "init", *self.schedule}
-        return {name: value for name, value in vars(self.asked).items() if name not in free}
+        free = {"output", "save_every", "data_dir", "init", "teacher", *self.schedule}
+        options = {name: value for name, value in vars(self.asked).items() if name not in free}
+        return {**options, "teacher": self.teacher is not None}
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -193,12 +228,18 @@ class Training:
         # Dropped patches and mixup's Beta draw from the global generator.
         torch.manual_seed(seed_of(self.asked.seed, 2, self.step))
         images = augment(normalize(self.images[chosen]), cutout=self.asked.cutout if distort else 0)
-        targets = smooth(self.labels[chosen], self.model.num_classes, self.asked.smoothing)
+        targets = smooth(self.labels[chosen], self.num_classes, self.asked.smoothing)
         if distort and self.asked.mixup:
             share = float(torch.distributions.Beta(self.asked.mixup, self.asked.mixup).sample())
             images = share * images + (1 - share) * images.flip(0)
             targets = share * targets + (1 - share) * targets.flip(0)
-        if self.asked.patch_drop:
+        if self.teacher is not None:
+            # It sees what the model sees, mixed and cut alike (arXiv 2106.05237, section 3).
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                taught = self.teacher(images.contiguous(memory_format=torch.channels_last))
+            share = self.asked.teacher_share
+            targets = (1 - share) * targets + share * taught.float().softmax(1)
+        if self.asked.network == "vit":
             self.model.patch_drop.prob = self.asked.patch_drop if distort else self.asked.plain_patch_drop
         self.scheduler.step_update(self.step)
         self.model.train()

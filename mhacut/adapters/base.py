@@ -44,7 +44,7 @@ class ChannelAxis:
     """First and past the last head whose channels lie here, where it is not all of them."""
     shared: bool = False
     """One row serves all heads: channel i of every head lies at ``offset + i``. Heads that keep channels of
-    their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`."""
+    their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`; not where they go together."""
     head_step: int | None = None
     """From a head to the next; None where everything of a head lies together."""
     channel_step: int = 1
@@ -128,6 +128,8 @@ class Unit:
     feeds: bool = False
     """The channels make others of the layer before they are read out: what goes with them is not only what
     the readout loses, and is seen by running the layer without them. Repair makes up for the readout only."""
+    together: bool = False
+    """Heads share tensors that cannot become a copy for each: all keep the same channels, and turn alike."""
     gate: str | None = None
     """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
@@ -150,6 +152,11 @@ class Unit:
         """Whether heads share a tensor of the unit."""
         return any(axis.shared for axis in self.axes)
 
+    @property
+    def can_unshare(self) -> bool:
+        """Whether heads share a tensor of the unit, of which each could have a copy."""
+        return self.shares and not self.together
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -171,6 +178,8 @@ class Adapter(ABC):
     family: Literal["attention", "mlp"]
     module_classes: tuple[type[nn.Module], ...]
     """Exactly these classes; a subclass may compute something else and needs a line of its own."""
+    holds: tuple[str, ...] = ()
+    """Submodules of a layer that are layers of their own, where it has them."""
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:

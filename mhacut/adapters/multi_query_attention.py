@@ -1,12 +1,14 @@
 """``MultiQueryAttention2d`` of MobileNetV4: queries of every head, one head of keys and values for all.
 
-Channel i of the keys meets channel i of every head's queries: they go together, and count as one head. timm's
-own forward computes at any widths. v is left whole: one channel of it leaves by a column for each head.
+Channel i of the keys meets channel i of every head's queries: they go together, and count as one head. What
+every head makes of channel i of the values is read by a column of its own: heads keep the same channels, and
+columns are refitted on those of all heads. timm's own forward computes at any widths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +16,10 @@ from timm.layers import MultiQueryAttention2d
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
-from mhacut.adapters.rope_attention import SHARED_KEYS
 from mhacut.plan import UnitKind
+
+BILINEAR_FLOPS = 4
+"""Per pixel of a map made larger, as fvcore counts them."""
 
 
 class MultiQueryAdapter(Adapter):
@@ -42,34 +46,56 @@ class MultiQueryAdapter(Adapter):
             rotatable=True,
             softmax_scaled=True,
         )
-        return Layer(name, self, (qk,), {"v": SHARED_KEYS}, channel_dim=1)
+        columns = ChannelAxis("output.proj.weight", 1)
+        v = Unit(
+            name,
+            "v",
+            heads,
+            module.value_dim,
+            axes=(*_axes(module.value, "value", (0,), shared=True), columns),
+            gain_axes=(columns,),
+            taps={
+                "value": Tap("value.proj", "output", channel_dim=1, then=partial(_to_every_head, heads)),
+                "output": Tap("output.proj", "input", channel_dim=1),
+            },
+            readout=columns,
+            readout_bias=None if module.output.proj.bias is None else "output.proj.bias",
+            rotatable=True,
+            together=True,
+        )
+        return Layer(name, self, (qk, v), channel_dim=1)
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         batch, dim, height, width = input_shape
         down, across = module.query_strides
         queries = (height // down) * (width // across)
         keys = -(-height // module.kv_stride) * -(-width // module.kv_stride)
-        each = module.num_heads * queries * (dim + keys) + dim * keys
-        return batch * widths["qk"] * each
+        total = widths["qk"] * (module.num_heads * queries * (dim + keys) + dim * keys)
+        reads = module.output.proj.out_channels + BILINEAR_FLOPS * module.has_query_strides
+        total += widths["v"] * (module.num_heads * (queries * keys + height * width * reads) + dim * keys)
+        return batch * total
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        module.key_dim = widths["qk"]
+        module.key_dim, module.value_dim = widths["qk"], widths["v"]
         module.scale = widths["qk"] ** -0.5
         slim: nn.Module = module
         return slim
 
 
-def _axes(part: Any, name: str, copies: tuple[int, ...]) -> tuple[ChannelAxis, ...]:
-    weight = ChannelAxis(f"{name}.proj.weight", 0, copies=copies)
-    return (
-        (weight,) if part.proj.bias is None else (weight, ChannelAxis(f"{name}.proj.bias", 0, copies=copies))
-    )
+def _axes(part: Any, name: str, copies: tuple[int, ...], *, shared: bool = False) -> tuple[ChannelAxis, ...]:
+    weight = ChannelAxis(f"{name}.proj.weight", 0, copies=copies, shared=shared)
+    return (weight,) if part.proj.bias is None else (weight, replace(weight, tensor=f"{name}.proj.bias"))
 
 
 def every_head(heads: int, module: Any, x: Tensor) -> Tensor:
     """[B, heads * d, H, W], each head an observation of its own: [B, H, W, heads, d]."""
     x = x.movedim(1, -1)
     return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def _to_every_head(heads: int, module: Any, x: Tensor) -> Tensor:
+    """[B, d, H, W] as every head has it, [B, heads * d, H, W]."""
+    return x.repeat(1, heads, 1, 1)
 
 
 MULTI_QUERY_ATTENTION = (MultiQueryAdapter(),)

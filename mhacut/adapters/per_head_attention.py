@@ -210,14 +210,12 @@ class CoarseAdapter(SoftmaxAdapter):
         heads = module.num_heads
         v_width = module.o_proj_inpdim // heads
         qk_width = (module.pwise.out_channels // heads - v_width) // 2
-        readout = _coarse_readout(module)
         return Layout(
             heads,
             qk_width,
             v_width,
             *per_head("pwise", qk_width, v_width),
-            readout or "pwise",
-            v_left_whole=None if readout else "a transposed convolution upsamples and projects at once",
+            _coarse_readout(module),
         )
 
     def tokens(self, module: Any, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -236,11 +234,11 @@ class CoarseAdapter(SoftmaxAdapter):
         module.head_dim, module.o_proj_inpdim = qk_width, v_width * module.num_heads
 
 
-def _coarse_readout(module: Any) -> str | None:
-    """The projection that reads v, if it does so point by point."""
+def _coarse_readout(module: Any) -> str:
+    """What reads v: point by point, or a transposed convolution that makes the map larger too."""
     if isinstance(module.o_proj, nn.Conv2d):
         return "o_proj"
-    return "upsampling.0" if isinstance(module.upsampling, nn.Sequential) else None
+    return "upsampling.0" if isinstance(module.upsampling, nn.Sequential) else "upsampling"
 
 
 PER_HEAD = (

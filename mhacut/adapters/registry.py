@@ -26,6 +26,7 @@ from mhacut.adapters.outlook_attention import OutlookAdapter
 from mhacut.adapters.parallel_attention import PARALLEL_ATTENTION
 from mhacut.adapters.per_head_attention import PER_HEAD
 from mhacut.adapters.pooled_attention import POOLED_ATTENTION
+from mhacut.adapters.pooling_attention import PoolingAdapter
 from mhacut.adapters.pvt_attention import PvtAttentionAdapter
 from mhacut.adapters.rope_attention import ROPE_ATTENTION
 from mhacut.adapters.sam_attention import SAM_ATTENTION
@@ -65,12 +66,13 @@ ADAPTERS: tuple[Adapter, ...] = (
     *CHANNEL_ATTENTION,
     *TALKING_MAPS,
     OutlookAdapter(),
+    PoolingAdapter(),
     ScalarAttentionAdapter(),
     *SINGLE_HEAD,
     *map(MlpAdapter, MLPS),
 )
 
-POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
+POOLING_HEADS = ("AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
 """Attention that runs once, behind the last block: left whole, with everything in it."""
 
 POSITION_BIASES = ("RelPosMlp",)

@@ -16,7 +16,10 @@ NORM_FLOPS = 2
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer or convolution, alone or in a module that holds a batch norm behind it."""
+    """A linear layer or convolution, alone or in a module that holds a batch norm behind it.
+
+    A transposed convolution can read channels, not write them.
+    """
 
     name: str
     """Of the whole, relative to the layer."""
@@ -58,6 +61,16 @@ class Projection:
         return None if self.linear.bias is None else f"{self.linear_name}.bias"
 
     @property
+    def transposed(self) -> bool:
+        """Whether what it makes of one channel lies elsewhere in its weight, and is not alike everywhere."""
+        return isinstance(self.linear, nn.ConvTranspose2d)
+
+    @property
+    def constant_bias(self) -> str | None:
+        """Its bias, if that can take up what it makes of constant channels."""
+        return None if self.transposed else self.bias
+
+    @property
     def flops_per_row(self) -> int:
         """Of one output channel at one position."""
         return int(self.linear.weight[0].numel()) + NORM_FLOPS * (self.norm is not None)
@@ -65,7 +78,8 @@ class Projection:
     @property
     def flops_per_column(self) -> int:
         """Of one input channel at one position."""
-        return int(self.linear.weight[:, 0].numel())
+        weight = self.linear.weight
+        return int((weight[0] if self.transposed else weight[:, 0]).numel())
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
         """The axes of channels that it writes from row ``offset`` on."""
@@ -81,7 +95,7 @@ class Projection:
 
     def columns(self) -> ChannelAxis:
         """The axis of channels that it reads."""
-        return ChannelAxis(f"{self.linear_name}.weight", 1)
+        return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
     def tap(
         self,

@@ -114,7 +114,7 @@ class SoftmaxAdapter(Adapter):
             gain_axes=(readout.columns(),),
             taps={"value": _tap(value, layout.value), "output": readout.tap("input")},
             readout=readout.columns(),
-            readout_bias=readout.bias,
+            readout_bias=readout.constant_bias,
             readout_norm=readout.norm,
             rotatable=layout.v_rotatable,
         )

@@ -136,7 +136,7 @@ def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor |
     Args:
         second: (centred) second moment of the channels, [d, d].
         kept: indices, [kept].
-        columns: the weights that read them, [out, d].
+        columns: the weights that read them, [out, d], or several such below one another.
         metric: of errors of the output, [out, out]; None is plain squared error.
     """
     gone = _others(kept, second.shape[-1])
@@ -145,8 +145,14 @@ def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor |
     solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
     left = second[gone][:, gone] - second[gone][:, kept] @ solved
     reader = columns[:, gone]
-    weighed = reader if metric is None else metric @ reader
-    return float((reader.mT @ weighed * left).sum().clamp_min(0))
+    return float((reader.mT @ weighed_by(metric, reader) * left).sum().clamp_min(0))
+
+
+def weighed_by(metric: Tensor | None, columns: Tensor) -> Tensor:
+    """``metric`` [out, out] times ``columns`` [out, d], or times each of several such below one another."""
+    if metric is None:
+        return columns
+    return (metric @ columns.reshape(-1, len(metric), columns.shape[-1])).flatten(0, 1)
 
 
 def _share(error: float, baseline: float) -> float:

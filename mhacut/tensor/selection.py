@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mhacut.tensor.refit import weighed_by
+
 RIDGE = 1e-6
 """Of the mean variance, added before inverting, so that channels that repeat each other do not break it."""
 AT_ONCE = 0.02
@@ -46,7 +48,7 @@ def rank_channels(
 
     Args:
         second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: the weights that read them, [out, heads * d].
+        columns: the weights that read them, [out, heads * d], or several such below one another.
         heads: every head keeps the same number.
         smallest: channels per head that are never removed; they end up in ascending order at the front.
         metric: of errors of the output, [out, out]; prices :attr:`Removal.error`, not the choice, which is
@@ -71,7 +73,7 @@ def rank_channels(
         stays[gone] = False
         share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         lost = readers[:, gone]
-        weighed = lost if metric is None else metric @ lost
+        weighed = weighed_by(metric, lost)
         spent_now = float((torch.linalg.solve(inverse[gone][:, gone], lost.mT @ weighed)).trace())
         count = torch.arange(1, len(gone) + 1, device=second.device)
         error[len(left) - count] = spent + spent_now * count.to(error) / len(gone)

@@ -1,0 +1,67 @@
+"""``AttentionPoolLatent``, the pooling head of SigLIP and others: learnt queries look at all tokens once.
+
+Queries are the same for every image. Where each head has one, a single channel of q and k, in the principal
+basis, says all that there is to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Layer
+from mhacut.adapters.fused import NORMALISED
+from mhacut.adapters.softmax import Layout, Rows, SoftmaxAdapter, attend_in, heads_of
+
+
+class SlimAttentionPoolLatent(AttentionPoolLatent):  # type: ignore[misc]
+    """timm's, at any widths. Made by ``resize``, never constructed."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, C] to [B, C_out], or to [B, queries, C_out] where nothing pools those."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        v_dim = _v_dim(self)
+        k, v = self.kv(x).split((self.kv.out_features - v_dim, v_dim), dim=-1)
+        q, k, v = (heads_of(part, self.num_heads) for part in (self.q(self.latent), k, v))
+        q, k = self.q_norm(q).expand(x.shape[0], -1, -1, -1), self.k_norm(k)
+        x = self.proj_drop(self.proj(attend_in(self, q, k, v, attn_mask)))
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm(x))
+        if self.pool == "token":
+            return x[:, 0]
+        return x.mean(1) if self.pool == "avg" else x
+
+
+class PoolingAdapter(SoftmaxAdapter):
+    """Rows of ``kv`` are [k | v]; the MLP behind it is a layer of its own."""
+
+    module_classes = (AttentionPoolLatent, SlimAttentionPoolLatent)
+    holds = ("mlp",)
+
+    def layout(self, module: Any) -> Layout:
+        heads, v_dim = module.num_heads, _v_dim(module)
+        qk_dim = module.kv.out_features - v_dim
+        places = Rows("q"), Rows("kv"), Rows("kv", qk_dim)
+        return Layout(heads, qk_dim // heads, v_dim // heads, *places)
+
+    def describe(self, name: str, module: Any) -> Layer:
+        whole = super().describe(name, module)
+        if isinstance(module.q_norm, nn.Identity):
+            return whole
+        units = tuple(unit for unit in whole.units if unit.kind != "qk")
+        return replace(whole, units=units, left_whole={"qk": NORMALISED})
+
+    def tokens(self, module: Any, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        batch, tokens, _ = input_shape
+        return batch, module.latent_len, tokens
+
+    def retell(self, module: Any, qk_width: int, v_width: int) -> None:
+        module.__class__ = SlimAttentionPoolLatent
+
+
+def _v_dim(module: Any) -> int:
+    return int(module.proj.in_features)
