@@ -104,11 +104,10 @@ def half_plan(anatomy: Anatomy, seed: int) -> Plan:
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
         ]
-        own = not unit.shares or bool(torch.randint(2, (), generator=generator))
+        own = not unit.shares or (unit.can_unshare and bool(torch.randint(2, (), generator=generator)))
         kept = torch.stack(rows if own else rows[:1] * unit.heads).tolist()
-        units.append(
-            UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept)), unshared=own and unit.shares)
-        )
+        chosen, unshared = tuple(map(tuple, kept)), own and unit.can_unshare
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=unshared))
     return Plan(tuple(units))
 
 
