@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         training.tell(f"goes on at step {training.step} of {training.steps}")
     training.run(held_images, held_labels)
     file = asked.output / "model.safetensors"
-    write_whole(file, lambda temporary: save_file(training.average.module.state_dict(), temporary))
+    weights = {name: tensor.contiguous() for name, tensor in training.average.module.state_dict().items()}
+    write_whole(file, lambda temporary: save_file(weights, temporary))
     top1 = accuracy(training.average.module, held_images, held_labels, exact=True)
     training.tell(f"{file}: top-1 {top1:.2f} on {len(held_labels)} images in float32")
     if asked.network == "vit":
