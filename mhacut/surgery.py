@@ -107,7 +107,10 @@ def dissect(model: nn.Module) -> Anatomy:
             "`mhacut models` lists what can be cut"
         )
     for mlp, names in unknown_mlps.items():
-        left_alone.append(f"{names[0]} ({mlp}): this MLP class is not supported ({len(names)} layers)")
+        reason = "this MLP class is not supported"
+        if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
+            reason = "the hidden channels of a classifier are left alone"
+        left_alone.append(f"{names[0]} ({mlp}): {reason} ({len(names)} layers)")
     return Anatomy(tuple(layers), tuple(left_alone))
 
 

@@ -90,6 +90,14 @@ def test_mlps_of_another_class_are_reported():
     assert anatomy.left_alone == ("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)",)
 
 
+def test_the_hidden_channels_of_a_classifier_are_left_alone():
+    with torch.device("meta"):
+        hiera = timm.create_model("hiera_tiny_224")
+    assert dissect(hiera).left_alone == (
+        "head (ClNormMlpClassifierHead): the hidden channels of a classifier are left alone (1 layers)",
+    )
+
+
 def test_a_module_shared_between_layers_is_refused():
     model = build(Case("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = model.blocks[0].attn

@@ -71,8 +71,8 @@ class Outcome:
 def reason_of(left_whole: str) -> str:
     """A line of ``left_whole`` without the names and the number of the layers.
 
-    >>> reason_of("head (NormMlpClassifierHead): this MLP class is not supported (1 layers)")
-    '(NormMlpClassifierHead): this MLP class is not supported'
+    >>> reason_of("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)")
+    '(OtherMlp): this MLP class is not supported'
     """
     return re.sub(r"^\S+ \(", "(", re.sub(r" \(\d+ layers[^)]*\)$", "", left_whole))
 
