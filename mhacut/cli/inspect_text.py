@@ -174,7 +174,7 @@ def _comparison(found: Comparison, names: Sequence[str]) -> str:
         f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
         f"({_percent(left / weights)})",
         f"answers on {safe(found.data)}: {_agreement(found)}",
-        "error: of the layer's output, relative, in its own model (own: given the dense model's input); "
+        "errors are of the layer's output, relative, in its own model (own: given the dense model's input); "
         "agree: mean cosine of tokens",
     ]
     return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
