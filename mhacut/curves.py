@@ -24,11 +24,15 @@ from mhacut.options import Temperature
 from mhacut.reduction import Reduction, block_diagonal, rotated
 from mhacut.repair import shrink
 from mhacut.surgery import Anatomy, UnitKey, readers
-from mhacut.tensor.refit import output_error
+from mhacut.tensor.refit import output_error, refit_linear, weighed_by
 from mhacut.tensor.selection import Removal
 
 Curve = Mapping[int, float]
 """Width to estimated KL divergence in nats; 0 at the dense width."""
+FEW_ROWS = 4
+"""With fewer rows than that for each channel, of images to fit, errors are those on images held back: on
+those they were fitted to, as many channels as there are rows leave none. (Class attention and pooling heads
+see one row an image: with 64 images, a pooling head's v of 192 channels seemed free to cut to 64.)"""
 MOST_WIDTHS = 8
 """Widths at which a layer is run; between them the logarithm of the error is taken to be linear."""
 
@@ -86,7 +90,7 @@ def error_curves(
                         choices[unit.key],
                         temperature,
                         lambda: (args, kwargs),
-                        output,
+                        output if not layer.result else _result(copy.deepcopy(module), layer, args, kwargs),
                         len(images),
                     )
             done += 1
@@ -116,20 +120,32 @@ def _is_run(unit: Unit, ways: Mapping[UnitKey, Reduction]) -> bool:
 def _output_curve(
     module: nn.Module, way: Reduction, moments: UnitMoments, sensitivity: Tensor, choices: Sequence[int]
 ) -> Curve:
-    unit, ranking = way.unit, way.ranking
-    if unit.heads == 1 and isinstance(ranking, Removal):
+    unit, ranking, constant = way.unit, way.ranking, way.unit.constants_pass
+    few = moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
+    if unit.heads == 1 and isinstance(ranking, Removal) and not few:
         return {width: float(ranking.error[width]) / 2 for width in choices}
-    turned = rotated(moments, unit, way.rotation).every[0]
-    second = turned.covariance if unit.constants_pass else turned.energy
-    columns = readers(module, unit)
+    turned, columns = rotated(moments, unit, way.rotation), readers(module, unit)
     if way.rotation is not None:
         columns = columns @ block_diagonal(way.rotation).mT
+    seen, unseen, every = turned.fit[0], turned.held[0], turned.every[0]
+    second = every.covariance if constant else every.energy
+    weighed = weighed_by(_root(sensitivity), columns)
+
+    def error(width: int) -> float:
+        kept = (ranking.kept(width) + heads).reshape(-1)
+        if few and width < unit.width:
+            return refit_linear(seen, unseen, kept, weighed, constant=constant).left
+        return output_error(second, kept, columns, sensitivity)
+
     heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
-    sampled = {
-        width: output_error(second, (ranking.kept(width) + heads).reshape(-1), columns, sensitivity) / 2
-        for width in sampled_widths(choices)
-    }
-    return _interpolated(sampled, choices)
+    return _interpolated({width: error(width) / 2 for width in sampled_widths(choices)}, choices)
+
+
+def _root(metric: Tensor) -> Tensor:
+    """Symmetric root of a metric, [out, out]."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    return root
 
 
 def _curve_by_runs(
@@ -151,10 +167,23 @@ def _curve_by_runs(
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(module)
         shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature)
-        error = (smaller(*args, **kwargs).movedim(layer.channel_dim, -1) - dense).flatten(0, -2).double()
+        found = _result(smaller, layer, args, kwargs).movedim(layer.channel_dim, -1)
+        error = (found - dense).flatten(0, -2).double()
         weighed = error if weights is None else error * weights[:, None]
         sampled[width] = float((error @ metric * weighed).sum() / len(error)) / 2
     return _interpolated(sampled, choices)
+
+
+def _result(module: nn.Module, layer: Layer, args: Any, kwargs: Any) -> Tensor:
+    """Run ``module``, as ``layer`` describes it; what its readouts give."""
+    found: list[Tensor] = []
+    submodule = module.get_submodule(layer.result)  # the module itself, by an empty name
+    handle = submodule.register_forward_hook(lambda _, args, output: found.append(output))
+    try:
+        module(*args, **kwargs)
+    finally:
+        handle.remove()
+    return found[-1]
 
 
 def sampled_widths(choices: Sequence[int]) -> list[int]:

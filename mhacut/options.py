@@ -84,7 +84,7 @@ class SearchOptions:
     positions: Positions = "auto"
     """Which v channels heads keep that share the filters of a convolution (focused linear attention): each
     its own, with a copy of the filters, the same positions in all, or, per unit, that which leaves the
-    smaller error on held-back images."""
+    smaller error on held-back images. (In multi-query attention there is no room for copies: equal.)"""
     similarity: bool = True
     """Weight indicators by how unlike the other channels of its head a channel is."""
     score_adjustment: bool = True

@@ -73,7 +73,8 @@ def reductions(
     if unit.rotatable and basis != "channel":
         found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
     shares = unit.shares
-    own, equal = not unit.together and positions != "equal", unit.together or positions != "own"
+    own = positions != "equal" and not unit.together
+    equal = positions != "own" or unit.together
     if (not found or basis == "auto") and (not shares or own):
         found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
     if shares and equal and unit.unmixed:

@@ -202,7 +202,9 @@ def _listening_to_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _
         return hook
 
     handles = [
-        model.get_submodule(layer.name).register_forward_hook(watch(layer)) for layer in layers if layer.units
+        model.get_submodule(f"{layer.name}.{layer.result}".rstrip(".")).register_forward_hook(watch(layer))
+        for layer in layers
+        if layer.units
     ]
     try:
         yield

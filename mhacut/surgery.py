@@ -18,6 +18,7 @@ from mhacut.adapters.registry import (
     is_position_bias,
     looks_like_attention,
     looks_like_mlp,
+    why_not_cut,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.options import Temperature
@@ -65,12 +66,12 @@ def dissect(model: nn.Module) -> Anatomy:
 
     def walk(name: str, module: nn.Module) -> None:
         cls = type(module)
-        if is_pooling_head(module):
+        adapter = adapter_for(module)
+        if adapter is None and is_pooling_head(module):
             left_alone.append(f"{name} ({cls.__name__}): a pooling head is left alone")
             return
         if is_position_bias(module):
             return
-        adapter = adapter_for(module)
         if adapter is not None:
             if id(module) in seen:
                 raise UnsupportedModelError(
@@ -78,9 +79,6 @@ def dissect(model: nn.Module) -> Anatomy:
                 )
             seen[id(module)] = name
             layers.append(adapter.describe(name, module))
-            for child_name, child in module.named_children():
-                if child_name in adapter.holds:
-                    walk(f"{name}.{child_name}", child)
             return
         before, refused_before = len(layers), len(refused)
         for child_name, child in module.named_children():
@@ -107,10 +105,8 @@ def dissect(model: nn.Module) -> Anatomy:
             "`mhacut models` lists what can be cut"
         )
     for mlp, names in unknown_mlps.items():
-        reason = "this MLP class is not supported"
-        if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
-            reason = "the hidden channels of a classifier are left alone"
-        left_alone.append(f"{names[0]} ({mlp}): {reason} ({len(names)} layers)")
+        layers_of_it = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+        left_alone.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)} ({layers_of_it})")
     return Anatomy(tuple(layers), tuple(left_alone))
 
 
@@ -223,14 +219,16 @@ def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
 
     With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
-    Of a convolution that reads a channel at several places, [places * out, heads * width]: their squares sum
-    to that of each place of the output, if errors at the places are independent.
+    Of a convolution that reads a channel at several places, [places * out, heads * width], those of a place
+    together: squares sum to that of one place of the output, if errors at the places are independent.
     """
     assert unit.readout is not None
     columns = readout(module, unit).detach().double()
     reader = module.get_submodule(unit.readout.tensor.rpartition(".")[0])
-    if isinstance(reader, nn.ConvTranspose2d):  # each input place is read at more than one of the output
-        columns = columns / math.prod(reader.stride) ** 0.5
+    if isinstance(reader, nn.ConvTranspose2d):
+        assert unit.readout_scale is None
+        assert unit.readout_norm is None
+        columns = columns / math.prod(reader.stride) ** 0.5  # of an error, spread over so many more places
     if unit.readout_scale is not None:
         columns = module.get_parameter(unit.readout_scale).detach().double()[:, None] * columns
     if unit.readout_norm is None:

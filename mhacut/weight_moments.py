@@ -23,7 +23,7 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] |
 
     Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
     What follows the projections (ReLUs, powers, norms, convolutions) is left out. None where the channels are
-    not made by linear layers, one row each.
+    not made by linear layers, one row each, or not of the layer's input.
 
     Args:
         module: the layer.
@@ -46,7 +46,7 @@ def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
     weights = [axis for axis in unit.axes if _projects(module, axis)]
     sides = 2 if unit.kind == "qk" else 1
     grams: list[Tensor] = []
-    if len(weights) < sides or any(axis.shared or axis.heads for axis in weights):
+    if not unit.white_inputs or len(weights) < sides or any(axis.shared or axis.heads for axis in weights):
         return grams
     for axis in weights[:sides]:
         rows = channels_of(module, unit, axis).flatten(2).double()  # (H, d, in)

@@ -129,19 +129,18 @@ def test_training_starts_from_given_weights(train, images, tmp_path) -> None:
 def test_a_vit_learns_from_a_network_trained_before(train, images, tmp_path) -> None:
     train.main([*train_flags(images, tmp_path / "teacher"), "--network", "resnet"])
     teacher = tmp_path / "teacher" / "model.safetensors"
-    taught = [*train_flags(images, tmp_path / "taught"), "--teacher", str(teacher), "--teacher-share", "1"]
+    taught = [*train_flags(images, tmp_path / "taught"), "--teachers", str(teacher), "--teacher-share", "1"]
     train.main(taught)
     train.main(train_flags(images, tmp_path / "alone"))
     model, alone = (train.build_vit(2).eval() for _ in range(2))
     model.load_state_dict(load_file(tmp_path / "taught" / "model.safetensors"))
     alone.load_state_dict(load_file(tmp_path / "alone" / "model.safetensors"))
-    resnet = train.build_resnet(2).eval()
-    resnet.load_state_dict(load_file(teacher))
+    resnet = train.load_network(teacher, 2)
     held = train.normalize(train.read_split(images / "val", 32)[0])
     with torch.no_grad():
         wanted, own, others = (net(held).softmax(1) for net in (resnet, model, alone))
     assert (own - wanted).abs().mean() < (others - wanted).abs().mean()
-    with pytest.raises(SystemExit, match="--teacher"):
+    with pytest.raises(SystemExit, match="--teachers"):
         train.main(train_flags(images, tmp_path / "taught"))
 
 

@@ -16,6 +16,7 @@ from mhacut.curves import MOST_WIDTHS, error_curves
 from mhacut.reduction import reductions
 from mhacut.repair import shrink
 from mhacut.surgery import dissect, rotate
+from mhacut.tensor.refit import RIDGES
 from mhacut.widths import width_choices
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
@@ -24,7 +25,7 @@ CASES = (
     Case("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "qkv_bias": False}),
     Case("beit3_base_patch16_224", SMALL),
 )
-IMAGES = 60
+IMAGES = 120  # so many that no unit has few rows for its channels
 
 
 class Curved:
@@ -131,6 +132,75 @@ def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
             assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3, abs=1e-6 * most(it, unit))
             checked += 1
         assert checked > 2
+
+
+def test_few_rows_are_judged_by_images_held_back(monkeypatch):
+    monkeypatch.setattr(module_under_test, "FEW_ROWS", 1000)
+    it = Curved(CASES[0], "channel")
+    for unit in it.anatomy.units(["v", "hidden"]):
+        layer, seen = it.model.get_submodule(unit.layer), []
+        reader = layer.get_submodule(unit.readout.tensor.rpartition(".")[0])
+        handle = reader.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(i[0].flatten(0, -2)))
+        it.model(it.images)
+        handle.remove()
+        x, weights = seen[0], it.weights(unit, seen[0])
+        held = it.calibration.held * len(x) // IMAGES
+        fit, share = x[held:], weights[held:, None]
+        mean = (share * fit).mean(0)
+        covariance = (share * (fit - mean)).mT @ (fit - mean) / len(fit)
+        width = it.choices[unit.key][1]
+        heads = unit.width * torch.arange(unit.heads)[:, None]
+        kept = (it.ways[unit.key].ranking.kept(width) + heads).flatten()
+        block, errors = covariance[kept][:, kept], []
+        for ridge in (*RIDGES, 1e12):
+            damped = block + ridge * block.diagonal().mean() * torch.eye(len(kept)).double()
+            predicted = mean + (x[:held, kept] - mean[kept]) @ torch.linalg.solve(damped, covariance[kept])
+            predicted[:, kept] = x[:held, kept]
+            moved = (x[:held] - predicted) @ reader.weight.T
+            each = (moved @ it.calibration.sensitivity.metric[unit.layer] * moved).sum(-1)
+            errors.append(float(weights[:held] @ each) / held / 2)
+        assert it.curves[unit.key][width] == pytest.approx(min(errors), rel=2e-3)
+
+
+def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
+    """It sees one row an image; so many channels as rows foretell all others of those images."""
+    case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
+    model = build(case, dtype=torch.float64).requires_grad_(False)
+    anatomy, images = dissect(model), image(case, batch=32, dtype=torch.float64)
+    unit = anatomy.unit(("attn_pool", "v"))
+    calibration = calibrate(model, anatomy, images, batch_size=32, sensitivity_images=32)
+    metric, seen = calibration.sensitivity.metric["attn_pool"], calibration.moments[unit.key]
+    (way, *_) = reductions(model.attn_pool, unit, seen, 1, "principal", metric)
+    choices = {unit.key: (1, 12, 16)}
+    curve = error_curves(model, anatomy, {unit.key: way}, calibration, choices, images, temperature="kept")[
+        unit.key
+    ]
+    assert seen.fit[0].rows == 24 < 3 * 12
+    assert curve[12] > 0.01 * curve[1] > 0
+
+
+@torch.no_grad()
+def test_errors_of_a_pooling_head_are_told_before_its_mlp():
+    case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
+    model = build(case, dtype=torch.float64).requires_grad_(False)
+    anatomy, images = dissect(model), image(case, batch=400, dtype=torch.float64)
+    unit = anatomy.unit(("attn_pool", "qk"))
+    calibration = calibrate(model, anatomy, images, batch_size=400, sensitivity_images=400)
+    seen, metric = calibration.moments[unit.key], calibration.sensitivity.metric["attn_pool"]
+    (way, *_) = reductions(model.attn_pool, unit, seen, 1, "channel", metric)
+    choices = {unit.key: (1, 16)}
+    curve = error_curves(model, anatomy, {unit.key: way}, calibration, choices, images, temperature="kept")[
+        unit.key
+    ]
+    shrunk, given = copy.deepcopy(model), []
+    shrink(shrunk.attn_pool, unit, way, 1, seen, "kept")
+    for each in (model, shrunk):
+        each.attn_pool.proj.register_forward_hook(lambda m, i, output: given.append(output[:, 0]))
+    logs = [each(images).log_softmax(-1) for each in (model, shrunk)]
+    moved = given[1] - given[0]
+    assert curve[1] == pytest.approx(float((moved @ metric * moved).sum(-1).mean()) / 2, rel=1e-6)
+    true = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+    assert 0.3 * true < curve[1] < 3 * true
 
 
 def most(it, unit):

@@ -11,14 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, Case, build, image, relative
 from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
+from timm.layers import AttentionPoolLatent
 from torch.func import functional_call
 
 from mhacut.calibration import calibrate
 from mhacut.cost import build_cost_table, measure_flops
+from mhacut.finetuning.objective import Blocks
 from mhacut.plan import Plan
 from mhacut.reduction import reductions
 from mhacut.repair import repair
 from mhacut.surgery import cut, dissect, exact_gain, masked_tensors
+from mhacut.weight_moments import white_moments
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -167,6 +170,21 @@ def test_a_pooling_head_without_projections_of_its_own_is_left_alone():
     anatomy = dissect(timm.create_model("vit_tiny_patch16_224", global_pool="prr", **args))
     assert anatomy.left_alone == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
     assert not [unit for unit in anatomy.units() if unit.layer.startswith("attn_pool")]
+
+
+@pytest.mark.parametrize("built", [{"q_proj": False}, {"out_features": 0}], ids=str)
+def test_a_pooling_head_that_is_built_otherwise_is_left_alone_too(built):
+    model = build(CASES[0])
+    model.attn_pool = AttentionPoolLatent(model.embed_dim, num_heads=3, **built)
+    assert dissect(model).left_alone == ("attn_pool (AttentionPoolLatent): a pooling head is left alone",)
+
+
+def test_a_pooling_head_is_a_block_of_its_own():
+    model = build(next(case for case in CASES if "siglip" in case.architecture))
+    assert Blocks(model).names == ("blocks.0", "blocks.1", "attn_pool")
+    qk, v = (dissect(model).unit(("attn_pool", kind)) for kind in ("qk", "v"))
+    assert white_moments(model.attn_pool, qk) is None  # its queries are made of nothing that varies
+    assert white_moments(model.attn_pool, v) is not None
 
 
 @torch.no_grad()

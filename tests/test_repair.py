@@ -145,6 +145,18 @@ def test_the_error_of_the_output_is_that_of_explicit_least_squares(seed, metric,
     assert found == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-8 * float(x.square().sum()))
 
 
+def test_readers_at_several_places_add_their_errors():
+    x, generator = rows(200, 6, 3), torch.Generator().manual_seed(3)
+    places, root = torch.randn(3, 4, 6, generator=generator).double(), rows(4, 4, 4)
+    second, kept, metric = exact(x).covariance, torch.tensor([1, 4]), root @ root.T
+    each = sum(output_error(second, kept, columns, metric) for columns in places)
+    assert output_error(second, kept, places.flatten(0, 1), metric) == pytest.approx(each)
+    ranked = rank_channels(second, places.flatten(0, 1), 1, 1, metric)
+    order = ranked.order[0, :3].sort().values
+    alike = sum(output_error(second, order, columns, metric) for columns in places)
+    assert float(ranked.error[3]) == pytest.approx(alike, rel=1e-3)
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_held_back_images_that_disagree_leave_the_columns_as_they_were(constant):
     x = rows(200, 4, 1) - torch.arange(4)

@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.layers import (
     Attention,
+    AttentionPoolLatent,
     ConvMlp,
     DiffAttention,
     LayerNorm2d,
@@ -187,6 +188,10 @@ WHOLE = {
         LayerCase(lambda: gemma4_vit.Gemma4Attention(12, 3, 4)),
         {"qk": _ALL_NORMALISED, "v": _ALL_NORMALISED},
     ),
+    "pooling, normalised": (
+        LayerCase(lambda: AttentionPoolLatent(12, num_heads=3, qk_norm=True, pool_type="")),
+        {"qk": "q and k are normalised over the channels of a head", "hidden": "it sees next to no tokens"},
+    ),
     "csatv2": (
         LayerCase(SpatialTransformerBlock),
         {"qk": "q, k and v are a single channel", "v": "q, k and v are a single channel"},
@@ -246,6 +251,18 @@ ATTENTION = {
         lambda: lowformer.ConvAttention(60, 1.0, att_stride=1, att_kernel=3, fuse_out_proj=True),
         dim=60,
         tokens=False,
+    ),
+    "pooling": LayerCase(
+        lambda: AttentionPoolLatent(12, num_heads=3, norm_layer=nn.LayerNorm, latent_len=4, pool_type="")
+    ),
+    "pooling, positions": LayerCase(
+        lambda: AttentionPoolLatent(
+            12, 20, num_heads=3, latent_len=2, latent_dim=8, pos_embed="abs", feat_size=16, pool_type=""
+        ),
+        out=20,
+    ),
+    "pooling, normalised": LayerCase(
+        lambda: AttentionPoolLatent(12, num_heads=3, qk_norm=True, qkv_bias=False, pool_type="")
     ),
     "multi query": LayerCase(lambda: MultiQueryAttention2d(12, num_heads=3, use_bias=True), tokens=False),
     "cpubone, nearest": LayerCase(

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --network resnet --output teacher
     python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --init vit.safetensors \
-        --teacher teacher/model.safetensors --output base
+        --teachers teacher/model.safetensors --output base
 
 The second trains a vit_tiny_patch16_224 of 6 blocks on 32x32 pixels in patches of 4. On so few images it
 learns more from a convolutional network than from labels (DeiT, arXiv 2012.12877); the first trains one, in
@@ -32,6 +32,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--network", choices=sorted(NETWORKS), default="vit")
-    parser.add_argument("--teacher", type=Path, help="safetensors file of a resnet that this command trained")
+    parser.add_argument(
+        "--teachers", type=Path, nargs="+", default=[], help="files of networks that this command trained"
+    )
     parser.add_argument(
         "--teacher-share", type=float, default=0.7, help="of the targets; labels have the rest"
     )
@@ -116,16 +119,32 @@ def build_vit(num_classes: int) -> Any:
     return create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS)
 
 
-def build_resnet(num_classes: int) -> Any:
-    """A ResNet for small images: its stem keeps the resolution."""
-    model = ResNet(BasicBlock, [2, 2, 2, 1], channels=(16, 32, 64, 128), num_classes=num_classes)
+def build_resnet(num_classes: int, *, widths: tuple[int, ...], stride: int) -> Any:
+    """A ResNet of 15 convolutions for small images; ``stride`` is its stem's."""
+    model = ResNet(BasicBlock, [2, 2, 2, 1], channels=widths, num_classes=num_classes)
     stem_width = model.conv1.out_channels
-    model.conv1 = nn.Conv2d(3, stem_width, 3, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(3, stem_width, 3, padding=1, stride=stride, bias=False)
     model.maxpool = nn.Identity()
     return model.to(memory_format=torch.channels_last)
 
 
-NETWORKS = {"vit": build_vit, "resnet": build_resnet}
+NETWORKS = {
+    "vit": build_vit,
+    "resnet": partial(build_resnet, widths=(16, 32, 64, 128), stride=1),
+    "wide-resnet": partial(build_resnet, widths=(48, 96, 192, 192), stride=2),
+}
+
+
+def load_network(file: Path, num_classes: int) -> Any:
+    """The one of :data:`NETWORKS` that fits the file, in eval mode."""
+    weights = load_file(file)
+    for build in NETWORKS.values():
+        model = build(num_classes)
+        own = model.state_dict()
+        if own.keys() == weights.keys() and all(own[name].shape == weights[name].shape for name in own):
+            model.load_state_dict(weights)
+            return model.eval()
+    sys.exit(f"{file}: of none of the networks {', '.join(NETWORKS)} with {num_classes} classes")
 
 
 def mhacut_flags(num_classes: int) -> str:
@@ -162,10 +181,7 @@ class Training:
             self.model.load_state_dict(load_file(asked.init))
         if asked.network == "vit":
             self.model.patch_drop = PatchDropout(num_prefix_tokens=self.model.num_prefix_tokens)
-        self.teacher = None
-        if asked.teacher is not None:
-            self.teacher = build_resnet(num_classes).eval()
-            self.teacher.load_state_dict(load_file(asked.teacher))
+        self.teachers = [load_network(file, num_classes) for file in asked.teachers]
         self.optimizer = create_optimizer_v2(
             self.model, opt="adamw", lr=asked.lr, weight_decay=asked.weight_decay
         )
@@ -188,9 +204,11 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it goes on with."""
-        free = {"output", "save_every", "data_dir", "init", "teacher", *self.schedule}
+        free = {"output", "save_every", "data_dir", "init", "teachers", *self.schedule}
         options = {name: value for name, value in vars(self.asked).items() if name not in free}
-        return {**options, "teacher": self.teacher is not None}
+        if not self.teachers:
+            del options["teacher_share"]
+        return {**options, "teachers": len(self.teachers)}
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -234,12 +252,12 @@ class Training:
             share = float(torch.distributions.Beta(self.asked.mixup, self.asked.mixup).sample())
             images = share * images + (1 - share) * images.flip(0)
             targets = share * targets + (1 - share) * targets.flip(0)
-        if self.teacher is not None:
-            # It sees what the model sees, mixed and cut alike (arXiv 2106.05237, section 3).
+        if self.teachers:
+            # They see what the model sees, mixed and cut alike (arXiv 2106.05237, section 3).
+            seen, share = images.contiguous(memory_format=torch.channels_last), self.asked.teacher_share
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                taught = self.teacher(images.contiguous(memory_format=torch.channels_last))
-            share = self.asked.teacher_share
-            targets = (1 - share) * targets + share * taught.float().softmax(1)
+                answers = torch.stack([teacher(seen).float().softmax(1) for teacher in self.teachers])
+            targets = (1 - share) * targets + share * answers.mean(0)
         if self.asked.network == "vit":
             self.model.patch_drop.prob = self.asked.patch_drop if distort else self.asked.plain_patch_drop
         self.scheduler.step_update(self.step)
@@ -281,7 +299,9 @@ class Training:
         if not self.state_file.exists():
             return False
         state = torch.load(self.state_file, weights_only=True)
-        then, now = json.loads(state["options"]), json.loads(json.dumps(self.options))
+        # Runs begun before there were networks and teachers to choose from say nothing of them.
+        then = {"network": "vit", "teachers": 0, **json.loads(state["options"])}
+        now = json.loads(json.dumps(self.options))
         changed = [f"--{name.replace('_', '-')}" for name in now if then.get(name) != now[name]]
         if changed:
             sys.exit(

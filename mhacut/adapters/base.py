@@ -129,7 +129,10 @@ class Unit:
     """The channels make others of the layer before they are read out: what goes with them is not only what
     the readout loses, and is seen by running the layer without them. Repair makes up for the readout only."""
     together: bool = False
-    """Heads share tensors that cannot become a copy for each: all keep the same channels, and turn alike."""
+    """Heads share tensors of which there is no room for a copy each, so that :attr:`UnitPlan.unshared` is
+    impossible: all keep the same channels, in the same basis."""
+    white_inputs: bool = True
+    """Without images, inputs may be taken as white (:mod:`mhacut.weight_moments`)."""
     gate: str | None = None
     """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
@@ -170,6 +173,8 @@ class Layer:
     """Units that cannot be cut exactly, and why."""
     channel_dim: int = -1
     """Dimension of the layer's output that holds its channels."""
+    result: str = ""
+    """The submodule whose output the readouts give, where more of the layer follows; errors are of that."""
 
 
 class Adapter(ABC):
@@ -178,8 +183,10 @@ class Adapter(ABC):
     family: Literal["attention", "mlp"]
     module_classes: tuple[type[nn.Module], ...]
     """Exactly these classes; a subclass may compute something else and needs a line of its own."""
-    holds: tuple[str, ...] = ()
-    """Submodules of a layer that are layers of their own, where it has them."""
+
+    def serves(self, module: Any) -> bool:
+        """Whether ``module``, of one of the classes, is built so that it can be described."""
+        return True
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:

@@ -1,6 +1,6 @@
 """``AttentionPoolLatent``, the pooling head of SigLIP and others: learnt queries look at all tokens once.
 
-Queries are the same for every image. Where each head has one, a single channel of q and k, in the principal
+Queries are the same for every image. Where a head has one, a single channel of q and k, in the principal
 basis, says all that there is to say.
 """
 
@@ -24,7 +24,7 @@ class SlimAttentionPoolLatent(AttentionPoolLatent):  # type: ignore[misc]
         """[B, N, C] to [B, C_out], or to [B, queries, C_out] where nothing pools those."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
-        v_dim = _v_dim(self)
+        v_dim = self.proj.in_features
         k, v = self.kv(x).split((self.kv.out_features - v_dim, v_dim), dim=-1)
         q, k, v = (heads_of(part, self.num_heads) for part in (self.q(self.latent), k, v))
         q, k = self.q_norm(q).expand(x.shape[0], -1, -1, -1), self.k_norm(k)
@@ -37,23 +37,27 @@ class SlimAttentionPoolLatent(AttentionPoolLatent):  # type: ignore[misc]
 
 
 class PoolingAdapter(SoftmaxAdapter):
-    """Rows of ``kv`` are [k | v]; the MLP behind it is a layer of its own."""
+    """Rows of ``kv`` are [k | v]. The MLP behind ``proj`` sees next to no tokens and is left whole."""
 
     module_classes = (AttentionPoolLatent, SlimAttentionPoolLatent)
-    holds = ("mlp",)
+
+    def serves(self, module: Any) -> bool:
+        return isinstance(module.q, nn.Linear) and isinstance(module.proj, nn.Linear)
 
     def layout(self, module: Any) -> Layout:
-        heads, v_dim = module.num_heads, _v_dim(module)
+        heads, v_dim = module.num_heads, module.proj.in_features
         qk_dim = module.kv.out_features - v_dim
         places = Rows("q"), Rows("kv"), Rows("kv", qk_dim)
         return Layout(heads, qk_dim // heads, v_dim // heads, *places)
 
     def describe(self, name: str, module: Any) -> Layer:
         whole = super().describe(name, module)
-        if isinstance(module.q_norm, nn.Identity):
-            return whole
-        units = tuple(unit for unit in whole.units if unit.kind != "qk")
-        return replace(whole, units=units, left_whole={"qk": NORMALISED})
+        left_whole = {} if module.mlp is None else {"hidden": "it sees next to no tokens"}
+        qk, v = whole.units
+        units = [replace(qk, white_inputs=False), v]
+        if not isinstance(module.q_norm, nn.Identity):
+            units, left_whole["qk"] = [v], NORMALISED
+        return replace(whole, units=tuple(units), left_whole=left_whole, result="proj")
 
     def tokens(self, module: Any, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
         batch, tokens, _ = input_shape
@@ -61,7 +65,3 @@ class PoolingAdapter(SoftmaxAdapter):
 
     def retell(self, module: Any, qk_width: int, v_width: int) -> None:
         module.__class__ = SlimAttentionPoolLatent
-
-
-def _v_dim(module: Any) -> int:
-    return int(module.proj.in_features)

@@ -72,8 +72,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     *map(MlpAdapter, MLPS),
 )
 
-POOLING_HEADS = ("AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
-"""Attention that runs once, behind the last block: left whole, with everything in it."""
+POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
+"""Attention that runs once, behind the last block: left alone, with everything in it, unless registered."""
 
 POSITION_BIASES = ("RelPosMlp",)
 """Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
@@ -110,8 +110,9 @@ _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_clas
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter registered for exactly this class, or None."""
-    return _BY_CLASS.get(type(module))
+    """The adapter registered for exactly this class, if it serves a module so built, or None."""
+    adapter = _BY_CLASS.get(type(module))
+    return adapter if adapter is not None and adapter.serves(module) else None
 
 
 def is_pooling_head(module: nn.Module) -> bool:
@@ -136,3 +137,10 @@ def looks_like_attention(module: nn.Module) -> bool:
 def looks_like_mlp(module: nn.Module) -> bool:
     """Whether the name of an unregistered class says MLP."""
     return _SAYS_MLP.search(type(module).__name__) is not None
+
+
+def why_not_cut(mlp: str) -> str:
+    """Of an unregistered class that looks like an MLP, by its name."""
+    if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
+        return "the hidden channels of a classifier are left alone"
+    return "this MLP class is not supported"

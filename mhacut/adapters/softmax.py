@@ -143,7 +143,7 @@ class SoftmaxAdapter(Adapter):
         return writes * keys + queries * keys + reads * queries
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        qk_width = widths["qk"]
+        qk_width = widths.get("qk", self.layout(module).qk_width)
         module.scale = qk_width**-0.5
         self.retell(module, qk_width, widths.get("v", self.v_width(module)))
         slim: nn.Module = module

@@ -22,7 +22,7 @@ class Blocks:
 
     def __init__(self, model: nn.Module) -> None:
         layers = [layer.name for layer in dissect(model).layers]
-        self.names = tuple(dict.fromkeys(name.rpartition(".")[0] for name in layers))
+        self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
         self.outputs: dict[str, Tensor] = {}
         for name in self.names:
             model.get_submodule(name).register_forward_hook(self._keeper(name))

@@ -136,7 +136,7 @@ def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor |
     Args:
         second: (centred) second moment of the channels, [d, d].
         kept: indices, [kept].
-        columns: the weights that read them, [out, d], or several such below one another.
+        columns: the weights that read them, [out, d], or [places * out, d], those of a place together.
         metric: of errors of the output, [out, out]; None is plain squared error.
     """
     gone = _others(kept, second.shape[-1])
@@ -149,7 +149,7 @@ def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor |
 
 
 def weighed_by(metric: Tensor | None, columns: Tensor) -> Tensor:
-    """``metric`` [out, out] times ``columns`` [out, d], or times each of several such below one another."""
+    """``metric`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
     if metric is None:
         return columns
     return (metric @ columns.reshape(-1, len(metric), columns.shape[-1])).flatten(0, 1)

@@ -48,7 +48,8 @@ def rank_channels(
 
     Args:
         second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: the weights that read them, [out, heads * d], or several such below one another.
+        columns: the weights that read them, [out, heads * d], or [places * out, heads * d], those of a place
+            together.
         heads: every head keeps the same number.
         smallest: channels per head that are never removed; they end up in ascending order at the front.
         metric: of errors of the output, [out, out]; prices :attr:`Removal.error`, not the choice, which is
