@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Layer
 from mhacut.adapters.fused import NORMALISED
 from mhacut.adapters.softmax import Layout, Rows, SoftmaxAdapter, attend_in, heads_of
+from mhacut.plan import UnitKind
 
 
 class SlimAttentionPoolLatent(AttentionPoolLatent):  # type: ignore[misc]
@@ -52,7 +53,9 @@ class PoolingAdapter(SoftmaxAdapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         whole = super().describe(name, module)
-        left_whole = {} if module.mlp is None else {"hidden": "it sees next to no tokens"}
+        left_whole: dict[UnitKind, str] = (
+            {} if module.mlp is None else {"hidden": "it sees next to no tokens"}
+        )
         qk, v = whole.units
         units = [replace(qk, white_inputs=False), v]
         if not isinstance(module.q_norm, nn.Identity):
