@@ -29,7 +29,7 @@ from mhacut.tensor.selection import Removal
 
 Curve = Mapping[int, float]
 """Width to estimated KL divergence in nats; 0 at the dense width."""
-FEW_ROWS = 4
+FEW_ROWS = 2
 """With fewer rows than that for each channel, of images to fit, errors are those on images held back: on
 those they were fitted to, as many channels as there are rows leave none. (Class attention and pooling heads
 see one row an image: with 64 images, a pooling head's v of 192 channels seemed free to cut to 64.)"""
