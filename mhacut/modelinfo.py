@@ -38,5 +38,8 @@ def left_whole(anatomy: Anatomy) -> tuple[str, ...]:
     for layer in anatomy.layers:
         for kind, reason in layer.left_whole.items():
             layers.setdefault(f"{kind}: {reason}", []).append(layer.name)
-    lines = [f"{what} ({len(names)} layers, first {names[0]})" for what, names in layers.items()]
+    lines = [
+        f"{what} ({names[0]})" if len(names) == 1 else f"{what} ({len(names)} layers, first {names[0]})"
+        for what, names in layers.items()
+    ]
     return (*lines, *anatomy.left_alone)

@@ -105,8 +105,8 @@ def dissect(model: nn.Module) -> Anatomy:
             "`mhacut models` lists what can be cut"
         )
     for mlp, names in unknown_mlps.items():
-        layers_of_it = "1 layer" if len(names) == 1 else f"{len(names)} layers"
-        left_alone.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)} ({layers_of_it})")
+        of_several = f" ({len(names)} layers)" if len(names) > 1 else ""
+        left_alone.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)}{of_several}")
     return Anatomy(tuple(layers), tuple(left_alone))
 
 

@@ -73,8 +73,10 @@ def reason_of(left_whole: str) -> str:
 
     >>> reason_of("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)")
     '(OtherMlp): this MLP class is not supported'
+    >>> reason_of("head (MlpHead): it is left alone"), reason_of("qk: normalised (blocks.3.attn)")
+    ('(MlpHead): it is left alone', 'qk: normalised')
     """
-    return re.sub(r"^\S+ \(", "(", re.sub(r" \(\d+ layers[^)]*\)$", "", left_whole))
+    return re.sub(r"^\S+ \(", "(", re.sub(r" \(\S+\)$| \(\d+ layers[^)]*\)$", "", left_whole))
 
 
 def examine(architecture: str, tags: Sequence[str] = ()) -> Outcome:
@@ -123,7 +125,8 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
             outcome.notes.append(f"{cls} has no channels of {kind} alone")
         elif missing:
             outcome.failures.append(f"{layer.name} ({cls}): nothing is said of {', '.join(sorted(missing))}")
-        outcome.whole_attention += layer.adapter.family == "attention" and bool(layer.left_whole)
+        whole = {"qk", "v"} & set(layer.left_whole)
+        outcome.whole_attention += layer.adapter.family == "attention" and bool(whole)
     outcome.notes = list(dict.fromkeys(outcome.notes))
 
     with _told(outcome, "keeping everything"):
