@@ -16,6 +16,7 @@ from timm.layers import MultiQueryAttention2d
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
 BILINEAR_FLOPS = 4
@@ -31,13 +32,14 @@ class MultiQueryAdapter(Adapter):
     def describe(self, name: str, module: Any) -> Layer:
         heads, width = module.num_heads, module.key_dim
         copies = tuple(head * width for head in range(heads))
-        query = _axes(module.query, "query", copies)
+        query, key, value = (rows(module, f"{part}.proj") for part in ("query", "key", "value"))
+        query = tuple(replace(axis, copies=copies) for axis in query)
         qk = Unit(
             name,
             "qk",
             1,
             width,
-            axes=(*query, *_axes(module.key, "key", (0,))),
+            axes=query + key,
             gain_axes=query,
             taps={
                 "query": Tap("query.proj", "output", then=partial(every_head, heads)),
@@ -52,7 +54,7 @@ class MultiQueryAdapter(Adapter):
             "v",
             heads,
             module.value_dim,
-            axes=(*_axes(module.value, "value", (0,), shared=True), columns),
+            axes=(*(replace(axis, shared=True) for axis in value), columns),
             gain_axes=(columns,),
             taps={
                 "value": Tap("value.proj", "output", channel_dim=1, then=partial(_to_every_head, heads)),
@@ -80,11 +82,6 @@ class MultiQueryAdapter(Adapter):
         module.scale = widths["qk"] ** -0.5
         slim: nn.Module = module
         return slim
-
-
-def _axes(part: Any, name: str, copies: tuple[int, ...], *, shared: bool = False) -> tuple[ChannelAxis, ...]:
-    weight = ChannelAxis(f"{name}.proj.weight", 0, copies=copies, shared=shared)
-    return (weight,) if part.proj.bias is None else (weight, replace(weight, tensor=f"{name}.proj.bias"))
 
 
 def every_head(heads: int, module: Any, x: Tensor) -> Tensor:
