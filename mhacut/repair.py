@@ -163,12 +163,13 @@ class _Fit:
         gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
         gone[kept] = False
         columns = module.get_parameter(unit.readout.tensor).detach().movedim(unit.readout.dim, -1)
-        places = unit.readout.rows(unit.heads, unit.width).flatten().to(kept.device)
+        copies = unit.readout.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)  # (H * d, copies)
         lost = readout(module, unit).detach().double()[:, gone]
         added = (lost @ refit.prediction).to(columns.dtype)
-        added = added.reshape(*columns.shape[1:-1], len(columns), -1).movedim(-2, 0)
-        columns[..., places[kept]] += added
-        columns[..., places[gone]] = 0
+        added = added.reshape(copies.shape[1], *columns.shape[1:-1], len(columns), -1)
+        for copy, places in zip(added, copies.T, strict=True):
+            columns[..., places[kept]] += copy.movedim(-2, 0)
+            columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)
 
 

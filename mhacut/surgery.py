@@ -219,8 +219,9 @@ def readers(module: nn.Module, unit: Unit) -> Tensor:
     """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
 
     With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
-    Of a convolution that reads a channel at several places, [places * out, heads * width], those of a place
-    together: squares sum to that of one place of the output, if errors at the places are independent.
+    Of a channel that is read at several places (by a convolution, or as several queries have it), [places *
+    out, heads * width], those of a place together: squares sum to that of one place of the output, if errors
+    at the places are independent.
     """
     assert unit.readout is not None
     columns = readout(module, unit).detach().double()
@@ -240,16 +241,18 @@ def readout(module: nn.Module, unit: Unit) -> Tensor:
     """As :func:`readers`, but the parameter itself, of its own dtype."""
     assert unit.readout is not None
     weight = module.get_parameter(unit.readout.tensor).movedim(unit.readout.dim, -1)
-    columns = unit.readout.rows(unit.heads, unit.width).flatten().to(weight.device)
-    return weight.movedim(0, -2)[..., columns].reshape(-1, len(columns))
+    columns = unit.readout.rows(unit.heads, unit.width).to(weight.device)  # (H, d, copies)
+    # (..., out, H, d, copies) -> (copies, ..., out, H * d)
+    read = weight.movedim(0, -2)[..., columns].movedim(-1, 0).flatten(-2)
+    return read.reshape(-1, read.shape[-1])
 
 
 @torch.no_grad()
 def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
-    """Add ``constant`` [out] to what the columns of the unit's readout give."""
+    """Add ``constant`` [out], or [places * out], to what the columns of the unit's readout give."""
     if unit.readout_bias is not None:
         bias = module.get_parameter(unit.readout_bias)
-        bias.add_(constant.to(bias))
+        bias.add_(constant.view(-1, len(bias)).sum(0).to(bias))
     elif unit.readout_norm is not None:
         mean = module.get_submodule(unit.readout_norm).running_mean
         assert isinstance(mean, Tensor)

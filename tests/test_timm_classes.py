@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch.func import functional_call
 
 import mhacut
 from mhacut.adapters.registry import adapter_for
+from mhacut.calibration import UnitMoments, calibrate
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
+from mhacut.repair import repair
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
 
 QUICK = {"rope half", "nest", "swin v2"}
@@ -228,6 +231,50 @@ def test_a_gate_beside_turned_channels(half):
     )
     widths = {unit.kind: unit.width for unit in dissect(model).units()}
     assert adapter_for(model["attn"]).flops(model["attn"], (2, 5, 24), widths) == size
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
+@torch.no_grad()
+def test_values_that_heads_share_are_refitted_for_each_that_reads_them(gated):
+    torch.manual_seed(0)
+    attention = AttentionRope(
+        24, 4, qkv_fused=False, num_kv_heads=2, num_prefix_tokens=0, gated=gated, dim_out=10
+    )
+    attention.double().eval().requires_grad_(False)
+    model, x = nn.Sequential(OrderedDict(attn=attention)), torch.randn(9, 5, 24).double()
+    anatomy, read = dissect(model), []
+    (unit,) = anatomy.units()
+    attention.proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    seen = calibrate(model, anatomy, x, batch_size=9).moments[unit.key].every
+    rows = torch.cat(read).view(9, 5, 2, 2, 6)  # (B, N, heads of values, heads of queries, d)
+    kept = ((0, 3, 5), (1, 2, 4))
+    plan = Plan((UnitPlan("attn", "v", 6, kept),))
+    stays = [(head, channel) for head in range(2) for channel in kept[head]]
+    goes = [(head, channel) for head in range(2) for channel in range(6) if channel not in kept[head]]
+    # Both heads of queries of every head of values at once: one regression for all.
+    inputs = torch.stack([rows[:, :, head, :, channel].flatten() for head, channel in stays], 1)
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
+    wanted = torch.stack([rows[:, :, head, :, channel].flatten() for head, channel in goes], 1)
+    solution = torch.linalg.lstsq(inputs, wanted).solution
+    before, bias = attention.proj.weight.clone().view(10, 2, 2, 6), attention.proj.bias.clone()
+    expected, constant = before.clone(), bias.clone()
+    for query in range(2):
+        for number, (head, channel) in enumerate(goes):
+            lost = before[:, head, query, channel]
+            constant += lost * solution[-1, number]
+            for place, (other, stayed) in enumerate(stays):
+                expected[:, other, query, stayed] += lost * solution[place, number]
+            expected[:, head, query, channel] = 0
+    repair(model, anatomy, plan, {unit.key: UnitMoments(seen, seen)})
+    assert relative(attention.proj.weight.view(10, 2, 2, 6), expected) < 1e-5
+    assert relative(attention.proj.bias, constant) < 1e-5
+    repaired = model(x)
+    cut(model, plan)
+    assert relative(model(x), repaired) < 1e-12
+    assert attention.v_proj.out_features == 2 * 3
+    widths = {unit.kind: unit.width for unit in dissect(model).units()}
+    size = 9 * 5 * (2 * 3 * 24 + 4 * 3 * (5 + 10 + 24 * gated))
+    assert adapter_for(attention).flops(attention, (9, 5, 24), widths) == size
 
 
 @torch.no_grad()

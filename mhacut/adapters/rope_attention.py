@@ -3,12 +3,16 @@
 A q/k channel is a pair of rows that turn together: neighbours, or one from each half of a head. Pairs turn at
 different speeds, so that they are chosen, each head its own, and never mixed; a slim layer keeps the numbers
 of its pairs to look up their angles. v channels do not turn and are free.
+
+Where several heads share keys and values, v is of the heads of those: a channel is read once for each head of
+queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +22,11 @@ from timm.models.eva import EvaAttention
 from torch import Tensor
 
 from mhacut.adapters.base import ChannelAxis, Tap, Unit
-from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, fused_projection
+from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head
 from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
-SHARED_KEYS = "several heads share their keys and values"
+SHARED_KEYS = "several heads share their keys"
 _KEPT = "turned_channels"
 """Buffer with the numbers of a slim layer's q/k channels in the dense one, [H, d]."""
 
@@ -43,17 +47,21 @@ class RopeForward(FusedForward):
         if rope is not None:
             table = _of_channels(rope, getattr(self, _KEPT, None))
             q, k = (self.turned(part, table).type_as(v) for part in (q, k))
+        if _queries_per_key(self) > 1:
+            k, v = (part.repeat_interleave(_queries_per_key(self), dim=1) for part in (k, v))
         out = self.norm(self.weigh(q, k, v, attn_mask, is_causal=is_causal))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         projected: Tensor = self.finish(out)
         return projected
 
-    def project(self: Any, x: Tensor) -> Tensor:
-        """Rows [q | k | v], of one projection or of three."""
+    def heads_of(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one projection or of three; there may be fewer heads of k and v than of q."""
         if self.qkv is not None:
-            return fused_projection(self, x)
-        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+            return super().heads_of(x)
+        shared = self.num_heads // _queries_per_key(self)
+        q, k = by_head(self.q_proj(x), self.num_heads), by_head(self.k_proj(x), shared)
+        return q, k, by_head(self.v_proj(x), shared)
 
     def turned(self: Any, x: Tensor, table: Tensor) -> Tensor:
         """[B, H, N, d]; tokens before those of the image have no position."""
@@ -93,7 +101,7 @@ class RopeAdapter(FusedAdapter):
     def qk(self, name: str, module: Any) -> Unit | str:
         """Pairs of rows that turn together."""
         plain = super().qk(name, module)
-        if isinstance(plain, str) or _shares_keys(module):
+        if isinstance(plain, str) or _queries_per_key(module) > 1:
             return plain if isinstance(plain, str) else SHARED_KEYS
         pairs, half = plain.width // 2, module.rotate_half
 
@@ -114,13 +122,27 @@ class RopeAdapter(FusedAdapter):
         )
 
     def v(self, name: str, module: Any) -> Unit | str:
-        """As everywhere, but for a gate, which acts on single channels."""
+        """As everywhere, but for a gate, which acts on single channels, and for heads that share values."""
         plain = super().v(name, module)
-        if isinstance(plain, str) or _shares_keys(module):
-            return plain if isinstance(plain, str) else SHARED_KEYS
-        if module.gate is None:
+        if isinstance(plain, str):
             return plain
-        return replace(plain, axes=(*plain.axes, *rows(module, "gate")), rotatable=False)
+        gate = () if module.gate is None else rows(module, "gate")
+        unit = replace(plain, axes=(*plain.axes, *gate), rotatable=plain.rotatable and not gate)
+        queries = _queries_per_key(module)
+        if queries == 1:
+            return unit
+        read = {axis: _by_each(axis, queries, unit.width) for axis in (*unit.gain_axes, *gate)}
+        return replace(
+            unit,
+            heads=unit.heads // queries,
+            axes=tuple(read.get(axis, axis) for axis in unit.axes),
+            gain_axes=tuple(read[axis] for axis in unit.gain_axes),
+            readout=read[unit.gain_axes[0]],
+            taps={
+                **unit.taps,
+                "output": replace(unit.taps["output"], then=partial(_apart, unit.width, queries)),
+            },
+        )
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         channels = dict(widths)
@@ -130,6 +152,10 @@ class RopeAdapter(FusedAdapter):
         if "v" in widths and module.gate is not None:
             batch, tokens, dim = input_shape
             total = total + batch * tokens * dim * module.num_heads * widths["v"]
+        if "v" in widths:  # heads that share values make them once
+            batch, tokens, dim = input_shape
+            spared = module.num_heads - module.num_heads // _queries_per_key(module)
+            total = total - batch * tokens * dim * spared * widths["v"]
         return total
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
@@ -171,8 +197,21 @@ def _of_pairs(tap: Tap, heads: int, pairs: int, half: bool) -> Tap:
     return replace(tap, offset=0, then=split)
 
 
-def _shares_keys(module: Any) -> bool:
-    return getattr(module, "num_kv_groups", 1) > 1
+def _queries_per_key(module: Any) -> int:
+    """Heads of queries that share one of keys and values; EVA's attention does not know of any."""
+    queries: int = getattr(module, "num_kv_groups", 1)
+    return queries
+
+
+def _by_each(axis: ChannelAxis, queries: int, width: int) -> ChannelAxis:
+    """Head by head of queries, as channels of the heads that those share."""
+    return replace(axis, head_step=queries * width, copies=tuple(width * query for query in range(queries)))
+
+
+def _apart(width: int, queries: int, module: Any, x: Tensor) -> Tensor:
+    """[..., N, heads * queries * d], each head of queries an observation: [..., N, queries, heads * d]."""
+    x = x.reshape(*x.shape[:-1], -1, queries, width)
+    return x.transpose(-2, -3).flatten(-2)
 
 
 ROPE_ATTENTION = (RopeAdapter(AttentionRope, SlimAttentionRope), RopeAdapter(EvaAttention, SlimEvaAttention))
