@@ -33,6 +33,8 @@ class UnitReport:
     """q/k or v of one attention layer, or the hidden channels of one MLP."""
 
     kind: UnitKind
+    head_count: int
+    """1 for ``hidden``; fewer than the layer's where channels of several heads go as one."""
     now: int
     """Channels per head (of the whole MLP for ``hidden``)."""
     dense: int
@@ -211,8 +213,8 @@ def _findings(
 
 def _unit_report(unit: Unit, plan: UnitPlan | None, found: tuple[HeadFindings, ...]) -> UnitReport:
     if plan is None or plan.keeps_all:
-        return UnitReport(unit.kind, unit.width, unit.width, "channel", None, found)
-    return UnitReport(unit.kind, unit.width, plan.dense_width, plan.basis, plan.kept, found)
+        return UnitReport(unit.kind, unit.heads, unit.width, unit.width, "channel", None, found)
+    return UnitReport(unit.kind, unit.heads, unit.width, plan.dense_width, plan.basis, plan.kept, found)
 
 
 def resolve_preprocessing(opened: LoadedModel | Outline, override: PreprocessingOptions) -> Preprocessing:
@@ -260,7 +262,7 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
 def _heads(layer: Layer, module: Any) -> int | None:
     """Of an attention; what nothing can be cut of may not say."""
     if layer.units:
-        return layer.units[0].heads
+        return max(unit.heads for unit in layer.units)
     return getattr(module, "num_heads", None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import timm
@@ -10,6 +11,8 @@ import torch
 from models import CASES, build
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm_cases import CASES as TIMM_CASES
+from timm_cases import build as build_timm
 from typer.testing import CliRunner
 
 import mhacut
@@ -201,6 +204,23 @@ def test_layers_that_are_like_no_others(name, judge, tmp_path, images):
     assert told.exit_code == 0, told.stderr
     assert "heads:" in told.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_heads_that_go_as_one_are_a_single_row(tmp_path, images):
+    """All q/k of multi-query attention, beside v of every head; of a slim file, which names what it kept."""
+    dense, slim, page = (tmp_path / name for name in ("dense.safetensors", "slim.safetensors", "page.html"))
+    save_file(build_timm(TIMM_CASES["multi query"], dtype=torch.float32).state_dict(), dense)
+    asked = {"model": "small_multi_query", "model_args": {"num_classes": 5}, "img_size": 64, "round_to": 2}
+    mhacut.prune(dense, flops="95%", output=slim, calibration_images=4, latency=False, **asked)
+    told = run("inspect", slim, "--data-dir", images, "--heads", "--html", page, "-q")
+    assert told.exit_code == 0, told.stderr
+    layers = [layer for layer in inspect_model(read_model(slim)).layers if layer.heads]
+    assert [layer.heads for layer in layers] == [3, 2]
+    assert [layer.units["qk"].head_count for layer in layers] == [1, 1]
+    assert any(layer.units["qk"].kept is not None for layer in layers)
+    first = told.stdout.partition("blocks.1.0.attn")[2].partition("blocks.1.1")[0]
+    assert re.findall(r"^  (\d+) +\d", first, re.MULTILINE) == ["0", "1", "2"]
+    assert page.read_text().count('<th scope="row">blocks.1.0.attn</th>') >= 1 + 3
 
 
 def test_the_mlp_inside_a_block_has_a_column(tmp_path):

@@ -78,9 +78,9 @@ def _layer(layer: LayerReport) -> str:
     for head in range(heads):
         cells = [f"  {head}"]
         for kind in ("qk", "v"):
-            cells.append(_width(layer, kind))
+            unit = layer.units.get(kind)
+            cells.append("" if unit is not None and head >= unit.head_count else _width(layer, kind))
             if judged:
-                unit = layer.units.get(kind)
                 known = unit is not None and head < len(unit.heads)
                 cells += _findings(unit.heads[head]) if unit is not None and known else ["", "", ""]
         rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])

@@ -25,9 +25,8 @@ def heat_values(
     rows = []
     for layer in layers:
         unit = layer.units.get(kind)
-        heads = 0 if unit is None else layer.heads or 0
-        known = [] if unit is None else [value(unit, head) for head in range(heads)]
-        rows.append(known + [math.nan] * (most - heads))
+        known = [] if unit is None else [value(unit, head) for head in range(unit.head_count)]
+        rows.append(known + [math.nan] * (most - len(known)))
     return rows
 
 

@@ -213,8 +213,9 @@ def _cells(layers: Sequence[LayerReport], kind: UnitKind, value: Any) -> list[tu
     rows = []
     for layer in layers:
         unit = layer.units.get(kind)
-        heads = range(layer.heads or 0)
-        rows.append((layer.name, [None if unit is None else value(layer, unit, head) for head in heads]))
+        count = 0 if unit is None else unit.head_count
+        cells = [value(layer, unit, head) if head < count else None for head in range(layer.heads or 0)]
+        rows.append((layer.name, cells))
     return rows
 
 

@@ -28,7 +28,7 @@ def heads_table(contents: Contents) -> Markup:
     rows: list[Markup] = []
     for layer in contents.layers:
         for unit in layer.units.values():
-            for head in range(layer.heads or 1):
+            for head in range(unit.head_count):
                 rows.append(_row(layer, unit, head))
     search = tag(
         "p",
@@ -53,7 +53,7 @@ def heads_table(contents: Contents) -> Markup:
 
 def _row(layer: LayerReport, unit: UnitReport, head: int) -> Markup:
     found = unit.heads[head] if head < len(unit.heads) else None
-    share = 1 / (layer.heads or 1)
+    share = 1 / unit.head_count
     cells = [
         "" if layer.heads is None else str(head),
         unit.kind,
