@@ -267,7 +267,8 @@ def test_what_cannot_be_is_refused(slim_of, given, message):
 
 def test_cells_of_the_picture_are_heads(contents):
     attention = [layer for layer in contents.layers if layer.heads]
-    narrower = dataclasses.replace(attention[0], heads=1, units={"v": attention[0].units["v"]})
+    one = dataclasses.replace(attention[0].units["v"], head_count=1)
+    narrower = dataclasses.replace(attention[0], heads=1, units={"v": one})
     values = heat_values([*attention, narrower], "v", lambda unit, head: unit.now / unit.dense + head)
     for row, layer in zip(values, attention, strict=False):
         unit = layer.units["v"]
