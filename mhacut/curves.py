@@ -32,8 +32,8 @@ Curve = Mapping[int, float]
 FEW_ROWS = 2
 """With fewer rows than that for each channel, of images to fit, errors are those on images held back: on
 those they were fitted to, as many channels as there are rows leave none. (Class attention and pooling heads
-see one row an image. With that, a CaiT of random weights at 70 % of its FLOPs had a divergence of .050 with 64
-images and .033 with 256; without, .214 and .074.)"""
+see one row an image. With that, a CaiT of random weights at 70 % of its FLOPs had a divergence of .050 with
+64 images and .033 with 256; without, .214 and .074.)"""
 MOST_WIDTHS = 8
 """Widths at which a layer is run; between them the logarithm of the error is taken to be linear."""
 
