@@ -7,9 +7,11 @@ import copy
 import torch
 from models import relative
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
 
 
 def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
@@ -32,6 +34,66 @@ def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
 
 def keep_everything(anatomy: Anatomy) -> Plan:
     return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
+
+
+@torch.no_grad()
+def difference_of_nothing_cut(model: nn.Module, x: Tensor) -> float:
+    """Between a model and itself, cut by a plan that keeps everything."""
+    expected = model(x)
+    cut(model, keep_everything(dissect(model)))
+    return relative(model(x), expected)
+
+
+@torch.no_grad()
+def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
+    """Between channels that count nothing and channels that are gone, the others weighed by gains."""
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, seed)
+    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    slim = copy.deepcopy(model)
+    cut(slim, plan, gains)
+    return relative(slim(x), masked)
+
+
+@torch.no_grad()
+def difference_of_turned_channels(model: nn.Module, x: Tensor) -> float:
+    """Between a model and itself, the channels of every unit that allows it in another basis."""
+    generator, expected = torch.Generator().manual_seed(2), model(x)
+    for unit in dissect(model).units():
+        if unit.rotatable:
+            shape = unit.heads, unit.width, unit.width
+            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
+            mixing = mixing[:1].expand(shape) if unit.together else mixing
+            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
+    return relative(model(x), expected)
+
+
+def assert_costs_are_what_fvcore_counts(model: nn.Module, size: tuple[int, int, int], seed: int) -> None:
+    """Of the model, and of its cut by a random plan, before that is made."""
+    anatomy = dissect(model)
+    table = build_cost_table(model, anatomy, size)
+    plan, _ = random_plan(anatomy, seed)
+    slim = copy.deepcopy(model)
+    cut(slim, plan)
+    assert table.flops(plan.widths()) == measure_flops(slim, size)
+    assert table.flops({}) == table.dense == measure_flops(model, size)
+
+
+def assert_cut_by_name_and_shape(model: nn.Module, seed: int) -> None:
+    """A cut renames no tensor, and needs no data to tell its shapes."""
+    before, outline = list(model.state_dict()), copy.deepcopy(model).to("meta")
+    plan, _ = random_plan(dissect(model), seed)
+    cut(outline, plan)
+    cut(model, plan)
+    assert list(model.state_dict()) == before
+    assert shapes(outline) == shapes(model)
+
+
+def untrained(model: nn.Module, x: Tensor) -> set[str]:
+    """Parameters that no finite gradient reaches in training mode; timm's models have some."""
+    model.train()
+    model(x).square().sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
 
 
 def difference_of_kernels(model: nn.Module, x: Tensor) -> float:

@@ -11,14 +11,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import relative
-from plans import difference_of_kernels, difference_of_two_cuts_and_one, random_plan
+from plans import (
+    assert_costs_are_what_fvcore_counts,
+    assert_cut_by_name_and_shape,
+    difference_of_kernels,
+    difference_of_mask_and_cut,
+    difference_of_nothing_cut,
+    difference_of_two_cuts_and_one,
+    random_plan,
+    untrained,
+)
 from test_flatten_models import SMALL
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mhacut.adapters.base import Unit
 from mhacut.adapters.registry import adapter_for
-from mhacut.cost import build_cost_table, measure_flops
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
@@ -93,11 +101,7 @@ def without(model: nn.Module, anatomy: Anatomy, plan: Plan) -> dict[str, Tensor]
 @each_case
 @torch.no_grad()
 def test_keeping_everything_changes_nothing(case):
-    model, x = build(case), image()
-    expected, anatomy = model(x), dissect(model)
-    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()]
-    cut(model, Plan(tuple(units)))
-    assert relative(model(x), expected) < 1e-12
+    assert difference_of_nothing_cut(build(case), image()) < 1e-12
 
 
 @each_case
@@ -105,23 +109,13 @@ def test_keeping_everything_changes_nothing(case):
 @given(seed=seeds)
 @torch.no_grad()
 def test_masked_equals_sliced(case, seed):
-    model, x = build(case), image()
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, seed)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-    cut(model, plan, gains)
-    assert relative(model(x), masked) < 1e-9
+    assert difference_of_mask_and_cut(build(case), image(), seed) < 1e-9
 
 
 @each_case
 @torch.no_grad()
 def test_masked_equals_sliced_in_single_precision(case):
-    model, x = build(case, dtype=torch.float32), image(torch.float32)
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, 8)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-    cut(model, plan, gains)
-    assert relative(model(x), masked) < 1e-4
+    assert difference_of_mask_and_cut(build(case, dtype=torch.float32), image(torch.float32), 8) < 1e-4
 
 
 @each_case
@@ -166,14 +160,7 @@ def test_removing_dead_channels_changes_nothing(case, seed):
 @few
 @given(seed=seeds)
 def test_the_cost_table_is_what_fvcore_counts(case, seed):
-    model = build(case, dtype=torch.float32)
-    anatomy = dissect(model)
-    table = build_cost_table(model, anatomy, SIZE)
-    plan, _ = random_plan(anatomy, seed)
-    slim = copy.deepcopy(model)
-    cut(slim, plan)
-    assert table.flops(plan.widths()) == measure_flops(slim, SIZE)
-    assert table.flops({}) == table.dense == measure_flops(model, SIZE)
+    assert_costs_are_what_fvcore_counts(build(case, dtype=torch.float32), SIZE, seed)
 
 
 @each_case
@@ -198,32 +185,14 @@ def test_gradients_flow_in_training_mode(case):
     model = build(case)
     plan, _ = random_plan(dissect(model), 5)
     cut(model, plan)
-    unused = {"norm.weight", "norm.bias"} if case == "flatten_pvt_tiny" else set()
-    model.train()
-    model(image()).square().sum().backward()
-    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
-    assert still == unused
+    assert untrained(model, image()) == (
+        {"norm.weight", "norm.bias"} if case == "flatten_pvt_tiny" else set()
+    )
 
 
 @each_case
-def test_tensors_keep_their_names(case):
-    model = build(case)
-    before = list(model.state_dict())
-    plan, _ = random_plan(dissect(model), 6)
-    cut(model, plan)
-    assert list(model.state_dict()) == before
-
-
-@each_case
-def test_cutting_works_on_shapes_alone(case):
-    model = build(case)
-    plan, _ = random_plan(dissect(model), 7)
-    shapes = copy.deepcopy(model).to("meta")
-    cut(shapes, plan)
-    cut(model, plan)
-    assert {key: t.shape for key, t in shapes.state_dict().items()} == {
-        key: t.shape for key, t in model.state_dict().items()
-    }
+def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
+    assert_cut_by_name_and_shape(build(case), 6)
 
 
 @each_case

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, Case, build, image, relative
-from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
+from plans import (
+    assert_costs_are_what_fvcore_counts,
+    assert_cut_by_name_and_shape,
+    difference_of_kernels,
+    difference_of_mask_and_cut,
+    difference_of_nothing_cut,
+    difference_of_two_cuts_and_one,
+    random_plan,
+    untrained,
+)
 from timm.layers import AttentionPoolLatent
 from torch.func import functional_call
 
@@ -30,10 +37,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @each_case
 def test_keeping_everything_changes_nothing(case):
-    model, x = build(case), image(case)
-    expected = model(x)
-    cut(model, keep_everything(dissect(model)))
-    assert relative(model(x), expected) < 1e-5
+    assert difference_of_nothing_cut(build(case), image(case)) < 1e-5
 
 
 @each_case
@@ -44,12 +48,7 @@ def test_keeping_everything_changes_nothing(case):
 @given(seed=seeds)
 def test_masked_equals_sliced(case, dtype, bound, seed):
     model, x = build(case, dtype=dtype), image(case, dtype=dtype)
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, seed)
-    with torch.no_grad():
-        masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-        cut(model, plan, gains)
-        assert relative(model(x), masked) < bound
+    assert difference_of_mask_and_cut(model, x, seed) < bound
 
 
 @each_case
@@ -88,15 +87,8 @@ def test_removing_dead_channels_changes_nothing(case, seed):
 @few
 @given(seed=seeds)
 def test_the_cost_table_is_what_fvcore_counts(case, seed):
-    model = build(case)
-    anatomy = dissect(model)
     size = (3, case.args["img_size"], case.args["img_size"])
-    table = build_cost_table(model, anatomy, size)
-    plan, _ = random_plan(anatomy, seed)
-    slim = copy.deepcopy(model)
-    cut(slim, plan)
-    assert table.flops(plan.widths()) == measure_flops(slim, size)
-    assert table.flops({}) == table.dense == measure_flops(model, size)
+    assert_costs_are_what_fvcore_counts(build(case), size, seed)
 
 
 @each_case
@@ -122,19 +114,12 @@ def test_gradients_flow_in_training_mode(case):
     model = build(case)
     plan, _ = random_plan(dissect(model), 5)
     cut(model, plan)
-    model.train()
-    model(image(case)).sum().backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert still == []
+    assert untrained(model, image(case)) == set()
 
 
 @each_case
-def test_tensors_keep_their_names(case):
-    model = build(case)
-    before = list(model.state_dict())
-    plan, _ = random_plan(dissect(model), 6)
-    cut(model, plan)
-    assert list(model.state_dict()) == before
+def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
+    assert_cut_by_name_and_shape(build(case), 6)
 
 
 @each_case

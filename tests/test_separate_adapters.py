@@ -10,11 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import relative
 from plans import (
+    assert_costs_are_what_fvcore_counts,
+    assert_cut_by_name_and_shape,
     difference_of_kernels,
+    difference_of_mask_and_cut,
+    difference_of_nothing_cut,
+    difference_of_turned_channels,
     difference_of_two_cuts_and_one,
-    keep_everything,
     random_plan,
-    shapes,
+    untrained,
 )
 from safetensors.torch import save_file
 from timm_cases_separate import CASES, MODELS, WHOLE, build, image
@@ -23,7 +27,7 @@ from torch.func import functional_call
 
 import mhacut
 from mhacut.calibration import UnitMoments, calibrate
-from mhacut.cost import build_cost_table, measure_flops
+from mhacut.cost import measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import reductions
 from mhacut.repair import repair, shrink
@@ -35,7 +39,6 @@ from mhacut.surgery import (
     dissect,
     masked_tensors,
     readers,
-    rotate,
     set_channels,
 )
 from mhacut.taps import listening
@@ -72,10 +75,7 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan, revived: tuple[str, ...
 @each_case
 @torch.no_grad()
 def test_keeping_everything_changes_nothing(case):
-    model, x = build(case), image(case)
-    expected = model(x)
-    cut(model, keep_everything(dissect(model)))
-    assert relative(model(x), expected) < 1e-12
+    assert difference_of_nothing_cut(build(case), image(case)) < 1e-12
 
 
 @each_case
@@ -83,23 +83,14 @@ def test_keeping_everything_changes_nothing(case):
 @given(seed=seeds)
 @torch.no_grad()
 def test_masked_equals_sliced(case, seed):
-    model, x = build(case), image(case)
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, seed)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-    cut(model, plan, gains)
-    assert relative(model(x), masked) < 1e-10
+    assert difference_of_mask_and_cut(build(case), image(case), seed) < 1e-10
 
 
 @each_case
 @torch.no_grad()
 def test_masked_equals_sliced_in_single_precision(case):
     model, x = build(case, dtype=torch.float32), image(case, dtype=torch.float32)
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, 8)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-    cut(model, plan, gains)
-    assert relative(model(x), masked) < 1e-5
+    assert difference_of_mask_and_cut(model, x, 8) < 1e-5
 
 
 @each_case
@@ -148,14 +139,7 @@ def test_removing_dead_channels_changes_nothing(case, seed):
 @few
 @given(seed=seeds)
 def test_the_cost_table_is_what_fvcore_counts(case, seed):
-    model = build(case, dtype=torch.float32)
-    anatomy = dissect(model)
-    table = build_cost_table(model, anatomy, case.size)
-    plan, _ = random_plan(anatomy, seed)
-    slim = copy.deepcopy(model)
-    cut(slim, plan)
-    assert table.flops(plan.widths()) == measure_flops(slim, case.size)
-    assert table.flops({}) == table.dense == measure_flops(model, case.size)
+    assert_costs_are_what_fvcore_counts(build(case, dtype=torch.float32), case.size, seed)
 
 
 @each_case
@@ -176,29 +160,15 @@ def test_a_slim_model_can_be_cut_again(case):
 @each_case
 def test_gradients_flow_in_training_mode(case):
     model = build(case)
-    dense_unused = unused(copy.deepcopy(model), image(case))
+    before = untrained(copy.deepcopy(model), image(case))
     plan, _ = random_plan(dissect(model), 5)
     cut(model, plan)
-    assert unused(model, image(case)) == dense_unused
-
-
-def unused(model: nn.Module, x: Tensor) -> set[str]:
-    """Parameters that no finite gradient reaches; timm's models have some."""
-    model.train()
-    model(x).square().sum().backward()
-    return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
+    assert untrained(model, image(case)) == before
 
 
 @each_case
 def test_tensors_keep_their_names_and_shapes_are_known_without_data(case):
-    model = build(case)
-    before = list(model.state_dict())
-    plan, _ = random_plan(dissect(model), 6)
-    outline = copy.deepcopy(model).to("meta")
-    cut(outline, plan)
-    cut(model, plan)
-    assert list(model.state_dict()) == before
-    assert shapes(outline) == shapes(model)
+    assert_cut_by_name_and_shape(build(case), 6)
 
 
 @each_case
@@ -208,15 +178,7 @@ def test_turned_channels_compute_what_they_did(case, slim):
     model, x = build(case), image(case)
     if slim:
         cut(model, random_plan(dissect(model), 4)[0])
-    expected = model(x)
-    generator = torch.Generator().manual_seed(2)
-    for unit in dissect(model).units():
-        if unit.rotatable:
-            shape = unit.heads, unit.width, unit.width
-            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
-            mixing = mixing[:1].expand(shape) if unit.together else mixing
-            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
-    assert relative(model(x), expected) < 1e-9
+    assert difference_of_turned_channels(model, x) < 1e-9
 
 
 @pytest.mark.parametrize(

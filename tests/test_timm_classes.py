@@ -8,7 +8,17 @@ from collections import OrderedDict
 import pytest
 import torch
 from models import relative
-from plans import difference_of_kernels, difference_of_two_cuts_and_one, keep_everything, random_plan
+from plans import (
+    assert_costs_are_what_fvcore_counts,
+    assert_cut_by_name_and_shape,
+    difference_of_kernels,
+    difference_of_mask_and_cut,
+    difference_of_nothing_cut,
+    difference_of_turned_channels,
+    difference_of_two_cuts_and_one,
+    random_plan,
+    untrained,
+)
 from safetensors.torch import save_file
 from timm.layers.attention import AttentionRope
 from timm_cases import CASES, build, image
@@ -18,10 +28,9 @@ from torch.func import functional_call
 import mhacut
 from mhacut.adapters.registry import adapter_for
 from mhacut.calibration import UnitMoments, calibrate
-from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
 from mhacut.repair import repair
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors
 
 QUICK = {"rope half", "nest", "swin v2"}
 """One of a kind; the others are like one of these, and take minutes together."""
@@ -55,10 +64,7 @@ def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
 @each_case
 @torch.no_grad()
 def test_keeping_everything_changes_nothing(case):
-    model, x = build(case), image(case)
-    expected, anatomy = model(x), dissect(model)
-    cut(model, keep_everything(anatomy))
-    assert relative(model(x), expected) < 1e-12
+    assert difference_of_nothing_cut(build(case), image(case)) < 1e-12
 
 
 @each_case
@@ -68,13 +74,8 @@ def test_keeping_everything_changes_nothing(case):
 @torch.no_grad()
 def test_masked_equals_sliced(case, dtype, bound):
     dense, x = build(case, dtype=dtype), image(case, dtype=dtype)
-    anatomy = dissect(dense)
     for seed in SEEDS:
-        plan, gains = random_plan(anatomy, seed)
-        masked = functional_call(dense, masked_tensors(dense, anatomy, gains), (x,))
-        slim = copy.deepcopy(dense)
-        cut(slim, plan, gains)
-        assert relative(slim(x), masked) < bound
+        assert difference_of_mask_and_cut(dense, x, seed) < bound
 
 
 @each_case
@@ -107,15 +108,9 @@ def test_every_unit_matters_and_every_kind_is_cut_or_left_whole_for_a_reason(cas
 
 @each_case
 def test_the_cost_table_is_what_fvcore_counts(case):
-    model = build(case, dtype=torch.float32)
-    anatomy, size = dissect(model), (3, case.size, case.size)
-    table = build_cost_table(model, anatomy, size)
-    assert table.flops({}) == table.dense == measure_flops(model, size)
     for seed in SEEDS[:2]:
-        plan, _ = random_plan(anatomy, seed)
-        slim = copy.deepcopy(model)
-        cut(slim, plan)
-        assert table.flops(plan.widths()) == measure_flops(slim, size)
+        model = build(case, dtype=torch.float32)
+        assert_costs_are_what_fvcore_counts(model, (3, case.size, case.size), seed)
 
 
 @each_case
@@ -136,45 +131,21 @@ def test_a_slim_model_can_be_cut_again(case):
 @each_case
 def test_gradients_flow_in_training_mode(case):
     model = build(case)
-    x = image(case)
-    model.train()
-    model(x).square().sum().backward()
-    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    model.zero_grad()
+    before = untrained(copy.deepcopy(model), image(case))
     plan, _ = random_plan(dissect(model), 5)
     cut(model, plan)
-    model.train()
-    model(x).square().sum().backward()
-    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
-    assert still == unused
+    assert untrained(model, image(case)) == before
 
 
 @each_case
 def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
-    model = build(case)
-    before = list(model.state_dict())
-    plan, _ = random_plan(dissect(model), 6)
-    shapes = copy.deepcopy(model).to("meta")
-    cut(shapes, plan)
-    cut(model, plan)
-    assert list(model.state_dict()) == before
-    assert {key: t.shape for key, t in shapes.state_dict().items()} == {
-        key: t.shape for key, t in model.state_dict().items()
-    }
+    assert_cut_by_name_and_shape(build(case), 6)
 
 
 @each_case
 @torch.no_grad()
 def test_turned_channels_compute_what_they_did(case):
-    model, x = build(case), image(case)
-    generator, expected = torch.Generator().manual_seed(2), model(x)
-    for unit in dissect(model).units():
-        if unit.rotatable:
-            shape = unit.heads, unit.width, unit.width
-            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
-            mixing = mixing[:1].expand(shape) if unit.together else mixing
-            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
-    assert relative(model(x), expected) < 1e-9
+    assert difference_of_turned_channels(build(case), image(case)) < 1e-9
 
 
 @pytest.mark.slow
