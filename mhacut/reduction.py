@@ -72,16 +72,16 @@ def reductions(
     found = []
     if unit.rotatable and basis != "channel":
         found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
-    shares = unit.shares
+    shares, by_channel = unit.shares, not found or basis == "auto"
     own = positions != "equal" and not unit.together
     equal = positions != "own" or unit.together
-    if (not found or basis == "auto") and (not shares or own):
+    if by_channel and (not shares or own):
         found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
-    if shares and equal and unit.unmixed:
+    if by_channel and shares and equal and unit.unmixed:
         query, key = moments.every
         together = (query.energy * key.energy).sum(0, keepdim=True)
         found.append(Reduction(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
-    elif shares and equal and (not found or basis == "auto"):
+    elif by_channel and shares and equal:
         second = _second(unit, moments.every[0])
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))
