@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     device = torch.device("cpu") if options.runtime == "onnx" else resolve_device(options.device)
     reporter.start("reading")
     loaded = [_read(path, options, reporter) for path in options.checkpoints]
-    sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in loaded]
+    sizes = _sizes(loaded, reporter)
     flops = [measure_flops(one.model, size) for one, size in zip(loaded, sizes, strict=True)]
     with _threads(options.threads) as threads:
         programs = []
@@ -115,7 +115,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             runs = [run_of(program, x) for program, x in zip(programs, images, strict=True)]
             times = _timed(runs, options, device)
             for index, one in enumerate(loaded):
-                peak = _peak_mib(one, runs[index], batch_size, options, device, threads)
+                peak = _peak_mib(one, runs[index], batch_size, sizes[index], options, device, threads)
                 timings[index].append(
                     _timing(batch_size, times[index], times[0], flops[index], flops[0], peak)
                 )
@@ -131,6 +131,23 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
         for one, count, measured in zip(loaded, flops, timings, strict=True)
     )
     return BenchResult(models, options.runtime, options.dtype, options.fused, str(device), threads)
+
+
+def _sizes(loaded: Sequence[LoadedModel], reporter: Reporter) -> list[tuple[int, int, int]]:
+    """Of the images of each; dense models take those that slim ones were cut for, if they can."""
+    sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in loaded]
+    cut_for = {size for one, size in zip(loaded, sizes, strict=True) if one.record is not None}
+    if len(cut_for) == 1:
+        (wanted,) = cut_for
+        for index, one in enumerate(loaded):
+            if one.record is None and sizes[index] != wanted:
+                with suppress(UsageError):
+                    override = PreprocessingOptions(img_size=wanted[1])
+                    sizes[index] = resolve_preprocessing(one, override).input_size
+    if len(set(sizes)) > 1:
+        told = ", ".join(f"{one.source} {size[1]}x{size[2]}" for one, size in zip(loaded, sizes, strict=True))
+        reporter.note(f"images are not of one size ({told}): ratios are of sizes as well as of models")
+    return sizes
 
 
 def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> LoadedModel:
@@ -205,6 +222,7 @@ def _peak_mib(
     loaded: LoadedModel,
     run: Callable[[], object],
     batch_size: int,
+    size: tuple[int, int, int],
     options: BenchOptions,
     device: torch.device,
     threads: int,
@@ -220,6 +238,7 @@ def _peak_mib(
         "model": options.model,
         "model_args": dict(options.model_args),
         "batch_size": batch_size,
+        "size": size,
         "dtype": options.dtype,
         "fused": options.fused,
         "threads": threads,
@@ -233,10 +252,10 @@ def tell_peak() -> None:
     """Of a process of its own: read a job from stdin, run the model once, tell the process's peak in MiB."""
     job = json.load(sys.stdin)
     threads, source, batch_size = job.pop("threads"), job.pop("source"), job.pop("batch_size")
+    size = tuple(job.pop("size"))
     torch.set_num_threads(threads)
     options = BenchOptions.from_flat(checkpoints=(source,), **job)
     loaded = _read(source, options, Silent())
-    size = resolve_preprocessing(loaded, PreprocessingOptions()).input_size
     cpu = torch.device("cpu")
     run_of(_program(loaded.model, size, options, cpu, threads), fixed_images(batch_size, size))()
     # getrusage would do, but a child starts with its parent's peak there.

@@ -248,7 +248,7 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
             f"leave it out, or build the model for other sizes with --model-arg dynamic_img_size=True"
         )
-    return Preprocessing.resolve(
+    resolved = Preprocessing.resolve(
         stated,
         built_for,
         mean=override.mean,
@@ -257,6 +257,24 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
         interpolation=override.interpolation,
         img_size=size,
     )
+    if size is not None and resolved.input_size != built_for:
+        _require_it_runs(opened.model, resolved.input_size, built_for)
+    return resolved
+
+
+@torch.no_grad()
+def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tuple[int, int, int]) -> None:
+    """Raise a :class:`UsageError` if ``model`` does not take images of ``size``; many say so only then."""
+    stand_in = weightless(model)
+    try:
+        stand_in(torch.zeros((1, *size), dtype=next(stand_in.parameters()).dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--img-size {size[1]}: the model takes images of {built_for[1]}x{built_for[2]} only "
+            f"({why:.200}); leave it out, or try to build the model for that size: "
+            f"--model-arg img_size={size[1]}"
+        ) from error
 
 
 def _heads(layer: Layer, module: Any) -> int | None:

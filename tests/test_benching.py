@@ -8,7 +8,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_cli import run
+from timm_cases import CASES, build
 
 import mhacut
 from mhacut import benching
@@ -43,6 +45,16 @@ def test_ratios_are_of_the_same_round():
     assert timing.median_ms == pytest.approx(1500)
     assert timing.runs == 5
     assert _timing(4, first, first, flops=100, first_flops=100, peak_mib=None).saving_realised is None
+
+
+def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_for(tmp_path):
+    dense, slim = tmp_path / "dense.safetensors", tmp_path / "slim.safetensors"
+    save_file(build(CASES["multi query"], dtype=torch.float32).state_dict(), dense)
+    asked = {"model": "small_multi_query", "model_args": {"num_classes": 5}}
+    cut = {"calibration_images": 4, "round_to": 2, "latency": False, "img_size": 64}
+    pruned = mhacut.prune(dense, flops="95%", output=slim, **asked, **cut)
+    first, second = mhacut.bench(dense, slim, **QUICK, threads=1, **asked).models
+    assert (first.flops, second.flops) == (pruned.dense.flops, pruned.slim.flops)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.cost import measure_flops
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspection import inspect_model, resolve_preprocessing
 from mhacut.modelinfo import model_input_size
 from mhacut.options import PreprocessingOptions
@@ -75,3 +75,10 @@ def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop)
     seen = resolve_preprocessing(loaded, PreprocessingOptions())
     assert (seen.crop_pct, seen.mean) == (crop, (0.5,))
     assert Preprocessing(**timm.data.resolve_data_config({}, model=loaded.model)) == seen
+
+
+def test_a_model_that_cannot_take_a_size_says_so_at_once(tmp_path):
+    dense = opened(tmp_path, "levit_128s")
+    with pytest.raises(UsageError, match="--img-size 128: the model takes images of 224x224 only"):
+        resolve_preprocessing(dense, PreprocessingOptions(img_size=128))
+    assert resolve_preprocessing(dense, PreprocessingOptions(img_size=224)).input_size == (3, 224, 224)
