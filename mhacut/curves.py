@@ -130,7 +130,7 @@ def _output_curve(
         columns = columns @ block_diagonal(way.rotation).mT
     seen, unseen, every = turned.fit[0], turned.held[0], turned.every[0]
     second = every.covariance if constant else every.energy
-    weighed = weighed_by(_root(sensitivity), columns)
+    weighed = weighed_by(_root(sensitivity), columns) if few else columns
 
     def error(width: int) -> float:
         kept = (ranking.kept(width) + heads).reshape(-1)
