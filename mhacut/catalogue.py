@@ -80,7 +80,7 @@ def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry
         return CatalogueEntry(name, (), (), (), str(error), tuple(tags), _attends(model))
     layers = [layer for layer in anatomy.layers if layer.adapter.family == "attention" and layer.units]
     classes = {type(model.get_submodule(layer.name)).__name__ for layer in layers}
-    kinds = {unit.kind for layer in anatomy.layers for unit in layer.units}
+    kinds = {kind for layer in anatomy.layers for kind in (*(u.kind for u in layer.units), *layer.goes_with)}
     order = tuple(kind for kind in ("qk", "v", "hidden") if kind in kinds)
     return CatalogueEntry(
         name, tuple(sorted(classes)), order, left_whole(anatomy), None, tuple(tags), transformer=True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError
-from mhacut.surgery import Anatomy, UnitKey, masked_tensors
+from mhacut.surgery import Anatomy, UnitKey, masked_tensors, run_with
 from mhacut.tensor.variation import varied
 
 
@@ -88,7 +88,7 @@ class Distillation:
         total = 0.0
         for start in range(0, len(self.images), self.batch_size):
             images, teacher = (part[start : start + self.batch_size] for part in (self.images, self.teacher))
-            outputs = torch.func.functional_call(model, dict(tensors or {}), (images.to(device),)).float()
+            outputs = run_with(model, tensors or {}, images.to(device)).float()
             total += float(self.divergence(outputs, teacher.to(device))) * len(images)
         return total / len(self.images)
 
@@ -103,7 +103,7 @@ class Distillation:
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
             tensors = {**frozen, **masked_tensors(model, anatomy, gains)}
-            outputs = torch.func.functional_call(model, tensors, (self.images[chosen].to(device),)).float()
+            outputs = run_with(model, tensors, self.images[chosen].to(device)).float()
         loss = self.divergence(outputs, self.teacher[chosen].to(device))
         if self.labels is not None and self.label_weight > 0:
             loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))

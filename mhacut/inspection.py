@@ -61,6 +61,8 @@ class LayerReport:
     """Of its units that can be cut."""
     left_whole: Mapping[UnitKind, str]
     """Units that cannot, and why."""
+    goes_with: Mapping[UnitKind, UnitKind]
+    """Kinds whose channels go with those of another."""
     flops: int
     """Of the whole layer, as it stands."""
     share: float
@@ -156,6 +158,7 @@ def inspect_model(
                     for unit in layer.units
                 },
                 left_whole=dict(layer.left_whole),
+                goes_with=dict(layer.goes_with),
                 flops=own,
                 share=own / flops[""],
                 parameters=held,

@@ -48,7 +48,7 @@ from mhacut.report.contents import curves_to_json
 from mhacut.report.of_prune import write_report
 from mhacut.reweight import reweight
 from mhacut.search import SearchStep
-from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors
+from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors, run_with
 from mhacut.tuning import tune
 from mhacut.widths import lowest_flops, width_choices
 
@@ -449,7 +449,7 @@ def _trained(
 def _check_exact(ready: Compensation, slim: nn.Module, anatomy: Anatomy, images: Tensor) -> None:
     """The slim model must compute what the masked model of the dense shape computes."""
     tensors = masked_tensors(ready.model, anatomy, ready.gains)
-    masked = torch.func.functional_call(ready.model, tensors, (images,))
+    masked = run_with(ready.model, tensors, images)
     difference = _difference(slim(images), masked)
     if not difference <= _EXACTNESS:
         raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")

@@ -165,13 +165,15 @@ def cut(model: nn.Module, plan: Plan, gains: Mapping[UnitKey, Tensor] | None = N
         resized = layer.adapter.resize(module, widths)
         if resized is not module:
             model.set_submodule(layer.name, resized)
+    for adapter in dict.fromkeys(layer.adapter for layer in anatomy.layers if layer.name in by_layer):
+        adapter.settle(model)
 
 
 def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]) -> dict[str, Tensor]:
     """The tensors of the masked twin: those of ``model`` with each channel's contribution times its gain.
 
     A gain of 0 removes a channel exactly as :func:`cut` would. Differentiable in the gains; meant for
-    ``torch.func.functional_call``. Tensors that no gain touches are left out.
+    :func:`run_with`. Tensors that no gain touches are left out.
 
     Args:
         model: the dense model.
@@ -198,6 +200,13 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
                     tensor = model.get_parameter(name)
                 masked[name] = _scaled(tensor, unit, axis, gain)
     return masked
+
+
+def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """What ``model`` gives with ``tensors`` in place of its own of these names; left as it was."""
+    # Tied by itself, torch would leave one of them behind in a module that has several names.
+    outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)
+    return outputs
 
 
 @torch.no_grad()

@@ -7,11 +7,10 @@ import copy
 import torch
 from models import relative
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, run_with
 
 
 def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
@@ -49,7 +48,7 @@ def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
     """Between channels that count nothing and channels that are gone, the others weighed by gains."""
     anatomy = dissect(model)
     plan, gains = random_plan(anatomy, seed)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+    masked = run_with(model, masked_tensors(model, anatomy, gains), x)
     slim = copy.deepcopy(model)
     cut(slim, plan, gains)
     return relative(slim(x), masked)

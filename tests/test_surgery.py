@@ -1,16 +1,18 @@
-"""What is refused, and that a refusal changes nothing."""
+"""What is refused, and that neither a refusal nor a run with other tensors changes anything."""
 
 from __future__ import annotations
 
 import pytest
 import timm
+import timm_cases
 import torch
-from models import SMALL, Case, build
+from models import SMALL, Case, build, relative
+from plans import random_plan
 from torch import nn
 
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect
+from mhacut.surgery import cut, dissect, masked_tensors, run_with
 
 
 @pytest.mark.parametrize(
@@ -137,3 +139,17 @@ def test_linear_layers_know_their_new_size():
     for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2):
         assert isinstance(layer, nn.Linear)
         assert tuple(layer.weight.shape) == (layer.out_features, layer.in_features)
+
+
+@torch.no_grad()
+def test_a_run_with_other_tensors_leaves_the_model_as_it_was():
+    # CoaT's parallel blocks call one MLP by three names, in two of which torch would leave the other tensors.
+    case = timm_cases.CASES["coat parallel"]
+    model, x = timm_cases.build(case), timm_cases.image(case)
+    own, expected = dict(model.named_parameters()), model(x)
+    anatomy = dissect(model)
+    _, gains = random_plan(anatomy, 0)
+    masked = run_with(model, masked_tensors(model, anatomy, gains), x)
+    assert relative(masked, expected) > 1e-3
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+    assert torch.equal(model(x), expected)

@@ -30,7 +30,7 @@ from mhacut.adapters.registry import adapter_for
 from mhacut.calibration import UnitMoments, calibrate
 from mhacut.plan import Plan, UnitPlan
 from mhacut.repair import repair
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors
+from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, run_with
 
 QUICK = {"rope half", "nest", "swin v2"}
 """One of a kind; the others are like one of these, and take minutes together."""
@@ -98,12 +98,12 @@ def test_every_unit_matters_and_every_kind_is_cut_or_left_whole_for_a_reason(cas
     anatomy, dense = dissect(model), model(x)
     assert {kind for layer in anatomy.layers for kind in layer.left_whole} == case.whole
     for layer in anatomy.layers:
-        kinds = {unit.kind for unit in layer.units} | set(layer.left_whole)
+        kinds = {unit.kind for unit in layer.units} | set(layer.left_whole) | set(layer.goes_with)
         behind = {"hidden"} if layer.result else set()  # a pooling head has its own MLP
         assert kinds == ({"qk", "v"} | behind if layer.adapter.family == "attention" else {"hidden"})
     for unit in anatomy.units():
         dead = {unit.key: torch.zeros(unit.heads, unit.width, dtype=torch.float64)}
-        assert relative(functional_call(model, masked_tensors(model, anatomy, dead), (x,)), dense) > 1e-4
+        assert relative(run_with(model, masked_tensors(model, anatomy, dead), x), dense) > 1e-4
 
 
 @each_case

@@ -258,8 +258,11 @@ CASES = {
         "coat_lite_tiny",
         {"img_size": 64, "embed_dims": (16, 24, 32, 48), "serial_depths": (1, 1, 1, 2)},
         64,
-        whole=frozenset({"qk", "v"}),
-        share=90,
+    ),
+    "coat parallel": Case(
+        "coat_tiny",
+        {"img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (2, 1, 1, 1), "parallel_depth": 1},
+        64,
     ),
 }
 

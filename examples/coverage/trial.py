@@ -117,7 +117,7 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
     anatomy = dissect(model)
     outcome.mlps = _classes(model, anatomy, "mlp")
     for layer in anatomy.layers:
-        told = {unit.kind for unit in layer.units} | set(layer.left_whole)
+        told = {unit.kind for unit in layer.units} | set(layer.left_whole) | set(layer.goes_with)
         cls = type(model.get_submodule(layer.name)).__name__
         missing = _KINDS[layer.adapter.family] - told
         if missing in ({"qk"}, {"v"}):

@@ -175,6 +175,8 @@ class Layer:
     """Dimension of the layer's output that holds its channels."""
     result: str = ""
     """The submodule whose output the readouts give, where more of the layer follows; errors are of that."""
+    goes_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
+    """Kinds without a unit of their own, whose channels go with those of another."""
 
 
 class Adapter(ABC):
@@ -218,6 +220,10 @@ class Adapter(ABC):
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Note which channels of ``unit`` stay, [heads, kept], where the layer must know; before slicing."""
+        return
+
+    def settle(self, model: nn.Module) -> None:
+        """Once layers of ``model`` were cut: see to what of it layers had in common that no longer do."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:

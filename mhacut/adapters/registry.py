@@ -14,6 +14,7 @@ from mhacut.adapters.base import Adapter
 from mhacut.adapters.bottleneck_attention import POSITIONAL_ATTENTION
 from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
+from mhacut.adapters.coat_attention import COAT_ATTENTION
 from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.diff_attention import DIFF_ATTENTION
@@ -59,6 +60,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *POOLED_ATTENTION,
     *SAM_ATTENTION,
     *COSINE_ATTENTION,
+    *COAT_ATTENTION,
     *GCVIT_ATTENTION,
     *WHOLE_ATTENTION,
     *SEPARATE,

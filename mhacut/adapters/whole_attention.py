@@ -1,8 +1,8 @@
 """Attention in which no channel can go by itself: left whole, so that the MLPs beside it can be cut.
 
 MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and adds
-q to what leaves; Gemma 4 normalises them too. CoaT multiplies q into convolutions of v that the layers of a
-stage share. CSATv2 weighs maps by what a block with a single channel, MLP and all, makes of them.
+q to what leaves; Gemma 4 normalises them too. CSATv2 weighs maps by what a block with a single channel, MLP
+and all, makes of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models.coat import FactorAttnConvRelPosEnc
 from timm.models.csatv2 import SpatialTransformerBlock
 from timm.models.gemma4_vit import Gemma4Attention
 from timm.models.mvitv2 import MultiScaleAttention, MultiScaleAttentionPoolFirst
@@ -46,6 +45,5 @@ WHOLE_ATTENTION = (
         (MultiScaleAttention, MultiScaleAttentionPoolFirst, Gemma4Attention),
         "q, k and v are normalised over the channels of a head",
     ),
-    WholeAdapter((FactorAttnConvRelPosEnc,), "q is multiplied into convolutions of v that layers share"),
     WholeAdapter((SpatialTransformerBlock,), "q, k and v are a single channel"),
 )

@@ -71,6 +71,7 @@ def _layer(layer: LayerReport) -> dict[str, Any]:
         "heads": layer.heads,
         "widths": {kind: {"now": unit.now, "dense": unit.dense} for kind, unit in layer.units.items()},
         "left_whole": dict(layer.left_whole),
+        "goes_with": dict(layer.goes_with),
         "flops": layer.flops,
         "share": layer.share,
         "parameters": layer.parameters,

@@ -141,6 +141,8 @@ def _similarity(value: float) -> str:
 def _width(layer: LayerReport, kind: Any) -> str:
     if kind in layer.left_whole:
         return "whole"
+    if kind in layer.goes_with:
+        return f"as {layer.goes_with[kind]}"
     if kind not in layer.units:
         return ""
     unit = layer.units[kind]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from cell import RefusedError
 from torch import Tensor, nn
-from torch.func import functional_call
 from trial import half_plan
 
 import mhacut
@@ -22,7 +21,7 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.modelinfo import left_whole, model_input_size
 from mhacut.plan import Plan
 from mhacut.surgery import cut as cut_model
-from mhacut.surgery import dissect, masked_tensors
+from mhacut.surgery import dissect, masked_tensors, run_with
 from tools import Done
 
 
@@ -50,7 +49,7 @@ def masked(dense: nn.Module, plan: Plan) -> Callable[..., Any]:
     for unit in plan:
         gain = torch.zeros(unit.heads, unit.dense_width)
         gains[unit.key] = gain.scatter(1, torch.tensor(unit.kept), 1.0)
-    return partial(functional_call, dense, masked_tensors(dense, dissect(dense), gains))
+    return partial(run_with, dense, masked_tensors(dense, dissect(dense), gains))
 
 
 def save(done: Done, folder: Path) -> None:
