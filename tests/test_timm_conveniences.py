@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -14,6 +16,11 @@ from plans import random_plan
 from safetensors.torch import save_file
 from timm_cases_separate import ModelCase
 
+import mhacut
+from mhacut.checkpoint.recognise import identity_of
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.data.preprocessing import Preprocessing
 from mhacut.surgery import cut, dissect
 
 QUICK = {"rope half", "swin v2", "crossvit"}
@@ -126,3 +133,32 @@ def test_gradients_can_be_checkpointed(models):
         torch.testing.assert_close(
             gradients[1][name], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
         )
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tmp_path):
+    own, expected = {name for name, (_, case) in MODELS.items() if case.architecture.startswith("small_")}, {}
+    for name in MODELS.keys() - own:  # of the tests themselves
+        room, case = MODELS[name]
+        slim, x = room.build(case, dtype=torch.float32), room.image(case, dtype=torch.float32)
+        plan, _ = random_plan(dissect(slim), seed=1)
+        cut(slim, plan)
+        identity = identity_of(slim, case.architecture, {**case.args, "num_classes": 5})
+        preprocessing = Preprocessing.resolve(slim.pretrained_cfg, tuple(x.shape[1:])).to_json()
+        path = tmp_path / f"{len(expected)}.safetensors"
+        record = SlimRecord(identity, plan, preprocessing, ())
+        write_slim(path, slim, record, dtypes={}, overwrite=False, input_path=None)
+        expected[path.name] = mhacut.load_model(path)(x)  # LiteMLA's in double is the test's
+        assert relative(expected[path.name], slim(x)) < 1e-5, name
+        torch.save(x, path.with_suffix(".image"))
+    code = (
+        "import sys, pathlib, torch, mhacut\n"
+        "for path in pathlib.Path(sys.argv[1]).glob('*.safetensors'):\n"
+        "    x = torch.load(path.with_suffix('.image'))\n"
+        "    torch.save(mhacut.load_model(path)(x).detach(), path.with_suffix('.logits'))"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    for name, logits in expected.items():
+        found = torch.load((tmp_path / name).with_suffix(".logits"))
+        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5, msg=name)
