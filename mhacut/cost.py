@@ -26,7 +26,7 @@ from mhacut.surgery import Anatomy, UnitKey
 _NEGLIGIBLE_NAMES = """
 abs add add_ addcmul amax cat ceil clamp clamp_min clone col2im constant_pad_nd copy_ cos cumsum div div_
 dropout dropout_ exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish hardswish_ hardtanh im2col
-index_select linalg_vector_norm log masked_fill max max_pool2d mean meshgrid min movedim mT mul mul_ neg
+index_select linalg_vector_norm log masked_fill max max_pool2d mean meshgrid min movedim mT mul mul_ neg ne
 new_zeros norm one_hot ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat repeat_interleave
 reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_ sin softmax softplus sqrt square
 stack sub sub_ sum tanh tile triu_ unflatten unfold var where zeros_like

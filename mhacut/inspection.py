@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -247,9 +248,12 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
         built_for = (channels, height, width)
     size = override.img_size
     if size is not None and strict and built_for[1:] != (size, size):
+        any_size = "dynamic_img_size" in inspect.signature(type(opened.model)).parameters
+        built = "other sizes" if any_size else "that size"
+        argument = "dynamic_img_size=True" if any_size else f"img_size={size}"
         raise UsageError(
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
-            f"leave it out, or build the model for other sizes with --model-arg dynamic_img_size=True"
+            f"leave it out, or build the model for {built} with --model-arg {argument}"
         )
     resolved = Preprocessing.resolve(
         stated,

@@ -35,13 +35,14 @@ def test_the_command():
     told = run("models", "bat_resnext26*")
     assert told.exit_code == 0, told.stderr
     assert "bat_resnext26ts" in told.stdout
-    assert told.stdout.splitlines()[-1] == (
-        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags); 0 have no attention"
-    )
+    assert told.stdout.splitlines()[-2:] == [
+        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags); 0 have no attention",
+        "-: refused; --refused says why",
+    ]
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
     assert "`mhacut models`" not in why
-    assert run("models", "resnet18").stdout == "none of these 1 architectures has attention\n"
+    assert run("models", "resnet18").stdout == "resnet18 has no attention\n"
     document = json.loads(run("models", "resnet18", "--json").stdout)
     assert document["schema_version"] == 1
     (entry,) = document["models"]

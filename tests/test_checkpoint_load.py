@@ -535,6 +535,15 @@ def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, ch
     assert message.startswith(str(path))
 
 
+def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
+    args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 7, "num_classes": 5}
+    name = "swin_tiny_patch4_window7_224"
+    path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
+    message = refusal(path, model=name, model_args={**args, "img_size": 32})
+    assert "the image size differs: --model-arg img_size=SIDE?" in message
+    assert "another tool" not in message
+
+
 def test_a_file_pruned_by_another_tool_is_refused(tmp_path):
     model = tiny()
     cut(model, random_plan(model, {"qk": 5, "v": 11, "hidden": 77}))

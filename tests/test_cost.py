@@ -89,6 +89,16 @@ def test_resampling_positions_costs_sixteen_neighbours_a_value_and_nothing_else_
     assert measure_flops(resampled, size) - measure_flops(native, size) == 16 * 48 * (64 // 8) ** 2
 
 
+@pytest.mark.parametrize(
+    "architecture", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"]
+)
+def test_windows_of_images_of_any_size_cost_what_those_of_that_size_do(architecture):
+    args = {"embed_dim": 24, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
+    anyone = timm.create_model(architecture, img_size=32, dynamic_img_size=True, **args).eval()
+    native = timm.create_model(architecture, img_size=64, **args).eval()
+    assert measure_flops(anyone, (3, 64, 64)) == measure_flops(native, (3, 64, 64))
+
+
 def test_average_pooling_is_counted_as_fvcore_counts_its_kin():
     class Pools(nn.Module):
         def __init__(self, pool):

@@ -86,16 +86,21 @@ def test_gradients_can_be_checkpointed(folder):
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, plain)
 
 
-def test_the_card_says_what_was_cut(folder):
+def test_the_card_says_what_was_cut(slim_of, tmp_path):
+    folder = tmp_path / "folder"
+    mhacut.export(slim_of("swin"), format="timm", output=folder)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\ntags:")
-    assert "license: other" in card or "license: apache-2.0" in card
+    assert "license: mit" in card
     plan = read_model(folder).record.plan
+    whole = [unit for unit in plan if unit.keeps_all]
+    assert whole
+    assert f"{len(whole)} more keep all their channels." in card
     for unit in plan:
-        assert f"| `{unit.layer}` | {unit.kind} |" in card
-        assert f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
+        assert (f"| `{unit.layer}` | {unit.kind} |" in card) != unit.keeps_all
+        assert unit.keeps_all or f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
     assert ", dense " in card
-    assert 'timm.create_model("local-dir:slim", pretrained=True)' in card
+    assert 'timm.create_model("local-dir:folder", pretrained=True)' in card
 
 
 def test_a_dense_model_becomes_a_plain_folder_of_timm(tiny_vit, tmp_path):

@@ -190,7 +190,10 @@ WHOLE = {
     ),
     "pooling, normalised": (
         LayerCase(lambda: AttentionPoolLatent(12, num_heads=3, qk_norm=True, pool_type="")),
-        {"qk": "q and k are normalised over the channels of a head", "hidden": "it sees next to no tokens"},
+        {
+            "qk": "q and k are normalised over the channels of a head",
+            "hidden": "in a pooling head it costs next to nothing",
+        },
     ),
     "csatv2": (
         LayerCase(SpatialTransformerBlock),

@@ -17,6 +17,8 @@ from mhacut.adapters.fused import NORMALISED
 from mhacut.adapters.softmax import Layout, Rows, SoftmaxAdapter, attend_in, heads_of
 from mhacut.plan import UnitKind
 
+_CHEAP = "in a pooling head it costs next to nothing"
+
 
 class SlimAttentionPoolLatent(AttentionPoolLatent):  # type: ignore[misc]
     """timm's, at any widths. Made by ``resize``, never constructed."""
@@ -53,9 +55,7 @@ class PoolingAdapter(SoftmaxAdapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         whole = super().describe(name, module)
-        left_whole: dict[UnitKind, str] = (
-            {} if module.mlp is None else {"hidden": "it sees next to no tokens"}
-        )
+        left_whole: dict[UnitKind, str] = {} if module.mlp is None else {"hidden": _CHEAP}
         qk, v = whole.units
         units = [replace(qk, white_inputs=False), v]
         if not isinstance(module.q_norm, nn.Identity):

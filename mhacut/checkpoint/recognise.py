@@ -566,6 +566,9 @@ def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
     return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
 
 
+_OF_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
+
+
 def _hints(
     wanted: Mapping[str, Tensor],
     found: Mapping[str, TensorInfo],
@@ -603,8 +606,9 @@ def _hints(
                 f"the file is {rows} wide, expected {expected[0]}: another --model, "
                 f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
             )
-    elif "pos_embed" in other:
+    elif any(map(_OF_POSITIONS.search, other)):
         hints.append("the image size differs: --model-arg img_size=SIDE?")
+        other = [name for name in other if not _OF_POSITIONS.search(name)]
     inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
     if inner and len(inner) == len(other):
         hints.append(

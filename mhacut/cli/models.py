@@ -63,11 +63,14 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
     tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
     lines = [table(rows), ""] if len(rows) > 1 else []
     if not attending:
-        return f"none of these {len(found)} architectures has attention"
+        several = f"none of these {len(found)} architectures has attention"
+        return several if len(found) > 1 else f"{found[0].architecture} has no attention"
     lines.append(
         f"{len(cut)} of {len(attending)} architectures with attention can be cut ({tags[0]} of {tags[1]} "
         f"pretrained tags); {len(found) - len(attending)} have no attention"
     )
+    if len(cut) < len(attending) and not refused:
+        lines.append("-: refused; --refused says why")
     if any(entry.left_whole for entry in cut) and not refused:
         lines.append("*: part of it is left whole; --json says which, and why")
     return "\n".join(lines)

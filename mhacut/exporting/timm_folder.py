@@ -182,12 +182,16 @@ def _usage(name: str, *, cut: bool) -> str:
 
 
 def _widths(record: SlimRecord) -> str:
-    """What stays of every layer, as a table."""
+    """What stays of every layer that was cut, as a table."""
     lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
     lines.append("|---|---|---|---|---|---|")
-    for unit in record.plan:
+    cut = [unit for unit in record.plan if not unit.keeps_all]
+    for unit in cut:
         heads = "" if unit.kind == "hidden" else str(unit.heads)
         lines.append(
             f"| `{unit.layer}` | {unit.kind} | {heads} | {unit.width} | {unit.dense_width} | {unit.basis} |"
         )
+    whole = sum(unit.keeps_all for unit in record.plan)
+    if whole:
+        lines += ["", f"{whole} more keep all their channels."]
     return "\n".join(lines) + "\n"
