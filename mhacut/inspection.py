@@ -19,7 +19,7 @@ from mhacut.cost import count_parameters, measure_flops_by_module, weightless
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError
 from mhacut.findings import HeadFindings, find
-from mhacut.modelinfo import classifier_size, left_whole, model_input_size
+from mhacut.modelinfo import classifier_size, left_whole, model_input_size, patch_embedding
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Basis, UnitKind, UnitPlan
 from mhacut.surgery import UnitKey, dissect
@@ -233,8 +233,7 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
         CheckpointError: a slim file states a size that its own model does not take.
     """
     built_for = model_input_size(opened.model, opened.identity.pretrained_cfg)
-    patch_embed: Any = getattr(opened.model, "patch_embed", None)
-    strict = bool(getattr(patch_embed, "strict_img_size", False))
+    strict = bool(getattr(patch_embedding(opened.model), "strict_img_size", False))
     stated = opened.identity.pretrained_cfg
     if opened.record is not None:
         stated = opened.record.preprocessing
@@ -248,12 +247,9 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
         built_for = (channels, height, width)
     size = override.img_size
     if size is not None and strict and built_for[1:] != (size, size):
-        any_size = "dynamic_img_size" in inspect.signature(type(opened.model)).parameters
-        built = "other sizes" if any_size else "that size"
-        argument = "dynamic_img_size=True" if any_size else f"img_size={size}"
         raise UsageError(
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
-            f"leave it out, or build the model for {built} with --model-arg {argument}"
+            f"leave it out, or {_way_to_another_size(opened, size)}"
         )
     resolved = Preprocessing.resolve(
         stated,
@@ -267,6 +263,15 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
     if size is not None and resolved.input_size != built_for:
         _require_it_runs(opened.model, resolved.input_size, built_for)
     return resolved
+
+
+def _way_to_another_size(opened: LoadedModel | Outline, size: int) -> str:
+    if opened.record is not None:
+        return "prune the dense model again, built for that size"
+    classes = type(opened.model).__mro__[:-1]
+    if any("dynamic_img_size" in inspect.signature(cls).parameters for cls in classes):
+        return "build the model for other sizes with --model-arg dynamic_img_size=True"
+    return f"build the model for that size with --model-arg img_size={size}"
 
 
 @torch.no_grad()

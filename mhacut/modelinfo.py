@@ -13,13 +13,18 @@ from mhacut.surgery import Anatomy
 def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tuple[int, int, int]:
     """[C, H, W] that ``model`` is built for: as the model knows, else as its pretrained_cfg says."""
     channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = getattr(patch_embedding(model), "img_size", None)
     if isinstance(size, int):
         size = (size, size)
     if size is not None:
         height, width = size
     # Not from the patch embedding: behind a convolutional stem it sees that stem's channels.
     return int(getattr(model, "in_chans", channels)), int(height), int(width)
+
+
+def patch_embedding(model: nn.Module) -> Any:
+    """The first patch embedding of ``model``, which knows what images it takes; None without one."""
+    return getattr(model, "patch_embed", getattr(model, "patch_embed1", None))
 
 
 def classifier_size(model: Any) -> int:

@@ -8,6 +8,7 @@ import of ours, so ours are imported when a model is made.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from timm.models import build_model_with_cfg, create_model, model_entrypoint, re
 from torch import Tensor, nn
 
 NAME = "mhacut_slim"
+_OF_FEATURES = ("features_only", "out_indices", "feature_cls", "feature_location")
+"""Arguments of timm's factories that only say how a model gives features."""
 
 
 @register_model
@@ -43,31 +46,29 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
     if base == NAME or not known_model(base):
         raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
-    # Without a class to wrap it in, features are those that timm gives of the dense model.
-    as_dense = kwargs.get("features_only", False) and "feature_cls" not in kwargs
-    wanted = {
-        name: kwargs.pop(name) for name in ("features_only", "out_indices") if as_dense and name in kwargs
-    }
-    used: dict[str, Any] = {}
+    # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
+    as_features = kwargs.get("features_only", False)
+    wanted = {name: kwargs.pop(name) for name in _OF_FEATURES if as_features and name in kwargs}
+    cut_to = Plan.from_json(kwargs["plan"])
+    used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
 
     def cut_model(base_architecture: str, plan: Any, **arguments: Any) -> nn.Module:
         used.update(arguments)
         dense: nn.Module = create_model(base_architecture, pretrained=False, **arguments)
-        cut(dense, Plan.from_json(plan))
+        cut(dense, cut_to)
         return dense
 
     model: nn.Module = build_model_with_cfg(
         cut_model,
         NAME,
         pretrained,
-        feature_cfg={"out_indices": 3},
         pretrained_filter_fn=_checkpoint_filter(base),
         **kwargs,
     )
-    if not as_dense:
+    if not as_features:
         return model
     features: nn.Module = create_model(base, pretrained=False, **wanted, **used)
-    return _refilled(features, model, {unit.layer for unit in Plan.from_json(kwargs["plan"])})
+    return _refilled(features, model, {unit.layer for unit in cut_to})
 
 
 def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Module:
@@ -79,18 +80,32 @@ def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Modul
         features: of the dense model.
         slim: the whole model.
         layers: names of those that were cut.
+
+    Raises:
+        CheckpointError: it has modules whose names are not known.
     """
-    modules = dict(features.named_modules())
-    for name in layers:
-        if place := _place(name, modules):
-            features.set_submodule(place, slim.get_submodule(name))
+    from mhacut.errors import CheckpointError
+
+    cut_layers = {id(slim.get_submodule(name)) for name in layers}
+    named = list(slim.named_modules(remove_duplicate=False))
+    names = Counter(id(module) for _, module in named)
+    modules = dict(features.named_modules(remove_duplicate=False))
+    for name, module in named:
+        # Of a module with several names too, so that they stay those of one.
+        if (id(module) in cut_layers or names[id(module)] > 1) and (place := _place(name, modules)):
+            features.set_submodule(place, module)
     tensors = features.state_dict()
     for name, tensor in slim.state_dict(keep_vars=True).items():
         if place := _place(name, tensors):
             owner, _, last = place.rpartition(".")
             setattr(features.get_submodule(owner), last, tensor)
             del tensors[place]
-    assert not tensors, sorted(tensors)
+    if tensors:
+        raise CheckpointError(
+            f"{NAME}: {type(features).__name__} gives features of {type(slim).__name__} by other names, "
+            f"{next(iter(tensors))!r} for one; try another feature_cls, or forward_intermediates of the model"
+        )
+    # As timm's pretrained_cfg_for_features.
     of_the_head = ("num_classes", "classifier", "global_pool")
     cfg = {name: value for name, value in slim.pretrained_cfg.items() if name not in of_the_head}
     features.pretrained_cfg = features.default_cfg = cfg  # type: ignore[assignment]

@@ -59,6 +59,10 @@ SLIM: dict[str, tuple[str, dict[str, Any]]] = {
         "swin_tiny_patch4_window7_224",
         {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
     ),
+    "coat": (
+        "coat_tiny",
+        {"img_size": 64, "embed_dims": (32,) * 4, "serial_depths": (2, 1, 1, 1), "parallel_depth": 1},
+    ),
     "flatten": (
         "flatten_swin_tiny_224",
         {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4},
@@ -69,7 +73,7 @@ SLIM: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def slim_of(tmp_path_factory) -> Callable[[str], Path]:
-    """The slim file of one of SLIM, made when first asked for; in all but "vit" q/k and v differ."""
+    """The slim file of one of SLIM, made when first asked for; in "swin" and others q/k and v differ."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -80,13 +84,14 @@ def slim_of(tmp_path_factory) -> Callable[[str], Path]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = timm.create_model(architecture, num_classes=5, **args)
-        save_file(model.state_dict(), folder / "dense.safetensors")
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # CoaT shares some
+        save_file(tensors, folder / "dense.safetensors")
         made[name] = folder / "slim.safetensors"
         options = {"calibration_images": 4, "round_to": 4, "latency": False, "output": made[name]}
         result = mhacut.prune(
             folder / "dense.safetensors", flops="70%", model=architecture, model_args=args, **options
         )
-        if name != "vit":
+        if name not in {"vit", "coat"}:
             widths = {unit.key: unit.width for unit in result.plan}
             assert any(widths[layer, "qk"] != widths[layer, "v"] for layer, kind in widths if kind == "qk")
         return made[name]

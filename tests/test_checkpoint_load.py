@@ -540,8 +540,10 @@ def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
     name = "swin_tiny_patch4_window7_224"
     path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
     message = refusal(path, model=name, model_args={**args, "img_size": 32})
-    assert "the image size differs: --model-arg img_size=SIDE?" in message
+    assert "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)?" in message
     assert "another tool" not in message
+    message = refusal(path, model=name, model_args={**args, "img_size": 56, "num_heads": (3, 3)})
+    assert "is of 2 heads, expected 3: --model-arg num_heads=N?" in message
 
 
 def test_a_file_pruned_by_another_tool_is_refused(tmp_path):

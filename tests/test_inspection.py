@@ -23,7 +23,7 @@ def opened(tmp_path, name, **args):
     """A dense model with random weights, from a file that does not say what it is."""
     path = tmp_path / f"{name}.safetensors"
     model = timm.create_model(name, num_classes=7, **args)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, path)
     return read_model(path, model=name, model_args=args)
 
 
@@ -81,6 +81,12 @@ def test_models_that_are_built_for_one_size_are_to_be_built_for_another(tmp_path
     cait = opened(tmp_path, "cait_xxs24_224", img_size=64, embed_dim=24, depth=1, num_heads=2)
     with pytest.raises(UsageError, match=r"for that size with --model-arg img_size=128$"):
         resolve_preprocessing(cait, PreprocessingOptions(img_size=128))
+
+
+def test_a_model_of_several_patch_embeddings_knows_its_size(tmp_path):
+    args = {"img_size": 64, "embed_dims": (16,) * 4, "serial_depths": (1, 1, 1, 1)}
+    coat = opened(tmp_path, "coat_lite_tiny", **args)
+    assert resolve_preprocessing(coat, PreprocessingOptions()).input_size == (3, 64, 64)
 
 
 def test_a_model_that_cannot_take_a_size_says_so_at_once(tmp_path):

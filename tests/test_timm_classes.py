@@ -21,7 +21,8 @@ from plans import (
 )
 from safetensors.torch import save_file
 from timm.layers.attention import AttentionRope
-from timm_cases import CASES, build, image
+from timm.models.coat import FactorAttnConvRelPosEnc
+from timm_cases import CASES, Case, build, image
 from torch import nn
 from torch.func import functional_call
 
@@ -257,3 +258,22 @@ def test_which_pairs_turn_how():
     cut(model, Plan((UnitPlan("attn", "qk", 2, ((1,), (0,))),)))
     assert model["attn"].turned_channels.tolist() == [[1, 3], [0, 2]]
     assert model["attn"].qkv.out_features == 2 * 4 + 8
+
+
+@pytest.mark.parametrize("depths", [(2, 2, 1, 1), (1, 0, 1, 1)], ids=["two", "none"])
+@pytest.mark.parametrize("whole", [0, 1, 2])
+@torch.no_grad()
+def test_layers_that_shared_a_convolution_are_cut_each_by_itself(depths, whole):
+    args = {"img_size": 64, "embed_dims": (16,) * 4, "serial_depths": depths, "parallel_depth": 1}
+    case = Case("coat_tiny", args, 64)
+    model, x = build(case), image(case)
+    anatomy = dissect(model)
+    plan, gains = random_plan(anatomy, 7)
+    units = [unit for number, unit in enumerate(plan) if number % 3 != whole]
+    plan, gains = Plan(tuple(units)), {unit.key: gains[unit.key] for unit in units}
+    expected = run_with(model, masked_tensors(model, anatomy, gains), x)
+    cut(model, plan, gains)
+    assert relative(model(x), expected) < 1e-12
+    layers = [module for module in model.modules() if isinstance(module, FactorAttnConvRelPosEnc)]
+    for positions in (model.crpe1, model.crpe2, model.crpe3, model.crpe4):
+        assert any(layer.crpe is positions for layer in layers)

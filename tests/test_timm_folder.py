@@ -76,6 +76,33 @@ def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
     assert torch.equal(opened(tmp_path / "again")(images), model(images))
 
 
+@pytest.mark.parametrize("name", ["swin", "coat", "flatten"])
+@pytest.mark.parametrize(
+    "asked", [{}, {"feature_cls": "getter"}, {"feature_cls": "dict"}, {"out_indices": (1,)}]
+)
+def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, slim_of, tmp_path):
+    mhacut.export(slim_of(name), format="timm", output=tmp_path / "folder")
+    architecture, args = SLIM[name]
+    try:
+        dense = timm.create_model(architecture, features_only=True, **asked, **args)
+    except AssertionError:
+        pytest.skip("timm cannot for this model")
+    features = opened(tmp_path / "folder", features_only=True, **asked)
+    assert type(features) is type(dense)
+    assert features.feature_info.channels() == dense.feature_info.channels()
+    assert list(features.state_dict()) == list(dense.state_dict())
+    tensors = features.state_dict()
+    for tensor_name, tensor in opened(tmp_path / "folder").state_dict().items():
+        names = tensor_name, f"model.{tensor_name}", tensor_name.replace(".", "_", 1)
+        assert all(torch.equal(tensors[name], tensor) for name in names if name in tensors)
+
+
+def test_features_by_tracing_are_refused(folder):
+    pytest.importorskip("torchvision")
+    with pytest.raises(CheckpointError, match=r"FeatureGraphNet gives features .* try another feature_cls"):
+        opened(folder, features_only=True, feature_cls="fx", out_indices=(0, 1))
+
+
 def test_gradients_can_be_checkpointed(folder):
     model, images = opened(folder).train(), torch.randn(2, 3, 32, 32)
     model(images).sum().backward()

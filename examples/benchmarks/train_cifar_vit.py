@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = build_parser().parse_args(arguments)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
+    set_fused_attn(False)  # torch's fused kernel takes longer on a CPU for so few tokens
     asked.output.mkdir(parents=True, exist_ok=True)
     size = MODEL_ARGS["img_size"]
     images, labels, classes = read_split(asked.data_dir / "train", size)
@@ -118,7 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_vit(num_classes: int) -> Any:
-    set_fused_attn(False)  # torch's fused kernel takes longer on a CPU for so few tokens
     return create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS)
 
 
@@ -185,7 +185,7 @@ class Training:
         if asked.network == "vit":
             self.model.patch_drop = PatchDropout(num_prefix_tokens=self.model.num_prefix_tokens)
         # The number of patches that are kept changes once in a run: two fixed sizes, not one that varies.
-        self.forward = torch.compile(self.model, dynamic=False) if asked.compile else self.model
+        self.compiled = torch.compile(self.model, dynamic=False) if asked.compile else self.model
         self.teachers = [load_network(file, num_classes) for file in asked.teachers]
         self.optimizer = create_optimizer_v2(
             self.model, opt=asked.optimizer, lr=asked.lr, weight_decay=asked.weight_decay
@@ -268,7 +268,7 @@ class Training:
         self.scheduler.step_update(self.step)
         self.model.train()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.forward(images)
+            logits = self.compiled(images)
         loss = -(targets * logits.float().log_softmax(1)).sum(1).mean()
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -223,7 +223,7 @@ class Adapter(ABC):
         return
 
     def settle(self, model: nn.Module) -> None:
-        """Once layers of ``model`` were cut: see to what of it layers had in common that no longer do."""
+        """Called when layers of ``model`` were cut: mend names of modules that they no longer share."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:

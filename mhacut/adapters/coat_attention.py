@@ -49,7 +49,7 @@ class FactorAttentionAdapter(Adapter):
             "v",
             heads,
             width,
-            axes=(*query, *key, *value, *_convolutions(module.crpe), columns),
+            axes=(*query, *key, *value, *_convolutions(module), columns),
             gain_axes=(*query, columns),
             taps={"value": Tap("qkv", "output", 2 * part), "output": Tap("proj", "input")},
             readout=columns,
@@ -80,10 +80,16 @@ class FactorAttentionAdapter(Adapter):
 
     def settle(self, model: nn.Module) -> None:
         """What layers shared has a name in the model too, which is now for what the first of them has."""
-        if isinstance(model, CoaT):
+        coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
+        for coat in coats:
             for stage in range(1, 5):
-                first = getattr(model, f"serial_blocks{stage}")[0]
-                setattr(model, f"crpe{stage}", first.factoratt_crpe.crpe)
+                layers = [block.factoratt_crpe for block in getattr(coat, f"serial_blocks{stage}") or ()]
+                if stage > 1:
+                    layers += [
+                        getattr(block, f"factoratt_crpe{stage}") for block in coat.parallel_blocks or ()
+                    ]
+                if layers:
+                    setattr(coat, f"crpe{stage}", layers[0].crpe)
 
 
 def _width(module: Any) -> int:
@@ -91,13 +97,13 @@ def _width(module: Any) -> int:
     return Projection.of(module, "proj").reads // int(module.num_heads)
 
 
-def _convolutions(positions: Any) -> tuple[ChannelAxis, ...]:
+def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
     """Where the convolutions have the channels of v."""
     axes: list[ChannelAxis] = []
     first = 0
-    for number, split in enumerate(positions.head_splits):
-        own = Projection.of(positions, f"conv_list.{number}").rows()
-        axes += [replace(axis, tensor=f"crpe.{axis.tensor}", heads=(first, first + split)) for axis in own]
+    for number, split in enumerate(module.crpe.head_splits):
+        own = rows(module, f"crpe.conv_list.{number}")
+        axes += [replace(axis, heads=(first, first + split)) for axis in own]
         first += split
     return tuple(axes)
 

@@ -567,6 +567,8 @@ def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
 
 
 _OF_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
+_HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
+"""Which dimension of them counts heads."""
 
 
 def _hints(
@@ -607,7 +609,7 @@ def _hints(
                 f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
             )
     elif any(map(_OF_POSITIONS.search, other)):
-        hints.append("the image size differs: --model-arg img_size=SIDE?")
+        hints.append(_hint_of_positions(wanted, found, other))
         other = [name for name in other if not _OF_POSITIONS.search(name)]
     inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
     if inner and len(inner) == len(other):
@@ -616,6 +618,21 @@ def _hints(
             "and its own slim files"
         )
     return hints
+
+
+def _hint_of_positions(
+    wanted: Mapping[str, Tensor], found: Mapping[str, TensorInfo], other: Iterable[str]
+) -> str:
+    """What makes tables of positions differ, some of which have a column or a row for each head."""
+    for name in other:
+        head_dim = next((dim for table, dim in _HEADS_OF_TABLES.items() if table in name), None)
+        if head_dim is not None and len(found[name].shape) == wanted[name].dim():
+            heads, expected = found[name].shape[head_dim], wanted[name].shape[head_dim]
+            if heads != expected:
+                return f"{name} is of {heads} heads, expected {expected}: --model-arg num_heads=N?"
+    if any("pos_embed" in name for name in other):
+        return "the image size differs: --model-arg img_size=SIDE?"
+    return "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)?"
 
 
 def _kind(name: str) -> str:

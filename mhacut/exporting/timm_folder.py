@@ -71,8 +71,10 @@ def write_folder(
     temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # timm's own writer decides what its reader finds; the weights it wrote are then ours.
-        save_for_hf(model, str(temporary), safe_serialization=True)
+        # timm's own writer decides what its reader finds. The weights are ours, so that it may write them as
+        # a pickle, which unlike safetensors it can where a module has several names.
+        save_for_hf(model, str(temporary), safe_serialization=False)
+        (temporary / "pytorch_model.bin").unlink()
         if loaded.record is None:
             _save_plain(temporary / WEIGHTS, model, DTYPES[options.dtype])
         else:
@@ -113,8 +115,8 @@ def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
     tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
+        for name, tensor in model.state_dict().items()  # some of one tensor
     }
     save_file(tensors, path, {"format": "pt"})
 
