@@ -203,8 +203,11 @@ def masked_tensors(model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, T
 
 
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """What ``model`` gives with ``tensors`` in place of its own of these names; left as it was."""
-    # Tied by itself, torch would leave one of them behind in a module that has several names.
+    """What ``model`` gives with ``tensors`` in place of its own of these names; left as it was.
+
+    One of the names of a module will do; tensors that several modules share need all of theirs.
+    """
+    # Where torch ties them by itself, it leaves one behind in a module of several names.
     outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)
     return outputs
 

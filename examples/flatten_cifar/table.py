@@ -43,7 +43,7 @@ from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import UnitKey, channels_of, cut, dissect, masked_tensors
+from mhacut.surgery import UnitKey, channels_of, cut, dissect, masked_tensors, run_with
 from mhacut.tensor.indicator import top_channels
 from mhacut.widths import width_choices
 
@@ -220,7 +220,7 @@ def taylor_gradients(setup: Setup, seed: int) -> dict[UnitKey, Tensor]:
     for images, labels in zip(seen.images.split(BATCH), seen.labels.split(BATCH), strict=True):
         gains = {key: torch.ones_like(total).requires_grad_() for key, total in sums.items()}
         tensors = masked_tensors(setup.dense, anatomy, gains)
-        outputs = torch.func.functional_call(setup.dense, tensors, (images,))
+        outputs = run_with(setup.dense, tensors, images)
         F.cross_entropy(outputs, labels).backward()
         for key, gain in gains.items():
             assert gain.grad is not None
