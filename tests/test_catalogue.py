@@ -36,7 +36,8 @@ def test_the_command():
     assert told.exit_code == 0, told.stderr
     assert "bat_resnext26ts" in told.stdout
     assert told.stdout.splitlines()[-2:] == [
-        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags); 0 have no attention",
+        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags), attention itself in 0; "
+        "0 have no attention",
         "-: refused; --refused says why",
     ]
     why = run("models", "bat_resnext26*", "--refused").stdout

@@ -274,7 +274,7 @@ def test_a_tag_decides_the_preprocessing(dense):
         ({"patch_size": 16}, ["--model-arg patch_size=8?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"]),
         ({"in_chans": 1}, ["--model-arg in_chans=3?"]),
         ({"embed_dim": 96}, ["another --model, or --model-arg embed_dim=48 and num_heads=N", ", ..."]),
-        ({"img_size": 64}, ["1 of another shape", "--model-arg img_size=SIDE?"]),
+        ({"img_size": 64}, ["1 of another shape", "--model-arg img_size=SIDE of the file?"]),
         ({"num_classes": 5}, ["2 of another shape", "the head differs: --num-classes 10?"]),
         ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),
         ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
@@ -540,7 +540,8 @@ def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
     name = "swin_tiny_patch4_window7_224"
     path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
     message = refusal(path, model=name, model_args={**args, "img_size": 32})
-    assert "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)?" in message
+    assert "image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)" in message
+    assert "For images of another size: --img-size" in message
     assert "another tool" not in message
     message = refusal(path, model=name, model_args={**args, "img_size": 56, "num_heads": (3, 3)})
     assert "is of 2 heads, expected 3: --model-arg num_heads=N?" in message

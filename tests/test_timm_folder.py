@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import SLIM
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import mhacut
@@ -74,6 +75,32 @@ def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
     assert data["input_size"] == (3, 32, 32)
     save_for_hf(model, str(tmp_path / "again"), safe_serialization=True)
     assert torch.equal(opened(tmp_path / "again")(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "dynamic_img_size": True}),
+        ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True}),
+    ],
+)
+def test_a_model_that_was_cut_for_images_of_another_size(architecture, args, tmp_path):
+    dense = timm.create_model(architecture, num_classes=5, **args)
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    slim = mhacut.prune(
+        tmp_path / "dense.safetensors",
+        flops="85%",
+        model=architecture,
+        model_args=args,
+        img_size=96,
+        calibration_images=2,
+        effort="fast",
+        latency=False,
+        output=tmp_path / "slim.safetensors",
+    ).output
+    mhacut.export(slim, format="timm", output=tmp_path / "folder")
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(opened(tmp_path / "folder")(images), mhacut.load_model(slim)(images))
 
 
 @pytest.mark.parametrize("name", ["swin", "coat", "flatten"])

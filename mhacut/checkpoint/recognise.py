@@ -567,6 +567,7 @@ def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
 
 
 _OF_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
+_OTHER_IMAGES = "(For images of another size: --img-size, maybe with --model-arg dynamic_img_size=True)"
 _HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
 """Which dimension of them counts heads."""
 
@@ -631,8 +632,11 @@ def _hint_of_positions(
             if heads != expected:
                 return f"{name} is of {heads} heads, expected {expected}: --model-arg num_heads=N?"
     if any("pos_embed" in name for name in other):
-        return "the image size differs: --model-arg img_size=SIDE?"
-    return "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)?"
+        return f"the image size differs: --model-arg img_size=SIDE of the file? {_OTHER_IMAGES}"
+    return (
+        "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE) of the file? "
+        f"{_OTHER_IMAGES}"
+    )
 
 
 def _kind(name: str) -> str:

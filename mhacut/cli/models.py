@@ -67,7 +67,8 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
         return several if len(found) > 1 else f"{found[0].architecture} has no attention"
     lines.append(
         f"{len(cut)} of {len(attending)} architectures with attention can be cut ({tags[0]} of {tags[1]} "
-        f"pretrained tags); {len(found) - len(attending)} have no attention"
+        f"pretrained tags), attention itself in {sum(bool(entry.attention) for entry in cut)}; "
+        f"{len(found) - len(attending)} have no attention"
     )
     if len(cut) < len(attending) and not refused:
         lines.append("-: refused; --refused says why")

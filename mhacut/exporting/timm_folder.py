@@ -24,6 +24,7 @@ from mhacut.cost import count_parameters, measure_flops
 from mhacut.data import Preprocessing
 from mhacut.errors import OutputError
 from mhacut.exporting.runtimes import DTYPES, Runner
+from mhacut.modelinfo import model_input_size
 from mhacut.options import ExportOptions
 from mhacut.quantity import format_flops
 from mhacut.timm_slim import NAME
@@ -94,9 +95,14 @@ def write_folder(
 def _as_timm_makes_it(loaded: LoadedModel) -> Any:
     """The model made by timm's factory, which notes the arguments that its writer writes."""
     identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
+    arguments = dict(identity.model_args)
+    built_for = model_input_size(loaded.model, identity.pretrained_cfg)
+    if given.get("fixed_input_size") and tuple(given.get("input_size", built_for)) != built_for:
+        # timm would build it for the images that it now sees.
+        arguments.setdefault("img_size", list(built_for[1:]))
     made: Any
     if loaded.record is None:
-        made = timm.create_model(identity.architecture, **identity.model_args)
+        made = timm.create_model(identity.architecture, **arguments)
         made.pretrained_cfg = {**given, "architecture": identity.architecture}
         made.default_cfg = made.pretrained_cfg
     else:
@@ -105,7 +111,7 @@ def _as_timm_makes_it(loaded: LoadedModel) -> Any:
             pretrained_cfg={**given, "architecture": NAME},
             base_architecture=identity.architecture,
             plan=loaded.record.plan.to_json(),
-            **identity.model_args,
+            **arguments,
         )
     made.load_state_dict(loaded.model.state_dict())
     return made
