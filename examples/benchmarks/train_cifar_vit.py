@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.layers import PatchDropout, set_fused_attn
+from timm.layers import PatchDropout
 from timm.models import create_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
     asked = build_parser().parse_args(arguments)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
-    set_fused_attn(False)  # torch's fused kernel takes longer on a CPU for so few tokens
     asked.output.mkdir(parents=True, exist_ok=True)
     size = MODEL_ARGS["img_size"]
     images, labels, classes = read_split(asked.data_dir / "train", size)
@@ -119,7 +118,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_vit(num_classes: int) -> Any:
-    return create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS)
+    model: Any = create_model(ARCHITECTURE, num_classes=num_classes, **MODEL_ARGS)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # torch's fused kernel takes longer on a CPU for so few tokens
+    return model
 
 
 def build_resnet(num_classes: int, *, widths: tuple[int, ...], stride: int) -> Any:

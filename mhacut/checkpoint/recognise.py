@@ -566,7 +566,7 @@ def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
     return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
 
 
-_OF_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
+_ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
 _OTHER_IMAGES = "(For images of another size: --img-size, maybe with --model-arg dynamic_img_size=True)"
 _HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
 """Which dimension of them counts heads."""
@@ -609,9 +609,9 @@ def _hints(
                 f"the file is {rows} wide, expected {expected[0]}: another --model, "
                 f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
             )
-    elif any(map(_OF_POSITIONS.search, other)):
+    elif any(map(_ABOUT_POSITIONS.search, other)):
         hints.append(_hint_of_positions(wanted, found, other))
-        other = [name for name in other if not _OF_POSITIONS.search(name)]
+        other = [name for name in other if not _ABOUT_POSITIONS.search(name)]
     inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
     if inner and len(inner) == len(other):
         hints.append(
