@@ -68,10 +68,11 @@ def train_flags(images: Path, output: Path) -> list[str]:
     return [*flags.split(), "--save-every", "1", "--lr", "1e-2"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_training_ends_with_the_bytes_of_one_that_was_not(
-    train, images, tmp_path, monkeypatch
+    train, images, tmp_path, monkeypatch, optimizer
 ) -> None:
-    train.main(train_flags(images, tmp_path / "whole"))
+    train.main([*train_flags(images, tmp_path / "whole"), "--optimizer", optimizer])
     step = train.Training.train_step
     for stop in (3, 6):  # in the distorted epoch, and in the plain one
 
@@ -83,8 +84,8 @@ def test_stopped_training_ends_with_the_bytes_of_one_that_was_not(
         with monkeypatch.context() as patch:
             patch.setattr(train.Training, "train_step", stopping)
             with pytest.raises(KeyboardInterrupt):
-                train.main(train_flags(images, tmp_path / "parts"))
-    train.main(train_flags(images, tmp_path / "parts"))
+                train.main([*train_flags(images, tmp_path / "parts"), "--optimizer", optimizer])
+    train.main([*train_flags(images, tmp_path / "parts"), "--optimizer", optimizer])
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     told = (tmp_path / "parts" / "log.txt").read_text()
