@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -278,7 +278,7 @@ def training_loader(
     mine: Sequence[int],
     workers: int,
     pin_memory: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The parts ``mine`` of every step's global batch, in order, of steps ``start`` to ``stop`` - 1.
 
     Raises:

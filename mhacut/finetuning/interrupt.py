@@ -21,11 +21,12 @@ def outlive_first_signal(worker: int) -> None:
         worker: its number, as a ``DataLoader`` says.
     """
 
-    def last_time(number: int, frame: FrameType | None) -> None:
+    def outlived(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, last_time)
+    for number in _SIGNALS:
+        signal.signal(number, outlived)
 
 
 class StopRequest:

@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from shlex import quote
@@ -236,8 +236,7 @@ class _Run:
 
     def _train(self, request: StopRequest) -> float:
         """All steps that are left; gives images per second."""
-        training, per_epoch = self.options.training, self.batches.steps_per_epoch
-        accumulated = training.grad_accum_steps
+        accumulated = self.options.training.grad_accum_steps
         mine = [micro * self.processes.size + self.processes.rank for micro in range(accumulated)]
         loader = training_loader(
             self.images,
@@ -248,6 +247,14 @@ class _Run:
             workers=self.options.data.workers,
             pin_memory=self.device.type == "cuda",
         )
+        # Closed, it ends the processes that read images; an exception that is still told could keep it alive
+        # until Python waits for them.
+        with closing(loader):
+            return self._train_on(loader, request)
+
+    def _train_on(self, loader: Iterator[Batch], request: StopRequest) -> float:
+        training, per_epoch = self.options.training, self.batches.steps_per_epoch
+        accumulated = training.grad_accum_steps
         self.reporter.start("training")
         seconds, images = 0.0, 0
         while self.step < self.total_steps:
