@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhacut.checkpoint.load import read_as_told
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import count_parameters, measure_flops
 from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.device import resolve_device
 from mhacut.errors import MhacutError, UsageError
 from mhacut.evaluate import Evaluation, evaluate
-from mhacut.inspection import resolve_preprocessing
 from mhacut.modelinfo import classifier_size
 from mhacut.options import EvaluateOptions
 from mhacut.progress import Reporter

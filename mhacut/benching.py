@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_model
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import count_parameters, measure_flops
 from mhacut.device import resolve_device
 from mhacut.errors import MhacutError, UsageError
 from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
-from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import fixed_images, run_of, take_turns
 from mhacut.options import BenchOptions, PathLike, PreprocessingOptions
 from mhacut.progress import Reporter, Silent

@@ -19,12 +19,13 @@ from mhacut.checkpoint.load import (
     read_outline,
 )
 from mhacut.checkpoint.write import check_output
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.comparison import Comparison, compare
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.device import resolve_device
 from mhacut.errors import UsageError
 from mhacut.extras import need
-from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model, resolve_preprocessing
+from mhacut.inspection import Evidence, Inspection, LayerReport, inspect_model
 from mhacut.modelinfo import model_input_size
 from mhacut.options import InspectOptions, PathLike
 from mhacut.progress import Reporter, Silent

@@ -24,9 +24,8 @@ def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tup
 
 def patch_embedding(model: nn.Module) -> Any:
     """What of ``model`` embeds patches of the image, and knows its size; None without such."""
-    first: Any = getattr(
-        model, "patch_embed1", None
-    )  # CoaT's; Visformer's sees what a stem made of the image
+    # CoaT's is the first of several. Visformer's first sees what a stem made of the image.
+    first: Any = getattr(model, "patch_embed1", None)
     sees_it = getattr(getattr(first, "proj", None), "in_channels", None) == getattr(model, "in_chans", None)
     return getattr(model, "patch_embed", first if sees_it else None)
 

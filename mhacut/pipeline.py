@@ -20,6 +20,7 @@ from mhacut.calibration import Calibration, calibrate, held_back
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.compensation import Compensation
 from mhacut.cost import CostTable, build_cost_table, count_parameters, measure_flops
 from mhacut.curves import Curve
@@ -34,7 +35,6 @@ from mhacut.data import (
 from mhacut.distillation import Distillation
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
-from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
 from mhacut.modelinfo import classifier_size, gives_probabilities, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions

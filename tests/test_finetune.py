@@ -38,6 +38,7 @@ from mhacut.finetuning import run as run_module
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
+from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
 from mhacut.finetuning.training import Trainer
 from mhacut.options import DataOptions
@@ -390,6 +391,43 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(tune, tmp_path, mon
     again = resume(tmp_path / "cut")
     assert same(weights(whole.folder), weights(again.folder))
     assert again.epochs == whole.epochs
+
+
+def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tune, monkeypatch):
+    # What is told keeps the frames that it passed alive, and in them the loader.
+    step = Trainer.step
+
+    def stopped_in(self, count, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, count, batches)
+
+    monkeypatch.setattr(Trainer, "step", stopped_in)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(Interrupted) as told:
+        tune("cut", workers=2)
+    assert told.value.__traceback__ is not None
+    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_outlived_the_signal_to_its_group_ends_when_it_is_asked_to(number):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def read():
+        outlive_first_signal(0)
+        ready.set()
+        time.sleep(100)
+
+    process = context.Process(target=read, daemon=True)
+    process.start()
+    assert ready.wait(60)
+    os.kill(process.pid, number)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(20)
+    assert not process.is_alive()
 
 
 def test_the_command_to_go_on_with_can_be_pasted(tune, monkeypatch):

@@ -39,6 +39,7 @@ FLOORS = (
     {"allocation"},
     {"planning"},
     {"checkpoint", "data", "evaluate", "latency"},
+    {"checkpoint_preprocessing"},
     {"inspection", "comparison", "timm_slim"},
     {"verdict"},
     {"report"},

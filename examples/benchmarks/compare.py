@@ -405,7 +405,7 @@ def read(setup: Setup) -> tuple[LoadedModel, Preprocessing]:
     import yaml
 
     from mhacut.checkpoint.load import read_model
-    from mhacut.inspection import resolve_preprocessing
+    from mhacut.checkpoint_preprocessing import resolve_preprocessing
     from mhacut.options import PreprocessingOptions
 
     pairs = (argument.partition("=") for argument in setup.model_args)

@@ -37,9 +37,9 @@ import mhacut
 from mhacut.adapters.base import Unit
 from mhacut.allocation import uniform_widths
 from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import build_cost_table, measure_flops
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
-from mhacut.inspection import resolve_preprocessing
 from mhacut.latency import compare_latency
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Plan, UnitPlan

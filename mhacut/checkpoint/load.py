@@ -20,12 +20,12 @@ from mhacut.checkpoint.files import (
     sha256_of,
     show,
 )
+from mhacut.checkpoint.misfit import check_fit
 from mhacut.checkpoint.recognise import (
     Recognised,
     as_timm_has_it,
     build_model,
     build_skeleton,
-    check_fit,
     identity_of,
     known_model,
     recognise_dense,

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.files import FLOAT_DTYPES, FileHeader, TensorInfo, show
+from mhacut.checkpoint.files import FileHeader, TensorInfo, show
+from mhacut.checkpoint.misfit import check_fit
 from mhacut.checkpoint.record import (
     ModelIdentity,
     checked_model_args,
@@ -59,11 +60,6 @@ _FROM_DEFAULT = _OF_INPUT_SIZE | {
 _OF_POSITIONS = re.compile(r"(positional_encoding|pos_embed\d*|relative_position_bias_table)$")
 _SPARE_PARAMETERS = 2**24
 _SPARE_BUFFERS = 2**26
-_TOLD = 5
-_SELF_CONTRADICTION = (
-    "what the file's metadata states and its tensors disagree: it was edited or damaged; "
-    "prune the dense model again"
-)
 
 
 @dataclass(frozen=True)
@@ -221,57 +217,6 @@ def unknown_model(name: str) -> str:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of everything in the state dict of ``model``."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def check_fit(
-    header: FileHeader, expected: nn.Module, identity: ModelIdentity, *, stated: bool = False
-) -> None:
-    """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``.
-
-    Counts and the first few names of what is missing, unexpected, or of another shape or kind of dtype.
-
-    Args:
-        header: of the file.
-        expected: the model, on any device.
-        identity: of the dense model, for the message.
-        stated: the file says itself which model it is, so that other arguments cannot help.
-    """
-    wanted: dict[str, Tensor] = expected.state_dict()
-    found = header.tensors
-    where = show(header.path)
-    shared = [name for name in wanted if name in found]
-    odd = [name for name in shared if _is_float(wanted[name].dtype) != _is_float(found[name].dtype)]
-    if odd:
-        shown = ", ".join(f"{name!r:.150} ({_dtype(found[name].dtype)})" for name in odd[:_TOLD])
-        raise CheckpointError(
-            f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
-            f"kind {identity.architecture} has: {shown}{', ...' if len(odd) > _TOLD else ''}; "
-            "give the float32, float16 or bfloat16 checkpoint"
-        )
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    other = [name for name in shared if tuple(wanted[name].shape) != found[name].shape]
-    if missing or unexpected or other:
-        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-        if not stated and _is_foreign(wanted, found):  # name by name there is nothing to learn
-            instead = f", not {missing[0]!r:.150}" if missing else ""
-            raise CheckpointError(
-                f"{where}: its tensors do not fit {identity.architecture}: {counts}; most names are not that "
-                f"model's (it has {unexpected[0]!r:.150}{instead}): give --model the one the file is of"
-            )
-        lines = [f"{where}: its tensors do not fit {_named(identity)}: {counts}"]
-        lines += _listed("missing", missing)
-        lines += _listed("unexpected", unexpected)
-        lines += _listed(
-            "another shape",
-            other,
-            lambda name: (
-                f"{name!r:.150} expected {list(wanted[name].shape)}, found {list(found[name].shape)}"
-            ),
-        )
-        hints = [_SELF_CONTRADICTION] if stated else _hints(wanted, found, missing, unexpected, other)
-        lines += [f"  {hint}" for hint in hints]
-        raise CheckpointError("\n".join(lines))
 
 
 def _create(identity: ModelIdentity) -> nn.Module:
@@ -546,107 +491,3 @@ def _out_of_proportion(architecture: str) -> str:
         f"the model the file describes ({architecture} with its model_args) is out of all "
         "proportion to the tensors in it; nothing was built"
     )
-
-
-def _named(identity: ModelIdentity) -> str:
-    args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
-    return f"{identity.architecture} ({args})"
-
-
-def _listed(title: str, names: list[str], line: Any = None) -> Iterable[str]:
-    if not names:
-        return []
-    shown = [line(name) if line else f"{name!r:.150}" for name in names[:_TOLD]]
-    return [f"  {title}: {', '.join(shown)}{', ...' if len(names) > _TOLD else ''}"]
-
-
-def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
-    """Whether most names in the file are of a kind that the model does not have."""
-    kinds_wanted, kinds_found = {_kind(name) for name in wanted}, {_kind(name) for name in found}
-    return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
-
-
-_ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
-_OTHER_IMAGES = "(For images of another size: --img-size, maybe with --model-arg dynamic_img_size=True)"
-_HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
-"""Which dimension of them counts heads."""
-
-
-def _hints(
-    wanted: Mapping[str, Tensor],
-    found: Mapping[str, TensorInfo],
-    missing: list[str],
-    unexpected: list[str],
-    other: list[str],
-) -> list[str]:
-    """What to try next, told from the pattern of what differs."""
-    hints = []
-    blocks = {name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)}
-    of_blocks = [name for name in missing + unexpected if re.match(r"blocks\.\d+\.", name)]
-    expected_blocks = {name.split(".")[1] for name in wanted if re.match(r"blocks\.\d+\.", name)}
-    if of_blocks and blocks and blocks != expected_blocks:
-        hints.append(
-            f"the file has {len(blocks)} blocks, expected {len(expected_blocks)}: "
-            f"--model-arg depth={len(blocks)}?"
-        )
-    if "fc_norm.weight" in unexpected and "norm.weight" in missing:
-        hints.append("the file has fc_norm instead of norm: --model-arg global_pool=avg?")
-    if any(re.match(r"head", name) for name in missing + unexpected + other):
-        rows = found["head.weight"].shape[0] if "head.weight" in other else None
-        if rows is None:
-            hints.append("the head differs: --num-classes (0 for no classifier)?")
-        elif rows != wanted["head.weight"].shape[0]:
-            hints.append(f"the head differs: --num-classes {rows}?")
-    if "patch_embed.proj.weight" in other and len(found["patch_embed.proj.weight"].shape) == 4:
-        rows, channels, _, side = found["patch_embed.proj.weight"].shape
-        expected = tuple(wanted["patch_embed.proj.weight"].shape)
-        if side != expected[3]:
-            hints.append(f"the patch embedding differs: --model-arg patch_size={side}?")
-        if channels != expected[1]:
-            hints.append(f"the patch embedding differs: --model-arg in_chans={channels}?")
-        if rows != expected[0]:
-            hints.append(
-                f"the file is {rows} wide, expected {expected[0]}: another --model, "
-                f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
-            )
-    elif any(map(_ABOUT_POSITIONS.search, other)):
-        hints.append(_hint_of_positions(wanted, found, other))
-        other = [name for name in other if not _ABOUT_POSITIONS.search(name)]
-    inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
-    if inner and len(inner) == len(other):
-        hints.append(
-            "only attention or MLP layers differ: was it pruned by another tool? mhacut reads dense models "
-            "and its own slim files"
-        )
-    return hints
-
-
-def _hint_of_positions(
-    wanted: Mapping[str, Tensor], found: Mapping[str, TensorInfo], other: Iterable[str]
-) -> str:
-    """What makes tables of positions differ, some of which have a column or a row for each head."""
-    for name in other:
-        head_dim = next((dim for table, dim in _HEADS_OF_TABLES.items() if table in name), None)
-        if head_dim is not None and len(found[name].shape) == wanted[name].dim():
-            heads, expected = found[name].shape[head_dim], wanted[name].shape[head_dim]
-            if heads != expected:
-                return f"{name} is of {heads} heads, expected {expected}: --model-arg num_heads=N?"
-    if any("pos_embed" in name for name in other):
-        return f"the image size differs: --model-arg img_size=SIDE of the file? {_OTHER_IMAGES}"
-    return (
-        "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE) of the file? "
-        f"{_OTHER_IMAGES}"
-    )
-
-
-def _kind(name: str) -> str:
-    """``blocks.7.attn.qkv.weight`` without the number, which only the depth decides."""
-    return re.sub(r"\.\d+\.", ".", name)
-
-
-def _is_float(dtype: torch.dtype) -> bool:
-    return dtype in FLOAT_DTYPES
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

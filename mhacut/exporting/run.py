@@ -13,10 +13,10 @@ from torch import nn
 
 from mhacut.checkpoint.load import LoadedModel, read_as_told
 from mhacut.checkpoint.write import check_output, write_whole
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
-from mhacut.inspection import resolve_preprocessing
 from mhacut.options import ExportOptions, PathLike, PreprocessingOptions
 from mhacut.progress import Reporter, Silent
 

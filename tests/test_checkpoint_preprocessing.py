@@ -1,4 +1,4 @@
-"""What a checkpoint is asked for is what it was made for."""
+"""What images go through before a checkpoint sees them, and which sizes its model takes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import measure_flops
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError
-from mhacut.inspection import inspect_model, resolve_preprocessing
+from mhacut.inspection import inspect_model
 from mhacut.modelinfo import model_input_size
 from mhacut.options import PreprocessingOptions
 from mhacut.plan import Plan
