@@ -29,6 +29,8 @@ def test_what_can_be_cut_and_what_is_refused():
     (flatten,) = catalogue("flatten_deit_tiny")
     assert flatten.kinds == ("qk", "v", "hidden")
     assert catalogue("mhacut_slim") == ()
+    (coat,) = catalogue("coat_lite_mini")
+    assert coat.kinds == ("qk", "v", "hidden")  # the first goes with the second
 
 
 def test_the_command():

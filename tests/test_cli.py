@@ -459,6 +459,14 @@ def test_inspect_slim_shows_before_and_after(slim):
     assert sum(layer["share"] for layer in document["layers"]) < 1
 
 
+def test_inspect_tells_what_goes_with_what(slim_of):
+    told = run("inspect", slim_of("coat"), "--shapes").stdout
+    (line,) = [line for line in told.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]
+    assert " as v " in line
+    document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
+    assert document["layers"][0]["goes_with"] == {"qk": "v"}
+
+
 def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
     import timm
 

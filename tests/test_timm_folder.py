@@ -124,6 +124,17 @@ def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, slim
         assert all(torch.equal(tensors[name], tensor) for name in names if name in tensors)
 
 
+def test_modules_of_several_names_stay_one_where_features_are_taken(slim_of, tmp_path):
+    mhacut.export(slim_of("coat"), format="timm", output=tmp_path / "folder")
+    features = opened(tmp_path / "folder", features_only=True).model
+    (block,) = features.parallel_blocks
+    assert block.mlp2 is block.mlp3
+    assert block.mlp2 is block.mlp4
+    for stage in range(1, 5):
+        first = getattr(features, f"serial_blocks{stage}")[0].factoratt_crpe
+        assert getattr(features, f"crpe{stage}") is first.crpe
+
+
 def test_features_by_tracing_are_refused(folder):
     pytest.importorskip("torchvision")
     with pytest.raises(CheckpointError, match=r"FeatureGraphNet gives features .* try another feature_cls"):
