@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
 from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import measure_flops
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
 from mhacut.evaluate import Evaluation
@@ -39,7 +40,6 @@ from mhacut.finetuning.result import EpochSummary, FinetuneResult
 from mhacut.finetuning.resuming import check_same, completed
 from mhacut.finetuning.teaching import lesson_of
 from mhacut.finetuning.training import Trainer, check_precision, repeatable
-from mhacut.inspection import resolve_preprocessing
 from mhacut.modelinfo import classifier_size
 from mhacut.options import PathLike
 from mhacut.processes import Processes, gathered
