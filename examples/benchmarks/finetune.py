@@ -105,13 +105,16 @@ def main(arguments: list[str] | None = None) -> None:
         held, held_labels, _ = read_split(asked.data_dir / "val", size)
         images = Images(train, labels, held, held_labels, preprocessing.mean, preprocessing.std)
         reference = outputs(dense, images)
+        starts: dict[tuple[Any, ...], dict[str, float]] = {}  # many runs begin at the same weights
         for run in todo:
             print(" ".join(map(str, asdict(run).values())), file=sys.stderr, flush=True)
             model = slim_model(dense, asked.models, run)
-            before = score(reference, outputs(model, images), held_labels)
+            start = (run.method, run.keep, run.start, run.seed if run.start == "scratch" else None)
+            if start not in starts:
+                starts[start] = score(reference, outputs(model, images), held_labels)
             cpu_s = Training(run, recipe, model, dense, images, log.state_file).run(asked.save_every)
             after = score(reference, outputs(model.eval(), images), held_labels)
-            log.add(run, {"before": before, "after": after, "cpu_s": cpu_s})
+            log.add(run, {"before": starts[start], "after": after, "cpu_s": cpu_s})
     print("\n".join(f"{name}: {value}" for name, value in {**machine, **asdict(recipe)}.items()))
     print(f"\n{as_text(log.results, asked.steps)}")
 
