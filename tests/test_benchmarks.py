@@ -191,10 +191,10 @@ def methods():
     return methods
 
 
-def small_vit() -> torch.nn.Module:
+def small_vit(**more: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
-    model = timm.create_model("vit_tiny_patch16_224", **args).eval().requires_grad_(False)
+    model = timm.create_model("vit_tiny_patch16_224", **args, **more).eval().requires_grad_(False)
     for parameter in model.parameters():
         spread = 0.3 if parameter.dim() == 1 else 2 / parameter[0].numel() ** 0.5
         parameter += spread * torch.randn_like(parameter)
@@ -306,9 +306,15 @@ def test_the_better_temperature_is_reported(compare) -> None:
     row = make_row(compare, "tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
     assert (row["temperature"], row["kl"]) == ("kept", 0.6)
     text = compare.as_text([row, compare._empty_row(compare.METHODS["vbp"], 12.5, "37.0 % stay")])
-    assert "scored at temperature kept (dense: 40.00 / 0.7000 on 9)" in text
+    assert "scored at temperature kept (dense: 40.00 / 0.7000)" in text
     assert "VBP (own reference) 12.5%: out of reach, 37.0 % stay" in text
     assert "50.00%" in text
+
+
+def test_rows_of_different_code_are_told(compare) -> None:
+    rows = [make_row(compare, "corp", keep, 40.0) for keep in (50.0, 25.0)]
+    assert "states of the code" not in compare.as_text(rows)
+    assert "made by 2 states of the code" in compare.as_text([rows[0], {**rows[1], "code": "another"}])
 
 
 def test_mhacut_is_run_as_a_user_would(compare, tmp_path) -> None:
@@ -376,6 +382,13 @@ def test_corp_loses_nothing_where_channels_repeat(methods) -> None:
     error = (slim.model(task.images) - expected).abs().max() / expected.abs().max()
     without = (plain(task.images) - expected).abs().max() / expected.abs().max()
     assert error < 0.02 * without
+
+
+def test_corp_takes_a_vit_without_qkv_bias(methods) -> None:
+    from methods.corp import prune
+
+    task = task_of(small_vit(qkv_bias=False), 0.75)
+    assert prune(task).model(task.images).isfinite().all()
 
 
 def test_the_dense_temperature_is_that_of_dead_channels(methods, tmp_path) -> None:
@@ -454,6 +467,9 @@ def test_the_command_compares_on_the_digits(compare, tmp_path, capsys) -> None:
     assert document["validation_images"] == 300
     assert document["rows"][0]["top1"] == pytest.approx(97.67, abs=0.01)
     assert document["rows"][1]["ratio"] <= 0.5
+    snp = document["rows"][2]  # judged at both temperatures by images of all classes
+    assert [other["images"] for other in snp["other_temperatures"].values()] == [300]
+    assert all(other["kl"] >= snp["kl"] for other in snp["other_temperatures"].values())
     assert {path.name for path in (tmp_path / "models").iterdir()} == {
         "mhacut-nodata-auto-fast-50.safetensors",
         "snp-50.safetensors",

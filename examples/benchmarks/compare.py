@@ -9,12 +9,12 @@ prints one table: a row per method and budget. Rules of the comparison:
   never above it. All are counted by ``mhacut.cost.measure_flops`` on the model read back from its file.
 - Equal freedom: q/k/v channels and hidden channels of the MLP; the residual width stays. What a method does
   not cut (attention in VBP, v in CORP) it leaves whole, and a budget below that is out of its reach.
-- Equal data: the same calibration images, batch size and preprocessing. Some methods need their labels.
+- Equal data: the same calibration images and preprocessing. Some methods need their labels.
 - Every cell prunes in a process of its own. Its seconds and peak memory are those of that whole process, from
   the start of Python to the written file; the row "dense" is a process that only reads model and images,
   which any of them does before it prunes. Accuracy is measured afterwards, in another process.
 - Where a method leaves the softmax temperature open, the better of two is in the table: that of less KL on
-  the first 1,000 validation images.
+  the validation images.
 
 ``--merge FILE`` keeps the rows in a file as they come and reuses those it finds there, so that a table can be
 made in parts and a stopped run goes on.
@@ -25,7 +25,10 @@ This process imports the standard library only: on Linux a child starts with its
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
     from mhacut.data import CalibrationImages, Preprocessing
 
 EVALUATION_BATCH = 64
-RACE = 1000
-"""Images on which the softmax temperatures compete that a method leaves open."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,19 @@ def digest(checkpoint: str) -> str:
     for file in files:
         found.update(file.read_bytes())
     return found.hexdigest() if files else ""
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of all that makes a row: the code of mhacut and of the methods beside it."""
+    package = importlib.util.find_spec("mhacut")
+    assert package is not None
+    assert package.origin is not None
+    found = hashlib.sha256()
+    for folder in (Path(package.origin).parent, Path(__file__).parent / "methods"):
+        for file in sorted(folder.rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 # --- The table ---
@@ -337,6 +351,7 @@ def _row(
         "cpu_s": process.cpu_s,
         "peak_mib": process.peak_mib,
         "checks": {**checks, **found["checks"]},
+        "code": code_digest(),
     }
 
 
@@ -378,13 +393,15 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
         told = [
-            f"scored at temperature {row['temperature']} ({name}: {score['top1']:.2f} / {score['kl']:.4f} "
-            f"on {score['images']:.0f})"
+            f"scored at temperature {row['temperature']} ({name}: {score['top1']:.2f} / {score['kl']:.4f})"
             for name, score in row["other_temperatures"].items()
         ]
         told += [f"{name} {value}" for name, value in row["checks"].items()]
         if told:
             notes.append(f"{where}: {'; '.join(told)}")
+    states = {row["code"] for row in rows if "code" in row}
+    if len(states) > 1:
+        notes.append(f"these rows were made by {len(states)} states of the code; --again makes them anew")
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = []
     for line in lines:
@@ -441,8 +458,6 @@ def part_read(job: Mapping[str, Any]) -> int:
 
 def part_prune(job: Mapping[str, Any]) -> int:
     """Prune with one of the modules in ``methods/``; write the slim model, print what was checked."""
-    import importlib
-
     import torch
     from methods.common import OutOfReachError, Task, read_slim, write_slim
 
@@ -497,10 +512,9 @@ def part_reference(job: Mapping[str, Any]) -> int:
 
 
 def part_score(job: Mapping[str, Any]) -> int:
-    """Score slim models on the whole validation split.
+    """Score slim models on the whole validation split, at every softmax temperature that is left open.
 
-    Where the temperature is open, all of them run on the first :data:`RACE` images, and the better one on the
-    rest too. The files of methods that leave it open are written anew with the better one folded in.
+    The files of methods that leave it open are written anew with the better one folded in.
     """
     import torch
     from methods.common import read_slim, temperatures_of, write_slim
@@ -520,36 +534,22 @@ def part_score(job: Mapping[str, Any]) -> int:
     ]
     logits: list[dict[str, list[Tensor]]] = [{name: [] for name in cell} for cell in cells]
 
-    def scores(collected: Mapping[str, list[Tensor]]) -> dict[str, dict[str, float]]:
-        found = {}
-        for name, parts in collected.items():
-            answers = torch.cat(parts)
-            seen = len(answers)
-            found[name] = score(reference["logits"][:seen], answers, reference["labels"][:seen])
-        return found
-
-    seen = 0
-    racing = True
     with torch.inference_mode():
         for images, _ in evaluation_images(setup_of(job), preprocessing, dense.num_classes):
             for models, collected in zip(cells, logits, strict=True):
                 for name, model in models.items():
                     collected[name].append(model(images))
-            seen += len(images)
-            if racing and seen >= RACE:
-                racing = False
-                for models, collected in zip(cells, logits, strict=True):
-                    better = best_of(scores(collected))
-                    for name in set(models) - {better}:
-                        del models[name]
     found = []
     for cell, models, collected in zip(job["cells"], cells, logits, strict=True):
-        complete = {name: collected[name] for name in models}
-        best = best_of(scores(complete))
-        if len(collected) > 1:
+        scores = {
+            name: score(reference["logits"], torch.cat(parts), reference["labels"])
+            for name, parts in collected.items()
+        }
+        best = best_of(scores)
+        if len(scores) > 1:
             write_slim(cell["file"], models[best], ("own",))
         flops = measure_flops(models[best], preprocessing.input_size)
-        found.append({"flops": flops, "best": best, "scores": scores(collected), "checks": {}})
+        found.append({"flops": flops, "best": best, "scores": scores, "checks": {}})
     print(json.dumps(found))
     return 0
 

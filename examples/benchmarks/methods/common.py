@@ -25,7 +25,7 @@ NEAR = 0.005
 """Share of the budget that a model may miss it by."""
 STEPS = 10_000
 """Steps in which a share of channels is searched."""
-BATCH = 64
+BATCH = 16
 
 Temperature = Literal["own", "dense", "kept"]
 """What a slim model's logits are divided by: what the method fitted, or the root of the dense head's width

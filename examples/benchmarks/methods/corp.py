@@ -63,7 +63,7 @@ def prune(task: Task) -> Slim:
             right = _solve(keys[stay][:, stay], keys[stay])
             mixing = left @ right.T  # M of Q_S M K_S^T, (kept, kept)
             rows = head * dim + stay
-            for tensor in (attention.qkv.weight, attention.qkv.bias):
+            for tensor in attention.qkv.parameters():  # without qkv_bias, the weight alone
                 tensor[rows] = (mixing.T @ tensor[rows].double()).float()
             stays.append(stay)
         kept[key] = torch.stack(stays)
