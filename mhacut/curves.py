@@ -1,4 +1,4 @@
-"""Error curves: how far the model's answer moves when one unit alone is cut to each width and repaired.
+"""Error curves: how far the model's answer moves when one unit alone is cut to each width (and repaired).
 
 Ours. An error e of a layer's output moves the answer by a KL divergence of about 1/2 tr(S E[e e^T]), with S
 the layer's sensitivity (:class:`mhacut.sensitivity.Sensitivity`). For v and hidden channels E[e e^T]
@@ -48,6 +48,7 @@ def error_curves(
     images: Tensor,
     *,
     temperature: Temperature,
+    refit: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[UnitKey, Curve]:
     """The curve of every unit in ``ways``.
@@ -60,6 +61,7 @@ def error_curves(
         choices: allowed widths per unit, ascending, the dense one last.
         images: a batch to run layers on where moments do not tell, [n, C, H, W], normalised.
         temperature: of the softmax, where refitting the logits does not help.
+        refit: whether the cut will be repaired.
         progress: called with (layers done, layers in all).
     """
     curves: dict[UnitKey, Curve] = {}
@@ -71,7 +73,7 @@ def error_curves(
                 sensitivity = calibration.sensitivity.metric[layer.name]
                 moments = calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
-                    module, ways[unit.key], moments, sensitivity, choices[unit.key]
+                    module, ways[unit.key], moments, sensitivity, choices[unit.key], refit
                 )
     run_anew = [layer for layer in layers if any(_is_run(unit, ways) for unit in layer.units)]
     done = 0
@@ -90,6 +92,7 @@ def error_curves(
                         calibration,
                         choices[unit.key],
                         temperature,
+                        refit,
                         lambda: (args, kwargs),
                         output if not layer.result else _result(copy.deepcopy(module), layer, args, kwargs),
                         len(images),
@@ -119,10 +122,15 @@ def _is_run(unit: Unit, ways: Mapping[UnitKey, Reduction]) -> bool:
 
 
 def _output_curve(
-    module: nn.Module, way: Reduction, moments: UnitMoments, sensitivity: Tensor, choices: Sequence[int]
+    module: nn.Module,
+    way: Reduction,
+    moments: UnitMoments,
+    sensitivity: Tensor,
+    choices: Sequence[int],
+    refit: bool,
 ) -> Curve:
-    unit, ranking, constant = way.unit, way.ranking, way.unit.constants_pass
-    few = moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
+    unit, ranking, constant = way.unit, way.ranking, way.unit.constants_pass and refit
+    few = refit and moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
     if unit.heads == 1 and isinstance(ranking, Removal) and not few:
         return {width: float(ranking.error[width]) / 2 for width in choices}
     turned, columns = rotated(moments, unit, way.rotation), readers(module, unit)
@@ -136,7 +144,7 @@ def _output_curve(
         kept = (ranking.kept(width) + heads).reshape(-1)
         if few and width < unit.width:
             return refit_linear(seen, unseen, kept, weighed, constant=constant).left
-        return output_error(second, kept, columns, sensitivity)
+        return output_error(second, kept, columns, sensitivity, refit=refit)
 
     heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
     return _interpolated({width: error(width) / 2 for width in sampled_widths(choices)}, choices)
@@ -156,6 +164,7 @@ def _curve_by_runs(
     calibration: Calibration,
     choices: Sequence[int],
     temperature: Temperature,
+    refit: bool,
     inputs: Callable[[], tuple[Any, Any]],
     output: Tensor,
     images: int,
@@ -167,7 +176,7 @@ def _curve_by_runs(
     sampled = {choices[-1]: 0.0}
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(module)
-        shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature)
+        shrink(smaller, unit, way, width, calibration.moments[unit.key], temperature, refit=refit)
         found = _result(smaller, layer, args, kwargs).movedim(layer.channel_dim, -1)
         error = (found - dense).flatten(0, -2).double()
         weighed = error if weights is None else error * weights[:, None]

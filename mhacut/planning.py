@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -141,6 +141,7 @@ class Planner:
                 self.options.basis,
                 self.calibration.sensitivity.metric.get(unit.layer),
                 self.options.positions,
+                refit=self.options.repair,
             )
             self.progress(done + 1, len(self.units), "")
         return found
@@ -155,6 +156,7 @@ class Planner:
             self.choices,
             self.lesson.images[:REPLAYED],
             temperature=self.options.temperature,
+            refit=self.options.repair,
             progress=lambda done, total: self.progress(done, total, ""),
         )
 
@@ -169,20 +171,25 @@ class Planner:
     ) -> tuple[Widths, tuple[SearchStep, ...]]:
         """Widths that indicators move to from those of ``ready``, in its bases."""
         model = copy.deepcopy(self.dense)
-        start = {}
+        start, rotated = {}, []
         for unit_plan in ready.plan:
             unit = self.anatomy.unit(unit_plan.key)
             # That of the plan; a unit that stays whole fits several.
             way = next(way for way in ways[unit.key] if way.plan(unit_plan.width) == unit_plan)
             if way.rotation is not None:
                 rotate(model.get_submodule(unit.layer), unit, way.rotation)
+                rotated.append(unit.key)
             start[unit.key] = _scores(way.ranking.order.cpu(), unit_plan.width)
         self.start_stage("searching")
-        found = self._search(model, self.lesson.part(self.calibration.held, None), start)
+        found = self._search(model, self.lesson.part(self.calibration.held, None), start, rotated)
         return found.plan.widths(), found.log
 
     def _search(
-        self, model: nn.Module, lesson: Distillation, start: Mapping[UnitKey, Tensor] | None
+        self,
+        model: nn.Module,
+        lesson: Distillation,
+        start: Mapping[UnitKey, Tensor] | None,
+        rotated: Collection[UnitKey] = (),
     ) -> SearchResult:
         return search(
             model,
@@ -195,6 +202,7 @@ class Planner:
             round_to=self.round_to,
             options=self.options,
             start=start,
+            rotated=rotated,
             progress=lambda done, total, step: self.progress(
                 done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
             ),

@@ -57,6 +57,8 @@ def reductions(
     basis: BasisChoice,
     metric: Tensor | None = None,
     positions: Positions = "auto",
+    *,
+    refit: bool = True,
 ) -> tuple[Reduction, ...]:
     """The ways to shrink ``unit`` that ``basis`` allows, the likeliest to be good first.
 
@@ -68,21 +70,23 @@ def reductions(
         basis: ``auto`` gives both where the algebra allows both.
         metric: of errors of the layer's output, [out, out], to price the removal of hidden channels.
         positions: of channels in heads that share tensors; ``auto`` gives both ways.
+        refit: whether the cut will be repaired; without that, channels are ranked by what goes with them.
     """
     found = []
     if unit.rotatable and basis != "channel":
-        found.append(Reduction(unit, _principal(module, unit, moments), _in_order(unit, moments)))
+        rotation = _principal(module, unit, moments, refit)
+        found.append(Reduction(unit, rotation, _in_order(unit, moments)))
     shares, by_channel = unit.shares, not found or basis == "auto"
     own = positions != "equal" and not unit.together
     equal = positions != "own" or unit.together
     if by_channel and (not shares or own):
-        found.append(Reduction(unit, None, _ranking(module, unit, moments, smallest, metric), shares))
-    if by_channel and shares and equal and unit.unmixed:
-        query, key = moments.every
-        together = (query.energy * key.energy).sum(0, keepdim=True)
+        ranking = _ranking(module, unit, moments, smallest, metric, refit)
+        found.append(Reduction(unit, None, ranking, shares))
+    if by_channel and shares and equal and (unit.unmixed or not refit):
+        together = _parts(module, unit, moments).sum((0, 2))[None]
         found.append(Reduction(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
     elif by_channel and shares and equal:
-        second = _second(unit, moments.every[0])
+        second = _second(unit, moments.every[0], refit)
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))
     return tuple(found)
@@ -107,11 +111,11 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     return matrix
 
 
-def _principal(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
+def _principal(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bool) -> Tensor:
     every = moments.every
     if unit.kind == "qk":
         return logit_basis(every[0].energy, every[1].energy)
-    second = _second(unit, every[0]).view(unit.heads, unit.width, unit.heads, unit.width)
+    second = _second(unit, every[0], refit).view(unit.heads, unit.width, unit.heads, unit.width)
     own = torch.stack([second[head, :, head] for head in range(unit.heads)])
     columns = readers(module, unit).view(-1, unit.heads, unit.width)
     if unit.together:  # one basis, of what any head gives to any reader
@@ -126,18 +130,37 @@ def _in_order(unit: Unit, moments: UnitMoments) -> Ranking:
 
 
 def _ranking(
-    module: nn.Module, unit: Unit, moments: UnitMoments, smallest: int, metric: Tensor | None
+    module: nn.Module,
+    unit: Unit,
+    moments: UnitMoments,
+    smallest: int,
+    metric: Tensor | None,
+    refit: bool,
 ) -> Ranking:
     every = moments.every
-    if unit.linear:
-        return rank_parts(every[0].energy)
-    if unit.unmixed:  # with q and k taken as independent, of each channel's own product
-        return rank_parts(every[0].energy * every[1].energy)
+    if unit.linear or unit.unmixed or not refit:  # nothing stands in for a channel
+        parts = _parts(module, unit, moments)
+        return rank_parts(torch.stack([parts[head, :, head] for head in range(unit.heads)]))
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
-    return rank_channels(_second(unit, every[0]), readers(module, unit), unit.heads, smallest, metric)
+    second = _second(unit, every[0], refit)
+    return rank_channels(second, readers(module, unit), unit.heads, smallest, metric)
 
 
-def _second(unit: Unit, moments: Moments) -> Tensor:
-    """What a bias or batch norm can take up does not count."""
-    return moments.covariance if unit.constants_pass else moments.energy
+def _parts(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
+    """Second moment of what each channel adds, to the logits or to the output, [H, d, H, d].
+
+    With q and k taken as independent; what is of different heads does not add up in logits.
+    """
+    first = moments.every[0].energy
+    if unit.kind == "qk" or unit.linear:
+        own = first if unit.linear else first * moments.every[1].energy
+        return block_diagonal(own).view(unit.heads, unit.width, unit.heads, unit.width)
+    columns = readers(module, unit)
+    gram = columns.mT @ columns
+    return (gram * first).view(unit.heads, unit.width, unit.heads, unit.width)
+
+
+def _second(unit: Unit, moments: Moments, refit: bool) -> Tensor:
+    """What a refit gives a bias or batch norm to take up does not count."""
+    return moments.covariance if unit.constants_pass and refit else moments.energy

@@ -94,16 +94,31 @@ def repair(
 
 
 def shrink(
-    module: nn.Module, unit: Unit, way: Reduction, width: int, moments: UnitMoments, temperature: Temperature
+    module: nn.Module,
+    unit: Unit,
+    way: Reduction,
+    width: int,
+    moments: UnitMoments,
+    temperature: Temperature,
+    *,
+    refit: bool = True,
 ) -> None:
-    """Refit one layer in place for ``unit`` at ``width``, removed channels dead."""
+    """Make channels of one layer dead in place, for ``unit`` at ``width``; with ``refit``, repair it."""
     unit_plan = way.plan(width)
-    if not unit.linear:
+    kept = kept_channels(unit_plan).float()
+    if unit.linear and unit.gate is not None:  # nothing to refit
+        set_gate(module, unit, kept.to(next(module.parameters()).device))
+    elif unit.linear:
+        scale(module, unit, kept)
+    elif refit:
         _Fit.of(module, unit, unit_plan, way.rotation, moments, temperature).apply(module, unit)
-    elif unit.gate is not None:  # nothing to refit
-        set_gate(module, unit, kept_channels(unit_plan).float().to(next(module.parameters()).device))
     else:
-        scale(module, unit, kept_channels(unit_plan).float())
+        if way.rotation is not None:
+            rotate(module, unit, way.rotation)
+        factor = 1.0
+        if unit.kind == "qk":
+            factor = temperature_factor(unit, width, temperature, way.basis)
+        scale(module, unit, kept * factor)
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class _Fit:
         seen = rotated(moments, unit, rotation)
         kept = torch.tensor(unit_plan.kept, device=seen.fit[0].total.device)
         if unit.kind == "qk":
-            plain = temperature_factor(unit, unit_plan.width, temperature)
+            plain = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
             (query, key), (held_query, held_key) = seen.fit, seen.held
             logits = refit_logits((query, key), (held_query, held_key), kept, plain, mixes=not unit.unmixed)
             return cls(unit_plan, rotation, logits)

@@ -39,7 +39,9 @@ def plan_gains(
         gain = torch.ones(unit.heads, unit.width) if gains is None else gains[unit.key]
         kept = torch.tensor(unit_plan.kept, device=gain.device)
         mask = torch.zeros_like(gain).scatter(-1, kept, 1.0)
-        masked[unit.key] = mask * gain * temperature_factor(unit, unit_plan.width, temperature)
+        masked[unit.key] = (
+            mask * gain * temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
+        )
     return masked
 
 

@@ -7,7 +7,7 @@ were not available; the formulas are ours, each in one function of :mod:`mhacut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from mhacut.calibration import Calibration
 from mhacut.cost import CostTable
 from mhacut.distillation import Distillation
 from mhacut.options import SearchOptions
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Basis, Plan, UnitPlan
 from mhacut.reweight import GAIN_BETAS
 from mhacut.surgery import Anatomy, UnitKey, temperature_factor
 from mhacut.tensor.indicator import (
@@ -68,8 +68,10 @@ class _UnitState:
         options: SearchOptions,
         device: torch.device,
         start: Tensor | None,
+        basis: Basis,
     ) -> None:
         self.unit = unit
+        self.basis = basis
         # Heads that share filters then keep the same channels, by their mean score.
         self.equal = unit.shares and (unit.together or options.positions == "equal")
         self.unshared = unit.shares and not self.equal
@@ -110,6 +112,7 @@ def search(
     round_to: int,
     options: SearchOptions,
     start: Mapping[UnitKey, Tensor] | None = None,
+    rotated: Collection[UnitKey] = (),
     progress: Callable[[int, int, SearchStep], None] | None = None,
 ) -> SearchResult:
     """The plan for ``model`` under ``budget``, found by training indicators, and gains beside them.
@@ -130,11 +133,19 @@ def search(
         options: see :class:`SearchOptions`.
         start: scores to start from, [H, d] per unit, kept where above 1/2, instead of ``options.init``; the
             target is then the budget from the first step on.
+        rotated: units whose channels are principal ones in ``model``.
         progress: called after every step with (step, steps, its log line).
     """
     device = next(model.parameters()).device
     states = [
-        _UnitState(unit, calibration, options, device, None if start is None else start[unit.key])
+        _UnitState(
+            unit,
+            calibration,
+            options,
+            device,
+            None if start is None else start[unit.key],
+            "principal" if unit.key in rotated else "channel",
+        )
         for unit in units
     ]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
@@ -171,7 +182,7 @@ def _soft_gains(
         width = nearest_width(count, unit.width, round_to)
         if options.score_adjustment:
             score = adjust_scores(score, width)
-        factor = temperature_factor(unit, width, options.temperature)
+        factor = temperature_factor(unit, width, options.temperature, state.basis)
         gains[unit.key] = straight_through_mask(score) * state.gain * factor
         soft = state.indicator.sum() / unit.heads
         widths[unit.key] = width + soft - soft.detach()

@@ -22,7 +22,7 @@ from mhacut.adapters.registry import (
 )
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.options import Temperature
-from mhacut.plan import Plan, UnitKind, UnitPlan
+from mhacut.plan import Basis, Plan, UnitKind, UnitPlan
 
 UnitKey = tuple[str, UnitKind]
 _LEAST_GATE = 1e-60
@@ -118,9 +118,13 @@ def exact_gain(unit: Unit, width: int) -> float:
     return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
 
 
-def temperature_factor(unit: Unit, width: float, temperature: Temperature) -> float:
-    """Factor on the logits of the masked dense model at ``width``: ``kept`` is 1/sqrt(kept width)."""
-    if temperature == "dense" or not unit.softmax_scaled:
+def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis: Basis) -> float:
+    """Factor on the logits of the masked dense model at ``width``: ``kept`` is 1/sqrt(kept width).
+
+    That makes up for channels of the logits that went. Principal ones that stay have the logits' energy
+    already: their temperature is the dense one.
+    """
+    if temperature == "dense" or basis == "principal" or not unit.softmax_scaled:
         return 1.0
     return float((unit.width / width) ** 0.5)
 

@@ -16,7 +16,7 @@ from mhacut.options import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import reductions
 from mhacut.reweight import reweight
-from mhacut.surgery import cut, dissect, masked_tensors
+from mhacut.surgery import cut, dissect, masked_tensors, readers
 from mhacut.widths import width_choices
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
@@ -170,3 +170,34 @@ def test_merged_gains_keep_the_softmax_temperature(bench):
     whole = [UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in anatomy.units()]
     cut(merged, Plan(tuple(whole)), ones)
     assert relative(merged(bench.images), slim(bench.images)) < 1e-6
+
+
+# --- without a repair ---
+
+
+def test_principal_channels_keep_the_dense_temperature():
+    """What is left of the logits is nearest to them as it is: 1/sqrt(kept width) would inflate it."""
+    bench = Bench(TINY, "principal")
+    gains = bench.compensated(repair=False, temperature="kept").gains
+    dense = bench.compensated(repair=False, temperature="dense").gains
+    assert all(torch.equal(gains[key], dense[key]) for key in dense)
+    plain = Bench(TINY, "channel")
+    gains = plain.compensated(repair=False, temperature="kept").gains
+    assert all(gains[unit.key].max() > 1.3 for unit in plain.anatomy.units(["qk"]))
+
+
+@each_case
+def test_without_repair_channels_go_by_what_goes_with_them(case):
+    """The first to go is the channel whose removal moves its head's part of the output (or logits) least."""
+    bench = Bench(case, "channel", images=16)
+    for unit in bench.anatomy.units():
+        module, seen = bench.model.get_submodule(unit.layer), bench.calibration.moments[unit.key]
+        (way,) = reductions(module, unit, seen, 1, "channel", positions="own", refit=False)
+        if unit.kind == "qk":
+            query, key = seen.every
+            lost = [(query.energy * key.energy)[head].diagonal() for head in range(unit.heads)]
+        else:
+            each = readers(module, unit).square().sum(0) * seen.every[0].energy.diagonal()
+            lost = each.view(unit.heads, unit.width)
+        for head in range(unit.heads):
+            assert int(way.ranking.order[head, -1]) == int(lost[head].argmin())

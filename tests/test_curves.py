@@ -13,9 +13,11 @@ from models import Case, build, image
 from mhacut import curves as module_under_test
 from mhacut.calibration import calibrate
 from mhacut.curves import MOST_WIDTHS, error_curves
+from mhacut.plan import Plan
 from mhacut.reduction import reductions
 from mhacut.repair import shrink
-from mhacut.surgery import dissect, rotate
+from mhacut.reweight import plan_gains
+from mhacut.surgery import dissect, masked_tensors, rotate
 from mhacut.tensor.refit import RIDGES
 from mhacut.widths import width_choices
 
@@ -31,7 +33,7 @@ IMAGES = 120  # so many that no unit has few rows for its channels
 class Curved:
     """The curves of a small model, and the calibration's activations to check them by."""
 
-    def __init__(self, case, basis, round_to=2):
+    def __init__(self, case, basis, round_to=2, refit=True):
         self.model = build(case, dtype=torch.float64).requires_grad_(False)
         self.anatomy = dissect(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
@@ -48,6 +50,7 @@ class Curved:
                 self.choices[unit.key][0],
                 basis,
                 self.calibration.sensitivity.metric[unit.layer],
+                refit=refit,
             )[0]
             for unit in units
         }
@@ -60,6 +63,7 @@ class Curved:
             self.choices,
             self.images,
             temperature="kept",
+            refit=refit,
             progress=lambda done, total: self.told.append((done, total)),
         )
 
@@ -132,6 +136,21 @@ def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
             assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3, abs=1e-6 * most(it, unit))
             checked += 1
         assert checked > 2
+
+
+def test_errors_without_a_repair_are_those_of_dead_channels(basis):
+    it = Curved(CASES[0], basis, refit=False)
+    for unit in it.anatomy.units():
+        dense = it.layer_output(it.model, unit.layer)
+        way, width = it.ways[unit.key], it.choices[unit.key][0]
+        plan = Plan((way.plan(width),))
+        model = copy.deepcopy(it.model)
+        if way.rotation is not None:
+            rotate(model.get_submodule(unit.layer), unit, way.rotation)
+        tensors = masked_tensors(model, it.anatomy, plan_gains(it.anatomy, plan, None, "kept"))
+        model.load_state_dict({**model.state_dict(), **tensors})
+        left = it.divergence(unit, it.layer_output(model, unit.layer) - dense)
+        assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3)
 
 
 def test_few_rows_are_judged_by_images_held_back(monkeypatch):

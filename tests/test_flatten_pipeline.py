@@ -232,8 +232,9 @@ def test_indicators_that_refine_a_plan_start_from_its_channels():
         plan = Plan(tuple(choices[number].plan(8) for choices in ways.values()))
         started = {}
 
-        def search(dense, lesson, start, plan=plan, started=started):
+        def search(dense, lesson, start, rotated, plan=plan, started=started):
             started.update(start)
+            assert rotated == []
             return SimpleNamespace(plan=plan, log=())
 
         planner = SimpleNamespace(dense=model, anatomy=anatomy, start_stage=lambda name: None, _search=search)

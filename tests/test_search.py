@@ -146,6 +146,34 @@ def test_without_reweight_gains_are_masks_and_temperature(bench):
             assert gain.count_nonzero() == unit.width
 
 
+def test_logits_of_principal_channels_are_not_scaled(bench):
+    """From a start that keeps half, the first step with and without the kept width's temperature."""
+    start = {}
+    for unit in bench.anatomy.units():
+        order = torch.arange(unit.width, dtype=torch.float64).expand(unit.heads, -1)
+        start[unit.key] = torch.where(order < unit.width // 2, 0.9, 0.1)
+
+    def loss(temperature, rotated):
+        found = search(
+            bench.model,
+            bench.anatomy,
+            bench.anatomy.units(),
+            bench.table,
+            bench.calibration,
+            bench.lesson(),
+            budget=int(0.6 * bench.table.dense),
+            round_to=8,
+            options=replace(SHORT, steps=1, temperature=temperature),
+            start=start,
+            rotated=rotated,
+        )
+        return found.log[0].loss
+
+    principal = [unit.key for unit in bench.anatomy.units(("qk",))]
+    assert loss("kept", principal) == loss("dense", ())
+    assert loss("kept", ()) != loss("dense", ())
+
+
 def test_gains_are_trained_as_long_as_asked_or_as_the_effort_says():
     assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 0, 0]
     assert SearchOptions(repair=False).trained_gain_steps == 40

@@ -130,20 +130,25 @@ def refit_logits(
     return LogitRefit(mixing, ridge, _share(errors[ridge], baseline), errors[ridge])
 
 
-def output_error(second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor | None) -> float:
-    """Error of the output, per row, once columns are refitted on the kept channels.
+def output_error(
+    second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor | None, *, refit: bool = True
+) -> float:
+    """Error of the output, per row, without the other channels, once columns are refitted on the kept ones.
 
     Args:
-        second: (centred) second moment of the channels, [d, d].
+        second: second moment of the channels, [d, d]; centred, where the refit may add a constant.
         kept: indices, [kept].
         columns: the weights that read them, [out, d], or [places * out, d], those of a place together.
         metric: of errors of the output, [out, out]; None is plain squared error.
+        refit: off, columns stay as they are.
     """
     gone = _others(kept, second.shape[-1])
     if len(gone) == 0:
         return 0.0
-    solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
-    left = second[gone][:, gone] - second[gone][:, kept] @ solved
+    left = second[gone][:, gone]
+    if refit:
+        solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
+        left = left - second[gone][:, kept] @ solved
     reader = columns[:, gone]
     return float((reader.mT @ weighed_by(metric, reader) * left).sum().clamp_min(0))
 
