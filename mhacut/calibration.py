@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.errors import MhacutError
 from mhacut.processes import Processes
 from mhacut.sensitivity import Sensitivity, measure_sensitivity
 from mhacut.surgery import Anatomy, UnitKey, readers
@@ -106,10 +107,10 @@ class _Accumulator:
             weights = self.sensitivity.token_weights(self.unit.layer, channels.shape[:-2], images)
         if self.unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
-            self._gram(tap, x.transpose(0, 1).flatten(1, 2))
             self._energy(tap, x)
             if tap == "key" and not self.unit.unmixed:
-                x = x - x.mean(dim=-2, keepdim=True)
+                x = x - x.mean(dim=-2, keepdim=True)  # softmax ignores what is constant over the keys
+            self._gram(tap, x.transpose(0, 1).flatten(1, 2))
             self._moments(tap, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
             return
         if tap != "output":  # the values, or hidden channels, which are what the readout reads
@@ -138,7 +139,7 @@ class _Accumulator:
         self.parts[key] = self.parts[key] + moments if key in self.parts else moments
 
     def _gram(self, tap: str, rows: Tensor) -> None:
-        """Uncentred, [H, d, d], for similarity; of an MLP the moments say it already."""
+        """Of rows as they are, [H, d, d], for similarity; of an MLP the moments say it already."""
         if self.unit.kind == "hidden":
             return
         flat = rows.float()
@@ -233,6 +234,9 @@ def calibrate(
         classifier: whether outputs are class logits.
         progress: called with (images done, images in all), those differentiated counted twice.
         processes: that share the images, each of which it was given all of; None for this one alone.
+
+    Raises:
+        MhacutError: an answer is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
     count = len(images)
@@ -282,6 +286,10 @@ def calibrate(
                 answers[start:stop] = outputs.float().cpu()
             advance(stop - start)
     answers = _shared(processes, accumulators, answers)
+    if not answers.isfinite().all():
+        raise MhacutError(
+            "the model's outputs are not finite on the calibration images; check --mean, --std and the file"
+        )
     return Calibration(
         held,
         {key: accumulator.moments() for key, accumulator in accumulators.items()},

@@ -119,7 +119,8 @@ class SearchOptions:
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
     token_weights: bool = True
-    """Count each token as much as it influences the answer, in what is fitted and judged; off, all alike."""
+    """Count each token as much as it influences the answer, in what is fitted and judged; off, and without
+    real images, all alike."""
     selection: Selection = "repair"
     """Which channels fill the widths found: those that serve best once repaired, or the best indicators,
     where they are trained."""
@@ -169,6 +170,41 @@ class SearchOptions:
     def tuned_steps(self) -> int:
         """Steps that tune all weights."""
         return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
+
+    def idle(self) -> dict[str, str]:
+        """Fields that were changed to no effect, each with the reason."""
+        found: dict[str, str] = {}
+        if not self.by_indicators:
+            reason = f"--allocation {self.allocation} trains no indicators"
+            found |= dict.fromkeys(_OF_INDICATORS, reason)
+        elif self.allocation == "refined":
+            reason = "--allocation refined starts from the plan of the curves"
+            found |= dict.fromkeys(("similarity", "init"), reason)
+        if not self.reweight:
+            found |= dict.fromkeys(("gain_steps", "gain_lr"), "--no-reweight trains no gains")
+        elif self.trained_gain_steps == 0 and not self.by_indicators:
+            found["gain_lr"] = "no gains are trained; see --gain-steps"
+        if self.gain_steps is None and self.repair and not self.by_indicators:
+            found["reweight"] = "after a repair no gains are trained unless --gain-steps asks for it"
+        if self.tuned_steps == 0:
+            found["tuning_lr"] = "nothing is tuned; see --tuning-steps"
+        return {
+            name: reason
+            for name, reason in found.items()
+            if getattr(self, name) != self.__dataclass_fields__[name].default
+        }
+
+
+_OF_INDICATORS = (
+    "similarity",
+    "score_adjustment",
+    "init",
+    "steps",
+    "lr",
+    "budget_weight",
+    "label_weight",
+    "selection",
+)
 
 
 @dataclass(frozen=True)
@@ -308,7 +344,7 @@ class PruneOptions(CheckpointOptions):
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
     amp: bool = False
-    """bfloat16 autocast where indicators and gains are trained."""
+    """bfloat16 autocast where indicators, gains or weights are trained."""
     data: DataOptions = field(default_factory=DataOptions)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     search: SearchOptions = field(default_factory=SearchOptions)
@@ -331,6 +367,14 @@ class PruneOptions(CheckpointOptions):
         if self.calibration_images is not None:
             return self.calibration_images
         return EFFORTS[self.search.effort].calibration_images
+
+    def idle(self) -> dict[str, str]:
+        """Options that were changed to no effect, each with the reason."""
+        search = self.search
+        found = search.idle()
+        if self.amp and not (search.by_indicators or search.trained_gain_steps or search.tuned_steps):
+            found["amp"] = "nothing is trained"
+        return found
 
 
 @dataclass(frozen=True)

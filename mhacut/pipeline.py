@@ -142,7 +142,8 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             subject.seen.images,
             batch_size=options.search.batch_size,
             sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
-            token_weights=options.search.token_weights,
+            # Which token matters for an answer, synthetic images do not tell.
+            token_weights=options.search.token_weights and not subject.seen.synthetic,
             seed=options.search.seed,
             classifier=gives_probabilities(subject.dense),
             progress=lambda done, total: clock.reporter.advance(done, total),
@@ -182,6 +183,10 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
         check_output(options.output, overwrite=options.overwrite, input_path=options.checkpoint)
 
     clock.start("reading")
+    given = options.flat()
+    for name, reason in options.idle().items():
+        flag = ("no-" if given[name] is False else "") + name.replace("_", "-")
+        reporter.note(f"--{flag} has no effect: {reason}")
     loaded = read_as_told(options, reporter)
     target = Path(options.output or f"{loaded.stem}-{asked.label}.safetensors")
     if not options.dry_run:
@@ -268,6 +273,8 @@ def _cut_down(
     if calibration.held > 0:
         parts = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
         slim = _trained(slim, dense, *parts, options.search, device, clock, reporter)
+    elif options.search.trained_gain_steps or options.search.tuned_steps:
+        reporter.note("nothing was trained: of a single image, none is left to judge by")
     record = _record(options, loaded, planned, preprocessing, seen, budget, table.dense, flops)
     if not options.dry_run:
         clock.start("writing")

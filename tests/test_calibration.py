@@ -17,6 +17,7 @@ from torch.autograd.functional import jacobian
 
 from mhacut.calibration import HELD_BACK, calibrate
 from mhacut.distillation import Divergence
+from mhacut.errors import MhacutError
 from mhacut.processes import Processes
 from mhacut.sensitivity import Sensitivity, even_share
 from mhacut.surgery import dissect
@@ -90,6 +91,13 @@ def test_batches_make_no_difference(case):
         statistics, others = it.found.statistics[key], other.statistics[key]
         assert torch.allclose(statistics.redundancy, others.redundancy, atol=1e-5)
         assert torch.allclose(statistics.difference, others.difference, rtol=1e-4)
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    it = Calibrated()
+    it.model.head.bias[0] = float("nan")
+    with pytest.raises(MhacutError, match=r"not finite.*--mean"):
+        it.run()
 
 
 def test_a_single_image_serves_for_both():

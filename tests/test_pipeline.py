@@ -57,6 +57,16 @@ def test_prune_writes_what_load_model_opens(tiny_vit, tmp_path):
     assert record["preprocessing"]["input_size"] == [3, 32, 32]
 
 
+def test_tokens_of_synthetic_images_count_alike(tiny_vit, tmp_path):
+    data = DIGITS / "images"
+    for number, more in enumerate(({}, {"data_dir": data, "eval_images": 0, "labels": False})):
+        found = [
+            prune(tiny_vit, tmp_path / f"{number}{weights}.safetensors", token_weights=weights, **more)
+            for weights in (True, False)
+        ]
+        assert (found[0].curves == found[1].curves) is (not more)
+
+
 def test_a_fresh_process_reads_the_same_model(tiny_vit, tmp_path):
     result = prune(tiny_vit, tmp_path / "slim.safetensors")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -387,3 +397,47 @@ def test_a_single_image_does_not_break_the_model():
         dry_run=True,
     )
     assert result.slim.evaluation.top1 > 90
+
+
+class Told(Silent):
+    """What was said on the way."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        (
+            {"steps": 100, "similarity": False},
+            [
+                "--no-similarity has no effect: --allocation curves trains no indicators",
+                "--steps has no effect: --allocation curves trains no indicators",
+            ],
+        ),
+        ({"allocation": "indicator", "steps": 1, "similarity": False}, []),
+        (
+            {"allocation": "refined", "steps": 1, "init": "uniform"},
+            ["--init has no effect: --allocation refined starts from the plan of the curves"],
+        ),
+        ({"amp": True}, ["--amp has no effect: nothing is trained"]),
+        ({"amp": True, "gain_steps": 1}, []),
+        ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
+        ({"gain_lr": 0.01}, ["--gain-lr has no effect: no gains are trained; see --gain-steps"]),
+        ({"tuning_lr": 0.01}, ["--tuning-lr has no effect: nothing is tuned; see --tuning-steps"]),
+        (
+            {"calibration_images": 1, "tuning_steps": 1},
+            ["nothing was trained: of a single image, none is left to judge by"],
+        ),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_told(tiny_vit, tmp_path, options, expected):
+    told = Told()
+    prune(tiny_vit, tmp_path / "slim.safetensors", reporter=told, **{"gain_steps": None, **options})
+    assert [note for note in told.notes if "no effect" in note or "nothing was" in note] == expected

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhacut.tensor.refit import weighed_by
 
+_TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6
 """Of the mean variance, added before inverting, so that channels that repeat each other do not break it."""
 AT_ONCE = 0.02
@@ -95,7 +96,8 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
     """Rank qk channels, each head for itself.
 
     With both sides predicted from the kept ones, q k^T keeps tr(P_q P_k) of its energy, where
-    P = G_:S G_SS^-1 G_S:. Removing a channel takes a rank-1 term u u^T from each P.
+    P = G_:S G_SS^-1 G_S:. Removing a channel takes a rank-1 term u u^T from each P, so that every step costs
+    O(d^2).
 
     Args:
         query: second moment of q, [H, d, d], float64.
@@ -103,24 +105,67 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
         smallest: channels per head that are never removed; they end up in ascending order at the front.
     """
     heads, size = query.shape[:2]
-    inverses = [torch.linalg.inv(_damped(side)) for side in (query, key)]
+    sides = _Side(query), _Side(key)
+    crossed = [sides[1].energy @ sides[0].reach, sides[0].energy @ sides[1].reach]  # P_k A_q and P_q A_k
     alive = torch.ones(heads, size, dtype=torch.bool, device=query.device)
     removed: list[Tensor] = []
     for _ in range(size - smallest):
-        terms, projections = [], []
-        for side, inverse in zip((query, key), inverses, strict=True):
-            root = inverse.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(inverse.dtype).tiny).sqrt()
-            terms.append(side @ inverse / root.unsqueeze(-2))  # u of every channel: (H, d, d)
-            projections.append(side @ inverse @ side)
-        (u_query, u_key), (p_query, p_key) = terms, projections
-        price = (u_query * (p_key @ u_query)).sum(-2) + (u_key * (p_query @ u_key)).sum(-2)
-        price = price - (u_query * u_key).sum(-2).square()
+        roots = [side.inverse.diagonal(dim1=-2, dim2=-1).clamp_min(_TINY).sqrt() for side in sides]
+        price = -((sides[0].reach * sides[1].reach).sum(-2) / (roots[0] * roots[1])).square()
+        for side, other, root in zip(sides, crossed, roots, strict=True):
+            price = price + (side.reach * other).sum(-2) / root.square()
         gone = price.masked_fill(~alive, float("inf")).argmin(-1, keepdim=True)
         alive.scatter_(-1, gone, False)
         removed.append(gone)
-        inverses = [_downdated(inverse, gone, alive) for inverse in inverses]
+        steps = [side.without(gone, alive) for side in sides]
+        for number, (own, other) in enumerate((steps, steps[::-1])):
+            lost = other.column @ (other.column.mT @ sides[number].reach) / other.pivot
+            at = crossed[number].gather(-1, gone.unsqueeze(-2).expand(-1, size, 1))
+            less = at - other.column @ (other.column.mT @ own.column) / other.pivot
+            crossed[number] = crossed[number] - lost - less @ own.row / own.pivot
+        for side, step in zip(sides, steps, strict=True):
+            side.take(step)
     stayed = alive.nonzero()[:, 1].view(heads, smallest)
     return Ranking(torch.cat([stayed, *reversed(removed)], dim=-1))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What removing one channel per head takes from a :class:`_Side`."""
+
+    column: Tensor
+    """Of A, [H, d, 1]."""
+    row: Tensor
+    """Of the inverse, [H, 1, d]."""
+    pivot: Tensor
+    """On its diagonal, [H, 1, 1]."""
+    alive: Tensor
+    """What stays, [H, d]."""
+
+
+class _Side:
+    """Of q or k, with the channels S that are left: what predicting all from them keeps."""
+
+    def __init__(self, second: Tensor) -> None:
+        self.inverse = torch.linalg.inv(_damped(second))
+        """G_SS^-1, zero elsewhere, [H, d, d]."""
+        self.reach = second @ self.inverse
+        """A = G_:S G_SS^-1."""
+        self.energy = self.reach @ second
+        """P = A G_S:."""
+
+    def without(self, gone: Tensor, alive: Tensor) -> _Step:
+        """The step that removes ``gone``, [H, 1]."""
+        places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
+        row = self.inverse.gather(-1, places).mT
+        pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(_TINY)
+        return _Step(self.reach.gather(-1, places), row, pivot, alive.clone())
+
+    def take(self, step: _Step) -> None:
+        self.energy = self.energy - step.column @ step.column.mT / step.pivot
+        self.reach = (self.reach - step.column @ step.row / step.pivot) * step.alive.unsqueeze(-2)
+        left = self.inverse - step.row.mT @ step.row / step.pivot
+        self.inverse = left * step.alive.unsqueeze(-1) * step.alive.unsqueeze(-2)
 
 
 def rank_parts(second: Tensor) -> Ranking:
@@ -194,14 +239,6 @@ def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor
             if len(chosen) == count:
                 break
     return torch.tensor(chosen, device=price.device)
-
-
-def _downdated(inverse: Tensor, gone: Tensor, alive: Tensor) -> Tensor:
-    """The inverse of G without one channel per head, zero where channels are gone; [H, d, d]."""
-    column = inverse.gather(-1, gone.unsqueeze(-2).expand(-1, inverse.shape[-2], 1))  # (H, d, 1)
-    pivot = column.gather(-2, gone.unsqueeze(-1))
-    left = inverse - column @ column.transpose(-2, -1) / pivot
-    return left * alive.unsqueeze(-1) * alive.unsqueeze(-2)
 
 
 def _damped(second: Tensor) -> Tensor:
