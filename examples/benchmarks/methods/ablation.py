@@ -9,7 +9,10 @@ from methods.method import Method
 PAPER = ("--allocation", "indicator", "--selection", "indicator", "--basis", "channel", "--no-repair")
 """The ingredients of arXiv 2405.20867 and nothing else; gains are trained where there is no repair."""
 PLAIN = ("--allocation", "uniform", "--basis", "channel", "--no-repair", "--no-reweight")
-"""Widths the same everywhere, channels that serve best after a refit, but no refit."""
+"""Widths the same everywhere, and of each head the channels without which least goes."""
+SEARCH = ("--allocation", "indicator", "--selection", "indicator")
+BARE = ("--no-similarity", "--init", "uniform", "--no-score-adjustment")
+"""The learnable search without what the paper adds to it."""
 
 _FULL = {
     "full": ("the full method", ()),
@@ -35,7 +38,13 @@ _ALONE = {
     "plain-repair": ("repair alone", ("--repair",)),
     "plain-principal": ("principal basis alone", ("--basis", "principal")),
     "plain-curves": ("error curves alone", ("--allocation", "curves")),
-    "plain-indicator": ("learnable search alone", ("--allocation", "indicator", "--selection", "indicator")),
+    "plain-indicator": ("learnable search alone", (*SEARCH, *BARE)),
+    "plain-similarity": ("learnable search and similarity weight", (*SEARCH, *BARE, "--similarity")),
+    "plain-init": (
+        "learnable search and attention-difference start",
+        (*SEARCH, *BARE, "--init", "attention-difference"),
+    ),
+    "plain-adjustment": ("learnable search and score adjustment", (*SEARCH, *BARE, "--score-adjustment")),
     "plain-reweight": ("reweight alone", ("--reweight",)),
 }
 
