@@ -2,8 +2,8 @@
 
 Per unit, moments of its channels, apart for images to fit and images held back; per layer, how sharply the
 model's answer reacts to an error of the layer's output (:mod:`mhacut.sensitivity`), which also says how much
-each token counts in the moments; and the answers themselves. But for the answers, as large for one image as
-for many.
+each token counts in the moments; and the answers themselves. But for the answers, all of it is as large for
+one image as for many; the images are the caller's.
 """
 
 from __future__ import annotations

@@ -102,9 +102,10 @@ class Reweighting:
     model: nn.Module
     """With the gains merged; the one given, where they did not help."""
     before: float
-    """Divergence from the dense model on images the gains were not trained on."""
+    """Divergence (:class:`mhacut.distillation.Divergence`) from the dense model on images the gains were not
+    trained on."""
     after: float
-    """With the gains."""
+    """With the gains, merged or not."""
 
 
 def reweight(

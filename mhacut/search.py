@@ -41,7 +41,8 @@ class SearchStep:
 
     step: int
     loss: float
-    """Distillation loss (plus cross-entropy) of the step's batch."""
+    """Divergence (:class:`mhacut.distillation.Divergence`) from the dense model, plus, with labels, the
+    weighed cross-entropy (nats), of the step's batch."""
     flops: float
     """Of the masked model at this step."""
     kept: Mapping[str, float] = field(default_factory=dict)

@@ -25,8 +25,9 @@ class Tuning:
     model: nn.Module
     """Tuned; the one given, where that did not help."""
     before: float
-    """Divergence from the dense model on the images held back."""
+    """Divergence (:class:`mhacut.distillation.Divergence`) from the dense model on the images held back."""
     after: float
+    """The same of the tuned model, kept or not."""
 
 
 def tune(

@@ -3,8 +3,8 @@
 Ours; the reweight gain of arXiv 2405.20867 is the diagonal case. Removed channels x_P are predicted from kept
 ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x. The
 ridge is the one of a fixed ladder, relative to the mean variance of the kept channels, that leaves the least
-error on images the regression has not seen; the top of the ladder is no prediction at all, so that on those
-images repair never does worse than none.
+error on images the regression has not seen; at the top of the ladder removed channels are predicted by their
+mean alone, where there is a bias to take it up, and not at all elsewhere.
 """
 
 from __future__ import annotations
