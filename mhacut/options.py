@@ -119,8 +119,7 @@ class SearchOptions:
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
     token_weights: bool = True
-    """Count each token as much as it influences the answer, in what is fitted and judged; off, and without
-    real images, all alike."""
+    """Count each token as much as it influences the answer, in what is fitted and judged; off, all alike."""
     selection: Selection = "repair"
     """Which channels fill the widths found: those that serve best once repaired, or the best indicators,
     where they are trained."""

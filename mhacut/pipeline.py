@@ -142,8 +142,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             subject.seen.images,
             batch_size=options.search.batch_size,
             sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
-            # Which token matters for an answer, synthetic images do not tell.
-            token_weights=options.search.token_weights and not subject.seen.synthetic,
+            token_weights=options.search.token_weights,
             seed=options.search.seed,
             classifier=gives_probabilities(subject.dense),
             progress=lambda done, total: clock.reporter.advance(done, total),

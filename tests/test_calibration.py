@@ -19,7 +19,7 @@ from mhacut.calibration import HELD_BACK, calibrate
 from mhacut.distillation import Divergence
 from mhacut.errors import MhacutError
 from mhacut.processes import Processes
-from mhacut.sensitivity import Sensitivity, even_share
+from mhacut.sensitivity import EVEN_SHARE, Sensitivity
 from mhacut.surgery import dissect
 from mhacut.tensor.moments import Moments
 
@@ -294,7 +294,7 @@ def test_a_token_counts_as_much_as_its_gradients_say():
         aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
         (gradient,) = torch.autograd.grad(aim, errors)
         influence = gradient.square().sum((0, 2))
-        expected = even_share(7) + (1 - even_share(7)) * influence / influence.mean()
+        expected = EVEN_SHARE + (1 - EVEN_SHARE) * influence / influence.mean()
         weights = it.found.sensitivity.token_weights(layer.name, (2, 5), images=2)
         assert relative(weights, expected.repeat(2)) < 1e-4
         assert weights.mean() == pytest.approx(1)
@@ -303,8 +303,8 @@ def test_a_token_counts_as_much_as_its_gradients_say():
 def test_in_the_last_block_all_but_the_class_token_count_as_little_as_any_can():
     it = Calibrated(sensitivity_images=9)
     weights = it.found.sensitivity.token_weights("blocks.1.mlp", (1, 5), images=1)
-    assert weights[1:].tolist() == pytest.approx([even_share(7)] * 4)
-    assert weights[0] == pytest.approx(5 - 4 * even_share(7))
+    assert weights[1:].tolist() == pytest.approx([EVEN_SHARE] * 4)
+    assert weights[0] == pytest.approx(5 - 4 * EVEN_SHARE)
 
 
 def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
@@ -386,8 +386,3 @@ def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     for grid, weights in grids.items():
         assert torch.equal(found.token_weights(layer, (6 * grid[0], *grid[1:]), images=6), weights.repeat(6))
         assert weights.mean() != pytest.approx(1, rel=1e-2)
-
-
-def test_the_fewer_images_told_it_the_less_tokens_differ():
-    assert [even_share(images) for images in (0, 192)] == pytest.approx([1, 0.1])
-    assert even_share(24) > even_share(48) > even_share(192)

@@ -28,8 +28,6 @@ class CalibrationImages:
     """[n] int64, indices into the model's head; None without labels."""
     description: str
     """What they are, for readers: ``256 of 50000 images under train/ (with labels)``."""
-    synthetic: bool = False
-    """Drawn, for want of real ones."""
 
 
 def calibration_images(
@@ -77,8 +75,7 @@ def calibration_images(
         images = synthetic_images(
             count, preprocessing.input_size, preprocessing.mean, preprocessing.std, seed
         )
-        told = f"{count} synthetic images of shapes ({height}x{width})"
-        return CalibrationImages(images, None, told, synthetic=True)
+        return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
     folder = scan(find_folder(data_dir, split, "--train-split"))
     if not folder.images:
         raise DataError(
