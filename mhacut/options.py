@@ -118,6 +118,9 @@ class SearchOptions:
     """Weight of the cross-entropy beside the distillation loss, where there are labels."""
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
+    repair_in_order: bool | None = None
+    """Refit once more, in order, each layer on what the layers cut before it give; None is what the effort
+    says."""
     token_weights: bool = True
     """Count each token as much as it influences the answer, in what is fitted and judged; off, all alike."""
     selection: Selection = "repair"
@@ -166,6 +169,12 @@ class SearchOptions:
         return 0 if self.repair else UNREPAIRED_GAIN_STEPS
 
     @property
+    def repairs_in_order(self) -> bool:
+        """Whether readouts are refitted on what the cut model gives them."""
+        asked = EFFORTS[self.effort].repair_in_order if self.repair_in_order is None else self.repair_in_order
+        return self.repair and asked
+
+    @property
     def tuned_steps(self) -> int:
         """Steps that tune all weights."""
         return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
@@ -185,6 +194,8 @@ class SearchOptions:
             found["gain_lr"] = "no gains are trained; see --gain-steps"
         if self.gain_steps is None and self.repair and not self.by_indicators:
             found["reweight"] = "after a repair no gains are trained unless --gain-steps asks for it"
+        if not self.repair:
+            found["repair_in_order"] = "--no-repair refits nothing"
         if self.tuned_steps == 0:
             found["tuning_lr"] = "nothing is tuned; see --tuning-steps"
         return {
@@ -213,13 +224,14 @@ class Work:
     calibration_images: int
     sensitivity_share: float
     """Of the calibration images that are differentiated, of those to fit."""
+    repair_in_order: bool
     tuning_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(calibration_images=128, sensitivity_share=0.5, tuning_steps=0),
-    "balanced": Work(calibration_images=256, sensitivity_share=1.0, tuning_steps=0),
-    "best": Work(calibration_images=1024, sensitivity_share=0.5, tuning_steps=400),
+    "fast": Work(calibration_images=128, sensitivity_share=0.5, repair_in_order=False, tuning_steps=0),
+    "balanced": Work(calibration_images=256, sensitivity_share=1.0, repair_in_order=True, tuning_steps=0),
+    "best": Work(calibration_images=1024, sensitivity_share=0.5, repair_in_order=True, tuning_steps=400),
 }
 
 UNREPAIRED_GAIN_STEPS = 40

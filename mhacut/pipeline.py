@@ -44,6 +44,7 @@ from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
 from mhacut.repair import UnitRepair
+from mhacut.repair_in_order import repair_in_order
 from mhacut.report.contents import curves_to_json
 from mhacut.report.of_prune import write_report
 from mhacut.reweight import reweight
@@ -271,6 +272,8 @@ def _cut_down(
     _check_exact(ready, slim, anatomy, probe)
     if calibration.held > 0:
         parts = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
+        if options.search.repairs_in_order:
+            slim = _repaired_in_order(slim, dense, seen.images, calibration, parts[1], device, clock)
         slim = _trained(slim, dense, *parts, options.search, device, clock, reporter)
     elif options.search.trained_gain_steps or options.search.tuned_steps:
         reporter.note("nothing was trained: of a single image, none is left to judge by")
@@ -401,6 +404,33 @@ def _checked_flops(
             f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}"
         )
     return counted
+
+
+def _repaired_in_order(
+    slim: nn.Module,
+    dense: nn.Module,
+    images: Tensor,
+    calibration: Calibration,
+    judge: Distillation,
+    device: torch.device,
+    clock: _Clock,
+) -> nn.Module:
+    """``slim`` with its readouts refitted on what it gives them, if that helps on images of ``judge``."""
+    clock.start("repairing in order")
+    found = repair_in_order(
+        slim.to(device),
+        dense.to(device),
+        images,
+        calibration.held,
+        calibration.sensitivity,
+        judge,
+        progress=lambda done, total: clock.reporter.advance(done, total),
+    )
+    clock.reporter.note(
+        f"repair in order: divergence on held-back images {found.before:.2g} without, {found.after:.2g} with"
+    )
+    dense.cpu()
+    return found.model.cpu()
 
 
 def _trained(

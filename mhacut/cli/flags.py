@@ -81,6 +81,9 @@ FLAGS: dict[str, Flag] = {
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),
     "repair": Flag("Search", "Refit, in closed form, what reads a cut layer."),
+    "repair_in_order": Flag(
+        "Search", "Refit once more, on what the layers cut before give; by default what the effort says."
+    ),
     "token_weights": Flag("Search", "Count each token as much as it influences the answer."),
     "selection": Flag(
         "Search", "Channels that fill the widths found: best once repaired, or best indicators."
@@ -218,7 +221,7 @@ def _flag(name: str, flag: Flag, kind: Any, default: Any, *, hidden: bool = Fals
         given: Any = list[str] if get_origin(_bare(kind)) is tuple else str
         return _parameter(name, Annotated[given | None, info], None)
     declared = [flag_name(name)]
-    if kind is bool:
+    if _bare(kind) is bool:
         declared = [f"{flag_name(name)}/--no-{name.replace('_', '-')}"]
     if flag.short:
         declared.append(flag.short)

@@ -22,6 +22,7 @@ _FULL = {
     "full-indicator": ("widths by learnable search", ("--allocation", "indicator")),
     "full-refined": ("widths by curves, then learnable search", ("--allocation", "refined")),
     "full-no-repair": ("no repair", ("--no-repair", "--no-reweight")),
+    "full-no-order": ("no repair in order", ("--no-repair-in-order",)),
     "full-no-token-weights": ("tokens all alike", ("--no-token-weights",)),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
     "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),

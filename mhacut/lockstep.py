@@ -1,0 +1,111 @@
+"""Models that run side by side, batch beside batch, and stop together at modules of one name.
+
+What happens at a stop may change what follows, for all batches, and each module still runs once per batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Stop = Callable[[str, list[list[Tensor]], list[list[Tensor]]], None]
+"""Called with the module's name, its inputs and its outputs: a list per model of one tensor per batch. It may
+change the weights of the module; the outputs are then computed anew."""
+
+
+@torch.no_grad()
+def run_in_lockstep(
+    models: Sequence[nn.Module], batches: Sequence[Tensor], stops: Collection[str], stop: Stop
+) -> None:
+    """Run every model on every batch, all of them stopping at the modules named ``stops``.
+
+    One thread per model and batch, of which one computes at a time: no more is in memory than what waits at a
+    stop, and one batch's intermediate results.
+
+    Args:
+        models: that run the modules in the same order.
+        batches: on the models' device.
+        stops: names of modules that run once per batch and take one tensor.
+        stop: what to do there.
+
+    Raises:
+        Exception: the first that a model or ``stop`` raised.
+    """
+    crew = _Crew(models, batches, stop)
+    handles = [
+        model.get_submodule(name).register_forward_hook(crew.hook(name)) for model in models for name in stops
+    ]
+    threads = [
+        threading.Thread(target=crew.run, args=(model, batch), daemon=True)
+        for model in range(len(models))
+        for batch in range(len(batches))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        crew.barrier.abort()  # of an interrupted run: nobody waits for ever
+        for handle in handles:
+            handle.remove()
+    if crew.error is not None:
+        raise crew.error
+
+
+class _Crew:
+    """The threads of one run."""
+
+    def __init__(self, models: Sequence[nn.Module], batches: Sequence[Tensor], stop: Stop) -> None:
+        self.models, self.batches, self.stop = models, batches, stop
+        self.error: BaseException | None = None
+        self.turn = threading.Lock()
+        """Held by the thread that computes."""
+        self.barrier = threading.Barrier(len(models) * len(batches), action=self._visit)
+        self.mine = threading.local()
+        self.name = ""
+        self.inputs: list[list[Any]] = [[None] * len(batches) for _ in models]
+        self.outputs: list[list[Any]] = [[None] * len(batches) for _ in models]
+
+    def run(self, model: int, batch: int) -> None:
+        """What a thread does."""
+        self.mine.place = model, batch
+        try:
+            with self.turn, torch.no_grad():
+                self.models[model](self.batches[batch])
+        except threading.BrokenBarrierError:
+            pass  # the one that broke it says why
+        except BaseException as error:
+            self.error = self.error or error
+            self.barrier.abort()
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def wait(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            model, batch = self.mine.place
+            self.name = name
+            self.inputs[model][batch], self.outputs[model][batch] = args[0], output
+            self.turn.release()
+            try:
+                self.barrier.wait()
+            finally:
+                self.turn.acquire()
+            again: Tensor = module.forward(args[0])
+            return again
+
+        return wait
+
+    def _visit(self) -> None:
+        """With all at a stop, in one of the threads; an error here breaks the barrier for all."""
+        try:
+            with torch.no_grad():
+                self.stop(self.name, self.inputs, self.outputs)
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            for kept in (*self.inputs, *self.outputs):
+                kept[:] = [None] * len(kept)
