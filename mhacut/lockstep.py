@@ -33,6 +33,7 @@ def run_in_lockstep(
         stop: what to do there.
 
     Raises:
+        ValueError: they run them in another order.
         Exception: the first that a model or ``stop`` raised.
     """
     crew = _Crew(models, batches, stop)
@@ -67,7 +68,8 @@ class _Crew:
         """Held by the thread that computes."""
         self.barrier = threading.Barrier(len(models) * len(batches), action=self._visit)
         self.mine = threading.local()
-        self.name = ""
+        self.names: list[str] = []
+        """Of the modules at which threads wait."""
         self.inputs: list[list[Any]] = [[None] * len(batches) for _ in models]
         self.outputs: list[list[Any]] = [[None] * len(batches) for _ in models]
 
@@ -86,7 +88,7 @@ class _Crew:
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def wait(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             model, batch = self.mine.place
-            self.name = name
+            self.names.append(name)
             self.inputs[model][batch], self.outputs[model][batch] = args[0], output
             self.turn.release()
             try:
@@ -101,11 +103,14 @@ class _Crew:
     def _visit(self) -> None:
         """With all at a stop, in one of the threads; an error here breaks the barrier for all."""
         try:
+            if len(set(self.names)) > 1:
+                raise ValueError(f"models run {' and '.join(sorted(set(self.names)))} in another order")
             with torch.no_grad():
-                self.stop(self.name, self.inputs, self.outputs)
+                self.stop(self.names[0], self.inputs, self.outputs)
         except BaseException as error:
             self.error = error
             raise
         finally:
+            self.names.clear()
             for kept in (*self.inputs, *self.outputs):
                 kept[:] = [None] * len(kept)

@@ -88,7 +88,8 @@ def repair_in_order(
             progress(done, len(readouts))
 
     batches = [batch.to(device) for batch in images.chunk(min(BATCHES, len(images)))]
-    run_in_lockstep((refitted, dense), batches, readouts, refit)
+    if readouts:
+        run_in_lockstep((refitted, dense), batches, readouts, refit)
     before, after = judge.divergence_of(slim), judge.divergence_of(refitted)
     return RepairInOrder(refitted if after < before else slim, before, after)
 

@@ -186,6 +186,14 @@ def test_all_batches_stop_together_and_go_on_with_what_was_changed():
     assert [model.runs for model in models] == [3, 3]
 
 
+def test_models_that_run_in_another_order_are_refused():
+    models = [Chain(1.0), Chain(1.0)]
+    models[1].first, models[1].second = models[1].second, models[1].first
+    models[1].forward = lambda x: models[1].first(models[1].second(x))
+    with pytest.raises(ValueError, match="first and second in another order"):
+        run_in_lockstep(models, [torch.ones(1, 2).double()], ("first", "second"), lambda *_: None)
+
+
 @pytest.mark.parametrize("where", ["stop", "model"])
 def test_an_error_ends_all_threads_and_is_told(where):
     models, batches = [Chain(1.0), Chain(1.0)], [torch.ones(1, 2).double()] * 3
