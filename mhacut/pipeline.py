@@ -415,7 +415,7 @@ def _repaired_in_order(
     device: torch.device,
     clock: _Clock,
 ) -> nn.Module:
-    """``slim`` with its readouts refitted on what it gives them, if that helps on images of ``judge``."""
+    """``slim`` with its readouts refitted on what it gives them, unless that takes it away from ``dense``."""
     clock.start("repairing in order")
     found = repair_in_order(
         slim.to(device),
