@@ -399,6 +399,20 @@ class Told(Silent):
         self.notes.append(message)
 
 
+def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr("mhacut.repair_in_order.VETO", 0.0)
+    told = Told()
+    vetoed = prune(tiny_vit, tmp_path / "vetoed.safetensors", reporter=told)
+    assert any(note.startswith("repair in order was left out: divergence") for note in told.notes)
+    without = prune(tiny_vit, tmp_path / "without.safetensors", repair_in_order=False)
+    fast = prune(tiny_vit, tmp_path / "fast.safetensors", effort="fast", repair_in_order=True)
+    tensors = [load_file(result.output) for result in (vetoed, without)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert "repairing in order" in vetoed.seconds
+    assert "repairing in order" in fast.seconds
+    assert "repairing in order" not in without.seconds
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -418,6 +432,10 @@ class Told(Silent):
         ({"amp": True}, ["--amp has no effect: nothing is trained"]),
         ({"amp": True, "gain_steps": 1}, []),
         ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
+        (
+            {"repair": False, "repair_in_order": True},
+            ["--repair-in-order has no effect: --no-repair refits nothing"],
+        ),
         ({"gain_lr": 0.01}, ["--gain-lr has no effect: no gains are trained; see --gain-steps"]),
         ({"tuning_lr": 0.01}, ["--tuning-lr has no effect: nothing is tuned; see --tuning-steps"]),
         (
