@@ -28,8 +28,10 @@ VETO = 1.1
 """How much larger the divergence of the whole model may become on the images held back. Each readout is
 judged by them already; of the whole model they are a coarse judge: 64 of them turned down what brought 2,000
 others 2 to 3 % nearer. (With 8, 16 and 32 images and no veto it was within 1 % of what it had been.)"""
+MOST_IMAGES = 256
+"""So many of them wait at a readout with all that they are by then; more would fill the memory."""
 BATCHES = 8
-"""In which all images run beside each other."""
+"""In which they run beside each other."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,17 @@ def repair_in_order(
     Args:
         slim: cut from ``dense``, eval mode, float32; left as it is.
         dense: eval mode, on the same device.
-        images: [n, C, H, W], normalised, the first ``held`` of them to choose ridges by.
+        images: [n, C, H, W], normalised, the first ``held`` of them to choose ridges by. Of more than
+            :data:`MOST_IMAGES`, so many are used, in that proportion.
         held: fewer than n, above 0.
         sensitivity: of ``dense``: how much each token counts.
         judge: the whole model, on images held back.
         progress: called after every readout with (done, readouts in all).
     """
     device = next(dense.parameters()).device
+    if len(images) > MOST_IMAGES:
+        share = round(held * MOST_IMAGES / len(images))
+        images, held = torch.cat([images[:share], images[held:][: MOST_IMAGES - share]]), share
     refitted = copy.deepcopy(slim)
     readouts = _readouts(refitted, images[:1].to(device))
     done = 0

@@ -122,6 +122,18 @@ def test_each_readout_is_refitted_on_what_those_before_it_give(case):
 
 
 @torch.no_grad()
+def test_of_many_images_some_are_taken_from_both_parts(monkeypatch):
+    bench = Bench(PLAIN)
+    judge = bench.judge(bench.dense)
+    few = torch.cat([bench.images[:2], bench.images[HELD:][:6]])
+    expected = repair_in_order(bench.slim, bench.dense, few, 2, bench.sensitivity, judge)
+    monkeypatch.setattr("mhacut.repair_in_order.MOST_IMAGES", 8)
+    found = bench.repaired(judge)
+    assert torch.equal(found.model(bench.images), expected.model(bench.images))
+    assert found.after < found.before
+
+
+@torch.no_grad()
 def test_what_does_not_help_is_left_out():
     bench = Bench(PLAIN)
     before = copy.deepcopy(bench.slim.state_dict())
