@@ -160,6 +160,18 @@ def test_a_readout_that_runs_more_than_once_is_left_alone():
     assert not torch.equal(found.model.blocks[0].mlp.fc2.weight, bench.slim.blocks[0].mlp.fc2.weight)
 
 
+@torch.no_grad()
+def test_a_readout_that_the_cut_model_runs_at_other_places_is_left_alone():
+    bench = Bench(PLAIN)
+    # Of one image more than the dense model's has: nothing that could be compared.
+    readout = bench.slim.blocks[0].mlp.fc2
+    readout.register_forward_pre_hook(lambda module, args: torch.cat([args[0], args[0][:, :1]], dim=1))
+    bench.slim.blocks[0].mlp.register_forward_hook(lambda module, args, output: output[:, :-1])
+    found = bench.repaired()
+    assert torch.equal(found.model.blocks[0].mlp.fc2.weight, readout.weight)
+    assert not torch.equal(found.model.blocks[1].mlp.fc2.weight, bench.slim.blocks[1].mlp.fc2.weight)
+
+
 # --- lockstep ---
 
 
