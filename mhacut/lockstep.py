@@ -6,15 +6,15 @@ What happens at a stop may change what follows, for all batches, and each module
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Stop = Callable[[str, list[list[Tensor]], list[list[Tensor]]], None]
-"""Called with the module's name, its inputs and its outputs: a list per model of one tensor per batch. It may
-change the weights of the module; the outputs are then computed anew."""
+Stop = Callable[[str, list[list[Tensor]], list[list[Tensor]]], Iterable[int]]
+"""Called with the module's name, its inputs and its outputs: a list per model of one tensor per batch. Gives
+the models of which it changed the module: their outputs are computed anew."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def run_in_lockstep(
         stop: what to do there.
 
     Raises:
-        ValueError: they run them in another order.
+        ValueError: they run them in another order, or not as often.
         Exception: the first that a model or ``stop`` raised.
     """
     crew = _Crew(models, batches, stop)
@@ -69,7 +69,9 @@ class _Crew:
         self.barrier = threading.Barrier(len(models) * len(batches), action=self._visit)
         self.mine = threading.local()
         self.names: list[str] = []
-        """Of the modules at which threads wait."""
+        """Of the modules at which threads wait; empty for the end."""
+        self.changed: set[int] = set()
+        """Models of which the last stop changed the module."""
         self.inputs: list[list[Any]] = [[None] * len(batches) for _ in models]
         self.outputs: list[list[Any]] = [[None] * len(batches) for _ in models]
 
@@ -79,6 +81,7 @@ class _Crew:
         try:
             with self.turn, torch.no_grad():
                 self.models[model](self.batches[batch])
+                self._wait("")  # for those that still have a stop to make, which would wait for ever
         except threading.BrokenBarrierError:
             pass  # the one that broke it says why
         except BaseException as error:
@@ -88,25 +91,31 @@ class _Crew:
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def wait(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             model, batch = self.mine.place
-            self.names.append(name)
             self.inputs[model][batch], self.outputs[model][batch] = args[0], output
-            self.turn.release()
-            try:
-                self.barrier.wait()
-            finally:
-                self.turn.acquire()
-            again: Tensor = module.forward(args[0])
+            self._wait(name)
+            again: Tensor = module.forward(args[0]) if model in self.changed else output
             return again
 
         return wait
+
+    def _wait(self, name: str) -> None:
+        """Let others compute until all are at a stop."""
+        self.names.append(name)
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def _visit(self) -> None:
         """With all at a stop, in one of the threads; an error here breaks the barrier for all."""
         try:
             if len(set(self.names)) > 1:
-                raise ValueError(f"models run {' and '.join(sorted(set(self.names)))} in another order")
-            with torch.no_grad():
-                self.stop(self.names[0], self.inputs, self.outputs)
+                at = " and ".join(name or "nothing more" for name in sorted(set(self.names)))
+                raise ValueError(f"models that run in lockstep differ in what they run: {at}")
+            if self.names[0]:
+                with torch.no_grad():
+                    self.changed = set(self.stop(self.names[0], self.inputs, self.outputs))
         except BaseException as error:
             self.error = error
             raise

@@ -35,6 +35,7 @@ from mhacut.data import (
 from mhacut.distillation import Distillation
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
+from mhacut.finishing import finish
 from mhacut.latency import compare_latency
 from mhacut.modelinfo import classifier_size, gives_probabilities, left_whole
 from mhacut.options import EFFORTS, PathLike, PruneOptions, SearchOptions
@@ -44,13 +45,10 @@ from mhacut.processes import Processes, gathered
 from mhacut.progress import Reporter, Silent
 from mhacut.quantity import Budget, format_flops
 from mhacut.repair import UnitRepair
-from mhacut.repair_in_order import repair_in_order
 from mhacut.report.contents import curves_to_json
 from mhacut.report.of_prune import write_report
-from mhacut.reweight import reweight
 from mhacut.search import SearchStep
 from mhacut.surgery import Anatomy, UnitKey, cut, dissect, masked_tensors, run_with
-from mhacut.tuning import tune
 from mhacut.widths import lowest_flops, width_choices
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
@@ -270,13 +268,17 @@ def _cut_down(
     flops = _checked_flops(slim, table, ready.plan, budget, preprocessing)
     probe = seen.images[:4]
     _check_exact(ready, slim, anatomy, probe)
-    if calibration.held > 0:
-        parts = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
-        if options.search.repairs_in_order:
-            slim = _repaired_in_order(slim, dense, seen.images, calibration, parts[1], device, clock)
-        slim = _trained(slim, dense, *parts, options.search, device, clock, reporter)
-    elif options.search.trained_gain_steps or options.search.tuned_steps:
-        reporter.note("nothing was trained: of a single image, none is left to judge by")
+    slim = finish(
+        slim,
+        dense,
+        calibration,
+        lesson,
+        options.search,
+        device,
+        start_stage=clock.start,
+        progress=reporter.advance,
+        note=reporter.note,
+    )
     record = _record(options, loaded, planned, preprocessing, seen, budget, table.dense, flops)
     if not options.dry_run:
         clock.start("writing")
@@ -404,83 +406,6 @@ def _checked_flops(
             f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}"
         )
     return counted
-
-
-def _repaired_in_order(
-    slim: nn.Module,
-    dense: nn.Module,
-    images: Tensor,
-    calibration: Calibration,
-    judge: Distillation,
-    device: torch.device,
-    clock: _Clock,
-) -> nn.Module:
-    """``slim`` with its readouts refitted on what it gives them, unless that takes it away from ``dense``."""
-    clock.start("repairing in order")
-    found = repair_in_order(
-        slim.to(device),
-        dense.to(device),
-        images,
-        calibration.held,
-        calibration.sensitivity,
-        judge,
-        progress=lambda done, total: clock.reporter.advance(done, total),
-    )
-    if found.model is slim:
-        clock.reporter.note(
-            "repair in order was left out: divergence on held-back images "
-            f"{found.before:.2g} without, {found.after:.2g} with"
-        )
-    dense.cpu()
-    return found.model.cpu()
-
-
-def _trained(
-    slim: nn.Module,
-    dense: nn.Module,
-    lesson: Distillation,
-    judge: Distillation,
-    options: SearchOptions,
-    device: torch.device,
-    clock: _Clock,
-    reporter: Reporter,
-) -> nn.Module:
-    """``slim`` after what training the options ask for, as far as it helps on images of ``judge``."""
-
-    def advance(done: int, total: int, loss: float) -> None:
-        reporter.advance(done, total, f"loss {loss:.4f}")
-
-    def tell(what: str, before: float, after: float) -> None:
-        reporter.note(f"{what}: divergence on held-back images {before:.2g} without, {after:.2g} with")
-
-    if options.trained_gain_steps > 0:
-        clock.start("reweighting")
-        reweighted = reweight(
-            slim.to(device),
-            lesson,
-            judge,
-            steps=options.trained_gain_steps,
-            lr=options.gain_lr,
-            progress=advance,
-        )
-        slim = reweighted.model
-        tell("gains", reweighted.before, reweighted.after)
-    if options.tuned_steps > 0:
-        clock.start("tuning")
-        tuned = tune(
-            slim.to(device),
-            dense.to(device),
-            lesson,
-            judge,
-            steps=options.tuned_steps,
-            lr=options.tuning_lr,
-            seed=options.seed,
-            progress=advance,
-        )
-        slim = tuned.model
-        tell("tuning", tuned.before, tuned.after)
-    dense.cpu()
-    return slim.cpu()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ residual stream misses, not the layer's output alone, was no better.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -73,11 +73,14 @@ def repair_in_order(
         share = round(held * MOST_IMAGES / len(images))
         images, held = torch.cat([images[:share], images[held:][: MOST_IMAGES - share]]), share
     refitted = copy.deepcopy(slim)
-    readouts = _readouts(refitted, images[:1].to(device))
+    # In both, so that they stop alike.
+    once = [_readouts(model, images[:1].to(device)) for model in (refitted, dense)]
+    readouts = {name: layer for name, layer in once[0].items() if name in once[1]}
     done = 0
 
-    def refit(name: str, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> None:
+    def refit(name: str, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> Collection[int]:
         nonlocal done
+        moved = False
         given, answers, wanted = inputs[0], *outputs
         counts = [len(batch) for batch in batches]
         # One whose rows do not lie image by image tells no images apart; one that the cut model runs at other
@@ -95,10 +98,11 @@ def repair_in_order(
                 left -= judging
             readout = refitted.get_submodule(name)
             assert isinstance(readout, nn.Linear)
-            _move(readout, fit, unseen)
+            moved = _move(readout, fit, unseen)
         done += 1
         if progress is not None:
             progress(done, len(readouts))
+        return (0,) if moved else ()
 
     batches = [batch.to(device) for batch in images.chunk(min(BATCHES, len(images)))]
     if readouts:
@@ -198,14 +202,15 @@ class _Sums:
         return self.energy + float((move * (self.gram @ move - 2 * self.cross)).sum())
 
 
-def _move(readout: nn.Linear, fit: _Sums, unseen: _Sums) -> None:
+def _move(readout: nn.Linear, fit: _Sums, unseen: _Sums) -> bool:
     """Move ``readout`` at the ridge that leaves least of what is ``unseen``; not, where none leaves less."""
     moves = fit.moves(readout.bias is not None)
     errors = {ridge: unseen.error(moves(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=lambda candidate: errors[candidate])
     if errors[ridge] >= unseen.energy:
-        return
+        return False
     move = (fit + unseen).moves(readout.bias is not None)(ridge)
     readout.weight.add_(move[:-1].mT.to(readout.weight))
     if readout.bias is not None:
         readout.bias.add_(move[-1].to(readout.bias))
+    return True

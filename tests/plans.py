@@ -9,6 +9,7 @@ from models import relative
 from torch import Tensor, nn
 
 from mhacut.cost import build_cost_table, measure_flops
+from mhacut.distillation import Distillation
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, run_with
 
@@ -120,3 +121,17 @@ def difference_of_two_cuts_and_one(model: nn.Module, x: Tensor, seed: int) -> fl
     cut(dense, Plan.from_json(second.after(first).to_json()))
     assert shapes(model) == shapes(dense)
     return relative(model(x), dense(x))
+
+
+def lesson_of(model: nn.Module, images: Tensor, batch_size: int = 8) -> Distillation:
+    """That teaches what ``model`` says of ``images``."""
+    return Distillation(
+        images,
+        model(images),
+        None,
+        batch_size=batch_size,
+        seed=0,
+        label_weight=0.0,
+        classifier=True,
+        amp=False,
+    )

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from models import CASES, Case, build, image, relative
+from plans import lesson_of
 from torch.func import functional_call
 
 from mhacut.calibration import calibrate
 from mhacut.compensation import Decision, compensate
-from mhacut.distillation import Distillation
 from mhacut.options import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.reduction import reductions
@@ -53,16 +53,7 @@ class Bench:
 
     def lesson(self, model):
         """That teaches what ``model`` says."""
-        return Distillation(
-            self.images,
-            model(self.images),
-            None,
-            batch_size=8,
-            seed=0,
-            label_weight=0.0,
-            classifier=True,
-            amp=False,
-        )
+        return lesson_of(model, self.images)
 
 
 @each_case

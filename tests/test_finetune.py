@@ -393,8 +393,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(tune, tmp_path, mon
     assert again.epochs == whole.epochs
 
 
-def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tune, monkeypatch):
-    # What is told keeps the frames that it passed alive, and in them the loader.
+def interrupt_every_step(monkeypatch):
     step = Trainer.step
 
     def stopped_in(self, count, batches):
@@ -402,6 +401,11 @@ def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tun
         return step(self, count, batches)
 
     monkeypatch.setattr(Trainer, "step", stopped_in)
+
+
+def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tune, monkeypatch):
+    # What is told keeps the frames that it passed alive, and in them the loader.
+    interrupt_every_step(monkeypatch)
     before = set(multiprocessing.active_children())
     with pytest.raises(Interrupted) as told:
         tune("cut", workers=2)
@@ -431,13 +435,7 @@ def test_a_process_that_outlived_the_signal_to_its_group_ends_when_it_is_asked_t
 
 
 def test_the_command_to_go_on_with_can_be_pasted(tune, monkeypatch):
-    step = Trainer.step
-
-    def stopped_in(self, count, batches):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(self, count, batches)
-
-    monkeypatch.setattr(Trainer, "step", stopped_in)
+    interrupt_every_step(monkeypatch)
     with pytest.raises(Interrupted, match=r"--resume '[^']*/my run'$"):
         tune("my run")
 

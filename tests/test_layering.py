@@ -37,7 +37,7 @@ FLOORS = (
     {"repair", "repair_in_order", "search", "weight_moments", "findings"},
     {"compensation", "curves"},
     {"allocation"},
-    {"planning"},
+    {"planning", "finishing"},
     {"checkpoint", "data", "evaluate", "latency"},
     {"checkpoint_preprocessing"},
     {"inspection", "comparison", "timm_slim"},

@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 from models import Case, build, image
+from plans import lesson_of
 from torch import nn
 from torch.nn import functional as F
 
 from mhacut.calibration import calibrate
-from mhacut.distillation import Distillation
 from mhacut.lockstep import run_in_lockstep
 from mhacut.plan import Plan, UnitPlan
 from mhacut.repair_in_order import RIDGES, repair_in_order
@@ -52,16 +52,7 @@ class Bench:
 
     def judge(self, model):
         """By images that ``model`` is right about."""
-        return Distillation(
-            self.images,
-            model(self.images),
-            None,
-            batch_size=24,
-            seed=0,
-            label_weight=0.0,
-            classifier=True,
-            amp=False,
-        )
+        return lesson_of(model, self.images)
 
     def repaired(self, judge=None, **more):
         judge = self.judge(self.dense) if judge is None else judge
@@ -201,6 +192,7 @@ def test_all_batches_stop_together_and_go_on_with_what_was_changed():
         assert [[len(part) for part in model] for model in inputs] == [[1, 2, 3]] * 2
         if name == "first":
             models[0].first.weight.mul_(5)
+        return [0] if name == "first" else []
 
     run_in_lockstep(models, batches, ("first", "second"), stop)
     assert seen == [
@@ -214,8 +206,15 @@ def test_models_that_run_in_another_order_are_refused():
     models = [Chain(1.0), Chain(1.0)]
     models[1].first, models[1].second = models[1].second, models[1].first
     models[1].forward = lambda x: models[1].first(models[1].second(x))
-    with pytest.raises(ValueError, match="first and second in another order"):
-        run_in_lockstep(models, [torch.ones(1, 2).double()], ("first", "second"), lambda *_: None)
+    with pytest.raises(ValueError, match="first and second"):
+        run_in_lockstep(models, [torch.ones(1, 2).double()] * 2, ("first", "second"), lambda *_: ())
+
+
+def test_models_that_run_on_alone_are_refused():
+    models = [Chain(1.0), Chain(1.0)]
+    models[1].forward = lambda x: models[1].second(models[1].second(models[1].first(x)))
+    with pytest.raises(ValueError, match="nothing more and second"):
+        run_in_lockstep(models, [torch.ones(1, 2).double()] * 2, ("first", "second"), lambda *_: ())
 
 
 @pytest.mark.parametrize("where", ["stop", "model"])
@@ -229,6 +228,6 @@ def test_an_error_ends_all_threads_and_is_told(where):
     if where == "model":
         models[1].second.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError, match="on purpose"):
-        run_in_lockstep(models, batches, ("first", "second"), fail if where == "stop" else lambda *_: None)
+        run_in_lockstep(models, batches, ("first", "second"), fail if where == "stop" else lambda *_: ())
     assert threading.active_count() == before
     assert not any(module._forward_hooks for model in models for module in model.modules())

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from plans import lesson_of
 
 from mhacut.distillation import Distillation
 from mhacut.errors import MhacutError
@@ -22,13 +23,6 @@ def dense():
     )
     torch.nn.init.normal_(model.head.weight)
     return model.eval().requires_grad_(False)
-
-
-def lesson_of(dense, images) -> Distillation:
-    teacher = dense(images)
-    return Distillation(
-        images, teacher, None, batch_size=4, seed=0, label_weight=0.0, classifier=True, amp=False
-    )
 
 
 def generator(seed):
@@ -59,7 +53,7 @@ def test_tuning_comes_nearer_to_the_dense_model_on_images_it_has_not_seen(dense)
 
 def test_tuning_that_does_not_help_is_dropped(dense):
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    lesson = lesson_of(dense, images)
+    lesson = lesson_of(dense, images, batch_size=4)
     perfect = copy.deepcopy(dense)
     tuned = tune(perfect, dense, lesson, lesson, steps=3, lr=1e-2)
     assert tuned.model is perfect
@@ -68,7 +62,7 @@ def test_tuning_that_does_not_help_is_dropped(dense):
 
 def test_the_teacher_answers_for_what_images_have_become(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    lesson, seen = lesson_of(dense, images), []
+    lesson, seen = lesson_of(dense, images, batch_size=4), []
     for number in range(4):
         assert float(lesson.taught(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
     other = copy.deepcopy(dense)

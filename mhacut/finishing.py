@@ -1,0 +1,85 @@
+"""What is done to a slim model once it is cut: readouts refitted in order, gains and weights trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mhacut.calibration import Calibration
+from mhacut.distillation import Distillation
+from mhacut.options import SearchOptions
+from mhacut.repair_in_order import repair_in_order
+from mhacut.reweight import reweight
+from mhacut.tuning import tune
+
+
+def finish(
+    slim: nn.Module,
+    dense: nn.Module,
+    calibration: Calibration,
+    lesson: Distillation,
+    options: SearchOptions,
+    device: torch.device,
+    *,
+    start_stage: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
+    note: Callable[[str], None],
+) -> nn.Module:
+    """``slim`` after what ``options`` ask for, as far as it helps on images held back.
+
+    Those chose the ridges of its repair, which was then fitted to them too: they lean to what was there.
+
+    Args:
+        slim: cut, eval mode, float32.
+        dense: what it was cut from.
+        calibration: of ``dense``.
+        lesson: all images, with the answers of ``dense``.
+        options: see :class:`SearchOptions`.
+        device: to work on; both models are on the CPU afterwards.
+        start_stage: called with the name of each stage as it begins.
+        progress: called with (done, in all, detail) during a stage.
+        note: called with what users should know.
+    """
+    if calibration.held == 0:
+        if options.trained_gain_steps or options.tuned_steps:
+            note("nothing was trained: of a single image, none is left to judge by")
+        return slim
+
+    def trained(done: int, total: int, loss: float) -> None:
+        progress(done, total, f"loss {loss:.4f}")
+
+    def tell(what: str, before: float, after: float) -> None:
+        note(f"{what}: divergence on held-back images {before:.2g} without, {after:.2g} with")
+
+    learning, judge = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
+    slim, dense = slim.to(device), dense.to(device)
+    if options.repairs_in_order:
+        start_stage("repairing in order")
+        repaired = repair_in_order(
+            slim,
+            dense,
+            lesson.images,
+            calibration.held,
+            calibration.sensitivity,
+            judge,
+            progress=lambda done, total: progress(done, total, ""),
+        )
+        if repaired.model is slim:
+            tell("repair in order was left out", repaired.before, repaired.after)
+        slim = repaired.model
+    if options.trained_gain_steps > 0:
+        start_stage("reweighting")
+        steps, lr = options.trained_gain_steps, options.gain_lr
+        reweighted = reweight(slim, learning, judge, steps=steps, lr=lr, progress=trained)
+        slim = reweighted.model
+        tell("gains", reweighted.before, reweighted.after)
+    if options.tuned_steps > 0:
+        start_stage("tuning")
+        steps, lr = options.tuned_steps, options.tuning_lr
+        tuned = tune(slim, dense, learning, judge, steps=steps, lr=lr, seed=options.seed, progress=trained)
+        slim = tuned.model
+        tell("tuning", tuned.before, tuned.after)
+    dense.cpu()
+    return slim.cpu()
