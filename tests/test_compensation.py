@@ -14,7 +14,7 @@ from mhacut.calibration import calibrate
 from mhacut.compensation import Decision, compensate
 from mhacut.options import SearchOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.reduction import reductions
+from mhacut.reduction import block_diagonal, reductions, rotated
 from mhacut.reweight import reweight
 from mhacut.surgery import cut, dissect, masked_tensors, readers
 from mhacut.widths import width_choices
@@ -192,3 +192,21 @@ def test_without_repair_channels_go_by_what_goes_with_them(case):
             lost = each.view(unit.heads, unit.width)
         for head in range(unit.heads):
             assert int(way.ranking.order[head, -1]) == int(lost[head].argmin())
+
+
+def test_without_a_repair_principal_channels_hold_means_too():
+    """No bias takes up what removed channels give on average, so that it counts when a basis is chosen."""
+    bench = Bench(TINY, "channel", images=16)
+    unit = bench.anatomy.units(["v"])[0]
+    module, seen = bench.model.get_submodule(unit.layer), bench.calibration.moments[unit.key]
+    second, columns = seen.every[0].energy, readers(module, unit)
+    lost = []
+    for refit in (True, False):
+        (way,) = reductions(module, unit, seen, 1, "principal", refit=refit)
+        turned = rotated(seen, unit, way.rotation).every[0].energy
+        gone = torch.cat([head * unit.width + torch.arange(2, unit.width) for head in range(unit.heads)])
+        reader = (columns @ block_diagonal(way.rotation).mT)[:, gone]
+        blocks = (reader.mT @ reader * turned[gone][:, gone]).view(unit.heads, unit.width - 2, unit.heads, -1)
+        lost.append(sum(float(blocks[head, :, head].sum()) for head in range(unit.heads)))
+    assert seen.every[0].mean.norm() > 0.1 * second.diagonal().sum().sqrt()  # else nothing is tested
+    assert lost[1] < 0.999 * lost[0]

@@ -26,6 +26,7 @@ from mhacut.errors import (
     UsageError,
 )
 from mhacut.progress import Silent
+from mhacut.search import search
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -387,6 +388,34 @@ def test_a_single_image_does_not_break_the_model():
         dry_run=True,
     )
     assert result.slim.evaluation.top1 > 90
+
+
+def test_without_a_repair_channels_and_widths_are_chosen_otherwise(tiny_vit, tmp_path):
+    for options in ({}, {"allocation": "uniform", "basis": "channel"}):
+        found = [
+            prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair, **options)
+            for repair in (True, False)
+        ]
+        if not options:  # by error curves of another kind
+            assert found[0].curves != found[1].curves
+        else:  # the same widths of other channels
+            assert found[0].plan.widths() == found[1].plan.widths()
+            assert found[0].plan != found[1].plan
+
+
+def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
+    rotated = []
+
+    def searching(*args, **more):
+        rotated.append(set(more["rotated"]))
+        return search(*args, **more)
+
+    monkeypatch.setattr("mhacut.planning.search", searching)
+    options = {"allocation": "refined", "steps": 1, "dry_run": True}
+    prune(tiny_vit, tmp_path / "slim.safetensors", basis="principal", **options)
+    prune(tiny_vit, tmp_path / "slim.safetensors", basis="channel", **options)
+    assert {kind for _, kind in rotated[0]} == {"qk", "v"}
+    assert rotated[1] == set()
 
 
 class Told(Silent):

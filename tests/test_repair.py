@@ -340,6 +340,30 @@ def test_logit_selection_is_greedy_by_the_error_after_the_refit(seed):
             assert found.kept(width)[head].tolist() == slow_greedy(error, range(6), width)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_logit_selection_follows_the_prices_of_whole_inverses(seed):
+    """What it keeps up to date by rank-1 terms, here from scratch for every removal; none is cheap."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (
+        x.mT @ x / 30 for x in (torch.randn(1, 30, 14, generator=generator).double() for _ in range(2))
+    )
+
+    def kept_energy(left):
+        projections = [
+            side[0][:, left] @ torch.linalg.solve(side[0][left][:, left], side[0][left])
+            for side in (query, key)
+        ]
+        return float((projections[0] * projections[1]).sum())
+
+    left, removed = list(range(14)), []
+    while len(left) > 2:
+        gone = max(left, key=lambda channel: kept_energy([other for other in left if other != channel]))
+        left.remove(gone)
+        removed.append(gone)
+    order = rank_logit_channels(query, key, smallest=2).order[0].tolist()
+    assert order == [*left, *reversed(removed)]
+
+
 def test_selection_keeps_as_many_in_every_head_and_never_two_of_a_kind():
     x = rows(300, 12, 1)
     x[:, 5] = x[:, 4]
