@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from mhacut.checkpoint.load import read_model
+from mhacut.curves import error_curves
 from mhacut.errors import (
     BudgetError,
     CheckpointError,
@@ -26,6 +27,7 @@ from mhacut.errors import (
     UsageError,
 )
 from mhacut.progress import Silent
+from mhacut.reduction import reductions
 from mhacut.search import search
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
@@ -390,17 +392,23 @@ def test_a_single_image_does_not_break_the_model():
     assert result.slim.evaluation.top1 > 90
 
 
-def test_without_a_repair_channels_and_widths_are_chosen_otherwise(tiny_vit, tmp_path):
-    for options in ({}, {"allocation": "uniform", "basis": "channel"}):
-        found = [
-            prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair, **options)
-            for repair in (True, False)
-        ]
-        if not options:  # by error curves of another kind
-            assert found[0].curves != found[1].curves
-        else:  # the same widths of other channels
-            assert found[0].plan.widths() == found[1].plan.widths()
-            assert found[0].plan != found[1].plan
+@pytest.mark.parametrize("repair", [True, False])
+def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
+    tiny_vit, tmp_path, monkeypatch, repair
+):
+    told = {}
+
+    def listened(function):
+        def call(*args, **more):
+            told.setdefault(function.__name__, set()).add(more["refit"])
+            return function(*args, **more)
+
+        return call
+
+    for function in (reductions, error_curves):
+        monkeypatch.setattr(f"mhacut.planning.{function.__name__}", listened(function))
+    prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
+    assert told == {"reductions": {repair}, "error_curves": {repair}}
 
 
 def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
