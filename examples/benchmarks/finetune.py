@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--amp",
         action="store_true",
-        help="bfloat16 autocast: faster only on CPUs that compute in it, 13 times slower on one that does not",
+        help="bfloat16 autocast: pays on CPUs that compute in it; on one that does not, 13 times slower",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
