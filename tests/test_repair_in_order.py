@@ -112,16 +112,29 @@ def test_each_readout_is_refitted_on_what_those_before_it_give(case):
     assert not any(module._forward_hooks for module in (*found.model.modules(), *bench.dense.modules()))
 
 
+HIDDEN_BYTES = (96 + 24 + 48 + 24) * 5 * 8
+"""In and out of the widest readout of PLAIN, dense and slim, per image: channels, tokens, float64."""
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "count", "held"),
+    [
+        ("MOST_IMAGES", 8, 8, 2),
+        ("MOST_BYTES", 8 * HIDDEN_BYTES, 8, 2),
+        ("MOST_BYTES", 9 * HIDDEN_BYTES - 1, 8, 2),
+        ("MOST_BYTES", 1, 2, 1),
+    ],
+)
 @torch.no_grad()
-def test_of_many_images_some_are_taken_from_both_parts(monkeypatch):
+def test_of_many_images_some_are_taken_from_both_parts(monkeypatch, limit, value, count, held):
     bench = Bench(PLAIN)
     judge = bench.judge(bench.dense)
-    few = torch.cat([bench.images[:2], bench.images[HELD:][:6]])
-    expected = repair_in_order(bench.slim, bench.dense, few, 2, bench.sensitivity, judge)
-    monkeypatch.setattr("mhacut.repair_in_order.MOST_IMAGES", 8)
+    few = torch.cat([bench.images[:held], bench.images[HELD:][: count - held]])
+    expected = repair_in_order(bench.slim, bench.dense, few, held, bench.sensitivity, judge)
+    monkeypatch.setattr(f"mhacut.repair_in_order.{limit}", value)
     found = bench.repaired(judge)
     assert torch.equal(found.model(bench.images), expected.model(bench.images))
-    assert found.after < found.before
+    assert found.after == expected.after != found.before
 
 
 @torch.no_grad()
