@@ -9,7 +9,7 @@ from mhacut.checkpoint.load import read_as_told
 from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import count_parameters, measure_flops
 from mhacut.data import Preprocessing, evaluation_loader
-from mhacut.device import resolve_device
+from mhacut.device import resolve_device, warn_of_slow_amp
 from mhacut.errors import MhacutError, UsageError
 from mhacut.evaluate import Evaluation, evaluate
 from mhacut.modelinfo import classifier_size
@@ -42,6 +42,8 @@ def evaluate_checkpoint(options: EvaluateOptions, reporter: Reporter) -> Checkpo
     if data.data_dir is None and data.dataset is None:
         raise UsageError("nothing to evaluate on: give --data-dir DIR or --dataset NAME")
     device = resolve_device(options.device)
+    if options.amp:
+        warn_of_slow_amp(device, reporter.note)
     reporter.start("reading")
     loaded = read_as_told(options, reporter)
     classes = classifier_size(loaded.model)

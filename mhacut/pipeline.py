@@ -32,6 +32,7 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
+from mhacut.device import warn_of_slow_amp
 from mhacut.distillation import Distillation
 from mhacut.errors import BudgetError, MhacutError
 from mhacut.evaluate import Evaluation, evaluate
@@ -182,9 +183,12 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
 
     clock.start("reading")
     given = options.flat()
-    for name, reason in options.idle().items():
+    idle = options.idle()
+    for name, reason in idle.items():
         flag = ("no-" if given[name] is False else "") + name.replace("_", "-")
         reporter.note(f"--{flag} has no effect: {reason}")
+    if options.amp and "amp" not in idle:
+        warn_of_slow_amp(device, reporter.note)
     loaded = read_as_told(options, reporter)
     target = Path(options.output or f"{loaded.stem}-{asked.label}.safetensors")
     if not options.dry_run:

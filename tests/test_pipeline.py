@@ -486,3 +486,17 @@ def test_options_without_effect_are_told(tiny_vit, tmp_path, options, expected):
     told = Told()
     prune(tiny_vit, tmp_path / "slim.safetensors", reporter=told, **{"gain_steps": None, **options})
     assert [note for note in told.notes if "no effect" in note or "nothing was" in note] == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "told"),
+    [("x86_64", "AVX2", 1), ("x86_64", "AVX512", 0), ("aarch64", "DEFAULT", 0)],
+)
+def test_who_asks_for_bfloat16_where_it_is_slow_is_told(
+    tiny_vit, tmp_path, monkeypatch, machine, capability, told
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    teller = Told()
+    prune(tiny_vit, tmp_path / "slim.safetensors", reporter=teller, device="cpu", gain_steps=1, amp=True)
+    assert sum("--amp" in note for note in teller.notes) == told

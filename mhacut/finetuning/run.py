@@ -26,6 +26,7 @@ from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_he
 from mhacut.checkpoint.write import check_output, write_slim
 from mhacut.checkpoint_preprocessing import resolve_preprocessing
 from mhacut.cost import measure_flops
+from mhacut.device import warn_of_slow_amp
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
 from mhacut.evaluate import Evaluation
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
@@ -93,6 +94,8 @@ class _Run:
     def __init__(self, options: FinetuneOptions, processes: Processes, reporter: Reporter) -> None:
         self.options, self.processes, self.reporter = options, processes, reporter
         self.device = processes.device
+        if options.amp:
+            warn_of_slow_amp(self.device, reporter.note)
         reporter.start("reading")
         self.loaded = _read_slim(options)
         for note in self.loaded.notes:
