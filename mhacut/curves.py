@@ -24,7 +24,7 @@ from mhacut.options import Temperature
 from mhacut.reduction import Reduction, block_diagonal, rotated
 from mhacut.repair import shrink
 from mhacut.surgery import Anatomy, UnitKey, readers
-from mhacut.tensor.refit import output_error, refit_linear, weighed_by
+from mhacut.tensor.refit import output_error, refit_linear, symmetric_root, weighed_by
 from mhacut.tensor.selection import Removal
 
 Curve = Mapping[int, float]
@@ -138,7 +138,7 @@ def _output_curve(
         columns = columns @ block_diagonal(way.rotation).mT
     seen, unseen, every = turned.fit[0], turned.held[0], turned.every[0]
     second = every.covariance if constant else every.energy
-    weighed = weighed_by(_root(sensitivity), columns) if few else columns
+    weighed = weighed_by(symmetric_root(sensitivity), columns) if few else columns
 
     def error(width: int) -> float:
         kept = (ranking.kept(width) + heads).reshape(-1)
@@ -148,13 +148,6 @@ def _output_curve(
 
     heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
     return _interpolated({width: error(width) / 2 for width in sampled_widths(choices)}, choices)
-
-
-def _root(metric: Tensor) -> Tensor:
-    """Symmetric root of a metric, [out, out]."""
-    values, vectors = torch.linalg.eigh(metric)
-    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
-    return root
 
 
 def _curve_by_runs(

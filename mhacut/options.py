@@ -118,6 +118,9 @@ class SearchOptions:
     """Weight of the cross-entropy beside the distillation loss, where there are labels."""
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
+    swap_moves: bool | None = None
+    """Swap kept channels for others once widths are known, as long as that leaves less error after the
+    repair; None is what the effort says."""
     repair_in_order: bool | None = None
     """Refit once more, in order, each layer on what the layers cut before it give; None is what the effort
     says."""
@@ -169,6 +172,12 @@ class SearchOptions:
         return 0 if self.repair else UNREPAIRED_GAIN_STEPS
 
     @property
+    def swaps(self) -> bool:
+        """Whether kept channels are swapped for others."""
+        asked = EFFORTS[self.effort].swap_moves if self.swap_moves is None else self.swap_moves
+        return self.repair and asked
+
+    @property
     def repairs_in_order(self) -> bool:
         """Whether readouts are refitted on what the cut model gives them."""
         asked = EFFORTS[self.effort].repair_in_order if self.repair_in_order is None else self.repair_in_order
@@ -195,7 +204,9 @@ class SearchOptions:
         if self.gain_steps is None and self.repair and not self.by_indicators:
             found["reweight"] = "after a repair no gains are trained unless --gain-steps asks for it"
         if not self.repair:
-            found["repair_in_order"] = "--no-repair refits nothing"
+            found |= dict.fromkeys(("repair_in_order", "swap_moves"), "--no-repair refits nothing")
+        elif self.by_indicators and self.selection == "indicator":
+            found["swap_moves"] = "--selection indicator keeps the indicators' choice"
         if self.tuned_steps == 0:
             found["tuning_lr"] = "nothing is tuned; see --tuning-steps"
         return {
@@ -224,14 +235,25 @@ class Work:
     calibration_images: int
     sensitivity_share: float
     """Of the calibration images that are differentiated, of those to fit."""
+    swap_moves: bool
     repair_in_order: bool
     tuning_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(calibration_images=128, sensitivity_share=0.5, repair_in_order=False, tuning_steps=0),
-    "balanced": Work(calibration_images=256, sensitivity_share=1.0, repair_in_order=True, tuning_steps=0),
-    "best": Work(calibration_images=1024, sensitivity_share=0.5, repair_in_order=True, tuning_steps=400),
+    "fast": Work(
+        calibration_images=128, sensitivity_share=0.5, swap_moves=False, repair_in_order=False, tuning_steps=0
+    ),
+    "balanced": Work(
+        calibration_images=256, sensitivity_share=1.0, swap_moves=False, repair_in_order=True, tuning_steps=0
+    ),
+    "best": Work(
+        calibration_images=1024,
+        sensitivity_share=0.5,
+        swap_moves=True,
+        repair_in_order=True,
+        tuning_steps=400,
+    ),
 }
 
 UNREPAIRED_GAIN_STEPS = 40

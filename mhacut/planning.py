@@ -19,7 +19,7 @@ from mhacut.distillation import Distillation
 from mhacut.options import SearchOptions
 from mhacut.plan import Plan
 from mhacut.quantity import format_flops
-from mhacut.reduction import Reduction, reductions
+from mhacut.reduction import Reduction, reductions, swapped
 from mhacut.search import SearchResult, SearchStep, search
 from mhacut.surgery import Anatomy, UnitKey, masked_tensors, rotate
 from mhacut.tensor.indicator import THRESHOLD
@@ -31,6 +31,7 @@ _SPREAD = 0.1
 """How far from the threshold the best and the worst channel of a head start when a plan is refined."""
 
 Widths = Mapping[UnitKey, int]
+Ways = Mapping[UnitKey, tuple[Reduction, ...]]
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ class Planner:
         else:
             curves = self._curves(ways)
             widths = cheapest_widths(curves, self.choices, self.table.flops, self.budget)
-        ready = self._compensated(ways, widths)
+        chosen = self._swapped(ways, widths)
+        ready = self._compensated(chosen, widths)
         if spread != "refined":
             return Planned(ready, curves, (), None)
-        widths, log = self._refined(ways, ready)
-        refined = self._compensated(ways, widths)
+        widths, log = self._refined(chosen, ready)
+        refined = self._compensated(self._swapped(ways, widths), widths)
         before, after = self.divergence(ready), self.divergence(refined)
         note = f"divergence on held-back images: {before:.4f} by curves, {after:.4f} refined by indicators"
         return Planned(refined if after < before else ready, curves, log, note)
@@ -124,12 +126,12 @@ class Planner:
         found = self._search(self.dense, self.lesson, None)
         decision = Decision(found.plan, gains=found.gains if self.options.reweight else None)
         if self.options.repair and self.options.selection == "repair":
-            decision = replace(decision, ways=self._ways())
+            decision = replace(decision, ways=self._swapped(self._ways(), found.plan.widths()))
         self.start_stage("repairing")
         ready = compensate(self.dense, self.anatomy, decision, self.calibration, self.options)
         return Planned(ready, {}, found.log, None)
 
-    def _ways(self) -> dict[UnitKey, tuple[Reduction, ...]]:
+    def _ways(self) -> Ways:
         self.start_stage("ranking channels")
         found = {}
         for done, unit in enumerate(self.units):
@@ -146,7 +148,20 @@ class Planner:
             self.progress(done + 1, len(self.units), "")
         return found
 
-    def _curves(self, ways: Mapping[UnitKey, tuple[Reduction, ...]]) -> Mapping[UnitKey, Curve]:
+    def _swapped(self, ways: Ways, widths: Widths) -> Ways:
+        """``ways``, with channels swapped at ``widths`` where that is asked for."""
+        if not self.options.swaps:
+            return ways
+        self.start_stage("swapping channels")
+        found = {}
+        for done, (key, units_ways) in enumerate(ways.items()):
+            module, moments = self.dense.get_submodule(key[0]), self.calibration.moments[key]
+            metric = self.calibration.sensitivity.metric.get(key[0])
+            found[key] = tuple(swapped(module, way, moments, widths[key], metric) for way in units_ways)
+            self.progress(done + 1, len(ways), "")
+        return found
+
+    def _curves(self, ways: Ways) -> Mapping[UnitKey, Curve]:
         self.start_stage("measuring error curves")
         return error_curves(
             self.dense,
@@ -160,15 +175,13 @@ class Planner:
             progress=lambda done, total: self.progress(done, total, ""),
         )
 
-    def _compensated(self, ways: Mapping[UnitKey, tuple[Reduction, ...]], widths: Widths) -> Compensation:
+    def _compensated(self, ways: Ways, widths: Widths) -> Compensation:
         self.start_stage("repairing")
         plan = Plan(tuple(ways[unit.key][0].plan(widths[unit.key]) for unit in self.units))
         decision = Decision(plan, ways)
         return compensate(self.dense, self.anatomy, decision, self.calibration, self.options)
 
-    def _refined(
-        self, ways: Mapping[UnitKey, tuple[Reduction, ...]], ready: Compensation
-    ) -> tuple[Widths, tuple[SearchStep, ...]]:
+    def _refined(self, ways: Ways, ready: Compensation) -> tuple[Widths, tuple[SearchStep, ...]]:
         """Widths that indicators move to from those of ``ready``, in its bases."""
         model = copy.deepcopy(self.dense)
         start, rotated = {}, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from mhacut.tensor.moments import Moments
 from mhacut.tensor.principal import logit_basis, output_basis
 from mhacut.tensor.selection import (
     Ranking,
+    Removal,
     rank_channels,
     rank_logit_channels,
     rank_parts,
     rank_shared_channels,
 )
+from mhacut.tensor.swap import swap_channels
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,23 @@ def reductions(
         ranking = rank_shared_channels(second, readers(module, unit), unit.heads, smallest)
         found.append(Reduction(unit, None, ranking))
     return tuple(found)
+
+
+def swapped(
+    module: nn.Module, way: Reduction, moments: UnitMoments, width: int, metric: Tensor | None
+) -> Reduction:
+    """``way``, with what it keeps at ``width`` improved by swaps; as it is, unless ranked for a refit.
+
+    ``metric`` is of errors of the layer's output, [out, out].
+    """
+    unit = way.unit
+    if not isinstance(way.ranking, Removal) or width == unit.width:
+        return way
+    second, kept = _second(unit, moments.every[0], True), way.ranking.kept(width)
+    kept = swap_channels(second, readers(module, unit), kept, metric)
+    gone = torch.ones_like(way.ranking.order, dtype=torch.bool).scatter(-1, kept, False)
+    rest = gone.nonzero()[:, 1].view(unit.heads, -1)
+    return replace(way, ranking=Ranking(torch.cat([kept, rest], dim=-1)))
 
 
 def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:

@@ -131,6 +131,7 @@ FULL = PruneOptions.from_flat(
     init="uniform",
     reweight=False,
     repair=False,
+    swap_moves=True,
     repair_in_order=True,
     token_weights=False,
     effort="fast",

@@ -28,7 +28,9 @@ STAGES = (
     "calibrating",
     "ranking channels",
     "measuring error curves",
+    "swapping channels",
     "repairing",
+    "repairing in order",
     "tuning",
 )
 _WRITE = """

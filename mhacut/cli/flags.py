@@ -81,6 +81,9 @@ FLAGS: dict[str, Flag] = {
     "score_adjustment": Flag("Search", "Hold the widths of all heads equal while training."),
     "init": Flag("Search", "Where indicators start."),
     "repair": Flag("Search", "Refit, in closed form, what reads a cut layer."),
+    "swap_moves": Flag(
+        "Search", "Swap kept channels for better ones once widths are known; by default what the effort says."
+    ),
     "repair_in_order": Flag(
         "Search", "Refit once more, on what the layers cut before give; by default what the effort says."
     ),

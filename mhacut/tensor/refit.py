@@ -220,3 +220,10 @@ def _others(kept: Tensor, size: int) -> Tensor:
     rest = torch.ones(size, dtype=torch.bool, device=kept.device)
     rest[kept] = False
     return rest.nonzero()[:, 0]
+
+
+def symmetric_root(metric: Tensor) -> Tensor:
+    """R with R R = ``metric``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    return root

@@ -59,7 +59,7 @@ def rank_channels(
     """
     size = second.shape[0]
     width = size // heads
-    inverse = torch.linalg.inv(_damped(second))
+    inverse = torch.linalg.inv(damped(second))
     readers = columns.to(inverse)
     left = torch.arange(size, device=second.device)  # whose rows, columns and readers these are
     excess = torch.full((heads,), width - smallest, device=second.device)
@@ -147,7 +147,7 @@ class _Side:
     """Of q or k, with the channels S that are left: what predicting all from them keeps."""
 
     def __init__(self, second: Tensor) -> None:
-        self.inverse = torch.linalg.inv(_damped(second))
+        self.inverse = torch.linalg.inv(damped(second))
         """G_SS^-1, zero elsewhere, [H, d, d]."""
         self.reach = second @ self.inverse
         """A = G_:S G_SS^-1."""
@@ -198,7 +198,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
         smallest: positions that are never removed; they end up in ascending order at the front.
     """
     width = second.shape[0] // heads
-    inverse = torch.linalg.inv(_damped(second))
+    inverse = torch.linalg.inv(damped(second))
     readers = columns.to(inverse).clone()
     alive = torch.ones(width, dtype=torch.bool, device=second.device)
     positions = torch.arange(heads, device=second.device)[:, None] * width + torch.arange(
@@ -241,7 +241,8 @@ def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor
     return torch.tensor(chosen, device=price.device)
 
 
-def _damped(second: Tensor) -> Tensor:
+def damped(second: Tensor) -> Tensor:
+    """``second`` [..., d, d] with :data:`RIDGE` on its diagonal."""
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
     identity = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
     return second + RIDGE * size * identity

@@ -24,6 +24,7 @@ _FULL = {
     "full-no-repair": ("no repair", ("--no-repair", "--no-reweight")),
     "full-no-order": ("no repair in order", ("--no-repair-in-order",)),
     "full-no-token-weights": ("tokens all alike", ("--no-token-weights",)),
+    "full-swaps": ("swap moves", ("--swap-moves",)),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
     "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),
 }
