@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Layer, Unit
 from mhacut.calibration import Calibration, UnitMoments
 from mhacut.options import Temperature
-from mhacut.reduction import Reduction, block_diagonal, rotated
+from mhacut.reduction import Reduction, block_diagonal, few_rows, rotated
 from mhacut.repair import shrink
 from mhacut.surgery import Anatomy, UnitKey, readers
 from mhacut.tensor.refit import output_error, refit_linear, symmetric_root, weighed_by
@@ -29,11 +29,6 @@ from mhacut.tensor.selection import Removal
 
 Curve = Mapping[int, float]
 """Width to estimated KL divergence in nats; 0 at the dense width."""
-FEW_ROWS = 2
-"""With fewer rows than that for each channel, of images to fit, errors are those on images held back: on
-those they were fitted to, as many channels as there are rows leave none. (Class attention and pooling heads
-see one row an image. With that, a CaiT of random weights at 70 % of its FLOPs had a divergence of .050 with
-64 images and .033 with 256; without, .214 and .074.)"""
 MOST_WIDTHS = 8
 """Widths at which a layer is run; between them the logarithm of the error is taken to be linear."""
 
@@ -130,7 +125,7 @@ def _output_curve(
     refit: bool,
 ) -> Curve:
     unit, ranking, constant = way.unit, way.ranking, way.unit.constants_pass and refit
-    few = refit and moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
+    few = refit and few_rows(unit, moments)
     if unit.heads == 1 and isinstance(ranking, Removal) and not few:
         return {width: float(ranking.error[width]) / 2 for width in choices}
     turned, columns = rotated(moments, unit, way.rotation), readers(module, unit)

@@ -119,8 +119,8 @@ class SearchOptions:
     repair: bool = True
     """Refit, in closed form, what reads a cut layer."""
     swap_moves: bool | None = None
-    """Swap kept channels for others once widths are known, as long as that leaves less error after the
-    repair; None is what the effort says."""
+    """Swap kept v and hidden channels for others once widths are known, as long as that leaves less error
+    after the repair; None is what the effort says."""
     repair_in_order: bool | None = None
     """Refit once more, in order, each layer on what the layers cut before it give; None is what the effort
     says."""
@@ -197,6 +197,7 @@ class SearchOptions:
         elif self.allocation == "refined":
             reason = "--allocation refined starts from the plan of the curves"
             found |= dict.fromkeys(("similarity", "init"), reason)
+            found["selection"] = "--allocation refined keeps what serves best once repaired"
         if not self.reweight:
             found |= dict.fromkeys(("gain_steps", "gain_lr"), "--no-reweight trains no gains")
         elif self.trained_gain_steps == 0 and not self.by_indicators:
@@ -205,7 +206,7 @@ class SearchOptions:
             found["reweight"] = "after a repair no gains are trained unless --gain-steps asks for it"
         if not self.repair:
             found |= dict.fromkeys(("repair_in_order", "swap_moves"), "--no-repair refits nothing")
-        elif self.by_indicators and self.selection == "indicator":
+        elif self.allocation == "indicator" and self.selection == "indicator":
             found["swap_moves"] = "--selection indicator keeps the indicators' choice"
         if self.tuned_steps == 0:
             found["tuning_lr"] = "nothing is tuned; see --tuning-steps"

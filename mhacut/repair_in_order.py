@@ -31,8 +31,8 @@ others 2 to 3 % nearer. (With 8, 16 and 32 images and no veto it was within 1 % 
 MOST_IMAGES = 256
 """So many of them wait at a readout with all that they are by then; more would fill the memory."""
 MOST_BYTES = 2**30
-"""Of what they are there: inputs and outputs of the widest readout, in both models. All that waits is four
-times as much (measured: DeiT-S, 256 images, 0.6 GiB so counted, 2.5 GiB in truth)."""
+"""That inputs and outputs of the widest readout may take, in both models, of all images. All that waits is
+four times as much (measured: DeiT-S, 256 images, 0.6 GiB so counted, 2.5 GiB in truth)."""
 BATCHES = 8
 """In which they run beside each other."""
 
@@ -76,7 +76,7 @@ def repair_in_order(
     once = [_readouts(model, images[:1].to(device)) for model in (refitted, dense)]
     # In both, so that they stop alike.
     readouts = {name: found.layer for name, found in once[0].items() if name in once[1]}
-    each = max((sum(found[name].bytes for found in once) for name in readouts), default=1)
+    each = max((sum(found[name].bytes_per_image for found in once) for name in readouts), default=1)
     most = min(MOST_IMAGES, max(2, MOST_BYTES // each))
     if len(images) > most:
         share = min(max(round(held * most / len(images)), 1), most - 1)
@@ -123,7 +123,7 @@ class _Readout:
     layer: str
     runs: int = 0
     """Per image."""
-    bytes: int = 0
+    bytes_per_image: int = 0
     """Of its input and output for one image."""
 
 
@@ -140,7 +140,7 @@ def _readouts(model: nn.Module, image: Tensor) -> dict[str, _Readout]:
     def counter(readout: _Readout) -> Callable[..., None]:
         def count(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             readout.runs += 1
-            readout.bytes = args[0].nbytes + output.nbytes
+            readout.bytes_per_image = args[0].nbytes + output.nbytes
 
         return count
 

@@ -576,6 +576,22 @@ def test_scratch_is_the_same_architecture_without_the_weights(finetune, slim_fol
     assert all(parameter.requires_grad for parameter in scratch.parameters())
 
 
+def test_a_teacher_answers_each_batch_of_a_seed_once(finetune) -> None:
+    asked = []
+
+    def dense(images):
+        asked.append(images)
+        return images.flatten(1)
+
+    teacher = finetune.Teacher(dense, amp=False)
+    batches = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    places = [(0, 0), (0, 1), (0, 0), (1, 0), (1, 0)]
+    answers = [teacher.answer(seed, step, batches[2 * seed + step]) for seed, step in places]
+    for (seed, step), answer in zip(places, answers, strict=True):
+        torch.testing.assert_close(answer, batches[2 * seed + step].log_softmax(1))
+    assert len(asked) == 3
+
+
 def test_runs_of_other_recipes_are_not_mixed(finetune, slim_folder, tmp_path) -> None:
     flags = [
         *finetune_flags(slim_folder, tmp_path / "runs"),

@@ -154,7 +154,7 @@ def test_errors_without_a_repair_are_those_of_dead_channels(basis):
 
 
 def test_few_rows_are_judged_by_images_held_back(monkeypatch):
-    monkeypatch.setattr(module_under_test, "FEW_ROWS", 1000)
+    monkeypatch.setattr("mhacut.reduction.FEW_ROWS", 1000)
     it = Curved(CASES[0], "channel")
     for unit in it.anatomy.units(["v", "hidden"]):
         layer, seen = it.model.get_submodule(unit.layer), []

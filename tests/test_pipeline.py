@@ -466,6 +466,25 @@ def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypa
             {"allocation": "refined", "steps": 1, "init": "uniform"},
             ["--init has no effect: --allocation refined starts from the plan of the curves"],
         ),
+        (
+            {"repair": False, "swap_moves": True},
+            ["--swap-moves has no effect: --no-repair refits nothing"],
+        ),
+        (
+            {
+                "allocation": "indicator",
+                "steps": 1,
+                "selection": "indicator",
+                "basis": "channel",
+                "swap_moves": True,
+            },
+            ["--swap-moves has no effect: --selection indicator keeps the indicators' choice"],
+        ),
+        ({"allocation": "refined", "steps": 1, "swap_moves": True}, []),
+        (
+            {"allocation": "refined", "steps": 1, "selection": "indicator", "basis": "channel"},
+            ["--selection has no effect: --allocation refined keeps what serves best once repaired"],
+        ),
         ({"amp": True}, ["--amp has no effect: nothing is trained"]),
         ({"amp": True, "gain_steps": 1}, []),
         ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
@@ -486,17 +505,3 @@ def test_options_without_effect_are_told(tiny_vit, tmp_path, options, expected):
     told = Told()
     prune(tiny_vit, tmp_path / "slim.safetensors", reporter=told, **{"gain_steps": None, **options})
     assert [note for note in told.notes if "no effect" in note or "nothing was" in note] == expected
-
-
-@pytest.mark.parametrize(
-    ("machine", "capability", "told"),
-    [("x86_64", "AVX2", 1), ("x86_64", "AVX512", 0), ("aarch64", "DEFAULT", 0)],
-)
-def test_who_asks_for_bfloat16_where_it_is_slow_is_told(
-    tiny_vit, tmp_path, monkeypatch, machine, capability, told
-):
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    teller = Told()
-    prune(tiny_vit, tmp_path / "slim.safetensors", reporter=teller, device="cpu", gain_steps=1, amp=True)
-    assert sum("--amp" in note for note in teller.notes) == told

@@ -6,10 +6,16 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from models import Case, build, image
 
 from mhacut import prune
+from mhacut.calibration import calibrate
+from mhacut.options import EFFORTS, SearchOptions
+from mhacut.reduction import reductions, swapped
+from mhacut.surgery import dissect
+from mhacut.tensor.refit import output_error
 from mhacut.tensor.selection import rank_channels
-from mhacut.tensor.swap import LEAST_GAIN, swap_channels
+from mhacut.tensor.swap import LEAST_GAIN, _Choice, swap_channels
 
 
 class Layer:
@@ -100,6 +106,78 @@ def test_channels_that_repeat_each_other_are_no_trouble():
         % 6
     )
     assert len(set(kept.tolist())) == 3
+
+
+def test_readers_of_several_places_are_weighed_each():
+    layer = Layer(3, 1, 9, sources=5, out=4, weighed=True)
+    second_place = torch.randn(4, 9, generator=torch.Generator().manual_seed(9)).double()
+    columns = torch.cat([layer.columns, second_place])
+    kept = swap_channels(layer.second, columns.float(), layer.greedy(3), layer.metric)
+
+    def error(kept):
+        return output_error(layer.second, kept[0], columns, layer.metric)
+
+    left = error(kept)
+    assert all(error(other) > (1 - LEAST_GAIN - 1e-5) * left for other in swaps_of(layer, kept))
+    assert left < error(layer.greedy(3))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_swaps_end_where_no_error_is_left(seed, monkeypatch):
+    layer = Layer(seed, 1, 12, sources=5)
+    layer.columns[:, 6:] = 0
+    rounds, swapped = [], _Choice.swapped
+
+    def counted(choice, *places):
+        rounds.append(places)
+        assert len(rounds) < 50
+        return swapped(choice, *places)
+
+    monkeypatch.setattr(_Choice, "swapped", counted)
+    assert layer.error(layer.swapped(8)) == pytest.approx(0, abs=1e-4)
+
+
+class Unit:
+    """An MLP, ranked, and cut to an eighth."""
+
+    def __init__(self, images=64):
+        case = Case(
+            "vit_tiny_patch16_224",
+            {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8},
+        )
+        model = build(case).requires_grad_(False)
+        self.anatomy = dissect(model)
+        (self.unit,) = self.anatomy.units(["hidden"])
+        self.module = model.get_submodule(self.unit.layer)
+        found = calibrate(model, self.anatomy, image(case, batch=images), batch_size=16)
+        self.moments = found.moments[self.unit.key]
+        (self.way,) = reductions(self.module, self.unit, self.moments, 8, "channel")
+        self.width = self.unit.width // 8
+
+    def swapped(self, width):
+        return swapped(self.module, self.way, self.moments, width, None)
+
+
+def test_swaps_keep_the_order_but_for_what_changed_sides():
+    it = Unit()
+    before, after = (way.ranking.order[0].tolist() for way in (it.way, it.swapped(it.width)))
+    kept = set(after[: it.width])
+    assert kept != set(before[: it.width])
+    assert after == [c for c in before if c in kept] + [c for c in before if c not in kept]
+    assert it.swapped(it.unit.width) is it.way
+
+
+def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
+    it = Unit(images=8)
+    rows = it.moments.fit[0].rows
+    for few, same in ((rows / it.unit.width, False), (rows / it.unit.width + 0.01, True)):
+        monkeypatch.setattr("mhacut.reduction.FEW_ROWS", few)
+        assert (it.swapped(it.width) is it.way) == same
+
+
+def test_the_best_effort_swaps():
+    efforts = {effort: SearchOptions(effort=effort).swaps for effort in EFFORTS}
+    assert efforts == {"fast": False, "balanced": False, "best": True}
 
 
 def test_prune_swaps_where_it_is_asked_to(tiny_vit, tmp_path):

@@ -82,7 +82,7 @@ FLAGS: dict[str, Flag] = {
     "init": Flag("Search", "Where indicators start."),
     "repair": Flag("Search", "Refit, in closed form, what reads a cut layer."),
     "swap_moves": Flag(
-        "Search", "Swap kept channels for better ones once widths are known; by default what the effort says."
+        "Search", "Swap kept v and hidden channels for better ones; by default what the effort says."
     ),
     "repair_in_order": Flag(
         "Search", "Refit once more, on what the layers cut before give; by default what the effort says."

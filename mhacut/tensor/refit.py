@@ -61,7 +61,7 @@ def refit_linear(
         constant: whether there is a bias to take up W_P c.
     """
     both = fit + held
-    gone = _others(kept, fit.total.shape[-1])
+    gone = others(kept, fit.total.shape[-1])
     reader = columns.double()[:, gone]
     metric = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
 
@@ -116,7 +116,7 @@ def refit_logits(
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
-    gone = torch.stack([_others(row, fit[0].total.shape[-1]) for row in kept])
+    gone = torch.stack([others(row, fit[0].total.shape[-1]) for row in kept])
     candidates = {float("inf"): plain * identity}
     if mixes and gone.shape[-1] > 0:
         for ridge in RIDGES:
@@ -142,7 +142,7 @@ def output_error(
         metric: of errors of the output, [out, out]; None is plain squared error.
         refit: off, columns stay as they are.
     """
-    gone = _others(kept, second.shape[-1])
+    gone = others(kept, second.shape[-1])
     if len(gone) == 0:
         return 0.0
     left = second[gone][:, gone]
@@ -153,11 +153,25 @@ def output_error(
     return float((reader.mT @ weighed_by(metric, reader) * left).sum().clamp_min(0))
 
 
+def symmetric_root(metric: Tensor) -> Tensor:
+    """R with R R = ``metric``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    return root
+
+
 def weighed_by(metric: Tensor | None, columns: Tensor) -> Tensor:
     """``metric`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
     if metric is None:
         return columns
     return (metric @ columns.reshape(-1, len(metric), columns.shape[-1])).flatten(0, 1)
+
+
+def others(kept: Tensor, size: int) -> Tensor:
+    """Which of ``size`` are not in ``kept``, ascending."""
+    rest = torch.ones(size, dtype=torch.bool, device=kept.device)
+    rest[kept] = False
+    return rest.nonzero()[:, 0]
 
 
 def _share(error: float, baseline: float) -> float:
@@ -214,16 +228,3 @@ def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Per head, the rows and columns of [H, d, d] named by [H, r] and [H, c]: [H, r, c]."""
     picked: Tensor = matrix.gather(-2, rows.unsqueeze(-1).expand(-1, -1, matrix.shape[-1]))
     return picked.gather(-1, columns.unsqueeze(-2).expand(-1, rows.shape[-1], -1))
-
-
-def _others(kept: Tensor, size: int) -> Tensor:
-    rest = torch.ones(size, dtype=torch.bool, device=kept.device)
-    rest[kept] = False
-    return rest.nonzero()[:, 0]
-
-
-def symmetric_root(metric: Tensor) -> Tensor:
-    """R with R R = ``metric``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
-    values, vectors = torch.linalg.eigh(metric)
-    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
-    return root

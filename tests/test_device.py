@@ -1,0 +1,68 @@
+"""Who asks for what a processor does slowly is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mhacut
+from mhacut.cli.app import app
+from mhacut.device import warn_of_slow_amp
+from mhacut.progress import Silent
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+
+
+class Told(Silent):
+    """What was said on the way."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    def become(machine, capability):
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "device", "told"),
+    [
+        ("x86_64", "AVX2", "cpu", 1),
+        ("AMD64", "DEFAULT", "cpu", 1),
+        ("x86_64", "AVX2", "cuda", 0),
+        ("x86_64", "AVX512", "cpu", 0),
+        ("aarch64", "DEFAULT", "cpu", 0),
+    ],
+)
+def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capability, device, told):
+    processor(machine, capability)
+    notes = []
+    warn_of_slow_amp(torch.device(device), notes.append)
+    assert len(notes) == told
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_every_command_that_takes_amp_tells(processor, tmp_path, amp):
+    processor("x86_64", "AVX2")
+    slim, told = tmp_path / "slim.safetensors", Told()
+    options = {"amp": amp, "device": "cpu", "reporter": told}
+    quick = {"effort": "fast", "calibration_images": 4, "gain_steps": 1, "latency": False}
+    mhacut.prune(DIGITS / "model", flops="60%", output=slim, **quick, **options)
+    data = {"data_dir": DIGITS / "images", "workers": 0, "output": tmp_path / "run"}
+    mhacut.finetune(slim, batch_size=8, steps=1, **data, **options)
+    assert sum("--amp" in note for note in told.notes) == 2 * amp
+    flags = ["--data-dir", str(DIGITS / "images"), "--device", "cpu", "--amp" if amp else "--no-amp"]
+    found = CliRunner().invoke(app, ["evaluate", str(slim), *flags])
+    assert found.exit_code == 0
+    assert ("takes many times longer" in " ".join(found.output.split())) == amp
