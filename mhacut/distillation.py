@@ -90,7 +90,7 @@ class Distillation:
             images, teacher = (part[start : start + self.batch_size] for part in (self.images, self.teacher))
             outputs = run_with(model, tensors or {}, images.to(device)).float()
             total += float(self.divergence(outputs, teacher.to(device))) * len(images)
-        return total / len(self.images)
+        return max(total, 0.0) / len(self.images)  # rounding makes less than nothing of equal answers
 
     def loss(self, model: nn.Module, anatomy: Anatomy, gains: Mapping[UnitKey, Tensor]) -> Tensor:
         """Of ``model`` masked by ``gains`` on the next batch; only the gains are differentiated.

@@ -50,8 +50,9 @@ def finish(
     def trained(done: int, total: int, loss: float) -> None:
         progress(done, total, f"loss {loss:.4f}")
 
-    def tell(what: str, before: float, after: float) -> None:
-        note(f"{what}: divergence on held-back images {before:.2g} without, {after:.2g} with")
+    def tell(what: str, kept: bool, before: float, after: float) -> None:
+        left_out = "" if kept else " was left out"
+        note(f"{what}{left_out}: divergence on held-back images {before:.2g} without, {after:.2g} with")
 
     learning, judge = lesson.part(calibration.held, None), lesson.part(0, calibration.held)
     slim, dense = slim.to(device), dense.to(device)
@@ -67,19 +68,19 @@ def finish(
             progress=lambda done, total: progress(done, total, ""),
         )
         if repaired.model is slim:
-            tell("repair in order was left out", repaired.before, repaired.after)
+            tell("repair in order", False, repaired.before, repaired.after)
         slim = repaired.model
     if options.trained_gain_steps > 0:
         start_stage("reweighting")
         steps, lr = options.trained_gain_steps, options.gain_lr
         reweighted = reweight(slim, learning, judge, steps=steps, lr=lr, progress=trained)
+        tell("training gains", reweighted.model is not slim, reweighted.before, reweighted.after)
         slim = reweighted.model
-        tell("gains", reweighted.before, reweighted.after)
     if options.tuned_steps > 0:
         start_stage("tuning")
         steps, lr = options.tuned_steps, options.tuning_lr
         tuned = tune(slim, dense, learning, judge, steps=steps, lr=lr, seed=options.seed, progress=trained)
+        tell("tuning", tuned.model is not slim, tuned.before, tuned.after)
         slim = tuned.model
-        tell("tuning", tuned.before, tuned.after)
     dense.cpu()
     return slim.cpu()

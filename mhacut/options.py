@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_type_hints
 
 from mhacut.errors import UsageError
@@ -210,11 +210,7 @@ class SearchOptions:
             found["swap_moves"] = "--selection indicator keeps the indicators' choice"
         if self.tuned_steps == 0:
             found["tuning_lr"] = "nothing is tuned; see --tuning-steps"
-        return {
-            name: reason
-            for name, reason in found.items()
-            if getattr(self, name) != self.__dataclass_fields__[name].default
-        }
+        return {name: found[name] for name in found if name in _changed(self)}
 
 
 _OF_INDICATORS = (
@@ -408,7 +404,20 @@ class PruneOptions(CheckpointOptions):
         found = search.idle()
         if self.amp and not (search.by_indicators or search.trained_gain_steps or search.tuned_steps):
             found["amp"] = "nothing is trained"
+        if self.data.data_dir is None and self.data.dataset is None:
+            there = "there are no images without --data-dir or --dataset"
+            found |= dict.fromkeys(_changed(self.data), there)
+            found |= dict.fromkeys({"labels", "eval_images"}.intersection(_changed(self)), there)
         return found
+
+
+def _changed(options: Any) -> list[str]:
+    """Fields that differ from their plain defaults."""
+    return [
+        field.name
+        for field in fields(options)
+        if field.default is not MISSING and getattr(options, field.name) != field.default
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,13 @@ class PruneResult:
     """Estimated KL divergence in nats per width of every unit; empty where no curve was needed."""
     report: Path | None
     """The page about the run; None when not asked for."""
+    divergence: float
+    """Of the slim model from the dense one on the images that judged (:attr:`judged_on`), see
+    :class:`mhacut.distillation.Divergence`."""
+    divergence_of: Literal["answers", "features"]
+    """KL divergence in nats of a classifier's answers, or squared error of features over their variance."""
+    judged_on: int
+    """How many images those are. They chose how strongly to refit: on others, expect more."""
 
 
 def prune(
@@ -296,6 +303,8 @@ def _cut_down(
     evaluation = None
     if subject.loader is not None:
         evaluation = evaluate(slim, subject.loader, device=device, progress=reporter.advance)
+    judge = lesson.part(0, max(calibration.held, 1))
+    divergence = judge.divergence_of(slim)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
         batch = options.latency_batch_size
@@ -336,6 +345,9 @@ def _cut_down(
         log=planned.log,
         curves=planned.curves,
         report=report,
+        divergence=divergence,
+        divergence_of="answers" if judge.divergence.classifier else "features",
+        judged_on=len(judge.images),
     )
 
 
@@ -365,7 +377,8 @@ def _reachable(
     choices = {unit.key: width_choices(unit.width, round_to) for unit in anatomy.units(kinds)}
     lowest = lowest_flops(choices, table.flops)
     if budget < lowest:
-        meant = f"; did you mean {asked.text}%?" if re.fullmatch(r"\d{1,2}", asked.text) else ""
+        share = 100 * asked.value if asked.value < 1 else asked.value
+        meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
         raise BudgetError(
             f"--flops {asked.text} is out of reach: the lowest is {format_flops(lowest, up=True)} "
             f"({math.ceil(1000 * lowest / table.dense) / 10}% of {format_flops(table.dense)}) with scope "

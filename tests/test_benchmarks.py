@@ -484,6 +484,37 @@ def test_the_setup_is_told_without_paths(compare, tmp_path) -> None:
     assert compare.setup_of({"setup": json.loads(json.dumps(asdict(setup)))}) == setup
 
 
+# --- ablation.py ---
+
+
+def test_an_ablation_that_cannot_begin_says_why_and_ends(tmp_path, capsys) -> None:
+    ablation = script("ablation")
+    flags = ["--merge", str(tmp_path / "rows"), "--checkpoint", "x", "--data-dir", "y"]
+    assert ablation.main([*flags, "--methods", "nosuch"]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        ablation.main(["--help"])
+    assert "ablation-full-no-repair" in capsys.readouterr().out
+
+
+def test_of_one_seed_there_is_no_spread() -> None:
+    ablation = script("ablation")
+    row = {"method": "ablation-full", "title": "all", "keep": 50.0, "cpu_s": 9.0}
+    tables = [{"rows": [{**row, "top1": top1, "agreement": 90.0, "kl": 0.5}]} for top1 in (70.0, 72.0)]
+    assert ablation.as_text(tables[:1], ["ablation-full"]).endswith(
+        "| 50 % | all | 70.00 | 90.00 | 0.5000 | 9 |"
+    )
+    assert "| 71.00 ± 1.00 | 90.00 ± 0.00 |" in ablation.as_text(tables, ["ablation-full"])
+
+
+def test_who_lacks_torch_pruning_is_told_before_the_work(monkeypatch, capsys) -> None:
+    compare = script("compare")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = ["--checkpoint", "x", "--data-dir", "y", "--methods", "corp", "tp-taylor-uniform"]
+    assert compare.main(flags) == 2
+    assert "pip install 'mhacut[bench]'" in capsys.readouterr().err
+
+
 # --- finetune.py ---
 
 
@@ -634,7 +665,7 @@ def test_the_cost_of_pruning_is_told_per_stage(monkeypatch, tmp_path, capsys) ->
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("| test_vit | balanced | 4 |")
     (row,) = json.loads(file.read_text()).values()
-    assert set(overhead.STAGES) - set(row["seconds"]) == {"tuning"}
+    assert set(overhead.STAGES) - set(row["seconds"]) == {"tuning", "swapping channels"}
     # Not less: on Linux a child starts with the peak of its parent, which here is large.
     assert 0 < row["start"]["peak_mib"] <= row["all"]["peak_mib"]
     monkeypatch.setattr(overhead, "measure", None)  # what is in the file is not run again

@@ -280,7 +280,8 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert f"saved {out}" in lines
     assert f"loads with: mhacut.load_model({str(out)!r})" in lines
     assert any(line.startswith("searched on 8 synthetic") for line in lines)
-    assert max(map(len, lines[:5])) <= 80
+    assert lines[4].startswith("KL to dense (2 images)  ")
+    assert max(map(len, lines[:6])) <= 80
     assert "num_classes 7" in result.stderr
     assert mhacut.load_model(out).num_classes == 7
 
@@ -290,7 +291,7 @@ def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
     assert result.exit_code == 0, result.stderr
     assert "top-1, % of 14 images" in result.stdout
-    assert "dry run: nothing was written" in result.stdout
+    assert "dry run: no model was written" in result.stdout
 
 
 def test_prune_json(tiny_vit, tmp_path):
@@ -304,6 +305,8 @@ def test_prune_json(tiny_vit, tmp_path):
     assert document["slim"]["flops"] <= document["budget"] < document["dense"]["flops"]
     assert document["dense"]["latency_ms"] is None
     assert len(document["log"]) == 2
+    assert (document["divergence_of"], document["judged_on"]) == ("answers", 2)
+    assert 0 < document["divergence"] < 1
     assert {"reading", "searching", "cutting", "writing"} <= set(document["seconds"])
     slim = load_file(out)
     hidden = next(layer for layer in document["layers"] if layer["kind"] == "hidden")

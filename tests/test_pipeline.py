@@ -187,6 +187,8 @@ def test_budgets_may_be_numbers(tiny_vit, tmp_path):
     assert prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops).budget == flops
     with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
         prune(tiny_vit, tmp_path / "other.safetensors", flops=50)
+    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+        prune(tiny_vit, tmp_path / "other.safetensors", flops=0.5)
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         prune(tiny_vit, tmp_path / "slim.pth")
 
@@ -487,6 +489,13 @@ def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypa
         ),
         ({"amp": True}, ["--amp has no effect: nothing is trained"]),
         ({"amp": True, "gain_steps": 1}, []),
+        (
+            {"labels": False, "val_split": "held"},
+            [
+                "--val-split has no effect: there are no images without --data-dir or --dataset",
+                "--no-labels has no effect: there are no images without --data-dir or --dataset",
+            ],
+        ),
         ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
         (
             {"repair": False, "repair_in_order": True},

@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import compare
-from methods import chosen
+from methods import METHODS, chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], add_help=False)
+    rows = [name for name in METHODS if name.startswith("ablation-")]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"All other flags are those of compare.py. Rows: {', '.join(rows)}.",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--merge", required=True, metavar="STEM")
     parser.add_argument("--methods", nargs="+", default=["ablation-*"], metavar="GLOB")
@@ -36,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = [*others, "--methods", *asked.methods, "--seed", str(seed), "--merge", file]
         with contextlib.redirect_stdout(io.StringIO()):  # one table for all seeds is printed below
             failed |= compare.main(flags)
+        if not Path(file).exists():
+            return failed  # nothing was begun; compare.py has said why
         tables.append(json.loads(Path(file).read_text(encoding="utf-8")))
     about = {**tables[0]["machine"], "seeds": asked.seeds, "checkpoint": tables[0]["setup"]["checkpoint"]}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
@@ -67,7 +73,8 @@ def _is(row: dict[str, Any], name: str, keep: float) -> bool:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{statistics.fmean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 if __name__ == "__main__":

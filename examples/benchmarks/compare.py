@@ -92,6 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    if any(method.name.startswith("tp-") for method in methods) and not importlib.util.find_spec(
+        "torch_pruning"
+    ):
+        print(
+            "Torch-Pruning is missing: pip install 'mhacut[bench]', or choose other --methods",
+            file=sys.stderr,
+        )
+        return 2
     exists = os.path.exists(asked.checkpoint)
     setup = Setup(
         checkpoint=os.path.abspath(asked.checkpoint) if exists else asked.checkpoint,

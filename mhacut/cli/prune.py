@@ -47,9 +47,11 @@ def _text(result: PruneResult) -> str:
         ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
         label = f"latency, ms (batch {result.latency_batch_size}, {safe(result.device)})"
         rows.append([label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio])
+    name = "KL to dense" if result.divergence_of == "answers" else "error of features, of their variance"
+    rows.append([f"{name} ({result.judged_on} images)", "", f"{result.divergence:.2g}", ""])
     lines = [table(rows), ""]
     if result.output is None:
-        lines.append("dry run: nothing was written")
+        lines.append("dry run: no model was written")
     else:
         lines.append(f"saved {safe(result.output)}")
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
@@ -70,6 +72,9 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "budget": result.budget,
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
+        "divergence": _finite(result.divergence),
+        "divergence_of": result.divergence_of,
+        "judged_on": result.judged_on,
         "data": result.data,
         "left_whole": list(result.left_whole),
         "layers": [
