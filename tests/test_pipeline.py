@@ -86,21 +86,27 @@ def test_a_head_with_one_output_is_judged_by_what_it_says(tiny_vit, tmp_path):
     tensors = load_file(tiny_vit.path)
     tensors |= {name: tensors[name][:1].clone() for name in ("head.weight", "head.bias")}
     save_file(tensors, tmp_path / "one.safetensors")
-    notes = []
-
-    class Noting(Silent):
-        def note(self, text):
-            notes.append(text)
-
-    prune(
-        tiny_vit,
-        tmp_path / "slim.safetensors",
-        checkpoint=tmp_path / "one.safetensors",
-        tuning_steps=1,
-        reporter=Noting(),
+    told, checkpoint = Told(), tmp_path / "one.safetensors"
+    result = prune(
+        tiny_vit, tmp_path / "slim.safetensors", checkpoint=checkpoint, tuning_steps=1, reporter=told
     )
-    (told,) = (note for note in notes if note.startswith("tuning: "))
-    assert float(re.search(r"images (\S+) without", told)[1]) > 0
+    (tuning,) = (note for note in told.notes if note.startswith("tuning"))
+    assert float(re.search(r"images (\S+) without", tuning)[1]) > 0
+    assert result.divergence_of == "features"
+    assert result.divergence > 0
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e3])
+def test_what_training_was_left_out_is_told(tiny_vit, tmp_path, lr):
+    told = Told()
+    options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr, "reporter": told}
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+    for what in ("tuning", "training gains"):
+        (note,) = (note for note in told.notes if note.startswith(what))
+        without, then = map(float, re.search(r"images (\S+) without, (\S+) with", note).groups())
+        assert note.startswith(f"{what} was left out") == (not then <= without)  # it may be no number
+    assert result.divergence < 1
+    assert result.judged_on == 2
 
 
 def test_a_slim_file_can_be_pruned_again(tiny_vit, tmp_path):
