@@ -122,19 +122,24 @@ def test_readers_of_several_places_are_weighed_each():
     assert left < error(layer.greedy(3))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_swaps_end_where_no_error_is_left(seed, monkeypatch):
-    layer = Layer(seed, 1, 12, sources=5)
+def test_swaps_end_where_no_error_is_left(monkeypatch):
+    layer = Layer(0, 1, 12, sources=5)
     layer.columns[:, 6:] = 0
-    rounds, swapped = [], _Choice.swapped
+    rounds, swapped, begun = [], _Choice.swapped, _Choice.__init__
+
+    def rounded_up(choice, *args):
+        begun(choice, *args)
+        choice.served *= 1 + 1e-12  # as rounding may leave it: more than the whole
 
     def counted(choice, *places):
         rounds.append(places)
         assert len(rounds) < 50
         return swapped(choice, *places)
 
+    monkeypatch.setattr(_Choice, "__init__", rounded_up)
     monkeypatch.setattr(_Choice, "swapped", counted)
-    assert layer.error(layer.swapped(8)) == pytest.approx(0, abs=1e-4)
+    kept = swap_channels(layer.second, layer.columns, torch.arange(8)[None])
+    assert layer.error(kept) == pytest.approx(0, abs=1e-4)
 
 
 class Unit:
