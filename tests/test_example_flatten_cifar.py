@@ -72,6 +72,7 @@ def test_a_run_that_was_stopped_ends_at_the_same_bytes(script, folder, monkeypat
         run(folder / "straight")
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_every_method_and_goes_on(script, folder, monkeypatch, capsys):
     train, table = script("train"), script("table")
     recipe = train.Recipe((8, 16, 40, 64), 1, 0, 16)

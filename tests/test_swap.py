@@ -192,6 +192,8 @@ def test_prune_swaps_where_it_is_asked_to(tiny_vit, tmp_path):
         "model_args": tiny_vit.args,
         "allocation": "uniform",
         "repair_in_order": False,
+        "calibration_images": 64,
+        "latency": False,
     }
     found = {
         asked: prune(tiny_vit.path, output=tmp_path / f"{asked}.safetensors", swap_moves=asked, **options)
