@@ -45,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm's")
-    parser.add_argument("--images", nargs="+", type=int, default=[64, 256], help="to calibrate on")
+    parser.add_argument("--images", nargs="*", type=int, default=[64, 256], help="to calibrate on")
     parser.add_argument("--efforts", nargs="+", default=[], help="rows with the images of an effort")
     parser.add_argument("--flops", default="50%")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="that prunes, such as cuda; memory is the host's")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--merge", type=Path, metavar="FILE", help="keep rows there, and reuse them")
     asked = parser.parse_args(arguments)
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in asked.models:
             for effort, images in ways:
                 name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
+                name += "" if asked.device == "cpu" else f" {asked.device}"
                 wanted.append(name)
                 if name in rows:
                     continue
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if asked.merge is not None:
                     asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     about = {**describe_machine(asked.threads), "seed": asked.seed, "budget": asked.flops}
+    about["device"] = asked.device
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     print("\n" + as_text([rows[name] for name in wanted]))
 
@@ -95,7 +98,7 @@ def measure(
     ]
     command += [] if images is None else ["--calibration-images", str(images)]
     command += ["--output", str(weights.parent / "slim.safetensors"), "--overwrite"]
-    process = run([*command, "--no-latency", "--device", "cpu", "--json"], asked.threads)
+    process = run([*command, "--no-latency", "--device", asked.device, "--json"], asked.threads)
     told = json.loads(process.stdout)
     return {
         "model": model,
