@@ -31,14 +31,13 @@ import mhacut
 from mhacut.checkpoint.load import read_header
 from mhacut.cli.app import app
 from mhacut.cli.config import read_config
-from mhacut.data import Preprocessing, evaluation_loader
+from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import run as run_module
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
-from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
 from mhacut.finetuning.training import Trainer
 from mhacut.options import DataOptions
@@ -411,27 +410,6 @@ def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tun
         tune("cut", workers=2)
     assert told.value.__traceback__ is not None
     assert set(multiprocessing.active_children()) <= before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_outlived_the_signal_to_its_group_ends_when_it_is_asked_to(number):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-
-    def read():
-        outlive_first_signal(0)
-        ready.set()
-        time.sleep(100)
-
-    process = context.Process(target=read, daemon=True)
-    process.start()
-    assert ready.wait(60)
-    os.kill(process.pid, number)
-    process.join(0.5)
-    assert process.is_alive()
-    process.terminate()
-    process.join(20)
-    assert not process.is_alive()
 
 
 def test_the_command_to_go_on_with_can_be_pasted(tune, monkeypatch):
@@ -933,20 +911,3 @@ def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
         assert trainer.network is trainer.model
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_processes_that_read_validation_images_outlive_the_signal_too(images, number, monkeypatch):
-    options = FinetuneOptions.from_flat(checkpoint="a", data_dir=images, workers=1)
-    processes = Processes(0, 1, torch.device("cpu"))
-
-    def by_twos(*given, **named):
-        return evaluation_loader(*given, **{**named, "batch_size": 2})
-
-    monkeypatch.setattr(measuring_module, "evaluation_loader", by_twos)
-    loader = measuring_module.validation_images(options, PREPROCESSING, CLASSES, processes, print)
-    batches = iter(loader)
-    first, _ = next(batches)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, number)
-    assert len(first) + sum(len(more) for more, _ in batches) == 14

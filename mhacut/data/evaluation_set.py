@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from mhacut.data.folders import find_folder, label_images, listed, scan, subfold
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
+from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError
 
 
@@ -33,7 +34,6 @@ class EvaluationLoader:
         num_classes: int | None,
         description: str,
         fingerprint: str,
-        prepare_worker: Callable[[int], None] | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         """Of what is measured, whatever part of it is read here; equal for equal data."""
@@ -47,7 +47,7 @@ class EvaluationLoader:
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=outlive_first_signal,
         )
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         bad: list[Unreadable] = []
         seen = 0
-        for images, labels, unreadable in self._loader:
+        for images, labels, unreadable in start_reading(self._loader):
             bad += unreadable
             seen += len(labels)
             if not len(labels):
@@ -94,7 +94,6 @@ def evaluation_loader(
     class_map: Path | None = None,
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
-    prepare_worker: Callable[[int], None] | None = None,
 ) -> EvaluationLoader:
     """Labelled images of ``split`` to measure accuracy on.
 
@@ -109,7 +108,6 @@ def evaluation_loader(
         class_map: text file, one class name a line, in the order of the model's head.
         limit: at most so many images, chosen evenly over the classes and always alike; None for all.
         part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
-        prepare_worker: called in each process that reads images, with its number, before it does.
 
     Raises:
         DataError: images or labels that are missing or do not fit the model. Unreadable images come to light
@@ -130,7 +128,6 @@ def evaluation_loader(
             class_map,
             limit,
             part,
-            prepare_worker,
         )
     if data_dir is None:
         raise UsageError("nothing to evaluate on: give --data-dir or --dataset")
@@ -159,7 +156,6 @@ def evaluation_loader(
         num_classes=num_classes,
         description=description,
         fingerprint=whole,
-        prepare_worker=prepare_worker,
     )
 
 
@@ -174,7 +170,6 @@ def _from_named(
     class_map: Path | None,
     limit: int | None,
     part: tuple[int, int],
-    prepare_worker: Callable[[int], None] | None,
 ) -> EvaluationLoader:
     opened = open_named(name, root, split, class_map, num_classes, check_classes=True)
     samples: Dataset[Sample] | IterableDataset[Sample]
@@ -205,5 +200,4 @@ def _from_named(
         num_classes=num_classes,
         description=f"{all_of_them or 'all'} images of {name} {split}",
         fingerprint=whole,
-        prepare_worker=prepare_worker,
     )

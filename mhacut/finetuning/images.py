@@ -24,8 +24,8 @@ from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
 from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
+from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError
-from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import AugmentationOptions
 from mhacut.options import DataOptions
 
@@ -292,7 +292,7 @@ def training_loader(
         pin_memory=pin_memory,
         worker_init_fn=outlive_first_signal,
     )
-    for stacked, labels, unreadable in loader:
+    for stacked, labels, unreadable in start_reading(loader):
         if len(stacked) < len(labels):
             raise DataError(
                 f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "

@@ -11,24 +11,6 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def outlive_first_signal(worker: int) -> None:
-    """Make a process that reads images outlive the signals that its group is sent.
-
-    A terminal's Ctrl-C, and many a scheduler, reach it as well as the process it reads for, which still needs
-    the step's images. torch ends it when it is needed no longer, with a second SIGTERM if need be.
-
-    Args:
-        worker: its number, as a ``DataLoader`` says.
-    """
-
-    def outlived(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    for number in _SIGNALS:
-        signal.signal(number, outlived)
-
-
 class StopRequest:
     """Whether somebody asked to stop."""
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
 from mhacut.evaluate import Evaluation, evaluate
-from mhacut.finetuning.interrupt import outlive_first_signal
 from mhacut.finetuning.options import FinetuneOptions
 from mhacut.processes import Processes
 
@@ -47,7 +46,6 @@ def validation_images(
         class_map=None if data.class_map is None else Path(data.class_map),
         limit=options.eval_images,
         part=(processes.rank, processes.size),
-        prepare_worker=outlive_first_signal,
     )
 
 
