@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -35,6 +37,11 @@ CASES = (
     Case("beit3_base_patch16_224", {**SMALL, "embed_dim": 96, "num_heads": 4}),
     Case("vit_tiny_patch16_224", {**SMALL, "embed_dim": 96, "qk_norm": True}),
 )
+
+
+def slow_except(fast: Collection[str], names: Iterable[str]) -> list:
+    """``names`` to parametrize a test with; those that are not in ``fast`` are marked slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def build(case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

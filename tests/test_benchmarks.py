@@ -660,10 +660,11 @@ def test_the_table_of_runs_has_mean_and_spread(finetune) -> None:
 def test_the_cost_of_pruning_is_told_per_stage(monkeypatch, tmp_path, capsys) -> None:
     overhead = script("overhead")
     file = tmp_path / "rows.json"
-    flags = ["--models", "test_vit", "--images", "4", "--threads", "1", "--merge", str(file)]
+    flags = ["--models", "test_vit", "--depths", "2", "--images", "4", "--threads", "1"]
+    flags += ["--merge", str(file)]
     overhead.main(flags)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("| test_vit | balanced | 4 |")
+    assert line.startswith("| test_vit, 2 blocks | balanced | 4 |")
     (row,) = json.loads(file.read_text()).values()
     assert set(overhead.STAGES) - set(row["seconds"]) == {"tuning", "swapping channels"}
     # Not less: on Linux a child starts with the peak of its parent, which here is large.

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import SLIM
+from models import slow_except
 from safetensors.torch import load_file, save_file
 from test_cli import run
-from test_flatten_models import by_weight
 
 import mhacut
 from mhacut.checkpoint.load import read_model
@@ -20,7 +20,7 @@ from mhacut.exporting import run as exporting
 from mhacut.exporting import runtimes
 
 
-@pytest.mark.parametrize("name", by_weight(SLIM, fast={"vit", "distilled", "flatten"}))
+@pytest.mark.parametrize("name", slow_except({"vit", "distilled", "flatten"}, SLIM))
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, slim_of, tmp_path):
     result = mhacut.export(slim_of(name), format=format, output=tmp_path / "file")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from flatten_official import OFFICIAL, PROBED, REFERENCED, digest, images, official_name, official_state
+from models import slow_except
 from torch import nn
 
 import mhacut
@@ -38,10 +39,6 @@ def small(name: str, **args) -> nn.Module:
     return model.eval()
 
 
-def by_weight(names, fast=FAST) -> list:
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 def filled(name: str) -> nn.Module:
     """The model with the weights of the recipe, brought to it as an official checkpoint would be; float64."""
     model = timm.create_model(name).eval().double()
@@ -52,7 +49,7 @@ def filled(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", by_weight(REFERENCED))
+@pytest.mark.parametrize("name", slow_except(FAST, REFERENCED))
 @torch.no_grad()
 def test_logits_are_those_of_the_official_model(name):
     facts, model = OFFICIAL[name], filled(name)
@@ -100,7 +97,7 @@ def test_parameters_are_those_of_the_official_model(name):
     assert model.patch_embed.img_size == (OFFICIAL[name]["img_size"],) * 2
 
 
-@pytest.mark.parametrize("name", by_weight(OFFICIAL))
+@pytest.mark.parametrize("name", slow_except(FAST, OFFICIAL))
 def test_flops_are_those_of_the_official_model(name):
     size = OFFICIAL[name]["img_size"]
     assert measure_flops(timm.create_model(name).eval(), (3, size, size)) == OFFICIAL[name]["flops"]
@@ -193,7 +190,7 @@ def test_training_reaches_every_parameter(name):
             torch.testing.assert_close(grads[1][key], grad)
 
 
-@pytest.mark.parametrize("name", by_weight(SMALL, fast={"flatten_cswin_tiny_224"}))
+@pytest.mark.parametrize("name", slow_except({"flatten_cswin_tiny_224"}, SMALL))
 @torch.no_grad()
 def test_export_with_any_batch(name):
     model = small(name)

@@ -12,11 +12,11 @@ import timm
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import relative
+from models import relative, slow_except
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_flatten_adapters import CASES, build, image
-from test_flatten_models import SMALL, by_weight
+from test_flatten_models import SMALL
 from torch import Tensor
 
 import mhacut
@@ -252,7 +252,7 @@ def checkpoint(case: str, folder) -> tuple[object, dict]:
     return path, {"model": name, "model_args": {"img_size": 64, **args}}
 
 
-@pytest.mark.parametrize("case", by_weight(SMALL, fast={"flatten_pvt_v2_b0"}))
+@pytest.mark.parametrize("case", slow_except({"flatten_pvt_v2_b0"}, SMALL))
 def test_from_file_to_file_and_again(case, tmp_path):
     path, told = checkpoint(case, tmp_path)
     first = mhacut.prune(path, flops="60%", output=tmp_path / "first.safetensors", **told, **QUICK)

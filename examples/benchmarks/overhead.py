@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ _WRITE = """
 import sys, mhacut, timm, torch
 from safetensors.torch import save_file
 torch.manual_seed(0)
-save_file(timm.create_model(sys.argv[1]).state_dict(), sys.argv[2])
+blocks = {"depth": int(depth) for depth in sys.argv[3:]}
+save_file(timm.create_model(sys.argv[1], **blocks).state_dict(), sys.argv[2])
 """
 
 
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm's")
+    parser.add_argument("--depths", nargs="+", type=int, default=[None], help="blocks, not the model's own")
     parser.add_argument("--images", nargs="*", type=int, default=[64, 256], help="to calibrate on")
     parser.add_argument("--efforts", nargs="+", default=[], help="rows with the images of an effort")
     parser.add_argument("--flops", default="50%")
@@ -59,17 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = json.loads(asked.merge.read_text(encoding="utf-8"))
     wanted = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in asked.models:
+        for model, depth in product(asked.models, asked.depths):
+            blocks = [] if depth is None else [str(depth)]
             for effort, images in ways:
                 name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
+                name += "" if depth is None else f" {depth} blocks"
                 name += "" if asked.device == "cpu" else f" {asked.device}"
                 wanted.append(name)
                 if name in rows:
                     continue
-                weights = Path(folder) / f"{model}.safetensors"
+                weights = Path(folder) / f"{model}{depth or ''}.safetensors"
                 if not weights.exists():
-                    subprocess.run([sys.executable, "-c", _WRITE, model, str(weights)], check=True)
-                rows[name] = measure(weights, model, effort, images, asked)
+                    subprocess.run([sys.executable, "-c", _WRITE, model, str(weights), *blocks], check=True)
+                rows[name] = measure(weights, model, depth, effort, images, asked)
                 if asked.merge is not None:
                     asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     about = {**describe_machine(asked.threads), "seed": asked.seed, "budget": asked.flops}
@@ -79,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    weights: Path, model: str, effort: str, images: int | None, asked: argparse.Namespace
+    weights: Path, model: str, depth: int | None, effort: str, images: int | None, asked: argparse.Namespace
 ) -> dict[str, Any]:
     """One row."""
     opened = [str(weights), "--model", model]
+    opened += [] if depth is None else ["--model-arg", f"depth={depth}"]
     mhacut = [sys.executable, "-m", "mhacut"]
     start = run([*mhacut, "inspect", *opened], asked.threads)
     command = [
@@ -101,7 +107,7 @@ def measure(
     process = run([*command, "--no-latency", "--device", asked.device, "--json"], asked.threads)
     told = json.loads(process.stdout)
     return {
-        "model": model,
+        "model": model if depth is None else f"{model}, {depth} blocks",
         "effort": effort,
         "data": told["data"],
         "seconds": told["seconds"],
