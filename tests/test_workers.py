@@ -1,10 +1,12 @@
-"""Processes that read images outlive a signal to their group, whenever it comes."""
+"""Processes that read images outlive a signal to their group, whenever it comes; nobody waits for them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,14 +14,43 @@ import torch
 from torch.utils.data._utils import signal_handling
 
 from mhacut.data import EvaluationLoader
-from mhacut.data.workers import outlive_first_signal
+from mhacut.data.workers import STOP_SIGNALS, outlive_first_signal
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
 
-IMAGES = [(torch.zeros(3, 2, 2), label) for label in range(12)]
-
-pytestmark = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+either_signal = pytest.mark.parametrize("number", STOP_SIGNALS)
 
 
+class Images(list):
+    """Read in another process, which signals reach."""
+
+    def __getitem__(self, index):
+        assert multiprocessing.parent_process() is not None
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return super().__getitem__(index)
+
+
+IMAGES = Images((torch.zeros(3, 2, 2), label) for label in range(12))
+
+
+def validation_labels():
+    loader = EvaluationLoader(
+        IMAGES, total=12, batch_size=2, workers=1, num_classes=12, description="", fingerprint=""
+    )
+    for _, labels in loader:
+        yield from labels.tolist()
+
+
+def training_labels():
+    images = TrainingImages(IMAGES, count=12, labelled=True, description="", fingerprint="")
+    batches = StepBatches(12, batch_size=2, parts=1, seed=0)
+    for batch in training_loader(images, batches, start=0, stop=6, mine=[0], workers=1, pin_memory=False):
+        yield from batch.labels.tolist()
+
+
+either_loader = pytest.mark.parametrize("labels", [validation_labels, training_labels])
+
+
+@either_signal
 def test_a_process_that_outlived_the_signal_ends_when_it_is_asked_to(number):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
@@ -40,32 +71,20 @@ def test_a_process_that_outlived_the_signal_ends_when_it_is_asked_to(number):
     assert not process.is_alive()
 
 
-def validation_labels():
-    loader = EvaluationLoader(
-        IMAGES, total=12, batch_size=2, workers=1, num_classes=12, description="", fingerprint=""
-    )
-    for _, labels in loader:
-        yield from labels.tolist()
-
-
-def training_labels():
-    images = TrainingImages(IMAGES, count=12, labelled=True, description="", fingerprint="")
-    batches = StepBatches(12, batch_size=2, parts=1, seed=0)
-    for batch in training_loader(images, batches, start=0, stop=6, mine=[0], workers=1, pin_memory=False):
-        yield from batch.labels.tolist()
-
-
-@pytest.mark.parametrize("labels", [validation_labels, training_labels])
+@either_loader
+@either_signal
 def test_a_signal_while_images_are_read_costs_none(labels, number):
+    before = set(multiprocessing.active_children())
     read = labels()
     first = next(read)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, number)
+    (reader,) = set(multiprocessing.active_children()) - before
+    os.kill(reader.pid, number)
     assert sorted([first, *read]) == list(range(12))
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches what is forked")
-@pytest.mark.parametrize("labels", [validation_labels, training_labels])
+@either_loader
+@either_signal
 def test_a_signal_at_the_start_of_reading_costs_no_image(labels, number, monkeypatch):
     # torch lets SIGTERM end a process that has started and is not yet ready to read.
     set_by_torch = signal_handling._set_worker_signal_handlers
@@ -77,3 +96,72 @@ def test_a_signal_at_the_start_of_reading_costs_no_image(labels, number, monkeyp
     monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", signalled)
     assert sorted(labels()) == list(range(12))
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_signal_to_the_caller_as_reading_starts_leaves_it_open_to_the_next(monkeypatch):
+    """Python may raise once the mask has changed, before the call that changed it returns."""
+    change = signal.pthread_sigmask
+
+    def interrupted(how, numbers):
+        before = change(how, numbers)
+        if how == signal.SIG_BLOCK and numbers:
+            raise KeyboardInterrupt
+        return before
+
+    monkeypatch.setattr(signal, "pthread_sigmask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(validation_labels())
+    assert not change(signal.SIG_BLOCK, [])
+
+
+READING = """
+from mhacut.data import EvaluationLoader
+
+class Images(list):
+    def __getitem__(self, index):
+        {then}
+        return super().__getitem__(index)
+
+images = Images((__import__("torch").zeros(3, 2, 2), 0) for _ in range(100))
+loader = EvaluationLoader(
+    images, total=100, batch_size=2, workers=1, num_classes=1, description="", fingerprint=""
+)
+batches = iter(loader)
+next(batches)
+"""
+
+
+def run(tmp_path, script: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "program.py"
+    path.write_text(script, encoding="utf-8")
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=100)
+
+
+def test_a_program_that_stops_reading_half_way_ends(tmp_path):
+    assert run(tmp_path, READING.format(then="")).returncode == 0
+
+
+def test_a_program_that_fails_where_images_are_read_ends(tmp_path):
+    failed = run(tmp_path, READING.format(then="raise RuntimeError('no such image')"))
+    assert failed.returncode == 1
+    assert "no such image" in failed.stderr
+
+
+SPAWNING = """
+import multiprocessing, signal
+from torch.utils.data import DataLoader
+from mhacut.data.workers import start_reading
+
+def tell(worker):
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    print(*sorted(number.name for number in held), flush=True)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=tell)))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signal masks")
+def test_signals_wait_for_spawned_processes_too(tmp_path):
+    assert run(tmp_path, SPAWNING).stdout.split() == ["SIGINT", "SIGTERM"]

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from process import Process, describe_machine, run
 
 MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--merge", type=Path, metavar="FILE", help="keep rows there, and reuse them")
     asked = parser.parse_args(arguments)
+    if not (asked.images or asked.efforts):
+        parser.error("expected --images or --efforts")
+    device = torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda") else asked.device
     ways = [("balanced", images) for images in asked.images] + [(effort, None) for effort in asked.efforts]
     rows: dict[str, dict[str, Any]] = {}
     if asked.merge is not None and asked.merge.exists():
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for effort, images in ways:
                 name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
                 name += "" if depth is None else f" {depth} blocks"
-                name += "" if asked.device == "cpu" else f" {asked.device}"
+                name += "" if asked.device == "cpu" else f" {device}"
                 wanted.append(name)
                 if name in rows:
                     continue
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if asked.merge is not None:
                     asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     about = {**describe_machine(asked.threads), "seed": asked.seed, "budget": asked.flops}
-    about["device"] = asked.device
+    about["device"] = device
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     print("\n" + as_text([rows[name] for name in wanted]))
 

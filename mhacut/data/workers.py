@@ -1,37 +1,44 @@
-"""Processes that read images outlive a signal to their group, as the one that they read for does."""
+"""Processes that read images: a signal to their whole group does not end them before they are asked to."""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What asks a process to stop: Ctrl-C, and a scheduler."""
+_started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over ``loader``, whose processes are safe from signals from the moment they start.
+    """Iterate over ``loader``, whose processes are safe from a first signal from the moment they start.
 
-    A signal waits until :func:`outlive_first_signal`, which must be the loader's ``worker_init_fn``, is ready
-    for it: until then it would end the process, by torch's own handler, and the whole run with it.
+    Args:
+        loader: with :func:`outlive_first_signal` as its ``worker_init_fn``. Until a process has come that
+            far a signal waits; it would end the process, and the whole run with it.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal is sent to a group
+    if not loader.num_workers:
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with _signals_held():
+        iterator = iter(loader)
+        _started.add(iterator)
+    return iterator
 
 
 def outlive_first_signal(worker: int) -> None:
-    """Make a process that reads images outlive the signals that its group is sent.
+    """Make a process that reads images outlive the first signal, which may be meant for its group.
 
     A terminal's Ctrl-C, and many a scheduler, reach it as well as the process it reads for, which may still
-    need the images. torch ends it when it is needed no longer, with a second SIGTERM if need be.
+    need the images.
 
     Args:
         worker: its number, as a ``DataLoader`` says.
@@ -41,7 +48,38 @@ def outlive_first_signal(worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, outlived)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """In the block, signals wait, and do so in processes started there until these say otherwise."""
+    method = multiprocessing.get_start_method()
+    if method == "forkserver" or not hasattr(signal, "pthread_sigmask"):
+        yield  # a server would pass it on to all that anybody has it start; Windows has no masks
+        return
+    if method == "spawn":
+        resource_tracker.ensure_running()  # its start, at the first process, would let signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        # Within "try", because a signal that came just before may raise here, with all held already.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_reading() -> None:
+    """End what still reads when Python exits, which would send it one signal and wait for ever.
+
+    Runs before torch's and Python's own exit functions, which are older.
+    """
+    for iterator in list(_started):
+        iterator._shutdown_workers()  # nothing public ends them while somebody, a traceback maybe, holds it
+        for process in iterator._workers:
+            if process.is_alive():
+                process.kill()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from mhacut.data.workers import STOP_SIGNALS
 
 
 class StopRequest:
@@ -28,7 +28,7 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -38,7 +38,7 @@ def stop_request() -> Iterator[StopRequest]:
         request.asked = True
         restore()
 
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, note)
     try:
         yield request
