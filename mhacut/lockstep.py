@@ -52,6 +52,9 @@ def run_in_lockstep(
             thread.join()
     finally:
         crew.barrier.abort()  # of an interrupted run: nobody waits for ever
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()  # Python aborts where threads are still in torch as it exits
         for handle in handles:
             handle.remove()
     if crew.error is not None:
@@ -80,6 +83,8 @@ class _Crew:
         self.mine.place = model, batch
         try:
             with self.turn, torch.no_grad():
+                if self.barrier.broken:
+                    return
                 self.models[model](self.batches[batch])
                 self._wait("")  # for those that still have a stop to make, which would wait for ever
         except threading.BrokenBarrierError:

@@ -356,6 +356,15 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_end(
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_what_a_killed_write_left_behind_is_removed(tune, options):
+    folder = tune().folder
+    left = folder / ".state.pt.29043ad2701d.tmp"
+    left.write_bytes(b"half")
+    resume(folder) if "resume" in options else tune(**options)
+    assert not left.exists()
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
     write_whole(path, b"old")
@@ -400,6 +409,40 @@ def interrupt_every_step(monkeypatch):
         return step(self, count, batches)
 
     monkeypatch.setattr(Trainer, "step", stopped_in)
+
+
+def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, monkeypatch):
+    told = []
+    measure = measuring_module.evaluate
+    calls = []
+
+    def asked_in(*given, **named):
+        calls.append(len(told))
+        if len(calls) == 2:  # after the first epoch; once before it
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*given, **named)
+
+    monkeypatch.setattr(measuring_module, "evaluate", asked_in)
+    with pytest.raises(Interrupted, match="after step 4 of 6"):
+        tune(reporter=Listener(told))
+    answer = "stopping once this is measured and saved; asked again, at once"
+    assert told[calls[1]] == answer
+    assert told.count(answer) == 1
+
+
+def test_an_interruption_once_all_is_saved_says_so(tune, monkeypatch):
+    measure = measuring_module.evaluate
+    calls = []
+
+    def interrupted(*given, **named):
+        calls.append(1)
+        if len(calls) == 4:  # before, after each of two epochs, and the file
+            raise KeyboardInterrupt
+        return measure(*given, **named)
+
+    monkeypatch.setattr(measuring_module, "evaluate", interrupted)
+    with pytest.raises(Interrupted, match=r"all 6 steps are done and saved; .*best\.safetensors was not"):
+        tune()
 
 
 def test_nothing_reads_images_any_more_when_it_is_told_that_training_stopped(tune, monkeypatch):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -240,6 +243,20 @@ def test_models_that_run_on_alone_are_refused():
     thread.join(30)  # those at a stop would wait for the others for ever
     assert told
     assert told[0].endswith("nothing more and second")
+
+
+def test_an_interrupted_run_leaves_no_thread_behind():
+    """Python aborts where one is still in torch as it exits."""
+    before = threading.active_count()
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return ()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_lockstep([Chain(1.0)] * 2, [torch.ones(1, 2).double()] * 3, ("first", "second"), interrupted)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("where", ["stop", "model"])

@@ -141,6 +141,37 @@ def test_a_program_that_stops_reading_half_way_ends(tmp_path):
     assert run(tmp_path, READING.format(then="")).returncode == 0
 
 
+PATIENT = """
+from torch.utils.data._utils import worker
+worker.MP_STATUS_CHECK_INTERVAL = 1000  # seconds between torch's own looks whether the parent is there
+"""
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches what is forked")
+def test_processes_end_with_a_program_that_a_signal_to_all_of_them_ends(tmp_path):
+    program = tmp_path / "program.py"
+    waiting = "print(flush=True)\n__import__('time').sleep(1000)\n"
+    program.write_text(PATIENT + READING.format(then="") + waiting)
+    command = [sys.executable, program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as running:
+        assert running.stdout.readline()
+        os.killpg(running.pid, signal.SIGTERM)
+        running.communicate(timeout=60)  # to the pipe's end, which processes that read hold too
+    assert running.returncode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_a_child_that_exits_leaves_the_processes_to_its_parent(tmp_path):
+    forking = """
+import os, sys
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print(1 + sum(1 for _ in batches))
+"""
+    assert run(tmp_path, READING.format(then="") + forking).stdout == "50\n"
+
+
 def test_a_program_that_fails_where_images_are_read_ends(tmp_path):
     failed = run(tmp_path, READING.format(then="raise RuntimeError('no such image')"))
     assert failed.returncode == 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from process import Process, describe_machine, run
+from process import FailedError, Process, describe_machine, run
 
 MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
 STAGES = (
@@ -59,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if not (asked.images or asked.efforts):
         parser.error("expected --images or --efforts")
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {asked.device}: this machine has no usable CUDA GPU")
     device = torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda") else asked.device
     ways = [("balanced", images) for images in asked.images] + [(effort, None) for effort in asked.efforts]
     rows: dict[str, dict[str, Any]] = {}
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue
                 weights = Path(folder) / f"{model}{depth or ''}.safetensors"
                 if not weights.exists():
-                    subprocess.run([sys.executable, "-c", _WRITE, model, str(weights), *blocks], check=True)
+                    told(model, [sys.executable, "-c", _WRITE, model, str(weights), *blocks], asked.threads)
                 rows[name] = measure(weights, model, depth, effort, images, asked)
                 if asked.merge is not None:
                     asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -94,7 +95,7 @@ def measure(
     opened = [str(weights), "--model", model]
     opened += [] if depth is None else ["--model-arg", f"depth={depth}"]
     mhacut = [sys.executable, "-m", "mhacut"]
-    start = run([*mhacut, "inspect", *opened], asked.threads)
+    start = told(model, [*mhacut, "inspect", *opened], asked.threads)
     command = [
         *mhacut,
         "prune",
@@ -108,19 +109,27 @@ def measure(
     ]
     command += [] if images is None else ["--calibration-images", str(images)]
     command += ["--output", str(weights.parent / "slim.safetensors"), "--overwrite"]
-    process = run([*command, "--no-latency", "--device", asked.device, "--json"], asked.threads)
-    told = json.loads(process.stdout)
+    process = told(model, [*command, "--no-latency", "--device", asked.device, "--json"], asked.threads)
+    found = json.loads(process.stdout)
     return {
         "model": model if depth is None else f"{model}, {depth} blocks",
         "effort": effort,
-        "data": told["data"],
-        "seconds": told["seconds"],
-        "start": _told(start),
-        "all": _told(process),
+        "data": found["data"],
+        "seconds": found["seconds"],
+        "start": _cost(start),
+        "all": _cost(process),
     }
 
 
-def _told(process: Process) -> dict[str, float]:
+def told(model: str, command: Sequence[str], threads: int) -> Process:
+    """What a process said and cost; the script ends with its message if it fails."""
+    try:
+        return run(command, threads)
+    except FailedError as error:
+        sys.exit(f"{model}: {error}")
+
+
+def _cost(process: Process) -> dict[str, float]:
     return {name: value for name, value in asdict(process).items() if name != "stdout"}
 
 

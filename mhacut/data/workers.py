@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 import weakref
 from collections.abc import Iterator
@@ -16,7 +17,11 @@ from torch.utils.data import DataLoader
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a process to stop: Ctrl-C, and a scheduler."""
+_LOOK_EVERY = 0.2
+"""Seconds."""
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_started.clear)  # the processes are the parent's to end
 
 
 def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -38,15 +43,23 @@ def outlive_first_signal(worker: int) -> None:
     """Make a process that reads images outlive the first signal, which may be meant for its group.
 
     A terminal's Ctrl-C, and many a scheduler, reach it as well as the process it reads for, which may still
-    need the images.
+    need the images. If that one ends instead, this one does too.
 
     Args:
         worker: its number, as a ``DataLoader`` says.
     """
+    reads_for = os.getppid()
 
     def outlived(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if hasattr(signal, "setitimer"):  # torch looks every 5 s, and Windows has none
+            signal.signal(signal.SIGALRM, look)
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != reads_for:
+            os._exit(1)
 
     for number in STOP_SIGNALS:
         signal.signal(number, outlived)

@@ -57,8 +57,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in held:
                 self.file(name).unlink()
+            self.sweep()
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed as it wrote left behind."""
+        for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY):
+            for left in self.path.glob(f".{name}.*.tmp"):
+                with suppress(OSError):
+                    left.unlink()
 
     def write_arguments(self, values: Mapping[str, Any]) -> None:
         """Keep the options of the run, in a form that ``--config`` reads."""

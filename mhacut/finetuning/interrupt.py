@@ -16,6 +16,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.answered = False
+        """Whether it was told that this takes a while."""
 
 
 @contextmanager

@@ -182,7 +182,12 @@ class _Run:
             self.reporter.start("measuring the file")
             with self.processes.together():
                 written = load_model(output)
-            after = self._measure(written)
+            try:
+                after = self._measure(written)
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"all {self.total_steps} steps are done and saved; {output} was not measured to the end"
+                ) from None
         return FinetuneResult(
             folder=self.folder.path,
             output=output,
@@ -205,6 +210,8 @@ class _Run:
         state = None
         with self.processes.together():
             if self.options.resume is not None:
+                if self.processes.first:
+                    self.folder.sweep()
                 state = self.folder.read_state()
                 if state is not None:
                     check_same(state["began_with"], self.began_with, str(self.folder.path))
@@ -277,7 +284,7 @@ class _Run:
             ended = self.step % per_epoch == 0 or self.step == self.total_steps
             every = self.options.save_every
             if ended:
-                self._end_epoch()
+                self._end_epoch(request)
                 self.reporter.start("training")
             elif stop or (every and self.step % every == 0):
                 self._save()
@@ -329,12 +336,12 @@ class _Run:
 
     # -- saving --
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, request: StopRequest) -> None:
         """Measure, write what is best and last, and a line of the summary."""
         evaluation = None
         if self.validation is not None:
             self.reporter.start("measuring")
-            evaluation = self._measure(self.trainer.result)
+            evaluation = self._measure(self.trainer.result, request)
         row = EpochSummary(
             epoch=len(self.rows),
             train_loss=self.epoch_loss / self.epoch_images,
@@ -420,14 +427,21 @@ class _Run:
         except OutputError as error:
             raise OutputError(f"after step {self.step}: {error}") from error
 
-    def _measure(self, model: nn.Module) -> Evaluation:
+    def _measure(self, model: nn.Module, request: StopRequest | None = None) -> Evaluation:
         assert self.validation is not None
+
+        def progress(done: int, total: int) -> None:
+            self.reporter.advance(done, total)
+            if request is not None and request.asked and not request.answered:
+                request.answered = True
+                self.reporter.note("stopping once this is measured and saved; asked again, at once")
+
         return measure(
             model,
             self.validation,
             self.processes,
             amp=self.options.amp,
-            progress=self.reporter.advance,
+            progress=progress,
         )
 
 
