@@ -154,8 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="GLOB",
         help="names below; by default all but mhacut's other bases and efforts",
     )
-    parser.add_argument("--calibration-images", type=int, default=256, metavar="N")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--calibration-images", type=int, default=256, metavar="N", help="(default: 256)")
+    parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: 42)")
     parser.add_argument("--threads", type=int, default=1, help="of every process (default: 1)")
     parser.add_argument("--merge", metavar="FILE", help="reuse the rows of this file, and add those made now")
     parser.add_argument("--again", action="store_true", help="make rows anew that --merge has")

@@ -129,7 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", required=True, help="the dense model")
     parser.add_argument("--model", help="timm architecture, for a file that does not say")
-    parser.add_argument("--model-arg", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--model-arg", action="append", default=[], metavar="KEY=VALUE", help="of the architecture"
+    )
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--mean", metavar="A,B,C", help="per channel; by default the model's own")
     parser.add_argument("--std", metavar="A,B,C", help="per channel; by default the model's own")
@@ -137,22 +139,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", default=["*"], metavar="GLOB", help="those there are models of"
     )
-    parser.add_argument("--keep", type=float, nargs="+", default=[50.0, 25.0, 12.5], metavar="PERCENT")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 500, 2000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--teacher", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--start", nargs="+", choices=START, default=list(START))
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=[50.0, 25.0, 12.5], metavar="PERCENT", help="of the FLOPs"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 500, 2000], help="a run for each")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of batches and random weights"
+    )
+    parser.add_argument(
+        "--teacher", nargs="+", choices=("off", "on"), default=["off", "on"], help="the dense model"
+    )
+    parser.add_argument(
+        "--start", nargs="+", choices=START, default=list(START), help="the slim weights, or random ones"
+    )
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate at its highest")
+    parser.add_argument("--batch", type=int, default=128, help="images of a step")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW")
     parser.add_argument("--teacher-weight", type=float, default=0.5, help="of the divergence, with a teacher")
     parser.add_argument(
         "--amp",
         action="store_true",
         help="bfloat16 autocast: pays on CPUs that compute in it; on one that does not, 13 times slower",
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="to go on from")
     parser.add_argument("--runs", type=Path, required=True, metavar="FILE", help="JSON lines")
     return parser
 
