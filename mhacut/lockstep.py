@@ -48,15 +48,15 @@ def run_in_lockstep(
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        crew.wait_for(threads)
     finally:
-        crew.barrier.abort()  # of an interrupted run: nobody waits for ever
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()  # Python aborts where threads are still in torch as it exits
-        for handle in handles:
-            handle.remove()
+        crew.stopped = True
+        try:
+            crew.barrier.abort()  # of an interrupted run: nobody waits for ever
+            crew.wait_for(threads)  # Python aborts where threads are still in torch as it exits
+        finally:
+            for handle in handles:
+                handle.remove()
     if crew.error is not None:
         raise crew.error
 
@@ -69,6 +69,9 @@ class _Crew:
         self.error: BaseException | None = None
         self.turn = threading.Lock()
         """Held by the thread that computes."""
+        self.stopped = False
+        """Whether nobody is to compute any more."""
+        self.ended = [[threading.Event() for _ in batches] for _ in models]
         self.barrier = threading.Barrier(len(models) * len(batches), action=self._visit)
         self.mine = threading.local()
         self.names: list[str] = []
@@ -83,15 +86,25 @@ class _Crew:
         self.mine.place = model, batch
         try:
             with self.turn, torch.no_grad():
-                if self.barrier.broken:
+                if self.stopped:
                     return
                 self.models[model](self.batches[batch])
                 self._wait("")  # for those that still have a stop to make, which would wait for ever
         except threading.BrokenBarrierError:
-            pass  # the one that broke it says why
+            self.barrier.abort()  # the one that broke it says why
         except BaseException as error:
             self.error = self.error or error
             self.barrier.abort()
+        finally:
+            self.ended[model][batch].set()
+
+    def wait_for(self, threads: Sequence[threading.Thread]) -> None:
+        """Until those that were started have left torch; an interrupted join would take one to have ended."""
+        ended = [event for of_model in self.ended for event in of_model]
+        for thread, event in zip(threads, ended, strict=True):
+            if thread.ident is not None:
+                event.wait()
+                thread.join()
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def wait(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -105,6 +118,8 @@ class _Crew:
 
     def _wait(self, name: str) -> None:
         """Let others compute until all are at a stop."""
+        if self.stopped:
+            raise threading.BrokenBarrierError
         self.names.append(name)
         self.turn.release()
         try:

@@ -411,22 +411,23 @@ def interrupt_every_step(monkeypatch):
     monkeypatch.setattr(Trainer, "step", stopped_in)
 
 
-def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, monkeypatch):
+@pytest.mark.parametrize(("at", "message"), [(2, "after step 3 of 6"), (3, "all 6 steps are done and saved")])
+def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, monkeypatch, at, message):
     told = []
     measure = measuring_module.evaluate
-    calls = []
+    calls = []  # before the first step, after each of two epochs
 
     def asked_in(*given, **named):
         calls.append(len(told))
-        if len(calls) == 2:  # after the first epoch; once before it
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return measure(*given, **named)
 
     monkeypatch.setattr(measuring_module, "evaluate", asked_in)
-    with pytest.raises(Interrupted, match="after step 4 of 6"):
+    with pytest.raises(Interrupted, match=message):
         tune(reporter=Listener(told))
     answer = "stopping once this is measured and saved; asked again, at once"
-    assert told[calls[1]] == answer
+    assert told[calls[at - 1]] == answer
     assert told.count(answer) == 1
 
 

@@ -245,18 +245,30 @@ def test_models_that_run_on_alone_are_refused():
     assert told[0].endswith("nothing more and second")
 
 
-def test_an_interrupted_run_leaves_no_thread_behind():
-    """Python aborts where one is still in torch as it exits."""
-    before = threading.active_count()
+@pytest.mark.parametrize(("where", "count"), [("stop", 3), ("model", 1)])
+def test_an_interrupted_run_leaves_no_thread_in_torch(where, count):
+    """Python aborts where one still is as it exits."""
+    models, batches = [Chain(1.0)] * count, [torch.ones(1, 2).double()] * count
+    left = []
 
     def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        if not left:
+            time.sleep(0.2)  # until the caller waits
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+            left.append(1)
+
+    def stop(*_):
+        if where == "stop":
+            interrupted()
         return ()
 
+    if where == "model":
+        models[0].first.register_forward_pre_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_in_lockstep([Chain(1.0)] * 2, [torch.ones(1, 2).double()] * 3, ("first", "second"), interrupted)
-    assert threading.active_count() == before
+        run_in_lockstep(models, batches, ("first", "second"), stop)
+    assert left == [1]
+    assert not any(module._forward_hooks for model in models for module in model.modules())
 
 
 @pytest.mark.parametrize("where", ["stop", "model"])

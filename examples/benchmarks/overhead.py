@@ -20,7 +20,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from process import FailedError, Process, describe_machine, run
 
 MODELS = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
@@ -43,6 +42,10 @@ save_file(timm.create_model(sys.argv[1], **blocks).state_dict(), sys.argv[2])
 """
 
 
+# In a process of its own: a child starts with its parent's peak of memory, which is measured here.
+_NAME = "import sys, torch; print(torch.cuda.get_device_name(sys.argv[1]))"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -58,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if not (asked.images or asked.efforts):
         parser.error("expected --images or --efforts")
-    if asked.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {asked.device}: this machine has no usable CUDA GPU")
-    device = torch.cuda.get_device_name(asked.device) if asked.device.startswith("cuda") else asked.device
+    device = asked.device
+    if device.startswith("cuda"):
+        device = told(device, [sys.executable, "-c", _NAME, device], 1).stdout.strip()
     ways = [("balanced", images) for images in asked.images] + [(effort, None) for effort in asked.efforts]
     rows: dict[str, dict[str, Any]] = {}
     if asked.merge is not None and asked.merge.exists():
@@ -121,12 +124,12 @@ def measure(
     }
 
 
-def told(model: str, command: Sequence[str], threads: int) -> Process:
+def told(about: str, command: Sequence[str], threads: int) -> Process:
     """What a process said and cost; the script ends with its message if it fails."""
     try:
         return run(command, threads)
     except FailedError as error:
-        sys.exit(f"{model}: {error}")
+        sys.exit(f"{about}: {error}")
 
 
 def _cost(process: Process) -> dict[str, float]:

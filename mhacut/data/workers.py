@@ -6,9 +6,11 @@ import atexit
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
@@ -48,23 +50,26 @@ def outlive_first_signal(worker: int) -> None:
     Args:
         worker: its number, as a ``DataLoader`` says.
     """
-    reads_for = os.getppid()
+    signalled = threading.Event()
+    threading.Thread(target=_end_with, args=(os.getppid(), signalled), daemon=True).start()
 
     def outlived(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if hasattr(signal, "setitimer"):  # torch looks every 5 s, and Windows has none
-            signal.signal(signal.SIGALRM, look)
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY, _LOOK_EVERY)
-
-    def look(number: int, frame: FrameType | None) -> None:
-        if os.getppid() != reads_for:
-            os._exit(1)
+        signalled.set()
 
     for number in STOP_SIGNALS:
         signal.signal(number, outlived)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _end_with(parent: int, signalled: threading.Event) -> None:
+    """Look whether the parent is still there, once a signal may have ended it; torch does every 5 s."""
+    signalled.wait()
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY)
+    os._exit(1)
 
 
 @contextmanager
@@ -91,8 +96,9 @@ def _end_reading() -> None:
 
     Runs before torch's and Python's own exit functions, which are older.
     """
-    for iterator in list(_started):
-        iterator._shutdown_workers()  # nothing public ends them while somebody, a traceback maybe, holds it
-        for process in iterator._workers:
-            if process.is_alive():
-                process.kill()
+    with ExitStack() as stack:  # which ends all, even if one fails or somebody presses Ctrl-C
+        for iterator in list(_started):
+            for process in iterator._workers:
+                stack.callback(process.kill)
+            # Nothing public ends them while somebody, a traceback maybe, holds the iterator.
+            stack.callback(iterator._shutdown_workers)

@@ -154,6 +154,7 @@ class _Run:
         }
         self.step = 0
         self.saved: int | None = None
+        self.asked_to_stop = False
         self.epoch_loss, self.epoch_images = 0.0, 0
         self.rows: list[EpochSummary] = []
         self.best: float | None = None
@@ -179,15 +180,18 @@ class _Run:
         output = self.folder.file(BEST if self.best is not None else LAST)
         after = None
         if self.validation is not None:
+            not_measured = (
+                f"all {self.total_steps} steps are done and saved; {output} was not measured to the end"
+            )
+            if self.asked_to_stop:
+                raise Interrupted(not_measured)
             self.reporter.start("measuring the file")
             with self.processes.together():
                 written = load_model(output)
             try:
                 after = self._measure(written)
             except KeyboardInterrupt:
-                raise Interrupted(
-                    f"all {self.total_steps} steps are done and saved; {output} was not measured to the end"
-                ) from None
+                raise Interrupted(not_measured) from None
         return FinetuneResult(
             folder=self.folder.path,
             output=output,
@@ -285,6 +289,7 @@ class _Run:
             every = self.options.save_every
             if ended:
                 self._end_epoch(request)
+                stop = max(stop, *self.processes.total([float(request.asked)]))
                 self.reporter.start("training")
             elif stop or (every and self.step % every == 0):
                 self._save()
@@ -295,6 +300,7 @@ class _Run:
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
                     f"Go on with: {self._launcher()}mhacut finetune --resume {quote(str(self.folder.path))}"
                 )
+            self.asked_to_stop = stop > 0
         return images / seconds if seconds else 0.0
 
     def _launcher(self) -> str:
