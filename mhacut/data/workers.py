@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a process to stop: Ctrl-C, and a scheduler."""
-_LOOK_EVERY = 0.2
+_LOOK_EVERY = 0.5
 """Seconds."""
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
@@ -50,13 +50,11 @@ def outlive_first_signal(worker: int) -> None:
     Args:
         worker: its number, as a ``DataLoader`` says.
     """
-    signalled = threading.Event()
-    threading.Thread(target=_end_with, args=(os.getppid(), signalled), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def outlived(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signalled.set()
 
     for number in STOP_SIGNALS:
         signal.signal(number, outlived)
@@ -64,9 +62,11 @@ def outlive_first_signal(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _end_with(parent: int, signalled: threading.Event) -> None:
-    """Look whether the parent is still there, once a signal may have ended it; torch does every 5 s."""
-    signalled.wait()
+def _end_with(parent: int) -> None:
+    """Look whether the parent is still there, which the signal may have ended; torch does every 5 s.
+
+    Not from the signal on: one that comes just before a system call is not heard until that returns.
+    """
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
     os._exit(1)
