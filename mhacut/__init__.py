@@ -14,14 +14,14 @@ from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
 
 if TYPE_CHECKING:
-    from mhacut.benching import BenchResult, bench
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
-    from mhacut.exporting.run import ExportResult, export
+    from mhacut.commands.bench import BenchResult, bench
+    from mhacut.commands.export import ExportResult, export
+    from mhacut.commands.finetune import finetune
+    from mhacut.commands.inspect import InspectResult, inspect
+    from mhacut.commands.prune import PruneResult, prune
     from mhacut.finetuning.result import FinetuneResult
-    from mhacut.finetuning.run import finetune
-    from mhacut.inspecting import InspectResult, inspect
-    from mhacut.pipeline import PruneResult, prune
 
 __all__ = [
     "BenchResult",
@@ -40,17 +40,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BenchResult": "mhacut.benching",
-    "ExportResult": "mhacut.exporting.run",
+    "BenchResult": "mhacut.commands.bench",
+    "ExportResult": "mhacut.commands.export",
     "FinetuneResult": "mhacut.finetuning.result",
-    "InspectResult": "mhacut.inspecting",
-    "PruneResult": "mhacut.pipeline",
-    "bench": "mhacut.benching",
-    "export": "mhacut.exporting.run",
-    "finetune": "mhacut.finetuning.run",
-    "inspect": "mhacut.inspecting",
+    "InspectResult": "mhacut.commands.inspect",
+    "PruneResult": "mhacut.commands.prune",
+    "bench": "mhacut.commands.bench",
+    "export": "mhacut.commands.export",
+    "finetune": "mhacut.commands.finetune",
+    "inspect": "mhacut.commands.inspect",
     "load_model": "mhacut.checkpoint.load",
-    "prune": "mhacut.pipeline",
+    "prune": "mhacut.commands.prune",
     "save_model": "mhacut.checkpoint.save",
 }
 

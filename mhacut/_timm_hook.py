@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODELS = ("mhacut.flatten", "mhacut.timm_slim")
+_MODELS = ("mhacut.flatten", "mhacut.exporting.timm_model")
 
 
 def register_with_timm() -> None:

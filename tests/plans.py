@@ -8,17 +8,20 @@ import torch
 from models import relative
 from torch import Tensor, nn
 
-from mhacut.cost import build_cost_table, measure_flops
-from mhacut.distillation import Distillation
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, run_with
+from mhacut.pruning.distill import Distillation
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.rotate import rotate
+from mhacut.surgery.slice import cut
 
 
-def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
-    """Any widths; any channels, each head its own, in shared units by a coin; and gains on what is kept."""
+def random_plan(prunable: PrunableLayers, seed: int) -> tuple[Plan, dict]:
+    """Any widths; any channels, each head its own, in shared units by a coin; and scales on what is kept."""
     generator = torch.Generator().manual_seed(seed)
-    units, gains = [], {}
-    for unit in anatomy.units():
+    units, channel_scales = [], {}
+    for unit in prunable.units():
         width = int(torch.randint(1, unit.width + 1, (), generator=generator))
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
@@ -27,31 +30,33 @@ def random_plan(anatomy: Anatomy, seed: int) -> tuple[Plan, dict]:
         kept = torch.stack(rows if own else rows[:1] * unit.heads)
         chosen = tuple(map(tuple, kept.tolist()))
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=own and unit.can_unshare))
-        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
-        gains[unit.key] = gain.scatter(1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double())
-    return Plan(tuple(units)), gains
+        channel_scale = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        channel_scales[unit.key] = channel_scale.scatter(
+            1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double()
+        )
+    return Plan(tuple(units)), channel_scales
 
 
-def keep_everything(anatomy: Anatomy) -> Plan:
-    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
+def keep_everything(prunable: PrunableLayers) -> Plan:
+    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units()))
 
 
 @torch.no_grad()
 def difference_of_nothing_cut(model: nn.Module, x: Tensor) -> float:
     """Between a model and itself, cut by a plan that keeps everything."""
     expected = model(x)
-    cut(model, keep_everything(dissect(model)))
+    cut(model, keep_everything(find_prunable_layers(model)))
     return relative(model(x), expected)
 
 
 @torch.no_grad()
 def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
-    """Between channels that count nothing and channels that are gone, the others weighed by gains."""
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, seed)
-    masked = run_with(model, masked_tensors(model, anatomy, gains), x)
+    """Between channels that count nothing and channels that are gone, the others weighed by scales."""
+    prunable = find_prunable_layers(model)
+    plan, channel_scales = random_plan(prunable, seed)
+    masked = run_with(model, masked_tensors(model, prunable, channel_scales), x)
     slim = copy.deepcopy(model)
-    cut(slim, plan, gains)
+    cut(slim, plan, channel_scales)
     return relative(slim(x), masked)
 
 
@@ -59,7 +64,7 @@ def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
 def difference_of_turned_channels(model: nn.Module, x: Tensor) -> float:
     """Between a model and itself, the channels of every unit that allows it in another basis."""
     generator, expected = torch.Generator().manual_seed(2), model(x)
-    for unit in dissect(model).units():
+    for unit in find_prunable_layers(model).units():
         if unit.rotatable:
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -70,9 +75,9 @@ def difference_of_turned_channels(model: nn.Module, x: Tensor) -> float:
 
 def assert_costs_are_what_fvcore_counts(model: nn.Module, size: tuple[int, int, int], seed: int) -> None:
     """Of the model, and of its cut by a random plan, before that is made."""
-    anatomy = dissect(model)
-    table = build_cost_table(model, anatomy, size)
-    plan, _ = random_plan(anatomy, seed)
+    prunable = find_prunable_layers(model)
+    table = build_cost_table(model, prunable, size)
+    plan, _ = random_plan(prunable, seed)
     slim = copy.deepcopy(model)
     cut(slim, plan)
     assert table.flops(plan.widths()) == measure_flops(slim, size)
@@ -82,7 +87,7 @@ def assert_costs_are_what_fvcore_counts(model: nn.Module, size: tuple[int, int, 
 def assert_cut_by_name_and_shape(model: nn.Module, seed: int) -> None:
     """A cut renames no tensor, and needs no data to tell its shapes."""
     before, outline = list(model.state_dict()), copy.deepcopy(model).to("meta")
-    plan, _ = random_plan(dissect(model), seed)
+    plan, _ = random_plan(find_prunable_layers(model), seed)
     cut(outline, plan)
     cut(model, plan)
     assert list(model.state_dict()) == before
@@ -114,9 +119,9 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def difference_of_two_cuts_and_one(model: nn.Module, x: Tensor, seed: int) -> float:
     """Between a model that is cut twice and one cut at once, as a file tells it; their shapes must agree."""
     dense = copy.deepcopy(model)
-    first, _ = random_plan(dissect(model), seed)
+    first, _ = random_plan(find_prunable_layers(model), seed)
     cut(model, first)
-    second, _ = random_plan(dissect(model), seed + 1)
+    second, _ = random_plan(find_prunable_layers(model), seed + 1)
     cut(model, second)
     cut(dense, Plan.from_json(second.after(first).to_json()))
     assert shapes(model) == shapes(dense)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.allocation import TIE, cheapest_widths, uniform_widths
-from mhacut.widths import NEAR, width_choices
+from mhacut.pruning.allocate import TIE, cheapest_widths, uniform_widths
+from mhacut.pruning.widths import NEAR, width_choices
 
 quick = settings(deadline=None, max_examples=60)
 

@@ -13,7 +13,9 @@ from mhacut.adapters import attend as attend_module
 from mhacut.adapters.attend import attend
 from mhacut.adapters.vit_attention import SlimAttention
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect, masked_tensors
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.slice import cut
 
 
 def reference(q, k, v, scale, mask):
@@ -76,17 +78,19 @@ def test_options_of_timm_attention_are_cut_exactly_or_left_whole(options):
     torch.manual_seed(0)
     model = OneLayer(**options).double().eval()
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    anatomy = dissect(model)
-    units, gains = [], {}
-    for unit in anatomy.units():
+    prunable = find_prunable_layers(model)
+    units, channel_scales = [], {}
+    for unit in prunable.units():
         kept = tuple(tuple(sorted(torch.randperm(unit.width)[: unit.width - 2].tolist())) for _ in range(3))
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, kept))
-        gains[unit.key] = torch.zeros(3, unit.width, dtype=torch.float64).scatter(1, torch.tensor(kept), 1.0)
-    masked = torch.func.functional_call(model, masked_tensors(model, anatomy, gains), (x,))
+        channel_scales[unit.key] = torch.zeros(3, unit.width, dtype=torch.float64).scatter(
+            1, torch.tensor(kept), 1.0
+        )
+    masked = torch.func.functional_call(model, masked_tensors(model, prunable, channel_scales), (x,))
     slim = copy.deepcopy(model)
     cut(slim, Plan(tuple(units)))
-    assert {unit.kind for unit in anatomy.units()} | set(anatomy.layers[0].left_whole) == {"qk", "v"}
-    # The plan keeps the dense temperature exactly, since no gain says otherwise.
+    assert {unit.kind for unit in prunable.units()} | set(prunable.layers[0].not_prunable) == {"qk", "v"}
+    # The plan keeps the dense temperature exactly, since no channel scale says otherwise.
     assert torch.allclose(slim(x), masked, atol=1e-12)
 
 

@@ -13,10 +13,10 @@ from test_cli import run
 from timm_cases import CASES, build
 
 import mhacut
-from mhacut import benching
-from mhacut.benching import _timing
+from mhacut.commands import bench as benching
+from mhacut.commands.bench import _timing
 from mhacut.errors import MhacutError, UsageError
-from mhacut.latency import take_turns
+from mhacut.measuring.latency import take_turns
 
 QUICK = {"batch_sizes": (2,), "seconds": 0.01}
 

@@ -334,7 +334,7 @@ def test_mhacut_is_run_as_a_user_would(compare, tmp_path) -> None:
 def test_references_meet_the_budget_and_survive_their_file(name, methods, tmp_path) -> None:
     import importlib
 
-    from mhacut.cost import measure_flops
+    from mhacut.surgery.flops import measure_flops
 
     dense = small_vit()
     task = task_of(dense, 0.8)
@@ -400,9 +400,9 @@ def test_the_dense_temperature_is_that_of_dead_channels(methods, tmp_path) -> No
         for tensor in (block.attn.qkv.weight, block.attn.qkv.bias):
             tensor.view(3, 2, 12, -1)[:2, :, 6:] = 0
     task = task_of(dense, 0.5)
-    kept = {unit.key: torch.arange(6).expand(2, 6) for unit in task.anatomy.units(("qk",))}
+    kept = {unit.key: torch.arange(6).expand(2, 6) for unit in task.prunable.units(("qk",))}
     slim = Slim(
-        cut_to(dense, task.anatomy, kept, keep_temperature=False), temperatures=("kept", "dense"), checks={}
+        cut_to(dense, task.prunable, kept, keep_temperature=False), temperatures=("kept", "dense"), checks={}
     )
     expected = dense(task.images)
     same = reread(slim, tmp_path, dense, "dense")(task.images)
@@ -420,7 +420,7 @@ def test_torch_pruning_meets_the_budget(criterion, spread, methods, tmp_path) ->
     pytest.importorskip("torch_pruning")
     from methods.torch_pruning_timm import prune
 
-    from mhacut.cost import measure_flops
+    from mhacut.surgery.flops import measure_flops
 
     dense = timm.create_model(f"local-dir:{DIGITS / 'model'}", pretrained=True).eval().requires_grad_(False)
     images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -537,8 +537,8 @@ def slim_folder(tmp_path_factory) -> Path:
     (folder / "models").mkdir()
     task = task_of(dense, 0.5)
     for name, width in (("corp", 20), ("vbp", 30)):
-        kept = {unit.key: torch.arange(width)[None] for unit in task.anatomy.units(("hidden",))}
-        slim = Slim(cut_to(dense, task.anatomy, kept, keep_temperature=True), ("own",), {})
+        kept = {unit.key: torch.arange(width)[None] for unit in task.prunable.units(("hidden",))}
+        slim = Slim(cut_to(dense, task.prunable, kept, keep_temperature=True), ("own",), {})
         write_slim(str(folder / "models" / f"{name}-50.safetensors"), slim.model, slim.temperatures)
     return folder
 

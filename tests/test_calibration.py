@@ -15,13 +15,13 @@ from test_flatten_adapters import build as build_flatten
 from test_flatten_adapters import image as image_flatten
 from torch.autograd.functional import jacobian
 
-from mhacut.calibration import HELD_BACK, calibrate
-from mhacut.distillation import Divergence
 from mhacut.errors import MhacutError
-from mhacut.processes import Processes
-from mhacut.sensitivity import EVEN_SHARE, Sensitivity
-from mhacut.surgery import dissect
-from mhacut.tensor.moments import Moments
+from mhacut.linalg.moments import Moments
+from mhacut.pruning.calibrate import HELD_OUT, calibrate
+from mhacut.pruning.distill import Divergence
+from mhacut.pruning.fisher import EVEN_SHARE, Sensitivity
+from mhacut.runtime.distributed import Processes
+from mhacut.surgery.find import find_prunable_layers
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 TINY = Case("vit_tiny_patch16_224", SMALL)
@@ -32,11 +32,11 @@ class Calibrated:
     def __init__(self, case=TINY, images=9, **options):
         self.model = build(case, dtype=torch.float64).requires_grad_(False)
         self.images = image(case, batch=images, dtype=torch.float64)
-        self.anatomy = dissect(self.model)
+        self.prunable = find_prunable_layers(self.model)
         self.found = self.run(**options)
 
     def run(self, **options):
-        return calibrate(self.model, self.anatomy, self.images, **{"batch_size": 4, **options})
+        return calibrate(self.model, self.prunable, self.images, **{"batch_size": 4, **options})
 
 
 def same(found, expected, bound=1e-5):
@@ -64,7 +64,7 @@ def test_moments_are_those_of_what_hooks_see():
     q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
     k = k - k.mean(2, keepdim=True)
     held = it.found.held
-    assert held == round(HELD_BACK * 9) == 2
+    assert held == round(HELD_OUT * 9) == 2
     for name, part in (("held", slice(0, held)), ("fit", slice(held, None)), ("every", slice(None))):
         got = {kind: getattr(it.found.moments[f"blocks.1.{kind[0]}", kind[1]], name) for kind in KINDS}
         query, key = got["attn", "qk"]
@@ -112,7 +112,7 @@ def test_a_single_image_serves_for_both():
 def test_it_tells_how_far_it_is_after_every_batch():
     told = []
     Calibrated(images=8, batch_size=3, progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held back, by 3
+    assert told == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held out, by 3
 
 
 def test_images_that_are_differentiated_count_twice():
@@ -153,7 +153,7 @@ def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
     dense = it.model(fitted)
-    for layer in it.anatomy.layers:
+    for layer in it.prunable.layers:
         errors = torch.zeros(len(fitted), 5, 24, dtype=torch.float64, requires_grad=True)
         moved = outputs_under(it, layer.name, fitted, errors)
         if classifier:
@@ -172,12 +172,12 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
     x = it.images[1:]
     draws = x.expand(600, -1, -1, -1)
     found = calibrate(
-        it.model, it.anatomy, draws, batch_size=600, sensitivity_images=600, classifier=classifier
+        it.model, it.prunable, draws, batch_size=600, sensitivity_images=600, classifier=classifier
     )
     dense = it.model(x)
     # Features are judged relative to their variance over the batch.
     variance = it.model(draws).var()
-    for layer in it.anatomy.layers:
+    for layer in it.prunable.layers:
         errors = torch.zeros(1, 5, 24, dtype=torch.float64)
         slopes = jacobian(lambda e, name=layer.name: outputs_under(it, name, x, e)[0], errors)[:, 0]
         p = dense.softmax(-1)[0]
@@ -189,9 +189,9 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
 def test_it_foretells_the_divergence_of_small_errors():
     it = Calibrated(images=2)
     x = it.images[1:].expand(400, -1, -1, -1).contiguous()
-    found = calibrate(it.model, it.anatomy, x, batch_size=400, sensitivity_images=400)
+    found = calibrate(it.model, it.prunable, x, batch_size=400, sensitivity_images=400)
     dense = it.model(x)
-    for number, layer in enumerate(it.anatomy.layers):
+    for number, layer in enumerate(it.prunable.layers):
         generator = torch.Generator().manual_seed(number)
         mixing = torch.randn(24, 24, generator=generator).double()
         errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
@@ -203,7 +203,7 @@ def test_it_foretells_the_divergence_of_small_errors():
 @pytest.mark.parametrize("images", [2, 9])
 def test_images_held_back_are_never_differentiated(images):
     it = Calibrated(images=images, sensitivity_images=images)
-    assert it.found.sensitivity.metric.keys() == {layer.name for layer in it.anatomy.layers}
+    assert it.found.sensitivity.metric.keys() == {layer.name for layer in it.prunable.layers}
     it.images[: it.found.held] += 1
     other = it.run(sensitivity_images=images)
     for layer, sensitivity in it.found.sensitivity.metric.items():
@@ -215,8 +215,8 @@ def test_only_as_many_images_are_differentiated_as_asked_for():
     assert it.found.sensitivity == Sensitivity()
     part = it.run(batch_size=2, sensitivity_images=4)
     it.images = torch.cat([it.images[: part.held], it.images[part.held : part.held + 4]])
-    fewer = calibrate(it.model, it.anatomy, it.images, batch_size=2, sensitivity_images=4)
-    # 6 images: 2 held back as before.
+    fewer = calibrate(it.model, it.prunable, it.images, batch_size=2, sensitivity_images=4)
+    # 6 images: 2 held out as before.
     assert fewer.held == part.held
     for layer, sensitivity in part.sensitivity.metric.items():
         assert torch.allclose(sensitivity, fewer.sensitivity.metric[layer])
@@ -256,7 +256,7 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
     def run(processes):
         given = {"batch_size": batch_size, "sensitivity_images": 6, "processes": processes}
         own = copy.deepcopy(model)  # the other listens to its own
-        return calibrate(own, dissect(own), images, **given)
+        return calibrate(own, find_prunable_layers(own), images, **given)
 
     device = torch.device("cpu")
     with ThreadPoolExecutor(2) as threads:
@@ -288,7 +288,7 @@ def test_a_token_counts_as_much_as_its_gradients_say():
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
     dense = it.model(fitted)
-    for layer in it.anatomy.layers:
+    for layer in it.prunable.layers:
         errors = torch.zeros(len(fitted), 5, 24, dtype=torch.float64, requires_grad=True)
         moved = outputs_under(it, layer.name, fitted, errors)
         aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
@@ -380,7 +380,9 @@ def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
     case = timm_cases.Case("coat_tiny", {"img_size": 64, **args}, 64)
     model, images = timm_cases.build(case), timm_cases.image(case, batch=6)
-    found = calibrate(model, dissect(model), images, batch_size=6, sensitivity_images=6).sensitivity
+    found = calibrate(
+        model, find_prunable_layers(model), images, batch_size=6, sensitivity_images=6
+    ).sensitivity
     layer, grids = next((layer, grids) for layer, grids in found.weights.items() if len(grids) > 1)
     assert torch.cat(list(grids.values())).mean() == pytest.approx(1)
     for grid, weights in grids.items():

@@ -6,7 +6,7 @@ import json
 
 from test_cli import run
 
-from mhacut.catalogue import catalogue
+from mhacut.commands.models import catalogue
 
 
 def test_what_can_be_cut_and_what_is_refused():
@@ -15,7 +15,7 @@ def test_what_can_be_cut_and_what_is_refused():
     assert "augreg_in21k_ft_in1k" in vit.tags
     (mvit,) = catalogue("mvitv2_tiny")
     assert mvit.kinds == ("hidden",)
-    assert any("attn" in line for line in mvit.left_whole)
+    assert any("attn" in line for line in mvit.not_prunable)
     (refused,) = catalogue("bat_resnext26ts")
     assert refused.transformer
     assert refused.kinds == ()

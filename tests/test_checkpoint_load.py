@@ -22,7 +22,8 @@ from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
@@ -52,7 +53,7 @@ def dense(tmp_path):
 def random_plan(model, widths, seed=0) -> Plan:
     choose = random.Random(seed)
     units = []
-    for unit in dissect(model).units():
+    for unit in find_prunable_layers(model).units():
         kept = tuple(
             tuple(sorted(choose.sample(range(unit.width), widths[unit.kind]))) for _ in range(unit.heads)
         )
@@ -402,7 +403,9 @@ def test_a_slim_file_goes_round_bit_for_bit(dense, tmp_path, widths):
     assert loaded.identity == record.identity
     with torch.no_grad():
         assert torch.equal(loaded.model(IMAGES), slim(IMAGES))
-    assert {unit.key: unit.width for unit in dissect(loaded.model).units()} == record.plan.widths()
+    assert {
+        unit.key: unit.width for unit in find_prunable_layers(loaded.model).units()
+    } == record.plan.widths()
 
 
 def test_a_slim_model_is_an_ordinary_timm_model(dense, tmp_path):

@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
-from mhacut.checkpoint_preprocessing import resolve_preprocessing
-from mhacut.cost import measure_flops
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError
-from mhacut.inspection import inspect_model
-from mhacut.modelinfo import model_input_size
-from mhacut.options import PreprocessingOptions
+from mhacut.inspection.layers import inspect_model
+from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Plan
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.info import model_input_size
 
 
 def opened(tmp_path, name, **args):

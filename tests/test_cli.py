@@ -25,7 +25,9 @@ from mhacut.cli.config import convert, read_config
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import FLAGS
 from mhacut.errors import MhacutError, UsageError
-from mhacut.options import EvaluateOptions, InspectOptions, PruneOptions
+from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.inspect import InspectOptions
+from mhacut.options.prune import PruneOptions
 
 FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
 COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions}
@@ -49,7 +51,7 @@ def captured(monkeypatch):
         seen.append(options)
         raise MhacutError("far enough")
 
-    monkeypatch.setattr("mhacut.pipeline.run_prune", run_prune)
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", run_prune)
     return seen
 
 
@@ -617,7 +619,7 @@ def test_unforeseen_errors_ask_for_a_report(monkeypatch):
     def fail(options, reporter):
         raise ZeroDivisionError("[red] \x1b[2J")
 
-    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
     result = run("prune", "a", "--flops", "1G")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
@@ -639,7 +641,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch):
     def fail(options, reporter):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
     result = run("prune", "a", "--flops", "1G")
     assert result.exit_code == 1
     assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
@@ -654,7 +656,7 @@ def test_libraries_are_heard_with_v_only(monkeypatch):
         logging.getLogger("timm.data").warning("loud log")
         raise MhacutError("far enough")
 
-    monkeypatch.setattr("mhacut.pipeline.run_prune", fail)
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
     assert run("prune", "a", "--flops", "1G").stderr == "error: far enough\n"
     with pytest.warns(UserWarning, match="loud warning"):
         assert "timm.data: loud log" in run("prune", "a", "--flops", "1G", "-v").stderr

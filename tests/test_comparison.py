@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mhacut.cli.app import app
-from mhacut.comparison import compare
+from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, UsageError
-from mhacut.inspecting import inspect
+from mhacut.inspection.compare import compare
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 CASE = Case("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
 
@@ -25,7 +26,7 @@ CASE = Case("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 
 def halved(model):
     """Every unit without its last half; q/k and v channels of head h from h on."""
     plan = []
-    for unit in dissect(model).units():
+    for unit in find_prunable_layers(model).units():
         width = unit.width // 2
         plan.append(UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(width)),) * unit.heads))
     slim = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What makes up for a cut: bases, repair, gains and tuning, and what guards each."""
+"""What makes up for a cut: bases, repair, channel scales and tuning, and what guards each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from models import CASES, Case, build, image, relative
 from plans import lesson_of
 from torch.func import functional_call
 
-from mhacut.calibration import calibrate
-from mhacut.compensation import Decision, compensate
-from mhacut.options import SearchOptions
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.reduction import block_diagonal, reductions, rotated
-from mhacut.reweight import reweight
-from mhacut.surgery import cut, dissect, masked_tensors, readers
-from mhacut.widths import width_choices
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
+from mhacut.pruning.channel_scales import reweight
+from mhacut.pruning.compensation import Decision, compensate
+from mhacut.pruning.widths import width_choices
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.output import effective_output_weights
+from mhacut.surgery.slice import cut
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 TINY = Case(
@@ -30,28 +33,28 @@ class Bench:
     def __init__(self, case, basis, share=0.5, dtype=torch.float64, images=8):
         self.model = build(case, dtype=dtype).requires_grad_(False)
         self.images = image(case, batch=images, dtype=dtype)
-        self.anatomy = dissect(self.model)
-        self.calibration = calibrate(self.model, self.anatomy, self.images, batch_size=8)
-        self.ways, plans = {}, []
-        for unit in self.anatomy.units():
+        self.prunable = find_prunable_layers(self.model)
+        self.calibration = calibrate(self.model, self.prunable, self.images, batch_size=8)
+        self.candidates, plans = {}, []
+        for unit in self.prunable.units():
             width = max(1, int(share * unit.width))
             module = self.model.get_submodule(unit.layer)
             moments = self.calibration.moments[unit.key]
-            self.ways[unit.key] = reductions(module, unit, moments, width, basis)
-            plans.append(self.ways[unit.key][0].plan(width))
+            self.candidates[unit.key] = find_candidates(module, unit, moments, width, basis)
+            plans.append(self.candidates[unit.key][0].plan(width))
         self.plan = Plan(tuple(plans))
 
     def compensated(self, **options):
-        decision = Decision(self.plan, self.ways)
-        return compensate(self.model, self.anatomy, decision, self.calibration, SearchOptions(**options))
+        decision = Decision(self.plan, self.candidates)
+        return compensate(self.model, self.prunable, decision, self.calibration, SearchOptions(**options))
 
     def slim(self, **options):
         ready = self.compensated(**options)
         slim = copy.deepcopy(ready.model)
-        cut(slim, ready.plan, ready.gains)
+        cut(slim, ready.plan, ready.channel_scales)
         return slim
 
-    def lesson(self, model):
+    def distillation(self, model):
         """That teaches what ``model`` says."""
         return lesson_of(model, self.images)
 
@@ -63,10 +66,10 @@ def test_what_is_cut_computes_what_was_compensated(case, basis, repair):
     bench = Bench(case, basis, share=0.6)
     before = [tensor.clone() for tensor in bench.model.state_dict().values()]
     ready = bench.compensated(repair=repair)
-    tensors = masked_tensors(ready.model, bench.anatomy, ready.gains)
+    tensors = masked_tensors(ready.model, bench.prunable, ready.channel_scales)
     masked = functional_call(ready.model, tensors, (bench.images,))
     slim = copy.deepcopy(ready.model)
-    cut(slim, ready.plan, ready.gains)
+    cut(slim, ready.plan, ready.channel_scales)
     assert relative(slim(bench.images), masked) < 1e-8
     assert ready.plan.widths() == bench.plan.widths()
     assert {unit.basis for unit in ready.plan} <= {basis, "channel"}
@@ -110,7 +113,7 @@ def test_repair_and_the_principal_basis_each_bring_the_model_nearer():
     assert distance["principal", True] < distance["channel", True]
 
 
-# --- gains on the slim model ---
+# --- channel scales on the slim model ---
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +124,19 @@ def bench():
 def test_gains_that_help_are_merged(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
     before = copy.deepcopy(slim.state_dict())
-    told, lesson = [], bench.lesson(bench.model)
+    told, distillation = [], bench.distillation(bench.model)
     found = reweight(
-        slim, lesson, lesson, steps=40, lr=0.01, progress=lambda done, total, loss: told.append((done, total))
+        slim,
+        distillation,
+        distillation,
+        steps=40,
+        lr=0.01,
+        progress=lambda done, total, loss: told.append((done, total)),
     )
     assert found.after < 0.9 * found.before
     assert found.model is not slim
-    assert lesson.divergence_of(found.model) == pytest.approx(found.after)
-    assert lesson.divergence_of(slim) == pytest.approx(found.before)
+    assert distillation.divergence_of(found.model) == pytest.approx(found.after)
+    assert distillation.divergence_of(slim) == pytest.approx(found.before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
     assert {name: tensor.shape for name, tensor in found.model.state_dict().items()} == {
         name: tensor.shape for name, tensor in before.items()
@@ -138,7 +146,7 @@ def test_gains_that_help_are_merged(bench):
 
 def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
-    found = reweight(slim, bench.lesson(bench.model), bench.lesson(slim), steps=20, lr=0.01)
+    found = reweight(slim, bench.distillation(bench.model), bench.distillation(slim), steps=20, lr=0.01)
     assert found.model is slim
     assert found.before == pytest.approx(0, abs=1e-6)
     assert found.after > 1e-4
@@ -146,19 +154,19 @@ def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
 
 def test_gains_of_no_steps_change_nothing(bench):
     slim = bench.slim(repair=True).requires_grad_(False)
-    lesson = bench.lesson(bench.model)
-    found = reweight(slim, lesson, lesson, steps=0, lr=0.01)
+    distillation = bench.distillation(bench.model)
+    found = reweight(slim, distillation, distillation, steps=0, lr=0.01)
     assert relative(found.model(bench.images), slim(bench.images)) < 1e-5
 
 
 def test_merged_gains_keep_the_softmax_temperature(bench):
-    # A layer whose q/k were cut has another scale; gains of 1 must leave it as it is.
+    # A layer whose q/k were cut has another scale; channel scales of 1 must leave it as it is.
     slim = bench.slim(repair=True).requires_grad_(False)
-    anatomy = dissect(slim)
-    assert any(unit.width not in width_choices(8, 8) for unit in anatomy.units(["qk"]))
-    ones = {unit.key: torch.ones(unit.heads, unit.width) for unit in anatomy.units()}
+    prunable = find_prunable_layers(slim)
+    assert any(unit.width not in width_choices(8, 8) for unit in prunable.units(["qk"]))
+    ones = {unit.key: torch.ones(unit.heads, unit.width) for unit in prunable.units()}
     merged = copy.deepcopy(slim)
-    whole = [UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in anatomy.units()]
+    whole = [UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in prunable.units()]
     cut(merged, Plan(tuple(whole)), ones)
     assert relative(merged(bench.images), slim(bench.images)) < 1e-6
 
@@ -169,43 +177,43 @@ def test_merged_gains_keep_the_softmax_temperature(bench):
 def test_principal_channels_keep_the_dense_temperature():
     """What is left of the logits is nearest to them as it is: 1/sqrt(kept width) would inflate it."""
     bench = Bench(TINY, "principal")
-    gains = bench.compensated(repair=False, temperature="kept").gains
-    dense = bench.compensated(repair=False, temperature="dense").gains
-    assert all(torch.equal(gains[key], dense[key]) for key in dense)
+    channel_scales = bench.compensated(repair=False, temperature="kept").channel_scales
+    dense = bench.compensated(repair=False, temperature="dense").channel_scales
+    assert all(torch.equal(channel_scales[key], dense[key]) for key in dense)
     plain = Bench(TINY, "channel")
-    gains = plain.compensated(repair=False, temperature="kept").gains
-    assert all(gains[unit.key].max() > 1.3 for unit in plain.anatomy.units(["qk"]))
+    channel_scales = plain.compensated(repair=False, temperature="kept").channel_scales
+    assert all(channel_scales[unit.key].max() > 1.3 for unit in plain.prunable.units(["qk"]))
 
 
 @each_case
 def test_without_repair_channels_go_by_what_goes_with_them(case):
     """The first to go is the channel whose removal moves its head's part of the output (or logits) least."""
     bench = Bench(case, "channel", images=16)
-    for unit in bench.anatomy.units():
+    for unit in bench.prunable.units():
         module, seen = bench.model.get_submodule(unit.layer), bench.calibration.moments[unit.key]
-        (way,) = reductions(module, unit, seen, 1, "channel", positions="own", refit=False)
+        (candidate,) = find_candidates(module, unit, seen, 1, "channel", positions="own", refit=False)
         if unit.kind == "qk":
             query, key = seen.every
             lost = [(query.energy * key.energy)[head].diagonal() for head in range(unit.heads)]
         else:
-            each = readers(module, unit).square().sum(0) * seen.every[0].energy.diagonal()
+            each = effective_output_weights(module, unit).square().sum(0) * seen.every[0].energy.diagonal()
             lost = each.view(unit.heads, unit.width)
         for head in range(unit.heads):
-            assert int(way.ranking.order[head, -1]) == int(lost[head].argmin())
+            assert int(candidate.ranking.order[head, -1]) == int(lost[head].argmin())
 
 
 def test_without_a_repair_principal_channels_hold_means_too():
     """No bias takes up what removed channels give on average, so that it counts when a basis is chosen."""
     bench = Bench(TINY, "channel", images=16)
-    unit = bench.anatomy.units(["v"])[0]
+    unit = bench.prunable.units(["v"])[0]
     module, seen = bench.model.get_submodule(unit.layer), bench.calibration.moments[unit.key]
-    second, columns = seen.every[0].energy, readers(module, unit)
+    second, columns = seen.every[0].energy, effective_output_weights(module, unit)
     lost = []
     for refit in (True, False):
-        (way,) = reductions(module, unit, seen, 1, "principal", refit=refit)
-        turned = rotated(seen, unit, way.rotation).every[0].energy
+        (candidate,) = find_candidates(module, unit, seen, 1, "principal", refit=refit)
+        turned = rotated(seen, unit, candidate.rotation).every[0].energy
         gone = torch.cat([head * unit.width + torch.arange(2, unit.width) for head in range(unit.heads)])
-        reader = (columns @ block_diagonal(way.rotation).mT)[:, gone]
+        reader = (columns @ block_diagonal(candidate.rotation).mT)[:, gone]
         blocks = (reader.mT @ reader * turned[gone][:, gone]).view(unit.heads, unit.width - 2, unit.heads, -1)
         lost.append(sum(float(blocks[head, :, head].sum()) for head in range(unit.heads)))
     assert seen.every[0].mean.norm() > 0.1 * second.diagonal().sum().sqrt()  # else nothing is tested

@@ -5,10 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from mhacut.cost import build_cost_table, measure_flops
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.slice import cut
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_the_published_numbers(architecture, giga, fused):
 
 def test_the_table_is_differentiable_in_the_widths():
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32).eval()
-    table = build_cost_table(model, dissect(model), (3, 32, 32))
+    table = build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
     width = torch.tensor(64.0, requires_grad=True)
     key = ("blocks.0.attn", "v")
     table.flops({key: width}).backward()
@@ -40,8 +41,8 @@ def test_a_layer_that_runs_three_times_costs_as_often():
     # The parallel blocks of CoaT share one MLP among three resolutions.
     args = {"img_size": 64, "parallel_depth": 1, "serial_depths": (1, 1, 1, 1)}
     model = timm.create_model("coat_mini", **args).eval()
-    anatomy = dissect(model)
-    table = build_cost_table(model, anatomy, (3, 64, 64))
+    prunable = find_prunable_layers(model)
+    table = build_cost_table(model, prunable, (3, 64, 64))
     (shared,) = (cost for cost in table.layers if cost.layer.name == "parallel_blocks.0.mlp2")
     assert len(shared.input_shapes) == 3
     (unit,) = shared.layer.units
@@ -77,7 +78,7 @@ def test_an_operator_nobody_counts_is_an_error_not_a_zero():
 )
 def test_stems_and_resampled_positions_can_be_counted(architecture, args, size):
     model = timm.create_model(architecture, **args).eval()
-    table = build_cost_table(model, dissect(model), (3, size, size))
+    table = build_cost_table(model, find_prunable_layers(model), (3, size, size))
     assert 0 < sum(table.by_layer().values()) < table.dense
 
 

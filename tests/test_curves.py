@@ -10,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Case, build, image
 
-from mhacut import curves as module_under_test
-from mhacut.calibration import calibrate
-from mhacut.curves import MOST_WIDTHS, error_curves
+from mhacut.linalg.reconstruction import RIDGES
 from mhacut.plan import Plan
-from mhacut.reduction import reductions
-from mhacut.repair import shrink
-from mhacut.reweight import plan_gains
-from mhacut.surgery import dissect, masked_tensors, rotate
-from mhacut.tensor.refit import RIDGES
-from mhacut.widths import width_choices
+from mhacut.pruning import curves as module_under_test
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.channel_scales import plan_channel_scales
+from mhacut.pruning.curves import MOST_WIDTHS, error_curves
+from mhacut.pruning.repair import shrink
+from mhacut.pruning.widths import width_choices
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.rotate import rotate
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 CASES = (
@@ -35,15 +37,15 @@ class Curved:
 
     def __init__(self, case, basis, round_to=2, refit=True):
         self.model = build(case, dtype=torch.float64).requires_grad_(False)
-        self.anatomy = dissect(self.model)
+        self.prunable = find_prunable_layers(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
         self.calibration = calibrate(
-            self.model, self.anatomy, self.images, batch_size=IMAGES, sensitivity_images=IMAGES
+            self.model, self.prunable, self.images, batch_size=IMAGES, sensitivity_images=IMAGES
         )
-        units = self.anatomy.units()
+        units = self.prunable.units()
         self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
-        self.ways = {
-            unit.key: reductions(
+        self.candidates = {
+            unit.key: find_candidates(
                 self.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
@@ -57,8 +59,8 @@ class Curved:
         self.told = []
         self.curves = error_curves(
             self.model,
-            self.anatomy,
-            self.ways,
+            self.prunable,
+            self.candidates,
             self.calibration,
             self.choices,
             self.images,
@@ -98,7 +100,7 @@ def it(request, basis):
 
 
 def test_every_unit_has_an_error_at_every_choice_falling_to_nothing(it):
-    assert set(it.curves) == {unit.key for unit in it.anatomy.units()}
+    assert set(it.curves) == {unit.key for unit in it.prunable.units()}
     for key, curve in it.curves.items():
         assert tuple(curve) == it.choices[key]
         errors = list(curve.values())
@@ -108,26 +110,26 @@ def test_every_unit_has_an_error_at_every_choice_falling_to_nothing(it):
 
 
 def test_progress_is_told_for_every_layer_that_is_run(it):
-    layers = len({unit.layer for unit in it.anatomy.units(["qk"])})
+    layers = len({unit.layer for unit in it.prunable.units(["qk"])})
     assert it.told == [(done, layers) for done in range(1, layers + 1)]
 
 
 def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
-    for unit in it.anatomy.units(["v", "hidden"]):
-        model, way = copy.deepcopy(it.model), it.ways[unit.key]
+    for unit in it.prunable.units(["v", "hidden"]):
+        model, candidate = copy.deepcopy(it.model), it.candidates[unit.key]
         layer = model.get_submodule(unit.layer)
-        if way.rotation is not None:
-            rotate(layer, unit, way.rotation)
-        reader, seen = layer.get_submodule(unit.readout.tensor.rpartition(".")[0]), []
+        if candidate.rotation is not None:
+            rotate(layer, unit, candidate.rotation)
+        reader, seen = layer.get_submodule(unit.output_projection.tensor.rpartition(".")[0]), []
         reader.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(i[0].flatten(0, -2)))
         model(it.images)
         x = seen[0]  # every row that the unit's channels were read from
         checked = 0
         for width in (choice for choice in it.choices[unit.key] if choice in sampled(it, unit)):
             heads = unit.width * torch.arange(unit.heads)[:, None]
-            kept = (way.ranking.kept(width) + heads).flatten()
+            kept = (candidate.ranking.kept(width) + heads).flatten()
             inputs = x[:, kept]
-            if unit.readout_bias is not None:
+            if unit.output_bias is not None:
                 inputs = torch.cat([inputs, torch.ones(len(x), 1).double()], 1)
             share = it.weights(unit, x).sqrt()[:, None]
             predicted = inputs @ torch.linalg.lstsq(share * inputs, share * x, driver="gelsd").solution
@@ -140,25 +142,25 @@ def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
 
 def test_errors_without_a_repair_are_those_of_dead_channels(basis):
     it = Curved(CASES[0], basis, refit=False)
-    for unit in it.anatomy.units():
+    for unit in it.prunable.units():
         dense = it.layer_output(it.model, unit.layer)
-        way, width = it.ways[unit.key], it.choices[unit.key][0]
-        plan = Plan((way.plan(width),))
+        candidate, width = it.candidates[unit.key], it.choices[unit.key][0]
+        plan = Plan((candidate.plan(width),))
         model = copy.deepcopy(it.model)
-        if way.rotation is not None:
-            rotate(model.get_submodule(unit.layer), unit, way.rotation)
-        tensors = masked_tensors(model, it.anatomy, plan_gains(it.anatomy, plan, None, "kept"))
+        if candidate.rotation is not None:
+            rotate(model.get_submodule(unit.layer), unit, candidate.rotation)
+        tensors = masked_tensors(model, it.prunable, plan_channel_scales(it.prunable, plan, None, "kept"))
         model.load_state_dict({**model.state_dict(), **tensors})
         left = it.divergence(unit, it.layer_output(model, unit.layer) - dense)
         assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3)
 
 
 def test_few_rows_are_judged_by_images_held_back(monkeypatch):
-    monkeypatch.setattr("mhacut.reduction.FEW_ROWS", 1000)
+    monkeypatch.setattr("mhacut.pruning.candidates.FEW_ROWS", 1000)
     it = Curved(CASES[0], "channel")
-    for unit in it.anatomy.units(["v", "hidden"]):
+    for unit in it.prunable.units(["v", "hidden"]):
         layer, seen = it.model.get_submodule(unit.layer), []
-        reader = layer.get_submodule(unit.readout.tensor.rpartition(".")[0])
+        reader = layer.get_submodule(unit.output_projection.tensor.rpartition(".")[0])
         handle = reader.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(i[0].flatten(0, -2)))
         it.model(it.images)
         handle.remove()
@@ -169,7 +171,7 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
         covariance = (share * (fit - mean)).mT @ (fit - mean) / len(fit)
         width = it.choices[unit.key][1]
         heads = unit.width * torch.arange(unit.heads)[:, None]
-        kept = (it.ways[unit.key].ranking.kept(width) + heads).flatten()
+        kept = (it.candidates[unit.key].ranking.kept(width) + heads).flatten()
         block, errors = covariance[kept][:, kept], []
         for ridge in (*RIDGES, 1e12):
             damped = block + ridge * block.diagonal().mean() * torch.eye(len(kept)).double()
@@ -185,15 +187,15 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     """It sees one row an image; so many channels as rows foretell all others of those images."""
     case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
-    anatomy, images = dissect(model), image(case, batch=32, dtype=torch.float64)
-    unit = anatomy.unit(("attn_pool", "v"))
-    calibration = calibrate(model, anatomy, images, batch_size=32, sensitivity_images=32)
+    prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
+    unit = prunable.unit(("attn_pool", "v"))
+    calibration = calibrate(model, prunable, images, batch_size=32, sensitivity_images=32)
     metric, seen = calibration.sensitivity.metric["attn_pool"], calibration.moments[unit.key]
-    (way, *_) = reductions(model.attn_pool, unit, seen, 1, "principal", metric)
+    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "principal", metric)
     choices = {unit.key: (1, 12, 16)}
-    curve = error_curves(model, anatomy, {unit.key: way}, calibration, choices, images, temperature="kept")[
-        unit.key
-    ]
+    curve = error_curves(
+        model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
+    )[unit.key]
     assert seen.fit[0].rows == 24 < 3 * 12
     assert curve[12] > 0.01 * curve[1] > 0
 
@@ -202,17 +204,17 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
 def test_errors_of_a_pooling_head_are_told_before_its_mlp():
     case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
-    anatomy, images = dissect(model), image(case, batch=400, dtype=torch.float64)
-    unit = anatomy.unit(("attn_pool", "qk"))
-    calibration = calibrate(model, anatomy, images, batch_size=400, sensitivity_images=400)
+    prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
+    unit = prunable.unit(("attn_pool", "qk"))
+    calibration = calibrate(model, prunable, images, batch_size=400, sensitivity_images=400)
     seen, metric = calibration.moments[unit.key], calibration.sensitivity.metric["attn_pool"]
-    (way, *_) = reductions(model.attn_pool, unit, seen, 1, "channel", metric)
+    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "channel", metric)
     choices = {unit.key: (1, 16)}
-    curve = error_curves(model, anatomy, {unit.key: way}, calibration, choices, images, temperature="kept")[
-        unit.key
-    ]
+    curve = error_curves(
+        model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
+    )[unit.key]
     shrunk, given = copy.deepcopy(model), []
-    shrink(shrunk.attn_pool, unit, way, 1, seen, "kept")
+    shrink(shrunk.attn_pool, unit, candidate, 1, seen, "kept")
     for each in (model, shrunk):
         each.attn_pool.proj.register_forward_hook(lambda m, i, output: given.append(output[:, 0]))
     logs = [each(images).log_softmax(-1) for each in (model, shrunk)]
@@ -233,12 +235,12 @@ def sampled(it, unit):
 
 
 def test_errors_of_logits_are_those_of_the_layer_cut(it):
-    for unit in it.anatomy.units(["qk"]):
+    for unit in it.prunable.units(["qk"]):
         dense = it.layer_output(it.model, unit.layer)
         for width in it.choices[unit.key][:-1]:
             model = copy.deepcopy(it.model)
             layer = model.get_submodule(unit.layer)
-            shrink(layer, unit, it.ways[unit.key], width, it.calibration.moments[unit.key], "kept")
+            shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key], "kept")
             errors = it.layer_output(model, unit.layer) - dense
             # The least of it and of narrower widths: curves never rise.
             least = min(it.curves[unit.key][other] for other in it.choices[unit.key] if other <= width)
@@ -247,7 +249,7 @@ def test_errors_of_logits_are_those_of_the_layer_cut(it):
         width = it.choices[unit.key][0]
         shrunk = copy.deepcopy(it.model)
         layer = shrunk.get_submodule(unit.layer)
-        shrink(layer, unit, it.ways[unit.key], width, it.calibration.moments[unit.key], "kept")
+        shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key], "kept")
         errors = it.layer_output(shrunk, unit.layer) - dense
         assert it.curves[unit.key][width] == pytest.approx(it.divergence(unit, errors), rel=1e-6)
 
@@ -262,19 +264,19 @@ def test_the_model_is_left_as_it_was():
 def test_units_that_are_not_asked_for_are_not_run():
     it = Curved(CASES[0], "principal")
     told = []
-    ways = {key: way for key, way in it.ways.items() if key[1] != "qk"}
+    candidates = {key: candidate for key, candidate in it.candidates.items() if key[1] != "qk"}
     found = error_curves(
         it.model,
-        it.anatomy,
-        ways,
+        it.prunable,
+        candidates,
         it.calibration,
         it.choices,
         it.images,
         temperature="kept",
         progress=lambda *done: told.append(done),
     )
-    assert set(found) == set(ways)
-    assert all(found[key] == it.curves[key] for key in ways)
+    assert set(found) == set(candidates)
+    assert all(found[key] == it.curves[key] for key in candidates)
     assert told == []
 
 

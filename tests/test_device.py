@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import mhacut
 from mhacut.cli.app import app
-from mhacut.device import warn_of_slow_amp
-from mhacut.progress import Silent
+from mhacut.runtime.device import warn_of_slow_amp
+from mhacut.runtime.progress import Silent
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mhacut.errors import DataError, MhacutError
-from mhacut.evaluate import evaluate
+from mhacut.measuring.accuracy import evaluate
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mhacut.adapters.vit_attention import VitAttentionAdapter
-from mhacut.catalogue import build_weightless
-from mhacut.cost import measure_flops, weightless
+from mhacut.commands.models import build_weightless
+from mhacut.surgery.flops import measure_flops, weightless
 
 COVERAGE = Path(__file__).parents[1] / "examples" / "coverage"
 sys.path.insert(0, str(COVERAGE))  # the scripts import each other

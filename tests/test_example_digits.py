@@ -9,7 +9,7 @@ import timm
 import torch
 
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
-from mhacut.evaluate import evaluate
+from mhacut.measuring.accuracy import evaluate
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 

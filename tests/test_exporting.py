@@ -15,8 +15,8 @@ from test_cli import run
 
 import mhacut
 from mhacut.checkpoint.load import read_model
+from mhacut.commands import export as exporting
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.exporting import run as exporting
 from mhacut.exporting import runtimes
 
 

@@ -31,17 +31,17 @@ import mhacut
 from mhacut.checkpoint.load import read_header
 from mhacut.cli.app import app
 from mhacut.cli.config import read_config
+from mhacut.commands import finetune as run_module
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
-from mhacut.finetuning import run as run_module
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder, write_whole
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
-from mhacut.finetuning.options import AugmentationOptions, FinetuneOptions
 from mhacut.finetuning.training import Trainer
-from mhacut.options import DataOptions
-from mhacut.processes import Processes
+from mhacut.options.base import DataOptions
+from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
+from mhacut.runtime.distributed import Processes
 
 CLASSES = 7
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -425,7 +425,7 @@ def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, m
 
     monkeypatch.setattr(measuring_module, "evaluate", asked_in)
     with pytest.raises(Interrupted, match=message):
-        tune(reporter=Listener(told))
+        tune(reporter=Capture(told))
     answer = "stopping once this is measured and saved; asked again, at once"
     assert told[calls[at - 1]] == answer
     assert told.count(answer) == 1
@@ -467,7 +467,7 @@ def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, 
     with pytest.raises(Killed):
         tune("cut", steps=2)
     told = []
-    resume(tmp_path / "cut", reporter=Listener(told))
+    resume(tmp_path / "cut", reporter=Capture(told))
     assert any("no step was saved, beginning with the first" in text for text in told)
 
 
@@ -751,7 +751,7 @@ def test_a_log_that_fails_does_not_end_the_training(tune, monkeypatch):
     told = []
     monkeypatch.setattr(run_module, "check_logs", lambda names: None)
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    assert tune(log="wandb", reporter=Listener(told)).steps == 6
+    assert tune(log="wandb", reporter=Capture(told)).steps == 6
     assert any("--log wandb: gave up" in text for text in told)
 
 
@@ -768,7 +768,7 @@ def test_rows_reach_a_log(tune, monkeypatch):
     assert sent[-1] == "end"
 
 
-class Listener:
+class Capture:
     """A reporter that remembers notes."""
 
     def __init__(self, told):

@@ -30,7 +30,10 @@ from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, rotate, set_gate
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.mask import masked_tensors, set_gate
+from mhacut.surgery.rotate import rotate
+from mhacut.surgery.slice import cut
 
 CASES = {
     **{name: (name, args) for name, args in SMALL.items()},
@@ -76,11 +79,11 @@ def image(dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
     )
 
 
-def without(model: nn.Module, anatomy: Anatomy, plan: Plan) -> dict[str, Tensor]:
+def without(model: nn.Module, prunable: PrunableLayers, plan: Plan) -> dict[str, Tensor]:
     """Tensors of ``model`` with all rows that make removed channels zero; gates for q/k."""
     tensors = {}
     for unit_plan in plan:
-        unit = anatomy.unit(unit_plan.key)
+        unit = prunable.unit(unit_plan.key)
         alive = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
         alive = alive.scatter(1, torch.tensor(unit_plan.kept), 1.0)
         if unit.gate is not None:
@@ -122,15 +125,15 @@ def test_masked_equals_sliced_in_single_precision(case):
 @torch.no_grad()
 def test_every_unit_matters(case):
     model, x = build(case), image()
-    anatomy, dense = dissect(model), model(x)
-    assert anatomy.left_alone == ()
-    assert {unit.kind for unit in anatomy.units()} == {"qk", "v", "hidden"}
-    for unit in anatomy.units():
-        gain = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
-        gain[:, 0] = 1.0  # without any features there would be no attention
-        dead = {unit.key: gain}
+    prunable, dense = find_prunable_layers(model), model(x)
+    assert prunable.skipped == ()
+    assert {unit.kind for unit in prunable.units()} == {"qk", "v", "hidden"}
+    for unit in prunable.units():
+        channel_scale = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
+        channel_scale[:, 0] = 1.0  # without any features there would be no attention
+        dead = {unit.key: channel_scale}
         if unit.width > 1:
-            assert relative(functional_call(model, masked_tensors(model, anatomy, dead), (x,)), dense) > 1e-4
+            assert relative(functional_call(model, masked_tensors(model, prunable, dead), (x,)), dense) > 1e-4
 
 
 @each_case
@@ -139,17 +142,17 @@ def test_every_unit_matters(case):
 @torch.no_grad()
 def test_removing_dead_channels_changes_nothing(case, seed):
     model, x = build(case), image()
-    anatomy = dissect(model)
-    plan, _ = random_plan(anatomy, seed)
+    prunable = find_prunable_layers(model)
+    plan, _ = random_plan(prunable, seed)
     for unit_plan in plan:  # what GELU makes of an MLP's constant channel is not zero
-        unit = anatomy.unit(unit_plan.key)
+        unit = prunable.unit(unit_plan.key)
         for axis in unit.axes if unit.kind == "hidden" else ():
             if axis.tensor == "dwconv.bias":
                 gone = torch.ones(unit.width, dtype=torch.bool)
                 gone[list(unit_plan.kept[0])] = False
                 model.get_submodule(unit.layer).get_parameter(axis.tensor)[gone] = 0
-    expected = functional_call(model, without(model, anatomy, plan), (x,))
-    for name, tensor in without(model, anatomy, plan).items():
+    expected = functional_call(model, without(model, prunable, plan), (x,))
+    for name, tensor in without(model, prunable, plan).items():
         if not name.endswith("gate"):
             model.get_parameter(name).copy_(tensor)
     cut(model, plan)
@@ -167,8 +170,8 @@ def test_the_cost_table_is_what_fvcore_counts(case, seed):
 @torch.no_grad()
 def test_fused_and_plain_attention_agree(case):
     model = build(case)
-    plan, gains = random_plan(dissect(model), 2)
-    cut(model, plan, gains)
+    plan, channel_scales = random_plan(find_prunable_layers(model), 2)
+    cut(model, plan, channel_scales)
     assert difference_of_kernels(model, image(batch=3)) < 1e-12
 
 
@@ -183,7 +186,7 @@ def test_a_slim_model_can_be_cut_again(case, seed):
 @each_case
 def test_gradients_flow_in_training_mode(case):
     model = build(case)
-    plan, _ = random_plan(dissect(model), 5)
+    plan, _ = random_plan(find_prunable_layers(model), 5)
     cut(model, plan)
     assert untrained(model, image()) == (
         {"norm.weight", "norm.bias"} if case == "flatten_pvt_tiny" else set()
@@ -199,19 +202,21 @@ def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
 def test_gradients_of_gains_reach_channels_that_are_masked(case):
     # Or the search could never take a channel back.
     model, x = build(case), image()
-    anatomy = dissect(model)
-    _, gains = random_plan(anatomy, 9)
-    gains = {key: gain.requires_grad_() for key, gain in gains.items()}
-    functional_call(model, masked_tensors(model, anatomy, gains), (x,)).square().sum().backward()
-    for key, gain in gains.items():
-        assert gain.grad.isfinite().all(), key
-        assert (gain.grad != 0).double().mean() > 0.9, key  # features of q or k may be nowhere positive
+    prunable = find_prunable_layers(model)
+    _, channel_scales = random_plan(prunable, 9)
+    channel_scales = {key: channel_scale.requires_grad_() for key, channel_scale in channel_scales.items()}
+    functional_call(model, masked_tensors(model, prunable, channel_scales), (x,)).square().sum().backward()
+    for key, channel_scale in channel_scales.items():
+        assert channel_scale.grad.isfinite().all(), key
+        assert (channel_scale.grad != 0).double().mean() > 0.9, (
+            key
+        )  # features of q or k may be nowhere positive
 
 
 def focused_layers(model: nn.Module) -> list[tuple[nn.Module, Unit, Unit]]:
     """(layer, qk unit, v unit) of focused linear attention."""
     found = []
-    for layer in dissect(model).layers:
+    for layer in find_prunable_layers(model).layers:
         units = {unit.kind: unit for unit in layer.units}
         if "qk" in units and units["qk"].linear:
             found.append((model.get_submodule(layer.name), units["qk"], units["v"]))
@@ -227,13 +232,13 @@ def test_what_is_allowed_in_focused_attention(case):
         assert not v.rotatable
         assert not qk.softmax_scaled
         assert v.shares == (v.heads > 1)
-        assert qk.gain_axes == ()
+        assert qk.scale_axes == ()
 
 
 def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels():
     allowed = {}
     for case in ("flatten_swin_tiny_224", "flatten_cswin_tiny_224", "timm pvt"):
-        units = [unit for unit in dissect(build(case)).units(("qk", "v")) if not unit.linear]
+        units = [unit for unit in find_prunable_layers(build(case)).units(("qk", "v")) if not unit.linear]
         allowed[case] = {
             (unit.kind, unit.rotatable) for unit in units if unit.softmax_scaled or unit.kind == "v"
         }
@@ -252,10 +257,10 @@ def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels(
 def test_turned_channels_compute_what_they_did(case, slim):
     model, x = build(case), image()
     if slim:
-        cut(model, random_plan(dissect(model), 4)[0])
+        cut(model, random_plan(find_prunable_layers(model), 4)[0])
     expected, turned = model(x), 0
     generator = torch.Generator().manual_seed(2)
-    for unit in dissect(model).units():
+    for unit in find_prunable_layers(model).units():
         if unit.rotatable:
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -268,7 +273,7 @@ def test_turned_channels_compute_what_they_did(case, slim):
 @torch.no_grad()
 def test_own_positions_need_filters_of_their_own():
     model = build("flatten_deit_tiny")
-    unit = dissect(model).unit(("blocks.0.attn", "v"))
+    unit = find_prunable_layers(model).unit(("blocks.0.attn", "v"))
     own = tuple((head, head + 2) for head in range(unit.heads))
     with pytest.raises(PlanError, match=r"its heads share dwc\.weight, dwc\.bias:"):
         cut(model, Plan((UnitPlan(unit.layer, "v", unit.width, own),)))
@@ -303,9 +308,9 @@ def test_a_gate_is_as_if_channels_were_not_there(seed, channels, power):
 def test_merging_gains_of_one_changes_no_bit():
     model = build("flatten_pvt_v2_b0", dtype=torch.float32)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    anatomy = dissect(model)
-    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()]
-    cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in anatomy.units()})
+    prunable = find_prunable_layers(model)
+    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units()]
+    cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in prunable.units()})
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -313,13 +318,13 @@ def test_merging_gains_of_one_changes_no_bit():
 @torch.no_grad()
 def test_gains_that_were_trained_away_leave_nothing_of_a_kept_channel(case):
     model, x = build(case), image()
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, 3)
-    for unit in anatomy.units():
+    prunable = find_prunable_layers(model)
+    plan, channel_scales = random_plan(prunable, 3)
+    for unit in prunable.units():
         if unit.width > 2:
-            gains[unit.key][:, :2] *= torch.tensor([0.0, -0.5], dtype=torch.float64)
-    masked = functional_call(model, masked_tensors(model, anatomy, gains), (x,))
-    cut(model, plan, gains)
+            channel_scales[unit.key][:, :2] *= torch.tensor([0.0, -0.5], dtype=torch.float64)
+    masked = functional_call(model, masked_tensors(model, prunable, channel_scales), (x,))
+    cut(model, plan, channel_scales)
     assert relative(model(x), masked) < 1e-9
 
 

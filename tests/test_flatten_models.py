@@ -13,11 +13,11 @@ from models import slow_except
 from torch import nn
 
 import mhacut
-from mhacut.cost import count_parameters, measure_flops
 from mhacut.errors import UsageError
 from mhacut.flatten import checkpoint_filter
 from mhacut.flatten.attention import FocusedLinearAttention
 from mhacut.flatten.flatten_cswin import StripeAttention
+from mhacut.surgery.flops import count_parameters, measure_flops
 
 # One of each family, at a size that takes no time: 64 pixels, 16 x 16 tokens in stage 1.
 SMALL = {
@@ -141,8 +141,8 @@ def test_features_only(name):
     maps = features(torch.randn(1, 3, 64, 64))
     channels_last = getattr(features, "output_fmt", None) == "NHWC"
     shapes = [tuple(t.permute(0, 3, 1, 2).shape if channels_last else t.shape) for t in maps]
-    channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
-    assert shapes == [(1, c, 64 // r, 64 // r) for c, r in zip(channels, reductions, strict=True)]
+    channels, find_candidates = features.feature_info.channels(), features.feature_info.reduction()
+    assert shapes == [(1, c, 64 // r, 64 // r) for c, r in zip(channels, find_candidates, strict=True)]
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -20,18 +20,21 @@ from test_flatten_models import SMALL
 from torch import Tensor
 
 import mhacut
-from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
+from mhacut.linalg.attention_difference import linear_attention_energy, linear_contributions
+from mhacut.linalg.indicator import THRESHOLD
+from mhacut.linalg.reconstruction import output_error, refit_linear
+from mhacut.linalg.selection import Ranking, rank_parts, rank_shared_channels
 from mhacut.plan import Plan
-from mhacut.planning import Planner
-from mhacut.reduction import reductions
-from mhacut.repair import repair
-from mhacut.surgery import cut, dissect, masked_tensors, readers
-from mhacut.tensor.attention_difference import linear_attention_energy, linear_contributions
-from mhacut.tensor.indicator import THRESHOLD
-from mhacut.tensor.refit import output_error, refit_linear
-from mhacut.tensor.selection import Ranking, rank_parts, rank_shared_channels
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.planner import Planner
+from mhacut.pruning.repair import repair
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.output import effective_output_weights
+from mhacut.surgery.slice import cut
 
 seeds = st.integers(0, 2**32 - 1)
 QUICK = {
@@ -132,7 +135,9 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
     model(images)
     k = attn.kv(seen["x"])[..., : attn.scale.shape[-1]] + attn.positional_encoding
     q, k = (split_heads(focus(t, attn.scale), attn.num_heads) for t in (attn.q(seen["x"]), k))
-    found = calibrate(model, dissect(model), images, batch_size=2).statistics["stages.1.blocks.0.attn", "qk"]
+    found = calibrate(model, find_prunable_layers(model), images, batch_size=2).statistics[
+        "stages.1.blocks.0.attn", "qk"
+    ]
     torch.testing.assert_close(found.difference, linear_attention_energy(q, k).sqrt(), rtol=1e-4, atol=1e-6)
 
     def cosines(x):
@@ -150,28 +155,28 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
 @torch.no_grad()
 def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     model, images = build(case, dtype=torch.float32), image(torch.float32, batch=24)
-    anatomy = dissect(model)
-    calibration = calibrate(model, anatomy, images, batch_size=8)
-    plans, gains = {}, {}
-    for unit in anatomy.units():
+    prunable = find_prunable_layers(model)
+    calibration = calibrate(model, prunable, images, batch_size=8)
+    plans, channel_scales = {}, {}
+    for unit in prunable.units():
         module = model.get_submodule(unit.layer)
-        ways = reductions(module, unit, calibration.moments[unit.key], 4, "channel")
-        assert [way.unshared for way in ways] == ([True, False] if unit.shares else [False])
-        assert unit.linear <= (len(ways) == 1)
-        plans[unit.key] = ways[0].plan(unit.width // 2)
+        candidates = find_candidates(module, unit, calibration.moments[unit.key], 4, "channel")
+        assert [candidate.unshared for candidate in candidates] == ([True, False] if unit.shares else [False])
+        assert unit.linear <= (len(candidates) == 1)
+        plans[unit.key] = candidates[0].plan(unit.width // 2)
         kept = torch.tensor(plans[unit.key].kept)
-        gains[unit.key] = torch.zeros(unit.heads, unit.width).scatter(1, kept, 1.0)
-        if ways[0].unshared:
+        channel_scales[unit.key] = torch.zeros(unit.heads, unit.width).scatter(1, kept, 1.0)
+        if candidates[0].unshared:
             assert len(set(plans[unit.key].kept)) > 1
-            assert len(set(ways[1].plan(4).kept)) == 1
+            assert len(set(candidates[1].plan(4).kept)) == 1
     plan = Plan(tuple(plans.values()))
     dense, plain = (
         model(images),
-        torch.func.functional_call(model, masked_tensors(model, anatomy, gains), images),
+        torch.func.functional_call(model, masked_tensors(model, prunable, channel_scales), images),
     )
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = repair(model, anatomy, plan, calibration.moments)
-    for unit in anatomy.units():
+    report = repair(model, prunable, plan, calibration.moments)
+    for unit in prunable.units():
         if unit.linear:
             assert report[unit.key].error == 1.0
             for axis in unit.axes:
@@ -179,40 +184,43 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
                 assert torch.equal(model.get_parameter(name), before[name])
         elif unit.kind != "qk":
             assert report[unit.key].error < 1
-            assert not readers(model.get_submodule(unit.layer), unit)[
-                :, gains[unit.key].reshape(-1) == 0
+            assert not effective_output_weights(model.get_submodule(unit.layer), unit)[
+                :, channel_scales[unit.key].reshape(-1) == 0
             ].any()
-    masked = torch.func.functional_call(model, masked_tensors(model, anatomy, gains), images)
+    masked = torch.func.functional_call(model, masked_tensors(model, prunable, channel_scales), images)
     assert (masked - dense).norm() < (plain - dense).norm()
-    cut(model, plan, gains)
+    cut(model, plan, channel_scales)
     assert relative(model(images), masked) < 1e-4
 
 
 @torch.no_grad()
 def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_images():
     model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=24)
-    anatomy = dissect(model)
-    moments = calibrate(model, anatomy, images, batch_size=8).moments
+    prunable = find_prunable_layers(model)
+    moments = calibrate(model, prunable, images, batch_size=8).moments
     chosen = set()
-    for unit in anatomy.units(("v",)):
+    for unit in prunable.units(("v",)):
         module, seen = model.get_submodule(unit.layer), moments[unit.key]
-        own, equal = reductions(module, unit, seen, 4, "channel")
+        own, equal = find_candidates(module, unit, seen, 4, "channel")
         bad = replace(own, ranking=Ranking(own.ranking.order.flip(-1)))  # keeps what matters least
-        columns, first = readers(module, unit), torch.arange(unit.heads)[:, None] * unit.width
-        for ways in ((own, equal), (equal, own), (bad, equal), (equal, bad)):
+        columns, first = (
+            effective_output_weights(module, unit),
+            torch.arange(unit.heads)[:, None] * unit.width,
+        )
+        for candidates in ((own, equal), (equal, own), (bad, equal), (equal, bad)):
             left = [
                 refit_linear(
                     seen.fit[0],
                     seen.held[0],
-                    (torch.tensor(way.plan(8).kept) + first).reshape(-1),
+                    (torch.tensor(candidate.plan(8).kept) + first).reshape(-1),
                     columns,
                     constant=True,
                 ).left
-                for way in ways
+                for candidate in candidates
             ]
-            best = ways[left.index(min(left))]
+            best = candidates[left.index(min(left))]
             plan = Plan((best.plan(8),))
-            report = repair(copy.deepcopy(model), anatomy, plan, moments, ways={unit.key: ways})
+            report = repair(copy.deepcopy(model), prunable, plan, moments, candidates={unit.key: candidates})
             assert report[unit.key].plan == best.plan(8)
             chosen.add(best.unshared)
     assert chosen == {True, False}
@@ -221,25 +229,30 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
 @torch.no_grad()
 def test_indicators_that_refine_a_plan_start_from_its_channels():
     model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
-    anatomy = dissect(model)
-    calibration = calibrate(model, anatomy, images, batch_size=8)
+    prunable = find_prunable_layers(model)
+    calibration = calibrate(model, prunable, images, batch_size=8)
     moments = calibration.moments
-    ways = {
-        unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
-        for unit in anatomy.units(("v",))
+    candidates = {
+        unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
+        for unit in prunable.units(("v",))
     }
     for number in range(2):  # each its own, or equal positions
-        plan = Plan(tuple(choices[number].plan(8) for choices in ways.values()))
+        plan = Plan(tuple(choices[number].plan(8) for choices in candidates.values()))
         started = {}
 
-        def search(dense, lesson, start, rotated, plan=plan, started=started):
+        def search(dense, distillation, start, rotated, plan=plan, started=started):
             started.update(start)
             assert rotated == []
             return SimpleNamespace(plan=plan, log=())
 
-        planner = SimpleNamespace(dense=model, anatomy=anatomy, start_stage=lambda name: None, _search=search)
-        planner.calibration, planner.lesson = calibration, SimpleNamespace(part=lambda start, stop: None)
-        Planner._refined(planner, ways, SimpleNamespace(plan=plan))
+        planner = SimpleNamespace(
+            dense=model, prunable=prunable, start_stage=lambda name: None, _search=search
+        )
+        planner.calibration, planner.distillation = (
+            calibration,
+            SimpleNamespace(part=lambda start, stop: None),
+        )
+        Planner._refined(planner, candidates, SimpleNamespace(plan=plan))
         for unit_plan in plan:
             masks = started[unit_plan.key] > THRESHOLD
             assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept

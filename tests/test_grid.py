@@ -11,10 +11,11 @@ from models import Case, build, relative
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from mhacut import pipeline, planning
 from mhacut.checkpoint.load import read_model
+from mhacut.commands import prune as pipeline
 from mhacut.errors import UsageError
-from mhacut.options import Allocation, BasisChoice, Effort
+from mhacut.options.prune import Allocation, BasisChoice, Effort
+from mhacut.pruning import planner as planning
 
 ALLOCATIONS = get_args(Allocation)
 BASES, EFFORTS = get_args(BasisChoice), get_args(Effort)
@@ -76,7 +77,7 @@ def test_some_ways_give_a_file_within_the_budget(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("allocation", "basis", "effort", "repair"), [way for way in EVERY if way not in SOME]
+    ("allocation", "basis", "effort", "repair"), [candidate for candidate in EVERY if candidate not in SOME]
 )
 def test_all_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basis, effort, repair):
     check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
@@ -100,8 +101,8 @@ def check_way(dense, folder, monkeypatch, allocation, basis, effort, repair):
 
 def test_that_some_ways_hold_every_pair():
     for first, second in itertools.combinations(range(4), 2):
-        pairs = {(way[first], way[second]) for way in SOME}
-        assert pairs == {(way[first], way[second]) for way in EVERY}
+        pairs = {(candidate[first], candidate[second]) for candidate in SOME}
+        assert pairs == {(candidate[first], candidate[second]) for candidate in EVERY}
 
 
 @pytest.mark.parametrize("flops", ["90%", "32%"])

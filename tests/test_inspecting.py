@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 import mhacut
 from mhacut.checkpoint.load import read_model, read_outline
 from mhacut.cli.app import app
-from mhacut.cost import measure_flops_by_module, weightless
+from mhacut.commands.inspect import inspect
 from mhacut.errors import CheckpointError, UsageError
-from mhacut.inspecting import inspect
-from mhacut.inspection import BY_WEIGHTS, inspect_model
-from mhacut.verdict import redundant_share
+from mhacut.inspection.layers import BY_WEIGHTS, inspect_model
+from mhacut.inspection.summary import redundant_share
+from mhacut.surgery.flops import measure_flops_by_module, weightless
 
 
 @pytest.fixture(scope="module")

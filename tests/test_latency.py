@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mhacut import latency
-from mhacut.latency import compare_latency
+from mhacut.measuring import latency
+from mhacut.measuring.latency import compare_latency
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from mhacut.checkpoint.load import read_model
-from mhacut.curves import error_curves
 from mhacut.errors import (
     BudgetError,
     CheckpointError,
@@ -26,9 +25,10 @@ from mhacut.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from mhacut.progress import Silent
-from mhacut.reduction import reductions
-from mhacut.search import search
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.curves import error_curves
+from mhacut.pruning.indicators import search
+from mhacut.runtime.progress import Silent
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -177,15 +177,15 @@ def test_a_missing_validation_split_is_told(tiny_vit, tmp_path):
         folder.mkdir(parents=True)
         Image.new("RGB", (32, 32), (label * 30, 0, 0)).save(folder / "0.png")
 
-    class Listener(Silent):
+    class Capture(Silent):
         notes: ClassVar[list[str]] = []
 
         def note(self, text):
             self.notes.append(text)
 
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=Listener())
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=Capture())
     assert result.slim.evaluation is None
-    assert any("accuracy is not measured: no labelled split 'val'" in note for note in Listener.notes)
+    assert any("accuracy is not measured: no labelled split 'val'" in note for note in Capture.notes)
 
 
 def test_budgets_may_be_numbers(tiny_vit, tmp_path):
@@ -325,7 +325,7 @@ def test_what_is_left_whole_is_told(tmp_path):
         model_args=args,
         **QUICK,
     )
-    assert result.left_whole == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
+    assert result.not_prunable == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
 
 
 def test_the_example_loses_little(tmp_path):
@@ -340,7 +340,7 @@ def test_the_example_loses_little(tmp_path):
     assert result.slim.evaluation.top1 > result.dense.evaluation.top1 - 3
     # The accuracy is that of the file.
     from mhacut.data import Preprocessing, evaluation_loader
-    from mhacut.evaluate import evaluate
+    from mhacut.measuring.accuracy import evaluate
 
     loaded = read_model(result.output)
     loader = evaluation_loader(
@@ -413,10 +413,10 @@ def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
 
         return call
 
-    for function in (reductions, error_curves):
-        monkeypatch.setattr(f"mhacut.planning.{function.__name__}", listened(function))
+    for function in (find_candidates, error_curves):
+        monkeypatch.setattr(f"mhacut.pruning.planner.{function.__name__}", listened(function))
     prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
-    assert told == {"reductions": {repair}, "error_curves": {repair}}
+    assert told == {"find_candidates": {repair}, "error_curves": {repair}}
 
 
 def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
@@ -426,7 +426,7 @@ def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monke
         rotated.append(set(more["rotated"]))
         return search(*args, **more)
 
-    monkeypatch.setattr("mhacut.planning.search", searching)
+    monkeypatch.setattr("mhacut.pruning.planner.search", searching)
     options = {"allocation": "refined", "steps": 1, "dry_run": True}
     prune(tiny_vit, tmp_path / "slim.safetensors", basis="principal", **options)
     prune(tiny_vit, tmp_path / "slim.safetensors", basis="channel", **options)
@@ -445,7 +445,7 @@ class Told(Silent):
 
 
 def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.setattr("mhacut.repair_in_order.VETO", 0.0)
+    monkeypatch.setattr("mhacut.pruning.sequential.GUARD", 0.0)
     told = Told()
     vetoed = prune(tiny_vit, tmp_path / "vetoed.safetensors", reporter=told)
     assert any(note.startswith("repair in order was left out: divergence") for note in told.notes)

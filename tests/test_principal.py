@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CASES, build, image, relative
 
-from mhacut.calibration import calibrate
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.pca import logit_basis, output_basis
+from mhacut.linalg.reconstruction import output_error, refit_logits
 from mhacut.plan import Plan, UnitPlan
-from mhacut.reduction import block_diagonal, reductions, rotated
-from mhacut.repair import repair
-from mhacut.surgery import cut, dissect, readers, rotate
-from mhacut.tensor.moments import Moments
-from mhacut.tensor.principal import logit_basis, output_basis
-from mhacut.tensor.refit import output_error, refit_logits
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
+from mhacut.pruning.repair import repair
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.output import effective_output_weights
+from mhacut.surgery.rotate import rotate
+from mhacut.surgery.slice import cut
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 few = settings(max_examples=25, deadline=None)
@@ -55,12 +58,12 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
             Plan(
                 tuple(
                     UnitPlan(u.layer, u.kind, u.width, (tuple(range(widths[u.kind])),) * u.heads)
-                    for u in dissect(model).units()
+                    for u in find_prunable_layers(model).units()
                 )
             ),
         )
     expected, turned = model(x), 0
-    for unit in dissect(model).units():
+    for unit in find_prunable_layers(model).units():
         if unit.rotatable:
             before = copy.deepcopy(model.state_dict())
             rotate(
@@ -72,13 +75,15 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
             assert changed == {f"{unit.layer}.{axis.tensor}" for axis in unit.axes}
             turned += 1
     assert relative(model(x), expected) < 1e-8
-    assert turned == sum(unit.kind != "hidden" and unit.rotatable for unit in dissect(model).units())
+    assert turned == sum(
+        unit.kind != "hidden" and unit.rotatable for unit in find_prunable_layers(model).units()
+    )
 
 
 def test_what_acts_on_single_channels_is_not_rotatable():
     rotatable = {}
     for case in CASES:
-        units = dissect(build(case)).units()
+        units = find_prunable_layers(build(case)).units()
         rotatable[case.id + str("qk_norm" in case.args)] = {unit.kind for unit in units if unit.rotatable}
     assert rotatable["vit_tiny_patch16_224False"] == {"qk", "v"}
     assert rotatable["vit_tiny_patch16_224True"] == {"v"}
@@ -89,13 +94,13 @@ def test_what_acts_on_single_channels_is_not_rotatable():
 @each_case
 def test_moments_follow_a_rotation(case):
     model, images = build(case, dtype=torch.float64).requires_grad_(False), image(case, batch=3)
-    images, anatomy = images.double(), dissect(model)
-    found = calibrate(model, anatomy, images, batch_size=3).moments
-    bases = {u.key: noise(u.heads, u.width, u.width, seed=1) for u in anatomy.units() if u.rotatable}
+    images, prunable = images.double(), find_prunable_layers(model)
+    found = calibrate(model, prunable, images, batch_size=3).moments
+    bases = {u.key: noise(u.heads, u.width, u.width, seed=1) for u in prunable.units() if u.rotatable}
     for key, basis in bases.items():
-        rotate(model.get_submodule(key[0]), anatomy.unit(key), basis)
-    measured = calibrate(model, anatomy, images, batch_size=3).moments
-    for unit in anatomy.units():
+        rotate(model.get_submodule(key[0]), prunable.unit(key), basis)
+    measured = calibrate(model, prunable, images, batch_size=3).moments
+    for unit in prunable.units():
         for part in ("fit", "held"):
             expected = getattr(measured[unit.key], part)
             for told, seen in zip(
@@ -208,18 +213,18 @@ def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank
 def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
     case = CASES[0]
     model, images = build(case).requires_grad_(False), image(case, batch=24)
-    anatomy = dissect(model)
-    moments, dense = calibrate(model, anatomy, images, batch_size=8).moments, model(images)
+    prunable = find_prunable_layers(model)
+    moments, dense = calibrate(model, prunable, images, batch_size=8).moments, model(images)
     far = {}
     for basis in ("channel", "principal"):
         slim = copy.deepcopy(model)
-        ways = {
-            unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 16, basis)
-            for unit in anatomy.units([kind])
+        candidates = {
+            unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 16, basis)
+            for unit in prunable.units([kind])
         }
-        assert all(len(way) == 1 and way[0].basis == basis for way in ways.values())
-        plan = Plan(tuple(way[0].plan(16) for way in ways.values()))
-        report = repair(slim, anatomy, plan, moments, ways=ways)
+        assert all(len(candidate) == 1 and candidate[0].basis == basis for candidate in candidates.values())
+        plan = Plan(tuple(candidate[0].plan(16) for candidate in candidates.values()))
+        report = repair(slim, prunable, plan, moments, candidates=candidates)
         assert {unit.plan.basis for unit in report.values()} == {basis}
         cut(slim, Plan(tuple(unit.plan for unit in report.values())))
         far[basis] = float((slim(images) - dense).norm())
@@ -228,8 +233,8 @@ def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
 
 def test_what_reads_turned_channels_is_turned_too():
     model = build(CASES[0], dtype=torch.float64)
-    unit = dissect(model).unit(("blocks.0.attn", "v"))
+    unit = find_prunable_layers(model).unit(("blocks.0.attn", "v"))
     module, basis = model.blocks[0].attn, noise(3, 64, 64, seed=0)
-    before = readers(module, unit).clone()
+    before = effective_output_weights(module, unit).clone()
     rotate(module, unit, basis)
-    assert relative(readers(module, unit), before @ block_diagonal(basis).mT) < 1e-10
+    assert relative(effective_output_weights(module, unit), before @ block_diagonal(basis).mT) < 1e-10

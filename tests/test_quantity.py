@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from mhacut.budget import Budget, format_flops
 from mhacut.errors import UsageError
-from mhacut.quantity import Budget, format_flops
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, build, image, relative
 
-from mhacut.calibration import calibrate
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
-from mhacut.options import BasisChoice
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.reconstruction import output_error, refit_linear, refit_logits
+from mhacut.linalg.selection import rank_channels, rank_logit_channels
+from mhacut.options.prune import BasisChoice
 from mhacut.plan import Plan, UnitPlan
-from mhacut.reduction import reductions
-from mhacut.repair import repair
-from mhacut.surgery import cut, dissect
-from mhacut.tensor.moments import Moments
-from mhacut.tensor.refit import output_error, refit_linear, refit_logits
-from mhacut.tensor.selection import rank_channels, rank_logit_channels
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.repair import repair
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
 
@@ -84,7 +85,7 @@ def test_linear_refit_is_least_squares(constant):
     found = refit_linear(exact(x), exact(x), kept, columns, constant=constant)
     inputs = torch.cat([x[:, kept], torch.ones(400, 1).double()], 1) if constant else x[:, kept]
     solution = torch.linalg.lstsq(inputs, x[:, gone]).solution
-    assert found.ridge == 1e-9  # nothing is held back here that a ridge could help with
+    assert found.ridge == 1e-9  # nothing is held out here that a ridge could help with
     assert torch.allclose(found.prediction, solution[:3].T, atol=1e-5)
     assert torch.allclose(found.constant, solution[3] if constant else torch.zeros(3).double(), atol=1e-4)
     left = (x[:, gone] - inputs @ solution) @ columns[:, gone].T
@@ -401,13 +402,13 @@ def test_many_channels_go_at_once_at_little_loss():
 def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
     model = build(case, dtype=torch.float64).requires_grad_(False)
     x = image(case, batch=6, dtype=torch.float64)
-    anatomy = dissect(model)
-    plan, moments = plan_of(anatomy, 3), moments_of(model, anatomy, x)
-    ways = {
-        unit.key: reductions(model.get_submodule(unit.layer), unit, moments[unit.key], 1, basis)
-        for unit in anatomy.units()
+    prunable = find_prunable_layers(model)
+    plan, moments = plan_of(prunable, 3), moments_of(model, prunable, x)
+    candidates = {
+        unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 1, basis)
+        for unit in prunable.units()
     }
-    report = repair(model, anatomy, plan, moments, ways=ways)
+    report = repair(model, prunable, plan, moments, candidates=candidates)
     chosen = Plan(tuple(report[unit.key].plan for unit in plan))
     assert chosen.widths() == plan.widths()
     shaped = model(x)
@@ -415,14 +416,14 @@ def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basi
     assert relative(model(x), shaped) < 1e-9
 
 
-def moments_of(model, anatomy, images):
-    return calibrate(model, anatomy, images, batch_size=4).moments
+def moments_of(model, prunable, images):
+    return calibrate(model, prunable, images, batch_size=4).moments
 
 
-def plan_of(anatomy, seed, share=0.6):
+def plan_of(prunable, seed, share=0.6):
     generator = torch.Generator().manual_seed(seed)
     units = []
-    for unit in anatomy.units():
+    for unit in prunable.units():
         width = max(1, int(share * unit.width))
         kept = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values.tolist()
@@ -440,9 +441,9 @@ def test_after_repair_the_cut_is_a_mere_slice(case, seed):
         build(case, dtype=torch.float64).requires_grad_(False),
         image(case, batch=6, dtype=torch.float64),
     )
-    anatomy = dissect(model)
-    plan = plan_of(anatomy, seed)
-    repair(model, anatomy, plan, moments_of(model, anatomy, x))
+    prunable = find_prunable_layers(model)
+    plan = plan_of(prunable, seed)
+    repair(model, prunable, plan, moments_of(model, prunable, x))
     shaped = model(x)
     cut(model, plan)
     assert relative(model(x), shaped) < 1e-9
@@ -451,9 +452,9 @@ def test_after_repair_the_cut_is_a_mere_slice(case, seed):
 @each_case
 def test_repair_is_never_worse_than_removing_where_it_was_not_fitted(case):
     model = build(case).requires_grad_(False)
-    anatomy = dissect(model)
-    plan = plan_of(anatomy, 0)
-    report = repair(model, anatomy, plan, moments_of(model, anatomy, image(case, batch=24)))
+    prunable = find_prunable_layers(model)
+    plan = plan_of(prunable, 0)
+    report = repair(model, prunable, plan, moments_of(model, prunable, image(case, batch=24)))
     assert set(report) == {unit.key for unit in plan}
     assert all(unit.error <= 1 + 1e-9 for unit in report.values())
 
@@ -467,19 +468,19 @@ def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     unseen = calibration_images(
         preprocessing, count=100, seed=0, data_dir=digits / "images", split="val", use_labels=False
     ).images
-    anatomy = dissect(model)
-    plan, dense = plan_of(anatomy, 0, share=0.5), model(unseen)
+    prunable = find_prunable_layers(model)
+    plan, dense = plan_of(prunable, 0, share=0.5), model(unseen)
     plain = copy.deepcopy(model)
     cut(plain, plan)
-    repair(model, anatomy, plan, moments_of(model, anatomy, images))
+    repair(model, prunable, plan, moments_of(model, prunable, images))
     cut(model, plan)
     assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
 
 
 def test_units_that_keep_everything_are_not_touched():
     model = build(CASES[0]).requires_grad_(False)
-    anatomy = dissect(model)
+    prunable = find_prunable_layers(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units()))
-    assert repair(model, anatomy, whole, moments_of(model, anatomy, image(CASES[0]))) == {}
+    whole = Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units()))
+    assert repair(model, prunable, whole, moments_of(model, prunable, image(CASES[0]))) == {}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

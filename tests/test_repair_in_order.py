@@ -15,11 +15,12 @@ from plans import lesson_of
 from torch import nn
 from torch.nn import functional as F
 
-from mhacut.calibration import calibrate
-from mhacut.lockstep import run_in_lockstep
 from mhacut.plan import Plan, UnitPlan
-from mhacut.repair_in_order import RIDGES, repair_in_order
-from mhacut.surgery import cut, dissect
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.lockstep import run_in_lockstep
+from mhacut.pruning.sequential import RIDGES, repair_in_order
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 PLAIN = Case("vit_tiny_patch16_224", SMALL)
@@ -42,13 +43,13 @@ class Bench:
     def __init__(self, case, images=24):
         self.dense = build(case, dtype=torch.float64).requires_grad_(False)
         self.images = image(case, batch=images, dtype=torch.float64)
-        self.anatomy = dissect(self.dense)
+        self.prunable = find_prunable_layers(self.dense)
         self.sensitivity = calibrate(
-            self.dense, self.anatomy, self.images, batch_size=images, sensitivity_images=images
+            self.dense, self.prunable, self.images, batch_size=images, sensitivity_images=images
         ).sensitivity
         self.slim = copy.deepcopy(self.dense)
         plans = []
-        for unit in self.anatomy.units():
+        for unit in self.prunable.units():
             kept = tuple(range(unit.width // 2))
             plans.append(UnitPlan(unit.layer, unit.kind, unit.width, (kept,) * unit.heads))
         cut(self.slim, Plan(tuple(plans)))
@@ -77,9 +78,9 @@ def slowly(bench, names):
         x, answer = output_of(model, name, bench.images)
         missing = (output_of(bench.dense, name, bench.images)[1] - answer).flatten(0, -2)
         weights = bench.sensitivity.token_weights(layer, x.shape[:-1], len(bench.images))
-        readout = model.get_submodule(name)
+        output_projection = model.get_submodule(name)
         x = x.flatten(0, -2)
-        if readout.bias is not None:
+        if output_projection.bias is not None:
             x = F.pad(x, (0, 1), value=1.0)
         held = len(x) * HELD // len(bench.images)
 
@@ -95,9 +96,9 @@ def slowly(bench, names):
         ridge = min(errors, key=errors.get)
         if errors[ridge] < left(torch.zeros(x.shape[1], missing.shape[1]).double()):
             found = move(slice(None), ridge)
-            readout.weight += found[: readout.weight.shape[1]].mT
-            if readout.bias is not None:
-                readout.bias += found[-1]
+            output_projection.weight += found[: output_projection.weight.shape[1]].mT
+            if output_projection.bias is not None:
+                output_projection.bias += found[-1]
     return model
 
 
@@ -105,7 +106,7 @@ def slowly(bench, names):
 @torch.no_grad()
 def test_each_readout_is_refitted_on_what_those_before_it_give(case):
     bench = Bench(case)
-    layers = [layer.name for layer in bench.anatomy.layers]
+    layers = [layer.name for layer in bench.prunable.layers]
     names = [(layer, f"{layer}.{'proj' if layer.endswith('attn') else 'fc2'}") for layer in layers]
     expected, told = slowly(bench, names), []
     found = bench.repaired(progress=lambda *done: told.append(done))
@@ -134,7 +135,7 @@ def test_of_many_images_some_are_taken_from_both_parts(monkeypatch, limit, value
     judge = bench.judge(bench.dense)
     few = torch.cat([bench.images[:held], bench.images[HELD:][: count - held]])
     expected = repair_in_order(bench.slim, bench.dense, few, held, bench.sensitivity, judge)
-    monkeypatch.setattr(f"mhacut.repair_in_order.{limit}", value)
+    monkeypatch.setattr(f"mhacut.pruning.sequential.{limit}", value)
     found = bench.repaired(judge)
     assert torch.equal(found.model(bench.images), expected.model(bench.images))
     assert found.after == expected.after != found.before
@@ -172,11 +173,13 @@ def test_a_readout_that_runs_more_than_once_is_left_alone(in_both):
 def test_a_readout_that_the_cut_model_runs_at_other_places_is_left_alone():
     bench = Bench(PLAIN)
     # Of one image more than the dense model's has: nothing that could be compared.
-    readout = bench.slim.blocks[0].mlp.fc2
-    readout.register_forward_pre_hook(lambda module, args: torch.cat([args[0], args[0][:, :1]], dim=1))
+    output_projection = bench.slim.blocks[0].mlp.fc2
+    output_projection.register_forward_pre_hook(
+        lambda module, args: torch.cat([args[0], args[0][:, :1]], dim=1)
+    )
     bench.slim.blocks[0].mlp.register_forward_hook(lambda module, args, output: output[:, :-1])
     found = bench.repaired()
-    assert torch.equal(found.model.blocks[0].mlp.fc2.weight, readout.weight)
+    assert torch.equal(found.model.blocks[0].mlp.fc2.weight, output_projection.weight)
     assert not torch.equal(found.model.blocks[1].mlp.fc2.weight, bench.slim.blocks[1].mlp.fc2.weight)
 
 

@@ -14,17 +14,17 @@ from PIL import Image
 
 import mhacut
 from mhacut.checkpoint.load import read_header, read_outline
+from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.inspecting import inspect
-from mhacut.inspection import inspect_model
+from mhacut.inspection.layers import inspect_model
+from mhacut.inspection.summary import verdict
 from mhacut.plan import Plan, UnitPlan
+from mhacut.pruning.indicators import SearchStep
 from mhacut.report.charts import Line, line_chart
 from mhacut.report.contents import Contents, StoredCurve, curves_to_json, stored_curves
 from mhacut.report.markup import Markup, tag
 from mhacut.report.page import page
 from mhacut.report.picture import heat_values
-from mhacut.search import SearchStep
-from mhacut.verdict import verdict
 
 HOSTILE = "</title><script>alert(1)</script>\"'&\x1b[2J\u202e"
 VOID = {"br", "input", "link", "meta"}
@@ -65,7 +65,9 @@ def contents(slim_of):
     found = inspect_model(read_outline(path), ranked=lambda layer: True)
     layers = tuple(dataclasses.replace(layer, name=layer.name + HOSTILE) for layer in found.layers)
     entry = {"command": HOSTILE, "flops_before": 5, "data": HOSTILE}
-    found = dataclasses.replace(found, layers=layers, source=HOSTILE, history=(entry,), left_whole=(HOSTILE,))
+    found = dataclasses.replace(
+        found, layers=layers, source=HOSTILE, history=(entry,), not_prunable=(HOSTILE,)
+    )
     curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
     steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
     return Contents(found, HOSTILE, layers, None, (curve,), 2_000_000, steps, ((HOSTILE, HOSTILE, HOSTILE),))

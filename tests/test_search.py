@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from models import CASES, build, image, relative
 from torch.func import functional_call
 
-from mhacut.calibration import calibrate
-from mhacut.cost import build_cost_table, measure_flops
-from mhacut.distillation import Distillation, Divergence
 from mhacut.errors import MhacutError
-from mhacut.options import EFFORTS, SearchOptions
-from mhacut.reweight import plan_gains, train_gains
-from mhacut.search import search
-from mhacut.surgery import cut, dissect, masked_tensors
-from mhacut.tensor.attention_difference import logit_energy
-from mhacut.tensor.similarity import cosine_similarity, redundancy
+from mhacut.linalg.attention_difference import logit_energy
+from mhacut.linalg.similarity import cosine_similarity, redundancy
+from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.channel_scales import plan_channel_scales, train_channel_scales
+from mhacut.pruning.distill import Distillation, Divergence
+from mhacut.pruning.indicators import search
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.slice import cut
 
 SHORT = SearchOptions(steps=5, gain_steps=3, batch_size=4, allocation="indicator")
 
@@ -30,14 +32,14 @@ class Bench:
 
     def __init__(self, case=CASES[0], images=12):
         self.model = build(case).requires_grad_(False)
-        self.anatomy = dissect(self.model)
+        self.prunable = find_prunable_layers(self.model)
         side = case.args["img_size"]
         self.size = (3, side, side)
         self.images = image(case, batch=images)
-        self.table = build_cost_table(self.model, self.anatomy, self.size)
-        self.calibration = calibrate(self.model, self.anatomy, self.images, batch_size=5)
+        self.table = build_cost_table(self.model, self.prunable, self.size)
+        self.calibration = calibrate(self.model, self.prunable, self.images, batch_size=5)
 
-    def lesson(self, labels=None, options=SHORT, classifier=True):
+    def distillation(self, labels=None, options=SHORT, classifier=True):
         return Distillation(
             self.images,
             self.calibration.teacher,
@@ -52,32 +54,32 @@ class Bench:
     def search(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden"), classifier=True):
         return search(
             self.model,
-            self.anatomy,
-            self.anatomy.units(kinds),
+            self.prunable,
+            self.prunable.units(kinds),
             self.table,
             self.calibration,
-            self.lesson(labels, options, classifier),
+            self.distillation(labels, options, classifier),
             budget=int(share * self.table.dense),
             round_to=8,
             options=options,
         )
 
     def slim(self, share, options=SHORT):
-        """Search, train gains, cut."""
+        """Search, train channel scales, cut."""
         found = self.search(share, options)
-        gains = train_gains(
+        channel_scales = train_channel_scales(
             self.model,
-            self.anatomy,
+            self.prunable,
             found.plan,
-            found.gains if options.reweight else None,
-            self.lesson(options=options),
+            found.channel_scales if options.reweight else None,
+            self.distillation(options=options),
             steps=options.trained_gain_steps,
             lr=options.gain_lr,
             temperature=options.temperature,
         )
         slim = copy.deepcopy(self.model)
-        cut(slim, found.plan, gains)
-        return found.plan, gains, slim
+        cut(slim, found.plan, channel_scales)
+        return found.plan, channel_scales, slim
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,8 @@ def test_the_budget_is_met_and_used(bench, share):
 
 
 def test_what_was_trained_is_what_is_cut(bench):
-    plan, gains, slim = bench.slim(0.5)
-    tensors = masked_tensors(bench.model, bench.anatomy, gains)
+    plan, channel_scales, slim = bench.slim(0.5)
+    tensors = masked_tensors(bench.model, bench.prunable, channel_scales)
     masked = functional_call(bench.model, tensors, (bench.images,))
     assert relative(slim(bench.images), masked) < 1e-4
     assert measure_flops(slim, bench.size) == bench.table.flops(plan.widths())
@@ -111,7 +113,9 @@ def test_the_dense_model_is_left_as_it_was(bench):
 def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
     first, second = bench.search(0.5), bench.search(0.5)
     assert first.plan == second.plan
-    assert all(torch.equal(first.gains[key], second.gains[key]) for key in first.gains)
+    assert all(
+        torch.equal(first.channel_scales[key], second.channel_scales[key]) for key in first.channel_scales
+    )
     assert [step.loss for step in first.log] == [step.loss for step in second.log]
     other = bench.search(0.5, replace(SHORT, seed=7))
     assert [step.loss for step in other.log] != [step.loss for step in first.log]
@@ -129,38 +133,38 @@ def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
     ids=str,
 )
 def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):
-    (plan, gains, _), (other_plan, other_gains, _) = (
+    (plan, channel_scales, _), (other_plan, other_gains, _) = (
         bench.slim(0.5),
         bench.slim(0.5, replace(SHORT, **change)),
     )
-    same_gains = all(torch.equal(gains[key], other_gains[key]) for key in gains)
+    same_gains = all(torch.equal(channel_scales[key], other_gains[key]) for key in channel_scales)
     assert not (plan == other_plan and same_gains)
 
 
 def test_without_reweight_gains_are_masks_and_temperature(bench):
-    plan, gains, _ = bench.slim(0.5, replace(SHORT, reweight=False))
+    plan, channel_scales, _ = bench.slim(0.5, replace(SHORT, reweight=False))
     for unit in plan:
         expected = (64 / unit.width) ** 0.5 if unit.kind == "qk" else 1.0
-        for gain, kept in zip(gains[unit.key], unit.kept, strict=True):
-            assert gain[list(kept)].tolist() == pytest.approx([expected] * unit.width, rel=1e-6)
-            assert gain.count_nonzero() == unit.width
+        for channel_scale, kept in zip(channel_scales[unit.key], unit.kept, strict=True):
+            assert channel_scale[list(kept)].tolist() == pytest.approx([expected] * unit.width, rel=1e-6)
+            assert channel_scale.count_nonzero() == unit.width
 
 
 def test_logits_of_principal_channels_are_not_scaled(bench):
     """From a start that keeps half, the first step with and without the kept width's temperature."""
     start = {}
-    for unit in bench.anatomy.units():
+    for unit in bench.prunable.units():
         order = torch.arange(unit.width, dtype=torch.float64).expand(unit.heads, -1)
         start[unit.key] = torch.where(order < unit.width // 2, 0.9, 0.1)
 
     def loss(temperature, rotated):
         found = search(
             bench.model,
-            bench.anatomy,
-            bench.anatomy.units(),
+            bench.prunable,
+            bench.prunable.units(),
             bench.table,
             bench.calibration,
-            bench.lesson(),
+            bench.distillation(),
             budget=int(0.6 * bench.table.dense),
             round_to=8,
             options=replace(SHORT, steps=1, temperature=temperature),
@@ -169,7 +173,7 @@ def test_logits_of_principal_channels_are_not_scaled(bench):
         )
         return found.log[0].loss
 
-    principal = [unit.key for unit in bench.anatomy.units(("qk",))]
+    principal = [unit.key for unit in bench.prunable.units(("qk",))]
     assert loss("kept", principal) == loss("dense", ())
     assert loss("kept", ()) != loss("dense", ())
 
@@ -192,12 +196,15 @@ def test_indicators_are_trained_where_they_are_asked_for():
 def test_gains_of_what_is_removed_are_zero_and_trained_ones_help():
     bench = Bench(images=16)
     plan = bench.search(0.5).plan
-    start = plan_gains(bench.anatomy, plan, None, "kept")
-    lesson = bench.lesson(options=replace(SHORT, batch_size=16))
-    trained = train_gains(
-        bench.model, bench.anatomy, plan, None, lesson, steps=30, lr=0.02, temperature="kept"
+    start = plan_channel_scales(bench.prunable, plan, None, "kept")
+    distillation = bench.distillation(options=replace(SHORT, batch_size=16))
+    trained = train_channel_scales(
+        bench.model, bench.prunable, plan, None, distillation, steps=30, lr=0.02, temperature="kept"
     )
-    losses = [float(lesson.loss(bench.model, bench.anatomy, gains)) for gains in (start, trained)]
+    losses = [
+        float(distillation.loss(bench.model, bench.prunable, channel_scales))
+        for channel_scales in (start, trained)
+    ]
     assert losses[1] < 0.8 * losses[0]
     assert all(torch.equal(trained[key] == 0, start[key] == 0) for key in start)
 
@@ -236,8 +243,8 @@ def test_divergence_is_kl_in_nats():
 def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
     case = CASES[0]
     model, images = build(case), image(case, batch=7)
-    anatomy = dissect(model)
-    whole, pieces = (calibrate(model, anatomy, images, batch_size=size) for size in (7, 3))
+    prunable = find_prunable_layers(model)
+    whole, pieces = (calibrate(model, prunable, images, batch_size=size) for size in (7, 3))
     seen = {}
     model.blocks[1].attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o))
     model.blocks[1].attn.proj.register_forward_pre_hook(lambda m, i: seen.update(out=i[0]))

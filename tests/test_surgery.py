@@ -12,7 +12,9 @@ from torch import nn
 
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import cut, dissect, masked_tensors, run_with
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.slice import cut
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
     with torch.device("meta"):
         model = timm.create_model(architecture)
     with pytest.raises(UnsupportedModelError, match=cls.replace(".", r"\.")) as refusal:
-        dissect(model)
+        find_prunable_layers(model)
     assert "`mhacut models`" in str(refusal.value)
     assert len(str(refusal.value)) < 250
 
@@ -37,7 +39,7 @@ def test_a_model_that_mixes_known_and_unknown_attention_is_refused_whole():
     model = build(Case("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = StrangeAttention()
     with pytest.raises(UnsupportedModelError, match=r"StrangeAttention.*blocks\.1\.attn"):
-        dissect(model)
+        find_prunable_layers(model)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "seresnet50", "ecaresnet50t"])
@@ -45,7 +47,7 @@ def test_a_model_without_attention_is_refused(architecture):
     with torch.device("meta"):
         model = timm.create_model(architecture)
     with pytest.raises(UnsupportedModelError, match="no attention layer"):
-        dissect(model)
+        find_prunable_layers(model)
 
 
 def test_a_subclass_needs_a_registration_of_its_own():
@@ -56,14 +58,14 @@ def test_a_subclass_needs_a_registration_of_its_own():
 
     model.blocks[1].attn.__class__ = OtherAttention
     with pytest.raises(UnsupportedModelError, match=r"OtherAttention.*blocks\.1\.attn"):
-        dissect(model)
+        find_prunable_layers(model)
 
 
 def test_what_only_holds_a_refused_class_is_not_named_beside_it():
     with torch.device("meta"):
         model = timm.create_model("bat_resnext26ts")
     with pytest.raises(UnsupportedModelError) as refusal:
-        dissect(model)
+        find_prunable_layers(model)
     assert "BilinearAttnTransform " in str(refusal.value)
     assert "BatNonLocalAttn" not in str(refusal.value)
 
@@ -77,7 +79,7 @@ def test_attention_with_an_mlp_inside_is_refused_too():
     model = build(Case("vit_tiny_patch16_224", SMALL))
     model.blocks[1].extra = TalkingHeadAttention()
     with pytest.raises(UnsupportedModelError, match=r"TalkingHeadAttention.*blocks\.1\.extra"):
-        dissect(model)
+        find_prunable_layers(model)
 
 
 def test_mlps_of_another_class_are_reported():
@@ -87,15 +89,15 @@ def test_mlps_of_another_class_are_reported():
 
     model = build(Case("vit_tiny_patch16_224", SMALL))
     model.blocks[0].mlp, model.blocks[1].mlp = OtherMlp(), OtherMlp()
-    anatomy = dissect(model)
-    assert {unit.kind for unit in anatomy.units()} == {"qk", "v"}
-    assert anatomy.left_alone == ("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)",)
+    prunable = find_prunable_layers(model)
+    assert {unit.kind for unit in prunable.units()} == {"qk", "v"}
+    assert prunable.skipped == ("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)",)
 
 
 def test_the_hidden_channels_of_a_classifier_are_left_alone():
     with torch.device("meta"):
         hiera = timm.create_model("hiera_tiny_224")
-    assert dissect(hiera).left_alone == (
+    assert find_prunable_layers(hiera).skipped == (
         "head (ClNormMlpClassifierHead): the hidden channels of a classifier are left alone",
     )
 
@@ -104,7 +106,7 @@ def test_a_module_shared_between_layers_is_refused():
     model = build(Case("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = model.blocks[0].attn
     with pytest.raises(UnsupportedModelError, match="shared"):
-        dissect(model)
+        find_prunable_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,9 @@ def test_a_run_with_other_tensors_leaves_the_model_as_it_was():
     case = timm_cases.CASES["coat parallel"]
     model, x = timm_cases.build(case), timm_cases.image(case)
     own, expected = dict(model.named_parameters()), model(x)
-    anatomy = dissect(model)
-    _, gains = random_plan(anatomy, 0)
-    masked = run_with(model, masked_tensors(model, anatomy, gains), x)
+    prunable = find_prunable_layers(model)
+    _, channel_scales = random_plan(prunable, 0)
+    masked = run_with(model, masked_tensors(model, prunable, channel_scales), x)
     assert relative(masked, expected) > 1e-3
     assert all(parameter is own[name] for name, parameter in model.named_parameters())
     assert torch.equal(model(x), expected)

@@ -9,13 +9,13 @@ import torch
 from models import Case, build, image
 
 from mhacut import prune
-from mhacut.calibration import calibrate
-from mhacut.options import EFFORTS, SearchOptions
-from mhacut.reduction import reductions, swapped
-from mhacut.surgery import dissect
-from mhacut.tensor.refit import output_error
-from mhacut.tensor.selection import rank_channels
-from mhacut.tensor.swap import LEAST_GAIN, _Choice, swap_channels
+from mhacut.linalg.exchange import LEAST_GAIN, _Choice, swap_channels
+from mhacut.linalg.reconstruction import output_error
+from mhacut.linalg.selection import rank_channels
+from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import find_candidates, swapped
+from mhacut.surgery.find import find_prunable_layers
 
 
 class Layer:
@@ -151,33 +151,35 @@ class Unit:
             {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8},
         )
         model = build(case).requires_grad_(False)
-        self.anatomy = dissect(model)
-        (self.unit,) = self.anatomy.units(["hidden"])
+        self.prunable = find_prunable_layers(model)
+        (self.unit,) = self.prunable.units(["hidden"])
         self.module = model.get_submodule(self.unit.layer)
-        found = calibrate(model, self.anatomy, image(case, batch=images), batch_size=16)
+        found = calibrate(model, self.prunable, image(case, batch=images), batch_size=16)
         self.moments = found.moments[self.unit.key]
-        (self.way,) = reductions(self.module, self.unit, self.moments, 8, "channel")
+        (self.candidate,) = find_candidates(self.module, self.unit, self.moments, 8, "channel")
         self.width = self.unit.width // 8
 
     def swapped(self, width):
-        return swapped(self.module, self.way, self.moments, width, None)
+        return swapped(self.module, self.candidate, self.moments, width, None)
 
 
 def test_swaps_keep_the_order_but_for_what_changed_sides():
     it = Unit()
-    before, after = (way.ranking.order[0].tolist() for way in (it.way, it.swapped(it.width)))
+    before, after = (
+        candidate.ranking.order[0].tolist() for candidate in (it.candidate, it.swapped(it.width))
+    )
     kept = set(after[: it.width])
     assert kept != set(before[: it.width])
     assert after == [c for c in before if c in kept] + [c for c in before if c not in kept]
-    assert it.swapped(it.unit.width) is it.way
+    assert it.swapped(it.unit.width) is it.candidate
 
 
 def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
     it = Unit(images=8)
     rows = it.moments.fit[0].rows
     for few, same in ((rows / it.unit.width, False), (rows / it.unit.width + 0.01, True)):
-        monkeypatch.setattr("mhacut.reduction.FEW_ROWS", few)
-        assert (it.swapped(it.width) is it.way) == same
+        monkeypatch.setattr("mhacut.pruning.candidates.FEW_ROWS", few)
+        assert (it.swapped(it.width) is it.candidate) == same
 
 
 def test_the_best_effort_swaps():

@@ -28,10 +28,12 @@ from torch.func import functional_call
 
 import mhacut
 from mhacut.adapters.registry import adapter_for
-from mhacut.calibration import UnitMoments, calibrate
 from mhacut.plan import Plan, UnitPlan
-from mhacut.repair import repair
-from mhacut.surgery import Anatomy, cut, dissect, masked_tensors, run_with
+from mhacut.pruning.calibrate import UnitMoments, calibrate
+from mhacut.pruning.repair import repair
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.slice import cut
 
 QUICK = {"rope half", "nest", "swin v2"}
 """One of a kind; the others are like one of these, and take minutes together."""
@@ -45,16 +47,16 @@ each_case = pytest.mark.parametrize(
 SEEDS = (0, 1, 2)
 
 
-def kill(model: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+def kill(model: nn.Module, prunable: PrunableLayers, plan: Plan) -> None:
     """Zero every row that makes a removed channel, in place, or what reads it."""
     for unit_plan in plan:
-        unit = anatomy.unit(unit_plan.key)
+        unit = prunable.unit(unit_plan.key)
         gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
         gone.scatter_(1, torch.tensor(unit_plan.kept), False)
         module = model.get_submodule(unit.layer)
         by_reader = unit.kind == "hidden"  # an activation of 0 need not be 0
         for axis in unit.axes:
-            if (axis == unit.readout) != by_reader or (axis.shared and unit_plan.unshared):
+            if (axis == unit.output_projection) != by_reader or (axis.shared and unit_plan.unshared):
                 continue
             tensor = module.get_parameter(axis.tensor).detach()
             first, last = (0, 1) if axis.shared else axis.heads or (0, unit.heads)
@@ -84,9 +86,9 @@ def test_masked_equals_sliced(case, dtype, bound):
 def test_removing_dead_channels_changes_nothing(case):
     for seed in SEEDS:
         model, x = build(case), image(case)
-        anatomy = dissect(model)
-        plan, _ = random_plan(anatomy, seed)
-        kill(model, anatomy, plan)
+        prunable = find_prunable_layers(model)
+        plan, _ = random_plan(prunable, seed)
+        kill(model, prunable, plan)
         expected = model(x)
         cut(model, plan)
         assert relative(model(x), expected) < 1e-10
@@ -96,15 +98,15 @@ def test_removing_dead_channels_changes_nothing(case):
 @torch.no_grad()
 def test_every_unit_matters_and_every_kind_is_cut_or_left_whole_for_a_reason(case):
     model, x = build(case), image(case)
-    anatomy, dense = dissect(model), model(x)
-    assert {kind for layer in anatomy.layers for kind in layer.left_whole} == case.whole
-    for layer in anatomy.layers:
-        kinds = {unit.kind for unit in layer.units} | set(layer.left_whole) | set(layer.goes_with)
+    prunable, dense = find_prunable_layers(model), model(x)
+    assert {kind for layer in prunable.layers for kind in layer.not_prunable} == case.whole
+    for layer in prunable.layers:
+        kinds = {unit.kind for unit in layer.units} | set(layer.not_prunable) | set(layer.coupled_with)
         behind = {"hidden"} if layer.result else set()  # a pooling head has its own MLP
         assert kinds == ({"qk", "v"} | behind if layer.adapter.family == "attention" else {"hidden"})
-    for unit in anatomy.units():
+    for unit in prunable.units():
         dead = {unit.key: torch.zeros(unit.heads, unit.width, dtype=torch.float64)}
-        assert relative(run_with(model, masked_tensors(model, anatomy, dead), x), dense) > 1e-4
+        assert relative(run_with(model, masked_tensors(model, prunable, dead), x), dense) > 1e-4
 
 
 @each_case
@@ -118,8 +120,8 @@ def test_the_cost_table_is_what_fvcore_counts(case):
 @torch.no_grad()
 def test_fused_and_plain_attention_agree(case):
     model = build(case)
-    plan, gains = random_plan(dissect(model), 2)
-    cut(model, plan, gains)
+    plan, channel_scales = random_plan(find_prunable_layers(model), 2)
+    cut(model, plan, channel_scales)
     assert difference_of_kernels(model, image(case, batch=3)) < 1e-12
 
 
@@ -133,7 +135,7 @@ def test_a_slim_model_can_be_cut_again(case):
 def test_gradients_flow_in_training_mode(case):
     model = build(case)
     before = untrained(copy.deepcopy(model), image(case))
-    plan, _ = random_plan(dissect(model), 5)
+    plan, _ = random_plan(find_prunable_layers(model), 5)
     cut(model, plan)
     assert untrained(model, image(case)) == before
 
@@ -186,14 +188,15 @@ def test_a_gate_beside_turned_channels(half):
     attention = AttentionRope(24, 3, num_prefix_tokens=1, gated=True, rotate_half=half).double().eval()
     model = nn.ModuleDict({"attn": attention})
     x, rope = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
-    anatomy = dissect(model)
-    assert {unit.kind: unit.rotatable for unit in anatomy.units()} == {"qk": False, "v": False}
-    plan, gains = random_plan(anatomy, 1)
+    prunable = find_prunable_layers(model)
+    assert {unit.kind: unit.rotatable for unit in prunable.units()} == {"qk": False, "v": False}
+    plan, channel_scales = random_plan(prunable, 1)
     masked = {
-        name.removeprefix("attn."): tensor for name, tensor in masked_tensors(model, anatomy, gains).items()
+        name.removeprefix("attn."): tensor
+        for name, tensor in masked_tensors(model, prunable, channel_scales).items()
     }
     expected = functional_call(attention, masked, (x, rope))
-    cut(model, plan, gains)
+    cut(model, plan, channel_scales)
     assert relative(model["attn"](x, rope), expected) < 1e-10
     size = (
         2
@@ -201,7 +204,7 @@ def test_a_gate_beside_turned_channels(half):
         * 3
         * (2 * plan.widths()["attn", "qk"] * (2 * 24 + 5) + plan.widths()["attn", "v"] * (3 * 24 + 5))
     )
-    widths = {unit.kind: unit.width for unit in dissect(model).units()}
+    widths = {unit.kind: unit.width for unit in find_prunable_layers(model).units()}
     assert adapter_for(model["attn"]).flops(model["attn"], (2, 5, 24), widths) == size
 
 
@@ -214,10 +217,10 @@ def test_values_that_heads_share_are_refitted_for_each_that_reads_them(gated):
     )
     attention.double().eval().requires_grad_(False)
     model, x = nn.Sequential(OrderedDict(attn=attention)), torch.randn(9, 5, 24).double()
-    anatomy, read = dissect(model), []
-    (unit,) = anatomy.units()
+    prunable, read = find_prunable_layers(model), []
+    (unit,) = prunable.units()
     attention.proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    seen = calibrate(model, anatomy, x, batch_size=9).moments[unit.key].every
+    seen = calibrate(model, prunable, x, batch_size=9).moments[unit.key].every
     rows = torch.cat(read).view(9, 5, 2, 2, 6)  # (B, N, heads of values, heads of queries, d)
     kept = ((0, 3, 5), (1, 2, 4))
     plan = Plan((UnitPlan("attn", "v", 6, kept),))
@@ -237,14 +240,14 @@ def test_values_that_heads_share_are_refitted_for_each_that_reads_them(gated):
             for place, (other, stayed) in enumerate(stays):
                 expected[:, other, query, stayed] += lost * solution[place, number]
             expected[:, head, query, channel] = 0
-    repair(model, anatomy, plan, {unit.key: UnitMoments(seen, seen)})
+    repair(model, prunable, plan, {unit.key: UnitMoments(seen, seen)})
     assert relative(attention.proj.weight.view(10, 2, 2, 6), expected) < 1e-5
     assert relative(attention.proj.bias, constant) < 1e-5
     repaired = model(x)
     cut(model, plan)
     assert relative(model(x), repaired) < 1e-12
     assert attention.v_proj.out_features == 2 * 3
-    widths = {unit.kind: unit.width for unit in dissect(model).units()}
+    widths = {unit.kind: unit.width for unit in find_prunable_layers(model).units()}
     size = 9 * 5 * (2 * 3 * 24 + 4 * 3 * (5 + 10 + 24 * gated))
     assert adapter_for(attention).flops(attention, (9, 5, 24), widths) == size
 
@@ -267,12 +270,12 @@ def test_layers_that_shared_a_convolution_are_cut_each_by_itself(depths, whole):
     args = {"img_size": 64, "embed_dims": (16,) * 4, "serial_depths": depths, "parallel_depth": 1}
     case = Case("coat_tiny", args, 64)
     model, x = build(case), image(case)
-    anatomy = dissect(model)
-    plan, gains = random_plan(anatomy, 7)
+    prunable = find_prunable_layers(model)
+    plan, channel_scales = random_plan(prunable, 7)
     units = [unit for number, unit in enumerate(plan) if number % 3 != whole]
-    plan, gains = Plan(tuple(units)), {unit.key: gains[unit.key] for unit in units}
-    expected = run_with(model, masked_tensors(model, anatomy, gains), x)
-    cut(model, plan, gains)
+    plan, channel_scales = Plan(tuple(units)), {unit.key: channel_scales[unit.key] for unit in units}
+    expected = run_with(model, masked_tensors(model, prunable, channel_scales), x)
+    cut(model, plan, channel_scales)
     assert relative(model(x), expected) < 1e-12
     layers = [module for module in model.modules() if isinstance(module, FactorAttnConvRelPosEnc)]
     for positions in (model.crpe1, model.crpe2, model.crpe3, model.crpe4):

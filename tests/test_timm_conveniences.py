@@ -21,7 +21,8 @@ from mhacut.checkpoint.recognise import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.surgery import cut, dissect
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 QUICK = {"rope half", "swin v2", "crossvit"}
 MODELS = {name: (timm_cases, case) for name, case in timm_cases.CASES.items()} | {
@@ -41,7 +42,7 @@ def models(request):
     """The dense model, the slim one, images for both."""
     room, case = request.param
     dense, slim = (room.build(case, dtype=torch.float32) for _ in range(2))
-    plan, _ = random_plan(dissect(slim), seed=0)
+    plan, _ = random_plan(find_prunable_layers(slim), seed=0)
     cut(slim, plan)
     return dense, slim, room.image(case, dtype=torch.float32)
 
@@ -75,8 +76,8 @@ def test_features_on_the_way(models):
 def test_features_only(models, request, tmp_path):
     """By name and level as timm gives them of the dense model, with the numbers of the slim one."""
     case, (_, slim, x) = request.node.callspec.params["models"][1], models
-    dense, ways = None, ({}, {"out_indices": (0,)})  # as timm likes, or what the shallowest has too
-    for asked in ways:
+    dense, candidates = None, ({}, {"out_indices": (0,)})  # as timm likes, or what the shallowest has too
+    for asked in candidates:
         with suppress(IndexError, RuntimeError, ValueError, AssertionError):
             dense = timm.create_model(case.architecture, features_only=True, **asked, **case.args)
             break
@@ -90,7 +91,7 @@ def test_features_only(models, request, tmp_path):
         pretrained=True,
         pretrained_cfg_overlay={"file": str(tmp_path / "slim.safetensors"), "num_classes": 5},
         base_architecture=case.architecture,
-        plan=random_plan(dissect(models[0]), seed=0)[0].to_json(),
+        plan=random_plan(find_prunable_layers(models[0]), seed=0)[0].to_json(),
         features_only=True,
         num_classes=5,
         **asked,
@@ -142,7 +143,7 @@ def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tm
     for name in MODELS.keys() - own:  # of the tests themselves
         room, case = MODELS[name]
         slim, x = room.build(case, dtype=torch.float32), room.image(case, dtype=torch.float32)
-        plan, _ = random_plan(dissect(slim), seed=1)
+        plan, _ = random_plan(find_prunable_layers(slim), seed=1)
         cut(slim, plan)
         identity = identity_of(slim, case.architecture, {**case.args, "num_classes": 5})
         preprocessing = Preprocessing.resolve(slim.pretrained_cfg, tuple(x.shape[1:])).to_json()

@@ -16,8 +16,8 @@ from timm.models import save_for_hf
 
 import mhacut
 from mhacut.checkpoint.load import read_model
+from mhacut.commands import export as exporting
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
-from mhacut.exporting import run as exporting
 
 
 def opened(folder, **arguments):

@@ -9,10 +9,10 @@ import timm
 import torch
 from plans import lesson_of
 
-from mhacut.distillation import Distillation
 from mhacut.errors import MhacutError
-from mhacut.tensor.variation import varied
-from mhacut.tuning import tune
+from mhacut.pruning.augment import varied
+from mhacut.pruning.distill import Distillation
+from mhacut.pruning.tune import tune
 
 
 @pytest.fixture
@@ -41,9 +41,11 @@ def test_tuning_comes_nearer_to_the_dense_model_on_images_it_has_not_seen(dense)
     images = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     slim = damaged(dense)
     before = {name: tensor.clone() for name, tensor in slim.state_dict().items()}
-    lesson, judge = lesson_of(dense, images[16:]), lesson_of(dense, images[:16])
+    distillation, judge = lesson_of(dense, images[16:]), lesson_of(dense, images[:16])
     losses = []
-    tuned = tune(slim, dense, lesson, judge, steps=30, lr=1e-3, progress=lambda *told: losses.append(told[2]))
+    tuned = tune(
+        slim, dense, distillation, judge, steps=30, lr=1e-3, progress=lambda *told: losses.append(told[2])
+    )
     assert len(losses) == 30
     assert tuned.after < 0.7 * tuned.before
     assert tuned.after == pytest.approx(judge.divergence_of(tuned.model))
@@ -53,30 +55,30 @@ def test_tuning_comes_nearer_to_the_dense_model_on_images_it_has_not_seen(dense)
 
 def test_tuning_that_does_not_help_is_dropped(dense):
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    lesson = lesson_of(dense, images, batch_size=4)
+    distillation = lesson_of(dense, images, batch_size=4)
     perfect = copy.deepcopy(dense)
-    tuned = tune(perfect, dense, lesson, lesson, steps=3, lr=1e-2)
+    tuned = tune(perfect, dense, distillation, distillation, steps=3, lr=1e-2)
     assert tuned.model is perfect
     assert tuned.after > tuned.before
 
 
 def test_the_teacher_answers_for_what_images_have_become(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    lesson, seen = lesson_of(dense, images, batch_size=4), []
+    distillation, seen = lesson_of(dense, images, batch_size=4), []
     for number in range(4):
-        assert float(lesson.taught(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
+        assert float(distillation.taught(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
     other = copy.deepcopy(dense)
     other.head.weight.zero_()
     hook = other.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    loss = float(lesson.taught(other, dense, generator(0)))
+    loss = float(distillation.taught(other, dense, generator(0)))
     hook.remove()
     assert not any(torch.equal(seen[0], known) for known in (images, images.flip(-1)))
-    assert loss == pytest.approx(float(lesson.divergence(other(seen[0]), dense(seen[0]))), rel=1e-5)
+    assert loss == pytest.approx(float(distillation.divergence(other(seen[0]), dense(seen[0]))), rel=1e-5)
 
 
 def test_labels_are_not_those_of_mixed_images(dense):
     images = torch.randn(4, 3, 16, 16)
-    lesson = Distillation(
+    distillation = Distillation(
         images,
         dense(images),
         torch.zeros(4, dtype=torch.long),
@@ -86,7 +88,7 @@ def test_labels_are_not_those_of_mixed_images(dense):
         classifier=True,
         amp=False,
     )
-    assert float(lesson.taught(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
+    assert float(distillation.taught(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_variation_is_made_of_the_images_of_its_batch():
@@ -116,7 +118,7 @@ def test_a_variation_is_made_of_the_images_of_its_batch():
 
 
 def test_a_loss_that_is_not_finite_is_refused(dense):
-    lesson = lesson_of(dense, torch.randn(4, 3, 16, 16))
+    distillation = lesson_of(dense, torch.randn(4, 3, 16, 16))
     dense.head.bias += float("nan")
     with pytest.raises(MhacutError, match="not finite"):
-        lesson.taught(dense, dense, generator(0))
+        distillation.taught(dense, dense, generator(0))

@@ -8,11 +8,11 @@ import timm_cases
 import timm_cases_separate
 import torch
 
-from mhacut.findings import SHARES, find
-from mhacut.reduction import reductions
-from mhacut.surgery import dissect
-from mhacut.tensor.similarity import cosine_similarity, redundancy
-from mhacut.weight_moments import white_moments
+from mhacut.inspection.heads import SHARES, find
+from mhacut.linalg.similarity import cosine_similarity, redundancy
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.weight_moments import white_moments
+from mhacut.surgery.find import find_prunable_layers
 
 SIZE, HEADS = 24, 3
 
@@ -25,7 +25,7 @@ def attention():
     ).double()
     module = model.blocks[0].attn
     torch.nn.init.normal_(module.qkv.bias)
-    (layer, _) = dissect(model).layers
+    (layer, _) = find_prunable_layers(model).layers
     return module, {unit.kind: unit for unit in layer.units}
 
 
@@ -64,7 +64,7 @@ def test_findings_are_those_of_the_ranking(attention, kind):
     moments, similarity = white_moments(module, unit)
     with torch.no_grad():
         found = find(module, unit, moments, similarity, ranked=True)
-        ranking = reductions(module, unit, moments, 1, "channel")[0].ranking
+        ranking = find_candidates(module, unit, moments, 1, "channel")[0].ranking
     assert len(found) == HEADS
     for head, told in enumerate(found):
         assert told.similarity == pytest.approx(float(similarity[head].mean()))
@@ -87,7 +87,7 @@ def test_findings_are_those_of_the_ranking(attention, kind):
 )
 def test_every_class_of_timm_can_be_looked_at(cases, name):
     model = cases.build(cases.CASES[name])
-    for layer in dissect(model).layers:
+    for layer in find_prunable_layers(model).layers:
         for unit in layer.units if layer.adapter.family == "attention" else ():
             module = model.get_submodule(layer.name)
             seen = white_moments(module, unit)

@@ -6,7 +6,7 @@
 prints one table: a row per method and budget. Rules of the comparison:
 
 - Equal FLOPs: within 0.5 % of the budget where the method's steps allow (the column "gap" shows it), mhacut
-  never above it. All are counted by ``mhacut.cost.measure_flops`` on the model read back from its file.
+  never above it. All are counted by mhacut.surgery.flops on the model read back from its file.
 - Equal freedom: q/k/v channels and hidden channels of the MLP; the residual width stays. What a method does
   not cut (attention in VBP, v in CORP) it leaves whole, and a budget below that is out of its reach.
 - Equal data: the same calibration images and preprocessing. Some methods need their labels.
@@ -430,8 +430,8 @@ def read(setup: Setup) -> tuple[LoadedModel, Preprocessing]:
     import yaml
 
     from mhacut.checkpoint.load import read_model
-    from mhacut.checkpoint_preprocessing import resolve_preprocessing
-    from mhacut.options import PreprocessingOptions
+    from mhacut.checkpoint.preprocessing import resolve_preprocessing
+    from mhacut.options.base import PreprocessingOptions
 
     pairs = (argument.partition("=") for argument in setup.model_args)
     model_args = {name: yaml.safe_load(value) for name, _, value in pairs}
@@ -497,7 +497,7 @@ def part_reference(job: Mapping[str, Any]) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from mhacut.cost import measure_flops
+    from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
     dense = loaded.model.eval().requires_grad_(False)
@@ -528,7 +528,7 @@ def part_score(job: Mapping[str, Any]) -> int:
     from methods.common import read_slim, temperatures_of, write_slim
     from safetensors.torch import load_file
 
-    from mhacut.cost import measure_flops
+    from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
     dense = loaded.model.eval().requires_grad_(False)

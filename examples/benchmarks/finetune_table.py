@@ -21,10 +21,10 @@ import timm
 import torch
 
 import mhacut
-from mhacut.accuracy import evaluate_checkpoint
 from mhacut.checkpoint.load import read_header
-from mhacut.options import EvaluateOptions
-from mhacut.progress import Silent
+from mhacut.commands.evaluate import evaluate_checkpoint
+from mhacut.options.evaluate import EvaluateOptions
+from mhacut.runtime.progress import Silent
 
 DONE = "finished.json"
 

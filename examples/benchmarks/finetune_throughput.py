@@ -28,14 +28,14 @@ from timm.utils.clip_grad import dispatch_clip_grad
 
 import mhacut
 from mhacut.checkpoint.load import read_model
-from mhacut.checkpoint_preprocessing import resolve_preprocessing
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
 from mhacut.finetuning.objective import Mixing, Objective
-from mhacut.finetuning.options import FinetuneOptions
 from mhacut.finetuning.training import Trainer
-from mhacut.modelinfo import classifier_size
-from mhacut.processes import Processes
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.distributed import Processes
+from mhacut.surgery.info import classifier_size
 
 ENDLESS = 10**6
 

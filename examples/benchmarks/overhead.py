@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = asked.device
     if device.startswith("cuda"):
         device = told(device, [sys.executable, "-c", _NAME, device], 1).stdout.strip()
-    ways = [("balanced", images) for images in asked.images] + [(effort, None) for effort in asked.efforts]
+    candidates = [("balanced", images) for images in asked.images] + [
+        (effort, None) for effort in asked.efforts
+    ]
     rows: dict[str, dict[str, Any]] = {}
     if asked.merge is not None and asked.merge.exists():
         rows = json.loads(asked.merge.read_text(encoding="utf-8"))
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model, depth in product(asked.models, asked.depths):
             blocks = [] if depth is None else [str(depth)]
-            for effort, images in ways:
+            for effort, images in candidates:
                 name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
                 name += "" if depth is None else f" {depth} blocks"
                 name += "" if asked.device == "cpu" else f" {device}"

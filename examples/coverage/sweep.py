@@ -26,7 +26,7 @@ import torch
 from trial import Outcome, examine, reason_of
 
 from mhacut._version import __version__
-from mhacut.catalogue import architectures
+from mhacut.commands.models import architectures
 
 REPRESENTATIVES = Path(__file__).with_name("representatives.txt")
 
@@ -106,7 +106,7 @@ def _refusal(outcome: Outcome) -> str:
 
 
 def _reasons(outcome: Outcome) -> list[str]:
-    return list(map(reason_of, outcome.entry.left_whole)) if outcome.entry else []
+    return list(map(reason_of, outcome.entry.not_prunable)) if outcome.entry else []
 
 
 def _grouped(title: str, pairs: Sequence[tuple[str, Outcome]]) -> list[str]:

@@ -21,15 +21,17 @@ from meta import Remembering, TraceableOnMeta, products
 from torch import nn
 
 from mhacut.adapters.registry import is_pooling_head, is_position_bias
-from mhacut.catalogue import CatalogueEntry, build_weightless, entry_of
 from mhacut.checkpoint.load import read_outline
 from mhacut.checkpoint.recognise import identity_of, shapes_of
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
-from mhacut.cost import build_cost_table, count_parameters, measure_flops, weightless
+from mhacut.commands.models import CatalogueEntry, build_weightless, entry_of
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.modelinfo import model_input_size
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, axes_of, cut, dissect
+from mhacut.surgery.axes import axes_of
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.flops import build_cost_table, count_parameters, measure_flops, weightless
+from mhacut.surgery.info import model_input_size
+from mhacut.surgery.slice import cut
 
 BATCH = 2
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
@@ -63,20 +65,20 @@ class Outcome:
         entry = self.entry
         if entry is None:
             return (self.architecture,)
-        reasons = sorted({reason_of(line) for line in entry.left_whole})
+        reasons = sorted({reason_of(line) for line in entry.not_prunable})
         refusal = (entry.refusal or "").partition(" (first at")[0]
         return self.model_class, entry.attention, self.mlps, entry.kinds, tuple(reasons), refusal
 
 
-def reason_of(left_whole: str) -> str:
-    """A line of ``left_whole`` without the names and the number of the layers.
+def reason_of(not_prunable: str) -> str:
+    """A line of ``not_prunable`` without the names and the number of the layers.
 
     >>> reason_of("blocks.0.mlp (OtherMlp): this MLP class is not supported (2 layers)")
     '(OtherMlp): this MLP class is not supported'
     >>> reason_of("head (MlpHead): it is left alone"), reason_of("qk: normalised (blocks.3.attn)")
     ('(MlpHead): it is left alone', 'qk: normalised')
     """
-    return re.sub(r"^\S+ \(", "(", re.sub(r" \(\S+\)$| \(\d+ layers[^)]*\)$", "", left_whole))
+    return re.sub(r"^\S+ \(", "(", re.sub(r" \(\S+\)$| \(\d+ layers[^)]*\)$", "", not_prunable))
 
 
 def examine(architecture: str, tags: Sequence[str] = ()) -> Outcome:
@@ -97,11 +99,11 @@ def examine(architecture: str, tags: Sequence[str] = ()) -> Outcome:
     return outcome
 
 
-def half_plan(anatomy: Anatomy, seed: int) -> Plan:
+def half_plan(prunable: PrunableLayers, seed: int) -> Plan:
     """Half the channels of every unit, by chance, each head its own; in shared units by a coin."""
     generator = torch.Generator().manual_seed(seed)
     units = []
-    for unit in anatomy.units():
+    for unit in prunable.units():
         width = max(unit.width // 2, 1)
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
@@ -114,10 +116,10 @@ def half_plan(anatomy: Anatomy, seed: int) -> Plan:
 
 
 def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
-    anatomy = dissect(model)
-    outcome.mlps = _classes(model, anatomy, "mlp")
-    for layer in anatomy.layers:
-        told = {unit.kind for unit in layer.units} | set(layer.left_whole) | set(layer.goes_with)
+    prunable = find_prunable_layers(model)
+    outcome.mlps = _classes(model, prunable, "mlp")
+    for layer in prunable.layers:
+        told = {unit.kind for unit in layer.units} | set(layer.not_prunable) | set(layer.coupled_with)
         cls = type(model.get_submodule(layer.name)).__name__
         missing = _KINDS[layer.adapter.family] - told
         if missing in ({"qk"}, {"v"}):
@@ -125,7 +127,7 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
             outcome.notes.append(f"{cls} has no channels of {kind} alone")
         elif missing:
             outcome.failures.append(f"{layer.name} ({cls}): nothing is said of {', '.join(sorted(missing))}")
-        whole = {"qk", "v"} & set(layer.left_whole)
+        whole = {"qk", "v"} & set(layer.not_prunable)
         outcome.whole_attention += layer.adapter.family == "attention" and bool(whole)
     outcome.notes = list(dict.fromkeys(outcome.notes))
 
@@ -133,33 +135,33 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
         untouched = copy.deepcopy(model)
         cut(
             untouched,
-            Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in anatomy.units())),
+            Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units())),
         )
         if shapes_of(untouched) != shapes_of(model):
             outcome.failures.append("keeping everything: names or shapes changed")
 
-    plan, slim = half_plan(anatomy, zlib.crc32(outcome.architecture.encode())), copy.deepcopy(model)
+    plan, slim = half_plan(prunable, zlib.crc32(outcome.architecture.encode())), copy.deepcopy(model)
     with _told(outcome, "the cut"):
         cut(slim, plan)
-        _check_narrower(outcome, model, slim, anatomy, plan)
+        _check_narrower(outcome, model, slim, prunable, plan)
         with _told(outcome, "forward and FLOPs"):
-            _check_run(outcome, model, slim, anatomy, plan)
+            _check_run(outcome, model, slim, prunable, plan)
         with _told(outcome, "the file"):
             _check_file(outcome, model, slim, plan)
 
 
 def _check_narrower(
-    outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Anatomy, plan: Plan
+    outcome: Outcome, model: nn.Module, slim: nn.Module, prunable: PrunableLayers, plan: Plan
 ) -> None:
     """Every tensor that a unit names became smaller, no name was lost, and mhacut still knows the layer."""
     before, after = shapes_of(model), shapes_of(slim)
     if list(before) != list(after):
         outcome.failures.append("the cut: tensors have other names or another order")
-    left = {unit.key: (unit.heads, unit.width) for unit in dissect(slim).units()}
+    left = {unit.key: (unit.heads, unit.width) for unit in find_prunable_layers(slim).units()}
     if left != {unit.key: (unit.heads, unit.width) for unit in plan}:
         outcome.failures.append("the cut: the slim model is not seen to have the planned widths")
     whole = plan.widths()
-    for unit in anatomy.units():
+    for unit in prunable.units():
         if unit.width == whole[unit.key]:
             outcome.notes.append(f"{unit.layer} ({unit.kind}): a single channel, which stays")
             continue
@@ -172,7 +174,9 @@ def _check_narrower(
         outcome.failures.append("the cut: not fewer parameters")
 
 
-def _check_run(outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Anatomy, plan: Plan) -> None:
+def _check_run(
+    outcome: Outcome, model: nn.Module, slim: nn.Module, prunable: PrunableLayers, plan: Plan
+) -> None:
     """The slim model gives what the dense model gives, and costs what mhacut's table promises."""
     size = _input_size(model)
     try:
@@ -183,7 +187,7 @@ def _check_run(outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Ana
         model, slim = weightless(model), weightless(slim)
         with products(model) as found:
             expected = _output_shapes(model, size)
-    covered = [layer.name for layer in anatomy.layers] + _left_alone(model)
+    covered = [layer.name for layer in prunable.layers] + _left_alone(model)
     unseen = [name for name in found if not any(f"{name}.".startswith(f"{own}.") for own in covered)]
     if unseen:
         outcome.failures.append(
@@ -198,7 +202,7 @@ def _check_run(outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Ana
     if classes and expected != [(BATCH, classes)]:
         outcome.notes.append(f"the dense model's output is {expected}, not {classes} classes")
     with TraceableOnMeta():
-        table = build_cost_table(model, anatomy, size)
+        table = build_cost_table(model, prunable, size)
         counted = measure_flops(slim, size)
     promised = int(table.flops(plan.widths()))
     outcome.flops = (table.dense, counted)
@@ -210,7 +214,7 @@ def _check_run(outcome: Outcome, model: nn.Module, slim: nn.Module, anatomy: Ana
         )
     if not counted < table.dense:
         outcome.failures.append(f"FLOPs: not fewer, {table.dense} to {counted}")
-    asleep = len(anatomy.layers) - len(table.layers)
+    asleep = len(prunable.layers) - len(table.layers)
     if asleep:
         outcome.notes.append(f"{asleep} layers do not run")
 
@@ -274,8 +278,8 @@ def _left_alone(model: nn.Module) -> list[str]:
     ]
 
 
-def _classes(model: nn.Module, anatomy: Anatomy, family: str) -> tuple[str, ...]:
-    layers = [layer for layer in anatomy.layers if layer.adapter.family == family and layer.units]
+def _classes(model: nn.Module, prunable: PrunableLayers, family: str) -> tuple[str, ...]:
+    layers = [layer for layer in prunable.layers if layer.adapter.family == family and layer.units]
     return tuple(sorted({type(model.get_submodule(layer.name)).__name__ for layer in layers}))
 
 

@@ -8,10 +8,10 @@ interleaved. A seed decides which 256 images of ``train/`` are looked at and eve
 FILE`` keeps every cell and goes on from there.
 
 Methods: ``mhacut`` is the default without labels, its v channels at positions of each head's own or at equal
-ones, as chosen by held-back error; ``own`` and ``equal`` ask for one of them. ``indicators`` is the paper's
-way alone (trained indicators decide widths and channels, gains, no repair), then without one of its
+ones, as chosen by held-out error; ``own`` and ``equal`` ask for one of them. ``indicators`` is the paper's
+way alone (trained indicators decide widths and channels, channel scales, no repair), then without one of its
 ingredients each. ``magnitude`` (L1 norm of all weights of a channel) and ``Taylor`` (squared gradient of the
-labelled loss by a gain of the channel) keep the same share of every unit, without repair.
+labelled loss by a channel scale of the channel) keep the same share of every unit, without repair.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ from torch.nn import functional as F
 
 import mhacut
 from mhacut.adapters.base import Unit
-from mhacut.allocation import uniform_widths
 from mhacut.checkpoint.load import read_model
-from mhacut.checkpoint_preprocessing import resolve_preprocessing
-from mhacut.cost import build_cost_table, measure_flops
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
-from mhacut.latency import compare_latency
-from mhacut.options import PreprocessingOptions
+from mhacut.linalg.indicator import top_channels
+from mhacut.measuring.latency import compare_latency
+from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import UnitKey, channels_of, cut, dissect, masked_tensors, run_with
-from mhacut.tensor.indicator import top_channels
-from mhacut.widths import width_choices
+from mhacut.pruning.allocate import uniform_widths
+from mhacut.pruning.widths import width_choices
+from mhacut.surgery.axes import channels_of
+from mhacut.surgery.find import UnitKey, find_prunable_layers
+from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.slice import cut
 
 CALIBRATION_IMAGES = 256
 ROUND_TO = 4  # by eights, 28 % of the FLOPs would be the least: heads have 16 channels
@@ -175,13 +178,13 @@ def run_cell(setup: Setup, method: str, keep: float, seed: int) -> dict[str, flo
 def cut_by_scores(setup: Setup, scores_of: Callable[..., Tensor], keep: float, seed: int) -> nn.Module:
     """The same share of every unit, its channels of the highest score."""
     model = copy.deepcopy(setup.dense)
-    anatomy = dissect(model)
-    table = build_cost_table(model, anatomy, setup.preprocessing.input_size)
-    choices = {unit.key: width_choices(unit.width, ROUND_TO) for unit in anatomy.units()}
+    prunable = find_prunable_layers(model)
+    table = build_cost_table(model, prunable, setup.preprocessing.input_size)
+    choices = {unit.key: width_choices(unit.width, ROUND_TO) for unit in prunable.units()}
     widths = uniform_widths(choices, table.flops, int(keep / 100 * table.dense))
     gradients = taylor_gradients(setup, seed) if scores_of is taylor else {}
     units = []
-    for unit in anatomy.units():
+    for unit in prunable.units():
         score = scores_of(model.get_submodule(unit.layer), unit, gradients)
         kept = top_channels(score, widths[unit.key])
         unshared = unit.shares and widths[unit.key] < unit.width
@@ -201,7 +204,7 @@ def magnitude(module: nn.Module, unit: Unit, gradients: Mapping[UnitKey, Tensor]
 
 
 def taylor(module: nn.Module, unit: Unit, gradients: Mapping[UnitKey, Tensor]) -> Tensor:
-    """Sum over batches of the squared gradient by a gain of 1 on the channel, [H, d]."""
+    """Sum over batches of the squared gradient by a channel scale of 1 on the channel, [H, d]."""
     return gradients[unit.key]
 
 
@@ -215,16 +218,16 @@ def taylor_gradients(setup: Setup, seed: int) -> dict[UnitKey, Tensor]:
         use_labels=True,
     )
     assert seen.labels is not None
-    anatomy = dissect(setup.dense)
-    sums = {unit.key: torch.zeros(unit.heads, unit.width) for unit in anatomy.units()}
+    prunable = find_prunable_layers(setup.dense)
+    sums = {unit.key: torch.zeros(unit.heads, unit.width) for unit in prunable.units()}
     for images, labels in zip(seen.images.split(BATCH), seen.labels.split(BATCH), strict=True):
-        gains = {key: torch.ones_like(total).requires_grad_() for key, total in sums.items()}
-        tensors = masked_tensors(setup.dense, anatomy, gains)
+        channel_scales = {key: torch.ones_like(total).requires_grad_() for key, total in sums.items()}
+        tensors = masked_tensors(setup.dense, prunable, channel_scales)
         outputs = run_with(setup.dense, tensors, images)
         F.cross_entropy(outputs, labels).backward()
-        for key, gain in gains.items():
-            assert gain.grad is not None
-            sums[key] += gain.grad.square()
+        for key, channel_scale in channel_scales.items():
+            assert channel_scale.grad is not None
+            sums[key] += channel_scale.grad.square()
     return sums
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.models.swiftformer import EfficientAdditiveAttention
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import Projection
 from mhacut.plan import UnitKind
 
@@ -42,8 +42,8 @@ class AdditiveAdapter(Adapter):
             1,
             query.writes,
             axes=(*gated, ChannelAxis("w_g", 0), *proj.rows(), proj.columns()),
-            gain_axes=gated,
-            taps={"query": _of_unit_length("to_query"), "key": _of_unit_length("to_key")},
+            scale_axes=gated,
+            hooks={"query": _of_unit_length("to_query"), "key": _of_unit_length("to_key")},
             unmixed=True,
         )
         return Layer(name, self, (qk,), channel_dim=1)
@@ -58,11 +58,11 @@ class AdditiveAdapter(Adapter):
         return slim  # reads its width from its tensors
 
 
-def _of_unit_length(projection: str) -> Tap:
+def _of_unit_length(projection: str) -> ActivationHook:
     def normalised(module: Any, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
 
-    return Tap(projection, "output", then=normalised)
+    return ActivationHook(projection, "output", then=normalised)
 
 
 ADDITIVE_ATTENTION = (AdditiveAdapter(),)

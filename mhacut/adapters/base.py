@@ -1,7 +1,7 @@
 """What an adapter promises: where the channels of a layer lie, what they cost, how the layer shrinks.
 
-An adapter is a description. Slicing, masking, merging gains and reading activations are done once, in
-:mod:`mhacut.surgery` and :mod:`mhacut.calibration`, by walking what is described here.
+An adapter is a description. Slicing, masking, merging channel scales and reading activations are done once,
+in :mod:`mhacut.surgery` and :mod:`mhacut.pruning.calibrate`, by walking what is described here.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ChannelAxis:
 
 
 @dataclass(frozen=True)
-class Tap:
+class ActivationHook:
     """Where the activation of a unit passes while the model runs: [..., offset + heads * width, ...]."""
 
     module: str
@@ -99,23 +99,23 @@ class Unit:
     """Channels per head now."""
     axes: tuple[ChannelAxis, ...]
     """Everything that is sliced when channels go."""
-    gain_axes: tuple[ChannelAxis, ...]
+    scale_axes: tuple[ChannelAxis, ...]
     """Where a factor per channel scales that channel's contribution exactly: 0 removes it (mask), any other
-    number is a reweight gain. A subset of ``axes``, biases that belong to the channel included. Empty where
-    there is a ``gate``."""
-    taps: Mapping[str, Tap]
+    number is a reweight channel scale. A subset of ``axes``, biases that belong to the channel included.
+    Empty where there is a ``gate``."""
+    hooks: Mapping[str, ActivationHook]
     """``query`` and ``key`` for qk (of ``linear`` attention their features, and ``value`` too); ``value`` and
     ``output`` (weighted by attention, before the projection) for v; ``hidden`` for the MLP."""
-    readout: ChannelAxis | None = None
+    output_projection: ChannelAxis | None = None
     """The columns through which the channels leave the layer (v, hidden); none for qk."""
-    readout_bias: str | None = None
+    output_bias: str | None = None
     """The bias added behind those columns, if there is one."""
-    readout_norm: str | None = None
+    output_norm: str | None = None
     """The batch norm behind those columns and their bias, if there is one."""
-    readout_scale: str | None = None
+    output_scale: str | None = None
     """A factor for each channel that they give, if there is one: what a layer adds to its input, weighed."""
     rotatable: bool = False
-    """The channels of a head may be mixed: the layer computes the same when gain axes are multiplied by any
+    """The channels of a head may be mixed: the layer computes the same when scale axes are multiplied by any
     invertible matrix and the other axes by its inverse transpose."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
@@ -132,11 +132,11 @@ class Unit:
     """Heads share tensors of which there is no room for a copy each, so that :attr:`UnitPlan.unshared` is
     impossible: all keep the same channels, in the same basis."""
     white_inputs: bool = True
-    """Without images, inputs may be taken as white (:mod:`mhacut.weight_moments`)."""
+    """Without images, inputs may be taken as white (:mod:`mhacut.pruning.weight_moments`)."""
     gate: str | None = None
-    """A buffer of the layer, None in a model at rest, that holds a gain per channel, [heads * width], not
+    """A buffer of the layer, None in a model at rest, that holds a scale per channel, [heads * width], not
     negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
-    gains."""
+    channel scales."""
     constants: tuple[ChannelAxis, ...] = ()
     """Biases, one per channel, that pass on to the readout untouched: what a channel gives when it is zero.
     Stays when the channel goes: the readout's bias takes it up."""
@@ -148,7 +148,7 @@ class Unit:
     @property
     def constants_pass(self) -> bool:
         """Whether something behind the readout can take up what removed channels gave on average."""
-        return self.readout_bias is not None or self.readout_norm is not None
+        return self.output_bias is not None or self.output_norm is not None
 
     @property
     def shares(self) -> bool:
@@ -169,13 +169,13 @@ class Layer:
     """Module name in the model, ``blocks.0.attn``."""
     adapter: Adapter
     units: tuple[Unit, ...]
-    left_whole: Mapping[UnitKind, str] = field(default_factory=dict)
+    not_prunable: Mapping[UnitKind, str] = field(default_factory=dict)
     """Units that cannot be cut exactly, and why."""
     channel_dim: int = -1
     """Dimension of the layer's output that holds its channels."""
     result: str = ""
     """The submodule whose output the readouts give, where more of the layer follows; errors are of that."""
-    goes_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
+    coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
     """Kinds without a unit of their own, whose channels go with those of another."""
 
 
@@ -226,12 +226,12 @@ class Adapter(ABC):
         """Called when layers of ``model`` were cut: mend names of modules that they no longer share."""
         return
 
-    def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:
-        """Put gains into parameters, before they are sliced, so that the layer needs no gate.
+    def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
+        """Put channel scales into parameters, before they are sliced, so that the layer needs no gate.
 
         Args:
             module: the layer, not yet cut.
             unit: of that layer, with a gate.
-            gain: [heads, width], float64; 0 only where the channel is about to go.
+            channel_scale: [heads, width], float64; 0 only where the channel is about to go.
         """
         raise NotImplementedError

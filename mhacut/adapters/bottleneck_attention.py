@@ -17,7 +17,7 @@ from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import Projection
 from mhacut.plan import UnitKind
 
@@ -55,8 +55,11 @@ class PositionalAdapter(Adapter):
             1,
             module.dim_head_qk,
             axes=(*query, *key, *(ChannelAxis(table, 1) for table in _TABLES)),
-            gain_axes=query,
-            taps={"query": self._tap(module, self.query(module)), "key": self._tap(module, self.key(module))},
+            scale_axes=query,
+            hooks={
+                "query": self._tap(module, self.query(module)),
+                "key": self._tap(module, self.key(module)),
+            },
             unmixed=True,
         )
         return Layer(name, self, (qk,), {"v": NO_PROJECTION}, channel_dim=1)
@@ -86,9 +89,9 @@ class PositionalAdapter(Adapter):
             return (weight,)
         return weight, ChannelAxis(projection.bias, 0, rows.offset, copies=copies)
 
-    def _tap(self, module: Any, rows: _Rows) -> Tap:
+    def _tap(self, module: Any, rows: _Rows) -> ActivationHook:
         heads, width = module.num_heads, module.dim_head_qk
-        return Tap(rows.projection, "output", then=partial(_every_head, rows, heads, width))
+        return ActivationHook(rows.projection, "output", then=partial(_every_head, rows, heads, width))
 
 
 def _every_head(rows: _Rows, heads: int, width: int, module: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.per_head_attention import FreshBiases
 from mhacut.adapters.rows import Projection
 from mhacut.adapters.softmax import as_map, as_tokens, attend_in
@@ -67,10 +67,10 @@ class CascadedAdapter(Adapter):
             heads,
             qk_width,
             axes=query + key + convolved,
-            gain_axes=convolved,
-            taps={
-                "query": Tap("dws.*", "output", channel_dim=1),
-                "key": Tap("qkvs.*", "output", qk_width, channel_dim=1),
+            scale_axes=convolved,
+            hooks={
+                "query": ActivationHook("dws.*", "output", channel_dim=1),
+                "key": ActivationHook("qkvs.*", "output", qk_width, channel_dim=1),
             },
             softmax_scaled=True,
             unmixed=True,
@@ -81,13 +81,13 @@ class CascadedAdapter(Adapter):
             heads,
             v_width,
             axes=(*value, proj.columns()),
-            gain_axes=value,
-            taps={
-                "value": Tap("qkvs.*", "output", 2 * qk_width, channel_dim=1),
-                "output": proj.tap("input"),
+            scale_axes=value,
+            hooks={
+                "value": ActivationHook("qkvs.*", "output", 2 * qk_width, channel_dim=1),
+                "output": proj.hook("input"),
             },
-            readout=proj.columns(),
-            readout_norm=proj.norm,
+            output_projection=proj.columns(),
+            output_norm=proj.norm,
             feeds=heads > 1,
         )
         return Layer(name, self, (qk, v), channel_dim=1)

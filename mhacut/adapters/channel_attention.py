@@ -106,10 +106,10 @@ class ChannelAttentionAdapter(Adapter):
             heads,
             kept,
             axes=(*qkv.rows(offset), proj.columns()),
-            gain_axes=(proj.columns(),),
-            taps={"value": qkv.tap("output", offset), "output": proj.tap("input")},
-            readout=proj.columns(),
-            readout_bias=proj.bias,
+            scale_axes=(proj.columns(),),
+            hooks={"value": qkv.hook("output", offset), "output": proj.hook("input")},
+            output_projection=proj.columns(),
+            output_bias=proj.bias,
         )
         return Layer(name, self, (v,), {"qk": _SHARED_SOFTMAX})
 

@@ -16,7 +16,7 @@ from typing import Any
 from timm.models.coat import CoaT, FactorAttnConvRelPosEnc
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import Projection, rows
 from mhacut.plan import UnitKind
 
@@ -50,13 +50,16 @@ class FactorAttentionAdapter(Adapter):
             heads,
             width,
             axes=(*query, *key, *value, *_convolutions(module), columns),
-            gain_axes=(*query, columns),
-            taps={"value": Tap("qkv", "output", 2 * part), "output": Tap("proj", "input")},
-            readout=columns,
-            readout_bias="proj.bias",
+            scale_axes=(*query, columns),
+            hooks={
+                "value": ActivationHook("qkv", "output", 2 * part),
+                "output": ActivationHook("proj", "input"),
+            },
+            output_projection=columns,
+            output_bias="proj.bias",
             feeds=True,
         )
-        return Layer(name, self, (unit,), goes_with={"qk": "v"})
+        return Layer(name, self, (unit,), coupled_with={"qk": "v"})
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         _, tokens, _ = input_shape

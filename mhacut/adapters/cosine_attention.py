@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from torch import Tensor
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Tap, Unit
+from mhacut.adapters.base import ActivationHook, Unit
 from mhacut.adapters.fused import FusedAdapter, FusedForward
 
 _MOST = math.log(100)
@@ -74,21 +74,21 @@ class CosineAdapter(FusedAdapter):
         assert isinstance(plain, Unit)
         return replace(
             plain,
-            gain_axes=plain.axes,
-            taps={name: _of_unit_length(tap, plain) for name, tap in plain.taps.items()},
+            scale_axes=plain.axes,
+            hooks={name: _of_unit_length(hook, plain) for name, hook in plain.hooks.items()},
             rotatable=False,
             softmax_scaled=False,
             unmixed=True,
         )
 
 
-def _of_unit_length(tap: Tap, unit: Unit) -> Tap:
+def _of_unit_length(hook: ActivationHook, unit: Unit) -> ActivationHook:
     def normalised(module: Any, x: Tensor) -> Tensor:
-        x = x if tap.then is None else tap.then(module, x)
-        x = x[..., tap.offset : tap.offset + unit.heads * unit.width]
+        x = x if hook.then is None else hook.then(module, x)
+        x = x[..., hook.offset : hook.offset + unit.heads * unit.width]
         return F.normalize(x.reshape(*x.shape[:-1], unit.heads, unit.width), dim=-1).flatten(-2)
 
-    return replace(tap, offset=0, then=normalised)
+    return replace(hook, offset=0, then=normalised)
 
 
 COSINE_ATTENTION = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Unit
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.rows import fused_qk, rows
 from mhacut.flatten.flatten_cswin import CswinAttention, FocusedLepeAttention, StripeAttention
@@ -52,10 +52,10 @@ class CswinAttentionAdapter(FocusedAttentionAdapter):
             heads,
             v_width,
             axes=(*rows(module, "qkv", v_at), *lepe, columns),
-            gain_axes=(columns,),
-            taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
-            readout=columns,
-            readout_bias="proj.bias" if module.proj.bias is not None else None,
+            scale_axes=(columns,),
+            hooks={"value": ActivationHook("qkv", "output", v_at), "output": ActivationHook("proj", "input")},
+            output_projection=columns,
+            output_bias="proj.bias" if module.proj.bias is not None else None,
             constants=tuple(lepe[len(module.attns) :]) if module.proj.bias is not None else (),
         )
         return Layer(name, self, (qk, v))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import rows
 from mhacut.flatten.attention import FusedFocusedAttention, SeparateFocusedAttention, scale_with_gate
 from mhacut.flatten.flatten_deit import FocusedVitAttention
@@ -39,7 +39,7 @@ class FocusedAttentionAdapter(Adapter):
         heads = inner.num_heads
         qk_width, v_width = _widths(module, inner)
         query, key, value = _projections(module, heads * qk_width)
-        value_tap = Tap(value[0], "output", value[1], width=v_width)
+        value_tap = ActivationHook(value[0], "output", value[1], width=v_width)
         qk = Unit(
             name,
             "qk",
@@ -51,10 +51,10 @@ class FocusedAttentionAdapter(Adapter):
                 ChannelAxis(f"{prefix}scale", 2),
                 ChannelAxis(f"{prefix}positional_encoding", 2),
             ),
-            gain_axes=(),
-            taps={
-                "query": Tap(f"{prefix}query_features", "output"),
-                "key": Tap(f"{prefix}key_features", "output"),
+            scale_axes=(),
+            hooks={
+                "query": ActivationHook(f"{prefix}query_features", "output"),
+                "key": ActivationHook(f"{prefix}key_features", "output"),
                 "value": value_tap,
             },
             linear=True,
@@ -75,10 +75,10 @@ class FocusedAttentionAdapter(Adapter):
             heads,
             v_width,
             axes=(*rows(module, *value), *filters, *biases, columns),
-            gain_axes=(columns,),
-            taps={"value": value_tap, "output": Tap("proj", "input")},
-            readout=columns,
-            readout_bias=None if module.proj.bias is None else "proj.bias",
+            scale_axes=(columns,),
+            hooks={"value": value_tap, "output": ActivationHook("proj", "input")},
+            output_projection=columns,
+            output_bias=None if module.proj.bias is None else "proj.bias",
             constants=() if module.proj.bias is None else tuple(biases),
         )
         return Layer(name, self, (qk, v))
@@ -98,10 +98,10 @@ class FocusedAttentionAdapter(Adapter):
         slim: nn.Module = module
         return slim  # reads its widths from its tensors
 
-    def merge_gate(self, module: Any, unit: Unit, gain: Tensor) -> None:
+    def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
         _, inner = self.branch(module)
         scale = inner.scale
-        gate = gain.reshape(-1).to(scale.device)
+        gate = channel_scale.reshape(-1).to(scale.device)
         merged = scale_with_gate(scale.detach().double(), gate, inner.focusing_factor)
         with torch.no_grad():
             scale.copy_(torch.where(gate == 1, scale, merged.to(scale.dtype)))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.plan import UnitKind
 
 NORMALISED = "q and k are normalised over the channels of a head"
@@ -155,14 +155,14 @@ class FusedAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         units: list[Unit] = []
-        left_whole: dict[UnitKind, str] = {}
+        not_prunable: dict[UnitKind, str] = {}
         found: dict[UnitKind, Unit | str] = {"qk": self.qk(name, module), "v": self.v(name, module)}
         for kind, unit in found.items():
             if isinstance(unit, Unit):
                 units.append(unit)
             else:
-                left_whole[kind] = unit
-        return Layer(name, self, tuple(units), left_whole, self.channel_dim)
+                not_prunable[kind] = unit
+        return Layer(name, self, tuple(units), not_prunable, self.channel_dim)
 
     def qk(self, name: str, module: Any) -> Unit | str:
         """The unit, or why it is left whole."""
@@ -176,8 +176,8 @@ class FusedAdapter(Adapter):
             heads,
             width,
             axes=query + key,
-            gain_axes=query,
-            taps={"query": self.tap(module, "q"), "key": self.tap(module, "k")},
+            scale_axes=query,
+            hooks={"query": self.hook(module, "q"), "key": self.hook(module, "k")},
             rotatable=True,
             softmax_scaled=True,
         )
@@ -193,10 +193,10 @@ class FusedAdapter(Adapter):
             self.heads(module),
             self.widths(module)[1],
             axes=(*self.rows(module, "v"), columns),
-            gain_axes=(columns,),
-            taps={"value": self.tap(module, "v"), "output": self.output_tap(module)},
-            readout=columns,
-            readout_bias="proj.bias" if module.proj.bias is not None else None,
+            scale_axes=(columns,),
+            hooks={"value": self.hook(module, "v"), "output": self.output_tap(module)},
+            output_projection=columns,
+            output_bias="proj.bias" if module.proj.bias is not None else None,
             rotatable=True,
         )
 
@@ -221,7 +221,7 @@ class FusedAdapter(Adapter):
         """Where ``proj`` reads the v channels."""
         return ChannelAxis("proj.weight", 1)
 
-    def tap(self, module: Any, part: Part) -> Tap:
+    def hook(self, module: Any, part: Part) -> ActivationHook:
         """``part`` as it is made."""
         source = self.source(module, part)
         if getattr(module, "q_bias", None) is not None:  # no module makes it: the layer does, of its input
@@ -229,15 +229,15 @@ class FusedAdapter(Adapter):
             def project(layer: Any, x: Tensor) -> Tensor:
                 return self.spread(layer, fused_projection(layer, x))
 
-            return Tap("", "input", source.offset, self.inner_channel_dim, then=project)
+            return ActivationHook("", "input", source.offset, self.inner_channel_dim, then=project)
         spread = partial(self.spread, module)
-        return Tap(
+        return ActivationHook(
             source.projection, "output", source.offset, self.inner_channel_dim, then=lambda _, x: spread(x)
         )
 
-    def output_tap(self, module: Any) -> Tap:
+    def output_tap(self, module: Any) -> ActivationHook:
         """The v channels as ``proj`` reads them."""
-        return Tap("proj", "input", channel_dim=self.inner_channel_dim)
+        return ActivationHook("proj", "input", channel_dim=self.inner_channel_dim)
 
     def widths(self, module: Any) -> tuple[int, int]:
         """Rows of q, and of v, per head."""

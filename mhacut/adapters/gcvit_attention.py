@@ -12,7 +12,7 @@ from typing import Any
 from timm.models.gcvit import WindowAttentionGlobal
 from torch import Tensor
 
-from mhacut.adapters.base import Tap, Unit
+from mhacut.adapters.base import ActivationHook, Unit
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head
 
 _KEPT = "global_channels"
@@ -74,8 +74,8 @@ class GcvitAdapter(FusedAdapter):
             heads,
             width,
             axes=keys,
-            gain_axes=keys,
-            taps={"query": Tap("", "input", argument=1, then=own), "key": self.tap(module, "k")},
+            scale_axes=keys,
+            hooks={"query": ActivationHook("", "input", argument=1, then=own), "key": self.hook(module, "k")},
             softmax_scaled=True,
             unmixed=True,
         )

@@ -15,7 +15,7 @@ from typing import Any
 from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.bottleneck_attention import NO_PROJECTION
 from mhacut.adapters.multi_query_attention import every_head
 from mhacut.adapters.rows import NORM_FLOPS
@@ -45,10 +45,10 @@ class LambdaAdapter(Adapter):
             1,
             width,
             axes=tuple(axes),
-            gain_axes=(query,),
-            taps={
-                "query": Tap("norm_q", "output", then=partial(every_head, heads)),
-                "key": Tap("qkv", "output", heads * width, channel_dim=1, then=_over_positions),
+            scale_axes=(query,),
+            hooks={
+                "query": ActivationHook("norm_q", "output", then=partial(every_head, heads)),
+                "key": ActivationHook("qkv", "output", heads * width, channel_dim=1, then=_over_positions),
             },
             unmixed=True,
         )

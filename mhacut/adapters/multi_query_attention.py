@@ -15,7 +15,7 @@ from typing import Any
 from timm.layers import MultiQueryAttention2d
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
@@ -40,10 +40,10 @@ class MultiQueryAdapter(Adapter):
             1,
             width,
             axes=query + key,
-            gain_axes=query,
-            taps={
-                "query": Tap("query.proj", "output", then=partial(every_head, heads)),
-                "key": Tap("key.proj", "output", channel_dim=1),
+            scale_axes=query,
+            hooks={
+                "query": ActivationHook("query.proj", "output", then=partial(every_head, heads)),
+                "key": ActivationHook("key.proj", "output", channel_dim=1),
             },
             rotatable=True,
             softmax_scaled=True,
@@ -55,13 +55,15 @@ class MultiQueryAdapter(Adapter):
             heads,
             module.value_dim,
             axes=(*(replace(axis, shared=True) for axis in value), columns),
-            gain_axes=(columns,),
-            taps={
-                "value": Tap("value.proj", "output", channel_dim=1, then=partial(_to_every_head, heads)),
-                "output": Tap("output.proj", "input", channel_dim=1),
+            scale_axes=(columns,),
+            hooks={
+                "value": ActivationHook(
+                    "value.proj", "output", channel_dim=1, then=partial(_to_every_head, heads)
+                ),
+                "output": ActivationHook("output.proj", "input", channel_dim=1),
             },
-            readout=columns,
-            readout_bias=None if module.output.proj.bias is None else "output.proj.bias",
+            output_projection=columns,
+            output_bias=None if module.output.proj.bias is None else "output.proj.bias",
             rotatable=True,
             together=True,
         )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import Projection
 from mhacut.plan import UnitKind
 
@@ -96,8 +96,8 @@ class MultiScaleAdapter(Adapter):
             heads,
             qk_width,
             axes=query[0] + key[0],
-            gain_axes=query[1] + key[1],
-            taps={"query": _tap(0, qk_width), "key": _tap(1, qk_width), "value": value_tap},
+            scale_axes=query[1] + key[1],
+            hooks={"query": _tap(0, qk_width), "key": _tap(1, qk_width), "value": value_tap},
             linear=True,
         )
         v = Unit(
@@ -106,11 +106,11 @@ class MultiScaleAdapter(Adapter):
             heads,
             v_width,
             axes=(*value[0], proj.columns()),
-            gain_axes=value[1],
-            taps={"value": value_tap, "output": proj.tap("input")},
-            readout=proj.columns(),
-            readout_bias=proj.bias,
-            readout_norm=proj.norm,
+            scale_axes=value[1],
+            hooks={"value": value_tap, "output": proj.hook("input")},
+            output_projection=proj.columns(),
+            output_bias=proj.bias,
+            output_norm=proj.norm,
             feeds=bool(module.aggreg),
         )
         return Layer(name, self, (qk, v), channel_dim=1)
@@ -177,7 +177,7 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
     return tuple(rows), tuple(scaled)
 
 
-def _tap(part: int, width: int) -> Tap:
+def _tap(part: int, width: int) -> ActivationHook:
     """q, k or v of all scales as attention sees it: no module makes it, the layer does, of its input."""
 
     def features(module: Any, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _tap(part: int, width: int) -> Tap:
             made = module.kernel_func(made)
         return made.transpose(1, 2).flatten(2)
 
-    return Tap("", "input", width=width, then=features)
+    return ActivationHook("", "input", width=width, then=features)
 
 
 MULTI_SCALE_ATTENTION = (MultiScaleAdapter(),)

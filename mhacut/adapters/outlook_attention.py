@@ -51,10 +51,10 @@ class OutlookAdapter(Adapter):
             module.num_heads,
             proj.reads // module.num_heads,
             axes=(*value.rows(), proj.columns()),
-            gain_axes=(proj.columns(),),
-            taps={"value": value.tap("output"), "output": proj.tap("input")},
-            readout=proj.columns(),
-            readout_bias=proj.bias,
+            scale_axes=(proj.columns(),),
+            hooks={"value": value.hook("output"), "output": proj.hook("input")},
+            output_projection=proj.columns(),
+            output_bias=proj.bias,
             rotatable=True,
         )
         return Layer(name, self, (v,))

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Unit
 from mhacut.adapters.diff_attention import DiffAdapter, DiffForward
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head, head_count
 from mhacut.plan import UnitKind
@@ -76,11 +76,11 @@ class ParallelAdapter(FusedAdapter):
             1,
             module.in_split[0],
             axes=(*rows, columns),
-            gain_axes=(columns,),
-            taps={"hidden": Tap(reader, "input", first)},
-            readout=columns,
-            readout_bias=self._bias(module, reader),
-            readout_scale=_layer_scale(module),
+            scale_axes=(columns,),
+            hooks={"hidden": ActivationHook(reader, "input", first)},
+            output_projection=columns,
+            output_bias=self._bias(module, reader),
+            output_scale=_layer_scale(module),
         )
 
     def v(self, name: str, module: Any) -> Unit | str:
@@ -93,11 +93,11 @@ class ParallelAdapter(FusedAdapter):
             self.heads(module),
             self.widths(module)[1],
             axes=(*self.rows(module, "v"), columns),
-            gain_axes=(columns,),
-            taps={"value": self.tap(module, "v"), "output": Tap(reader, "input")},
-            readout=columns,
-            readout_bias=self._bias(module, reader),
-            readout_scale=_layer_scale(module),
+            scale_axes=(columns,),
+            hooks={"value": self.hook(module, "v"), "output": ActivationHook(reader, "input")},
+            output_projection=columns,
+            output_bias=self._bias(module, reader),
+            output_scale=_layer_scale(module),
             rotatable=True,
         )
 

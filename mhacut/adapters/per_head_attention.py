@@ -133,11 +133,11 @@ class KeyDimAdapter(SoftmaxAdapter):
     """Classes with ``key_dim`` and ``val_dim``, whose own forward takes any."""
 
     def __init__(
-        self, dense: type[Any], slim: type[Any], *, readout: str = "proj", acts: bool = False
+        self, dense: type[Any], slim: type[Any], *, output_projection: str = "proj", acts: bool = False
     ) -> None:
-        """Serve ``dense``, as ``slim`` once cut; ``acts``: there is an activation before ``readout``."""
+        """Serve ``dense``, as ``slim`` once cut; ``acts``: there is an activation before it."""
         self.module_classes = (dense, slim)
-        self.slim, self.readout, self.acts = slim, readout, acts
+        self.slim, self.output_projection, self.acts = slim, output_projection, acts
 
     def layout(self, module: Any) -> Layout:
         qk_width, v_width = module.key_dim, module.val_dim
@@ -152,7 +152,7 @@ class KeyDimAdapter(SoftmaxAdapter):
             query,
             key,
             value,
-            self.readout,
+            self.output_projection,
             v_rotatable=not self.acts,
         )
 
@@ -244,8 +244,8 @@ def _coarse_readout(module: Any) -> str:
 PER_HEAD = (
     MaxxVitAdapter(maxxvit.AttentionCl, SlimAttentionCl),
     MaxxVitAdapter(maxxvit.Attention2d, SlimAttention2d),
-    KeyDimAdapter(levit.Attention, SlimLevitAttention, readout="proj.ln", acts=True),
-    KeyDimAdapter(levit.AttentionDownsample, SlimLevitDownsample, readout="proj.ln", acts=True),
+    KeyDimAdapter(levit.Attention, SlimLevitAttention, output_projection="proj.ln", acts=True),
+    KeyDimAdapter(levit.AttentionDownsample, SlimLevitDownsample, output_projection="proj.ln", acts=True),
     KeyDimAdapter(efficientformer.Attention, SlimEfficientFormerAttention),
     KeyDimAdapter(tiny_vit.Attention, SlimTinyVitAttention),
     CoarseAdapter(lowformer.ConvAttention, SlimLowFormerAttention),

@@ -55,12 +55,12 @@ class PoolingAdapter(SoftmaxAdapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         whole = super().describe(name, module)
-        left_whole: dict[UnitKind, str] = {} if module.mlp is None else {"hidden": _CHEAP}
+        not_prunable: dict[UnitKind, str] = {} if module.mlp is None else {"hidden": _CHEAP}
         qk, v = whole.units
         units = [replace(qk, white_inputs=False), v]
         if not isinstance(module.q_norm, nn.Identity):
-            units, left_whole["qk"] = [v], NORMALISED
-        return replace(whole, units=tuple(units), left_whole=left_whole, result="proj")
+            units, not_prunable["qk"] = [v], NORMALISED
+        return replace(whole, units=tuple(units), not_prunable=not_prunable, result="proj")
 
     def tokens(self, module: Any, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
         batch, tokens, _ = input_shape

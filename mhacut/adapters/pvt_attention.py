@@ -10,7 +10,7 @@ from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
 
@@ -62,8 +62,8 @@ class PvtAttentionAdapter(Adapter):
             heads,
             qk_dim // heads,
             axes=query + rows(module, "kv"),
-            gain_axes=query,
-            taps={"query": Tap("q", "output"), "key": Tap("kv", "output")},
+            scale_axes=query,
+            hooks={"query": ActivationHook("q", "output"), "key": ActivationHook("kv", "output")},
             rotatable=True,
             softmax_scaled=True,
         )
@@ -73,10 +73,13 @@ class PvtAttentionAdapter(Adapter):
             heads,
             v_dim // heads,
             axes=(*rows(module, "kv", qk_dim), columns),
-            gain_axes=(columns,),
-            taps={"value": Tap("kv", "output", qk_dim), "output": Tap("proj", "input")},
-            readout=columns,
-            readout_bias="proj.bias" if module.proj.bias is not None else None,
+            scale_axes=(columns,),
+            hooks={
+                "value": ActivationHook("kv", "output", qk_dim),
+                "output": ActivationHook("proj", "input"),
+            },
+            output_projection=columns,
+            output_bias="proj.bias" if module.proj.bias is not None else None,
             rotatable=True,
         )
         return Layer(name, self, (qk, v))

@@ -21,7 +21,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor
 
-from mhacut.adapters.base import ChannelAxis, Tap, Unit
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head
 from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
@@ -115,8 +115,8 @@ class RopeAdapter(FusedAdapter):
             plain,
             width=pairs,
             axes=paired(plain.axes),
-            gain_axes=paired(plain.gain_axes),
-            taps={name: _of_pairs(tap, plain.heads, pairs, half) for name, tap in plain.taps.items()},
+            scale_axes=paired(plain.scale_axes),
+            hooks={name: _of_pairs(hook, plain.heads, pairs, half) for name, hook in plain.hooks.items()},
             rotatable=False,
             unmixed=True,
         )
@@ -131,16 +131,16 @@ class RopeAdapter(FusedAdapter):
         queries = _queries_per_key(module)
         if queries == 1:
             return unit
-        read = {axis: _by_each(axis, queries, unit.width) for axis in (*unit.gain_axes, *gate)}
+        read = {axis: _by_each(axis, queries, unit.width) for axis in (*unit.scale_axes, *gate)}
         return replace(
             unit,
             heads=unit.heads // queries,
             axes=tuple(read.get(axis, axis) for axis in unit.axes),
-            gain_axes=tuple(read[axis] for axis in unit.gain_axes),
-            readout=read[unit.gain_axes[0]],
-            taps={
-                **unit.taps,
-                "output": replace(unit.taps["output"], then=partial(_apart, unit.width, queries)),
+            scale_axes=tuple(read[axis] for axis in unit.scale_axes),
+            output_projection=read[unit.scale_axes[0]],
+            hooks={
+                **unit.hooks,
+                "output": replace(unit.hooks["output"], then=partial(_apart, unit.width, queries)),
             },
         )
 
@@ -184,17 +184,17 @@ def _of_channels(rope: Tensor, channels: Tensor | None) -> Tensor:
     return torch.cat([part.gather(-1, index) for part in rope.chunk(2, dim=-1)], dim=-1)
 
 
-def _of_pairs(tap: Tap, heads: int, pairs: int, half: bool) -> Tap:
-    """What flows through ``tap``, the two of a pair apart: [..., 2, heads * pairs]."""
+def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
+    """What flows through ``hook``, the two of a pair apart: [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
-        x = x if tap.then is None else tap.then(module, x)
-        x = x[..., tap.offset : tap.offset + heads * 2 * pairs]
+        x = x if hook.then is None else hook.then(module, x)
+        x = x[..., hook.offset : hook.offset + heads * 2 * pairs]
         if half:
             return x.reshape(*x.shape[:-1], heads, 2, pairs).transpose(-2, -3).flatten(-2)
         return x.reshape(*x.shape[:-1], heads * pairs, 2).transpose(-1, -2)
 
-    return replace(tap, offset=0, then=split)
+    return replace(hook, offset=0, then=split)
 
 
 def _queries_per_key(module: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import ChannelAxis, Tap, Unit
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit
 
 NORM_FLOPS = 2
 """Per element of a batch norm in eval mode, as fvcore counts them."""
@@ -97,16 +97,16 @@ class Projection:
         """The axis of channels that it reads."""
         return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
-    def tap(
+    def hook(
         self,
         side: Literal["input", "output"],
         offset: int = 0,
         stride: int | None = None,
         width: int | None = None,
-    ) -> Tap:
+    ) -> ActivationHook:
         """What it reads or, behind the batch norm, writes."""
         name = self.linear_name if side == "input" else self.name
-        return Tap(name, side, offset, self.channel_dim, width, stride)
+        return ActivationHook(name, side, offset, self.channel_dim, width, stride)
 
 
 _LINEAR = (nn.Linear, nn.Conv2d)
@@ -133,8 +133,8 @@ def fused_qk(name: str, module: nn.Module, heads: int, width: int) -> Unit:
         heads,
         width,
         axes=query + rows(module, "qkv", k_at),
-        gain_axes=query,
-        taps={"query": Tap("qkv", "output"), "key": Tap("qkv", "output", k_at)},
+        scale_axes=query,
+        hooks={"query": ActivationHook("qkv", "output"), "key": ActivationHook("qkv", "output", k_at)},
         rotatable=True,
         softmax_scaled=True,
     )

@@ -32,10 +32,10 @@ class ScalarAttentionAdapter(Adapter):
             1,
             width,
             axes=(*qkv.rows(1), *qkv.rows(1 + width), proj.columns()),
-            gain_axes=(proj.columns(),),
-            taps={"value": qkv.tap("output", 1 + width), "output": proj.tap("input")},
-            readout=proj.columns(),
-            readout_bias=proj.bias,
+            scale_axes=(proj.columns(),),
+            hooks={"value": qkv.hook("output", 1 + width), "output": proj.hook("input")},
+            output_projection=proj.columns(),
+            output_bias=proj.bias,
         )
         return Layer(name, self, (v,), channel_dim=1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import Projection
 from mhacut.plan import UnitKind
 
@@ -40,7 +40,7 @@ class Layout:
     query: Rows
     key: Rows
     value: Rows
-    readout: str = "proj"
+    output_projection: str = "proj"
     """The projection that reads what attention gives, or any of its kind where v is left whole."""
     beside_value: tuple[Rows, ...] = ()
     """Rows that channels of v need too."""
@@ -86,20 +86,20 @@ class SoftmaxAdapter(Adapter):
         query, key, value = (
             Projection.of(module, part.projection) for part in (layout.query, layout.key, layout.value)
         )
-        readout = Projection.of(module, layout.readout)
+        output_projection = Projection.of(module, layout.output_projection)
         qk = Unit(
             name,
             "qk",
             layout.heads,
             layout.qk_width,
             axes=_axes(query, layout.query) + _axes(key, layout.key),
-            gain_axes=query.scaled_rows(layout.query.offset, layout.query.stride),
-            taps={"query": _tap(query, layout.query), "key": _tap(key, layout.key)},
+            scale_axes=query.scaled_rows(layout.query.offset, layout.query.stride),
+            hooks={"query": _tap(query, layout.query), "key": _tap(key, layout.key)},
             rotatable=True,
             softmax_scaled=True,
         )
         if layout.v_left_whole is not None:
-            return Layer(name, self, (qk,), {"v": layout.v_left_whole}, readout.channel_dim)
+            return Layer(name, self, (qk,), {"v": layout.v_left_whole}, output_projection.channel_dim)
         beside = [_axes(Projection.of(module, rows.projection), rows) for rows in layout.beside_value]
         v = Unit(
             name,
@@ -109,16 +109,16 @@ class SoftmaxAdapter(Adapter):
             axes=(
                 *_axes(value, layout.value),
                 *(axis for axes in beside for axis in axes),
-                readout.columns(),
+                output_projection.columns(),
             ),
-            gain_axes=(readout.columns(),),
-            taps={"value": _tap(value, layout.value), "output": readout.tap("input")},
-            readout=readout.columns(),
-            readout_bias=readout.constant_bias,
-            readout_norm=readout.norm,
+            scale_axes=(output_projection.columns(),),
+            hooks={"value": _tap(value, layout.value), "output": output_projection.hook("input")},
+            output_projection=output_projection.columns(),
+            output_bias=output_projection.constant_bias,
+            output_norm=output_projection.norm,
             rotatable=layout.v_rotatable,
         )
-        return Layer(name, self, (qk, v), channel_dim=readout.channel_dim)
+        return Layer(name, self, (qk, v), channel_dim=output_projection.channel_dim)
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         layout = self.layout(module)
@@ -139,7 +139,7 @@ class SoftmaxAdapter(Adapter):
         layout, (_, queries, keys) = self.layout(module), self.tokens(module, input_shape)
         values = (layout.value, *layout.beside_value)
         writes = sum(Projection.of(module, part.projection).flops_per_row for part in values)
-        reads = Projection.of(module, layout.readout).flops_per_column
+        reads = Projection.of(module, layout.output_projection).flops_per_column
         return writes * keys + queries * keys + reads * queries
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
@@ -154,8 +154,8 @@ def _axes(projection: Projection, rows: Rows) -> tuple[ChannelAxis, ...]:
     return projection.rows(rows.offset, rows.stride)
 
 
-def _tap(projection: Projection, rows: Rows) -> Tap:
-    return projection.tap("output", rows.offset, rows.stride)
+def _tap(projection: Projection, rows: Rows) -> ActivationHook:
+    return projection.hook("output", rows.offset, rows.stride)
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:

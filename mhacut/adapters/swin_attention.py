@@ -9,7 +9,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import fused_qk, rows
 from mhacut.plan import UnitKind
 
@@ -63,10 +63,10 @@ class WindowAttentionAdapter(Adapter):
             heads,
             v_width,
             axes=(*rows(module, "qkv", v_at), columns),
-            gain_axes=(columns,),
-            taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
-            readout=columns,
-            readout_bias="proj.bias" if module.proj.bias is not None else None,
+            scale_axes=(columns,),
+            hooks={"value": ActivationHook("qkv", "output", v_at), "output": ActivationHook("proj", "input")},
+            output_projection=columns,
+            output_bias="proj.bias" if module.proj.bias is not None else None,
             rotatable=True,
         )
         return Layer(name, self, (qk, v))

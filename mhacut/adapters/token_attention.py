@@ -15,7 +15,7 @@ from timm.models import beit, cait, convit, davit, fastvit, metaformer, nest, tw
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor
 
-from mhacut.adapters.base import ChannelAxis, Tap
+from mhacut.adapters.base import ActivationHook, ChannelAxis
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Tokens, fused_projection, head_count
 
 
@@ -186,7 +186,7 @@ class NestAdapter(FusedAdapter):
         heads = head_count(module)
         return ChannelAxis("proj.weight", 1, head_step=1, channel_step=heads)
 
-    def output_tap(self, module: Any) -> Tap:
+    def output_tap(self, module: Any) -> ActivationHook:
         """Put into the order (H, d)."""
         heads = head_count(module)
 

@@ -9,7 +9,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Tap, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.rows import fused_qk, rows
 from mhacut.plan import UnitKind
 
@@ -59,12 +59,12 @@ class VitAttentionAdapter(Adapter):
         heads, (qk_width, v_width) = module.num_heads, _widths(module)
         v_at = 2 * heads * qk_width
         units: list[Unit] = []
-        left_whole: dict[UnitKind, str] = {}
+        not_prunable: dict[UnitKind, str] = {}
 
         if _is_identity(module.q_norm) and _is_identity(module.k_norm):
             units.append(fused_qk(name, module, heads, qk_width))
         else:
-            left_whole["qk"] = "q and k are normalised over the channels of a head"
+            not_prunable["qk"] = "q and k are normalised over the channels of a head"
 
         if _is_identity(module.norm):
             columns = ChannelAxis("proj.weight", 1)
@@ -76,16 +76,19 @@ class VitAttentionAdapter(Adapter):
                     heads,
                     v_width,
                     axes=(*rows(module, "qkv", v_at), *gate, columns),
-                    gain_axes=(columns,),
-                    taps={"value": Tap("qkv", "output", v_at), "output": Tap("proj", "input")},
-                    readout=columns,
-                    readout_bias="proj.bias" if module.proj.bias is not None else None,
+                    scale_axes=(columns,),
+                    hooks={
+                        "value": ActivationHook("qkv", "output", v_at),
+                        "output": ActivationHook("proj", "input"),
+                    },
+                    output_projection=columns,
+                    output_bias="proj.bias" if module.proj.bias is not None else None,
                     rotatable=module.gate is None,  # a gate acts on single channels
                 )
             )
         else:
-            left_whole["v"] = "a norm before the projection runs over all v channels"
-        return Layer(name, self, tuple(units), left_whole)
+            not_prunable["v"] = "a norm before the projection runs over all v channels"
+        return Layer(name, self, tuple(units), not_prunable)
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
         batch, tokens, dim = input_shape
@@ -93,8 +96,10 @@ class VitAttentionAdapter(Adapter):
         if "qk" in widths:  # q, k projections; q k^T
             total += module.num_heads * widths["qk"] * batch * tokens * (2 * dim + tokens)
         if "v" in widths:  # v projection, gate, A v, output projection
-            readers = dim + (dim if module.gate is not None else 0) + module.proj.out_features
-            total += module.num_heads * widths["v"] * batch * tokens * (readers + tokens)
+            effective_output_weights = (
+                dim + (dim if module.gate is not None else 0) + module.proj.out_features
+            )
+            total += module.num_heads * widths["v"] * batch * tokens * (effective_output_weights + tokens)
         return total
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:

@@ -103,11 +103,11 @@ class MlpAdapter(Adapter):
             heads=1,
             width=reader.reads,
             axes=tuple(axes),
-            gain_axes=(reader.columns(),),
-            taps={"hidden": reader.tap("input")},
-            readout=reader.columns(),
-            readout_bias=reader.bias,
-            readout_norm=self._norm_behind(module, reader),
+            scale_axes=(reader.columns(),),
+            hooks={"hidden": reader.hook("input")},
+            output_projection=reader.columns(),
+            output_bias=reader.bias,
+            output_norm=self._norm_behind(module, reader),
         )
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
 

@@ -13,13 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.files import (
-    FileHeader,
-    read_file_header,
-    read_tensors,
-    sha256_of,
-    show,
-)
+from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
+from mhacut.checkpoint.header import FileHeader, show
 from mhacut.checkpoint.misfit import check_fit
 from mhacut.checkpoint.recognise import (
     Recognised,
@@ -35,10 +30,10 @@ from mhacut.checkpoint.recognise import (
 from mhacut.checkpoint.record import METADATA_KEY, ModelIdentity, SlimRecord, checked_model_args
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, MhacutError
-from mhacut.modelinfo import model_input_size
-from mhacut.options import CheckpointOptions
-from mhacut.progress import Reporter
-from mhacut.surgery import cut
+from mhacut.options.base import CheckpointOptions
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.info import model_input_size
+from mhacut.surgery.slice import cut
 
 TIMM_PREFIX = "timm:"
 _TOLD = 5

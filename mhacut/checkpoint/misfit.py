@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.files import FLOAT_DTYPES, FileHeader, TensorInfo, show
+from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, TensorInfo, show
 from mhacut.checkpoint.record import ModelIdentity
 from mhacut.errors import CheckpointError
 
@@ -89,7 +89,7 @@ def _listed(title: str, names: list[str], line: Any = None) -> Iterable[str]:
 
 def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
     """Whether most names in the file are of a kind that the model does not have."""
-    kinds_wanted, kinds_found = {_kind(name) for name in wanted}, {_kind(name) for name in found}
+    kinds_wanted, kinds_found = {kind_of(name) for name in wanted}, {kind_of(name) for name in found}
     return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
 
 
@@ -160,7 +160,7 @@ def _hint_of_positions(
     )
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """``blocks.7.attn.qkv.weight`` without the number, which only the depth decides."""
     return re.sub(r"\.\d+\.", ".", name)
 

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
+from mhacut.checkpoint.untrusted_json import (
+    _MAX_NUMBER,
+    bounded,
+    is_int,
+    is_number,
+    kind_of,
+    parse_json,
+    plain_json,
+)
 from mhacut.errors import CheckpointError, PlanError
 from mhacut.limits import MAX_CROP_PCT, too_large
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 1
+
+
 METADATA_KEY = "mhacut"
 """Under this key the document lies in the ``__metadata__`` of the safetensors file."""
+
+
 MAX_RECORD_CHARS = 16 * 2**20
 """Kept channels of the largest timm ViT take about 2 MB."""
 
-_MAX_NUMBER = 10**6
-"""No size, count or ratio of a model's arguments is larger; more is refused before a model is built."""
-_MAX_DEPTH = 4
-_MAX_ITEMS = 4096
-_MAX_TEXT = 4096
+
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,128}")
+
+
 _ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
 _KEYS = {
     "format_version",
     "architecture",
@@ -37,7 +49,10 @@ _KEYS = {
     "plan",
     "history",
 }
+
+
 _PREPROCESSING_KEYS = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+
 
 _RESERVED_ARGS = frozenset(
     {
@@ -67,6 +82,7 @@ _RESERVED_ARGS = frozenset(
     }
 )
 """Arguments of timm's factory that load, place or wrap a model instead of describing it."""
+
 
 _CFG_KEYS = frozenset(
     {
@@ -98,6 +114,7 @@ _CFG_KEYS = frozenset(
     }
 )
 """What of a pretrained_cfg is kept: preprocessing, labels, provenance; never a source of weights."""
+
 
 _CFG_BUILDS = frozenset(
     {
@@ -150,7 +167,7 @@ class SlimRecord:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preprocessing", _checked_preprocessing(self.preprocessing))
-        object.__setattr__(self, "history", tuple(_plain(entry) for entry in self.history))
+        object.__setattr__(self, "history", tuple(plain_json(entry) for entry in self.history))
         if not all(isinstance(entry, dict) for entry in self.history):
             raise CheckpointError("history: expected one object per command")
 
@@ -183,7 +200,7 @@ class SlimRecord:
             )
         document = parse_json(text, f"metadata {METADATA_KEY!r}")
         if not isinstance(document, dict):
-            raise CheckpointError(f"metadata {METADATA_KEY!r}: expected an object, found {_kind(document)}")
+            raise CheckpointError(f"metadata {METADATA_KEY!r}: expected an object, found {kind_of(document)}")
         version = document.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
@@ -208,7 +225,7 @@ class SlimRecord:
                 f"metadata {METADATA_KEY!r}: basis {document['basis']!r:.100} and the plan disagree"
             )
         if not isinstance(document["history"], list):
-            raise CheckpointError(f"history: expected a list, found {_kind(document['history'])}")
+            raise CheckpointError(f"history: expected a list, found {kind_of(document['history'])}")
         identity = ModelIdentity(document["architecture"], document["model_args"], document["pretrained_cfg"])
         return cls(identity, plan, document["preprocessing"], tuple(document["history"]))
 
@@ -236,13 +253,13 @@ def layer_widths(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Arguments for ``timm.create_model`` that describe a model: plain, bounded, tuples as lists.
+    """Arguments for ``timm.create_model`` that describe a model: plain_json, bounded, tuples as lists.
 
     Raises:
         CheckpointError: an argument loads or places something, or is no plain JSON value of sane size.
     """
     if not isinstance(args, Mapping):
-        raise CheckpointError(f"model_args: expected an object, found {_kind(args)}")
+        raise CheckpointError(f"model_args: expected an object, found {kind_of(args)}")
     checked: dict[str, Any] = {}
     for name, value in args.items():
         if not isinstance(name, str) or not _ARGUMENT.fullmatch(name):
@@ -251,23 +268,23 @@ def checked_model_args(args: object) -> dict[str, Any]:
             raise CheckpointError(
                 f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
             )
-        checked[name] = _bounded(_plain(value), f"model_args {name!r}")
+        checked[name] = bounded(plain_json(value), f"model_args {name!r}")
     side = checked.get("img_size")
     # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
-    _check_image([side, side] if _is_int(side) else side, "model_args 'img_size'")
+    _check_image([side, side] if is_int(side) else side, "model_args 'img_size'")
     return checked
 
 
 def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     """What of timm's pretrained_cfg is kept, as plain JSON values; sources of weights are dropped."""
     if not isinstance(cfg, Mapping):
-        raise CheckpointError(f"pretrained_cfg: expected an object, found {_kind(cfg)}")
-    kept = {name: _plain(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
+        raise CheckpointError(f"pretrained_cfg: expected an object, found {kind_of(cfg)}")
+    kept = {name: plain_json(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     for name in kept.keys() & _CFG_BUILDS:
-        _bounded(kept[name], f"pretrained_cfg {name!r}")
+        bounded(kept[name], f"pretrained_cfg {name!r}")
     for name in kept.keys() & {"input_size", "test_input_size", "min_input_size"}:
         size = kept[name]
-        if not isinstance(size, list) or len(size) != 3 or not all(_is_int(n) and n > 0 for n in size):
+        if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
             raise CheckpointError(
                 f"pretrained_cfg {name!r}: expected channels, height, width, found {size!r:.100}"
             )
@@ -279,18 +296,18 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
     where = "preprocessing"
     if not isinstance(preprocessing, Mapping) or set(preprocessing) != _PREPROCESSING_KEYS:
         raise CheckpointError(f"{where}: expected exactly the keys {', '.join(sorted(_PREPROCESSING_KEYS))}")
-    plain: dict[str, Any] = _plain(preprocessing)
+    plain: dict[str, Any] = plain_json(preprocessing)
     size, mean, std = plain["input_size"], plain["mean"], plain["std"]
-    if not isinstance(size, list) or len(size) != 3 or not all(_is_int(n) and n > 0 for n in size):
+    if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
         raise CheckpointError(f"{where}: input_size is channels, height, width, found {size!r:.100}")
     _check_image(size, f"{where}: input_size")
     for name, values, lowest in (("mean", mean, -_MAX_NUMBER), ("std", std, 0.0)):
-        numbers = isinstance(values, list) and len(values) in (1, size[0]) and all(map(_is_number, values))
+        numbers = isinstance(values, list) and len(values) in (1, size[0]) and all(map(is_number, values))
         if not numbers or not all(lowest <= value <= _MAX_NUMBER for value in values):
             raise CheckpointError(f"{where}: {name} is 1 or {size[0]} numbers, found {values!r:.100}")
     if not all(value > 0 for value in std):
         raise CheckpointError(f"{where}: std is above 0, found {std!r:.100}")
-    if not _is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= MAX_CROP_PCT:
+    if not is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= MAX_CROP_PCT:
         raise CheckpointError(f"{where}: crop_pct is a fraction, found {plain['crop_pct']!r:.100}")
     for name in ("interpolation", "crop_mode"):
         if not isinstance(plain[name], str) or not _ARGUMENT.fullmatch(plain[name].replace("-", "_")):
@@ -298,78 +315,9 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
     return plain
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Strict JSON: no key twice, no NaN, no nesting that exhausts the stack."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{where}: key {twice!r:.100} appears twice")
-        return found
-
-    def constant(name: str) -> NoReturn:
-        raise CheckpointError(f"{where}: {name} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except RecursionError:
-        raise CheckpointError(f"{where}: nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
-        raise CheckpointError(f"{where}: not valid JSON ({error!s:.200})") from None
-
-
-def _plain(value: object, depth: int = 0) -> Any:
-    """``value`` as JSON gives it back: tuples as lists; anything else than plain finite values is refused."""
-    if depth > 16:
-        raise CheckpointError("a value of the model's description is nested too deeply")
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise CheckpointError(f"a value of the model's description is {value}")
-        return value
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [_plain(item, depth + 1) for item in value]
-    raise CheckpointError(
-        f"a value of the model's description is a {_kind(value)}; only text, numbers, true, false, none, "
-        "lists and objects can be stored"
-    )
-
-
-def _bounded(value: Any, where: str, depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{where}: nested too deeply")
-    if isinstance(value, str) and len(value) > _MAX_TEXT:
-        raise CheckpointError(f"{where}: text of {len(value)} characters, at most {_MAX_TEXT} are allowed")
-    if _is_number(value) and not abs(value) <= _MAX_NUMBER:
-        raise CheckpointError(f"{where}: numbers may reach {_MAX_NUMBER}, found {value!r:.50}")
-    if isinstance(value, list | dict):
-        if len(value) > _MAX_ITEMS:
-            raise CheckpointError(f"{where}: {len(value)} items, at most {_MAX_ITEMS} are allowed")
-        for item in value.values() if isinstance(value, dict) else value:
-            _bounded(item, where, depth + 1)
-    return value
-
-
 def _check_image(size: object, where: str) -> None:
     """Refuse an image size, [H, W] or [C, H, W], that no memory should be taken for."""
-    if isinstance(size, list) and len(size) in (2, 3) and all(map(_is_int, size)):
+    if isinstance(size, list) and len(size) in (2, 3) and all(map(is_int, size)):
         fault = too_large(size)
         if fault:
             raise CheckpointError(f"{where}: {fault}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__

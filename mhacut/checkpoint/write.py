@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.files import FLOAT_DTYPES, show
+from mhacut.checkpoint.header import FLOAT_DTYPES, show
 from mhacut.checkpoint.load import read_header
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import MhacutError, OutputError

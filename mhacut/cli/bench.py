@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
+from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import FLAGS, Flag, command
-from mhacut.options import BenchOptions
-from mhacut.quantity import format_flops
+from mhacut.options.bench import BenchOptions
 
 if TYPE_CHECKING:
-    from mhacut.benching import Benched, BenchResult, Timing
+    from mhacut.commands.bench import Benched, BenchResult, Timing
 
 _FLAGS: dict[str, Flag] = {
     "checkpoints": Flag("", "One or more; the others are compared with the first.", "CHECKPOINT..."),
@@ -37,7 +37,7 @@ def bench(options: BenchOptions, console: Console) -> None:
 
     Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
     """
-    from mhacut.benching import run_bench
+    from mhacut.commands.bench import run_bench
 
     result = run_bench(options, console)
     console.result(_text(result), _document(result))

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mhacut.errors import UsageError
-from mhacut.options import unknown_option
+from mhacut.options.base import unknown_option
 
 _MAX_BYTES = 2**20
 _ALIASES = {"model_arg": "model_args"}

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mhacut.untrusted import safe
+from mhacut.text import safe
 
 __all__ = ["SCHEMA_VERSION", "Console", "safe", "safe_lines", "table"]
 
@@ -53,7 +53,7 @@ def _cells(text: str) -> int:
 
 
 class Console:
-    """Shows one command to one user; a :class:`mhacut.progress.Reporter`.
+    """Shows one command to one user; a :class:`mhacut.runtime.progress.Reporter`.
 
     Args:
         quiet: show nothing but the result and errors.

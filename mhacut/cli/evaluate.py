@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
+from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
-from mhacut.options import EvaluateOptions
-from mhacut.quantity import format_flops
+from mhacut.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
-    from mhacut.accuracy import CheckpointAccuracy
+    from mhacut.commands.evaluate import CheckpointAccuracy
     from mhacut.data import Preprocessing
 
 
@@ -23,7 +23,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """
-    from mhacut.accuracy import evaluate_checkpoint
+    from mhacut.commands.evaluate import evaluate_checkpoint
 
     measured = evaluate_checkpoint(options, console)
     console.result(_text(measured), _document(measured))

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import FLAGS, Flag, command
-from mhacut.options import ExportOptions
+from mhacut.options.export import ExportOptions
 
 if TYPE_CHECKING:
-    from mhacut.exporting.run import ExportResult
+    from mhacut.commands.export import ExportResult
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": Flag("", "Slim or dense: .safetensors, .pth, a timm folder, or timm:NAME.", "CHECKPOINT"),
@@ -39,7 +39,7 @@ def export(options: ExportOptions, console: Console) -> None:
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """
-    from mhacut.exporting.run import run_export
+    from mhacut.commands.export import run_export
 
     result = run_export(options, console)
     console.result(_text(result), _document(result))

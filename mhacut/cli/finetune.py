@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
+from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import FLAGS, Flag, command
-from mhacut.finetuning.options import FinetuneOptions
-from mhacut.quantity import format_flops
+from mhacut.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
-    from mhacut.evaluate import Evaluation
     from mhacut.finetuning.result import FinetuneResult
+    from mhacut.measuring.accuracy import Evaluation
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": Flag("", "A slim file, as mhacut prune writes it.", "SLIM"),
@@ -118,7 +118,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
     Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
     """
-    from mhacut.finetuning.run import run_finetune
+    from mhacut.commands.finetune import run_finetune
 
     result = run_finetune(options, console)
     console.result(_text(result), _document(result))

@@ -16,7 +16,7 @@ from mhacut.cli.config import convert, read_config
 from mhacut.cli.console import Console
 from mhacut.cli.running import Globals, running
 from mhacut.errors import UsageError
-from mhacut.options import Flat
+from mhacut.options.base import Flat
 
 Body = Callable[[Any, Console], None]
 

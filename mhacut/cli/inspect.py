@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mhacut.cli.console import Console
 from mhacut.cli.flags import FLAGS, Flag, command
-from mhacut.options import InspectOptions
+from mhacut.options.inspect import InspectOptions
 
 _FLAGS: dict[str, Flag] = {
     "checkpoint": FLAGS["checkpoint"],
@@ -42,7 +42,7 @@ def inspect(options: InspectOptions, console: Console) -> None:
     """
     from mhacut.cli.inspect_json import document
     from mhacut.cli.inspect_text import text
-    from mhacut.inspecting import run_inspect
+    from mhacut.commands.inspect import run_inspect
 
     heads = options.heads or options.layer is not None
     if console.as_json:  # which has everything

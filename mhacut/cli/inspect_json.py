@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 
 if TYPE_CHECKING:
-    from mhacut.comparison import Comparison
-    from mhacut.inspecting import InspectResult
-    from mhacut.inspection import LayerReport, UnitReport
+    from mhacut.commands.inspect import InspectResult
+    from mhacut.inspection.compare import Comparison
+    from mhacut.inspection.layers import LayerReport, UnitReport
 
 
 def document(result: InspectResult) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def document(result: InspectResult) -> dict[str, Any]:
         "judged_by": inspection.judged_by,
         "layers": [_layer(layer) for layer in result.chosen],
         "comparison": None if result.comparison is None else _comparison(result.comparison),
-        "left_whole": list(inspection.left_whole),
+        "left_whole": list(inspection.not_prunable),
         "preprocessing": inspection.preprocessing.to_json(),
         "slim": inspection.slim,
         "written": [str(path) for path in result.written],
@@ -70,8 +70,8 @@ def _layer(layer: LayerReport) -> dict[str, Any]:
         "module": layer.module,
         "heads": layer.heads,
         "widths": {kind: {"now": unit.now, "dense": unit.dense} for kind, unit in layer.units.items()},
-        "left_whole": dict(layer.left_whole),
-        "goes_with": dict(layer.goes_with),
+        "left_whole": dict(layer.not_prunable),
+        "goes_with": dict(layer.coupled_with),
         "flops": layer.flops,
         "share": layer.share,
         "parameters": layer.parameters,

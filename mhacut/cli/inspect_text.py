@@ -6,17 +6,17 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mhacut.budget import format_flops
 from mhacut.cli.console import safe, table
 from mhacut.cli.evaluate import preprocessing_line
-from mhacut.quantity import format_flops
 from mhacut.report.history import step
-from mhacut.spans import ranges
+from mhacut.text import ranges
 
 if TYPE_CHECKING:
-    from mhacut.comparison import Comparison
-    from mhacut.findings import HeadFindings
-    from mhacut.inspecting import InspectResult
-    from mhacut.inspection import Inspection, LayerReport, UnitReport
+    from mhacut.commands.inspect import InspectResult
+    from mhacut.inspection.compare import Comparison
+    from mhacut.inspection.heads import HeadFindings
+    from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 
 _WIDTH = 80
 
@@ -139,10 +139,10 @@ def _similarity(value: float) -> str:
 
 
 def _width(layer: LayerReport, kind: Any) -> str:
-    if kind in layer.left_whole:
+    if kind in layer.not_prunable:
         return "whole"
-    if kind in layer.goes_with:
-        return f"as {layer.goes_with[kind]}"
+    if kind in layer.coupled_with:
+        return f"as {layer.coupled_with[kind]}"
     if kind not in layer.units:
         return ""
     unit = layer.units[kind]
@@ -206,6 +206,6 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
             f"judged by: {safe(inspection.judged_by)}",
         ]
     lines.append(f"preprocessing: {preprocessing_line(inspection.preprocessing)}")
-    lines += [f"left whole: {safe(line)}" for line in inspection.left_whole]
+    lines += [f"left whole: {safe(line)}" for line in inspection.not_prunable]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines

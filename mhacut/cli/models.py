@@ -9,10 +9,10 @@ from mhacut._version import __version__
 from mhacut.cli.console import Console, table
 from mhacut.cli.flags import Flag, command
 from mhacut.errors import UsageError
-from mhacut.options import ModelsOptions
+from mhacut.options.models import ModelsOptions
 
 if TYPE_CHECKING:
-    from mhacut.catalogue import CatalogueEntry
+    from mhacut.commands.models import CatalogueEntry
 
 _FLAGS = {
     "pattern": Flag("", "Of names, as for timm.list_models; all by default, which takes minutes.", "PATTERN"),
@@ -28,7 +28,7 @@ def models(options: ModelsOptions, console: Console) -> None:
 
     Example: mhacut models 'swin*'
     """
-    from mhacut.catalogue import catalogue
+    from mhacut.commands.models import catalogue
 
     console.start("building models")
     found = catalogue(options.pattern, console.advance)
@@ -55,7 +55,7 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
             [
                 entry.architecture,
                 str(len(entry.tags)),
-                " ".join(entry.kinds) + ("*" if entry.left_whole else "") if entry.refusal is None else "-",
+                " ".join(entry.kinds) + ("*" if entry.not_prunable else "") if entry.refusal is None else "-",
                 ", ".join(entry.attention) or "-",
             ]
             for entry in attending
@@ -72,7 +72,7 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
     )
     if len(cut) < len(attending) and not refused:
         lines.append("-: refused; --refused says why")
-    if any(entry.left_whole for entry in cut) and not refused:
+    if any(entry.not_prunable for entry in cut) and not refused:
         lines.append("*: part of it is left whole; --json says which, and why")
     return "\n".join(lines)
 

@@ -6,13 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
+from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
-from mhacut.options import PruneOptions
-from mhacut.quantity import format_flops
+from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
-    from mhacut.pipeline import ModelFigures, PruneResult
+    from mhacut.commands.prune import ModelFigures, PruneResult
 
 
 @command(PruneOptions)
@@ -25,7 +25,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
-    from mhacut.pipeline import run_prune
+    from mhacut.commands.prune import run_prune
 
     result = run_prune(options, console)
     console.result(_text(result), _document(result))
@@ -58,7 +58,7 @@ def _text(result: PruneResult) -> str:
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
-    lines += [f"left whole: {safe(line)}" for line in result.left_whole]
+    lines += [f"left whole: {safe(line)}" for line in result.not_prunable]
     return "\n".join(lines)
 
 
@@ -76,7 +76,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "divergence_of": result.divergence_of,
         "judged_on": result.judged_on,
         "data": result.data,
-        "left_whole": list(result.left_whole),
+        "left_whole": list(result.not_prunable),
         "layers": [
             {
                 "layer": unit.layer,

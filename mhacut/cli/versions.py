@@ -20,7 +20,7 @@ def versions(*, everything: bool) -> list[str]:
         return lines
     import torch
 
-    from mhacut.device import resolve_device
+    from mhacut.runtime.device import resolve_device
 
     lines.append(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     lines += [f"{package} {version(package)}" for package in ("torch", "timm", "safetensors")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.errors import MhacutError
-from mhacut.options import ExportOptions
+from mhacut.options.export import ExportOptions
 
 METADATA = "mhacut"
 """Where an exported file holds, as JSON, what it says about itself."""

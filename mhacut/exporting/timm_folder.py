@@ -17,17 +17,17 @@ from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 from torch import nn
 
+from mhacut.budget import format_flops
 from mhacut.checkpoint.load import LoadedModel
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
-from mhacut.cost import count_parameters, measure_flops
 from mhacut.data import Preprocessing
 from mhacut.errors import OutputError
 from mhacut.exporting.runtimes import DTYPES, Runner
-from mhacut.modelinfo import model_input_size
-from mhacut.options import ExportOptions
-from mhacut.quantity import format_flops
-from mhacut.timm_slim import NAME
+from mhacut.exporting.timm_model import NAME
+from mhacut.options.export import ExportOptions
+from mhacut.surgery.flops import count_parameters, measure_flops
+from mhacut.surgery.info import model_input_size
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)

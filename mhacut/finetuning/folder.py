@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from mhacut.errors import CheckpointError, OutputError, UsageError
-from mhacut.options import unknown_option
+from mhacut.options.base import unknown_option
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"

@@ -12,7 +12,7 @@ from mhacut._version import __version__
 from mhacut.checkpoint.load import LoadedModel
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
-from mhacut.finetuning.options import FinetuneOptions
+from mhacut.options.finetune import FinetuneOptions
 
 # Where files lie on the machine that made a slim file is nobody else's business.
 _LOCAL_OPTIONS = frozenset(

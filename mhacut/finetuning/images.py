@@ -26,8 +26,8 @@ from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
 from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError
-from mhacut.finetuning.options import AugmentationOptions
-from mhacut.options import DataOptions
+from mhacut.options.base import DataOptions
+from mhacut.options.finetune import AugmentationOptions
 
 _TRIES = 10
 """How many images after an unreadable one may take its place."""

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhacut.extras import need
 from mhacut.finetuning.folder import write_whole
+from mhacut.runtime.extras import need
 
 Row = Mapping[str, float | None]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
-from mhacut.evaluate import Evaluation, evaluate
-from mhacut.finetuning.options import FinetuneOptions
-from mhacut.processes import Processes
+from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.distributed import Processes
 
 
 def validation_images(

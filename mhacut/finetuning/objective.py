@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from mhacut.distillation import Divergence
 from mhacut.errors import UsageError
-from mhacut.finetuning.options import AugmentationOptions
-from mhacut.surgery import dissect
+from mhacut.options.finetune import AugmentationOptions
+from mhacut.pruning.distill import Divergence
+from mhacut.surgery.find import find_prunable_layers
 
 
 class Blocks:
     """The outputs of a model's transformer blocks in its latest forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [layer.name for layer in dissect(model).layers]
+        layers = [layer.name for layer in find_prunable_layers(model).layers]
         self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
         self.outputs: dict[str, Tensor] = {}
         for name in self.names:

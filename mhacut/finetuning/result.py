@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhacut.evaluate import Evaluation
+from mhacut.measuring.accuracy import Evaluation
 
 
 @dataclass(frozen=True)

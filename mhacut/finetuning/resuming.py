@@ -7,7 +7,7 @@ from typing import Any
 
 from mhacut.errors import CheckpointError, UsageError
 from mhacut.finetuning.folder import read_arguments
-from mhacut.finetuning.options import FinetuneOptions
+from mhacut.options.finetune import FinetuneOptions
 
 _FREE = frozenset(
     {

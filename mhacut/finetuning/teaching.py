@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_header, read_model
-from mhacut.checkpoint_preprocessing import resolve_preprocessing
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
-from mhacut.finetuning.options import FinetuneOptions
-from mhacut.modelinfo import classifier_size
-from mhacut.options import PathLike
+from mhacut.options.base import PathLike
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.surgery.info import classifier_size
 
 
 @dataclass(frozen=True)

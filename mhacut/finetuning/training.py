@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
-from mhacut.finetuning.options import FinetuneOptions, TrainingOptions
-from mhacut.options import unknown_option
-from mhacut.processes import Processes
+from mhacut.options.base import unknown_option
+from mhacut.options.finetune import FinetuneOptions, TrainingOptions
+from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
 """Told apart where seeds are made."""

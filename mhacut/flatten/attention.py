@@ -43,7 +43,8 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
         tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
         scale: [1, 1, C].
         power: focusing factor p.
-        gate: a gain per channel on the products of q and k, [C], not negative. The norms heed it here, as if
+        gate: a channel scale per channel on the products of q and k, [C], not negative. The norms heed it
+        here, as if
             the channel of both had a factor of gate^(1/2p) before the power; the product is left to the
             caller, who multiplies q or k. So 0 is as if the channel were not there, which no factor before
             the + 1e-6 could be, and gradients do not vanish at 0.
@@ -137,7 +138,7 @@ class FocusedLinearAttention(nn.Module):
     dwc: nn.Conv2d
     """d_v filters, which all heads share, or heads * d_v."""
     feature_gate: Tensor | None
-    """A gain per q/k channel, [C_qk], see :func:`focus`; None but in the masked twin of a model."""
+    """A channel scale per q/k channel, [C_qk], see :func:`focus`; None but in the masked twin of a model."""
 
     def __init__(
         self,

@@ -15,13 +15,7 @@ from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError
-from mhacut.flatten.attention import (
-    DWC_KERNEL,
-    FOCUSING_FACTOR,
-    FocusedBlock,
-    FusedFocusedAttention,
-    Grid,
-)
+from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FocusedBlock, FusedFocusedAttention, Grid
 from mhacut.flatten.checkpoints import resize_encodings, unwrap
 from mhacut.flatten.configs import config
 

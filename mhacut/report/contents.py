@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mhacut.comparison import Comparison
-from mhacut.curves import Curve, sampled_widths
-from mhacut.inspection import Inspection, LayerReport
+from mhacut.inspection.compare import Comparison
+from mhacut.inspection.layers import Inspection, LayerReport
 from mhacut.plan import UNIT_KINDS, Plan
-from mhacut.search import SearchStep
-from mhacut.surgery import UnitKey
+from mhacut.pruning.curves import Curve, sampled_widths
+from mhacut.pruning.indicators import SearchStep
+from mhacut.surgery.find import UnitKey
 
 _MOST_CURVES = 4096
 _MOST_POINTS = 64

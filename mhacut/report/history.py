@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mhacut.quantity import format_flops
-from mhacut.untrusted import safe
+from mhacut.budget import format_flops
+from mhacut.text import safe
 
 
 def step(entry: Mapping[str, Any]) -> str:

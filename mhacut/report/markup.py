@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from mhacut.untrusted import safe
+from mhacut.text import safe
 
 _VOID = frozenset({"br", "input", "link", "meta"})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mhacut._version import __version__
 from mhacut.checkpoint.write import write_whole
-from mhacut.options import PathLike
+from mhacut.options.base import PathLike
 from mhacut.report import sections
 from mhacut.report.contents import Contents
 from mhacut.report.markup import Markup, join, tag
@@ -72,7 +72,7 @@ def page(contents: Contents) -> str:
         "One FLOP is one multiply-accumulate. ",
         f"mhacut {__version__}.",
     ]
-    whole = [tag("li", line) for line in inspection.left_whole]
+    whole = [tag("li", line) for line in inspection.not_prunable]
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

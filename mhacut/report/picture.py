@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mhacut.checkpoint.write import write_whole
-from mhacut.inspection import LayerReport, UnitReport
-from mhacut.options import PathLike
+from mhacut.inspection.layers import LayerReport, UnitReport
+from mhacut.options.base import PathLike
 from mhacut.plan import UnitKind
 from mhacut.report.contents import Contents
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhacut.inspection import Inspection, LayerReport, UnitReport
+from mhacut.budget import format_flops
+from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.plan import UnitKind
-from mhacut.quantity import format_flops
 from mhacut.report.charts import Bar, Line, heat_map, legend, line_chart, waterfall
 from mhacut.report.contents import Contents, StoredCurve
 from mhacut.report.history import step

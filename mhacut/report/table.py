@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mhacut.inspection import LayerReport, UnitReport
+from mhacut.inspection.layers import LayerReport, UnitReport
 from mhacut.report.contents import Contents
 from mhacut.report.markup import Markup, join, tag
 from mhacut.report.sections import scrolling, section
-from mhacut.spans import ranges
+from mhacut.text import ranges
 
 _HEADS = (
     ("layer", "Module name"),

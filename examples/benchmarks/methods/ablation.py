@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from methods.method import Method
 
 PAPER = ("--allocation", "indicator", "--selection", "indicator", "--basis", "channel", "--no-repair")
-"""The ingredients of arXiv 2405.20867 and nothing else; gains are trained where there is no repair."""
+"""The ingredients of arXiv 2405.20867 and nothing else; scales are trained where there is no repair."""
 PLAIN = ("--allocation", "uniform", "--basis", "channel", "--no-repair", "--no-reweight")
 """Widths the same everywhere, and of each head the channels without which least goes."""
 SEARCH = ("--allocation", "indicator", "--selection", "indicator")

@@ -1,6 +1,6 @@
 """What the peers' methods share: the task, widths that meet a budget, and files of slim models.
 
-FLOPs come from ``mhacut.cost`` for every method: one counter for all.
+FLOPs come from ``mhacut.surgery.flops`` for every method: one counter for all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from mhacut.cost import CostTable, build_cost_table
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import Anatomy, UnitKey, cut, dissect, exact_gain
+from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
+from mhacut.surgery.flops import CostTable, build_cost_table
+from mhacut.surgery.slice import cut, exact_scale
 
 NEAR = 0.005
 """Share of the budget that a model may miss it by."""
@@ -50,7 +51,7 @@ class Task:
     """Of the dense model's FLOPs, in 0..1."""
     options: Mapping[str, Any]
     """Of the method."""
-    anatomy: Anatomy
+    prunable: PrunableLayers
     table: CostTable
 
     @classmethod
@@ -64,9 +65,9 @@ class Task:
         options: Mapping[str, Any],
     ) -> Task:
         attentions(dense)
-        anatomy = dissect(dense)
-        table = build_cost_table(dense, anatomy, input_size)
-        return cls(dense, input_size, images, labels, share, options, anatomy, table)
+        prunable = find_prunable_layers(dense)
+        table = build_cost_table(dense, prunable, input_size)
+        return cls(dense, input_size, images, labels, share, options, prunable, table)
 
     @property
     def target(self) -> float:
@@ -125,7 +126,7 @@ def uniform_widths(task: Task, kinds: Sequence[str]) -> dict[UnitKey, int]:
     Raises:
         OutOfReachError: one channel each is still too much.
     """
-    units = [unit for unit in task.anatomy.units() if unit.kind in kinds]
+    units = [unit for unit in task.prunable.units() if unit.kind in kinds]
 
     def widths(share: float, hidden: float | None = None) -> dict[UnitKey, int]:
         return {
@@ -151,31 +152,33 @@ def check_reach(task: Task, lowest: float) -> None:
 
 
 def cut_to(
-    model: nn.Module, anatomy: Anatomy, kept: Mapping[UnitKey, Tensor], *, keep_temperature: bool
+    model: nn.Module, prunable: PrunableLayers, kept: Mapping[UnitKey, Tensor], *, keep_temperature: bool
 ) -> nn.Module:
     """``model`` cut to the channels ``kept`` ([heads, width], ascending) by unit.
 
     Args:
         model: of the dense shapes; left as it is.
-        anatomy: of it.
+        prunable: of it.
         kept: units not named stay whole.
         keep_temperature: fold what keeps the dense softmax temperature into the queries' weights; otherwise
             they stay as they are.
     """
     slim = copy.deepcopy(model)
-    units = [anatomy.unit(key) for key in kept]
+    units = [prunable.unit(key) for key in kept]
     plan = Plan(
         tuple(
             UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept[unit.key].tolist())))
             for unit in units
         )
     )
-    gains = {
-        unit.key: torch.full((unit.heads, unit.width), 1 / exact_gain(unit, kept[unit.key].shape[1])).double()
+    channel_scales = {
+        unit.key: torch.full(
+            (unit.heads, unit.width), 1 / exact_scale(unit, kept[unit.key].shape[1])
+        ).double()
         for unit in units
         if not keep_temperature
     }
-    cut(slim, plan, gains)
+    cut(slim, plan, channel_scales)
     return slim
 
 
@@ -258,8 +261,8 @@ def read_slim(dense: nn.Module, file: str, temperature: Temperature) -> nn.Modul
         if isinstance(module, nn.Linear):
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
             module.out_features, module.in_features = module.weight.shape
-    anatomy = dissect(model)
-    for layer in anatomy.layers:
+    prunable = find_prunable_layers(model)
+    for layer in prunable.layers:
         if layer.adapter.family != "attention":
             continue
         attention: Any = model.get_submodule(layer.name)

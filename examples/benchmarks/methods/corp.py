@@ -39,7 +39,7 @@ def prune(task: Task) -> Slim:
         count += rows.shape[0]
     model = copy.deepcopy(task.dense)
     kept: dict[Any, Tensor] = {}
-    for unit in task.anatomy.units(("hidden",)):
+    for unit in task.prunable.units(("hidden",)):
         name = f"{unit.layer}.fc2"
         mean = sums.of[f"{name} mean"] / count
         second = sums.of[name] / count
@@ -48,9 +48,9 @@ def prune(task: Task) -> Slim:
         stay, gone = _split(energy, widths[unit.key])
         centred = second - torch.outer(mean, mean)
         mixing = _solve(centred[stay][:, stay], centred[stay][:, gone])  # (kept, removed)
-        readers = layer.weight.double()
-        layer.bias += (readers[:, gone] @ (mean[gone] - mixing.T @ mean[stay])).float()
-        layer.weight[:, stay] += (readers[:, gone] @ mixing.T).float()
+        effective_output_weights = layer.weight.double()
+        layer.bias += (effective_output_weights[:, gone] @ (mean[gone] - mixing.T @ mean[stay])).float()
+        layer.weight[:, stay] += (effective_output_weights[:, gone] @ mixing.T).float()
         kept[unit.key] = stay[None]
     for name, attention in attentions(model):
         key, heads, dim = (name, "qk"), attention.num_heads, attention.head_dim
@@ -67,7 +67,7 @@ def prune(task: Task) -> Slim:
                 tensor[rows] = (mixing.T @ tensor[rows].double()).float()
             stays.append(stay)
         kept[key] = torch.stack(stays)
-    slim = cut_to(model, task.anatomy, kept, keep_temperature=True)
+    slim = cut_to(model, task.prunable, kept, keep_temperature=True)
     return Slim(slim, ("own",), {"widths": sorted({f"{key[1]} {width}" for key, width in widths.items()})})
 
 

@@ -45,7 +45,7 @@ def prune(task: Task) -> Slim:
             rows = v.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)  # (H * d, B * tokens)
             add((layer, "v"), rows @ rows.T)
     kept = {}
-    for unit in task.anatomy.units():
+    for unit in task.prunable.units():
         score = sums[unit.key]
         if unit.kind == "v":
             norms = score.diagonal().sqrt()
@@ -55,7 +55,7 @@ def prune(task: Task) -> Slim:
             score = 1 - cosine.amax(1)
         order = score.view(unit.heads, unit.width).argsort(1, descending=True)
         kept[unit.key] = order[:, : widths[unit.key]].sort(1).values
-    slim = cut_to(task.dense, task.anatomy, kept, keep_temperature=False)
+    slim = cut_to(task.dense, task.prunable, kept, keep_temperature=False)
     return Slim(
         slim,
         ("kept", "dense"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from methods.common import NEAR, STEPS, OutOfReachError, Slim, Task, attentions, bisect
-from mhacut.surgery import UnitKey
+from mhacut.surgery.find import UnitKey
 
 BATCH = 16
 """Images at a time in Taylor's backward passes, as in mhacut's search."""
@@ -146,7 +146,7 @@ def uniform_ratios(task: Task) -> tuple[float, float]:
     for it, and attention keeps the more channels of the two ways there are: that did better.
     Widths depend on nothing but the ratios, so FLOPs are known without pruning.
     """
-    units = task.anatomy.units(("qk", "v", "hidden"))
+    units = task.prunable.units(("qk", "v", "hidden"))
 
     def widths(attention: float, mlp: float) -> dict[UnitKey, int]:
         ratios = {"qk": attention, "v": attention, "hidden": mlp}

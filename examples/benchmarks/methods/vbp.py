@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from methods.common import Slim, Task, activations, bisect, check_reach, cut_to
-from mhacut.surgery import UnitKey
+from mhacut.surgery.find import UnitKey
 
 
 def prune(task: Task) -> Slim:
@@ -27,7 +27,7 @@ def prune(task: Task) -> Slim:
                 total[name] = total.get(name, 0) + rows.sum(0)
                 squares[name] = squares.get(name, 0) + rows.square().sum(0)
         count += rows.shape[0]
-    units = task.anatomy.units(("hidden",))
+    units = task.prunable.units(("hidden",))
     mean = {unit.key: total[f"{unit.layer}.fc2"] / count for unit in units}
     variance = {unit.key: squares[f"{unit.layer}.fc2"] / count - mean[unit.key].square() for unit in units}
     ranked = torch.cat(list(variance.values())).sort(descending=True).values
@@ -50,9 +50,9 @@ def prune(task: Task) -> Slim:
     for unit in units:
         gone = torch.ones(unit.width, dtype=torch.bool)
         gone[kept[unit.key]] = False
-        readout = model.get_submodule(f"{unit.layer}.fc2")
+        output_projection = model.get_submodule(f"{unit.layer}.fc2")
         with torch.no_grad():
-            shift = readout.weight[:, gone].double() @ mean[unit.key][gone]
-            readout.bias += shift.to(readout.bias.dtype)
-    slim = cut_to(model, task.anatomy, kept, keep_temperature=True)
+            shift = output_projection.weight[:, gone].double() @ mean[unit.key][gone]
+            output_projection.bias += shift.to(output_projection.bias.dtype)
+    slim = cut_to(model, task.prunable, kept, keep_temperature=True)
     return Slim(slim, ("own",), {"hidden widths": [kept[unit.key].shape[1] for unit in units]})

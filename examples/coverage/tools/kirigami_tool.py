@@ -18,7 +18,7 @@ from torch_kirigami.pruning import Pruner, load_checkpoint, save_checkpoint
 
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import dissect
+from mhacut.surgery.find import find_prunable_layers
 from tools import Done
 from tools.mhacut_tool import masked
 
@@ -28,7 +28,7 @@ def cut(model: nn.Module, x: Tensor) -> Done:
     refusals = []
     graph = None
     try:
-        units = dissect(model).units()
+        units = find_prunable_layers(model).units()
     except UnsupportedModelError:  # no names to ask with: whether it gets as far as that
         DependencyGraph.build(model, args=(x,))
         raise RefusedError("not asked: mhacut does not name its layers") from None
@@ -66,7 +66,7 @@ def removed(graph: Any, units: Sequence[Any], plans: Sequence[UnitPlan]) -> list
     for plan in plans:
         unit = by_key[plan.key]
         for axis in unit.axes:
-            if axis == unit.readout or not axis.tensor.endswith("weight"):
+            if axis == unit.output_projection or not axis.tensor.endswith("weight"):
                 continue
             gone = axis.rows(unit.heads, unit.width)[:, plan.width :].flatten().tolist()
             tensor = graph.parameter(f"{unit.layer}.{axis.tensor}".lstrip("."))

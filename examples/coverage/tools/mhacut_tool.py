@@ -18,19 +18,20 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.errors import UnsupportedModelError
-from mhacut.modelinfo import left_whole, model_input_size
 from mhacut.plan import Plan
-from mhacut.surgery import cut as cut_model
-from mhacut.surgery import dissect, masked_tensors, run_with
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.info import model_input_size, not_prunable
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.slice import cut as cut_model
 from tools import Done
 
 
 def cut(model: Any, x: Tensor) -> Done:
     try:
-        anatomy = dissect(model)
+        prunable = find_prunable_layers(model)
     except UnsupportedModelError as error:
         raise RefusedError(str(error).partition(";")[0]) from error
-    plan = half_plan(anatomy, 0)
+    plan = half_plan(prunable, 0)
     cfg = model.pretrained_cfg
     record = SlimRecord(
         identity_of(model, cfg["architecture"], {}),
@@ -39,17 +40,17 @@ def cut(model: Any, x: Tensor) -> Done:
         (),
     )
     cut_model(model, plan)
-    told = "; ".join(left_whole(anatomy))
+    told = "; ".join(not_prunable(prunable))
     return Done(model, "inner", lambda dense: masked(dense, plan), told, kept=record)
 
 
 def masked(dense: nn.Module, plan: Plan) -> Callable[..., Any]:
     """The dense model with the contribution of removed channels at zero."""
-    gains = {}
+    channel_scales = {}
     for unit in plan:
-        gain = torch.zeros(unit.heads, unit.dense_width)
-        gains[unit.key] = gain.scatter(1, torch.tensor(unit.kept), 1.0)
-    return partial(run_with, dense, masked_tensors(dense, dissect(dense), gains))
+        channel_scale = torch.zeros(unit.heads, unit.dense_width)
+        channel_scales[unit.key] = channel_scale.scatter(1, torch.tensor(unit.kept), 1.0)
+    return partial(run_with, dense, masked_tensors(dense, find_prunable_layers(dense), channel_scales))
 
 
 def save(done: Done, folder: Path) -> None:

@@ -1,0 +1,244 @@
+"""Read torch checkpoints without running code from them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhacut.checkpoint import yacs
+from mhacut.checkpoint.header import MAX_CONFIG_BYTES, PLAIN_DTYPES, FileHeader, TensorInfo, show
+from mhacut.errors import CheckpointError
+
+_MAX_PICKLE_BYTES = 256 * 2**20
+
+
+_EMA_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Parts of a training checkpoint in the order timm's loader prefers them."""
+
+
+def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> FileHeader:
+    """What a ``.pth`` holds, from its pickle alone: storages go to the meta device unread."""
+    where = show(path)
+    if zipfile.is_zipfile(path) or _starts_as_zip(path):
+        _check_zip(path, size)
+    checkpoint = _torch_load(path, "meta")
+    part, state_dict = _pick_part(where, checkpoint)
+    cleaned = _clean(where, state_dict)
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in cleaned.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; "
+                "save the state dict alone: torch.save(model.state_dict(), ...)"
+            )
+        if tensor.layout != torch.strided or tensor.dtype not in PLAIN_DTYPES:
+            raise CheckpointError(
+                f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
+                f"found {str(tensor.dtype).removeprefix('torch.')}, expected a float dtype"
+            )
+        if tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(
+                f"{where}: tensor {name!r:.200} claims {tensor.numel() * tensor.element_size()} bytes, "
+                f"the whole file has {size}"
+            )
+        tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    if not tensors:
+        raise CheckpointError(f"{where}: holds no tensors")
+    return FileHeader(
+        path,
+        "torch",
+        tensors,
+        config=config,
+        part=part,
+        prefix_stripped=list(cleaned) != list(state_dict),
+        has_yacs_config=yacs.holds_config(checkpoint),
+    )
+
+
+def _starts_as_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """Refuse archives that are not a state dict's, or that would inflate; nothing is ever extracted."""
+    where = show(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{where}: truncated, or not a torch checkpoint ({error}); download or copy it again"
+        ) from None
+    names = [member.filename for member in members]
+    if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
+        raise CheckpointError(
+            f"{where}: TorchScript archives are not supported; save the state dict: "
+            "torch.save(torch.jit.load(FILE).state_dict(), ...)"
+        )
+    pickles = [member for member in members if re.fullmatch(r"[^/]+/data\.pkl", member.filename)]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{where}: a zip file, but not a torch checkpoint (no data.pkl inside)")
+    deflated = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    unpacked = sum(member.file_size for member in members)
+    if deflated or unpacked > size:
+        raise CheckpointError(
+            f"{where}: compressed torch files are not supported (torch writes none): {unpacked} bytes "
+            f"unpacked from {size}; save the state dict again with torch.save"
+        )
+    if pickles[0].file_size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{where}: its pickle has {pickles[0].file_size} bytes, too many for a state dict"
+        )
+
+
+def _torch_load(path: Path, device: str) -> Any:
+    """``torch.load`` as timm's loader calls it: weights only, ``argparse.Namespace`` allowed.
+
+    The one thing more that is let in, and read by no less strict a reader, is a yacs configuration.
+    """
+    import argparse
+    import pickle
+
+    where = show(path)
+    try:
+        # An open file, since torch too would go by the suffix of a path.
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            open(path, "rb") as file,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
+            return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not yacs.is_only_obstacle(path):
+            raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
+    except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
+        raise _broken(where, error) from None
+    try:
+        return yacs.load(path, device)
+    except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
+        raise _broken(where, error) from None
+
+
+def _broken(where: str, error: Exception) -> CheckpointError:
+    # torch 2.15 looks into sparse tensors, which are not there to be seen.
+    if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+        return CheckpointError(
+            f"{where}: quantised, sparse or complex weights are not supported; save them dense (to_dense())"
+        )
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return CheckpointError(
+        f"{where}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
+    )
+
+
+def _blocked(path: Path, reason: str) -> str:
+    """Why the safe unpickler stopped, and what to do about it."""
+    try:
+        with open(path, "rb") as file:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # legacy files and bare pickles cannot be listed
+        names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
+    if not names:
+        return "a pickle, but no torch checkpoint that loads safely; save the state dict with torch.save"
+    listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    convert = (
+        "If you trust where it comes from, convert it where it can do no harm: "
+        'c = torch.load(FILE, weights_only=False); torch.save(c.state_dict(), "weights.pth") '
+        '(or c["state_dict"], c["model"])'
+    )
+    if any(name.startswith("numpy") for name in names) and all(
+        name.startswith(("numpy", "_codecs")) for name in names
+    ):
+        return (
+            f"contains numpy values beside the weights ({listed}), which loading could run code through; "
+            f"save them as float(x), or the state dict alone. {convert}"
+        )
+    return (
+        f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"
+    )
+
+
+def _globals_of_pickle(path: Path) -> list[str]:
+    """What a bare pickle would import, read from its opcodes without running them."""
+    import pickletools
+
+    names: list[str] = []
+    texts: list[str] = []
+    with open(path, "rb") as file, suppress(Exception):  # broken pickles fail in every way
+        for opcode, argument, _ in pickletools.genops(file.read(MAX_CONFIG_BYTES)):
+            if opcode.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    return names
+
+
+def _pick_part(where: str, checkpoint: object) -> tuple[str | None, Mapping[Any, Any]]:
+    """The state dict inside a checkpoint, and the name of the part it is; chosen in timm's order.
+
+    Training scripts with a yacs configuration evaluate, and publish the accuracy of, their ``model``.
+    """
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
+    part = None
+    for name in ("model", *_EMA_FIRST) if yacs.holds_config(checkpoint) else _EMA_FIRST:
+        if name in checkpoint and (checkpoint[name] is not None or not name.endswith("_ema")):
+            part = name
+            break
+    state_dict = checkpoint if part is None else checkpoint[part]
+    if not isinstance(state_dict, Mapping):
+        found = "None" if state_dict is None else type(state_dict).__name__
+        raise CheckpointError(
+            f"{where}: {part!r} of the checkpoint: expected a dict of tensors, found {found}"
+        )
+    return part, state_dict
+
+
+def _clean(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
+    from timm.models import clean_state_dict
+
+    for name in state_dict:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
+    cleaned: dict[str, Any] = clean_state_dict(dict(state_dict))
+    if len(cleaned) != len(state_dict):
+        raise CheckpointError(
+            f"{where}: two tensors have the same name once module. or _orig_mod. is taken off"
+        )
+    return cleaned
+
+
+def torch_tensors(header: FileHeader) -> dict[str, Tensor]:
+    """The state dict through timm's own safe loader, or ours where that one refuses a yacs configuration."""
+    from timm.models import load_state_dict
+
+    path = header.path
+    if header.has_yacs_config:
+        return _clean(show(path), _pick_part(show(path), _torch_load(path, "cpu"))[1])
+    try:
+        if path.suffix != ".safetensors":
+            return dict(load_state_dict(str(path), weights_only=True))
+        # timm goes by the suffix: show it the same file under a name that fits the content.
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "weights.pth")
+            os.symlink(path.resolve(), link)
+            return dict(load_state_dict(str(link), weights_only=True))
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{show(path)}: its content is a torch file that cannot be read "
+            f"({str(error).splitlines()[0]:.200}); if its name ends in .safetensors, rename it to .pth"
+        ) from None

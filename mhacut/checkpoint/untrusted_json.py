@@ -1,0 +1,91 @@
+"""Read JSON from files within bounds on size, depth and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from mhacut.errors import CheckpointError
+
+_MAX_NUMBER = 10**6
+"""No size, count or ratio of a model's arguments is larger; more is refused before a model is built."""
+
+
+_MAX_DEPTH = 4
+
+
+_MAX_ITEMS = 4096
+
+
+_MAX_TEXT = 4096
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Strict JSON: no key twice, no NaN, no nesting that exhausts the stack."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where}: key {twice!r:.100} appears twice")
+        return found
+
+    def constant(name: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise CheckpointError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
+        raise CheckpointError(f"{where}: not valid JSON ({error!s:.200})") from None
+
+
+def plain_json(value: object, depth: int = 0) -> Any:
+    """``value`` as JSON gives it back: tuples as lists; anything else than plain finite values is refused."""
+    if depth > 16:
+        raise CheckpointError("a value of the model's description is nested too deeply")
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise CheckpointError(f"a value of the model's description is {value}")
+        return value
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: plain_json(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [plain_json(item, depth + 1) for item in value]
+    raise CheckpointError(
+        f"a value of the model's description is a {kind_of(value)}; only text, numbers, true, false, none, "
+        "lists and objects can be stored"
+    )
+
+
+def bounded(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{where}: nested too deeply")
+    if isinstance(value, str) and len(value) > _MAX_TEXT:
+        raise CheckpointError(f"{where}: text of {len(value)} characters, at most {_MAX_TEXT} are allowed")
+    if is_number(value) and not abs(value) <= _MAX_NUMBER:
+        raise CheckpointError(f"{where}: numbers may reach {_MAX_NUMBER}, found {value!r:.50}")
+    if isinstance(value, list | dict):
+        if len(value) > _MAX_ITEMS:
+            raise CheckpointError(f"{where}: {len(value)} items, at most {_MAX_ITEMS} are allowed")
+        for item in value.values() if isinstance(value, dict) else value:
+            bounded(item, where, depth + 1)
+    return value
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def kind_of(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,150 @@
+"""``mhacut export`` as a function: a checkpoint in, something that another program opens out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut.checkpoint.load import LoadedModel, read_as_told
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.write import check_output, write_whole
+from mhacut.errors import MhacutError
+from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
+from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
+from mhacut.options.base import PathLike, PreprocessingOptions
+from mhacut.options.export import ExportOptions
+from mhacut.runtime.progress import Reporter, Silent
+
+_TRIED = (1, 2, 5)
+"""Batch sizes at which a file for any number of images is tried."""
+TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference from the model in float32 that rounding explains, in units of the largest output."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What :func:`export` did."""
+
+    output: Path
+    """The file, or the folder of format ``timm``."""
+    format: str
+    architecture: str
+    dtype: str
+    input_size: tuple[int, int, int]
+    """[C, H, W], normalised as ``preprocessing`` says."""
+    fixed_batch: int | None
+    preprocessing: Mapping[str, Any]
+    """Also in what was written."""
+    file_bytes: int
+    """Of the file, or of those written into the folder."""
+    difference: Mapping[int, float]
+    """Per batch size tried: the largest difference of the output of what was written, run again, from the
+    model's, in units of the largest output."""
+
+
+def export(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> ExportResult:
+    """Write a checkpoint, dense or slim, for another program, and compare what that program computes.
+
+    Args:
+        checkpoint: whatever ``mhacut prune`` reads or writes.
+        reporter: told what happens; silent by default.
+        options: the names of the command line's flags, see :class:`mhacut.options.export.ExportOptions`:
+            ``format``, ``output``, ``dtype``, ``fixed_batch``, ``opset``, ...
+
+    Raises:
+        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
+    """
+    return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+
+
+def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
+    """:func:`export` with its options in one object."""
+    if options.format == "onnx":
+        require_onnx("--format onnx")
+    if options.output is not None:
+        _check(Path(options.output), options, Path(options.checkpoint))
+    reporter.start("reading")
+    loaded = read_as_told(options, reporter)
+    target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
+    _check(target, options, loaded.path)
+    model = loaded.model.requires_grad_(False)
+    preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
+    size = preprocessing.input_size
+    differences: dict[int, float] = {}
+
+    def compare(run: Runner) -> None:
+        reporter.start("comparing")
+        differences.update(_compared(model, run, size, options))
+
+    def write(temporary: Path) -> None:
+        about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
+        content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
+        temporary.write_bytes(content)
+        compare(run)
+
+    reporter.start("exporting")
+    if options.format == "timm":
+        write_folder(target, loaded, preprocessing, options, compare)
+    else:
+        write_whole(target, write, overwrite=options.overwrite, input_path=loaded.path)
+    files = [target / name for name in FILES] if options.format == "timm" else [target]
+    return ExportResult(
+        output=target,
+        format=options.format,
+        architecture=loaded.identity.architecture,
+        dtype=options.dtype,
+        input_size=size,
+        fixed_batch=options.fixed_batch,
+        preprocessing=preprocessing.to_json(),
+        file_bytes=sum(file.stat().st_size for file in files),
+        difference=differences,
+    )
+
+
+def _check(target: Path, options: ExportOptions, input_path: Path | None) -> None:
+    if options.format == "timm":
+        check_folder(target, overwrite=options.overwrite, input_path=input_path)
+    else:
+        check_output(target, overwrite=options.overwrite, input_path=input_path)
+
+
+def _about(loaded: LoadedModel, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says about itself: how to prepare images, and what was done to the model."""
+    history = () if loaded.record is None else loaded.record.history
+    return {
+        "architecture": loaded.identity.architecture,
+        "preprocessing": preprocessing,
+        "history": [dict(entry) for entry in history],
+    }
+
+
+@torch.no_grad()
+def _compared(
+    model: nn.Module, run: Runner, size: tuple[int, int, int], options: ExportOptions
+) -> dict[int, float]:
+    """Per batch size, how far ``run`` is from ``model``.
+
+    Raises:
+        MhacutError: farther than rounding explains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    differences = {}
+    for count in _TRIED if options.fixed_batch is None else (options.fixed_batch,):
+        images = torch.randn(count, *size, generator=generator)
+        expected = model(images)
+        largest = expected.abs().max().clamp_min(1e-12)
+        differences[count] = float((run(images) - expected).abs().max() / largest)
+        if not differences[count] <= TOLERANCE[options.dtype]:
+            raise MhacutError(
+                f"what was written for {options.format} differs from the model by {differences[count]:.1e} "
+                f"of the largest output at batch size {count}; at most {TOLERANCE[options.dtype]:g} was "
+                f"expected in {options.dtype}; nothing was written"
+                + ("; try --dtype float32" if options.dtype != "float32" else "")
+            )
+    return differences

@@ -1,0 +1,96 @@
+"""Which models of timm can be cut: found by building each without weights and looking."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from mhacut.adapters.registry import is_attention, is_pooling_head, looks_like_attention
+from mhacut.errors import UnsupportedModelError
+from mhacut.exporting.timm_model import NAME
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.info import not_prunable
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """One architecture of timm."""
+
+    architecture: str
+    attention: tuple[str, ...]
+    """Classes of attention that can be cut, wholly or in part; empty where it is refused."""
+    kinds: tuple[str, ...]
+    """What can be cut: of ``qk``, ``v``, ``hidden``."""
+    not_prunable: tuple[str, ...]
+    """What cannot, and why."""
+    refusal: str | None
+    """Why nothing can; None where something can."""
+    tags: tuple[str, ...]
+    """timm's pretrained weights."""
+    transformer: bool
+    """Whether there is attention in its body."""
+
+
+def catalogue(
+    pattern: str = "*", progress: Callable[[int, int, str], None] | None = None
+) -> tuple[CatalogueEntry, ...]:
+    """What can be cut in each architecture whose name matches ``pattern``, in timm's order.
+
+    Args:
+        pattern: as for ``timm.list_models``.
+        progress: called with (done, in all, architecture).
+    """
+    names = architectures(pattern)
+    found = []
+    for done, (name, tags) in enumerate(names.items()):
+        found.append(entry_of(name, build_weightless(name), tags))
+        if progress is not None:
+            progress(done + 1, len(names), name)
+    return tuple(found)
+
+
+def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
+    """Timm's dense architectures whose names match ``pattern``, and the pretrained tags of each."""
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name != NAME}
+    for tagged in timm.list_pretrained():
+        name, _, tag = tagged.partition(".")
+        if name in tags:
+            tags[name].append(tag)
+    return {name: tuple(own) for name, own in tags.items()}
+
+
+def build_weightless(name: str) -> nn.Module:
+    """The architecture ``name`` of timm on the meta device."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model: nn.Module = timm.create_model(name)
+    return model
+
+
+def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry:
+    """What can be cut in ``model``, which is the architecture ``name``, on any device."""
+    try:
+        prunable = find_prunable_layers(model)
+    except UnsupportedModelError as error:
+        return CatalogueEntry(name, (), (), (), str(error), tuple(tags), _attends(model))
+    layers = [layer for layer in prunable.layers if layer.adapter.family == "attention" and layer.units]
+    classes = {type(model.get_submodule(layer.name)).__name__ for layer in layers}
+    kinds = {
+        kind for layer in prunable.layers for kind in (*(u.kind for u in layer.units), *layer.coupled_with)
+    }
+    order = tuple(kind for kind in ("qk", "v", "hidden") if kind in kinds)
+    return CatalogueEntry(
+        name, tuple(sorted(classes)), order, not_prunable(prunable), None, tuple(tags), transformer=True
+    )
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether there is attention in ``module``, pooling heads aside."""
+    if is_pooling_head(module):
+        return False
+    return is_attention(module) or looks_like_attention(module) or any(map(_attends, module.children()))

@@ -1,0 +1,125 @@
+"""Slim models in timm: ``timm.create_model("local-dir:DIR", pretrained=True)`` after ``import mhacut``.
+
+timm knows no architecture whose widths are free. This one is: it names a dense architecture and a cut, and
+builds the first, then makes the second. This module is imported while timm is, maybe in the middle of an
+import of ours, so ours are imported when a model is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+from timm.models import build_model_with_cfg, create_model, model_entrypoint, register_model
+from torch import Tensor, nn
+
+NAME = "mhacut_slim"
+_OF_FEATURES = ("features_only", "out_indices", "feature_cls", "feature_location")
+"""Arguments of timm's factories that only say how a model gives features."""
+
+
+@register_model
+def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A dense model, cut. What ``mhacut export --format timm`` writes names it, with all arguments.
+
+    Args:
+        pretrained: load the weights of the folder it came from.
+        kwargs: ``base_architecture``, timm's name of the dense model; ``plan``, what stays of it, as
+            :meth:`mhacut.plan.Plan.to_json` gives it; the rest as for that architecture.
+
+    Raises:
+        CheckpointError: no such architecture, or a plan that does not fit it.
+    """
+    from mhacut.checkpoint.recognise import known_model, unknown_model
+    from mhacut.errors import CheckpointError
+    from mhacut.plan import Plan
+    from mhacut.surgery.slice import cut
+
+    base = kwargs.get("base_architecture")
+    if not isinstance(base, str) or "plan" not in kwargs:
+        raise CheckpointError(
+            f"{NAME}: needs base_architecture and plan, which the config.json of a folder holds that "
+            'mhacut export --format timm wrote; open it with timm.create_model("local-dir:DIR", '
+            "pretrained=True)"
+        )
+    if base == NAME or not known_model(base):
+        raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
+    # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
+    as_features = kwargs.get("features_only", False)
+    wanted = {name: kwargs.pop(name) for name in _OF_FEATURES if as_features and name in kwargs}
+    cut_to = Plan.from_json(kwargs["plan"])
+    used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
+
+    def cut_model(base_architecture: str, plan: Any, **arguments: Any) -> nn.Module:
+        used.update(arguments)
+        dense: nn.Module = create_model(base_architecture, pretrained=False, **arguments)
+        cut(dense, cut_to)
+        return dense
+
+    model: nn.Module = build_model_with_cfg(
+        cut_model,
+        NAME,
+        pretrained,
+        pretrained_filter_fn=_checkpoint_filter(base),
+        **kwargs,
+    )
+    if not as_features:
+        return model
+    features: nn.Module = create_model(base, pretrained=False, **wanted, **used)
+    return _refilled(features, model, {unit.layer for unit in cut_to})
+
+
+def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Module:
+    """``features``, which timm made of the dense model, with what ``slim`` has in its place.
+
+    It has the modules up to the last level that is asked for, some under other names.
+
+    Args:
+        features: of the dense model.
+        slim: the whole model.
+        layers: names of those that were cut.
+
+    Raises:
+        CheckpointError: it has modules whose names are not known.
+    """
+    from mhacut.errors import CheckpointError
+
+    cut_layers = {id(slim.get_submodule(name)) for name in layers}
+    named = list(slim.named_modules(remove_duplicate=False))
+    names = Counter(id(module) for _, module in named)
+    modules = dict(features.named_modules(remove_duplicate=False))
+    for name, module in named:
+        # Of a module with several names too, so that they stay those of one.
+        if (id(module) in cut_layers or names[id(module)] > 1) and (place := _place(name, modules)):
+            features.set_submodule(place, module)
+    tensors = features.state_dict()
+    for name, tensor in slim.state_dict(keep_vars=True).items():
+        if place := _place(name, tensors):
+            owner, _, last = place.rpartition(".")
+            setattr(features.get_submodule(owner), last, tensor)
+            del tensors[place]
+    if tensors:
+        raise CheckpointError(
+            f"{NAME}: {type(features).__name__} gives features of {type(slim).__name__} by other names, "
+            f"{next(iter(tensors))!r} for one; try another feature_cls, or forward_intermediates of the model"
+        )
+    # As timm's pretrained_cfg_for_features.
+    of_the_head = ("num_classes", "classifier", "global_pool")
+    cfg = {name: value for name, value in slim.pretrained_cfg.items() if name not in of_the_head}
+    features.pretrained_cfg = features.default_cfg = cfg  # type: ignore[assignment]
+    return features
+
+
+def _place(name: str, names: Container[str]) -> str:
+    """What a module or tensor of a model is called where timm takes features of it; empty if it is gone."""
+    flattened = name.replace(".", "_", 1)  # children of a sequence become children of the whole
+    places = (name, f"model.{name}", f"body.{name}", flattened)
+    return next((place for place in places if place in names), "")
+
+
+def _checkpoint_filter(base: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+    """What the dense family makes weights of another image size fit with."""
+    family = sys.modules[model_entrypoint(base).__module__]
+    return getattr(family, "checkpoint_filter_fn", None)

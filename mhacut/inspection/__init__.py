@@ -1,0 +1,1 @@
+"""What is in a checkpoint: layers, heads and their redundancy."""

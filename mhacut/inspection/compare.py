@@ -1,0 +1,227 @@
+"""A dense model beside a slim one: what the cut took from each layer, and what that does to the answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.errors import MhacutError
+from mhacut.plan import UnitKind
+from mhacut.pruning.distill import Divergence
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.flops import count_parameters, measure_flops_by_module
+from mhacut.surgery.info import gives_probabilities
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One layer of both models."""
+
+    name: str
+    widths: Mapping[UnitKind, tuple[int, int]]
+    """Channels per head, dense and slim, of every unit both have."""
+    flops: tuple[int, int]
+    """Dense and slim."""
+    own_error: float
+    """||slim - dense|| / ||dense|| of the layer's output, both given what the dense layer is given."""
+    error: float
+    """The same with each in its own model, errors of the layers before included."""
+    agreement: float
+    """Cosine of the two outputs of each token, as in ``error``; mean, 1 where they point the same way."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images."""
+
+    dense: str
+    """What the slim one is compared with: a path, or ``timm:NAME``."""
+    flops: tuple[int, int]
+    parameters: tuple[int, int]
+    layers: tuple[LayerComparison, ...]
+    agreement: float | None
+    """Share of images to which both give the same first answer; None for models that give features."""
+    divergence: float
+    """KL(dense || slim) of the answers in nats; of features the squared error over their variance."""
+    images: int
+    data: str
+    """What the images are."""
+
+
+@torch.no_grad()
+def compare(
+    dense: nn.Module,
+    slim: nn.Module,
+    images: Tensor,
+    *,
+    source: str,
+    data: str,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Run both models on ``images`` [n, C, H, W] and compare every layer.
+
+    Outputs of all layers of one batch are held in memory at a time.
+
+    Args:
+        dense: eval mode, float32.
+        slim: likewise, on the same device.
+        images: normalised.
+        source: of ``dense``, for readers.
+        data: what the images are, for readers.
+        batch_size: images at a time.
+        progress: called with (images done, images in all).
+
+    Raises:
+        MhacutError: the two are not one architecture, or their answers are not finite.
+    """
+    prunable, other = find_prunable_layers(dense), find_prunable_layers(slim)
+    _check_alike(prunable, other, source)
+    device = next(dense.parameters()).device
+    tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable.layers}
+    watch = _Watch(dense, slim, tallies)
+    measure = Divergence(gives_probabilities(dense))
+    divergence = same = 0.0
+    with watch:
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size].to(device)
+            expected, found = dense(batch).float(), slim(batch).float()
+            if expected.shape != found.shape:
+                raise MhacutError(
+                    f"--compare {source}: it gives {expected.shape[-1]} numbers an image, the checkpoint "
+                    f"{found.shape[-1]}; they were not trained for the same classes"
+                )
+            divergence += float(measure(found, expected)) * len(batch)
+            same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+            if progress is not None:
+                progress(start + len(batch), len(images))
+    if not math.isfinite(divergence):
+        raise MhacutError(f"--compare {source}: the answers of one of the two are not finite numbers")
+    size = tuple(images.shape[1:])
+    flops = [measure_flops_by_module(model, (size[0], size[1], size[2])) for model in (dense, slim)]
+    slim_units = {unit.key: unit for unit in other.units()}
+    return Comparison(
+        dense=source,
+        flops=(flops[0][""], flops[1][""]),
+        parameters=(count_parameters(dense), count_parameters(slim)),
+        layers=tuple(
+            LayerComparison(
+                layer.name,
+                {
+                    unit.kind: (unit.width, slim_units[unit.key].width)
+                    for unit in layer.units
+                    if unit.key in slim_units
+                },
+                (flops[0].get(layer.name, 0), flops[1].get(layer.name, 0)),
+                tallies[layer.name].own_error,
+                tallies[layer.name].error,
+                tallies[layer.name].agreement,
+            )
+            for layer in prunable.layers
+        ),
+        agreement=same / len(images) if gives_probabilities(dense) else None,
+        divergence=divergence / len(images),
+        images=len(images),
+        data=data,
+    )
+
+
+class _Tally:
+    """Sums over the tokens of one layer, float64."""
+
+    def __init__(self, channel_dim: int) -> None:
+        self.channel_dim = channel_dim
+        self.size = self.own = self.off = self.cosines = 0.0
+        self.tokens = 0
+
+    def add_own(self, dense: Tensor, slim: Tensor) -> None:
+        """The slim layer's output for the dense layer's input."""
+        self.own += float((slim - dense).double().square().sum())
+
+    def add(self, dense: Tensor, slim: Tensor) -> None:
+        """Outputs of the layer in either model."""
+        expected, found = (
+            side.movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
+        )
+        self.size += float(expected.square().sum())
+        self.off += float((found - expected).square().sum())
+        self.cosines += float(torch.cosine_similarity(expected, found, dim=-1, eps=1e-30).sum())
+        self.tokens += len(expected)
+
+    @property
+    def own_error(self) -> float:
+        return _ratio(self.own, self.size)
+
+    @property
+    def error(self) -> float:
+        return _ratio(self.off, self.size)
+
+    @property
+    def agreement(self) -> float:
+        return self.cosines / max(self.tokens, 1)
+
+
+def _ratio(error: float, size: float) -> float:
+    return float((error / size) ** 0.5) if size > 0 else 0.0
+
+
+class _Watch:
+    """Hooks on the layers of both models while it is entered; the dense one is to run first."""
+
+    def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
+        self.dense, self.slim, self.tallies = dense, slim, tallies
+        self._waiting: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._aside = False
+
+    def __enter__(self) -> None:
+        for name in self.tallies:
+            for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
+                module = model.get_submodule(name)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _dense_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            self._waiting[name] = output
+            self._aside = True
+            try:
+                self.tallies[name].add_own(output, self.slim.get_submodule(name)(*args, **kwargs))
+            finally:
+                self._aside = False
+
+        return hook
+
+    def _slim_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if not self._aside:
+                self.tallies[name].add(self._waiting.pop(name), output)
+
+        return hook
+
+
+def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:
+    """Raise a :class:`MhacutError` that names the first layer in which the two are not one architecture."""
+    mine, theirs = ({layer.name for layer in prunable.layers} for prunable in (slim, dense))
+    if mine != theirs:
+        odd = sorted(mine ^ theirs)[0]
+        raise MhacutError(
+            f"--compare {source}: expected the layers of the checkpoint, of which it has "
+            f"{len(mine & theirs)} of {len(mine)} (the first that only one has is {odd}): "
+            "give the dense model that the checkpoint was made from"
+        )
+    heads = {unit.key: unit.heads for unit in dense.units()}
+    for unit in slim.units():
+        if heads.get(unit.key, unit.heads) != unit.heads:
+            raise MhacutError(
+                f"--compare {source}: {unit.layer} has {heads[unit.key]} heads there, {unit.heads} in the "
+                "checkpoint: give the dense model that it was made from"
+            )

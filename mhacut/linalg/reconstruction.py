@@ -1,0 +1,230 @@
+"""Closed-form repair: what reads a cut layer is refitted so that kept channels stand in for removed ones.
+
+Ours; the reweight channel scale of arXiv 2405.20867 is the diagonal case. Removed channels x_P are predicted
+from kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read
+x. The ridge is the one of a fixed ladder, relative to the mean variance of the kept channels, that leaves
+the least error on images the regression has not seen; at the top of the ladder removed channels are
+predicted by their mean alone, where there is a bias to take it up, and not at all elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mhacut.linalg.moments import Moments
+
+RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class LinearRefit:
+    """How columns that read removed channels move onto kept ones: W_S += W_P B, bias += W_P c."""
+
+    prediction: Tensor
+    """B, [removed, kept]."""
+    constant: Tensor
+    """c, [removed]."""
+    ridge: float
+    """Chosen, relative; infinite where predicting did not help on held-out images."""
+    error: float
+    """Squared error of the layer's output on held-out images, over that of plainly removing the channels."""
+    left: float
+    """That error itself, per row."""
+
+
+@dataclass(frozen=True)
+class LogitRefit:
+    """q_S C k_S^T in place of q k^T, for every head."""
+
+    mixing: Tensor
+    """C, [H, kept, kept]."""
+    ridge: float
+    error: float
+    """Squared error of the logits on held-out images, over that of plainly removing the channels."""
+    left: float
+    """That error itself, per pair of rows."""
+
+
+def refit_linear(
+    fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
+) -> LinearRefit:
+    """The best B and c for a layer that is read through ``columns``.
+
+    Args:
+        fit: moments of the channels, [d], on the images to fit.
+        held: the same on images held out.
+        kept: indices, [kept], ascending.
+        columns: the weights that read the channels, [out, d].
+        constant: whether there is a bias to take up W_P c.
+    """
+    both = fit + held
+    gone = others(kept, fit.total.shape[-1])
+    reader = columns.double()[:, gone]
+    metric = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
+
+    def centred(moments: Moments, about: Moments) -> Tensor:
+        return moments.about(about.mean) if constant else moments.energy
+
+    seen, unseen = centred(fit, fit), centred(held, fit)
+    baseline = float((metric * held.energy[gone][:, gone]).sum())
+    errors = {float("inf"): float((metric * unseen[gone][:, gone]).sum())}
+    values, vectors = torch.linalg.eigh(seen[kept][:, kept])
+    size = float(values.clamp_min(0).mean())
+    rounding = max(0.0, -float(values[0]))  # what no ridge is smaller than, see _ridge_solve
+    # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
+    projected = seen[gone][:, kept] @ vectors
+    weighed = metric @ projected
+    linear = (weighed * (unseen[gone][:, kept] @ vectors)).sum(0)
+    quadratic = (projected.T @ weighed) * (vectors.T @ unseen[kept][:, kept] @ vectors)
+    for ridge in RIDGES:
+        if size <= 0:
+            break
+        shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
+        saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
+        errors[ridge] = max(0.0, errors[float("inf")] - saved)
+    ridge = min(errors, key=lambda choice: errors[choice])
+    prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
+    if ridge < float("inf"):
+        every = centred(both, both)
+        prediction = _ridge_solve(every[kept][:, kept], every[kept][:, gone], ridge).T
+    offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
+    if constant:
+        offset = both.mean[gone] - prediction @ both.mean[kept]
+    return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+
+def refit_logits(
+    fit: tuple[Moments, Moments],
+    held: tuple[Moments, Moments],
+    kept: Tensor,
+    plain: float,
+    *,
+    mixes: bool = True,
+) -> LogitRefit:
+    """The best C for every head, with q and k taken as independent.
+
+    Args:
+        fit: of q and of k, [H, d]; k centred over the keys of each image, since softmax ignores what is
+            constant over them.
+        held: the same on images held out.
+        kept: indices, [H, kept], ascending.
+        plain: factor on the logits without a refit; kept where refitting does not help.
+        mixes: whether kept channels may be mixed; without that, there is nothing to refit.
+    """
+    heads, width = kept.shape
+    identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
+    gone = torch.stack([others(row, fit[0].total.shape[-1]) for row in kept])
+    choices = {float("inf"): plain * identity}
+    if mixes and gone.shape[-1] > 0:
+        for ridge in RIDGES:
+            choices[ridge] = _mixing(fit, kept, gone, ridge)
+    errors = {ridge: _logit_error(held, kept, mixing) for ridge, mixing in choices.items()}
+    baseline = errors[float("inf")]
+    ridge = min(errors, key=lambda choice: errors[choice])
+    mixing = choices[ridge]
+    if ridge < float("inf"):
+        mixing = _mixing((fit[0] + held[0], fit[1] + held[1]), kept, gone, ridge)
+    return LogitRefit(mixing, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+
+def output_error(
+    second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor | None, *, refit: bool = True
+) -> float:
+    """Error of the output, per row, without the other channels, once columns are refitted on the kept ones.
+
+    Args:
+        second: second moment of the channels, [d, d]; centred, where the refit may add a constant.
+        kept: indices, [kept].
+        columns: the weights that read them, [out, d], or [places * out, d], those of a place together.
+        metric: of errors of the output, [out, out]; None is plain squared error.
+        refit: off, columns stay as they are.
+    """
+    gone = others(kept, second.shape[-1])
+    if len(gone) == 0:
+        return 0.0
+    left = second[gone][:, gone]
+    if refit:
+        solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
+        left = left - second[gone][:, kept] @ solved
+    reader = columns[:, gone]
+    return float((reader.mT @ weighed_by(metric, reader) * left).sum().clamp_min(0))
+
+
+def symmetric_root(metric: Tensor) -> Tensor:
+    """R with R R = ``metric``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    return root
+
+
+def weighed_by(metric: Tensor | None, columns: Tensor) -> Tensor:
+    """``metric`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
+    if metric is None:
+        return columns
+    return (metric @ columns.reshape(-1, len(metric), columns.shape[-1])).flatten(0, 1)
+
+
+def others(kept: Tensor, size: int) -> Tensor:
+    """Which of ``size`` are not in ``kept``, ascending."""
+    rest = torch.ones(size, dtype=torch.bool, device=kept.device)
+    rest[kept] = False
+    return rest.nonzero()[:, 0]
+
+
+def _share(error: float, baseline: float) -> float:
+    return error / baseline if baseline > 0 else 0.0
+
+
+def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
+    """I + Bq^T Bk, [H, kept, kept], where Bq and Bk predict removed q and k channels from kept ones."""
+    predictions = []
+    for side in moments:
+        target = _block(side.energy, kept, gone)
+        predictions.append(_ridge_solve(_block(side.energy, kept, kept), target, ridge))
+    query, key = predictions  # (H, kept, removed)
+    identity = torch.eye(kept.shape[-1], dtype=torch.float64, device=kept.device)
+    return identity + query @ key.transpose(-2, -1)
+
+
+def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """(system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is.
+
+    Where rounding has left ``system`` negative eigenvalues, they count as 0 and the ridge is at least as
+    large: a smaller one could hit upon them, and the solution would be as large as rounding is small.
+
+    Args:
+        system: second moment, [..., n, n].
+        target: [..., n, m].
+        ridge: relative.
+    """
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    size = diagonal.mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
+    damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    solution: Tensor
+    # A Cholesky factor vouches for half the ridge, in far less time than eigenvalues take.
+    if not torch.linalg.cholesky_ex((system + damped) / 2).info.any():
+        solution = torch.linalg.solve(damped, target)
+        return solution
+    values, vectors = torch.linalg.eigh(system)
+    lifted = values.clamp_min(0) + torch.maximum(ridge * size.squeeze(-1), -values[..., :1])
+    solution = vectors @ (vectors.mT @ target / lifted.unsqueeze(-1))
+    return solution
+
+
+def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor) -> float:
+    """Mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
+    query, key = (side.energy for side in moments)
+    every = torch.arange(query.shape[-1], device=kept.device).expand(len(kept), -1)
+    full = (query * key).sum()
+    cross = (_block(query, every, kept) @ mixing * _block(key, every, kept)).sum()
+    inner = mixing.transpose(-2, -1) @ _block(query, kept, kept) @ mixing
+    return max(0.0, float(full - 2 * cross + (inner * _block(key, kept, kept)).sum()))
+
+
+def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Per head, the rows and columns of [H, d, d] named by [H, r] and [H, c]: [H, r, c]."""
+    picked: Tensor = matrix.gather(-2, rows.unsqueeze(-1).expand(-1, -1, matrix.shape[-1]))
+    return picked.gather(-1, columns.unsqueeze(-2).expand(-1, rows.shape[-1], -1))

@@ -1,0 +1,1 @@
+"""The method, a module per stage."""

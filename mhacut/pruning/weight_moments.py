@@ -1,0 +1,75 @@
+"""What weights alone say of a unit's channels: their moments if the layer's input were white.
+
+Ours; for reports on a checkpoint without images. Real inputs are far from white, so that what follows from
+these moments is a first look, never what a cut is decided by.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mhacut.adapters.base import ChannelAxis, Unit
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.similarity import cosine_similarity, redundancy
+from mhacut.pruning.calibrate import UnitMoments
+from mhacut.pruning.candidates import block_diagonal
+from mhacut.surgery.axes import channels_of
+
+
+def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
+    """Moments of the unit's channels for inputs of mean 0 and unit covariance, and their similarity.
+
+    The second is the mean similarity of each channel to the others of its head, [H, d], in [0, 1].
+
+    Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
+    What follows the projections (ReLUs, powers, norms, convolutions) is left out. None where the channels are
+    not made by linear layers, one row each, or not of the layer's input.
+
+    Args:
+        module: the layer.
+        unit: qk or v of that layer.
+    """
+    grams = _grams(module, unit)
+    if not grams:
+        return None
+    similarity = redundancy(*map(cosine_similarity, grams))
+    if unit.linear:
+        grams = [grams[0] * grams[1]]  # of independent features, as products of q, k and v are
+    elif unit.kind == "v":
+        grams = [block_diagonal(grams[0])]
+    sides = tuple(Moments(1, gram.new_zeros(gram.shape[:-1]), gram) for gram in grams)
+    return UnitMoments(sides, sides), similarity
+
+
+def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
+    """Second moments [H, d, d], float64: of q and of (centred) k; of v. Empty without linear layers."""
+    weights = [axis for axis in unit.axes if _projects(module, axis)]
+    sides = 2 if unit.kind == "qk" else 1
+    grams: list[Tensor] = []
+    if not unit.white_inputs or len(weights) < sides or any(axis.shared or axis.heads for axis in weights):
+        return grams
+    for axis in weights[:sides]:
+        rows = channels_of(module, unit, axis).flatten(2).double()  # (H, d, in)
+        grams.append(rows @ rows.mT)
+    if unit.kind == "qk":
+        bias = _bias_beside(module, unit, weights[0])
+        if bias is not None:  # keys are centred, so that theirs is not seen
+            grams[0] = grams[0] + bias @ bias.mT
+    return grams
+
+
+def _projects(module: nn.Module, axis: ChannelAxis) -> bool:
+    """Whether the axis is that of rows by which a linear layer, or one on single pixels, makes channels."""
+    owner_name, _, name = axis.tensor.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    pixelwise = isinstance(owner, nn.Conv2d) and owner.kernel_size == (1, 1) and owner.groups == 1
+    return axis.dim == 0 and name == "weight" and (isinstance(owner, nn.Linear) or pixelwise)
+
+
+def _bias_beside(module: nn.Module, unit: Unit, weight: ChannelAxis) -> Tensor | None:
+    """[H, d, copies], float64."""
+    name = weight.tensor.removesuffix("weight") + "bias"
+    for axis in unit.axes:
+        if axis.tensor == name and axis.offset == weight.offset:
+            return channels_of(module, unit, axis).double()
+    return None

@@ -1,0 +1,143 @@
+"""Which widths are allowed, and which of them a budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mhacut.surgery.find import UnitKey
+
+NEAR = 0.99
+"""Share of the budget that is near enough to it."""
+REACH = 6
+"""Width steps that closing the last gap may take from or give to a unit."""
+MOST_WAYS = 20_000
+"""Ways to spend the gap that are looked at together."""
+
+
+def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
+    """Multiples of ``round_to`` below the dense width, and the dense width itself.
+
+    >>> width_choices(20, 8)
+    (8, 16, 20)
+    >>> width_choices(6, 8)
+    (6,)
+    """
+    return (*range(round_to, dense, round_to), dense)
+
+
+def nearest_width(count: float, dense: int, round_to: int) -> int:
+    """The allowed width nearest to ``count``; the smaller of two at the same distance."""
+    return min(width_choices(dense, round_to), key=lambda width: abs(width - count))
+
+
+def lowest_flops(
+    choices: Mapping[UnitKey, Sequence[int]], flops: Callable[[Mapping[UnitKey, int]], int]
+) -> int:
+    """What the model costs at the least allowed width of every unit."""
+    return flops({key: widths[0] for key, widths in choices.items()})
+
+
+def fill_budget(
+    ranked: Mapping[UnitKey, Sequence[float]],
+    choices: Mapping[UnitKey, Sequence[int]],
+    flops: Callable[[Mapping[UnitKey, int]], int],
+    budget: int,
+    price: Mapping[UnitKey, float] | None = None,
+) -> dict[UnitKey, int]:
+    """Widths within ``budget`` for channels ranked by one score across all units.
+
+    First one threshold for all units, as low as the budget allows; then, since widths move in steps, the best
+    step that still fits, again and again until none does; then, if more than
+    1 % is left, exchanges of steps.
+
+    Args:
+        ranked: per unit, the score of its best, second best, ... channel.
+        choices: allowed widths per unit, ascending.
+        flops: of the model at given widths; grows with each.
+        budget: reachable with the least widths.
+        price: per unit, what a channel costs where scores are worth per cost; a channel is worth its score
+            times its price. None where scores are worth themselves.
+    """
+    price = dict.fromkeys(ranked, 1.0) if price is None else price
+
+    def widths_at(threshold: float) -> dict[UnitKey, int]:
+        widths = {}
+        for key, scores in ranked.items():
+            count = sum(score > threshold for score in scores)
+            widths[key] = max((width for width in choices[key] if width <= count), default=choices[key][0])
+        return widths
+
+    thresholds = sorted({score for scores in ranked.values() for score in scores}, reverse=True)
+    low, high = 0, len(thresholds)  # thresholds[low] fits (or nothing is kept), thresholds[high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if flops(widths_at(thresholds[middle])) <= budget:
+            low = middle
+        else:
+            high = middle
+    widths = widths_at(thresholds[low])
+    while True:
+        steps = [step for step in (_next_step(key, widths[key], ranked, choices) for key in ranked) if step]
+        for _, key, wider in sorted(steps, key=lambda step: (-step[0], step[1])):
+            if flops({**widths, key: wider}) <= budget:
+                widths[key] = wider
+                break
+        else:
+            break
+    if flops(widths) < NEAR * budget:
+        worth = {key: [score * price[key] for score in scores] for key, scores in ranked.items()}
+        nearer = _exchange(widths, worth, choices, flops, budget)
+        if flops(widths) < flops(nearer) <= budget:
+            return nearer
+    return widths
+
+
+def _next_step(
+    key: UnitKey,
+    width: int,
+    ranked: Mapping[UnitKey, Sequence[float]],
+    choices: Mapping[UnitKey, Sequence[int]],
+) -> tuple[float, UnitKey, int] | None:
+    """(mean score of the channels gained, unit, next wider width), or None at the dense width."""
+    wider = next((choice for choice in choices[key] if choice > width), None)
+    if wider is None:
+        return None
+    gained = ranked[key][width:wider]
+    return sum(gained) / len(gained), key, wider
+
+
+def _exchange(
+    widths: Mapping[UnitKey, int],
+    ranked: Mapping[UnitKey, Sequence[float]],
+    choices: Mapping[UnitKey, Sequence[int]],
+    flops: Callable[[Mapping[UnitKey, int]], int],
+    budget: int,
+) -> dict[UnitKey, int]:
+    """Widths within a few steps of ``widths`` that leave less of the budget: a knapsack over all units.
+
+    Steps of different prices leave gaps that no single step fills; a model of a few small layers has nothing
+    finer. Takes prices of units as independent of each other, so that the caller must count the outcome.
+    """
+    have = flops(widths)
+    # FLOPs gained -> (score lost, widths changed); the cheapest way to each.
+    candidates: dict[int, tuple[float, dict[UnitKey, int]]] = {0: (0.0, {})}
+    for key, scores in ranked.items():
+        at = choices[key].index(widths[key])
+        options = []
+        for width in choices[key][max(0, at - REACH) : at + REACH + 1]:
+            low, high = sorted((width, widths[key]))
+            lost = sum(scores[low:high]) * (1 if width < widths[key] else -1)
+            options.append((flops({**widths, key: width}) - have, lost, width))
+        extended: dict[int, tuple[float, dict[UnitKey, int]]] = {}
+        for gained, (loss, changed) in candidates.items():
+            for more, lost, width in options:
+                total = gained + more
+                if total not in extended or loss + lost < extended[total][0]:
+                    extended[total] = (loss + lost, {**changed, key: width})
+        candidates = dict(
+            sorted(extended.items(), key=lambda candidate: (candidate[1][0], candidate[0]))[:MOST_WAYS]
+        )
+    fitting = {gained: candidate for gained, candidate in candidates.items() if have + gained <= budget}
+    near = {gained: candidate for gained, candidate in fitting.items() if have + gained >= NEAR * budget}
+    gained = min(near, key=lambda gained: (near[gained][0], -gained)) if near else max(fitting)
+    return {**widths, **fitting[gained][1]}

@@ -1,0 +1,148 @@
+"""One process or many: who is who, and what they say to each other. Launched by torchrun, or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhacut.errors import FailedElsewhere, UsageError
+from mhacut.runtime.device import resolve_device
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=1)
+"""Processes may wait for the first one for as long as a search takes; torchrun ends them if another dies."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    """Which this one is; 0 is the one that writes and prints."""
+    size: int
+    """How many there are."""
+    device: torch.device
+    """Where this one computes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64; every process must ask at the same point."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        found: list[float] = tensor.tolist()
+        return found
+
+    def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes of tensors by name; every process must ask at the same point.
+
+        Args:
+            tensors: of this process, which may lack some that others have. They may be summed in place.
+
+        Returns:
+            Every name that any process has, in the same order everywhere; tensors are where they were, and
+            on :attr:`device` if this process had none.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        have: list[Any] = [None] * self.size
+        dist.all_gather_object(have, {name: (part.shape, part.dtype) for name, part in tensors.items()})
+        found = {}
+        for name, (shape, dtype) in {name: like for part in have for name, like in part.items()}.items():
+            own = tensors.get(name)
+            if own is None:
+                own = torch.zeros(shape, dtype=dtype, device=self.device)
+            shared = own.contiguous().to(self.device)
+            dist.all_reduce(shared)
+            found[name] = shared.to(own.device)
+        return found
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, which alone does it; the others are given a copy.
+
+        Raises:
+            FailedElsewhere: it failed there, where its own error is raised.
+        """
+        held: list[Any] = [None]
+        with self.together():
+            if self.first:
+                held[0] = work()
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        found: T = held[0]
+        return found
+
+    def union(self, texts: Sequence[str]) -> list[str]:
+        """What any process has, in the order of processes; every process must ask at the same point."""
+        if self.size == 1:
+            return list(texts)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(texts))
+        return list(dict.fromkeys(text for several in found for text in several))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that ends well in every process or in none, so that none waits for one that failed.
+
+        In the block processes must not speak to each other. Every process must enter it at the same point.
+
+        Raises:
+            FailedElsewhere: the block failed in another process, or alike in an earlier one.
+        """
+        if self.size == 1:
+            yield
+            return
+        failed = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None and told[self.rank] not in told[: self.rank]:
+            raise failed
+        if any(text is not None for text in told):
+            raise FailedElsewhere("another process failed, and says why")
+
+
+@contextmanager
+def gathered(device: str) -> Iterator[Processes]:
+    """The processes that torchrun started together, or this one alone; parted again at the end.
+
+    NCCL connects GPUs, gloo CPUs.
+
+    Raises:
+        UsageError: ``device`` names one GPU for several processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Processes(0, 1, resolve_device(device))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: {size} processes cannot share it; use --device cuda")
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        chosen = resolve_device(f"cuda:{local}")
+        torch.cuda.set_device(chosen)
+    if dist.is_initialized():  # by whoever calls mhacut as a library
+        yield Processes(dist.get_rank(), size, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,53 @@
+"""Small questions about a timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mhacut.surgery.find import PrunableLayers
+
+
+def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tuple[int, int, int]:
+    """[C, H, W] that ``model`` is built for: as the model knows, else as its pretrained_cfg says."""
+    channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
+    size = getattr(patch_embedding(model), "img_size", None)
+    if isinstance(size, int):
+        size = (size, size)
+    if size is not None:
+        height, width = size
+    # Not from the patch embedding: behind a convolutional stem it sees that stem's channels.
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+
+
+def patch_embedding(model: nn.Module) -> Any:
+    """What of ``model`` embeds patches of the image, and knows its size; None without such."""
+    # CoaT's is the first of several. Visformer's first sees what a stem made of the image.
+    first: Any = getattr(model, "patch_embed1", None)
+    sees_it = getattr(getattr(first, "proj", None), "in_channels", None) == getattr(model, "in_chans", None)
+    return getattr(model, "patch_embed", first if sees_it else None)
+
+
+def classifier_size(model: Any) -> int:
+    """Classes of the head; 0 for a model that gives features."""
+    return int(getattr(model, "num_classes", 0) or 0)
+
+
+def gives_probabilities(model: Any) -> bool:
+    """Whether a softmax over the outputs says something: of a single output it is 1, whatever that is."""
+    return classifier_size(model) > 1
+
+
+def not_prunable(prunable: PrunableLayers) -> tuple[str, ...]:
+    """One line per reason for what is not cut: which units of how many layers, and pooling heads."""
+    layers: dict[str, list[str]] = {}
+    for layer in prunable.layers:
+        for kind, reason in layer.not_prunable.items():
+            layers.setdefault(f"{kind}: {reason}", []).append(layer.name)
+    lines = [
+        f"{what} ({names[0]})" if len(names) == 1 else f"{what} ({len(names)} layers, first {names[0]})"
+        for what, names in layers.items()
+    ]
+    return (*lines, *prunable.skipped)

@@ -1,0 +1,152 @@
+"""Slice a model to a plan: the same model with smaller tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhacut.adapters.base import Layer, Unit
+from mhacut.plan import Plan, UnitKind, UnitPlan
+from mhacut.surgery.axes import axes_of, tensor_of
+from mhacut.surgery.find import UnitKey, check_plan, find_prunable_layers
+from mhacut.surgery.mask import constant_lost, kept_channels, scale
+from mhacut.surgery.output import add_constant
+
+_LEAST_GATE = 1e-60
+"""What can be merged is positive. A kept channel whose scale was trained to 0 or below is gone in the masked
+twin; so much of it is left in the cut. (Features get the sixth root, 1e-10: little beside 1e-6.)"""
+
+
+def exact_scale(unit: Unit, width: int) -> float:
+    """What a cut to ``width`` must multiply into the scale axes so that dead channels may go unnoticed.
+
+    A softmax layer derives its scale from its width: at k of d channels its logits grow by sqrt(d / k).
+    """
+    return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
+
+
+@torch.no_grad()
+def cut(model: nn.Module, plan: Plan, channel_scales: Mapping[UnitKey, Tensor] | None = None) -> None:
+    """Slice ``model`` in place to ``plan``; afterwards it equals :func:`masked_tensors` at the same scales.
+
+    Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
+
+    Args:
+        model: any model :func:`find_prunable_layers` accepts, the plan's dense model.
+        plan: units not named stay whole.
+        channel_scales: [heads, dense_width] per unit, multiplied into the kept channels' contribution (their
+        logits
+            for qk); missing means 1. Relative to the dense model: the softmax temperature stays its own.
+
+    Raises:
+        PlanError: the plan is not for this model.
+    """
+    prunable = find_prunable_layers(model)
+    check_plan(prunable, plan)
+    by_layer = plan.by_layer()
+    for layer in prunable.layers:
+        unit_plans = by_layer.get(layer.name)
+        if unit_plans is None:
+            continue
+        module = model.get_submodule(layer.name)
+        for unit in layer.units:
+            unit_plan = unit_plans.get(unit.kind)
+            if unit_plan is None:
+                continue
+            channel_scale = kept_channels(unit_plan).double() * exact_scale(unit, unit_plan.width)
+            if channel_scales is not None and unit.key in channel_scales:
+                channel_scale = channel_scale * channel_scales[unit.key].to(channel_scale)
+            _fold_constants(module, unit, channel_scale)
+            if unit.gate is not None:
+                layer.adapter.merge_gate(
+                    module, unit, channel_scale.clamp_min(_LEAST_GATE) * kept_channels(unit_plan)
+                )
+            scale(module, unit, channel_scale)
+            layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
+        _slice(module, layer, unit_plans)
+        widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
+        resized = layer.adapter.resize(module, widths)
+        if resized is not module:
+            model.set_submodule(layer.name, resized)
+    for adapter in dict.fromkeys(layer.adapter for layer in prunable.layers if layer.name in by_layer):
+        adapter.settle(model)
+
+
+def _fold_constants(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
+    if unit.constants:
+        assert unit.output_bias is not None
+        add_constant(module, unit, constant_lost(module, unit, channel_scale.reshape(-1)))
+
+
+def _unshare(module: nn.Module, unit: Unit) -> None:
+    """A copy for each head of every tensor that heads share."""
+    for axis in unit.axes:
+        if axis.shared:
+            parameter = module.get_parameter(axis.tensor)
+            copies = [unit.heads if dim == axis.dim else 1 for dim in range(parameter.dim())]
+            _replace(module, axis.tensor, parameter.detach().repeat(copies))
+
+
+def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
+    """Index every tensor of the layer by what its units keep; several units may share a dimension."""
+    removed: dict[tuple[str, int], list[Tensor]] = {}
+    order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+    for unit in layer.units:
+        if unit.kind not in unit_plans:
+            continue
+        unshared = unit_plans[unit.kind].unshared
+        if unshared:
+            _unshare(module, unit)
+        gone = ~kept_channels(unit_plans[unit.kind])
+        for axis in axes_of(unit):
+            first, last = axis.heads or (0, unit.heads)
+            if axis.shared and unshared:
+                axis = replace(axis, shared=False)
+            elif axis.shared:
+                last = first + 1
+            rows, own, place = axis.rows(unit.heads, unit.width), gone[first:last], (axis.tensor, axis.dim)
+            removed.setdefault(place, []).append(rows[own].flatten())
+            stays = rows[~own].flatten()
+            # Where channels are not side by side, heads that keep different ones leave another order behind
+            # than the layer will read: that of channels numbered anew.
+            number = (~own).cumsum(1)[..., None] - 1
+            moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
+            order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
+    for (name, dim), gone_parts in removed.items():
+        tensor = tensor_of(module, name)
+        keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        keep[torch.cat(gone_parts)] = False
+        source = torch.arange(len(keep))
+        for slots, entries in order[name, dim]:
+            source[slots] = entries
+        _replace(module, name, tensor.index_select(dim, source[keep].to(tensor.device)))
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer of ``module`` another tensor."""
+    owner_name, _, tensor_name = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    old, tensor = getattr(owner, tensor_name), tensor.contiguous()
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    setattr(owner, tensor_name, tensor)
+    _tell_size(owner)
+
+
+def _tell_size(owner: nn.Module) -> None:
+    """Linear, convolution and batch norm layers carry their sizes as attributes too."""
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif isinstance(owner, nn.ConvTranspose2d):
+        owner.in_channels = owner.weight.shape[0]
+    elif isinstance(owner, nn.Conv2d):
+        if owner.groups == owner.out_channels:  # depthwise
+            owner.groups = owner.weight.shape[0]
+        owner.out_channels, owner.in_channels = owner.weight.shape[0], owner.weight.shape[1] * owner.groups
+    elif isinstance(owner, _BatchNorm):
+        assert owner.running_mean is not None
+        owner.num_features = len(owner.running_mean)

@@ -1,1 +1,0 @@
-"""Pure tensor maths: tensors in, tensors out; torch and the standard library only."""
