@@ -26,10 +26,14 @@ def random_plan(prunable: PrunableLayers, seed: int) -> tuple[Plan, dict]:
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
         ]
-        own = not unit.shares or (unit.can_unshare and bool(torch.randint(2, (), generator=generator)))
+        own = unit.sharing == "own" or (
+            unit.sharing == "copied" and bool(torch.randint(2, (), generator=generator))
+        )
         kept = torch.stack(rows if own else rows[:1] * unit.heads)
         chosen = tuple(map(tuple, kept.tolist()))
-        units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=own and unit.can_unshare))
+        units.append(
+            UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=own and unit.sharing == "copied")
+        )
         channel_scale = torch.zeros(unit.heads, unit.width, dtype=torch.float64)
         channel_scales[unit.key] = channel_scale.scatter(
             1, kept, 0.5 + torch.rand(kept.shape, generator=generator).double()
@@ -65,10 +69,10 @@ def difference_of_turned_channels(model: nn.Module, x: Tensor) -> float:
     """Between a model and itself, the channels of every unit that allows it in another basis."""
     generator, expected = torch.Generator().manual_seed(2), model(x)
     for unit in find_prunable_layers(model).units():
-        if unit.rotatable:
+        if unit.mixing == "rotate":
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
-            mixing = mixing[:1].expand(shape) if unit.together else mixing
+            mixing = mixing[:1].expand(shape) if unit.sharing == "tied" else mixing
             rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
     return relative(model(x), expected)
 

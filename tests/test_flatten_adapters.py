@@ -228,10 +228,10 @@ def test_what_is_allowed_in_focused_attention(case):
     layers = focused_layers(build(case))
     assert layers
     for _, qk, v in layers:
-        assert not qk.rotatable
-        assert not v.rotatable
+        assert qk.mixing == "select"
+        assert v.mixing == "refit"
         assert not qk.softmax_scaled
-        assert v.shares == (v.heads > 1)
+        assert (v.sharing == "copied") == (v.heads > 1)
         assert qk.scale_axes == ()
 
 
@@ -240,7 +240,7 @@ def test_softmax_beside_it_may_be_rotated_where_nothing_acts_on_single_channels(
     for case in ("flatten_swin_tiny_224", "flatten_cswin_tiny_224", "timm pvt"):
         units = [unit for unit in find_prunable_layers(build(case)).units(("qk", "v")) if not unit.linear]
         allowed[case] = {
-            (unit.kind, unit.rotatable) for unit in units if unit.softmax_scaled or unit.kind == "v"
+            (unit.kind, unit.mixing == "rotate") for unit in units if unit.softmax_scaled or unit.kind == "v"
         }
     assert ("qk", True) in allowed["flatten_cswin_tiny_224"]
     assert ("v", True) not in allowed["flatten_cswin_tiny_224"]
@@ -261,7 +261,7 @@ def test_turned_channels_compute_what_they_did(case, slim):
     expected, turned = model(x), 0
     generator = torch.Generator().manual_seed(2)
     for unit in find_prunable_layers(model).units():
-        if unit.rotatable:
+        if unit.mixing == "rotate":
             shape = unit.heads, unit.width, unit.width
             mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
             rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))

@@ -161,7 +161,9 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     for unit in prunable.units():
         module = model.get_submodule(unit.layer)
         candidates = find_candidates(module, unit, calibration.moments[unit.key], 4, "channel")
-        assert [candidate.unshared for candidate in candidates] == ([True, False] if unit.shares else [False])
+        assert [candidate.unshared for candidate in candidates] == (
+            [True, False] if unit.sharing != "own" else [False]
+        )
         assert unit.linear <= (len(candidates) == 1)
         plans[unit.key] = candidates[0].plan(unit.width // 2)
         kept = torch.tensor(plans[unit.key].kept)

@@ -64,7 +64,7 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
         )
     expected, turned = model(x), 0
     for unit in find_prunable_layers(model).units():
-        if unit.rotatable:
+        if unit.mixing == "rotate":
             before = copy.deepcopy(model.state_dict())
             rotate(
                 model.get_submodule(unit.layer), unit, noise(unit.heads, unit.width, unit.width, seed=turned)
@@ -76,15 +76,17 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
             turned += 1
     assert relative(model(x), expected) < 1e-8
     assert turned == sum(
-        unit.kind != "hidden" and unit.rotatable for unit in find_prunable_layers(model).units()
+        unit.kind != "hidden" and unit.mixing == "rotate" for unit in find_prunable_layers(model).units()
     )
 
 
-def test_what_acts_on_single_channels_is_not_rotatable():
+def test_what_acts_on_single_channels_is_not_rotated():
     rotatable = {}
     for case in CASES:
         units = find_prunable_layers(build(case)).units()
-        rotatable[case.id + str("qk_norm" in case.args)] = {unit.kind for unit in units if unit.rotatable}
+        rotatable[case.id + str("qk_norm" in case.args)] = {
+            unit.kind for unit in units if unit.mixing == "rotate"
+        }
     assert rotatable["vit_tiny_patch16_224False"] == {"qk", "v"}
     assert rotatable["vit_tiny_patch16_224True"] == {"v"}
     assert rotatable["beit3_base_patch16_224False"] == {"qk"}
@@ -96,7 +98,9 @@ def test_moments_follow_a_rotation(case):
     model, images = build(case, dtype=torch.float64).requires_grad_(False), image(case, batch=3)
     images, prunable = images.double(), find_prunable_layers(model)
     found = calibrate(model, prunable, images, batch_size=3).moments
-    bases = {u.key: noise(u.heads, u.width, u.width, seed=1) for u in prunable.units() if u.rotatable}
+    bases = {
+        u.key: noise(u.heads, u.width, u.width, seed=1) for u in prunable.units() if u.mixing == "rotate"
+    }
     for key, basis in bases.items():
         rotate(model.get_submodule(key[0]), prunable.unit(key), basis)
     measured = calibrate(model, prunable, images, batch_size=3).moments

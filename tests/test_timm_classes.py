@@ -189,7 +189,7 @@ def test_a_gate_beside_turned_channels(half):
     model = nn.ModuleDict({"attn": attention})
     x, rope = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
     prunable = find_prunable_layers(model)
-    assert {unit.kind: unit.rotatable for unit in prunable.units()} == {"qk": False, "v": False}
+    assert {unit.kind: unit.mixing for unit in prunable.units()} == {"qk": "select", "v": "refit"}
     plan, channel_scales = random_plan(prunable, 1)
     masked = {
         name.removeprefix("attn."): tensor

@@ -108,9 +108,11 @@ def half_plan(prunable: PrunableLayers, seed: int) -> Plan:
         rows = [
             torch.randperm(unit.width, generator=generator)[:width].sort().values for _ in range(unit.heads)
         ]
-        own = not unit.shares or (unit.can_unshare and bool(torch.randint(2, (), generator=generator)))
+        own = unit.sharing == "own" or (
+            unit.sharing == "copied" and bool(torch.randint(2, (), generator=generator))
+        )
         kept = torch.stack(rows if own else rows[:1] * unit.heads).tolist()
-        chosen, unshared = tuple(map(tuple, kept)), own and unit.can_unshare
+        chosen, unshared = tuple(map(tuple, kept)), own and unit.sharing == "copied"
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, chosen, unshared=unshared))
     return Plan(tuple(units))
 

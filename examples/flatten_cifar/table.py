@@ -187,7 +187,7 @@ def cut_by_scores(setup: Setup, scores_of: Callable[..., Tensor], keep: float, s
     for unit in prunable.units():
         score = scores_of(model.get_submodule(unit.layer), unit, gradients)
         kept = top_channels(score, widths[unit.key])
-        unshared = unit.shares and widths[unit.key] < unit.width
+        unshared = unit.sharing != "own" and widths[unit.key] < unit.width
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, kept, unshared=unshared))
     cut(model, Plan(tuple(units)))
     return model

@@ -44,7 +44,7 @@ class AdditiveAdapter(Adapter):
             axes=(*gated, ChannelAxis("w_g", 0), *proj.rows(), proj.columns()),
             scale_axes=gated,
             hooks={"query": _of_unit_length("to_query"), "key": _of_unit_length("to_key")},
-            unmixed=True,
+            mixing="select",
         )
         return Layer(name, self, (qk,), channel_dim=1)
 

@@ -19,6 +19,25 @@ from mhacut.plan import UnitKind
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """What a batch norm holds for each channel."""
 
+Mixing = Literal["rotate", "refit", "select"]
+"""How far the channels of a head can be mixed.
+
+- ``rotate``: the layer computes the same when scale axes are multiplied by any invertible matrix [d, d] and
+  the other axes by its inverse transpose.
+- ``refit``: something acts on single channels, so that the basis stays; but the output projection, or W_q,
+  can be refitted so that kept channels stand in for removed ones.
+- ``select``: something acts on single channels behind W_q and W_k: a kept q/k channel cannot stand in for a
+  removed one, and what is constant over the keys matters.
+"""
+
+Sharing = Literal["own", "copied", "tied"]
+"""How far the heads share tensors of a unit.
+
+- ``own``: every head has its own.
+- ``copied``: heads share a tensor, of which each can get a copy (:attr:`mhacut.plan.UnitPlan.unshared`).
+- ``tied``: heads share a tensor without room for copies: all keep the same channels, in the same basis.
+"""
+
 
 @dataclass(frozen=True)
 class ChannelAxis:
@@ -114,23 +133,17 @@ class Unit:
     """The batch norm behind those columns and their bias, if there is one."""
     output_scale: str | None = None
     """A factor for each channel that they give, if there is one: what a layer adds to its input, weighed."""
-    rotatable: bool = False
-    """The channels of a head may be mixed: the layer computes the same when scale axes are multiplied by any
-    invertible matrix and the other axes by its inverse transpose."""
+    mixing: Mixing = "refit"
+    """How far channels of a head can be mixed."""
+    sharing: Sharing = "own"
+    """How far heads share tensors of the unit; those are marked by :attr:`ChannelAxis.shared`."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
     linear: bool = False
-    """Attention without a softmax: its weights are products of features of q and of k, over their sum. What
-    makes the features acts on single channels, so that kept ones cannot be mixed to stand in for others."""
-    unmixed: bool = False
-    """q/k channels that something treats one by one behind the projection, beside a plain product: kept ones
-    cannot be mixed to stand in for others, and what is constant over the keys matters."""
+    """Attention without a softmax: its weights are products of features of q and of k, over their sum."""
     feeds: bool = False
     """The channels make others of the layer before they are read out: what goes with them is not only what
     the readout loses, and is seen by running the layer without them. Repair makes up for the readout only."""
-    together: bool = False
-    """Heads share tensors of which there is no room for a copy each, so that :attr:`UnitPlan.unshared` is
-    impossible: all keep the same channels, in the same basis."""
     white_inputs: bool = True
     """Without images, inputs may be taken as white (:mod:`mhacut.pruning.weight_moments`)."""
     gate: str | None = None
@@ -141,6 +154,9 @@ class Unit:
     """Biases, one per channel, that pass on to the readout untouched: what a channel gives when it is zero.
     Stays when the channel goes: the readout's bias takes it up."""
 
+    def __post_init__(self) -> None:
+        assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
+
     @property
     def key(self) -> tuple[str, UnitKind]:
         return self.layer, self.kind
@@ -149,16 +165,6 @@ class Unit:
     def constants_pass(self) -> bool:
         """Whether something behind the readout can take up what removed channels gave on average."""
         return self.output_bias is not None or self.output_norm is not None
-
-    @property
-    def shares(self) -> bool:
-        """Whether heads share a tensor of the unit."""
-        return any(axis.shared for axis in self.axes)
-
-    @property
-    def can_unshare(self) -> bool:
-        """Whether heads share a tensor of the unit, of which each could have a copy."""
-        return self.shares and not self.together
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class PositionalAdapter(Adapter):
                 "query": self._tap(module, self.query(module)),
                 "key": self._tap(module, self.key(module)),
             },
-            unmixed=True,
+            mixing="select",
         )
         return Layer(name, self, (qk,), {"v": NO_PROJECTION}, channel_dim=1)
 

@@ -73,7 +73,7 @@ class CascadedAdapter(Adapter):
                 "key": ActivationHook("qkvs.*", "output", qk_width, channel_dim=1),
             },
             softmax_scaled=True,
-            unmixed=True,
+            mixing="select",
         )
         v = Unit(
             name,

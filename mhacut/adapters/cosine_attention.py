@@ -76,9 +76,8 @@ class CosineAdapter(FusedAdapter):
             plain,
             scale_axes=plain.axes,
             hooks={name: _of_unit_length(hook, plain) for name, hook in plain.hooks.items()},
-            rotatable=False,
+            mixing="select",
             softmax_scaled=False,
-            unmixed=True,
         )
 
 

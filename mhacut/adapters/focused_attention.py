@@ -58,6 +58,7 @@ class FocusedAttentionAdapter(Adapter):
                 "value": value_tap,
             },
             linear=True,
+            mixing="select",
             gate=f"{prefix}feature_gate",
         )
         columns = ChannelAxis("proj.weight", 1)
@@ -79,6 +80,7 @@ class FocusedAttentionAdapter(Adapter):
             hooks={"value": value_tap, "output": ActivationHook("proj", "input")},
             output_projection=columns,
             output_bias=None if module.proj.bias is None else "proj.bias",
+            sharing="copied" if shared else "own",
             constants=() if module.proj.bias is None else tuple(biases),
         )
         return Layer(name, self, (qk, v))

@@ -178,7 +178,7 @@ class FusedAdapter(Adapter):
             axes=query + key,
             scale_axes=query,
             hooks={"query": self.hook(module, "q"), "key": self.hook(module, "k")},
-            rotatable=True,
+            mixing="rotate",
             softmax_scaled=True,
         )
 
@@ -197,7 +197,7 @@ class FusedAdapter(Adapter):
             hooks={"value": self.hook(module, "v"), "output": self.output_tap(module)},
             output_projection=columns,
             output_bias="proj.bias" if module.proj.bias is not None else None,
-            rotatable=True,
+            mixing="rotate",
         )
 
     def source(self, module: Any, part: Part) -> Source:

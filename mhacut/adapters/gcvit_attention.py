@@ -77,7 +77,7 @@ class GcvitAdapter(FusedAdapter):
             scale_axes=keys,
             hooks={"query": ActivationHook("", "input", argument=1, then=own), "key": self.hook(module, "k")},
             softmax_scaled=True,
-            unmixed=True,
+            mixing="select",
         )
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Any) -> Any:

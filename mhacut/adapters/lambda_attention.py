@@ -50,7 +50,7 @@ class LambdaAdapter(Adapter):
                 "query": ActivationHook("norm_q", "output", then=partial(every_head, heads)),
                 "key": ActivationHook("qkv", "output", heads * width, channel_dim=1, then=_over_positions),
             },
-            unmixed=True,
+            mixing="select",
         )
         return Layer(name, self, (qk,), {"v": NO_PROJECTION}, channel_dim=1)
 

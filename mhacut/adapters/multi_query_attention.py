@@ -45,7 +45,7 @@ class MultiQueryAdapter(Adapter):
                 "query": ActivationHook("query.proj", "output", then=partial(every_head, heads)),
                 "key": ActivationHook("key.proj", "output", channel_dim=1),
             },
-            rotatable=True,
+            mixing="rotate",
             softmax_scaled=True,
         )
         columns = ChannelAxis("output.proj.weight", 1)
@@ -64,8 +64,8 @@ class MultiQueryAdapter(Adapter):
             },
             output_projection=columns,
             output_bias=None if module.output.proj.bias is None else "output.proj.bias",
-            rotatable=True,
-            together=True,
+            mixing="rotate",
+            sharing="tied",
         )
         return Layer(name, self, (qk, v), channel_dim=1)
 

@@ -99,6 +99,7 @@ class MultiScaleAdapter(Adapter):
             scale_axes=query[1] + key[1],
             hooks={"query": _tap(0, qk_width), "key": _tap(1, qk_width), "value": value_tap},
             linear=True,
+            mixing="select",
         )
         v = Unit(
             name,

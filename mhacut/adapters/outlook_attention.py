@@ -55,7 +55,7 @@ class OutlookAdapter(Adapter):
             hooks={"value": value.hook("output"), "output": proj.hook("input")},
             output_projection=proj.columns(),
             output_bias=proj.bias,
-            rotatable=True,
+            mixing="rotate",
         )
         return Layer(name, self, (v,))
 

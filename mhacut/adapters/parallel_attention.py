@@ -98,7 +98,7 @@ class ParallelAdapter(FusedAdapter):
             output_projection=columns,
             output_bias=self._bias(module, reader),
             output_scale=_layer_scale(module),
-            rotatable=True,
+            mixing="rotate",
         )
 
     def source(self, module: Any, part: Part) -> Source:

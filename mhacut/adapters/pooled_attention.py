@@ -63,7 +63,7 @@ class PooledAdapter(FusedAdapter):
         plain = super().qk(name, module)
         if isinstance(plain, str) or not self.pools(module):
             return plain
-        return replace(plain, rotatable=False, unmixed=True)
+        return replace(plain, mixing="select")
 
 
 class MaskUnitAdapter(PooledAdapter):

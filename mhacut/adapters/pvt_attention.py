@@ -64,7 +64,7 @@ class PvtAttentionAdapter(Adapter):
             axes=query + rows(module, "kv"),
             scale_axes=query,
             hooks={"query": ActivationHook("q", "output"), "key": ActivationHook("kv", "output")},
-            rotatable=True,
+            mixing="rotate",
             softmax_scaled=True,
         )
         v = Unit(
@@ -80,7 +80,7 @@ class PvtAttentionAdapter(Adapter):
             },
             output_projection=columns,
             output_bias="proj.bias" if module.proj.bias is not None else None,
-            rotatable=True,
+            mixing="rotate",
         )
         return Layer(name, self, (qk, v))
 

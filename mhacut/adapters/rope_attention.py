@@ -117,8 +117,7 @@ class RopeAdapter(FusedAdapter):
             axes=paired(plain.axes),
             scale_axes=paired(plain.scale_axes),
             hooks={name: _of_pairs(hook, plain.heads, pairs, half) for name, hook in plain.hooks.items()},
-            rotatable=False,
-            unmixed=True,
+            mixing="select",
         )
 
     def v(self, name: str, module: Any) -> Unit | str:
@@ -127,7 +126,7 @@ class RopeAdapter(FusedAdapter):
         if isinstance(plain, str):
             return plain
         gate = () if module.gate is None else rows(module, "gate")
-        unit = replace(plain, axes=(*plain.axes, *gate), rotatable=plain.rotatable and not gate)
+        unit = replace(plain, axes=(*plain.axes, *gate), mixing="refit" if gate else plain.mixing)
         queries = _queries_per_key(module)
         if queries == 1:
             return unit

@@ -135,6 +135,6 @@ def fused_qk(name: str, module: nn.Module, heads: int, width: int) -> Unit:
         axes=query + rows(module, "qkv", k_at),
         scale_axes=query,
         hooks={"query": ActivationHook("qkv", "output"), "key": ActivationHook("qkv", "output", k_at)},
-        rotatable=True,
+        mixing="rotate",
         softmax_scaled=True,
     )

@@ -63,7 +63,11 @@ class SamAdapter(MapAdapter):
         shared = plain.heads > 1 and module.rel_pos_h.shape[1] == plain.width
         tables = tuple(ChannelAxis(f"rel_pos_{side}", 1, shared=shared) for side in ("h", "w"))
         return replace(
-            plain, axes=(*plain.axes, *tables), rotatable=False, softmax_scaled=False, unmixed=True
+            plain,
+            axes=(*plain.axes, *tables),
+            mixing="select",
+            sharing="copied" if shared else "own",
+            softmax_scaled=False,
         )
 
     def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:

@@ -95,7 +95,7 @@ class SoftmaxAdapter(Adapter):
             axes=_axes(query, layout.query) + _axes(key, layout.key),
             scale_axes=query.scaled_rows(layout.query.offset, layout.query.stride),
             hooks={"query": _tap(query, layout.query), "key": _tap(key, layout.key)},
-            rotatable=True,
+            mixing="rotate",
             softmax_scaled=True,
         )
         if layout.v_left_whole is not None:
@@ -116,7 +116,7 @@ class SoftmaxAdapter(Adapter):
             output_projection=output_projection.columns(),
             output_bias=output_projection.constant_bias,
             output_norm=output_projection.norm,
-            rotatable=layout.v_rotatable,
+            mixing="rotate" if layout.v_rotatable else "refit",
         )
         return Layer(name, self, (qk, v), channel_dim=output_projection.channel_dim)
 

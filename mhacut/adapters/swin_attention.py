@@ -67,7 +67,7 @@ class WindowAttentionAdapter(Adapter):
             hooks={"value": ActivationHook("qkv", "output", v_at), "output": ActivationHook("proj", "input")},
             output_projection=columns,
             output_bias="proj.bias" if module.proj.bias is not None else None,
-            rotatable=True,
+            mixing="rotate",
         )
         return Layer(name, self, (qk, v))
 

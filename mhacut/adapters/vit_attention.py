@@ -83,7 +83,7 @@ class VitAttentionAdapter(Adapter):
                     },
                     output_projection=columns,
                     output_bias="proj.bias" if module.proj.bias is not None else None,
-                    rotatable=module.gate is None,  # a gate acts on single channels
+                    mixing="rotate" if module.gate is None else "refit",  # a gate acts on single channels
                 )
             )
         else:

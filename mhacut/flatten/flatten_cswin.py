@@ -256,7 +256,7 @@ class FlattenCswin(Pyramid):
         dims = [embed_dim * 2**index for index in range(len(depths))]
         super().__init__(
             dims=dims,
-            find_candidates=[4 * 2**index for index in range(len(depths))],
+            reductions=[4 * 2**index for index in range(len(depths))],
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,

@@ -75,7 +75,7 @@ class FlattenPvt(Pyramid):
     ) -> None:
         super().__init__(
             dims=embed_dims,
-            find_candidates=[4 * 2**index for index in range(len(embed_dims))],
+            reductions=[4 * 2**index for index in range(len(embed_dims))],
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,

@@ -24,7 +24,7 @@ class Pyramid(nn.Module):
         self,
         *,
         dims: Sequence[int],
-        find_candidates: Sequence[int],
+        reductions: Sequence[int],
         in_chans: int,
         num_classes: int,
         global_pool: str,
@@ -39,7 +39,7 @@ class Pyramid(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": self.stage_parts(index)[-1]}
-            for index, (dim, reduction) in enumerate(zip(dims, find_candidates, strict=True))
+            for index, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.head_drop = nn.Dropout(drop_rate)
 

@@ -44,7 +44,7 @@ def held_out(images: int) -> int:
 class UnitMoments:
     """Moments of one unit's channels, as its readout sees them.
 
-    (query, key), [H, d] each, for qk, k centred over the keys of each image unless unmixed; of linear
+    (query, key), [H, d] each, for qk, k centred over the keys of each image unless ``select``; of linear
     attention (parts,), [H, d], of what each channel adds to the layer's output; otherwise (channels,) over
     all heads at once, [H * d]. Tokens count as much as they influence the answer, where that is known; not
     keys, which serve all queries, nor those of linear attention.
@@ -109,7 +109,7 @@ class _Accumulator:
         if self.unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._energy(hook, x)
-            if hook == "key" and not self.unit.unmixed:
+            if hook == "key" and self.unit.mixing != "select":
                 x = x - x.mean(dim=-2, keepdim=True)  # softmax ignores what is constant over the keys
             self._gram(hook, x.transpose(0, 1).flatten(1, 2))
             self._moments(hook, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
@@ -153,7 +153,7 @@ class _Accumulator:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
             if len(query) < len(key):  # queries of an image that all its windows share
                 query = query.repeat_interleave(len(key) // len(query), dim=0)
-            energy = logit_energy(query, key, centre=not self.unit.unmixed)
+            energy = logit_energy(query, key, centre=self.unit.mixing != "select")
             self.energy = energy.double() if self.energy is None else self.energy + energy.double()
 
     def sums(self) -> dict[str, Tensor]:

@@ -81,16 +81,16 @@ def find_candidates(
         refit: whether the cut will be repaired; without that, channels are ranked by what goes with them.
     """
     found = []
-    if unit.rotatable and basis != "channel":
+    if unit.mixing == "rotate" and basis != "channel":
         rotation = _principal(module, unit, moments, refit)
         found.append(Candidate(unit, rotation, _in_order(unit, moments)))
-    shares, by_channel = unit.shares, not found or basis == "auto"
-    own = positions != "equal" and not unit.together
-    equal = positions != "own" or unit.together
+    shares, by_channel = unit.sharing != "own", not found or basis == "auto"
+    own = positions != "equal" and unit.sharing != "tied"
+    equal = positions != "own" or unit.sharing == "tied"
     if by_channel and (not shares or own):
         ranking = _ranking(module, unit, moments, smallest, metric, refit)
         found.append(Candidate(unit, None, ranking, shares))
-    if by_channel and shares and equal and (unit.unmixed or not refit):
+    if by_channel and shares and equal and (unit.mixing == "select" or not refit):
         together = _parts(module, unit, moments).sum((0, 2))[None]
         found.append(Candidate(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
     elif by_channel and shares and equal:
@@ -158,7 +158,7 @@ def _principal(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bool)
     second = _second(unit, every[0], refit).view(unit.heads, unit.width, unit.heads, unit.width)
     own = torch.stack([second[head, :, head] for head in range(unit.heads)])
     columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)
-    if unit.together:  # one basis, of what any head gives to any reader
+    if unit.sharing == "tied":  # one basis, of what any head gives to any reader
         columns = columns.flatten(0, 1)[:, None]
         return output_basis(own.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
     return output_basis(own, columns)
@@ -178,7 +178,7 @@ def _ranking(
     refit: bool,
 ) -> Ranking:
     every = moments.every
-    if unit.linear or unit.unmixed or not refit:  # nothing stands in for a channel
+    if unit.mixing == "select" or not refit:  # nothing stands in for a channel
         parts = _parts(module, unit, moments)
         return rank_parts(torch.stack([parts[head, :, head] for head in range(unit.heads)]))
     if unit.kind == "qk":

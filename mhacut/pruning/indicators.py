@@ -75,8 +75,8 @@ class _UnitState:
         self.unit = unit
         self.basis = basis
         # Heads that share filters then keep the same channels, by their mean score.
-        self.equal = unit.shares and (unit.together or options.positions == "equal")
-        self.unshared = unit.shares and not self.equal
+        self.equal = unit.sharing != "own" and (unit.sharing == "tied" or options.positions == "equal")
+        self.unshared = unit.sharing != "own" and not self.equal
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
         weight = similarity_weight(statistics.redundancy) if options.similarity else torch.ones(shape)

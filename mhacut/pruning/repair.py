@@ -137,7 +137,9 @@ class _Fit:
         if unit.kind == "qk":
             plain = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
             (query, key), (held_query, held_key) = seen.fit, seen.held
-            logits = refit_logits((query, key), (held_query, held_key), kept, plain, mixes=not unit.unmixed)
+            logits = refit_logits(
+                (query, key), (held_query, held_key), kept, plain, mixes=unit.mixing != "select"
+            )
             return cls(unit_plan, rotation, logits)
         columns = effective_output_weights(module, unit)
         if rotation is not None:

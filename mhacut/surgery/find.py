@@ -114,11 +114,11 @@ def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
             )
         shared = [axis.tensor for axis in unit.axes if axis.shared]
         if shared and not unit_plan.unshared and len(set(unit_plan.kept)) > 1:
-            or_unshared = ", or the plan says unshared" if unit.can_unshare else ""
+            or_unshared = ", or the plan says unshared" if unit.sharing == "copied" else ""
             raise PlanError(
                 f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)}: they keep the "
                 f"same channels{or_unshared}; found different ones"
             )
-        if unit_plan.unshared and not unit.can_unshare:
+        if unit_plan.unshared and unit.sharing != "copied":
             why = "what its heads share cannot be copied" if shared else "its heads share nothing"
             raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but {why}")

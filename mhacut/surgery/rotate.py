@@ -19,12 +19,12 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
 
     Args:
         module: the layer.
-        unit: one that is ``rotatable``.
+        unit: one whose mixing is ``rotate``.
         basis: A, [H, d, d], invertible: channel scale axes are multiplied by A, the other axes by A^-T. The
         same for
             all heads of a unit whose heads go together.
     """
-    assert unit.rotatable
+    assert unit.mixing == "rotate"
     inverse = torch.linalg.inv(basis).mT
     for axis in unit.axes:
         mix(module, unit, axis, basis if axis in unit.scale_axes else inverse)
