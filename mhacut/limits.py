@@ -1,22 +1,23 @@
-"""How images may be sized, wherever that is said: no file may make a model eat the memory."""
+"""Checks of values from files that anyone may have written: kinds of numbers, sizes of images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 MAX_PIXELS = 2048 * 2048
-"""Of an image. Far above what any ViT of timm is made for (1024 x 1024); at patches of 16 pixels it is 16,384
-tokens, whose attention logits take 1 GB per head where they are held in memory."""
+"""Largest area of an image. Far above what any ViT of timm is made for (1024 x 1024): at patches of 16 pixels
+it is 16,384 tokens, whose attention logits take 1 GB per head where they are held in memory."""
 MAX_VALUES = 16 * MAX_PIXELS
-"""Of an image, all channels together; 256 MB in float32."""
+"""Largest number of values of an image, all channels together; 256 MB in float32."""
 
 MAX_CROP_PCT = 1.25
-"""Above 1 an image is made smaller than the input and a border put around it: timm's VOLO at 448 and 512
-pixels says 1.15."""
+"""Largest ``crop_pct``. Above 1 an image is made smaller than the input and a border put around it, as timm's
+VOLO at 448 and 512 pixels does."""
 
 
 def too_large(size: Sequence[int]) -> str:
-    """What is wrong with an image of ``size``, [C, H, W] or [H, W]; empty if nothing is.
+    """Return why an image of ``size``, [C, H, W] or [H, W], is too large; empty if it is not.
 
     >>> too_large((3, 224, 224))
     ''
@@ -32,3 +33,13 @@ def too_large(size: Sequence[int]) -> str:
             f"found {channels[0]}x{height}x{width}"
         )
     return ""
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether ``value``, read from JSON or YAML, is a whole number; ``true`` is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value``, read from JSON or YAML, is a number; NaN and infinity are."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from mhacut.errors import PlanError
+from mhacut.limits import is_int
 
 Basis = Literal["channel", "principal"]
 UnitKind = Literal["qk", "v", "hidden"]
@@ -183,7 +184,7 @@ def _unit_from_json(entry: object) -> UnitPlan:
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
     basis = entry.get("basis", "channel")  # the first files named none
     unshared = entry.get("unshared", False)
-    if not all(isinstance(text, str) for text in (layer, kind, basis)) or not _is_int(dense_width):
+    if not all(isinstance(text, str) for text in (layer, kind, basis)) or not is_int(dense_width):
         raise PlanError("a unit of a plan has text for layer, kind, basis, a whole number for dense_width")
     if not isinstance(unshared, bool):
         raise PlanError(f"plan of {layer!r}: unshared is true or false")
@@ -193,9 +194,5 @@ def _unit_from_json(entry: object) -> UnitPlan:
     return UnitPlan(layer, cast(UnitKind, kind), dense_width, rows, cast(Basis, basis), unshared)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _all_int(values: Iterable[object]) -> bool:
-    return all(_is_int(value) for value in values)
+    return all(is_int(value) for value in values)

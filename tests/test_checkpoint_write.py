@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from mhacut.checkpoint import write
 from mhacut.checkpoint.record import ModelIdentity, SlimRecord
-from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
+from mhacut.runtime import files
+from mhacut.runtime.files import check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
 RECORD = SlimRecord(
@@ -193,7 +195,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(put, tmp_path, monkeypa
     def fail(_):
         raise failure
 
-    monkeypatch.setattr(write, "_sync", fail)
+    monkeypatch.setattr(files, "sync", fail)
     with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         put(path, overwrite=True)
     if isinstance(failure, OSError):
@@ -228,7 +230,7 @@ def test_what_reads_back_differently_is_not_published(put, tmp_path, monkeypatch
 def test_of_two_writers_one_wins_and_one_is_told(put, tmp_path, monkeypatch, links):
     path = tmp_path / "slim.safetensors"
     both_checked = threading.Barrier(2)
-    publish = write._publish
+    publish = files._publish
 
     def late(*args):
         both_checked.wait(timeout=60)
@@ -237,9 +239,9 @@ def test_of_two_writers_one_wins_and_one_is_told(put, tmp_path, monkeypatch, lin
     def no_link(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(write, "_publish", late)
+    monkeypatch.setattr(files, "_publish", late)
     if not links:
-        monkeypatch.setattr(write.os, "link", no_link)
+        monkeypatch.setattr(files.os, "link", no_link)
     outcomes: list[str] = []
 
     def run():
@@ -258,3 +260,13 @@ def test_of_two_writers_one_wins_and_one_is_told(put, tmp_path, monkeypatch, lin
     assert "created by someone else meanwhile" in sorted(outcomes, key=len)[1]
     assert names(tmp_path) == ["slim.safetensors"]
     assert "head.weight" in load_file(path)
+
+
+def test_temporary_files_of_a_name_are_found_again_and_no_others(tmp_path):
+    target = tmp_path / ("[a-z]*" + "x" * 200)
+    left = [files.temporary_path(target) for _ in range(2)]
+    others = [files.temporary_path(tmp_path / "b"), tmp_path / ".b.tmp", target]
+    for path in (*left, *others):
+        path.touch()
+    files.remove_temporaries(target)
+    assert set(tmp_path.iterdir()) == set(others)

@@ -36,12 +36,13 @@ from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import training as training_module
-from mhacut.finetuning.folder import RunFolder, write_whole
+from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
 from mhacut.finetuning.training import Trainer
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.files import write_whole
 
 CLASSES = 7
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -367,14 +368,14 @@ def test_what_a_killed_write_left_behind_is_removed(tune, options):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
-    write_whole(path, b"old")
+    write_whole(path, b"old", overwrite=True)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"):
-        write_whole(path, b"new")
+        write_whole(path, b"new", overwrite=True)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

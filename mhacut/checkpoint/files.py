@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mhacut.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, FileHeader, Format, TensorInfo, show
+from mhacut.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, FileHeader, Format, TensorInfo
 from mhacut.checkpoint.safetensors_file import safetensors_header
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
 
 _WEIGHT_FILES = (
     "model.safetensors",

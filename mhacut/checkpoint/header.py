@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +66,3 @@ class FileHeader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Per tensor name."""
         return {name: info.shape for name, info in self.tensors.items()}
-
-
-def show(path: str | os.PathLike[str]) -> str:
-    """``path`` for a message, undecodable bytes replaced."""
-    return os.fsencode(path).decode(errors="replace")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.files import read_tensors
-from mhacut.checkpoint.header import show
 from mhacut.checkpoint.load import Outline
 from mhacut.checkpoint.recognise import as_timm_has_it
 from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
 
 
 class LayerReader:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
-from mhacut.checkpoint.header import FileHeader, show
+from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.misfit import check_fit
 from mhacut.checkpoint.recognise import (
     Recognised,
@@ -31,6 +31,7 @@ from mhacut.checkpoint.record import METADATA_KEY, ModelIdentity, SlimRecord, ch
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, MhacutError
 from mhacut.options.base import CheckpointOptions
+from mhacut.runtime.files import show
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import model_input_size
 from mhacut.surgery.slice import cut

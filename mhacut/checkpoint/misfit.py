@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, TensorInfo, show
+from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, TensorInfo
 from mhacut.checkpoint.record import ModelIdentity
 from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
 
 _TOLD = 5
 _SELF_CONTRADICTION = (

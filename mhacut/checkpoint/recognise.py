@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.header import FileHeader, TensorInfo, show
+from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.misfit import check_fit
 from mhacut.checkpoint.record import ModelIdentity, checked_model_args, checked_pretrained_cfg
 from mhacut.errors import CheckpointError, MhacutError
 from mhacut.flatten import checkpoint_filter, img_size_of
+from mhacut.runtime.files import show
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mhacut.checkpoint.untrusted_json import (
-    _MAX_NUMBER,
+    MAX_NUMBER,
     bounded,
-    is_int,
-    is_number,
     kind_of,
     parse_json,
     plain_json,
 )
 from mhacut.errors import CheckpointError, PlanError
-from mhacut.limits import MAX_CROP_PCT, too_large
+from mhacut.limits import MAX_CROP_PCT, is_int, is_number, too_large
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 1
@@ -202,7 +200,7 @@ class SlimRecord:
         if not isinstance(document, dict):
             raise CheckpointError(f"metadata {METADATA_KEY!r}: expected an object, found {kind_of(document)}")
         version = document.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        if not is_int(version) or version < 1:
             raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -301,9 +299,9 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
     if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
         raise CheckpointError(f"{where}: input_size is channels, height, width, found {size!r:.100}")
     _check_image(size, f"{where}: input_size")
-    for name, values, lowest in (("mean", mean, -_MAX_NUMBER), ("std", std, 0.0)):
+    for name, values, lowest in (("mean", mean, -MAX_NUMBER), ("std", std, 0.0)):
         numbers = isinstance(values, list) and len(values) in (1, size[0]) and all(map(is_number, values))
-        if not numbers or not all(lowest <= value <= _MAX_NUMBER for value in values):
+        if not numbers or not all(lowest <= value <= MAX_NUMBER for value in values):
             raise CheckpointError(f"{where}: {name} is 1 or {size[0]} numbers, found {values!r:.100}")
     if not all(value > 0 for value in std):
         raise CheckpointError(f"{where}: std is above 0, found {std!r:.100}")

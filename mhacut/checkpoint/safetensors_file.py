@@ -6,9 +6,10 @@ import re
 import struct
 from pathlib import Path
 
-from mhacut.checkpoint.header import DTYPES, TensorInfo, show
+from mhacut.checkpoint.header import DTYPES, TensorInfo
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
 
 _MAX_TENSORS = 100_000
 """The largest model of timm has about 3,000."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
-from mhacut.checkpoint.header import MAX_CONFIG_BYTES, PLAIN_DTYPES, FileHeader, TensorInfo, show
+from mhacut.checkpoint.header import MAX_CONFIG_BYTES, PLAIN_DTYPES, FileHeader, TensorInfo
 from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
 
 _MAX_PICKLE_BYTES = 256 * 2**20
 

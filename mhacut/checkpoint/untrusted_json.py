@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from mhacut.errors import CheckpointError
+from mhacut.limits import is_number
 
-_MAX_NUMBER = 10**6
+MAX_NUMBER = 10**6
 """No size, count or ratio of a model's arguments is larger; more is refused before a model is built."""
 
 
@@ -69,22 +70,14 @@ def bounded(value: Any, where: str, depth: int = 0) -> Any:
         raise CheckpointError(f"{where}: nested too deeply")
     if isinstance(value, str) and len(value) > _MAX_TEXT:
         raise CheckpointError(f"{where}: text of {len(value)} characters, at most {_MAX_TEXT} are allowed")
-    if is_number(value) and not abs(value) <= _MAX_NUMBER:
-        raise CheckpointError(f"{where}: numbers may reach {_MAX_NUMBER}, found {value!r:.50}")
+    if is_number(value) and not abs(value) <= MAX_NUMBER:
+        raise CheckpointError(f"{where}: numbers may reach {MAX_NUMBER}, found {value!r:.50}")
     if isinstance(value, list | dict):
         if len(value) > _MAX_ITEMS:
             raise CheckpointError(f"{where}: {len(value)} items, at most {_MAX_ITEMS} are allowed")
         for item in value.values() if isinstance(value, dict) else value:
             bounded(item, where, depth + 1)
     return value
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def kind_of(value: object) -> str:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import secrets
 import shutil
-import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.header import FLOAT_DTYPES, show
+from mhacut.checkpoint.header import FLOAT_DTYPES
 from mhacut.checkpoint.load import read_header
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import MhacutError, OutputError
+from mhacut.runtime.files import check_output, show, write_whole
 
 _SPARE_BYTES = 2**20
-
-
-def check_output(
-    path: str | os.PathLike[str], *, overwrite: bool, input_path: str | os.PathLike[str] | None
-) -> None:
-    """Raise an :class:`OutputError` if ``path`` must not or cannot be written: the check before any work.
-
-    Args:
-        path: where the slim file is to go.
-        overwrite: whether an existing file may be replaced.
-        input_path: the checkpoint it is made from (a file or a timm folder), which is never replaced.
-    """
-    target = Path(path)
-    if not target.name or str(path).endswith(("/", os.sep)):
-        raise OutputError(f"{show(path)}: expected the name of a file to write, found a directory's")
-    _check_not_input(target, input_path)
-    if os.path.lexists(target):
-        _check_replaceable(target, overwrite)
-    for parent in target.absolute().parents:
-        if os.path.lexists(parent):
-            if not parent.is_dir():
-                raise OutputError(f"{show(target)}: cannot be created, {show(parent)} is not a directory")
-            if not os.access(parent, os.W_OK | os.X_OK):
-                raise OutputError(f"{show(target)}: no permission to write in {show(parent)}")
-            break
 
 
 def write_slim(
@@ -83,70 +55,6 @@ def write_slim(
         _compare(temporary, Path(path), tensors, record)
 
     write_whole(path, write, overwrite=overwrite, input_path=input_path)
-
-
-def write_whole(
-    path: str | os.PathLike[str],
-    write: Callable[[Path], None],
-    *,
-    overwrite: bool,
-    input_path: str | os.PathLike[str] | None,
-) -> None:
-    """Make the file ``path`` appear complete, or not at all.
-
-    Args:
-        path: the file; its directory is created.
-        write: writes and checks a file of the name it is given, beside ``path``.
-        overwrite: replace an existing file (what a link points to, if it is a link).
-        input_path: the checkpoint it is made from, never replaced.
-
-    Raises:
-        OutputError: the file must not or cannot be written; what was there before is untouched.
-    """
-    check_output(path, overwrite=overwrite, input_path=input_path)
-    # A link stays a link; its target is replaced.
-    target = Path(os.path.realpath(path)) if overwrite else Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
-        try:
-            write(temporary)
-            # Libraries make files only their owner can read; ours are like any other.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            _sync(temporary)
-            _publish(temporary, target, overwrite)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:
-        raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
-
-
-def _check_not_input(target: Path, input_path: str | os.PathLike[str] | None) -> None:
-    if input_path is None:
-        return
-    source = Path(input_path)
-    inputs = [source, *(source.iterdir() if source.is_dir() else ())]
-    for existing in inputs:
-        with suppress(OSError):
-            if os.path.realpath(target) == os.path.realpath(existing) or os.path.samefile(target, existing):
-                raise OutputError(
-                    f"{show(target)}: is the input {show(existing)}, which is never overwritten; "
-                    "choose another name"
-                )
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        raise OutputError(f"{show(target)}: is a directory; give the name of a file in it")
-    if not overwrite:
-        raise OutputError(f"{show(target)}: exists already; choose another name, or --overwrite")
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise OutputError(
-            f"{show(target)}: is not a regular file (a device, pipe or socket); choose another name"
-        )
 
 
 def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
@@ -220,39 +128,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(
         a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
     )
-
-
-def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Give the finished file its name; without ``overwrite`` in a step that fails if the name was taken."""
-    if overwrite:
-        os.replace(temporary, target)
-    else:
-        try:
-            try:
-                os.link(temporary, target)
-            except OSError as error:
-                if error.errno not in (
-                    errno.EPERM,
-                    errno.ENOTSUP,
-                    errno.EOPNOTSUPP,
-                    errno.ENOSYS,
-                    errno.EMLINK,
-                ):
-                    raise
-                # No hard links on this file system: claim the name first, then fill it.
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                os.replace(temporary, target)
-        except FileExistsError:
-            raise OutputError(
-                f"{show(target)}: was created by someone else meanwhile; choose another name, or --overwrite"
-            ) from None
-    with suppress(OSError):  # a directory cannot be flushed everywhere
-        _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mhacut.errors import UsageError
+from mhacut.limits import is_int, is_number
 from mhacut.options.base import unknown_option
 
 _MAX_BYTES = 2**20
@@ -80,9 +81,7 @@ def convert(value: object, kind: Any, where: str) -> Any:
     if bool in kinds:
         return _checked(value, isinstance(value, bool), "true or false", where)
     if int in kinds:
-        return _checked(
-            value, isinstance(value, int) and not isinstance(value, bool), "a whole number", where
-        )
+        return _checked(value, is_int(value), "a whole number", where)
     if float in kinds:
         return _number(value, where)
     if any(get_origin(option) is tuple for option in kinds):
@@ -92,7 +91,7 @@ def convert(value: object, kind: Any, where: str) -> Any:
     if any(get_origin(option) not in (None, Literal, os.PathLike) for option in kinds):
         held = isinstance(value, dict) and all(isinstance(key, str) for key in value)
         return _checked(value, held, "NAME: VALUE pairs", where)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         value = str(value)  # a budget of 2000000000 needs no quotes
     return _checked(value, isinstance(value, str), "text", where)
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from mhacut.checkpoint.load import LoadedModel, read_as_told
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.write import check_output, write_whole
 from mhacut.errors import MhacutError
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
+from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.progress import Reporter, Silent
 
 _TRIED = (1, 2, 5)

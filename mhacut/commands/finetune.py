@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
 from mhacut.finetuning.history import portable, record_after, record_of
@@ -42,6 +42,7 @@ from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes, gathered
+from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size

@@ -18,7 +18,6 @@ from mhacut.checkpoint.load import (
     read_outline,
 )
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.write import check_output
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError
 from mhacut.inspection.compare import Comparison, compare
@@ -32,6 +31,7 @@ from mhacut.report.page import write_page
 from mhacut.report.picture import write_picture
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
+from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.info import model_input_size

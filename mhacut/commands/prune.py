@@ -20,7 +20,7 @@ from mhacut.budget import Budget, format_flops
 from mhacut.checkpoint.load import LoadedModel, load_model, read_as_told
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import check_output, write_slim
+from mhacut.checkpoint.write import write_slim
 from mhacut.data import (
     CalibrationImages,
     EvaluationLoader,
@@ -48,6 +48,7 @@ from mhacut.report.contents import curves_to_json
 from mhacut.report.prune_page import write_report
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes, gathered
+from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
 from mhacut.surgery.flops import CostTable, build_cost_table, count_parameters, measure_flops

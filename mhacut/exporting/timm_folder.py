@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +24,7 @@ from mhacut.errors import OutputError
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
+from mhacut.runtime.files import sync, sync_directory, temporary_path
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import model_input_size
 
@@ -69,7 +68,7 @@ def write_folder(
     model = _as_timm_makes_it(loaded)
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
     target = Path(os.path.realpath(target))
-    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(6)}.tmp"
+    temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # timm's own writer decides what its reader finds. The weights are ours, so that it may write them as
@@ -129,13 +128,14 @@ def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
 
 def _publish(temporary: Path, target: Path) -> None:
     for file in temporary.iterdir():
-        with open(file, "rb+") as written:
-            os.fsync(written.fileno())
-    with suppress(OSError):  # taken, which is what the rest is for
+        sync(file)
+    try:
         os.rename(temporary, target)
-        return
-    for file in temporary.iterdir():
-        os.replace(file, target / file.name)
+    except OSError:  # the name is taken by a folder that has files
+        for file in temporary.iterdir():
+            os.replace(file, target / file.name)
+        sync_directory(target)
+    sync_directory(target.parent)
 
 
 def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import yaml
 
 from mhacut.errors import CheckpointError, OutputError, UsageError
 from mhacut.options.base import unknown_option
+from mhacut.runtime.files import remove_temporaries, write_whole
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -64,14 +63,12 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove what a process that was killed as it wrote left behind."""
         for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY):
-            for left in self.path.glob(f".{name}.*.tmp"):
-                with suppress(OSError):
-                    left.unlink()
+            remove_temporaries(self.file(name))
 
     def write_arguments(self, values: Mapping[str, Any]) -> None:
         """Keep the options of the run, in a form that ``--config`` reads."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode())
+        write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
     def write_summary(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         """Keep a line per epoch, in timm's columns."""
@@ -81,13 +78,13 @@ class RunFolder:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
-        write_whole(self.file(SUMMARY), text.getvalue().encode())
+        write_whole(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Keep what the run goes on from."""
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
-        write_whole(self.file(STATE), buffer.getbuffer())
+        write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
         """What :meth:`write_state` kept; None before the first time. Nothing in the file is run.
@@ -136,24 +133,3 @@ def read_arguments(folder: str | os.PathLike[str], known: Sequence[str]) -> dict
         if name not in known:
             raise UsageError(f"{path}: {unknown_option(str(name), tuple(known))}")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content`` under ``path`` in one step that either happens or does not.
-
-    Raises:
-        OutputError: it cannot be written; what was there before is untouched.
-    """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

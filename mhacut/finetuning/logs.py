@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhacut.finetuning.folder import write_whole
 from mhacut.runtime.extras import need
+from mhacut.runtime.files import write_whole
 
 Row = Mapping[str, float | None]
 
@@ -110,7 +110,7 @@ class _Curve:
         accuracy.set_ylabel("top-1, %")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=120)
-        write_whole(self.path, drawn.getvalue())
+        write_whole(self.path, drawn.getvalue(), overwrite=True)
 
     def close(self) -> None:
         pass

@@ -10,6 +10,7 @@ from typing import Any
 
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport
+from mhacut.limits import is_int, is_number
 from mhacut.plan import UNIT_KINDS, Plan
 from mhacut.pruning.curves import Curve, sampled_widths
 from mhacut.pruning.indicators import SearchStep
@@ -74,7 +75,7 @@ def stored_curves(history: Iterable[Mapping[str, Any]]) -> tuple[tuple[StoredCur
         if isinstance(listed, list):
             found = tuple(filter(None, map(_curve, listed[:_MOST_CURVES])))
             stated: Any = entry.get("budget")
-            budget = int(stated) if _is_number(stated) and stated >= 0 else None
+            budget = int(stated) if _is_finite(stated) and stated >= 0 else None
     return found, budget if found else None
 
 
@@ -98,15 +99,14 @@ def _is_point(point: object) -> bool:
         isinstance(point, list)
         and len(point) == 2
         and _is_width(point[0])
-        and _is_number(point[1])
+        and _is_finite(point[1])
         and point[1] >= 0
     )
 
 
 def _is_width(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**6
+    return is_int(value) and 0 < value < 10**6
 
 
-def _is_number(value: Any) -> bool:
-    held = isinstance(value, int | float) and not isinstance(value, bool)
-    return held and abs(value) < 1e18 and math.isfinite(value)
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1e18 and math.isfinite(value)

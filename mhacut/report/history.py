@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mhacut.budget import format_flops
+from mhacut.limits import is_number
 from mhacut.text import safe
 
 
@@ -14,7 +15,7 @@ def step(entry: Mapping[str, Any]) -> str:
 
     def flops(name: str) -> str:
         value = entry.get(name)
-        held = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e18
+        held = is_number(value) and 0 <= value < 1e18
         return format_flops(float(value)) if held and value is not None else "?"
 
     def text(value: object) -> str:

@@ -9,12 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from mhacut._version import __version__
-from mhacut.checkpoint.write import write_whole
 from mhacut.options.base import PathLike
 from mhacut.report import sections
 from mhacut.report.contents import Contents
 from mhacut.report.markup import Markup, join, tag
 from mhacut.report.table import heads_table
+from mhacut.runtime.files import write_whole
 
 
 def write_page(
@@ -31,12 +31,7 @@ def write_page(
     Raises:
         OutputError: the file must not or cannot be written.
     """
-    text = page(contents).encode()
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(text)
-
-    write_whole(path, write, overwrite=overwrite, input_path=input_path)
+    write_whole(path, page(contents).encode(), overwrite=overwrite, input_path=input_path)
     return Path(path)
 
 

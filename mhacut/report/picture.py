@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhacut.checkpoint.write import write_whole
 from mhacut.inspection.layers import LayerReport, UnitReport
 from mhacut.options.base import PathLike
 from mhacut.plan import UnitKind
 from mhacut.report.contents import Contents
+from mhacut.runtime.files import write_whole
 
 _ROW_INCHES = 0.22
 
