@@ -19,7 +19,7 @@ from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
 from mhacut.pruning.distill import Divergence
-from mhacut.pruning.fisher import EVEN_SHARE, Sensitivity
+from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import find_prunable_layers
 
@@ -101,7 +101,7 @@ def test_outputs_that_are_not_finite_are_refused():
 
 
 def test_a_single_image_serves_for_both():
-    it = Calibrated(images=1, sensitivity_images=1)
+    it = Calibrated(images=1, fisher_images=1)
     assert it.found.held == 0
     assert it.found.teacher.shape == (1, 5)
     for unit in it.found.moments.values():
@@ -120,7 +120,7 @@ def test_images_that_are_differentiated_count_twice():
     Calibrated(
         images=8,
         batch_size=3,
-        sensitivity_images=4,
+        fisher_images=4,
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(3, 12), (4, 12), (7, 12), (10, 12), (12, 12)]
@@ -129,13 +129,13 @@ def test_images_that_are_differentiated_count_twice():
 def test_the_model_is_left_as_it_was():
     it = Calibrated()
     before = {name: tensor.clone() for name, tensor in it.model.state_dict().items()}
-    it.run(sensitivity_images=9)
+    it.run(fisher_images=9)
     assert all(torch.equal(tensor, before[name]) for name, tensor in it.model.state_dict().items())
     assert all(parameter.grad is None for parameter in it.model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in it.model.modules())
 
 
-# --- sensitivity ---
+# --- fisher ---
 
 
 def outputs_under(it, layer, images, errors):
@@ -149,7 +149,7 @@ def outputs_under(it, layer, images, errors):
 
 @pytest.mark.parametrize("classifier", [True, False])
 def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
-    it = Calibrated(batch_size=9, sensitivity_images=9, seed=3, classifier=classifier)
+    it = Calibrated(batch_size=9, fisher_images=9, seed=3, classifier=classifier)
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
     dense = it.model(fitted)
@@ -162,7 +162,7 @@ def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
             aim = (noise * moved).sum() * (2 / (5 * dense.var())) ** 0.5
         (gradient,) = torch.autograd.grad(aim, errors)
         expected = torch.einsum("bti,btj->ij", gradient, gradient) / len(fitted)
-        assert relative(it.found.sensitivity.metric[layer.name], expected) < 1e-4
+        assert relative(it.found.fisher.matrices[layer.name], expected) < 1e-4
 
 
 @pytest.mark.parametrize("classifier", [True, False])
@@ -171,9 +171,7 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
     it = Calibrated(images=2)
     x = it.images[1:]
     draws = x.expand(600, -1, -1, -1)
-    found = calibrate(
-        it.model, it.prunable, draws, batch_size=600, sensitivity_images=600, classifier=classifier
-    )
+    found = calibrate(it.model, it.prunable, draws, batch_size=600, fisher_images=600, classifier=classifier)
     dense = it.model(x)
     # Features are judged relative to their variance over the batch.
     variance = it.model(draws).var()
@@ -183,43 +181,43 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
         p = dense.softmax(-1)[0]
         metric = torch.diag(p) - torch.outer(p, p) if classifier else 2 * torch.eye(5) / (5 * variance)
         expected = torch.einsum("cti,cd,dtj->ij", slopes, metric.double(), slopes)
-        assert (found.sensitivity.metric[layer.name] - expected).norm() < 0.15 * expected.norm()
+        assert (found.fisher.matrices[layer.name] - expected).norm() < 0.15 * expected.norm()
 
 
 def test_it_foretells_the_divergence_of_small_errors():
     it = Calibrated(images=2)
     x = it.images[1:].expand(400, -1, -1, -1).contiguous()
-    found = calibrate(it.model, it.prunable, x, batch_size=400, sensitivity_images=400)
+    found = calibrate(it.model, it.prunable, x, batch_size=400, fisher_images=400)
     dense = it.model(x)
     for number, layer in enumerate(it.prunable.layers):
         generator = torch.Generator().manual_seed(number)
         mixing = torch.randn(24, 24, generator=generator).double()
         errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
         true = float(Divergence(True)(outputs_under(it, layer.name, x, errors), dense))
-        told = float((found.sensitivity.metric[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
+        told = float((found.fisher.matrices[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
         assert told == pytest.approx(true, rel=0.2)
 
 
 @pytest.mark.parametrize("images", [2, 9])
 def test_images_held_back_are_never_differentiated(images):
-    it = Calibrated(images=images, sensitivity_images=images)
-    assert it.found.sensitivity.metric.keys() == {layer.name for layer in it.prunable.layers}
+    it = Calibrated(images=images, fisher_images=images)
+    assert it.found.fisher.matrices.keys() == {layer.name for layer in it.prunable.layers}
     it.images[: it.found.held] += 1
-    other = it.run(sensitivity_images=images)
-    for layer, sensitivity in it.found.sensitivity.metric.items():
-        assert torch.equal(other.sensitivity.metric[layer], sensitivity)
+    other = it.run(fisher_images=images)
+    for layer, fisher in it.found.fisher.matrices.items():
+        assert torch.equal(other.fisher.matrices[layer], fisher)
 
 
 def test_only_as_many_images_are_differentiated_as_asked_for():
     it = Calibrated(images=9, batch_size=2)
-    assert it.found.sensitivity == Sensitivity()
-    part = it.run(batch_size=2, sensitivity_images=4)
+    assert it.found.fisher == FisherInformation()
+    part = it.run(batch_size=2, fisher_images=4)
     it.images = torch.cat([it.images[: part.held], it.images[part.held : part.held + 4]])
-    fewer = calibrate(it.model, it.prunable, it.images, batch_size=2, sensitivity_images=4)
+    fewer = calibrate(it.model, it.prunable, it.images, batch_size=2, fisher_images=4)
     # 6 images: 2 held out as before.
     assert fewer.held == part.held
-    for layer, sensitivity in part.sensitivity.metric.items():
-        assert torch.allclose(sensitivity, fewer.sensitivity.metric[layer])
+    for layer, fisher in part.fisher.matrices.items():
+        assert torch.allclose(fisher, fewer.fisher.matrices[layer])
 
 
 class Meeting(Processes):
@@ -254,7 +252,7 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
         model.requires_grad_(False)
 
     def run(processes):
-        given = {"batch_size": batch_size, "sensitivity_images": 6, "processes": processes}
+        given = {"batch_size": batch_size, "fisher_images": 6, "processes": processes}
         own = copy.deepcopy(model)  # the other listens to its own
         return calibrate(own, find_prunable_layers(own), images, **given)
 
@@ -265,13 +263,13 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
     assert all(torch.equal(*pair) for pair in zip(*(it.teacher for it in both), strict=True))
     assert torch.allclose(shared.teacher, alone.teacher, rtol=1e-5, atol=1e-6)
     assert shared.held == alone.held
-    assert alone.sensitivity.metric
-    assert alone.sensitivity.weights
-    for layer, expected in alone.sensitivity.metric.items():
-        assert relative(shared.sensitivity.metric[layer], expected) < 1e-5
-    for layer, grids in alone.sensitivity.weights.items():
+    assert alone.fisher.matrices
+    assert alone.fisher.importance
+    for layer, expected in alone.fisher.matrices.items():
+        assert relative(shared.fisher.matrices[layer], expected) < 1e-5
+    for layer, grids in alone.fisher.importance.items():
         for grid, expected in grids.items():
-            assert relative(shared.sensitivity.weights[layer][grid], expected) < 1e-5
+            assert relative(shared.fisher.importance[layer][grid], expected) < 1e-5
     for key, expected in alone.moments.items():
         for part in ("fit", "held"):
             for pair in zip(getattr(shared.moments[key], part), getattr(expected, part), strict=True):
@@ -284,7 +282,7 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
 
 
 def test_a_token_counts_as_much_as_its_gradients_say():
-    it = Calibrated(batch_size=9, sensitivity_images=9, seed=3)
+    it = Calibrated(batch_size=9, fisher_images=9, seed=3)
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
     dense = it.model(fitted)
@@ -294,21 +292,21 @@ def test_a_token_counts_as_much_as_its_gradients_say():
         aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
         (gradient,) = torch.autograd.grad(aim, errors)
         influence = gradient.square().sum((0, 2))
-        expected = EVEN_SHARE + (1 - EVEN_SHARE) * influence / influence.mean()
-        weights = it.found.sensitivity.token_weights(layer.name, (2, 5), images=2)
+        expected = SHRINKAGE + (1 - SHRINKAGE) * influence / influence.mean()
+        weights = it.found.fisher.token_importance(layer.name, (2, 5), images=2)
         assert relative(weights, expected.repeat(2)) < 1e-4
         assert weights.mean() == pytest.approx(1)
 
 
 def test_in_the_last_block_all_but_the_class_token_count_as_little_as_any_can():
-    it = Calibrated(sensitivity_images=9)
-    weights = it.found.sensitivity.token_weights("blocks.1.mlp", (1, 5), images=1)
-    assert weights[1:].tolist() == pytest.approx([EVEN_SHARE] * 4)
-    assert weights[0] == pytest.approx(5 - 4 * EVEN_SHARE)
+    it = Calibrated(fisher_images=9)
+    weights = it.found.fisher.token_importance("blocks.1.mlp", (1, 5), images=1)
+    assert weights[1:].tolist() == pytest.approx([SHRINKAGE] * 4)
+    assert weights[0] == pytest.approx(5 - 4 * SHRINKAGE)
 
 
 def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
-    it = Calibrated(sensitivity_images=9)
+    it = Calibrated(fisher_images=9)
     block, seen = it.model.blocks[0], {}
     hooks = [
         block.attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
@@ -320,7 +318,7 @@ def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
     q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
     k = k - k.mean(2, keepdim=True)
     attn, mlp = (
-        it.found.sensitivity.token_weights(f"blocks.0.{name}", (9, 5), images=9) for name in ("attn", "mlp")
+        it.found.fisher.token_importance(f"blocks.0.{name}", (9, 5), images=9) for name in ("attn", "mlp")
     )
     assert attn.std() > 0.1  # else nothing is tested
     assert mlp.std() > 0.1
@@ -339,37 +337,35 @@ WHERE = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
 
 
 def test_tokens_all_count_alike_where_that_is_asked_for_or_nothing_is_known():
-    it = Calibrated(sensitivity_images=9, token_weights=False)
-    assert it.found.sensitivity.metric
+    it = Calibrated(fisher_images=9, token_weights=False)
+    assert it.found.fisher.matrices
     plain = it.run()
     for key, expected in plain.moments.items():
         for found, wanted in zip(it.found.moments[key].every, expected.every, strict=True):
             same(found, wanted)
-    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9) is None
+    assert it.found.fisher.token_importance("blocks.0.attn", (9, 5), images=9) is None
 
 
 def test_rows_that_are_laid_out_otherwise_than_the_output_count_alike():
-    it = Calibrated(sensitivity_images=9)
-    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9) is not None
-    assert it.found.sensitivity.token_weights("blocks.0.attn", (9, 1, 5), images=9) is None
-    assert it.found.sensitivity.token_weights("blocks.0.attn", (18, 5), images=9) is None
-    assert it.found.sensitivity.token_weights("blocks.0.attn", (10, 5), images=9) is None
-    assert it.found.sensitivity.token_weights("head", (9, 5), images=9) is None
+    it = Calibrated(fisher_images=9)
+    assert it.found.fisher.token_importance("blocks.0.attn", (9, 5), images=9) is not None
+    assert it.found.fisher.token_importance("blocks.0.attn", (9, 1, 5), images=9) is None
+    assert it.found.fisher.token_importance("blocks.0.attn", (18, 5), images=9) is None
+    assert it.found.fisher.token_importance("blocks.0.attn", (10, 5), images=9) is None
+    assert it.found.fisher.token_importance("head", (9, 5), images=9) is None
 
 
 def test_several_rows_of_a_token_count_as_much_each():
-    it = Calibrated(sensitivity_images=9)
-    weights = it.found.sensitivity.token_weights("blocks.0.attn", (9, 5), images=9)
-    several = it.found.sensitivity.token_weights("blocks.0.attn", (9, 5, 2), images=9)
+    it = Calibrated(fisher_images=9)
+    weights = it.found.fisher.token_importance("blocks.0.attn", (9, 5), images=9)
+    several = it.found.fisher.token_importance("blocks.0.attn", (9, 5, 2), images=9)
     assert torch.equal(several.view(45, 2), weights[:, None].expand(-1, 2))
 
 
 def test_queries_that_turn_with_their_position_are_weighed_too():
     case = Case("vit_small_patch16_rope_224", SMALL)
     plain, weighed = (
-        Calibrated(case, sensitivity_images=9, token_weights=asked)
-        .found.moments["blocks.0.attn", "qk"]
-        .every[0]
+        Calibrated(case, fisher_images=9, token_weights=asked).found.moments["blocks.0.attn", "qk"].every[0]
         for asked in (False, True)
     )
     assert weighed.rows == plain.rows
@@ -380,11 +376,11 @@ def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
     case = timm_cases.Case("coat_tiny", {"img_size": 64, **args}, 64)
     model, images = timm_cases.build(case), timm_cases.image(case, batch=6)
-    found = calibrate(
-        model, find_prunable_layers(model), images, batch_size=6, sensitivity_images=6
-    ).sensitivity
-    layer, grids = next((layer, grids) for layer, grids in found.weights.items() if len(grids) > 1)
+    found = calibrate(model, find_prunable_layers(model), images, batch_size=6, fisher_images=6).fisher
+    layer, grids = next((layer, grids) for layer, grids in found.importance.items() if len(grids) > 1)
     assert torch.cat(list(grids.values())).mean() == pytest.approx(1)
     for grid, weights in grids.items():
-        assert torch.equal(found.token_weights(layer, (6 * grid[0], *grid[1:]), images=6), weights.repeat(6))
+        assert torch.equal(
+            found.token_importance(layer, (6 * grid[0], *grid[1:]), images=6), weights.repeat(6)
+        )
         assert weights.mean() != pytest.approx(1, rel=1e-2)

@@ -569,7 +569,7 @@ def test_progress_on_a_terminal(monkeypatch):
         console = Console()
         console.start("searching")
         console.advance(3, 10, "loss [bold] 1\x1b[2J")
-        console.note("a note with [brackets] and \x1b[2J")
+        console.log("a note with [brackets] and \x1b[2J")
         console.finish()
     text = stream.getvalue()
     assert "searching" in text

@@ -16,7 +16,7 @@ from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.channel_scales import plan_channel_scales
-from mhacut.pruning.curves import MOST_WIDTHS, error_curves
+from mhacut.pruning.curves import MOST_WIDTHS, sensitivity_curves
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.widths import width_choices
 from mhacut.surgery.find import find_prunable_layers
@@ -40,7 +40,7 @@ class Curved:
         self.prunable = find_prunable_layers(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
         self.calibration = calibrate(
-            self.model, self.prunable, self.images, batch_size=IMAGES, sensitivity_images=IMAGES
+            self.model, self.prunable, self.images, batch_size=IMAGES, fisher_images=IMAGES
         )
         units = self.prunable.units()
         self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
@@ -51,13 +51,13 @@ class Curved:
                 self.calibration.moments[unit.key],
                 self.choices[unit.key][0],
                 basis,
-                self.calibration.sensitivity.metric[unit.layer],
+                self.calibration.fisher.matrices[unit.layer],
                 refit=refit,
             )[0]
             for unit in units
         }
         self.told = []
-        self.curves = error_curves(
+        self.curves = sensitivity_curves(
             self.model,
             self.prunable,
             self.candidates,
@@ -79,12 +79,12 @@ class Curved:
     def divergence(self, unit, errors):
         """1/2 e^T S e, mean over rows, each of which counts as much as its token."""
         flat = errors.flatten(0, -2)
-        each = (flat @ self.calibration.sensitivity.metric[unit.layer] * flat).sum(-1)
+        each = (flat @ self.calibration.fisher.matrices[unit.layer] * flat).sum(-1)
         return float(self.weights(unit, flat) @ each) / len(flat) / 2
 
     def weights(self, unit, rows):
         grid = (IMAGES, len(rows) // IMAGES)
-        weights = self.calibration.sensitivity.token_weights(unit.layer, grid, IMAGES)
+        weights = self.calibration.fisher.token_importance(unit.layer, grid, IMAGES)
         assert weights.std() > 0.1  # else they are not tested
         return weights
 
@@ -178,7 +178,7 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
             predicted = mean + (x[:held, kept] - mean[kept]) @ torch.linalg.solve(damped, covariance[kept])
             predicted[:, kept] = x[:held, kept]
             moved = (x[:held] - predicted) @ reader.weight.T
-            each = (moved @ it.calibration.sensitivity.metric[unit.layer] * moved).sum(-1)
+            each = (moved @ it.calibration.fisher.matrices[unit.layer] * moved).sum(-1)
             errors.append(float(weights[:held] @ each) / held / 2)
         assert it.curves[unit.key][width] == pytest.approx(min(errors), rel=2e-3)
 
@@ -189,11 +189,11 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "v"))
-    calibration = calibrate(model, prunable, images, batch_size=32, sensitivity_images=32)
-    metric, seen = calibration.sensitivity.metric["attn_pool"], calibration.moments[unit.key]
+    calibration = calibrate(model, prunable, images, batch_size=32, fisher_images=32)
+    metric, seen = calibration.fisher.matrices["attn_pool"], calibration.moments[unit.key]
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "principal", metric)
     choices = {unit.key: (1, 12, 16)}
-    curve = error_curves(
+    curve = sensitivity_curves(
         model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
     )[unit.key]
     assert seen.fit[0].rows == 24 < 3 * 12
@@ -206,11 +206,11 @@ def test_errors_of_a_pooling_head_are_told_before_its_mlp():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "qk"))
-    calibration = calibrate(model, prunable, images, batch_size=400, sensitivity_images=400)
-    seen, metric = calibration.moments[unit.key], calibration.sensitivity.metric["attn_pool"]
+    calibration = calibrate(model, prunable, images, batch_size=400, fisher_images=400)
+    seen, metric = calibration.moments[unit.key], calibration.fisher.matrices["attn_pool"]
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "channel", metric)
     choices = {unit.key: (1, 16)}
-    curve = error_curves(
+    curve = sensitivity_curves(
         model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
     )[unit.key]
     shrunk, given = copy.deepcopy(model), []
@@ -265,7 +265,7 @@ def test_units_that_are_not_asked_for_are_not_run():
     it = Curved(CASES[0], "principal")
     told = []
     candidates = {key: candidate for key, candidate in it.candidates.items() if key[1] != "qk"}
-    found = error_curves(
+    found = sensitivity_curves(
         it.model,
         it.prunable,
         candidates,

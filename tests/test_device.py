@@ -22,7 +22,7 @@ class Told(Silent):
     def __init__(self):
         self.notes = []
 
-    def note(self, text):
+    def log(self, text):
         self.notes.append(text)
 
 

@@ -26,7 +26,7 @@ from mhacut.errors import (
     UsageError,
 )
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.curves import error_curves
+from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.indicators import search
 from mhacut.runtime.progress import Silent
 
@@ -180,7 +180,7 @@ def test_a_missing_validation_split_is_told(tiny_vit, tmp_path):
     class Capture(Silent):
         notes: ClassVar[list[str]] = []
 
-        def note(self, text):
+        def log(self, text):
             self.notes.append(text)
 
     result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=Capture())
@@ -413,10 +413,10 @@ def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
 
         return call
 
-    for function in (find_candidates, error_curves):
+    for function in (find_candidates, sensitivity_curves):
         monkeypatch.setattr(f"mhacut.pruning.planner.{function.__name__}", listened(function))
     prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
-    assert told == {"find_candidates": {repair}, "error_curves": {repair}}
+    assert told == {"find_candidates": {repair}, "sensitivity_curves": {repair}}
 
 
 def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
@@ -440,7 +440,7 @@ class Told(Silent):
     def __init__(self):
         self.notes = []
 
-    def note(self, message):
+    def log(self, message):
         self.notes.append(message)
 
 

@@ -44,9 +44,9 @@ class Bench:
         self.dense = build(case, dtype=torch.float64).requires_grad_(False)
         self.images = image(case, batch=images, dtype=torch.float64)
         self.prunable = find_prunable_layers(self.dense)
-        self.sensitivity = calibrate(
-            self.dense, self.prunable, self.images, batch_size=images, sensitivity_images=images
-        ).sensitivity
+        self.fisher = calibrate(
+            self.dense, self.prunable, self.images, batch_size=images, fisher_images=images
+        ).fisher
         self.slim = copy.deepcopy(self.dense)
         plans = []
         for unit in self.prunable.units():
@@ -60,7 +60,7 @@ class Bench:
 
     def repaired(self, judge=None, **more):
         judge = self.judge(self.dense) if judge is None else judge
-        return repair_in_order(self.slim, self.dense, self.images, HELD, self.sensitivity, judge, **more)
+        return repair_in_order(self.slim, self.dense, self.images, HELD, self.fisher, judge, **more)
 
 
 def output_of(model, name, images):
@@ -77,7 +77,7 @@ def slowly(bench, names):
     for layer, name in names:
         x, answer = output_of(model, name, bench.images)
         missing = (output_of(bench.dense, name, bench.images)[1] - answer).flatten(0, -2)
-        weights = bench.sensitivity.token_weights(layer, x.shape[:-1], len(bench.images))
+        weights = bench.fisher.token_importance(layer, x.shape[:-1], len(bench.images))
         output_projection = model.get_submodule(name)
         x = x.flatten(0, -2)
         if output_projection.bias is not None:
@@ -134,7 +134,7 @@ def test_of_many_images_some_are_taken_from_both_parts(monkeypatch, limit, value
     bench = Bench(PLAIN)
     judge = bench.judge(bench.dense)
     few = torch.cat([bench.images[:held], bench.images[HELD:][: count - held]])
-    expected = repair_in_order(bench.slim, bench.dense, few, held, bench.sensitivity, judge)
+    expected = repair_in_order(bench.slim, bench.dense, few, held, bench.fisher, judge)
     monkeypatch.setattr(f"mhacut.pruning.sequential.{limit}", value)
     found = bench.repaired(judge)
     assert torch.equal(found.model(bench.images), expected.model(bench.images))

@@ -9,12 +9,12 @@ import torch
 from models import Case, build, image
 
 from mhacut import prune
-from mhacut.linalg.exchange import LEAST_GAIN, _Choice, swap_channels
+from mhacut.linalg.exchange import LEAST_GAIN, _Choice, exchange_channels
 from mhacut.linalg.reconstruction import output_error
 from mhacut.linalg.selection import rank_channels
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import find_candidates, swapped
+from mhacut.pruning.candidates import exchanged, find_candidates
 from mhacut.surgery.find import find_prunable_layers
 
 
@@ -33,20 +33,20 @@ class Layer:
         self.second = x.T @ x / len(x)
         self.columns = torch.randn(out, size, generator=generator).double()
         root = torch.randn(out, out, generator=generator).double()
-        self.metric = root @ root.T if weighed else torch.eye(out).double()
+        self.matrices = root @ root.T if weighed else torch.eye(out).double()
 
     def greedy(self, width):
         return rank_channels(self.second, self.columns, self.heads, 1).kept(width)
 
-    def swapped(self, width):
-        return swap_channels(self.second, self.columns, self.greedy(width), self.metric)
+    def exchanged(self, width):
+        return exchange_channels(self.second, self.columns, self.greedy(width), self.matrices)
 
     def error(self, kept):
         """Of the output, once ``kept`` [heads, width] are refitted."""
         places = (torch.as_tensor(kept) + self.channels * torch.arange(self.heads)[:, None]).flatten()
         prediction = torch.linalg.solve(self.second[places][:, places], self.second[places])
         left = self.second - self.second[:, places] @ prediction
-        return float((self.metric @ self.columns @ left * self.columns).sum())
+        return float((self.matrices @ self.columns @ left * self.columns).sum())
 
 
 def swaps_of(layer, kept):
@@ -63,7 +63,7 @@ def swaps_of(layer, kept):
 @pytest.mark.parametrize(("heads", "channels", "width"), [(1, 12, 4), (1, 9, 8), (3, 6, 2), (2, 5, 1)])
 def test_no_swap_is_left_that_helps(seed, heads, channels, width, weighed):
     layer = Layer(seed, heads, channels, sources=6, weighed=weighed)
-    kept = layer.swapped(width)
+    kept = layer.exchanged(width)
     assert kept.shape == (heads, width)
     assert all(row == sorted(set(row)) and set(row) <= set(range(channels)) for row in kept.tolist())
     left = layer.error(kept)
@@ -76,7 +76,7 @@ def test_swaps_find_what_greedy_removal_misses():
     found, greedy, best = [], [], []
     for seed in range(12):
         layer = Layer(seed, 1, 10, sources=5)
-        found.append(layer.error(layer.swapped(4)))
+        found.append(layer.error(layer.exchanged(4)))
         greedy.append(layer.error(layer.greedy(4)))
         best.append(min(layer.error([kept]) for kept in combinations(range(10), 4)))
     right = [
@@ -90,7 +90,7 @@ def test_swaps_find_what_greedy_removal_misses():
 @pytest.mark.parametrize("seed", range(2))
 def test_many_at_once_end_there_too(seed):
     layer = Layer(seed, 1, 300, sources=40, out=20)
-    kept = layer.swapped(150)
+    kept = layer.exchanged(150)
     left = layer.error(kept)
     assert left < 0.995 * layer.error(layer.greedy(150))
     swaps = list(swaps_of(layer, kept))
@@ -102,7 +102,9 @@ def test_channels_that_repeat_each_other_are_no_trouble():
     layer = Layer(0, 1, 6, sources=3)
     twice = torch.arange(12) % 6
     kept = (
-        swap_channels(layer.second[twice][:, twice], layer.columns[:, twice], torch.tensor([[0, 6, 1]]))[0]
+        exchange_channels(layer.second[twice][:, twice], layer.columns[:, twice], torch.tensor([[0, 6, 1]]))[
+            0
+        ]
         % 6
     )
     assert len(set(kept.tolist())) == 3
@@ -112,10 +114,10 @@ def test_readers_of_several_places_are_weighed_each():
     layer = Layer(3, 1, 9, sources=5, out=4, weighed=True)
     second_place = torch.randn(4, 9, generator=torch.Generator().manual_seed(9)).double()
     columns = torch.cat([layer.columns, second_place])
-    kept = swap_channels(layer.second, columns.float(), layer.greedy(3), layer.metric)
+    kept = exchange_channels(layer.second, columns.float(), layer.greedy(3), layer.matrices)
 
     def error(kept):
-        return output_error(layer.second, kept[0], columns, layer.metric)
+        return output_error(layer.second, kept[0], columns, layer.matrices)
 
     left = error(kept)
     assert all(error(other) > (1 - LEAST_GAIN - 1e-5) * left for other in swaps_of(layer, kept))
@@ -125,7 +127,7 @@ def test_readers_of_several_places_are_weighed_each():
 def test_swaps_end_where_no_error_is_left(monkeypatch):
     layer = Layer(0, 1, 12, sources=5)
     layer.columns[:, 6:] = 0
-    rounds, swapped, begun = [], _Choice.swapped, _Choice.__init__
+    rounds, exchanged, begun = [], _Choice.exchanged, _Choice.__init__
 
     def rounded_up(choice, *args):
         begun(choice, *args)
@@ -134,11 +136,11 @@ def test_swaps_end_where_no_error_is_left(monkeypatch):
     def counted(choice, *places):
         rounds.append(places)
         assert len(rounds) < 50
-        return swapped(choice, *places)
+        return exchanged(choice, *places)
 
     monkeypatch.setattr(_Choice, "__init__", rounded_up)
-    monkeypatch.setattr(_Choice, "swapped", counted)
-    kept = swap_channels(layer.second, layer.columns, torch.arange(8)[None])
+    monkeypatch.setattr(_Choice, "exchanged", counted)
+    kept = exchange_channels(layer.second, layer.columns, torch.arange(8)[None])
     assert layer.error(kept) == pytest.approx(0, abs=1e-4)
 
 
@@ -159,19 +161,19 @@ class Unit:
         (self.candidate,) = find_candidates(self.module, self.unit, self.moments, 8, "channel")
         self.width = self.unit.width // 8
 
-    def swapped(self, width):
-        return swapped(self.module, self.candidate, self.moments, width, None)
+    def exchanged(self, width):
+        return exchanged(self.module, self.candidate, self.moments, width, None)
 
 
 def test_swaps_keep_the_order_but_for_what_changed_sides():
     it = Unit()
     before, after = (
-        candidate.ranking.order[0].tolist() for candidate in (it.candidate, it.swapped(it.width))
+        candidate.ranking.order[0].tolist() for candidate in (it.candidate, it.exchanged(it.width))
     )
     kept = set(after[: it.width])
     assert kept != set(before[: it.width])
     assert after == [c for c in before if c in kept] + [c for c in before if c not in kept]
-    assert it.swapped(it.unit.width) is it.candidate
+    assert it.exchanged(it.unit.width) is it.candidate
 
 
 def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
@@ -179,7 +181,7 @@ def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
     rows = it.moments.fit[0].rows
     for few, same in ((rows / it.unit.width, False), (rows / it.unit.width + 0.01, True)):
         monkeypatch.setattr("mhacut.pruning.candidates.FEW_ROWS", few)
-        assert (it.swapped(it.width) is it.candidate) == same
+        assert (it.exchanged(it.width) is it.candidate) == same
 
 
 def test_the_best_effort_swaps():

@@ -66,11 +66,11 @@ def test_the_teacher_answers_for_what_images_have_become(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     distillation, seen = lesson_of(dense, images, batch_size=4), []
     for number in range(4):
-        assert float(distillation.taught(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
+        assert float(distillation.varied_loss(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
     other = copy.deepcopy(dense)
     other.head.weight.zero_()
     hook = other.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    loss = float(distillation.taught(other, dense, generator(0)))
+    loss = float(distillation.varied_loss(other, dense, generator(0)))
     hook.remove()
     assert not any(torch.equal(seen[0], known) for known in (images, images.flip(-1)))
     assert loss == pytest.approx(float(distillation.divergence(other(seen[0]), dense(seen[0]))), rel=1e-5)
@@ -88,7 +88,7 @@ def test_labels_are_not_those_of_mixed_images(dense):
         classifier=True,
         amp=False,
     )
-    assert float(distillation.taught(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
+    assert float(distillation.varied_loss(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_variation_is_made_of_the_images_of_its_batch():
@@ -121,4 +121,4 @@ def test_a_loss_that_is_not_finite_is_refused(dense):
     distillation = lesson_of(dense, torch.randn(4, 3, 16, 16))
     dense.head.bias += float("nan")
     with pytest.raises(MhacutError, match="not finite"):
-        distillation.taught(dense, dense, generator(0))
+        distillation.varied_loss(dense, dense, generator(0))

@@ -217,7 +217,7 @@ def read_as_told(options: CheckpointOptions, reporter: Reporter) -> LoadedModel:
         num_classes=options.num_classes,
     )
     for note in loaded.notes:
-        reporter.note(note)
+        reporter.log(note)
     return loaded
 
 

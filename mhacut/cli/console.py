@@ -89,9 +89,9 @@ class Console:
 
     # -- the rest --
 
-    def note(self, text: str) -> None:
+    def log(self, message: str) -> None:
         if not self.quiet:
-            self.say(safe(text))
+            self.say(safe(message))
 
     def start(self, stage: str) -> None:
         if self.quiet:

@@ -147,7 +147,7 @@ def _sizes(loaded: Sequence[LoadedModel], reporter: Reporter) -> list[tuple[int,
                     sizes[index] = resolve_preprocessing(one, override).input_size
     if len(set(sizes)) > 1:
         told = ", ".join(f"{one.source} {size[1]}x{size[2]}" for one, size in zip(loaded, sizes, strict=True))
-        reporter.note(f"images are not of one size ({told}): ratios are of sizes as well as of models")
+        reporter.log(f"images are not of one size ({told}): ratios are of sizes as well as of models")
     return sizes
 
 
@@ -158,7 +158,7 @@ def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> LoadedMo
     if loaded.record is not None:
         off = sorted({unit.width for unit in loaded.record.plan if unit.width % ALIGNED})
         if off:
-            reporter.note(
+            reporter.log(
                 f"{loaded.source}: widths {', '.join(map(str, off))} are no multiples of {ALIGNED}, where "
                 "kernels are fast: prune with --round-to 8"
             )

@@ -43,7 +43,7 @@ def evaluate_checkpoint(options: EvaluateOptions, reporter: Reporter) -> Checkpo
         raise UsageError("nothing to evaluate on: give --data-dir DIR or --dataset NAME")
     device = resolve_device(options.device)
     if options.amp:
-        warn_of_slow_amp(device, reporter.note)
+        warn_of_slow_amp(device, reporter.log)
     reporter.start("reading")
     loaded = read_as_told(options, reporter)
     classes = classifier_size(loaded.model)

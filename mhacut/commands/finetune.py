@@ -96,11 +96,11 @@ class _Run:
         self.options, self.processes, self.reporter = options, processes, reporter
         self.device = processes.device
         if options.amp:
-            warn_of_slow_amp(self.device, reporter.note)
+            warn_of_slow_amp(self.device, reporter.log)
         reporter.start("reading")
         self.loaded = _read_slim(options)
         for note in self.loaded.notes:
-            reporter.note(note)
+            reporter.log(note)
         stem = self.loaded.stem
         self.folder = RunFolder(Path(options.resume or options.output or f"{stem}-finetuned"))
         self.classes = classifier_size(self.loaded.model)
@@ -125,15 +125,15 @@ class _Run:
         per_epoch = self.batches.steps_per_epoch
         self.total_steps = training.steps or training.epochs * per_epoch
         self.validation = validation_images(
-            options, self.preprocessing, self.classes, processes, reporter.note
+            options, self.preprocessing, self.classes, processes, reporter.log
         )
         model = self.loaded.model.to(self.device)
         if processes.size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             if self.device.type == "cuda":
                 model = convert_sync_batchnorm(model)
             else:
-                reporter.note("batch norms see the images of one process only: CPUs cannot share statistics")
-        distillation = lesson_of(options, self.loaded, model, self.preprocessing, self.device, reporter.note)
+                reporter.log("batch norms see the images of one process only: CPUs cannot share statistics")
+        distillation = lesson_of(options, self.loaded, model, self.preprocessing, self.device, reporter.log)
         self.teacher_sha256 = distillation.teacher_sha256
         self.trainer = Trainer(
             model,
@@ -169,9 +169,9 @@ class _Run:
         began = time.perf_counter()
         self._open()
         self.trainer.connect()
-        self.reporter.note(f"training on {self.images.description}")
+        self.reporter.log(f"training on {self.images.description}")
         if self.processes.first:
-            self.logs = Logs(self.options.logs, self.folder.path, portable(self.options), self.reporter.note)
+            self.logs = Logs(self.options.logs, self.folder.path, portable(self.options), self.reporter.log)
         try:
             with stop_request() as request:
                 rate = self._train(request)
@@ -224,7 +224,7 @@ class _Run:
                 self._open_new()
         if state is None:
             if self.options.resume is not None:
-                self.reporter.note(f"{self.folder.path}: no step was saved, beginning with the first")
+                self.reporter.log(f"{self.folder.path}: no step was saved, beginning with the first")
             if self.validation is not None:
                 self.reporter.start("measuring before")
                 self.before = self._measure(self.trainer.model)
@@ -236,7 +236,7 @@ class _Run:
         self.rows = [EpochSummary(**row) for row in state["rows"]]
         self.before = None if state["before"] is None else Evaluation(**state["before"])
         self.unreadable = dict.fromkeys(state["unreadable"])
-        self.reporter.note(f"going on after step {self.step} of {self.total_steps}")
+        self.reporter.log(f"going on after step {self.step} of {self.total_steps}")
 
     def _open_new(self) -> None:
         teacher = self.options.teaching.teacher
@@ -295,7 +295,7 @@ class _Run:
             elif stop or (every and self.step % every == 0):
                 self._save()
                 so_far = self.epoch_loss / self.epoch_images
-                self.reporter.note(f"step {self.step}: loss {so_far:.4f} so far in this epoch; saved")
+                self.reporter.log(f"step {self.step}: loss {so_far:.4f} so far in this epoch; saved")
             if stop and self.step < self.total_steps:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; all is saved. "
@@ -315,9 +315,7 @@ class _Run:
             for bad in batch.unreadable:
                 if bad.file not in self.unreadable:
                     self.unreadable[bad.file] = None
-                    self.reporter.note(
-                        f"unreadable, another image stands in for it: {bad.file}: {bad.reason}"
-                    )
+                    self.reporter.log(f"unreadable, another image stands in for it: {bad.file}: {bad.reason}")
             yield batch
 
     def _diverged(self, loss: float) -> MhacutError:
@@ -360,7 +358,7 @@ class _Run:
         self.rows.append(row)
         self.epoch_loss, self.epoch_images = 0.0, 0
         measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
-        self.reporter.note(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
+        self.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
         if evaluation is not None and (self.best is None or evaluation.top1 > self.best):
             self.best = evaluation.top1
             with self.processes.together():
@@ -382,7 +380,7 @@ class _Run:
         self.unreadable = dict.fromkeys(self.processes.union(list(told)))
         for file in self.unreadable:
             if file not in told:
-                self.reporter.note(f"unreadable, another image stands in for it: {file}")
+                self.reporter.log(f"unreadable, another image stands in for it: {file}")
 
     def _write_last(self) -> None:
         if len(self.unreadable) > _MOST_UNREADABLE * self.images.count:
@@ -441,7 +439,7 @@ class _Run:
             self.reporter.advance(done, total)
             if request is not None and request.asked and not request.answered:
                 request.answered = True
-                self.reporter.note("stopping once this is measured and saved; asked again, at once")
+                self.reporter.log("stopping once this is measured and saved; asked again, at once")
 
         return measure(
             model,

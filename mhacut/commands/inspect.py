@@ -125,7 +125,7 @@ def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:
         num_classes=options.num_classes,
     )
     for note in outline.notes:
-        reporter.note(note)
+        reporter.log(note)
     return outline
 
 
@@ -193,7 +193,7 @@ def _compared(
         )
     history = () if opened.record is None else opened.record.history
     if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
-        reporter.note(f"{dense.source} is not the file that {opened.source} was cut from")
+        reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
     sizes = [model_input_size(one.model, one.identity.pretrained_cfg) for one in (dense, opened)]
     if sizes[0] != sizes[1]:
         told = ["x".join(map(str, size)) for size in sizes]

@@ -152,7 +152,7 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             subject.prunable,
             subject.seen.images,
             batch_size=options.search.batch_size,
-            sensitivity_images=_sensitivity_images(options.search, len(subject.seen.images)),
+            fisher_images=_sensitivity_images(options.search, len(subject.seen.images)),
             token_weights=options.search.token_weights,
             seed=options.search.seed,
             classifier=gives_probabilities(subject.dense),
@@ -197,9 +197,9 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
     idle = options.idle()
     for name, reason in idle.items():
         flag = ("no-" if given[name] is False else "") + name.replace("_", "-")
-        reporter.note(f"--{flag} has no effect: {reason}")
+        reporter.log(f"--{flag} has no effect: {reason}")
     if options.amp and "amp" not in idle:
-        warn_of_slow_amp(device, reporter.note)
+        warn_of_slow_amp(device, reporter.log)
     loaded = read_as_told(options, reporter)
     target = Path(options.output or f"{loaded.stem}-{asked.label}.safetensors")
     if not options.dry_run:
@@ -211,12 +211,12 @@ def _read(options: PruneOptions, processes: Processes, clock: _Clock) -> _Subjec
     budget = _reachable(asked, table, prunable, _KINDS[options.scope], options.round_to)
     whole = not_prunable(prunable)
     for line in whole:
-        reporter.note(f"left whole: {line}")
+        reporter.log(f"left whole: {line}")
 
     clock.start("loading images")
     classes = classifier_size(dense)
     seen = _calibration_images(options, preprocessing, classes)
-    reporter.note(f"searching on {seen.description}")
+    reporter.log(f"searching on {seen.description}")
 
     dense.to(device)
     # Before the work, so that whatever is wrong with the images is said before anything is written.
@@ -273,7 +273,7 @@ def _cut_down(
         progress=reporter.advance,
     ).plan()
     if planned.note is not None:
-        reporter.note(planned.note)
+        reporter.log(planned.note)
     ready = planned.ready
 
     clock.start("cutting")
@@ -292,7 +292,7 @@ def _cut_down(
         device,
         start_stage=clock.start,
         progress=reporter.advance,
-        note=reporter.note,
+        note=reporter.log,
     )
     record = _record(options, loaded, planned, preprocessing, seen, budget, table.dense, flops)
     if not options.dry_run:
@@ -513,7 +513,7 @@ def _evaluation_loader(
     if options.eval_images == 0 or classes == 0 or (data.data_dir is None and data.dataset is None):
         return None
     if not has_split(data.data_dir, data.dataset, data.val_split):
-        reporter.note(
+        reporter.log(
             f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} (--val-split)"
         )
         return None

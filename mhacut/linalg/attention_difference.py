@@ -61,7 +61,7 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
     return torch.where(left < EPSILON, square, lost).sum(-2).sum(0)
 
 
-def linear_contributions(query: Tensor, key: Tensor, value: Tensor, metric: Tensor) -> Tensor:
+def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
     """Second moment of what each channel adds to the output of linear attention, [H, d, d].
 
     To first order: without channel i, output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights),
@@ -72,12 +72,12 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, metric: Tens
         query: non-negative features, [B, H, N, d].
         key: likewise, [B, H, M, d].
         value: [B, H, M, d_v].
-        metric: of the output of each head, [H, d_v, d_v].
+        output_gram: of the output of each head, [H, d_v, d_v].
     """
     query, key, value = query.double(), key.double(), value.double()
     weights, mean = _weights(query, key)
     keys_values = key.mT @ value / key.shape[-2]
-    gram = keys_values @ metric.to(query) @ keys_values.mT
+    gram = keys_values @ output_gram.to(query) @ keys_values.mT
     along, square = _along_output(weights, gram)
     cross = ((weights * along).mT @ weights) * mean.unsqueeze(-2)
     own = (weights.mT @ weights) * gram

@@ -63,20 +63,20 @@ def refit_linear(
     both = fit + held
     gone = others(kept, fit.total.shape[-1])
     reader = columns.double()[:, gone]
-    metric = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
+    gram = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
 
     def centred(moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if constant else moments.energy
 
     seen, unseen = centred(fit, fit), centred(held, fit)
-    baseline = float((metric * held.energy[gone][:, gone]).sum())
-    errors = {float("inf"): float((metric * unseen[gone][:, gone]).sum())}
+    baseline = float((gram * held.energy[gone][:, gone]).sum())
+    errors = {float("inf"): float((gram * unseen[gone][:, gone]).sum())}
     values, vectors = torch.linalg.eigh(seen[kept][:, kept])
     size = float(values.clamp_min(0).mean())
     rounding = max(0.0, -float(values[0]))  # what no ridge is smaller than, see _ridge_solve
     # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
     projected = seen[gone][:, kept] @ vectors
-    weighed = metric @ projected
+    weighed = gram @ projected
     linear = (weighed * (unseen[gone][:, kept] @ vectors)).sum(0)
     quadratic = (projected.T @ weighed) * (vectors.T @ unseen[kept][:, kept] @ vectors)
     for ridge in RIDGES:
@@ -131,7 +131,7 @@ def refit_logits(
 
 
 def output_error(
-    second: Tensor, kept: Tensor, columns: Tensor, metric: Tensor | None, *, refit: bool = True
+    second: Tensor, kept: Tensor, columns: Tensor, fisher: Tensor | None, *, refit: bool = True
 ) -> float:
     """Error of the output, per row, without the other channels, once columns are refitted on the kept ones.
 
@@ -139,7 +139,7 @@ def output_error(
         second: second moment of the channels, [d, d]; centred, where the refit may add a constant.
         kept: indices, [kept].
         columns: the weights that read them, [out, d], or [places * out, d], those of a place together.
-        metric: of errors of the output, [out, out]; None is plain squared error.
+        fisher: of errors of the output, [out, out]; None is plain squared error.
         refit: off, columns stay as they are.
     """
     gone = others(kept, second.shape[-1])
@@ -150,21 +150,21 @@ def output_error(
         solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
         left = left - second[gone][:, kept] @ solved
     reader = columns[:, gone]
-    return float((reader.mT @ weighed_by(metric, reader) * left).sum().clamp_min(0))
+    return float((reader.mT @ weighed_by(fisher, reader) * left).sum().clamp_min(0))
 
 
-def symmetric_root(metric: Tensor) -> Tensor:
-    """R with R R = ``metric``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
-    values, vectors = torch.linalg.eigh(metric)
+def symmetric_root(fisher: Tensor) -> Tensor:
+    """R with R R = ``fisher``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
+    values, vectors = torch.linalg.eigh(fisher)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     return root
 
 
-def weighed_by(metric: Tensor | None, columns: Tensor) -> Tensor:
-    """``metric`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
-    if metric is None:
+def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
+    """``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
+    if fisher is None:
         return columns
-    return (metric @ columns.reshape(-1, len(metric), columns.shape[-1])).flatten(0, 1)
+    return (fisher @ columns.reshape(-1, len(fisher), columns.shape[-1])).flatten(0, 1)
 
 
 def others(kept: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ RIDGE = 1e-6
 """Of the mean variance, added before inverting, so that channels that repeat each other do not break it."""
 AT_ONCE = 0.02
 """Share of the remaining channels that go in one step; one by one below 100. On 768 random channels the error
-left was 0.1 % above that of one by one, in a fifth of the time. So many are swapped at once, too."""
+left was 0.1 % above that of one by one, in a fifth of the time. So many are exchanged at once, too."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Removal(Ranking):
 
 
 def rank_channels(
-    second: Tensor, columns: Tensor, heads: int, smallest: int, metric: Tensor | None = None
+    second: Tensor, columns: Tensor, heads: int, smallest: int, fisher: Tensor | None = None
 ) -> Removal:
     """Rank the channels of a layer that is read through ``columns``.
 
@@ -53,8 +53,8 @@ def rank_channels(
             together.
         heads: every head keeps the same number.
         smallest: channels per head that are never removed; they end up in ascending order at the front.
-        metric: of errors of the output, [out, out]; prices :attr:`Removal.error`, not the choice, which is
-            by plain squared error (choosing by the metric was no better on a CIFAR-10 ViT, and worse where
+        fisher: of errors of the output, [out, out]; prices :attr:`Removal.error`, not the choice, which is
+            by plain squared error (choosing by it was no better on a CIFAR-10 ViT, and worse where
             few images make it noisy).
     """
     size = second.shape[0]
@@ -75,7 +75,7 @@ def rank_channels(
         stays[gone] = False
         share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
         lost = effective_output_weights[:, gone]
-        weighed = weighed_by(metric, lost)
+        weighed = weighed_by(fisher, lost)
         spent_now = float((torch.linalg.solve(inverse[gone][:, gone], lost.mT @ weighed)).trace())
         count = torch.arange(1, len(gone) + 1, device=second.device)
         error[len(left) - count] = spent + spent_now * count.to(error) / len(gone)

@@ -24,7 +24,7 @@ from mhacut.linalg.attention_difference import (
 )
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
-from mhacut.pruning.fisher import Sensitivity, measure_sensitivity
+from mhacut.pruning.fisher import FisherInformation, measure_fisher
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.hooks import capturing
@@ -81,7 +81,7 @@ class Calibration:
     """The first so many images are the ones held out; 0 with a single image, which then serves for both."""
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
-    sensitivity: Sensitivity
+    fisher: FisherInformation
     """Of the answer to errors of each layer's output; empty when not asked for."""
     teacher: Tensor
     """Dense outputs, [images, classes]."""
@@ -90,9 +90,9 @@ class Calibration:
 class _Accumulator:
     """Sums over images for one unit, float64, on the model's device."""
 
-    def __init__(self, unit: Unit, sensitivity: Sensitivity, metric: Tensor | None = None) -> None:
-        """Start from nothing; ``metric``, [H, d_v, d_v], is of what heads of linear attention give."""
-        self.unit, self.sensitivity, self.metric = unit, sensitivity, metric
+    def __init__(self, unit: Unit, fisher: FisherInformation, output_gram: Tensor | None = None) -> None:
+        """Start from nothing; ``output_gram``, [H, d_v, d_v], is of what heads of linear attention give."""
+        self.unit, self.fisher, self.output_gram = unit, fisher, output_gram
         self.parts: dict[tuple[str, bool], Moments] = {}
         self.grams: dict[str, Tensor] = {}
         self.energy: Tensor | None = None
@@ -105,7 +105,7 @@ class _Accumulator:
             return
         weights = None
         if hook != "key":
-            weights = self.sensitivity.token_weights(self.unit.layer, channels.shape[:-2], images)
+            weights = self.fisher.token_importance(self.unit.layer, channels.shape[:-2], images)
         if self.unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
             self._energy(hook, x)
@@ -129,8 +129,8 @@ class _Accumulator:
         query, key, value = (self._waiting.pop(name) for name in ("query", "key", "value"))
         energy = linear_attention_energy(query, key)
         self.energy = energy if self.energy is None else self.energy + energy
-        assert self.metric is not None
-        second = linear_contributions(query, key, value, self.metric)
+        assert self.output_gram is not None
+        second = linear_contributions(query, key, value, self.output_gram)
         rows = query.shape[0] * query.shape[2]
         parts, place = Moments(rows, torch.zeros_like(energy), second), ("parts", held)
         self.parts[place] = self.parts[place] + parts if place in self.parts else parts
@@ -211,7 +211,7 @@ def calibrate(
     images: Tensor,
     *,
     batch_size: int,
-    sensitivity_images: int = 0,
+    fisher_images: int = 0,
     token_weights: bool = True,
     seed: int = 0,
     classifier: bool = True,
@@ -228,7 +228,7 @@ def calibrate(
         prunable: of ``model``.
         images: normalised.
         batch_size: images at a time.
-        sensitivity_images: how many of those to fit are differentiated first, for the layers' sensitivity;
+        fisher_images: how many of those to fit are differentiated first, for the layers' fisher;
             each costs about three times an image that is not.
         token_weights: whether tokens count as much as those images say they influence the answer.
         seed: of the random projections that estimate it.
@@ -242,7 +242,7 @@ def calibrate(
     processes = processes or Processes(0, 1, images.device)
     count = len(images)
     held = held_out(count)
-    fitted = images[held:][:sensitivity_images]
+    fitted = images[held:][:fisher_images]
     done = 0
 
     def advance(by: int) -> None:
@@ -251,9 +251,9 @@ def calibrate(
         if progress is not None:
             progress(done, len(fitted) + count)
 
-    sensitivity = Sensitivity()
+    fisher = FisherInformation()
     if len(fitted) > 0:
-        sensitivity = measure_sensitivity(
+        fisher = measure_fisher(
             model,
             prunable,
             fitted,
@@ -264,9 +264,9 @@ def calibrate(
             processes=processes,
         )
         if not token_weights:
-            sensitivity = Sensitivity(sensitivity.metric)
+            fisher = FisherInformation(fisher.matrices)
     accumulators = {
-        unit.key: _Accumulator(unit, sensitivity, _output_metric(model, layer) if unit.linear else None)
+        unit.key: _Accumulator(unit, fisher, _output_gram(model, layer) if unit.linear else None)
         for layer in prunable.layers
         for unit in layer.units
     }
@@ -298,7 +298,7 @@ def calibrate(
             unit.key: accumulators[unit.key].statistics(model.get_submodule(unit.layer))
             for unit in prunable.units()
         },
-        sensitivity,
+        fisher,
         answers,
     )
 
@@ -326,7 +326,7 @@ def _under(prefix: str, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)}
 
 
-def _output_metric(model: nn.Module, layer: Layer) -> Tensor:
+def _output_gram(model: nn.Module, layer: Layer) -> Tensor:
     """W^T W of every head, with W the columns that read its values, [H, d_v, d_v], float64."""
     values = next(unit for unit in layer.units if unit.kind == "v")
     columns = effective_output_weights(model.get_submodule(layer.name), values).view(

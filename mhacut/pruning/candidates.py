@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
-from mhacut.linalg.exchange import swap_channels
+from mhacut.linalg.exchange import exchange_channels
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.selection import (
@@ -63,7 +63,7 @@ def find_candidates(
     moments: UnitMoments,
     smallest: int,
     basis: BasisChoice,
-    metric: Tensor | None = None,
+    fisher: Tensor | None = None,
     positions: Positions = "auto",
     *,
     refit: bool = True,
@@ -76,7 +76,7 @@ def find_candidates(
         moments: of its channels.
         smallest: the least width anyone will ask for.
         basis: ``auto`` gives both where the algebra allows both.
-        metric: of errors of the layer's output, [out, out], to price the removal of hidden channels.
+        fisher: of errors of the layer's output, [out, out], to price the removal of hidden channels.
         positions: of channels in heads that share tensors; ``auto`` gives both ways.
         refit: whether the cut will be repaired; without that, channels are ranked by what goes with them.
     """
@@ -88,7 +88,7 @@ def find_candidates(
     own = positions != "equal" and unit.sharing != "tied"
     equal = positions != "own" or unit.sharing == "tied"
     if by_channel and (not shares or own):
-        ranking = _ranking(module, unit, moments, smallest, metric, refit)
+        ranking = _ranking(module, unit, moments, smallest, fisher, refit)
         found.append(Candidate(unit, None, ranking, shares))
     if by_channel and shares and equal and (unit.mixing == "select" or not refit):
         together = _parts(module, unit, moments).sum((0, 2))[None]
@@ -100,8 +100,8 @@ def find_candidates(
     return tuple(found)
 
 
-def swapped(
-    module: nn.Module, candidate: Candidate, moments: UnitMoments, width: int, metric: Tensor | None
+def exchanged(
+    module: nn.Module, candidate: Candidate, moments: UnitMoments, width: int, fisher: Tensor | None
 ) -> Candidate:
     """``candidate`` with the channels it keeps at ``width`` improved by swaps; good for that width only.
 
@@ -114,13 +114,13 @@ def swapped(
         candidate: to shrink a unit of that layer.
         moments: of the unit's channels.
         width: that it will have.
-        metric: of errors of the layer's output, [out, out], float64.
+        fisher: of errors of the layer's output, [out, out], float64.
     """
     unit = candidate.unit
     if not isinstance(candidate.ranking, Removal) or width == unit.width or few_rows(unit, moments):
         return candidate
     second, kept = _second(unit, moments.every[0], True), candidate.ranking.kept(width)
-    kept = swap_channels(second, effective_output_weights(module, unit), kept, metric)
+    kept = exchange_channels(second, effective_output_weights(module, unit), kept, fisher)
     order = candidate.ranking.order
     gone = torch.ones_like(order, dtype=torch.bool).scatter(-1, kept, False)
     places = gone.gather(-1, order).sort(dim=-1, stable=True).indices  # those kept first, else as they were
@@ -174,7 +174,7 @@ def _ranking(
     unit: Unit,
     moments: UnitMoments,
     smallest: int,
-    metric: Tensor | None,
+    fisher: Tensor | None,
     refit: bool,
 ) -> Ranking:
     every = moments.every
@@ -184,7 +184,7 @@ def _ranking(
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
     second = _second(unit, every[0], refit)
-    return rank_channels(second, effective_output_weights(module, unit), unit.heads, smallest, metric)
+    return rank_channels(second, effective_output_weights(module, unit), unit.heads, smallest, fisher)
 
 
 def _parts(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:

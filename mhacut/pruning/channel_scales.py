@@ -22,7 +22,7 @@ from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
 
 # There are few steps: a shorter memory of the gradients' size than Adam's own.
-GAIN_BETAS = (0.9, 0.99)
+ADAM_BETAS = (0.9, 0.99)
 
 
 def plan_channel_scales(
@@ -88,7 +88,7 @@ def train_channel_scales(
         )
         for unit in units
     }
-    optimiser = torch.optim.Adam(channel_scales.values(), lr=lr, betas=GAIN_BETAS)
+    optimiser = torch.optim.Adam(channel_scales.values(), lr=lr, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
     for step in range(steps):
         loss = distillation.loss(

@@ -1,7 +1,7 @@
 """Error curves: how far the model's answer moves when one unit alone is cut to each width (and repaired).
 
 Ours. An error e of a layer's output moves the answer by a KL divergence of about 1/2 tr(S E[e e^T]), with S
-the layer's sensitivity (:class:`mhacut.pruning.fisher.Sensitivity`). For v and hidden channels E[e e^T]
+the layer's fisher (:class:`mhacut.pruning.fisher.FisherInformation`). For v and hidden channels E[e e^T]
 follows from the calibration's moments; what a cut of the logits does passes a softmax, and v channels may
 feed others, so there the layer is run anew at every width. On a CIFAR-10 ViT the true divergence was 1.3 to
 3 times the estimate in every unit (the errors of an image's tokens add up), which leaves the comparison of
@@ -35,7 +35,7 @@ MOST_WIDTHS = 8
 
 
 @torch.no_grad()
-def error_curves(
+def sensitivity_curves(
     model: nn.Module,
     prunable: PrunableLayers,
     candidates: Mapping[UnitKey, Candidate],
@@ -66,10 +66,10 @@ def error_curves(
         module = model.get_submodule(layer.name)
         for unit in layer.units:
             if unit.key in candidates and not _is_run(unit, candidates):
-                sensitivity = calibration.sensitivity.metric[layer.name]
+                fisher = calibration.fisher.matrices[layer.name]
                 moments = calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
-                    module, candidates[unit.key], moments, sensitivity, choices[unit.key], refit
+                    module, candidates[unit.key], moments, fisher, choices[unit.key], refit
                 )
     run_anew = [layer for layer in layers if any(_is_run(unit, candidates) for unit in layer.units)]
     done = 0
@@ -121,7 +121,7 @@ def _output_curve(
     module: nn.Module,
     candidate: Candidate,
     moments: UnitMoments,
-    sensitivity: Tensor,
+    fisher: Tensor,
     choices: Sequence[int],
     refit: bool,
 ) -> Curve:
@@ -134,13 +134,13 @@ def _output_curve(
         columns = columns @ block_diagonal(candidate.rotation).mT
     seen, unseen, every = turned.fit[0], turned.held[0], turned.every[0]
     second = every.covariance if constant else every.energy
-    weighed = weighed_by(symmetric_root(sensitivity), columns) if few else columns
+    weighed = weighed_by(symmetric_root(fisher), columns) if few else columns
 
     def error(width: int) -> float:
         kept = (ranking.kept(width) + heads).reshape(-1)
         if few and width < unit.width:
             return refit_linear(seen, unseen, kept, weighed, constant=constant).left
-        return output_error(second, kept, columns, sensitivity, refit=refit)
+        return output_error(second, kept, columns, fisher, refit=refit)
 
     heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
     return _interpolated({width: error(width) / 2 for width in sampled_widths(choices)}, choices)
@@ -159,9 +159,9 @@ def _curve_by_runs(
     images: int,
 ) -> Curve:
     unit, (args, kwargs) = candidate.unit, inputs()
-    sensitivity, dense = calibration.sensitivity, output.movedim(layer.channel_dim, -1)
-    metric = sensitivity.metric[layer.name]
-    weights = sensitivity.token_weights(layer.name, dense.shape[:-1], images)
+    fisher, dense = calibration.fisher, output.movedim(layer.channel_dim, -1)
+    matrix = fisher.matrices[layer.name]
+    weights = fisher.token_importance(layer.name, dense.shape[:-1], images)
     sampled = {choices[-1]: 0.0}
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(module)
@@ -169,7 +169,7 @@ def _curve_by_runs(
         found = _result(smaller, layer, args, kwargs).movedim(layer.channel_dim, -1)
         error = (found - dense).flatten(0, -2).double()
         weighed = error if weights is None else error * weights[:, None]
-        sampled[width] = float((error @ metric * weighed).sum() / len(error)) / 2
+        sampled[width] = float((error @ matrix * weighed).sum() / len(error)) / 2
     return _interpolated(sampled, choices)
 
 

@@ -112,7 +112,7 @@ class Distillation:
             loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
         return self._checked(loss)
 
-    def taught(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
+    def varied_loss(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
         """Loss of ``model`` on a variation of the next batch, all its weights differentiated.
 
         Args:

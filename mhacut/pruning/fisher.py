@@ -18,7 +18,7 @@ from mhacut.adapters.base import Layer
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import PrunableLayers
 
-EVEN_SHARE = 0.5
+SHRINKAGE = 0.5
 """Of the tokens' weights, what is spread evenly. Few images tell little of the few tokens that matter, and
 at deep cuts errors are not the small ones that gradients speak of. On two CIFAR-10 ViTs, with 256 images and
 one seed, the divergence at 50, 25 and 12.5 % of the FLOPs was .00020, .0175 and .087 with a half (.0049, .124
@@ -32,17 +32,17 @@ Grid = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """What :func:`measure_sensitivity` found; empty where nothing was differentiated."""
+class FisherInformation:
+    """What :func:`measure_fisher` found; empty where nothing was differentiated."""
 
-    metric: Mapping[str, Tensor] = field(default_factory=dict)
+    matrices: Mapping[str, Tensor] = field(default_factory=dict)
     """Per layer, [out, out]: the KL divergence of the answer from an error e of the layer's output is about
     1/2 tr(S E[e e^T]), E over tokens and images."""
-    weights: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
+    importance: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
     """Per layer and grid, how much each token counts, flat, [tokens]: in proportion to its squared gradient,
-    but for :data:`EVEN_SHARE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
+    but for :data:`SHRINKAGE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
 
-    def token_weights(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
+    def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
         """How much each row counts in a mean over tokens and images.
 
         Args:
@@ -58,7 +58,7 @@ class Sensitivity:
         if shape[0] % images:
             return None
         own = _grid(shape, images)
-        for grid, weights in self.weights.get(layer, {}).items():
+        for grid, weights in self.importance.get(layer, {}).items():
             if own[: len(grid)] == grid:
                 return weights.repeat_interleave(math.prod(own[len(grid) :])).repeat(images)
         return None
@@ -70,7 +70,7 @@ def _grid(shape: Sequence[int], images: int) -> Grid:
 
 
 @torch.no_grad()
-def measure_sensitivity(
+def measure_fisher(
     model: nn.Module,
     prunable: PrunableLayers,
     images: Tensor,
@@ -80,7 +80,7 @@ def measure_sensitivity(
     classifier: bool = True,
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
-) -> Sensitivity:
+) -> FisherInformation:
     """Run ``images`` [n, C, H, W] through ``model`` and back, once.
 
     Args:
@@ -117,7 +117,7 @@ class _Sums:
     def __init__(self) -> None:
         self.images = 0
         """Of the batch under way."""
-        self.metric: dict[str, Tensor] = {}
+        self.matrices: dict[str, Tensor] = {}
         self.influence: dict[tuple[str, Grid], Tensor] = {}
         """Squared gradients, [tokens]."""
 
@@ -125,28 +125,28 @@ class _Sums:
         """Take the gradient of one batch, [images, ..., out]."""
         rows = gradient.flatten(0, -2)
         gram = (rows.mT @ rows).double()
-        self.metric[layer] = self.metric[layer] + gram if layer in self.metric else gram
+        self.matrices[layer] = self.matrices[layer] + gram if layer in self.matrices else gram
         if gradient.shape[0] % self.images:
             return  # laid out otherwise than image by image
         key = layer, _grid(gradient.shape[:-1], self.images)
         at_tokens = rows.square().sum(-1).double().view(self.images, -1).sum(0)
         self.influence[key] = self.influence[key] + at_tokens if key in self.influence else at_tokens
 
-    def shared(self, processes: Processes, images: int) -> Sensitivity:
+    def shared(self, processes: Processes, images: int) -> FisherInformation:
         """Of all processes, which differentiated so many images together."""
-        sums: dict[str, Tensor] = {f"metric {layer}": total for layer, total in self.metric.items()}
+        sums: dict[str, Tensor] = {f"fisher {layer}": total for layer, total in self.matrices.items()}
         for (layer, grid), total in self.influence.items():
             sums[f"influence {'x'.join(map(str, grid))} {layer}"] = total
-        metric: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
         influence: dict[str, dict[Grid, Tensor]] = {}
         for name, total in processes.summed(sums).items():
             kind, _, rest = name.partition(" ")
-            if kind == "metric":
-                metric[rest] = total / images
+            if kind == "fisher":
+                matrices[rest] = total / images
             else:
                 sizes, _, layer = rest.partition(" ")
                 influence.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
-        return Sensitivity(metric, {layer: _weights(grids) for layer, grids in influence.items()})
+        return FisherInformation(matrices, {layer: _weights(grids) for layer, grids in influence.items()})
 
 
 def _weights(influence: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
@@ -154,7 +154,7 @@ def _weights(influence: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
     mean = torch.cat(list(influence.values())).mean()
     if not mean > 0:
         return {}
-    return {grid: EVEN_SHARE + (1 - EVEN_SHARE) * each / mean for grid, each in influence.items()}
+    return {grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in influence.items()}
 
 
 def _differentiate(

@@ -25,7 +25,7 @@ from mhacut.linalg.similarity import similarity_weight
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, Plan, UnitPlan
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.channel_scales import GAIN_BETAS
+from mhacut.pruning.channel_scales import ADAM_BETAS
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.widths import fill_budget, nearest_width, width_choices
 from mhacut.surgery.find import PrunableLayers, UnitKey
@@ -153,7 +153,7 @@ def search(
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
     if options.reweight:
         groups.append({"params": [state.channel_scale for state in states], "lr": options.gain_lr})
-    optimiser = torch.optim.Adam(groups, betas=GAIN_BETAS)
+    optimiser = torch.optim.Adam(groups, betas=ADAM_BETAS)
     log: list[SearchStep] = []
     for step in range(options.steps):
         sunk = 1.0 if start is not None else min(1.0, (step + 1) / (_DESCENT * options.steps))

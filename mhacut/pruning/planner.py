@@ -16,9 +16,9 @@ from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.allocate import cheapest_widths, uniform_widths
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.candidates import Candidate, find_candidates, swapped
+from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
 from mhacut.pruning.compensation import Compensation, Decision, compensate
-from mhacut.pruning.curves import Curve, error_curves
+from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.indicators import SearchResult, SearchStep, search
 from mhacut.pruning.widths import width_choices
@@ -148,7 +148,7 @@ class Planner:
                 self.calibration.moments[unit.key],
                 self.choices[unit.key][0],
                 self.options.basis,
-                self.calibration.sensitivity.metric.get(unit.layer),
+                self.calibration.fisher.matrices.get(unit.layer),
                 self.options.positions,
                 refit=self.options.repair,
             )
@@ -156,23 +156,23 @@ class Planner:
         return found
 
     def _swapped(self, candidates: Ways, widths: Widths) -> Ways:
-        """``candidates``, with channels swapped at ``widths`` where that is asked for."""
+        """``candidates``, with channels exchanged at ``widths`` where that is asked for."""
         if not self.options.swaps:
             return candidates
         self.start_stage("swapping channels")
         found = {}
         for done, (key, units_ways) in enumerate(candidates.items()):
             module, moments = self.dense.get_submodule(key[0]), self.calibration.moments[key]
-            metric = self.calibration.sensitivity.metric.get(key[0])
+            fisher = self.calibration.fisher.matrices.get(key[0])
             found[key] = tuple(
-                swapped(module, candidate, moments, widths[key], metric) for candidate in units_ways
+                exchanged(module, candidate, moments, widths[key], fisher) for candidate in units_ways
             )
             self.progress(done + 1, len(candidates), "")
         return found
 
     def _curves(self, candidates: Ways) -> Mapping[UnitKey, Curve]:
         self.start_stage("measuring error curves")
-        return error_curves(
+        return sensitivity_curves(
             self.dense,
             self.prunable,
             {key: by_likelihood[0] for key, by_likelihood in candidates.items()},

@@ -63,7 +63,7 @@ def finish(
             dense,
             distillation.images,
             calibration.held,
-            calibration.sensitivity,
+            calibration.fisher,
             judge,
             progress=lambda done, total: progress(done, total, ""),
         )

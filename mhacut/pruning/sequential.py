@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.fisher import Sensitivity
+from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.lockstep import run_in_lockstep
 from mhacut.surgery.find import find_prunable_layers
 
@@ -54,7 +54,7 @@ def repair_in_order(
     dense: nn.Module,
     images: Tensor,
     held: int,
-    sensitivity: Sensitivity,
+    fisher: FisherInformation,
     judge: Distillation,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -67,7 +67,7 @@ def repair_in_order(
         images: [n, C, H, W], normalised, the first ``held`` of them to choose ridges by. Of more than
             :data:`MOST_IMAGES`, or than :data:`MOST_BYTES` hold, so many are used, in that proportion.
         held: fewer than n, above 0.
-        sensitivity: of ``dense``: how much each token counts.
+        fisher: of ``dense``: how much each token counts.
         judge: the whole model, on images held out.
         progress: called after every readout with (done, readouts in all).
     """
@@ -95,7 +95,7 @@ def repair_in_order(
         if apart and alike:
             fit, unseen, left = _Sums(), _Sums(), held
             for part, answer, aim, count in zip(given, answers, wanted, counts, strict=True):
-                weights = sensitivity.token_weights(readouts[name], part.shape[:-1], count)
+                weights = fisher.token_importance(readouts[name], part.shape[:-1], count)
                 rows = _Rows.of(part, aim - answer, weights, count)
                 judging = min(left, count)
                 unseen.add(rows.of_images(slice(0, judging)))

@@ -62,7 +62,7 @@ def tune(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        loss = distillation.taught(tuned, dense, generator)
+        loss = distillation.varied_loss(tuned, dense, generator)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()

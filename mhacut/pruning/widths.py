@@ -10,7 +10,7 @@ NEAR = 0.99
 """Share of the budget that is near enough to it."""
 REACH = 6
 """Width steps that closing the last gap may take from or give to a unit."""
-MOST_WAYS = 20_000
+MOST_CANDIDATES = 20_000
 """Ways to spend the gap that are looked at together."""
 
 
@@ -135,7 +135,7 @@ def _exchange(
                 if total not in extended or loss + lost < extended[total][0]:
                     extended[total] = (loss + lost, {**changed, key: width})
         candidates = dict(
-            sorted(extended.items(), key=lambda candidate: (candidate[1][0], candidate[0]))[:MOST_WAYS]
+            sorted(extended.items(), key=lambda candidate: (candidate[1][0], candidate[0]))[:MOST_CANDIDATES]
         )
     fitting = {gained: candidate for gained, candidate in candidates.items() if have + gained <= budget}
     near = {gained: candidate for gained, candidate in fitting.items() if have + gained >= NEAR * budget}

@@ -8,7 +8,7 @@ from typing import Protocol
 class Reporter(Protocol):
     """Told what happens; it never decides anything."""
 
-    def note(self, text: str) -> None:
+    def log(self, message: str) -> None:
         """A line worth reading once: what was inferred, what was chosen."""
 
     def start(self, stage: str) -> None:
@@ -21,7 +21,7 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that tells nobody."""
 
-    def note(self, text: str) -> None:
+    def log(self, message: str) -> None:
         pass
 
     def start(self, stage: str) -> None:
