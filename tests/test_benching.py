@@ -9,14 +9,14 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import run
-from timm_cases import CASES, build
 
 import mhacut
+from helpers.cli import run
 from mhacut.commands import bench as benching
 from mhacut.commands.bench import _timing
 from mhacut.errors import MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
+from timm_cases import CASES, build
 
 QUICK = {"batch_sizes": (2,), "seconds": 0.01}
 

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
-import timm_cases
 import torch
-from models import CASES, Case, build, image, relative
-from test_flatten_adapters import build as build_flatten
-from test_flatten_adapters import image as image_flatten
 from torch.autograd.functional import jacobian
 
+import timm_cases
+from helpers.flatten import build as build_flatten
+from helpers.flatten import image as image_flatten
+from helpers.models import CASES, Case, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate

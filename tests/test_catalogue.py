@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from test_cli import run
-
+from helpers.cli import run
 from mhacut.commands.models import catalogue
 
 

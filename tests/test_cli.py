@@ -17,9 +17,9 @@ import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import mhacut
+from helpers.cli import run
 from mhacut.cli.app import app
 from mhacut.cli.config import convert, read_config
 from mhacut.cli.console import Console, safe, table
@@ -33,13 +33,6 @@ FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "
 COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
-
-
-def run(*arguments, env=None):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

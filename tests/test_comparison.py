@@ -8,10 +8,10 @@ import json
 import pytest
 import timm
 import torch
-from models import Case, build, image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from helpers.models import Case, build, image
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, UsageError

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from models import CASES, Case, build, image, relative
-from plans import lesson_of
 from torch.func import functional_call
 
+from helpers.models import CASES, Case, build, image, relative
+from helpers.plans import lesson_of
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate

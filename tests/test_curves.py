@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Case, build, image
 
+from helpers.models import Case, build, image
 from mhacut.linalg.reconstruction import RIDGES
 from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test

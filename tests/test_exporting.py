@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from conftest import SLIM
-from models import slow_except
 from safetensors.torch import load_file, save_file
-from test_cli import run
 
 import mhacut
+from helpers.cli import run
+from helpers.files import SLIM
+from helpers.models import slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.errors import MhacutError, OutputError, UsageError

@@ -6,12 +6,15 @@ import copy
 from itertools import pairwise
 
 import pytest
-import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import relative
-from plans import (
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from helpers.flatten import CASES, SIZE, SMALL, build, image
+from helpers.models import relative
+from helpers.plans import (
     assert_costs_are_what_fvcore_counts,
     assert_cut_by_name_and_shape,
     difference_of_kernels,
@@ -21,10 +24,6 @@ from plans import (
     random_plan,
     untrained,
 )
-from test_flatten_models import SMALL
-from torch import Tensor, nn
-from torch.func import functional_call
-
 from mhacut.adapters.base import Unit
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError
@@ -35,48 +34,9 @@ from mhacut.surgery.mask import masked_tensors, set_gate
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 
-CASES = {
-    **{name: (name, args) for name, args in SMALL.items()},
-    "timm swin": (
-        "swin_tiny_patch4_window7_224",
-        {"depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
-    ),
-    # Two of its stages reduce their keys by a convolution; of PVTv2 with pooling, all.
-    "timm pvt": (
-        "pvt_v2_b0",
-        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64), "sr_ratios": (4, 2, 1, 1)},
-    ),
-    "timm pvt pooled": ("pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}),
-}
-FREE_SIZE = {"timm pvt", "timm pvt pooled"}
-SIZE = (3, 64, 64)
 each_case = pytest.mark.parametrize("case", CASES)
 few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)
-
-
-def build(case: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """In eval mode, at 64 pixels, far from its initial values so that every channel matters."""
-    name, args = CASES[case]
-    size = {} if case in FREE_SIZE else {"img_size": 64}
-    generator = torch.Generator().manual_seed(seed)
-    model = timm.create_model(name, num_classes=5, **size, **args).double().eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() == 2 and key.endswith("weight"):
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-            elif parameter.dim() == 4:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(0.3 * noise)
-    return model.to(dtype)
-
-
-def image(dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
-    return torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
-        dtype
-    )
 
 
 def without(model: nn.Module, prunable: PrunableLayers, plan: Plan) -> dict[str, Tensor]:

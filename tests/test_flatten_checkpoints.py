@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from flatten_official import official_state
 from safetensors.torch import save_file
 
 import mhacut
+from helpers.flatten_official import official_state
 from mhacut.checkpoint.load import read_model, read_outline
 from mhacut.errors import CheckpointError
 from mhacut.flatten import checkpoint_filter

@@ -8,25 +8,26 @@ import sys
 import pytest
 import timm
 import torch
-from flatten_official import OFFICIAL, PROBED, REFERENCED, digest, images, official_name, official_state
-from models import slow_except
 from torch import nn
 
 import mhacut
+from helpers.flatten import SMALL
+from helpers.flatten_official import (
+    OFFICIAL,
+    PROBED,
+    REFERENCED,
+    digest,
+    images,
+    official_name,
+    official_state,
+)
+from helpers.models import slow_except
 from mhacut.errors import UsageError
 from mhacut.flatten import checkpoint_filter
 from mhacut.flatten.attention import FocusedLinearAttention
 from mhacut.flatten.flatten_cswin import StripeAttention
 from mhacut.surgery.flops import count_parameters, measure_flops
 
-# One of each family, at a size that takes no time: 64 pixels, 16 x 16 tokens in stage 1.
-SMALL = {
-    "flatten_pvt_tiny": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 40, 64)},
-    "flatten_pvt_v2_b0": {"depths": (1, 1, 2, 1), "embed_dims": (16, 32, 40, 64)},
-    "flatten_swin_tiny_224": {"depths": (1, 1, 2, 1), "embed_dim": 24, "window_size": 2},
-    "flatten_cswin_tiny_224": {"depths": (1, 1, 2, 1), "embed_dim": 16, "split_size": 2},
-    "flatten_deit_tiny": {"depth": 3, "embed_dim": 48},
-}
 FAST = {"flatten_pvt_v2_b0", "flatten_swin_tiny_224", "flatten_cswin_tiny_224", "flatten_pvt_tiny"}
 
 

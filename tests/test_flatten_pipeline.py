@@ -12,14 +12,13 @@ import timm
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import relative, slow_except
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_flatten_adapters import CASES, build, image
-from test_flatten_models import SMALL
 from torch import Tensor
 
 import mhacut
+from helpers.flatten import CASES, SMALL, build, image
+from helpers.models import relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.linalg.attention_difference import linear_attention_energy, linear_contributions

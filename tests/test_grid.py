@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 import torch
-from models import Case, build, relative
 from safetensors.torch import load_file, save_file
 
 import mhacut
+from helpers.models import Case, build, relative
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune as pipeline
 from mhacut.errors import UsageError

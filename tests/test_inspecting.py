@@ -8,14 +8,12 @@ import re
 import pytest
 import timm
 import torch
-from models import CASES, build
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm_cases import CASES as TIMM_CASES
-from timm_cases import build as build_timm
 from typer.testing import CliRunner
 
 import mhacut
+from helpers.models import CASES, build
 from mhacut.checkpoint.load import read_model, read_outline
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
@@ -23,6 +21,8 @@ from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspection.layers import BY_WEIGHTS, inspect_model
 from mhacut.inspection.summary import redundant_share
 from mhacut.surgery.flops import measure_flops_by_module, weightless
+from timm_cases import CASES as TIMM_CASES
+from timm_cases import build as build_timm
 
 
 @pytest.fixture(scope="module")

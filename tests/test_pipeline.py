@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import CASES, build, image, relative
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mhacut
+from helpers.models import CASES, build, image, relative
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import (
     BudgetError,

@@ -7,8 +7,11 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import CASES, Case, build, image, relative
-from plans import (
+from timm.layers import AttentionPoolLatent
+from torch.func import functional_call
+
+from helpers.models import CASES, Case, build, image, relative
+from helpers.plans import (
     assert_costs_are_what_fvcore_counts,
     assert_cut_by_name_and_shape,
     difference_of_kernels,
@@ -18,9 +21,6 @@ from plans import (
     random_plan,
     untrained,
 )
-from timm.layers import AttentionPoolLatent
-from torch.func import functional_call
-
 from mhacut.finetuning.objective import Blocks
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate

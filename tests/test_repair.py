@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import CASES, build, image, relative
 
+from helpers.models import CASES, build, image, relative
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.moments import Moments

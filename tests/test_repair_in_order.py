@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from models import Case, build, image
-from plans import lesson_of
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.models import Case, build, image
+from helpers.plans import lesson_of
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.lockstep import run_in_lockstep

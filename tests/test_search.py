@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CASES, build, image, relative
 from torch.func import functional_call
 
+from helpers.models import CASES, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
 from mhacut.linalg.similarity import cosine_similarity, redundancy

@@ -8,8 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import relative
-from plans import (
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import mhacut
+from helpers.models import relative
+from helpers.plans import (
     assert_costs_are_what_fvcore_counts,
     assert_cut_by_name_and_shape,
     difference_of_kernels,
@@ -20,12 +25,6 @@ from plans import (
     random_plan,
     untrained,
 )
-from safetensors.torch import save_file
-from timm_cases_separate import CASES, MODELS, WHOLE, build, image
-from torch import Tensor, nn
-from torch.func import functional_call
-
-import mhacut
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import UnitMoments, calibrate
 from mhacut.pruning.candidates import find_candidates
@@ -37,6 +36,7 @@ from mhacut.surgery.hooks import capturing
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
+from timm_cases_separate import CASES, MODELS, WHOLE, build, image
 
 QUICK = {"crossvit", "levit, convolutions", "xcit", "efficientvit_mit", "efficientvit_msra", "swiftformer"}
 QUICK |= {"parallel, fused", "parallel diff"}

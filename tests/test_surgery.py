@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import timm
-import timm_cases
 import torch
-from models import SMALL, Case, build, relative
-from plans import random_plan
 from torch import nn
 
+import timm_cases
+from helpers.models import SMALL, Case, build, relative
+from helpers.plans import random_plan
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers

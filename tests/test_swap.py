@@ -6,8 +6,8 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from models import Case, build, image
 
+from helpers.models import Case, build, image
 from mhacut import prune
 from mhacut.linalg.exchange import LEAST_GAIN, _Choice, exchange_channels
 from mhacut.linalg.reconstruction import output_error

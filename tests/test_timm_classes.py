@@ -7,8 +7,15 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from models import relative
-from plans import (
+from safetensors.torch import save_file
+from timm.layers.attention import AttentionRope
+from timm.models.coat import FactorAttnConvRelPosEnc
+from torch import nn
+from torch.func import functional_call
+
+import mhacut
+from helpers.models import relative
+from helpers.plans import (
     assert_costs_are_what_fvcore_counts,
     assert_cut_by_name_and_shape,
     difference_of_kernels,
@@ -19,14 +26,6 @@ from plans import (
     random_plan,
     untrained,
 )
-from safetensors.torch import save_file
-from timm.layers.attention import AttentionRope
-from timm.models.coat import FactorAttnConvRelPosEnc
-from timm_cases import CASES, Case, build, image
-from torch import nn
-from torch.func import functional_call
-
-import mhacut
 from mhacut.adapters.registry import adapter_for
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import UnitMoments, calibrate
@@ -34,6 +33,7 @@ from mhacut.pruning.repair import repair
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
+from timm_cases import CASES, Case, build, image
 
 QUICK = {"rope half", "nest", "swin v2"}
 """One of a kind; the others are like one of these, and take minutes together."""

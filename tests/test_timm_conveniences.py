@@ -8,21 +8,21 @@ from contextlib import suppress
 
 import pytest
 import timm
-import timm_cases
-import timm_cases_separate
 import torch
-from models import relative
-from plans import random_plan
 from safetensors.torch import save_file
-from timm_cases_separate import ModelCase
 
 import mhacut
+import timm_cases
+import timm_cases_separate
+from helpers.models import relative
+from helpers.plans import random_plan
 from mhacut.checkpoint.recognise import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
+from timm_cases_separate import ModelCase
 
 QUICK = {"rope half", "swin v2", "crossvit"}
 MODELS = {name: (timm_cases, case) for name, case in timm_cases.CASES.items()} | {

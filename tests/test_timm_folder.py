@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SLIM
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import mhacut
+from helpers.files import SLIM
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError

@@ -7,8 +7,8 @@ import copy
 import pytest
 import timm
 import torch
-from plans import lesson_of
 
+from helpers.plans import lesson_of
 from mhacut.errors import MhacutError
 from mhacut.pruning.augment import varied
 from mhacut.pruning.distill import Distillation

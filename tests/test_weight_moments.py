@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import timm
-import timm_cases
-import timm_cases_separate
 import torch
 
+import timm_cases
+import timm_cases_separate
 from mhacut.inspection.heads import SHARES, find
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.pruning.candidates import find_candidates

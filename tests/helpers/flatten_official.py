@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-OFFICIAL = json.loads(Path(__file__).with_name("flatten_official.json").read_text())
+OFFICIAL = json.loads((Path(__file__).parents[1] / "fixtures" / "flatten_official.json").read_text())
 PROBED = tuple(name for name, facts in OFFICIAL.items() if "probes" in facts)
 REFERENCED = tuple(name for name, facts in OFFICIAL.items() if "logits" in facts)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from models import relative
 from torch import Tensor, nn
 
+from helpers.models import relative
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
