@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, FileHeader, Format, TensorInfo
-from mhacut.checkpoint.safetensors_file import safetensors_header
+from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError
@@ -54,13 +54,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read, or is no longer what the header said.
     """
     if header.format == "safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(header.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in header.tensors}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{show(header.path)}: cannot be read: {error}") from error
+        tensors = safetensors_tensors(header.path, header.tensors)
     else:
         tensors = torch_tensors(header)
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.files import read_tensors
 from mhacut.checkpoint.load import Outline
 from mhacut.checkpoint.recognise import as_timm_has_it
+from mhacut.checkpoint.safetensors_file import safetensors_tensors
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
@@ -57,13 +58,8 @@ class LayerReader:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         if self._whole is not None:
             return {name: _wide(self._whole[name]) for name in names}
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._outline.header.path, framework="pt") as file:
-                return {name: _wide(file.get_tensor(name)) for name in names}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self._where}: cannot be read: {error}") from error
+        tensors = safetensors_tensors(self._outline.header.path, names)
+        return {name: _wide(tensor) for name, tensor in tensors.items()}
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

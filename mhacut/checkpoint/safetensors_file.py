@@ -1,95 +1,88 @@
-"""Read safetensors headers, every claim checked against the size of the file."""
+"""Read safetensors files with the library's parser, within bounds on what it is given."""
 
 from __future__ import annotations
 
 import re
-import struct
+from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from mhacut.checkpoint.header import DTYPES, TensorInfo
-from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
 _MAX_TENSORS = 100_000
-"""The largest model of timm has about 3,000."""
-
-
-_REFUSED_DTYPE = re.compile(r"C\d+|F8.*|F4.*|F6.*|U\d+")
+"""Largest number of tensors; the largest model of timm has about 3,000."""
+_END_OF_TENSOR = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})\s*\]')
 
 
 def safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, every claim of its header checked against its size."""
+    """Return the tensors and the metadata that a safetensors file of ``size`` bytes announces.
+
+    The library checks that the tensors cover the file without holes and overlaps.
+
+    Raises:
+        CheckpointError: the header is too large, damaged, or announces dtypes that are not supported.
+    """
     where = show(path)
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size - 8:
-            raise CheckpointError(
-                f"{where}: truncated: the header says {length} bytes, the file has {size - 8} after "
-                "its first 8; download or copy it again"
-            )
-        raw = file.read(length)
+    header = _bounded_header(path, size)
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: the safetensors header is not UTF-8 ({error.reason})") from None
-    document = parse_json(text, f"{where}: safetensors header")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{where}: __metadata__ of a safetensors file maps text to text")
-    if len(document) > _MAX_TENSORS:
-        raise CheckpointError(f"{where}: {len(document)} tensors, expected at most {_MAX_TENSORS}")
-    tensors: dict[str, TensorInfo] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in document.items():
-        tensors[name], begin, end = _tensor_entry(where, name, entry)
-        spans.append((begin, end, name))
-    expected = 0
-    for begin, end, name in sorted(spans):
-        if begin != expected:
-            problem = "overlaps the one before" if begin < expected else "leaves a hole before it"
-            raise CheckpointError(
-                f"{where}: tensor {name!r:.200} {problem} (starts at {begin}, expected {expected})"
-            )
-        expected = end
-    found = size - 8 - length
-    if found < expected:
-        raise CheckpointError(
-            f"{where}: truncated: {found} of {expected} bytes of weights; download or copy it again"
-        )
-    if found > expected:
-        raise CheckpointError(f"{where}: {found - expected} unexpected bytes after the last tensor")
-    if not tensors:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            announced = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{where}: {_explained(error, header, size)}") from None
+    if not announced:
         raise CheckpointError(f"{where}: holds no tensors")
-    return tensors, metadata
-
-
-def _tensor_entry(where: str, name: str, entry: object) -> tuple[TensorInfo, int, int]:
-    what = f"{where}: tensor {name!r:.200}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{what}: a header entry has exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or len(shape) > 16:
-        raise CheckpointError(f"{what}: shape is a short list of sizes, found {shape!r:.100}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise CheckpointError(f"{what}: data_offsets is begin and end, found {offsets!r:.100}")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        if isinstance(dtype, str) and _REFUSED_DTYPE.fullmatch(dtype):
+    for name, (dtype, _) in announced.items():
+        if dtype not in DTYPES:
             raise CheckpointError(
-                f"{what}: quantised or complex weights are not supported, "
+                f"{where}: tensor {name!r:.200}: quantised or complex weights are not supported, "
                 f"found {dtype}, expected a float dtype"
             )
-        raise CheckpointError(f"{what}: unknown dtype {dtype!r:.50}")
-    torch_dtype, item_bytes = DTYPES[dtype]
-    nbytes = item_bytes
-    for n in shape:
-        nbytes *= n
-    if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(
-            f"{what}: shape {shape} of {dtype} is {nbytes} bytes, data_offsets span {offsets[1] - offsets[0]}"
-        )
-    return TensorInfo(tuple(shape), torch_dtype), offsets[0], offsets[1]
+    return {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in announced.items()}, metadata
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def safetensors_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read the tensors of these names, on the CPU, in the file's dtypes; they are views of the mapped file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or lacks one of them.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{show(path)}: cannot be read: {error}") from error
+
+
+def _bounded_header(path: Path, size: int) -> bytes:
+    """Return the header's bytes, refused where parsing them would take more than any real file needs."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise CheckpointError(
+                f"{show(path)}: truncated: the header says {length} bytes, the file has {size - 8} after "
+                "its first 8; download or copy it again"
+            )
+        header = file.read(length)
+    tensors = header.count(b'"dtype"')  # in metadata the quotes would be escaped
+    if tensors > _MAX_TENSORS:
+        raise CheckpointError(f"{show(path)}: {tensors} tensors, expected at most {_MAX_TENSORS}")
+    return header
+
+
+def _explained(error: Exception, header: bytes, size: int) -> str:
+    """Return what the library found wrong, with what to do about it."""
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    if "incomplete metadata" in reason:  # the tensors end before or after the file does
+        found = size - 8 - len(header)
+        expected = max((int(end) for end in _END_OF_TENSOR.findall(header)), default=0)
+        if found > expected:
+            return f"{found - expected} unexpected bytes after the last tensor"
+        return f"truncated: {found} of {expected} bytes of weights; download or copy it again"
+    shown = ascii(reason)[1:-1]
+    return f"damaged safetensors header ({shown:.200}); download or copy it again"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
-from mhacut.checkpoint.header import MAX_CONFIG_BYTES, PLAIN_DTYPES, FileHeader, TensorInfo
+from mhacut.checkpoint.header import DTYPES, MAX_CONFIG_BYTES, FileHeader, TensorInfo
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
@@ -42,7 +42,7 @@ def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> Fil
                 f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; "
                 "save the state dict alone: torch.save(model.state_dict(), ...)"
             )
-        if tensor.layout != torch.strided or tensor.dtype not in PLAIN_DTYPES:
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
                 f"found {str(tensor.dtype).removeprefix('torch.')}, expected a float dtype"
