@@ -17,14 +17,16 @@ from mhacut.checkpoint.load import read_header, read_outline
 from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.inspection.layers import inspect_model
-from mhacut.inspection.summary import verdict
+from mhacut.inspection.summary import summary
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.indicators import SearchStep
-from mhacut.report.charts import Line, line_chart
-from mhacut.report.contents import Contents, StoredCurve, curves_to_json, stored_curves
-from mhacut.report.markup import Markup, tag
+from mhacut.report.charts import COLOURS, HeatMap, Line, LineChart, Waterfall
+from mhacut.report.contents import Contents
 from mhacut.report.page import page
 from mhacut.report.picture import heat_values
+from mhacut.report.sections import sections
+from mhacut.report.stored_curves import StoredCurve, curves_to_json, stored_curves
+from mhacut.report.svg import draw
 
 HOSTILE = "</title><script>alert(1)</script>\"'&\x1b[2J\u202e"
 VOID = {"br", "input", "link", "meta"}
@@ -66,7 +68,7 @@ def contents(slim_of):
     layers = tuple(dataclasses.replace(layer, name=layer.name + HOSTILE) for layer in found.layers)
     entry = {"command": HOSTILE, "flops_before": 5, "data": HOSTILE}
     found = dataclasses.replace(
-        found, layers=layers, source=HOSTILE, history=(entry,), not_prunable=(HOSTILE,)
+        found, layers=layers, source=HOSTILE, history=(entry,), not_prunable=(HOSTILE,), judged_by=HOSTILE
     )
     curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
     steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
@@ -135,22 +137,31 @@ def test_sections_appear_where_there_is_something(contents):
     assert titles == ["In numbers", "Heads", "FLOPs", "All heads", "History"]
 
 
-def test_markup_is_told_from_text():
-    assert tag("p", Markup("<b>x</b>"), "<i>") == "<p><b>x</b>&lt;i&gt;</p>"
-    assert tag("a", href='"><script>') == '<a href="&quot;&gt;&lt;script&gt;"></a>'
+def test_colours_of_charts_are_in_the_style_sheet(contents):
+    """Of every mark and every legend, on light and on dark paper, so that no bar is drawn in plain black."""
+    style = Reader(page(contents)).text("style")
+    for section in sections(contents):
+        used = set(section.legend)
+        for chart in section.charts:
+            if isinstance(chart, Waterfall):
+                used |= {bar.colour for bar in chart.bars}
+            elif isinstance(chart, LineChart):
+                used |= {line.colour for line in chart.lines}
+        assert used <= COLOURS.keys()
+    for name, values in COLOURS.items():
+        for value in values:
+            assert f".{name} {{ --colour: {value}; }}" in style
+    for mark in ("cell", "bar", "line", "mark", "swatch"):
+        assert re.search(rf"\.{mark} {{[^}}]*var\(--colour\)", style)
 
 
 def test_points_lie_where_their_numbers_are():
     """Both ends of a line at the corners of the axes, the middle in between; on a logarithmic axis too."""
     for logarithmic, ys in ((False, (1.0, 2.0, 3.0)), (True, (0.01, 0.1, 1.0))):
-        drawn = line_chart(
-            "t",
-            [Line("l", list(zip((0, 1, 2), ys, strict=True)), 0.0)],
-            across="x",
-            up="y",
-            logarithmic=logarithmic,
-        )
-        points = re.search(r'points="([^"]+)"', drawn)[1].split()
+        line = Line("l", list(zip((0, 1, 2), ys, strict=True)), "depth-0")
+        drawn = draw(LineChart("t", [line], "x", "y", logarithmic))
+        (polyline,) = (shape for shape in drawn.shapes if shape.element == "polyline")
+        points = polyline.attributes["points"].split()
         (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
         assert (x1, y1) == ((x0 + x2) / 2, (y0 + y2) / 2)
         assert x0 < x2
@@ -208,7 +219,7 @@ def test_inspect_writes_the_page(slim_of, tmp_path):
     found = inspect(slim_of("vit"), html=target)
     assert found.written == (target,)
     text = target.read_text(encoding="utf-8")
-    assert verdict(found.inspection).replace("'", "&#x27;") in text
+    assert summary(found.inspection).replace("'", "&#39;") in text
     assert "at 50 % would keep" in text
     with pytest.raises(OutputError, match=r"report\.html.*exists"):
         inspect(slim_of("vit"), html=target)
@@ -267,17 +278,33 @@ def test_what_cannot_be_is_refused(slim_of, given, message):
 # --- the picture ---
 
 
-def test_cells_of_the_picture_are_heads(contents):
+def heat_maps(contents):
+    (section,) = (section for section in sections(contents) if section.title == "Heads")
+    assert all(isinstance(chart, HeatMap) for chart in section.charts)
+    return section.charts
+
+
+def test_cells_of_a_heat_map_are_heads(contents):
     attention = [layer for layer in contents.layers if layer.heads]
-    one = dataclasses.replace(attention[0].units["v"], head_count=1)
-    narrower = dataclasses.replace(attention[0], heads=1, units={"v": one})
-    values = heat_values([*attention, narrower], "v", lambda unit, head: unit.now / unit.dense + head)
-    for row, layer in zip(values, attention, strict=False):
-        unit = layer.units["v"]
-        assert row == [unit.now / unit.dense + head for head in range(3)]
-    assert values[-1][0] == values[0][0]
-    assert all(math.isnan(value) for value in values[-1][1:])
-    assert all(math.isnan(value) for value in heat_values([narrower], "qk", lambda unit, head: 1.0)[0])
+    tied = dataclasses.replace(attention[0].units["v"], head_count=1)
+    without_qk = dataclasses.replace(attention[0], units={"v": tied})
+    qk, v, *_ = heat_maps(dataclasses.replace(contents, layers=(*attention, without_qk)))
+    for kind, chart in (("qk", qk), ("v", v)):
+        for row, layer in zip(heat_values(chart), attention, strict=False):
+            assert row == [layer.units[kind].now / layer.units[kind].dense] * 3
+    assert heat_values(v)[-1][0] == tied.now / tied.dense
+    assert all(math.isnan(value) for value in heat_values(v)[-1][1:] + heat_values(qk)[-1])
+
+
+def test_both_writers_draw_all_cells_and_bars(contents):
+    for section in sections(contents):
+        for chart in section.charts:
+            drawn = [shape for shape in draw(chart).shapes if shape.element == "rect"]
+            if isinstance(chart, HeatMap):
+                values = [value for row in heat_values(chart) for value in row if not math.isnan(value)]
+                assert len(drawn) == len(values)
+            if isinstance(chart, Waterfall):
+                assert len(drawn) == len(chart.bars)
 
 
 def test_a_picture_needs_its_extra(slim_of, tmp_path, monkeypatch):

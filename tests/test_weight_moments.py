@@ -8,7 +8,7 @@ import torch
 
 import timm_cases
 import timm_cases_separate
-from mhacut.inspection.heads import SHARES, find
+from mhacut.inspection.heads import SHARES, describe_heads
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.weight_moments import white_moments
@@ -63,7 +63,7 @@ def test_findings_are_those_of_the_ranking(attention, kind):
     unit = units[kind]
     moments, similarity = white_moments(module, unit)
     with torch.no_grad():
-        found = find(module, unit, moments, similarity, ranked=True)
+        found = describe_heads(module, unit, moments, similarity, ranked=True)
         ranking = find_candidates(module, unit, moments, 1, "channel")[0].ranking
     assert len(found) == HEADS
     for head, told in enumerate(found):
@@ -73,7 +73,7 @@ def test_findings_are_those_of_the_ranking(attention, kind):
         for share, kept in told.keeps.items():
             assert kept == tuple(ranking.kept(unit.width * share // 100)[head].tolist())
     with torch.no_grad():
-        assert all(not told.keeps for told in find(module, unit, moments, similarity, ranked=False))
+        assert all(not told.keeps for told in describe_heads(module, unit, moments, similarity, ranked=False))
 
 
 @pytest.mark.slow
@@ -94,5 +94,5 @@ def test_every_class_of_timm_can_be_looked_at(cases, name):
             if seen is not None:
                 moments, similarity = seen
                 assert similarity.shape == (unit.heads, unit.width)
-                found = find(module, unit, moments, similarity, ranked=False)
+                found = describe_heads(module, unit, moments, similarity, ranked=False)
                 assert all(1 <= told.rank99 <= unit.width for told in found)

@@ -1,120 +1,116 @@
-"""``mhacut inspect`` as a function: open a checkpoint, look at its heads, say what it found."""
+"""``mhacut inspect`` as a function: open a checkpoint, measure its heads, write the report."""
 
 from __future__ import annotations
 
 import fnmatch
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhacut.checkpoint.load import (
-    TIMM_PREFIX,
-    LoadedModel,
-    Outline,
-    read_as_told,
-    read_header,
-    read_model,
-    read_outline,
-)
+from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, Outline, read_as_told, read_outline
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError
 from mhacut.inspection.compare import Comparison, compare
+from mhacut.inspection.dense import read_dense
 from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
-from mhacut.inspection.summary import verdict
+from mhacut.inspection.summary import summary
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import InspectOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.report.contents import Contents, stored_curves
+from mhacut.report.contents import Contents
 from mhacut.report.page import write_page
 from mhacut.report.picture import write_picture
+from mhacut.report.stored_curves import stored_curves
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.info import model_input_size
 
-_TOLD = 8
+_NAMED = 8
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """What :func:`inspect` found."""
+    """Result of :func:`inspect`."""
 
     inspection: Inspection
-    """Of the whole model."""
+    """Description of the whole model."""
     verdict: str
-    """In one line."""
+    """Summary in one line."""
     chosen: tuple[LayerReport, ...]
-    """Of the layers those that were asked for, in the order asked for."""
+    """Layers that were asked for, in the order asked for."""
     comparison: Comparison | None = None
-    """With a dense model, where one was given."""
+    """Comparison with a dense model, where one was given."""
     written: tuple[Path, ...] = ()
     """Files that the report was written to."""
 
 
 def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> InspectResult:
-    """Look at every head of ``checkpoint``: what it costs, how alike its channels are, how many it uses.
+    """Describe every head of ``checkpoint``: its cost, and how similar and how many its useful channels are.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
-        reporter: told what happens; silent by default.
+        reporter: receives progress and notes; by default they are dropped.
         options: the names of the command line's flags, see :class:`mhacut.options.inspect.InspectOptions`:
             ``data_dir``, ``layer``, ``heads``, ``model``, ``model_args``, ...
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`.
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     return run_inspect(InspectOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
 
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
-    """:func:`inspect` with its options in one object."""
-    if options.png is not None:
-        need("--png", "matplotlib", "plot")
-    for path in (options.html, options.png):
-        if path is not None:
-            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
+    """Run :func:`inspect` with its options in one object."""
+    _check_outputs(options)
     reporter.start("reading")
     opened = _open(options, reporter)
     names = [layer.name for layer in find_prunable_layers(opened.model).layers]
     wanted = _wanted(names, options.layer)
     evidence = comparison = None
     if isinstance(opened, LoadedModel) and options.sees_images:
-        seen = _images(options, opened)
+        opened.model.requires_grad_(False).to(resolve_device(options.device))
+        images = _images(options, opened)
         if options.data_dir is not None or options.dataset is not None:
-            reporter.start("looking at images")
-            evidence = _look(opened, seen, options, reporter)
+            evidence = _evidence(opened, images, options, reporter)
         if options.compare is not None:
-            comparison = _compared(opened, seen, options, reporter)
+            comparison = _comparison(opened, images, options, reporter)
     reporter.start("looking at heads")
     detailed = options.heads or options.layer is not None or options.html is not None
-    in_detail = set(wanted) if detailed else set()
     inspection = inspect_model(
         opened,
         shapes_only=options.shapes,
         evidence=evidence,
-        ranked=in_detail.__contains__,
+        ranked=lambda layer: detailed and layer in wanted,
         preprocessing=options.preprocessing,
-        progress=lambda done, total: reporter.advance(done, total),
+        progress=reporter.advance,
     )
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
     chosen.sort(key=_order(options.sort))
-    told = verdict(inspection)
+    line = summary(inspection)
     curves, budget = stored_curves(inspection.history)
-    contents = Contents(inspection, told, tuple(chosen), comparison, curves, budget)
+    contents = Contents(inspection, line, tuple(chosen), comparison, curves, budget)
     written = tuple(
         write(path, contents, options.overwrite, opened.path)
         for path, write in ((options.html, write_page), (options.png, write_picture))
         if path is not None
     )
-    return InspectResult(inspection, told, tuple(chosen), comparison, written)
+    return InspectResult(inspection, line, tuple(chosen), comparison, written)
+
+
+def _check_outputs(options: InspectOptions) -> None:
+    if options.png is not None:
+        need("--png", "matplotlib", "plot")
+    for path in (options.html, options.png):
+        if path is not None:
+            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:
-    """The checkpoint, its weights read only where the model is going to be run."""
+    """Open the checkpoint; its weights are read only where the model is going to be run."""
     named = str(options.checkpoint).startswith(TIMM_PREFIX)
     if named or options.sees_images:
         return read_as_told(options, reporter)
@@ -134,7 +130,7 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
         return names
     wanted = fnmatch.filter(names, pattern)
     if not wanted:
-        shown = ", ".join(names[:_TOLD]) + (", ..." if len(names) > _TOLD else "")
+        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
         raise UsageError(
             f"--layer {pattern}: no layer of that name; there are {shown} (quote patterns: 'blocks.1*.attn')"
         )
@@ -153,69 +149,40 @@ def _images(options: InspectOptions, opened: LoadedModel) -> CalibrationImages:
     )
 
 
-def _look(
-    opened: LoadedModel, seen: CalibrationImages, options: InspectOptions, reporter: Reporter
+def _evidence(
+    opened: LoadedModel, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Evidence:
-    device = resolve_device(options.device)
-    model = opened.model.requires_grad_(False).to(device)
+    reporter.start("looking at images")
     calibration = calibrate(
-        model,
-        find_prunable_layers(model),
-        seen.images,
+        opened.model,
+        find_prunable_layers(opened.model),
+        images.images,
         batch_size=options.batch_size,
-        progress=lambda done, total: reporter.advance(done, total),
+        progress=reporter.advance,
     )
-    return Evidence(calibration, seen.description)
+    return Evidence(calibration, images.description)
 
 
-def _compared(
-    opened: LoadedModel, seen: CalibrationImages, options: InspectOptions, reporter: Reporter
+def _comparison(
+    opened: LoadedModel, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Comparison:
-    """With the checkpoint of ``--compare``, which is of the same architecture, whether it says so or not."""
     assert options.compare is not None
     reporter.start("reading the dense model")
-    says_what_it_is = os.fspath(options.compare).startswith(TIMM_PREFIX)
-    if not says_what_it_is:
-        header = read_header(options.compare)
-        says_what_it_is = header.record is not None or header.file.config is not None
-    identity = opened.identity
-    args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
-    stated: dict[str, Any] = {} if says_what_it_is else {"model": identity.architecture, "model_args": args}
-    dense = read_model(options.compare, **stated)
-    if dense.identity.architecture != identity.architecture:
-        raise UsageError(
-            f"--compare {dense.source}: expected the checkpoint's architecture, {identity.architecture}, "
-            f"found {dense.identity.architecture}; give the dense model that it was made from"
-        )
-    if opened.record is None and dense.record is not None:
-        raise UsageError(
-            f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
-        )
-    history = () if opened.record is None else opened.record.history
-    if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
-        reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
-    sizes = [model_input_size(one.model, one.identity.pretrained_cfg) for one in (dense, opened)]
-    if sizes[0] != sizes[1]:
-        told = ["x".join(map(str, size)) for size in sizes]
-        raise UsageError(
-            f"--compare {dense.source}: takes images of {told[0]}, the checkpoint of {told[1]}; give the "
-            "dense model that it was made from"
-        )
-    device = resolve_device(options.device)
+    dense = read_dense(options.compare, opened, reporter)
     reporter.start("comparing")
     return compare(
-        dense.model.requires_grad_(False).to(device),
-        opened.model.requires_grad_(False).to(device),
-        seen.images,
+        dense.model.requires_grad_(False).to(resolve_device(options.device)),
+        opened.model,
+        images.images,
         source=dense.source,
-        data=seen.description,
+        data=images.description,
         batch_size=options.batch_size,
-        progress=lambda done, total: reporter.advance(done, total),
+        progress=reporter.advance,
     )
 
 
-def _order(sort: str) -> Any:
-    """A key that puts the largest first; layers that have no such number come last, in the model's order."""
+def _order(sort: str) -> Callable[[LayerReport], float]:
+    """Return a sort key that puts the largest first; layers without such a number come last, in order."""
 
     def key(layer: LayerReport) -> float:
         if sort == "layer":

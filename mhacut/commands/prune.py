@@ -44,8 +44,8 @@ from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import finish
 from mhacut.pruning.repair import UnitRepair
 from mhacut.pruning.widths import lowest_flops, width_choices
-from mhacut.report.contents import curves_to_json
 from mhacut.report.prune_page import write_report
+from mhacut.report.stored_curves import curves_to_json
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.files import check_output

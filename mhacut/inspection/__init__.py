@@ -1,1 +1,1 @@
-"""What is in a checkpoint: layers, heads and their redundancy."""
+"""Layers and heads of a checkpoint: what they cost, and how redundant they are."""

@@ -1,4 +1,4 @@
-"""A dense model beside a slim one: what the cut took from each layer, and what that does to the answers."""
+"""Comparison of a dense model with the one pruned from it, by layer and by answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError
 from mhacut.plan import UnitKind
 from mhacut.pruning.distill import Divergence
@@ -24,15 +25,15 @@ class LayerComparison:
 
     name: str
     widths: Mapping[UnitKind, tuple[int, int]]
-    """Channels per head, dense and slim, of every unit both have."""
+    """Channels per head, dense and slim, of every unit that both have."""
     flops: tuple[int, int]
     """Dense and slim."""
     own_error: float
-    """||slim - dense|| / ||dense|| of the layer's output, both given what the dense layer is given."""
+    """||slim - dense|| / ||dense|| of the layer's output, both given the input of the dense layer."""
     error: float
-    """The same with each in its own model, errors of the layers before included."""
+    """The same with each layer in its own model, errors of earlier layers included."""
     agreement: float
-    """Cosine of the two outputs of each token, as in ``error``; mean, 1 where they point the same way."""
+    """Cosine of the two outputs of a token, each in its own model; mean over tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class Comparison:
     """Two models on the same images."""
 
     dense: str
-    """What the slim one is compared with: a path, or ``timm:NAME``."""
+    """Source of the dense model: a path, or ``timm:NAME``."""
     flops: tuple[int, int]
     parameters: tuple[int, int]
     layers: tuple[LayerComparison, ...]
     agreement: float | None
-    """Share of images to which both give the same first answer; None for models that give features."""
+    """Share of images with the same top-1 answer from both; None for models that give features."""
     divergence: float
-    """KL(dense || slim) of the answers in nats; of features the squared error over their variance."""
+    """KL(dense || slim) of the answers in nats; for features the squared error over their variance."""
     images: int
     data: str
-    """What the images are."""
+    """Description of the images."""
 
 
 @torch.no_grad()
@@ -66,58 +67,50 @@ def compare(
 ) -> Comparison:
     """Run both models on ``images`` [n, C, H, W] and compare every layer.
 
-    Outputs of all layers of one batch are held in memory at a time.
+    The outputs of all layers for one batch are held in memory.
 
     Args:
         dense: eval mode, float32.
         slim: likewise, on the same device.
         images: normalised.
         source: of ``dense``, for readers.
-        data: what the images are, for readers.
+        data: description of the images, for readers.
         batch_size: images at a time.
         progress: called with (images done, images in all).
 
     Raises:
-        MhacutError: the two are not one architecture, or their answers are not finite.
+        MhacutError: the two have different architectures, or their answers are not finite.
     """
-    prunable, other = find_prunable_layers(dense), find_prunable_layers(slim)
-    _check_alike(prunable, other, source)
-    device = next(dense.parameters()).device
+    prunable, slim_prunable = find_prunable_layers(dense), find_prunable_layers(slim)
+    _check_alike(prunable, slim_prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable.layers}
-    watch = _Watch(dense, slim, tallies)
     measure = Divergence(gives_probabilities(dense))
+    device = next(dense.parameters()).device
     divergence = same = 0.0
-    with watch:
+    with _LayerHooks(dense, slim, tallies):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
             expected, found = dense(batch).float(), slim(batch).float()
-            if expected.shape != found.shape:
-                raise MhacutError(
-                    f"--compare {source}: it gives {expected.shape[-1]} numbers an image, the checkpoint "
-                    f"{found.shape[-1]}; they were not trained for the same classes"
-                )
+            _check_same_classes(expected, found, source)
             divergence += float(measure(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
             if progress is not None:
                 progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
         raise MhacutError(f"--compare {source}: the answers of one of the two are not finite numbers")
-    size = tuple(images.shape[1:])
-    flops = [measure_flops_by_module(model, (size[0], size[1], size[2])) for model in (dense, slim)]
-    slim_units = {unit.key: unit for unit in other.units()}
+    channels, height, width = images.shape[1:]
+    dense_flops, slim_flops = (
+        measure_flops_by_module(model, (channels, height, width)) for model in (dense, slim)
+    )
     return Comparison(
         dense=source,
-        flops=(flops[0][""], flops[1][""]),
+        flops=(dense_flops[""], slim_flops[""]),
         parameters=(count_parameters(dense), count_parameters(slim)),
         layers=tuple(
             LayerComparison(
                 layer.name,
-                {
-                    unit.kind: (unit.width, slim_units[unit.key].width)
-                    for unit in layer.units
-                    if unit.key in slim_units
-                },
-                (flops[0].get(layer.name, 0), flops[1].get(layer.name, 0)),
+                _widths(layer, slim_prunable),
+                (dense_flops.get(layer.name, 0), slim_flops.get(layer.name, 0)),
                 tallies[layer.name].own_error,
                 tallies[layer.name].error,
                 tallies[layer.name].agreement,
@@ -131,53 +124,62 @@ def compare(
     )
 
 
+def _widths(dense: Layer, slim: PrunableLayers) -> dict[UnitKind, tuple[int, int]]:
+    """Channels per head, dense and slim, of the units of ``dense`` that ``slim`` has too."""
+    slim_units = {unit.key: unit for unit in slim.units()}
+    return {
+        unit.kind: (unit.width, slim_units[unit.key].width) for unit in dense.units if unit.key in slim_units
+    }
+
+
 class _Tally:
     """Sums over the tokens of one layer, float64."""
 
     def __init__(self, channel_dim: int) -> None:
         self.channel_dim = channel_dim
-        self.size = self.own = self.off = self.cosines = 0.0
+        self.square = self.own_square_error = self.square_error = self.cosines = 0.0
         self.tokens = 0
 
     def add_own(self, dense: Tensor, slim: Tensor) -> None:
-        """The slim layer's output for the dense layer's input."""
-        self.own += float((slim - dense).double().square().sum())
+        """Add the slim layer's output for the dense layer's input."""
+        self.own_square_error += float((slim - dense).double().square().sum())
 
     def add(self, dense: Tensor, slim: Tensor) -> None:
-        """Outputs of the layer in either model."""
+        """Add the outputs of the layer in either model."""
         expected, found = (
             side.movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
-        )
-        self.size += float(expected.square().sum())
-        self.off += float((found - expected).square().sum())
+        )  # (tokens, channels)
+        self.square += float(expected.square().sum())
+        self.square_error += float((found - expected).square().sum())
         self.cosines += float(torch.cosine_similarity(expected, found, dim=-1, eps=1e-30).sum())
         self.tokens += len(expected)
 
     @property
     def own_error(self) -> float:
-        return _ratio(self.own, self.size)
+        return _relative(self.own_square_error, self.square)
 
     @property
     def error(self) -> float:
-        return _ratio(self.off, self.size)
+        return _relative(self.square_error, self.square)
 
     @property
     def agreement(self) -> float:
         return self.cosines / max(self.tokens, 1)
 
 
-def _ratio(error: float, size: float) -> float:
-    return float((error / size) ** 0.5) if size > 0 else 0.0
+def _relative(square_error: float, square: float) -> float:
+    return float((square_error / square) ** 0.5) if square > 0 else 0.0
 
 
-class _Watch:
-    """Hooks on the layers of both models while it is entered; the dense one is to run first."""
+class _LayerHooks:
+    """Hooks on the layers of both models while the context is entered; the dense model must run first."""
 
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies
-        self._waiting: dict[str, Tensor] = {}
+        self._dense_outputs: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._aside = False
+        self._on_dense_input = False
+        """Whether a slim layer runs by itself, on the input of the dense one."""
 
     def __enter__(self) -> None:
         for name in self.tallies:
@@ -191,25 +193,33 @@ class _Watch:
 
     def _dense_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            self._waiting[name] = output
-            self._aside = True
+            self._dense_outputs[name] = output
+            self._on_dense_input = True
             try:
                 self.tallies[name].add_own(output, self.slim.get_submodule(name)(*args, **kwargs))
             finally:
-                self._aside = False
+                self._on_dense_input = False
 
         return hook
 
     def _slim_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if not self._aside:
-                self.tallies[name].add(self._waiting.pop(name), output)
+            if not self._on_dense_input:
+                self.tallies[name].add(self._dense_outputs.pop(name), output)
 
         return hook
 
 
+def _check_same_classes(dense: Tensor, slim: Tensor, source: str) -> None:
+    if dense.shape != slim.shape:
+        raise MhacutError(
+            f"--compare {source}: it gives {dense.shape[-1]} numbers an image, the checkpoint "
+            f"{slim.shape[-1]}; they were not trained for the same classes"
+        )
+
+
 def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:
-    """Raise a :class:`MhacutError` that names the first layer in which the two are not one architecture."""
+    """Raise a :class:`MhacutError` that names the first layer by which the two architectures differ."""
     mine, theirs = ({layer.name for layer in prunable.layers} for prunable in (slim, dense))
     if mine != theirs:
         odd = sorted(mine ^ theirs)[0]

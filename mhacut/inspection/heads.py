@@ -1,4 +1,4 @@
-"""What can be said of heads before they are cut: how alike, how few, which channels would stay."""
+"""Redundancy of heads before a cut: similarity and rank of their channels, and which of them would stay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mhacut.pruning.candidates import find_candidates
 from mhacut.surgery.output import effective_output_weights
 
 SHARES = (75, 50, 25)
-"""Percent of its width at which a head is asked which channels it would keep."""
+"""Percentages of its width for which each head lists the channels that it would keep."""
 
 
 @dataclass(frozen=True)
@@ -24,49 +24,51 @@ class HeadFindings:
     """One head's channels of one kind."""
 
     similarity: float
-    """Mean absolute similarity of a channel to the others of the head, in 0..1: 0 is all unlike."""
+    """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 is all unlike."""
     rank90: int
-    """Principal channels that hold 90 % of the energy of the logits (qk) or of what the head adds (v)."""
+    """Number of principal channels with 90 % of the energy of the logits (qk) or of the head's output (v)."""
     rank99: int
     """The same at 99 %."""
     keeps: Mapping[int, tuple[int, ...]]
-    """Per percent of :data:`SHARES` the channels a cut to it would keep, in the file's own channels, by the
-    error left after repair; empty when not asked for."""
+    """Per percentage of :data:`SHARES` the channels that a cut to it would keep, numbered as in the file and
+    chosen by the error left after repair. Empty where channels were not ranked."""
 
 
-def find(
+def describe_heads(
     module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor, *, ranked: bool
 ) -> tuple[HeadFindings, ...]:
-    """What there is to say of each head of ``unit``.
+    """Return the findings of each head of ``unit``.
 
     Args:
         module: the layer.
         unit: qk or v of that layer.
-        moments: of its channels.
+        moments: of the unit's channels.
         similarity: of each channel to the others of its head, [H, d].
-        ranked: whether to rank channels, which takes most of the time.
+        ranked: rank channels too, which takes most of the time.
     """
-    energies = _energies(module, unit, moments)
-    ranks = [effective_rank(energies, share).tolist() for share in (0.90, 0.99)]
-    kept: list[dict[int, tuple[int, ...]]] = [{} for _ in range(unit.heads)]
-    if ranked:
-        widths = {share: max(1, round(unit.width * share / 100)) for share in SHARES}
-        candidate = find_candidates(module, unit, moments, min(widths.values()), "channel", positions="own")[
-            0
-        ]
-        for share, width in widths.items():
-            for head, channels in enumerate(candidate.ranking.kept(width).tolist()):
-                kept[head][share] = tuple(channels)
+    energies = _energies(module, unit, moments)  # (H, d)
+    rank90, rank99 = (effective_rank(energies, share).tolist() for share in (0.90, 0.99))
+    keeps = _channels_to_keep(module, unit, moments) if ranked else [{} for _ in range(unit.heads)]
     return tuple(
-        HeadFindings(float(similarity[head].mean()), ranks[0][head], ranks[1][head], kept[head])
+        HeadFindings(float(similarity[head].mean()), rank90[head], rank99[head], keeps[head])
         for head in range(unit.heads)
     )
 
 
+def _channels_to_keep(
+    module: nn.Module, unit: Unit, moments: UnitMoments
+) -> list[dict[int, tuple[int, ...]]]:
+    """Per head, the channels to keep at each of :data:`SHARES`."""
+    widths = {share: max(1, round(unit.width * share / 100)) for share in SHARES}
+    candidate = find_candidates(module, unit, moments, min(widths.values()), "channel", positions="own")[0]
+    kept = {share: candidate.ranking.kept(width).tolist() for share, width in widths.items()}
+    return [{share: tuple(heads[head]) for share, heads in kept.items()} for head in range(unit.heads)]
+
+
 def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
-    """Of the principal channels of every head, falling, [H, d]."""
+    """Energies of the principal channels of every head, falling, [H, d]."""
     every = moments.every
-    if unit.linear:  # what channels add can only be summed
+    if unit.linear:  # products of q, k and v: there are no logits, only energy to sum
         return falling_eigenvalues(every[0].energy)
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
@@ -76,7 +78,7 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
 
 
 def _per_head(unit: Unit, moments: Moments) -> Moments:
-    """Moments of all channels at once, [H * d], as those of each head by itself, [H, d]."""
+    """Moments of each head by itself, [H, d, d], from those of all channels at once, [H * d, H * d]."""
     blocks = moments.second.view(unit.heads, unit.width, unit.heads, unit.width)
-    second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])
+    second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])  # (H, d, d)
     return Moments(moments.rows, moments.total.view(unit.heads, unit.width), second)

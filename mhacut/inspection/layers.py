@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its layers and heads, what they cost, how alike and how few their channels are."""
+"""Layers and heads of a checkpoint: widths, costs, and the redundancy of their channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mhacut.checkpoint.layers import LayerReader
 from mhacut.checkpoint.load import LoadedModel, Outline
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
-from mhacut.inspection.heads import HeadFindings, find
+from mhacut.inspection.heads import HeadFindings, describe_heads
 from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Basis, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
@@ -25,7 +25,7 @@ from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weig
 from mhacut.surgery.info import classifier_size, not_prunable
 
 BY_WEIGHTS = "weights alone, inputs taken as white"
-"""What findings rest on where there were no images."""
+"""Basis of findings where there were no images."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class UnitReport:
 
     kind: UnitKind
     head_count: int
-    """1 for ``hidden``; fewer than the layer's where channels of several heads go as one."""
+    """1 for ``hidden``; less than the layer's where channels of several heads are tied."""
     now: int
     """Channels per head (of the whole MLP for ``hidden``)."""
     dense: int
-    """Before any cut; equal to ``now`` in a dense file."""
+    """The same before any cut; equal to ``now`` in a dense file."""
     basis: Basis
-    """What ``kept`` counts."""
+    """Basis whose channels ``kept`` numbers."""
     kept: tuple[tuple[int, ...], ...] | None
-    """Per head, of the dense channels those that a slim file still has; None where nothing was cut."""
+    """Per head, the dense channels that a slim file still has; None where nothing was cut."""
     heads: tuple[HeadFindings, ...]
-    """Empty where nothing was looked for: from shapes alone, and for hidden channels."""
+    """Empty for hidden channels, and where only shapes were read."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ class LayerReport:
     name: str
     """Module name, ``blocks.0.attn``."""
     module: str
-    """Its class."""
+    """Name of its class."""
     heads: int | None
-    """None for an MLP."""
+    """Number of heads; None for an MLP."""
     units: Mapping[UnitKind, UnitReport]
-    """Of its units that can be cut."""
+    """Units that can be cut."""
     not_prunable: Mapping[UnitKind, str]
     """Units that cannot, and why."""
     coupled_with: Mapping[UnitKind, UnitKind]
-    """Kinds whose channels go with those of another."""
+    """Kinds whose channels are tied to those of another kind."""
     flops: int
-    """Of the whole layer, as it stands."""
+    """FLOPs of the whole layer, at its present widths."""
     share: float
-    """Of the model's FLOPs, in 0..1."""
+    """Share of the model's FLOPs, in 0..1."""
     parameters: int
-    """Of the whole layer, as it stands."""
+    """Parameters of the whole layer, at its present widths."""
     parameter_share: float
-    """Of the model's parameters, in 0..1."""
+    """Share of the model's parameters, in 0..1."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a checkpoint."""
+    """Description of a checkpoint."""
 
     source: str
     architecture: str
@@ -86,17 +86,17 @@ class Inspection:
     flops: int
     parameters: int
     dtypes: tuple[str, ...]
-    """Of the file's floating-point tensors."""
+    """Types of the file's floating-point tensors."""
     layers: tuple[LayerReport, ...]
     not_prunable: tuple[str, ...]
-    """What could not be cut exactly, or is never touched, and why."""
+    """One line per reason for what cannot be cut exactly, or is never touched."""
     preprocessing: Preprocessing
     history: tuple[Mapping[str, Any], ...]
-    """What a slim file says of the commands that made it, oldest first; untrusted. Empty for a dense file."""
+    """A slim file's record of the commands that made it, oldest first; untrusted. Empty for a dense file."""
     slim: bool
-    """Whether the file is one that mhacut cut."""
+    """Whether the file was cut by mhacut."""
     judged_by: str | None
-    """What findings of heads rest on: images, or :data:`BY_WEIGHTS`; None from shapes alone."""
+    """Basis of the findings of heads: images, or :data:`BY_WEIGHTS`; None where only shapes were read."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Evidence:
 
     calibration: Calibration
     description: str
-    """Of the images."""
+    """Description of the images."""
 
 
 def inspect_model(
@@ -120,54 +120,39 @@ def inspect_model(
     """Describe ``opened``.
 
     Args:
-        opened: a checkpoint; of an outline, layers are read one at a time.
-        shapes_only: read no weights, and say nothing of single heads but their widths.
-        evidence: what to judge heads by; None is the weights alone.
-        ranked: whether the channels of a layer of that name are to be ranked, which takes most of the time.
+        opened: a checkpoint; the weights of an outline are read one layer at a time.
+        shapes_only: read no weights; of single heads only the widths are then known.
+        evidence: activations to judge heads by; None judges by the weights alone.
+        ranked: whether to rank the channels of the layer of a name, which takes most of the time.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
         progress: called with (layers done, layers in all).
 
     Raises:
-        UnsupportedModelError: it has no attention that can be cut, or one that is not known.
+        UnsupportedModelError: the model has no attention that can be cut, or one that is not known.
         CheckpointError: weights cannot be read.
     """
-    model = opened.model
+    model, record = opened.model, opened.record
     prunable = find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
     countable = weightless(model) if isinstance(opened, Outline) else model
     flops = measure_flops_by_module(countable, resolved.input_size)
     parameters = count_parameters(model)
-    plans = {} if opened.record is None else {unit.key: unit for unit in opened.record.plan}
-    layer_of = _reader(opened, needed=not shapes_only)
+    plans = {} if record is None else {unit.key: unit for unit in record.plan}
+    layer_with_weights = _layer_reader(opened, needed=not shapes_only)
     layers = []
-    for done, layer in enumerate(prunable.layers):
-        module: Any = model.get_submodule(layer.name)
-        is_attention = layer.adapter.family == "attention"
-        own, held = flops.get(layer.name, 0), count_parameters(module)
-        found: dict[UnitKey, tuple[HeadFindings, ...]] = {}
-        if is_attention and not shapes_only:
-            with layer_of(layer.name) as read:
-                found = _findings(read, layer, evidence, ranked(layer.name))
-        layers.append(
-            LayerReport(
-                name=layer.name,
-                module=type(module).__name__,
-                heads=_heads(layer, module) if is_attention else None,
-                units={
-                    unit.kind: _unit_report(unit, plans.get(unit.key), found.get(unit.key, ()))
-                    for unit in layer.units
-                },
-                not_prunable=dict(layer.not_prunable),
-                coupled_with=dict(layer.coupled_with),
-                flops=own,
-                share=own / flops[""],
-                parameters=held,
-                parameter_share=held / parameters,
-            )
-        )
+    for done, layer in enumerate(prunable.layers, start=1):
+        findings: dict[UnitKey, tuple[HeadFindings, ...]] = {}
+        if layer.adapter.family == "attention" and not shapes_only:
+            with layer_with_weights(layer.name) as module:
+                findings = _findings(module, layer, evidence, ranked(layer.name))
+        units = {
+            unit.kind: _unit_report(unit, plans.get(unit.key), findings.get(unit.key, ()))
+            for unit in layer.units
+        }
+        layers.append(_layer_report(model, layer, units, flops, parameters))
         if progress is not None:
-            progress(done + 1, len(prunable.layers))
-    told = BY_WEIGHTS if evidence is None else evidence.description
+            progress(done, len(prunable.layers))
+    judged_by = BY_WEIGHTS if evidence is None else evidence.description
     return Inspection(
         source=opened.source,
         architecture=opened.identity.architecture,
@@ -179,16 +164,40 @@ def inspect_model(
         layers=tuple(layers),
         not_prunable=not_prunable(prunable),
         preprocessing=resolved,
-        history=() if opened.record is None else opened.record.history,
-        slim=opened.record is not None,
-        judged_by=None if shapes_only else told,
+        history=() if record is None else record.history,
+        slim=record is not None,
+        judged_by=None if shapes_only else judged_by,
     )
 
 
-def _reader(
+def _layer_report(
+    model: nn.Module,
+    layer: Layer,
+    units: Mapping[UnitKind, UnitReport],
+    flops: Mapping[str, int],
+    parameters: int,
+) -> LayerReport:
+    """Report of one layer; ``flops`` by module and ``parameters`` are those of the whole model."""
+    module = model.get_submodule(layer.name)
+    own_flops, own_parameters = flops.get(layer.name, 0), count_parameters(module)
+    return LayerReport(
+        name=layer.name,
+        module=type(module).__name__,
+        heads=_heads(layer, module) if layer.adapter.family == "attention" else None,
+        units=units,
+        not_prunable=dict(layer.not_prunable),
+        coupled_with=dict(layer.coupled_with),
+        flops=own_flops,
+        share=own_flops / flops[""],
+        parameters=own_parameters,
+        parameter_share=own_parameters / parameters,
+    )
+
+
+def _layer_reader(
     opened: LoadedModel | Outline, *, needed: bool
 ) -> Callable[[str], AbstractContextManager[nn.Module]]:
-    """What gives a layer with its numbers in it."""
+    """Return a function from the name of a layer to its module, with its weights read."""
     if isinstance(opened, Outline) and needed:
         return LayerReader(opened).layer
     return lambda name: nullcontext(opened.model.get_submodule(name))
@@ -200,17 +209,17 @@ def _findings(
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
     found = {}
     for unit in layer.units:
-        if unit.kind == "hidden":  # of a block with an MLP inside
+        if unit.kind == "hidden":  # the MLP inside a block that holds both
             continue
         if evidence is None:
-            seen = white_moments(module, unit)
-            if seen is None:
+            by_weights = white_moments(module, unit)
+            if by_weights is None:
                 continue
-            moments, similarity = seen
+            moments, similarity = by_weights
         else:
             moments = evidence.calibration.moments[unit.key]
             similarity = evidence.calibration.statistics[unit.key].redundancy
-        found[unit.key] = find(module, unit, moments, similarity, ranked=ranked)
+        found[unit.key] = describe_heads(module, unit, moments, similarity, ranked=ranked)
     return found
 
 
@@ -220,11 +229,12 @@ def _unit_report(unit: Unit, plan: UnitPlan | None, found: tuple[HeadFindings, .
     return UnitReport(unit.kind, unit.heads, unit.width, plan.dense_width, plan.basis, plan.kept, found)
 
 
-def _heads(layer: Layer, module: Any) -> int | None:
-    """Of an attention; what nothing can be cut of may not say."""
+def _heads(layer: Layer, module: nn.Module) -> int | None:
+    """Number of heads; None where no unit can be cut and the module does not say."""
     if layer.units:
         return max(unit.heads for unit in layer.units)
-    return getattr(module, "num_heads", None)
+    heads = getattr(module, "num_heads", None)
+    return heads if isinstance(heads, int) else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""One line that says what an inspection found."""
+"""Summary of an inspection in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mhacut.inspection.layers import BY_WEIGHTS, Inspection, LayerReport
 from mhacut.plan import UNIT_KINDS, UnitKind
 
 LEAST = 0.2
-"""Share of a layer's channels beyond the rank that holds 99 % of the energy, from which on it is told."""
+"""Share of redundant channels from which on a layer is mentioned."""
 _FRACTIONS = (
     (0.28, "a quarter"),
     (0.42, "a third"),
@@ -21,24 +21,24 @@ _FRACTIONS = (
 _NUMBERED = re.compile(r"(?P<before>.*?)\.?(?P<number>\d+)(?P<after>\.\D*)?")
 
 
-def verdict(inspection: Inspection) -> str:
-    """What the model spends on attention, what of its heads was kept, and where it is redundant.
+def summary(inspection: Inspection) -> str:
+    """Return how much the model spends on attention, how much of it was kept, and where it is redundant.
 
     ``attention 36 % of 4.61G; about half of qk in blocks 7-11 is redundant``
     """
     attention = [layer for layer in inspection.layers if layer.heads is not None]
     spent = sum(layer.share for layer in attention)
-    told = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
+    parts = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
     if inspection.slim:
-        told.append(_kept(inspection))
+        parts.append(_kept(inspection))
     if inspection.judged_by is not None:
         by = " (by weights alone)" if inspection.judged_by == BY_WEIGHTS else ""
-        told.append(_redundant(attention) + by)
-    return "; ".join(told)
+        parts.append(_redundant(attention) + by)
+    return "; ".join(parts)
 
 
 def redundant_share(layer: LayerReport, kind: UnitKind) -> float | None:
-    """Share of a layer's channels beyond the rank at 99 % of the energy, mean of heads; None if not known."""
+    """Mean over heads of the share of channels beyond the rank at 99 % of the energy; None if not known."""
     unit = layer.units.get(kind)
     if unit is None or not unit.heads:
         return None
@@ -46,7 +46,7 @@ def redundant_share(layer: LayerReport, kind: UnitKind) -> float | None:
 
 
 def kept_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of the dense model's channels of one kind that are still there; None where it has none."""
+    """Share of the dense model's channels of one kind that are left; None where it has none of that kind."""
     units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
     dense = sum(unit.dense for unit in units)
     return sum(unit.now for unit in units) / dense if dense else None
@@ -75,7 +75,7 @@ def _redundant(attention: Sequence[LayerReport]) -> str:
 def _longest(
     attention: Sequence[LayerReport], shares: Mapping[str, float]
 ) -> tuple[Sequence[LayerReport], float] | None:
-    """Neighbouring layers of which each has something to tell, and their mean share; those that have most."""
+    """Return the run of neighbouring redundant layers with most redundant channels, and its mean share."""
     best: tuple[Sequence[LayerReport], float] | None = None
     start = 0
     for stop in range(1, len(attention) + 1):

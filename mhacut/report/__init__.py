@@ -1,1 +1,1 @@
-"""A report on one checkpoint as a page that stands by itself, or as a picture."""
+"""Report on a checkpoint: one HTML page, or one picture."""

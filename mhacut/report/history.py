@@ -1,4 +1,4 @@
-"""A slim file's history in words."""
+"""History of a slim file in words."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from mhacut.budget import format_flops
 from mhacut.limits import is_number
 from mhacut.text import safe
 
+_LARGEST = 1e18
+
 
 def step(entry: Mapping[str, Any]) -> str:
-    """One command of a slim file's history; the file may hold anything there."""
-
-    def flops(name: str) -> str:
-        value = entry.get(name)
-        held = is_number(value) and 0 <= value < 1e18
-        return format_flops(float(value)) if held and value is not None else "?"
-
-    def text(value: object) -> str:
-        return safe("?" if value is None else f"{value!s:.100}")
-
-    versions = entry.get("versions")
-    version = versions.get("mhacut") if isinstance(versions, Mapping) else None
-    if entry.get("command") == "finetune":
-        taught = "no teacher" if entry.get("teacher_sha256") is None else "a teacher"
+    """Return one line for one command of a slim file's history; the file may hold anything there."""
+    command, version = _text(entry.get("command")), _text(_version(entry))
+    seed, data = _text(entry.get("seed")), _text(entry.get("data"))
+    if command == "finetune":
+        teacher = "no teacher" if entry.get("teacher_sha256") is None else "a teacher"
+        steps, images = _text(entry.get("steps")), _text(entry.get("images_per_step"))
         return (
-            f"finetune, {text(entry.get('steps'))} steps of {text(entry.get('images_per_step'))} images, "
-            f"{taught}, seed {text(entry.get('seed'))}, mhacut {text(version)}, on {text(entry.get('data'))}"
+            f"finetune, {steps} steps of {images} images, {teacher}, seed {seed}, mhacut {version}, on {data}"
         )
     if "flops_before" not in entry:
-        return f"{text(entry.get('command'))}, mhacut {text(version)}"
-    return (
-        f"{text(entry.get('command'))} {flops('flops_before')} -> {flops('flops_after')} FLOPs "
-        f"(budget {flops('budget')}), seed {text(entry.get('seed'))}, mhacut {text(version)}, "
-        f"on {text(entry.get('data'))}"
-    )
+        return f"{command}, mhacut {version}"
+    before, after, budget = (_flops(entry.get(name)) for name in ("flops_before", "flops_after", "budget"))
+    return f"{command} {before} -> {after} FLOPs (budget {budget}), seed {seed}, mhacut {version}, on {data}"
+
+
+def _version(entry: Mapping[str, Any]) -> object:
+    versions = entry.get("versions")
+    return versions.get("mhacut") if isinstance(versions, Mapping) else None
+
+
+def _flops(value: Any) -> str:
+    return format_flops(float(value)) if is_number(value) and 0 <= value < _LARGEST else "?"
+
+
+def _text(value: object) -> str:
+    return safe("?" if value is None else f"{value!s:.100}")

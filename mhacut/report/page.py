@@ -7,14 +7,18 @@ import hashlib
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from mhacut._version import __version__
 from mhacut.options.base import PathLike
-from mhacut.report import sections
+from mhacut.report.charts import COLOURS
 from mhacut.report.contents import Contents
-from mhacut.report.markup import Markup, join, tag
-from mhacut.report.table import heads_table
+from mhacut.report.heads_table import HEADINGS, head_rows
+from mhacut.report.history import step
+from mhacut.report.sections import sections
+from mhacut.report.svg import draw
 from mhacut.runtime.files import write_whole
+from mhacut.text import safe
 
 
 def write_page(
@@ -36,67 +40,67 @@ def write_page(
 
 
 def page(contents: Contents) -> str:
-    """The whole document.
+    """Return the whole document.
 
     Its content security policy allows the page's own style sheet and script, by their hashes, and nothing
     from anywhere else, so that text from files could not run even if it got past the escaping.
-
-    Args:
-        contents: what to show.
     """
-    style, script = (_resource(name) for name in ("page.css", "page.js"))
+    from markupsafe import Markup
+
+    style, script = _colour_classes() + _resource("page.css"), _resource("page.js")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
-    inspection = contents.inspection
-    title = f"{inspection.architecture}: {inspection.source}"
-    parts = [
-        sections.figures(contents),
-        sections.heat_maps(contents),
-        sections.flops(contents),
-        sections.errors(contents),
-        sections.curves(contents),
-        sections.search(contents),
-        heads_table(contents),
-        sections.history(inspection),
-    ]
-    judged = inspection.judged_by
-    channels, height, width = inspection.input_size
-    about = [
-        f"{inspection.architecture}, {channels}x{height}x{width}, "
-        + (f"{inspection.classes} classes. " if inspection.classes else "no classifier. "),
-        "Only shapes were looked at. " if judged is None else f"Heads judged by: {judged}. ",
-        "One FLOP is one multiply-accumulate. ",
-        f"mhacut {__version__}.",
-    ]
-    whole = [tag("li", line) for line in inspection.not_prunable]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", title),
-        tag("style", style),
+    return str(
+        _template().render(
+            policy=policy,
+            style=Markup(style),  # ours, and not to be escaped
+            script=Markup(script),
+            inspection=contents.inspection,
+            summary=contents.summary,
+            version=__version__,
+            sections=sections(contents),
+            draw=draw,
+            headings=HEADINGS,
+            head_rows=head_rows(contents.layers),
+            steps=[step(entry) for entry in contents.inspection.history],
+        )
     )
-    body = tag(
-        "body",
-        tag("a", "To the table", href="#part-all-heads", class_="skip"),
-        tag(
-            "header",
-            tag("h1", inspection.source),
-            tag("p", contents.verdict, class_="verdict"),
-            tag("p", *about),
-            tag("ul", *whole) if whole else join(),
-        ),
-        tag("main", *(part for part in parts if part is not None)),
-        tag("script", script),
-    )
-    return join(Markup("<!doctype html>\n"), tag("html", head, body, lang="en")) + "\n"
 
 
-def _resource(name: str) -> Markup:
-    """A file that is part of this package; ours, so that it is markup already."""
-    return Markup(files("mhacut.report").joinpath(name).read_text(encoding="utf-8"))
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mhacut", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _shown(value: Any) -> Any:
+    """Text with invisible characters shown, numbers as coordinates; the template escapes the rest."""
+    if hasattr(value, "__html__"):
+        return value
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return safe(value) if isinstance(value, str) else value
+
+
+def _colour_classes() -> str:
+    """Style sheet with one class per colour, which sets ``--colour`` on light and on dark paper."""
+    light, dark = (
+        "\n".join(f".{name} {{ --colour: {values[side]}; }}" for name, values in COLOURS.items())
+        for side in (0, 1)
+    )
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+
+
+def _resource(name: str) -> str:
+    """Text of a file of this package."""
+    return files("mhacut.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -12,13 +12,14 @@ from mhacut.checkpoint.load import LoadedModel
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
-from mhacut.inspection.summary import verdict
+from mhacut.inspection.summary import summary
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.indicators import SearchStep
-from mhacut.report.contents import Contents, stored_curves
+from mhacut.report.contents import Contents
 from mhacut.report.page import write_page
+from mhacut.report.stored_curves import stored_curves
 from mhacut.surgery.find import find_prunable_layers
 
 
@@ -37,37 +38,37 @@ def write_report(
     batch_size: int,
     overwrite: bool,
 ) -> Path:
-    """Look at the slim model as ``mhacut inspect --compare --data-dir`` would, and write the page.
+    """Look at the pruned model as ``mhacut inspect --compare --data-dir`` would, and write the page.
 
     Args:
         path: the page.
-        loaded: what was read.
-        dense: the model that was read, eval mode, without gradients.
-        slim: what became of it, on the same device.
-        record: what the slim file says of itself.
-        name: of the slim file, for readers.
-        images: of the search, normalised; the first of them are looked at.
-        data: what they are, for readers.
-        steps: of the search, where there was one.
-        figures: what was measured: a name, before and after.
+        loaded: the checkpoint that was read.
+        dense: its model, eval mode, without gradients.
+        slim: the pruned model, on the same device.
+        record: description that the slim file carries.
+        name: name of the slim file, for readers.
+        images: images of the search, [n, C, H, W], normalised; the first of them are used.
+        data: description of the images, for readers.
+        steps: log of the search, where indicators were trained.
+        figures: measurements: name, value before, value after.
         batch_size: images at a time.
         overwrite: replace an existing page.
 
     Raises:
         OutputError: the page cannot be written.
     """
-    seen = images[:INSPECTED_IMAGES]
-    told = f"the first {len(seen)} of {data}" if len(seen) < len(images) else data
-    calibration = calibrate(slim, find_prunable_layers(slim), seen, batch_size=batch_size)
-    made = dataclasses.replace(loaded, model=slim, record=record, source=name)
-    inspection = inspect_model(made, evidence=Evidence(calibration, told), ranked=lambda layer: True)
-    comparison = compare(dense, slim, seen, source=loaded.source, data=told, batch_size=batch_size)
+    used = images[:INSPECTED_IMAGES]
+    if len(used) < len(images):
+        data = f"the first {len(used)} of {data}"
+    calibration = calibrate(slim, find_prunable_layers(slim), used, batch_size=batch_size)
+    pruned = dataclasses.replace(loaded, model=slim, record=record, source=name)
+    inspection = inspect_model(pruned, evidence=Evidence(calibration, data), ranked=lambda layer: True)
     curves, budget = stored_curves(record.history[-1:])
     contents = Contents(
         inspection,
-        verdict(inspection),
+        summary(inspection),
         inspection.layers,
-        comparison,
+        compare(dense, slim, used, source=loaded.source, data=data, batch_size=batch_size),
         curves,
         budget,
         tuple(steps),

@@ -1,244 +1,256 @@
-"""The parts of the page."""
+"""Sections of a report: their text, charts and tables, as data that any writer can draw."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mhacut.budget import format_flops
+from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.plan import UnitKind
-from mhacut.report.charts import Bar, Line, heat_map, legend, line_chart, waterfall
-from mhacut.report.contents import Contents, StoredCurve
-from mhacut.report.history import step
-from mhacut.report.markup import Markup, tag
+from mhacut.report.charts import (
+    Bar,
+    Cell,
+    Chart,
+    HeatMap,
+    Line,
+    LineChart,
+    Waterfall,
+    depth_colour,
+    is_empty,
+)
+from mhacut.report.contents import Contents
+from mhacut.report.stored_curves import StoredCurve
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
+_ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 
 
-def figures(contents: Contents) -> Markup | None:
-    """What the whole model costs, and what was measured of it."""
-    inspection, compared = contents.inspection, contents.comparison
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows; the first column names the rows."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report, under a heading."""
+
+    title: str
+    text: str = ""
+    legend: Mapping[str, str] = field(default_factory=dict)
+    """Colour, a name of :data:`mhacut.report.charts.COLOURS`, to its meaning."""
+    charts: Sequence[Chart] = ()
+    table: Table | None = None
+
+
+def sections(contents: Contents) -> list[Section]:
+    """Return the sections for which ``contents`` has something to show."""
+    made = (
+        _numbers(contents),
+        _heads(contents),
+        _flops(contents),
+        _errors(contents.comparison),
+        _curves(contents),
+        _search(contents),
+    )
+    return [section for section in made if section is not None]
+
+
+def _numbers(contents: Contents) -> Section:
+    """Cost of the whole model, and measurements of the run."""
+    inspection, comparison = contents.inspection, contents.comparison
     rows = [list(row) for row in contents.figures]
-    head = ["", "before", "after"]
-    if compared is not None:
-        rows.append(["FLOPs", *map(format_flops, compared.flops)])
-        rows.append(["parameters", *map(format_flops, compared.parameters)])
-        head = ["", "dense", "slim"]
-    elif not rows:
-        rows = [["FLOPs", format_flops(inspection.flops)]]
-        rows.append(["parameters", format_flops(inspection.parameters)])
-        head = ["", ""]
-    body = [_row(row) for row in rows]
-    parts: list[Markup] = [tag("table", tag("thead", _row(head, "th")), tag("tbody", *body))]
-    if compared is not None:
-        answer = (
-            f"features differ by {compared.divergence:.2g} of their variance"
-            if compared.agreement is None
-            else f"{100 * compared.agreement:.1f} % of answers agree, "
-            f"KL divergence {compared.divergence:.2g} nats"
+    if comparison is not None:
+        rows.append(["FLOPs", *map(format_flops, comparison.flops)])
+        rows.append(["parameters", *map(format_flops, comparison.parameters)])
+        return Section("In numbers", _answers(comparison), table=Table(["", "dense", "slim"], rows))
+    if rows:
+        return Section("In numbers", table=Table(["", "before", "after"], rows))
+    rows = [["FLOPs", format_flops(inspection.flops)], ["parameters", format_flops(inspection.parameters)]]
+    return Section("In numbers", table=Table(["", ""], rows))
+
+
+def _answers(comparison: Comparison) -> str:
+    if comparison.agreement is None:
+        found = f"features differ by {comparison.divergence:.2g} of their variance"
+    else:
+        found = (
+            f"{100 * comparison.agreement:.1f} % of answers agree, "
+            f"KL divergence {comparison.divergence:.2g} nats"
         )
-        parts.append(tag("p", f"Beside {compared.dense}, on {compared.data}: {answer}."))
-    return section("In numbers", *parts)
+    return f"Beside {comparison.dense}, on {comparison.data}: {found}."
 
 
-def heat_maps(contents: Contents) -> Markup | None:
-    """Heads by layers: width kept, and redundancy."""
+def _heads(contents: Contents) -> Section | None:
+    """Heat maps, layers by heads: width kept, and redundancy."""
     attention = [layer for layer in contents.layers if layer.heads]
     if not attention:
         return None
-    kinds: tuple[UnitKind, ...] = ("qk", "v")
-    parts = []
-    for kind in kinds:
-        parts.append(heat_map(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0))
-    if contents.inspection.judged_by is not None:
-        for kind in kinds:
-            rows = _cells(attention, kind, _similar)
-            most = max([0.01, *(cell[0] for _, cells in rows for cell in cells if cell)])
-            title = f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {most:.2f}"
-            parts.append(heat_map(title, rows, most))
-    told = "Rows are layers, columns are heads; the stronger the colour, the more. "
-    told += "Point at a cell for its numbers; the table below has all of them."
-    return section("Heads", tag("p", told), tag("div", *parts, class_="charts"))
-
-
-def flops(contents: Contents) -> Markup | None:
-    """Where FLOPs go, or, beside a dense model, where they went."""
-    if contents.comparison is not None:
-        dense, slim = contents.comparison.flops
-        bars = [Bar("dense", 0, dense, "total", format_flops(dense))]
-        left = dense
-        for compared in contents.comparison.layers:
-            saved = compared.flops[0] - compared.flops[1]
-            family = "mlp" if "hidden" in compared.widths else "attention"
-            bars.append(Bar(compared.name, left, left - saved, family, f"-{format_flops(saved)}"))
-            left -= saved
-        bars.append(Bar("slim", 0, slim, "total", format_flops(slim)))
-        chart = waterfall("FLOPs that each layer saves", bars)
-    else:
-        layers = contents.inspection.layers
-        rest = contents.inspection.flops - sum(layer.flops for layer in layers)
-        bars, sofar = [Bar("outside these layers", 0, rest, "rest", format_flops(rest))], rest
-        for layer in layers:
-            family = "attention" if layer.heads else "mlp"
-            told = f"{format_flops(layer.flops)} ({100 * layer.share:.1f} %)"
-            bars.append(Bar(layer.name, sofar, sofar + layer.flops, family, told))
-            sofar += layer.flops
-        bars.append(Bar("total", 0, sofar, "total", format_flops(sofar)))
-        chart = waterfall("FLOPs of each layer", bars)
-    colours = {"attention": "attention", "mlp": "MLP", "total": "the whole model", "rest": "the rest"}
-    if contents.comparison is not None:
-        del colours["rest"]
-    return section("FLOPs", legend(colours), chart)
-
-
-def errors(contents: Contents) -> Markup | None:
-    """What each layer gives beside the dense one."""
-    if contents.comparison is None:
-        return None
-    layers = contents.comparison.layers
-    lines = [
-        Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], 0.0),
-        Line("error in its own model", [(i, layer.error) for i, layer in enumerate(layers)], 1.0),
-    ]
-    chart = line_chart(
-        "Relative error of each layer's output", lines, across="layer, in the model's order", up="error"
-    )
-    rows = [
-        _row(
-            [
-                layer.name,
-                ", ".join(f"{kind} {dense} to {slim}" for kind, (dense, slim) in layer.widths.items()),
-                format_flops(layer.flops[0]),
-                format_flops(layer.flops[1]),
-                f"{layer.own_error:.4f}",
-                f"{layer.error:.4f}",
-                f"{layer.agreement:.5f}",
-            ]
-        )
-        for layer in layers
-    ]
-    heads = ["layer", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
-    told = "Own error: given the dense model's input. Agreement: mean cosine of the two outputs of a token."
-    return section(
-        "Beside the dense model",
-        legend({"d0": "own error", "d4": "error in its own model"}),
-        chart,
-        tag("p", told),
-        scrolling(tag("table", tag("thead", _row(heads, "th")), tag("tbody", *rows))),
-    )
-
-
-def curves(contents: Contents) -> Markup | None:
-    """Sensitivity curves and where the budget cut them."""
-    if not contents.curves:
-        return None
-    charts = []
-    for kind, name in _NAMES.items():
-        own = [curve for curve in contents.curves if curve.kind == kind]
-        if own:
-            lines = [_curve_line(curve, place / max(len(own) - 1, 1)) for place, curve in enumerate(own)]
-            charts.append(
-                line_chart(
-                    f"{name}: error against width",
-                    lines,
-                    across="share of width",
-                    up="KL divergence, nats",
-                    logarithmic=True,
-                )
-            )
-    bought = "" if contents.budget is None else f" Dots: widths that {format_flops(contents.budget)} bought."
-    told = "Estimated divergence of the answers when one unit alone is cut to a width and repaired." + bought
-    return section(
-        "Sensitivity",
-        tag("p", told),
-        legend({"d0": "first layers", "d2": "middle", "d4": "last layers"}),
-        tag("div", *charts, class_="charts"),
-    )
-
-
-def search(contents: Contents) -> Markup | None:
-    """How the search went, where indicators were trained."""
-    steps = contents.steps
-    if not steps:
-        return None
     charts = [
-        line_chart("Loss", [Line("loss", [(s.step, s.loss) for s in steps], 0.5)], across="step", up="loss"),
-        line_chart(
-            "FLOPs of the masked model",
-            [Line("FLOPs", [(s.step, s.flops / 1e6) for s in steps], 0.5)],
-            across="step",
-            up="MFLOPs",
-        ),
+        HeatMap(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0)
+        for kind in _ATTENTION_KINDS
     ]
-    kinds = [kind for kind in _NAMES if kind in steps[-1].kept]
-    lines = [
-        Line(_NAMES[kind], [(s.step, s.kept[kind]) for s in steps], place / 2)
-        for place, kind in enumerate(kinds)
-    ]
-    if lines:
-        charts.append(line_chart("Share of width kept", lines, across="step", up="share"))
-    return section(
-        "Search",
-        legend({f"d{2 * place}": _NAMES[kind] for place, kind in enumerate(kinds)}),
-        tag("div", *charts, class_="charts"),
+    if contents.inspection.judged_by is not None:
+        charts += [_redundancy(attention, kind) for kind in _ATTENTION_KINDS]
+    text = (
+        "Rows are layers, columns are heads; the stronger the colour, the more. "
+        "Point at a cell for its numbers; the table below has all of them."
     )
+    return Section("Heads", text, charts=charts)
 
 
-def history(inspection: Inspection) -> Markup | None:
-    """What a slim file says of the commands that made it."""
-    if not inspection.history:
-        return None
-    return section("History", tag("ol", *(tag("li", step(entry)) for entry in inspection.history)))
+def _redundancy(attention: Sequence[LayerReport], kind: UnitKind) -> HeatMap:
+    rows = _cells(attention, kind, _similarity)
+    maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
+    return HeatMap(f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}", rows, maximum)
 
 
-def section(title: str, *parts: str) -> Markup:
-    """A part of the page under a heading."""
-    name = "part-" + title.lower().replace(" ", "-")
-    return tag("section", tag("h2", title, id=name), *parts, aria_labelledby=name)
-
-
-def scrolling(table: Markup) -> Markup:
-    """A table wider than the window scrolls by itself, also by keyboard."""
-    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="table")
-
-
-def _row(cells: Sequence[str], name: str = "td") -> Markup:
-    if name == "th":
-        return tag("tr", *(tag("th", cell, scope="col") for cell in cells))
-    return tag("tr", tag("th", cells[0], scope="row"), *(tag("td", cell) for cell in cells[1:]))
-
-
-def _cells(layers: Sequence[LayerReport], kind: UnitKind, value: Any) -> list[tuple[str, list[Any]]]:
+def _cells(
+    layers: Sequence[LayerReport],
+    kind: UnitKind,
+    cell: Callable[[LayerReport, UnitReport, int], Cell | None],
+) -> list[tuple[str, list[Cell | None]]]:
+    """Rows of a heat map; None where a layer has no such head, or nothing of that kind."""
     rows = []
     for layer in layers:
-        unit = layer.units.get(kind)
-        count = 0 if unit is None else unit.head_count
-        cells = [value(layer, unit, head) if head < count else None for head in range(layer.heads or 0)]
+        unit, cells = layer.units.get(kind), []
+        for head in range(layer.heads or 0):
+            cells.append(None if unit is None or head >= unit.head_count else cell(layer, unit, head))
         rows.append((layer.name, cells))
     return rows
 
 
-def _kept(layer: LayerReport, unit: UnitReport, head: int) -> tuple[float, str]:
+def _kept(layer: LayerReport, unit: UnitReport, head: int) -> Cell:
     share = unit.now / unit.dense
-    return share, f"{layer.name}, head {head}: {unit.now} of {unit.dense} channels ({100 * share:.0f} %)"
+    return Cell(
+        share, f"{layer.name}, head {head}: {unit.now} of {unit.dense} channels ({100 * share:.0f} %)"
+    )
 
 
-def _similar(layer: LayerReport, unit: UnitReport, head: int) -> tuple[float, str] | None:
+def _similarity(layer: LayerReport, unit: UnitReport, head: int) -> Cell | None:
     if head >= len(unit.heads):
         return None
     found = unit.heads[head]
-    told = (
+    return Cell(
+        found.similarity,
         f"{layer.name}, head {head}: similarity {found.similarity:.3f}; {found.rank90} and {found.rank99} of "
-        f"{unit.now} principal channels hold 90 and 99 % of the energy"
+        f"{unit.now} principal channels hold 90 and 99 % of the energy",
     )
-    return found.similarity, told
+
+
+def _flops(contents: Contents) -> Section:
+    """FLOPs of each layer, or, beside a dense model, those that each layer saves."""
+    legend = {"attention": "attention", "mlp": "MLP", "total": "the whole model"}
+    if contents.comparison is not None:
+        return Section("FLOPs", legend=legend, charts=[_saved_flops(contents.comparison)])
+    chart = _spent_flops(contents.inspection)
+    return Section("FLOPs", legend={**legend, "rest": "the rest"}, charts=[chart])
+
+
+def _saved_flops(comparison: Comparison) -> Waterfall:
+    dense, slim = comparison.flops
+    bars = [Bar("dense", 0, dense, "total", format_flops(dense))]
+    left = dense
+    for layer in comparison.layers:
+        saved = layer.flops[0] - layer.flops[1]
+        colour = "mlp" if "hidden" in layer.widths else "attention"
+        bars.append(Bar(layer.name, left, left - saved, colour, f"-{format_flops(saved)}"))
+        left -= saved
+    bars.append(Bar("slim", 0, slim, "total", format_flops(slim)))
+    return Waterfall("FLOPs that each layer saves", bars)
+
+
+def _spent_flops(inspection: Inspection) -> Waterfall:
+    layers = inspection.layers
+    so_far = inspection.flops - sum(layer.flops for layer in layers)
+    bars = [Bar("outside these layers", 0, so_far, "rest", format_flops(so_far))]
+    for layer in layers:
+        colour = "attention" if layer.heads else "mlp"
+        description = f"{format_flops(layer.flops)} ({100 * layer.share:.1f} %)"
+        bars.append(Bar(layer.name, so_far, so_far + layer.flops, colour, description))
+        so_far += layer.flops
+    bars.append(Bar("total", 0, so_far, "total", format_flops(so_far)))
+    return Waterfall("FLOPs of each layer", bars)
+
+
+def _errors(comparison: Comparison | None) -> Section | None:
+    """Error of each layer's output beside the dense model."""
+    if comparison is None:
+        return None
+    layers = comparison.layers
+    lines = [
+        Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], "depth-0"),
+        Line("error in its own model", [(i, layer.error) for i, layer in enumerate(layers)], "depth-4"),
+    ]
+    rows = [
+        [
+            layer.name,
+            ", ".join(f"{kind} {dense} to {slim}" for kind, (dense, slim) in layer.widths.items()),
+            *map(format_flops, layer.flops),
+            f"{layer.own_error:.4f}",
+            f"{layer.error:.4f}",
+            f"{layer.agreement:.5f}",
+        ]
+        for layer in layers
+    ]
+    headings = ["layer", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
+    return Section(
+        "Beside the dense model",
+        "Own error: with the dense model's input. Agreement: mean cosine of the two outputs of a token.",
+        legend={line.colour: line.label for line in lines},
+        charts=[
+            LineChart("Relative error of each layer's output", lines, "layer, in the model's order", "error")
+        ],
+        table=Table(headings, rows),
+    )
+
+
+def _curves(contents: Contents) -> Section | None:
+    """Sensitivity curves, and where the budget cut them."""
+    if not contents.curves:
+        return None
+    charts: list[Chart] = []
+    for kind, name in _NAMES.items():
+        curves = [curve for curve in contents.curves if curve.kind == kind]
+        lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
+        title = f"{name}: error against width"
+        charts.append(LineChart(title, lines, "share of width", "KL divergence, nats", logarithmic=True))
+    text = "Estimated KL divergence of the answers when one unit alone is cut to a width and repaired."
+    if contents.budget is not None:
+        text += f" Dots: widths that {format_flops(contents.budget)} bought."
+    legend = {"depth-0": "first layers", "depth-2": "middle", "depth-4": "last layers"}
+    return Section("Sensitivity", text, legend, [chart for chart in charts if not is_empty(chart)])
 
 
 def _curve_line(curve: StoredCurve, depth: float) -> Line:
     full = curve.points[-1][0]
-    by_width = dict(curve.points)
-    marked = None
-    if curve.chosen in by_width:
-        marked = (curve.chosen / full, by_width[curve.chosen])
-    return Line(curve.layer, [(width / full, nats) for width, nats in curve.points], depth, marked)
+    nats = dict(curve.points).get(curve.chosen)
+    marked = None if nats is None else (curve.chosen / full, nats)
+    points = [(width / full, nats) for width, nats in curve.points]
+    return Line(curve.layer, points, depth_colour(depth), marked)
+
+
+def _search(contents: Contents) -> Section | None:
+    """Loss, FLOPs and widths by step of the search, where indicators were trained."""
+    steps = contents.steps
+    if not steps:
+        return None
+    middle = depth_colour(0.5)
+    losses = Line("loss", [(one.step, one.loss) for one in steps], middle)
+    flops = Line("FLOPs", [(one.step, one.flops / 1e6) for one in steps], middle)
+    kept = [
+        Line(name, [(one.step, one.kept[kind]) for one in steps], depth_colour(number / 2))
+        for number, (kind, name) in enumerate(_NAMES.items())
+        if kind in steps[-1].kept
+    ]
+    charts = [
+        LineChart("Loss", [losses], "step", "loss"),
+        LineChart("FLOPs of the masked model", [flops], "step", "MFLOPs"),
+        LineChart("Share of width kept", kept, "step", "share"),
+    ]
+    legend = {line.colour: line.label for line in kept}
+    return Section("Search", legend=legend, charts=[chart for chart in charts if not is_empty(chart)])

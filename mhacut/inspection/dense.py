@@ -1,0 +1,61 @@
+"""The dense model that a pruned one is compared with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_header, read_model
+from mhacut.errors import UsageError
+from mhacut.options.base import PathLike
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.info import model_input_size
+
+
+def read_dense(source: PathLike, opened: LoadedModel, reporter: Reporter) -> LoadedModel:
+    """Read the checkpoint of ``--compare``.
+
+    A file that does not state its architecture is taken to have that of ``opened``.
+
+    Args:
+        source: a checkpoint, or ``timm:NAME``.
+        opened: the checkpoint that is inspected.
+        reporter: receives a message where the history of ``opened`` names another file.
+
+    Raises:
+        UsageError: the two have different architectures or input sizes, or only the other one is slim.
+        CheckpointError: it cannot be read.
+    """
+    identity = opened.identity
+    stated: dict[str, Any] = {}
+    if not _states_architecture(source):
+        args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
+        stated = {"model": identity.architecture, "model_args": args}
+    dense = read_model(source, **stated)
+    if dense.identity.architecture != identity.architecture:
+        raise UsageError(
+            f"--compare {dense.source}: expected the checkpoint's architecture, {identity.architecture}, "
+            f"found {dense.identity.architecture}; give the dense model that it was made from"
+        )
+    if opened.record is None and dense.record is not None:
+        raise UsageError(
+            f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
+        )
+    size, expected = (model_input_size(one.model, one.identity.pretrained_cfg) for one in (dense, opened))
+    if size != expected:
+        shown, wanted = ("x".join(map(str, each)) for each in (size, expected))
+        raise UsageError(
+            f"--compare {dense.source}: takes images of {shown}, the checkpoint of {wanted}; give the "
+            "dense model that it was made from"
+        )
+    history = () if opened.record is None else opened.record.history
+    if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
+        reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
+    return dense
+
+
+def _states_architecture(source: PathLike) -> bool:
+    if os.fspath(source).startswith(TIMM_PREFIX):
+        return True
+    header = read_header(source)
+    return header.record is not None or header.file.config is not None

@@ -1,0 +1,96 @@
+"""Sensitivity curves of a cut, as a slim file's history keeps them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from mhacut.limits import is_int, is_number
+from mhacut.plan import UNIT_KINDS, Plan
+from mhacut.pruning.curves import Curve, sampled_widths
+from mhacut.surgery.find import UnitKey
+
+# Bounds on what is read: the file is anyone's.
+_MOST_CURVES = 4096
+_MOST_POINTS = 64
+_LONGEST_NAME = 256
+_LARGEST_WIDTH = 10**6
+_LARGEST_NUMBER = 1e18
+
+
+@dataclass(frozen=True)
+class StoredCurve:
+    """Error of the answers against the width of one unit, and the width that the cut left it."""
+
+    layer: str
+    kind: str
+    points: tuple[tuple[int, float], ...]
+    """Width, ascending, and estimated KL divergence in nats; the last width is that before the cut."""
+    chosen: int
+    """Width that the budget bought."""
+
+
+def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
+    """Return the curves of a search as JSON: a few points each, four digits.
+
+    Args:
+        curves: per unit, KL divergence by width.
+        plan: widths that were chosen.
+    """
+    chosen = plan.widths()
+    documents = []
+    for (layer, kind), curve in curves.items():
+        if not all(map(math.isfinite, curve.values())):
+            continue  # JSON has no infinity
+        widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
+        points = [[width, float(f"{curve[width]:.4g}")] for width in widths]
+        documents.append({"layer": layer, "kind": kind, "points": points, "chosen": chosen[layer, kind]})
+    return documents
+
+
+def stored_curves(history: Iterable[Mapping[str, Any]]) -> tuple[tuple[StoredCurve, ...], int | None]:
+    """Return the curves of the last cut in a slim file's history, and its budget in FLOPs.
+
+    The history is untrusted: entries that :func:`curves_to_json` would not have written are left out.
+    """
+    found: tuple[StoredCurve, ...] = ()
+    budget = None
+    for entry in history:
+        listed = entry.get("curves")
+        if isinstance(listed, list):
+            found = tuple(filter(None, map(_curve, listed[:_MOST_CURVES])))
+            stated: Any = entry.get("budget")
+            budget = int(stated) if _is_amount(stated) else None
+    return found, budget if found else None
+
+
+def _curve(entry: object) -> StoredCurve | None:
+    if not isinstance(entry, Mapping):
+        return None
+    layer, kind, points, chosen = (entry.get(key) for key in ("layer", "kind", "points", "chosen"))
+    if not isinstance(layer, str) or len(layer) > _LONGEST_NAME:
+        return None
+    if kind not in UNIT_KINDS or not _is_width(chosen):
+        return None
+    if not isinstance(points, list) or not 2 <= len(points) <= _MOST_POINTS:
+        return None
+    if not all(map(_is_point, points)):
+        return None
+    read = tuple((int(width), float(nats)) for width, nats in points)
+    ascending = all(before[0] < after[0] for before, after in pairwise(read))
+    return StoredCurve(layer, str(kind), read, int(str(chosen))) if ascending else None
+
+
+def _is_point(point: object) -> bool:
+    return isinstance(point, list) and len(point) == 2 and _is_width(point[0]) and _is_amount(point[1])
+
+
+def _is_width(value: Any) -> bool:
+    return is_int(value) and 0 < value < _LARGEST_WIDTH
+
+
+def _is_amount(value: Any) -> bool:
+    return is_number(value) and 0 <= value < _LARGEST_NUMBER
