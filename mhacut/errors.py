@@ -1,6 +1,13 @@
-"""What can go wrong, as types. A message says what, where, expected, found and what to do next."""
+"""What can go wrong, as types, and how messages name options.
+
+A message says what happened, where, what was expected, what was found and what to do next.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class MhacutError(Exception):
@@ -8,7 +15,7 @@ class MhacutError(Exception):
 
 
 class UsageError(MhacutError):
-    """An argument that cannot be understood (``--flops 2,0G``): the command line exits 2."""
+    """An argument that cannot be understood (``flops="2,0G"``): the command line exits 2."""
 
 
 class CheckpointError(MhacutError):
@@ -41,3 +48,44 @@ class Interrupted(MhacutError):
 
 class FailedElsewhere(MhacutError):
     """Another process of the run failed and says why; this one only ends."""
+
+
+OptionWriter = Callable[..., str]
+"""Takes what :func:`option_name` takes."""
+
+
+def option_name(name: str, *value: object) -> str:
+    """Return an option, with or without a value, in the notation of whoever reads the message.
+
+    Every message names options by this function: readers in Python see arguments, those of the command line
+    flags (see :func:`options_written_by`).
+
+    >>> option_name("round_to"), option_name("round_to", 8), option_name("labels", False)
+    ('round_to', 'round_to=8', 'labels=False')
+
+    Args:
+        name: of the option, as in Python.
+        value: at most one.
+    """
+    return _write(name, *value)
+
+
+@contextmanager
+def options_written_by(writer: OptionWriter) -> Iterator[None]:
+    """Let ``writer`` do what :func:`option_name` does, in all threads, until the block is left."""
+    global _write
+    before, _write = _write, writer
+    try:
+        yield
+    finally:
+        _write = before
+
+
+def _as_argument(name: str, *value: object) -> str:
+    if not value:
+        return name
+    shown = os.fspath(value[0]) if isinstance(value[0], os.PathLike) else value[0]
+    return f"{name}={shown!r}"
+
+
+_write: OptionWriter = _as_argument

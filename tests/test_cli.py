@@ -21,16 +21,27 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.cli import run
 from mhacut.cli.app import app
-from mhacut.cli.config import convert, read_config
 from mhacut.cli.console import Console, safe, table
-from mhacut.cli.flags import FLAGS
 from mhacut.errors import MhacutError, UsageError
+from mhacut.options.bench import BenchOptions
+from mhacut.options.config import convert, read_config
 from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.export import ExportOptions
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.inspect import InspectOptions
+from mhacut.options.models import ModelsOptions
 from mhacut.options.prune import PruneOptions
 
 FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
-COMMANDS = {"prune": PruneOptions, "evaluate": EvaluateOptions}
+COMMANDS = {
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "inspect": InspectOptions,
+    "bench": BenchOptions,
+    "export": ExportOptions,
+    "models": ModelsOptions,
+}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
 
@@ -72,18 +83,11 @@ def images(tmp_path_factory):
 
 
 def test_flags_are_the_options():
-    group = typer.main.get_command(app)
-    every = set()
+    commands = typer.main.get_command(app).commands
+    assert set(commands) == set(COMMANDS)
     for name, options in COMMANDS.items():
-        flags = {parameter.name for parameter in group.commands[name].params}
-        assert flags - COMMON == set(options.types())
-        every |= set(options.types())
-    assert every == set(FLAGS)
-
-
-def test_flags_of_inspect_are_its_options():
-    parameters = typer.main.get_command(app).commands["inspect"].params
-    assert {parameter.name for parameter in parameters} - COMMON == set(InspectOptions.types())
+        flags = {parameter.name for parameter in commands[name].params}
+        assert flags - COMMON == set(options.options())
 
 
 def test_defaults_are_the_options(captured):
@@ -166,7 +170,7 @@ def as_flags(options):
 
 def test_every_flag_reaches_its_option(captured):
     differs = {name for name, value in FULL.flat().items() if PruneOptions.defaults().get(name) != value}
-    assert differs == set(PruneOptions.types()), "give every option of FULL a value that is no default"
+    assert differs == set(PruneOptions.options()), "give every option of FULL a value that is no default"
     run("prune", *as_flags(FULL))
     assert captured == [FULL]
 
@@ -182,8 +186,8 @@ def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
 
 
 def test_evaluate_has_no_flag_without_an_effect():
-    assert "train_split" not in EvaluateOptions.types()
-    assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.types())
+    assert "train_split" not in EvaluateOptions.options()
+    assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.options())
 
 
 def test_flags_win_over_the_file(captured, tmp_path):
@@ -248,7 +252,7 @@ def test_config_that_is_not_there():
 def test_empty_config_says_nothing(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("# nothing\n")
-    assert read_config(str(file), PruneOptions.types()) == {}
+    assert read_config(file, PruneOptions.options(), "run.yaml") == {}
 
 
 def test_budget_without_a_unit_may_be_a_number():
@@ -375,7 +379,7 @@ def test_input_is_never_overwritten(slim, tmp_path, link):
     ("arguments", "message"),
     [
         ([], "CHECKPOINT is missing"),
-        (["a"], "--flops BUDGET is missing"),
+        (["a"], "--flops is missing. Budget: 2.0G"),
         (["a", "--flops", "1G", "--scope", "mlp"], "--scope mlp: expected one of attention, attention+mlp"),
         (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
         (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),
@@ -693,14 +697,15 @@ def test_help_groups_flags():
     assert headings == [
         "Arguments:",
         "Result:",
-        "Model:",
         "Data:",
+        "Model:",
         "Preprocessing:",
-        "Search:",
+        "Measuring:",
         "Computing:",
         "Output:",
+        "Research switches:",
     ]
-    assert "(default: 60)" in text
+    assert "(default: 60)" in " ".join(text.split())
 
 
 def test_version():

@@ -165,10 +165,10 @@ def test_sorted_layers_fall(slim_of, sort):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": True, "data_dir": "d"}, "--shapes reads no weights, which --data-dir would need"),
-        ({"shapes": True, "sort": "rank"}, "--sort rank: is not known from shapes alone"),
-        ({"sort": "size"}, "--sort size: expected one of layer, flops"),
-        ({"calibration_images": 5}, "--calibration-images 5: no images are looked at"),
+        ({"shapes": True, "data_dir": "d"}, "shapes=True reads no weights, which data_dir would need"),
+        ({"shapes": True, "sort": "rank"}, "sort='rank': is not known from shapes alone"),
+        ({"sort": "size"}, "sort='size': expected one of layer, flops"),
+        ({"calibration_images": 5}, "calibration_images=5: there are no images"),
         ({"layer": "blocks.7.*"}, r"--layer blocks.7.\*: no layer of that name; there are blocks.0.attn"),
     ],
 )

@@ -257,7 +257,7 @@ def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
     options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args}
     with pytest.raises(OutputError, match=r"there\.html.*exists"):
         mhacut.prune(tiny_vit.path, report=tmp_path / "there.html", data_dir="missing", **options)
-    with pytest.raises(UsageError, match=r"--report run.txt: expected a name that ends in .html"):
+    with pytest.raises(UsageError, match=r"report='run.txt': expected a name that ends in .html"):
         mhacut.prune(tiny_vit.path, report="run.txt", **options)
     assert (tmp_path / "there.html").read_text() == "mine"
 
@@ -265,9 +265,9 @@ def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"html": "report.txt"}, r"--html report.txt: expected a name that ends in .html"),
-        ({"png": "report.jpg"}, r"--png report.jpg: expected a name that ends in .png"),
-        ({"overwrite": True}, "--overwrite: nothing is written without --html or --png FILE"),
+        ({"html": "report.txt"}, r"html='report.txt': expected a name that ends in .html"),
+        ({"png": "report.jpg"}, r"png='report.jpg': expected a name that ends in .png"),
+        ({"overwrite": True}, "overwrite=True: nothing is written without html or png"),
     ],
 )
 def test_what_cannot_be_is_refused(slim_of, given, message):

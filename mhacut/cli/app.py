@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -17,6 +17,7 @@ from mhacut.cli.models import models
 from mhacut.cli.prune import prune
 from mhacut.cli.running import Globals
 from mhacut.cli.versions import versions
+from mhacut.options.option import Panel
 
 # Markup would eat brackets in help; tracebacks are shown by mhacut.cli.running, without the values of locals.
 app = typer.Typer(
@@ -29,25 +30,21 @@ app = typer.Typer(
 )
 
 
-class _Grouped(TyperCommand):
+class _InPanels(TyperCommand):
     """A command whose help lists its flags under headings."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {}
-        rare = []
+        panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in get_args(Panel)}
         for parameter in self.get_params(ctx):
-            if getattr(parameter, "hidden", False):
-                rare.append((parameter.opts[0], getattr(parameter, "help", "")))
             record = parameter.get_help_record(ctx)
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Output"
                 panel = getattr(parameter, "rich_help_panel", None) or default
-                panels.setdefault(panel, []).append((record[0].removesuffix(" <str>"), record[1]))
-        for heading, records in {**panels, "Rarer options": rare}.items():
-            if not records:
-                continue
-            with formatter.section(heading):
-                formatter.write_dl(records)
+                panels[panel].append((record[0].removesuffix(" <str>"), record[1]))
+        for heading, records in panels.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 # Without a command too: with --version there is none. Anything else is told apart below.
@@ -76,10 +73,10 @@ def root(
     context.obj = Globals(quiet=quiet, verbose=verbose)
 
 
-app.command("prune", cls=_Grouped)(prune)
-app.command("finetune", cls=_Grouped)(finetune)
-app.command("evaluate", cls=_Grouped)(evaluate)
-app.command("inspect", cls=_Grouped)(inspect)
-app.command("bench", cls=_Grouped)(bench)
-app.command("export", cls=_Grouped)(export)
-app.command("models", cls=_Grouped)(models)
+app.command("prune", cls=_InPanels)(prune)
+app.command("finetune", cls=_InPanels)(finetune)
+app.command("evaluate", cls=_InPanels)(evaluate)
+app.command("inspect", cls=_InPanels)(inspect)
+app.command("bench", cls=_InPanels)(bench)
+app.command("export", cls=_InPanels)(export)
+app.command("models", cls=_InPanels)(models)

@@ -8,27 +8,14 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
-from mhacut.cli.flags import FLAGS, Flag, command
+from mhacut.cli.flags import command
 from mhacut.options.bench import BenchOptions
 
 if TYPE_CHECKING:
     from mhacut.commands.bench import Benched, BenchResult, Timing
 
-_FLAGS: dict[str, Flag] = {
-    "checkpoints": Flag("", "One or more; the others are compared with the first.", "CHECKPOINT..."),
-    "runtime": Flag("Measuring", "PyTorch as it is, torch.compile, or ONNX Runtime."),
-    "batch_sizes": Flag("Measuring", "Images at a time.", "N,N"),
-    "seconds": Flag("Measuring", "To measure per batch size, for all checkpoints together.", "SECONDS"),
-    "model": Flag("Model", "timm architecture of files that do not say.", "NAME", "-m"),
-    "model_args": FLAGS["model_args"],
-    "threads": Flag("Computing", "Of a CPU; by default as torch has it.", "N"),
-    "dtype": Flag("Computing", "What is computed in."),
-    "fused": Flag("Computing", "Fused attention where a layer can use it."),
-    "device": FLAGS["device"],
-}
 
-
-@command(BenchOptions, flags=_FLAGS)
+@command(BenchOptions)
 def bench(options: BenchOptions, console: Console) -> None:
     """Time checkpoints beside each other, dense or slim.
 

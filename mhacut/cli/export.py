@@ -6,31 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.cli.console import Console, safe, table
-from mhacut.cli.flags import FLAGS, Flag, command
+from mhacut.cli.flags import command
 from mhacut.options.export import ExportOptions
 
 if TYPE_CHECKING:
     from mhacut.commands.export import ExportResult
 
-_FLAGS: dict[str, Flag] = {
-    "checkpoint": Flag("", "Slim or dense: .safetensors, .pth, a timm folder, or timm:NAME.", "CHECKPOINT"),
-    "format": Flag(
-        "Result", "For ONNX Runtime and others, for torch.export.load, or a folder for timm and the hub."
-    ),
-    "output": Flag(
-        "Result", "File or folder to write; by default CHECKPOINT's stem and an ending, here.", "PATH", "-o"
-    ),
-    "overwrite": FLAGS["overwrite"],
-    "dtype": Flag("Result", "What the file computes in; images and logits are float32 always."),
-    "fixed_batch": Flag("Result", "Images at a time; by default any number.", "N"),
-    "opset": Flag("Result", "Of ONNX; from 23 on it has an operator for attention.", "N"),
-    "model": FLAGS["model"],
-    "model_args": FLAGS["model_args"],
-    "num_classes": FLAGS["num_classes"],
-}
 
-
-@command(ExportOptions, flags=_FLAGS)
+@command(ExportOptions)
 def export(options: ExportOptions, console: Console) -> None:
     """Write CHECKPOINT for another program: as ONNX or pt2, which need neither mhacut nor timm, or for timm.
 

@@ -8,90 +8,12 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
-from mhacut.cli.flags import FLAGS, Flag, command
+from mhacut.cli.flags import command
 from mhacut.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.measuring.accuracy import Evaluation
-
-_FLAGS: dict[str, Flag] = {
-    "checkpoint": Flag("", "A slim file, as mhacut prune writes it.", "SLIM"),
-    "output": Flag(
-        "Result", "Directory of the run; by default SLIM's stem and -finetuned, here.", "DIR", "-o"
-    ),
-    "overwrite": Flag("Result", "Start anew in a DIR that holds a run; SLIM is never replaced."),
-    "resume": Flag("Result", "Go on with the run in DIR, with its own options.", "DIR"),
-    "save_every": Flag("Result", "Steps between saves within an epoch; 0 saves at its end.", "N"),
-    "teacher": Flag(
-        "Teacher", "The dense checkpoint, to learn from; labels are then optional.", "CHECKPOINT"
-    ),
-    "label_weight": Flag("Teacher", "Weight of labels beside the teacher.", "WEIGHT"),
-    "data_dir": Flag("Data", "Folder with train/ and val/, or of unlabelled images.", "DIR"),
-    "dataset": FLAGS["dataset"],
-    "class_map": FLAGS["class_map"],
-    "labels": FLAGS["labels"],
-    "eval_images": Flag("Data", "Validation images to measure accuracy on; all by default, 0 for none.", "N"),
-    "workers": FLAGS["workers"],
-    "epochs": Flag("Training", "Passes over the training images.", "N"),
-    "steps": Flag("Training", "Optimiser steps in all, in place of --epochs.", "N"),
-    "batch_size": Flag("Training", "Images at a time, per process.", "N", "-b"),
-    "grad_accum_steps": Flag("Training", "Batches per optimiser step.", "N"),
-    "opt": Flag("Training", "Optimiser, by its name in timm.", "NAME"),
-    "lr": Flag("Training", "Learning rate at its highest.", "RATE"),
-    "weight_decay": Flag("Training", "Weight decay.", "RATE"),
-    "sched": Flag("Training", "Learning rate over the run."),
-    "warmup_epochs": Flag("Training", "Epochs in which the learning rate rises.", "N"),
-    "clip_grad": Flag("Training", "Largest norm of the gradient; 0 for no limit.", "NORM"),
-    "model_ema": Flag("Training", "Measure and write a moving average of the weights."),
-    "seed": Flag("Training", "Of everything random.", "N"),
-    "aug": Flag("Augmentation", "Vary training images at all."),
-    "aa": Flag("Augmentation", "AutoAugment policy, rand-m9-mstd0.5-inc1.", "POLICY"),
-    "mixup": Flag("Augmentation", "Alpha of mixup; 0 for none.", "ALPHA"),
-    "cutmix": Flag("Augmentation", "Alpha of cutmix; 0 for none.", "ALPHA"),
-    "device": FLAGS["device"],
-    "amp": Flag("Computing", "Mixed precision."),
-    "compile": Flag("Computing", "Compile the model with torch.compile."),
-    "log": Flag("Computing", "Log to png, tensorboard or wandb, besides summary.csv.", "NAME"),
-}
-
-_FURTHER = {
-    "train_split": "Split to train on.",
-    "val_split": FLAGS["val_split"].help,
-    **{name: FLAGS[name].help for name in ("mean", "std", "crop_pct", "interpolation", "img_size")},
-    "dtype": "Of the weights that are written: float32, bfloat16 or float16; by default SLIM's.",
-    "teacher_model": "timm architecture of a teacher file that does not say; by default SLIM's.",
-    "teacher_model_args": "Argument of that architecture, KEY=VALUE.",
-    "feature_weight": "Weight of matching the teacher's block outputs.",
-    "kd_temperature": "Divides both models' outputs before they are compared.",
-    "momentum": "Of optimisers that have it.",
-    "layer_decay": "Factor on the learning rate from each layer to the one before.",
-    "drop_path": "Stochastic depth of the last block.",
-    "warmup_lr": "Where the learning rate rises from.",
-    "min_lr": "Where the learning rate ends.",
-    "decay_epochs": "Epochs between decays of --sched step.",
-    "decay_rate": "Factor of each decay of --sched step; power of --sched poly.",
-    "clip_mode": "What --clip-grad limits: norm, value or agc.",
-    "model_ema_decay": "Of --model-ema, per step.",
-    "model_ema_warmup": "Let the moving average forget faster at the start.",
-    "scale": "Least and largest share of the area that a random crop keeps.",
-    "ratio": "Least and largest aspect ratio of a random crop.",
-    "hflip": "Probability of a horizontal flip; 0 where left and right differ.",
-    "vflip": "Probability of a vertical flip.",
-    "color_jitter": "Changes of brightness, contrast, saturation.",
-    "reprob": "Probability of erasing a rectangle.",
-    "remode": "What an erased rectangle is filled with: const, rand or pixel.",
-    "recount": "Erased rectangles per image at most.",
-    "mixup_prob": "Probability that a step's images are mixed, with --mixup or --cutmix.",
-    "mixup_switch_prob": "Probability of cutmix rather than mixup, with both.",
-    "smoothing": "Label smoothing.",
-    "train_interpolation": "Of random crops; by default the model's own.",
-    "amp_dtype": "Of --amp: bfloat16, or float16 on CUDA.",
-    "grad_checkpointing": "Less memory for more time.",
-    "channels_last": "Lay images out with channels last.",
-    "deterministic": "Refuse CUDA kernels that sum in random order.",
-}
-"""Rarely needed: told in brief."""
 
 
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,12 +24,7 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return completed(values)
 
 
-@command(
-    FinetuneOptions,
-    flags=_FLAGS,
-    further=_FURTHER,
-    complete=_completed,
-)
+@command(FinetuneOptions, complete=_completed)
 def finetune(options: FinetuneOptions, console: Console) -> None:
     """Train SLIM on, to win back what the cut lost, and write a better slim file.
 

@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.cli.console import Console, table
-from mhacut.cli.flags import Flag, command
+from mhacut.cli.flags import command
 from mhacut.errors import UsageError
 from mhacut.options.models import ModelsOptions
 
 if TYPE_CHECKING:
     from mhacut.commands.models import CatalogueEntry
 
-_FLAGS = {
-    "pattern": Flag("", "Of names, as for timm.list_models; all by default, which takes minutes.", "PATTERN"),
-    "refused": Flag("Models", "Only those that cannot be cut, with the reason."),
-}
 
-
-@command(ModelsOptions, flags=_FLAGS)
+@command(ModelsOptions)
 def models(options: ModelsOptions, console: Console) -> None:
     """Show which models of timm can be cut, and what of them; FLatten Transformers are among them.
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
-from mhacut.errors import FailedElsewhere, Interrupted, MhacutError, UsageError
+from mhacut.errors import (
+    FailedElsewhere,
+    Interrupted,
+    MhacutError,
+    OptionWriter,
+    UsageError,
+    option_name,
+    options_written_by,
+)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -31,8 +39,10 @@ class Globals:
 
 
 @contextmanager
-def running(flags: Globals) -> Iterator[Console]:
-    """A console for a command's body, whose errors become messages and exit codes.
+def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
+    """Give a command's body a console, and turn its errors into messages and exit codes.
+
+    Messages name options as ``writer`` writes them.
 
     Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
     traceback.
@@ -46,7 +56,7 @@ def running(flags: Globals) -> Iterator[Console]:
     )
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
-    with _libraries_heard(console):
+    with options_written_by(writer), _libraries_heard(console):
         try:
             yield console
         except KeyboardInterrupt:
@@ -66,7 +76,8 @@ def running(flags: Globals) -> Iterator[Console]:
             code = USAGE if isinstance(error, UsageError) else FAILED
         except Exception as error:
             if _out_of_memory(error) and not debug:
-                console.error("error: out of memory; use a smaller --batch-size, or --device cpu")
+                smaller = f"use a smaller {option_name('batch_size')}, or {option_name('device', 'cpu')}"
+                console.error(f"error: out of memory; {smaller}")
                 code = FAILED
             else:
                 code = _unforeseen(console, error)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import yaml
 
-from mhacut.errors import CheckpointError, OutputError, UsageError
-from mhacut.options.base import unknown_option
+from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
+from mhacut.options.config import read_config
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.files import remove_temporaries, write_whole
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
 _STATE_VERSION = 1
-_MAX_ARGUMENT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class RunFolder:
             OutputError: it holds a run, or cannot be made.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"{self.path}: is a file; expected a directory for the run (--output)")
+            raise OutputError(
+                f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
+            )
         held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
         if held and not overwrite:
             raise OutputError(
-                f"{self.path}: holds a run already ({', '.join(held)}); go on with it by --resume "
-                f"{self.path}, choose another directory, or --overwrite it"
+                f"{self.path}: holds a run already ({', '.join(held)}); go on with it by "
+                f"{option_name('resume', self.path)}, choose another directory, or replace it by "
+                f"{option_name('overwrite', True)}"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,29 +110,16 @@ class RunFolder:
         return dict(state)
 
 
-def read_arguments(folder: str | os.PathLike[str], known: Sequence[str]) -> dict[str, Any]:
-    """The options a run was started with.
-
-    Args:
-        folder: of the run.
-        known: names of options.
+def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the options a run in ``folder`` was started with.
 
     Raises:
         UsageError: there is no run, or what it was started with cannot be read.
     """
     path = Path(folder) / ARGUMENTS
     try:
-        with path.open("rb") as file:
-            document = yaml.safe_load(file.read(_MAX_ARGUMENT_BYTES))
+        return read_config(path, FinetuneOptions.options(), str(path))
     except OSError as error:
         raise UsageError(
-            f"--resume {folder}: no run to go on with, {ARGUMENTS}: {error.strerror or error}"
+            f"{option_name('resume', folder)}: no run to go on with, {ARGUMENTS}: {error.strerror or error}"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise UsageError(f"{path}: expected lines of NAME: VALUE, found {type(document).__name__}")
-    for name in document:
-        if name not in known:
-            raise UsageError(f"{path}: {unknown_option(str(name), tuple(known))}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}

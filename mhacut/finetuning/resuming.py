@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mhacut.errors import CheckpointError, UsageError
+from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.finetuning.folder import read_arguments
 from mhacut.options.finetune import FinetuneOptions
 
@@ -41,15 +41,15 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     folder = given.get("resume")
     if folder is None:
         return given
-    known = tuple(FinetuneOptions.types())
-    began = {**FinetuneOptions.defaults(), **read_arguments(folder, known)}
+    known = FinetuneOptions.options()
+    began = {**FinetuneOptions.defaults(), **read_arguments(folder)}
     for name, value in given.items():
         if name == "output" and str(value) != str(folder):
-            raise UsageError(f"--output {value}: a run goes on in its own directory, {folder}")
+            raise UsageError(f"{option_name('output', value)}: a run goes on in its own directory, {folder}")
         if name in known and name not in _FREE | {"output"} and value != began.get(name):
             raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the run in {folder} was started with "
-                f"{began.get(name)}; leave it out, or start another run"
+                f"{option_name(name, value)}: the run in {folder} was started with {began.get(name)}; "
+                f"leave it out, or start another run"
             )
     return {**began, **given, "output": folder}
 

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
-from mhacut.options.base import unknown_option
 from mhacut.options.finetune import FinetuneOptions, TrainingOptions
+from mhacut.options.option import unknown_option
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2

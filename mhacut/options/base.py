@@ -1,181 +1,117 @@
-"""Options that several commands share, and how they are checked."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from mhacut.errors import UsageError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+from mhacut.options.option import REQUIRED, Options, option
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
-
-
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class PreprocessingOptions:
-    """Overrides of what the checkpoint states about its images; None keeps that."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """The architecture of checkpoints that do not state theirs."""
 
-    mean: tuple[float, ...] | None = None
-    """Per channel, in units of a pixel range of 0..1."""
-    std: tuple[float, ...] | None = None
-    """Per channel."""
-    crop_pct: float | None = None
-    """Share of the image that the centre crop keeps."""
-    interpolation: str | None = None
-    """``bicubic``, ``bilinear``, ..."""
-    img_size: int | None = None
-    """Height and width in pixels."""
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Where images to measure accuracy on come from."""
-
-    data_dir: PathLike | None = None
-    """An ImageFolder with ``train/`` and ``val/``, or a flat folder of unlabelled images."""
-    dataset: str | None = None
-    """A dataset as timm names it: ``hfds/NAME``, ``wds/NAME``, ``torch/NAME``, ``tfds/NAME``."""
-    class_map: PathLike | None = None
-    """Text file with the class names in the order of the model's head."""
-    val_split: str = "val"
-    """Split to measure accuracy on."""
-    workers: int = 2
-    """Processes that load images."""
+    model: str | None = option(
+        None,
+        "timm architecture, for a file that does not state it.",
+        panel="Model",
+        metavar="NAME",
+        short="-m",
+    )
+    model_args: Mapping[str, Any] = option(
+        {},
+        "Argument of that architecture, such as img_size=32; repeat the flag for more.",
+        panel="Model",
+        metavar="KEY=VALUE",
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(ModelOptions):
+    """A checkpoint, and what its file does not say."""
+
+    checkpoint: PathLike = option(
+        REQUIRED,
+        "A .safetensors or .pth file, dense or slim, a timm folder, or timm:NAME.",
+        panel="Arguments",
+        metavar="CHECKPOINT",
+    )
+    num_classes: int | None = option(
+        None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """The device that computes."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel="Computing", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Options):
+    """The source of images."""
+
+    data_dir: PathLike | None = option(
+        None, "Folder with train/ and val/, or of unlabelled images.", panel="Data", metavar="DIR"
+    )
+    dataset: str | None = option(
+        None,
+        "Dataset by its name in timm: hfds/NAME, wds/NAME, tfds/NAME, torch/NAME.",
+        panel="Data",
+        metavar="NAME",
+    )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a source is given."""
+        return self.data_dir is not None or self.dataset is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages(ImageSource):
+    """The source of images to measure accuracy on."""
+
+    class_map: PathLike | None = option(
+        None, "Text file with the class names in the order of the model's head.", panel="Data", metavar="FILE"
+    )
+    val_split: str = option("val", "Split to measure accuracy on.", panel="Data", metavar="NAME")
+    workers: int = option(2, "Processes that load images.", panel="Data", metavar="N", short="-j", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions(LabelledImages):
-    """Where images come from, those to search on too."""
+    """The source of images to measure accuracy on, and of those to calibrate or train on."""
 
-    train_split: str = "train"
-    """Split to search on."""
-
-
-class Flat:
-    """Options in groups that are also known by flat names, as flags and YAML keys have them."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @classmethod
-    def _groups(cls) -> dict[str, type[Any]]:
-        """The fields that are dataclasses themselves, with their class."""
-        return {
-            name: kind
-            for name, kind in get_type_hints(cls).items()
-            if isinstance(kind, type) and is_dataclass(kind)
-        }
-
-    @classmethod
-    def types(cls) -> dict[str, Any]:
-        """Every name :meth:`from_flat` takes, with its type."""
-        hints = get_type_hints(cls)
-        types = {name: hints[name] for name in cls.__dataclass_fields__ if name not in cls._groups()}
-        for group in cls._groups().values():
-            types |= {name: get_type_hints(group)[name] for name in group.__dataclass_fields__}
-        return types
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """Per flat name what holds when it is not given; names that must be given are left out."""
-        fields = {name: item for name, item in cls.__dataclass_fields__.items() if name not in cls._groups()}
-        for group in cls._groups().values():
-            fields |= group.__dataclass_fields__
-        return {
-            name: item.default if item.default is not MISSING else item.default_factory()
-            for name, item in fields.items()
-            if item.default is not MISSING or item.default_factory is not MISSING
-        }
-
-    @classmethod
-    def from_flat(cls, **values: Any) -> Self:
-        """Options from names as the flags have them, all on one level.
-
-        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
-        10
-
-        Raises:
-            UsageError: a name that is no option, with the one it resembles.
-        """
-        own = dict(values)
-        known = tuple(cls.types())
-        for name in own:
-            if name not in known:
-                raise UsageError(unknown_option(name, known))
-        groups = {
-            name: group(**{key: own.pop(key) for key in list(own) if key in group.__dataclass_fields__})
-            for name, group in cls._groups().items()
-        }
-        return cls(**own, **groups)
-
-    def flat(self) -> dict[str, Any]:
-        """The inverse of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
-        values: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            grouped = name in self._groups()
-            values |= (
-                {key: getattr(value, key) for key in value.__dataclass_fields__} if grouped else {name: value}
-            )
-        return {
-            key: os.fspath(value) if isinstance(value, os.PathLike) else value
-            for key, value in values.items()
-        }
+    train_split: str = option("train", "Split to calibrate or train on.", panel="Data", metavar="NAME")
 
 
-@dataclass(frozen=True)
-class CheckpointOptions(Flat):
-    """Which checkpoint, and what its file does not say."""
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingOptions(Options):
+    """Overrides of the checkpoint's own preprocessing; None keeps that."""
 
-    checkpoint: PathLike
-    """``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``."""
-    model: str | None = None
-    """timm architecture of a bare checkpoint."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments for that architecture, ``{"img_size": 32}``."""
-    num_classes: int | None = None
-    """Only asserted: the head's size is read from the file."""
-
-
-def changed(options: Any) -> list[str]:
-    """Fields that differ from their plain defaults."""
-    return [
-        field.name
-        for field in fields(options)
-        if field.default is not MISSING and getattr(options, field.name) != field.default
-    ]
-
-
-def unknown_option(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def require_page(flag: str, path: PathLike) -> None:
-    name = os.fspath(path)
-    require(flag, name, name.lower().endswith((".html", ".htm")), "a name that ends in .html")
-
-
-def refuse_beside(flag: str, why: str, given: Mapping[str, bool]) -> None:
-    """Raise a :class:`UsageError` that names what cannot stand beside ``flag``."""
-    others = [name for name, there in given.items() if there]
-    if others:
-        raise UsageError(f"{flag} {why}, which {' and '.join(others)} would need: leave one of them out")
-
-
-def require(flag: str, value: object, holds: bool, expected: str) -> None:
-    """Raise a :class:`UsageError` that names the flag unless ``holds``."""
-    if not holds:
-        raise UsageError(f"{flag} {value}: expected {expected}")
-
-
-def require_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    require(flag, value, value in choices, "one of " + ", ".join(choices))
+    mean: tuple[float, ...] | None = option(
+        None,
+        "Mean per channel, for pixels in 0..1; by default the model's own.",
+        panel="Preprocessing",
+        metavar="A,B,C",
+    )
+    std: tuple[float, ...] | None = option(
+        None,
+        "Standard deviation per channel; by default the model's own.",
+        panel="Preprocessing",
+        metavar="A,B,C",
+    )
+    crop_pct: float | None = option(
+        None, "Share of the image that the centre crop keeps.", panel="Preprocessing", metavar="SHARE"
+    )
+    interpolation: str | None = option(
+        None, "Interpolation on resizing: bicubic, bilinear, ...", panel="Preprocessing", metavar="NAME"
+    )
+    img_size: int | None = option(None, "Height and width in pixels.", panel="Preprocessing", metavar="N")

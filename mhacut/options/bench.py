@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
-from mhacut.options.base import ExportDtype, Flat, PathLike, require, require_choice
+from mhacut.errors import UsageError, option_name
+from mhacut.options.base import DeviceOptions, ExportDtype, ModelOptions, PathLike
+from mhacut.options.option import REQUIRED, option
 
 Runtime = Literal["eager", "compile", "onnx"]
 
 
-@dataclass(frozen=True)
-class BenchOptions(Flat):
-    """Everything ``mhacut bench`` can be told."""
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ModelOptions, DeviceOptions):
+    """Options of ``mhacut bench``."""
 
-    checkpoints: tuple[PathLike, ...]
-    """What ``mhacut prune`` reads or writes; the first is what the others are compared with."""
-    model: str | None = None
-    """timm architecture of bare checkpoints."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments for that architecture, ``{"img_size": 32}``."""
-    runtime: Runtime = "eager"
-    """``eager``, ``compile`` for torch.compile, ``onnx`` for ONNX Runtime."""
-    batch_sizes: tuple[int, ...] = (1, 8)
-    """Images at a time."""
-    seconds: float = 5.0
-    """Per batch size, for all checkpoints together."""
-    threads: int | None = None
-    """On CPUs; None is torch's own choice."""
-    dtype: ExportDtype = "float32"
-    """What is computed in."""
-    fused: bool = True
-    """Fused attention kernels where a layer can use them."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
+    checkpoints: tuple[PathLike, ...] = option(
+        REQUIRED,
+        "One or more checkpoints; the first is the one that the others are compared with.",
+        panel="Arguments",
+        metavar="CHECKPOINT...",
+    )
+    runtime: Runtime = option(
+        "eager", "PyTorch without compilation, torch.compile, or ONNX Runtime.", panel="Measuring"
+    )
+    batch_sizes: tuple[int, ...] = option(
+        (1, 8), "Images per batch.", panel="Measuring", metavar="N,N", at_least=1
+    )
+    seconds: float = option(
+        5.0,
+        "Time to measure per batch size, for all checkpoints together.",
+        panel="Measuring",
+        metavar="SECONDS",
+        above=0,
+    )
+    threads: int | None = option(
+        None, "CPU threads; by default torch's own choice.", panel="Computing", metavar="N", at_least=1
+    )
+    dtype: ExportDtype = option("float32", "Precision of the computation.", panel="Computing")
+    fused: bool = option(True, "Use fused attention where a layer can.", panel="Computing")
 
     def __post_init__(self) -> None:
-        require("CHECKPOINT", len(self.checkpoints), len(self.checkpoints) >= 1, "at least one")
-        require_choice("--runtime", self.runtime, get_args(Runtime))
-        for batch_size in self.batch_sizes:
-            require("--batch-sizes", batch_size, batch_size >= 1, "at least 1")
-        require("--seconds", self.seconds, 0 < self.seconds < float("inf"), "above 0")
-        if self.threads is not None:
-            require("--threads", self.threads, self.threads >= 1, "at least 1")
-        require_choice("--dtype", self.dtype, get_args(ExportDtype))
+        super().__post_init__()
+        if not self.checkpoints:
+            raise UsageError(f"{option_name('checkpoints')}: expected at least one")

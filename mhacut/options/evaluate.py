@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mhacut.options.base import CheckpointOptions, LabelledImages, PreprocessingOptions, require
+from mhacut.options.base import CheckpointOptions, DeviceOptions, LabelledImages, PreprocessingOptions
+from mhacut.options.option import option
 
 
-@dataclass(frozen=True)
-class EvaluateOptions(CheckpointOptions):
-    """Everything ``mhacut evaluate`` can be told."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(CheckpointOptions, DeviceOptions):
+    """Options of ``mhacut evaluate``."""
 
-    batch_size: int = 64
-    """Images at a time."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:N``."""
-    amp: bool = False
-    """bfloat16 autocast."""
+    batch_size: int = option(64, "Images per batch.", panel="Computing", metavar="N", short="-b", at_least=1)
+    amp: bool = option(False, "Compute under bfloat16 autocast.", panel="Computing")
     data: LabelledImages = field(default_factory=LabelledImages)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-
-    def __post_init__(self) -> None:
-        require("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1")

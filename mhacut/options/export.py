@@ -6,43 +6,57 @@ import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mhacut.options.base import CheckpointOptions, ExportDtype, PathLike, require, require_choice
+from mhacut.errors import option_name
+from mhacut.options.base import CheckpointOptions, ExportDtype, PathLike
+from mhacut.options.option import option, require
 
 ExportFormat = Literal["onnx", "pt2", "timm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(CheckpointOptions):
-    """Everything ``mhacut export`` can be told."""
+    """Options of ``mhacut export``."""
 
-    format: ExportFormat = "onnx"
-    """``onnx`` for ONNX Runtime, ``pt2`` for ``torch.export.load``, ``timm`` for a folder of timm's."""
-    output: PathLike | None = None
-    """What to write; None is the checkpoint's stem and the format's ending in the working directory."""
-    overwrite: bool = False
-    """Replace an existing file; the input is never replaced."""
-    dtype: ExportDtype = "float32"
-    """What the file computes in; images and answers are float32 whatever it is."""
-    fixed_batch: int | None = None
-    """Images at a time; None is any number."""
-    opset: int = 18
-    """Of ONNX; 23 and later have an operator for attention."""
+    format: ExportFormat = option(
+        "onnx",
+        "ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub.",
+        panel="Result",
+    )
+    output: PathLike | None = option(
+        None,
+        "File or folder to write; by default the checkpoint's stem and the format's ending, in the "
+        "working directory.",
+        panel="Result",
+        metavar="PATH",
+        short="-o",
+    )
+    overwrite: bool = option(
+        False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
+    )
+    dtype: ExportDtype = option(
+        "float32", "Precision of the weights; images and logits are always float32.", panel="Result"
+    )
+    fixed_batch: int | None = option(
+        None, "Images per batch; by default any number.", panel="Result", metavar="N", at_least=1
+    )
+    opset: int = option(
+        18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
+    )
 
     def __post_init__(self) -> None:
-        require_choice("--format", self.format, get_args(ExportFormat))
-        require_choice("--dtype", self.dtype, get_args(ExportDtype))
+        super().__post_init__()
         if self.output is not None:
             self._require_ending(os.fspath(self.output))
-        require("--opset", self.opset, self.opset >= 18, "at least 18")
         if self.fixed_batch is not None:
-            require("--fixed-batch", self.fixed_batch, self.fixed_batch >= 1, "at least 1")
-            traced = self.format != "timm"
-            require("--fixed-batch", self.fixed_batch, traced, "--format onnx or pt2; timm takes any number")
+            traced = f"{option_name('format', 'onnx')} or {option_name('format', 'pt2')}"
+            expected = f"{traced}; timm takes any number"
+            require("fixed_batch", self.fixed_batch, self.format != "timm", expected)
         known = self.format != "onnx" or self.dtype != "bfloat16"
-        require("--dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+        require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
 
     def _require_ending(self, output: str) -> None:
-        """What other tools tell a file by must not name another format."""
+        """Raise unless the file's ending, by which other tools know it, is that of the format."""
         formats = get_args(ExportFormat)
-        told = next((name for name in formats if output.lower().endswith(f".{name}")), self.format)
-        require("--output", output, told == self.format, f"another name, or --format {told}")
+        ending = next((name for name in formats if output.lower().endswith(f".{name}")), self.format)
+        expected = f"another name, or {option_name('format', ending)}"
+        require("output", output, ending == self.format, expected)

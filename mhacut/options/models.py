@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mhacut.options.base import Flat
+from mhacut.options.option import Options, option
 
 
-@dataclass(frozen=True)
-class ModelsOptions(Flat):
-    """Everything ``mhacut models`` can be told."""
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions(Options):
+    """Options of ``mhacut models``."""
 
-    pattern: str = "*"
-    """Of names, as for ``timm.list_models``."""
-    refused: bool = False
-    """Only those that cannot be cut."""
+    pattern: str = option(
+        "*",
+        "Pattern of names, as for timm.list_models; all models by default, which takes minutes.",
+        panel="Arguments",
+        metavar="PATTERN",
+    )
+    refused: bool = option(False, "List only models that cannot be pruned, with the reason.", panel="Models")

@@ -4,66 +4,69 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mhacut.errors import UsageError
 from mhacut.limits import is_int, is_number
-from mhacut.options.base import unknown_option
+from mhacut.options.base import PathLike
+from mhacut.options.option import Option, unknown_option
 
 _MAX_BYTES = 2**20
-_ALIASES = {"model_arg": "model_args"}
-_ON_THE_COMMAND_LINE = frozenset({"json", "quiet", "verbose", "config"})
 
 
-def read_config(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in a YAML file.
+def read_config(
+    path: PathLike, options: Mapping[str, Option], where: str, *, flags_only: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read the options in a YAML file, converted to their types.
 
     Args:
         path: of a mapping from option names, with dashes or underscores, to values.
-        types: of every option by its flat name.
+        options: every option by its flat name.
+        where: what a message calls the file.
+        flags_only: names that are no options and stand on the command line only.
 
     Raises:
-        UsageError: the file cannot be read, or holds something that is no option or of another type.
+        OSError: the file cannot be read.
+        UsageError: it holds something that is no option or of another type.
     """
     import yaml
 
-    where = f"--config {path}"
+    with Path(path).open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
         document = yaml.safe_load(data)
-    except OSError as error:
-        raise UsageError(f"{where}: {os.strerror(error.errno or 0)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: is not YAML: {error}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    spelled = {option.flag.removeprefix("--").replace("-", "_"): name for name, option in options.items()}
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = str(key).replace("-", "_")
-        name = _ALIASES.get(name, name)
-        if name not in types and bool in _kinds(types.get(name.removeprefix("no_"))):
+        name = spelled.get(name, name)
+        positive = name.removeprefix("no_")
+        if name not in options and positive in options and options[positive].type is bool:
             # `no-latency: true`, as the flag is spelled.
-            name, value = name.removeprefix("no_"), not convert(value, bool, f"{where}: {key}")
-        if name in _ON_THE_COMMAND_LINE:
+            name, value = positive, not convert(value, bool, f"{where}: {key}")
+        if name in flags_only:
             raise UsageError(f"{where}: {str(key)!r} is given on the command line only, --{key}")
-        if name not in types:
-            raise UsageError(f"{where}: {unknown_option(str(key), _spelled_like(str(key), types))}")
+        if name not in options:
+            raise UsageError(f"{where}: {unknown_option(str(key), _spelled_like(str(key), options))}")
         if name in values:
             raise UsageError(f"{where}: {name!r} appears twice, in two spellings")
-        values[name] = convert(value, types[name], f"{where}: {key}")
+        values[name] = convert(value, options[name].type, f"{where}: {key}")
     return values
 
 
 def convert(value: object, kind: Any, where: str) -> Any:
-    """``value`` of a flag or a YAML file as the type of its option.
+    """Convert the value of a flag or of a YAML file to the type of its option.
 
     >>> convert("0.5,0.4,0.4", tuple[float, ...] | None, "--mean")
     (0.5, 0.4, 0.4)
@@ -73,7 +76,7 @@ def convert(value: object, kind: Any, where: str) -> Any:
     0.01
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is of no such type.
     """
     kinds = _kinds(kind)
     if value is None and type(None) in kinds:
@@ -102,7 +105,7 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 
 
 def _element(value: object, kind: Any, where: str) -> Any:
-    """One of several values; text, where it stood among commas."""
+    """Convert one of several values, which is text where it stood among commas."""
     if kind is float:
         return _number(value, where)
     if kind is int and isinstance(value, str) and value.strip().isdecimal():
@@ -127,6 +130,6 @@ def _checked(value: object, holds: bool, expected: str, where: str) -> Any:
     return value
 
 
-def _spelled_like(key: str, types: Mapping[str, Any]) -> tuple[str, ...]:
+def _spelled_like(key: str, names: Collection[str]) -> tuple[str, ...]:
     """Option names in the spelling of ``key``, to suggest one of them."""
-    return tuple(name.replace("_", "-") if "-" in key else name for name in types)
+    return tuple(name.replace("_", "-") if "-" in key else name for name in names)

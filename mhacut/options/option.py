@@ -1,0 +1,296 @@
+"""One option, stated once: flag, YAML key, bound, help, Python keyword and reference follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from mhacut.errors import UsageError, option_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+Panel = Literal[
+    "Arguments",
+    "Result",
+    "What is shown",
+    "Models",
+    "Teacher",
+    "Data",
+    "Model",
+    "Training",
+    "Augmentation",
+    "Preprocessing",
+    "Measuring",
+    "Computing",
+    "Output",
+    "Rarer options",
+    "Research switches",
+]
+"""Headings of ``--help``, in this order."""
+
+REQUIRED: Any = MISSING
+"""Default of an option that must be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Everything that is known of one option."""
+
+    help: str
+    """Sentences for ``--help`` and the reference; the default is added to them."""
+    panel: Panel
+    """Heading in ``--help``; "Arguments" stand on the command line without a flag."""
+    metavar: str | None = None
+    """Placeholder of the value in ``--help``."""
+    short: str | None = None
+    """Second flag, ``-o``."""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    """The bounds hold for each element of a tuple; None as a value is always within."""
+    endings: tuple[str, ...] = ()
+    """A file's name must end in one of these, in any case."""
+    name: str = ""
+    """In Python and as a YAML key; filled in by :class:`Options`, as are type and default."""
+    type: Any = None
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """The long flag. Each ``KEY=VALUE`` has one of its own: ``model_args`` is ``--model-arg``."""
+        name = self.name.removesuffix("s") if self.takes_pairs else self.name
+        return "--" + name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether the option stands on the command line without a flag."""
+        return self.panel == "Arguments"
+
+    @property
+    def kind(self) -> Any:
+        """The type without None: ``int`` for ``int | None``."""
+        known = [part for part in get_args(self.type) if part is not type(None)]
+        return known[0] if self.takes_none and len(known) == 1 else self.type
+
+    @property
+    def takes_none(self) -> bool:
+        return type(None) in get_args(self.type)
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the value is a mapping, ``KEY=VALUE`` on the command line."""
+        return get_origin(self.kind) in (Mapping, dict)
+
+    @property
+    def element(self) -> Any:
+        """The type of each of several values; None where there is one value only."""
+        return get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All values, where they are counted."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    def check(self, value: Any) -> None:
+        """Raise a :class:`UsageError` that names the option unless ``value`` is one of its values."""
+        if value is None and self.takes_none:
+            return
+        if self.choices:
+            require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
+        for ending in self.endings[:1]:
+            name = os.fspath(value)
+            require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
+        if self._bounds():
+            for part in value if self.element else (value,):
+                require(self.name, part, self._holds(part), self._expected())
+
+    def _bounds(self) -> dict[str, float]:
+        bounds = {
+            "at least": self.at_least,
+            "above": self.above,
+            "at most": self.at_most,
+            "below": self.below,
+        }
+        return {words: bound for words, bound in bounds.items() if bound is not None}
+
+    def _expected(self) -> str:
+        return ", ".join(f"{words} {bound:.10g}" for words, bound in self._bounds().items())
+
+    def _holds(self, value: Any) -> bool:
+        """Whether a number is within the bounds; raise a :class:`UsageError` unless it is a number."""
+        number = Integral if int in (self.kind, self.element) else Real
+        if not isinstance(value, number) or isinstance(value, bool):
+            raise UsageError(
+                f"{option_name(self.name, value)}: expected "
+                f"{'a whole number' if number is Integral else 'a number'}, {self._expected()}"
+            )
+        amount = float(value)
+        return (
+            math.isfinite(amount)
+            and (self.at_least is None or amount >= self.at_least)
+            and (self.above is None or amount > self.above)
+            and (self.at_most is None or amount <= self.at_most)
+            and (self.below is None or amount < self.below)
+        )
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    panel: Panel,
+    metavar: str | None = None,
+    short: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    endings: tuple[str, ...] = (),
+) -> T:
+    """State an option as a field of an :class:`Options` dataclass; see :class:`Option` for the arguments.
+
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class CutOptions(Options):
+    ...     round_to: int = option(8, "Round widths to multiples of N.", panel="Result", at_least=1)
+    >>> CutOptions.options()["round_to"].flag
+    '--round-to'
+    >>> CutOptions(round_to=0)
+    Traceback (most recent call last):
+    mhacut.errors.UsageError: round_to=0: expected at least 1
+    """
+    stated = Option(
+        help=help,
+        panel=panel,
+        metavar=metavar,
+        short=short,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        below=below,
+        endings=endings,
+    )
+    metadata = {"option": stated}
+    made: Any
+    if isinstance(default, dict):
+        made = field(default_factory=default.copy, metadata=metadata)
+    else:
+        made = field(default=default, metadata=metadata)
+    return made  # type: ignore[no-any-return]
+
+
+class Options:
+    """Options of a command, in groups or on one level; flags, YAML keys and keywords are flat names.
+
+    A subclass is a frozen dataclass. Its fields are made by :func:`option`, or are groups, which are
+    :class:`Options` themselves. Bounds are checked when an object is made.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for name, stated in self.own_options().items():
+            stated.check(getattr(self, name))
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Every option by its flat name, in the order of the fields."""
+        own, groups = cls.own_options(), cls.groups()
+        found: dict[str, Option] = {}
+        for name in cls.__dataclass_fields__:
+            found |= groups[name].options() if name in groups else {name: own[name]}
+        return found
+
+    @classmethod
+    def groups(cls) -> dict[str, type[Options]]:
+        """The fields that hold options themselves, with their class."""
+        return {
+            name: kind
+            for name, kind in get_type_hints(cls).items()
+            if isinstance(kind, type) and issubclass(kind, Options)
+        }
+
+    @classmethod
+    def own_options(cls) -> dict[str, Option]:
+        """The options that are no group's."""
+        types = get_type_hints(cls)
+        return {
+            name: dataclasses.replace(
+                stated.metadata["option"],
+                name=name,
+                type=types[name],
+                default=stated.default if stated.default_factory is MISSING else stated.default_factory(),
+            )
+            for name, stated in cls.__dataclass_fields__.items()
+            if "option" in stated.metadata
+        }
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Values of the options that are not given; those that must be given are left out."""
+        return {name: stated.default for name, stated in cls.options().items() if not stated.required}
+
+    @classmethod
+    def from_flat(cls, **values: Any) -> Self:
+        """Make the options from values by flat names.
+
+        >>> from mhacut.options.prune import PruneOptions
+        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
+        10
+
+        Raises:
+            UsageError: a name that is no option, with the one it resembles; an option that must be given is
+                missing; a value out of bounds.
+        """
+        known = cls.options()
+        for name in values:
+            if name not in known:
+                raise UsageError(unknown_option(name, tuple(known)))
+        for name, stated in known.items():
+            if stated.required and name not in values:
+                raise UsageError(f"{option_name(name)} is missing. {stated.help}")
+        groups = {
+            name: group(**{key: values.pop(key) for key in list(values) if key in group.options()})
+            for name, group in cls.groups().items()
+        }
+        return cls(**values, **groups)
+
+    def flat(self) -> dict[str, Any]:
+        """Return the arguments of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
+        values: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Options):
+                values |= value.flat()
+            else:
+                values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return values
+
+    def changed(self) -> list[str]:
+        """Names of the options, those of groups excepted, that differ from their defaults."""
+        return [name for name, stated in self.own_options().items() if getattr(self, name) != stated.default]
+
+
+def unknown_option(name: str, known: tuple[str, ...]) -> str:
+    """Say that there is no option ``name``, and which it resembles."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raise a :class:`UsageError` that names the option and its value unless ``holds``."""
+    if not holds:
+        raise UsageError(f"{option_name(name, value)}: expected {expected}")
