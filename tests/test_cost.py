@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -7,8 +9,9 @@ from torch import nn
 
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.slice import cut
 
 
@@ -44,7 +47,7 @@ def test_a_layer_that_runs_three_times_costs_as_often():
     prunable = find_prunable_layers(model)
     table = build_cost_table(model, prunable, (3, 64, 64))
     (shared,) = (cost for cost in table.layers if cost.layer.name == "parallel_blocks.0.mlp2")
-    assert len(shared.input_shapes) == 3
+    assert len(shared.runs) == 3
     (unit,) = shared.layer.units
     plan = Plan((UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(unit.width // 2)),)),))
     cut(model, plan)
@@ -62,6 +65,28 @@ def test_an_operator_nobody_counts_is_an_error_not_a_zero():
 
     with pytest.raises(UnsupportedModelError, match="aten::sort"):
         measure_flops(Sorts().eval(), (3, 4, 4))
+
+
+class Contracts(nn.Module):
+    """``x`` of [1, 2, 3, 4], contracted with matrices of [4, 5]."""
+
+    def __init__(self, equation):
+        super().__init__()
+        self.matrix, self.equation = nn.Parameter(torch.ones(4, 5)), equation
+
+    def forward(self, x):
+        return torch.einsum(self.equation, x, *[self.matrix] * self.equation.count(","))
+
+
+@pytest.mark.parametrize("equation", ["bchw,wd->bchd", "...w,wd->...d", "b...w,wd->bd...", "bchw,wd->dw"])
+def test_a_contraction_costs_the_product_of_its_indices(equation):
+    assert measure_flops(Contracts(equation).eval(), (2, 3, 4)) == 1 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("equation", ["bchw,wd,wd->bchd", "bchw,wd"])
+def test_contractions_that_cannot_be_counted_are_an_error_too(equation):
+    with pytest.raises(UnsupportedModelError, match=re.escape(repr(equation))):
+        measure_flops(Contracts(equation).eval(), (2, 3, 4))
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
 from mhacut.pruning.weight_moments import white_moments
+from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut, exact_scale
 

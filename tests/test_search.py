@@ -19,8 +19,9 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.channel_scales import plan_channel_scales, train_channel_scales
 from mhacut.pruning.distill import Distillation, Divergence
 from mhacut.pruning.indicators import search
+from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut
 

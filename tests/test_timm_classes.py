@@ -26,7 +26,6 @@ from helpers.plans import (
     random_plan,
     untrained,
 )
-from mhacut.adapters.registry import adapter_for
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import UnitMoments, calibrate
 from mhacut.pruning.repair import repair
@@ -198,14 +197,6 @@ def test_a_gate_beside_turned_channels(half):
     expected = functional_call(attention, masked, (x, rope))
     cut(model, plan, channel_scales)
     assert relative(model["attn"](x, rope), expected) < 1e-10
-    size = (
-        2
-        * 5
-        * 3
-        * (2 * plan.widths()["attn", "qk"] * (2 * 24 + 5) + plan.widths()["attn", "v"] * (3 * 24 + 5))
-    )
-    widths = {unit.kind: unit.width for unit in find_prunable_layers(model).units()}
-    assert adapter_for(model["attn"]).flops(model["attn"], (2, 5, 24), widths) == size
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["free", "gated"])
@@ -247,9 +238,6 @@ def test_values_that_heads_share_are_refitted_for_each_that_reads_them(gated):
     cut(model, plan)
     assert relative(model(x), repaired) < 1e-12
     assert attention.v_proj.out_features == 2 * 3
-    widths = {unit.kind: unit.width for unit in find_prunable_layers(model).units()}
-    size = 9 * 5 * (2 * 3 * 24 + 4 * 3 * (5 + 10 + 24 * gated))
-    assert adapter_for(attention).flops(attention, (9, 5, 24), widths) == size
 
 
 @torch.no_grad()

@@ -45,8 +45,9 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
 from mhacut.pruning.widths import width_choices
 from mhacut.surgery.axes import channels_of
+from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import UnitKey, find_prunable_layers
-from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
 

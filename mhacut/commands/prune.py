@@ -50,8 +50,9 @@ from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
+from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
-from mhacut.surgery.flops import CostTable, build_cost_table, count_parameters, measure_flops
+from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size, gives_probabilities, not_prunable
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
@@ -423,8 +424,9 @@ def _checked_flops(
     counted = measure_flops(slim, preprocessing.input_size)
     expected = int(table.flops(plan.widths()))
     if counted != expected or counted > budget:
-        raise AssertionError(
-            f"slim model: fvcore counts {counted}, the table {expected}, the budget {budget}"
+        raise MhacutError(
+            f"the pruned model costs {counted} FLOPs, planned were {expected} within a budget of {budget}; "
+            "nothing was written. This is a gap in mhacut: please report the architecture and its arguments"
         )
     return counted
 
@@ -436,7 +438,11 @@ def _check_exact(ready: Compensation, slim: nn.Module, prunable: PrunableLayers,
     masked = run_with(ready.model, tensors, images)
     difference = _difference(slim(images), masked)
     if not difference <= _EXACTNESS:
-        raise AssertionError(f"masked and sliced models differ by {difference:.1e} of the largest output")
+        raise MhacutError(
+            f"the sliced model's outputs differ from the masked model's by {difference:.1e} of the largest, "
+            f"more than rounding explains ({_EXACTNESS:g}); nothing was written. This is a gap in mhacut: "
+            "please report the architecture and its arguments"
+        )
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

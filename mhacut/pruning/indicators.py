@@ -28,8 +28,8 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.channel_scales import ADAM_BETAS
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.widths import fill_budget, nearest_width, width_choices
+from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import PrunableLayers, UnitKey
-from mhacut.surgery.flops import CostTable
 from mhacut.surgery.mask import temperature_factor
 
 # Share of the search in which the target sinks from dense to the budget; the rest settles there.

@@ -22,8 +22,8 @@ from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.indicators import SearchResult, SearchStep, search
 from mhacut.pruning.widths import width_choices
+from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import PrunableLayers, UnitKey
-from mhacut.surgery.flops import CostTable
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.rotate import rotate
 

@@ -1,4 +1,4 @@
-"""What a model costs: fvcore's count of the whole, and a table that knows it for any widths.
+"""FLOPs of a model, counted by fvcore.
 
 One FLOP is one multiply-accumulate, attention products included, as fvcore and the papers count:
 DeiT-T/S/B are 1.26 / 4.61 / 17.58 G.
@@ -10,16 +10,12 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mhacut.adapters.base import Layer
 from mhacut.errors import UnsupportedModelError
-from mhacut.surgery.find import PrunableLayers, UnitKey
 
 # Operators without multiply-accumulates worth counting. An operator that is neither here nor known to fvcore
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
@@ -63,15 +59,20 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
     Raises:
         UnsupportedModelError: an operator neither counted nor known to be negligible.
     """
+    parameter = next(model.parameters())
+    image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
+    return count_flops(model, (image,))
+
+
+def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
+    """FLOPs of ``model(*inputs)`` by module, as :func:`measure_flops_by_module` gives them."""
     with warnings.catch_warnings():
         # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
         from fvcore.nn.jit_handles import elementwise_flop_counter
 
-        parameter = next(model.parameters())
-        image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
-        analysis = FlopCountAnalysis(model, image)
+        analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
         analysis.set_op_handle("aten::einsum", _count_einsum)
         for name, (per_input, per_output) in _PER_ELEMENT.items():
@@ -95,14 +96,19 @@ def weightless(model: nn.Module) -> nn.Module:
     counted. Tracing a model on the meta device fails in torch's own shape checks.
     """
     stand_in = copy.deepcopy(model)
-    for module in stand_in.modules():
+    take_weights(stand_in)
+    return stand_in.eval()
+
+
+def take_weights(model: nn.Module) -> None:
+    """Make ``model`` weightless in place, as :func:`weightless` says."""
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             zeros = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
             module.register_buffer(name, zeros, persistent=name not in module._non_persistent_buffers_set)
-    return stand_in.eval()
 
 
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
@@ -115,88 +121,24 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Of a product of two tensors, the sizes of all its indices; fvcore's own count is to four digits."""
-    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
-    shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]
-    assert len(terms) == len(shapes) == 2
-    sizes: dict[str, int] = {}
-    for term, shape in zip(terms, shapes, strict=True):
-        sizes.update(zip(term, shape, strict=True))
-    return math.prod(sizes.values())
+    """Products of a contraction of two tensors: one per element of the output and index that is summed.
 
-
-@dataclass(frozen=True)
-class LayerCost:
-    """FLOPs of one layer as a function of its widths; exact, and differentiable when widths are tensors."""
-
-    layer: Layer
-    input_shapes: tuple[tuple[int, ...], ...]
-    """Of the layer's input for one image, once for every time that the layer runs."""
-    module: nn.Module
-
-    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
-        return sum(self.layer.adapter.flops(self.module, shape, own) for shape in self.input_shapes)
-
-
-@dataclass(frozen=True)
-class CostTable:
-    """FLOPs of a model at any widths of its units."""
-
-    fixed: int
-    """What no width changes."""
-    layers: tuple[LayerCost, ...]
-    dense: int
-    """What the model costs as it stands, counted by fvcore."""
-
-    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Total at ``widths`` (channels per head; units not named stay as they are)."""
-        total: Any = self.fixed
-        for layer in self.layers:
-            total = total + layer.flops(widths)
-        return total
-
-    def by_layer(self) -> dict[str, int]:
-        """FLOPs of what can be cut, per layer, as it stands."""
-        return {cost.layer.name: int(cost.flops({})) for cost in self.layers}
-
-
-def build_cost_table(
-    model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, int, int]
-) -> CostTable:
-    """Count ``model`` once and learn the input shapes of every layer.
-
-    Args:
-        model: eval mode.
-        prunable: of ``model``.
-        input_size: [C, H, W].
+    fvcore's own count is to four digits.
     """
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    handles = []
-    for layer in prunable.layers:
-        module = model.get_submodule(layer.name)
-        handles.append(module.register_forward_pre_hook(_note_shape(shapes, layer.name)))
-    try:
-        parameter = next(model.parameters())
-        with torch.no_grad():
-            model(torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = tuple(
-        LayerCost(layer, tuple(shapes[layer.name]), model.get_submodule(layer.name))
-        for layer in prunable.layers
-        if layer.name in shapes
-    )
-    dense = measure_flops(model, input_size)
-    return CostTable(dense - sum(int(cost.flops({})) for cost in layers), layers, dense)
-
-
-def _note_shape(shapes: dict[str, list[tuple[int, ...]]], name: str) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        shapes.setdefault(name, []).append(tuple(args[0].shape))
-
-    return hook
+    equation = inputs[0].toIValue().replace(" ", "")
+    shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]
+    operands, arrow, result = equation.partition("->")
+    if not arrow or len(shapes) != 2:
+        raise UnsupportedModelError(
+            f"FLOPs of einsum {equation!r} cannot be counted: expected two operands and '->'"
+        )
+    sizes: dict[str, int] = {}
+    for term, shape in zip(operands.split(","), shapes, strict=True):
+        front, _, back = term.partition("...")
+        sizes.update(zip(front, shape, strict=False))
+        sizes.update(zip(reversed(back), reversed(shape), strict=False))
+    summed = math.prod(size for index, size in sizes.items() if index not in result)
+    return int(math.prod(outputs[0].type().sizes()) * summed)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -48,32 +48,53 @@ def cut(model: nn.Module, plan: Plan, channel_scales: Mapping[UnitKey, Tensor] |
     prunable = find_prunable_layers(model)
     check_plan(prunable, plan)
     by_layer = plan.by_layer()
-    for layer in prunable.layers:
-        unit_plans = by_layer.get(layer.name)
-        if unit_plans is None:
-            continue
+    cut_layers = [layer for layer in prunable.layers if layer.name in by_layer]
+    for layer in cut_layers:
         module = model.get_submodule(layer.name)
-        for unit in layer.units:
-            unit_plan = unit_plans.get(unit.kind)
-            if unit_plan is None:
-                continue
-            channel_scale = kept_channels(unit_plan).double() * exact_scale(unit, unit_plan.width)
-            if channel_scales is not None and unit.key in channel_scales:
-                channel_scale = channel_scale * channel_scales[unit.key].to(channel_scale)
-            _fold_constants(module, unit, channel_scale)
-            if unit.gate is not None:
-                layer.adapter.merge_gate(
-                    module, unit, channel_scale.clamp_min(_LEAST_GATE) * kept_channels(unit_plan)
-                )
-            scale(module, unit, channel_scale)
-            layer.adapter.keep(module, unit, torch.tensor(unit_plan.kept))
-        _slice(module, layer, unit_plans)
-        widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
-        resized = layer.adapter.resize(module, widths)
+        _scale_kept(module, layer, by_layer[layer.name], channel_scales or {})
+        resized = slice_layer(module, layer, by_layer[layer.name])
         if resized is not module:
             model.set_submodule(layer.name, resized)
-    for adapter in dict.fromkeys(layer.adapter for layer in prunable.layers if layer.name in by_layer):
+    for adapter in dict.fromkeys(layer.adapter for layer in cut_layers):
         adapter.settle(model)
+
+
+@torch.no_grad()
+def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> nn.Module:
+    """Slice one layer in place, its weights as they are, and return what stands for it from now on.
+
+    Args:
+        module: the layer itself, on any device, meta included.
+        layer: its description.
+        unit_plans: units not named stay whole.
+    """
+    for unit in layer.units:
+        if unit.kind in unit_plans:
+            layer.adapter.keep(module, unit, torch.tensor(unit_plans[unit.kind].kept))
+    _slice(module, layer, unit_plans)
+    widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
+    return layer.adapter.resize(module, widths)
+
+
+def _scale_kept(
+    module: nn.Module,
+    layer: Layer,
+    unit_plans: Mapping[UnitKind, UnitPlan],
+    channel_scales: Mapping[UnitKey, Tensor],
+) -> None:
+    """Multiply the contribution of every channel by its scale, 0 where it is about to go."""
+    for unit in layer.units:
+        unit_plan = unit_plans.get(unit.kind)
+        if unit_plan is None:
+            continue
+        kept = kept_channels(unit_plan)
+        channel_scale = kept.double() * exact_scale(unit, unit_plan.width)
+        if unit.key in channel_scales:
+            channel_scale = channel_scale * channel_scales[unit.key].to(channel_scale)
+        _fold_constants(module, unit, channel_scale)
+        if unit.gate is not None:
+            layer.adapter.merge_gate(module, unit, channel_scale.clamp_min(_LEAST_GATE) * kept)
+        scale(module, unit, channel_scale)
 
 
 def _fold_constants(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from helpers.models import relative
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
+from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
-from mhacut.surgery.flops import build_cost_table, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut

@@ -18,8 +18,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
-from mhacut.surgery.flops import CostTable, build_cost_table
 from mhacut.surgery.slice import cut, exact_scale
 
 NEAR = 0.005

@@ -1,0 +1,276 @@
+"""Cost table: FLOPs of a model as a function of its widths, fitted to counts of cut layers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from mhacut.adapters.base import Layer
+from mhacut.errors import UnsupportedModelError
+from mhacut.plan import UnitKind, UnitPlan
+from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.flops import count_flops, measure_flops, take_weights
+from mhacut.surgery.slice import slice_layer
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """FLOPs of one run of a layer that depend on its widths w, channels per head by kind.
+
+    ``sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b])``: exact for whole numbers, and
+    differentiable for tensors.
+    """
+
+    per_channel: Mapping[UnitKind, int]
+    per_pair: Mapping[tuple[UnitKind, UnitKind], int]
+
+    def flops(self, widths: Mapping[UnitKind, Any]) -> Any:
+        total: Any = 0
+        for kind, flops in self.per_channel.items():
+            total = total + flops * widths[kind]
+        for (first, second), flops in self.per_pair.items():
+            total = total + flops * widths[first] * widths[second]
+        return total
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """FLOPs of one layer that depend on its widths."""
+
+    layer: Layer
+    runs: tuple[Polynomial, ...]
+    """FLOPs of each time that the layer runs for one image."""
+
+    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
+        """FLOPs of all runs at ``widths`` (channels per head; units not named stay as they are)."""
+        own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
+        return sum(run.flops(own) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """FLOPs of a model at any widths of its units."""
+
+    fixed: int
+    """FLOPs that no width changes."""
+    layers: tuple[LayerCost, ...]
+    """Layers that run, in the order of the model's modules."""
+    dense: int
+    """FLOPs of the model as it stands, counted by fvcore."""
+
+    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
+        """Total at ``widths`` (channels per head; units not named stay as they are)."""
+        total: Any = self.fixed
+        for layer in self.layers:
+            total = total + layer.flops(widths)
+        return total
+
+    def by_layer(self) -> dict[str, int]:
+        """FLOPs that widths change, by layer, at the widths of the model as it stands."""
+        return {cost.layer.name: int(cost.flops({})) for cost in self.layers}
+
+
+def build_cost_table(
+    model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, int, int]
+) -> CostTable:
+    """Count ``model`` once, and copies of its distinct layers at a few widths.
+
+    A layer's FLOPs are a polynomial of degree 2 in its widths with whole coefficients, which a few counts
+    determine; one more count at other widths checks them. Layers alike in shapes and inputs are counted once.
+
+    Args:
+        model: in eval mode.
+        prunable: of ``model``.
+        input_size: [C, H, W].
+
+    Raises:
+        UnsupportedModelError: an operator cannot be counted, or the FLOPs are no such polynomial.
+    """
+    calls: dict[str, list[_Call]] = {layer.name: [] for layer in prunable.layers}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
+        for name, recorded in calls.items()
+    ]
+    try:
+        dense = measure_flops(model, input_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    fitted: dict[Any, Polynomial] = {}
+    costs: list[LayerCost] = []
+    for layer in prunable.layers:
+        module, runs = model.get_submodule(layer.name), []
+        for call in calls[layer.name]:
+            key = (_likeness(module), repr(call))
+            if key not in fitted:
+                fitted[key] = _fit(_LayerCounter(module, layer, call))
+            runs.append(fitted[key])
+        if runs:
+            costs.append(LayerCost(layer, tuple(runs)))
+    return CostTable(dense - sum(int(cost.flops({})) for cost in costs), tuple(costs), dense)
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Stand-in for a tensor of which only the shape matters."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one run of a layer, tensors as :class:`_Zeros`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _recorder(calls: list[_Call]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(_Call(*tree_map(_shape_only, (args, kwargs))))
+
+    return hook
+
+
+def _shape_only(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.dim() == 0 and not leaf.is_floating_point():  # a size, which is a tensor while torch traces
+        return int(leaf)
+    return _Zeros(tuple(int(size) for size in leaf.shape), leaf.dtype)
+
+
+class _Replay(nn.Module):
+    """One recorded call of a module, as a module whose inputs are the tensors of that call."""
+
+    def __init__(self, module: nn.Module, call: _Call) -> None:
+        super().__init__()
+        self.module = module
+        self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        stand_ins = [leaf for leaf in self._leaves if isinstance(leaf, _Zeros)]
+        return tuple(torch.zeros(each.shape, dtype=each.dtype, device=device) for each in stand_ins)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, _Zeros) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return self.module(*args, **kwargs)
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    """Key of all modules that cost the same for the same inputs: their classes, shapes and switches.
+
+    Fractions (probabilities of dropout, scales) change no shape and are left out.
+    """
+    parts: list[Any] = []
+    for name, part in module.named_modules():
+        attributes = vars(part).items()
+        switches = [
+            (key, repr(value)) for key, value in attributes if isinstance(value, int | str | tuple | list)
+        ]
+        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        shapes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
+        parts.append((name, type(part), *switches, *shapes))
+    return tuple(parts)
+
+
+class _LayerCounter:
+    """Counts the FLOPs of one run of a layer at any widths, each once."""
+
+    def __init__(self, module: nn.Module, layer: Layer, call: _Call) -> None:
+        self.layer, self.call = layer, call
+        self.name = f"{layer.name} ({type(module).__name__})"
+        self.whole: dict[UnitKind, int] = {unit.kind: unit.width for unit in layer.units}
+        # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape checks.
+        # A model that is there already can be traced there, or the whole could not have been counted.
+        self.device = torch.device("meta" if next(module.parameters()).is_meta else "cpu")
+        self._outline = copy.deepcopy(module).to("meta")
+        self._counts: dict[tuple[int, ...], int] = {}
+
+    def __call__(self, changed: Mapping[UnitKind, int]) -> int:
+        """FLOPs at ``changed`` widths; kinds not named stay as they are."""
+        widths = {**self.whole, **changed}
+        key = tuple(widths.values())
+        if key not in self._counts:
+            self._counts[key] = self._count(widths)
+        return self._counts[key]
+
+    def _count(self, widths: Mapping[UnitKind, int]) -> int:
+        plans = {
+            unit.kind: UnitPlan(
+                unit.layer, unit.kind, unit.width, (tuple(range(widths[unit.kind])),) * unit.heads
+            )
+            for unit in self.layer.units
+        }
+        slim = slice_layer(copy.deepcopy(self._outline), self.layer, plans)
+        if self.device.type != "meta":
+            take_weights(slim)
+        replay = _Replay(slim, self.call).eval()
+        return count_flops(replay, replay.inputs(self.device))[""]
+
+
+def _fit(count: _LayerCounter) -> Polynomial:
+    """Interpolate counts, as a straight function of each width if that will do, and check at other widths.
+
+    Raises:
+        UnsupportedModelError: the counts are no polynomial of degree 2 with whole coefficients.
+    """
+    chance = random.Random(0)
+    # Below half the widths, where no square that adds to the costs can hide behind another.
+    other: dict[UnitKind, int] = {
+        kind: chance.randint(1, max(_half(width) - 1, 1)) for kind, width in count.whole.items()
+    }
+    for squares in (False, True):
+        found = _interpolate(count, squares=squares)
+        expected = count({}) + found.flops(other) - found.flops(count.whole)
+        if count(other) == expected:
+            return found
+    at = ", ".join(f"{kind} {width} of {count.whole[kind]}" for kind, width in other.items())
+    raise UnsupportedModelError(
+        f"{count.name}: its FLOPs do not follow from its widths as those of other layers do (at {at} fvcore "
+        f"counts {count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
+        "mhacut: please report the architecture and its arguments"
+    )
+
+
+def _interpolate(count: _LayerCounter, *, squares: bool) -> Polynomial:
+    """Polynomial through counts at whole, half and (for ``squares``) quarter widths: divided differences."""
+    whole, dense = count.whole, count({})
+    near = {kind: _half(width) for kind, width in whole.items() if width > 1}
+    per_channel: dict[UnitKind, Fraction] = {}
+    per_pair: dict[tuple[UnitKind, UnitKind], Fraction] = {}
+    for kind, half in near.items():
+        width, quarter = whole[kind], half // 2
+        slope = Fraction(count({kind: half}) - dense, half - width)
+        curvature = Fraction(0)
+        if squares and quarter:
+            further = Fraction(count({kind: quarter}) - count({kind: half}), quarter - half)
+            curvature = (further - slope) / (quarter - width)
+        per_pair[kind, kind] = curvature
+        per_channel[kind] = slope - curvature * (width + half)
+    for first, second in itertools.combinations(near, 2):
+        a, b = near[first], near[second]
+        both = count({first: a, second: b}) - count({first: a}) - count({second: b}) + dense
+        per_pair[first, second] = Fraction(both, (a - whole[first]) * (b - whole[second]))
+        per_channel[first] -= per_pair[first, second] * whole[second]
+        per_channel[second] -= per_pair[first, second] * whole[first]
+    return Polynomial(
+        {kind: int(flops) for kind, flops in per_channel.items() if flops},
+        {kinds: int(flops) for kinds, flops in per_pair.items() if flops},
+    )
+
+
+def _half(width: int) -> int:
+    return (width + 1) // 2
