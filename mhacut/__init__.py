@@ -12,25 +12,50 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
+from mhacut.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    MhacutError,
+    OutputError,
+    PlanError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.save import save_model
     from mhacut.commands.bench import BenchResult, bench
+    from mhacut.commands.evaluate import EvaluateResult, evaluate
     from mhacut.commands.export import ExportResult, export
     from mhacut.commands.finetune import finetune
     from mhacut.commands.inspect import InspectResult, inspect
     from mhacut.commands.prune import PruneResult, prune
     from mhacut.finetuning.result import FinetuneResult
+    from mhacut.plan import Plan
 
 __all__ = [
     "BenchResult",
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "EvaluateResult",
     "ExportResult",
     "FinetuneResult",
     "InspectResult",
+    "Interrupted",
+    "MhacutError",
+    "OutputError",
+    "Plan",
+    "PlanError",
     "PruneResult",
+    "UnsupportedModelError",
+    "UsageError",
     "__version__",
     "bench",
+    "evaluate",
     "export",
     "finetune",
     "inspect",
@@ -41,11 +66,14 @@ __all__ = [
 
 _HOMES = {
     "BenchResult": "mhacut.commands.bench",
+    "EvaluateResult": "mhacut.commands.evaluate",
     "ExportResult": "mhacut.commands.export",
     "FinetuneResult": "mhacut.finetuning.result",
     "InspectResult": "mhacut.commands.inspect",
+    "Plan": "mhacut.plan",
     "PruneResult": "mhacut.commands.prune",
     "bench": "mhacut.commands.bench",
+    "evaluate": "mhacut.commands.evaluate",
     "export": "mhacut.commands.export",
     "finetune": "mhacut.commands.finetune",
     "inspect": "mhacut.commands.inspect",
@@ -53,6 +81,7 @@ _HOMES = {
     "prune": "mhacut.commands.prune",
     "save_model": "mhacut.checkpoint.save",
 }
+"""Module of each name that is imported when it is first asked for."""
 
 register_with_timm()  # timm.create_model("flatten_swin_tiny_224")
 

@@ -22,9 +22,6 @@ import torch
 
 import mhacut
 from mhacut.checkpoint.load import read_header
-from mhacut.commands.evaluate import evaluate_checkpoint
-from mhacut.options.evaluate import EvaluateOptions
-from mhacut.runtime.progress import Silent
 
 DONE = "finished.json"
 
@@ -104,8 +101,8 @@ def dense_top1(arguments: argparse.Namespace) -> float:
     assert record is not None
     args = {key: value for key, value in record.identity.model_args.items() if key != "num_classes"}
     said = record.preprocessing
-    options = EvaluateOptions.from_flat(
-        checkpoint=arguments.teacher,
+    measured = mhacut.evaluate(
+        arguments.teacher,
         model=record.identity.architecture,
         model_args=args,
         data_dir=arguments.data_dir,
@@ -115,7 +112,7 @@ def dense_top1(arguments: argparse.Namespace) -> float:
         crop_pct=said["crop_pct"],
         interpolation=said["interpolation"],
     )
-    return evaluate_checkpoint(options, Silent()).evaluation.top1
+    return measured.evaluation.top1
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def read_as_told(options: CheckpointOptions, reporter: Reporter) -> LoadedModel:
     return loaded
 
 
-def load_model(path: str | os.PathLike[str], model: str | None = None, **model_args: Any) -> nn.Module:
+def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **model_args: Any) -> nn.Module:
     """The model in a dense or slim checkpoint as a timm module in eval mode, float32, on the CPU.
 
     timm's ``forward_features``, ``get_classifier``, ``reset_classifier`` and
@@ -229,13 +229,16 @@ def load_model(path: str | os.PathLike[str], model: str | None = None, **model_a
     ``.half()`` on the result for the file's own precision.
 
     Args:
-        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``.
+        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``. None, the
+            output of a dry run, is refused.
         model: timm's name of the architecture, for dense files that do not say.
         model_args: further arguments of ``timm.create_model``, ``img_size=32``.
 
     Raises:
-        CheckpointError: the file cannot be read, recognised or trusted.
+        CheckpointError: there is no file, or it cannot be read, recognised or trusted.
     """
+    if path is None:
+        raise CheckpointError("there is no file to load; a dry run of prune writes none")
     num_classes = model_args.pop("num_classes", None)
     return read_model(path, model=model, model_args=model_args, num_classes=num_classes).model
 

@@ -11,7 +11,7 @@ from mhacut.cli.flags import command
 from mhacut.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
-    from mhacut.commands.evaluate import CheckpointAccuracy
+    from mhacut.commands.evaluate import EvaluateResult
     from mhacut.data import Preprocessing
 
 
@@ -23,13 +23,13 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """
-    from mhacut.commands.evaluate import evaluate_checkpoint
+    from mhacut.commands.evaluate import run_evaluate
 
-    measured = evaluate_checkpoint(options, console)
+    measured = run_evaluate(options, console)
     console.result(_text(measured), _document(measured))
 
 
-def _text(measured: CheckpointAccuracy) -> str:
+def _text(measured: EvaluateResult) -> str:
     evaluation = measured.evaluation
     rows = [["top-1", f"{evaluation.top1:.2f}%"]]
     if evaluation.top5 is not None:
@@ -60,7 +60,7 @@ def preprocessing_line(preprocessing: Preprocessing) -> str:
     )
 
 
-def _document(measured: CheckpointAccuracy) -> dict[str, Any]:
+def _document(measured: EvaluateResult) -> dict[str, Any]:
     evaluation = measured.evaluation
     return {
         "command": "evaluate",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ from mhacut.options.bench import BenchOptions
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.flops import count_parameters, measure_flops
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import BenchKeywords
 
 ALIGNED = 8
 """Widths of one more than a multiple of it ran 17-28 % slower than that multiple (DeiT-S, float32, CPU)."""
@@ -77,14 +82,15 @@ class BenchResult:
     threads: int
 
 
-def bench(*checkpoints: PathLike, reporter: Reporter | None = None, **options: Any) -> BenchResult:
+def bench(
+    *checkpoints: PathLike, reporter: Reporter | None = None, **options: Unpack[BenchKeywords]
+) -> BenchResult:
     """Time checkpoints in turns, so that what else the machine does falls on all of them alike.
 
     Args:
         checkpoints: whatever ``mhacut prune`` reads or writes; the others are compared with the first.
-        reporter: told what happens; silent by default.
-        options: the names of the command line's flags, see :class:`mhacut.options.bench.BenchOptions`:
-            ``batch_sizes``, ``runtime``, ``threads``, ``dtype``, ``device``, ...
+        reporter: receives progress and messages; silent by default.
+        options: those of the command line; see :class:`mhacut.options.keywords.BenchKeywords`.
 
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`.

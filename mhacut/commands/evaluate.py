@@ -1,25 +1,33 @@
-"""``mhacut evaluate`` as a function: read a checkpoint, measure its accuracy on labelled images."""
+"""``mhacut evaluate`` as a function: a checkpoint and labelled images in, its accuracy out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.load import read_as_told
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, evaluation_loader
-from mhacut.errors import MhacutError, UsageError
-from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.errors import MhacutError, UsageError, option_name
+from mhacut.measuring.accuracy import Evaluation
+from mhacut.measuring.accuracy import evaluate as measure_accuracy
+from mhacut.options.base import PathLike
 from mhacut.options.evaluate import EvaluateOptions
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
-from mhacut.runtime.progress import Reporter
+from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import EvaluateKeywords
+
 
 @dataclass(frozen=True)
-class CheckpointAccuracy:
-    """How good a checkpoint is, and what it was measured on."""
+class EvaluateResult:
+    """Accuracy of a checkpoint, and what it was measured on."""
 
     source: str
     architecture: str
@@ -32,15 +40,30 @@ class CheckpointAccuracy:
     device: str
 
 
-def evaluate_checkpoint(options: EvaluateOptions, reporter: Reporter) -> CheckpointAccuracy:
-    """Accuracy of the checkpoint on the validation split of its data.
+def evaluate(
+    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[EvaluateKeywords]
+) -> EvaluateResult:
+    """Measure the accuracy of ``checkpoint`` on the validation split of labelled images.
+
+    Args:
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
+        reporter: receives progress and messages; silent by default.
+        options: those of the command line; see :class:`mhacut.options.keywords.EvaluateKeywords`.
 
     Raises:
-        MhacutError: and its kinds: the checkpoint or the images cannot be read, or do not fit together.
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`: the checkpoint or the images cannot be read,
+            or do not fit together.
     """
+    return run_evaluate(EvaluateOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+
+
+def run_evaluate(options: EvaluateOptions, reporter: Reporter) -> EvaluateResult:
+    """:func:`evaluate` with its options in one object."""
     data = options.data
-    if data.data_dir is None and data.dataset is None:
-        raise UsageError("nothing to evaluate on: give --data-dir DIR or --dataset NAME")
+    if not data.has_images:
+        raise UsageError(
+            f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
+        )
     device = resolve_device(options.device)
     if options.amp:
         warn_of_slow_amp(device, reporter.log)
@@ -62,8 +85,10 @@ def evaluate_checkpoint(options: EvaluateOptions, reporter: Reporter) -> Checkpo
         class_map=None if data.class_map is None else Path(data.class_map),
     )
     reporter.start("evaluating")
-    evaluation = evaluate(loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance)
-    return CheckpointAccuracy(
+    evaluation = measure_accuracy(
+        loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance
+    )
+    return EvaluateResult(
         source=loaded.source,
         architecture=loaded.identity.architecture,
         evaluation=evaluation,

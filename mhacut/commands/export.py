@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,11 @@ from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.progress import Reporter, Silent
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import ExportKeywords
 
 _TRIED = (1, 2, 5)
 """Batch sizes at which a file for any number of images is tried."""
@@ -48,14 +53,15 @@ class ExportResult:
     model's, in units of the largest output."""
 
 
-def export(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> ExportResult:
+def export(
+    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[ExportKeywords]
+) -> ExportResult:
     """Write a checkpoint, dense or slim, for another program, and compare what that program computes.
 
     Args:
         checkpoint: whatever ``mhacut prune`` reads or writes.
-        reporter: told what happens; silent by default.
-        options: the names of the command line's flags, see :class:`mhacut.options.export.ExportOptions`:
-            ``format``, ``output``, ``dtype``, ``fixed_batch``, ``opset``, ...
+        reporter: receives progress and messages; silent by default.
+        options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
 
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,12 +47,20 @@ from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import FinetuneKeywords
+
 _MOST_UNREADABLE = 0.1
 """Share of the images for which others may stand in."""
 
 
 def finetune(
-    checkpoint: PathLike | None = None, *, reporter: Reporter | None = None, **options: Any
+    checkpoint: PathLike | None = None,
+    *,
+    reporter: Reporter | None = None,
+    **options: Unpack[FinetuneKeywords],
 ) -> FinetuneResult:
     """Train a slim file on, and write a better one.
 

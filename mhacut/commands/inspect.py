@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, Outline, read_as_told, read_outline
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
@@ -29,6 +29,11 @@ from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.find import find_prunable_layers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import InspectKeywords
+
 _NAMED = 8
 
 
@@ -48,14 +53,15 @@ class InspectResult:
     """Files that the report was written to."""
 
 
-def inspect(checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Any) -> InspectResult:
+def inspect(
+    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[InspectKeywords]
+) -> InspectResult:
     """Describe every head of ``checkpoint``: its cost, and how similar and how many its useful channels are.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
         reporter: receives progress and notes; by default they are dropped.
-        options: the names of the command line's flags, see :class:`mhacut.options.inspect.InspectOptions`:
-            ``data_dir``, ``layer``, ``heads``, ``model``, ``model_args``, ...
+        options: those of the command line; see :class:`mhacut.options.keywords.InspectKeywords`.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.

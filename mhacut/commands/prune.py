@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size, gives_probabilities, not_prunable
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mhacut.options.keywords import PruneKeywords
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
 
@@ -119,16 +124,19 @@ class PruneResult:
 
 
 def prune(
-    checkpoint: PathLike, *, flops: str | float, reporter: Reporter | None = None, **options: Any
+    checkpoint: PathLike,
+    *,
+    flops: str | float,
+    reporter: Reporter | None = None,
+    **options: Unpack[PruneKeywords],
 ) -> PruneResult:
     """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
-        reporter: told what happens; silent by default.
-        options: the names of the command line's flags, see :class:`mhacut.options.prune.PruneOptions`:
-            ``data_dir``, ``output``, ``model``, ``model_args``, ``scope``, ``steps``, ``seed``, ...
+        reporter: receives progress and messages; silent by default.
+        options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
 
     Under torchrun every process calls this alike and calibrates on its share of the images; the first then
     searches and writes, and all return what it did.

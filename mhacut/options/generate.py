@@ -29,6 +29,7 @@ _IN_THE_SIGNATURE = {"checkpoint", "checkpoints", "flops"}
 _WIDTH = 110
 _HEAD = '''"""Keyword arguments of mhacut's functions; written by ``python -m mhacut.options.generate``."""
 
+# fmt: off
 from __future__ import annotations
 
 import os

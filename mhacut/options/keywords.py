@@ -1,5 +1,6 @@
 """Keyword arguments of mhacut's functions; written by ``python -m mhacut.options.generate``."""
 
+# fmt: off
 from __future__ import annotations
 
 import os
@@ -9,7 +10,6 @@ from typing import Any, Literal, TypedDict
 
 class ModelKeywords(TypedDict, total=False):
     """The architecture of checkpoints that do not state theirs."""
-
     model: str | None
     """timm architecture, for a file that does not state it."""
     model_args: Mapping[str, Any]
@@ -18,14 +18,12 @@ class ModelKeywords(TypedDict, total=False):
 
 class DeviceKeywords(TypedDict, total=False):
     """The device that computes."""
-
     device: str
     """auto, cpu, cuda or cuda:N. Default: 'auto'."""
 
 
 class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
     """Options of ``mhacut bench``."""
-
     runtime: Literal["eager", "compile", "onnx"]
     """PyTorch without compilation, torch.compile, or ONNX Runtime. Default: 'eager'."""
     batch_sizes: tuple[int, ...]
@@ -42,14 +40,12 @@ class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
 
 class CheckpointKeywords(ModelKeywords, total=False):
     """A checkpoint, and what its file does not say."""
-
     num_classes: int | None
     """Refuse a model with another number of classes."""
 
 
 class ImageSourceKeywords(TypedDict, total=False):
     """The source of images."""
-
     data_dir: str | os.PathLike[str] | None
     """Folder with train/ and val/, or of unlabelled images."""
     dataset: str | None
@@ -58,7 +54,6 @@ class ImageSourceKeywords(TypedDict, total=False):
 
 class LabelledImagesKeywords(ImageSourceKeywords, total=False):
     """The source of images to measure accuracy on."""
-
     class_map: str | os.PathLike[str] | None
     """Text file with the class names in the order of the model's head."""
     val_split: str
@@ -69,7 +64,6 @@ class LabelledImagesKeywords(ImageSourceKeywords, total=False):
 
 class PreprocessingKeywords(TypedDict, total=False):
     """Overrides of the checkpoint's own preprocessing; None keeps that."""
-
     mean: tuple[float, ...] | None
     """Mean per channel, for pixels in 0..1; by default the model's own."""
     std: tuple[float, ...] | None
@@ -90,7 +84,6 @@ class EvaluateKeywords(
     total=False,
 ):
     """Options of ``mhacut evaluate``."""
-
     batch_size: int
     """Images per batch. Default: 64."""
     amp: bool
@@ -99,7 +92,6 @@ class EvaluateKeywords(
 
 class ExportKeywords(CheckpointKeywords, total=False):
     """Options of ``mhacut export``."""
-
     format: Literal["onnx", "pt2", "timm"]
     """ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub. Default:
     'onnx'."""
@@ -118,7 +110,6 @@ class ExportKeywords(CheckpointKeywords, total=False):
 
 class TeacherKeywords(TypedDict, total=False):
     """What the model learns from besides labels."""
-
     teacher: str | os.PathLike[str] | None
     """Checkpoint of the dense model, or of any with the same classes, to learn from; labels are then
     optional."""
@@ -137,14 +128,12 @@ class TeacherKeywords(TypedDict, total=False):
 
 class DataKeywords(LabelledImagesKeywords, total=False):
     """The source of images to measure accuracy on, and of those to calibrate or train on."""
-
     train_split: str
     """Split to calibrate or train on. Default: 'train'."""
 
 
 class TrainingKeywords(TypedDict, total=False):
     """How the weights are trained."""
-
     epochs: int
     """Passes over the training images. Default: 10."""
     steps: int | None
@@ -193,7 +182,6 @@ class TrainingKeywords(TypedDict, total=False):
 
 class AugmentationKeywords(TypedDict, total=False):
     """How training images are varied, by timm's transforms; validation images never are."""
-
     aug: bool
     """Vary training images; off, they are prepared as for validation, and only mixup and cutmix act. Default:
     True."""
@@ -240,7 +228,6 @@ class FinetuneKeywords(
     total=False,
 ):
     """Options of ``mhacut finetune``."""
-
     output: str | os.PathLike[str] | None
     """Directory of the run; by default the file's stem and -finetuned, in the working directory."""
     overwrite: bool
@@ -279,7 +266,6 @@ class InspectKeywords(
     total=False,
 ):
     """Options of ``mhacut inspect``."""
-
     layer: str | None
     """Show only layers whose name matches, head by head: 'blocks.1*.attn'."""
     heads: bool
@@ -309,7 +295,6 @@ class InspectKeywords(
 
 class SearchKeywords(TypedDict, total=False):
     """How to search for the plan; every ingredient can be switched off for ablation."""
-
     effort: Literal["fast", "balanced", "best"]
     """How much to compute: fast takes seconds, balanced a minute or two, best as long as it takes. Default:
     'balanced'."""
@@ -340,7 +325,7 @@ class SearchKeywords(TypedDict, total=False):
     """Steps that train all weights of the pruned model to match the dense one on the calibration images; by
     default as the effort says."""
     tuning_lr: float
-    """Learning rate of these steps. Default: 3e-05."""
+    """Learning rate of the tuning steps. Default: 3e-05."""
     token_weights: bool
     """Weight each token by its influence on the model's output; off, all count alike. Default: True."""
     temperature: Literal["kept", "dense"]
@@ -381,7 +366,6 @@ class PruneKeywords(
     total=False,
 ):
     """Options of ``mhacut prune``."""
-
     output: str | os.PathLike[str] | None
     """File to write; by default the checkpoint's stem and the budget, in the working directory."""
     scope: Literal["attention", "attention+mlp"]

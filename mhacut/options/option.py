@@ -107,7 +107,8 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raise a :class:`UsageError` that names the option unless ``value`` is one of its values."""
-        if value is None and self.takes_none:
+        if value is None:
+            require(self.name, value, self.takes_none, "a value")
             return
         if self.choices:
             require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))

@@ -1,0 +1,60 @@
+"""Calls of the public API as users write them; mypy reads this file, nobody runs it.
+
+Each line that must not pass names its error; should it pass, its comment is unused, which is an error too.
+"""
+
+from pathlib import Path
+
+from torch import nn
+from typing_extensions import assert_type
+
+import mhacut
+
+
+def prune_and_load() -> nn.Module:
+    result = mhacut.prune("vit.safetensors", flops="50%", data_dir=Path("images"), effort="fast", round_to=16)
+    assert_type(result, mhacut.PruneResult)
+    assert_type(result.output, Path | None)
+    return mhacut.load_model(result.output)
+
+
+def at_once() -> nn.Module:
+    return mhacut.load_model(mhacut.prune("vit.safetensors", flops=2e9).output)
+
+
+def other_verbs() -> None:
+    tuned = mhacut.finetune("slim.safetensors", teacher="vit.safetensors", epochs=3, scale=(0.5, 1.0))
+    assert_type(tuned, mhacut.FinetuneResult)
+    assert_type(mhacut.finetune(resume="run"), mhacut.FinetuneResult)
+    measured = mhacut.evaluate(tuned.output, data_dir="images", device="cpu")
+    assert_type(measured, mhacut.EvaluateResult)
+    assert_type(mhacut.inspect(tuned.output, sort="flops"), mhacut.InspectResult)
+    assert_type(mhacut.bench("a.pth", "b.pth", runtime="onnx", batch_sizes=(1, 8)), mhacut.BenchResult)
+    assert_type(mhacut.export(tuned.output, format="timm", overwrite=True), mhacut.ExportResult)
+    mhacut.save_model(nn.Linear(2, 2), "x.safetensors", like="slim.safetensors")
+
+
+def errors() -> mhacut.Plan | None:
+    try:
+        return mhacut.prune("vit.safetensors", flops="50%", dry_run=True).plan
+    except mhacut.BudgetError as error:
+        assert_type(error, mhacut.BudgetError)
+    except (mhacut.UsageError, mhacut.DataError, mhacut.CheckpointError, mhacut.UnsupportedModelError):
+        pass
+    except mhacut.MhacutError:
+        raise
+    return None
+
+
+def mistakes() -> None:
+    mhacut.prune("vit.safetensors")  # type: ignore[call-arg]  # no budget
+    mhacut.prune("vit.safetensors", flops="50%", data_dirr="images")  # type: ignore[call-arg]
+    mhacut.prune("vit.safetensors", flops="50%", effort="fastt")  # type: ignore[arg-type]
+    mhacut.prune("vit.safetensors", flops="50%", round_to="8")  # type: ignore[arg-type]
+    mhacut.finetune("slim.safetensors", epoch=3)  # type: ignore[call-arg]
+    mhacut.finetune("slim.safetensors", sched="cosinus")  # type: ignore[arg-type]
+    mhacut.evaluate("vit.safetensors", train_split="train")  # type: ignore[call-arg]
+    mhacut.inspect("vit.safetensors", sort="size")  # type: ignore[arg-type]
+    mhacut.bench("a.pth", runtime="tensorrt")  # type: ignore[arg-type]
+    mhacut.export("a.pth", format="tflite")  # type: ignore[arg-type]
+    mhacut.load_model(3)  # type: ignore[arg-type]
