@@ -15,15 +15,10 @@ import timm
 import torch
 from PIL import Image
 
-from mhacut.data import (
-    Preprocessing,
-    calibration_images,
-    evaluation_loader,
-    has_split,
-    named,
-    synthetic_images,
-)
+from helpers.data import calibrated, evaluated
+from mhacut.data import Preprocessing, has_split, named, synthetic_images
 from mhacut.errors import DataError, UsageError
+from mhacut.options.base import DataOptions, PreprocessingOptions
 
 PLAIN = Preprocessing((3, 16, 16), (0.0,), (1.0,), "bicubic", 1.0, "center")
 CLASSES = ("ant", "bee", "cat")
@@ -57,7 +52,7 @@ def levels(images: torch.Tensor) -> list[int]:
 
 def evaluation(root: Path, **changes):
     options = {"batch_size": 5, "workers": 0, "num_classes": 3} | changes
-    return evaluation_loader(PLAIN, data_dir=root, **options)
+    return evaluated(PLAIN, data_dir=root, **options)
 
 
 # --- preprocessing ---
@@ -70,11 +65,9 @@ def test_explicit_values_win_over_the_record() -> None:
     told = Preprocessing.resolve(
         record,
         (3, 224, 224),
-        mean=(0.49, 0.48, 0.45),
-        std=(0.25,),
-        crop_pct=0.8,
-        interpolation="bilinear",
-        img_size=192,
+        PreprocessingOptions(
+            mean=(0.49, 0.48, 0.45), std=(0.25,), crop_pct=0.8, interpolation="bilinear", img_size=192
+        ),
     )
     assert told == Preprocessing(
         (3, 192, 192), (0.49, 0.48, 0.45), (0.25, 0.25, 0.25), "bilinear", 0.8, "center"
@@ -95,7 +88,7 @@ def test_explicit_values_win_over_the_record() -> None:
     ],
 )
 def test_a_small_model_takes_images_whole_unless_told_otherwise(record, size, explicit, expected) -> None:
-    resolved = Preprocessing.resolve(record, size, crop_pct=explicit)
+    resolved = Preprocessing.resolve(record, size, PreprocessingOptions(crop_pct=explicit))
     assert resolved.input_size == size
     assert resolved.crop_pct == expected
 
@@ -103,7 +96,7 @@ def test_a_small_model_takes_images_whole_unless_told_otherwise(record, size, ex
 def test_an_image_of_the_models_size_is_neither_resized_nor_cropped() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     small = Preprocessing.resolve(
-        {"crop_pct": 0.9, "input_size": (3, 224, 224)}, (3, 32, 32), mean=(0,), std=(1,)
+        {"crop_pct": 0.9, "input_size": (3, 224, 224)}, (3, 32, 32), PreprocessingOptions(mean=(0,), std=(1,))
     )
     seen = small.transform()(Image.fromarray(pixels))
     assert torch.equal((seen * 255).round().to(torch.uint8), torch.from_numpy(pixels).permute(2, 0, 1))
@@ -140,7 +133,7 @@ def test_preprocessing_survives_json_and_refuses_other_documents() -> None:
 )
 def test_senseless_flags_are_usage_errors_that_name_the_flag(values, flag) -> None:
     with pytest.raises(UsageError, match=flag):
-        Preprocessing.resolve({}, (3, 32, 32), **values)
+        Preprocessing.resolve({}, (3, 32, 32), PreprocessingOptions(**values))
 
 
 def test_a_crop_beyond_the_image_puts_a_border_around_it() -> None:
@@ -158,38 +151,38 @@ RGB = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.6)}
 
 def test_a_grey_model_gets_one_channel_and_averaged_statistics(root) -> None:
     grey = Preprocessing.resolve({"mean": (0.0,), "std": (1.0,)}, (1, 16, 16))
-    raw = calibration_images(grey, count=12, seed=0, data_dir=root).images
+    raw = calibrated(grey, count=12, seed=0, data_dir=root).images
     assert raw.shape == (12, 1, 16, 16)
     averaged = Preprocessing.resolve(RGB, (1, 16, 16))
-    seen = calibration_images(averaged, count=12, seed=0, data_dir=root).images
+    seen = calibrated(averaged, count=12, seed=0, data_dir=root).images
     torch.testing.assert_close(seen, (raw - 0.4) / 0.3)
-    told = Preprocessing.resolve(RGB, (1, 16, 16), mean=(0.7,), std=(0.8,))
+    told = Preprocessing.resolve(RGB, (1, 16, 16), PreprocessingOptions(mean=(0.7,), std=(0.8,)))
     assert (told.mean, told.std) == ((0.7,), (0.8,))
     with pytest.raises(UsageError, match=r"mean .* expected 1 number.*--mean"):
-        Preprocessing.resolve(RGB, (1, 16, 16), mean=(0.7,) * 3)
+        Preprocessing.resolve(RGB, (1, 16, 16), PreprocessingOptions(mean=(0.7,) * 3))
 
 
 @pytest.mark.parametrize("channels", [2, 4, 12])
 def test_other_channels_are_synthetic_or_refused(root, channels) -> None:
     many = Preprocessing.resolve(RGB, (channels, 16, 16))
     assert many.mean == pytest.approx((0.4,) * channels)
-    images = calibration_images(many, count=3, seed=0).images
+    images = calibrated(many, count=3, seed=0).images
     assert images.shape == (3, channels, 16, 16)
     assert torch.isfinite(images).all()
     own = Preprocessing.resolve({"mean": range(channels), "std": [1.0] * channels}, (channels, 16, 16))
     assert own.mean == tuple(range(channels))
     message = f"takes images of {channels} channels; pictures are read with 1 or 3. .*synthetic"
     with pytest.raises(DataError, match=message):
-        calibration_images(many, count=1, seed=0, data_dir=root)
+        calibrated(many, count=1, seed=0, data_dir=root)
     with pytest.raises(DataError, match=message):
-        evaluation_loader(many, data_dir=root, batch_size=1, workers=0, num_classes=3)
+        evaluated(many, data_dir=root, batch_size=1, workers=0, num_classes=3)
 
 
 # --- calibration images ---
 
 
 def test_labels_fit_the_images(root) -> None:
-    chosen = calibration_images(PLAIN, count=7, seed=0, data_dir=root, num_classes=3)
+    chosen = calibrated(PLAIN, count=7, seed=0, data_dir=root, num_classes=3)
     assert chosen.description == "7 of 12 images under train/ (with labels)"
     assert chosen.images.shape == (7, 3, 16, 16)
     assert chosen.images.dtype == torch.float32
@@ -198,14 +191,14 @@ def test_labels_fit_the_images(root) -> None:
 
 def test_normalisation_is_applied(root) -> None:
     normalised = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic", 1.0, "center")
-    raw = calibration_images(PLAIN, count=6, seed=0, data_dir=root).images
-    seen = calibration_images(normalised, count=6, seed=0, data_dir=root).images
+    raw = calibrated(PLAIN, count=6, seed=0, data_dir=root).images
+    seen = calibrated(normalised, count=6, seed=0, data_dir=root).images
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalised.mean, normalised.std))
     torch.testing.assert_close(seen, (raw - mean) / std)
 
 
 def test_the_choice_is_balanced_and_depends_on_the_seed_alone(root, tmp_path) -> None:
-    first = calibration_images(PLAIN, count=7, seed=3, data_dir=root, num_classes=3)
+    first = calibrated(PLAIN, count=7, seed=3, data_dir=root, num_classes=3)
     assert sorted(first.labels.bincount().tolist()) == [2, 2, 3]
     # the same files, made in another order
     files = sorted(path.relative_to(root) for path in root.rglob("*.png"))
@@ -213,31 +206,31 @@ def test_the_choice_is_balanced_and_depends_on_the_seed_alone(root, tmp_path) ->
     for file in files:
         (tmp_path / "copy" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / file, tmp_path / "copy" / file)
-    again = calibration_images(PLAIN, count=7, seed=3, data_dir=tmp_path / "copy", num_classes=3)
+    again = calibrated(PLAIN, count=7, seed=3, data_dir=tmp_path / "copy", num_classes=3)
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, again.labels)
-    other = calibration_images(PLAIN, count=7, seed=4, data_dir=root, num_classes=3)
+    other = calibrated(PLAIN, count=7, seed=4, data_dir=root, num_classes=3)
     assert levels(other.images) != levels(first.images)
 
 
 def test_the_choice_does_not_depend_on_the_order_a_file_system_lists(root, monkeypatch) -> None:
-    first = calibration_images(PLAIN, count=7, seed=3, data_dir=root)
+    first = calibrated(PLAIN, count=7, seed=3, data_dir=root)
     walk = os.walk
     monkeypatch.setattr(
         os, "walk", lambda *a, **k: ((at, dirs, files[::-1]) for at, dirs, files in walk(*a, **k))
     )
-    assert levels(calibration_images(PLAIN, count=7, seed=3, data_dir=root).images) == levels(first.images)
+    assert levels(calibrated(PLAIN, count=7, seed=3, data_dir=root).images) == levels(first.images)
 
 
 def test_asking_for_more_than_there_is_gives_all(root) -> None:
-    chosen = calibration_images(PLAIN, count=99, seed=0, data_dir=root)
+    chosen = calibrated(PLAIN, count=99, seed=0, data_dir=root)
     assert sorted(levels(chosen.images)) == [20 * c + k for c in range(3) for k in range(4)]
     assert chosen.description.startswith("12 of 12 images")
 
 
 def test_classes_are_in_timms_order(tmp_path) -> None:
     write_split(tmp_path / "train", ("10", "9", "b", "A"))
-    chosen = calibration_images(PLAIN, count=16, seed=0, data_dir=tmp_path, num_classes=4)
+    chosen = calibrated(PLAIN, count=16, seed=0, data_dir=tmp_path, num_classes=4)
     written = {0: "10", 1: "9", 2: "b", 3: "A"}  # level // 20 tells the folder
     found = {
         written[level // 20]: label
@@ -249,29 +242,29 @@ def test_classes_are_in_timms_order(tmp_path) -> None:
 def test_flat_folders_and_unasked_labels_give_none(root, tmp_path) -> None:
     for k in range(3):
         write_image(tmp_path / "flat" / f"{k}.png", k)
-    flat = calibration_images(PLAIN, count=2, seed=0, data_dir=tmp_path / "flat", num_classes=10)
+    flat = calibrated(PLAIN, count=2, seed=0, data_dir=tmp_path / "flat", num_classes=10)
     assert flat.labels is None
     assert flat.description == "2 of 3 images under flat/ (without labels)"
     # classes need not fit when labels are left out
-    unasked = calibration_images(PLAIN, count=2, seed=0, data_dir=root, num_classes=10, use_labels=False)
+    unasked = calibrated(PLAIN, count=2, seed=0, data_dir=root, num_classes=10, use_labels=False)
     assert unasked.labels is None
 
 
 def test_a_split_itself_and_aliases_are_found(root, tmp_path) -> None:
-    itself = calibration_images(PLAIN, count=12, seed=0, data_dir=root / "train", num_classes=3)
+    itself = calibrated(PLAIN, count=12, seed=0, data_dir=root / "train", num_classes=3)
     assert itself.labels is not None
     write_split(tmp_path / "other" / "training", per_class=2)
     write_split(tmp_path / "other" / "validation", per_class=3)
-    assert len(calibration_images(PLAIN, count=99, seed=0, data_dir=tmp_path / "other").images) == 6
+    assert len(calibrated(PLAIN, count=99, seed=0, data_dir=tmp_path / "other").images) == 6
     assert evaluation(tmp_path / "other").images == 9
-    assert has_split(tmp_path / "other", None, "val")
-    assert not has_split(root / "train", None, "val")
-    assert not has_split(None, None, "val")
-    assert has_split(None, "hfds/any", "val")
+    assert has_split(DataOptions(data_dir=tmp_path / "other"), "val")
+    assert not has_split(DataOptions(data_dir=root / "train"), "val")
+    assert not has_split(DataOptions(data_dir=None), "val")
+    assert has_split(DataOptions(dataset="hfds/any"), "val")
 
 
 def test_without_data_images_are_synthetic() -> None:
-    made = calibration_images(PLAIN, count=5, seed=7)
+    made = calibrated(PLAIN, count=5, seed=7)
     assert made.labels is None
     assert made.description == "5 synthetic images of shapes (16x16)"
     assert torch.equal(made.images, synthetic_images(5, (3, 16, 16), PLAIN.mean, PLAIN.std, 7))
@@ -280,7 +273,7 @@ def test_without_data_images_are_synthetic() -> None:
 def test_unreadable_images_are_replaced_and_told_until_too_few_are_left(root) -> None:
     bad = root / "train" / "ant" / "0.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    chosen = calibration_images(PLAIN, count=99, seed=0, data_dir=root)
+    chosen = calibrated(PLAIN, count=99, seed=0, data_dir=root)
     assert len(chosen.images) == 11
     assert "1 unreadable left out (first ant/0.png: " in chosen.description
     assert str(root) not in chosen.description
@@ -289,13 +282,13 @@ def test_unreadable_images_are_replaced_and_told_until_too_few_are_left(root) ->
     with pytest.raises(
         DataError, match=r"7 of 12 images tried under train/ cannot be read, 5 are left of the 12 needed"
     ):
-        calibration_images(PLAIN, count=99, seed=0, data_dir=root)
+        calibrated(PLAIN, count=99, seed=0, data_dir=root)
 
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_a_count_below_one_is_a_usage_error(count) -> None:
     with pytest.raises(UsageError, match="--calibration-images"):
-        calibration_images(PLAIN, count=count, seed=0)
+        calibrated(PLAIN, count=count, seed=0)
 
 
 # --- what is missing is told ---
@@ -303,15 +296,15 @@ def test_a_count_below_one_is_a_usage_error(count) -> None:
 
 def test_missing_places_are_named(tmp_path) -> None:
     with pytest.raises(DataError, match="no such directory"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=tmp_path / "nowhere")
+        calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "nowhere")
     file = write_image(tmp_path / "a.png")
     with pytest.raises(DataError, match="is a file"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=file)
+        calibrated(PLAIN, count=1, seed=0, data_dir=file)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=tmp_path / "empty")
+        calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "empty")
     with pytest.raises(UsageError, match="--data-dir or --dataset"):
-        evaluation_loader(PLAIN, batch_size=1, workers=0, num_classes=3)
+        evaluated(PLAIN, batch_size=1, workers=0, num_classes=3)
 
 
 def test_a_missing_split_is_not_the_whole_root(root) -> None:
@@ -319,7 +312,7 @@ def test_a_missing_split_is_not_the_whole_root(root) -> None:
     with pytest.raises(DataError, match=r"no split 'val'; folders there: train. Choose one with --val-split"):
         evaluation(root)
     with pytest.raises(DataError, match=r"no split 'holdout'"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=root, split="holdout")
+        calibrated(PLAIN, count=1, seed=0, data_dir=root, train_split="holdout")
 
 
 @pytest.mark.parametrize("split", ["vall", "validation", "holdout"])
@@ -327,9 +320,9 @@ def test_a_split_asked_for_by_name_is_not_the_whole_root(root, split) -> None:
     """Here the root is itself one split, folders of classes; it serves for the default names alone."""
     message = f"no split '{split}'; folders there: ant, bee, cat. Choose one with"
     with pytest.raises(DataError, match=f"{message} --val-split"):
-        evaluation(root / "val", split=split)
+        evaluation(root / "val", val_split=split)
     with pytest.raises(DataError, match=f"{message} --train-split"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=root / "val", split=split)
+        calibrated(PLAIN, count=1, seed=0, data_dir=root / "val", train_split=split)
     assert evaluation(root / "val").images == 12
 
 
@@ -349,13 +342,13 @@ def test_a_class_count_that_is_not_the_heads_is_refused(root) -> None:
     with pytest.raises(DataError, match=message):
         evaluation(root, num_classes=10)
     with pytest.raises(DataError, match=message + ".*--no-labels"):
-        calibration_images(PLAIN, count=1, seed=0, data_dir=root, num_classes=10)
+        calibrated(PLAIN, count=1, seed=0, data_dir=root, num_classes=10)
 
 
 def test_a_class_map_gives_the_heads_order(root, tmp_path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("cat\nzebra\nant\nbee\n")
-    chosen = calibration_images(PLAIN, count=12, seed=0, data_dir=root, class_map=names, num_classes=4)
+    chosen = calibrated(PLAIN, count=12, seed=0, data_dir=root, class_map=names, num_classes=4)
     assert {
         level // 20: label for level, label in zip(levels(chosen.images), chosen.labels.tolist(), strict=True)
     } == {
@@ -457,7 +450,7 @@ def test_uncommon_files_are_read_as_what_they_show(tmp_path) -> None:
     Image.fromarray(grey).save(folder / "e.JPEG")
     Image.fromarray(np.stack([grey] * 3, -1)).convert("CMYK").save(folder / "f_cmyk.jpg")
     Image.fromarray(grey).save(folder / "g.bmp")
-    seen = calibration_images(PLAIN, count=7, seed=0, data_dir=folder)
+    seen = calibrated(PLAIN, count=7, seed=0, data_dir=folder)
     assert seen.description == "7 of 7 images under flat/ (without labels)"
     for level in levels(seen.images):
         assert abs(level - 100) <= 2
@@ -576,47 +569,47 @@ def opens(monkeypatch):
 
 def test_a_dataset_by_index_gives_a_balanced_choice_and_every_image(opens) -> None:
     opens(Pictures())
-    chosen = calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
+    chosen = calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
     assert chosen.description == "6 of 12 images of torch/any train (with labels)"
     assert chosen.labels.bincount().tolist() == [2, 2, 2]
     assert [level // 20 for level in levels(chosen.images)] == chosen.labels.tolist()
-    loader = evaluation_loader(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3)
+    loader = evaluated(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3)
     assert torch.cat([labels for _, labels in loader]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> None:
     opens(Stream())
-    assert calibration_images(PLAIN, count=5, seed=0, dataset="wds/any", num_classes=3).labels.tolist() == [
-        0
-    ] * 4 + [1]
+    assert calibrated(PLAIN, count=5, seed=0, dataset="wds/any", num_classes=3).labels.tolist() == [0] * 4 + [
+        1
+    ]
     options = {"dataset": "wds/any", "batch_size": 5, "workers": 2, "num_classes": 3}
-    assert sum(len(labels) for _, labels in evaluation_loader(PLAIN, **options)) == 12
-    assert sum(len(labels) for _, labels in evaluation_loader(PLAIN, limit=7, **options)) == 7
+    assert sum(len(labels) for _, labels in evaluated(PLAIN, **options)) == 12
+    assert sum(len(labels) for _, labels in evaluated(PLAIN, limit=7, **options)) == 7
     opens(Stream(lost=1))
     with pytest.raises(DataError, match="11 images came of 12 announced"):
-        list(evaluation_loader(PLAIN, **options))
+        list(evaluated(PLAIN, **options))
 
 
 def test_a_dataset_without_images_is_told(opens) -> None:
     opens(Pictures(per_class=0))
     with pytest.raises(DataError, match="torch/any, split 'train': holds no images"):
-        calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
+        calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
     with pytest.raises(DataError, match="no images came"):
-        list(evaluation_loader(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3))
+        list(evaluated(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3))
 
 
 def test_a_dataset_of_other_classes_is_refused(opens) -> None:
     opens(Pictures(classes=5))
     with pytest.raises(DataError, match="5 classes, the model's head has 3"):
-        calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
-    assert calibration_images(PLAIN, count=6, seed=0, dataset="torch/any", use_labels=False).labels is None
+        calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
+    assert calibrated(PLAIN, count=6, seed=0, dataset="torch/any", use_labels=False).labels is None
 
 
 def test_labels_outside_the_head_are_refused(opens) -> None:
     silent = Pictures(classes=5)
     silent.classes = []
     opens(silent)
-    loader = evaluation_loader(PLAIN, dataset="torch/any", batch_size=50, workers=0, num_classes=3)
+    loader = evaluated(PLAIN, dataset="torch/any", batch_size=50, workers=0, num_classes=3)
     with pytest.raises(DataError, match="found label 4, the model's head has 3 classes"):
         list(loader)
 
@@ -625,15 +618,15 @@ def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: None)
     for name, package in (("hfds/cifar10", r"mhacut\[hfds\]"), ("wds/imagenet", r"mhacut\[wds\]")):
         with pytest.raises(DataError, match=f"pip install '{package}'"):
-            calibration_images(PLAIN, count=1, seed=0, dataset=name)
+            calibrated(PLAIN, count=1, seed=0, dataset=name)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "hfds/", "zip/x", ""])
 def test_an_unknown_kind_of_dataset_is_a_usage_error(name) -> None:
     with pytest.raises(UsageError, match="expected hfds/NAME"):
-        calibration_images(PLAIN, count=1, seed=0, dataset=name)
+        calibrated(PLAIN, count=1, seed=0, dataset=name)
 
 
 def test_a_dataset_that_cannot_be_opened_says_why(tmp_path) -> None:
     with pytest.raises(DataError, match=r"torch/cifar10, split 'train': cannot be opened: RuntimeError"):
-        calibration_images(PLAIN, count=1, seed=0, dataset="torch/cifar10", data_dir=tmp_path)
+        calibrated(PLAIN, count=1, seed=0, dataset="torch/cifar10", data_dir=tmp_path)

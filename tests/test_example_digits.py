@@ -10,6 +10,7 @@ import torch
 
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
 from mhacut.measuring.accuracy import evaluate
+from mhacut.options.base import DataOptions, LabelledImages
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
@@ -23,7 +24,7 @@ def test_the_model_opens_in_timm_and_reads_the_validation_digits(model) -> None:
     preprocessing = Preprocessing.resolve(model.pretrained_cfg, (3, 32, 32))
     assert preprocessing == Preprocessing((3, 32, 32), (0.5,), (0.5,), "bicubic", 1.0, "center")
     loader = evaluation_loader(
-        preprocessing, data_dir=DIGITS / "images", batch_size=100, workers=0, num_classes=10
+        preprocessing, LabelledImages(data_dir=DIGITS / "images", workers=0), num_classes=10, batch_size=100
     )
     found = evaluate(model, loader, device=torch.device("cpu"))
     assert found.images == 300
@@ -43,7 +44,9 @@ def test_training_and_validation_images_differ() -> None:
 
 def test_training_images_calibrate_with_labels(model) -> None:
     preprocessing = Preprocessing.resolve(model.pretrained_cfg, (3, 32, 32))
-    chosen = calibration_images(preprocessing, count=100, seed=0, data_dir=DIGITS / "images", num_classes=10)
+    chosen = calibration_images(
+        preprocessing, DataOptions(data_dir=DIGITS / "images"), count=100, seed=0, num_classes=10
+    )
     assert chosen.labels is not None
     assert chosen.labels.bincount().tolist() == [10] * 10
     with torch.inference_mode():

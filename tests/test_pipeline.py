@@ -341,14 +341,14 @@ def test_the_example_loses_little(tmp_path):
     # The accuracy is that of the file.
     from mhacut.data import Preprocessing, evaluation_loader
     from mhacut.measuring.accuracy import evaluate
+    from mhacut.options.base import LabelledImages
 
     loaded = read_model(result.output)
     loader = evaluation_loader(
-        data_dir=DIGITS / "images",
-        preprocessing=Preprocessing.from_json(loaded.record.preprocessing),
-        batch_size=50,
-        workers=0,
+        Preprocessing.from_json(loaded.record.preprocessing),
+        LabelledImages(data_dir=DIGITS / "images", workers=0),
         num_classes=10,
+        batch_size=50,
     )
     assert evaluate(loaded.model, loader, device=torch.device("cpu")).top1 == result.slim.evaluation.top1
 

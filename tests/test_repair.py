@@ -17,6 +17,7 @@ from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import output_error, refit_linear, refit_logits
 from mhacut.linalg.selection import rank_channels, rank_logit_channels
+from mhacut.options.base import DataOptions
 from mhacut.options.prune import BasisChoice
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
@@ -464,9 +465,15 @@ def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     loaded = read_model(digits / "model")
     model, size = loaded.model.requires_grad_(False), (3, 32, 32)
     preprocessing = Preprocessing.resolve(loaded.identity.pretrained_cfg, size)
-    images = calibration_images(preprocessing, count=200, seed=0, data_dir=digits / "images").images
+    images = calibration_images(
+        preprocessing, DataOptions(data_dir=digits / "images"), count=200, seed=0
+    ).images
     unseen = calibration_images(
-        preprocessing, count=100, seed=0, data_dir=digits / "images", split="val", use_labels=False
+        preprocessing,
+        DataOptions(data_dir=digits / "images", train_split="val"),
+        count=100,
+        seed=0,
+        use_labels=False,
     ).images
     prunable = find_prunable_layers(model)
     plan, dense = plan_of(prunable, 0, share=0.5), model(unseen)

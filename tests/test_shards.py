@@ -16,10 +16,12 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms.functional import to_tensor
 
 import mhacut
-from mhacut.data import Preprocessing, calibration_images, evaluation_loader
+from helpers.data import calibrated, evaluated
+from mhacut.data import Preprocessing
 from mhacut.data.named import open_named
 from mhacut.data.shards import ShardedSamples
 from mhacut.errors import CheckpointError, DataError
+from mhacut.options.base import DataOptions
 
 PLAIN = Preprocessing((3, 16, 16), (0.0,), (1.0,), "bicubic", 1.0, "center")
 NAME = "wds/any"
@@ -63,7 +65,7 @@ def test_they_are_what_timm_streams(root):
         expected = list(streamed)
         del streamed
         gc.collect()
-    found = open_named(NAME, root, "train", None, 3, check_classes=True)
+    found = open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
     assert isinstance(found, ShardedSamples)
     assert found.targets == [label for _, label in expected]
     for (picture, label), (source, own) in zip(expected, (found[i] for i in range(12)), strict=True):
@@ -72,12 +74,11 @@ def test_they_are_what_timm_streams(root):
 
 
 def test_calibration_and_evaluation_choose_among_all_of_them(root):
-    chosen = calibration_images(PLAIN, count=6, seed=0, dataset=NAME, data_dir=root, num_classes=3)
+    chosen = calibrated(PLAIN, count=6, seed=0, dataset=NAME, data_dir=root, num_classes=3)
     assert chosen.labels.bincount().tolist() == [2, 2, 2]
     options = {"dataset": NAME, "data_dir": root, "batch_size": 5, "workers": 0, "num_classes": 3}
     parts = [
-        torch.cat([labels for _, labels in evaluation_loader(PLAIN, part=(part, 2), **options)])
-        for part in (0, 1)
+        torch.cat([labels for _, labels in evaluated(PLAIN, part=(part, 2), **options)]) for part in (0, 1)
     ]
     assert torch.cat(parts).bincount().tolist() == [4, 4, 4]
 
@@ -98,10 +99,10 @@ def test_labels_may_stand_in_json(tmp_path):
 def test_what_is_not_a_sample_is_told_or_left_out(tmp_path):
     root = write_shards(tmp_path / "bad", [("0", png(1), "three")], shards=1)
     with pytest.raises(DataError, match=r"sample 0: its cls is no label, found b'three'"):
-        open_named(NAME, root, "train", None, 3, check_classes=True)
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
     (root / "any-0000.tar").write_bytes(b"no tar file at all" * 100)
     with pytest.raises(DataError, match=r"any-0000.tar: cannot be read as a tar file"):
-        open_named(NAME, root, "train", None, 3, check_classes=True)
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
     root = write_shards(tmp_path / "text", [("0", png(1), 0), ("1", png(2), 1)], shards=1)
     assert len(ShardedSamples([root / "any-0000.tar"], ("jpg",), "")) == 0
 
@@ -110,7 +111,7 @@ def test_a_shard_that_is_cut_short_or_says_too_much_is_told(root, tmp_path):
     fewer = write_shards(tmp_path / "fewer", [("9", png(9), 0), ("8", png(8), 1)])
     (root / "any-0001.tar").write_bytes((fewer / "any-0001.tar").read_bytes())
     with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is cut short"):
-        open_named(NAME, root, "train", None, 3, check_classes=True)
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
 
     def labelled(text):
         samples = [("0", png(0), 0), ("1", png(1), 1)]
@@ -155,4 +156,6 @@ def test_fine_tuning_on_them_knows_them_again(tiny_vit, tmp_path):
 def test_compressed_shards_stay_a_stream(tmp_path):
     samples = [(f"{index:03d}", png(8 * index, 32), index % 7) for index in range(14)]
     root = write_shards(tmp_path / "shards", samples, ending=".tar.gz")
-    assert isinstance(open_named(NAME, root, "val", None, 7, check_classes=True), IterableDataset)
+    assert isinstance(
+        open_named(DataOptions(data_dir=root, dataset=NAME), "val", 7, check_classes=True), IterableDataset
+    )

@@ -446,13 +446,14 @@ def read(setup: Setup) -> tuple[LoadedModel, Preprocessing]:
 def read_all(setup: Setup) -> tuple[LoadedModel, Preprocessing, CalibrationImages]:
     """The same and the labelled calibration images."""
     from mhacut.data import calibration_images
+    from mhacut.options.base import DataOptions
 
     loaded, preprocessing = read(setup)
     seen = calibration_images(
         preprocessing,
+        DataOptions(data_dir=setup.data_dir),
         count=setup.calibration_images,
         seed=setup.seed,
-        data_dir=Path(setup.data_dir),
         num_classes=loaded.model.num_classes,
     )
     return loaded, preprocessing, seen
@@ -569,13 +570,13 @@ def setup_of(job: Mapping[str, Any]) -> Setup:
 def evaluation_images(setup: Setup, preprocessing: Preprocessing, num_classes: int) -> Any:
     """Batches of images and labels of val/."""
     from mhacut.data import evaluation_loader
+    from mhacut.options.base import LabelledImages
 
     return evaluation_loader(
         preprocessing,
-        data_dir=Path(setup.data_dir),
-        batch_size=EVALUATION_BATCH,
-        workers=0,
+        LabelledImages(data_dir=setup.data_dir, workers=0),
         num_classes=num_classes,
+        batch_size=EVALUATION_BATCH,
     )
 
 

@@ -40,7 +40,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
 from mhacut.linalg.indicator import top_channels
 from mhacut.measuring.latency import compare_latency
-from mhacut.options.base import PreprocessingOptions
+from mhacut.options.base import DataOptions, LabelledImages, PreprocessingOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
 from mhacut.pruning.widths import width_choices
@@ -118,10 +118,9 @@ def prepare(checkpoint: Path, data_dir: Path, count: int) -> Setup:
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     loader = evaluation_loader(
         preprocessing,
-        data_dir=data_dir,
-        batch_size=100,
-        workers=0,
+        LabelledImages(data_dir=data_dir, workers=0),
         num_classes=dense.num_classes,
+        batch_size=100,
         limit=count,
     )
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
@@ -212,9 +211,9 @@ def taylor(module: nn.Module, unit: Unit, gradients: Mapping[UnitKey, Tensor]) -
 def taylor_gradients(setup: Setup, seed: int) -> dict[UnitKey, Tensor]:
     seen = calibration_images(
         setup.preprocessing,
+        DataOptions(data_dir=setup.data_dir),
         count=CALIBRATION_IMAGES,
         seed=seed,
-        data_dir=setup.data_dir,
         num_classes=int(setup.answers.shape[1]),
         use_labels=True,
     )

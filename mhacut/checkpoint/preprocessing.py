@@ -45,15 +45,7 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
             f"leave it out, or {_way_to_another_size(opened, size)}"
         )
-    resolved = Preprocessing.resolve(
-        stated,
-        built_for,
-        mean=override.mean,
-        std=override.std,
-        crop_pct=override.crop_pct,
-        interpolation=override.interpolation,
-        img_size=size,
-    )
+    resolved = Preprocessing.resolve(stated, built_for, override)
     if size is not None and resolved.input_size != built_for:
         _require_it_runs(opened.model, resolved.input_size, built_for)
     return resolved

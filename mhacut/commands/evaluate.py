@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.load import read_as_told
@@ -74,16 +73,7 @@ def run_evaluate(options: EvaluateOptions, reporter: Reporter) -> EvaluateResult
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    loader = evaluation_loader(
-        preprocessing,
-        data_dir=None if data.data_dir is None else Path(data.data_dir),
-        dataset=data.dataset,
-        batch_size=options.batch_size,
-        workers=data.workers,
-        split=data.val_split,
-        num_classes=classes,
-        class_map=None if data.class_map is None else Path(data.class_map),
-    )
+    loader = evaluation_loader(preprocessing, data, num_classes=classes, batch_size=options.batch_size)
     reporter.start("evaluating")
     evaluation = measure_accuracy(
         loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance

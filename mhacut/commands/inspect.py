@@ -16,7 +16,7 @@ from mhacut.inspection.compare import Comparison, compare
 from mhacut.inspection.dense import read_dense
 from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.options.base import PathLike
+from mhacut.options.base import DataOptions, PathLike
 from mhacut.options.inspect import InspectOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.contents import Contents
@@ -146,11 +146,9 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
 def _images(options: InspectOptions, opened: LoadedModel) -> CalibrationImages:
     return calibration_images(
         resolve_preprocessing(opened, options.preprocessing),
+        DataOptions(data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split),
         count=options.images_wanted,
         seed=options.seed,
-        data_dir=None if options.data_dir is None else Path(options.data_dir),
-        dataset=options.dataset,
-        split=options.train_split,
         use_labels=False,
     )
 

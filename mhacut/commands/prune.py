@@ -403,15 +403,11 @@ def _reachable(
 def _calibration_images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int
 ) -> CalibrationImages:
-    data = options.data
     return calibration_images(
         preprocessing,
+        options.data,
         count=options.images_wanted,
         seed=options.search.seed,
-        data_dir=None if data.data_dir is None else Path(data.data_dir),
-        dataset=data.dataset,
-        class_map=None if data.class_map is None else Path(data.class_map),
-        split=data.train_split,
         num_classes=classes or None,
         use_labels=options.labels and classes > 0,
     )
@@ -526,20 +522,16 @@ def _evaluation_loader(
     data = options.data
     if options.eval_images == 0 or classes == 0 or (data.data_dir is None and data.dataset is None):
         return None
-    if not has_split(data.data_dir, data.dataset, data.val_split):
+    if not has_split(data, data.val_split):
         reporter.log(
             f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} (--val-split)"
         )
         return None
     return evaluation_loader(
-        data_dir=None if data.data_dir is None else Path(data.data_dir),
-        dataset=data.dataset,
-        preprocessing=preprocessing,
-        batch_size=options.search.batch_size,
-        workers=data.workers,
-        split=data.val_split,
+        preprocessing,
+        data,
         num_classes=classes,
-        class_map=None if data.class_map is None else Path(data.class_map),
+        batch_size=options.search.batch_size,
         limit=options.eval_images,
     )
 

@@ -16,49 +16,44 @@ from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError
+from mhacut.options.base import DataOptions
 
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """What calibration and search look at."""
+    """Images of calibration and search."""
 
     images: Tensor
     """[n, C, H, W] float32, normalised."""
     labels: Tensor | None
     """[n] int64, indices into the model's head; None without labels."""
     description: str
-    """What they are, for readers: ``256 of 50000 images under train/ (with labels)``."""
+    """Text for readers: ``256 of 50000 images under train/ (with labels)``."""
 
 
 def calibration_images(
     preprocessing: Preprocessing,
+    data: DataOptions,
     *,
     count: int,
     seed: int,
-    data_dir: Path | None = None,
-    dataset: str | None = None,
-    class_map: Path | None = None,
-    split: str = "train",
     num_classes: int | None = None,
     use_labels: bool = True,
 ) -> CalibrationImages:
-    """``count`` images to calibrate and search on, or all there are if fewer.
+    """Return ``count`` images to calibrate and search on, or all there are if fewer.
 
     They are a random choice with equally many of each class, drawn with ``seed``: it depends on the names of
-    the files, not on the order in which a file system lists them. With neither ``data_dir`` nor ``dataset``
-    they are :func:`synthetic_images`.
+    the files, not on the order in which a file system lists them. Where ``data`` names no images they are
+    :func:`synthetic_images`.
 
     Args:
         preprocessing: of the model.
-        count: how many.
+        data: a folder or a named dataset, whose ``train_split`` is read. The folder holds splits (``train/``,
+            ``val/``), one folder per class, or unlabelled images.
+        count: number of images.
         seed: of the choice, or of the synthesis.
-        data_dir: a folder of splits (``train/``, ``val/``), one split with a folder per class, or a flat
-            folder of unlabelled images; with ``dataset``, where that keeps its files.
-        dataset: a dataset as timm names it, ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME`` or ``torch/NAME``.
-        class_map: text file, one class name a line, in the order of the model's head.
-        split: of the data.
         num_classes: of the model's head, to check the data against.
-        use_labels: False leaves labels out, and asks nothing of class folders.
+        use_labels: False leaves labels out, and needs no class folders.
 
     Raises:
         DataError: images or labels that are missing, unreadable, or do not fit the model.
@@ -66,17 +61,25 @@ def calibration_images(
     """
     if count < 1:
         raise UsageError(f"--calibration-images {count}: expected at least 1")
-    if dataset is not None:
-        return _from_named(
-            preprocessing, count, seed, data_dir, dataset, class_map, split, num_classes, use_labels
-        )
-    if data_dir is None:
-        _, height, width = preprocessing.input_size
-        images = synthetic_images(
-            count, preprocessing.input_size, preprocessing.mean, preprocessing.std, seed
-        )
-        return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
-    folder = scan(find_folder(data_dir, split, "--train-split"))
+    if data.dataset is not None:
+        return _from_named(preprocessing, data, count, seed, num_classes, use_labels)
+    if data.data_dir is not None:
+        return _from_folder(preprocessing, data, count, seed, num_classes, use_labels)
+    _, height, width = preprocessing.input_size
+    images = synthetic_images(count, preprocessing.input_size, preprocessing.mean, preprocessing.std, seed)
+    return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
+
+
+def _from_folder(
+    preprocessing: Preprocessing,
+    data: DataOptions,
+    count: int,
+    seed: int,
+    num_classes: int | None,
+    use_labels: bool,
+) -> CalibrationImages:
+    assert data.data_dir is not None
+    folder = scan(find_folder(data.data_dir, data.train_split, "--train-split"))
     if not folder.images:
         raise DataError(
             f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}. "
@@ -85,16 +88,15 @@ def calibration_images(
     labelled = use_labels and any(folder.names)
     labels = [-1] * len(folder.images)
     if labelled:
-        labels = label_images(folder, class_map, num_classes, ", or leave labels out with --no-labels")
+        labels = label_images(folder, data.class_map, num_classes, ", or leave labels out with --no-labels")
     files = ImageFiles(folder.path, folder.images, labels, preprocessing)
-    where = f"under {folder.path.name}/"
-    return _choose(files, folder.names, count, seed, where, labelled)
+    return _choose(files, folder.names, count, seed, f"under {folder.path.name}/", labelled)
 
 
 def _choose(
     files: Dataset[Sample], groups: Sequence[object], count: int, seed: int, where: str, labelled: bool
 ) -> CalibrationImages:
-    """The first ``count`` readable images in :func:`balanced_order`."""
+    """Return the first ``count`` readable images in :func:`balanced_order`."""
     images: list[Tensor] = []
     labels: list[int] = []
     bad: list[Unreadable] = []
@@ -112,36 +114,35 @@ def _choose(
             f"{len(bad)} of {len(bad) + len(images)} images tried {where} cannot be read, {len(images)} are "
             f"left of the {min(count, len(groups))} needed. First: {bad[0].file}: {bad[0].reason}"
         )
-    told = f"{len(images)} of {len(groups)} images {where} ({'with' if labelled else 'without'} labels)"
+    with_labels = "with labels" if labelled else "without labels"
+    description = f"{len(images)} of {len(groups)} images {where} ({with_labels})"
     if bad:
         # This text ends up in slim files, which need not know where somebody keeps their images.
         first = "/".join(Path(bad[0].file).parts[-2:])
-        told += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
-    return CalibrationImages(
-        torch.stack(images).float(), torch.tensor(labels, dtype=torch.int64) if labelled else None, told
-    )
+        description += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
+    indices = torch.tensor(labels, dtype=torch.int64) if labelled else None
+    return CalibrationImages(torch.stack(images).float(), indices, description)
 
 
 def _from_named(
     preprocessing: Preprocessing,
+    data: DataOptions,
     count: int,
     seed: int,
-    root: Path | None,
-    name: str,
-    class_map: Path | None,
-    split: str,
     num_classes: int | None,
     use_labels: bool,
 ) -> CalibrationImages:
-    opened = open_named(name, root, split, class_map, num_classes, seed=seed, check_classes=use_labels)
+    name, split = str(data.dataset), data.train_split
+    opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
     where = f"of {name} {split}"
     if isinstance(opened, IterableDataset):
         samples = list(NamedStream(opened, count, preprocessing))
         if not samples:
             raise DataError(f"--dataset {name}, split {split!r}: gave no images")
         images, labels, _ = collate(samples)
-        told = f"the first {len(labels)} images {where}, shuffled"
-        chosen = CalibrationImages(images, labels, f"{told} ({'with' if use_labels else 'without'} labels)")
+        with_labels = "with labels" if use_labels else "without labels"
+        description = f"the first {len(labels)} images {where}, shuffled ({with_labels})"
+        chosen = CalibrationImages(images, labels, description)
     else:
         if not len(opened):
             raise DataError(f"--dataset {name}, split {split!r}: holds no images")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -15,13 +18,14 @@ from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
 from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError
+from mhacut.options.base import LabelledImages
 
 
 class EvaluationLoader:
-    """Batches of (images [B, C, H, W], labels [B]) that never leave an image out in silence.
+    """Batches of (images [B, C, H, W], labels [B]) that never drop an image silently.
 
     It can be iterated more than once. At the end of a pass it raises :class:`DataError` if an image could not
-    be read, so that no accuracy is worked out on what happened to be left.
+    be read, so that no accuracy is computed on the rest.
     """
 
     def __init__(
@@ -36,11 +40,11 @@ class EvaluationLoader:
         fingerprint: str,
     ) -> None:
         self.fingerprint = fingerprint
-        """Of what is measured, whatever part of it is read here; equal for equal data."""
+        """Digest of all images that are measured, whatever part is read here; equal for equal data."""
         self.description = description
-        """What is read, for readers."""
+        """Text for readers."""
         self.images = total
-        """How many images a pass gives; 0 if a stream does not say."""
+        """Number of images of a pass; 0 if a stream does not say."""
         self._batch_size, self._num_classes = batch_size, num_classes
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
@@ -51,7 +55,7 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of a pass; 0 if a stream does not say."""
+        """Number of batches of a pass; 0 if a stream does not say."""
         return math.ceil(self.images / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,120 +88,114 @@ class EvaluationLoader:
 
 def evaluation_loader(
     preprocessing: Preprocessing,
+    data: LabelledImages,
     *,
-    data_dir: Path | None = None,
-    dataset: str | None = None,
-    batch_size: int,
-    workers: int,
-    split: str = "val",
     num_classes: int | None,
-    class_map: Path | None = None,
+    batch_size: int,
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> EvaluationLoader:
-    """Labelled images of ``split`` to measure accuracy on.
+    """Return the labelled images of ``data.val_split``, to measure accuracy on.
 
     Args:
         preprocessing: of the model.
-        data_dir: a folder of splits, or one split with a folder per class.
-        dataset: a dataset as timm names it.
-        batch_size: images at a time.
-        workers: processes that read images; 0 reads in this one.
-        split: of the data.
+        data: a folder of splits, one split with a folder per class, or a named dataset.
         num_classes: of the model's head, to check the data against.
-        class_map: text file, one class name a line, in the order of the model's head.
+        batch_size: images at a time.
         limit: at most so many images, chosen evenly over the classes and always alike; None for all.
         part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
 
     Raises:
         DataError: images or labels that are missing or do not fit the model. Unreadable images come to light
             at the end of a pass, as the same error.
-        UsageError: neither or no place to look.
+        UsageError: ``data`` names no images, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}: expected at least 1 image")
-    if dataset is not None:
-        return _from_named(
-            preprocessing,
-            data_dir,
-            dataset,
-            batch_size,
-            workers,
-            split,
-            num_classes,
-            class_map,
-            limit,
-            part,
-        )
-    if data_dir is None:
+    if data.dataset is not None:
+        chosen = _from_named(preprocessing, data, num_classes, limit, part)
+    elif data.data_dir is not None:
+        chosen = _from_folder(preprocessing, data, num_classes, limit, part)
+    else:
         raise UsageError("nothing to evaluate on: give --data-dir or --dataset")
-    folder = scan(find_folder(data_dir, split, "--val-split"))
+    return EvaluationLoader(
+        chosen.samples,
+        total=chosen.total,
+        batch_size=batch_size,
+        # Shards are divided among workers unevenly, and a stream's images could then not be counted.
+        workers=0 if isinstance(chosen.samples, IterableDataset) else data.workers,
+        num_classes=num_classes,
+        description=chosen.description,
+        fingerprint=chosen.fingerprint,
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """One part of the images of a split."""
+
+    samples: Dataset[Sample] | IterableDataset[Sample]
+    total: int
+    """Number of images in the part; 0 if a stream does not say."""
+    description: str
+    """All parts together, for readers."""
+    fingerprint: str
+    """All parts together."""
+
+
+def _from_folder(
+    preprocessing: Preprocessing,
+    data: LabelledImages,
+    num_classes: int | None,
+    limit: int | None,
+    part: tuple[int, int],
+) -> _Chosen:
+    assert data.data_dir is not None
+    folder = scan(find_folder(data.data_dir, data.val_split, "--val-split"))
     if not folder.images:
         raise DataError(f"{folder.path}: no images; folders there: {listed(folder.classes)}")
     if not any(folder.names):
         raise DataError(
-            f"{folder.path}: images without class folders; accuracy needs {split}/<class>/<image>. "
-            f"Folders in {data_dir}: {listed(subfolders(data_dir))}"
+            f"{folder.path}: images without class folders; accuracy needs {data.val_split}/<class>/<image>. "
+            f"Folders in {os.fspath(data.data_dir)}: {listed(subfolders(Path(data.data_dir)))}"
         )
-    labels = label_images(folder, class_map, num_classes, "")
-    images: Sequence[str] = folder.images
-    if limit is not None and limit < len(images):
-        chosen = sorted(index for index, _ in zip(balanced_order(labels, 0), range(limit), strict=False))
-        images, labels = [images[index] for index in chosen], [labels[index] for index in chosen]
+    labels = label_images(folder, data.class_map, num_classes, "")
+    indices = _spread(labels, limit)
+    images, labels = [folder.images[index] for index in indices], [labels[index] for index in indices]
+    first, step = part
+    files = ImageFiles(folder.path, images[first::step], labels[first::step], preprocessing)
     description = f"{len(images)} of {len(folder.images)} images under {folder.path.name}/"
-    whole = fingerprint(images, labels)
-    images, labels = images[part[0] :: part[1]], labels[part[0] :: part[1]]
-    files = ImageFiles(folder.path, images, labels, preprocessing)
-    return EvaluationLoader(
-        files,
-        total=len(images),
-        batch_size=batch_size,
-        workers=workers,
-        num_classes=num_classes,
-        description=description,
-        fingerprint=whole,
-    )
+    return _Chosen(files, len(files), description, fingerprint(images, labels))
 
 
 def _from_named(
     preprocessing: Preprocessing,
-    root: Path | None,
-    name: str,
-    batch_size: int,
-    workers: int,
-    split: str,
+    data: LabelledImages,
     num_classes: int | None,
-    class_map: Path | None,
     limit: int | None,
     part: tuple[int, int],
-) -> EvaluationLoader:
-    opened = open_named(name, root, split, class_map, num_classes, check_classes=True)
-    samples: Dataset[Sample] | IterableDataset[Sample]
+) -> _Chosen:
+    name, split = str(data.dataset), data.val_split
+    opened = open_named(data, split, num_classes, check_classes=True)
+    first, step = part
     if isinstance(opened, IterableDataset):
-        if part[1] > 1:
+        if step > 1:
             raise DataError(f"--dataset {name}: is a stream, which several processes cannot share")
         total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
         total = total if limit is None or not total else min(limit, total)
-        all_of_them = total
-        whole = fingerprint([name, split], [total])
-        samples = NamedStream(opened, limit, preprocessing)
-        # Shards are divided among workers unevenly, which would make the count below meaningless.
-        workers = 0
-    else:
-        indices, targets = list(range(len(opened))), targets_of(opened)
-        if limit is not None and limit < len(indices):
-            order = balanced_order(targets, 0)
-            indices = sorted(index for index, _ in zip(order, range(limit), strict=False))
-        all_of_them = len(indices)
-        whole = fingerprint([name, split], [targets[index] for index in indices])
-        indices = indices[part[0] :: part[1]]
-        samples, total = NamedImages(name, opened, indices, preprocessing), len(indices)
-    return EvaluationLoader(
-        samples,
-        total=total,
-        batch_size=batch_size,
-        workers=workers,
-        num_classes=num_classes,
-        description=f"{all_of_them or 'all'} images of {name} {split}",
-        fingerprint=whole,
-    )
+        description = f"{total or 'all'} images of {name} {split}"
+        stream = NamedStream(opened, limit, preprocessing)
+        return _Chosen(stream, total, description, fingerprint([name, split], [total]))
+    targets = targets_of(opened)
+    indices = _spread(targets, limit)
+    images = NamedImages(name, opened, indices[first::step], preprocessing)
+    description = f"{len(indices) or 'all'} images of {name} {split}"
+    whole = fingerprint([name, split], [targets[index] for index in indices])
+    return _Chosen(images, len(images), description, whole)
+
+
+def _spread(labels: Sequence[object], limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` images, ascending, chosen evenly over the labels and always alike."""
+    if limit is None or limit >= len(labels):
+        return list(range(len(labels)))
+    return sorted(islice(balanced_order(labels, 0), limit))

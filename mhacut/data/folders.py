@@ -1,4 +1,4 @@
-"""Folders of images, listed and checked before one is opened.
+"""Folders of images, listed and checked before any image is opened.
 
 timm's own folder reader hides missing data: a missing split silently becomes the whole root, and an empty
 class folder vanishes and shifts the classes after it. So folders are scanned here, classes in timm's order.
@@ -14,6 +14,7 @@ from pathlib import Path
 from timm.utils.misc import natural_key
 
 from mhacut.errors import DataError
+from mhacut.options.base import LabelledImages, PathLike
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files that count as images, in lower case."""
@@ -22,16 +23,16 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
 """Folder names tried for a split, in this order; any other split has only its own name."""
-_TOLD = 10
+_LISTED = 10
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The images of one split, listed but not opened."""
+    """Images of one split, listed but not opened."""
 
     path: Path
     images: tuple[str, ...]
-    """Relative to ``path``, with forward slashes, sorted."""
+    """Paths relative to ``path``, with forward slashes, sorted."""
     names: tuple[str, ...]
     """Class folder of each image; empty text for images that lie in no class folder."""
     classes: tuple[str, ...]
@@ -44,15 +45,15 @@ class Folder:
         return tuple(name for name in self.classes if name not in held)
 
 
-def has_split(data_dir: str | os.PathLike[str] | None, dataset: str | None, split: str) -> bool:
-    """Whether images of ``split`` can be asked for: a folder of that name, or any named dataset."""
-    if dataset is not None:
+def has_split(data: LabelledImages, split: str) -> bool:
+    """Whether ``split`` can be read: there is a folder of that name, or a named dataset."""
+    if data.dataset is not None:
         return True
-    return data_dir is not None and split_folder(Path(data_dir), split) is not None
+    return data.data_dir is not None and split_folder(Path(data.data_dir), split) is not None
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split under its name or an alias of it."""
+    """Return the folder of a split, under its name or an alias of it."""
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *synonyms):
         if (root / name).is_dir():
@@ -72,19 +73,26 @@ def subfolders(root: Path) -> list[str]:
 
 
 def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return (", ".join(names[:_TOLD]) + more) or "none"
+    """Return the first names as text, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(names[:_LISTED]) + more) or "none"
 
 
-def find_folder(root: Path, split: str, flag: str) -> Path:
-    """The folder to read for ``split``: its own, or ``root`` itself if that holds no splits at all.
+def find_folder(data_dir: PathLike, split: str, flag: str) -> Path:
+    """Return the folder to read for ``split``: its own, or ``data_dir`` itself if that holds no splits.
 
-    ``root`` itself serves only for ``train`` and ``val``, the names nobody has to ask for: any other was
-    asked for, and images of something else would be read in its place.
+    ``data_dir`` itself serves only for ``train`` and ``val``, which are the defaults: any other split was
+    asked for by name, and other images would be read in its place.
+
+    Args:
+        data_dir: folder with splits, or with images.
+        split: name of the split.
+        flag: flag that chooses the split, for messages.
 
     Raises:
         DataError: no such directory, a root of other splits, or no such split.
     """
+    root = Path(data_dir)
     if not root.exists():
         raise DataError(f"{root}: no such directory (--data-dir)")
     if not root.is_dir():
@@ -101,9 +109,9 @@ def find_folder(root: Path, split: str, flag: str) -> Path:
 
 
 def scan(folder: Path) -> Folder:
-    """Every image under ``folder``; the first folder on the way to an image is its class.
+    """List every image under ``folder``; the first folder on the way to an image is its class.
 
-    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are not looked at.
+    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are skipped.
     """
     found: list[tuple[str, str]] = []
     for at, folders, files in os.walk(folder, followlinks=True):
@@ -119,12 +127,13 @@ def scan(folder: Path) -> Folder:
     return Folder(folder, images, names, tuple(subfolders(folder)))
 
 
-def read_class_map(path: Path, num_classes: int | None) -> dict[str, int]:
-    """Class name to index: one name a line, in the order of the model's head.
+def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
+    """Return class names with their index; the file has one name a line, in the order of the model's head.
 
     Raises:
         DataError: unreadable, a name twice, or not as many names as the head has classes.
     """
+    path = Path(file)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -145,8 +154,14 @@ def read_class_map(path: Path, num_classes: int | None) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def label_images(folder: Folder, class_map: Path | None, num_classes: int | None, hint: str) -> list[int]:
-    """The class index of every image.
+def label_images(folder: Folder, class_map: PathLike | None, num_classes: int | None, hint: str) -> list[int]:
+    """Return the class index of every image.
+
+    Args:
+        folder: images with their class folders.
+        class_map: file that names the classes in the order of the model's head.
+        num_classes: of the model's head, to check the folders against.
+        hint: advice that ends the message where labels are wrong.
 
     Raises:
         DataError: images outside class folders, an empty class folder, or classes that are not the head's.

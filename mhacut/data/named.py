@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -16,6 +16,7 @@ from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
 from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError
+from mhacut.options.base import LabelledImages
 
 _EXTRAS = {
     "hfds": ("datasets", "mhacut[hfds]"),
@@ -27,7 +28,7 @@ _EXTRAS = {
 
 
 class NamedImages(Dataset[Sample]):
-    """A dataset of timm's or torchvision's with random access, unreadable images told instead of replaced."""
+    """Images of a dataset of timm's or torchvision's by index; unreadable ones are reported, not replaced."""
 
     def __init__(
         self,
@@ -37,7 +38,15 @@ class NamedImages(Dataset[Sample]):
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """Take ``indices`` of a dataset that is open; ``transform`` in place of the one for evaluation."""
+        """Take some images of a dataset.
+
+        Args:
+            name: of the dataset, for messages.
+            opened: the dataset.
+            indices: which images.
+            preprocessing: of the model.
+            transform: used in place of the one for evaluation.
+        """
         self.name, self.opened, self.indices = name, opened, indices
         self._channels = preprocessing.input_size[0]
         self._transform = transform or preprocessing.transform()
@@ -62,7 +71,7 @@ class NamedImages(Dataset[Sample]):
 
 
 class NamedStream(IterableDataset[Sample]):
-    """A dataset of timm's that can only be read from its beginning."""
+    """Images of a dataset of timm's that can only be read from its beginning."""
 
     def __init__(self, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
         self.opened, self.limit = opened, limit
@@ -77,40 +86,37 @@ class NamedStream(IterableDataset[Sample]):
 
 
 def open_named(
-    name: str,
-    root: Path | None,
+    data: LabelledImages,
     split: str,
-    class_map: Path | None,
     num_classes: int | None,
     *,
     seed: int | None = None,
     check_classes: bool,
 ) -> Any:
-    """The dataset timm knows by that name; shuffled with ``seed`` where it is a stream.
+    """Open the dataset that timm knows by the name ``data.dataset``.
 
     Tar files on this machine are no stream: see :mod:`mhacut.data.shards`.
 
+    Args:
+        data: name of the dataset, where it keeps its files, and names of the classes.
+        split: of the dataset.
+        num_classes: of the model's head.
+        seed: of the order in which a stream is shuffled; None leaves the order.
+        check_classes: refuse a dataset with other classes than ``num_classes``.
+
     Raises:
         DataError: an extra is missing, it cannot be opened, or its classes are not the head's.
+        UsageError: timm knows no such name, or ``data.class_map`` cannot be used with it.
     """
-    prefix, slash, rest = name.partition("/")
-    prefix = prefix.lower()
-    if not (slash and rest) or prefix not in (*_EXTRAS, "torch"):
-        raise UsageError(
-            f"--dataset {name!r}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
-            "for a folder use --data-dir"
-        )
-    module, package = _EXTRAS.get(prefix, ("torchvision", "torchvision"))
-    if importlib.util.find_spec(module) is None:
-        raise DataError(f"--dataset {name}: needs the package {module}; pip install '{package}'")
-    mapped = read_class_map(class_map, num_classes) if class_map is not None else None
-    if prefix == "torch" and mapped is not None:
+    name = str(data.dataset)
+    kind = _kind(name)
+    mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
+    if kind == "torch" and mapped is not None:
         raise UsageError(f"--dataset {name}: torchvision's datasets take no --class-map")
-    streamed = {} if prefix in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
+    root = None if data.data_dir is None else os.fspath(data.data_dir)
+    streamed = {} if kind in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
     try:
-        opened = create_dataset(
-            name, root=None if root is None else str(root), split=split, class_map=mapped, **streamed
-        )
+        opened = create_dataset(name, root=root, split=split, class_map=mapped, **streamed)
     # Whatever a third party's loader raises, from a refused connection to an assertion, says what is wrong.
     except Exception as error:
         raise DataError(
@@ -123,7 +129,27 @@ def open_named(
             f"--dataset {name}: {known} classes, the model's head has {num_classes}. "
             "Name the classes in the head's order with --class-map"
         )
-    return (by_index(opened) or opened) if prefix == "wds" else opened
+    return (by_index(opened) or opened) if kind == "wds" else opened
+
+
+def _kind(name: str) -> str:
+    """Prefix of a dataset's name.
+
+    Raises:
+        UsageError: no such prefix.
+        DataError: the package that it needs is missing.
+    """
+    prefix, slash, rest = name.partition("/")
+    prefix = prefix.lower()
+    if not (slash and rest) or prefix not in (*_EXTRAS, "torch"):
+        raise UsageError(
+            f"--dataset {name!r}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
+            "for a folder use --data-dir"
+        )
+    module, package = _EXTRAS.get(prefix, ("torchvision", "torchvision"))
+    if importlib.util.find_spec(module) is None:
+        raise DataError(f"--dataset {name}: needs the package {module}; pip install '{package}'")
+    return prefix
 
 
 def _class_count(opened: Any) -> int | None:
@@ -134,7 +160,7 @@ def _class_count(opened: Any) -> int | None:
 
 
 def targets_of(opened: Any) -> list[object]:
-    """A label per image where they are known without reading images; else one and the same for all."""
+    """Return a label per image where labels are known without reading images; else 0 for all."""
     reader: Any = getattr(opened, "reader", None)
     if hasattr(reader, "iter_targets"):
         return list(reader.iter_targets())

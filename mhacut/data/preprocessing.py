@@ -1,4 +1,4 @@
-"""How a picture becomes a model's input."""
+"""Preprocessing: from a picture to a model's input."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor
 
 from mhacut.errors import DataError, UsageError
 from mhacut.limits import MAX_CROP_PCT, too_large
+from mhacut.options.base import PreprocessingOptions
 
 SMALL_IMAGE = 64
-"""Pixels. Up to this size images are taken whole unless the model says otherwise for this very size."""
+"""Side in pixels up to which images are not cropped, unless the model states a crop for this very size."""
 Transform = Callable[[Image.Image], Tensor]
-"""Picture to normalised [C, H, W] float32."""
+"""Function from a picture to normalised [C, H, W] float32."""
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a model's input."""
+    """Size, normalisation, resizing and cropping of a model's input."""
 
     input_size: tuple[int, int, int]
     """[C, H, W] in pixels."""
     mean: tuple[float, ...]
     """Per channel, subtracted from pixels in 0..1."""
     std: tuple[float, ...]
-    """Per channel, divides what is left."""
+    """Per channel, divides the difference."""
     interpolation: str
-    """Of resizing: ``bicubic``, ``bilinear``, ..."""
+    """Interpolation of the resize: ``bicubic``, ``bilinear``, ..."""
     crop_pct: float
     """Input size over the size images are resized to before the crop; 1.0 crops nothing off a square,
     more puts a border around it."""
@@ -77,20 +78,15 @@ class Preprocessing:
         cls,
         pretrained_cfg: Mapping[str, Any],
         model_input_size: tuple[int, int, int] | None,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        crop_pct: float | None = None,
-        interpolation: str | None = None,
-        img_size: int | None = None,
+        overrides: PreprocessingOptions | None = None,
     ) -> Preprocessing:
-        """What timm's record of a model says, made to fit the model, with explicit values on top.
+        """Return the preprocessing that timm's record of a model states, made to fit the model.
 
         The model's own image size wins over the record's. ``crop_pct`` is, in this order: the explicit value;
-        the record's, unless the model is small (64 pixels or less) and the record speaks of another image
-        size; 1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a
-        224-pixel model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three
-        channels are averaged for a model that takes another number of them.
+        the record's, unless the model is small (64 pixels or less) and the record states another image size;
+        1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a 224-pixel
+        model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three channels are
+        averaged for a model that takes another number of channels.
 
         >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
         >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
@@ -99,51 +95,45 @@ class Preprocessing:
         1.0
 
         Args:
-            pretrained_cfg: timm's ``pretrained_cfg``, or what :meth:`to_json` gave.
+            pretrained_cfg: timm's ``pretrained_cfg``, or the result of :meth:`to_json`.
             model_input_size: [C, H, W] that the model was built for; None if it does not say.
-            mean: per channel, or one for all.
-            std: likewise.
-            crop_pct: above 0; above 1 for a border around the image.
-            interpolation: by its name in timm.
-            img_size: height and width in pixels.
+            overrides: explicit values, which win.
 
         Raises:
             UsageError: the explicit values make no sense.
             DataError: the record does not.
         """
-        explicit = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
-        stated = pretrained_cfg.get("input_size")
-        size = tuple(model_input_size or stated or (3, 224, 224))
+        overrides = overrides or PreprocessingOptions()
+        explicit = {
+            name: getattr(overrides, name)
+            for name in ("mean", "std", "crop_pct", "interpolation")
+            if getattr(overrides, name) is not None
+        }
+        size = tuple(model_input_size or pretrained_cfg.get("input_size") or (3, 224, 224))
         if len(size) != 3:
             raise DataError(f"input size {size}: expected (channels, height, width)")
-        if img_size is not None:
-            size = (size[0], img_size, img_size)
+        if overrides.img_size is not None:
+            size = (size[0], overrides.img_size, overrides.img_size)
         # Explicit values are laid over the result: timm would assert on a wrong number of channels.
-        config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg))
-        for name, value in explicit.items():
-            if value is not None:
-                config[name] = value
+        config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg)) | explicit
         small = max(size[1:]) <= SMALL_IMAGE
-        says_so = pretrained_cfg.get("crop_pct") is not None and (
-            stated is None or tuple(stated)[1:] == tuple(size[1:])
-        )
-        if crop_pct is None and small and not says_so:
+        if small and "crop_pct" not in explicit and not _states_crop(pretrained_cfg, size):
             config["crop_pct"] = 1.0
         try:
             for name in ("mean", "std"):
                 # Those of red, green and blue serve a model of other channels by their average.
-                if explicit[name] is None and len(config[name]) == 3 != size[0]:
+                if name not in explicit and len(config[name]) == 3 != size[0]:
                     config[name] = (sum(config[name]) / 3,)
             return cls(**{name: config[name] for name in cls.__dataclass_fields__})
         except (TypeError, ValueError) as error:  # the record may come from an untrusted file
             raise DataError(f"preprocessing: {error}") from None
         except DataError as error:
-            if img_size is not None or any(value is not None for value in explicit.values()):
+            if explicit or overrides.img_size is not None:
                 raise UsageError(str(error)) from None
             raise
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, under the names of timm's ``pretrained_cfg``, that :meth:`from_json` reads back."""
+        """Return plain values under the names of timm's ``pretrained_cfg``, for :meth:`from_json`."""
         return {
             "input_size": list(self.input_size),
             "mean": list(self.mean),
@@ -155,10 +145,10 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Preprocessing:
-        """What :meth:`to_json` wrote; the document may come from an untrusted file.
+        """Return the inverse of :meth:`to_json`; the document may come from an untrusted file.
 
         Raises:
-            DataError: anything that is not such a document.
+            DataError: it is no such document.
         """
         if not isinstance(document, Mapping) or set(document) != set(cls.__dataclass_fields__):
             raise DataError(f"preprocessing: expected {', '.join(cls.__dataclass_fields__)}")
@@ -168,7 +158,7 @@ class Preprocessing:
             raise DataError(f"preprocessing: {error}") from None
 
     def transform(self) -> Transform:
-        """The evaluation transform of timm: picture to normalised [C, H, W] float32.
+        """Return timm's evaluation transform: picture to normalised [C, H, W] float32.
 
         Raises:
             DataError: the model's images have neither one nor three channels, so no picture is one of them.
@@ -188,3 +178,11 @@ class Preprocessing:
             crop_mode=self.crop_mode,
         )
         return made
+
+
+def _states_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
+    """Whether timm's record states a crop for images of this very size."""
+    stated = pretrained_cfg.get("input_size")
+    return pretrained_cfg.get("crop_pct") is not None and (
+        stated is None or tuple(stated)[1:] == tuple(size[1:])
+    )

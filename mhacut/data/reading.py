@@ -1,4 +1,4 @@
-"""Images by index, through the transform; one that cannot be read is told, not replaced by its neighbour."""
+"""Images by index, through the transform; an unreadable one is reported, not replaced by its neighbour."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 from mhacut.data.preprocessing import Preprocessing, Transform
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that are no images, cut short, or absurdly large."""
+"""Exceptions of Pillow for files that are no images, cut short, or absurdly large."""
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
-    """The decoded picture as RGB or grey.
+    """Return the decoded picture as RGB or grey.
 
     Raises:
-        OSError: or another of ``UNREADABLE``.
+        OSError: or another of :data:`UNREADABLE`.
     """
     with Image.open(file) as opened:
         opened.load()
@@ -44,7 +44,7 @@ def open_image(file: Any, channels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be read, in place of its tensor."""
+    """Stand-in for the tensor of an image that could not be read."""
 
     file: str
     reason: str
@@ -68,10 +68,10 @@ class ImageFiles(Dataset[Sample]):
 
         Args:
             root: the folder they are in.
-            images: relative to it.
-            labels: of each.
+            images: paths relative to it.
+            labels: one per image.
             preprocessing: of the model.
-            transform: in place of the one for evaluation.
+            transform: used in place of the one for evaluation.
         """
         self.root, self.images, self.labels = root, images, labels
         self._channels = preprocessing.input_size[0]
@@ -90,11 +90,12 @@ class ImageFiles(Dataset[Sample]):
 
 
 def reason_of(error: BaseException, path: object = "") -> str:
-    """Pillow's message without the path, which is told anyway."""
+    """Return Pillow's message without the path, which messages name anyway."""
     return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """Stack the readable images and their labels; the unreadable ones come third."""
     bad = [image for image, _ in samples if isinstance(image, Unreadable)]
     good = [(image, label) for image, label in samples if not isinstance(image, Unreadable)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
@@ -102,7 +103,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]
 
 
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
-    """All indices in a random order in which every group comes up equally often for as long as it lasts.
+    """Yield all indices in a random order in which every group comes up equally often while it lasts.
 
     >>> order = list(balanced_order(["a"] * 6 + ["b"] * 2, seed=0))
     >>> sorted(order), sum(index >= 6 for index in order[:4])
@@ -119,7 +120,7 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
 
 
 def fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
-    """Of images by their names and labels: equal for equal data, wherever it lies."""
+    """Return a digest of images by names and labels: equal for equal data, wherever it lies."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

@@ -1,8 +1,8 @@
-"""Images to train on: each as varied as its seed says, in batches that any number of processes can share.
+"""Images to train on, augmented by seed, in batches that any number of processes can share.
 
-What happens to an image depends on the run's seed, the epoch and the image alone: not on which process or
-worker reads it, nor on what was read before. So a run that goes on after an interruption, or on other
-machines, sees what it would have seen.
+The augmentation of an image depends on the run's seed, the epoch and the image alone: not on which process or
+worker reads it, nor on what was read before. So a run that is resumed, or continued on other machines, sees
+the same images.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,10 +29,10 @@ from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 
 _TRIES = 10
-"""How many images after an unreadable one may take its place."""
+"""Number of images after an unreadable one that are tried in its place, the image itself included."""
 
 Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
-"""An image (None if no readable one was found), its label (-1 without), and what could not be read."""
+"""Image (None if no readable one was found), its label (-1 without), and unreadable images met."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,21 @@ class Batch:
     labels: Tensor
     """[B] int64; -1 throughout for unlabelled images."""
     unreadable: tuple[Unreadable, ...]
-    """Images in whose place others stand."""
+    """Images that could not be read and were replaced by others."""
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What there is to train on."""
+    """Images to train on."""
 
     samples: Dataset[Sample]
-    """Varied images by index."""
+    """Augmented images by index."""
     count: int
     labelled: bool
     description: str
-    """For readers."""
+    """Text for readers."""
     fingerprint: str
-    """Of names and labels: equal for equal data, wherever it lies."""
+    """Digest of names and labels: equal for equal data, wherever it lies."""
 
 
 def training_images(
@@ -71,7 +70,7 @@ def training_images(
     use_labels: bool,
     need_labels: bool,
 ) -> TrainingImages:
-    """The images of the training split, listed and checked, none of them opened.
+    """Return the images of the training split, listed and checked, none of them opened.
 
     Args:
         data: where they are.
@@ -83,17 +82,15 @@ def training_images(
 
     Raises:
         DataError: images or labels that are missing, or do not fit the model.
-        UsageError: no place to look.
+        UsageError: ``data`` names no images.
     """
     transform = training_transform(preprocessing, augmentation)
-    class_map = None if data.class_map is None else Path(data.class_map)
-    root = None if data.data_dir is None else Path(data.data_dir)
     use_labels = use_labels and num_classes > 0
     if data.dataset is not None:
-        return _named(data.dataset, data, root, class_map, preprocessing, transform, num_classes, use_labels)
-    if root is None:
+        return _named(data, preprocessing, transform, num_classes, use_labels)
+    if data.data_dir is None:
         raise UsageError("nothing to train on: give --data-dir DIR or --dataset NAME")
-    folder = scan(find_folder(root, data.train_split, "--train-split"))
+    folder = scan(find_folder(data.data_dir, data.train_split, "--train-split"))
     if not folder.images:
         raise DataError(
             f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}"
@@ -106,31 +103,26 @@ def training_images(
         )
     labels = [-1] * len(folder.images)
     if labelled:
-        labels = label_images(folder, class_map, num_classes, ", or leave labels out with --no-labels")
+        labels = label_images(folder, data.class_map, num_classes, ", or leave labels out with --no-labels")
+    with_labels = "with labels" if labelled else "without labels"
     return TrainingImages(
         samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
         count=len(labels),
         labelled=labelled,
-        description=(
-            f"{len(labels)} images under {folder.path.name}/ ({'with' if labelled else 'without'} labels)"
-        ),
+        description=f"{len(labels)} images under {folder.path.name}/ ({with_labels})",
         fingerprint=fingerprint(folder.images, labels),
     )
 
 
 def _named(
-    name: str,
     data: DataOptions,
-    root: Path | None,
-    class_map: Path | None,
     preprocessing: Preprocessing,
     transform: Transform,
     num_classes: int,
     use_labels: bool,
 ) -> TrainingImages:
-    opened = open_named(
-        name, root, data.train_split, class_map, num_classes or None, check_classes=use_labels
-    )
+    name, split = str(data.dataset), data.train_split
+    opened = open_named(data, split, num_classes or None, check_classes=use_labels)
     if isinstance(opened, IterableDataset):
         raise DataError(
             f"--dataset {name}: is a stream, which cannot be resumed at a step; "
@@ -138,22 +130,22 @@ def _named(
         )
     count = len(opened)
     if not count:
-        raise DataError(f"--dataset {name}, split {data.train_split!r}: holds no images")
-    told = "with" if use_labels else "without"
+        raise DataError(f"--dataset {name}, split {split!r}: holds no images")
+    with_labels = "with labels" if use_labels else "without labels"
     return TrainingImages(
         samples=NamedImages(name, opened, range(count), preprocessing, transform),
         count=count,
         labelled=use_labels,
-        description=f"{count} images of {name} {data.train_split} ({told} labels)",
-        fingerprint=fingerprint([name, data.train_split], targets_of(opened)),
+        description=f"{count} images of {name} {split} ({with_labels})",
+        fingerprint=fingerprint([name, split], targets_of(opened)),
     )
 
 
 def training_transform(preprocessing: Preprocessing, options: AugmentationOptions) -> Transform:
-    """Picture to varied, normalised [C, H, W] float32, by timm's transforms.
+    """Return timm's training transform: picture to augmented, normalised [C, H, W] float32.
 
     Raises:
-        UsageError: timm does not know what ``options`` name.
+        UsageError: timm does not know a name in ``options``.
     """
     plain = preprocessing.transform()
     if not options.aug:
@@ -182,7 +174,7 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed in 0..2**63 that depends on every number and their order.
+    """Return a seed in 0..2**63 that depends on every number and their order.
 
     >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
     (True, False)
@@ -199,7 +191,7 @@ def seed_everything(seed: int) -> None:
 
 
 class _Seeded(Dataset[Drawn]):
-    """Images by (epoch, index), varied by what the seed says for these two; unreadable ones replaced."""
+    """Images by (epoch, index), augmented by a seed of these two; unreadable ones are replaced."""
 
     def __init__(self, samples: Dataset[Sample], count: int, seed: int) -> None:
         self.samples, self.count, self.seed = samples, count, seed
@@ -218,7 +210,7 @@ class _Seeded(Dataset[Drawn]):
 
 
 class StepBatches:
-    """Which images each step sees: an order per epoch, cut into global batches, each shared out in parts.
+    """Images of each step: an order per epoch, cut into global batches, each divided into parts.
 
     A part holds images from both ends of its global batch, so that the partner of an image in mixup (the one
     as far from the other end) is in the same part.
@@ -245,7 +237,7 @@ class StepBatches:
             )
 
     def of_step(self, step: int) -> tuple[int, list[int]]:
-        """The epoch of ``step`` and the indices of its global batch; steps and epochs count from 0."""
+        """Return the epoch of ``step`` and the indices of its global batch; both count from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
@@ -254,7 +246,7 @@ class StepBatches:
         return epoch, self._order[within * size : (within + 1) * size].tolist()
 
     def part(self, step: int, number: int) -> list[tuple[int, int]]:
-        """(epoch, index) of every image in one part of a step's global batch.
+        """Return (epoch, index) of every image in one part of a step's global batch.
 
         >>> batches = StepBatches(8, batch_size=4, parts=2, seed=0)
         >>> batches.part(step=0, number=1) == [(0, index) for index in batches.of_step(0)[1][2:6]]
@@ -279,7 +271,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """The parts ``mine`` of every step's global batch, in order, of steps ``start`` to ``stop`` - 1.
+    """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1.
 
     Raises:
         DataError: so many images in a row cannot be read that none is left to take their place.
@@ -302,7 +294,7 @@ def training_loader(
 
 
 class _Parts:
-    """A batch sampler over the parts of one process."""
+    """Batch sampler over the parts of one process."""
 
     def __init__(self, batches: StepBatches, steps: range, mine: Sequence[int]) -> None:
         self.batches, self.steps, self.mine = batches, steps, mine

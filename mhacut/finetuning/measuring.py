@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import nn
 
@@ -32,18 +31,14 @@ def validation_images(
     data = options.data
     if options.eval_images == 0 or classes == 0:
         return None
-    if not has_split(data.data_dir, data.dataset, data.val_split):
+    if not has_split(data, data.val_split):
         tell(f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)")
         return None
     return evaluation_loader(
         preprocessing,
-        data_dir=None if data.data_dir is None else Path(data.data_dir),
-        dataset=data.dataset,
-        batch_size=max(options.training.batch_size, 64),
-        workers=data.workers,
-        split=data.val_split,
+        data,
         num_classes=classes,
-        class_map=None if data.class_map is None else Path(data.class_map),
+        batch_size=max(options.training.batch_size, 64),
         limit=options.eval_images,
         part=(processes.rank, processes.size),
     )
