@@ -14,12 +14,13 @@ from torch.autograd.functional import jacobian
 import timm_cases
 from helpers.flatten import build as build_flatten
 from helpers.flatten import image as image_flatten
+from helpers.jobs import Recorder
 from helpers.models import CASES, Case, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
 from mhacut.pruning.distill import Divergence
-from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
+from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import find_prunable_layers
 
@@ -29,14 +30,19 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-
 
 
 class Calibrated:
-    def __init__(self, case=TINY, images=9, **options):
+    def __init__(self, case=TINY, images=9, classifier=True, **options):
         self.model = build(case, dtype=torch.float64).requires_grad_(False)
+        if not classifier:
+            self.model.num_classes = 0  # its outputs are features then
         self.images = image(case, batch=images, dtype=torch.float64)
         self.prunable = find_prunable_layers(self.model)
         self.found = self.run(**options)
 
-    def run(self, **options):
-        return calibrate(self.model, self.prunable, self.images, **{"batch_size": 4, **options})
+    def run(self, fisher_images=0, seed=0, token_importance=True, **options):
+        fisher = FisherOptions(fisher_images, seed, token_importance)
+        return calibrate(
+            self.model, self.prunable, self.images, **{"batch_size": 4, "fisher": fisher, **options}
+        )
 
 
 def same(found, expected, bound=1e-5):
@@ -110,20 +116,15 @@ def test_a_single_image_serves_for_both():
 
 
 def test_it_tells_how_far_it_is_after_every_batch():
-    told = []
-    Calibrated(images=8, batch_size=3, progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held out, by 3
+    reporter = Recorder()
+    Calibrated(images=8, batch_size=3, reporter=reporter)
+    assert reporter.steps == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held out, by 3
 
 
 def test_images_that_are_differentiated_count_twice():
-    told = []
-    Calibrated(
-        images=8,
-        batch_size=3,
-        fisher_images=4,
-        progress=lambda done, total: told.append((done, total)),
-    )
-    assert told == [(3, 12), (4, 12), (7, 12), (10, 12), (12, 12)]
+    reporter = Recorder()
+    Calibrated(images=8, batch_size=3, fisher_images=4, reporter=reporter)
+    assert reporter.steps == [(3, 12), (4, 12), (7, 12), (10, 12), (12, 12)]
 
 
 def test_the_model_is_left_as_it_was():
@@ -168,10 +169,10 @@ def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
 @pytest.mark.parametrize("classifier", [True, False])
 def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
     # By its definition: J^T F J of every token, F that of the class logits; one image, seen often enough.
-    it = Calibrated(images=2)
+    it = Calibrated(images=2, classifier=classifier)
     x = it.images[1:]
     draws = x.expand(600, -1, -1, -1)
-    found = calibrate(it.model, it.prunable, draws, batch_size=600, fisher_images=600, classifier=classifier)
+    found = calibrate(it.model, it.prunable, draws, batch_size=600, fisher=FisherOptions(600))
     dense = it.model(x)
     # Features are judged relative to their variance over the batch.
     variance = it.model(draws).var()
@@ -187,7 +188,7 @@ def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
 def test_it_foretells_the_divergence_of_small_errors():
     it = Calibrated(images=2)
     x = it.images[1:].expand(400, -1, -1, -1).contiguous()
-    found = calibrate(it.model, it.prunable, x, batch_size=400, fisher_images=400)
+    found = calibrate(it.model, it.prunable, x, batch_size=400, fisher=FisherOptions(400))
     dense = it.model(x)
     for number, layer in enumerate(it.prunable.layers):
         generator = torch.Generator().manual_seed(number)
@@ -213,7 +214,7 @@ def test_only_as_many_images_are_differentiated_as_asked_for():
     assert it.found.fisher == FisherInformation()
     part = it.run(batch_size=2, fisher_images=4)
     it.images = torch.cat([it.images[: part.held], it.images[part.held : part.held + 4]])
-    fewer = calibrate(it.model, it.prunable, it.images, batch_size=2, fisher_images=4)
+    fewer = calibrate(it.model, it.prunable, it.images, batch_size=2, fisher=FisherOptions(4))
     # 6 images: 2 held out as before.
     assert fewer.held == part.held
     for layer, fisher in part.fisher.matrices.items():
@@ -252,7 +253,7 @@ def test_processes_that_share_the_images_find_what_one_finds(architecture, batch
         model.requires_grad_(False)
 
     def run(processes):
-        given = {"batch_size": batch_size, "fisher_images": 6, "processes": processes}
+        given = {"batch_size": batch_size, "fisher": FisherOptions(6), "processes": processes}
         own = copy.deepcopy(model)  # the other listens to its own
         return calibrate(own, find_prunable_layers(own), images, **given)
 
@@ -337,7 +338,7 @@ WHERE = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
 
 
 def test_tokens_all_count_alike_where_that_is_asked_for_or_nothing_is_known():
-    it = Calibrated(fisher_images=9, token_weights=False)
+    it = Calibrated(fisher_images=9, token_importance=False)
     assert it.found.fisher.matrices
     plain = it.run()
     for key, expected in plain.moments.items():
@@ -365,7 +366,9 @@ def test_several_rows_of_a_token_count_as_much_each():
 def test_queries_that_turn_with_their_position_are_weighed_too():
     case = Case("vit_small_patch16_rope_224", SMALL)
     plain, weighed = (
-        Calibrated(case, fisher_images=9, token_weights=asked).found.moments["blocks.0.attn", "qk"].every[0]
+        Calibrated(case, fisher_images=9, token_importance=asked)
+        .found.moments["blocks.0.attn", "qk"]
+        .every[0]
         for asked in (False, True)
     )
     assert weighed.rows == plain.rows
@@ -376,7 +379,9 @@ def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
     case = timm_cases.Case("coat_tiny", {"img_size": 64, **args}, 64)
     model, images = timm_cases.build(case), timm_cases.image(case, batch=6)
-    found = calibrate(model, find_prunable_layers(model), images, batch_size=6, fisher_images=6).fisher
+    found = calibrate(
+        model, find_prunable_layers(model), images, batch_size=6, fisher=FisherOptions(6)
+    ).fisher
     layer, grids = next((layer, grids) for layer, grids in found.importance.items() if len(grids) > 1)
     assert torch.cat(list(grids.values())).mean() == pytest.approx(1)
     for grid, weights in grids.items():

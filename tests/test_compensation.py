@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from helpers.jobs import Recorder, job_of
 from helpers.models import CASES, Case, build, image, relative
-from helpers.plans import lesson_of
+from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
-from mhacut.pruning.channel_scales import reweight
-from mhacut.pruning.compensation import Decision, compensate
+from mhacut.pruning.channel_scales import with_trained_scales
+from mhacut.pruning.recover import Recovery
+from mhacut.pruning.repair import reconstruct
 from mhacut.pruning.widths import width_choices
+from mhacut.runtime.progress import SILENT
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
@@ -40,32 +43,32 @@ class Bench:
             width = max(1, int(share * unit.width))
             module = self.model.get_submodule(unit.layer)
             moments = self.calibration.moments[unit.key]
-            self.candidates[unit.key] = find_candidates(module, unit, moments, width, basis)
+            options = SearchOptions(basis=basis)
+            self.candidates[unit.key] = find_candidates(module, unit, moments, width, options)
             plans.append(self.candidates[unit.key][0].plan(width))
         self.plan = Plan(tuple(plans))
 
-    def compensated(self, **options):
-        decision = Decision(self.plan, self.candidates)
-        return compensate(self.model, self.prunable, decision, self.calibration, SearchOptions(**options))
+    def reconstructed(self, **options):
+        job = job_of(self.model, self.images, prunable=self.prunable, options=SearchOptions(**options))
+        return reconstruct(job, self.calibration, self.plan, self.candidates)
 
     def slim(self, **options):
-        ready = self.compensated(**options)
+        ready = self.reconstructed(**options)
         slim = copy.deepcopy(ready.model)
         cut(slim, ready.plan, ready.channel_scales)
         return slim
 
     def distillation(self, model):
-        """That teaches what ``model`` says."""
-        return lesson_of(model, self.images)
+        return distillation_of(model, self.images)
 
 
 @each_case
 @pytest.mark.parametrize("repair", [True, False])
 @pytest.mark.parametrize("basis", ["channel", "principal"])
-def test_what_is_cut_computes_what_was_compensated(case, basis, repair):
+def test_what_is_cut_computes_what_was_reconstructed(case, basis, repair):
     bench = Bench(case, basis, share=0.6)
     before = [tensor.clone() for tensor in bench.model.state_dict().values()]
-    ready = bench.compensated(repair=repair)
+    ready = bench.reconstructed(repair=repair)
     tensors = masked_tensors(ready.model, bench.prunable, ready.channel_scales)
     masked = functional_call(ready.model, tensors, (bench.images,))
     slim = copy.deepcopy(ready.model)
@@ -87,11 +90,11 @@ def test_at_full_width_nothing_changes(basis, repair):
 
 def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_back_images():
     both, left = Bench(TINY, "auto", images=24), {}
-    ready = both.compensated()
+    ready = both.reconstructed()
     for basis in ("channel", "principal"):
         alone = Bench(TINY, basis, images=24)
         # Errors are told as shares of what plain removal costs, which depends on the basis.
-        left[basis] = {unit.key: (unit, alone.compensated().repairs[unit.key].error) for unit in alone.plan}
+        left[basis] = {unit.key: (unit, alone.reconstructed().repairs[unit.key].error) for unit in alone.plan}
     assert {unit.basis for unit in ready.plan} == {"channel", "principal"}
     for unit in ready.plan:
         expected, error = left[unit.basis][unit.key]
@@ -116,6 +119,12 @@ def test_repair_and_the_principal_basis_each_bring_the_model_nearer():
 # --- channel scales on the slim model ---
 
 
+def with_scales(slim, distillation, judge, steps, reporter=SILENT):
+    prunable = find_prunable_layers(slim)
+    scaled = with_trained_scales(slim, prunable, distillation, steps=steps, lr=0.01, reporter=reporter)
+    return Recovery.of(slim, scaled, judge)
+
+
 @pytest.fixture(scope="module")
 def bench():
     return Bench(TINY, "auto", share=0.6, dtype=torch.float32, images=16)
@@ -124,15 +133,8 @@ def bench():
 def test_gains_that_help_are_merged(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
     before = copy.deepcopy(slim.state_dict())
-    told, distillation = [], bench.distillation(bench.model)
-    found = reweight(
-        slim,
-        distillation,
-        distillation,
-        steps=40,
-        lr=0.01,
-        progress=lambda done, total, loss: told.append((done, total)),
-    )
+    reporter, distillation = Recorder(), bench.distillation(bench.model)
+    found = with_scales(slim, distillation, distillation, steps=40, reporter=reporter)
     assert found.after < 0.9 * found.before
     assert found.model is not slim
     assert distillation.divergence_of(found.model) == pytest.approx(found.after)
@@ -141,12 +143,12 @@ def test_gains_that_help_are_merged(bench):
     assert {name: tensor.shape for name, tensor in found.model.state_dict().items()} == {
         name: tensor.shape for name, tensor in before.items()
     }
-    assert told == [(step + 1, 40) for step in range(40)]
+    assert reporter.steps == [(step + 1, 40) for step in range(40)]
 
 
 def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
-    found = reweight(slim, bench.distillation(bench.model), bench.distillation(slim), steps=20, lr=0.01)
+    found = with_scales(slim, bench.distillation(bench.model), bench.distillation(slim), steps=20)
     assert found.model is slim
     assert found.before == pytest.approx(0, abs=1e-6)
     assert found.after > 1e-4
@@ -155,7 +157,7 @@ def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
 def test_gains_of_no_steps_change_nothing(bench):
     slim = bench.slim(repair=True).requires_grad_(False)
     distillation = bench.distillation(bench.model)
-    found = reweight(slim, distillation, distillation, steps=0, lr=0.01)
+    found = with_scales(slim, distillation, distillation, steps=0)
     assert relative(found.model(bench.images), slim(bench.images)) < 1e-5
 
 
@@ -177,11 +179,11 @@ def test_merged_gains_keep_the_softmax_temperature(bench):
 def test_principal_channels_keep_the_dense_temperature():
     """What is left of the logits is nearest to them as it is: 1/sqrt(kept width) would inflate it."""
     bench = Bench(TINY, "principal")
-    channel_scales = bench.compensated(repair=False, temperature="kept").channel_scales
-    dense = bench.compensated(repair=False, temperature="dense").channel_scales
+    channel_scales = bench.reconstructed(repair=False, temperature="kept").channel_scales
+    dense = bench.reconstructed(repair=False, temperature="dense").channel_scales
     assert all(torch.equal(channel_scales[key], dense[key]) for key in dense)
     plain = Bench(TINY, "channel")
-    channel_scales = plain.compensated(repair=False, temperature="kept").channel_scales
+    channel_scales = plain.reconstructed(repair=False, temperature="kept").channel_scales
     assert all(channel_scales[unit.key].max() > 1.3 for unit in plain.prunable.units(["qk"]))
 
 
@@ -191,7 +193,8 @@ def test_without_repair_channels_go_by_what_goes_with_them(case):
     bench = Bench(case, "channel", images=16)
     for unit in bench.prunable.units():
         module, seen = bench.model.get_submodule(unit.layer), bench.calibration.moments[unit.key]
-        (candidate,) = find_candidates(module, unit, seen, 1, "channel", positions="own", refit=False)
+        options = SearchOptions(basis="channel", positions="own", repair=False)
+        (candidate,) = find_candidates(module, unit, seen, 1, options)
         if unit.kind == "qk":
             query, key = seen.every
             lost = [(query.energy * key.energy)[head].diagonal() for head in range(unit.heads)]
@@ -210,7 +213,8 @@ def test_without_a_repair_principal_channels_hold_means_too():
     second, columns = seen.every[0].energy, effective_output_weights(module, unit)
     lost = []
     for refit in (True, False):
-        (candidate,) = find_candidates(module, unit, seen, 1, "principal", refit=refit)
+        options = SearchOptions(basis="principal", repair=refit)
+        (candidate,) = find_candidates(module, unit, seen, 1, options)
         turned = rotated(seen, unit, candidate.rotation).every[0].energy
         gone = torch.cat([head * unit.width + torch.arange(2, unit.width) for head in range(unit.heads)])
         reader = (columns @ block_diagonal(candidate.rotation).mT)[:, gone]

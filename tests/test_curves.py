@@ -1,22 +1,27 @@
-"""Error curves: what a unit's cut and refit really leaves, weighed by what the answer makes of it."""
+"""Sensitivity curves against what a unit's cut and refit really leaves, weighted by Fisher information."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.jobs import Recorder, job_of
 from helpers.models import Case, build, image
 from mhacut.linalg.reconstruction import RIDGES
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.curves import MOST_WIDTHS, sensitivity_curves
+from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.widths import width_choices
 from mhacut.surgery.find import find_prunable_layers
@@ -32,6 +37,11 @@ CASES = (
 IMAGES = 120  # so many that no unit has few rows for its channels
 
 
+def curves_on_all_images(job, calibration, candidates):
+    with patch.object(module_under_test, "REPLAYED", len(job.images)):
+        return sensitivity_curves(job, calibration, candidates)
+
+
 class Curved:
     """The curves of a small model, and the calibration's activations to check them by."""
 
@@ -40,34 +50,30 @@ class Curved:
         self.prunable = find_prunable_layers(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
         self.calibration = calibrate(
-            self.model, self.prunable, self.images, batch_size=IMAGES, fisher_images=IMAGES
+            self.model, self.prunable, self.images, batch_size=IMAGES, fisher=FisherOptions(IMAGES)
         )
-        units = self.prunable.units()
-        self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
+        self.reporter, options = Recorder(), SearchOptions(basis=basis, repair=refit)
+        self.job = job_of(
+            self.model,
+            self.images,
+            prunable=self.prunable,
+            round_to=round_to,
+            options=options,
+            reporter=self.reporter,
+        )
+        self.choices = self.job.choices
         self.candidates = {
             unit.key: find_candidates(
                 self.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
                 self.choices[unit.key][0],
-                basis,
+                options,
                 self.calibration.fisher.matrices[unit.layer],
-                refit=refit,
             )[0]
-            for unit in units
+            for unit in self.job.units
         }
-        self.told = []
-        self.curves = sensitivity_curves(
-            self.model,
-            self.prunable,
-            self.candidates,
-            self.calibration,
-            self.choices,
-            self.images,
-            temperature="kept",
-            refit=refit,
-            progress=lambda done, total: self.told.append((done, total)),
-        )
+        self.curves = curves_on_all_images(self.job, self.calibration, self.candidates)
 
     def layer_output(self, model, layer):
         seen = []
@@ -77,7 +83,7 @@ class Curved:
         return seen[0]
 
     def divergence(self, unit, errors):
-        """1/2 e^T S e, mean over rows, each of which counts as much as its token."""
+        """1/2 e^T F e, mean over rows, each of which counts as much as its token."""
         flat = errors.flatten(0, -2)
         each = (flat @ self.calibration.fisher.matrices[unit.layer] * flat).sum(-1)
         return float(self.weights(unit, flat) @ each) / len(flat) / 2
@@ -111,7 +117,7 @@ def test_every_unit_has_an_error_at_every_choice_falling_to_nothing(it):
 
 def test_progress_is_told_for_every_layer_that_is_run(it):
     layers = len({unit.layer for unit in it.prunable.units(["qk"])})
-    assert it.told == [(done, layers) for done in range(1, layers + 1)]
+    assert it.reporter.steps == [(done, layers) for done in range(1, layers + 1)]
 
 
 def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
@@ -189,13 +195,11 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "v"))
-    calibration = calibrate(model, prunable, images, batch_size=32, fisher_images=32)
-    metric, seen = calibration.fisher.matrices["attn_pool"], calibration.moments[unit.key]
-    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "principal", metric)
-    choices = {unit.key: (1, 12, 16)}
-    curve = sensitivity_curves(
-        model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
-    )[unit.key]
+    calibration = calibrate(model, prunable, images, batch_size=32, fisher=FisherOptions(32))
+    fisher, seen = calibration.fisher.matrices["attn_pool"], calibration.moments[unit.key]
+    job = job_of(model, images, round_to=1, options=SearchOptions(basis="principal"))
+    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
+    curve = sensitivity_curves(job, calibration, {unit.key: candidate})[unit.key]
     assert seen.fit[0].rows == 24 < 3 * 12
     assert curve[12] > 0.01 * curve[1] > 0
 
@@ -206,20 +210,18 @@ def test_errors_of_a_pooling_head_are_told_before_its_mlp():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "qk"))
-    calibration = calibrate(model, prunable, images, batch_size=400, fisher_images=400)
-    seen, metric = calibration.moments[unit.key], calibration.fisher.matrices["attn_pool"]
-    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, "channel", metric)
-    choices = {unit.key: (1, 16)}
-    curve = sensitivity_curves(
-        model, prunable, {unit.key: candidate}, calibration, choices, images, temperature="kept"
-    )[unit.key]
+    calibration = calibrate(model, prunable, images, batch_size=400, fisher=FisherOptions(400))
+    seen, fisher = calibration.moments[unit.key], calibration.fisher.matrices["attn_pool"]
+    job = job_of(model, images, round_to=1, options=SearchOptions(basis="channel"))
+    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
+    curve = curves_on_all_images(job, calibration, {unit.key: candidate})[unit.key]
     shrunk, given = copy.deepcopy(model), []
     shrink(shrunk.attn_pool, unit, candidate, 1, seen, "kept")
     for each in (model, shrunk):
         each.attn_pool.proj.register_forward_hook(lambda m, i, output: given.append(output[:, 0]))
     logs = [each(images).log_softmax(-1) for each in (model, shrunk)]
     moved = given[1] - given[0]
-    assert curve[1] == pytest.approx(float((moved @ metric * moved).sum(-1).mean()) / 2, rel=1e-6)
+    assert curve[1] == pytest.approx(float((moved @ fisher * moved).sum(-1).mean()) / 2, rel=1e-6)
     true = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
     assert 0.3 * true < curve[1] < 3 * true
 
@@ -262,22 +264,12 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_units_that_are_not_asked_for_are_not_run():
-    it = Curved(CASES[0], "principal")
-    told = []
+    it, reporter = Curved(CASES[0], "principal"), Recorder()
     candidates = {key: candidate for key, candidate in it.candidates.items() if key[1] != "qk"}
-    found = sensitivity_curves(
-        it.model,
-        it.prunable,
-        candidates,
-        it.calibration,
-        it.choices,
-        it.images,
-        temperature="kept",
-        progress=lambda *done: told.append(done),
-    )
+    found = sensitivity_curves(replace(it.job, reporter=reporter), it.calibration, candidates)
     assert set(found) == set(candidates)
     assert all(found[key] == it.curves[key] for key in candidates)
-    assert told == []
+    assert reporter.steps == []
 
 
 @given(last=st.integers(1, 60), step=st.integers(1, 8))

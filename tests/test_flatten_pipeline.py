@@ -18,6 +18,7 @@ from torch import Tensor
 
 import mhacut
 from helpers.flatten import CASES, SMALL, build, image
+from helpers.jobs import job_of
 from helpers.models import relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
@@ -25,6 +26,7 @@ from mhacut.linalg.attention_difference import linear_attention_energy, linear_c
 from mhacut.linalg.indicator import THRESHOLD
 from mhacut.linalg.reconstruction import output_error, refit_linear
 from mhacut.linalg.selection import Ranking, rank_parts, rank_shared_channels
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
@@ -159,7 +161,9 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     plans, channel_scales = {}, {}
     for unit in prunable.units():
         module = model.get_submodule(unit.layer)
-        candidates = find_candidates(module, unit, calibration.moments[unit.key], 4, "channel")
+        candidates = find_candidates(
+            module, unit, calibration.moments[unit.key], 4, SearchOptions(basis="channel")
+        )
         assert [candidate.unshared for candidate in candidates] == (
             [True, False] if unit.sharing != "own" else [False]
         )
@@ -202,7 +206,7 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
     chosen = set()
     for unit in prunable.units(("v",)):
         module, seen = model.get_submodule(unit.layer), moments[unit.key]
-        own, equal = find_candidates(module, unit, seen, 4, "channel")
+        own, equal = find_candidates(module, unit, seen, 4, SearchOptions(basis="channel"))
         bad = replace(own, ranking=Ranking(own.ranking.order.flip(-1)))  # keeps what matters least
         columns, first = (
             effective_output_weights(module, unit),
@@ -228,34 +232,31 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
 
 
 @torch.no_grad()
-def test_indicators_that_refine_a_plan_start_from_its_channels():
+def test_indicators_that_refine_a_plan_start_from_its_channels(monkeypatch):
     model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
     prunable = find_prunable_layers(model)
     calibration = calibrate(model, prunable, images, batch_size=8)
     moments = calibration.moments
     candidates = {
-        unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 4, "channel")
+        unit.key: find_candidates(
+            model.get_submodule(unit.layer), unit, moments[unit.key], 4, SearchOptions(basis="channel")
+        )
         for unit in prunable.units(("v",))
     }
     for number in range(2):  # each its own, or equal positions
         plan = Plan(tuple(choices[number].plan(8) for choices in candidates.values()))
         started = {}
 
-        def search(dense, distillation, start, rotated, plan=plan, started=started):
+        def search(job, calibration, distillation, start, plan=plan, started=started):
             started.update(start)
-            assert rotated == []
             return SimpleNamespace(plan=plan, log=())
 
-        planner = SimpleNamespace(
-            dense=model, prunable=prunable, start_stage=lambda name: None, _search=search
-        )
-        planner.calibration, planner.distillation = (
-            calibration,
-            SimpleNamespace(part=lambda start, stop: None),
-        )
-        Planner._refined(planner, candidates, SimpleNamespace(plan=plan))
+        monkeypatch.setattr("mhacut.pruning.planner.search", search)
+        planner = Planner(job_of(model, images, prunable=prunable), calibration)
+        planner._refined(candidates, SimpleNamespace(plan=plan))
         for unit_plan in plan:
-            masks = started[unit_plan.key] > THRESHOLD
+            assert started[unit_plan.key].basis == "channel"
+            masks = started[unit_plan.key].scores > THRESHOLD
             assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept
 
 

@@ -124,7 +124,7 @@ def test_indicators_are_not_taught_what_they_are_judged_by(dense, tmp_path, monk
     seen = []
 
     def search(*args, **kwargs):
-        seen.append(args[5].images)
+        seen.append(args[2].images)
         return real(*args, **kwargs)
 
     real = planning.search

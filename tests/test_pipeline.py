@@ -26,8 +26,8 @@ from mhacut.errors import (
     UsageError,
 )
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.indicators import search
+from mhacut.pruning.repair import shrink
 from mhacut.runtime.progress import Silent
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
@@ -101,7 +101,7 @@ def test_what_training_was_left_out_is_told(tiny_vit, tmp_path, lr):
     told = Told()
     options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr, "reporter": told}
     result = prune(tiny_vit, tmp_path / "slim.safetensors", **options)
-    for what in ("tuning", "training gains"):
+    for what in ("tuning", "training channel scales"):
         (note,) = (note for note in told.notes if note.startswith(what))
         without, then = map(float, re.search(r"images (\S+) without, (\S+) with", note).groups())
         assert note.startswith(f"{what} was left out") == (not then <= without)  # it may be no number
@@ -406,25 +406,26 @@ def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
 ):
     told = {}
 
-    def listened(function):
-        def call(*args, **more):
-            told.setdefault(function.__name__, set()).add(more["refit"])
-            return function(*args, **more)
+    def finding(module, unit, moments, smallest, options, fisher):
+        told["find_candidates"] = options.repair
+        return find_candidates(module, unit, moments, smallest, options, fisher)
 
-        return call
+    def shrinking(*args, refit):
+        told["shrink"] = refit
+        return shrink(*args, refit=refit)
 
-    for function in (find_candidates, sensitivity_curves):
-        monkeypatch.setattr(f"mhacut.pruning.planner.{function.__name__}", listened(function))
+    monkeypatch.setattr("mhacut.pruning.planner.find_candidates", finding)
+    monkeypatch.setattr("mhacut.pruning.curves.shrink", shrinking)
     prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
-    assert told == {"find_candidates": {repair}, "sensitivity_curves": {repair}}
+    assert told == {"find_candidates": repair, "shrink": repair}
 
 
 def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
     rotated = []
 
-    def searching(*args, **more):
-        rotated.append(set(more["rotated"]))
-        return search(*args, **more)
+    def searching(job, calibration, distillation, start):
+        rotated.append({key for key, begun in start.items() if begun.basis == "principal"})
+        return search(job, calibration, distillation, start)
 
     monkeypatch.setattr("mhacut.pruning.planner.search", searching)
     options = {"allocation": "refined", "steps": 1, "dry_run": True}

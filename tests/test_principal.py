@@ -13,6 +13,7 @@ from helpers.models import CASES, build, image, relative
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.reconstruction import output_error, refit_logits
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
@@ -223,7 +224,9 @@ def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
     for basis in ("channel", "principal"):
         slim = copy.deepcopy(model)
         candidates = {
-            unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 16, basis)
+            unit.key: find_candidates(
+                model.get_submodule(unit.layer), unit, moments[unit.key], 16, SearchOptions(basis=basis)
+            )
             for unit in prunable.units([kind])
         }
         assert all(len(candidate) == 1 and candidate[0].basis == basis for candidate in candidates.values())

@@ -22,6 +22,7 @@ from helpers.plans import (
     untrained,
 )
 from mhacut.finetuning.objective import Blocks
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
@@ -187,7 +188,9 @@ def test_a_pooling_head_attends_with_one_channel():
     unit = find_prunable_layers(model).unit(("attn_pool", "qk"))
     dense = model(images)
     moments = calibrate(model, find_prunable_layers(model), images, batch_size=4).moments
-    (candidate,) = find_candidates(model.attn_pool, unit, moments[unit.key], 1, "principal")
+    (candidate,) = find_candidates(
+        model.attn_pool, unit, moments[unit.key], 1, SearchOptions(basis="principal")
+    )
     plan = Plan((candidate.plan(1),))
     repair(model, find_prunable_layers(model), plan, moments, candidates={unit.key: (candidate,)})
     cut(model, plan)

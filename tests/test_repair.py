@@ -18,7 +18,7 @@ from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import output_error, refit_linear, refit_logits
 from mhacut.linalg.selection import rank_channels, rank_logit_channels
 from mhacut.options.base import DataOptions
-from mhacut.options.prune import BasisChoice
+from mhacut.options.prune import BasisChoice, SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
@@ -406,7 +406,9 @@ def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basi
     prunable = find_prunable_layers(model)
     plan, moments = plan_of(prunable, 3), moments_of(model, prunable, x)
     candidates = {
-        unit.key: find_candidates(model.get_submodule(unit.layer), unit, moments[unit.key], 1, basis)
+        unit.key: find_candidates(
+            model.get_submodule(unit.layer), unit, moments[unit.key], 1, SearchOptions(basis=basis)
+        )
         for unit in prunable.units()
     }
     report = repair(model, prunable, plan, moments, candidates=candidates)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.models import Case, build, image
-from helpers.plans import lesson_of
+from helpers.plans import distillation_of
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.lockstep import run_in_lockstep
 from mhacut.pruning.sequential import RIDGES, repair_in_order
 from mhacut.surgery.find import find_prunable_layers
@@ -45,7 +46,7 @@ class Bench:
         self.images = image(case, batch=images, dtype=torch.float64)
         self.prunable = find_prunable_layers(self.dense)
         self.fisher = calibrate(
-            self.dense, self.prunable, self.images, batch_size=images, fisher_images=images
+            self.dense, self.prunable, self.images, batch_size=images, fisher=FisherOptions(images)
         ).fisher
         self.slim = copy.deepcopy(self.dense)
         plans = []
@@ -56,7 +57,7 @@ class Bench:
 
     def judge(self, model):
         """By images that ``model`` is right about."""
-        return lesson_of(model, self.images)
+        return distillation_of(model, self.images)
 
     def repaired(self, judge=None, **more):
         judge = self.judge(self.dense) if judge is None else judge

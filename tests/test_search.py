@@ -16,9 +16,10 @@ from mhacut.linalg.attention_difference import logit_energy
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.channel_scales import plan_channel_scales, train_channel_scales
-from mhacut.pruning.distill import Distillation, Divergence
-from mhacut.pruning.indicators import search
+from mhacut.pruning.channel_scales import plan_channel_scales
+from mhacut.pruning.distill import Divergence
+from mhacut.pruning.indicators import Start, search
+from mhacut.pruning.job import Job
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
@@ -40,44 +41,27 @@ class Bench:
         self.table = build_cost_table(self.model, self.prunable, self.size)
         self.calibration = calibrate(self.model, self.prunable, self.images, batch_size=5)
 
-    def distillation(self, labels=None, options=SHORT, classifier=True):
-        return Distillation(
-            self.images,
-            self.calibration.teacher,
-            labels,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            label_weight=options.label_weight,
-            classifier=classifier,
-            amp=False,
-        )
-
-    def search(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden"), classifier=True):
-        return search(
-            self.model,
-            self.prunable,
-            self.prunable.units(kinds),
-            self.table,
-            self.calibration,
-            self.distillation(labels, options, classifier),
+    def job(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden")):
+        return Job(
+            model=self.model,
+            prunable=self.prunable,
+            units=self.prunable.units(kinds),
+            table=self.table,
             budget=int(share * self.table.dense),
-            round_to=8,
+            images=self.images,
+            labels=labels,
             options=options,
         )
 
+    def search(self, share=0.6, options=SHORT, start=None, **more):
+        job = self.job(share, options, **more)
+        return search(job, self.calibration, job.distillation(self.calibration), start)
+
     def slim(self, share, options=SHORT):
-        """Search, train channel scales, cut."""
+        """Search and cut."""
         found = self.search(share, options)
-        channel_scales = train_channel_scales(
-            self.model,
-            self.prunable,
-            found.plan,
-            found.channel_scales if options.reweight else None,
-            self.distillation(options=options),
-            steps=options.trained_gain_steps,
-            lr=options.gain_lr,
-            temperature=options.temperature,
-        )
+        trained = found.channel_scales if options.reweight else None
+        channel_scales = plan_channel_scales(self.prunable, found.plan, trained, options.temperature)
         slim = copy.deepcopy(self.model)
         cut(slim, found.plan, channel_scales)
         return found.plan, channel_scales, slim
@@ -159,20 +143,11 @@ def test_logits_of_principal_channels_are_not_scaled(bench):
         start[unit.key] = torch.where(order < unit.width // 2, 0.9, 0.1)
 
     def loss(temperature, rotated):
-        found = search(
-            bench.model,
-            bench.prunable,
-            bench.prunable.units(),
-            bench.table,
-            bench.calibration,
-            bench.distillation(),
-            budget=int(0.6 * bench.table.dense),
-            round_to=8,
-            options=replace(SHORT, steps=1, temperature=temperature),
-            start=start,
-            rotated=rotated,
-        )
-        return found.log[0].loss
+        begun = {
+            key: Start(scores, "principal" if key in rotated else "channel") for key, scores in start.items()
+        }
+        options = replace(SHORT, steps=1, temperature=temperature)
+        return bench.search(0.6, options, begun).log[0].loss
 
     principal = [unit.key for unit in bench.prunable.units(("qk",))]
     assert loss("kept", principal) == loss("dense", ())
@@ -194,20 +169,12 @@ def test_indicators_are_trained_where_they_are_asked_for():
     assert SHORT.by_indicators
 
 
-def test_gains_of_what_is_removed_are_zero_and_trained_ones_help():
-    bench = Bench(images=16)
+def test_scales_of_removed_channels_are_zero(bench):
     plan = bench.search(0.5).plan
-    start = plan_channel_scales(bench.prunable, plan, None, "kept")
-    distillation = bench.distillation(options=replace(SHORT, batch_size=16))
-    trained = train_channel_scales(
-        bench.model, bench.prunable, plan, None, distillation, steps=30, lr=0.02, temperature="kept"
-    )
-    losses = [
-        float(distillation.loss(bench.model, bench.prunable, channel_scales))
-        for channel_scales in (start, trained)
-    ]
-    assert losses[1] < 0.8 * losses[0]
-    assert all(torch.equal(trained[key] == 0, start[key] == 0) for key in start)
+    for unit in plan:
+        scales = plan_channel_scales(bench.prunable, plan, None, "kept")[unit.key]
+        kept = [torch.nonzero(row)[:, 0].tolist() for row in scales]
+        assert kept == [list(row) for row in unit.kept]
 
 
 def test_scope_and_labels(bench):
@@ -221,8 +188,8 @@ def test_scope_and_labels(bench):
 def test_training_helps():
     bench = Bench(images=16)
     outcomes = []
-    for steps, gain_steps in ((1, 0), (36, 24)):
-        _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, gain_steps=gain_steps, batch_size=8))
+    for steps in (1, 60):
+        _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, batch_size=8))
         outcomes.append(float(Divergence(True)(slim(bench.images), bench.calibration.teacher)))
     assert outcomes[1] < 0.7 * outcomes[0]
 
@@ -230,7 +197,7 @@ def test_training_helps():
 def test_models_without_a_classifier_are_taught_by_features():
     case = replace(CASES[0], args={**CASES[0].args, "num_classes": 0})
     bench = Bench(case)
-    assert bench.search(0.5, classifier=False).log[-1].loss > 0
+    assert bench.search(0.5).log[-1].loss > 0
 
 
 def test_divergence_is_kl_in_nats():

@@ -25,6 +25,7 @@ from helpers.plans import (
     random_plan,
     untrained,
 )
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import UnitMoments, calibrate
 from mhacut.pruning.candidates import find_candidates
@@ -273,7 +274,7 @@ def test_repaired_or_shrunk_a_cut_is_a_mere_slice(name):
     for unit in prunable.units():
         model = copy.deepcopy(dense)
         module, seen = model.get_submodule(unit.layer), moments[unit.key]
-        (candidate, *_) = find_candidates(module, unit, seen, 1, "channel")
+        (candidate, *_) = find_candidates(module, unit, seen, 1, SearchOptions(basis="channel"))
         width = max(1, unit.width // 2)
         shrink(module, unit, candidate, width, seen, "kept")
         shrunk = model(x)

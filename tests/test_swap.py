@@ -158,7 +158,9 @@ class Unit:
         self.module = model.get_submodule(self.unit.layer)
         found = calibrate(model, self.prunable, image(case, batch=images), batch_size=16)
         self.moments = found.moments[self.unit.key]
-        (self.candidate,) = find_candidates(self.module, self.unit, self.moments, 8, "channel")
+        (self.candidate,) = find_candidates(
+            self.module, self.unit, self.moments, 8, SearchOptions(basis="channel")
+        )
         self.width = self.unit.width // 8
 
     def exchanged(self, width):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import timm
 import torch
 
-from helpers.plans import lesson_of
+from helpers.jobs import Recorder
+from helpers.plans import distillation_of
 from mhacut.errors import MhacutError
+from mhacut.options.prune import SearchOptions
 from mhacut.pruning.augment import varied
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.tune import tune
+from mhacut.pruning.recover import Recovery
+from mhacut.pruning.tune import tuned
 
 
 @pytest.fixture
@@ -41,30 +45,31 @@ def test_tuning_comes_nearer_to_the_dense_model_on_images_it_has_not_seen(dense)
     images = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     slim = damaged(dense)
     before = {name: tensor.clone() for name, tensor in slim.state_dict().items()}
-    distillation, judge = lesson_of(dense, images[16:]), lesson_of(dense, images[:16])
-    losses = []
-    tuned = tune(
-        slim, dense, distillation, judge, steps=30, lr=1e-3, progress=lambda *told: losses.append(told[2])
-    )
-    assert len(losses) == 30
-    assert tuned.after < 0.7 * tuned.before
-    assert tuned.after == pytest.approx(judge.divergence_of(tuned.model))
+    distillation, judge = distillation_of(dense, images[16:]), distillation_of(dense, images[:16])
+    reporter = Recorder()
+    model = tuned(slim, dense, distillation, steps=30, lr=1e-3, reporter=reporter)
+    found = Recovery.of(slim, model, judge)
+    assert reporter.steps == [(step, 30) for step in range(1, 31)]
+    assert all(re.fullmatch(r"loss \d\.\d{4}", detail) for detail in reporter.details)
+    assert found.after < 0.7 * found.before
+    assert found.after == pytest.approx(judge.divergence_of(found.model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in tuned.model.parameters())
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
 
 
 def test_tuning_that_does_not_help_is_dropped(dense):
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    distillation = lesson_of(dense, images, batch_size=4)
+    distillation = distillation_of(dense, images, batch_size=4)
     perfect = copy.deepcopy(dense)
-    tuned = tune(perfect, dense, distillation, distillation, steps=3, lr=1e-2)
-    assert tuned.model is perfect
-    assert tuned.after > tuned.before
+    model = tuned(perfect, dense, distillation, steps=3, lr=1e-2)
+    found = Recovery.of(perfect, model, distillation)
+    assert found.model is perfect
+    assert found.after > found.before
 
 
 def test_the_teacher_answers_for_what_images_have_become(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    distillation, seen = lesson_of(dense, images, batch_size=4), []
+    distillation, seen = distillation_of(dense, images, batch_size=4), []
     for number in range(4):
         assert float(distillation.varied_loss(dense, dense, generator(number))) == pytest.approx(0, abs=1e-6)
     other = copy.deepcopy(dense)
@@ -82,11 +87,8 @@ def test_labels_are_not_those_of_mixed_images(dense):
         images,
         dense(images),
         torch.zeros(4, dtype=torch.long),
-        batch_size=4,
-        seed=0,
-        label_weight=1.0,
+        SearchOptions(batch_size=4, label_weight=1.0),
         classifier=True,
-        amp=False,
     )
     assert float(distillation.varied_loss(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
 
@@ -118,7 +120,7 @@ def test_a_variation_is_made_of_the_images_of_its_batch():
 
 
 def test_a_loss_that_is_not_finite_is_refused(dense):
-    distillation = lesson_of(dense, torch.randn(4, 3, 16, 16))
+    distillation = distillation_of(dense, torch.randn(4, 3, 16, 16))
     dense.head.bias += float("nan")
     with pytest.raises(MhacutError, match="not finite"):
         distillation.varied_loss(dense, dense, generator(0))

@@ -10,6 +10,7 @@ import timm_cases
 import timm_cases_separate
 from mhacut.inspection.heads import SHARES, describe_heads
 from mhacut.linalg.similarity import cosine_similarity, redundancy
+from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.weight_moments import white_moments
 from mhacut.surgery.find import find_prunable_layers
@@ -64,7 +65,7 @@ def test_findings_are_those_of_the_ranking(attention, kind):
     moments, similarity = white_moments(module, unit)
     with torch.no_grad():
         found = describe_heads(module, unit, moments, similarity, ranked=True)
-        ranking = find_candidates(module, unit, moments, 1, "channel")[0].ranking
+        ranking = find_candidates(module, unit, moments, 1, SearchOptions(basis="channel"))[0].ranking
     assert len(found) == HEADS
     for head, told in enumerate(found):
         assert told.similarity == pytest.approx(float(similarity[head].mean()))

@@ -12,7 +12,8 @@ from mhacut.cli.flags import command
 from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
-    from mhacut.commands.prune import ModelFigures, PruneResult
+    from mhacut.commands.prune import PruneResult
+    from mhacut.measuring.figures import ModelFigures
 
 
 @command(PruneOptions)

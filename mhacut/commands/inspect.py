@@ -162,7 +162,7 @@ def _evidence(
         find_prunable_layers(opened.model),
         images.images,
         batch_size=options.batch_size,
-        progress=reporter.advance,
+        reporter=reporter,
     )
     return Evidence(calibration, images.description)
 

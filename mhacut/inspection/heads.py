@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Unit
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.spectrum import effective_rank, falling_eigenvalues, logit_energies, output_energies
+from mhacut.options.prune import SearchOptions
 from mhacut.pruning.calibrate import UnitMoments
 from mhacut.pruning.candidates import find_candidates
 from mhacut.surgery.output import effective_output_weights
@@ -60,7 +61,8 @@ def _channels_to_keep(
 ) -> list[dict[int, tuple[int, ...]]]:
     """Per head, the channels to keep at each of :data:`SHARES`."""
     widths = {share: max(1, round(unit.width * share / 100)) for share in SHARES}
-    candidate = find_candidates(module, unit, moments, min(widths.values()), "channel", positions="own")[0]
+    options = SearchOptions(basis="channel", positions="own")
+    candidate = find_candidates(module, unit, moments, min(widths.values()), options)[0]
     kept = {share: candidate.ranking.kept(width).tolist() for share, width in widths.items()}
     return [{share: tuple(heads[head]) for share, heads in kept.items()} for head in range(unit.heads)]
 

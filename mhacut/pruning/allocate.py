@@ -1,4 +1,4 @@
-"""Allocation: which widths a budget buys, when every unit's error is known as a function of its width. Ours.
+"""Allocation: the widths that a budget buys, given every unit's error as a function of its width. Ours.
 
 Errors of units are taken to add up, FLOPs to be linear in each unit's width. Then the best widths are those
 at one common price of error per FLOP (the Lagrangian relaxation of the knapsack; exact on the convex hulls of
@@ -15,7 +15,8 @@ from mhacut.pruning.widths import NEAR, fill_budget
 from mhacut.surgery.find import UnitKey
 
 TIE = 0.01
-"""Share of the predicted error that equal q/k and v widths may cost: layers where they differ run slower."""
+"""Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where
+they differ run slower."""
 
 
 def uniform_widths(
@@ -23,7 +24,7 @@ def uniform_widths(
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
 ) -> dict[UnitKey, int]:
-    """The same share of every unit, as nearly as the allowed widths permit."""
+    """Return widths that are the same fraction of every unit, as nearly as the allowed widths permit."""
     ranked = {key: [1 - index / widths[-1] for index in range(widths[-1])] for key, widths in choices.items()}
     return fill_budget(ranked, choices, flops, budget)
 
@@ -34,13 +35,13 @@ def cheapest_widths(
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
 ) -> dict[UnitKey, int]:
-    """The widths of least total error within ``budget``; q/k as wide as v where that costs next to nothing.
+    """Return widths of least total error within ``budget``; q/k as wide as v where that costs little.
 
     Args:
         curves: error of every unit at each of its choices.
         choices: allowed widths per unit, ascending, the dense one last.
-        flops: of the model at given widths.
-        budget: reachable with the least widths.
+        flops: FLOPs of the model at given widths.
+        budget: FLOPs, reachable with the least widths.
     """
     free = _solve(curves, choices, flops, budget)
     tied = _solve_tied(curves, choices, flops, budget)
@@ -75,7 +76,7 @@ def _solve_tied(
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
 ) -> dict[UnitKey, int] | None:
-    """With q/k and v of every layer as one unit; None where they have no widths in common."""
+    """Solve with q/k and v of every layer as one unit; None where their allowed widths differ."""
     partner: dict[UnitKey, UnitKey] = {
         (layer, "qk"): (layer, "v") for layer, kind in choices if kind == "v" and (layer, "qk") in choices
     }
@@ -93,9 +94,9 @@ def _solve_tied(
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
-    """Per channel, from the first one on: error it saves per FLOP, on the lower convex hull of ``curve``.
+    """Error that each channel saves per FLOP, first channel first, on the lower convex hull of ``curve``.
 
-    The channels below the least width are beyond price.
+    It is infinite for the channels below the least width.
     """
     hull: list[int] = []
     for width in choices:

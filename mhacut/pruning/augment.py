@@ -1,8 +1,8 @@
-"""More images out of few, for a teacher that has an answer to any: flips, blends and patches. Ours.
+"""Image variations for distillation: flips, blends and patches. Ours.
 
 The mixing is that of mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), without their mixed labels: the
-teacher is asked for its answer to the mixed image, as in "Knowledge distillation: A good teacher is patient
-and consistent" (arXiv 2106.05237).
+teacher runs on the mixed image itself, as in "Knowledge distillation: A good teacher is patient and
+consistent" (arXiv 2106.05237).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images as they could have been: some mirrored, all of them blended with, or patched from, another one.
+    """Return variations of ``images``: some mirrored, all blended with or patched from another image.
 
     Each image is mirrored left to right with probability 1/2. Then the batch is either blended with itself in
-    another order, every image with a share of its own, or patched with a rectangle from there.
+    another order, in a random proportion for each image, or patched with one rectangle from there.
 
     Args:
         images: [B, C, H, W], on any device.

@@ -1,14 +1,13 @@
-"""Streaming passes of images through the dense model: everything later steps know of its activations.
+"""Calibration: one streaming pass of images through the dense model, which gathers what later stages need.
 
-Per unit, moments of its channels, apart for images to fit and images held out; per layer, how sharply the
-model's answer reacts to an error of the layer's output (:mod:`mhacut.pruning.fisher`), which also says
-how much each token counts in the moments; and the answers themselves. But for the answers, all of it is
-as large for one image as for many; the images are the caller's.
+Of every unit, moments of its channels, apart for images to fit and for held-out images; of every layer, the
+Fisher information of its output (:mod:`mhacut.pruning.fisher`), which also weights tokens in the moments;
+and the model's outputs. All but the outputs takes as much memory for one image as for many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,47 +23,50 @@ from mhacut.linalg.attention_difference import (
 )
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
-from mhacut.pruning.fisher import FisherInformation, measure_fisher
+from mhacut.pruning.fisher import FisherInformation, FisherOptions, measure_fisher
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.progress import SILENT, Counter, Reporter
 from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.hooks import capturing
 from mhacut.surgery.output import effective_output_weights
 
-Progress = Callable[[int, int], None]
 HELD_OUT = 0.25
-"""Share of the images that judges what the others were fitted to."""
+"""Fraction of the images that judges what was fitted to the others."""
 
 
 def held_out(images: int) -> int:
-    """How many of so many images judge what the others were fitted to; 0 of a single one."""
+    """Number of held-out images among ``images``; 0 of a single one."""
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
 
 @dataclass(frozen=True)
 class UnitMoments:
-    """Moments of one unit's channels, as its readout sees them.
+    """Moments of one unit's channels, as its output projection sees them.
 
-    (query, key), [H, d] each, for qk, k centred over the keys of each image unless ``select``; of linear
-    attention (parts,), [H, d], of what each channel adds to the layer's output; otherwise (channels,) over
-    all heads at once, [H * d]. Tokens count as much as they influence the answer, where that is known; not
-    keys, which serve all queries, nor those of linear attention.
+    - qk: (query, key), [H, d] each, k centred over the keys of each image unless the unit only selects.
+    - linear attention: (parts,), [H, d], what each channel adds to the layer's output.
+    - v and hidden: (channels,), [H * d], all heads at once.
+
+    Rows are weighted by token importance where it is known; but not keys, which serve all queries, nor rows
+    of linear attention.
     """
 
     fit: tuple[Moments, ...]
+    """On the images to fit."""
     held: tuple[Moments, ...]
-    """The same as ``fit`` where there is a single image."""
+    """On held-out images; the same as ``fit`` where there is a single image."""
 
     @property
     def every(self) -> tuple[Moments, ...]:
-        """Of all images."""
+        """On all images."""
         return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
 
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Where a unit's indicators start from.
+    """Initial values of a unit's indicators follow from these.
 
-    Those of v's outputs and of hidden channels count tokens as the moments do.
+    Tokens are weighted as in the moments for v's outputs and hidden channels.
     """
 
     redundancy: Tensor
@@ -75,23 +77,23 @@ class UnitStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one pass learned."""
+    """What one pass over the calibration images gathered."""
 
     held: int
-    """The first so many images are the ones held out; 0 with a single image, which then serves for both."""
+    """Number of held-out images, the first ones; 0 with a single image, which then serves for both."""
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
     fisher: FisherInformation
-    """Of the answer to errors of each layer's output; empty when not asked for."""
+    """Of each layer's output; empty when not asked for."""
     teacher: Tensor
-    """Dense outputs, [images, classes]."""
+    """Outputs of the dense model, [images, classes]."""
 
 
 class _Accumulator:
     """Sums over images for one unit, float64, on the model's device."""
 
     def __init__(self, unit: Unit, fisher: FisherInformation, output_gram: Tensor | None = None) -> None:
-        """Start from nothing; ``output_gram``, [H, d_v, d_v], is of what heads of linear attention give."""
+        """Start from nothing; ``output_gram``, [H, d_v, d_v], is needed for linear attention only."""
         self.unit, self.fisher, self.output_gram = unit, fisher, output_gram
         self.parts: dict[tuple[str, bool], Moments] = {}
         self.grams: dict[str, Tensor] = {}
@@ -99,9 +101,9 @@ class _Accumulator:
         self._waiting: dict[str, Tensor] = {}
 
     def feed(self, hook: str, channels: Tensor, images: int, held: bool) -> None:
-        """Take one batch of so many images of one tap, [..., heads, width]."""
+        """Add one batch of so many images from one hook, [..., heads, width]."""
         if self.unit.linear:
-            self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)
+            self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)  # (B, H, N, d)
             return
         weights = None
         if hook != "key":
@@ -114,13 +116,13 @@ class _Accumulator:
             self._gram(hook, x.transpose(0, 1).flatten(1, 2))
             self._moments(hook, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
             return
-        if hook != "output":  # the values, or hidden channels, which are what the readout reads
-            self._gram(hook, channels.flatten(0, -3).transpose(0, 1))
+        if hook != "output":  # values, or hidden channels, which are what the output projection reads
+            self._gram(hook, channels.flatten(0, -3).transpose(0, 1))  # (H, B * N, d)
         if hook != "value":
-            self._moments(hook, channels.flatten(-2).flatten(0, -2), weights, held)  # (rows, H * d)
+            self._moments(hook, channels.flatten(-2).flatten(0, -2), weights, held)  # (B * N, H * d)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
-        """Take features or values, (B, H, N, d); they mean something together only."""
+        """Add features or values, (B, H, N, d), once query, key and value of a batch are there."""
         self._waiting[hook] = x
         if hook != "value":
             self._gram(hook, x.transpose(0, 1).flatten(1, 2))
@@ -140,11 +142,11 @@ class _Accumulator:
         self.parts[key] = self.parts[key] + moments if key in self.parts else moments
 
     def _gram(self, hook: str, rows: Tensor) -> None:
-        """Of rows as they are, [H, d, d], for similarity; of an MLP the moments say it already."""
+        """Add unweighted products of rows, [H, rows, d], for similarity; an MLP's moments serve for that."""
         if self.unit.kind == "hidden":
             return
         flat = rows.float()
-        gram = (flat.mT @ flat).double()
+        gram = (flat.mT @ flat).double()  # (H, d, d)
         self.grams[hook] = self.grams[hook] + gram if hook in self.grams else gram
 
     def _energy(self, hook: str, x: Tensor) -> None:
@@ -157,7 +159,7 @@ class _Accumulator:
             self.energy = energy.double() if self.energy is None else self.energy + energy.double()
 
     def sums(self) -> dict[str, Tensor]:
-        """Everything gathered so far, by names that are alike in every process."""
+        """Everything gathered so far, under names that are the same in every process."""
         found = {f"gram {hook}": gram for hook, gram in self.grams.items()}
         if self.energy is not None:
             found["energy"] = self.energy
@@ -168,7 +170,7 @@ class _Accumulator:
         return found
 
     def take_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`sums`."""
+        """Replace everything gathered by ``sums``; the inverse of :meth:`sums`."""
         self.energy = sums.get("energy")
         self.grams = {name[5:]: gram for name, gram in sums.items() if name.startswith("gram ")}
         self.parts = {
@@ -180,7 +182,7 @@ class _Accumulator:
         }
 
     def moments(self) -> UnitMoments:
-        """Of what was fed so far."""
+        """Moments of everything gathered so far."""
         hooks = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
         if self.unit.linear:
             hooks = ("parts",)
@@ -191,7 +193,7 @@ class _Accumulator:
         return UnitMoments(fit or held, held or fit)
 
     def statistics(self, module: nn.Module) -> UnitStatistics:
-        """Of what was fed so far, on the CPU; ``module`` is the unit's layer."""
+        """Statistics of everything gathered so far, on the CPU; ``module`` is the unit's layer."""
         unit, moments = self.unit, self.moments().every
         if unit.kind == "qk":
             assert self.energy is not None
@@ -199,9 +201,62 @@ class _Accumulator:
             return UnitStatistics(similar.cpu(), self.energy.sqrt().cpu())
         second = moments[0].second
         gram = second[None] if unit.kind == "hidden" else self.grams["value"]
-        columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)
+        columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
         energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
         return UnitStatistics(redundancy(cosine_similarity(gram)).cpu(), energy.sqrt().cpu())
+
+
+class _Pass:
+    """What one pass over the images gathers in this process."""
+
+    def __init__(self, model: nn.Module, prunable: PrunableLayers, fisher: FisherInformation) -> None:
+        self.accumulators = {
+            unit.key: _Accumulator(unit, fisher, _output_gram(model, layer) if unit.linear else None)
+            for layer in prunable.layers
+            for unit in layer.units
+        }
+        self.outputs: Tensor | None = None
+        """[images, classes], on the CPU; zeros for the images of other processes."""
+        self._images, self._held = 0, False
+
+    def start_batch(self, images: int, held: bool) -> None:
+        """Expect so many images next, all of them held out or none."""
+        self._images, self._held = images, held
+
+    def feed(self, unit: Unit, hook: str, channels: Tensor) -> None:
+        """Add the activation of one hook for the current batch."""
+        self.accumulators[unit.key].feed(hook, channels, self._images, self._held)
+
+    def add_outputs(self, start: int, outputs: Tensor, images: int) -> None:
+        """Keep the outputs of the images from ``start`` on, of ``images`` in all."""
+        if self.outputs is None:
+            self.outputs = torch.zeros(images, *outputs.shape[1:])
+        self.outputs[start : start + len(outputs)] = outputs.float().cpu()
+
+    def share(self, processes: Processes) -> Tensor:
+        """Add up, in place, what all processes gathered; return the outputs of all images."""
+        sums = {
+            f"{number} {name}": part
+            for number, accumulator in enumerate(self.accumulators.values())
+            for name, part in accumulator.sums().items()
+        }
+        if self.outputs is not None:
+            sums["outputs"] = self.outputs
+        sums = processes.summed(sums)
+        for number, accumulator in enumerate(self.accumulators.values()):
+            prefix = f"{number} "
+            own = {name: part for name, part in sums.items() if name.startswith(prefix)}
+            accumulator.take_sums({name.removeprefix(prefix): part for name, part in own.items()})
+        return sums["outputs"].cpu()
+
+    def moments(self) -> dict[UnitKey, UnitMoments]:
+        return {key: accumulator.moments() for key, accumulator in self.accumulators.items()}
+
+    def statistics(self, model: nn.Module) -> dict[UnitKey, UnitStatistics]:
+        return {
+            key: accumulator.statistics(model.get_submodule(accumulator.unit.layer))
+            for key, accumulator in self.accumulators.items()
+        }
 
 
 @torch.no_grad()
@@ -211,119 +266,59 @@ def calibrate(
     images: Tensor,
     *,
     batch_size: int,
-    fisher_images: int = 0,
-    token_weights: bool = True,
-    seed: int = 0,
-    classifier: bool = True,
-    progress: Progress | None = None,
+    fisher: FisherOptions | None = None,
+    reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` and gather :class:`Calibration`.
+    """Run ``images`` [n, C, H, W] through ``model`` and gather a :class:`Calibration`.
 
-    Several processes take turns batch by batch, and add up what they found: every one of them is given the
-    same as one alone would be, up to the rounding of sums.
+    Several processes take turns batch by batch and add up their sums: each returns the same as one process
+    alone would, up to the rounding of sums.
 
     Args:
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
-        prunable: of ``model``.
-        images: normalised.
+        prunable: its prunable layers.
+        images: normalised; all of them in every process.
         batch_size: images at a time.
-        fisher_images: how many of those to fit are differentiated first, for the layers' fisher;
-            each costs about three times an image that is not.
-        token_weights: whether tokens count as much as those images say they influence the answer.
-        seed: of the random projections that estimate it.
-        classifier: whether outputs are class logits.
-        progress: called with (images done, images in all), those differentiated counted twice.
-        processes: that share the images, each of which it was given all of; None for this one alone.
+        fisher: how to estimate the Fisher information first; None leaves it out.
+        reporter: advances with the images, those to differentiate counted twice.
+        processes: those that share the images; None for this one alone.
 
     Raises:
-        MhacutError: an answer is not finite.
+        MhacutError: an output is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
-    count = len(images)
-    held = held_out(count)
-    fitted = images[held:][:fisher_images]
-    done = 0
-
-    def advance(by: int) -> None:
-        nonlocal done
-        done += by
-        if progress is not None:
-            progress(done, len(fitted) + count)
-
-    fisher = FisherInformation()
-    if len(fitted) > 0:
-        fisher = measure_fisher(
+    count, held = len(images), held_out(len(images))
+    differentiated = images[held:][: 0 if fisher is None else fisher.images]
+    counter = Counter(reporter, len(differentiated) + count)
+    information = FisherInformation()
+    if fisher is not None and len(differentiated) > 0:
+        information = measure_fisher(
             model,
             prunable,
-            fitted,
+            differentiated,
             batch_size=batch_size,
-            seed=seed,
-            classifier=classifier,
-            progress=advance,
+            seed=fisher.seed,
+            counter=counter,
             processes=processes,
         )
-        if not token_weights:
-            fisher = FisherInformation(fisher.matrices)
-    accumulators = {
-        unit.key: _Accumulator(unit, fisher, _output_gram(model, layer) if unit.linear else None)
-        for layer in prunable.layers
-        for unit in layer.units
-    }
+        if not fisher.token_importance:
+            information = FisherInformation(information.matrices)
+    gathered = _Pass(model, prunable, information)
     device = next(model.parameters()).device
-    answers: Tensor | None = None  # where other processes have theirs, zeros
-    start = stop = 0
-
-    def listen(unit: Unit, hook: str, channels: Tensor) -> None:
-        accumulators[unit.key].feed(hook, channels, stop - start, held=start < held)
-
-    with capturing(model, prunable.units(), listen):
-        batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
+    batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
+    with capturing(model, prunable.units(), gathered.feed):
         for number, (start, stop) in enumerate(batches):
             if number % processes.size == processes.rank:
-                outputs: Tensor = model(images[start:stop].to(device))
-                if answers is None:
-                    answers = torch.zeros(count, *outputs.shape[1:])
-                answers[start:stop] = outputs.float().cpu()
-            advance(stop - start)
-    answers = _shared(processes, accumulators, answers)
-    if not answers.isfinite().all():
+                gathered.start_batch(stop - start, start < held)
+                gathered.add_outputs(start, model(images[start:stop].to(device)), count)
+            counter.add(stop - start)
+    outputs = gathered.share(processes)
+    if not outputs.isfinite().all():
         raise MhacutError(
             "the model's outputs are not finite on the calibration images; check --mean, --std and the file"
         )
-    return Calibration(
-        held,
-        {key: accumulator.moments() for key, accumulator in accumulators.items()},
-        {
-            unit.key: accumulators[unit.key].statistics(model.get_submodule(unit.layer))
-            for unit in prunable.units()
-        },
-        fisher,
-        answers,
-    )
-
-
-def _shared(
-    processes: Processes,
-    accumulators: Mapping[UnitKey, _Accumulator],
-    answers: Tensor | None,
-) -> Tensor:
-    """Add up, in place, what the processes gathered; gives the answers of all."""
-    sums = {
-        f"{number} {name}": part
-        for number, accumulator in enumerate(accumulators.values())
-        for name, part in accumulator.sums().items()
-    }
-    if answers is not None:
-        sums["answers"] = answers
-    sums = processes.summed(sums)
-    for number, accumulator in enumerate(accumulators.values()):
-        accumulator.take_sums(_under(f"{number} ", sums))
-    return sums["answers"].cpu()
-
-
-def _under(prefix: str, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)}
+    return Calibration(held, gathered.moments(), gathered.statistics(model), information, outputs)
 
 
 def _output_gram(model: nn.Module, layer: Layer) -> Tensor:
@@ -331,7 +326,7 @@ def _output_gram(model: nn.Module, layer: Layer) -> Tensor:
     values = next(unit for unit in layer.units if unit.kind == "v")
     columns = effective_output_weights(model.get_submodule(layer.name), values).view(
         -1, values.heads, values.width
-    )
+    )  # (out, H, d_v)
     return torch.einsum("ohi,ohj->hij", columns, columns)
 
 

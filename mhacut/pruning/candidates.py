@@ -1,4 +1,4 @@
-"""How a unit could shrink: in which basis, and in which order its channels would go. Ours."""
+"""Candidates for the cut of a unit: in which basis, and in which order its channels go. Ours."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ from mhacut.linalg.selection import (
     rank_parts,
     rank_shared_channels,
 )
-from mhacut.options.prune import BasisChoice, Positions
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, UnitPlan
 from mhacut.pruning.calibrate import UnitMoments
 from mhacut.surgery.output import effective_output_weights
 
 FEW_ROWS = 2
-"""With fewer rows than that for each channel, of images to fit, errors are those on images held out: on
-those they were fitted to, as many channels as there are rows leave none. (Class attention and pooling heads
-see one row an image. With that, a CaiT of random weights at 70 % of its FLOPs had a divergence of .050 with
-64 images and .033 with 256; without, .214 and .074.)"""
+"""Rows of images to fit, per channel, below which errors are measured on held-out images: as many channels as
+there are rows fit those rows exactly. (Class attention and pooling heads have one row per image.)"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to shrink a unit."""
+    """One basis for a unit, and the order in which its channels go."""
 
     unit: Unit
     rotation: Tensor | None
-    """For :func:`mhacut.surgery.rotate.rotate`, [H, d, d]; None in the basis of the original channels."""
+    """Matrix for :func:`mhacut.surgery.rotate.rotate`, [H, d, d]; None for the unit's own channels."""
     ranking: Ranking
-    """In the order they stay; of rotated channels where there is a rotation."""
+    """Order in which channels stay; of rotated channels where there is a rotation."""
     unshared: bool = False
-    """Each head gets a copy of what heads share, see :attr:`mhacut.plan.UnitPlan.unshared`."""
+    """Whether each head gets a copy of what heads share, see :attr:`mhacut.plan.UnitPlan.unshared`."""
 
     @property
     def basis(self) -> Basis:
         return "channel" if self.rotation is None else "principal"
 
     def plan(self, width: int) -> UnitPlan:
-        """The cut to ``width`` channels per head."""
+        """Return the cut to ``width`` channels per head."""
         unit = self.unit
         if width == unit.width:
             return UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width)
@@ -62,37 +60,34 @@ def find_candidates(
     unit: Unit,
     moments: UnitMoments,
     smallest: int,
-    basis: BasisChoice,
+    options: SearchOptions,
     fisher: Tensor | None = None,
-    positions: Positions = "auto",
-    *,
-    refit: bool = True,
 ) -> tuple[Candidate, ...]:
-    """The ways to shrink ``unit`` that ``basis`` allows, the likeliest to be good first.
+    """Return the candidates for ``unit`` that ``options`` allow, the most promising first.
 
     Args:
-        module: the layer.
-        unit: of that layer.
+        module: its layer.
+        unit: to be cut.
         moments: of its channels.
-        smallest: the least width anyone will ask for.
-        basis: ``auto`` gives both where the algebra allows both.
-        fisher: of errors of the layer's output, [out, out], to price the removal of hidden channels.
-        positions: of channels in heads that share tensors; ``auto`` gives both ways.
-        refit: whether the cut will be repaired; without that, channels are ranked by what goes with them.
+        smallest: least width that will be asked for; nothing is known below it.
+        options: ``basis``, ``positions`` (both take the best of all where they are ``auto``) and ``repair``
+            (without which channels are ranked by what is lost with them) are used.
+        fisher: Fisher information of the layer's output, [out, out], to price the removal of channels.
     """
-    found = []
-    if unit.mixing == "rotate" and basis != "channel":
-        rotation = _principal(module, unit, moments, refit)
+    found, refit = [], options.repair
+    if unit.mixing == "rotate" and options.basis != "channel":
+        rotation = _pca_rotation(module, unit, moments, refit)
         found.append(Candidate(unit, rotation, _in_order(unit, moments)))
-    shares, by_channel = unit.sharing != "own", not found or basis == "auto"
-    own = positions != "equal" and unit.sharing != "tied"
-    equal = positions != "own" or unit.sharing == "tied"
+    shares, by_channel = unit.sharing != "own", not found or options.basis == "auto"
+    own = options.positions != "equal" and unit.sharing != "tied"
+    equal = options.positions != "own" or unit.sharing == "tied"
     if by_channel and (not shares or own):
         ranking = _ranking(module, unit, moments, smallest, fisher, refit)
         found.append(Candidate(unit, None, ranking, shares))
     if by_channel and shares and equal and (unit.mixing == "select" or not refit):
-        together = _parts(module, unit, moments).sum((0, 2))[None]
-        found.append(Candidate(unit, None, Ranking(rank_parts(together).order.expand(unit.heads, -1))))
+        of_all_heads = _contributions(module, unit, moments).sum((0, 2))[None]  # (1, d, d)
+        order = rank_parts(of_all_heads).order.expand(unit.heads, -1)
+        found.append(Candidate(unit, None, Ranking(order)))
     elif by_channel and shares and equal:
         second = _second(unit, moments.every[0], refit)
         ranking = rank_shared_channels(second, effective_output_weights(module, unit), unit.heads, smallest)
@@ -103,18 +98,18 @@ def find_candidates(
 def exchanged(
     module: nn.Module, candidate: Candidate, moments: UnitMoments, width: int, fisher: Tensor | None
 ) -> Candidate:
-    """``candidate`` with the channels it keeps at ``width`` improved by swaps; good for that width only.
+    """Return ``candidate``, the channels it keeps at ``width`` improved by exchanges, for that width only.
 
-    As it is, if nothing goes, if channels are not those that :func:`mhacut.linalg.selection.rank_channels`
-    ranks (v and hidden channels in their own basis, each head's its own), or if they are seen in few rows, to
-    which swaps would be fitted.
+    It is returned unchanged if nothing goes; if its channels are not those that
+    :func:`mhacut.linalg.selection.rank_channels` ranks (v and hidden channels in their own basis, each head's
+    its own); or if they are seen in few rows, to which exchanges would overfit.
 
     Args:
         module: the layer.
-        candidate: to shrink a unit of that layer.
+        candidate: for a unit of that layer.
         moments: of the unit's channels.
-        width: that it will have.
-        fisher: of errors of the layer's output, [out, out], float64.
+        width: channels per head that will stay.
+        fisher: Fisher information of the layer's output, [out, out], float64; None is plain squared error.
     """
     unit = candidate.unit
     if not isinstance(candidate.ranking, Removal) or width == unit.width or few_rows(unit, moments):
@@ -128,37 +123,37 @@ def exchanged(
 
 
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:
-    """Whether what is fitted to these images would fit no others."""
+    """Whether a fit to these images would overfit."""
     return moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
 
 
 def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:
-    """``moments`` as they are once :func:`mhacut.surgery.rotate.rotate` has changed the layer."""
+    """Return ``moments`` as they are after :func:`mhacut.surgery.rotate.rotate` on the layer."""
     if rotation is None:
         return moments
     inverse = torch.linalg.inv(rotation).mT
     matrices = (rotation, inverse) if unit.kind == "qk" else (block_diagonal(inverse),)
 
-    def turned(part: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    def transformed(part: tuple[Moments, ...]) -> tuple[Moments, ...]:
         return tuple(side.transformed(matrix) for side, matrix in zip(part, matrices, strict=True))
 
-    return UnitMoments(turned(moments.fit), turned(moments.held))
+    return UnitMoments(transformed(moments.fit), transformed(moments.held))
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """[H, d, d] as one [H * d, H * d]."""
+    """Return [H, d, d] as one [H * d, H * d]."""
     matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return matrix
 
 
-def _principal(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bool) -> Tensor:
+def _pca_rotation(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bool) -> Tensor:
     every = moments.every
     if unit.kind == "qk":
         return logit_basis(every[0].energy, every[1].energy)
     second = _second(unit, every[0], refit).view(unit.heads, unit.width, unit.heads, unit.width)
     own = torch.stack([second[head, :, head] for head in range(unit.heads)])
-    columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)
-    if unit.sharing == "tied":  # one basis, of what any head gives to any reader
+    columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
+    if unit.sharing == "tied":  # one basis, for what any head adds to the output
         columns = columns.flatten(0, 1)[:, None]
         return output_basis(own.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
     return output_basis(own, columns)
@@ -179,7 +174,7 @@ def _ranking(
 ) -> Ranking:
     every = moments.every
     if unit.mixing == "select" or not refit:  # nothing stands in for a channel
-        parts = _parts(module, unit, moments)
+        parts = _contributions(module, unit, moments)  # (H, d, H, d)
         return rank_parts(torch.stack([parts[head, :, head] for head in range(unit.heads)]))
     if unit.kind == "qk":
         return rank_logit_channels(every[0].energy, every[1].energy, smallest)
@@ -187,10 +182,10 @@ def _ranking(
     return rank_channels(second, effective_output_weights(module, unit), unit.heads, smallest, fisher)
 
 
-def _parts(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
-    """Second moment of what each channel adds, to the logits or to the output, [H, d, H, d].
+def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
+    """Second moments of what each channel adds to the logits or to the output, [H, d, H, d].
 
-    With q and k taken as independent; what is of different heads does not add up in logits.
+    q and k are taken as independent; in the logits, channels of different heads do not add up.
     """
     first = moments.every[0].energy
     if unit.kind == "qk" or unit.linear:
@@ -202,5 +197,5 @@ def _parts(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
 
 
 def _second(unit: Unit, moments: Moments, refit: bool) -> Tensor:
-    """What a refit gives a bias or batch norm to take up does not count."""
+    """Second moment of the channels, centred where the refit leaves their mean to a bias or batch norm."""
     return moments.covariance if unit.constants_pass and refit else moments.energy

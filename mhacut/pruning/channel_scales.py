@@ -1,28 +1,25 @@
-"""Reweight: a channel scale per kept channel, trained on a final plan and merged into the weights at the cut.
+"""Channel scales: one factor per channel, trained with the dense model as teacher, merged into the weights.
 
-Source: the "reweight module to compensate for information loss" of arXiv 2405.20867, abstract; its place and
-form are ours: v and hidden channel scales scale the columns that read the channel, qk channel scales the
-rows of W_q.
+Source: the "reweight module to compensate for information loss" of arXiv 2405.20867, abstract. Place and form
+are ours: scales of v and hidden channels go into the columns that read the channel, those of qk channels into
+the rows of W_q.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.options.prune import Temperature
 from mhacut.plan import Plan, UnitPlan
-from mhacut.pruning.distill import Distillation
-from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
+from mhacut.pruning.distill import Distillation, minimise
+from mhacut.runtime.progress import SILENT, Reporter
+from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
-
-# There are few steps: a shorter memory of the gradients' size than Adam's own.
-ADAM_BETAS = (0.9, 0.99)
 
 
 def plan_channel_scales(
@@ -31,120 +28,59 @@ def plan_channel_scales(
     channel_scales: Mapping[UnitKey, Tensor] | None,
     temperature: Temperature,
 ) -> dict[UnitKey, Tensor]:
-    """Gains as :func:`~mhacut.surgery.slice.cut` takes them: 0 where the plan removes.
+    """Return the scales with which :func:`~mhacut.surgery.slice.cut` makes ``plan``, [heads, dense width].
 
     Args:
-        prunable: of the model.
-        plan: which channels stay.
-        channel_scales: [heads, dense width] per unit; None is 1 everywhere.
+        prunable: prunable layers of the model.
+        plan: channels that it removes get the scale 0.
+        channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
         temperature: of the softmax.
     """
     masked: dict[UnitKey, Tensor] = {}
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
-        channel_scale = (
-            torch.ones(unit.heads, unit.width) if channel_scales is None else channel_scales[unit.key]
-        )
-        kept = torch.tensor(unit_plan.kept, device=channel_scale.device)
-        mask = torch.zeros_like(channel_scale).scatter(-1, kept, 1.0)
-        masked[unit.key] = (
-            mask * channel_scale * temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
-        )
+        scale = torch.ones(unit.heads, unit.width) if channel_scales is None else channel_scales[unit.key]
+        kept = torch.tensor(unit_plan.kept, device=scale.device)
+        mask = torch.zeros_like(scale).scatter(-1, kept, 1.0)
+        factor = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
+        masked[unit.key] = mask * scale * factor
     return masked
 
 
-def train_channel_scales(
-    model: nn.Module,
-    prunable: PrunableLayers,
-    plan: Plan,
-    start: Mapping[UnitKey, Tensor] | None,
-    distillation: Distillation,
-    *,
-    steps: int,
-    lr: float,
-    temperature: Temperature,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> dict[UnitKey, Tensor]:
-    """Gains for ``plan``, on the CPU, as :func:`mhacut.surgery.slice.cut` takes them.
-
-    Args:
-        model: of the dense shape, eval mode, float32; its tensors are left as they are.
-        prunable: of ``model``.
-        plan: what is kept.
-        start: channel scales to start from; None starts from 1.
-        distillation: what the masked model is taught.
-        steps: of Adam, its rate sinking to 0 along a cosine.
-        lr: Adam's, at the start.
-        temperature: of the softmax.
-        progress: called after every step with (step, steps, loss).
-    """
-    device = next(model.parameters()).device
-    units = [prunable.unit(unit_plan.key) for unit_plan in plan]
-    channel_scales = {
-        unit.key: nn.Parameter(
-            torch.ones(unit.heads, unit.width, device=device)
-            if start is None
-            else start[unit.key].detach().clone().to(device)
-        )
-        for unit in units
-    }
-    optimiser = torch.optim.Adam(channel_scales.values(), lr=lr, betas=ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
-    for step in range(steps):
-        loss = distillation.loss(
-            model, prunable, plan_channel_scales(prunable, plan, channel_scales, temperature)
-        )
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, steps, float(loss.detach()))
-    with torch.no_grad():
-        trained = plan_channel_scales(prunable, plan, channel_scales, temperature)
-    return {key: channel_scale.cpu() for key, channel_scale in trained.items()}
-
-
-@dataclass(frozen=True)
-class Reweighting:
-    """What training channel scales on a slim model did."""
-
-    model: nn.Module
-    """With the channel scales merged; the one given, where they did not help."""
-    before: float
-    """Divergence (:class:`~.distill.Divergence`) from the dense model on images the channel scales were not
-    trained on."""
-    after: float
-    """With the channel scales, merged or not."""
-
-
-def reweight(
+def with_trained_scales(
     slim: nn.Module,
+    prunable: PrunableLayers,
     distillation: Distillation,
-    judge: Distillation,
     *,
     steps: int,
     lr: float,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> Reweighting:
-    """Train a gain for every channel of ``slim`` and merge them, if they help on images of ``judge``.
+    reporter: Reporter = SILENT,
+) -> nn.Module:
+    """Return a copy of ``slim`` with a trained scale merged into each of its channels.
 
     Args:
-        slim: cut, eval mode, float32; left as it is.
-        distillation: what it is taught.
-        judge: images the channel scales are judged by.
-        steps: of Adam.
-        lr: Adam's, at the start.
-        progress: called after every step with (step, steps, loss).
+        slim: cut, eval mode, float32; not modified.
+        prunable: prunable layers of ``slim``.
+        distillation: images to train on.
+        steps: optimiser steps.
+        lr: learning rate of the first step.
+        reporter: advances after every step.
     """
-    prunable = find_prunable_layers(slim)
-    whole = Plan(
-        tuple(UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in prunable.units())
+    device = next(slim.parameters()).device
+    scales = {
+        unit.key: nn.Parameter(torch.ones(unit.heads, unit.width, device=device)) for unit in prunable.units()
+    }
+    minimise(
+        lambda: distillation.masked_loss(slim, prunable, scales),
+        scales.values(),
+        steps=steps,
+        lr=lr,
+        reporter=reporter,
     )
-    channel_scales = train_channel_scales(
-        slim, prunable, whole, None, distillation, steps=steps, lr=lr, temperature="dense", progress=progress
+    scaled = copy.deepcopy(slim)
+    units = prunable.units()
+    everything = Plan(
+        tuple(UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in units)
     )
-    tuned = copy.deepcopy(slim)
-    cut(tuned, whole, channel_scales)
-    before, after = judge.divergence_of(slim), judge.divergence_of(tuned)
-    return Reweighting(tuned if after < before else slim, before, after)
+    cut(scaled, everything, {key: scale.detach().cpu() for key, scale in scales.items()}, prunable)
+    return scaled

@@ -1,9 +1,9 @@
-"""The dense model as teacher: a stream of batches, and the loss of a masked model on the next one."""
+"""Distillation: the dense model as teacher, and how far another model's outputs are from its own."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError
+from mhacut.options.prune import SearchOptions
 from mhacut.pruning.augment import varied
+from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.mask import masked_tensors, run_with
 
+ADAM_BETAS = (0.9, 0.99)
+"""There are few steps, so Adam's memory of the gradients' size is shorter than its default."""
+
 
 class Divergence:
-    """Distance of a model's outputs from the teacher's; a scalar, 0 when equal.
+    """Divergence of a model's outputs from the teacher's, a scalar; 0 where they are equal.
 
-    KL(teacher || model) in nats for classifiers; for models without one, squared error of the features
-    relative to their variance.
+    KL(teacher || model) in nats for classifiers; for models without a classifier, the squared error of the
+    features relative to their variance.
     """
 
     def __init__(self, classifier: bool) -> None:
@@ -36,67 +41,63 @@ class Divergence:
 
 
 class Distillation:
-    """The loss of a model under channel scales, batch after shuffled batch."""
+    """Images with the teacher's outputs for them: a stream of shuffled batches, and losses on them."""
 
     def __init__(
         self,
         images: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
+        options: SearchOptions,
         *,
-        batch_size: int,
-        seed: int,
-        label_weight: float,
         classifier: bool,
-        amp: bool,
+        amp: bool = False,
     ) -> None:
-        """Prepare to teach.
+        """Begin with the first batch.
 
         Args:
             images: [n, C, H, W], normalised.
             teacher: the dense model's outputs for them, [n, classes].
-            labels: [n], or None for distillation only.
-            batch_size: images per batch.
-            seed: of their order.
-            label_weight: of the cross-entropy with labels beside the divergence.
+            labels: [n], or None to do without a cross-entropy.
+            options: ``batch_size``, ``seed`` (of the order of images) and ``label_weight`` are used.
             classifier: whether outputs are class logits.
-            amp: bfloat16 autocast.
+            amp: whether to compute losses under bfloat16 autocast.
         """
         self.images, self.teacher, self.labels = images, teacher, labels
-        self.label_weight = label_weight if labels is not None else 0.0
+        self.options, self.amp = options, amp
         self.divergence = Divergence(classifier)
-        self.amp = amp
-        self.batch_size, self.seed = batch_size, seed
-        self._batches = _batches(len(images), batch_size, seed)
+        self._batches = _batches(len(images), options.batch_size, options.seed)
 
     def part(self, start: int, stop: int | None) -> Distillation:
-        """The same on some of the images."""
+        """Return the same on the images from ``start`` to ``stop``, beginning with the first batch."""
         part = copy.copy(self)
         part.images, part.teacher = self.images[start:stop], self.teacher[start:stop]
         part.labels = None if self.labels is None else self.labels[start:stop]
-        part._batches = _batches(len(part.images), self.batch_size, self.seed)
+        part._batches = _batches(len(part.images), self.options.batch_size, self.options.seed)
         return part
 
     @torch.no_grad()
     def divergence_of(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float:
-        """Divergence of ``model`` from the teacher, mean over all images.
+        """Return the divergence of ``model`` from the teacher, mean over all images.
 
         Args:
             model: eval mode.
-            tensors: to use in place of its own, by name.
+            tensors: substitutes for tensors of the model, by name.
         """
-        device = next(model.parameters()).device
+        device, size = next(model.parameters()).device, self.options.batch_size
         total = 0.0
-        for start in range(0, len(self.images), self.batch_size):
-            images, teacher = (part[start : start + self.batch_size] for part in (self.images, self.teacher))
+        for start in range(0, len(self.images), size):
+            images, teacher = (part[start : start + size] for part in (self.images, self.teacher))
             outputs = run_with(model, tensors or {}, images.to(device)).float()
             total += float(self.divergence(outputs, teacher.to(device))) * len(images)
-        return max(total, 0.0) / len(self.images)  # rounding makes less than nothing of equal answers
+        return max(total, 0.0) / len(self.images)  # rounding makes equal outputs less than 0
 
-    def loss(
+    def masked_loss(
         self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
     ) -> Tensor:
-        """Of ``model`` masked by ``channel_scales`` on the next batch; only the scales are differentiated.
+        """Return the loss of ``model`` on the next batch, its channels scaled; only scales get gradients.
+
+        The divergence, plus the cross-entropy with labels where there are any.
 
         Raises:
             MhacutError: it is not finite.
@@ -108,17 +109,18 @@ class Distillation:
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
             outputs = run_with(model, tensors, self.images[chosen].to(device)).float()
         loss = self.divergence(outputs, self.teacher[chosen].to(device))
-        if self.labels is not None and self.label_weight > 0:
-            loss = loss + self.label_weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
+        weight = self.options.label_weight
+        if self.labels is not None and weight > 0:
+            loss = loss + weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
         return self._checked(loss)
 
     def varied_loss(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
-        """Loss of ``model`` on a variation of the next batch, all its weights differentiated.
+        """Return the divergence of ``model`` on variations of the next batch; all its weights get gradients.
 
         Args:
             model: eval mode.
-            dense: the teacher, asked for its answer to the varied images. Labels, which are not theirs, are
-                left out.
+            dense: the teacher, which runs on the varied images too. Labels, which are not theirs, are left
+                out.
             generator: of :func:`mhacut.pruning.augment.varied`, on the CPU.
 
         Raises:
@@ -141,6 +143,34 @@ class Distillation:
         return loss
 
 
+def minimise(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Minimise ``loss`` over ``parameters`` in place, by Adam.
+
+    Args:
+        loss: returns the loss of the next batch, a scalar.
+        parameters: leaves that require gradients.
+        steps: number of steps; the learning rate falls to 0 over them along a cosine.
+        lr: learning rate of the first step.
+        reporter: advances after every step.
+    """
+    optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
+    for step in range(steps):
+        value = loss()
+        optimiser.zero_grad()
+        torch.autograd.backward(value)
+        optimiser.step()
+        schedule.step()
+        reporter.advance(step + 1, steps, f"loss {float(value.detach()):.4f}")
+
+
 def _repeatable(device: torch.device) -> AbstractContextManager[None]:
     """On CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
     if device.type != "cuda":
@@ -150,7 +180,7 @@ def _repeatable(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled index batches, every image once per round."""
+    """Endless shuffled batches of indices, every image once per round."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     while True:

@@ -1,7 +1,7 @@
-"""How sharply the model's answer reacts to errors of each layer's output: in which direction, at which token.
+"""Fisher information: how strongly the model's output reacts to errors of each layer's output.
 
-Ours. Tokens are far from alike: with a class token, errors of the last block's other tokens reach nobody, and
-even in the first block of a CIFAR-10 ViT that one token of 65 has a quarter to a half of all influence.
+An error of a layer's output moves the model's output more in some directions than in others, and at some
+tokens more than at others: with a class token, errors of the last block's other tokens reach nothing. Ours.
 """
 
 from __future__ import annotations
@@ -16,56 +16,64 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.info import gives_probabilities
 
 SHRINKAGE = 0.5
-"""Of the tokens' weights, what is spread evenly. Few images tell little of the few tokens that matter, and
-at deep cuts errors are not the small ones that gradients speak of. On two CIFAR-10 ViTs, with 256 images and
-one seed, the divergence at 50, 25 and 12.5 % of the FLOPs was .00020, .0175 and .087 with a half (.0049, .124
-and .363 for the ViT that is trained better), .00020, .0165 and .095 with a quarter (.0052, .132, .374),
-.00023, .0192 and .098 with a tenth (.0057, .139, .406), and .00027, .0236 and .107 with all, which is tokens
-all alike (.0068, .139, .355). With 32 images or 1,024, and with synthetic ones, a half did as well. These are
-validation images that the README's tables are of: 2,000 of the 5,000."""
+"""Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
+are not the small ones that gradients describe, so importance is shrunk towards uniform."""
 
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
 
 
 @dataclass(frozen=True)
+class FisherOptions:
+    """How to estimate the Fisher information during calibration."""
+
+    images: int
+    """Images to differentiate, of those to fit. Each takes about three times as long as another image."""
+    seed: int = 0
+    """Seed of the random projections of the outputs."""
+    token_importance: bool = True
+    """Whether to weight tokens by their importance; off, all tokens count alike."""
+
+
+@dataclass(frozen=True)
 class FisherInformation:
-    """What :func:`measure_fisher` found; empty where nothing was differentiated."""
+    """Estimates by :func:`measure_fisher`; empty where nothing was differentiated."""
 
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per layer, [out, out]: the KL divergence of the answer from an error e of the layer's output is about
-    1/2 tr(S E[e e^T]), E over tokens and images."""
+    """F of each layer, [out, out]: an error e of the layer's output moves the model's output by a KL
+    divergence of about 1/2 tr(F E[e e^T]), with E over tokens and images."""
     importance: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
-    """Per layer and grid, how much each token counts, flat, [tokens]: in proportion to its squared gradient,
-    but for :data:`SHRINKAGE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
+    """Importance of each token, flat, [tokens], per layer and grid: proportional to its squared gradient, but
+    for :data:`SHRINKAGE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
 
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
-        """How much each row counts in a mean over tokens and images.
+        """Return the importance of every row of an activation.
 
         Args:
-            layer: whose output the rows become: a row for each token of it, or several that follow each
-                other, such as both halves of a rotary head.
-            shape: of an activation without its channels, images first.
-            images: how many those are.
+            layer: whose output the rows become: one row per token of it, or several that follow each other,
+                such as both halves of a rotary head.
+            shape: shape of the activation without its channels, images first.
+            images: number of images in it.
 
         Returns:
-            [all rows], float64; None where all count alike, or where the rows are laid out otherwise than
-            those of the layer's output.
+            [all rows], float64; None where all rows count alike, or are laid out unlike the layer's output.
         """
         if shape[0] % images:
             return None
         own = _grid(shape, images)
-        for grid, weights in self.importance.get(layer, {}).items():
+        for grid, importance in self.importance.get(layer, {}).items():
             if own[: len(grid)] == grid:
-                return weights.repeat_interleave(math.prod(own[len(grid) :])).repeat(images)
+                return importance.repeat_interleave(math.prod(own[len(grid) :])).repeat(images)
         return None
 
 
 def _grid(shape: Sequence[int], images: int) -> Grid:
-    """Of one image. Windows of an image follow one another in the first dimension."""
+    """Shape for one image. Windows of an image follow one another in the first dimension."""
     return (shape[0] // images, *shape[1:])
 
 
@@ -76,29 +84,26 @@ def measure_fisher(
     images: Tensor,
     *,
     batch_size: int,
-    seed: int = 0,
-    classifier: bool = True,
-    progress: Callable[[int], None] | None = None,
-    processes: Processes | None = None,
+    seed: int,
+    counter: Counter,
+    processes: Processes,
 ) -> FisherInformation:
-    """Run ``images`` [n, C, H, W] through ``model`` and back, once.
+    """Estimate the Fisher information of all layers in one forward and backward pass over ``images``.
 
     Args:
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
-        prunable: of ``model``.
-        images: normalised.
+        prunable: its prunable layers.
+        images: [n, C, H, W], normalised.
         batch_size: images at a time.
-        seed: of the random projections that estimate it.
-        classifier: whether outputs are class logits.
-        progress: called with the number of images of each batch.
-        processes: that take turns batch by batch, and add up what they found.
+        seed: of the random projections of the outputs.
+        counter: counts images.
+        processes: take turns batch by batch, and add up their sums.
     """
-    processes = processes or Processes(0, 1, images.device)
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device, classifier = next(model.parameters()).device, gives_probabilities(model)
     sums = _Sums()
     drawn_elsewhere: list[int] = []
-    with _listening_to_gradients(model, prunable.layers, sums):
+    with _capturing_gradients(model, prunable.layers, sums):
         for number, batch in enumerate(torch.split(images, batch_size)):
             if number % processes.size == processes.rank:
                 sums.images = len(batch)
@@ -106,8 +111,7 @@ def measure_fisher(
                 drawn_elsewhere.clear()
             else:
                 drawn_elsewhere.append(len(batch))
-            if progress is not None:
-                progress(len(batch))
+            counter.add(len(batch))
     return sums.shared(processes, len(images))
 
 
@@ -116,45 +120,46 @@ class _Sums:
 
     def __init__(self) -> None:
         self.images = 0
-        """Of the batch under way."""
+        """Size of the batch that runs."""
         self.matrices: dict[str, Tensor] = {}
-        self.influence: dict[tuple[str, Grid], Tensor] = {}
+        """Per layer, [out, out]."""
+        self.squares: dict[tuple[str, Grid], Tensor] = {}
         """Squared gradients, [tokens]."""
 
     def add(self, layer: str, gradient: Tensor) -> None:
-        """Take the gradient of one batch, [images, ..., out]."""
-        rows = gradient.flatten(0, -2)
-        gram = (rows.mT @ rows).double()
-        self.matrices[layer] = self.matrices[layer] + gram if layer in self.matrices else gram
+        """Add the gradient of one batch, [images, ..., out]."""
+        rows = gradient.flatten(0, -2)  # (images * tokens, out)
+        matrix = (rows.mT @ rows).double()
+        self.matrices[layer] = self.matrices[layer] + matrix if layer in self.matrices else matrix
         if gradient.shape[0] % self.images:
-            return  # laid out otherwise than image by image
+            return  # not laid out image by image
         key = layer, _grid(gradient.shape[:-1], self.images)
-        at_tokens = rows.square().sum(-1).double().view(self.images, -1).sum(0)
-        self.influence[key] = self.influence[key] + at_tokens if key in self.influence else at_tokens
+        squares = rows.square().sum(-1).double().view(self.images, -1).sum(0)  # (tokens)
+        self.squares[key] = self.squares[key] + squares if key in self.squares else squares
 
     def shared(self, processes: Processes, images: int) -> FisherInformation:
-        """Of all processes, which differentiated so many images together."""
-        sums: dict[str, Tensor] = {f"fisher {layer}": total for layer, total in self.matrices.items()}
-        for (layer, grid), total in self.influence.items():
-            sums[f"influence {'x'.join(map(str, grid))} {layer}"] = total
+        """Add up the sums of all processes, which differentiated so many ``images`` together."""
+        sums: dict[str, Tensor] = {f"matrix {layer}": total for layer, total in self.matrices.items()}
+        for (layer, grid), total in self.squares.items():
+            sums[f"squares {'x'.join(map(str, grid))} {layer}"] = total
         matrices: dict[str, Tensor] = {}
-        influence: dict[str, dict[Grid, Tensor]] = {}
+        squares: dict[str, dict[Grid, Tensor]] = {}
         for name, total in processes.summed(sums).items():
             kind, _, rest = name.partition(" ")
-            if kind == "fisher":
+            if kind == "matrix":
                 matrices[rest] = total / images
             else:
                 sizes, _, layer = rest.partition(" ")
-                influence.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
-        return FisherInformation(matrices, {layer: _weights(grids) for layer, grids in influence.items()})
+                squares.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
+        return FisherInformation(matrices, {layer: _importance(grids) for layer, grids in squares.items()})
 
 
-def _weights(influence: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
-    """Of the tokens of one layer; none where none matters."""
-    mean = torch.cat(list(influence.values())).mean()
+def _importance(squares: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
+    """Token importance of one layer from its squared gradients; empty where all of them are 0."""
+    mean = torch.cat(list(squares.values())).mean()
     if not mean > 0:
         return {}
-    return {grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in influence.items()}
+    return {grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in squares.items()}
 
 
 def _differentiate(
@@ -164,10 +169,10 @@ def _differentiate(
     classifier: bool,
     drawn_elsewhere: Sequence[int],
 ) -> None:
-    """Run ``batch`` and back.
+    """Run ``batch`` forward and backward.
 
-    What flows back is the gradient g of sum_c eps_c sqrt(p_c) log p_c with eps_c of unit variance: E[g g^T]
-    is then the Fisher information of the answer, the second-order term of its KL divergence.
+    The gradient g that flows back is that of sum_c eps_c sqrt(p_c) log p_c with eps_c of unit variance:
+    E[g g^T] is then the Fisher information of the output, the second-order term of its KL divergence.
     """
     with torch.enable_grad():
         outputs: Tensor = model(batch.detach().requires_grad_(True))
@@ -184,7 +189,7 @@ def _differentiate(
 
 
 @contextmanager
-def _listening_to_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
+def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
     def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             output.register_hook(  # type: ignore[no-untyped-call]

@@ -1,19 +1,20 @@
-"""The search: indicators trained with the dense model as teacher, under a FLOPs budget.
+"""Indicators: a plan found by training one number per channel, with the dense model as teacher.
 
 Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the ingredients:
-similarity weights, score adjustment, initialisation by attention difference, reweight channel scales. Its
-equations were not available; the formulas are ours, each in one function of :mod:`mhacut.tensor`.
+similarity weights, score adjustment, initialisation by attention difference, channel scales. Its equations
+were not available; the formulas are ours, each in one function of :mod:`mhacut.linalg.indicator`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
+from mhacut.budget import format_flops
 from mhacut.linalg.indicator import (
     THRESHOLD,
     adjust_scores,
@@ -22,80 +23,85 @@ from mhacut.linalg.indicator import (
     top_channels,
 )
 from mhacut.linalg.similarity import similarity_weight
-from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, Plan, UnitPlan
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.channel_scales import ADAM_BETAS
-from mhacut.pruning.distill import Distillation
-from mhacut.pruning.widths import fill_budget, nearest_width, width_choices
-from mhacut.surgery.costs import CostTable
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.pruning.distill import ADAM_BETAS, Distillation
+from mhacut.pruning.job import Job
+from mhacut.pruning.widths import fill_budget, nearest_width
+from mhacut.surgery.find import UnitKey
 from mhacut.surgery.mask import temperature_factor
 
-# Share of the search in which the target sinks from dense to the budget; the rest settles there.
 _DESCENT = 0.75
+"""Fraction of the steps in which the target sinks from the dense model's FLOPs to the budget."""
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One line of the search's log."""
+    """State of the search at one optimiser step."""
 
     step: int
     loss: float
-    """Divergence (:class:`mhacut.pruning.distill.Divergence`) from the dense model, plus, with labels, the
-    weighed cross-entropy (nats), of the step's batch."""
+    """Divergence (:class:`mhacut.pruning.distill.Divergence`) from the dense model on the step's batch; with
+    labels, plus the weighted cross-entropy in nats."""
     flops: float
-    """Of the masked model at this step."""
+    """FLOPs of the masked model."""
     kept: Mapping[str, float] = field(default_factory=dict)
-    """Share of all channels of a kind (``qk``, ``v``, ``hidden``) that stay at this step."""
+    """Fraction of all channels of a kind (``qk``, ``v``, ``hidden``) that stay."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """Outcome of a search."""
 
     plan: Plan
     channel_scales: Mapping[UnitKey, Tensor]
-    """[heads, dense width] per unit, as trained beside the indicators; without masks and temperature."""
+    """[heads, dense width] per unit, trained beside the indicators; without masks and temperature."""
     log: tuple[SearchStep, ...]
 
 
-class _UnitState:
-    """Indicator and channel scale of one unit while they are trained."""
+@dataclass(frozen=True)
+class Start:
+    """Where the indicators of one unit start, instead of where the options say."""
 
-    def __init__(
-        self,
-        unit: Unit,
-        calibration: Calibration,
-        options: SearchOptions,
-        device: torch.device,
-        start: Tensor | None,
-        basis: Basis,
-    ) -> None:
-        self.unit = unit
-        self.basis = basis
+    scores: Tensor
+    """[H, d]; channels above 1/2 are kept."""
+    basis: Basis
+    """What the unit's channels are in the model that is searched."""
+
+
+class _UnitState:
+    """Indicators and channel scales of one unit while they are trained."""
+
+    def __init__(self, unit: Unit, job: Job, calibration: Calibration, start: Start | None) -> None:
+        self.unit, options = unit, job.options
+        self.basis: Basis = "channel" if start is None else start.basis
         # Heads that share filters then keep the same channels, by their mean score.
-        self.equal = unit.sharing != "own" and (unit.sharing == "tied" or options.positions == "equal")
-        self.unshared = unit.sharing != "own" and not self.equal
+        shares = unit.sharing != "own"
+        self.equal = shares and (unit.sharing == "tied" or options.positions == "equal")
+        self.unshared = shares and not self.equal
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
-        weight = similarity_weight(statistics.redundancy) if options.similarity else torch.ones(shape)
-        difference = statistics.difference if options.init == "attention-difference" else None
+        weight = torch.ones(shape)
         if start is None:
-            start = initial_indicator(difference, shape, weight.double())
+            if options.similarity:
+                weight = similarity_weight(statistics.redundancy)
+            difference = statistics.difference if options.init == "attention-difference" else None
+            scores = initial_indicator(difference, shape, weight.double())
         else:
-            weight = torch.ones(shape)
-        self.weight = weight.float().to(device)
-        self.indicator = nn.Parameter(start.float().to(device))
-        self.channel_scale = nn.Parameter(torch.ones(shape, device=device), requires_grad=options.reweight)
+            scores = start.scores
+        self.weight = weight.float().to(job.device)
+        self.indicator = nn.Parameter(scores.float().to(job.device))
+        self.channel_scale = nn.Parameter(
+            torch.ones(shape, device=job.device), requires_grad=options.reweight
+        )
 
     def score(self) -> Tensor:
-        """[H, d]."""
+        """Weighted indicators, [H, d]; channels above 1/2 are kept."""
         score = self.weight * self.indicator
         return score.mean(0, keepdim=True).expand_as(score) if self.equal else score
 
     def plan(self, score: Tensor, width: int) -> UnitPlan:
-        """The best ``width`` channels of each head."""
+        """Return the cut to the best ``width`` channels of each head."""
         unit = self.unit
         unshared = self.unshared and width < unit.width
         kept = top_channels(score, width)
@@ -103,52 +109,26 @@ class _UnitState:
 
 
 def search(
-    model: nn.Module,
-    prunable: PrunableLayers,
-    units: tuple[Unit, ...],
-    table: CostTable,
+    job: Job,
     calibration: Calibration,
     distillation: Distillation,
-    *,
-    budget: int,
-    round_to: int,
-    options: SearchOptions,
-    start: Mapping[UnitKey, Tensor] | None = None,
-    rotated: Collection[UnitKey] = (),
-    progress: Callable[[int, int, SearchStep], None] | None = None,
+    start: Mapping[UnitKey, Start] | None = None,
 ) -> SearchResult:
-    """The plan for ``model`` under ``budget``, found by training indicators, and channel scales beside them.
+    """Train indicators, and channel scales beside them; return the plan they stand for.
 
-    The task's gradient and the budget's are each brought to unit scale before they are added, so that the
-    search does not depend on the magnitude of the loss; the target sinks from dense to ``budget`` over the
-    first part of the search, and the final plan is filled up to the budget.
+    The gradients of the task and of the budget are each brought to unit scale before they are added, so that
+    the search does not depend on the magnitude of the loss. The target sinks from the dense model's FLOPs to
+    the budget over the first part of the search, and the final plan is filled up to the budget.
 
     Args:
-        model: dense, eval mode, float32, on the device to search on; its tensors are left as they are.
-        prunable: of ``model``.
-        units: those that may be cut.
-        table: costs of ``model``.
-        calibration: of ``model``.
-        distillation: what the masked model is taught.
-        budget: FLOPs; reachable (see :func:`mhacut.pruning.widths.lowest_flops`).
-        round_to: widths are multiples of it, or the dense width.
-        options: see :class:`SearchOptions`.
-        start: scores to start from, [H, d] per unit, kept where above 1/2, instead of ``options.init``; the
-            target is then the budget from the first step on.
-        rotated: units whose channels are principal ones in ``model``.
-        progress: called after every step with (step, steps, its log line).
+        job: what is pruned; its model is not modified.
+        calibration: of that model.
+        distillation: images to train on.
+        start: for every unit; the target is then the budget from the first step on.
     """
-    device = next(model.parameters()).device
+    options, budget = job.options, job.budget
     states = [
-        _UnitState(
-            unit,
-            calibration,
-            options,
-            device,
-            None if start is None else start[unit.key],
-            "principal" if unit.key in rotated else "channel",
-        )
-        for unit in units
+        _UnitState(unit, job, calibration, None if start is None else start[unit.key]) for unit in job.units
     ]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
     if options.reweight:
@@ -157,34 +137,32 @@ def search(
     log: list[SearchStep] = []
     for step in range(options.steps):
         sunk = 1.0 if start is not None else min(1.0, (step + 1) / (_DESCENT * options.steps))
-        target = table.dense + (budget - table.dense) * sunk
-        channel_scales, widths = _soft_gains(states, round_to, options)
-        flops = table.flops(widths)
-        loss = distillation.loss(model, prunable, channel_scales)
+        target = job.table.dense + (budget - job.table.dense) * sunk
+        channel_scales, widths = _soft_scales(states, job)
+        flops = job.table.flops(widths)
+        loss = distillation.masked_loss(job.model, job.prunable, channel_scales)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         _add_budget_gradient(states, flops, target, options.budget_weight)
         optimiser.step()
         log.append(SearchStep(step, float(loss.detach()), float(flops.detach()), _kept(states, widths)))
-        if progress is not None:
-            progress(step + 1, options.steps, log[-1])
+        detail = f"loss {log[-1].loss:.4f}, {format_flops(log[-1].flops)}"
+        job.reporter.advance(step + 1, options.steps, detail)
     channel_scales = {state.unit.key: state.channel_scale.detach().cpu() for state in states}
-    return SearchResult(_final_plan(states, table, budget, round_to), channel_scales, tuple(log))
+    return SearchResult(_final_plan(states, job), channel_scales, tuple(log))
 
 
-def _soft_gains(
-    states: list[_UnitState], round_to: int, options: SearchOptions
-) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Masks times scales at the present indicators, and the widths; both differentiable straight through."""
+def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
+    """Masks times scales at the current indicators, and the widths, with straight-through gradients."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
         unit, score = state.unit, state.score()
         count = float((score > THRESHOLD).sum()) / unit.heads
-        width = nearest_width(count, unit.width, round_to)
-        if options.score_adjustment:
+        width = nearest_width(count, unit.width, job.round_to)
+        if job.options.score_adjustment:
             score = adjust_scores(score, width)
-        factor = temperature_factor(unit, width, options.temperature, state.basis)
+        factor = temperature_factor(unit, width, job.options.temperature, state.basis)
         channel_scales[unit.key] = straight_through_mask(score) * state.channel_scale * factor
         soft = state.indicator.sum() / unit.heads
         widths[unit.key] = width + soft - soft.detach()
@@ -192,7 +170,7 @@ def _soft_gains(
 
 
 def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[str, float]:
-    """Share of all channels of each kind that stay."""
+    """Fraction of all channels of each kind that stay."""
     now: dict[str, float] = {}
     dense: dict[str, int] = {}
     for state in states:
@@ -203,7 +181,7 @@ def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[st
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
-    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, likewise scaled."""
+    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, scaled alike."""
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
     _normalise(grads)
@@ -224,13 +202,12 @@ def _normalise(tensors: list[Tensor]) -> None:
             tensor /= rms
 
 
-def _final_plan(states: list[_UnitState], table: CostTable, budget: int, round_to: int) -> Plan:
-    """The plan that the indicators stand for, filled up to the budget."""
+def _final_plan(states: list[_UnitState], job: Job) -> Plan:
+    """Return the plan that the indicators stand for, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
     ranked = {
         key: score.sort(dim=-1, descending=True).values.mean(0).tolist() for key, score in scores.items()
     }
-    choices = {state.unit.key: width_choices(state.unit.width, round_to) for state in states}
-    widths = fill_budget(ranked, choices, table.flops, budget)
+    widths = fill_budget(ranked, job.choices, job.table.flops, job.budget)
     return Plan(tuple(state.plan(scores[state.unit.key], widths[state.unit.key]) for state in states))

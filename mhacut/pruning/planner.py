@@ -1,202 +1,148 @@
-"""From a calibrated model to a plan ready to be cut: spread the budget, choose channels, compensate."""
+"""From a calibrated model to a model ready to be cut: divide the budget, choose channels, reconstruct."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mhacut.adapters.base import Unit
-from mhacut.budget import format_flops
 from mhacut.linalg.indicator import THRESHOLD
-from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.allocate import cheapest_widths, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
-from mhacut.pruning.compensation import Compensation, Decision, compensate
 from mhacut.pruning.curves import Curve, sensitivity_curves
-from mhacut.pruning.distill import Distillation
-from mhacut.pruning.indicators import SearchResult, SearchStep, search
-from mhacut.pruning.widths import width_choices
-from mhacut.surgery.costs import CostTable
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.pruning.indicators import SearchStep, Start, search
+from mhacut.pruning.job import Job
+from mhacut.pruning.repair import ReconstructedModel, reconstruct
+from mhacut.surgery.find import UnitKey
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.rotate import rotate
 
-REPLAYED = 32
-"""Images on which layers are run anew to see what a cut of their logits does."""
 _SPREAD = 0.1
-"""How far from the threshold the best and the worst channel of a head start when a plan is refined."""
+"""Distance from the threshold at which the best and the worst channel of a head start to refine a plan."""
 
 Widths = Mapping[UnitKey, int]
-Ways = Mapping[UnitKey, tuple[Candidate, ...]]
+Candidates = Mapping[UnitKey, tuple[Candidate, ...]]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and how it came about."""
+    """A plan, and how it was found."""
 
-    ready: Compensation
+    ready: ReconstructedModel
+    """The model to be cut, with the plan."""
     curves: Mapping[UnitKey, Curve]
-    """Estimated KL divergence per width of every unit; empty where no curve was needed."""
+    """Estimated KL divergence at each width of every unit; empty where no curve was needed."""
     log: tuple[SearchStep, ...]
-    """Of the indicators, where they were trained."""
-    note: str | None
-    """What was compared with what, in words."""
+    """Steps of the indicators, where they were trained."""
 
 
 class Planner:
-    """Makes one plan; holds everything it is made from."""
+    """Finds the plan for one job."""
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        prunable: PrunableLayers,
-        units: Sequence[Unit],
-        table: CostTable,
-        calibration: Calibration,
-        distillation: Distillation,
-        *,
-        budget: int,
-        round_to: int,
-        options: SearchOptions,
-        start_stage: Callable[[str], None],
-        progress: Callable[[int, int, str], None],
-    ) -> None:
-        """Prepare.
-
-        Args:
-            dense: eval mode, float32, on the device to work on; left as it is.
-            prunable: of ``dense``.
-            units: those that may be cut.
-            table: costs of ``dense``.
-            calibration: of ``dense``; with sensitivities where curves are wanted.
-            distillation: what indicators are taught, on all calibration images; held-out ones are left out
-            where
-                they judge what was learned.
-            budget: FLOPs; reachable (see :func:`mhacut.pruning.widths.lowest_flops`).
-            round_to: widths are multiples of it, or the dense width.
-            options: see :class:`SearchOptions`.
-            start_stage: called with the name of each stage as it begins.
-            progress: called with (done, in all, detail) during a stage.
-        """
-        self.dense, self.prunable, self.units, self.table = dense, prunable, tuple(units), table
-        self.calibration, self.distillation, self.options = calibration, distillation, options
-        self.budget, self.round_to = budget, round_to
-        self.start_stage, self.progress = start_stage, progress
-        self.choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
+    def __init__(self, job: Job, calibration: Calibration) -> None:
+        """Take the job, and the calibration of its model."""
+        self.job, self.calibration = job, calibration
+        self.options, self.reporter = job.options, job.reporter
 
     def plan(self) -> Planned:
-        """The plan that ``options`` ask for."""
-        spread = self.options.allocation
-        if spread == "indicator":
+        """Return the plan that the options ask for, on a model ready to be cut."""
+        if self.options.allocation == "indicator":
             return self._by_indicators()
-        candidates = self._ways()
+        job, candidates = self.job, self._candidates()
         curves: Mapping[UnitKey, Curve] = {}
         widths: Widths
-        if spread == "uniform":
-            widths = uniform_widths(self.choices, self.table.flops, self.budget)
+        if self.options.allocation == "uniform":
+            widths = uniform_widths(job.choices, job.table.flops, job.budget)
         else:
             curves = self._curves(candidates)
-            widths = cheapest_widths(curves, self.choices, self.table.flops, self.budget)
-        chosen = self._swapped(candidates, widths)
-        ready = self._compensated(chosen, widths)
-        if spread != "refined":
-            return Planned(ready, curves, (), None)
+            widths = cheapest_widths(curves, job.choices, job.table.flops, job.budget)
+        chosen = self._exchanged(candidates, widths)
+        ready = self._reconstructed(chosen, widths)
+        if self.options.allocation != "refined":
+            return Planned(ready, curves, ())
         widths, log = self._refined(chosen, ready)
-        refined = self._compensated(self._swapped(candidates, widths), widths)
-        before, after = self.divergence(ready), self.divergence(refined)
-        note = f"divergence on held-back images: {before:.4f} by curves, {after:.4f} refined by indicators"
-        return Planned(refined if after < before else ready, curves, log, note)
+        refined = self._reconstructed(self._exchanged(candidates, widths), widths)
+        before, after = self._divergence(ready), self._divergence(refined)
+        self.reporter.log(
+            f"divergence on held-out images: {before:.4f} by curves, {after:.4f} refined by indicators"
+        )
+        return Planned(refined if after < before else ready, curves, log)
 
-    def divergence(self, ready: Compensation) -> float:
-        """Of the cut model from the dense one, mean over the images held out.
+    def _divergence(self, ready: ReconstructedModel) -> float:
+        """Divergence of the cut model from the dense one, mean over held-out images.
 
-        Those chose the ridges of the repair, which was then fitted to them too: it compares plans, and
-        flatters both alike.
+        Those chose the ridges of the repair, which was then fitted to them too: good for comparing plans,
+        flattering to each.
         """
-        device = next(self.dense.parameters()).device
-        channel_scales = {
-            key: channel_scale.to(device) for key, channel_scale in ready.channel_scales.items()
-        }
-        judge = self.distillation.part(0, max(self.calibration.held, 1))
-        return judge.divergence_of(ready.model, masked_tensors(ready.model, self.prunable, channel_scales))
+        scales = {key: scale.to(self.job.device) for key, scale in ready.channel_scales.items()}
+        judge = self.job.distillation(self.calibration).part(0, max(self.calibration.held, 1))
+        return judge.divergence_of(ready.model, masked_tensors(ready.model, self.job.prunable, scales))
 
     def _by_indicators(self) -> Planned:
-        self.start_stage("searching")
-        found = self._search(self.dense, self.distillation, None)
-        decision = Decision(
-            found.plan, channel_scales=found.channel_scales if self.options.reweight else None
-        )
+        self.reporter.start("searching")
+        found = search(self.job, self.calibration, self.job.distillation(self.calibration))
+        candidates = None
         if self.options.repair and self.options.selection == "repair":
-            decision = replace(decision, candidates=self._swapped(self._ways(), found.plan.widths()))
-        self.start_stage("repairing")
-        ready = compensate(self.dense, self.prunable, decision, self.calibration, self.options)
-        return Planned(ready, {}, found.log, None)
+            candidates = self._exchanged(self._candidates(), found.plan.widths())
+        self.reporter.start("repairing")
+        scales = found.channel_scales if self.options.reweight else None
+        ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
+        return Planned(ready, {}, found.log)
 
-    def _ways(self) -> Ways:
-        self.start_stage("ranking channels")
+    def _candidates(self) -> Candidates:
+        self.reporter.start("ranking channels")
         found = {}
-        for done, unit in enumerate(self.units):
+        for done, unit in enumerate(self.job.units, 1):
             found[unit.key] = find_candidates(
-                self.dense.get_submodule(unit.layer),
+                self.job.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
-                self.choices[unit.key][0],
-                self.options.basis,
+                self.job.choices[unit.key][0],
+                self.options,
                 self.calibration.fisher.matrices.get(unit.layer),
-                self.options.positions,
-                refit=self.options.repair,
             )
-            self.progress(done + 1, len(self.units), "")
+            self.reporter.advance(done, len(self.job.units))
         return found
 
-    def _swapped(self, candidates: Ways, widths: Widths) -> Ways:
-        """``candidates``, with channels exchanged at ``widths`` where that is asked for."""
+    def _exchanged(self, candidates: Candidates, widths: Widths) -> Candidates:
+        """Return ``candidates`` with channels exchanged at ``widths``, where that is asked for."""
         if not self.options.swaps:
             return candidates
-        self.start_stage("swapping channels")
+        self.reporter.start("swapping channels")
         found = {}
-        for done, (key, units_ways) in enumerate(candidates.items()):
-            module, moments = self.dense.get_submodule(key[0]), self.calibration.moments[key]
+        for done, (key, of_unit) in enumerate(candidates.items(), 1):
+            module, moments = self.job.model.get_submodule(key[0]), self.calibration.moments[key]
             fisher = self.calibration.fisher.matrices.get(key[0])
             found[key] = tuple(
-                exchanged(module, candidate, moments, widths[key], fisher) for candidate in units_ways
+                exchanged(module, candidate, moments, widths[key], fisher) for candidate in of_unit
             )
-            self.progress(done + 1, len(candidates), "")
+            self.reporter.advance(done, len(candidates))
         return found
 
-    def _curves(self, candidates: Ways) -> Mapping[UnitKey, Curve]:
-        self.start_stage("measuring error curves")
-        return sensitivity_curves(
-            self.dense,
-            self.prunable,
-            {key: by_likelihood[0] for key, by_likelihood in candidates.items()},
-            self.calibration,
-            self.choices,
-            self.distillation.images[:REPLAYED],
-            temperature=self.options.temperature,
-            refit=self.options.repair,
-            progress=lambda done, total: self.progress(done, total, ""),
-        )
+    def _curves(self, candidates: Candidates) -> Mapping[UnitKey, Curve]:
+        self.reporter.start("measuring error curves")
+        most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
+        return sensitivity_curves(self.job, self.calibration, most_promising)
 
-    def _compensated(self, candidates: Ways, widths: Widths) -> Compensation:
-        self.start_stage("repairing")
-        plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in self.units))
-        decision = Decision(plan, candidates)
-        return compensate(self.dense, self.prunable, decision, self.calibration, self.options)
+    def _reconstructed(self, candidates: Candidates, widths: Widths) -> ReconstructedModel:
+        self.reporter.start("repairing")
+        plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in self.job.units))
+        return reconstruct(self.job, self.calibration, plan, candidates)
 
-    def _refined(self, candidates: Ways, ready: Compensation) -> tuple[Widths, tuple[SearchStep, ...]]:
-        """Widths that indicators move to from those of ``ready``, in its bases."""
-        model = copy.deepcopy(self.dense)
-        start, rotated = {}, []
+    def _refined(
+        self, candidates: Candidates, ready: ReconstructedModel
+    ) -> tuple[Widths, tuple[SearchStep, ...]]:
+        """Return the widths to which indicators move from those of ``ready``, in its bases."""
+        model = copy.deepcopy(self.job.model)
+        start = {}
         for unit_plan in ready.plan:
-            unit = self.prunable.unit(unit_plan.key)
-            # That of the plan; a unit that stays whole fits several.
+            unit = self.job.prunable.unit(unit_plan.key)
+            # The candidate that the plan chose; several fit a unit that keeps all channels.
             candidate = next(
                 candidate
                 for candidate in candidates[unit.key]
@@ -204,39 +150,17 @@ class Planner:
             )
             if candidate.rotation is not None:
                 rotate(model.get_submodule(unit.layer), unit, candidate.rotation)
-                rotated.append(unit.key)
-            start[unit.key] = _scores(candidate.ranking.order.cpu(), unit_plan.width)
-        self.start_stage("searching")
-        found = self._search(model, self.distillation.part(self.calibration.held, None), start, rotated)
+            scores = _scores(candidate.ranking.order.cpu(), unit_plan.width)
+            start[unit.key] = Start(scores, candidate.basis)
+        self.reporter.start("searching")
+        # Held-out images will judge what comes out.
+        learning = self.job.distillation(self.calibration).part(self.calibration.held, None)
+        found = search(replace(self.job, model=model), self.calibration, learning, start)
         return found.plan.widths(), found.log
-
-    def _search(
-        self,
-        model: nn.Module,
-        distillation: Distillation,
-        start: Mapping[UnitKey, Tensor] | None,
-        rotated: Collection[UnitKey] = (),
-    ) -> SearchResult:
-        return search(
-            model,
-            self.prunable,
-            self.units,
-            self.table,
-            self.calibration,
-            distillation,
-            budget=self.budget,
-            round_to=self.round_to,
-            options=self.options,
-            start=start,
-            rotated=rotated,
-            progress=lambda done, total, step: self.progress(
-                done, total, f"loss {step.loss:.4f}, {format_flops(step.flops)}"
-            ),
-        )
 
 
 def _scores(order: Tensor, width: int) -> Tensor:
-    """Scores that keep the first ``width`` of ``order`` [H, d] and fall along it, [H, d]."""
+    """Return scores that keep the first ``width`` of ``order`` [H, d] and fall along it, [H, d]."""
     channels = order.shape[1]
     place = torch.arange(channels, dtype=torch.float64)
     above = (width - place - 0.5) / max(width, channels - width)

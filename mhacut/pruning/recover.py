@@ -1,86 +1,112 @@
-"""What is done to a slim model once it is cut: readouts refitted in order, scales and weights trained."""
+"""Recovery after the cut: a list of steps, each kept only if held-out images agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from mhacut.options.prune import SearchOptions
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.channel_scales import reweight
+from mhacut.pruning.channel_scales import with_trained_scales
 from mhacut.pruning.distill import Distillation
+from mhacut.pruning.job import Job
 from mhacut.pruning.sequential import repair_in_order
-from mhacut.pruning.tune import tune
+from mhacut.pruning.tune import tuned
+from mhacut.surgery.find import find_prunable_layers
 
 
-def finish(
-    slim: nn.Module,
-    dense: nn.Module,
-    calibration: Calibration,
-    distillation: Distillation,
-    options: SearchOptions,
-    device: torch.device,
-    *,
-    start_stage: Callable[[str], None],
-    progress: Callable[[int, int, str], None],
-    note: Callable[[str], None],
-) -> nn.Module:
-    """``slim`` after what ``options`` ask for, as far as it helps on images held out.
+@dataclass(frozen=True)
+class Recovery:
+    """Outcome of one step that was to bring a slim model nearer to the dense one."""
 
-    Those chose the ridges of its repair, which was then fitted to them too: they lean to what was there.
+    model: nn.Module
+    """The changed model where it was kept; else the model before."""
+    before: float
+    """Divergence (:class:`~.distill.Divergence`) from the dense model on held-out images, before the step."""
+    after: float
+    """Divergence of the changed model, kept or not."""
+
+    @classmethod
+    def of(cls, slim: nn.Module, changed: nn.Module, judge: Distillation, tolerance: float = 1.0) -> Recovery:
+        """Keep ``changed`` if its divergence is below ``tolerance`` times that of ``slim``.
+
+        Args:
+            slim: the model before the step.
+            changed: the model after it.
+            judge: held-out images.
+            tolerance: 1 for an improvement.
+        """
+        before, after = judge.divergence_of(slim), judge.divergence_of(changed)
+        return cls(changed if after < tolerance * before else slim, before, after)
+
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    stage: str
+    asked: bool
+    run: Callable[[nn.Module], Recovery]
+    by_default: bool = False
+    """Mentioned only when it is left out."""
+
+
+def recover(slim: nn.Module, job: Job, calibration: Calibration) -> nn.Module:
+    """Return ``slim`` after the steps that the job's options ask for, as far as they help on held-out images.
+
+    These images chose the ridges of the repair, which was then fitted to them too: they favour the model as
+    it was.
 
     Args:
-        slim: cut, eval mode, float32.
-        dense: what it was cut from.
-        calibration: of ``dense``.
-        distillation: all images, with the answers of ``dense``.
-        options: see :class:`SearchOptions`.
-        device: to work on; both models are on the CPU afterwards.
-        start_stage: called with the name of each stage as it begins.
-        progress: called with (done, in all, detail) during a stage.
-        note: called with what users should know.
+        slim: cut from the job's model, eval mode, float32, on the CPU; so is the result.
+        job: what is pruned.
+        calibration: of its model.
     """
+    options, reporter = job.options, job.reporter
     if calibration.held == 0:
         if options.trained_gain_steps or options.tuned_steps:
-            note("nothing was trained: of a single image, none is left to judge by")
+            reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
-
-    def trained(done: int, total: int, loss: float) -> None:
-        progress(done, total, f"loss {loss:.4f}")
-
-    def tell(what: str, kept: bool, before: float, after: float) -> None:
-        left_out = "" if kept else " was left out"
-        note(f"{what}{left_out}: divergence on held-back images {before:.2g} without, {after:.2g} with")
-
-    learning, judge = distillation.part(calibration.held, None), distillation.part(0, calibration.held)
-    slim, dense = slim.to(device), dense.to(device)
-    if options.repairs_in_order:
-        start_stage("repairing in order")
-        repaired = repair_in_order(
-            slim,
-            dense,
-            distillation.images,
-            calibration.held,
-            calibration.fisher,
-            judge,
-            progress=lambda done, total: progress(done, total, ""),
-        )
-        if repaired.model is slim:
-            tell("repair in order", False, repaired.before, repaired.after)
-        slim = repaired.model
-    if options.trained_gain_steps > 0:
-        start_stage("reweighting")
-        steps, lr = options.trained_gain_steps, options.gain_lr
-        reweighted = reweight(slim, learning, judge, steps=steps, lr=lr, progress=trained)
-        tell("training gains", reweighted.model is not slim, reweighted.before, reweighted.after)
-        slim = reweighted.model
-    if options.tuned_steps > 0:
-        start_stage("tuning")
-        steps, lr = options.tuned_steps, options.tuning_lr
-        tuned = tune(slim, dense, learning, judge, steps=steps, lr=lr, seed=options.seed, progress=trained)
-        tell("tuning", tuned.model is not slim, tuned.before, tuned.after)
-        slim = tuned.model
-    dense.cpu()
+    slim = slim.to(job.device)
+    for step in _steps(slim, job, calibration):
+        if not step.asked:
+            continue
+        reporter.start(step.stage)
+        outcome = step.run(slim)
+        left_out = outcome.model is slim
+        if left_out or not step.by_default:
+            reporter.log(
+                f"{step.name}{' was left out' if left_out else ''}: divergence on held-out images "
+                f"{outcome.before:.2g} without, {outcome.after:.2g} with"
+            )
+        slim = outcome.model
     return slim.cpu()
+
+
+def _steps(slim: nn.Module, job: Job, calibration: Calibration) -> tuple[_Step, ...]:
+    options, reporter, dense = job.options, job.reporter, job.model
+    distillation = job.distillation(calibration)
+    learning, judge = distillation.part(calibration.held, None), distillation.part(0, calibration.held)
+    prunable = find_prunable_layers(slim)
+
+    def in_order(slim: nn.Module) -> Recovery:
+        found = repair_in_order(
+            slim, dense, job.images, calibration.held, calibration.fisher, judge, progress=reporter.advance
+        )
+        return Recovery(found.model, found.before, found.after)
+
+    def scaled(slim: nn.Module) -> Recovery:
+        steps, lr = options.trained_gain_steps, options.gain_lr
+        changed = with_trained_scales(slim, prunable, learning, steps=steps, lr=lr, reporter=reporter)
+        return Recovery.of(slim, changed, judge)
+
+    def trained(slim: nn.Module) -> Recovery:
+        steps, lr, seed = options.tuned_steps, options.tuning_lr, options.seed
+        changed = tuned(slim, dense, learning, steps=steps, lr=lr, seed=seed, reporter=reporter)
+        return Recovery.of(slim, changed, judge)
+
+    return (
+        _Step("repair in order", "repairing in order", options.repairs_in_order, in_order, by_default=True),
+        _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scaled),
+        _Step("tuning", "tuning", options.tuned_steps > 0, trained),
+    )

@@ -1,11 +1,12 @@
-"""Repair: a model and a plan in, the same model out with removed channels dead and their work taken over.
+"""Repair: least-squares reconstruction of what a plan removes, folded into the weights that stay.
 
-Still of the dense model's shape, so that the cut afterwards is a mere slice. Ours; the algebra is in
-:mod:`mhacut.linalg.reconstruction`.
+The model keeps the dense shape, with removed channels dead, so that the cut afterwards is a mere slice. Ours;
+the algebra is in :mod:`mhacut.linalg.reconstruction`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from mhacut.adapters.base import Unit
 from mhacut.linalg.reconstruction import LinearRefit, LogitRefit, refit_linear, refit_logits
 from mhacut.options.prune import Temperature
 from mhacut.plan import Plan, UnitPlan
-from mhacut.pruning.calibrate import UnitMoments
+from mhacut.pruning.calibrate import Calibration, UnitMoments
 from mhacut.pruning.candidates import Candidate, block_diagonal, rotated
+from mhacut.pruning.channel_scales import plan_channel_scales
+from mhacut.pruning.job import Job
 from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.mask import kept_channels, scale, set_gate, temperature_factor
 from mhacut.surgery.output import add_constant, effective_output_weights, output_weights
@@ -26,15 +29,70 @@ from mhacut.surgery.rotate import mix, rotate
 
 @dataclass(frozen=True)
 class UnitRepair:
-    """How the repair of one unit went."""
+    """Outcome of the repair of one unit."""
 
     plan: UnitPlan
-    """What it keeps, and in which basis."""
+    """Channels that stay, and their basis."""
     ridge: float
-    """Relative; infinite where refitting did not help and was left out, or is not possible."""
+    """Relative; infinite where refitting is not possible, or did not help and was left out."""
     error: float
-    """Squared error on held-out images over that of plainly removing the channels; of the logits for qk, of
+    """Squared error on held-out images relative to plain removal of the channels; of the logits for qk, of
     the layer's output otherwise."""
+
+
+@dataclass(frozen=True)
+class ReconstructedModel:
+    """A model ready to be cut, its weights making up for the channels that go."""
+
+    model: nn.Module
+    """Of the dense shape, on the dense model's device."""
+    plan: Plan
+    """The plan's widths, with the channels and bases that were chosen."""
+    channel_scales: Mapping[UnitKey, Tensor]
+    """Scales for :func:`mhacut.surgery.slice.cut`."""
+    repairs: Mapping[UnitKey, UnitRepair]
+    """Of every unit that loses channels; empty without repair."""
+
+
+def reconstruct(
+    job: Job,
+    calibration: Calibration,
+    plan: Plan,
+    candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
+    channel_scales: Mapping[UnitKey, Tensor] | None = None,
+) -> ReconstructedModel:
+    """Return a copy of the dense model whose weights make up for what ``plan`` removes.
+
+    Args:
+        job: what is pruned; its options ``repair`` and ``temperature`` are used.
+        calibration: of its model.
+        plan: which channels stay.
+        candidates: candidates of each unit, to keep the plan's widths only: the best on held-out images is
+            chosen, or the first one without repair. None keeps the plan's channels.
+        channel_scales: trained with the plan, [heads, dense width] per unit; used without repair only.
+    """
+    model, prunable, options = copy.deepcopy(job.model), job.prunable, job.options
+    if options.repair:
+        repairs = repair(
+            model,
+            prunable,
+            plan,
+            calibration.moments,
+            temperature=options.temperature,
+            candidates=candidates,
+        )
+        plan = Plan(tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan))
+        # Refitted weights contain their own scales and temperature.
+        scales = plan_channel_scales(prunable, plan, None, "dense")
+        return ReconstructedModel(model, plan, scales, repairs)
+    if candidates is not None:
+        plan = Plan(tuple(candidates[unit.key][0].plan(unit.width) for unit in plan))
+        for unit in plan:
+            rotation = candidates[unit.key][0].rotation
+            if rotation is not None and not unit.keeps_all:
+                rotate(model.get_submodule(unit.layer), prunable.unit(unit.key), rotation)
+    scales = plan_channel_scales(prunable, plan, channel_scales, options.temperature)
+    return ReconstructedModel(model, plan, scales, {})
 
 
 @torch.no_grad()
@@ -49,18 +107,17 @@ def repair(
 ) -> Mapping[UnitKey, UnitRepair]:
     """Refit ``model`` in place for ``plan``: removed channels are dead, kept ones stand in for them.
 
-    Every layer is refitted on the dense model's activations; :mod:`mhacut.pruning.sequential` then does so on
-    those of the network as cut.
+    Every layer is refitted on the dense model's activations; :mod:`mhacut.pruning.sequential` refits again on
+    those of the cut model.
 
     Args:
         model: the dense model, eval mode, float32.
-        prunable: of ``model``.
+        prunable: its prunable layers.
         plan: units that keep everything are skipped.
-        moments: of every unit of the plan; what is fitted, and what judges the fit.
+        moments: of every unit of the plan, on images to fit and on held-out images.
         temperature: of the softmax, where refitting the logits does not help.
-        candidates: keep the plan's widths, but shrink each unit in that one of these ways that leaves the
-        least
-            error on held-out images; None keeps the plan's channels.
+        candidates: candidates of each unit, of which the one with the least error on held-out images fills
+            the plan's width; None keeps the plan's channels.
     """
     report: dict[UnitKey, UnitRepair] = {}
     for unit_plan in plan:
@@ -96,7 +153,7 @@ def shrink(
     *,
     refit: bool = True,
 ) -> None:
-    """Make channels of one layer dead in place, for ``unit`` at ``width``; with ``refit``, repair it."""
+    """Make channels of one layer dead in place, for ``unit`` at ``width``; repair it with ``refit``."""
     unit_plan = candidate.plan(width)
     kept = kept_channels(unit_plan).float()
     if unit.linear and unit.gate is not None:  # nothing to refit
@@ -144,23 +201,24 @@ class _Fit:
         columns = effective_output_weights(module, unit)
         if rotation is not None:
             columns = columns @ block_diagonal(rotation).mT
-        flat, constant = _flat(unit, kept), unit.constants_pass
-        linear = refit_linear(seen.fit[0], seen.held[0], flat, columns, constant=constant)
+        linear = refit_linear(
+            seen.fit[0], seen.held[0], _flat(unit, kept), columns, constant=unit.constants_pass
+        )
         return cls(unit_plan, rotation, linear)
 
     def apply(self, module: nn.Module, unit: Unit) -> None:
-        """Put it into the layer's weights."""
+        """Fold the refit into the layer's weights."""
         if self.rotation is not None:
             rotate(module, unit, self.rotation)
         if isinstance(self.refit, LogitRefit):
             self._mix_queries(module, unit, self.refit)
         else:
             self._move_columns(module, unit, self.refit)
-        if unit.feeds:  # a channel that is not read is not dead
+        if unit.feeds:  # a channel that the output projection does not read may still be read by others
             scale(module, unit, kept_channels(self.plan).float())
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
-        mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)
+        mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
         for head, kept in enumerate(self.plan.kept):
             where = torch.tensor(kept, device=mixing.device)
             mixing[head, where[:, None], where] = refit.mixing[head].T
@@ -172,24 +230,19 @@ class _Fit:
         kept = _flat(unit, torch.tensor(self.plan.kept, device=refit.prediction.device))
         gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
         gone[kept] = False
-        columns = (
-            module.get_parameter(unit.output_projection.tensor)
-            .detach()
-            .movedim(unit.output_projection.dim, -1)
-        )
-        copies = (
-            unit.output_projection.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)
-        )  # (H * d, copies)
-        lost = output_weights(module, unit).detach().double()[:, gone]
-        added = (lost @ refit.prediction).to(columns.dtype)
+        projection = unit.output_projection
+        columns = module.get_parameter(projection.tensor).detach().movedim(projection.dim, -1)
+        copies = projection.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)  # (H * d, copies)
+        lost = output_weights(module, unit).detach().double()[:, gone]  # (out, removed)
+        added = (lost @ refit.prediction).to(columns.dtype)  # (out, kept)
         added = added.reshape(copies.shape[1], *columns.shape[1:-1], len(columns), -1)
-        for copy, places in zip(added, copies.T, strict=True):
-            columns[..., places[kept]] += copy.movedim(-2, 0)
+        for more, places in zip(added, copies.T, strict=True):
+            columns[..., places[kept]] += more.movedim(-2, 0)
             columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)
 
 
 def _flat(unit: Unit, kept: Tensor) -> Tensor:
-    """Indices per head, [H, kept], as indices over all heads, [H * kept]."""
+    """Return indices per head, [H, kept], as indices over all heads, [H * kept]."""
     heads = torch.arange(unit.heads, device=kept.device)
     return (kept + unit.width * heads[:, None]).reshape(-1)

@@ -1,21 +1,27 @@
-"""Which widths are allowed, and which of them a budget buys."""
+"""Allowed widths, and those of them that a budget buys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from mhacut.adapters.base import Unit
+from mhacut.budget import Budget, format_flops
+from mhacut.errors import BudgetError
+from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import UnitKey
 
 NEAR = 0.99
-"""Share of the budget that is near enough to it."""
+"""Fraction of the budget that is near enough to it."""
 REACH = 6
-"""Width steps that closing the last gap may take from or give to a unit."""
+"""Largest number of width steps by which closing the last gap changes a unit."""
 MOST_CANDIDATES = 20_000
-"""Ways to spend the gap that are looked at together."""
+"""Largest number of combinations of widths that closing the last gap keeps in view."""
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
-    """Multiples of ``round_to`` below the dense width, and the dense width itself.
+    """Return the multiples of ``round_to`` below the dense width, and the dense width itself.
 
     >>> width_choices(20, 8)
     (8, 16, 20)
@@ -26,15 +32,46 @@ def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
 
 
 def nearest_width(count: float, dense: int, round_to: int) -> int:
-    """The allowed width nearest to ``count``; the smaller of two at the same distance."""
+    """Return the allowed width nearest to ``count``; the smaller of two at the same distance."""
     return min(width_choices(dense, round_to), key=lambda width: abs(width - count))
 
 
 def lowest_flops(
     choices: Mapping[UnitKey, Sequence[int]], flops: Callable[[Mapping[UnitKey, int]], int]
 ) -> int:
-    """What the model costs at the least allowed width of every unit."""
+    """FLOPs of the model at the least allowed width of every unit."""
     return flops({key: widths[0] for key, widths in choices.items()})
+
+
+def reachable_budget(asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int) -> int:
+    """Return the budget in FLOPs.
+
+    Args:
+        asked: as the user wrote it.
+        table: FLOPs of the model at any widths.
+        units: those that may be cut.
+        round_to: widths are multiples of it.
+
+    Raises:
+        BudgetError: the model is within it already, or at the least widths still above it.
+    """
+    budget = asked.flops(table.dense)
+    if budget >= table.dense:
+        raise BudgetError(
+            f"nothing to prune: the model's {format_flops(table.dense)} FLOPs are already within {asked.text}"
+        )
+    units = tuple(units)
+    lowest = lowest_flops({unit.key: width_choices(unit.width, round_to) for unit in units}, table.flops)
+    if budget < lowest:
+        share = 100 * asked.value if asked.value < 1 else asked.value
+        meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
+        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in units) else "attention"
+        raise BudgetError(
+            f"--flops {asked.text} is out of reach: the lowest is {format_flops(lowest, up=True)} "
+            f"({math.ceil(1000 * lowest / table.dense) / 10}% of {format_flops(table.dense)}) with scope "
+            f"{scope} and --round-to {round_to}{meant}"
+        )
+    return budget
 
 
 def fill_budget(
@@ -44,19 +81,17 @@ def fill_budget(
     budget: int,
     price: Mapping[UnitKey, float] | None = None,
 ) -> dict[UnitKey, int]:
-    """Widths within ``budget`` for channels ranked by one score across all units.
+    """Return widths within ``budget`` for channels ranked by one score across all units.
 
     First one threshold for all units, as low as the budget allows; then, since widths move in steps, the best
-    step that still fits, again and again until none does; then, if more than
-    1 % is left, exchanges of steps.
+    step that still fits, again and again until none does; then, if more than 1 % is left, exchanges of steps.
 
     Args:
-        ranked: per unit, the score of its best, second best, ... channel.
+        ranked: scores of each unit's channels, best first.
         choices: allowed widths per unit, ascending.
-        flops: of the model at given widths; grows with each.
-        budget: reachable with the least widths.
-        price: per unit, what a channel costs where scores are worth per cost; a channel is worth its score
-            times its price. None where scores are worth themselves.
+        flops: FLOPs of the model at given widths; grow with each width.
+        budget: FLOPs, reachable with the least widths.
+        price: FLOPs per channel of each unit, where scores are values per FLOP; None where they are values.
     """
     price = dict.fromkeys(ranked, 1.0) if price is None else price
 
@@ -98,7 +133,7 @@ def _next_step(
     ranked: Mapping[UnitKey, Sequence[float]],
     choices: Mapping[UnitKey, Sequence[int]],
 ) -> tuple[float, UnitKey, int] | None:
-    """(mean score of the channels gained, unit, next wider width), or None at the dense width."""
+    """Return mean score of the channels gained, unit, and next wider width; None at the dense width."""
     wider = next((choice for choice in choices[key] if choice > width), None)
     if wider is None:
         return None
@@ -113,13 +148,13 @@ def _exchange(
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
 ) -> dict[UnitKey, int]:
-    """Widths within a few steps of ``widths`` that leave less of the budget: a knapsack over all units.
+    """Return widths a few steps from ``widths`` that leave less of the budget: a knapsack over all units.
 
     Steps of different prices leave gaps that no single step fills; a model of a few small layers has nothing
-    finer. Takes prices of units as independent of each other, so that the caller must count the outcome.
+    finer. Prices of units are taken as independent of each other, so the caller must count the outcome.
     """
     have = flops(widths)
-    # FLOPs gained -> (score lost, widths changed); the cheapest way to each.
+    # FLOPs gained -> (score lost, widths changed); the cheapest combination for each.
     candidates: dict[int, tuple[float, dict[UnitKey, int]]] = {0: (0.0, {})}
     for key, scores in ranked.items():
         at = choices[key].index(widths[key])

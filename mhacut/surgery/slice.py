@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mhacut.adapters.base import Layer, Unit
 from mhacut.plan import Plan, UnitKind, UnitPlan
 from mhacut.surgery.axes import axes_of, tensor_of
-from mhacut.surgery.find import UnitKey, check_plan, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, UnitKey, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.output import add_constant
 
@@ -30,7 +30,12 @@ def exact_scale(unit: Unit, width: int) -> float:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, plan: Plan, channel_scales: Mapping[UnitKey, Tensor] | None = None) -> None:
+def cut(
+    model: nn.Module,
+    plan: Plan,
+    channel_scales: Mapping[UnitKey, Tensor] | None = None,
+    prunable: PrunableLayers | None = None,
+) -> None:
     """Slice ``model`` in place to ``plan``; afterwards it equals :func:`masked_tensors` at the same scales.
 
     Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
@@ -39,13 +44,14 @@ def cut(model: nn.Module, plan: Plan, channel_scales: Mapping[UnitKey, Tensor] |
         model: any model :func:`find_prunable_layers` accepts, the plan's dense model.
         plan: units not named stay whole.
         channel_scales: [heads, dense_width] per unit, multiplied into the kept channels' contribution (their
-        logits
-            for qk); missing means 1. Relative to the dense model: the softmax temperature stays its own.
+            logits for qk); missing means 1. Relative to the dense model: the softmax temperature stays its
+            own.
+        prunable: prunable layers of ``model``; found if None.
 
     Raises:
         PlanError: the plan is not for this model.
     """
-    prunable = find_prunable_layers(model)
+    prunable = prunable or find_prunable_layers(model)
     check_plan(prunable, plan)
     by_layer = plan.by_layer()
     cut_layers = [layer for layer in prunable.layers if layer.name in by_layer]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.models import relative
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
 from mhacut.surgery.costs import build_cost_table
@@ -133,15 +134,7 @@ def difference_of_two_cuts_and_one(model: nn.Module, x: Tensor, seed: int) -> fl
     return relative(model(x), dense(x))
 
 
-def lesson_of(model: nn.Module, images: Tensor, batch_size: int = 8) -> Distillation:
-    """That teaches what ``model`` says of ``images``."""
-    return Distillation(
-        images,
-        model(images),
-        None,
-        batch_size=batch_size,
-        seed=0,
-        label_weight=0.0,
-        classifier=True,
-        amp=False,
-    )
+def distillation_of(model: nn.Module, images: Tensor, batch_size: int = 8) -> Distillation:
+    """Distillation with ``model`` as the teacher."""
+    options = SearchOptions(batch_size=batch_size, seed=0)
+    return Distillation(images, model(images), None, options, classifier=True)

@@ -1,0 +1,151 @@
+"""First stage of ``mhacut prune``: read everything, and find what is wrong with it before the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhacut.budget import Budget
+from mhacut.checkpoint.load import LoadedModel, read_as_told
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.data import (
+    CalibrationImages,
+    EvaluationLoader,
+    Preprocessing,
+    calibration_images,
+    evaluation_loader,
+    has_split,
+)
+from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.options.prune import PruneOptions
+from mhacut.plan import UnitKind
+from mhacut.pruning.job import Job
+from mhacut.pruning.widths import reachable_budget
+from mhacut.runtime.device import warn_of_slow_amp
+from mhacut.runtime.distributed import Processes
+from mhacut.runtime.files import check_output
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.info import classifier_size, not_prunable
+
+_KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
+
+
+@dataclass(frozen=True)
+class PruneInputs:
+    """Everything that ``mhacut prune`` reads."""
+
+    options: PruneOptions
+    loaded: LoadedModel
+    preprocessing: Preprocessing
+    images: CalibrationImages
+    validation: EvaluationLoader | None
+    """Labelled images to measure accuracy on; None without any."""
+    evaluation: Evaluation | None
+    """Accuracy of the dense model, in the first process."""
+    target: Path
+    """Slim file to write."""
+    job: Job
+    not_prunable: tuple[str, ...]
+    """What cannot be cut exactly, or is never cut, and why."""
+
+
+def read_inputs(options: PruneOptions, processes: Processes, reporter: Reporter) -> PruneInputs:
+    """Read the checkpoint and the images; measure the dense model.
+
+    Raises:
+        MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
+    """
+    budget = Budget.parse(options.flops)
+    _check_outputs(options)
+    reporter.start("reading")
+    _log_idle_options(options, processes, reporter)
+    loaded = read_as_told(options, reporter)
+    target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
+    if not options.dry_run:
+        check_output(target, overwrite=options.overwrite, input_path=loaded.path)
+    dense = loaded.model.requires_grad_(False)
+    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    prunable = find_prunable_layers(dense)
+    units = prunable.units(_KINDS[options.scope])
+    table = build_cost_table(dense, prunable, preprocessing.input_size)
+    flops = reachable_budget(budget, table, units, options.round_to)
+    whole = not_prunable(prunable)
+    for line in whole:
+        reporter.log(f"left whole: {line}")
+    reporter.start("loading images")
+    classes = classifier_size(dense)
+    images = _calibration_images(options, preprocessing, classes)
+    reporter.log(f"searching on {images.description}")
+    dense.to(processes.device)
+    validation = _validation_images(options, preprocessing, classes, reporter)
+    evaluation = None
+    if validation is not None and processes.first:
+        reporter.start("evaluating")
+        evaluation = evaluate(dense, validation, device=processes.device, progress=reporter.advance)
+    job = Job(
+        model=dense,
+        prunable=prunable,
+        units=units,
+        table=table,
+        budget=flops,
+        images=images.images,
+        labels=images.labels,
+        options=options.search,
+        round_to=options.round_to,
+        amp=options.amp,
+        reporter=reporter,
+    )
+    return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job, whole)
+
+
+def _check_outputs(options: PruneOptions) -> None:
+    paths = [options.report, None if options.dry_run else options.output]
+    for path in paths:
+        if path is not None:
+            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
+
+
+def _log_idle_options(options: PruneOptions, processes: Processes, reporter: Reporter) -> None:
+    """Name the options that were changed to no effect."""
+    given, idle = options.flat(), options.idle()
+    for name, reason in idle.items():
+        flag = ("no-" if given[name] is False else "") + name.replace("_", "-")
+        reporter.log(f"--{flag} has no effect: {reason}")
+    if options.amp and "amp" not in idle:
+        warn_of_slow_amp(processes.device, reporter.log)
+
+
+def _calibration_images(
+    options: PruneOptions, preprocessing: Preprocessing, classes: int
+) -> CalibrationImages:
+    return calibration_images(
+        preprocessing,
+        options.data,
+        count=options.images_wanted,
+        seed=options.search.seed,
+        num_classes=classes or None,
+        use_labels=options.labels and classes > 0,
+    )
+
+
+def _validation_images(
+    options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
+) -> EvaluationLoader | None:
+    """Return the labelled validation images, None without any."""
+    data = options.data
+    if options.eval_images == 0 or classes == 0 or (data.data_dir is None and data.dataset is None):
+        return None
+    if not has_split(data, data.val_split):
+        reporter.log(
+            f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} (--val-split)"
+        )
+        return None
+    return evaluation_loader(
+        preprocessing,
+        data,
+        num_classes=classes,
+        batch_size=options.search.batch_size,
+        limit=options.eval_images,
+    )

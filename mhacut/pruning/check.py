@@ -1,0 +1,72 @@
+"""Checks of a cut: masked equals sliced, FLOPs are as promised, the file equals the model in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.errors import MhacutError
+from mhacut.plan import Plan
+from mhacut.pruning.job import Job
+from mhacut.pruning.repair import ReconstructedModel
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.mask import masked_tensors, run_with
+
+EXACTNESS = 1e-3
+"""Largest relative difference of masked and sliced outputs that rounding explains; it grows with depth."""
+REPEATABILITY = 1e-5
+"""Largest relative difference of the outputs of one model, loaded twice."""
+
+
+def check_flops(slim: nn.Module, job: Job, plan: Plan, input_size: tuple[int, int, int]) -> int:
+    """Return the FLOPs of the cut model for one image [C, H, W], counted anew.
+
+    Raises:
+        MhacutError: they are not those that the cost table says, or above the budget.
+    """
+    counted = measure_flops(slim, input_size)
+    expected = int(job.table.flops(plan.widths()))
+    if counted != expected or counted > job.budget:
+        raise MhacutError(
+            f"the pruned model costs {counted} FLOPs, planned were {expected} within a budget of "
+            f"{job.budget}; nothing was written. This is a gap in mhacut: please report the architecture and its arguments"
+        )
+    return counted
+
+
+@torch.no_grad()
+def check_exact(slim: nn.Module, job: Job, ready: ReconstructedModel, images: Tensor) -> None:
+    """Check that the cut model computes what the masked model of the dense shape computes.
+
+    Args:
+        slim: the cut model, on the CPU.
+        job: what was pruned.
+        ready: the model that was cut, on the CPU.
+        images: [B, C, H, W].
+
+    Raises:
+        MhacutError: it does not.
+    """
+    masked = run_with(ready.model, masked_tensors(ready.model, job.prunable, ready.channel_scales), images)
+    difference = relative_difference(slim(images), masked)
+    if not difference <= EXACTNESS:
+        raise MhacutError(
+            f"the sliced model's outputs differ from the masked model's by {difference:.1e} of the largest, "
+            f"more than rounding explains ({EXACTNESS:g}); nothing was written. This is a gap in mhacut: "
+            "please report the architecture and its arguments"
+        )
+
+
+@torch.no_grad()
+def same_outputs(found: nn.Module, expected: nn.Module, images: Tensor) -> bool:
+    """Whether two copies of a model give the same outputs for ``images`` [B, C, H, W], but for rounding.
+
+    The last bits may differ even if all tensors are equal: BLAS sums in another order where a buffer is
+    aligned otherwise.
+    """
+    return relative_difference(found(images), expected(images)) <= REPEATABILITY
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference relative to the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,0 +1,86 @@
+"""The pruning job: a model, what of it can be cut, and everything that decides how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.base import Unit
+from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.pruning.calibrate import Calibration, calibrate, held_out
+from mhacut.pruning.distill import Distillation
+from mhacut.pruning.fisher import FisherOptions
+from mhacut.pruning.widths import width_choices
+from mhacut.runtime.distributed import Processes
+from mhacut.runtime.progress import SILENT, Reporter
+from mhacut.surgery.costs import CostTable
+from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.info import gives_probabilities
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that stays the same while one model is pruned."""
+
+    model: nn.Module
+    """The dense model: eval mode, float32, without gradients, on the device to work on. Never modified."""
+    prunable: PrunableLayers
+    """Its prunable layers."""
+    units: tuple[Unit, ...]
+    """Units that may be cut."""
+    table: CostTable
+    """FLOPs of the model at any widths."""
+    budget: int
+    """FLOPs; reachable (:func:`mhacut.pruning.widths.reachable_budget`)."""
+    images: Tensor
+    """Calibration images, [n, C, H, W], normalised."""
+    options: SearchOptions
+    labels: Tensor | None = None
+    """Classes of the images, [n], where they are known and may be used."""
+    round_to: int = 8
+    """Widths are multiples of it, or the dense width."""
+    amp: bool = False
+    """Whether to train under bfloat16 autocast."""
+    reporter: Reporter = SILENT
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def choices(self) -> dict[UnitKey, tuple[int, ...]]:
+        """Allowed widths of every unit, ascending, the dense one last."""
+        return {unit.key: width_choices(unit.width, self.round_to) for unit in self.units}
+
+    def calibrate(self, processes: Processes | None = None) -> Calibration:
+        """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
+        self.reporter.start("calibrating")
+        options = self.options
+        fisher = None
+        if options.allocation in ("curves", "refined") or options.repair:
+            fitted = len(self.images) - held_out(len(self.images))
+            count = max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))
+            fisher = FisherOptions(count, options.seed, options.token_weights)
+        return calibrate(
+            self.model,
+            self.prunable,
+            self.images,
+            batch_size=options.batch_size,
+            fisher=fisher,
+            reporter=self.reporter,
+            processes=processes,
+        )
+
+    def distillation(self, calibration: Calibration) -> Distillation:
+        """Return the calibration images with the dense model's outputs, held-out images first."""
+        return Distillation(
+            self.images,
+            calibration.teacher,
+            self.labels,
+            self.options,
+            classifier=gives_probabilities(self.model),
+            amp=self.amp,
+        )
