@@ -102,7 +102,7 @@ def test_batches_make_no_difference(case):
 def test_outputs_that_are_not_finite_are_refused():
     it = Calibrated()
     it.model.head.bias[0] = float("nan")
-    with pytest.raises(MhacutError, match=r"not finite.*--mean"):
+    with pytest.raises(MhacutError, match=r"not finite.*mean"):
         it.run()
 
 

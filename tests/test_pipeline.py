@@ -217,11 +217,11 @@ def test_dry_run_finds_the_same_plan_and_writes_nothing(tiny_vit, tmp_path):
     [
         ({"flops": "100%"}, BudgetError, "nothing to prune: .* already within 100%"),
         ({"flops": "1G"}, BudgetError, "nothing to prune"),
-        ({"flops": "1%"}, BudgetError, r"out of reach: the lowest is .*--round-to 8"),
-        ({"flops": "50%", "scope": "attention"}, BudgetError, "out of reach.*scope attention "),
+        ({"flops": "1%"}, BudgetError, r"out of reach: the lowest is .*round_to=8"),
+        ({"flops": "50%", "scope": "attention"}, BudgetError, "out of reach.*scope='attention' "),
         ({"flops": "2,0G"}, UsageError, "2,0G"),
         ({"init": "magic"}, UsageError, "attention-difference, uniform"),
-        ({"steps": 0}, UsageError, "--steps 0"),
+        ({"steps": 0}, UsageError, "steps=0"),
         ({"stepz": 1}, UsageError, "did you mean 'steps'"),
         ({"device": "tpu9"}, UsageError, "not a device"),
         ({"model": "swin_tiny_patch4_window7_224", "model_args": {}}, Exception, "swin_tiny"),
@@ -466,18 +466,18 @@ def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypa
         (
             {"steps": 100, "similarity": False},
             [
-                "--no-similarity has no effect: --allocation curves trains no indicators",
-                "--steps has no effect: --allocation curves trains no indicators",
+                "similarity=False has no effect: allocation='curves' trains no indicators",
+                "steps has no effect: allocation='curves' trains no indicators",
             ],
         ),
         ({"allocation": "indicator", "steps": 1, "similarity": False}, []),
         (
             {"allocation": "refined", "steps": 1, "init": "uniform"},
-            ["--init has no effect: --allocation refined starts from the plan of the curves"],
+            ["init has no effect: allocation='refined' starts from the plan of the curves"],
         ),
         (
             {"repair": False, "swap_moves": True},
-            ["--swap-moves has no effect: --no-repair refits nothing"],
+            ["swap_moves=True has no effect: repair=False refits nothing"],
         ),
         (
             {
@@ -487,29 +487,29 @@ def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypa
                 "basis": "channel",
                 "swap_moves": True,
             },
-            ["--swap-moves has no effect: --selection indicator keeps the indicators' choice"],
+            ["swap_moves=True has no effect: selection='indicator' keeps the indicators' choice"],
         ),
         ({"allocation": "refined", "steps": 1, "swap_moves": True}, []),
         (
             {"allocation": "refined", "steps": 1, "selection": "indicator", "basis": "channel"},
-            ["--selection has no effect: --allocation refined keeps what serves best once repaired"],
+            ["selection has no effect: allocation='refined' keeps what serves best once repaired"],
         ),
-        ({"amp": True}, ["--amp has no effect: nothing is trained"]),
+        ({"amp": True}, ["amp=True has no effect: nothing is trained"]),
         ({"amp": True, "gain_steps": 1}, []),
         (
             {"labels": False, "val_split": "held"},
             [
-                "--val-split has no effect: there are no images without --data-dir or --dataset",
-                "--no-labels has no effect: there are no images without --data-dir or --dataset",
+                "val_split has no effect: there are no images without data_dir or dataset",
+                "labels=False has no effect: there are no images without data_dir or dataset",
             ],
         ),
         ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
         (
             {"repair": False, "repair_in_order": True},
-            ["--repair-in-order has no effect: --no-repair refits nothing"],
+            ["repair_in_order=True has no effect: repair=False refits nothing"],
         ),
-        ({"gain_lr": 0.01}, ["--gain-lr has no effect: no gains are trained; see --gain-steps"]),
-        ({"tuning_lr": 0.01}, ["--tuning-lr has no effect: nothing is tuned; see --tuning-steps"]),
+        ({"gain_lr": 0.01}, ["gain_lr has no effect: no channel scales are trained; see gain_steps"]),
+        ({"tuning_lr": 0.01}, ["tuning_lr has no effect: nothing is tuned; see tuning_steps"]),
         (
             {"calibration_images": 1, "tuning_steps": 1},
             ["nothing was trained: of a single image, none is left to judge by"],

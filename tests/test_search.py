@@ -242,7 +242,7 @@ def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
 def test_a_loss_that_is_not_finite_is_said_not_searched():
     bench = Bench()
     bench.images[3] = float("nan")
-    with pytest.raises(MhacutError, match=r"not finite.*--mean"):
+    with pytest.raises(MhacutError, match=r"not finite.*mean"):
         bench.search(0.5)
 
 

@@ -16,6 +16,7 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
+from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import UnitKind
@@ -111,8 +112,8 @@ def _log_idle_options(options: PruneOptions, processes: Processes, reporter: Rep
     """Name the options that were changed to no effect."""
     given, idle = options.flat(), options.idle()
     for name, reason in idle.items():
-        flag = ("no-" if given[name] is False else "") + name.replace("_", "-")
-        reporter.log(f"--{flag} has no effect: {reason}")
+        shown = option_name(name, given[name]) if isinstance(given[name], bool) else option_name(name)
+        reporter.log(f"{shown} has no effect: {reason}")
     if options.amp and "amp" not in idle:
         warn_of_slow_amp(processes.device, reporter.log)
 
@@ -135,11 +136,12 @@ def _validation_images(
 ) -> EvaluationLoader | None:
     """Return the labelled validation images, None without any."""
     data = options.data
-    if options.eval_images == 0 or classes == 0 or (data.data_dir is None and data.dataset is None):
+    if options.eval_images == 0 or classes == 0 or not data.has_images:
         return None
     if not has_split(data, data.val_split):
         reporter.log(
-            f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} (--val-split)"
+            f"accuracy is not measured: no labelled split {data.val_split!r} in {data.data_dir} "
+            f"({option_name('val_split')})"
         )
         return None
     return evaluation_loader(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, option_name
 from mhacut.linalg.attention_difference import (
     linear_attention_energy,
     linear_contributions,
@@ -316,7 +316,8 @@ def calibrate(
     outputs = gathered.share(processes)
     if not outputs.isfinite().all():
         raise MhacutError(
-            "the model's outputs are not finite on the calibration images; check --mean, --std and the file"
+            "the model's outputs are not finite on the calibration images; check "
+            f"{option_name('mean')}, {option_name('std')} and the file"
         )
     return Calibration(held, gathered.moments(), gathered.statistics(model), information, outputs)
 

@@ -29,7 +29,8 @@ def check_flops(slim: nn.Module, job: Job, plan: Plan, input_size: tuple[int, in
     if counted != expected or counted > job.budget:
         raise MhacutError(
             f"the pruned model costs {counted} FLOPs, planned were {expected} within a budget of "
-            f"{job.budget}; nothing was written. This is a gap in mhacut: please report the architecture and its arguments"
+            f"{job.budget}; nothing was written. This is a gap in mhacut: please report the architecture and "
+            "its arguments"
         )
     return counted
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, option_name
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.augment import varied
 from mhacut.runtime.progress import SILENT, Reporter
@@ -137,8 +137,9 @@ class Distillation:
     def _checked(self, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
             raise MhacutError(
-                "the model's outputs are not finite on the images of the search; check --mean and --std"
-                + (", or go without --amp" if self.amp else "")
+                "the model's outputs are not finite on the images of the search; check "
+                f"{option_name('mean')} and {option_name('std')}"
+                + (f", or go without {option_name('amp')}" if self.amp else "")
             )
         return loss
 

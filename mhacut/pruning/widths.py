@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mhacut.adapters.base import Unit
 from mhacut.budget import Budget, format_flops
-from mhacut.errors import BudgetError
+from mhacut.errors import BudgetError, option_name
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import UnitKey
 
@@ -67,9 +67,10 @@ def reachable_budget(asked: Budget, table: CostTable, units: Iterable[Unit], rou
         meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in units) else "attention"
         raise BudgetError(
-            f"--flops {asked.text} is out of reach: the lowest is {format_flops(lowest, up=True)} "
-            f"({math.ceil(1000 * lowest / table.dense) / 10}% of {format_flops(table.dense)}) with scope "
-            f"{scope} and --round-to {round_to}{meant}"
+            f"{option_name('flops', asked.text)} is out of reach: the lowest is "
+            f"{format_flops(lowest, up=True)} ({math.ceil(1000 * lowest / table.dense) / 10}% of "
+            f"{format_flops(table.dense)}) with {option_name('scope', scope)} and "
+            f"{option_name('round_to', round_to)}{meant}"
         )
     return budget
 
