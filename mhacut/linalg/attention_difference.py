@@ -1,4 +1,4 @@
-"""How much attention changes when one channel goes: the start of the indicators.
+"""Change of attention when one channel is removed, from which indicators start.
 
 Source: "initialization ... based on difference of attention between original structure and each channel"
 (arXiv 2405.20867, abstract); the formulas are ours.
@@ -14,7 +14,7 @@ EPSILON = 1e-6
 
 
 def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
-    """Squared Frobenius norm of what each qk channel adds to the logits, summed over images, [H, d].
+    """Return the squared Frobenius norm of what each qk channel adds to the logits, sum over images, [H, d].
 
     ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||, exactly. What is constant over keys
     does not pass the softmax, so each key channel is centred over the tokens of its image first.
@@ -22,7 +22,7 @@ def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
     Args:
         query: [B, H, N, d].
         key: [B, H, M, d].
-        centre: False where something acts on keys before the product, so that what is constant matters.
+        centre: False where something acts on keys before the product, so that their constant part matters.
     """
     if centre:
         key = key - key.mean(dim=-2, keepdim=True)
@@ -30,24 +30,24 @@ def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
 
 
 def output_energy(second_moment: Tensor, output_projection: Tensor) -> Tensor:
-    """Squared Frobenius norm of what each v or hidden channel adds to the layer's output, [H, d].
+    """Return the squared Frobenius norm of what each v or hidden channel adds to the output, [H, d].
 
     Args:
         second_moment: sum of squares of the channel over all tokens, [H, d].
-        output_projection: the columns that read it, [out, H, d].
+        output_projection: columns that read it, [out, H, d].
     """
     return second_moment * output_projection.square().sum(0)
 
 
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
-    """||A - A without channel i||_F^2 of linear attention, summed over images, [H, d].
+    """Return ||A - A without channel i||_F^2 of linear attention, sum over images, [H, d].
 
-    A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are taken as they are:
-    where they were normalised over all channels, that norm is not taken anew.
+    A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are taken as given:
+    where they were normalised over all channels, they are not normalised again without channel i.
 
     Args:
         query: non-negative features, [B, H, N, d].
-        key: likewise, [B, H, M, d].
+        key: non-negative features, [B, H, M, d].
     """
     query, key = query.double(), key.double()
     weights, mean = _weights(query, key)
@@ -55,14 +55,14 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
     along, square = _along_output(weights, gram)
     mean = mean.unsqueeze(-2)
     first = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) - 2 * along * mean + square * mean.square()
-    left = 1 - weights * mean  # of the denominator
+    left = 1 - weights * mean  # of the denominator, (B, H, N, d)
     lost = (weights / left.clamp_min(EPSILON)).square() * first.clamp_min(0)
-    # A token that has this channel only is left with nothing that the epsilon would not drown.
+    # Without its only channel, nothing is left of a token that the epsilon would not drown.
     return torch.where(left < EPSILON, square, lost).sum(-2).sum(0)
 
 
 def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
-    """Second moment of what each channel adds to the output of linear attention, [H, d, d].
+    """Return the second moment of what each channel adds to the output of linear attention, [H, d, d].
 
     To first order: without channel i, output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights),
     with kv the mean of k v^T and km that of k. Summed over tokens and images: without a set S of channels,
@@ -70,13 +70,13 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
 
     Args:
         query: non-negative features, [B, H, N, d].
-        key: likewise, [B, H, M, d].
+        key: non-negative features, [B, H, M, d].
         value: [B, H, M, d_v].
-        output_gram: of the output of each head, [H, d_v, d_v].
+        output_gram: W^T W of the weights that read each head's output, [H, d_v, d_v].
     """
     query, key, value = query.double(), key.double(), value.double()
     weights, mean = _weights(query, key)
-    keys_values = key.mT @ value / key.shape[-2]
+    keys_values = key.mT @ value / key.shape[-2]  # (B, H, d, d_v)
     gram = keys_values @ output_gram.to(query) @ keys_values.mT
     along, square = _along_output(weights, gram)
     cross = ((weights * along).mT @ weights) * mean.unsqueeze(-2)
@@ -86,12 +86,12 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
 
 
 def _weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries over the sum of their weights, [B, H, N, d]; mean key, [B, H, d]."""
+    """Return queries over the sum of their weights, [B, H, N, d], and the mean key, [B, H, d]."""
     mean = key.mean(-2)
     return query / (query @ mean.unsqueeze(-1) + EPSILON), mean
 
 
 def _along_output(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of each channel's part, [B, H, N, d], and of the output, [B, H, N, 1], with the output."""
+    """Return products with the output: of each channel's part, [B, H, N, d]; of the output, [B, H, N, 1]."""
     along = weights @ gram
     return along, (along * weights).sum(-1, keepdim=True)

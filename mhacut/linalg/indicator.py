@@ -1,4 +1,4 @@
-"""Indicators: a learnable number per channel, and the mask that follows from it.
+"""Indicators: one learnable number per channel, and the mask that follows from it.
 
 Source: indicators, their score adjustment and their initialisation are the idea of arXiv 2405.20867; raw
 numbers started at 0.6, cut at 1/2 with a straight-through gradient, are the template of the same lab's
@@ -12,16 +12,15 @@ from torch import Tensor
 
 THRESHOLD = 0.5
 START = 0.6
-_SPREAD = (
-    0.03  # of the start values around START per standard deviation: three of them stay above the threshold
-)
+_SPREAD = 0.03
+"""Distance of start values from START per standard deviation: three of them stay above the threshold."""
 
 
 def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight: Tensor) -> Tensor:
-    """Start values m [H, d] such that every score ``weight * m`` lies above the threshold.
+    """Return start values m [H, d] such that every score ``weight * m`` lies above the threshold.
 
     Args:
-        difference: how much attention changes without each channel, [H, d]; None starts all channels alike.
+        difference: change of attention without each channel, [H, d]; None starts all channels alike.
         shape: (H, d).
         weight: similarity weight of each channel, [H, d], positive mean 1 per head.
     """
@@ -38,13 +37,13 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
 
 
 def straight_through_mask(score: Tensor) -> Tensor:
-    """1 where ``score`` > 1/2, else 0; the gradient passes as if this were the identity."""
+    """Return 1 where ``score`` > 1/2, else 0; the gradient passes as if this were the identity."""
     hard = (score > THRESHOLD).to(score.dtype)
     return hard + (score - score.detach())
 
 
 def adjust_scores(score: Tensor, width: int) -> Tensor:
-    """Scores moved, head by head, so that exactly ``width`` channels of each lie above 1/2.
+    """Return scores shifted head by head so that exactly ``width`` channels of each lie above 1/2.
 
     tau_h is the midpoint between the width-th and the next largest score of head h; s' = s + (1/2 - tau_h).
     Ties are broken by channel index, which may need the tied scores moved apart by a hair.
@@ -60,14 +59,14 @@ def adjust_scores(score: Tensor, width: int) -> Tensor:
     tau = (last_kept + first_cut) / 2
     adjusted = score + (THRESHOLD - tau)[:, None]
     kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order.indices[:, :width], True)
-    # Only touches scores on the wrong side: equal ones, and those that rounding put there.
+    # Changes only scores on the wrong side: equal ones, and those that rounding put there.
     wrong = kept != (adjusted.detach() > THRESHOLD)
     side = THRESHOLD + 4 * torch.finfo(score.dtype).eps * kept.to(score.dtype)
     return torch.where(wrong, side + (adjusted - adjusted.detach()), adjusted)
 
 
 def top_channels(score: Tensor, width: int) -> tuple[tuple[int, ...], ...]:
-    """The ``width`` best channels of each head, ascending; ties go to the lower index.
+    """Return the ``width`` best channels of each head, ascending; ties go to the lower index.
 
     Args:
         score: [H, d], finite.

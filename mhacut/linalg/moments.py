@@ -13,7 +13,7 @@ class Moments:
     """Sums over rows x of x and of x x^T; batched over leading dimensions."""
 
     rows: int
-    """How many rows were summed; what their weights sum to."""
+    """Number of rows, which is also the sum of their weights."""
     total: Tensor
     """[..., d], float64."""
     second: Tensor
@@ -21,11 +21,11 @@ class Moments:
 
     @classmethod
     def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
-        """Of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times.
+        """Return the moments of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times.
 
-        ``rows`` is their number all the same: over all that is summed, weights must have the mean 1.
+        Over all that is added up, weights must have the mean 1.
 
-        Products are taken in float32, about the mean of these rows: about 0, the rounding of a large mean
+        Products are taken in float32 about the mean of these rows: about 0, the rounding of a large mean
         would drown a small variance, and covariances could come out negative.
         """
         x = activation.detach().float()
@@ -48,7 +48,7 @@ class Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
 
     def transformed(self, matrix: Tensor) -> Moments:
-        """Of ``matrix`` x in place of x; [..., d, d]."""
+        """Return the moments of ``matrix`` x; ``matrix`` is [..., d, d]."""
         total = (matrix @ self.total.unsqueeze(-1)).squeeze(-1)
         return Moments(self.rows, total, matrix @ self.second @ matrix.mT)
 

@@ -1,4 +1,4 @@
-"""Principal bases: a head's channels mixed so that the first few carry as much as any few can.
+"""PCA bases: a head's channels mixed so that the first few carry as much as any few can.
 
 Ours. Attention does not change when (W_q, W_k) of a head become (A W_q, A^-T W_k), nor when its value rows
 become A W_v and the columns that read them W_o A^-1. Cutting the tail of the right basis is the best
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 _FLOOR = 1e-10
-"""Of the largest eigenvalue: what is less is rounding, and is lifted so that the basis stays invertible."""
-
-
+"""Least eigenvalue relative to the largest: smaller ones are rounding, and are raised to it so that the basis
+stays invertible."""
 _NOTHING = 1e-30
-"""Logits of this size are rounding."""
+"""Size of logits below which they are rounding."""
 
 
 def logit_basis(query: Tensor, key: Tensor) -> Tensor:
-    """A, [H, d, d]: q' = A q and k' = A^-T k leave q k^T as it is, and order channels by what they add to it.
+    """Return A, [H, d, d]: q' = A q and k' = A^-T k leave q k^T unchanged, the strongest channels first.
 
     With R_q and R_k the symmetric roots of the second moments and R_q R_k = U S V^T, the first w channels of
     A = S^1/2 U^T R_q^-1 give the best approximation of rank w of the logits, with q and k taken as
@@ -27,13 +26,13 @@ def logit_basis(query: Tensor, key: Tensor) -> Tensor:
 
     Args:
         query: second moment of q, [H, d, d], float64.
-        key: of k, centred over the keys of each image.
+        key: second moment of k, centred over the keys of each image, [H, d, d].
     """
     root, inverse = _roots(query)
     u, s, _ = torch.linalg.svd(root @ _roots(key)[0])
     largest = s[..., :1].clamp_min(torch.finfo(s.dtype).tiny)
-    # Of a single key nothing is left once it is centred: no channel says anything, and any size will do. That
-    # of rounding would be beyond what single precision holds.
+    # Nothing is left of a single key once it is centred, so that any size will do. That of rounding would be
+    # beyond the range of single precision.
     s = torch.where(largest > _NOTHING, s, s / largest)
     size = s.clamp_min(s[..., :1] * _FLOOR).clamp_min(torch.finfo(s.dtype).tiny).sqrt()
     basis: Tensor = size.unsqueeze(-1) * u.transpose(-2, -1) @ inverse
@@ -41,24 +40,24 @@ def logit_basis(query: Tensor, key: Tensor) -> Tensor:
 
 
 def output_basis(second: Tensor, columns: Tensor) -> Tensor:
-    """A, [H, d, d], orthogonal: v' = A v, read by W_o A^T, ordered by what channels add to the output.
+    """Return A, [H, d, d], orthogonal: v' = A v, read by W_o A^T, ordered by what channels add to the output.
 
-    The row space of its first w rows is that of the best approximation of rank w of what each head adds to
-    the layer's output.
+    Its first w rows span the row space of the best approximation of rank w of what each head adds to the
+    layer's output.
 
     Args:
         second: (centred) second moment of each head's output, [H, d, d], float64.
-        columns: the weights that read it, [out, H, d].
+        columns: weights that read it, [out, H, d].
     """
     read = columns.to(second).transpose(0, 1)  # (H, out, d)
     u, _, _ = torch.linalg.svd(read @ _roots(second)[0], full_matrices=False)
-    # Householder QR: an orthogonal basis whose first w rows span the first w of U^T W, completed at will.
+    # Householder QR: an orthogonal basis whose first w rows span the first w of U^T W, arbitrarily completed.
     orthogonal: Tensor = torch.linalg.qr((u.mT @ read).mT, mode="complete").Q
     return orthogonal.mT
 
 
 def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric root of [..., d, d] and its inverse."""
+    """Return the symmetric root of [..., d, d] and its inverse."""
     values, vectors = torch.linalg.eigh(second)
     least = (values[..., -1:] * _FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
     root = values.clamp_min(least).sqrt().unsqueeze(-2)

@@ -1,10 +1,9 @@
-"""Closed-form repair: what reads a cut layer is refitted so that kept channels stand in for removed ones.
+"""Least-squares reconstruction: weights behind a cut are refitted so that kept channels replace removed ones.
 
-Ours; the reweight channel scale of arXiv 2405.20867 is the diagonal case. Removed channels x_P are predicted
-from kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read
-x. The ridge is the one of a fixed ladder, relative to the mean variance of the kept channels, that leaves
-the least error on images the regression has not seen; at the top of the ladder removed channels are
-predicted by their mean alone, where there is a bias to take it up, and not at all elsewhere.
+Ours; the channel scales of arXiv 2405.20867 are the diagonal case. Removed channels x_P are predicted from
+kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x. Of
+:data:`RIDGES` the one is taken that leaves the least error on held-out images. An infinite ridge predicts
+removed channels by their mean alone, where there is a bias to take it up, and not at all elsewhere.
 """
 
 from __future__ import annotations
@@ -17,53 +16,54 @@ from torch import Tensor
 from mhacut.linalg.moments import Moments
 
 RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Relative to the mean variance of the kept channels."""
 
 
 @dataclass(frozen=True)
 class LinearRefit:
-    """How columns that read removed channels move onto kept ones: W_S += W_P B, bias += W_P c."""
+    """Refit of the columns that read the channels: W_S += W_P B, bias += W_P c."""
 
     prediction: Tensor
     """B, [removed, kept]."""
     constant: Tensor
     """c, [removed]."""
     ridge: float
-    """Chosen, relative; infinite where predicting did not help on held-out images."""
+    """Relative; infinite where predicting did not help on held-out images."""
     error: float
-    """Squared error of the layer's output on held-out images, over that of plainly removing the channels."""
+    """Squared error of the layer's output on held-out images, relative to plain removal of the channels."""
     left: float
-    """That error itself, per row."""
+    """Squared error of the layer's output on held-out images, per row."""
 
 
 @dataclass(frozen=True)
 class LogitRefit:
-    """q_S C k_S^T in place of q k^T, for every head."""
+    """Refit of the logits of every head: q_S C k_S^T in place of q k^T."""
 
     mixing: Tensor
     """C, [H, kept, kept]."""
     ridge: float
     error: float
-    """Squared error of the logits on held-out images, over that of plainly removing the channels."""
+    """Squared error of the logits on held-out images, relative to plain removal of the channels."""
     left: float
-    """That error itself, per pair of rows."""
+    """Squared error of the logits on held-out images, per pair of rows."""
 
 
 def refit_linear(
     fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
 ) -> LinearRefit:
-    """The best B and c for a layer that is read through ``columns``.
+    """Return the best B and c for a layer that is read through ``columns``.
 
     Args:
-        fit: moments of the channels, [d], on the images to fit.
-        held: the same on images held out.
-        kept: indices, [kept], ascending.
-        columns: the weights that read the channels, [out, d].
+        fit: moments of the channels, [d], on images to fit.
+        held: moments on held-out images.
+        kept: indices of the kept channels, [kept], ascending.
+        columns: weights that read the channels, [out, d].
         constant: whether there is a bias to take up W_P c.
     """
     both = fit + held
     gone = others(kept, fit.total.shape[-1])
     reader = columns.double()[:, gone]
-    gram = reader.T @ reader  # (P, P): squared error of the output per error of the removed channels
+    gram = reader.T @ reader  # squared error of the output per error of the removed channels, (P, P)
 
     def centred(moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if constant else moments.energy
@@ -73,7 +73,7 @@ def refit_linear(
     errors = {float("inf"): float((gram * unseen[gone][:, gone]).sum())}
     values, vectors = torch.linalg.eigh(seen[kept][:, kept])
     size = float(values.clamp_min(0).mean())
-    rounding = max(0.0, -float(values[0]))  # what no ridge is smaller than, see _ridge_solve
+    rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
     # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
     projected = seen[gone][:, kept] @ vectors
     weighed = gram @ projected
@@ -104,15 +104,15 @@ def refit_logits(
     *,
     mixes: bool = True,
 ) -> LogitRefit:
-    """The best C for every head, with q and k taken as independent.
+    """Return the best C for every head, with q and k taken as independent.
 
     Args:
-        fit: of q and of k, [H, d]; k centred over the keys of each image, since softmax ignores what is
-            constant over them.
-        held: the same on images held out.
-        kept: indices, [H, kept], ascending.
-        plain: factor on the logits without a refit; kept where refitting does not help.
-        mixes: whether kept channels may be mixed; without that, there is nothing to refit.
+        fit: moments of q and of k, [H, d], on images to fit; k centred over the keys of each image, since
+            softmax ignores what is constant over them.
+        held: moments on held-out images.
+        kept: indices of the kept channels, [H, kept], ascending.
+        plain: factor on the logits without a refit; used where refitting does not help.
+        mixes: whether kept channels may be mixed; if not, there is nothing to refit.
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
@@ -133,14 +133,15 @@ def refit_logits(
 def output_error(
     second: Tensor, kept: Tensor, columns: Tensor, fisher: Tensor | None, *, refit: bool = True
 ) -> float:
-    """Error of the output, per row, without the other channels, once columns are refitted on the kept ones.
+    """Return the error of the output, per row, after channels are removed and columns refitted on the rest.
 
     Args:
         second: second moment of the channels, [d, d]; centred, where the refit may add a constant.
-        kept: indices, [kept].
-        columns: the weights that read them, [out, d], or [places * out, d], those of a place together.
-        fisher: of errors of the output, [out, out]; None is plain squared error.
-        refit: off, columns stay as they are.
+        kept: indices of the kept channels, [kept].
+        columns: weights that read them, [out, d]; [places * out, d] where they are read at several places,
+            those of a place together.
+        fisher: Fisher information of the output, [out, out]; None is plain squared error.
+        refit: off, columns are not refitted.
     """
     gone = others(kept, second.shape[-1])
     if len(gone) == 0:
@@ -154,21 +155,21 @@ def output_error(
 
 
 def symmetric_root(fisher: Tensor) -> Tensor:
-    """R with R R = ``fisher``, [out, out]; negative eigenvalues, which rounding leaves, count as 0."""
+    """Return R with R R = ``fisher``, [out, out]; negative eigenvalues, left by rounding, count as 0."""
     values, vectors = torch.linalg.eigh(fisher)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     return root
 
 
 def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
-    """``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
+    """Return ``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
     if fisher is None:
         return columns
     return (fisher @ columns.reshape(-1, len(fisher), columns.shape[-1])).flatten(0, 1)
 
 
 def others(kept: Tensor, size: int) -> Tensor:
-    """Which of ``size`` are not in ``kept``, ascending."""
+    """Return the indices below ``size`` that are not in ``kept``, ascending."""
     rest = torch.ones(size, dtype=torch.bool, device=kept.device)
     rest[kept] = False
     return rest.nonzero()[:, 0]
@@ -179,7 +180,7 @@ def _share(error: float, baseline: float) -> float:
 
 
 def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
-    """I + Bq^T Bk, [H, kept, kept], where Bq and Bk predict removed q and k channels from kept ones."""
+    """Return I + Bq^T Bk, [H, kept, kept]: Bq and Bk predict removed q and k channels from kept ones."""
     predictions = []
     for side in moments:
         target = _block(side.energy, kept, gone)
@@ -190,7 +191,7 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
 
 
 def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is.
+    """Return (system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is 0.
 
     Where rounding has left ``system`` negative eigenvalues, they count as 0 and the ridge is at least as
     large: a smaller one could hit upon them, and the solution would be as large as rounding is small.
@@ -204,7 +205,7 @@ def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
     size = diagonal.mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
     damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
     solution: Tensor
-    # A Cholesky factor vouches for half the ridge, in far less time than eigenvalues take.
+    # A Cholesky factor shows that half the ridge is enough, in far less time than eigenvalues take.
     if not torch.linalg.cholesky_ex((system + damped) / 2).info.any():
         solution = torch.linalg.solve(damped, target)
         return solution

@@ -1,4 +1,4 @@
-"""Which channels to keep when those that stay are refitted: greedy by the error left AFTER the refit.
+"""Rankings of channels: greedy removal by the error that is left after those that stay are refitted.
 
 Ours. For v and hidden channels this is the optimal brain surgeon (Hassibi & Stork 1993) on groups: removing
 channel p and refitting the columns W on the rest costs ||w_p||^2 / [G^-1]_pp, with G the second moment of the
@@ -16,30 +16,30 @@ from mhacut.linalg.reconstruction import weighed_by
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6
-"""Of the mean variance, added before inverting, so that channels that repeat each other do not break it."""
+"""Added to the variances before they are inverted, relative to their mean: channels may repeat each other."""
 AT_ONCE = 0.02
-"""Share of the remaining channels that go in one step; one by one below 100. On 768 random channels the error
-left was 0.1 % above that of one by one, in a fifth of the time. So many are exchanged at once, too."""
+"""Fraction of the remaining channels that go in one step (one by one below 100), or are exchanged in one
+round. Removal one by one is much slower and leaves hardly less error."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Channels of every head from the one to keep longest to the first to go."""
+    """Order of every head's channels, from the last one to go to the first."""
 
     order: Tensor
     """Indices, [heads, d]."""
 
     def kept(self, width: int) -> Tensor:
-        """The first ``width`` of every head, ascending, [heads, width]."""
+        """Return the first ``width`` of every head, ascending, [heads, width]."""
         return self.order[:, :width].sort(dim=-1).values
 
 
 @dataclass(frozen=True)
 class Removal(Ranking):
-    """A ranking that knows what it costs to follow it."""
+    """A ranking with the error at every number of channels."""
 
     error: Tensor
-    """Error left when that many channels stay, over all heads, [heads * d + 1]; falls to 0."""
+    """Error left when so many channels stay, over all heads, [heads * d + 1]; falls to 0."""
 
 
 def rank_channels(
@@ -49,32 +49,31 @@ def rank_channels(
 
     Args:
         second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: the weights that read them, [out, heads * d], or [places * out, heads * d], those of a place
-            together.
-        heads: every head keeps the same number.
+        columns: weights that read them, [out, heads * d]; [places * out, heads * d] where they are read at
+            several places, those of a place together.
+        heads: number of heads, which all keep the same number of channels.
         smallest: channels per head that are never removed; they end up in ascending order at the front.
-        fisher: of errors of the output, [out, out]; prices :attr:`Removal.error`, not the choice, which is
-            by plain squared error (choosing by it was no better on a CIFAR-10 ViT, and worse where
-            few images make it noisy).
+        fisher: Fisher information of the output, [out, out], by which :attr:`Removal.error` is weighed. The
+            choice is by plain squared error: few images make the Fisher information noisy.
     """
     size = second.shape[0]
     width = size // heads
     inverse = torch.linalg.inv(damped(second))
-    effective_output_weights = columns.to(inverse)
-    left = torch.arange(size, device=second.device)  # whose rows, columns and readers these are
+    weights = columns.to(inverse)
+    left = torch.arange(size, device=second.device)  # channels of the rows and columns
     excess = torch.full((heads,), width - smallest, device=second.device)
     error = second.new_zeros(size + 1)
     removed: list[Tensor] = []
     spent = 0.0
     while int(excess.sum()) > 0:
         head = left // width
-        price = effective_output_weights.square().sum(0) / inverse.diagonal()
+        price = weights.square().sum(0) / inverse.diagonal()
         price[excess[head] == 0] = float("inf")
         gone = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
         stays = torch.ones_like(left, dtype=torch.bool)
         stays[gone] = False
         share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        lost = effective_output_weights[:, gone]
+        lost = weights[:, gone]
         weighed = weighed_by(fisher, lost)
         spent_now = float((torch.linalg.solve(inverse[gone][:, gone], lost.mT @ weighed)).trace())
         count = torch.arange(1, len(gone) + 1, device=second.device)
@@ -82,10 +81,10 @@ def rank_channels(
         excess -= torch.bincount(head[gone], minlength=heads)
         removed.append(left[gone])
         share = share[:, stays]
-        effective_output_weights = effective_output_weights[:, stays] - lost @ share
+        weights = weights[:, stays] - lost @ share
         inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ share
         left, spent = left[stays], spent + spent_now
-    error[: len(left)] = spent  # nothing is known below
+    error[: len(left)] = spent  # not known below
     sequence = torch.cat([*removed, left.flip(0)]).flip(0)
     owner = sequence // width
     order = torch.stack([sequence[owner == number] - number * width for number in range(heads)])
@@ -101,7 +100,7 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
     Args:
         query: second moment of q, [H, d, d], float64.
-        key: of k, centred over the keys of each image.
+        key: second moment of k, centred over the keys of each image, [H, d, d].
         smallest: channels per head that are never removed; they end up in ascending order at the front.
     """
     heads, size = query.shape[:2]
@@ -131,20 +130,20 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
 @dataclass(frozen=True)
 class _Step:
-    """What removing one channel per head takes from a :class:`_Side`."""
+    """Removal of one channel per head from a :class:`_Side`."""
 
     column: Tensor
-    """Of A, [H, d, 1]."""
+    """Its column of A, [H, d, 1]."""
     row: Tensor
-    """Of the inverse, [H, 1, d]."""
+    """Its row of the inverse, [H, 1, d]."""
     pivot: Tensor
-    """On its diagonal, [H, 1, 1]."""
+    """Its diagonal element of the inverse, [H, 1, 1]."""
     alive: Tensor
-    """What stays, [H, d]."""
+    """Whether each channel stays, [H, d]."""
 
 
 class _Side:
-    """Of q or k, with the channels S that are left: what predicting all from them keeps."""
+    """q or k, all channels predicted from the channels S that are left."""
 
     def __init__(self, second: Tensor) -> None:
         self.inverse = torch.linalg.inv(damped(second))
@@ -155,7 +154,7 @@ class _Side:
         """P = A G_S:."""
 
     def without(self, gone: Tensor, alive: Tensor) -> _Step:
-        """The step that removes ``gone``, [H, 1]."""
+        """Return the step that removes ``gone``, [H, 1]."""
         places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
         row = self.inverse.gather(-1, places).mT
         pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(TINY)
@@ -169,13 +168,13 @@ class _Side:
 
 
 def rank_parts(second: Tensor) -> Ranking:
-    """Rank channels that nothing can stand in for, each head for itself.
+    """Rank channels that no others can replace, each head for itself.
 
     Removing a set of them costs the squared length of the sum of their parts in the output; the next to go is
     the one that adds least to it.
 
     Args:
-        second: second moment of the parts, [H, d, d], float64.
+        second: second moment of the channels' parts in the output, [H, d, d], float64.
     """
     size = second.shape[-1]
     price = second.diagonal(dim1=-2, dim2=-1).clone()
@@ -189,17 +188,17 @@ def rank_parts(second: Tensor) -> Ranking:
 
 
 def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: int) -> Ranking:
-    """As :func:`rank_channels`, of heads that all keep the same channels: those at one position go together.
+    """Rank channels as :func:`rank_channels` does, for heads that all keep the same positions.
 
     Args:
         second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: the weights that read them, [out, heads * d].
-        heads: how many share.
+        columns: weights that read them, [out, heads * d].
+        heads: number of heads.
         smallest: positions that are never removed; they end up in ascending order at the front.
     """
     width = second.shape[0] // heads
     inverse = torch.linalg.inv(damped(second))
-    effective_output_weights = columns.to(inverse).clone()
+    weights = columns.to(inverse).clone()
     alive = torch.ones(width, dtype=torch.bool, device=second.device)
     positions = torch.arange(heads, device=second.device)[:, None] * width + torch.arange(
         width, device=second.device
@@ -209,18 +208,18 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
         left = alive.nonzero()[:, 0]
         group = positions[:, left].T  # (left, H)
         blocks = inverse[group[:, :, None], group[:, None, :]]  # (left, H, H)
-        lost = effective_output_weights[:, group]  # (out, left, H)
+        lost = weights[:, group]  # (out, left, H)
         gram = torch.einsum("olh,olk->lhk", lost, lost)
         price = torch.linalg.solve(blocks, gram).diagonal(dim1=-2, dim2=-1).sum(-1)
         gone = left[price.argmin()]
         rows = positions[:, gone]
         share = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
-        effective_output_weights = effective_output_weights - effective_output_weights[:, rows] @ share
+        weights = weights - weights[:, rows] @ share
         inverse = inverse - inverse[:, rows] @ share
         inverse[rows] = 0
         inverse[:, rows] = 0
         inverse[rows, rows] = 1
-        effective_output_weights[:, rows] = 0
+        weights[:, rows] = 0
         alive[gone] = False
         removed.append(gone[None])
     order = torch.cat([alive.nonzero()[:, 0], *removed[::-1]])
@@ -228,7 +227,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor:
-    """Up to ``count`` channels of least price, of no head more than it can give; ties to the lower index."""
+    """Return up to ``count`` channels of least price, at most ``excess`` per head; of equals the first."""
     left, owners = excess.tolist(), head.tolist()
     chosen: list[int] = []
     for channel in price.sort(stable=True).indices.tolist():
@@ -242,7 +241,7 @@ def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor
 
 
 def damped(second: Tensor) -> Tensor:
-    """``second`` [..., d, d] with :data:`RIDGE` on its diagonal."""
+    """Return ``second`` [..., d, d] with :data:`RIDGE` added to its diagonal."""
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
     identity = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
     return second + RIDGE * size * identity

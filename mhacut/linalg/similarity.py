@@ -1,4 +1,4 @@
-"""How redundant a channel is within its head, and the weight that follows from it.
+"""Redundancy of a channel within its head, and the weight that follows from it.
 
 Source: the idea of channel-similarity weights is "Automatic Channel Pruning for Multi-Head Attention"
 (arXiv 2405.20867, abstract); the formulas are ours, as its equations were not available.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:
-    """Cosines between channels, [..., d, d], from their second moments ``gram`` [..., d, d].
+    """Return the cosines between channels, [..., d, d], from their second moments ``gram`` [..., d, d].
 
     A channel that is always zero is similar to nothing: its row and column are 0, its diagonal 1.
     """
@@ -23,7 +23,7 @@ def cosine_similarity(gram: Tensor) -> Tensor:
 
 
 def redundancy(*cosines: Tensor) -> Tensor:
-    """Mean absolute similarity of each channel to the others of its head, in [0, 1], [..., d].
+    """Return the mean absolute similarity of each channel to the others of its head, in [0, 1], [..., d].
 
     With several cosine matrices, channels are similar where all of them are: for a rank-1 term q_i k_i^T of
     the logits, cos(q_i k_i^T, q_j k_j^T) = cos(q_i, q_j) * cos(k_i, k_j).
@@ -41,7 +41,7 @@ def redundancy(*cosines: Tensor) -> Tensor:
 
 
 def similarity_weight(redundancy: Tensor) -> Tensor:
-    """(1 - r) / mean(1 - r) over the head: above 1 for a channel unlike the others, [..., d]."""
+    """Return (1 - r) / mean(1 - r) over the head, [..., d]: above 1 for a channel unlike the others."""
     distinct = 1 - redundancy
     mean = distinct.mean(-1, keepdim=True)
     return torch.where(mean > 0, distinct / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)

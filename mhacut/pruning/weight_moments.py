@@ -1,7 +1,7 @@
-"""What weights alone say of a unit's channels: their moments if the layer's input were white.
+"""Moments of a unit's channels from weights alone, as if the layer's input were white.
 
-Ours; for reports on a checkpoint without images. Real inputs are far from white, so that what follows from
-these moments is a first look, never what a cut is decided by.
+Ours; for reports on a checkpoint without images. Real inputs are far from white, so that these moments serve
+for a first look, never to decide a cut.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from mhacut.surgery.axes import channels_of
 
 
 def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
-    """Moments of the unit's channels for inputs of mean 0 and unit covariance, and their similarity.
-
-    The second is the mean similarity of each channel to the others of its head, [H, d], in [0, 1].
+    """Return the moments of the unit's channels for inputs of mean 0 and unit covariance, and a similarity.
 
     Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
-    What follows the projections (ReLUs, powers, norms, convolutions) is left out. None where the channels are
-    not made by linear layers, one row each, or not of the layer's input.
+    What follows the projections (ReLUs, powers, norms, convolutions) is left out.
 
     Args:
         module: the layer.
         unit: qk or v of that layer.
+
+    Returns:
+        The moments, and the mean similarity of each channel to the others of its head, [H, d], in [0, 1];
+        None where the channels are not made by linear layers, one row each, or not from the layer's input.
     """
     grams = _grams(module, unit)
     if not grams:
@@ -42,7 +43,7 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] |
 
 
 def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
-    """Second moments [H, d, d], float64: of q and of (centred) k; of v. Empty without linear layers."""
+    """Second moments [H, d, d], float64: of q and (centred) k, or of v. Empty without linear layers."""
     weights = [axis for axis in unit.axes if _projects(module, axis)]
     sides = 2 if unit.kind == "qk" else 1
     grams: list[Tensor] = []
@@ -53,13 +54,13 @@ def _grams(module: nn.Module, unit: Unit) -> list[Tensor]:
         grams.append(rows @ rows.mT)
     if unit.kind == "qk":
         bias = _bias_beside(module, unit, weights[0])
-        if bias is not None:  # keys are centred, so that theirs is not seen
+        if bias is not None:  # keys are centred, so that their bias has no effect
             grams[0] = grams[0] + bias @ bias.mT
     return grams
 
 
 def _projects(module: nn.Module, axis: ChannelAxis) -> bool:
-    """Whether the axis is that of rows by which a linear layer, or one on single pixels, makes channels."""
+    """Whether the axis runs along the output rows of a linear layer, or of a 1x1 convolution."""
     owner_name, _, name = axis.tensor.rpartition(".")
     owner = module.get_submodule(owner_name)
     pixelwise = isinstance(owner, nn.Conv2d) and owner.kernel_size == (1, 1) and owner.groups == 1
@@ -67,7 +68,7 @@ def _projects(module: nn.Module, axis: ChannelAxis) -> bool:
 
 
 def _bias_beside(module: nn.Module, unit: Unit, weight: ChannelAxis) -> Tensor | None:
-    """[H, d, copies], float64."""
+    """Bias of the layer whose weight this is, [H, d, copies], float64; None without one."""
     name = weight.tensor.removesuffix("weight") + "bias"
     for axis in unit.axes:
         if axis.tensor == name and axis.offset == weight.offset:
