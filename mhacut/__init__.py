@@ -26,7 +26,7 @@ from mhacut.errors import (
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
-    from mhacut.checkpoint.save import save_model
+    from mhacut.checkpoint.write import save_model
     from mhacut.commands.bench import BenchResult, bench
     from mhacut.commands.evaluate import EvaluateResult, evaluate
     from mhacut.commands.export import ExportResult, export
@@ -79,7 +79,7 @@ _HOMES = {
     "inspect": "mhacut.commands.inspect",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.commands.prune",
-    "save_model": "mhacut.checkpoint.save",
+    "save_model": "mhacut.checkpoint.write",
 }
 """Module of each name that is imported when it is first asked for."""
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
-from mhacut.checkpoint.load import load_model, read_header, read_model, read_outline
-from mhacut.checkpoint.recognise import _completed
+from mhacut.checkpoint.identify import completed_cfg
+from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError
@@ -147,9 +147,9 @@ def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, cro
     assert cfg["classifier"] == "head"
     assert cfg["mean"] == stated.get("mean", [0.5] * 3)
     # the crop of one size says nothing of another
-    assert _completed(NAME, stated).get("crop_pct") == crop
+    assert completed_cfg(NAME, stated).get("crop_pct") == crop
     # the weights are not timm's: neither are their license and origin
-    assert _completed(NAME, stated).keys().isdisjoint({"license", "origin_url", "tag", "architecture"})
+    assert completed_cfg(NAME, stated).keys().isdisjoint({"license", "origin_url", "tag", "architecture"})
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def zeros():
 def test_a_model_that_only_one_architecture_fits(tmp_path, zeros, name, args):
     path = tmp_path / "model.safetensors"
     save_file(zeros(name, **args), path)
-    outline = read_outline(path)
+    outline = open_checkpoint(path)
     assert outline.identity.architecture == name
     assert args.items() <= outline.identity.model_args.items()
     assert "from names and shapes" in outline.notes[0]
@@ -244,12 +244,12 @@ def test_two_models_that_fit_are_both_named(tmp_path, zeros):
     assert "vit_tiny_patch16_224" in message
     assert "deit_tiny_patch16_224" in message
     assert "say --model NAME" in message
-    assert read_outline(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
+    assert open_checkpoint(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
 
 
 def test_what_no_model_fits(dense):
     message = refusal(dense[1])  # depth 2
-    assert "which model this is cannot be told" in message
+    assert "the model cannot be identified: no timm model" in message
     assert "--model NAME" in message
 
 
@@ -452,11 +452,11 @@ def test_a_slim_file_opens_in_a_fresh_process(dense, tmp_path):
 def test_the_header_alone_tells_widths(dense, tmp_path):
     path = tmp_path / "slim.safetensors"
     _, record = make_slim(dense[1], path, model=NAME, model_args=ARGS)
-    header = read_header(path)
-    assert header.record == record
+    header = open_checkpoint(path).header
+    assert open_checkpoint(path).record == record
     assert header.shapes["blocks.0.attn.qkv.weight"] == (3 * (5 + 5 + 11), 48)
     assert header.dtypes["blocks.0.attn.qkv.weight"] == torch.float32
-    outline = read_outline(path)
+    outline = open_checkpoint(path)
     assert {parameter.device.type for parameter in outline.skeleton.parameters()} == {"meta"}
 
 
@@ -473,7 +473,7 @@ def relabel(path, **changes):
     """Change what a slim file states, and nothing else."""
     with torch.no_grad():
         tensors = load_file(path)
-    document = json.loads(read_header(path).metadata[METADATA_KEY])
+    document = json.loads(open_checkpoint(path).header.metadata[METADATA_KEY])
     plan = changes.pop("plan", None)
     document.update(changes)
     if plan is not None:
@@ -529,10 +529,10 @@ def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, ch
     make_slim(dense[1], path, model=NAME, model_args=ARGS)
     relabel(path, **changes)
 
-    def never(identity):
-        raise AssertionError("built for real")
+    def never(model):
+        raise AssertionError("took memory")
 
-    monkeypatch.setattr("mhacut.checkpoint.load.build_model", never)
+    monkeypatch.setattr("mhacut.checkpoint.checkpoint.allocate", never)
     message = refusal(path)
     assert says in message
     assert message.startswith(str(path))

@@ -8,14 +8,8 @@ import sys
 
 import pytest
 
-from mhacut.checkpoint.record import (
-    FORMAT_VERSION,
-    MAX_RECORD_CHARS,
-    ModelIdentity,
-    SlimRecord,
-    checked_model_args,
-    checked_pretrained_cfg,
-)
+from mhacut.checkpoint.identity import ModelIdentity, checked_model_args, checked_pretrained_cfg
+from mhacut.checkpoint.record import FORMAT_VERSION, MAX_RECORD_CHARS, SlimRecord
 from mhacut.errors import CheckpointError
 from mhacut.plan import Plan, UnitPlan
 
@@ -110,7 +104,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(preprocessing={**PREPROCESSING, "std": [0, 0, 0]}), "std is above 0"),
         (
             changed(preprocessing={**PREPROCESSING, "input_size": [3, 32]}),
-            "input_size is channels, height, width",
+            "input_size: expected channels, height, width",
         ),
         (
             changed(preprocessing={**PREPROCESSING, "input_size": [3, 30000, 30000]}),

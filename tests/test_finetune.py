@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mhacut
-from mhacut.checkpoint.load import read_header
+from mhacut.checkpoint.load import open_checkpoint
 from mhacut.cli.app import app
 from mhacut.commands import finetune as run_module
 from mhacut.data import Preprocessing
@@ -162,7 +162,7 @@ def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, t
 
 def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
     result = tune(dtype="bfloat16")
-    before, after = read_header(slim).record, read_header(result.output).record
+    before, after = open_checkpoint(slim).record, open_checkpoint(result.output).record
     assert after.plan == before.plan
     assert after.history[:-1] == before.history
     step = after.history[-1]
@@ -170,7 +170,7 @@ def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
     assert step["seed"] == 42
     assert step["options"]["lr"] == 1e-3
     assert "data_dir" not in step["options"]
-    assert set(read_header(result.output).dtypes.values()) == {torch.bfloat16}
+    assert set(open_checkpoint(result.output).dtypes.values()) == {torch.bfloat16}
     shown = cli("inspect", result.folder / "last.safetensors")
     assert "step 2: finetune, 6 steps of 12 images, no teacher, seed 42" in shown.stdout
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import mhacut
 from helpers.flatten_official import official_state
-from mhacut.checkpoint.load import read_model, read_outline
+from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.errors import CheckpointError
 from mhacut.flatten import checkpoint_filter
 
@@ -111,7 +111,7 @@ def test_which_model_a_file_is_shows_in_names_and_shapes(name, tmp_path):
         state = official_state(timm.create_model(name, num_classes=5))
     state = {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in state.items()}
     torch.save({"model": state}, tmp_path / "a.pth")
-    outline = read_outline(tmp_path / "a.pth")
+    outline = open_checkpoint(tmp_path / "a.pth")
     assert outline.identity.architecture == name
     assert outline.identity.model_args == {"num_classes": 5}
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import mhacut
 from helpers.models import CASES, build
-from mhacut.checkpoint.load import read_model, read_outline
+from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import CheckpointError, UsageError
@@ -55,7 +55,7 @@ def test_flops_without_weights_are_flops(case):
 @pytest.mark.parametrize("name", ["vit", "swin", "flatten"])
 def test_layer_by_layer_is_as_in_the_whole_model(slim_of, name):
     path = slim_of(name)
-    assert inspect_model(read_outline(path), ranked=lambda layer: True) == inspect_model(
+    assert inspect_model(open_checkpoint(path), ranked=lambda layer: True) == inspect_model(
         read_model(path), ranked=lambda layer: True
     )
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import mhacut
-from mhacut.checkpoint.load import read_header, read_outline
+from mhacut.checkpoint.load import open_checkpoint
 from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.inspection.layers import inspect_model
@@ -64,7 +64,7 @@ class Reader(HTMLParser):
 def contents(slim_of):
     """All that a page can have, all text of it hostile."""
     path = slim_of("vit")
-    found = inspect_model(read_outline(path), ranked=lambda layer: True)
+    found = inspect_model(open_checkpoint(path), ranked=lambda layer: True)
     layers = tuple(dataclasses.replace(layer, name=layer.name + HOSTILE) for layer in found.layers)
     entry = {"command": HOSTILE, "flops_before": 5, "data": HOSTILE}
     found = dataclasses.replace(
@@ -239,7 +239,7 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert titles == [*parts, "All heads", "History"]
     assert str(tmp_path / "slim.safetensors") in read.text("h1")
     assert [set(step.kept) for step in result.log] == [{"qk", "v", "hidden"}] * 3
-    record = read_header(tmp_path / "slim.safetensors").record
+    record = open_checkpoint(tmp_path / "slim.safetensors").record
     assert "report" not in record.history[-1]["options"]
     curves, budget = stored_curves(record.history)
     assert budget == result.budget

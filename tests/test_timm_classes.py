@@ -141,7 +141,7 @@ def test_gradients_flow_in_training_mode(case):
 
 @each_case
 def test_tensors_keep_their_names_and_shapes_alone_suffice(case):
-    assert_cut_by_name_and_shape(build(case), 6)
+    assert_cut_by_name_and_shape(build(case), image(case), 6)
 
 
 @each_case

@@ -16,7 +16,7 @@ import timm_cases
 import timm_cases_separate
 from helpers.models import relative
 from helpers.plans import random_plan
-from mhacut.checkpoint.recognise import identity_of
+from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing

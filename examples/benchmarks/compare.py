@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mhacut.checkpoint.load import LoadedModel
+    from mhacut.checkpoint.checkpoint import Checkpoint
     from mhacut.data import CalibrationImages, Preprocessing
 
 EVALUATION_BATCH = 64
@@ -425,7 +425,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 # --- Parts that run in a process of their own ---
 
 
-def read(setup: Setup) -> tuple[LoadedModel, Preprocessing]:
+def read(setup: Setup) -> tuple[Checkpoint, Preprocessing]:
     """Model and preprocessing, as ``mhacut prune`` reads them."""
     import yaml
 
@@ -443,7 +443,7 @@ def read(setup: Setup) -> tuple[LoadedModel, Preprocessing]:
     return loaded, resolve_preprocessing(loaded, PreprocessingOptions(mean=mean, std=std))
 
 
-def read_all(setup: Setup) -> tuple[LoadedModel, Preprocessing, CalibrationImages]:
+def read_all(setup: Setup) -> tuple[Checkpoint, Preprocessing, CalibrationImages]:
     """The same and the labelled calibration images."""
     from mhacut.data import calibration_images
     from mhacut.options.base import DataOptions

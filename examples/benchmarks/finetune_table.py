@@ -21,7 +21,7 @@ import timm
 import torch
 
 import mhacut
-from mhacut.checkpoint.load import read_header
+from mhacut.checkpoint.load import open_checkpoint
 
 DONE = "finished.json"
 
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, slim: Path, steps: int, teaching: str, se
 
 def dense_top1(arguments: argparse.Namespace) -> float:
     """Of the teacher, on the same images."""
-    record = read_header(arguments.slim[0]).record
+    record = open_checkpoint(arguments.slim[0]).record
     assert record is not None
     args = {key: value for key, value in record.identity.model_args.items() if key != "num_classes"}
     said = record.preprocessing

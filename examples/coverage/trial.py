@@ -21,8 +21,9 @@ from meta import Remembering, TraceableOnMeta, products
 from torch import nn
 
 from mhacut.adapters.registry import is_pooling_head, is_position_bias
-from mhacut.checkpoint.load import read_outline
-from mhacut.checkpoint.recognise import identity_of, shapes_of
+from mhacut.checkpoint.build import shapes_of
+from mhacut.checkpoint.identity import identity_of
+from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.commands.models import CatalogueEntry, build_weightless, entry_of
 from mhacut.data.preprocessing import Preprocessing
@@ -230,8 +231,8 @@ def _check_file(outcome: Outcome, model: nn.Module, slim: nn.Module, plan: Plan)
     with tempfile.TemporaryDirectory(prefix="coverage-") as folder:
         path = Path(folder, "slim.safetensors")
         _write_hollow(path, slim, {"format": "pt", METADATA_KEY: record.to_json()})
-        outline = read_outline(path)
-    if shapes_of(outline.model) != shapes_of(slim):
+        skeleton = open_checkpoint(path).skeleton
+    if shapes_of(skeleton) != shapes_of(slim):
         outcome.failures.append("the file: the record gives other shapes")
 
 

@@ -241,3 +241,11 @@ class Adapter(ABC):
             channel_scale: [heads, width], float64; 0 only where the channel is about to go.
         """
         raise NotImplementedError
+
+
+def table_device(weight: Tensor) -> torch.device:
+    """Return the device for an index table beside ``weight``: the CPU if that is on the meta device.
+
+    Weights on the meta device are read from a file later; a table is in no file and must keep its values.
+    """
+    return torch.device("cpu") if weight.is_meta else weight.device

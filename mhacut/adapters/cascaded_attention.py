@@ -16,7 +16,7 @@ import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit, table_device
 from mhacut.adapters.per_head_attention import FreshBiases
 from mhacut.adapters.rows import Projection
 from mhacut.adapters.softmax import as_map, as_tokens, attend_in
@@ -109,7 +109,7 @@ class CascadedAdapter(Adapter):
         """Where the next head's input finds what it adds."""
         if unit.kind != "v":
             return
-        kept = kept.to(module.attention_biases.device)
+        kept = kept.to(table_device(module.attention_biases))
         heads, width = kept.shape
         places = getattr(module, _PLACES, None)
         if places is None:

@@ -12,7 +12,7 @@ from typing import Any
 from timm.models.gcvit import WindowAttentionGlobal
 from torch import Tensor
 
-from mhacut.adapters.base import ActivationHook, Unit
+from mhacut.adapters.base import ActivationHook, Unit, table_device
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head
 
 _KEPT = "global_channels"
@@ -91,7 +91,7 @@ class GcvitAdapter(FusedAdapter):
         """Which of the stage's queries are left."""
         if unit.kind != "qk" or not module.use_global:
             return
-        kept = kept.to(module.proj.weight.device)
+        kept = kept.to(table_device(module.proj.weight))
         places = (kept + unit.width * kept.new_tensor(range(unit.heads))[:, None]).flatten()
         earlier = getattr(module, _KEPT, None)
         module.register_buffer(_KEPT, places if earlier is None else earlier[places], persistent=False)

@@ -21,7 +21,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor
 
-from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit, table_device
 from mhacut.adapters.fused import FusedAdapter, FusedForward, Part, Source, by_head
 from mhacut.adapters.rows import rows
 from mhacut.plan import UnitKind
@@ -161,7 +161,7 @@ class RopeAdapter(FusedAdapter):
         """Numbers, in the dense layer, of the channels whose angles the slim one needs."""
         if unit.kind != "qk":
             return
-        kept = kept.to(module.proj.weight.device)
+        kept = kept.to(table_device(module.proj.weight))
         if module.rotate_half:
             channels = torch.cat((kept, kept + unit.width), dim=-1)
         else:

@@ -1,4 +1,4 @@
-"""Files as they lie on disk: what format the content is, what tensors it holds, and the tensors themselves.
+"""Read checkpoint files: find out the format by content, then the header or the tensors.
 
 Nothing here trusts a suffix, runs code from a file, extracts an archive, or follows a name found in a file.
 """
@@ -14,13 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mhacut.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, FileHeader, Format, TensorInfo
+from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
+_MAX_CONFIG_BYTES = 4 * 2**20
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest safetensors header; the limit of the library."""
 _WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -31,7 +34,7 @@ _WEIGHT_FILES = (
 
 
 def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
-    """What the checkpoint at ``source`` holds: a safetensors or torch file, or a timm folder.
+    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a timm folder.
 
     Raises:
         CheckpointError: it is not a readable checkpoint; the message says what it looks like instead.
@@ -48,7 +51,7 @@ def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """The tensors ``header`` announced, on the CPU, in the file's dtypes.
+    """Read the tensors that ``header`` announced, on the CPU, in the file's dtypes.
 
     Raises:
         CheckpointError: the file cannot be read, or is no longer what the header said.
@@ -64,7 +67,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of the file's bytes."""
+    """Return the hex digest of the file's bytes."""
     with open(path, "rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,7 +99,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def _check_regular(path: Path) -> int:
-    """Size of the file in bytes; looked at before opening, since opening a FIFO would block."""
+    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block."""
     status = _stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(f"{show(path)}: is a directory, expected a file")
@@ -110,7 +113,7 @@ def _check_regular(path: Path) -> int:
 
 
 def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The weights and the ``config.json`` of a timm folder."""
+    """Return the weights file and the content of ``config.json`` of a timm folder."""
     weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     config_path = folder / "config.json"
     if not config_path.is_file():
@@ -123,8 +126,8 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
             f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
         )
     size = _check_regular(config_path)
-    if size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{show(config_path)}: {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+    if size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{show(config_path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
     try:
         text = config_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -136,7 +139,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _sniff(path: Path, size: int) -> Format:
-    """The format by content; a :class:`CheckpointError` that says what else the file looks like."""
+    """Return the format by content, or raise an error that says what the file looks like."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -149,7 +152,7 @@ def _sniff(path: Path, size: int) -> Format:
             f"{show(path)}: this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
         )
     header_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES:
+    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", start):
         return "torch"
@@ -172,7 +175,7 @@ def _sniff(path: Path, size: int) -> Format:
     if start[8:9] == b"{":
         raise CheckpointError(
             f"{show(path)}: not a safetensors file: its header would be {header_bytes} bytes, "
-            f"at most {MAX_HEADER_BYTES} are allowed"
+            f"at most {_MAX_HEADER_BYTES} are allowed"
         )
     raise CheckpointError(
         f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "

@@ -1,4 +1,4 @@
-"""The header of a checkpoint: names, shapes and dtypes of its tensors."""
+"""Header of a checkpoint: names, shapes and dtypes of its tensors, known without reading them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from typing import Any, Literal
 import torch
 
 Format = Literal["safetensors", "torch"]
-
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
-
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -29,13 +24,12 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Supported dtypes by their names in safetensors files."""
-MAX_CONFIG_BYTES = 4 * 2**20
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as the file announces it."""
+    """Shape and dtype of a tensor, as the file announces them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,24 +37,34 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a checkpoint holds, known without reading its weights."""
+    """Everything a file says about its tensors, and how it was found."""
 
     path: Path
     """The file with the weights."""
     format: Format
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Of a safetensors file; untrusted text."""
+    """Metadata of a safetensors file; untrusted text."""
     config: Mapping[str, Any] | None = None
     """The ``config.json`` of a timm folder; untrusted."""
     part: str | None = None
-    """Which part of a training checkpoint the tensors are (``model_ema``), as timm picks it."""
+    """Part of a training checkpoint that holds the tensors (``model_ema``), as timm picks it."""
     prefix_stripped: bool = False
-    """Names carried ``module.`` or ``_orig_mod.`` of a wrapper."""
+    """Whether the names carried ``module.`` or ``_orig_mod.`` of a wrapper."""
     has_yacs_config: bool = False
-    """A training checkpoint with a yacs configuration beside the weights, as those of Swin have."""
+    """Whether it is a training checkpoint with a yacs configuration beside the weights, as those of Swin."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Per tensor name."""
+        """Shape of each tensor."""
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each tensor."""
+        return {name: info.dtype for name, info in self.tensors.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

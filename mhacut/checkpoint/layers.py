@@ -1,4 +1,4 @@
-"""The numbers of one layer at a time, of a checkpoint whose weights were not read as a whole."""
+"""Read the weights of one layer at a time, of a checkpoint whose weights were not read as a whole."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import read_tensors
-from mhacut.checkpoint.load import Outline
-from mhacut.checkpoint.recognise import as_timm_has_it
+from mhacut.checkpoint.names import to_model_names
 from mhacut.checkpoint.safetensors_file import safetensors_tensors
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
 
 class LayerReader:
-    """Fills layers of an outline's skeleton with the file's numbers, float32, and empties them again.
+    """Reader that fills layers of a checkpoint's skeleton with weights, float32, and empties them again.
 
-    A safetensors file under timm's names is read layer by layer, so that memory holds one of them; any other
-    is read whole first.
+    A safetensors file with the model's names is read layer by layer, so that memory holds one of them; any
+    other file is read whole first.
     """
 
-    def __init__(self, outline: Outline) -> None:
-        self._outline = outline
-        self._where = show(outline.header.path)
-        names = set(outline.skeleton.state_dict())
-        as_they_are = outline.header.format == "safetensors" and names <= set(outline.header.tensors)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Prepare to read a checkpoint that has a file and no weights yet."""
+        header = checkpoint.header
+        assert header is not None
+        self._skeleton = checkpoint.skeleton
+        self._path = header.path
+        same_names = set(self._skeleton.state_dict()) <= set(header.tensors)
         self._whole: Mapping[str, Tensor] | None = None
-        if not as_they_are:
-            self._whole = as_timm_has_it(read_tensors(outline.header), outline.skeleton)
+        if header.format != "safetensors" or not same_names:
+            self._whole = to_model_names(read_tensors(header), self._skeleton)
 
     @contextmanager
     def layer(self, name: str) -> Iterator[nn.Module]:
-        """The layer of that name, its parameters and buffers read; they are gone when the block ends.
+        """Read the parameters and buffers of a layer; they are gone when the ``with`` block ends.
 
         Raises:
             CheckpointError: they cannot be read, or are not all finite.
         """
-        module = self._outline.skeleton.get_submodule(name)
+        module = self._skeleton.get_submodule(name)
         empty = module.state_dict(keep_vars=True)
         wanted = list(empty)
         read = self._read([f"{name}.{key}" for key in wanted])
         for key, tensor in read.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
-                    f"{self._where}: tensor {key!r:.150} holds NaN or infinite values; the training that "
-                    "made it diverged, take an earlier checkpoint, or ask for shapes alone with --shapes"
+                    f"{show(self._path)}: tensor {key!r:.150} holds NaN or infinite values; the training "
+                    "that made it diverged, take an earlier checkpoint, or ask for shapes alone with --shapes"
                 )
         try:
             _assign(module, {key: read[f"{name}.{key}"] for key in wanted})
@@ -58,7 +60,7 @@ class LayerReader:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         if self._whole is not None:
             return {name: _wide(self._whole[name]) for name in names}
-        tensors = safetensors_tensors(self._outline.header.path, names)
+        tensors = safetensors_tensors(self._path, names)
         return {name: _wide(tensor) for name, tensor in tensors.items()}
 
 

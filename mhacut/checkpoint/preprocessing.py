@@ -1,4 +1,4 @@
-"""What images go through before a checkpoint sees them, and whether its model takes them."""
+"""Resolve the preprocessing of a checkpoint's images, and check that its model takes their size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import nn
 
-from mhacut.checkpoint.load import LoadedModel, Outline
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError
 from mhacut.options.base import PreprocessingOptions
@@ -15,27 +15,27 @@ from mhacut.surgery.flops import weightless
 from mhacut.surgery.info import model_input_size, patch_embedding
 
 
-def resolve_preprocessing(opened: LoadedModel | Outline, override: PreprocessingOptions) -> Preprocessing:
-    """What images go through: stated by the slim file or timm's pretrained_cfg, ``override`` on top.
+def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
+    """Return the preprocessing that the slim file or timm's pretrained_cfg states, ``override`` on top.
 
-    A slim file is read at the size it was cut for, which ``--img-size`` may have set, not at the size its
-    model would have by itself.
+    Images of a slim file have the size it was cut for, which ``--img-size`` may have set, not the size that
+    its model has by default.
 
     Raises:
         UsageError: an override makes no sense, or is an image size the model does not take.
         DataError: what the file states makes no sense.
         CheckpointError: a slim file states a size that its own model does not take.
     """
-    built_for = model_input_size(opened.model, opened.identity.pretrained_cfg)
-    strict = bool(getattr(patch_embedding(opened.model), "strict_img_size", False))
-    stated = opened.identity.pretrained_cfg
-    if opened.record is not None:
-        stated = opened.record.preprocessing
+    built_for = model_input_size(checkpoint.skeleton, checkpoint.identity.pretrained_cfg)
+    strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
+    stated = checkpoint.identity.pretrained_cfg
+    if checkpoint.record is not None:
+        stated = checkpoint.record.preprocessing
         channels, height, width = stated["input_size"]
         if channels != built_for[0] or (strict and (height, width) != built_for[1:]):
             raise CheckpointError(
-                f"{opened.source}: its metadata states images of {channels} channels, {height}x{width}; its "
-                f"model takes {built_for[0]} channels, {built_for[1]}x{built_for[2]}: it was edited or "
+                f"{checkpoint.source}: its metadata states images of {channels} channels, {height}x{width}; "
+                f"its model takes {built_for[0]} channels, {built_for[1]}x{built_for[2]}: it was edited or "
                 "damaged; prune the dense model again"
             )
         built_for = (channels, height, width)
@@ -43,18 +43,18 @@ def resolve_preprocessing(opened: LoadedModel | Outline, override: Preprocessing
     if size is not None and strict and built_for[1:] != (size, size):
         raise UsageError(
             f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
-            f"leave it out, or {_way_to_another_size(opened, size)}"
+            f"leave it out, or {_way_to_another_size(checkpoint, size)}"
         )
     resolved = Preprocessing.resolve(stated, built_for, override)
     if size is not None and resolved.input_size != built_for:
-        _require_it_runs(opened.model, resolved.input_size, built_for)
+        _require_it_runs(checkpoint.skeleton, resolved.input_size, built_for)
     return resolved
 
 
-def _way_to_another_size(opened: LoadedModel | Outline, size: int) -> str:
-    if opened.record is not None:
+def _way_to_another_size(checkpoint: Checkpoint, size: int) -> str:
+    if checkpoint.record is not None:
         return "prune the dense model again, built for that size"
-    classes = type(opened.model).__mro__[:-1]
+    classes = type(checkpoint.skeleton).__mro__[:-1]
     if any("dynamic_img_size" in inspect.signature(cls).parameters for cls in classes):
         return "build the model for other sizes with --model-arg dynamic_img_size=True"
     return f"build the model for that size with --model-arg img_size={size}"

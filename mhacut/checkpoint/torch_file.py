@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
-from mhacut.checkpoint.header import DTYPES, MAX_CONFIG_BYTES, FileHeader, TensorInfo
+from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo, dtype_name
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
 _MAX_PICKLE_BYTES = 256 * 2**20
-
-
+_MAX_LISTED_BYTES = 4 * 2**20
+"""How much of a refused pickle is searched for the names in it."""
 _EMA_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Parts of a training checkpoint in the order timm's loader prefers them."""
 
 
 def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> FileHeader:
-    """What a ``.pth`` holds, from its pickle alone: storages go to the meta device unread."""
+    """Return the header of a torch file, from its pickle alone: storages go to the meta device unread."""
     where = show(path)
     if zipfile.is_zipfile(path) or _starts_as_zip(path):
         _check_zip(path, size)
@@ -45,7 +45,7 @@ def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> Fil
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
-                f"found {str(tensor.dtype).removeprefix('torch.')}, expected a float dtype"
+                f"found {dtype_name(tensor.dtype)}, expected a float dtype"
             )
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(
@@ -104,9 +104,9 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _torch_load(path: Path, device: str) -> Any:
-    """``torch.load`` as timm's loader calls it: weights only, ``argparse.Namespace`` allowed.
+    """Call ``torch.load`` as timm's loader does: weights only, ``argparse.Namespace`` allowed.
 
-    The one thing more that is let in, and read by no less strict a reader, is a yacs configuration.
+    The only other thing allowed is a yacs configuration, which has a strict reader of its own.
     """
     import argparse
     import pickle
@@ -145,7 +145,7 @@ def _broken(where: str, error: Exception) -> CheckpointError:
 
 
 def _blocked(path: Path, reason: str) -> str:
-    """Why the safe unpickler stopped, and what to do about it."""
+    """Return why the safe unpickler stopped, and what to do about it."""
     try:
         with open(path, "rb") as file:
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
@@ -172,13 +172,13 @@ def _blocked(path: Path, reason: str) -> str:
 
 
 def _globals_of_pickle(path: Path) -> list[str]:
-    """What a bare pickle would import, read from its opcodes without running them."""
+    """Return the names a bare pickle would import, read from its opcodes without running them."""
     import pickletools
 
     names: list[str] = []
     texts: list[str] = []
     with open(path, "rb") as file, suppress(Exception):  # broken pickles fail in every way
-        for opcode, argument, _ in pickletools.genops(file.read(MAX_CONFIG_BYTES)):
+        for opcode, argument, _ in pickletools.genops(file.read(_MAX_LISTED_BYTES)):
             if opcode.name == "GLOBAL":
                 names.append(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
@@ -189,7 +189,7 @@ def _globals_of_pickle(path: Path) -> list[str]:
 
 
 def _pick_part(where: str, checkpoint: object) -> tuple[str | None, Mapping[Any, Any]]:
-    """The state dict inside a checkpoint, and the name of the part it is; chosen in timm's order.
+    """Return the name of the part of a checkpoint that is its state dict, in timm's order, and that part.
 
     Training scripts with a yacs configuration evaluate, and publish the accuracy of, their ``model``.
     """
@@ -224,7 +224,7 @@ def _clean(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def torch_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """The state dict through timm's own safe loader, or ours where that one refuses a yacs configuration."""
+    """Read the state dict by timm's safe loader, or by ours where timm's refuses a yacs configuration."""
     from timm.models import load_state_dict
 
     path = header.path

@@ -11,20 +11,23 @@ from mhacut.errors import CheckpointError
 from mhacut.limits import is_number
 
 MAX_NUMBER = 10**6
-"""No size, count or ratio of a model's arguments is larger; more is refused before a model is built."""
-
-
-_MAX_DEPTH = 4
-
-
+"""Largest number among a model's arguments; larger ones are refused before a model is built."""
+_MAX_NESTING = 16
+_MAX_ARGUMENT_NESTING = 4
 _MAX_ITEMS = 4096
-
-
 _MAX_TEXT = 4096
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Strict JSON: no key twice, no NaN, no nesting that exhausts the stack."""
+    """Parse strict JSON: no key twice, no NaN, no nesting that exhausts the stack.
+
+    Args:
+        text: the document.
+        where: where it stands, for messages.
+
+    Raises:
+        CheckpointError: it is not such JSON.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -46,8 +49,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def plain_json(value: object, depth: int = 0) -> Any:
-    """``value`` as JSON gives it back: tuples as lists; anything else than plain finite values is refused."""
-    if depth > 16:
+    """Return ``value`` as JSON gives it back, tuples as lists.
+
+    Raises:
+        CheckpointError: it holds anything that JSON has not, NaN and infinity included.
+    """
+    if depth > _MAX_NESTING:
         raise CheckpointError("a value of the model's description is nested too deeply")
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -66,7 +73,12 @@ def plain_json(value: object, depth: int = 0) -> Any:
 
 
 def bounded(value: Any, where: str, depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
+    """Return ``value``, a JSON value, unchanged.
+
+    Raises:
+        CheckpointError: it is larger, longer or nested deeper than any argument of a model.
+    """
+    if depth > _MAX_ARGUMENT_NESTING:
         raise CheckpointError(f"{where}: nested too deeply")
     if isinstance(value, str) and len(value) > _MAX_TEXT:
         raise CheckpointError(f"{where}: text of {len(value)} characters, at most {_MAX_TEXT} are allowed")
@@ -81,4 +93,5 @@ def bounded(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def kind_of(value: object) -> str:
+    """Return the name of the type of ``value`` for a message."""
     return "nothing" if value is None else type(value).__name__

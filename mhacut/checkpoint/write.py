@@ -1,23 +1,30 @@
-"""Writing a slim file: whole or not at all, never over the input, compared before it gets its name."""
+"""Write slim files, compared with the model before they get their name."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mhacut.checkpoint.header import FLOAT_DTYPES
-from mhacut.checkpoint.load import read_header
+from mhacut._version import __version__
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.files import read_tensors, sha256_of
+from mhacut.checkpoint.header import FLOAT_DTYPES, dtype_name
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
-from mhacut.errors import MhacutError, OutputError
+from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.runtime.files import check_output, show, write_whole
 
 _SPARE_BYTES = 2**20
+"""Disk space to leave free."""
 
 
 def write_slim(
@@ -37,7 +44,7 @@ def write_slim(
     Args:
         path: the file; its directory is created.
         model: the slim model.
-        record: what the file says about itself.
+        record: the record to write with it.
         dtypes: per tensor name the dtype to write it in; tensors not named keep their own.
         overwrite: replace an existing file (what a link points to, if it is a link).
         input_path: the checkpoint it was made from, never replaced.
@@ -57,8 +64,62 @@ def write_slim(
     write_whole(path, write, overwrite=overwrite, input_path=input_path)
 
 
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    like: str | os.PathLike[str],
+    overwrite: bool = False,
+) -> None:
+    """Write ``model``, opened from the slim file ``like`` and trained since, as a slim file of its own.
+
+        model = mhacut.load_model("vit-2.0G.safetensors")
+        train(model)
+        mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
+
+    The new file states the same cut, and one step more in its history. A classifier replaced by
+    ``reset_classifier`` is taken along.
+
+    Args:
+        model: the module from :func:`mhacut.load_model`, with other weights.
+        path: the file to write; never ``like`` itself.
+        like: the slim file the model came from; tensors are written in the dtypes it has.
+        overwrite: replace an existing file.
+
+    Raises:
+        CheckpointError: ``like`` is not a slim file, or not of this model.
+        OutputError: the file must not or cannot be written.
+    """
+    original = Checkpoint.open(like)
+    record, header = original.record, original.header
+    if record is None or header is None:
+        raise CheckpointError(
+            f"{os.fspath(like)}: is no slim file; save a dense model with timm or safetensors"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    head_changed = classes != record.identity.model_args.get("num_classes", classes)
+    different = [name for name, shape in header.shapes.items() if shapes.get(name) != shape]
+    if set(shapes) != set(header.shapes) or (different and not head_changed):
+        named = sorted(set(shapes) ^ set(header.shapes)) + different
+        raise CheckpointError(
+            f"{os.fspath(like)}: is not the file this model was opened from; {len(named)} tensors differ, "
+            f"first {named[0]}"
+        )
+    model_args: dict[str, Any] = {**record.identity.model_args, "num_classes": classes}
+    cfg = {**record.identity.pretrained_cfg, "num_classes": classes}
+    identity = dataclasses.replace(record.identity, model_args=model_args, pretrained_cfg=cfg)
+    step = {
+        "command": "save",
+        "source_sha256": sha256_of(header.path),
+        "versions": {"mhacut": __version__},
+    }
+    record = dataclasses.replace(record, identity=identity, history=(*record.history, step))
+    write_slim(path, model, record, dtypes=header.dtypes, overwrite=overwrite, input_path=like)
+
+
 def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors as they go to disk: own memory, contiguous, in the dtype asked for, finite."""
+    """Return the tensors as they go to disk: own memory, contiguous, in the dtype asked for, finite."""
     stored: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         dtype = dtypes.get(name, tensor.dtype)
@@ -67,11 +128,7 @@ def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str,
         fresh = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if fresh.is_floating_point() and not bool(torch.isfinite(fresh).all()):
             too_large = bool(torch.isfinite(tensor).all())
-            reason = (
-                f"has values too large for {str(dtype).removeprefix('torch.')}"
-                if too_large
-                else "is not finite"
-            )
+            reason = f"has values too large for {dtype_name(dtype)}" if too_large else "is not finite"
             raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
         stored[name] = fresh
     return stored
@@ -86,9 +143,6 @@ def _check_space(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:
@@ -110,14 +164,13 @@ def _sort_metadata(path: Path) -> None:
 
 def _compare(temporary: Path, target: Path, tensors: Mapping[str, Tensor], record: SlimRecord) -> None:
     """Read back what was written, as a later reader will, and compare it bit for bit."""
-    from mhacut.checkpoint.files import read_tensors
-
     try:
-        header = read_header(temporary)
-        found = read_tensors(header.file)
+        written = Checkpoint.open(temporary)
+        assert written.header is not None
+        found = read_tensors(written.header)
     except MhacutError as error:
         raise OutputError(f"{show(target)}: what was written could not be read back: {error}") from error
-    if header.record != record or set(found) != set(tensors):
+    if written.record != record or set(found) != set(tensors):
         raise OutputError(f"{show(target)}: what was read back is not what was written; is the disk sound?")
     for name, tensor in tensors.items():
         if tensor.dtype != found[name].dtype or not _same_bits(tensor, found[name]):

@@ -1,8 +1,8 @@
-"""Torch files with a yacs configuration beside the weights, opened without yacs and without running code.
+"""Read torch files with a yacs configuration beside the weights, without yacs and without running code.
 
 The training scripts of Swin, and of what grew from them, save ``{"model": ..., "config": CfgNode, ...}``.
 PyTorch's safe unpickler refuses it, and no allow-list helps: it fills no subclass of dict. The reader here is
-no less strict. It knows five names, none of which can run code from the file; a configuration becomes a dict.
+as strict: it knows five names, none of which can run code from the file. A configuration becomes a dict.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _CONFIG = ("yacs.config", "CfgNode")
 
 
 class YacsConfig(dict[Any, Any]):
-    """Stands for a ``CfgNode``: its entries, without its behaviour."""
+    """Entries of a ``CfgNode``, without its behaviour."""
 
     def __setstate__(self, state: object) -> None:
-        """Attributes of the original are none of ours."""
+        """Drop the attributes of the original."""
 
 
 def is_only_obstacle(path: Path) -> bool:
@@ -40,7 +40,7 @@ def is_only_obstacle(path: Path) -> bool:
 
 
 def load(path: Path, device: str) -> Any:
-    """What the torch file at ``path`` holds, configurations as :class:`YacsConfig`.
+    """Load the torch file at ``path``, configurations as :class:`YacsConfig`.
 
     Raises:
         CheckpointError: it names anything but tensors, plain containers and configurations.
@@ -56,7 +56,7 @@ def holds_config(checkpoint: object) -> bool:
 
 
 def _pickle_module() -> Any:
-    """A stand-in for :mod:`pickle`, whose unpickler knows a handful of names.
+    """Return a substitute for :mod:`pickle` whose unpickler knows a handful of names.
 
     They are made afresh for each file: a pickle may set attributes on what it names, and must reach nothing
     that outlives it. Storages never come here, PyTorch resolves those names itself.

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_model
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.pretrained import TIMM_PREFIX
 from mhacut.errors import MhacutError, UsageError
 from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
@@ -140,7 +142,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     return BenchResult(models, options.runtime, options.dtype, options.fused, str(device), threads)
 
 
-def _sizes(loaded: Sequence[LoadedModel], reporter: Reporter) -> list[tuple[int, int, int]]:
+def _sizes(loaded: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
     """Of the images of each; dense models take those that slim ones were cut for, if they can."""
     sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in loaded]
     cut_for = {size for one, size in zip(loaded, sizes, strict=True) if one.record is not None}
@@ -157,7 +159,7 @@ def _sizes(loaded: Sequence[LoadedModel], reporter: Reporter) -> list[tuple[int,
     return sizes
 
 
-def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> LoadedModel:
+def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
     bare = not str(path).startswith(TIMM_PREFIX)
     loaded = read_model(path, model=options.model if bare else None, model_args=options.model_args or None)
     loaded.model.requires_grad_(False)
@@ -226,7 +228,7 @@ def _timing(
 
 
 def _peak_mib(
-    loaded: LoadedModel,
+    loaded: Checkpoint,
     run: Callable[[], object],
     batch_size: int,
     size: tuple[int, int, int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mhacut.checkpoint.load import read_as_told
+from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.errors import MhacutError, UsageError, option_name
@@ -67,7 +67,7 @@ def run_evaluate(options: EvaluateOptions, reporter: Reporter) -> EvaluateResult
     if options.amp:
         warn_of_slow_amp(device, reporter.log)
     reporter.start("reading")
-    loaded = read_as_told(options, reporter)
+    loaded = open_from_options(options, reporter)
     classes = classifier_size(loaded.model)
     if classes == 0:
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")

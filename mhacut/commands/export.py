@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mhacut.checkpoint.load import LoadedModel, read_as_told
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
@@ -76,7 +77,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
-    loaded = read_as_told(options, reporter)
+    loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)
     model = loaded.model.requires_grad_(False)
@@ -120,7 +121,7 @@ def _check(target: Path, options: ExportOptions, input_path: Path | None) -> Non
         check_output(target, overwrite=options.overwrite, input_path=input_path)
 
 
-def _about(loaded: LoadedModel, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says about itself: how to prepare images, and what was done to the model."""
     history = () if loaded.record is None else loaded.record.history
     return {

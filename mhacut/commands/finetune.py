@@ -22,8 +22,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, load_model, read_header, read_model
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.pretrained import TIMM_PREFIX
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError
 from mhacut.finetuning.folder import BEST, LAST, RunFolder
@@ -458,9 +460,9 @@ class _Run:
         )
 
 
-def _read_slim(options: FinetuneOptions) -> LoadedModel:
+def _read_slim(options: FinetuneOptions) -> Checkpoint:
     source = os.fspath(options.checkpoint)
-    if source.startswith(TIMM_PREFIX) or read_header(source).record is None:
+    if source.startswith(TIMM_PREFIX) or open_checkpoint(source).record is None:
         raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
     return read_model(source)
 

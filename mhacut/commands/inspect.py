@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, Outline, read_as_told, read_outline
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError
@@ -74,10 +75,10 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     _check_outputs(options)
     reporter.start("reading")
     opened = _open(options, reporter)
-    names = [layer.name for layer in find_prunable_layers(opened.model).layers]
+    names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]
     wanted = _wanted(names, options.layer)
     evidence = comparison = None
-    if isinstance(opened, LoadedModel) and options.sees_images:
+    if options.sees_images:
         opened.model.requires_grad_(False).to(resolve_device(options.device))
         images = _images(options, opened)
         if options.data_dir is not None or options.dataset is not None:
@@ -115,20 +116,9 @@ def _check_outputs(options: InspectOptions) -> None:
             check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
 
 
-def _open(options: InspectOptions, reporter: Reporter) -> LoadedModel | Outline:
+def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     """Open the checkpoint; its weights are read only where the model is going to be run."""
-    named = str(options.checkpoint).startswith(TIMM_PREFIX)
-    if named or options.sees_images:
-        return read_as_told(options, reporter)
-    outline = read_outline(
-        options.checkpoint,
-        model=options.model,
-        model_args=options.model_args or None,
-        num_classes=options.num_classes,
-    )
-    for note in outline.notes:
-        reporter.log(note)
-    return outline
+    return open_from_options(options, reporter, weights=options.sees_images)
 
 
 def _wanted(names: list[str], pattern: str | None) -> list[str]:
@@ -143,7 +133,7 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
     return wanted
 
 
-def _images(options: InspectOptions, opened: LoadedModel) -> CalibrationImages:
+def _images(options: InspectOptions, opened: Checkpoint) -> CalibrationImages:
     return calibration_images(
         resolve_preprocessing(opened, options.preprocessing),
         DataOptions(data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split),
@@ -154,7 +144,7 @@ def _images(options: InspectOptions, opened: LoadedModel) -> CalibrationImages:
 
 
 def _evidence(
-    opened: LoadedModel, images: CalibrationImages, options: InspectOptions, reporter: Reporter
+    opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Evidence:
     reporter.start("looking at images")
     calibration = calibrate(
@@ -168,7 +158,7 @@ def _evidence(
 
 
 def _comparison(
-    opened: LoadedModel, images: CalibrationImages, options: InspectOptions, reporter: Reporter
+    opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Comparison:
     assert options.compare is not None
     reporter.start("reading the dense model")

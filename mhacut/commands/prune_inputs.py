@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhacut.budget import Budget
-from mhacut.checkpoint.load import LoadedModel, read_as_told
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import (
     CalibrationImages,
@@ -38,7 +39,7 @@ class PruneInputs:
     """Everything that ``mhacut prune`` reads."""
 
     options: PruneOptions
-    loaded: LoadedModel
+    loaded: Checkpoint
     preprocessing: Preprocessing
     images: CalibrationImages
     validation: EvaluationLoader | None
@@ -62,7 +63,7 @@ def read_inputs(options: PruneOptions, processes: Processes, reporter: Reporter)
     _check_outputs(options)
     reporter.start("reading")
     _log_idle_options(options, processes, reporter)
-    loaded = read_as_told(options, reporter)
+    loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
     if not options.dry_run:
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)

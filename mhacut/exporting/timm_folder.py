@@ -16,7 +16,7 @@ from timm.models._hub import generate_readme
 from torch import nn
 
 from mhacut.budget import format_flops
-from mhacut.checkpoint.load import LoadedModel
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
@@ -48,7 +48,7 @@ def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> N
 
 def write_folder(
     target: Path,
-    loaded: LoadedModel,
+    loaded: Checkpoint,
     preprocessing: Preprocessing,
     options: ExportOptions,
     compare: Callable[[Runner], None],
@@ -91,7 +91,7 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_timm_makes_it(loaded: LoadedModel) -> Any:
+def _as_timm_makes_it(loaded: Checkpoint) -> Any:
     """The model made by timm's factory, which notes the arguments that its writer writes."""
     identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
     arguments = dict(identity.model_args)
@@ -138,7 +138,7 @@ def _publish(temporary: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def _card(name: str, loaded: LoadedModel, preprocessing: Preprocessing) -> str:
+def _card(name: str, loaded: Checkpoint, preprocessing: Preprocessing) -> str:
     """The model card, Markdown."""
     identity, record = loaded.identity, loaded.record
     flops = measure_flops(loaded.model, preprocessing.input_size)

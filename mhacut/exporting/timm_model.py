@@ -32,7 +32,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Raises:
         CheckpointError: no such architecture, or a plan that does not fit it.
     """
-    from mhacut.checkpoint.recognise import known_model, unknown_model
+    from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
     from mhacut.plan import Plan
     from mhacut.surgery.slice import cut

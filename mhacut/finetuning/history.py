@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mhacut._version import __version__
-from mhacut.checkpoint.load import LoadedModel
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.options.finetune import FinetuneOptions
@@ -25,14 +25,14 @@ def portable(options: FinetuneOptions) -> dict[str, Any]:
     return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}
 
 
-def record_of(loaded: LoadedModel) -> SlimRecord:
+def record_of(loaded: Checkpoint) -> SlimRecord:
     """The record of a slim file that was read."""
     assert loaded.record is not None
     return loaded.record
 
 
 def record_after(
-    loaded: LoadedModel,
+    loaded: Checkpoint,
     options: FinetuneOptions,
     preprocessing: Preprocessing,
     *,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_header, read_model
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError
@@ -30,7 +31,7 @@ class Lesson:
 
 def lesson_of(
     options: FinetuneOptions,
-    slim: LoadedModel,
+    slim: Checkpoint,
     student: nn.Module,
     preprocessing: Preprocessing,
     device: torch.device,
@@ -79,7 +80,7 @@ def lesson_of(
 
 
 @torch.no_grad()
-def _check_runs(teacher: LoadedModel, preprocessing: Preprocessing) -> None:
+def _check_runs(teacher: Checkpoint, preprocessing: Preprocessing) -> None:
     """Not every model that is bound to one size of images says so."""
     size = preprocessing.input_size
     try:
@@ -92,9 +93,9 @@ def _check_runs(teacher: LoadedModel, preprocessing: Preprocessing) -> None:
 
 
 def _checked_preprocessing(
-    loaded: LoadedModel,
+    loaded: Checkpoint,
     options: FinetuneOptions,
-    slim: LoadedModel,
+    slim: Checkpoint,
     classes: int,
     preprocessing: Preprocessing,
 ) -> Preprocessing:
@@ -112,23 +113,21 @@ def _checked_preprocessing(
     return own
 
 
-def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: LoadedModel) -> LoadedModel:
+def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
     """The teacher; a file that does not say what it is is the dense model the slim one was cut from."""
     teaching = options.teaching
     model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
-    if model is None and not str(teacher).startswith(TIMM_PREFIX):
-        header = read_header(teacher)
-        if header.record is None and header.file.config is None:
-            model = slim.identity.architecture
-            args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
+    if model is None and not states_its_model(teacher):
+        model = slim.identity.architecture
+        args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
     return read_model(teacher, model=model, model_args=args or None)
 
 
-def _is_bare(loaded: LoadedModel) -> bool:
-    return loaded.record is None and loaded.path is not None and read_header(loaded.path).file.config is None
+def _is_bare(loaded: Checkpoint) -> bool:
+    return loaded.path is not None and not states_its_model(loaded.path)
 
 
-def _first_source(loaded: LoadedModel) -> object:
+def _first_source(loaded: Checkpoint) -> object:
     """sha256 of the dense file, as a slim file's history states it."""
     history = record_of(loaded).history
     return history[0].get("source_sha256") if history else None

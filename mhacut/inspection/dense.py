@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from mhacut.checkpoint.load import TIMM_PREFIX, LoadedModel, read_header, read_model
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.errors import UsageError
 from mhacut.options.base import PathLike
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import model_input_size
 
 
-def read_dense(source: PathLike, opened: LoadedModel, reporter: Reporter) -> LoadedModel:
+def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Checkpoint:
     """Read the checkpoint of ``--compare``.
 
     A file that does not state its architecture is taken to have that of ``opened``.
@@ -28,7 +28,7 @@ def read_dense(source: PathLike, opened: LoadedModel, reporter: Reporter) -> Loa
     """
     identity = opened.identity
     stated: dict[str, Any] = {}
-    if not _states_architecture(source):
+    if not states_its_model(source):
         args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
         stated = {"model": identity.architecture, "model_args": args}
     dense = read_model(source, **stated)
@@ -41,7 +41,7 @@ def read_dense(source: PathLike, opened: LoadedModel, reporter: Reporter) -> Loa
         raise UsageError(
             f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
         )
-    size, expected = (model_input_size(one.model, one.identity.pretrained_cfg) for one in (dense, opened))
+    size, expected = (model_input_size(one.skeleton, one.identity.pretrained_cfg) for one in (dense, opened))
     if size != expected:
         shown, wanted = ("x".join(map(str, each)) for each in (size, expected))
         raise UsageError(
@@ -52,10 +52,3 @@ def read_dense(source: PathLike, opened: LoadedModel, reporter: Reporter) -> Loa
     if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
         reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
     return dense
-
-
-def _states_architecture(source: PathLike) -> bool:
-    if os.fspath(source).startswith(TIMM_PREFIX):
-        return True
-    header = read_header(source)
-    return header.record is not None or header.file.config is not None

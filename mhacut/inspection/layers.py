@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.layers import LayerReader
-from mhacut.checkpoint.load import LoadedModel, Outline
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.inspection.heads import HeadFindings, describe_heads
@@ -109,7 +109,7 @@ class Evidence:
 
 
 def inspect_model(
-    opened: LoadedModel | Outline,
+    opened: Checkpoint,
     *,
     shapes_only: bool = False,
     evidence: Evidence | None = None,
@@ -131,10 +131,10 @@ def inspect_model(
         UnsupportedModelError: the model has no attention that can be cut, or one that is not known.
         CheckpointError: weights cannot be read.
     """
-    model, record = opened.model, opened.record
+    model, record = opened.skeleton, opened.record
     prunable = find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
-    countable = weightless(model) if isinstance(opened, Outline) else model
+    countable = weightless(model) if not opened.has_weights else model
     flops = measure_flops_by_module(countable, resolved.input_size)
     parameters = count_parameters(model)
     plans = {} if record is None else {unit.key: unit for unit in record.plan}
@@ -194,13 +194,11 @@ def _layer_report(
     )
 
 
-def _layer_reader(
-    opened: LoadedModel | Outline, *, needed: bool
-) -> Callable[[str], AbstractContextManager[nn.Module]]:
+def _layer_reader(opened: Checkpoint, *, needed: bool) -> Callable[[str], AbstractContextManager[nn.Module]]:
     """Return a function from the name of a layer to its module, with its weights read."""
-    if isinstance(opened, Outline) and needed:
+    if needed and not opened.has_weights:
         return LayerReader(opened).layer
-    return lambda name: nullcontext(opened.model.get_submodule(name))
+    return lambda name: nullcontext(opened.skeleton.get_submodule(name))
 
 
 @torch.no_grad()

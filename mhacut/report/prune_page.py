@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from mhacut.checkpoint.load import LoadedModel
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
@@ -26,7 +25,7 @@ from mhacut.surgery.find import find_prunable_layers
 def write_report(
     path: PathLike,
     *,
-    loaded: LoadedModel,
+    loaded: Checkpoint,
     dense: nn.Module,
     slim: nn.Module,
     record: SlimRecord,
@@ -61,7 +60,7 @@ def write_report(
     if len(used) < len(images):
         data = f"the first {len(used)} of {data}"
     calibration = calibrate(slim, find_prunable_layers(slim), used, batch_size=batch_size)
-    pruned = dataclasses.replace(loaded, model=slim, record=record, source=name)
+    pruned = Checkpoint.of_model(slim, loaded.identity, source=name, record=record, dtypes=loaded.dtypes)
     inspection = inspect_model(pruned, evidence=Evidence(calibration, data), ranked=lambda layer: True)
     curves, budget = stored_curves(record.history[-1:])
     contents = Contents(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers.plans import random_plan
-from mhacut.checkpoint.recognise import identity_of
+from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing

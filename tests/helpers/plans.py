@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.models import relative
+from mhacut.checkpoint.build import allocate
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
@@ -90,14 +91,18 @@ def assert_costs_are_what_fvcore_counts(model: nn.Module, size: tuple[int, int, 
     assert table.flops({}) == table.dense == measure_flops(model, size)
 
 
-def assert_cut_by_name_and_shape(model: nn.Module, seed: int) -> None:
-    """A cut renames no tensor, and needs no data to tell its shapes."""
+@torch.no_grad()
+def assert_cut_by_name_and_shape(model: nn.Module, x: Tensor, seed: int) -> None:
+    """A cut renames no tensor, and needs no data: the weights can be filled in afterwards."""
     before, outline = list(model.state_dict()), copy.deepcopy(model).to("meta")
     plan, _ = random_plan(find_prunable_layers(model), seed)
     cut(outline, plan)
     cut(model, plan)
     assert list(model.state_dict()) == before
     assert shapes(outline) == shapes(model)
+    allocate(outline)
+    outline.load_state_dict(model.state_dict())
+    assert torch.equal(outline(x), model(x))
 
 
 def untrained(model: nn.Module, x: Tensor) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trial import half_plan
 
 import mhacut
-from mhacut.checkpoint.recognise import identity_of
+from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing

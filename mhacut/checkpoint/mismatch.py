@@ -1,4 +1,4 @@
-"""Whether a file holds the tensors of a model; if not, what differs and what to try next."""
+"""Compare a file's tensors with a model's; say what differs and what to try next."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, TensorInfo
-from mhacut.checkpoint.record import ModelIdentity
+from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo, dtype_name
+from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.errors import CheckpointError
-from mhacut.runtime.files import show
 
-_TOLD = 5
+_MAX_NAMES = 5
+"""Names of tensors in a message, of each kind of difference."""
 _SELF_CONTRADICTION = (
     "what the file's metadata states and its tensors disagree: it was edited or damaged; "
     "prune the dense model again"
@@ -22,32 +21,39 @@ _SELF_CONTRADICTION = (
 _ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
 _OTHER_IMAGES = "(For images of another size: --img-size, maybe with --model-arg dynamic_img_size=True)"
 _HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
-"""Which dimension of them counts heads."""
+"""Dimension of these tables that counts heads."""
 
 
-def check_fit(
-    header: FileHeader, expected: nn.Module, identity: ModelIdentity, *, stated: bool = False
+def check_tensors(
+    where: str,
+    found: Mapping[str, TensorInfo],
+    expected: nn.Module,
+    identity: ModelIdentity,
+    *,
+    stated: bool = False,
 ) -> None:
     """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``.
 
-    Counts and the first few names of what is missing, unexpected, or of another shape or kind of dtype.
+    The message has counts and the first few names of tensors that are missing, unexpected, or of another
+    shape or kind of dtype.
 
     Args:
-        header: of the file.
+        where: the file, for the message.
+        found: tensors of the file, under the names they have in the model.
         expected: the model, on any device.
-        identity: of the dense model, for the message.
+        identity: identity of the dense model, for the message.
         stated: the file says itself which model it is, so that other arguments cannot help.
     """
     wanted: dict[str, Tensor] = expected.state_dict()
-    found = header.tensors
-    where = show(header.path)
     shared = [name for name in wanted if name in found]
-    odd = [name for name in shared if _is_float(wanted[name].dtype) != _is_float(found[name].dtype)]
+    odd = [
+        name for name in shared if (wanted[name].dtype in FLOAT_DTYPES) != (found[name].dtype in FLOAT_DTYPES)
+    ]
     if odd:
-        shown = ", ".join(f"{name!r:.150} ({_dtype(found[name].dtype)})" for name in odd[:_TOLD])
+        shown = ", ".join(f"{name!r:.150} ({dtype_name(found[name].dtype)})" for name in odd[:_MAX_NAMES])
         raise CheckpointError(
             f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
-            f"kind {identity.architecture} has: {shown}{', ...' if len(odd) > _TOLD else ''}; "
+            f"kind {identity.architecture} has: {shown}{', ...' if len(odd) > _MAX_NAMES else ''}; "
             "give the float32, float16 or bfloat16 checkpoint"
         )
     missing = [name for name in wanted if name not in found]
@@ -84,13 +90,16 @@ def _named(identity: ModelIdentity) -> str:
 def _listed(title: str, names: list[str], line: Any = None) -> Iterable[str]:
     if not names:
         return []
-    shown = [line(name) if line else f"{name!r:.150}" for name in names[:_TOLD]]
-    return [f"  {title}: {', '.join(shown)}{', ...' if len(names) > _TOLD else ''}"]
+    shown = [line(name) if line else f"{name!r:.150}" for name in names[:_MAX_NAMES]]
+    return [f"  {title}: {', '.join(shown)}{', ...' if len(names) > _MAX_NAMES else ''}"]
 
 
 def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
     """Whether most names in the file are of a kind that the model does not have."""
-    kinds_wanted, kinds_found = {kind_of(name) for name in wanted}, {kind_of(name) for name in found}
+    kinds_wanted, kinds_found = (
+        {_without_number(name) for name in wanted},
+        {_without_number(name) for name in found},
+    )
     return len(kinds_wanted & kinds_found) < len(kinds_found) / 2
 
 
@@ -101,7 +110,7 @@ def _hints(
     unexpected: list[str],
     other: list[str],
 ) -> list[str]:
-    """What to try next, told from the pattern of what differs."""
+    """Return what to try next, inferred from the pattern of the differences."""
     hints = []
     blocks = {name.split(".")[1] for name in found if re.match(r"blocks\.\d+\.", name)}
     of_blocks = [name for name in missing + unexpected if re.match(r"blocks\.\d+\.", name)]
@@ -146,7 +155,7 @@ def _hints(
 def _hint_of_positions(
     wanted: Mapping[str, Tensor], found: Mapping[str, TensorInfo], other: Iterable[str]
 ) -> str:
-    """What makes tables of positions differ, some of which have a column or a row for each head."""
+    """Return why tables of positions differ, some of which have a column or a row for each head."""
     for name in other:
         head_dim = next((dim for table, dim in _HEADS_OF_TABLES.items() if table in name), None)
         if head_dim is not None and len(found[name].shape) == wanted[name].dim():
@@ -161,14 +170,6 @@ def _hint_of_positions(
     )
 
 
-def kind_of(name: str) -> str:
-    """``blocks.7.attn.qkv.weight`` without the number, which only the depth decides."""
+def _without_number(name: str) -> str:
+    """Return ``blocks.attn.qkv.weight`` for ``blocks.7.attn.qkv.weight``; the depth decides the number."""
     return re.sub(r"\.\d+\.", ".", name)
-
-
-def _is_float(dtype: torch.dtype) -> bool:
-    return dtype in FLOAT_DTYPES
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

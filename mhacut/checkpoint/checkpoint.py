@@ -1,0 +1,233 @@
+"""A checkpoint, read as deep as it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.checkpoint.build import allocate
+from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
+from mhacut.checkpoint.header import FileHeader, TensorInfo, dtype_name
+from mhacut.checkpoint.identify import identify_dense, identify_slim
+from mhacut.checkpoint.identity import ModelHints, ModelIdentity
+from mhacut.checkpoint.infer import Identified
+from mhacut.checkpoint.names import to_model_names
+from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
+from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
+from mhacut.errors import CheckpointError
+from mhacut.runtime.files import show
+
+_MAX_NAMES = 5
+"""Names of tensors in a message."""
+
+
+class Checkpoint:
+    """A timm model, dense or slim, and what is known about it.
+
+    Opened from a file, it has the file's header and, of a slim file, the record. The rest is read when it is
+    first asked for, and kept: first the identity with a skeleton of the model, then the model's weights.
+
+    Each step may raise a :class:`CheckpointError`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        stem: str,
+        *,
+        record: SlimRecord | None,
+        header: FileHeader | None = None,
+        hints: ModelHints | None = None,
+        identified: Identified | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        """Keep what is known; see :meth:`open` and :meth:`of_model`."""
+        self.source = source
+        """A path, ``timm:NAME``, or another name for readers."""
+        self.stem = stem
+        """Beginning of default output names."""
+        self.record = record
+        """What a slim file states about itself; None for a dense model."""
+        self.header = header
+        """Header of the file; None for a model in memory."""
+        self.has_weights = header is None
+        """Whether the weights of the model have been read."""
+        self._hints = hints or ModelHints()
+        self._identified = identified
+        self._sha256 = sha256
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], hints: ModelHints | None = None) -> Checkpoint:
+        """Read the header of a file, and the record of a slim one.
+
+        Args:
+            source: a safetensors or torch file, or a timm folder. Content decides the format, not the suffix.
+            hints: what the user says about the model in the file.
+
+        Raises:
+            CheckpointError: not a readable checkpoint, or what it states makes no sense.
+        """
+        header = read_file_header(source)
+        stem = Path(source).resolve().name if header.config is not None else header.path.stem
+        return cls(os.fspath(source), stem, record=_record_of(header), header=header, hints=hints)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        identity: ModelIdentity,
+        *,
+        source: str,
+        stem: str = "model",
+        record: SlimRecord | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        sha256: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> Checkpoint:
+        """Return the checkpoint of a timm model in memory.
+
+        Args:
+            model: the model, in eval mode, float32; already cut if ``record`` is given.
+            identity: identity of the dense model.
+            source: name for readers.
+            stem: beginning of default output names.
+            record: record of a slim model.
+            dtypes: per tensor the dtype to write it in; the model's own where missing.
+            sha256: digest of the weights; that of the model's tensors, when it is asked for, if None.
+            notes: lines for the user.
+        """
+        own, asked = model.state_dict(), dtypes or {}
+        tensors = {
+            name: TensorInfo(tuple(tensor.shape), asked.get(name, tensor.dtype))
+            for name, tensor in own.items()
+        }
+        identified = Identified(identity, model, tensors, tuple(notes))
+        return cls(source, stem, record=record, identified=identified, sha256=sha256)
+
+    @property
+    def path(self) -> Path | None:
+        """File that holds the weights; None for a model in memory."""
+        return None if self.header is None else self.header.path
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Identity of the dense model."""
+        return self._identify().identity
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The model, cut if it is slim; on the meta device (without memory) until the weights are read."""
+        return self._identify().skeleton
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each tensor of the model in the file, in which another file is to be written."""
+        return {name: info.dtype for name, info in self._identify().tensors.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user: what was inferred, which part of a file was used."""
+        notes = self._identify().notes
+        return notes if self.header is None else (*notes, *_file_notes(self.header, self.record))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in eval mode, float32, on the CPU, whatever the file's dtypes; cut if it is slim."""
+        if not self.has_weights:
+            self._read_weights()
+        return self.skeleton
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes, or of the tensors of a model in memory."""
+        if self._sha256 is None:
+            path = self.path
+            self._sha256 = sha256_of_tensors(self.model.state_dict()) if path is None else sha256_of(path)
+        return self._sha256
+
+    def _identify(self) -> Identified:
+        if self._identified is None:
+            assert self.header is not None
+            if self.record is None:
+                self._identified = identify_dense(self.header, self._hints)
+            else:
+                self._identified = identify_slim(self.header, self.record, self._hints)
+        return self._identified
+
+    def _read_weights(self) -> None:
+        """Fill the skeleton. Its shapes are known to fit; only now is memory taken."""
+        assert self.header is not None
+        model, where = self.skeleton, show(self.header.path)
+        tensors = read_tensors(self.header)
+        if self.record is None:
+            set_resolved_preprocessing(model, self.identity, where)
+            tensors = to_model_names(tensors, model)
+        else:
+            set_recorded_preprocessing(model, self.record)
+        allocate(model)
+        model.load_state_dict(tensors, strict=True)
+        check_finite(where, model)
+        self._sha256 = sha256_of(self.header.path)  # now, since the file may change while a command works
+        model.eval()
+        self.has_weights = True
+
+
+def check_finite(where: str, model: nn.Module) -> None:
+    """Raise a :class:`CheckpointError` if tensors of ``model`` hold NaN or infinite values."""
+    bad: list[str] = []
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            wrong = int((~torch.isfinite(tensor)).sum())
+            if wrong:
+                bad.append(f"{name!r:.150} ({wrong} of {tensor.numel()})")
+    if bad:
+        raise CheckpointError(
+            f"{where}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:_MAX_NAMES])}"
+            f"{', ...' if len(bad) > _MAX_NAMES else ''}; "
+            "the training that made them diverged, take an earlier checkpoint"
+        )
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex digest of names, shapes, dtypes and bytes of ``tensors``, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sys.byteorder}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _record_of(header: FileHeader) -> SlimRecord | None:
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        return SlimRecord.from_json(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"{show(header.path)}: {error}") from None
+
+
+def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
+    notes = []
+    if header.part is not None:
+        notes.append(f"read the part {header.part!r} of the checkpoint")
+    if header.prefix_stripped:
+        notes.append("took the prefix module. or _orig_mod. off the tensor names")
+    suffix = header.path.suffix.lower()
+    if header.format == "torch" and suffix == ".safetensors":
+        notes.append("content is a torch file, in spite of its name")
+    if header.format == "safetensors" and suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
+        notes.append("content is safetensors, in spite of its name")
+    dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
+    if dtypes not in ([], ["float32"]):
+        notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")
+    if record is not None:
+        notes.append(f"slim file, written by mhacut in {len(record.history)} step(s)")
+    return notes

@@ -1,0 +1,191 @@
+"""Identify the model of a checkpoint: from what the file states, the user says, or the shapes show."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
+from mhacut.checkpoint.header import FileHeader
+from mhacut.checkpoint.identity import (
+    ModelHints,
+    checked_model_args,
+    checked_pretrained_cfg,
+)
+from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
+from mhacut.checkpoint.mismatch import check_tensors
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.search import search
+from mhacut.errors import CheckpointError, MhacutError
+from mhacut.runtime.files import show
+from mhacut.surgery.slice import cut
+
+_SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
+"""Keys of a pretrained_cfg that go with its ``input_size`` and mean nothing for another."""
+# fmt: off
+_FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
+    "input_size", "fixed_input_size", "min_input_size", "interpolation", "crop_mode", "mean", "std",
+    "first_conv", "classifier",
+))
+# fmt: on
+"""Keys that timm's default for an architecture may add to a config.json: never labels, license or origin."""
+
+
+def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> Identified:
+    """Build the model that a slim file states, cut it by the plan and compare it with the file's tensors.
+
+    Args:
+        header: header of the file; bounds the size of what is built.
+        record: what the file states.
+        hints: what the user says, which may not contradict it.
+
+    Raises:
+        CheckpointError: the hints contradict the file, or timm cannot build the stated model, or it is far
+            larger than the file, or its tensors are not those of the file.
+    """
+    where = show(header.path)
+    identity = record.identity
+    _check_hints(where, record, hints)
+    try:
+        _check_name(header, identity.architecture, "the file's metadata")
+        skeleton = build_skeleton(identity, limit=header.tensors)
+        cut(skeleton, record.plan)
+    except MhacutError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(where) else f"{where}: metadata: {text}") from error
+    check_tensors(where, header.tensors, skeleton, identity, stated=True)
+    notes = (f"architecture {identity.architecture}, from the file's metadata",)
+    return Identified(identity, skeleton, header.tensors, notes)
+
+
+def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
+    """Build the model of a dense file: from its ``config.json``, else as named, else from names and shapes.
+
+    ``num_classes`` is inferred from the classifier's shape and ``img_size`` from a square ``pos_embed`` where
+    nobody states them; the notes say so.
+
+    Raises:
+        CheckpointError: no model, or more than one, fits the file.
+    """
+    args = checked_model_args(hints.model_args)
+    if hints.num_classes is not None:
+        args["num_classes"] = hints.num_classes
+    if header.config is not None:
+        found = _from_config(header, args, hints)
+    elif hints.model is not None:
+        name, tag = _split_tag(hints.model)
+        _check_name(header, name, "--model")
+        found = infer_from_shapes(name, args, _cfg_of_tag(name, tag), header, limit=None)
+        found = _with_note(found, f"architecture {name}, as given")
+    else:
+        found = search(header, args)
+        found = _with_note(
+            found,
+            f"architecture {found.identity.architecture}, from names and shapes "
+            "(the number of heads is that model's own; shapes cannot show it)",
+        )
+    check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+    if position_shapes(found.tensors) != position_shapes(header.tensors):
+        note = "positions were of another image size; resized to the model's"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
+    return found
+
+
+def _with_note(found: Identified, first: str) -> Identified:
+    return dataclasses.replace(found, notes=(first, *found.notes))
+
+
+def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+    stated, stated_args, cfg = _read_config(header)
+    if hints.model is not None and _split_tag(hints.model)[0] != stated:
+        raise CheckpointError(
+            f"{show(header.path.parent)}: its config.json says {stated}, --model says {hints.model}; "
+            f"leave --model out, or give the weights file {header.path.name} itself"
+        )
+    _check_name(header, stated, "config.json")
+    args = {**stated_args, **args}
+    found = infer_from_shapes(stated, args, completed_cfg(stated, cfg), header, limit=header.tensors)
+    return _with_note(found, f"architecture {stated}, from config.json")
+
+
+def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
+    stated = record.identity
+    wrong = []
+    if hints.model is not None and _split_tag(hints.model)[0] != stated.architecture:
+        wrong.append(f"--model {hints.model} (it is {stated.architecture})")
+    asked = checked_model_args(hints.model_args)
+    if hints.num_classes is not None:
+        asked["num_classes"] = hints.num_classes
+    wrong += [
+        f"{name}={value!r:.60} (it has {stated.model_args.get(name, 'the default')!r:.60})"
+        for name, value in asked.items()
+        if stated.model_args.get(name) != value
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: a slim file says itself which model it is; leave out {', '.join(wrong)}"
+        )
+
+
+def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return architecture, arguments and pretrained_cfg of a timm ``config.json``, new or old style."""
+    config = header.config or {}
+    where = show(header.path.parent / "config.json")
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(
+            f"{where}: expected timm's config with an architecture, found keys {sorted(config)!r:.200}; "
+            f"give the weights file {header.path.name} itself, and --model NAME"
+        )
+    try:
+        args = checked_model_args(config.get("model_args") or {})
+        cfg = checked_pretrained_cfg(config.get("pretrained_cfg", config))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    for name in ("label_names", "label_descriptions"):
+        if name in config:
+            cfg[name] = config[name]
+    # The classifier's shape shows it, and for these weights.
+    args.pop("num_classes", None)
+    return _split_tag(architecture)[0], args, cfg
+
+
+def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``stated``, completed by timm's default of the architecture for its build and preprocessing."""
+    import timm
+
+    registered = timm.get_pretrained_cfg(architecture)
+    if registered is None:
+        return dict(stated)
+    default = checked_pretrained_cfg(registered.to_dict())
+    names = set(_FROM_DEFAULT)
+    if stated.get("input_size", default.get("input_size")) != default.get("input_size"):
+        names -= _SIZE_DEPENDENT
+    return {**{name: value for name, value in default.items() if name in names}, **stated}
+
+
+def _split_tag(name: str) -> tuple[str, str]:
+    architecture, _, tag = name.partition(".")
+    return architecture, tag
+
+
+def _cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
+    """Return the pretrained_cfg of ``name.tag``; empty for the default tag."""
+    if not tag:
+        return {}
+    from timm.models import get_arch_pretrained_cfgs
+
+    cfgs = get_arch_pretrained_cfgs(name)
+    known = {key.partition(".")[2]: cfg for key, cfg in cfgs.items()}
+    if tag not in known:
+        raise CheckpointError(
+            f"{name} has no pretrained tag {tag!r:.100}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    return checked_pretrained_cfg(known[tag].to_dict())
+
+
+def _check_name(header: FileHeader, name: str, origin: str) -> None:
+    if not re.fullmatch(r"\w+", name) or not known_model(name):
+        raise CheckpointError(f"{show(header.path)}: {origin}: {unknown_model(name)}")

@@ -1,0 +1,131 @@
+"""Which timm model a checkpoint is of: the architecture and its arguments, checked as untrusted values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json
+from mhacut.errors import CheckpointError
+from mhacut.limits import is_int, too_large
+
+ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+"""Name of an argument, and other single words."""
+
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,128}")
+# fmt: off
+_RESERVED_ARGS = frozenset((
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict",
+    "pretrained_filter_fn", "pretrained_custom_load", "checkpoint_path", "cache_dir", "scriptable",
+    "exportable", "no_jit", "features_only", "feature_cfg", "feature_cls", "out_indices", "kwargs_filter",
+    "pruned", "model_name", "model_cls", "variant", "device", "dtype",
+))
+"""Arguments of timm's factory that load, place or wrap a model instead of describing it."""
+_CFG_SIZES = frozenset({"input_size", "test_input_size", "min_input_size"})
+_CFG_OF_BUILD = _CFG_SIZES | {"num_classes", "pool_size", "test_pool_size", "first_conv", "classifier"}
+"""Keys of a pretrained_cfg that timm reads while it builds a model; their values are bounded."""
+_CFG_KEYS = _CFG_OF_BUILD | frozenset((
+    "architecture", "tag", "custom_load", "fixed_input_size", "interpolation", "crop_pct", "test_crop_pct",
+    "crop_mode", "mean", "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names",
+    "label_descriptions",
+))
+# fmt: on
+"""Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Arguments of ``timm.create_model`` for the dense model, as plain JSON values."""
+
+    architecture: str
+    """Name in timm's registry, without a tag."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``timm.create_model``: ``num_classes`` always, ``img_size`` and others if set."""
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    """Preprocessing, labels and license as timm keeps them; never where weights would come from."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.architecture, str) or not _ARCHITECTURE.fullmatch(self.architecture):
+            raise CheckpointError(
+                f"architecture: expected the name of a timm model, found {self.architecture!r:.100}"
+            )
+        object.__setattr__(self, "model_args", checked_model_args(self.model_args))
+        object.__setattr__(self, "pretrained_cfg", checked_pretrained_cfg(self.pretrained_cfg))
+
+
+@dataclass(frozen=True)
+class ModelHints:
+    """What the user says about the model in a file; what is None or missing, the file must show."""
+
+    model: str | None = None
+    """Name in timm, maybe with the tag of pretrained weights."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of ``timm.create_model``."""
+    num_classes: int | None = None
+
+
+def checked_model_args(args: object) -> dict[str, Any]:
+    """Return arguments of ``timm.create_model`` that describe a model: bounded JSON values, tuples as lists.
+
+    Raises:
+        CheckpointError: an argument loads or places something, or is no JSON value of sane size.
+    """
+    if not isinstance(args, Mapping):
+        raise CheckpointError(f"model_args: expected an object, found {kind_of(args)}")
+    checked: dict[str, Any] = {}
+    for name, value in args.items():
+        if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
+            raise CheckpointError(f"model_args: {name!r:.100} is not an argument name")
+        if name in _RESERVED_ARGS:
+            raise CheckpointError(
+                f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
+            )
+        checked[name] = bounded(plain_json(value), f"model_args {name!r}")
+    side = checked.get("img_size")
+    # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
+    _check_image([side, side] if is_int(side) else side, "model_args 'img_size'")
+    return checked
+
+
+def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
+    """Return the keys of timm's pretrained_cfg that are kept, as JSON values; sources of weights are dropped.
+
+    Raises:
+        CheckpointError: a value is no JSON value of sane size.
+    """
+    if not isinstance(cfg, Mapping):
+        raise CheckpointError(f"pretrained_cfg: expected an object, found {kind_of(cfg)}")
+    kept = {name: plain_json(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
+    for name in kept.keys() & _CFG_OF_BUILD:
+        bounded(kept[name], f"pretrained_cfg {name!r}")
+    for name in kept.keys() & _CFG_SIZES:
+        check_input_size(kept[name], f"pretrained_cfg {name!r}")
+    return kept
+
+
+def identity_of(model: Any, architecture: str, args: Mapping[str, Any]) -> ModelIdentity:
+    """Return the identity of a dense timm model that was built as ``architecture`` with ``args``.
+
+    The pretrained_cfg describes the weights: its ``input_size`` may differ from the model's, and is then the
+    one that its ``crop_pct`` was chosen for.
+    """
+    num_classes = int(model.num_classes)
+    cfg = {**checked_pretrained_cfg(model.pretrained_cfg), "num_classes": num_classes}
+    return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
+
+
+def check_input_size(size: object, where: str) -> None:
+    """Raise a :class:`CheckpointError` unless ``size`` is [C, H, W] of an image of allowed size."""
+    if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
+        raise CheckpointError(f"{where}: expected channels, height, width, found {size!r:.100}")
+    _check_image(size, where)
+
+
+def _check_image(size: object, where: str) -> None:
+    """Refuse an image size, [H, W] or [C, H, W], that no memory should be taken for."""
+    if isinstance(size, list) and len(size) in (2, 3) and all(map(is_int, size)):
+        fault = too_large(size)
+        if fault:
+            raise CheckpointError(f"{where}: {fault}")

@@ -1,0 +1,118 @@
+"""Infer the classes and the image size of a model from the shapes in its file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mhacut.checkpoint.build import build_skeleton
+from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.identity import ModelIdentity, identity_of
+from mhacut.checkpoint.names import infos_by_model_names
+from mhacut.flatten import img_size_of
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_POSITIONS = re.compile(r"(positional_encoding|pos_embed\d*|relative_position_bias_table)$")
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The model of a checkpoint, without its weights."""
+
+    identity: ModelIdentity
+    """The dense model."""
+    skeleton: nn.Module
+    """The model on the meta device, cut if the file is slim."""
+    tensors: Mapping[str, TensorInfo]
+    """Tensors of the file, under the names they have in the model."""
+    notes: tuple[str, ...]
+    """What was inferred and from where, for the user."""
+
+
+def infer_from_shapes(
+    name: str,
+    args: Mapping[str, Any],
+    cfg: Mapping[str, Any],
+    header: FileHeader,
+    *,
+    limit: Mapping[str, TensorInfo] | None,
+) -> Identified:
+    """Build model ``name`` with the classes and the image size that the file's shapes show.
+
+    Args:
+        name: architecture in timm.
+        args: arguments of ``timm.create_model``; ``num_classes`` and ``img_size`` are inferred where missing.
+        cfg: timm's pretrained_cfg of the weights.
+        header: header of the file.
+        limit: tensors that bound the model's size, see :func:`build_skeleton`.
+
+    Raises:
+        CheckpointError: timm cannot build it.
+    """
+    args = dict(args)
+    notes: list[str] = []
+    if "img_size" not in args:
+        # Before anything is built: not every argument goes with every size.
+        patch_size = args.get("patch_size", 4)
+        size = img_size_of(name, header.shapes, patch_size if isinstance(patch_size, int) else 4)
+        if size is not None:
+            args["img_size"] = size
+            notes.append(f"img_size {size}, from the shape of positional_encoding")
+    # The shapes of the file decide, whatever size the configuration was written for.
+    model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+    if "num_classes" not in args:
+        classes, origin = _classes(model, infos_by_model_names(header.tensors, model))
+        args["num_classes"] = classes
+        notes.append(f"num_classes {classes}, from {origin}")
+        if classes != getattr(model, "num_classes", classes):
+            model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+    if "img_size" not in args:
+        size = _img_size(model, header.shapes)
+        if size is not None:
+            args["img_size"] = size
+            notes.append(f"img_size {size}, from the shape of pos_embed")
+            model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+    return Identified(
+        identity_of(model, name, args), model, infos_by_model_names(header.tensors, model), tuple(notes)
+    )
+
+
+def position_shapes(tensors: Mapping[str, TensorInfo]) -> list[tuple[int, ...]]:
+    """Return the shapes of the tables of positions, sorted; they depend on the image size."""
+    return sorted(info.shape for name, info in tensors.items() if _POSITIONS.search(name))
+
+
+def _classes(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[int, str]:
+    """Return the number of classes, 0 without a classifier, and what shows it."""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
+        weight = tensors.get(f"{name}.weight")
+        if weight is not None and weight.shape:
+            return weight.shape[0], f"the shape of {name}.weight"
+    return 0, "the file, which has no classifier"
+
+
+def _img_size(model: Any, shapes: Shapes) -> int | None:
+    """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
+    found = shapes.get("pos_embed")
+    expected = getattr(model, "pos_embed", None)
+    patch_embed = getattr(model, "patch_embed", None)
+    patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
+    if not isinstance(expected, Tensor) or found is None or tuple(expected.shape) == found:
+        return None
+    patches_found = shapes.get("patch_embed.proj.weight", ())[-1:]
+    if patches_found and isinstance(patch_size, tuple) and patches_found != tuple(patch_size[-1:]):
+        return None  # patches of another size: the grid would be misread
+    if len(found) != 3 or expected.dim() != 3 or found[2] != expected.shape[2] or found[0] != 1:
+        return None
+    if not isinstance(patches, int) or not isinstance(patch_size, tuple) or patch_size[0] != patch_size[1]:
+        return None
+    prefix = expected.shape[1] - patches  # class and register tokens with a position of their own
+    side = math.isqrt(max(found[1] - prefix, 0))
+    return side * int(patch_size[0]) if side > 0 and side * side == found[1] - prefix else None

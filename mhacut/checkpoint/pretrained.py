@@ -1,0 +1,83 @@
+"""Open pretrained weights of timm, ``timm:NAME``, from its cache or the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
+from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_tensors
+from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
+from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
+from mhacut.errors import CheckpointError
+
+TIMM_PREFIX = "timm:"
+
+
+def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
+    """Return the checkpoint of timm's pretrained weights.
+
+    Args:
+        source: ``timm:NAME``, with or without a tag.
+        hints: further arguments of the model, and the number of classes, which has to be that of the weights.
+
+    Raises:
+        CheckpointError: timm has no such model or weights, or they are neither in its cache nor online.
+    """
+    if hints.model is not None:
+        raise CheckpointError(f"{source}: names its model already; leave --model out")
+    name = source.removeprefix(TIMM_PREFIX)
+    architecture = name.partition(".")[0]
+    _check_has_weights(source, name, architecture)
+    args = checked_model_args(hints.model_args)
+    if hints.num_classes is not None:
+        args["num_classes"] = hints.num_classes
+    build_skeleton(ModelIdentity(architecture, args))  # arguments that do not fit fail here, by name
+    model = _create(source, name, args)
+    pretrained_classes = model.pretrained_cfg.get("num_classes")
+    if hints.num_classes not in (None, 0, pretrained_classes):
+        raise CheckpointError(
+            f"{source}: its classifier has {pretrained_classes} classes; one of {hints.num_classes} would be "
+            "random: leave --num-classes out, or fine-tune first and give that file"
+        )
+    identity = identity_of(model, architecture, args)
+    set_resolved_preprocessing(model, identity, source)
+    tensors = model.state_dict()
+    sha256, dtypes = sha256_of_tensors(tensors), {key: tensor.dtype for key, tensor in tensors.items()}
+    model.eval()
+    check_finite(source, model)
+    notes = (f"pretrained weights of timm, {name}", f"num_classes {model.num_classes}, from the weights")
+    return Checkpoint.of_model(
+        model, identity, source=source, stem=name, dtypes=dtypes, sha256=sha256, notes=notes
+    )
+
+
+def _check_has_weights(source: str, name: str, architecture: str) -> None:
+    import timm
+
+    if not known_model(architecture):
+        raise CheckpointError(f"{source}: {unknown_model(architecture)}")
+    if name != architecture and name not in timm.list_pretrained():
+        tags = [tag for tag in timm.list_pretrained() if tag.partition(".")[0] == architecture]
+        raise CheckpointError(
+            f"{source}: no such pretrained weights; timm has {', '.join(tags) or 'none of this model'}"
+        )
+    if not timm.models.is_model_pretrained(architecture):
+        raise CheckpointError(
+            f"{source}: timm has no pretrained weights of this model; give a file and --model"
+        )
+
+
+def _create(source: str, name: str, args: dict[str, Any]) -> Any:
+    import timm
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, pretrained=True, **args)
+    except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{source}: its weights are not in the cache and could not be downloaded ({reason:.200}); "
+            "go online once, or give a file and --model"
+        ) from error
