@@ -34,7 +34,7 @@ from mhacut.report.stored_curves import curves_to_json
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.versions import software_versions
-from mhacut.surgery.find import UnitKey
+from mhacut.surgery.find import UnitKey, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 
@@ -125,9 +125,10 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             ready = planned.ready
             slim = copy.deepcopy(ready.model.cpu())
             cut(slim, ready.plan, ready.channel_scales, job.prunable)  # 4. cut
+            slim_layers = find_prunable_layers(slim)
             flops = check_flops(slim, job, ready.plan, inputs.preprocessing.input_size)  # 5. check
             check_exact(slim, job, ready, job.images[:_PROBED])
-            slim = recover(slim, job, calibration)  # 6. recover
+            slim = recover(slim, slim_layers, job, calibration)  # 6. recover
             record = _record(inputs, planned, flops)
             if not options.dry_run:
                 timer.start("writing")

@@ -62,8 +62,8 @@ def refit_linear(
     """
     both = fit + held
     gone = others(kept, fit.total.shape[-1])
-    reader = columns.double()[:, gone]
-    gram = reader.T @ reader  # squared error of the output per error of the removed channels, (P, P)
+    lost = columns.double()[:, gone]
+    gram = lost.T @ lost  # squared error of the output per error of the removed channels, (P, P)
 
     def centred(moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if constant else moments.energy
@@ -150,8 +150,8 @@ def output_error(
     if refit:
         solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
         left = left - second[gone][:, kept] @ solved
-    reader = columns[:, gone]
-    return float((reader.mT @ weighed_by(fisher, reader) * left).sum().clamp_min(0))
+    lost = columns[:, gone]
+    return float((lost.mT @ weighed_by(fisher, lost) * left).sum().clamp_min(0))
 
 
 def symmetric_root(fisher: Tensor) -> Tensor:

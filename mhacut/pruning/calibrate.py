@@ -77,7 +77,7 @@ class UnitStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one pass over the calibration images gathered."""
+    """Statistics from one pass over the calibration images."""
 
     held: int
     """Number of held-out images, the first ones; 0 with a single image, which then serves for both."""
@@ -207,7 +207,7 @@ class _Accumulator:
 
 
 class _Pass:
-    """What one pass over the images gathers in this process."""
+    """Sums and outputs that one pass gathers in this process."""
 
     def __init__(self, model: nn.Module, prunable: PrunableLayers, fisher: FisherInformation) -> None:
         self.accumulators = {

@@ -22,7 +22,7 @@ def check_flops(slim: nn.Module, job: Job, plan: Plan, input_size: tuple[int, in
     """Return the FLOPs of the cut model for one image [C, H, W], counted anew.
 
     Raises:
-        MhacutError: they are not those that the cost table says, or above the budget.
+        MhacutError: they are not those of the cost table, or above the budget.
     """
     counted = measure_flops(slim, input_size)
     expected = int(job.table.flops(plan.widths()))

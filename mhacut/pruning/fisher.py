@@ -30,7 +30,7 @@ Grid = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """How to estimate the Fisher information during calibration."""
+    """Options of the estimate of the Fisher information."""
 
     images: int
     """Images to differentiate, of those to fit. Each takes about three times as long as another image."""

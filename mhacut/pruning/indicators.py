@@ -61,7 +61,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the indicators of one unit start, instead of where the options say."""
+    """Initial indicators of one unit, in place of those that the options ask for."""
 
     scores: Tensor
     """[H, d]; channels above 1/2 are kept."""

@@ -13,7 +13,7 @@ from mhacut.pruning.distill import Distillation
 from mhacut.pruning.job import Job
 from mhacut.pruning.sequential import repair_in_order
 from mhacut.pruning.tune import tuned
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.find import PrunableLayers
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Step:
     """Mentioned only when it is left out."""
 
 
-def recover(slim: nn.Module, job: Job, calibration: Calibration) -> nn.Module:
+def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
     """Return ``slim`` after the steps that the job's options ask for, as far as they help on held-out images.
 
     These images chose the ridges of the repair, which was then fitted to them too: they favour the model as
@@ -59,6 +59,7 @@ def recover(slim: nn.Module, job: Job, calibration: Calibration) -> nn.Module:
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the CPU; so is the result.
+        prunable: its prunable layers.
         job: what is pruned.
         calibration: of its model.
     """
@@ -68,7 +69,7 @@ def recover(slim: nn.Module, job: Job, calibration: Calibration) -> nn.Module:
             reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
     slim = slim.to(job.device)
-    for step in _steps(slim, job, calibration):
+    for step in _steps(prunable, job, calibration):
         if not step.asked:
             continue
         reporter.start(step.stage)
@@ -83,11 +84,10 @@ def recover(slim: nn.Module, job: Job, calibration: Calibration) -> nn.Module:
     return slim.cpu()
 
 
-def _steps(slim: nn.Module, job: Job, calibration: Calibration) -> tuple[_Step, ...]:
+def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tuple[_Step, ...]:
     options, reporter, dense = job.options, job.reporter, job.model
     distillation = job.distillation(calibration)
     learning, judge = distillation.part(calibration.held, None), distillation.part(0, calibration.held)
-    prunable = find_prunable_layers(slim)
 
     def in_order(slim: nn.Module) -> Recovery:
         found = repair_in_order(
