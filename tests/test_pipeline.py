@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from helpers.models import CASES, build, image, relative
+from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import (
     BudgetError,
@@ -457,6 +458,20 @@ def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypa
     assert "repairing in order" in vetoed.seconds
     assert "repairing in order" in fast.seconds
     assert "repairing in order" not in without.seconds
+
+
+def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatch):
+    roots = []
+
+    def asked(module):
+        if hasattr(module, "forward_features"):
+            roots.append(module)
+        return adapter_for(module)
+
+    monkeypatch.setattr("mhacut.surgery.find.adapter_for", asked)
+    prune(tiny_vit, tmp_path / "slim.safetensors", report=tmp_path / "page.html", tuning_steps=1)
+    # Of the dense model, of the slim one, of the one in the file; two of the repair in order.
+    assert len(roots) <= 5
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
@@ -29,12 +30,12 @@ from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
 from mhacut.pruning.repair import UnitRepair
-from mhacut.report.prune_page import write_report
+from mhacut.report.prune_page import measured_figures, write_report
 from mhacut.report.stored_curves import curves_to_json
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.versions import software_versions
-from mhacut.surgery.find import UnitKey, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 
@@ -129,16 +130,15 @@ def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
             flops = check_flops(slim, job, ready.plan, inputs.preprocessing.input_size)  # 5. check
             check_exact(slim, job, ready, job.images[:_PROBED])
             slim = recover(slim, slim_layers, job, calibration)  # 6. recover
-            record = _record(inputs, planned, flops)
             if not options.dry_run:
                 timer.start("writing")
-                slim = _write(inputs, slim, record)  # 7. write
+                slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
             timer.start("measuring")
             measured = _measure(inputs, calibration, slim, flops, timer)  # 8. measure
             page = None
             if options.report is not None:
                 timer.start("reporting")
-                page = _report(inputs, planned, slim, record, measured)  # 9. report
+                page = _report(inputs, planned, slim, slim_layers, measured)  # 9. report
             timer.stop()
             return _result(inputs, planned, measured, timer.seconds, page)
 
@@ -206,25 +206,20 @@ def _measure(
 
 
 def _report(
-    inputs: PruneInputs, planned: Planned, slim: nn.Module, record: SlimRecord, measured: _Measured
+    inputs: PruneInputs, planned: Planned, slim: nn.Module, layers: PrunableLayers, measured: _Measured
 ) -> Path:
     """Write the page about the run."""
-    options, target = inputs.options, inputs.target
-    assert options.report is not None
-    return write_report(
-        options.report,
-        loaded=inputs.loaded,
-        dense=inputs.job.model,
-        slim=slim,
-        record=record,
-        name=f"{target} (dry run)" if options.dry_run else str(target),
-        images=inputs.images.images,
-        data=inputs.images.description,
-        steps=planned.log,
-        figures=_figures(measured, options.latency_batch_size, str(inputs.job.device)),
-        batch_size=options.search.batch_size,
-        overwrite=options.overwrite,
+    options, dense, target = inputs.options, inputs.loaded, inputs.target
+    pruned = Checkpoint.of_model(
+        slim,
+        dense.identity,
+        source=f"{target} (dry run)" if options.dry_run else str(target),
+        record=_record(inputs, planned, measured.slim.flops),
+        dtypes=dense.dtypes,
     )
+    figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
+    both = (inputs.job.prunable, layers)
+    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures)
 
 
 def _result(
@@ -254,18 +249,6 @@ def _result(
         divergence_of=measured.divergence_of,
         judged_on=measured.judged_on,
     )
-
-
-def _figures(measured: _Measured, batch_size: int, device: str) -> list[tuple[str, str, str]]:
-    """Figures for the page besides FLOPs and parameters: name, before, after."""
-    before, after, lines = measured.dense, measured.slim, []
-    if before.evaluation is not None and after.evaluation is not None:
-        name = f"top-1, % of {before.evaluation.images} images"
-        lines.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
-    if before.latency_ms is not None and after.latency_ms is not None:
-        name = f"latency, ms (batch {batch_size}, {device})"
-        lines.append((name, f"{before.latency_ms:.2f}", f"{after.latency_ms:.2f}"))
-    return lines
 
 
 def _record(inputs: PruneInputs, planned: Planned, flops: int) -> SlimRecord:

@@ -63,6 +63,7 @@ def compare(
     source: str,
     data: str,
     batch_size: int,
+    prunable: tuple[PrunableLayers, PrunableLayers] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Run both models on ``images`` [n, C, H, W] and compare every layer.
@@ -76,14 +77,16 @@ def compare(
         source: of ``dense``, for readers.
         data: description of the images, for readers.
         batch_size: images at a time.
+        prunable: prunable layers of both models; found if None.
         progress: called with (images done, images in all).
 
     Raises:
         MhacutError: the two have different architectures, or their answers are not finite.
     """
-    prunable, slim_prunable = find_prunable_layers(dense), find_prunable_layers(slim)
-    _check_alike(prunable, slim_prunable, source)
-    tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable.layers}
+    if prunable is None:
+        prunable = find_prunable_layers(dense), find_prunable_layers(slim)
+    _check_alike(*prunable, source)
+    tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
     measure = Divergence(gives_probabilities(dense))
     device = next(dense.parameters()).device
     divergence = same = 0.0
@@ -109,13 +112,13 @@ def compare(
         layers=tuple(
             LayerComparison(
                 layer.name,
-                _widths(layer, slim_prunable),
+                _widths(layer, prunable[1]),
                 (dense_flops.get(layer.name, 0), slim_flops.get(layer.name, 0)),
                 tallies[layer.name].own_error,
                 tallies[layer.name].error,
                 tallies[layer.name].agreement,
             )
-            for layer in prunable.layers
+            for layer in prunable[0].layers
         ),
         agreement=same / len(images) if gives_probabilities(dense) else None,
         divergence=divergence / len(images),

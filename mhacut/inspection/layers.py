@@ -20,7 +20,7 @@ from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Basis, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
-from mhacut.surgery.find import UnitKey, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
 from mhacut.surgery.info import classifier_size, not_prunable
 
@@ -115,6 +115,7 @@ def inspect_model(
     evidence: Evidence | None = None,
     ranked: Callable[[str], bool] = lambda layer: False,
     preprocessing: PreprocessingOptions | None = None,
+    prunable: PrunableLayers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Describe ``opened``.
@@ -125,6 +126,7 @@ def inspect_model(
         evidence: activations to judge heads by; None judges by the weights alone.
         ranked: whether to rank the channels of the layer of a name, which takes most of the time.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
+        prunable: prunable layers of the model; found if None.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -132,7 +134,7 @@ def inspect_model(
         CheckpointError: weights cannot be read.
     """
     model, record = opened.skeleton, opened.record
-    prunable = find_prunable_layers(model)
+    prunable = prunable or find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
     countable = weightless(model) if not opened.has_weights else model
     flops = measure_flops_by_module(countable, resolved.input_size)

@@ -5,72 +5,95 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.record import SlimRecord
+from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.options.base import PathLike
+from mhacut.measuring.figures import ModelFigures
 from mhacut.options.inspect import INSPECTED_IMAGES
+from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.indicators import SearchStep
 from mhacut.report.contents import Contents
 from mhacut.report.page import write_page
 from mhacut.report.stored_curves import stored_curves
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.find import PrunableLayers
 
 
 def write_report(
-    path: PathLike,
-    *,
-    loaded: Checkpoint,
-    dense: nn.Module,
-    slim: nn.Module,
-    record: SlimRecord,
-    name: str,
-    images: Tensor,
-    data: str,
+    options: PruneOptions,
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    layers: tuple[PrunableLayers, PrunableLayers],
+    images: CalibrationImages,
     steps: Sequence[SearchStep],
     figures: Sequence[tuple[str, str, str]],
-    batch_size: int,
-    overwrite: bool,
 ) -> Path:
     """Look at the pruned model as ``mhacut inspect --compare --data-dir`` would, and write the page.
 
     Args:
-        path: the page.
-        loaded: the checkpoint that was read.
-        dense: its model, eval mode, without gradients.
-        slim: the pruned model, on the same device.
-        record: description that the slim file carries.
-        name: name of the slim file, for readers.
-        images: images of the search, [n, C, H, W], normalised; the first of them are used.
-        data: description of the images, for readers.
+        options: of the command; ``report`` is the page.
+        dense: the checkpoint that was read, its model in eval mode, without gradients.
+        pruned: the pruned model with its record, on the same device.
+        layers: prunable layers of both models.
+        images: images of the search; the first of them are used.
         steps: log of the search, where indicators were trained.
         figures: measurements: name, value before, value after.
-        batch_size: images at a time.
-        overwrite: replace an existing page.
 
     Raises:
         OutputError: the page cannot be written.
     """
-    used = images[:INSPECTED_IMAGES]
-    if len(used) < len(images):
+    assert options.report is not None
+    assert pruned.record is not None
+    batch_size = options.search.batch_size
+    used, data = images.images[:INSPECTED_IMAGES], images.description
+    if len(used) < len(images.images):
         data = f"the first {len(used)} of {data}"
-    calibration = calibrate(slim, find_prunable_layers(slim), used, batch_size=batch_size)
-    pruned = Checkpoint.of_model(slim, loaded.identity, source=name, record=record, dtypes=loaded.dtypes)
-    inspection = inspect_model(pruned, evidence=Evidence(calibration, data), ranked=lambda layer: True)
-    curves, budget = stored_curves(record.history[-1:])
+    calibration = calibrate(pruned.model, layers[1], used, batch_size=batch_size)
+    evidence = Evidence(calibration, data)
+    inspection = inspect_model(pruned, evidence=evidence, ranked=lambda layer: True, prunable=layers[1])
+    comparison = compare(
+        dense.model,
+        pruned.model,
+        used,
+        source=dense.source,
+        data=data,
+        batch_size=batch_size,
+        prunable=layers,
+    )
+    curves, budget = stored_curves(pruned.record.history[-1:])
     contents = Contents(
         inspection,
         summary(inspection),
         inspection.layers,
-        compare(dense, slim, used, source=loaded.source, data=data, batch_size=batch_size),
+        comparison,
         curves,
         budget,
         tuple(steps),
         tuple(figures),
     )
-    return write_page(path, contents, overwrite, loaded.path)
+    return write_page(options.report, contents, options.overwrite, dense.path)
+
+
+def measured_figures(
+    before: ModelFigures, after: ModelFigures, batch_size: int, device: torch.device
+) -> list[tuple[str, str, str]]:
+    """Return the figures besides FLOPs and parameters, as name, value before and value after.
+
+    Args:
+        before: of the dense model.
+        after: of the pruned model.
+        batch_size: images per batch when latency was measured.
+        device: where it was measured.
+    """
+    lines = []
+    if before.evaluation is not None and after.evaluation is not None:
+        name = f"top-1, % of {before.evaluation.images} images"
+        lines.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
+    if before.latency_ms is not None and after.latency_ms is not None:
+        name = f"latency, ms (batch {batch_size}, {device})"
+        lines.append((name, f"{before.latency_ms:.2f}", f"{after.latency_ms:.2f}"))
+    return lines
