@@ -33,6 +33,7 @@ from mhacut.commands import finetune as run_module
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
+from mhacut.finetuning import saving
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
@@ -333,7 +334,7 @@ def kill(monkeypatch):
         (Trainer, "step", 2, 0),  # before anything was saved
         (Trainer, "step", 5, 0),  # in an epoch: back to its beginning
         (Trainer, "step", 6, 1),  # in an epoch: back to the last save
-        (run_module, "write_slim", 2, 1),  # while last.safetensors is written
+        (saving, "write_slim", 2, 1),  # while last.safetensors is written
         (RunFolder, "write_state", 4, 1),  # between last.safetensors and state.pt
         (RunFolder, "write_summary", 2, 0),
         (measuring_module, "evaluate", 2, 0),

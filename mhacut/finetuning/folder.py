@@ -1,8 +1,8 @@
 """The directory of a run: every file in it is old or new, never half written.
 
-``args.yaml`` the options, ``last.safetensors`` and ``best.safetensors`` slim files, ``state.pt`` what a run
-goes on from, ``summary.csv`` a line per epoch. ``state.pt`` is written last: whatever the others hold beyond
-it is done again, and comes out the same.
+``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
+resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last: whatever
+the others hold beyond it is computed again, with the same result.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps its files."""
+    """Files of a run."""
 
     path: Path
 
     def file(self, name: str) -> Path:
-        """One of the files."""
+        """Return the path of one of the files."""
         return self.path / name
 
     def open_new(self, *, overwrite: bool) -> None:
-        """Make the directory, for a run that begins.
+        """Make the directory of a new run.
 
         Raises:
             OutputError: it holds a run, or cannot be made.
@@ -64,17 +64,17 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def sweep(self) -> None:
-        """Remove what a process that was killed as it wrote left behind."""
+        """Remove temporary files of a process that was killed as it wrote."""
         for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY):
             remove_temporaries(self.file(name))
 
     def write_arguments(self, values: Mapping[str, Any]) -> None:
-        """Keep the options of the run, in a form that ``--config`` reads."""
+        """Write the options of the run, in a form that ``--config`` reads."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
     def write_summary(self, rows: Sequence[Mapping[str, float | None]]) -> None:
-        """Keep a line per epoch, in timm's columns."""
+        """Write a line per epoch, in timm's columns."""
         if not rows:
             return
         text = io.StringIO()
@@ -84,13 +84,13 @@ class RunFolder:
         write_whole(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        """Keep what the run goes on from."""
+        """Write the state that the run can be resumed from."""
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
         write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
-        """What :meth:`write_state` kept; None before the first time. Nothing in the file is run.
+        """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.
 
         Raises:
             CheckpointError: the file is damaged, or of another version.
@@ -111,10 +111,10 @@ class RunFolder:
 
 
 def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the options a run in ``folder`` was started with.
+    """Read the options that the run in ``folder`` was started with.
 
     Raises:
-        UsageError: there is no run, or what it was started with cannot be read.
+        UsageError: there is no run, or its options cannot be read.
     """
     path = Path(folder) / ARGUMENTS
     try:

@@ -1,4 +1,4 @@
-"""What a fine-tuned file says about itself: the record of the slim file it came from, and one step more."""
+"""Record of a fine-tuned file: that of the slim file it came from, and one step more in its history."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _LOCAL_OPTIONS = frozenset(
 
 
 def portable(options: FinetuneOptions) -> dict[str, Any]:
-    """``options`` without those that mean something on one machine only."""
+    """Return ``options`` without those that mean something on one machine only."""
     return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}
 
 
 def record_of(loaded: Checkpoint) -> SlimRecord:
-    """The record of a slim file that was read."""
+    """Return the record of a slim file that was read."""
     assert loaded.record is not None
     return loaded.record
 
@@ -41,16 +41,16 @@ def record_after(
     teacher_sha256: str | None,
     data: str,
 ) -> SlimRecord:
-    """The record of a model that was trained on.
+    """Return the record of a model that was trained on.
 
     Args:
         loaded: the slim file it came from.
         options: of the run.
         preprocessing: of its images.
-        steps: taken so far.
+        steps: number of steps so far.
         images_per_step: over all processes.
-        teacher_sha256: of the teacher's file; None without one.
-        data: what it was trained on, for readers.
+        teacher_sha256: digest of the teacher's file; None without one.
+        data: description of the training images.
     """
     import timm
 

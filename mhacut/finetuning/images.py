@@ -7,12 +7,9 @@ the same images.
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
@@ -25,6 +22,7 @@ from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
 from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError
+from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 
@@ -171,23 +169,6 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
         asked = f"--aa {options.aa}, --train-interpolation {options.train_interpolation}"
         raise UsageError(f"{asked}: timm does not know this: {error}") from None
     return made
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return a seed in 0..2**63 that depends on every number and their order.
-
-    >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
-    (True, False)
-    """
-    text = ",".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Start the generators of Python, numpy and torch's CPU at ``seed``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
 
 
 class _Seeded(Dataset[Drawn]):

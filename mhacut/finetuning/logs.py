@@ -1,7 +1,7 @@
-"""Where else the lines of ``summary.csv`` go: a curve as PNG, TensorBoard, Weights & Biases.
+"""Logs besides ``summary.csv``: a curve as PNG, TensorBoard, Weights & Biases.
 
-All need packages that mhacut does not, so they are imported when asked for. A log that is missing is told
-before the work; one that fails during it is told and left out, and the training goes on.
+All need packages that mhacut does not, so they are imported when asked for. A missing package is an error
+before the work; a log that fails during it is given up with a message, and the training goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import write_whole
+from mhacut.runtime.progress import Reporter
 
 Row = Mapping[str, float | None]
 
@@ -22,7 +23,7 @@ _NEEDS = {
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
 }
-"""Per log: the module it needs, and the extra of mhacut that brings it."""
+"""Module that each log needs, and the extra of mhacut that installs it."""
 
 
 def check_logs(names: Sequence[str]) -> None:
@@ -37,35 +38,37 @@ class _Log(Protocol):
         """Take every row so far; the last one is new."""
 
     def close(self) -> None:
-        """No more rows will come."""
+        """Finish: no more rows will come."""
 
 
 class Logs:
-    """The logs that were asked for."""
+    """The logs that were asked for; leaving the context closes them."""
 
     def __init__(
-        self, names: Sequence[str], folder: Path, options: Mapping[str, Any], tell: Callable[[str], None]
+        self, names: Sequence[str], folder: Path, options: Mapping[str, Any], reporter: Reporter
     ) -> None:
-        """Open them.
+        """Open the logs.
 
         Args:
-            names: of :data:`_NEEDS`.
-            folder: of the run.
-            options: of the run, for those that keep them.
-            tell: called with what went wrong.
+            names: keys of :data:`_NEEDS`.
+            folder: directory of the run.
+            options: of the run, for logs that keep them.
+            reporter: receives a message where a log fails.
         """
-        self._tell = tell
+        self._reporter = reporter
         self._open: dict[str, _Log] = {}
         for name in names:
             self._guarded(name, partial(self._add, name, folder, options))
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Pass on the rows, of which the last is new."""
+        """Write every row so far, of which the last is new."""
         for name, log in list(self._open.items()):
             self._guarded(name, partial(log.write, rows))
 
-    def close(self) -> None:
-        """End all of them."""
+    def __enter__(self) -> Logs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for name, log in list(self._open.items()):
             self._guarded(name, log.close)
 
@@ -77,7 +80,9 @@ class Logs:
             call()
         except Exception as error:  # third parties' disks, networks and accounts fail in many ways
             self._open.pop(name, None)
-            self._tell(f"--log {name}: gave up, training goes on: {type(error).__name__}: {error!s:.200}")
+            self._reporter.log(
+                f"--log {name}: gave up, training goes on: {type(error).__name__}: {error!s:.200}"
+            )
 
 
 def _opened(name: str, folder: Path, options: Mapping[str, Any]) -> _Log:
@@ -87,7 +92,7 @@ def _opened(name: str, folder: Path, options: Mapping[str, Any]) -> _Log:
 
 
 class _Curve:
-    """Loss and accuracy over epochs, drawn anew each time."""
+    """PNG of loss and accuracy over epochs, drawn again for each row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,7 +122,7 @@ class _Curve:
 
 
 class _TensorBoard:
-    """A scalar per column."""
+    """TensorBoard events, one scalar per column."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +140,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A metric per column, one run per directory."""
+    """Run of Weights & Biases, one metric per column."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         import wandb

@@ -10,6 +10,7 @@ from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.progress import Reporter
 
 
 def validation_images(
@@ -17,22 +18,24 @@ def validation_images(
     preprocessing: Preprocessing,
     classes: int,
     processes: Processes,
-    tell: Callable[[str], None],
+    reporter: Reporter,
 ) -> EvaluationLoader | None:
-    """This process's share of the labelled validation images, where there are any.
+    """Return this process's share of the labelled validation images; None where there are none.
 
     Args:
         options: of the run.
         preprocessing: of the model.
-        classes: of the model's head; 0 for none, which has no accuracy.
+        classes: number of classes; 0 for a model without classifier, which has no accuracy.
         processes: that share the images.
-        tell: called with why there are none.
+        reporter: receives a message where the split is missing.
     """
     data = options.data
     if options.eval_images == 0 or classes == 0:
         return None
     if not has_split(data, data.val_split):
-        tell(f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)")
+        reporter.log(
+            f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)"
+        )
         return None
     return evaluation_loader(
         preprocessing,
@@ -52,11 +55,11 @@ def measure(
     amp: bool,
     progress: Callable[[int, int], None],
 ) -> Evaluation:
-    """Accuracy of ``model`` over the images of all processes, each of which must call this.
+    """Return the accuracy of ``model`` over the images of all processes, each of which must call this.
 
     Args:
         model: a classifier, moved to the processes' device.
-        images: of this process.
+        images: this process's share.
         processes: that share them.
         amp: bfloat16 autocast.
         progress: called after each batch with (batches done, batches in all).

@@ -1,9 +1,10 @@
-"""What a slim model is trained for: the teacher's answers, labels, and the teacher's features."""
+"""Loss of fine-tuning: distillation from the teacher's outputs and features, and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,16 @@ from mhacut.surgery.find import find_prunable_layers
 
 
 class Blocks:
-    """The outputs of a model's transformer blocks in its latest forward pass."""
+    """Outputs of a model's transformer blocks in its latest forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = [layer.name for layer in find_prunable_layers(model).layers]
         self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
         self.outputs: dict[str, Tensor] = {}
         for name in self.names:
-            model.get_submodule(name).register_forward_hook(self._keeper(name))
+            model.get_submodule(name).register_forward_hook(self._hook(name))
 
-    def _keeper(self, name: str):  # type: ignore[no-untyped-def]  # a hook, as torch types them
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, arguments: object, output: object) -> None:
             if isinstance(output, Tensor):
                 self.outputs[name] = output
@@ -36,7 +37,7 @@ class Blocks:
 
     @contextmanager
     def taken(self) -> Iterator[dict[str, Tensor]]:
-        """The outputs, forgotten at the end of the block so that they do not keep a graph alive."""
+        """Yield the outputs, and drop them at the end of the block so that they keep no graph alive."""
         try:
             yield self.outputs
         finally:
@@ -44,19 +45,27 @@ class Blocks:
 
 
 class Teacher:
-    """A frozen model that answers for the same images."""
+    """Frozen model whose outputs for the same images the student learns."""
 
     def __init__(
-        self, model: nn.Module, mean: Sequence[Tensor], std: Sequence[Tensor], matched: bool
+        self,
+        model: nn.Module,
+        mean: Sequence[Tensor],
+        std: Sequence[Tensor],
+        *,
+        matched: bool,
+        sha256: str | None = None,
     ) -> None:
         """Freeze ``model``.
 
         Args:
             model: in eval mode, on the device.
-            mean: per channel, of the student's images and of its own.
+            mean: per channel, of the student's images and of the teacher's.
             std: likewise.
-            matched: whether its blocks' outputs are wanted.
+            matched: whether the outputs of its blocks are wanted too.
+            sha256: digest of its file.
         """
+        self.sha256 = sha256
         self.model = model.eval().requires_grad_(False)
         # images of the student: x = (pixel - m) / s, of the teacher: (pixel - M) / S
         self._scale = (std[0] / std[1]).view(-1, 1, 1)
@@ -66,13 +75,13 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Outputs for images that are normalised for the student."""
-        answer: Tensor = self.model(images if self._same else images * self._scale + self._shift)
-        return answer
+        """Return the outputs for images that are normalised for the student."""
+        outputs: Tensor = self.model(images if self._same else images * self._scale + self._shift)
+        return outputs
 
 
 class Objective:
-    """The loss of one batch; a mean over its images."""
+    """Loss of one batch, a mean over its images."""
 
     def __init__(
         self,
@@ -85,63 +94,63 @@ class Objective:
         smoothing: float,
         classes: int,
     ) -> None:
-        """State what counts how much.
+        """Weigh the parts of the loss.
 
         Args:
             teacher: None for labels alone.
             student: the student's blocks, to match with the teacher's.
             label_weight: of the cross-entropy.
-            temperature: of the comparison with the teacher.
+            temperature: both outputs are divided by it before they are compared.
             feature_weight: of the blocks' errors.
             smoothing: of labels.
-            classes: of the head; 0 for a model that gives features.
+            classes: number of classes; 0 for a model that gives features.
         """
         self.teacher, self.student = teacher, student
         self.label_weight, self.feature_weight = label_weight, feature_weight
         self.temperature, self.smoothing = temperature, smoothing
         self.divergence = Divergence(True) if classes > 0 else _relative_error
 
-    def answers(self, images: Tensor) -> Tensor | None:
-        """What the teacher says to ``images``."""
+    def teacher_targets(self, images: Tensor) -> Tensor | None:
+        """Return the teacher's outputs for ``images``; None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
 
-    def __call__(self, outputs: Tensor, targets: Tensor | None, answers: Tensor | None) -> Tensor:
-        """The loss.
+    def __call__(self, outputs: Tensor, labels: Tensor | None, teacher_targets: Tensor | None) -> Tensor:
+        """Return the loss.
 
         Args:
             outputs: of the student, [B, classes].
-            targets: labels [B], or shares of classes [B, classes]; None without labels.
-            answers: of the teacher, like ``outputs``; None without one.
+            labels: classes [B], or shares of classes [B, classes]; None without labels.
+            teacher_targets: outputs of the teacher, [B, classes]; None without one.
         """
         outputs = outputs.float()
         loss = outputs.new_zeros(())
-        if answers is not None:
+        if teacher_targets is not None:
             t = self.temperature
-            loss = loss + t * t * self.divergence(outputs / t, answers.float() / t)
-        if targets is not None and self.label_weight > 0:
+            loss = loss + t * t * self.divergence(outputs / t, teacher_targets.float() / t)
+        if labels is not None and self.label_weight > 0:
             # Shares of classes are smoothed where they are mixed.
-            smoothing = self.smoothing if targets.dim() == 1 else 0.0
-            loss = loss + self.label_weight * F.cross_entropy(outputs, targets, label_smoothing=smoothing)
+            smoothing = self.smoothing if labels.dim() == 1 else 0.0
+            loss = loss + self.label_weight * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
         if self.student is not None and self.teacher is not None and self.teacher.blocks is not None:
             loss = loss + self.feature_weight * self._feature_error(self.student, self.teacher.blocks)
         return loss
 
     @staticmethod
     def _feature_error(student: Blocks, teacher: Blocks) -> Tensor:
-        """:func:`_relative_error` of the blocks' outputs, mean over blocks."""
+        """Mean over blocks of the :func:`_relative_error` of their outputs."""
         with student.taken() as found, teacher.taken() as wanted:
             errors = [_relative_error(found[name].float(), wanted[name].float()) for name in found]
         return torch.stack(errors).mean()
 
 
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error in units of the teacher's variance, of each image alone, mean over images.
+    """Mean over images of the squared error in units of the teacher's variance of the same image.
 
-    Not of the whole batch: the loss would depend on how a step's images are shared out among processes.
+    With the variance of the whole batch the loss would depend on how processes share a step's images.
 
     Args:
         outputs: [B, ...].
-        teacher: likewise.
+        teacher: [B, ...].
     """
     error = (outputs - teacher).flatten(1).square().mean(1)
     return (error / teacher.flatten(1).var(1).clamp_min(1e-12)).mean()
@@ -157,7 +166,7 @@ def check_matching(student: Blocks, teacher: Blocks) -> None:
 
 
 class Mixing:
-    """mixup and cutmix of timm, of a whole step's images alike: one draw per step, whatever its parts."""
+    """timm's mixup and cutmix with one draw per step, so that all parts of a step are mixed alike."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
@@ -173,10 +182,10 @@ class Mixing:
         )
 
     def __call__(self, images: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Images mixed as ``seed`` draws, in place, and their targets; as given if nothing is on."""
+        """Mix images in place, as ``seed`` draws; return them and their labels, as given if both are off."""
         if not self.on:
             return images, labels
-        before = np.random.get_state()  # what timm draws from
+        before = np.random.get_state()  # timm draws from numpy's generator
         np.random.seed(seed % 2**32)
         try:
             given = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels

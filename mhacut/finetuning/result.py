@@ -1,4 +1,4 @@
-"""What a run of fine-tuning tells: a line per epoch, and what came of it."""
+"""Result of a run of fine-tuning, and its summary by epoch."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from mhacut.measuring.accuracy import Evaluation
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """A line of ``summary.csv``."""
+    """One line of ``summary.csv``."""
 
     epoch: int
-    """From 0."""
+    """Number of the epoch, from 0."""
     train_loss: float
-    """Mean over the images of the epoch, as the weights moved."""
+    """Mean over the images of the epoch, each with the weights of its step."""
     eval_loss: float | None
     """Cross-entropy on the validation images."""
     eval_top1: float | None
     eval_top5: float | None
     lr: float
-    """Of the epoch's last step."""
+    """Learning rate of the epoch's last step."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What :func:`mhacut.finetune` did."""
+    """Result of :func:`mhacut.finetune`."""
 
     folder: Path
     output: Path
     """The slim file to use: the best on validation images where there are any, else the last."""
     architecture: str
     before: Evaluation | None
-    """Of the slim file that was read; None without labelled validation images."""
+    """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
-    """Of ``output``, as it was read back."""
+    """Accuracy of ``output``, as it was read back."""
     epochs: tuple[EpochSummary, ...]
     steps: int
     flops: int
-    """The same before and after."""
+    """FLOPs of the model, which training does not change."""
     data: str
-    """What it was trained on."""
+    """Description of the training images."""
     unreadable: tuple[str, ...]
-    """Images that could not be read; others stood in for them."""
+    """Images that could not be read and were replaced by others."""
     images_per_second: float
-    """Over all processes, of the steps of this call, without measuring and saving."""
+    """Speed of the steps of this call, over all processes, without measuring and saving."""
     device: str
     processes: int
     seconds: float

@@ -1,4 +1,4 @@
-"""Going on with a run: its own options, and nothing else in their place."""
+"""Options and inputs of a resumed run: its own, and no others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FREE = frozenset(
         "resume",
     }
 )
-"""Options that a later command may give anew."""
+"""Options that may differ in a resumed run."""
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Moving the weights: optimiser, schedule, average and precision around one step."""
+"""One optimiser step: optimiser, schedule, moving average and precision."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhacut.errors import MhacutError, UsageError
-from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
+from mhacut.finetuning.images import Batch
 from mhacut.finetuning.objective import Mixing, Objective
+from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.finetune import FinetuneOptions, TrainingOptions
 from mhacut.options.option import unknown_option
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
-"""Told apart where seeds are made."""
+"""Numbers that keep the seeds of the model and of mixing apart."""
 
 
 class Trainer:
@@ -43,20 +44,20 @@ class Trainer:
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:
-        """Put ``model`` to work.
+        """Make optimiser and schedule for ``model``.
 
         Args:
             model: float32, on the device.
-            objective: what it is trained for.
-            mixing: of images.
+            objective: the loss.
+            mixing: mixup and cutmix.
             options: of the run.
             processes: that share the work.
-            labelled: whether labels mean something.
-            total_steps: of the schedule.
+            labelled: whether images have labels.
+            total_steps: length of the schedule.
             steps_per_epoch: of the schedule.
 
         Raises:
-            UsageError: timm has no such optimiser, or the model cannot do what is asked.
+            UsageError: timm has no such optimiser, or the model lacks something that ``options`` ask for.
         """
         training = options.training
         self.model, self.objective, self.mixing = model, objective, mixing
@@ -75,28 +76,28 @@ class Trainer:
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
-        """What is called in a step: the model, as :meth:`connect` leaves it."""
+        """Module that is called in a step: the model, or what :meth:`connect` wraps it in."""
 
     def connect(self) -> None:
-        """Share gradients among processes, compile if asked; every process comes here before a step."""
+        """Share gradients among processes, and compile if asked; every process must call this first."""
         self.network = _network(self.model, self.options, self.processes)
 
     def disconnect(self) -> None:
         """Undo :meth:`connect`, before processes part.
 
-        What shares gradients holds their group. If it goes last, Python waits, with its lock in hand, for a
-        thread of the group that waits for that lock: now and then one process never ended.
+        The wrapper holds the group of processes. If it is freed last, Python waits, with its lock in hand,
+        for a thread of the group that waits for that lock: now and then one process never ended.
         """
         self.network = self.model
 
     @property
     def result(self) -> nn.Module:
-        """The model to measure and to write."""
+        """Model to measure and to write."""
         return self.model if self.average is None else self.average.module
 
     @property
     def lr(self) -> float:
-        """Of the group that learns fastest."""
+        """Largest learning rate of all parameter groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -107,7 +108,7 @@ class Trainer:
             batches: ``grad_accum_steps`` of them.
 
         Returns:
-            The sum of the losses of its images, and how many there were, on this process.
+            Sum of the losses of this process's images, and their number.
         """
         training = self.options.training
         self.schedule.step_update(number)
@@ -118,7 +119,7 @@ class Trainer:
         for position, batch in enumerate(batches):
             last = position == training.grad_accum_steps - 1
             self._seed(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
-            with self._apart(last):
+            with self._gradients_shared(last):
                 loss = self._loss(number, batch)
                 scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
                 scaled.backward()
@@ -136,7 +137,7 @@ class Trainer:
         return float(torch.stack(losses).sum()), images
 
     def _seed(self, seed: int) -> None:
-        """Also on the GPU, or stochastic depth would not go on after --resume as it was."""
+        """Seed the GPU too, or stochastic depth would change in a resumed run."""
         seed_everything(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -146,24 +147,24 @@ class Trainer:
         labels = batch.labels.to(self.device, non_blocking=True) if self.labelled else None
         # One draw per step: its parts, wherever they are computed, are mixed alike.
         seed = mixed_seed(self.options.training.seed, _MIXING_STREAM, number)
-        moved, targets = self.mixing(moved, labels, seed)
+        moved, labels = self.mixing(moved, labels, seed)
         if self.options.channels_last:
             moved = moved.contiguous(memory_format=torch.channels_last)
         dtype = getattr(torch, self.options.amp_dtype)
         with torch.autocast(self.device.type, dtype, enabled=self.options.amp):
-            answers = self.objective.answers(moved)
+            teacher_targets = self.objective.teacher_targets(moved)
             outputs = self.network(moved)
-        return self.objective(outputs, targets, answers)
+        return self.objective(outputs, labels, teacher_targets)
 
-    def _apart(self, last: bool) -> AbstractContextManager[object]:
-        """Gradients travel between processes with the last batch of a step only."""
-        if self.processes.size > 1 and not last:
-            apart: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
-            return apart
+    def _gradients_shared(self, shared: bool) -> AbstractContextManager[object]:
+        """Context in which a backward pass sums gradients over processes, if ``shared``."""
+        if self.processes.size > 1 and not shared:
+            unshared: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
+            return unshared
         return nullcontext()
 
     def state(self) -> dict[str, Any]:
-        """Everything that later steps depend on."""
+        """Return all tensors and numbers that later steps depend on."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -172,7 +173,7 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state`, in a run with the same options."""
+        """Load the result of :meth:`state`, in a run with the same options."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -184,7 +185,7 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
     """Give ``model`` stochastic depth that grows linearly from 0 to ``rate`` over its blocks.
 
     Raises:
-        UsageError: no block of it has a place for that.
+        UsageError: no block of the model has a place for it.
     """
     blocks = []
     for module in model.modules():
@@ -232,7 +233,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
 def _schedule(
     optimizer: torch.optim.Optimizer, options: TrainingOptions, total_steps: int, steps_per_epoch: int
 ) -> Any:
-    """A schedule of timm in units of steps; a function of the step alone, so it has no state to keep."""
+    """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         raise UsageError(
@@ -254,7 +255,7 @@ def _schedule(
 
 
 def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -> Any:
-    """The model as it is called: compiled if asked, gradients shared if there are several processes."""
+    """Wrap the model: gradients shared if there are several processes, compiled if asked."""
     network: Any = model
     if processes.size > 1:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -265,7 +266,7 @@ def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -
 
 
 def check_precision(options: FinetuneOptions, device: torch.device) -> None:
-    """Raise a :class:`MhacutError` if ``device`` cannot compute as asked."""
+    """Raise a :class:`MhacutError` if ``device`` lacks the precision that ``options`` ask for."""
     if not options.amp:
         return
     if device.type == "cpu" and options.amp_dtype == "float16":
@@ -275,7 +276,7 @@ def check_precision(options: FinetuneOptions, device: torch.device) -> None:
 
 
 def repeatable(options: FinetuneOptions) -> AbstractContextManager[object]:
-    """In the block, CUDA kernels that sum in random order are refused, if asked."""
+    """Context in which CUDA kernels that sum in random order are refused, if ``options`` ask for it."""
     stack = ExitStack()
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is refused

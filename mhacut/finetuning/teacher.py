@@ -1,9 +1,6 @@
-"""Opening the teacher, and what the slim model is trained for with it or without."""
+"""The teacher of a run, and the loss that the slim model is trained with."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,57 +14,40 @@ from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import classifier_size
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What a run trains for."""
-
-    objective: Objective
-    teacher_sha256: str | None
-    """Of the teacher's file; None without one."""
-
-
-def lesson_of(
+def make_objective(
     options: FinetuneOptions,
     slim: Checkpoint,
     student: nn.Module,
     preprocessing: Preprocessing,
-    device: torch.device,
-    tell: Callable[[str], None],
-) -> Lesson:
-    """Open the teacher, if there is one, and make the objective.
+    reporter: Reporter,
+) -> Objective:
+    """Open the teacher, if there is one, and return the loss of the run.
 
     Args:
         options: of the run.
         slim: the slim file.
-        student: its model, on ``device``.
+        student: its model, where it is trained.
         preprocessing: of its images.
-        device: where to compute.
-        tell: called with what is worth knowing of the teacher.
+        reporter: receives a message where the teacher is not the slim file's dense model.
 
     Raises:
-        CheckpointError: the teacher has other classes or takes images of another size.
-        UsageError: features are to be matched, and its blocks are others.
+        CheckpointError: the teacher has other classes, or takes images of another size.
+        UsageError: features are to be matched, and the teacher has other blocks.
     """
-    teaching = options.teaching
-    matched = teaching.feature_weight > 0
-    classes = classifier_size(student)
-    teacher, sha256 = None, None
+    teaching, classes = options.teaching, classifier_size(student)
+    blocks = Blocks(student) if teaching.feature_weight > 0 else None
+    teacher = None
     if teaching.teacher is not None:
-        loaded = _read_teacher(teaching.teacher, options, slim)
-        own = _checked_preprocessing(loaded, options, slim, classes, preprocessing)
-        if loaded.sha256 != _first_source(slim):
-            tell("the teacher is not the file that the slim model was cut from")
-        _check_runs(loaded, preprocessing)
-        mean = [torch.tensor(images.mean, device=device) for images in (preprocessing, own)]
-        std = [torch.tensor(images.std, device=device) for images in (preprocessing, own)]
-        teacher, sha256 = Teacher(loaded.model.to(device), mean, std, matched), loaded.sha256
-    blocks = Blocks(student) if matched else None
-    if blocks is not None and teacher is not None and teacher.blocks is not None:
-        check_matching(blocks, teacher.blocks)
-    objective = Objective(
+        teacher = _open_teacher(teaching.teacher, options, slim, student, preprocessing)
+        if teacher.sha256 != _first_source(slim):
+            reporter.log("the teacher is not the file that the slim model was cut from")
+        if blocks is not None and teacher.blocks is not None:
+            check_matching(blocks, teacher.blocks)
+    return Objective(
         teacher=teacher,
         student=blocks,
         label_weight=teaching.label_weight if teacher is not None else 1.0,
@@ -76,12 +56,28 @@ def lesson_of(
         smoothing=options.augmentation.smoothing,
         classes=classes,
     )
-    return Lesson(objective, sha256)
+
+
+def _open_teacher(
+    source: PathLike,
+    options: FinetuneOptions,
+    slim: Checkpoint,
+    student: nn.Module,
+    preprocessing: Preprocessing,
+) -> Teacher:
+    loaded = _read_teacher(source, options, slim)
+    own = _checked_preprocessing(loaded, options, slim, classifier_size(student), preprocessing)
+    _check_runs(loaded, preprocessing)
+    device = next(student.parameters()).device
+    mean = [torch.tensor(images.mean, device=device) for images in (preprocessing, own)]
+    std = [torch.tensor(images.std, device=device) for images in (preprocessing, own)]
+    matched = options.teaching.feature_weight > 0
+    return Teacher(loaded.model.to(device), mean, std, matched=matched, sha256=loaded.sha256)
 
 
 @torch.no_grad()
 def _check_runs(teacher: Checkpoint, preprocessing: Preprocessing) -> None:
-    """Not every model that is bound to one size of images says so."""
+    """Raise a :class:`CheckpointError` if the teacher does not take the images: not every model says so."""
     size = preprocessing.input_size
     try:
         teacher.model(torch.zeros(1, *size))
@@ -99,11 +95,11 @@ def _checked_preprocessing(
     classes: int,
     preprocessing: Preprocessing,
 ) -> Preprocessing:
-    """The teacher's own, refused together with its classes where they do not fit the slim model's."""
+    """Return the teacher's preprocessing; raise if its classes or image size differ from the slim model's."""
     found = classifier_size(loaded.model)
     if found != classes:
         raise CheckpointError(f"--teacher {loaded.source}: has {found} classes, the slim model {classes}")
-    # A file that says nothing of its images was fed as the slim file states.
+    # A file that does not state its preprocessing had that of the slim file.
     own = preprocessing if _is_bare(loaded) else resolve_preprocessing(loaded, options.preprocessing)
     if own.input_size != preprocessing.input_size:
         raise CheckpointError(
@@ -114,7 +110,7 @@ def _checked_preprocessing(
 
 
 def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
-    """The teacher; a file that does not say what it is is the dense model the slim one was cut from."""
+    """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
     teaching = options.teaching
     model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
     if model is None and not states_its_model(teacher):
@@ -128,6 +124,6 @@ def _is_bare(loaded: Checkpoint) -> bool:
 
 
 def _first_source(loaded: Checkpoint) -> object:
-    """sha256 of the dense file, as a slim file's history states it."""
+    """Digest of the dense file, as the slim file's history states it."""
     history = record_of(loaded).history
     return history[0].get("source_sha256") if history else None

@@ -1,0 +1,67 @@
+"""Progress of a run: what changes from step to step besides the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mhacut.finetuning.result import EpochSummary
+from mhacut.measuring.accuracy import Evaluation
+
+
+@dataclass
+class Progress:
+    """How far a run is, alike in every process but for ``unreadable``."""
+
+    step: int = 0
+    """Number of steps taken."""
+    saved: int | None = None
+    """Step of the last save; None before the first."""
+    best: float | None = None
+    """Best top-1 of an epoch so far, %; None before the first measurement."""
+    before: Evaluation | None = None
+    """Accuracy of the slim file that was read."""
+    epoch_loss: float = 0.0
+    """Sum over the images of this epoch."""
+    epoch_images: int = 0
+    rows: list[EpochSummary] = field(default_factory=list)
+    """One per finished epoch."""
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """Names of images that could not be read, in order; those of all processes after a save."""
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return the progress that :meth:`to_state` described."""
+        return cls(
+            step=state["step"],
+            saved=state["step"],
+            best=state["best"],
+            before=None if state["before"] is None else Evaluation(**state["before"]),
+            epoch_loss=state["epoch_loss"],
+            epoch_images=state["epoch_images"],
+            rows=[EpochSummary(**row) for row in state["rows"]],
+            unreadable=dict.fromkeys(state["unreadable"]),
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Return plain values that ``torch.save`` keeps and :meth:`from_state` reads."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "epoch_loss": self.epoch_loss,
+            "epoch_images": self.epoch_images,
+            "rows": self.summary(),
+            "before": None if self.before is None else asdict(self.before),
+            "unreadable": list(self.unreadable),
+        }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return the lines of ``summary.csv``."""
+        return [asdict(row) for row in self.rows]
+
+    def add_step(self, loss: float, images: int) -> None:
+        """Count a step with the sum of its losses over ``images``."""
+        self.step += 1
+        self.epoch_loss += loss
+        self.epoch_images += images

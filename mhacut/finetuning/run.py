@@ -1,0 +1,181 @@
+"""A run of fine-tuning, read and checked, as one process sees it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.pretrained import TIMM_PREFIX
+from mhacut.data import EvaluationLoader, Preprocessing
+from mhacut.errors import CheckpointError
+from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.history import record_of
+from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
+from mhacut.finetuning.interrupt import StopRequest
+from mhacut.finetuning.measuring import measure, validation_images
+from mhacut.finetuning.objective import Mixing
+from mhacut.finetuning.progress import Progress
+from mhacut.finetuning.teacher import make_objective
+from mhacut.finetuning.training import Trainer
+from mhacut.measuring.accuracy import Evaluation
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.device import warn_of_slow_amp
+from mhacut.runtime.distributed import Processes
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.info import classifier_size
+
+
+@dataclass
+class Run:
+    """Everything that a run works with, and how far it is."""
+
+    options: FinetuneOptions
+    processes: Processes
+    reporter: Reporter
+    loaded: Checkpoint
+    """The slim file; its model is the one that is trained."""
+    folder: RunFolder
+    preprocessing: Preprocessing
+    flops: int
+    images: TrainingImages
+    batches: StepBatches
+    total_steps: int
+    validation: EvaluationLoader | None
+    """This process's share of the labelled validation images, where there are any."""
+    trainer: Trainer
+    teacher_sha256: str | None
+    """Digest of the teacher's file; None without a teacher."""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def images_per_step(self) -> int:
+        """Number of images of a step, over all processes."""
+        return self.batches.batch_size * self.batches.parts
+
+    def inputs(self) -> dict[str, Any]:
+        """Return digests of all that a resumed run must find unchanged."""
+        plan = json.dumps(record_of(self.loaded).plan.to_json(), sort_keys=True)
+        return {
+            "plan": hashlib.sha256(plan.encode()).hexdigest(),
+            "slim file": self.loaded.sha256,
+            "teacher": self.teacher_sha256,
+            "training images": self.images.fingerprint,
+            "validation images": None if self.validation is None else self.validation.fingerprint,
+            "images per step": self.images_per_step,
+        }
+
+    def measure(self, model: nn.Module, request: StopRequest | None = None) -> Evaluation:
+        """Return the accuracy of ``model``; every process must call this.
+
+        Args:
+            model: a classifier.
+            request: answered, while this takes its time, as soon as somebody asks to stop.
+        """
+        assert self.validation is not None
+
+        def progress(done: int, total: int) -> None:
+            self.reporter.advance(done, total)
+            if request is not None and request.asked and not request.answered:
+                request.answered = True
+                self.reporter.log("stopping once this is measured and saved; asked again, at once")
+
+        return measure(model, self.validation, self.processes, amp=self.options.amp, progress=progress)
+
+
+def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:
+    """Read the slim file, the teacher and the lists of images, and check that they fit together.
+
+    Raises:
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
+    """
+    if options.amp:
+        warn_of_slow_amp(processes.device, reporter.log)
+    reporter.start("reading")
+    loaded = _read_slim(options)
+    for note in loaded.notes:
+        reporter.log(note)
+    classes = classifier_size(loaded.model)
+    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    flops = measure_flops(loaded.model, preprocessing.input_size)
+    images, batches = _training_images(options, preprocessing, classes, processes)
+    total_steps = options.training.steps or options.training.epochs * batches.steps_per_epoch
+    validation = validation_images(options, preprocessing, classes, processes, reporter)
+    model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
+    objective = make_objective(options, loaded, model, preprocessing, reporter)
+    trainer = Trainer(
+        model,
+        objective,
+        Mixing(options.augmentation, classes),
+        options,
+        processes,
+        labelled=images.labelled,
+        total_steps=total_steps,
+        steps_per_epoch=batches.steps_per_epoch,
+    )
+    return Run(
+        options=options,
+        processes=processes,
+        reporter=reporter,
+        loaded=loaded,
+        folder=RunFolder(Path(options.resume or options.output or f"{loaded.stem}-finetuned")),
+        preprocessing=preprocessing,
+        flops=flops,
+        images=images,
+        batches=batches,
+        total_steps=total_steps,
+        validation=validation,
+        trainer=trainer,
+        teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
+    )
+
+
+def _read_slim(options: FinetuneOptions) -> Checkpoint:
+    source = os.fspath(options.checkpoint)
+    if source.startswith(TIMM_PREFIX) or open_checkpoint(source).record is None:
+        raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
+    return read_model(source)
+
+
+def _training_images(
+    options: FinetuneOptions, preprocessing: Preprocessing, classes: int, processes: Processes
+) -> tuple[TrainingImages, StepBatches]:
+    training, teaching = options.training, options.teaching
+    has_teacher = teaching.teacher is not None
+    images = training_images(
+        options.data,
+        preprocessing,
+        options.augmentation,
+        num_classes=classes,
+        use_labels=options.labels and not (has_teacher and teaching.label_weight == 0),
+        need_labels=not has_teacher,
+    )
+    batches = StepBatches(
+        images.count,
+        batch_size=training.batch_size,
+        parts=processes.size * training.grad_accum_steps,
+        seed=training.seed,
+    )
+    return images, batches
+
+
+def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Reporter) -> nn.Module:
+    """Return ``model`` with batch norms that see the images of all processes, where that is possible."""
+    if processes.size == 1 or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return model
+    if processes.device.type == "cuda":
+        shared: nn.Module = convert_sync_batchnorm(model)
+        return shared
+    reporter.log("batch norms see the images of one process only: CPUs cannot share statistics")
+    return model

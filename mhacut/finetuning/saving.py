@@ -1,0 +1,108 @@
+"""Files that a run writes as it goes: weights, summary, and the state that it can be resumed from."""
+
+from __future__ import annotations
+
+import torch
+
+from mhacut.checkpoint.write import write_slim
+from mhacut.errors import DataError, OutputError
+from mhacut.finetuning.folder import BEST, LAST
+from mhacut.finetuning.history import record_after
+from mhacut.finetuning.interrupt import StopRequest
+from mhacut.finetuning.logs import Logs
+from mhacut.finetuning.result import EpochSummary
+from mhacut.finetuning.run import Run
+
+_MOST_UNREADABLE = 0.1
+"""Share of the images that may be unreadable before the run ends."""
+
+
+def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
+    """Measure, write the best and the last weights, and add a line to the summary."""
+    progress, evaluation = run.progress, None
+    if run.validation is not None:
+        run.reporter.start("measuring")
+        evaluation = run.measure(run.trainer.result, request)
+    row = EpochSummary(
+        epoch=len(progress.rows),
+        train_loss=progress.epoch_loss / progress.epoch_images,
+        eval_loss=None if evaluation is None else evaluation.loss,
+        eval_top1=None if evaluation is None else evaluation.top1,
+        eval_top5=None if evaluation is None else evaluation.top5,
+        lr=run.trainer.lr,
+    )
+    progress.rows.append(row)
+    progress.epoch_loss, progress.epoch_images = 0.0, 0
+    measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
+    run.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
+    if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
+        progress.best = evaluation.top1
+        with run.processes.together():
+            _write_weights(run, BEST)
+    save(run)
+    logs.write(progress.summary())
+
+
+def save(run: Run) -> None:
+    """Write the last weights, and the state that the run can be resumed from; every process must call this.
+
+    Raises:
+        DataError: too many images cannot be read.
+        OutputError: a file cannot be written; the files of the save before are whole.
+    """
+    _share_unreadable(run)
+    with run.processes.together():
+        _write_last(run)
+    run.progress.saved = run.progress.step
+
+
+def _share_unreadable(run: Run) -> None:
+    """Collect the unreadable images of all processes; the first process logs those that are new to it."""
+    own = run.progress.unreadable
+    run.progress.unreadable = dict.fromkeys(run.processes.union(list(own)))
+    for file in run.progress.unreadable:
+        if file not in own:
+            run.reporter.log(f"unreadable, another image stands in for it: {file}")
+
+
+def _write_last(run: Run) -> None:
+    unreadable = run.progress.unreadable
+    if len(unreadable) > _MOST_UNREADABLE * run.images.count:
+        raise DataError(
+            f"{len(unreadable)} of {run.images.count} images cannot be read, first "
+            f"{next(iter(unreadable))}; repair or remove them"
+        )
+    _write_weights(run, LAST)
+    if run.processes.first:
+        run.folder.write_summary(run.progress.summary())
+        state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
+        run.folder.write_state(state)
+
+
+def _write_weights(run: Run, name: str) -> None:
+    if not run.processes.first:
+        return
+    dtypes = dict(run.loaded.dtypes)
+    if run.options.dtype is not None:
+        chosen = getattr(torch, run.options.dtype)
+        dtypes = {key: chosen if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}
+    record = record_after(
+        run.loaded,
+        run.options,
+        run.preprocessing,
+        steps=run.progress.step,
+        images_per_step=run.images_per_step,
+        teacher_sha256=run.teacher_sha256,
+        data=run.images.description,
+    )
+    try:
+        write_slim(
+            run.folder.file(name),
+            run.trainer.result,
+            record,
+            dtypes=dtypes,
+            overwrite=True,
+            input_path=run.loaded.path,
+        )
+    except OutputError as error:
+        raise OutputError(f"after step {run.progress.step}: {error}") from error

@@ -1,0 +1,76 @@
+"""Start of a run: in a new directory, or from the state that an interrupted run saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mhacut.checkpoint.pretrained import TIMM_PREFIX
+from mhacut.finetuning.folder import BEST, LAST
+from mhacut.finetuning.progress import Progress
+from mhacut.finetuning.resuming import check_same
+from mhacut.finetuning.run import Run
+from mhacut.runtime.files import check_output
+
+_PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
+"""Options that are paths, or ``timm:NAME``."""
+
+
+def start(run: Run) -> None:
+    """Make the directory of ``run``, or restore what it saved there; without such, measure accuracy first.
+
+    Every process must call this.
+
+    Raises:
+        OutputError: the directory holds a run, or cannot be written.
+        CheckpointError: the saved state is damaged, or the run now has other inputs.
+    """
+    state = None
+    with run.processes.together():
+        if run.options.resume is not None:
+            state = _saved_state(run)
+        elif run.processes.first:
+            _make_directory(run)
+    if state is not None:
+        run.trainer.restore(state["trainer"])
+        run.progress = Progress.from_state(state)
+        run.reporter.log(f"going on after step {run.progress.step} of {run.total_steps}")
+        return
+    if run.options.resume is not None:
+        run.reporter.log(f"{run.folder.path}: no step was saved, beginning with the first")
+    if run.validation is not None:
+        run.reporter.start("measuring before")
+        run.progress.before = run.measure(run.trainer.model)
+
+
+def _saved_state(run: Run) -> dict[str, Any] | None:
+    if run.processes.first:
+        run.folder.sweep()
+    state = run.folder.read_state()
+    if state is not None:
+        check_same(state["began_with"], run.inputs(), str(run.folder.path))
+    return state
+
+
+def _make_directory(run: Run) -> None:
+    teacher = run.options.teaching.teacher
+    read = [run.loaded.path]
+    if teacher is not None and not str(teacher).startswith(TIMM_PREFIX):
+        read.append(Path(teacher))
+    for name in (LAST, BEST):
+        for path in read:
+            check_output(run.folder.file(name), overwrite=True, input_path=path)
+    run.folder.open_new(overwrite=run.options.overwrite)
+    run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
+
+
+def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options whose paths hold from any working directory."""
+    paths = {
+        name: os.path.abspath(values[name])
+        for name in _PATHS
+        if values[name] is not None and not values[name].startswith(TIMM_PREFIX)
+    }
+    return {**values, **paths}

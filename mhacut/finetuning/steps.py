@@ -1,0 +1,125 @@
+"""The steps of a run, one after another, until all are done or somebody asks to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from shlex import quote
+
+from mhacut.errors import Interrupted, MhacutError
+from mhacut.finetuning.images import Batch, training_loader
+from mhacut.finetuning.interrupt import StopRequest
+from mhacut.finetuning.logs import Logs
+from mhacut.finetuning.run import Run
+from mhacut.finetuning.saving import end_epoch, save
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the steps of this call went."""
+
+    images_per_second: float
+    """Over all processes, without measuring and saving."""
+    asked_to_stop: bool
+    """Whether somebody asked to stop during the last step."""
+
+
+def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
+    """Take all steps that are left; every process must call this.
+
+    Raises:
+        Interrupted: somebody asked to stop before the last step; all is saved.
+        MhacutError: the loss is not finite, or one of its kinds: images cannot be read, files not written.
+    """
+    accumulated, processes = run.options.training.grad_accum_steps, run.processes
+    loader = training_loader(
+        run.images,
+        run.batches,
+        start=run.progress.step,
+        stop=run.total_steps,
+        mine=[micro * processes.size + processes.rank for micro in range(accumulated)],
+        workers=run.options.data.workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+    # Closing ends the processes that read images. An exception that is being shown could keep the loader
+    # alive until Python waits for them.
+    with closing(loader):
+        return _take_steps(run, loader, logs, request)
+
+
+def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequest) -> Trained:
+    options, progress = run.options, run.progress
+    run.reporter.start("training")
+    seconds, images, stop = 0.0, 0, 0.0
+    while progress.step < run.total_steps:
+        began = time.perf_counter()
+        batches = _logging_unreadable(run, islice(loader, options.training.grad_accum_steps))
+        loss, count = run.trainer.step(progress.step, batches)
+        loss, seen, stop = run.processes.total([loss, count, float(request.asked)])
+        _check_finite(run, loss)
+        progress.add_step(loss, int(seen))
+        seconds += time.perf_counter() - began
+        images += int(seen)
+        _report_step(run, loss / seen, images / seconds)
+        if progress.step % run.batches.steps_per_epoch == 0 or progress.step == run.total_steps:
+            end_epoch(run, logs, request)
+            stop = max(stop, *run.processes.total([float(request.asked)]))
+            run.reporter.start("training")
+        elif stop or (options.save_every and progress.step % options.save_every == 0):
+            save(run)
+            so_far = progress.epoch_loss / progress.epoch_images
+            run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
+        if stop and progress.step < run.total_steps:
+            raise Interrupted(
+                f"stopped after step {progress.step} of {run.total_steps}; all is saved. "
+                f"Go on with: {_launcher(run)}mhacut finetune --resume {quote(str(run.folder.path))}"
+            )
+    return Trained(images / seconds if seconds else 0.0, stop > 0)
+
+
+def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Pass on ``batches``, and log each image that another one had to replace."""
+    unreadable = run.progress.unreadable
+    for batch in batches:
+        for bad in batch.unreadable:
+            if bad.file not in unreadable:
+                unreadable[bad.file] = None
+                run.reporter.log(f"unreadable, another image stands in for it: {bad.file}: {bad.reason}")
+        yield batch
+
+
+def _check_finite(run: Run, loss: float) -> None:
+    if math.isfinite(loss):
+        return
+    kept = "nothing was saved yet"
+    if run.progress.saved is not None:
+        kept = f"{run.folder.path} keeps what was saved after step {run.progress.saved}"
+    advice = ", or go without --amp" if run.options.amp else ""
+    with run.processes.together():
+        raise MhacutError(
+            f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. "
+            f"Try a smaller --lr, or a --clip-grad{advice}"
+        )
+
+
+def _report_step(run: Run, loss: float, rate: float) -> None:
+    step, per_epoch = run.progress.step, run.batches.steps_per_epoch
+    epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
+    left = int((run.total_steps - step) * run.images_per_step / rate)
+    run.reporter.advance(
+        step,
+        run.total_steps,
+        f"epoch {epoch}/{epochs} step {step} loss {loss:.4f} {rate:.0f} images/s "
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+    )
+
+
+def _launcher(run: Run) -> str:
+    """Beginning of the command line that starts as many processes on this machine."""
+    size = run.processes.size
+    return "" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
