@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from mhacut.adapters import attend as attend_module
 from mhacut.adapters.attend import attend
-from mhacut.adapters.vit_attention import SlimAttention
+from mhacut.adapters.registry import ADAPTERS
+from mhacut.adapters.softmax import Softmax
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
@@ -94,13 +96,35 @@ def test_options_of_timm_attention_are_cut_exactly_or_left_whole(options):
     assert torch.allclose(slim(x), masked, atol=1e-12)
 
 
+SLIM = next(adapter.twin for adapter in ADAPTERS if isinstance(adapter, Softmax) and adapter.cls is Attention)
+
+
+def test_a_causal_mask_hides_later_tokens_from_a_cut_layer_too():
+    model = OneLayer().eval()
+    cut(model, Plan((UnitPlan("attn", "qk", 8, ((0, 1, 2),) * 3),)))
+    x = torch.randn(2, 5, 24)
+    for fused in (False, True):
+        model.attn.fused_attn = fused
+        out = model.attn(x, is_causal=True)
+        for tokens in range(1, 5):
+            alone = model.attn(x[:, :tokens], None, True)
+            assert torch.allclose(out[:, :tokens], alone, atol=1e-6)
+
+
+def test_cut_layers_can_be_pickled():
+    # Their classes are made from a table; pickle looks for them by name.
+    for adapter in ADAPTERS:
+        for cls in adapter.module_classes:
+            assert pickle.loads(pickle.dumps(cls)) is cls
+
+
 def test_equal_widths_stay_timms_own_class():
     model = OneLayer()
     plan = [UnitPlan("attn", kind, 8, ((0, 1, 2, 3),) * 3) for kind in ("qk", "v")]
     cut(model, Plan(tuple(plan)))
     assert type(model.attn) is Attention
     cut(model, Plan((UnitPlan("attn", "v", 4, ((0, 1),) * 3),)))
-    assert type(model.attn) is SlimAttention
+    assert type(model.attn) is SLIM
     cut(model, Plan((UnitPlan("attn", "qk", 4, ((0, 1),) * 3),)))
     assert type(model.attn) is Attention
     assert model.attn.scale == pytest.approx(2**-0.5)

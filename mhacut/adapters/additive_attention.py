@@ -8,7 +8,6 @@ read, since the projection writes there what it reads elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,11 +46,6 @@ class AdditiveAdapter(Adapter):
             mixing="select",
         )
         return Layer(name, self, (qk,), channel_dim=1)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        points, width = math.prod(input_shape) // module.to_query.in_features, widths["qk"]
-        each = 2 * module.to_query.in_features + 1 + width + module.final.out_features
-        return points * width * each
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor
 
-# Up to this many logits (batch * heads * tokens^2) three explicit kernels beat padding on a CPU: batch 1 of a
-# DeiT-S has 233 k and channel scales 3-5 %, batch 8 has 1.9 M and loses 1-7 % (deit_small, 2 threads, fp32).
 EXPLICIT_MAX_LOGITS = 500_000
+"""Up to so many logits (batch * heads * tokens^2), three explicit kernels beat padding on a CPU."""
 
 
 def attend(
@@ -25,8 +26,8 @@ def attend(
 ) -> Tensor:
     """Attention output, [B, H, N, d_v].
 
-    With d_qk != d_v, PyTorch's CPU kernel falls back to a slow path (deit_small at batch 8 ran 16 % slower
-    than dense), so small inputs take explicit products and large ones zero-pad the smaller width.
+    With d_qk != d_v, PyTorch's CPU kernel takes a slow path, so small inputs take explicit products and large
+    ones zero-pad the smaller width.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.
@@ -51,6 +52,25 @@ def attend(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
     )
     return out[..., :d_v]
+
+
+def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """:func:`attend` with the scale, kernel and dropout that ``module`` is set to, [B, H, N, d_v].
+
+    A module without a ``scale`` has scaled q itself. Where k and v have fewer heads than q, each serves
+    several heads of q that follow one another.
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    return attend(
+        q,
+        k,
+        v,
+        scale=getattr(module, "scale", 1.0),
+        fused=getattr(module, "fused_attn", False),
+        attn_mask=attn_mask,
+        dropout_p=module.attn_drop.p if module.training and hasattr(module, "attn_drop") else 0.0,
+    )
 
 
 def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:

@@ -201,18 +201,6 @@ class Adapter(ABC):
         """The units of ``module`` and what of it must stay whole."""
 
     @abstractmethod
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        """FLOPs (multiply-accumulates) of what depends on the widths of the described units.
-
-        Linear and convolution layers and the attention products, as fvcore counts them.
-
-        Args:
-            module: the layer, at whatever widths it has now.
-            input_shape: shape of the layer's input for one image, batch axis included.
-            widths: channels per head, per described kind; whole numbers, or tensors to differentiate by.
-        """
-
-    @abstractmethod
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         """``module`` told of its new widths after its tensors were sliced; may be of another class.
 

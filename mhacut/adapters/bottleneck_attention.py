@@ -64,17 +64,6 @@ class PositionalAdapter(Adapter):
         )
         return Layer(name, self, (qk,), {"v": NO_PROJECTION}, channel_dim=1)
 
-    def pairs(self, module: Any, positions: int) -> tuple[int, int]:
-        """Queries that so many positions give, and keys that each sees."""
-        raise NotImplementedError
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        batch, dim, height, width = input_shape
-        queries, keys = self.pairs(module, height * width)
-        places = sum(len(module.get_parameter(table)) for table in _TABLES)
-        each = queries * (dim + keys + places) + height * width * dim
-        return batch * module.num_heads * widths["qk"] * each
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         module.dim_head_qk = module.pos_embed.dim_head = widths["qk"]
         module.dim_out_qk = widths["qk"] * module.num_heads
@@ -110,9 +99,6 @@ class BottleneckAdapter(PositionalAdapter):
     def key(self, module: Any) -> _Rows:
         return _Rows("qkv", module.dim_out_qk, module.dim_head_qk)
 
-    def pairs(self, module: Any, positions: int) -> tuple[int, int]:
-        return positions, positions
-
 
 class HaloAdapter(PositionalAdapter):
     """``q``, and ``kv`` with rows k, v within every head; a block of queries sees its halo too."""
@@ -124,9 +110,6 @@ class HaloAdapter(PositionalAdapter):
 
     def key(self, module: Any) -> _Rows:
         return _Rows("kv", 0, module.dim_head_qk + module.dim_head_v)
-
-    def pairs(self, module: Any, positions: int) -> tuple[int, int]:
-        return positions // int(module.block_stride) ** 2, int(module.win_size) ** 2
 
 
 POSITIONAL_ATTENTION = (BottleneckAdapter(), HaloAdapter())

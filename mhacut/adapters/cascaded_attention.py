@@ -16,10 +16,11 @@ import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
 from torch import Tensor, nn
 
+from mhacut.adapters.attend import attend_as
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit, table_device
-from mhacut.adapters.per_head_attention import FreshBiases
 from mhacut.adapters.rows import Projection
-from mhacut.adapters.softmax import as_map, as_tokens, attend_in
+from mhacut.adapters.shapes import as_map, as_tokens, merged
+from mhacut.adapters.softmax import FreshBiases
 from mhacut.plan import UnitKind
 
 _PLACES = "places_of_values"
@@ -38,7 +39,7 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
             read = shares[head] + self.passed_on(given[-1], head - 1) if head else shares[0]
             q, k, v = torch.split(qkv(read), [self.key_dim, self.key_dim, self.val_dim], dim=1)
             q, k, v = (as_tokens(part)[:, None] for part in (depthwise(q), k, v))
-            given.append(as_map(attend_in(self, q, k, v, biases[head]), x.shape[2:]))
+            given.append(as_map(merged(attend_as(self, q, k, v, biases[head])), x.shape[2:]))
         projected: Tensor = self.proj(torch.cat(given, dim=1))
         return projected
 
@@ -91,19 +92,6 @@ class CascadedAdapter(Adapter):
             feeds=heads > 1,
         )
         return Layer(name, self, (qk, v), channel_dim=1)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        windows, _, height, width = input_shape
-        tokens, read = height * width, Projection.of(module, "proj.1").flops_per_column
-        total: Any = 0
-        for head in range(module.num_heads):
-            row, convolved = (
-                Projection.of(module, f"{part}.{head}").flops_per_row for part in ("qkvs", "dws")
-            )
-            total = (
-                total + widths["qk"] * (2 * row + convolved + tokens) + widths["v"] * (row + tokens + read)
-            )
-        return windows * tokens * total
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Where the next head's input finds what it adds."""

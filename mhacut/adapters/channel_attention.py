@@ -113,11 +113,6 @@ class ChannelAttentionAdapter(Adapter):
         )
         return Layer(name, self, (v,), {"qk": _SHARED_SOFTMAX})
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        batch, tokens, dim = input_shape
-        heads, _, whole = self._widths(module)
-        return batch * tokens * heads * widths["v"] * (dim + 2 * whole + module.proj.out_features)
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         module.__class__ = self.slim
         slim: nn.Module = module

@@ -61,16 +61,6 @@ class FactorAttentionAdapter(Adapter):
         )
         return Layer(name, self, (unit,), coupled_with={"qk": "v"})
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        _, tokens, _ = input_shape
-        width, heads, dim = widths["v"], module.num_heads, module.qkv.in_features
-        kernels = sum(
-            split * conv.weight[0].numel()
-            for split, conv in zip(module.crpe.head_splits, module.crpe.conv_list, strict=True)
-        )
-        per_head = 3 * dim + 2 * width + module.proj.out_features
-        return width * (tokens * heads * per_head + (tokens - 1) * kernels)
-
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         if kept.shape[1] < unit.width:
             module.crpe = copy.deepcopy(module.crpe)

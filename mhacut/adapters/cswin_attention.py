@@ -60,17 +60,6 @@ class CswinAttentionAdapter(FocusedAttentionAdapter):
         )
         return Layer(name, self, (qk, v))
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        if _is_linear(module):
-            return super().flops(module, input_shape, widths)
-        batch, tokens, dim = input_shape
-        heads = module.num_heads
-        # Tokens of a stripe, mean over heads.
-        seen = sum(attn.stripe[0] * attn.stripe[1] for attn in module.attns) / len(module.attns)
-        kernel = module.attns[0].get_v.weight[0, 0].numel()
-        per_qk, per_v = 2 * dim + seen, dim + module.proj.out_features + seen + kernel
-        return _whole(batch * tokens * heads * (widths["qk"] * per_qk + widths["v"] * per_v))
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         if not _is_linear(module):
             for attn in module.attns:

@@ -85,17 +85,6 @@ class FocusedAttentionAdapter(Adapter):
         )
         return Layer(name, self, (qk, v))
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        _, inner = self.branch(module)
-        batch, tokens, dim = input_shape
-        qk, v = inner.num_heads * widths["qk"], inner.num_heads * widths["v"]
-        kernel = inner.dwc.weight[0, 0].numel()
-        if hasattr(inner, "get_v"):
-            kernel += inner.get_v.weight[0, 0].numel()
-        projections = dim * (2 * qk + v) + v * module.proj.out_features
-        # Keys times values, queries times that, queries times the mean key; the convolutions.
-        return batch * tokens * (projections + 2 * qk * widths["v"] + qk + kernel * v)
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module
         return slim  # reads its widths from its tensors

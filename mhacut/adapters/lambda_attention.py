@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
 from mhacut.adapters.bottleneck_attention import NO_PROJECTION
-from mhacut.adapters.multi_query_attention import every_head
-from mhacut.adapters.rows import NORM_FLOPS
+from mhacut.adapters.softmax_special import as_observations
 from mhacut.plan import UnitKind
 
 
@@ -47,20 +46,12 @@ class LambdaAdapter(Adapter):
             axes=tuple(axes),
             scale_axes=(query,),
             hooks={
-                "query": ActivationHook("norm_q", "output", then=partial(every_head, heads)),
+                "query": ActivationHook("norm_q", "output", then=partial(as_observations, heads)),
                 "key": ActivationHook("qkv", "output", heads * width, channel_dim=1, then=_over_positions),
             },
             mixing="select",
         )
         return Layer(name, self, (qk,), {"v": NO_PROJECTION}, channel_dim=1)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        batch, dim, height, width = input_shape
-        positions, heads, values = height * width, module.num_heads, module.dim_v
-        seen = positions if module.conv_lambda is None else module.conv_lambda.weight[0].numel()
-        # q and its norm, k; keys times values, what positions make of these, queries times both.
-        each = heads * (dim + NORM_FLOPS) + dim + values * (1 + seen + 2 * heads)
-        return batch * positions * widths["qk"] * each
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         module.dim_qk = widths["qk"]

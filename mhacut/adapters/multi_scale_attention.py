@@ -9,7 +9,6 @@ they are chosen, never mixed. What scales their rows scales all that they feed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -115,17 +114,6 @@ class MultiScaleAdapter(Adapter):
             feeds=bool(module.aggreg),
         )
         return Layer(name, self, (qk, v), channel_dim=1)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        qk, v = widths["qk"], widths["v"]
-        qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
-        positions = math.prod(input_shape) // qkv.reads
-        rows = qkv.flops_per_row + sum(conv.weight[0].numel() for conv, _ in module.aggreg)
-        within = len(module.aggreg) * (2 * qk * qk + v * v)
-        scales = 1 + len(module.aggreg)
-        # Keys times values and ones, queries times that; the projection.
-        attended = scales * (2 * qk * (v + 1) + v * proj.flops_per_column)
-        return positions * _sizes(module)[0] * (rows * (2 * qk + v) + within + attended)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Move what the other scales read of the first in front of what they no longer do."""

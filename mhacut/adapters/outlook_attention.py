@@ -59,12 +59,6 @@ class OutlookAdapter(Adapter):
         )
         return Layer(name, self, (v,))
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        batch, height, width, dim = input_shape
-        points = -(-height // module.stride) * -(-width // module.stride)
-        each = height * width * (dim + module.proj.out_features) + points * int(module.kernel_size) ** 4
-        return batch * module.num_heads * widths["v"] * each
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         module.__class__ = SlimOutlookAttention
         slim: nn.Module = module

@@ -15,62 +15,30 @@ from mhacut.adapters.bottleneck_attention import POSITIONAL_ATTENTION
 from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
 from mhacut.adapters.coat_attention import COAT_ATTENTION
-from mhacut.adapters.cosine_attention import COSINE_ATTENTION
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
-from mhacut.adapters.diff_attention import DIFF_ATTENTION
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
-from mhacut.adapters.gcvit_attention import GCVIT_ATTENTION
 from mhacut.adapters.lambda_attention import LAMBDA_ATTENTION
-from mhacut.adapters.multi_query_attention import MULTI_QUERY_ATTENTION
 from mhacut.adapters.multi_scale_attention import MULTI_SCALE_ATTENTION
 from mhacut.adapters.outlook_attention import OutlookAdapter
-from mhacut.adapters.parallel_attention import PARALLEL_ATTENTION
-from mhacut.adapters.per_head_attention import PER_HEAD
-from mhacut.adapters.pooled_attention import POOLED_ATTENTION
-from mhacut.adapters.pooling_attention import PoolingAdapter
-from mhacut.adapters.pvt_attention import PvtAttentionAdapter
-from mhacut.adapters.rope_attention import ROPE_ATTENTION
-from mhacut.adapters.sam_attention import SAM_ATTENTION
 from mhacut.adapters.scalar_attention import ScalarAttentionAdapter
-from mhacut.adapters.separate_attention import SEPARATE
-from mhacut.adapters.single_head_attention import SINGLE_HEAD
-from mhacut.adapters.swin_attention import WindowAttentionAdapter
-from mhacut.adapters.talking_attention import TALKING_MAPS
-from mhacut.adapters.token_attention import TOKEN_ATTENTION
-from mhacut.adapters.vit_attention import VitAttentionAdapter
+from mhacut.adapters.softmax_table import SOFTMAX
 from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
 from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
-    VitAttentionAdapter(),
+    *SOFTMAX,
     FocusedAttentionAdapter(),
-    WindowAttentionAdapter(),
     CswinAttentionAdapter(),
-    PvtAttentionAdapter(),
-    *ROPE_ATTENTION,
-    *TOKEN_ATTENTION,
-    *MULTI_QUERY_ATTENTION,
     *MULTI_SCALE_ATTENTION,
     *CASCADED_ATTENTION,
     *ADDITIVE_ATTENTION,
     *POSITIONAL_ATTENTION,
     *LAMBDA_ATTENTION,
-    *DIFF_ATTENTION,
-    *PARALLEL_ATTENTION,
-    *POOLED_ATTENTION,
-    *SAM_ATTENTION,
-    *COSINE_ATTENTION,
     *COAT_ATTENTION,
-    *GCVIT_ATTENTION,
     *WHOLE_ATTENTION,
-    *SEPARATE,
-    *PER_HEAD,
     *CHANNEL_ATTENTION,
-    *TALKING_MAPS,
     OutlookAdapter(),
-    PoolingAdapter(),
     ScalarAttentionAdapter(),
-    *SINGLE_HEAD,
     *map(MlpAdapter, MLPS),
 )
 

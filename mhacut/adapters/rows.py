@@ -10,9 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit
 
-NORM_FLOPS = 2
-"""Per element of a batch norm in eval mode, as fvcore counts them."""
-
 
 @dataclass(frozen=True)
 class Projection:
@@ -69,17 +66,6 @@ class Projection:
     def constant_bias(self) -> str | None:
         """Its bias, if that can take up what it makes of constant channels."""
         return None if self.transposed else self.bias
-
-    @property
-    def flops_per_row(self) -> int:
-        """Of one output channel at one position."""
-        return int(self.linear.weight[0].numel()) + NORM_FLOPS * (self.norm is not None)
-
-    @property
-    def flops_per_column(self) -> int:
-        """Of one input channel at one position."""
-        weight = self.linear.weight
-        return int((weight[0] if self.transposed else weight[:, 0]).numel())
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
         """The axes of channels that it writes from row ``offset`` on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +37,6 @@ class ScalarAttentionAdapter(Adapter):
             output_bias=proj.bias,
         )
         return Layer(name, self, (v,), channel_dim=1)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        points = math.prod(input_shape) // module.qkv_proj.in_channels
-        return widths["v"] * points * (2 * module.qkv_proj.in_channels + module.out_proj.out_channels)
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         module.embed_dim = widths["v"]

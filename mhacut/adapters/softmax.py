@@ -1,201 +1,354 @@
-"""Softmax attention wherever its q, k and v lie: what is alike in all classes of it.
+"""Softmax attention of any class, from one description: what writes q, k and v, and what happens between.
 
-An adapter says in which rows of which projections a class keeps them and how many tokens it sees. A slim
-class says only how its input becomes heads, where timm's own forward has the dense widths built in.
+A class is a :class:`Softmax`, a row of :mod:`mhacut.adapters.softmax_table`. Its units follow from the row,
+and so does the forward pass of a cut layer, whose q and k may have another width than v.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhacut.adapters.attend import attend
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
+from mhacut.adapters.attend import attend_as
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Unit
 from mhacut.adapters.rows import Projection
+from mhacut.adapters.shapes import as_map, merged
 from mhacut.plan import UnitKind
 
+NORMALISED = "q and k are normalised over the channels of a head"
+NORM_BEHIND = "a norm before the projection runs over all v channels"
+
+Hook = Callable[..., Any]
+
 
 @dataclass(frozen=True)
-class Rows:
+class Part:
     """Rows of a projection: channel i of head h is row ``offset + h * stride + i``."""
 
-    projection: str
+    projection: Projection
+    heads: int
+    width: int
     offset: int = 0
     stride: int | None = None
-    """The width of a head if None."""
+    """The width if None."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a layer keeps its q, k and v."""
-
-    heads: int
-    qk_width: int
-    v_width: int
-    query: Rows
-    key: Rows
-    value: Rows
-    output_projection: str = "proj"
-    """The projection that reads what attention gives, or any of its kind where v is left whole."""
-    beside_value: tuple[Rows, ...] = ()
-    """Rows that channels of v need too."""
-    v_rotatable: bool = True
-    """Nothing acts on single channels of v."""
-    v_left_whole: str | None = None
-    """Why channels of v must stay, if they must."""
+def read(m: Any, y: Tensor) -> Tensor:
+    """What ``proj`` gives, with dropout where the class has it."""
+    y = m.proj(y)
+    return m.proj_drop(y) if hasattr(m, "proj_drop") else y
 
 
-def per_head(projection: str, qk_width: int, v_width: int) -> tuple[Rows, Rows, Rows]:
-    """q, k and v of one projection whose rows are q, k, v within every head."""
-    stride = 2 * qk_width + v_width
-    return (
-        Rows(projection, 0, stride),
-        Rows(projection, qk_width, stride),
-        Rows(projection, 2 * qk_width, stride),
-    )
+def to_tokens(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
+    """Project [B, N, C] in the layout of ``query``, channels last."""
+    return read(m, y.reshape(*query.shape[:-1], -1))
 
 
-class SoftmaxAdapter(Adapter):
-    """softmax(q k^T / sqrt(qk_width)) v, then a projection."""
+def to_map(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
+    """Project [B, N, C] in the layout of ``query``, [B, C, height, width]."""
+    return read(m, as_map(y, query.shape[2:]))
+
+
+class Twin(nn.Module):
+    """The forward pass of a cut layer, for any widths.
+
+    Mixed into timm's class, in front of it, by :meth:`Softmax.resize`; never constructed.
+    """
+
+    spec: Softmax
+    written_by: tuple[tuple[str, bool, bool, str, tuple[tuple[int, int], ...]], ...]
+    """For each projection its name ("" where its bias is in parts), whether it is a convolution, whether its
+    rows are head by head, and what they are, with heads and channels of those."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Compute what the class does; arguments are those of its own forward."""
+        spec: Softmax = self.spec
+        args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
+        query, source = spec.inputs(self, x, *args)
+        q, k, v = spec.split(self, query, source)  # (B, H, N, d)
+        q, k, bias = spec.logits(self, q, k, x, *args)
+        y = merged(spec.weigh(self, q, k, v, bias))  # (B, N, H * d)
+        return spec.finish(self, y, query, x, *args)
+
+
+class FreshBiases:
+    """Position biases gathered anew in every call.
+
+    timm caches them in eval mode, with the graph that made them: a second backward pass in eval mode, as in
+    tuning, fails on that graph, or sees the biases of the first.
+    """
+
+    def get_attention_biases(self: Any, device: torch.device) -> Tensor:
+        """[H, N, M]."""
+        return self.attention_biases[:, self.attention_bias_idxs]
+
+    def train(self: Any, mode: bool = True) -> Any:
+        """Set the mode and return the module, which timm's own does not."""
+        return nn.Module.train(self, mode)
+
+
+@dataclass(eq=False)
+class Softmax(Adapter):
+    """One class of softmax attention; the defaults are those of a plain ViT.
+
+    Hooks take the module, called ``m``, first; those that end in ``...`` take all further arguments of the
+    class's forward, in its order. Where a class needs more than fields can say, a subclass says the rest.
+    """
 
     family = "attention"
 
-    @abstractmethod
-    def layout(self, module: Any) -> Layout:
-        """Where q, k and v lie in ``module`` now."""
+    cls: type[nn.Module]
+    written_by: Mapping[str, str] = field(default_factory=lambda: {"qkv": "qkv"})
+    """Projections, where the module has them, and what their rows are, in order: ``q``, ``k``, ``v``; ``g``
+    for rows that go with those of v."""
+    per_head: bool = False
+    """Rows are q, k, v of the first head, then of the second, where the module's ``head_first`` does not deny
+    it; else q of all heads, then k, then v."""
+    read_by: str | Callable[[Any], str] = "proj"
+    """The projection that reads v."""
+    read_beside: Callable[[Any], int] = lambda m: 0
+    """Number of other channels that it reads."""
+    query_heads: int = 1
+    """Heads of q and of k for each of v."""
+    inputs: Hook = lambda m, x, *_: (x, x)
+    """(m, x, ...) -> what q is made of, and what k and v are made of."""
+    spread: Callable[[Any, Tensor], Tensor] | None = None
+    """(m, rows of projections) -> the same as [windows of all images, ..., channels]."""
+    logits: Hook = lambda m, q, k, *_: (q, k, None)
+    """(m, q, k [B, H, N, d], x, ...) -> q, k, and a mask or bias [B, H, N, N]."""
+    weigh: Hook = attend_as
+    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d]."""
+    finish: Hook = to_tokens
+    """(m, y [B, N, H * d], what q was made of, x, ...) -> the layer's output."""
+    mixins: tuple[type, ...] = (Twin,)
+    """In front of ``cls`` for cut layers; without :class:`Twin` they run the forward pass of the class."""
+    fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
+    """(m, width of q/k, width of v) -> whether a cut layer may be of ``cls`` itself."""
+    attributes: Mapping[str, Callable[[int, int, int], int]] = field(default_factory=dict)
+    """Attributes that ``cls`` derives from (heads, width of q/k, width of v)."""
+    scaled: bool = True
+    """Logits are divided by the root of the width."""
+    cosine: bool = False
+    """q and k have unit length, so that a factor scales a channel only in both."""
+    qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
+    v_mixing: Mixing = "rotate"
+    """Without ``g`` rows; with them it is ``refit``."""
+    interleaved: bool = False
+    """``proj`` reads channel i of head h at i * H + h."""
+    norm_behind: str = ""
+    """A norm between attention and projection, over all channels."""
+    v_whole: str = ""
+    """Why v must stay whole, if it must."""
+    channel_dim: int | None = None
+    """Of the layer's output, where it is not that of the projection's."""
 
-    def v_width(self, module: Any) -> int:
-        """Channels of v per head in ``module``, where they were left whole."""
-        return self.layout(module).v_width
+    def __post_init__(self) -> None:
+        name = self.cls.__module__.rpartition(".")[2].title().replace("_", "")
+        body = {"spec": self, "__module__": __name__}
+        self.twin = (
+            type(f"Slim{name}{self.cls.__name__}", (*self.mixins, self.cls), body)
+            if self.mixins
+            else self.cls
+        )
+        globals()[self.twin.__name__] = self.twin  # where pickle looks for it
+        self.module_classes = (self.cls, self.twin)
+        further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
+        self.arguments = tuple((one.name, one.default) for one in further)
 
-    def tokens(self, module: Any, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Attentions computed for one image, queries in each, keys in each."""
-        batch, tokens, _ = input_shape
-        return batch, tokens, tokens
+    def heads(self, module: Any) -> int:
+        """Number of heads of q."""
+        return (
+            module.num_heads if hasattr(module, "num_heads") else getattr(module, "heads", 1)
+        ) * self.query_heads
 
-    def retell(self, module: Any, qk_width: int, v_width: int) -> None:
-        """Tell ``module`` of new widths, its class included; ``scale`` was set already."""
+    def reader(self, module: Any) -> Projection:
+        """The projection that reads v."""
+        return Projection.of(module, self.read_by if isinstance(self.read_by, str) else self.read_by(module))
+
+    def writers(self, module: Any) -> Mapping[str, str]:
+        """Those of ``written_by`` that ``module`` has."""
+        return {
+            name: letters
+            for name, letters in self.written_by.items()
+            if getattr(module, name.partition(".")[0], None) is not None
+        }
+
+    def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
+        """Heads of q, k, v and ``g``, and channels of each."""
+        qk_heads = self.heads(module)
+        heads = qk_heads // self.query_heads
+        v = heads, (self.reader(module).reads - self.read_beside(module)) // heads
+        name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
+        rows = Projection.of(module, name).writes - v[0] * v[1] * letters.count("v")
+        qk = qk_heads, rows // (qk_heads * (letters.count("q") + letters.count("k")))
+        return {"q": qk, "k": qk, "v": v, "g": v}
+
+    def parts(self, module: Any) -> dict[str, Part]:
+        """Where q, k, v and ``g`` are written."""
+        sizes, found = self.sizes(module), {}
+        for name, letters in self.writers(module).items():
+            projection, offset = Projection.of(module, name), 0
+            stride = sum(sizes[letter][1] for letter in letters) if self._per_head(module) else None
+            for letter in letters:
+                heads, width = sizes[letter]
+                found[letter] = Part(projection, heads, width, offset, stride)
+                offset += heads * width if stride is None else width
+        return found
+
+    def not_prunable(self, module: Any) -> dict[UnitKind, str]:
+        """Kinds that must stay whole, and why."""
+        reasons: dict[UnitKind, str] = {}
+        if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
+            reasons["qk"] = NORMALISED
+        if self.norm_behind and _is_there(module, self.norm_behind):
+            reasons["v"] = NORM_BEHIND
+        if self.v_whole:
+            reasons["v"] = self.v_whole
+        return reasons
 
     def describe(self, name: str, module: Any) -> Layer:
-        layout = self.layout(module)
-        query, key, value = (
-            Projection.of(module, part.projection) for part in (layout.query, layout.key, layout.value)
-        )
-        output_projection = Projection.of(module, layout.output_projection)
-        qk = Unit(
+        reasons, units = self.not_prunable(module), []
+        if "qk" not in reasons:
+            units.append(self.qk(name, module))
+        if "v" not in reasons:
+            units.append(self.v(name, module))
+        channel_dim = self.reader(module).channel_dim if self.channel_dim is None else self.channel_dim
+        return Layer(name, self, tuple(units), reasons, channel_dim)
+
+    def qk(self, name: str, module: Any) -> Unit:
+        """The unit of q and k."""
+        query, key = self.axes(module, "q"), self.axes(module, "k")
+        hooks = {"query": self.hook(module, "q"), "key": self.hook(module, "k")}
+        heads, width = self.sizes(module)["q"]
+        if self.cosine:
+            hooks = {side: _of_unit_length(hook, heads, width) for side, hook in hooks.items()}
+        return Unit(
             name,
             "qk",
-            layout.heads,
-            layout.qk_width,
-            axes=_axes(query, layout.query) + _axes(key, layout.key),
-            scale_axes=query.scaled_rows(layout.query.offset, layout.query.stride),
-            hooks={"query": _tap(query, layout.query), "key": _tap(key, layout.key)},
-            mixing="rotate",
-            softmax_scaled=True,
+            heads,
+            width,
+            axes=query + key,
+            # A factor on a batch norm scales a bias before it too.
+            scale_axes=query + key if self.cosine else query[:1] if query[0].norm else query,
+            hooks=hooks,
+            mixing=self.qk_mixing(module),
+            softmax_scaled=self.scaled,
         )
-        if layout.v_left_whole is not None:
-            return Layer(name, self, (qk,), {"v": layout.v_left_whole}, output_projection.channel_dim)
-        beside = [_axes(Projection.of(module, rows.projection), rows) for rows in layout.beside_value]
-        v = Unit(
+
+    def v(self, name: str, module: Any) -> Unit:
+        """The unit of v."""
+        parts, reader = self.parts(module), self.reader(module)
+        heads, width = self.sizes(module)["v"]
+        columns, output = reader.columns(), reader.hook("input")
+        if self.interleaved:
+            columns = replace(columns, head_step=1, channel_step=heads)
+            output = replace(output, then=lambda _, x: x.unflatten(-1, (-1, heads)).mT.flatten(-2))
+        return Unit(
             name,
             "v",
-            layout.heads,
-            layout.v_width,
-            axes=(
-                *_axes(value, layout.value),
-                *(axis for axes in beside for axis in axes),
-                output_projection.columns(),
-            ),
-            scale_axes=(output_projection.columns(),),
-            hooks={"value": _tap(value, layout.value), "output": output_projection.hook("input")},
-            output_projection=output_projection.columns(),
-            output_bias=output_projection.constant_bias,
-            output_norm=output_projection.norm,
-            mixing="rotate" if layout.v_rotatable else "refit",
+            heads,
+            width,
+            axes=(*self.axes(module, "v"), *(self.axes(module, "g") if "g" in parts else ()), columns),
+            scale_axes=(columns,),
+            hooks={"value": self.hook(module, "v"), "output": output},
+            output_projection=columns,
+            output_bias=reader.constant_bias,
+            output_norm=reader.norm,
+            mixing="refit" if "g" in parts else self.v_mixing,
         )
-        return Layer(name, self, (qk, v), channel_dim=output_projection.channel_dim)
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        layout = self.layout(module)
-        attentions, queries, keys = self.tokens(module, input_shape)
+    def axes(self, module: Any, letter: str) -> tuple[ChannelAxis, ...]:
+        """Rows that write ``letter``, and their biases."""
+        part = self.parts(module)[letter]
+        axes = part.projection.rows(part.offset, part.stride)
+        if not _has_split_bias(module):
+            return axes
+        # The bias of k is a constant zero, of which resize makes another.
+        return axes[:1] if letter == "k" else (axes[0], ChannelAxis(f"{letter}_bias", 0))
 
-        query, key = (
-            Projection.of(module, part.projection).flops_per_row for part in (layout.query, layout.key)
-        )
-        total: Any = 0
-        if "qk" in widths:
-            total += widths["qk"] * (query * queries + key * keys + queries * keys)
-        if "v" in widths:
-            total += widths["v"] * self.flops_of_v(module, input_shape)
-        return attentions * layout.heads * total
-
-    def flops_of_v(self, module: Any, input_shape: tuple[int, ...]) -> int:
-        """Of one channel of v in one attention."""
-        layout, (_, queries, keys) = self.layout(module), self.tokens(module, input_shape)
-        values = (layout.value, *layout.beside_value)
-        writes = sum(Projection.of(module, part.projection).flops_per_row for part in values)
-        reads = Projection.of(module, layout.output_projection).flops_per_column
-        return writes * keys + queries * keys + reads * queries
+    def hook(self, module: Any, letter: str) -> ActivationHook:
+        """Where ``letter`` passes."""
+        part, spread = self.parts(module)[letter], self.spread or (lambda m, x: x)
+        if _has_split_bias(module):  # no module makes it: the layer does, of its input
+            return ActivationHook(
+                "", "input", part.offset, then=lambda m, x: spread(m, fused_projection(m, x))
+            )
+        hook = part.projection.hook("output", part.offset, part.stride)
+        return hook if self.spread is None else replace(hook, then=lambda _, x: spread(module, x))
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        qk_width = widths.get("qk", self.layout(module).qk_width)
-        module.scale = qk_width**-0.5
-        self.retell(module, qk_width, widths.get("v", self.v_width(module)))
-        slim: nn.Module = module
-        return slim
+        sizes = self.sizes(module)
+        (_, qk), (heads, v) = sizes["q"], sizes["v"]
+        if self.scaled and hasattr(module, "scale"):
+            module.scale = qk**-0.5
+        for attribute, size in self.attributes.items():
+            setattr(module, attribute, size(heads, qk, v))
+        if _has_split_bias(module):
+            module.k_bias = module.k_bias.new_zeros(len(module.q_bias))
+        module.__class__ = self.cls if self.fits(module, qk, v) else self.twin
+        if isinstance(module, Twin):
+            per_head = self._per_head(module)
+            module.written_by = tuple(
+                (
+                    "" if _has_split_bias(module) else name,
+                    Projection.of(module, name).channel_dim == 1,
+                    per_head,
+                    letters,
+                    tuple(sizes[letter] for letter in letters),
+                )
+                for name, letters in self.writers(module).items()
+                if set(letters) & set("qkv")
+            )
+        return module
+
+    def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
+        """q, k and v, each [B, H, N, d]; None for what no projection of the layer writes."""
+        found: dict[str, Tensor] = {}
+        for name, conv, per_head, letters, sizes in m.written_by:
+            x = query if "q" in letters else source
+            rows = getattr(m, name)(x) if name else fused_projection(m, x)
+            if self.spread is not None:
+                rows = self.spread(m, rows)
+            if rows.dim() > 3:
+                rows = rows.flatten(2).mT if conv else rows.flatten(1, -2)  # (B, N, rows)
+            if per_head:
+                parts = rows.unflatten(-1, (sizes[0][0], -1)).split([width for _, width in sizes], dim=-1)
+            else:
+                parts = rows.split([heads * width for heads, width in sizes], dim=-1)
+                parts = [part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)]
+            for letter, part in zip(letters, parts, strict=True):
+                found[letter] = part.transpose(1, 2)
+        return found.get("q"), found["k"], found["v"]
+
+    def _per_head(self, module: Any) -> bool:
+        return self.per_head and getattr(module, "head_first", True)
 
 
-def _axes(projection: Projection, rows: Rows) -> tuple[ChannelAxis, ...]:
-    return projection.rows(rows.offset, rows.stride)
+def fused_projection(m: Any, x: Tensor) -> Tensor:
+    """``m.qkv`` of [..., C]; its bias may be in parts, of which that of k is a constant zero."""
+    if not _has_split_bias(m):
+        return m.qkv(x)
+    return F.linear(x, m.qkv.weight, torch.cat((m.q_bias, m.k_bias, m.v_bias)))
 
 
-def _tap(projection: Projection, rows: Rows) -> ActivationHook:
-    return projection.hook("output", rows.offset, rows.stride)
+def _has_split_bias(module: Any) -> bool:
+    return getattr(module, "q_bias", None) is not None
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H * d] -> [B, H, N, d]."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+def _is_there(module: Any, name: str) -> bool:
+    return type(getattr(module, name, None)) not in (nn.Identity, type(None))
 
 
-def split_heads(qkv: Any, heads: int, v_dim: int, *, head_first: bool) -> tuple[Tensor, ...]:
-    """q, k and v, each [B, H, N, d], of a projection's rows [B, N, H * (2 d_qk + d_v)].
+def _of_unit_length(hook: ActivationHook, heads: int, width: int) -> ActivationHook:
+    def normalised(module: Any, x: Tensor) -> Tensor:
+        x = x if hook.then is None else hook.then(module, x)
+        x = x[..., hook.offset : hook.offset + heads * width].unflatten(-1, (heads, width))
+        return F.normalize(x, dim=-1).flatten(-2)
 
-    Args:
-        qkv: of all heads.
-        heads: how many.
-        v_dim: channels of v in all of them.
-        head_first: rows are q, k, v within every head, not over all heads.
-    """
-    qk_dim = (qkv.shape[-1] - v_dim) // 2
-    if head_first:
-        sizes = [qk_dim // heads, qk_dim // heads, v_dim // heads]
-        return torch.split(heads_of(qkv, heads), sizes, dim=-1)
-    return tuple(heads_of(part, heads) for part in torch.split(qkv, [qk_dim, qk_dim, v_dim], dim=-1))
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, N, d] -> [B, N, H * d]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H * W, C]."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def as_map(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, H * W, C] -> [B, C, H, W]; ``size`` is the height and width."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
-
-
-def attend_in(module: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`attend` as ``module`` has it set; the heads side by side, [B, N, H * d_v]."""
-    dropout = module.attn_drop.p if module.training and hasattr(module, "attn_drop") else 0.0
-    fused = getattr(module, "fused_attn", False)
-    return merge_heads(attend(q, k, v, scale=module.scale, fused=fused, attn_mask=bias, dropout_p=dropout))
+    return replace(hook, offset=0, then=normalised)

@@ -5,7 +5,6 @@ One description serves them all; a class is a row of :data:`MLPS`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.rows import NORM_FLOPS, Projection
+from mhacut.adapters.rows import Projection
 from mhacut.plan import UnitKind
 
 
@@ -110,15 +109,6 @@ class MlpAdapter(Adapter):
             output_norm=self._norm_behind(module, reader),
         )
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
-
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        if "hidden" not in widths:
-            return 0
-        writers, reader, norms, convs = self._parts(module)
-        positions = math.prod(input_shape) // writers[0].reads
-        each = (1 + self.names.halves) * sum(writer.flops_per_row for writer in writers)
-        each += sum(conv.flops_per_row for conv in convs) + NORM_FLOPS * len(norms) + reader.flops_per_column
-        return widths["hidden"] * positions * each
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module

@@ -32,9 +32,6 @@ class WholeAdapter(Adapter):
     def describe(self, name: str, module: Any) -> Layer:
         return Layer(name, self, (), {"qk": self.reason, "v": self.reason})
 
-    def flops(self, module: Any, input_shape: tuple[int, ...], widths: Mapping[UnitKind, Any]) -> Any:
-        return 0
-
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
         slim: nn.Module = module
         return slim

@@ -142,7 +142,7 @@ def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMo
 
 def block_diagonal(blocks: Tensor) -> Tensor:
     """Return [H, d, d] as one [H * d, H * d]."""
-    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    matrix: Tensor = torch.block_diag(*blocks)
     return matrix
 
 

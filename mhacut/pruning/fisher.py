@@ -192,7 +192,7 @@ def _differentiate(
 def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
     def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            output.register_hook(  # type: ignore[no-untyped-call]
+            output.register_hook(
                 lambda gradient: sums.add(
                     layer.name, gradient.detach().float().movedim(layer.channel_dim, -1)
                 )

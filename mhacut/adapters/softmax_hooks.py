@@ -1,0 +1,291 @@
+"""What single classes of softmax attention do in their own way, between their input and their output.
+
+Hooks of :class:`~mhacut.adapters.softmax.Softmax`; ``m`` is the module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.models.vision_transformer_sam import get_rel_pos
+from torch import Tensor, nn
+
+from mhacut.adapters.attend import attend_as
+from mhacut.adapters.shapes import as_map, as_tokens, by_head
+from mhacut.adapters.softmax import read
+
+# What q, k and v are made of.
+
+
+def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The query of the class token alone."""
+    return x[:, :1], x
+
+
+def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The points of a map as tokens."""
+    tokens = as_tokens(x)
+    return tokens, tokens
+
+
+def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
+    """Keys and values of a map, of ``size`` if tokens alone do not tell, that a layer has made coarser."""
+    if m.sr is None:
+        return x, x
+    source = x.mT if size is None else as_map(x, size)
+    source = m.sr(source if getattr(m, "pool", None) is None else m.pool(source))
+    source = m.norm(source).mT if size is None else m.norm(as_tokens(source))
+    return x, source if getattr(m, "act", None) is None else m.act(source)
+
+
+def latents(m: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A pooling head: learnt queries, the same for every image."""
+    if m.pos_embed is not None:
+        x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
+    return m.latent.expand(len(x), -1, -1), x
+
+
+def windows(m: Any, x: Tensor, size: Any) -> tuple[Tensor, Tensor]:
+    """Twins: a map filled up with zeros to whole windows, [B, rows, columns, side, side, C]."""
+    (height, width), side = size, m.ws
+    grid = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
+    grid = grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    return grid, grid
+
+
+def normed(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.norm(x)
+    return x, x
+
+
+def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """LowFormer: a map that a strided depthwise convolution has made coarser."""
+    if getattr(m, "small_kernels", False):
+        x = F.pad(x, (0, -x.shape[3] % m.att_stride, 0, -x.shape[2] % m.att_stride))
+    x = m.conv_proj(x)
+    return x, x
+
+
+def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """SHViT: some of the channels; the others go along to the projection."""
+    x = m.pre_norm(x[:, : m.pdim])
+    return x, x
+
+
+# What happens to q and k, and which mask or bias of positions is added to the logits.
+
+
+def mask_of(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Return the mask of tokens ``x`` [B, N, C]; causal takes precedence, as in timm."""
+    if not is_causal:
+        return attn_mask
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+
+
+def masked(
+    m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Any, ...]:
+    return m.q_norm(q), m.k_norm(k), mask_of(x, attn_mask, is_causal)
+
+
+def of_latent(m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None) -> tuple[Any, ...]:
+    return m.q_norm(q), m.k_norm(k), attn_mask
+
+
+def of_windows(bias: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias [1, H, N, N], and a mask [windows of an image, N, N] where windows were shifted."""
+    if mask is None:
+        return bias
+    return (bias + mask.unsqueeze(1)).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
+
+
+def swin(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    return q, k, of_windows(m._get_rel_pos_bias(), q, mask)
+
+
+def cosine(positions: Callable[[Any], Tensor]) -> Callable[..., tuple[Any, ...]]:
+    """Swin V2: q and k of unit length, and a learned scale."""
+
+    def logits(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+        scale = m.logit_scale.view(-1, 1, 1).clamp(max=math.log(100)).exp()
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), of_windows(positions(m), q, mask)
+
+    return logits
+
+
+def swin_v2_positions(m: Any) -> Tensor:
+    table = m.cpb_mlp(m.relative_coords_table).view(-1, m.num_heads)
+    bias = 16 * table[m.relative_position_index].sigmoid()  # (N, N, H)
+    return bias.movedim(-1, 0).unsqueeze(0)
+
+
+def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
+    """The bias of the layer, or else of the model."""
+    if hasattr(m, "q_norm"):
+        q, k = m.q_norm(q), m.k_norm(k)
+    return q, k, shared if m.rel_pos is None else m.rel_pos.get_bias()
+
+
+def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
+    """The biases of the layer and of the model add up."""
+    if m.relative_position_bias_table is None:
+        return q, k, shared
+    bias = m._get_rel_pos_bias()
+    return q, k, bias if shared is None else bias + shared
+
+
+def cached_biases(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
+    return q, k, m.get_attention_biases(x.device)
+
+
+def pooled(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
+    """Hiera: the largest of several queries."""
+    if m.q_stride == 1:
+        return q, k, None
+    return q.unflatten(-2, (m.q_stride, -1)).amax(dim=-3), k, None
+
+
+def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
+    """SAM 2: queries of [B, height, width, C] pooled."""
+    if m.q_pool is None:
+        return q, k, None
+    maps = as_map(q.flatten(0, 1), x.shape[1:3])
+    return as_tokens(m.q_pool(maps)).unflatten(0, q.shape[:2]), k, None
+
+
+KEPT_GLOBAL = "global_channels"
+"""Buffer with where the q channels of a cut layer are among those of the stage, [H * d]."""
+
+
+def own_queries(m: Any, q_global: Tensor) -> Tensor:
+    """GCViT: those of a stage's queries [..., C] that its layer has kept."""
+    kept = getattr(m, KEPT_GLOBAL, None)
+    return q_global if kept is None else q_global[..., kept]
+
+
+def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Tensor) -> tuple[Any, ...]:
+    """GCViT: the queries of every image [B, height, width, C] serve all its windows."""
+    if m.use_global:
+        q = by_head(own_queries(m, q_global.flatten(1, 2)), m.num_heads)
+        q = q.repeat_interleave(k.shape[0] // q.shape[0], dim=0)
+    return q, k, m.rel_pos.get_bias()
+
+
+def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
+    """SAM: a bias of every query and key, q times a row of a table for each direction."""
+    q, k = m.q_norm(q), m.k_norm(k)
+    if m.rope is not None:
+        table = m.rope.get_embed()
+        return apply_rot_embed_cat(q, table).type_as(q), apply_rot_embed_cat(k, table).type_as(k), None
+    if not m.use_rel_pos:
+        return q, k, None
+    height, width = x.shape[1:3]
+    down, along = (
+        get_rel_pos(side, side, table).unflatten(-1, (-1, q.shape[-1])).expand(-1, -1, m.num_heads, -1)
+        for side, table in ((height, m.rel_pos_h), (width, m.rel_pos_w))
+    )  # (query, key, H, d)
+    grid = q.unflatten(2, (height, width))
+    rows = torch.einsum("bnhwc,hknc->bnhwk", grid, down)
+    columns = torch.einsum("bnhwc,wknc->bnhwk", grid, along)
+    return q, k, (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)  # (B, H, N, N)
+
+
+# What weighs v.
+
+
+def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
+    """CaiT: heads are mixed before and after the softmax."""
+    weights = _over_heads(m.proj_l, (q * m.scale) @ k.mT).softmax(dim=-1)  # (B, H, N, N)
+    return m.attn_drop(_over_heads(m.proj_w, weights)) @ v
+
+
+def _over_heads(mixing: Any, x: Tensor) -> Tensor:
+    return mixing(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
+    """ConViT: by what tokens hold and by where they are, in a share that each head has learnt."""
+    if m.rel_indices.shape[1] != q.shape[-2]:
+        m.rel_indices = m.get_rel_indices(q.shape[-2])
+    content = ((q @ k.mT) * m.scale).softmax(dim=-1)  # (B, H, N, N)
+    place = m.pos_proj(m.rel_indices).permute(0, 3, 1, 2).softmax(dim=-1)
+    share = torch.sigmoid(m.gating_param).view(1, -1, 1, 1)
+    weights = (1.0 - share) * content + share * place
+    return m.attn_drop(weights / weights.sum(dim=-1, keepdim=True)) @ v
+
+
+def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Differential attention: by the difference of two softmaxes, normalised within the heads of v."""
+    first, second = (attend_as(m, q[:, part::2], k[:, part::2], v, mask) for part in (0, 1))
+    return m.sub_norm(first - m._compute_lambda().type_as(q) * second) * (1 - m.lambda_init)
+
+
+# How what was weighed becomes the output.
+
+
+def gated(m: Any, y: Tensor, query: Tensor, x: Tensor, *_: Any) -> Tensor:
+    y, gate = m.norm(y), getattr(m, "gate", None)
+    return read(m, y if gate is None else y * gate(x).sigmoid())
+
+
+def pooled_latents(m: Any, y: Tensor, query: Tensor, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """A pooling head: [B, C_out], or [B, queries, C_out] where nothing pools those."""
+    y = read(m, y)
+    if m.mlp is not None:
+        y = y + m.mlp(m.norm(y))
+    if m.pool == "token":
+        return y[:, 0]
+    return y.mean(1) if m.pool == "avg" else y
+
+
+def tokens_to_map(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    return as_map(read(m, y), x.shape[2:])
+
+
+def heads_last(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    """NesT: ``proj`` reads channels in the order (d, H)."""
+    y = y.unflatten(-1, (m.num_heads, -1)).transpose(-1, -2)
+    return read(m, y.reshape(*x.shape[:-1], -1))
+
+
+def unwindowed(m: Any, y: Tensor, query: Tensor, x: Tensor, size: Any) -> Tensor:
+    grid = y.reshape(*query.shape[:-1], -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return read(m, grid[:, : size[0], : size[1]].flatten(1, 2))
+
+
+def mask_units(m: Any, x: Tensor) -> Tensor:
+    """Hiera: windows that lie interleaved in a sequence, [B, N, C] as [B * windows, tokens, C]."""
+    if not m.use_mask_unit_attn:
+        return x
+    count = x.shape[1] // (m.q_stride * m.window_size)
+    return x.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1)
+
+
+def from_mask_units(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    return read(m, y.unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(1, 2))
+
+
+def to_pooled_map(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    height = x.shape[1] if m.q_pool is None else x.shape[1] // m.q_pool.stride[0]
+    return read(m, y.unflatten(1, (height, -1)))
+
+
+def upsampled(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    fine = m.upsampling(m.o_proj(as_map(y, query.shape[2:])))
+    return fine[..., : x.shape[2], : x.shape[3]]
+
+
+def beside_others(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+    return m.proj(torch.cat([as_map(y, x.shape[2:]), x[:, m.pdim :]], dim=1))
+
+
+def upsampling_reader(m: Any) -> str:
+    """LowFormer: v is read point by point, or by a transposed convolution that makes the map larger too."""
+    if isinstance(m.o_proj, nn.Conv2d):
+        return "o_proj"
+    return "upsampling.0" if isinstance(m.upsampling, nn.Sequential) else "upsampling"
