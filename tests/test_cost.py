@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations_with_replacement
 
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery import costs
+from mhacut.surgery.costs import build_cost_table, fit_polynomial
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.flops import count_flops, measure_flops
 from mhacut.surgery.slice import cut
 
 
@@ -52,6 +56,42 @@ def test_a_layer_that_runs_three_times_costs_as_often():
     plan = Plan((UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(unit.width // 2)),)),))
     cut(model, plan)
     assert table.flops(plan.widths()) == measure_flops(model, (3, 64, 64))
+
+
+@given(data=st.data())
+def test_a_polynomial_of_degree_2_is_found_from_few_counts(data):
+    kinds = ("qk", "v", "hidden")[: data.draw(st.integers(1, 3))]
+    coefficients, whole = st.integers(0, 10**9), {kind: data.draw(st.integers(1, 300)) for kind in kinds}
+    linear = {kind: data.draw(coefficients) for kind in kinds}
+    pairs = {pair: data.draw(coefficients) for pair in combinations_with_replacement(kinds, 2)}
+    asked = set()
+
+    def count(changed):
+        asked.add(tuple(sorted(changed.items())))
+        w = {**whole, **changed}
+        total = 7 + sum(each * w[kind] for kind, each in linear.items())
+        return total + sum(each * w[a] * w[b] for (a, b), each in pairs.items())
+
+    found = fit_polynomial("attn", whole, count)
+    assert len(asked) <= {1: 4, 2: 7, 3: 11}[len(kinds)]
+    for _ in range(5):
+        widths = {kind: data.draw(st.integers(1, whole[kind])) for kind in kinds}
+        assert found.flops(widths) - found.flops(whole) == count(widths) - count({})
+
+
+@pytest.mark.parametrize("cost", [lambda w: w**3, lambda w: w * (w + 1) // 2, lambda w: 64 * (w // 8)])
+def test_costs_that_are_no_such_polynomial_are_an_error(cost):
+    with pytest.raises(UnsupportedModelError, match=r"^attn \(Odd\): .* do not follow .*hidden \d+ of 64"):
+        fit_polynomial("attn (Odd)", {"hidden": 64}, lambda changed: cost(changed.get("hidden", 64)))
+
+
+def test_layers_that_are_alike_are_counted_once(monkeypatch):
+    counts = []
+    monkeypatch.setattr(costs, "count_flops", lambda *args: counts.append(args) or count_flops(*args))
+    for depth in (2, 5):
+        model = timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=32).eval()
+        build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
+    assert len(counts) == 2 * (5 + 3)  # q/k and v: whole, half of each, half of both, and one that checks
 
 
 def test_an_operator_nobody_counts_is_an_error_not_a_zero():

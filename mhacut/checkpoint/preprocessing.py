@@ -26,9 +26,10 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
         DataError: what the file states makes no sense.
         CheckpointError: a slim file states a size that its own model does not take.
     """
-    built_for = model_input_size(checkpoint.skeleton, checkpoint.identity.pretrained_cfg)
+    identity = checkpoint.identity
+    built_for = model_input_size(checkpoint.skeleton, identity.pretrained_cfg, identity.model_args)
     strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
-    stated = checkpoint.identity.pretrained_cfg
+    stated = identity.pretrained_cfg
     if checkpoint.record is not None:
         stated = checkpoint.record.preprocessing
         channels, height, width = stated["input_size"]

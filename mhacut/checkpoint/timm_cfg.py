@@ -25,7 +25,7 @@ def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) 
     """
     cfg = identity.pretrained_cfg
     try:
-        resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg))
+        resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg, identity.model_args))
     except DataError as error:
         raise CheckpointError(f"{where}: pretrained_cfg: {error}") from None
     _update_cfg(model, {**cfg, **resolved.to_json()})

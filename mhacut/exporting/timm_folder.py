@@ -95,7 +95,7 @@ def _as_timm_makes_it(loaded: Checkpoint) -> Any:
     """The model made by timm's factory, which notes the arguments that its writer writes."""
     identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
     arguments = dict(identity.model_args)
-    built_for = model_input_size(loaded.model, identity.pretrained_cfg)
+    built_for = model_input_size(loaded.model, identity.pretrained_cfg, arguments)
     if given.get("fixed_input_size") and tuple(given.get("input_size", built_for)) != built_for:
         # timm would build it for the images that it now sees.
         arguments.setdefault("img_size", list(built_for[1:]))

@@ -41,7 +41,10 @@ def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Chec
         raise UsageError(
             f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
         )
-    size, expected = (model_input_size(one.skeleton, one.identity.pretrained_cfg) for one in (dense, opened))
+    size, expected = (
+        model_input_size(one.skeleton, one.identity.pretrained_cfg, one.identity.model_args)
+        for one in (dense, opened)
+    )
     if size != expected:
         shown, wanted = ("x".join(map(str, each)) for each in (size, expected))
         raise UsageError(

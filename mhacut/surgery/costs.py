@@ -112,7 +112,8 @@ def build_cost_table(
         for call in calls[layer.name]:
             key = (_likeness(module), repr(call))
             if key not in fitted:
-                fitted[key] = _fit(_LayerCounter(module, layer, call))
+                count = _LayerCounter(module, layer, call)
+                fitted[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
             runs.append(fitted[key])
         if runs:
             costs.append(LayerCost(layer, tuple(runs)))
@@ -191,7 +192,6 @@ class _LayerCounter:
 
     def __init__(self, module: nn.Module, layer: Layer, call: _Call) -> None:
         self.layer, self.call = layer, call
-        self.name = f"{layer.name} ({type(module).__name__})"
         self.whole: dict[UnitKind, int] = {unit.kind: unit.width for unit in layer.units}
         # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape checks.
         # A model that is there already can be traced there, or the whole could not have been counted.
@@ -221,33 +221,43 @@ class _LayerCounter:
         return count_flops(replay, replay.inputs(self.device))[""]
 
 
-def _fit(count: _LayerCounter) -> Polynomial:
-    """Interpolate counts, as a straight function of each width if that will do, and check at other widths.
+def fit_polynomial(
+    name: str, whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]
+) -> Polynomial:
+    """Interpolate counts, without squares of widths if that will do, and check the result at other widths.
+
+    Args:
+        name: of the layer, for errors.
+        whole: its widths as it stands.
+        count: FLOPs at the widths it is called with; kinds not named are at ``whole``.
 
     Raises:
         UnsupportedModelError: the counts are no polynomial of degree 2 with whole coefficients.
     """
     chance = random.Random(0)
-    # Below half the widths, where no square that adds to the costs can hide behind another.
+    # Below half the widths, where squares that were left out all add to the count.
     other: dict[UnitKind, int] = {
-        kind: chance.randint(1, max(_half(width) - 1, 1)) for kind, width in count.whole.items()
+        kind: chance.choice([w for w in range(1, _half(width)) if w != _half(width) // 2] or [1])
+        for kind, width in whole.items()
     }
     for squares in (False, True):
-        found = _interpolate(count, squares=squares)
-        expected = count({}) + found.flops(other) - found.flops(count.whole)
+        found = _interpolate(whole, count, squares=squares)
+        expected = count({}) + found.flops(other) - found.flops(whole)
         if count(other) == expected:
             return found
-    at = ", ".join(f"{kind} {width} of {count.whole[kind]}" for kind, width in other.items())
+    at = ", ".join(f"{kind} {width} of {whole[kind]}" for kind, width in other.items())
     raise UnsupportedModelError(
-        f"{count.name}: its FLOPs do not follow from its widths as those of other layers do (at {at} fvcore "
+        f"{name}: its FLOPs do not follow from its widths as those of other layers do (at {at} fvcore "
         f"counts {count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
         "mhacut: please report the architecture and its arguments"
     )
 
 
-def _interpolate(count: _LayerCounter, *, squares: bool) -> Polynomial:
+def _interpolate(
+    whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
+) -> Polynomial:
     """Polynomial through counts at whole, half and (for ``squares``) quarter widths: divided differences."""
-    whole, dense = count.whole, count({})
+    dense = count({})
     near = {kind: _half(width) for kind, width in whole.items() if width > 1}
     per_channel: dict[UnitKind, Fraction] = {}
     per_pair: dict[tuple[UnitKind, UnitKind], Fraction] = {}

@@ -10,10 +10,21 @@ from torch import nn
 from mhacut.surgery.find import PrunableLayers
 
 
-def model_input_size(model: nn.Module, pretrained_cfg: Mapping[str, Any]) -> tuple[int, int, int]:
-    """[C, H, W] that ``model`` is built for: as the model knows, else as its pretrained_cfg says."""
+def model_input_size(
+    model: nn.Module, pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None = None
+) -> tuple[int, int, int]:
+    """Return [C, H, W] that ``model`` is built for: as it knows, was made, or timm's record states.
+
+    Args:
+        model: a timm model.
+        pretrained_cfg: timm's record of it.
+        model_args: arguments it was made with. Some models, Twins and LeViT among them, take an ``img_size``
+            that they do not keep.
+    """
     channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
     size = getattr(patch_embedding(model), "img_size", None)
+    if size is None and model_args is not None:
+        size = model_args.get("img_size")
     if isinstance(size, int):
         size = (size, size)
     if size is not None:
