@@ -19,7 +19,7 @@ from mhacut.flatten.attention import (
     linear_attention,
     split_qkv,
 )
-from mhacut.flatten.flatten_cswin import FocusedLepeAttention, StripeAttention
+from mhacut.flatten.cswin_attention import FocusedLepeAttention, StripeAttention
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -25,7 +25,7 @@ from helpers.models import slow_except
 from mhacut.errors import UsageError
 from mhacut.flatten import checkpoint_filter
 from mhacut.flatten.attention import FocusedLinearAttention
-from mhacut.flatten.flatten_cswin import StripeAttention
+from mhacut.flatten.cswin_attention import StripeAttention
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 FAST = {"flatten_pvt_v2_b0", "flatten_swin_tiny_224", "flatten_cswin_tiny_224", "flatten_pvt_tiny"}

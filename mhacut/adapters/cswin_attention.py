@@ -11,7 +11,7 @@ from mhacut.adapters.attend import attend
 from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Unit
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.rows import fused_qk, rows
-from mhacut.flatten.flatten_cswin import CswinAttention, FocusedLepeAttention, StripeAttention
+from mhacut.flatten.cswin_attention import CswinAttention, FocusedLepeAttention, StripeAttention
 from mhacut.plan import UnitKind
 
 

@@ -1,10 +1,9 @@
 """FLatten Transformers (Han et al., ICCV 2023, arXiv 2308.00442) as models of timm.
 
-``timm.create_model("flatten_swin_tiny_224")`` and ``timm.list_models("flatten_*")`` know them once both timm
-and mhacut are imported, in whatever order; importing this package registers them. One file per family, over
-one shared attention in :mod:`mhacut.flatten.attention`. Written from the paper and from measurements of the
-official models, which they agree with to rounding; parameters have the official names, or timm's where timm
-has the family.
+``timm.create_model("flatten_swin_tiny_224")`` and ``timm.list_models("flatten_*")`` work once both timm and
+mhacut are imported, in any order; importing this package registers them. There is one file per family, over
+one shared attention in :mod:`mhacut.flatten.attention`. Outputs agree with the official models to rounding;
+parameters have the official names, or timm's where timm has the family.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ from mhacut.flatten import flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt
 from mhacut.flatten.checkpoints import encoded_img_size
 
 FAMILIES = (flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt_v2, flatten_swin)
-"""Their modules; timm lists models by the last part of a name, ``list_models(module="flatten_swin")``."""
+"""Modules of the families; timm lists models by their names, ``list_models(module="flatten_swin")``."""
 
 
 def checkpoint_filter(
     model: nn.Module,
 ) -> Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """What turns an official state dict into one of ``model``; None if ``model`` is none of ours."""
+    """Return the function that translates official state dicts for ``model``; None for other models."""
     filters = {family.__name__: family.checkpoint_filter_fn for family in FAMILIES}
     return filters.get(type(model).__module__)
 
 
 def img_size_of(architecture: str, shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Side of the images that a checkpoint is for, where it is not the one ``architecture`` stands for.
+    """Image size of a checkpoint, where it is not the default of ``architecture``.
 
     Args:
         architecture: timm's name of the model.
-        shapes: per tensor name of the checkpoint.
-        patch_size: pixels per side of a token of stage 1.
+        shapes: shape of each tensor of the checkpoint.
+        patch_size: side in pixels of a token of stage 1.
 
     Returns:
-        None for models that are not ours, or whose checkpoint does not say so.
+        Side in pixels; None for other models, or where the checkpoint shows no other size.
     """
     pyramids = [family for family in FAMILIES if family is not flatten_deit]
     config = next((f.default_cfgs[architecture] for f in pyramids if architecture in f.default_cfgs), None)

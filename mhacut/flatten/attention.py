@@ -1,4 +1,4 @@
-"""Focused linear attention, as the FLatten Transformers have it (Han et al., ICCV 2023, arXiv 2308.00442).
+"""Focused linear attention of the FLatten Transformers (Han et al., ICCV 2023, arXiv 2308.00442).
 
 Letters: B images, N tokens of a map of H x W, h heads, C channels (head-major: channel = head * d +
 position). With phi the focusing of :func:`focus`, a head gives
@@ -6,11 +6,11 @@ position). With phi the focusing of :func:`focus`, a head gives
     out_i = phi(q_i) . (1/N sum_j phi(k_j) v_j^T) / (phi(q_i) . 1/N sum_j phi(k_j) + 1e-6)  +  dwc(v)_i
 
 so keys meet values first and the cost is N * d * d per head instead of N * N * d. ``dwc`` is one depthwise
-convolution of d filters that all heads share; it gives back the rank that linear attention lacks (paper,
+convolution of d filters that all heads share; it restores the rank that linear attention lacks (paper,
 section 4.2).
 
 Widths are read from the parameters: q/k may have another number of channels per head than v, as long as every
-head of a layer has the same; and ``dwc`` may have a filter of its own for every channel of every head.
+head of a layer has the same; and ``dwc`` may have a separate filter for every channel of every head.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ DWC_KERNEL = 5
 
 
 def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Tensor | None = None) -> Tensor:
-    """The focused feature map of q or k, [B, N, C] (paper, equations 5 and 6).
+    """Return the focused feature map of q or k, [B, N, C] (paper, equations 5 and 6).
 
-    t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions are drawn towards
-    their largest channels, lengths stay. Norms run over all C channels, that is over all heads together.
+    t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions move towards their
+    largest channels, lengths stay. Norms are over all C channels, that is over all heads together.
 
     Args:
         tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
         scale: [1, 1, C].
         power: focusing factor p.
-        gate: a channel scale per channel on the products of q and k, [C], not negative. The norms heed it
-        here, as if
-            the channel of both had a factor of gate^(1/2p) before the power; the product is left to the
-            caller, who multiplies q or k. So 0 is as if the channel were not there, which no factor before
-            the + 1e-6 could be, and gradients do not vanish at 0.
+        gate: scale of each channel's product of q and k, [C], not negative. It acts on the norms here, as if
+            the channel of both had a factor of gate^(1/2p) before the power; the caller multiplies q or k.
+            So a gate of 0 removes the channel exactly, which no factor before the + 1e-6 does, and gradients
+            do not vanish at 0.
     """
     features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
     sharpened = features**power
@@ -62,10 +61,9 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
 
 
 def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
-    """The scale with which :func:`focus` does without ``gate`` what it does with it, [1, 1, C].
+    """Return the scale with which :func:`focus` needs no ``gate`` for the same result, [1, 1, C].
 
-    Exact where the gate is above 0, since features are divided by softplus(scale); where it is not, the scale
-    is left as it is.
+    Exact where the gate is above 0, since features are divided by softplus(scale); elsewhere the scale stays.
     """
     size = F.softplus(scale) / _factor(gate, power)
     wanted = torch.where(
@@ -75,24 +73,24 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
 
 
 def _opening(gate: Tensor) -> Tensor:
-    """``gate`` where it is not negative, else 0, with a gradient at 0: a shut gate must be able to open.
+    """Return ``gate`` clamped at 0, with a gradient of 1 at 0, so that a closed gate can open.
 
-    That of ``clamp_min`` at its bound is 1 or 0, as the version of torch has it.
+    The gradient of ``clamp_min`` at its bound differs between versions of torch.
     """
     return torch.where(gate >= 0, gate, 0.0)
 
 
 def _factor(gate: Tensor, power: int) -> Tensor:
-    """gate^(1/2p), 0 where that is not positive, with a gradient of 0 there."""
+    """Return gate^(1/2p), or 0 with a gradient of 0 where the gate is not positive."""
     tiny = torch.finfo(gate.dtype).tiny
     return torch.where(gate > 0, gate.clamp_min(tiny) ** (0.5 / power), 0.0)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a softmax over non-negative features, keys times values first, [B, h, N, d_v].
+    """Attend without softmax over non-negative features, keys times values first: [B, h, N, d_v].
 
     Args:
-        q: [B, h, N, d_qk], as :func:`focus` gives it.
+        q: [B, h, N, d_qk], result of :func:`focus`.
         k: [B, h, M, d_qk], likewise.
         v: [B, h, M, d_v].
     """
@@ -104,9 +102,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
-    """A depthwise convolution over the maps of all channels, [B, N, C_v].
+    """Convolve the map of each channel, [B, N, C_v].
 
-    With a filter per channel of a head, all heads share them; with one per channel, none do.
+    With as many filters as channels of a head, all heads share them; else every channel has its own.
     """
     batch, tokens, channels = v.shape
     sharing = channels // conv.out_channels
@@ -116,29 +114,29 @@ def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
-    """[B, N, C] to [B, h, N, d]."""
+    """Reshape [B, N, C] to [B, h, N, d]."""
     return tokens.reshape(*tokens.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(heads: Tensor) -> Tensor:
-    """[B, h, N, d] to [B, N, C], contiguous."""
+    """Reshape [B, h, N, d] to [B, N, C], contiguous."""
     return heads.transpose(1, 2).flatten(2)
 
 
 class FocusedLinearAttention(nn.Module):
-    """What all families share: ``scale``, ``positional_encoding``, ``dwc``, and from q, k, v to the output.
+    """Common part of all families: from q, k, v to the output, without projections.
 
-    Families differ in where q, k and v come from; parameters are named as officially.
+    Families differ in their projections; parameters have the official names.
     """
 
     scale: nn.Parameter
-    """[1, 1, C_qk]; through a softplus, the same for q and k."""
+    """[1, 1, C_qk], before its softplus; the same for q and k."""
     positional_encoding: nn.Parameter
     """[1, N, C_qk], added to k before the ReLU."""
     dwc: nn.Conv2d
-    """d_v filters, which all heads share, or heads * d_v."""
+    """d_v filters that all heads share, or heads * d_v."""
     feature_gate: Tensor | None
-    """A channel scale per q/k channel, [C_qk], see :func:`focus`; None but in the masked twin of a model."""
+    """Scale per q/k channel, [C_qk], see :func:`focus`; None except in a masked model."""
 
     def __init__(
         self,
@@ -160,24 +158,24 @@ class FocusedLinearAttention(nn.Module):
         tokens = grid_size[0] * grid_size[1]
         self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, device=device, dtype=dtype))
         self.register_buffer("feature_gate", None, persistent=False)
-        # Where features can be listened to, [B, N, C_qk].
+        # For activation hooks on the features, (B, N, C_qk)
         self.query_features, self.key_features = nn.Identity(), nn.Identity()
 
     def _add_dwc(self, dim: int, kernel_size: int, device: Any, dtype: Any) -> None:
-        """The depthwise convolution; called last, so that parameters come in the official order."""
+        """Make the depthwise convolution; called last, so that parameters have the official order."""
         width = dim // self.num_heads
         self.dwc = nn.Conv2d(
             width, width, kernel_size, padding=kernel_size // 2, groups=width, device=device, dtype=dtype
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Global linear plus local depthwise branch, heads merged, [B, N, C_v]; no projection.
+        """Sum the global linear and the local depthwise branch, heads merged, [B, N, C_v]; no projection.
 
-        Computed in float32 at least, whatever the inputs and autocast say; the result has the dtype of ``v``.
+        Computed in at least float32, whatever the inputs and autocast are; the result has the dtype of ``v``.
 
         Args:
-            q: [B, N, C_qk], as projected.
-            k: [B, N, C_qk], likewise, without positional encoding.
+            q: [B, N, C_qk], projected.
+            k: [B, N, C_qk], projected, without positional encoding.
             v: [B, N, C_v].
         """
         precise = torch.promote_types(v.dtype, torch.float32)
@@ -194,7 +192,7 @@ class FocusedLinearAttention(nn.Module):
         return merge_heads(heads).to(v.dtype) + convolve_channels(v, self.dwc, self.grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
-        """Take maps of another size from now on; the positional encoding is resized (bicubic)."""
+        """Adapt to maps of another size: the positional encoding is resized (bicubic)."""
         if grid_size != self.grid_size:
             resized = resample_abs_pos_embed(
                 self.positional_encoding.detach(), grid_size, self.grid_size, num_prefix_tokens=0
@@ -212,7 +210,10 @@ class FocusedLinearAttention(nn.Module):
 
 
 class FusedFocusedAttention(FocusedLinearAttention):
-    """With one projection ``qkv`` of rows [q | k | v], as in Swin and DeiT: tokens [B, N, C] to [B, N, C]."""
+    """Focused attention with one projection ``qkv`` of rows [q | k | v], as in Swin and DeiT.
+
+    Tokens [B, N, C] to [B, N, C].
+    """
 
     def __init__(
         self,
@@ -243,7 +244,10 @@ class FusedFocusedAttention(FocusedLinearAttention):
 
 
 class SeparateFocusedAttention(FocusedLinearAttention):
-    """With projections ``q`` and ``kv`` of rows [k | v], as in PVT: tokens [B, N, C] to [B, N, C]."""
+    """Focused attention with projections ``q`` and ``kv`` of rows [k | v], as in PVT.
+
+    Tokens [B, N, C] to [B, N, C].
+    """
 
     def __init__(
         self,
@@ -269,7 +273,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
             init_linear(linear)
 
     def forward(self, x: Tensor, feat_size: Any = None) -> Tensor:
-        """``feat_size`` is the map's height and width, as timm's PVTv2 tells its attention."""
+        """Attend; ``feat_size`` is the map's height and width, which timm's PVTv2 passes."""
         if feat_size is not None:
             height, width = self.grid_size
             _assert(
@@ -284,7 +288,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
 
 
 class FocusedBlock(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C]; shared by PVT, Swin and CSWin."""
+    """Block x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C], of PVT, Swin and CSWin."""
 
     def __init__(
         self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module
@@ -300,14 +304,14 @@ class FocusedBlock(nn.Module):
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of a fused projection; q and k share what ``v_channels`` leave."""
+    """Split the output of a fused projection into q, k, v; q and k have equal widths."""
     qk_channels = (qkv.shape[-1] - v_channels) // 2
     q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
     return q, k, v
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Truncated normal of deviation 0.02, bias 0: what every family starts training from."""
+    """Initialise as all families: truncated normal of deviation 0.02, bias 0."""
     trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

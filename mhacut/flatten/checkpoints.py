@@ -1,4 +1,4 @@
-"""What the families share of reading checkpoints: which resolution they are of, and how to make them fit."""
+"""Image size of official checkpoints, and resizing of their encodings, for all families."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mhacut.flatten.attention import FocusedLinearAttention
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights of a training checkpoint, ``{"model": ..., "config": ...}``; else ``state_dict`` itself."""
+    """Return the weights of a training checkpoint, ``{"model": ...}``, or else ``state_dict`` itself."""
     inner = state_dict.get("model", state_dict)
     return inner if isinstance(inner, Mapping) else state_dict
 
 
 def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``state_dict`` with whatever tells positions apart resized to the maps and windows of ``model``.
+    """Return ``state_dict`` with its position tensors resized to the maps and windows of ``model``.
 
-    That is ``positional_encoding`` and ``pos_embed``, [1, N, C], and ``relative_position_bias_table``, [N,
-    h]: bicubic, as the authors do, on the square grid that N stands for. What is no square, or differs in
-    more than N, is left for ``load_state_dict`` to refuse.
+    These are ``positional_encoding`` and ``pos_embed``, [1, N, C], and ``relative_position_bias_table``, [N,
+    h]: bicubic, as the authors do, on the square grid of N positions. Where N is no square, or another
+    dimension differs, ``load_state_dict`` refuses the tensor.
     """
     wanted = model.state_dict()
     grids = {**_encoding_grids(model), **_bias_grids(model), **getattr(model, "pos_embed_grids", {})}
@@ -42,14 +42,14 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
 
 def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Side of the square images that the positional encodings of a pyramid's checkpoint are for.
+    """Image size for which the positional encodings of a pyramid's checkpoint were trained.
 
     Args:
-        shapes: per tensor name, official or timm's.
-        patch_size: pixels per side of a token of stage 1, which is always a linear one.
+        shapes: shape of each tensor, by official names or timm's.
+        patch_size: side in pixels of a token of stage 1, which is always linear.
 
     Returns:
-        None where there are no such encodings, or no square image explains them.
+        Side in pixels of a square image; None without such encodings, or where no square image fits them.
     """
     tokens = [
         shape[1]
@@ -69,7 +69,7 @@ def _encoding_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _bias_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """A table of position biases has a row for every offset of two tokens in a window."""
+    """Height and width of each table of position biases: a row per offset of two tokens in a window."""
     windows = {
         name: module.window_size
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""timm's ``pretrained_cfg`` of the FLatten Transformers: no weights to download, but how images go in."""
+"""timm's ``pretrained_cfg`` of the FLatten Transformers; there are no weights to download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def config(**own: Any) -> dict[str, Any]:
-    """How the authors evaluate: resized to a square of 256/224 of the image size, then cropped.
+    """Return the authors' preprocessing: a resize to a square of 256/224 of the image size, then a crop.
 
     There is no ``license``: the official repository states none for its weights.
     """

@@ -1,165 +1,34 @@
 """FLatten-CSWin: CSWin with focused linear attention over the whole map in stages 1 and 2 (arXiv 2308.00442).
 
 Stages 3 and 4 are those of CSWin (Dong et al., CVPR 2022, arXiv 2107.00652): in stage 3 one half of the
-channels attends within vertical stripes of the map, the other half within horizontal ones; in stage 4 all of
-them attend over the whole map. Every branch, linear or not, adds LePE: a depthwise 3x3 convolution ``get_v``
-of the values.
+channels attends within vertical stripes of the map, the other half within horizontal ones; in stage 4 all
+channels attend over the whole map.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, use_fused_attn
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple
 from timm.layers.trace_utils import _assert
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mhacut.errors import UsageError
-from mhacut.flatten.attention import (
-    DWC_KERNEL,
-    FOCUSING_FACTOR,
-    FocusedBlock,
-    FocusedLinearAttention,
-    Grid,
-    convolve_channels,
-    init_linear,
-    merge_heads,
-    split_heads,
-    split_qkv,
-)
+from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FocusedBlock, Grid, init_linear
 from mhacut.flatten.checkpoints import resize_encodings, unwrap
 from mhacut.flatten.configs import config
+from mhacut.flatten.cswin_attention import Branch, CswinAttention, linear_branches, stripe_branches
 from mhacut.flatten.pyramid import Pyramid, make_head
-
-
-class FocusedLepeAttention(FocusedLinearAttention):
-    """Focused linear attention plus LePE over the whole map; projections are those of all branches."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid_size: Grid,
-        *,
-        focusing_factor: int = FOCUSING_FACTOR,
-        kernel_size: int = DWC_KERNEL,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
-        self.get_v = _lepe(dim, **dd)
-        self._add_dwc(dim, kernel_size, **dd)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
-        out: Tensor = self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
-        return out
-
-
-class StripeAttention(nn.Module):
-    """Softmax attention within stripes of the map, plus LePE within each stripe.
-
-    Args:
-        dim: channels of q, k and v here: all of the block, or half of them.
-        num_heads: that share them.
-        grid_size: of the map.
-        stripe: height and width of a stripe; they tile the map.
-        attn_drop: on the attention weights.
-        device: as in torch.
-        dtype: as in torch.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid_size: Grid,
-        stripe: Grid,
-        *,
-        attn_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.grid_size, self.stripe = num_heads, grid_size, stripe
-        self.scale = (dim // num_heads) ** -0.5
-        self.fused_attn = use_fused_attn()
-        self.get_v = _lepe(dim, device=device, dtype=dtype)
-        self.attn_drop = nn.Dropout(attn_drop)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
-        q, k, v = (self._to_stripes(tokens) for tokens in (q, k, v))  # (B * stripes, tokens, C)
-        lepe = convolve_channels(v, self.get_v, self.stripe)
-        q, k, v = (split_heads(tokens, self.num_heads) for tokens in (q, k, v))
-        out = self.attend_within(q, k, v)
-        return self._from_stripes(merge_heads(out) + lepe)
-
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention, [B * stripes, h, tokens, d]."""
-        if self.fused_attn:
-            dropout = self.attn_drop.p if self.training else 0.0
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        weights: Tensor = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
-        out: Tensor = self.attn_drop(weights) @ v
-        return out
-
-    def _to_stripes(self, tokens: Tensor) -> Tensor:
-        (height, width), (high, wide) = self.grid_size, self.stripe
-        tiles = tokens.reshape(tokens.shape[0], height // high, high, width // wide, wide, tokens.shape[-1])
-        return tiles.transpose(2, 3).flatten(0, 2).flatten(1, 2)
-
-    def _from_stripes(self, tokens: Tensor) -> Tensor:
-        (height, width), (high, wide) = self.grid_size, self.stripe
-        tiles = tokens.reshape(-1, height // high, width // wide, high, wide, tokens.shape[-1])
-        return tiles.transpose(2, 3).flatten(1, 4)
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, grid_size={self.grid_size}, stripe={self.stripe}"
-
-
-class CswinAttention(nn.Module):
-    """Attention in branches between one pair of projections: tokens [B, N, C] to [B, N, C].
-
-    Branch b of ``attns`` takes the b-th equal part of q, of k and of v, that is of the heads.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attns: Sequence[FocusedLepeAttention | StripeAttention],
-        *,
-        qkv_bias: bool,
-        proj_drop: float,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.num_heads = sum(attn.num_heads for attn in attns)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.attns = nn.ModuleList(attns)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = split_qkv(self.qkv(x), self.proj.in_features)
-        branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
-        attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
-        out: Tensor = self.proj_drop(self.proj(torch.cat(attended, dim=-1)))
-        return out
 
 
 class ConvStem(nn.Sequential):
     """7x7 convolution of stride 4, then a norm: images to a map, [B, H, W, C].
 
-    Knows the image size under the names of timm's PatchEmbed.
+    The image size has the names of timm's PatchEmbed.
     """
 
     def __init__(
@@ -183,14 +52,14 @@ class ConvStem(nn.Sequential):
 
 
 class ToChannelsLast(nn.Module):
-    """[B, C, H, W] to [B, H, W, C]."""
+    """Permutation from [B, C, H, W] to [B, H, W, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
 
 class MergeBlock(nn.Module):
-    """Between stages: 3x3 convolution of stride 2, then a norm; [B, H, W, C] to [B, H / 2, W / 2, C_out]."""
+    """3x3 convolution of stride 2 between stages, then a norm: [B, H, W, C] to [B, H / 2, W / 2, C_out]."""
 
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -203,28 +72,28 @@ class MergeBlock(nn.Module):
 
 
 class FlattenCswin(Pyramid):
-    """CSWin with :class:`FocusedLepeAttention` in the stages that ``attn_type`` marks L.
+    """CSWin with focused linear attention in the stages that ``attn_type`` marks L.
 
     Args:
-        img_size: of the images, height and width; their map in stage 3 must divide into stripes.
+        img_size: height and width of the images; their map in stage 3 must divide into stripes.
         in_chans: channels of the images.
         num_classes: 0 for a model that gives features.
         global_pool: ``avg``, or ``""`` for none.
         embed_dim: channels of stage 1; each stage has twice those of the one before.
         depths: blocks per stage.
         num_heads: per stage.
-        split_size: width of the stripes of softmax stages, in tokens. Where it is the whole map, and in the
-            last stage, a block has one branch over the whole map instead of two.
+        split_size: width of the stripes of softmax stages, in tokens. Where that is the whole map, and in
+            the last stage, a block has one branch over the whole map instead of two.
         attn_type: a letter per stage, L for focused linear attention, S for softmax in stripes.
         mlp_ratio: hidden over outer channels of the MLPs.
         qkv_bias: whether q, k and v have biases.
-        focusing_factor: the power p of focused linear attention.
-        kernel_size: of its depthwise convolution.
-        drop_rate: before the classifier.
-        proj_drop_rate: after the projection and in the MLP.
-        attn_drop_rate: on softmax attention weights.
-        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.4
-            (small), 0.5 (base) or 0.7 (base, 384).
+        focusing_factor: power p of focused linear attention.
+        kernel_size: size of its depthwise convolution.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after the projection and in the MLP.
+        attn_drop_rate: dropout of softmax attention weights.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+            The authors train with 0.2 (tiny), 0.4 (small), 0.5 (base) or 0.7 (base, 384).
         device: as in torch.
         dtype: as in torch.
     """
@@ -266,36 +135,23 @@ class FlattenCswin(Pyramid):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stage1_conv_embed = ConvStem(to_2tuple(img_size), in_chans, embed_dim, **dd)
         grid: Grid = self.stage1_conv_embed.grid_size
+        linear: Callable[..., list[Branch]] = partial(
+            linear_branches, focusing_factor=focusing_factor, kernel_size=kernel_size, **dd
+        )
+        stripes: Callable[..., list[Branch]] = partial(stripe_branches, attn_drop=attn_drop_rate, **dd)
+        block: Callable[..., FocusedBlock] = partial(
+            _block, qkv_bias=qkv_bias, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, **dd
+        )
         for index, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
             if index:
                 setattr(self, f"merge{index}", MergeBlock(dims[index - 1], dim, **dd))
                 grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-            make_attns: partial[list[FocusedLepeAttention | StripeAttention]]
-            if kind == "L":
-                make_attns = partial(
-                    _linear_attns, dim, heads, grid, focusing_factor=focusing_factor, kernel_size=kernel_size
-                )
-            else:
-                make_attns = partial(
-                    _stripe_attns,
-                    dim,
-                    heads,
-                    grid,
-                    split_size=None if index == len(dims) - 1 else split_size,
-                    attn_drop=attn_drop_rate,
-                )
-            blocks = [
-                FocusedBlock(
-                    norm1=nn.LayerNorm(dim, **dd),
-                    attn=CswinAttention(
-                        dim, make_attns(**dd), qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd
-                    ),
-                    norm2=nn.LayerNorm(dim, **dd),
-                    mlp=Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd),
-                    drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
-                )
-                for rate in drop_paths[index]
-            ]
+            width = None if index == len(dims) - 1 else split_size
+            blocks = []
+            for rate in drop_paths[index]:
+                size = (dim, heads, grid)
+                branches = linear(*size) if kind == "L" else stripes(*size, split_size=width)
+                blocks.append(block(dim, branches, drop_path=rate))
             setattr(self, f"stage{index + 1}", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(dims[-1], **dd)
         self.head = make_head(dims[-1], num_classes, **dd)
@@ -305,7 +161,7 @@ class FlattenCswin(Pyramid):
 
     @property
     def patch_embed(self) -> ConvStem:
-        """The stem; knows the image size, as timm expects under this name."""
+        """The stem, under the name where timm expects the image size."""
         return self.stage1_conv_embed
 
     def stage_parts(self, index: int) -> tuple[str, ...]:
@@ -321,11 +177,11 @@ class FlattenCswin(Pyramid):
         return normed
 
     def no_weight_decay(self) -> set[str]:
-        """None: the authors decay everything that is not 1-D."""
+        """Return no names: the authors decay everything that is not 1-D."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
+        """Return patterns of parameters by depth, for layer-wise learning rates."""
         return {
             "stem": r"^stage1_conv_embed",
             "blocks": r"^(?:stage|merge)(\d+)"
@@ -334,36 +190,29 @@ class FlattenCswin(Pyramid):
         }
 
 
-def _lepe(dim: int, device: Any = None, dtype: Any = None) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-
-def _linear_attns(
-    dim: int, num_heads: int, grid: Grid, **kwargs: Any
-) -> list[FocusedLepeAttention | StripeAttention]:
-    return [FocusedLepeAttention(dim, num_heads, grid, **kwargs)]
-
-
-def _stripe_attns(
-    dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
-) -> list[FocusedLepeAttention | StripeAttention]:
-    """One branch where a stripe is the whole map (None), else one of vertical, one of horizontal stripes."""
-    height, width = grid
-    if split_size is None or grid == (split_size, split_size):
-        return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
-    if split_size < 1 or height % split_size or width % split_size:
-        raise UsageError(
-            f"split_size {split_size}: stripes of it do not tile a map of {height}x{width} tokens; give an "
-            "img_size or a split_size that fits"
-        )
-    return [
-        StripeAttention(dim // 2, num_heads // 2, grid, stripe, **kwargs)
-        for stripe in ((height, split_size), (split_size, width))
-    ]
+def _block(
+    dim: int,
+    branches: Sequence[Branch],
+    *,
+    qkv_bias: bool,
+    mlp_ratio: float,
+    proj_drop: float,
+    drop_path: float,
+    device: Any,
+    dtype: Any,
+) -> FocusedBlock:
+    dd = {"device": device, "dtype": dtype}
+    return FocusedBlock(
+        norm1=nn.LayerNorm(dim, **dd),
+        attn=CswinAttention(dim, branches, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd),
+        norm2=nn.LayerNorm(dim, **dd),
+        mlp=Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd),
+        drop_path=DropPath(drop_path) if drop_path > 0 else nn.Identity(),
+    )
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official blocks hold what is of the attention themselves; positions of another size are resized."""
+    """Translate an official state dict, whose blocks hold the attention's tensors, and resize encodings."""
     own = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
     return resize_encodings(own, model)
 

@@ -1,9 +1,9 @@
-"""FLatten-DeiT: named by the paper (arXiv 2308.00442), of which no official code exists.
+"""FLatten-DeiT: described by the paper (arXiv 2308.00442), without official code.
 
-What is here is therefore a reading, not a replica: a DeiT-Tiny without a class token, since a class token has
-no place on the map that the depthwise convolution runs over; the classifier reads the mean over tokens, and
-every block is linear, as in FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the
-authors, should there be any, need not fit.
+This model follows the paper's text: a DeiT-Tiny without a class token, which has no place on the map of the
+depthwise convolution; the classifier reads the mean over tokens, and every block is linear, as in
+FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the authors, should there be
+any, need not fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mhacut.flatten.configs import config
 
 
 class FocusedVitAttention(FusedFocusedAttention):
-    """As timm's ViT blocks call their attention."""
+    """Focused attention with the arguments that timm's ViT blocks pass."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
@@ -35,10 +35,10 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
 
     Args:
         qkv_bias: whether q, k and v have biases.
-        proj_drop_rate: after the projection and in the MLP.
-        focusing_factor: the power p of focused linear attention.
-        kernel_size: of its depthwise convolution.
-        kwargs: as timm's ViT takes them.
+        proj_drop_rate: dropout after the projection and in the MLP.
+        focusing_factor: power p of focused linear attention.
+        kernel_size: size of its depthwise convolution.
+        kwargs: further arguments of timm's ViT.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         return {"pos_embed": self.patch_embed.grid_size}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Take images of another size, as timm's ViT does; positional encodings are resized too."""
+        """Adapt to images of another size, as timm's ViT does; positional encodings are resized too."""
         super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             block.attn.set_grid_size(tuple(self.patch_embed.grid_size))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Names as they are; positions of another resolution are resized."""
+    """Resize the encodings of a state dict with the model's own names."""
     return resize_encodings(unwrap(state_dict), model)
 
 

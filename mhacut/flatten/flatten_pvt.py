@@ -1,13 +1,12 @@
 """FLatten-PVT: Pyramid Vision Transformer v1 with focused linear attention (arXiv 2308.00442).
 
-Beside the attention it differs from the original PVT in that it has no class token and no spatial reduction,
-and that the classifier reads the plain mean over tokens. The final ``norm`` is in every checkpoint and never
-applied.
+Other differences from the original PVT: no class token, no spatial reduction, and the classifier reads the
+plain mean over tokens. The final ``norm`` is in every checkpoint and never applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,12 +27,14 @@ from mhacut.flatten.checkpoints import resize_encodings, unwrap
 from mhacut.flatten.configs import config
 from mhacut.flatten.pyramid import Pyramid, make_head
 
+_norm = partial(nn.LayerNorm, eps=1e-6)
+
 
 class FlattenPvt(Pyramid):
-    """Four stages of patch embedding, position embedding, blocks; 3136, 784, 196, 49 tokens at 224.
+    """Four stages of patch embedding, position embedding and blocks; 3136, 784, 196, 49 tokens at 224.
 
     Args:
-        img_size: of the images, height and width; a multiple of 32 uses every pixel.
+        img_size: height and width of the images; a multiple of 32 uses every pixel.
         in_chans: channels of the images.
         num_classes: 0 for a model that gives features.
         global_pool: ``avg``, or ``""`` for none.
@@ -42,13 +43,13 @@ class FlattenPvt(Pyramid):
         num_heads: per stage.
         mlp_ratios: hidden over outer channels of the MLPs.
         qkv_bias: whether q, k and v have biases.
-        focusing_factor: the power p of focused linear attention.
-        kernel_size: of its depthwise convolution.
-        drop_rate: before the classifier.
-        pos_drop_rate: after the position embedding.
-        proj_drop_rate: after the projection and in the MLP.
-        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.1 (tiny, small) or
-            0.3 (medium, large).
+        focusing_factor: power p of focused linear attention.
+        kernel_size: size of its depthwise convolution.
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout after the position embedding.
+        proj_drop_rate: dropout after the projection and in the MLP.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+            The authors train with 0.1 (tiny, small) or 0.3 (medium, large).
         device: as in torch.
         dtype: as in torch.
     """
@@ -82,45 +83,29 @@ class FlattenPvt(Pyramid):
             drop_rate=drop_rate,
         )
         dd = {"device": device, "dtype": dtype}
-        block_norm = partial(nn.LayerNorm, eps=1e-6)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         size, channels = to_2tuple(img_size), in_chans
+        attention: Callable[..., SeparateFocusedAttention] = partial(
+            SeparateFocusedAttention,
+            qkv_bias=qkv_bias,
+            proj_drop=proj_drop_rate,
+            focusing_factor=focusing_factor,
+            kernel_size=kernel_size,
+            **dd,
+        )
         for index, dim in enumerate(embed_dims):
-            embed = PatchEmbed(
-                img_size=size,
-                patch_size=2 if index else 4,
-                in_chans=channels,
-                embed_dim=dim,
-                norm_layer=nn.LayerNorm,
-                **dd,
-            )
-            grid = embed.grid_size
-            blocks = [
-                FocusedBlock(
-                    norm1=block_norm(dim, **dd),
-                    attn=SeparateFocusedAttention(
-                        dim,
-                        num_heads[index],
-                        grid,
-                        qkv_bias=qkv_bias,
-                        proj_drop=proj_drop_rate,
-                        focusing_factor=focusing_factor,
-                        kernel_size=kernel_size,
-                        **dd,
-                    ),
-                    norm2=block_norm(dim, **dd),
-                    mlp=Mlp(dim, int(dim * mlp_ratios[index]), drop=proj_drop_rate, **dd),
-                    drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
-                )
-                for rate in drop_paths[index]
-            ]
-            position = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, **dd))
+            embed = PatchEmbed(size, 2 if index else 4, channels, dim, norm_layer=nn.LayerNorm, **dd)
+            size, channels = embed.grid_size, dim
+            blocks = []
+            for rate in drop_paths[index]:
+                attn = attention(dim, num_heads[index], size)
+                mlp = Mlp(dim, int(dim * mlp_ratios[index]), drop=proj_drop_rate, **dd)
+                blocks.append(_block(dim, attn, mlp, rate, **dd))
             setattr(self, f"patch_embed{index + 1}", embed)
-            setattr(self, f"pos_embed{index + 1}", position)
+            setattr(self, f"pos_embed{index + 1}", nn.Parameter(torch.empty(1, size[0] * size[1], dim, **dd)))
             setattr(self, f"block{index + 1}", nn.ModuleList(blocks))
-            size, channels = grid, dim
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.norm = block_norm(channels, **dd)  # of every checkpoint, never applied
+        self.norm = _norm(channels, **dd)  # in every checkpoint, never applied
         self.head = make_head(channels, num_classes, **dd)
         self._init_weights()
 
@@ -133,7 +118,7 @@ class FlattenPvt(Pyramid):
 
     @property
     def patch_embed(self) -> PatchEmbed:
-        """Of the first stage; knows the image size, as timm expects under this name."""
+        """Patch embedding of the first stage, under the name where timm expects the image size."""
         return self.patch_embed1
 
     @property
@@ -152,19 +137,19 @@ class FlattenPvt(Pyramid):
         grid = embed.grid_size
         if index:
             x = x.permute(0, 3, 1, 2)
-            # From the second stage on, official models pass the embedding through a resize that changes no
-            # bit at the size they were built for. Counts of their FLOPs include it.
+            # From the second stage on, official models resize the embedding, which changes no bit at the size
+            # they were built for. Counts of their FLOPs include it.
             position = position.unflatten(1, grid).permute(0, 3, 1, 2)
             position = F.interpolate(position, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
         x = self.run_blocks(blocks, self.pos_drop(embed(x) + position))
         return x.reshape(x.shape[0], *grid, x.shape[-1])
 
     def no_weight_decay(self) -> set[str]:
-        """None: the authors decay position embeddings too."""
+        """Return no names: the authors decay position embeddings too."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameters by depth, for layer-wise learning rates."""
+        """Return patterns of parameters by depth, for layer-wise learning rates."""
         return {
             "stem": r"^patch_embed1|^pos_embed1",
             "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"
@@ -173,8 +158,20 @@ class FlattenPvt(Pyramid):
         }
 
 
+def _block(
+    dim: int, attn: SeparateFocusedAttention, mlp: Mlp, drop_path: float, device: Any, dtype: Any
+) -> FocusedBlock:
+    return FocusedBlock(
+        norm1=_norm(dim, device=device, dtype=dtype),
+        attn=attn,
+        norm2=_norm(dim, device=device, dtype=dtype),
+        mlp=mlp,
+        drop_path=DropPath(drop_path) if drop_path > 0 else nn.Identity(),
+    )
+
+
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official checkpoints have these names already; positions of another resolution are resized."""
+    """Resize the encodings of an official state dict; its names are those of the model."""
     return resize_encodings(unwrap(state_dict), model)
 
 

@@ -21,11 +21,10 @@ class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
     """PVTv2 whose attention is :class:`SeparateFocusedAttention` without spatial reduction.
 
     Args:
-        img_size: of the images, height and width. PVTv2 would take any; positional encodings of the keys
-            make it a fixed one.
-        focusing_factor: the power p of focused linear attention.
-        kernel_size: of its depthwise convolution.
-        kwargs: as timm's PVTv2 takes them, but for what belongs to its own attention.
+        img_size: height and width of the images, which the positional encodings of the keys fix.
+        focusing_factor: power p of focused linear attention.
+        kernel_size: size of its depthwise convolution.
+        kwargs: further arguments of timm's PVTv2, except those of its own attention.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         size = to_2tuple(img_size)
         grid = (_halved(_halved(size[0])), _halved(_halved(size[1])))
-        # Under the names of timm's PatchEmbed, where readers look for the size of a model.
+        # Under the names of timm's PatchEmbed, where the size of a model is looked up.
         self.patch_embed.img_size, self.patch_embed.grid_size = size, grid
         self.patch_embed.strict_img_size = True
         for index, stage in enumerate(self.stages):
@@ -67,7 +66,7 @@ def _halved(size: int) -> int:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official to timm's names by timm's own filter; positional encodings of another size are resized."""
+    """Translate an official state dict by timm's own filter, and resize encodings."""
     return resize_encodings(pvt_v2_filter_fn(unwrap(state_dict), model), model)
 
 

@@ -1,7 +1,7 @@
 """FLatten-Swin: timm's Swin with focused linear attention in its first stages (arXiv 2308.00442).
 
-The paper's macro design: stages 1 and 2 are linear, with one window that is the whole map and no shift;
-stages 3 and 4 keep windows and softmax.
+As in the paper, stages 1 and 2 are linear, with the whole map as their window and no shift; stages 3 and 4
+keep windows and softmax.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mhacut.flatten.configs import config
 
 
 class FocusedSwinBlock(FocusedBlock):
-    """A block on maps, [B, H, W, C], as a stage of timm's Swin runs them."""
+    """Block on maps, [B, H, W, C], in a stage of timm's Swin."""
 
     def __init__(self, block: SwinTransformerBlock, attn: FusedFocusedAttention) -> None:
-        """Everything but the attention is taken over from ``block``."""
+        """Take everything but the attention from ``block``."""
         super().__init__(block.norm1, attn, block.norm2, block.mlp, block.drop_path1)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
     def set_input_size(self, feat_size: Grid, window_size: Any, always_partition: Any = None) -> None:
-        """Take maps of another size, as timm tells a block; the window always is the whole map."""
+        """Adapt to maps of another size, as timm's blocks do; the window always is the whole map."""
         attn: Any = self.attn
         attn.set_grid_size(tuple(feat_size))
 
@@ -40,18 +40,18 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
     """Swin with :class:`FusedFocusedAttention` in the stages that ``attn_type`` marks L.
 
     Args:
-        img_size: of the images, height and width.
+        img_size: height and width of the images.
         attn_type: a letter per stage, L for focused linear attention, S for softmax in windows.
-        window_size: of the softmax stages, in tokens.
+        window_size: side of the windows of softmax stages, in tokens.
         depths: blocks per stage.
         num_heads: per stage.
         qkv_bias: whether q, k and v have biases.
-        proj_drop_rate: after the projection and in the MLP.
-        drop_path_rate: of the last block; grows linearly from 0. The authors train with 0.2 (tiny), 0.3
-            (small) or 0.5 (base).
-        focusing_factor: the power p of focused linear attention.
-        kernel_size: of its depthwise convolution.
-        kwargs: as timm's Swin takes them.
+        proj_drop_rate: dropout after the projection and in the MLP.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+            The authors train with 0.2 (tiny), 0.3 (small) or 0.5 (base).
+        focusing_factor: power p of focused linear attention.
+        kernel_size: size of its depthwise convolution.
+        kwargs: further arguments of timm's Swin.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official to timm's names by timm's own filter, which also drops buffers; positions are resized.
+    """Translate an official state dict by timm's own filter, which also drops buffers, and resize encodings.
 
-    Position biases go past that filter, whose way to resize them PyTorch has deprecated, and so does what it
-    would stumble over: ``load_state_dict`` names it better.
+    Position biases go past that filter, which resizes them by a function that PyTorch has deprecated, and so
+    do tensors on which it would fail: ``load_state_dict`` names them better.
     """
     state_dict = unwrap(state_dict)
     past = {name: tensor for name, tensor in state_dict.items() if not _for_timm(name, tensor)}

@@ -1,4 +1,4 @@
-"""What the families that timm has no model of (PVT v1, CSWin) share: timm's model interface over stages."""
+"""timm's model interface over stages, for the families that timm does not have (PVT v1, CSWin)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 class Pyramid(nn.Module):
-    """Stages of shrinking maps, each [B, H, W, C]; the mean over the last one goes into ``head``.
+    """Model of stages with ever smaller maps, [B, H, W, C]; ``head`` reads the mean over the last one.
 
-    A family gives :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it applies its final norm.
+    A family implements :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it has a final norm.
     """
 
     head: nn.Module
@@ -48,27 +48,27 @@ class Pyramid(nn.Module):
         raise NotImplementedError
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
-        """Stage ``index`` (from 0) of an image [B, in_chans, H, W] or of the map before, [B, H, W, C]."""
+        """Run stage ``index`` (from 0) on images [B, in_chans, H, W] or the previous map, [B, H, W, C]."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """What follows the last stage, [B, H, W, C]."""
+        """Apply the final norm, if the family has one, to the last map, [B, H, W, C]."""
         return x
 
     def run_blocks(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        """A ``ModuleList`` of blocks, one after the other."""
+        """Run the blocks of a ``ModuleList`` one after the other."""
         for block in blocks.children():
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to the last map, [B, H / 32, W / 32, C]."""
+        """Return the last map, [B, H / 32, W / 32, C], of images [B, in_chans, H, W]."""
         for index in range(self.num_stages):
             x = self.run_stage(index, x)
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits, or to what the classifier would read."""
+        """Return the logits of the last map, or, with ``pre_logits``, the classifier's input."""
         if self.global_pool:
             x = x.flatten(1, 2).mean(dim=1)
         x = self.head_drop(x)
@@ -86,12 +86,12 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps after the stages asked for, as timm's models give them: [B, C, H, W].
+        """Return the maps after some stages, [B, C, H, W], as timm's models do.
 
         Args:
             x: images.
-            indices: the last n stages, all if None, or the stages named.
-            norm: put the final norm on the last map.
+            indices: number of last stages, or a list of stages; None for all.
+            norm: apply the final norm to the last map.
             stop_early: do not run stages beyond the last one asked for.
             output_fmt: NCHW, nothing else.
             intermediates_only: leave the final features out.
@@ -136,7 +136,7 @@ class Pyramid(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new random classifier of ``num_classes``; none for 0."""
+        """Replace the classifier by a random one of ``num_classes``; by none for 0."""
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
@@ -149,7 +149,7 @@ class Pyramid(nn.Module):
 
 
 def make_head(features: int, num_classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    """The classifier, or nothing for 0 classes."""
+    """Make the classifier, or an identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     return nn.Linear(features, num_classes, device=device, dtype=dtype)
