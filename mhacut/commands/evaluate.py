@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
+from mhacut.checkpoint.module import copy_of_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
-from mhacut.options.base import PathLike
+from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
-from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
 
@@ -40,12 +44,13 @@ class EvaluateResult:
 
 
 def evaluate(
-    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[EvaluateKeywords]
+    checkpoint: PathLike | nn.Module, *, reporter: Reporter | None = None, **options: Unpack[EvaluateKeywords]
 ) -> EvaluateResult:
     """Measure the accuracy of ``checkpoint`` on the validation split of labelled images.
 
     Args:
-        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a timm module,
+            which is copied.
         reporter: receives progress and messages; silent by default.
         options: those of the command line; see :class:`mhacut.options.keywords.EvaluateKeywords`.
 
@@ -53,11 +58,16 @@ def evaluate(
         MhacutError: one of its kinds, in :mod:`mhacut.errors`: the checkpoint or the images cannot be read,
             or do not fit together.
     """
-    return run_evaluate(EvaluateOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+    if not isinstance(checkpoint, nn.Module):
+        return run_evaluate(EvaluateOptions.from_flat(checkpoint=checkpoint, **options), reporter or SILENT)
+    given = EvaluateOptions.from_flat(checkpoint=IN_MEMORY, **options)
+    return run_evaluate(given, reporter or SILENT, checkpoint)
 
 
-def run_evaluate(options: EvaluateOptions, reporter: Reporter) -> EvaluateResult:
-    """:func:`evaluate` with its options in one object."""
+def run_evaluate(
+    options: EvaluateOptions, reporter: Reporter, module: nn.Module | None = None
+) -> EvaluateResult:
+    """:func:`evaluate` with its options in one object, and the module where it is not a file."""
     data = options.data
     if not data.has_images:
         raise UsageError(
@@ -67,7 +77,10 @@ def run_evaluate(options: EvaluateOptions, reporter: Reporter) -> EvaluateResult
     if options.amp:
         warn_of_slow_amp(device, reporter.log)
     reporter.start("reading")
-    loaded = open_from_options(options, reporter)
+    if module is None:
+        loaded = open_from_options(options, reporter)
+    else:
+        loaded = copy_of_module(module, ModelHints(options.model))
     classes = classifier_size(loaded.model)
     if classes == 0:
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")

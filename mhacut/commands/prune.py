@@ -20,7 +20,7 @@ from mhacut.errors import MhacutError
 from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
-from mhacut.options.base import PathLike
+from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import Calibration
@@ -87,7 +87,7 @@ class PruneResult:
 
 
 def prune(
-    checkpoint: PathLike,
+    checkpoint: PathLike | nn.Module,
     *,
     flops: str | float,
     reporter: Reporter | None = None,
@@ -96,7 +96,9 @@ def prune(
     """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
 
     Args:
-        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
+            module, which is copied. ``model_args`` then are the arguments that it was built with, except for
+            ``num_classes`` and ``img_size``.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
         reporter: receives progress and messages; silent by default.
         options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
@@ -107,16 +109,19 @@ def prune(
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    given = PruneOptions.from_flat(checkpoint=checkpoint, flops=str(flops), **options)
-    return run_prune(given, reporter or SILENT)
+    if not isinstance(checkpoint, nn.Module):
+        given = PruneOptions.from_flat(checkpoint=checkpoint, flops=str(flops), **options)
+        return run_prune(given, reporter or SILENT)
+    given = PruneOptions.from_flat(checkpoint=IN_MEMORY, flops=str(flops), **options)
+    return run_prune(given, reporter or SILENT, checkpoint)
 
 
-def run_prune(options: PruneOptions, reporter: Reporter) -> PruneResult:
-    """Run the nine stages of ``mhacut prune``."""
+def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | None = None) -> PruneResult:
+    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint."""
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            inputs = read_inputs(options, processes, timer)  # 1. read
+            inputs = read_inputs(options, processes, timer, module)  # 1. read
         job = inputs.job
         calibration = job.calibrate(processes)  # 2. calibrate
 

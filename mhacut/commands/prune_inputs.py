@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from mhacut.budget import Budget
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
+from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import (
     CalibrationImages,
@@ -19,6 +23,7 @@ from mhacut.data import (
 )
 from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import UnitKind
 from mhacut.pruning.job import Job
@@ -53,8 +58,16 @@ class PruneInputs:
     """What cannot be cut exactly, or is never cut, and why."""
 
 
-def read_inputs(options: PruneOptions, processes: Processes, reporter: Reporter) -> PruneInputs:
+def read_inputs(
+    options: PruneOptions, processes: Processes, reporter: Reporter, module: nn.Module | None = None
+) -> PruneInputs:
     """Read the checkpoint and the images; measure the dense model.
+
+    Args:
+        options: of the command.
+        processes: that run it.
+        reporter: receives messages and progress.
+        module: dense model to prune a copy of, in place of a checkpoint.
 
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
@@ -63,7 +76,7 @@ def read_inputs(options: PruneOptions, processes: Processes, reporter: Reporter)
     _check_outputs(options)
     reporter.start("reading")
     _log_idle_options(options, processes, reporter)
-    loaded = open_from_options(options, reporter)
+    loaded = _open(options, reporter, module)
     target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
     if not options.dry_run:
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)
@@ -102,11 +115,21 @@ def read_inputs(options: PruneOptions, processes: Processes, reporter: Reporter)
     return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job, whole)
 
 
+def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:
+    if module is None:
+        return open_from_options(options, reporter)
+    rebuilt = rebuilt_module(module, ModelHints(options.model, options.model_args, options.num_classes))
+    for note in rebuilt.notes:
+        reporter.log(note)
+    return rebuilt
+
+
 def _check_outputs(options: PruneOptions) -> None:
     paths = [options.report, None if options.dry_run else options.output]
     for path in paths:
         if path is not None:
-            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
+            read = None if options.checkpoint == IN_MEMORY else options.checkpoint
+            check_output(path, overwrite=options.overwrite, input_path=read)
 
 
 def _log_idle_options(options: PruneOptions, processes: Processes, reporter: Reporter) -> None:

@@ -11,6 +11,8 @@ from mhacut.options.option import REQUIRED, Options, option
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 PathLike = str | os.PathLike[str]
+IN_MEMORY = ""
+"""Stands for the checkpoint of a command that is given a module."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,11 @@ def at_once() -> nn.Module:
     return mhacut.load_model(mhacut.prune("vit.safetensors", flops=2e9).output)
 
 
+def of_a_module(model: nn.Module) -> float:
+    pruned = mhacut.load_model(mhacut.prune(model, flops="50%", model_args={"depth": 2}).output)
+    return mhacut.evaluate(pruned, data_dir="images").evaluation.top1
+
+
 def other_verbs() -> None:
     tuned = mhacut.finetune("slim.safetensors", teacher="vit.safetensors", epochs=3, scale=(0.5, 1.0))
     assert_type(tuned, mhacut.FinetuneResult)

@@ -1,0 +1,170 @@
+"""A timm module in memory as a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unknown_model
+from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
+from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.identity import (
+    ModelHints,
+    ModelIdentity,
+    checked_model_args,
+    checked_pretrained_cfg,
+    identity_of,
+)
+from mhacut.checkpoint.infer import Identified, infer_from_shapes
+from mhacut.checkpoint.mismatch import check_tensors
+from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
+from mhacut.errors import CheckpointError, option_name
+from mhacut.surgery.info import model_input_size, patch_embedding
+
+_SAME = 1e-5
+"""Largest relative difference of outputs that two builds of one model may have in float32."""
+
+
+def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
+    """Return the checkpoint of a copy of a timm module, which may be slim, to run it.
+
+    Args:
+        module: on any device, in any mode and dtype; not modified.
+        hints: architecture of a module that does not state it.
+
+    Raises:
+        CheckpointError: it is not a timm module, or holds NaN or infinite values.
+    """
+    architecture, _ = _stated(module, hints or ModelHints())
+    source = _source(architecture)
+    model = _as_loaded(module)
+    check_finite(source, model)
+    return Checkpoint.of_model(
+        model, identity_of(model, architecture, {}), source=source, stem=architecture, dtypes=_dtypes(module)
+    )
+
+
+def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
+    """Return the checkpoint of a dense timm module, built again from its architecture and arguments.
+
+    What is written of it can then be opened from these. ``num_classes`` and ``img_size`` are read off the
+    module; other arguments that differ from the architecture's defaults have to be given.
+
+    Args:
+        module: on any device, in any mode and dtype; not modified.
+        hints: its architecture where it does not state it, and the arguments that it was built with.
+
+    Raises:
+        CheckpointError: it is not a timm module, or another model than the one built again.
+    """
+    hints = hints or ModelHints()
+    architecture, cfg = _stated(module, hints)
+    source = _source(architecture)
+    identified = _identify(module, architecture, cfg, hints, source)
+    model = identified.skeleton
+    set_resolved_preprocessing(model, identified.identity, source)
+    allocate(model)
+    original = _as_loaded(module)
+    model.load_state_dict(original.state_dict(), strict=True)
+    check_finite(source, model.eval())
+    size = model_input_size(model, identified.identity.pretrained_cfg)
+    if not _same_outputs(model, original, size):
+        raise CheckpointError(
+            f"{source}: built again with {_shown(identified.identity)}, it gives other outputs; give in "
+            f"{option_name('model_args')} the arguments that it was built with"
+        )
+    return Checkpoint.of_model(
+        model,
+        identified.identity,
+        source=source,
+        stem=architecture,
+        dtypes=_dtypes(module),
+        notes=(f"architecture {architecture}, of the module", *identified.notes),
+    )
+
+
+def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
+    """Return the architecture and the pretrained_cfg of a timm module."""
+    stated: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+    stated = stated if isinstance(stated, Mapping) else {}
+    architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]
+    if not architecture or not hasattr(module, "forward_features"):
+        raise CheckpointError(
+            f"a {type(module).__name__} is not a module of timm.create_model; give that, or a checkpoint file"
+        )
+    if not known_model(architecture):
+        raise CheckpointError(unknown_model(architecture))
+    return architecture, checked_pretrained_cfg(stated)
+
+
+def _identify(
+    module: nn.Module, architecture: str, cfg: Mapping[str, Any], hints: ModelHints, source: str
+) -> Identified:
+    """Build the module again on the meta device, and compare its tensors."""
+    described: Any = module
+    args = checked_model_args(hints.model_args)
+    classes = int(described.num_classes)
+    if hints.num_classes not in (None, classes):
+        raise CheckpointError(
+            f"{source}: has {classes} classes, not {option_name('num_classes', hints.num_classes)}"
+        )
+    args["num_classes"] = classes
+    if "img_size" not in args:
+        plain = build_skeleton(ModelIdentity(architecture, args, dict(cfg)))
+        if _image_size(plain) != _image_size(module):
+            args["img_size"] = _image_size(module)
+    tensors = {
+        name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()
+    }
+    header = FileHeader(Path(architecture), "torch", tensors)
+    identified = infer_from_shapes(architecture, args, cfg, header, limit=None)
+    try:
+        check_tensors(source, tensors, identified.skeleton, identified.identity)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n  a module is built again from its architecture and arguments: give in "
+            f"{option_name('model_args')} those that are not the defaults; give a slim model as its file"
+        ) from None
+    return identified
+
+
+def _image_size(model: nn.Module) -> int | list[int] | None:
+    """Return the side of the images that a model is built for, or [H, W]; None where it does not know."""
+    size = getattr(patch_embedding(model), "img_size", None)
+    if size is None or isinstance(size, int):
+        return size
+    height, width = map(int, size)
+    return height if height == width else [height, width]
+
+
+def _as_loaded(module: nn.Module) -> nn.Module:
+    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients."""
+    return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+
+
+def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def _same_outputs(found: nn.Module, expected: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    outputs, wanted = found(images), expected(images)
+    if outputs.shape != wanted.shape:
+        return False
+    largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return bool((outputs - wanted).abs().max() <= _SAME * largest)
+
+
+def _source(architecture: str) -> str:
+    return f"{architecture} in memory"
+
+
+def _shown(identity: ModelIdentity) -> str:
+    args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
+    return f"{identity.architecture} and {args}"

@@ -1,0 +1,122 @@
+"""Commands on a timm module in place of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import mhacut
+from mhacut.checkpoint.identity import ModelHints
+from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.module import rebuilt_module
+from mhacut.errors import CheckpointError
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+QUICK = {"calibration_images": 8, "batch_size": 4, "latency": False, "flops": "60%"}
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 16, "num_classes": 5}
+
+
+def module_of(tiny_vit):
+    args = {**tiny_vit.args, "num_classes": 7}
+    model = timm.create_model(tiny_vit.architecture, **args)
+    model.load_state_dict(load_file(tiny_vit.path))
+    return model
+
+
+def test_a_module_gives_the_file_that_its_checkpoint_gives(tiny_vit, tmp_path):
+    options = {"model_args": tiny_vit.args, **QUICK}
+    model = module_of(tiny_vit).train()
+    before = copy.deepcopy(model.state_dict())
+    found = mhacut.prune(model, output=tmp_path / "module.safetensors", **options)
+    expected = mhacut.prune(
+        tiny_vit.path, model=tiny_vit.architecture, output=tmp_path / "file.safetensors", **options
+    )
+    assert found.plan == expected.plan
+    tensors = [load_file(result.output) for result in (found, expected)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    records = [read_model(result.output).record for result in (found, expected)]
+    assert records[0].identity == records[1].identity
+    assert records[0].preprocessing == records[1].preprocessing
+    # And leaves the module as it was.
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_file_is_named_after_the_architecture(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mhacut.prune(module_of(tiny_vit).half(), model_args=tiny_vit.args, **QUICK)
+    assert result.output == Path("vit_tiny_patch16_224-60pct.safetensors")
+    assert {tensor.dtype for tensor in load_file(result.output).values()} == {torch.float16}
+    assert mhacut.load_model(result.output)(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "num_classes": 3}),
+        ("vit_tiny_patch16_224", {"img_size": (32, 48), "num_classes": 0}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 112}),
+        ("flatten_deit_tiny", {"num_classes": 4}),
+    ],
+)
+def test_classes_and_image_size_are_read_off_the_module(architecture, args):
+    model = timm.create_model(architecture, **args).eval()
+    found = rebuilt_module(model)
+    assert found.identity.architecture == architecture
+    for name, value in args.items():
+        assert found.identity.model_args[name] == (list(value) if isinstance(value, tuple) else value)
+    assert found.model is not model
+    assert all(
+        torch.equal(found.model.state_dict()[name], value) for name, value in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("left_out", ["depth", "num_heads", "act_layer"])
+def test_another_model_than_the_arguments_say_is_refused(left_out):
+    args = {**TINY, "act_layer": "relu"}
+    model = timm.create_model("vit_tiny_patch16_224", **args)
+    torch.nn.init.normal_(model.head.weight)
+    assert rebuilt_module(model, ModelHints(model_args=args)).identity.model_args["act_layer"] == "relu"
+    del args[left_out]
+    with pytest.raises(CheckpointError, match=r"(?s)vit_tiny_patch16_224 in memory: .* model_args"):
+        rebuilt_module(model, ModelHints(model_args=args))
+
+
+def test_what_cannot_be_built_again_is_refused(slim_of):
+    with pytest.raises(CheckpointError, match="a Linear is not a module of timm"):
+        mhacut.prune(torch.nn.Linear(2, 2), **QUICK)
+    slim = mhacut.load_model(slim_of("vit"))
+    with pytest.raises(CheckpointError, match="give a slim model as its file"):
+        mhacut.prune(slim, **QUICK)
+    with pytest.raises(CheckpointError, match="has 5 classes, not num_classes=9"):
+        rebuilt_module(timm.create_model("vit_tiny_patch16_224", **TINY), ModelHints(num_classes=9))
+
+
+def test_a_module_is_as_accurate_as_its_file():
+    data = {"data_dir": DIGITS / "images"}
+    expected = mhacut.evaluate(DIGITS / "model", **data)
+    model = mhacut.load_model(DIGITS / "model").train()
+    found = mhacut.evaluate(model, **data)
+    assert found.evaluation.top1 == expected.evaluation.top1
+    assert (found.architecture, found.flops, found.preprocessing) == (
+        expected.architecture,
+        expected.flops,
+        expected.preprocessing,
+    )
+    assert model.training
+
+
+def test_a_slim_module_can_be_evaluated(tmp_path):
+    slim = tmp_path / "slim.safetensors"
+    options = {**QUICK, "calibration_images": 32, "flops": "50%"}
+    pruned = mhacut.prune(DIGITS / "model", data_dir=DIGITS / "images", output=slim, **options)
+    found = mhacut.evaluate(mhacut.load_model(slim), data_dir=DIGITS / "images")
+    assert found.evaluation.top1 == pruned.slim.evaluation.top1
+    assert found.flops == pruned.slim.flops
