@@ -447,7 +447,7 @@ class Told(Silent):
 
 
 def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.setattr("mhacut.pruning.sequential.GUARD", 0.0)
+    monkeypatch.setattr("mhacut.pruning.recover.GUARD", 0.0)
     told = Told()
     vetoed = prune(tiny_vit, tmp_path / "vetoed.safetensors", reporter=told)
     assert any(note.startswith("repair in order was left out: divergence") for note in told.notes)

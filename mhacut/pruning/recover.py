@@ -11,7 +11,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.channel_scales import with_trained_scales
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.job import Job
-from mhacut.pruning.sequential import repair_in_order
+from mhacut.pruning.sequential import GUARD, sequentially_reconstructed
 from mhacut.pruning.tune import tuned
 from mhacut.surgery.find import PrunableLayers
 
@@ -90,10 +90,8 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
     learning, judge = distillation.part(calibration.held, None), distillation.part(0, calibration.held)
 
     def in_order(slim: nn.Module) -> Recovery:
-        found = repair_in_order(
-            slim, dense, job.images, calibration.held, calibration.fisher, judge, progress=reporter.advance
-        )
-        return Recovery(found.model, found.before, found.after)
+        changed = sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)
+        return Recovery.of(slim, changed, judge, GUARD)
 
     def scaled(slim: nn.Module) -> Recovery:
         steps, lr = options.trained_gain_steps, options.gain_lr

@@ -1,237 +1,202 @@
-"""Repair once more, in order: what reads a cut layer is refitted on what the cut layers before it give. Ours.
+"""Sequential reconstruction: refit each output projection on what the already refitted cut model gives it.
 
-The repair sees the dense model's activations, one layer at a time. Here the cut model runs beside
-the dense one, and every linear readout is moved by the ridge regression that brings its output nearest to
-the dense one's, before the model runs on. On two CIFAR-10 ViTs with 256 images (one seed, 2,000 validation
-images) the divergence at 50, 25 and 12.5 % of the FLOPs went from .00020, .0175 and .087 to .00020, .0172
-and .083, and from .0049, .124 and .363 to .0049, .122 and .336, in a third more time. To aim at what the
-residual stream misses, not the layer's output alone, was no better.
+The repair before the cut sees the dense model's activations, one layer at a time. Here the linear output
+projections of the cut model are refitted in the order in which it runs them, each by the ridge regression
+that brings its output nearest to the dense model's. Ours; the order is that of GPTQ (Frantar et al. 2023).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.pruning.distill import Distillation
-from mhacut.pruning.fisher import FisherInformation
-from mhacut.pruning.lockstep import run_in_lockstep
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.resumable import ResumableModel
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.find import PrunableLayers
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative to the mean energy of the inputs."""
 GUARD = 1.1
-"""How much larger the divergence of the whole model may become on the images held out. Each readout is
-judged by them already; of the whole model they are a coarse judge: 64 of them turned down what brought 2,000
-others 2 to 3 % nearer. (With 8, 16 and 32 images and no veto it was within 1 % of what it had been.)"""
+"""Ratio, after to before, below which the whole model's KL divergence on held-out images must stay. Above 1:
+these images have judged every projection already, and are too few to judge the whole model finely."""
 MOST_IMAGES = 256
-"""So many of them wait at a readout with all that they are by then; more would fill the memory."""
+"""Bounds the memory: all images wait at each projection."""
 MOST_BYTES = 2**30
-"""That inputs and outputs of the widest readout may take, in both models, of all images. All that waits is
-four times as much (measured: DeiT-S, 256 images, 0.6 GiB so counted, 2.5 GiB in truth)."""
+"""Bounds the inputs and outputs of the widest projection, for all images in both models. The cached outputs
+of other modules take several times as much."""
 BATCHES = 8
-"""In which they run beside each other."""
+"""Number of batches in which the images are run."""
 
 
-@dataclass(frozen=True)
-class RepairInOrder:
-    """What it did."""
-
-    model: nn.Module
-    """Refitted; the one given, where that took it away."""
-    before: float
-    """Divergence (:class:`~.distill.Divergence`) from the dense model on the images held out."""
-    after: float
-    """The same of the refitted model, kept or not."""
-
-
-def repair_in_order(
+@torch.no_grad()
+def sequentially_reconstructed(
     slim: nn.Module,
+    prunable: PrunableLayers,
     dense: nn.Module,
     images: Tensor,
-    held: int,
-    fisher: FisherInformation,
-    judge: Distillation,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> RepairInOrder:
-    """Refit the readouts of ``slim`` one after the other, each on what those before it have become.
+    calibration: Calibration,
+    reporter: Reporter,
+) -> nn.Module:
+    """Return a copy of ``slim`` with its output projections refitted, each on what those before it became.
 
     Args:
-        slim: cut from ``dense``, eval mode, float32; left as it is.
+        slim: cut from ``dense``, eval mode, float32; not modified.
+        prunable: prunable layers of ``slim``.
         dense: eval mode, on the same device.
-        images: [n, C, H, W], normalised, the first ``held`` of them to choose ridges by. Of more than
-            :data:`MOST_IMAGES`, or than :data:`MOST_BYTES` hold, so many are used, in that proportion.
-        held: fewer than n, above 0.
-        fisher: of ``dense``: how much each token counts.
-        judge: the whole model, on images held out.
-        progress: called after every readout with (done, readouts in all).
+        images: [n, C, H, W], normalised, the held-out ones first, which choose the ridges. Of more than
+            :data:`MOST_IMAGES`, or than :data:`MOST_BYTES` allow, so many are used, in that proportion.
+        calibration: of ``dense`` on these images: how many are held out, and how much each token counts.
+        reporter: advances with every projection.
     """
-    device = next(dense.parameters()).device
     refitted = copy.deepcopy(slim)
-    once = [_readouts(model, images[:1].to(device)) for model in (refitted, dense)]
-    # In both, so that they stop alike.
-    readouts = {name: found.layer for name, found in once[0].items() if name in once[1]}
-    each = max((sum(found[name].bytes_per_image for found in once) for name in readouts), default=1)
-    most = min(MOST_IMAGES, max(2, MOST_BYTES // each))
+    device = next(dense.parameters()).device
+    layers, bytes_per_image = _projections(refitted, prunable, dense, images[:1].to(device))
+    held = calibration.held
+    most = min(MOST_IMAGES, max(2, MOST_BYTES // bytes_per_image))
     if len(images) > most:
         share = min(max(round(held * most / len(images)), 1), most - 1)
         images, held = torch.cat([images[:share], images[held:][: most - share]]), share
-    done = 0
-
-    def refit(name: str, inputs: list[list[Tensor]], outputs: list[list[Tensor]]) -> Collection[int]:
-        nonlocal done
-        moved = False
-        given, answers, wanted = inputs[0], *outputs
-        counts = [len(batch) for batch in batches]
-        # One whose rows do not lie image by image tells no images apart; one that the cut model runs at other
-        # places than the dense one (VOLO's outlook, before it folds) has nothing to be compared with.
-        apart = all(len(rows) % count == 0 for rows, count in zip(given, counts, strict=True))
-        alike = all(answer.shape == aim.shape for answer, aim in zip(answers, wanted, strict=True))
-        if apart and alike:
-            fit, unseen, left = _Sums(), _Sums(), held
-            for part, answer, aim, count in zip(given, answers, wanted, counts, strict=True):
-                weights = fisher.token_importance(readouts[name], part.shape[:-1], count)
-                rows = _Rows.of(part, aim - answer, weights, count)
-                judging = min(left, count)
-                unseen.add(rows.of_images(slice(0, judging)))
-                fit.add(rows.of_images(slice(judging, None)))
-                left -= judging
-            output_projection = refitted.get_submodule(name)
-            assert isinstance(output_projection, nn.Linear)
-            moved = _move(output_projection, fit, unseen)
-        done += 1
-        if progress is not None:
-            progress(done, len(readouts))
-        return (0,) if moved else ()
-
-    batches = [batch.to(device) for batch in images.chunk(min(BATCHES, len(images)))]
-    if readouts:
-        run_in_lockstep((refitted, dense), batches, readouts, refit)
-    before, after = judge.divergence_of(slim), judge.divergence_of(refitted)
-    return RepairInOrder(refitted if after <= GUARD * before else slim, before, after)
+    batches = images.to(device).chunk(min(BATCHES, len(images)))
+    with ResumableModel(refitted, batches) as cut, ResumableModel(dense, batches) as whole:
+        for done, (name, layer) in enumerate(layers.items(), 1):
+            projection = refitted.get_submodule(name)
+            assert isinstance(projection, nn.Linear)
+            passes = zip(batches, cut.run_to(name), whole.run_to(name), strict=True)
+            importance = partial(calibration.fisher.token_importance, layer)
+            sums = _sums(passes, held, importance, projection.bias is not None)
+            if sums is not None and _refit(projection, *sums):
+                cut.repeat_target()
+            reporter.advance(done, len(layers))
+    return refitted
 
 
-@dataclass
-class _Readout:
-    """A linear module that reads v or hidden channels."""
+def _projections(
+    slim: nn.Module, prunable: PrunableLayers, dense: nn.Module, image: Tensor
+) -> tuple[dict[str, str], int]:
+    """Find the linear output projections that both models run once per pass.
 
-    layer: str
-    runs: int = 0
-    """Per image."""
-    bytes_per_image: int = 0
-    """Of its input and output for one image."""
+    Returns:
+        The layer of each, by its name and in the order in which ``slim`` runs them; and the bytes that input
+        and output of the widest take for one image, in both models.
+    """
+    layers = {}
+    for unit in prunable.units(("v", "hidden")):
+        if unit.output_projection is not None and unit.output_norm is None:
+            name = f"{unit.layer}.{unit.output_projection.tensor}".removesuffix(".weight")
+            linear = all(type(model.get_submodule(name)) is nn.Linear for model in (slim, dense))
+            if linear and unit.output_projection.dim == 1:
+                layers[name] = unit.layer
+    in_slim, in_dense = (_bytes_of_calls(model, layers, image) for model in (slim, dense))
+    once = [name for name in in_slim if len(in_slim[name]) == len(in_dense.get(name, ())) == 1]
+    widest = max((in_slim[name][0] + in_dense[name][0] for name in once), default=1)
+    return {name: layers[name] for name in once}, widest
 
 
-def _readouts(model: nn.Module, image: Tensor) -> dict[str, _Readout]:
-    """Those that run once per image, by name."""
-    found: dict[str, _Readout] = {}
-    for unit in find_prunable_layers(model).units(("v", "hidden")):
-        if unit.output_projection is None or unit.output_norm is not None:
-            continue
-        name = f"{unit.layer}.{unit.output_projection.tensor}".removesuffix(".weight")
-        if type(model.get_submodule(name)) is nn.Linear and unit.output_projection.dim == 1:
-            found[name] = _Readout(unit.layer)
+def _bytes_of_calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list[int]]:
+    """Bytes of input and output at each call of these modules, in the order of their first calls."""
+    calls: dict[str, list[int]] = {}
 
-    def counter(output_projection: _Readout) -> Callable[..., None]:
-        def count(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            output_projection.runs += 1
-            output_projection.bytes_per_image = args[0].nbytes + output.nbytes
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.setdefault(name, []).append(args[0].nbytes + output.nbytes)
 
-        return count
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(counter(output_projection))
-        for name, output_projection in found.items()
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in names]
     try:
-        with torch.no_grad():
-            model(image)
+        model(image)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: output_projection for name, output_projection in found.items() if output_projection.runs == 1
-    }
+    return calls
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What one readout gets and misses."""
+class _Sums:
+    """Weighted sums over rows, float64: all that ridge regression needs."""
 
-    inputs: Tensor
-    """[images, rows, in + 1], the last of them 1."""
-    missing: Tensor
-    """What its output lacks, [images, rows, out]."""
-    weights: Tensor
-    """[images, rows, 1]."""
+    gram: Tensor
+    """Of the inputs, [in, in]."""
+    cross: Tensor
+    """Of inputs and targets, [in, out]."""
+    energy: Tensor
+    """Of the targets, a scalar."""
 
     @classmethod
-    def of(cls, inputs: Tensor, missing: Tensor, weights: Tensor | None, images: int) -> _Rows:
-        """Of tensors [images * ..., channels]; without ``weights``, [all rows], rows count alike."""
-        flat = inputs.reshape(images, -1, inputs.shape[-1])
-        ones = flat.new_ones(*flat.shape[:2], 1)
+    def of(cls, inputs: Tensor, targets: Tensor, weights: Tensor) -> _Sums:
+        """Sum over [images, rows, in], [images, rows, out] and [images, rows, 1], in their precision."""
+        weighted = (inputs * weights).flatten(0, 1).mT
         return cls(
-            torch.cat([flat, ones], dim=-1),
-            missing.reshape(images, -1, missing.shape[-1]),
-            ones if weights is None else weights.to(flat).view(images, -1, 1),
+            (weighted @ inputs.flatten(0, 1)).double(),
+            (weighted @ targets.flatten(0, 1)).double(),
+            (targets.double().square() * weights).sum(),
         )
 
-    def of_images(self, part: slice) -> _Rows:
-        return _Rows(self.inputs[part], self.missing[part], self.weights[part])
-
-
-class _Sums:
-    """Sums over rows, float64, of a batch in the model's precision: all that ridge regression needs."""
-
-    def __init__(self) -> None:
-        self.gram: Tensor = torch.zeros((), dtype=torch.float64)
-        """Of the inputs, [in + 1, in + 1]."""
-        self.cross: Tensor = torch.zeros((), dtype=torch.float64)
-        """Of inputs and what is missing, [in + 1, out]."""
-        self.energy = 0.0
-        """Of what is missing."""
-
-    def add(self, rows: _Rows) -> None:
-        inputs, missing = rows.inputs.flatten(0, 1), rows.missing.flatten(0, 1)
-        weighed = (rows.inputs * rows.weights).flatten(0, 1)
-        self.gram = self.gram + (weighed.mT @ inputs).double()
-        self.cross = self.cross + (weighed.mT @ missing).double()
-        self.energy += float((rows.missing.double().square() * rows.weights).sum())
-
     def __add__(self, other: _Sums) -> _Sums:
-        both = _Sums()
-        both.gram, both.cross = self.gram + other.gram, self.cross + other.cross
-        both.energy = self.energy + other.energy
-        return both
+        return _Sums(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
 
-    def moves(self, biased: bool) -> Callable[[float], Tensor]:
-        """The move of the weights, [in + 1, out], that each relative ridge gives."""
-        size = len(self.gram) - (0 if biased else 1)
-        values, vectors = torch.linalg.eigh(self.gram[:size, :size])
-        values, aim = values.clamp_min(0), vectors.mT @ self.cross[:size]
+    def solver(self) -> Callable[[float], Tensor]:
+        """Return the function from a relative ridge to the coefficients, [in, out]."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        values, aim = values.clamp_min(0), vectors.mT @ self.cross
         mean = values.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        rest = self.cross.new_zeros(len(self.gram) - size, self.cross.shape[1])
-        return lambda ridge: torch.cat([vectors @ (aim / (values + ridge * mean)[:, None]), rest])
+        return lambda ridge: vectors @ (aim / (values + ridge * mean)[:, None])
 
-    def error(self, move: Tensor) -> float:
-        """Squared error of the output after ``move``."""
-        return self.energy + float((move * (self.gram @ move - 2 * self.cross)).sum())
+    def error(self, coefficients: Tensor) -> float:
+        """Squared error of the targets that ``coefficients`` leave."""
+        return float(self.energy + (coefficients * (self.gram @ coefficients - 2 * self.cross)).sum())
 
 
-def _move(output_projection: nn.Linear, fit: _Sums, unseen: _Sums) -> bool:
-    """Move it at the ridge that leaves least of what is ``unseen``; not, where none leaves less."""
-    moves = fit.moves(output_projection.bias is not None)
-    errors = {ridge: unseen.error(moves(ridge)) for ridge in RIDGES}
+def _sums(
+    passes: Iterable[tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
+    held: int,
+    token_importance: Callable[[torch.Size, int], Tensor | None],
+    biased: bool,
+) -> tuple[_Sums, _Sums] | None:
+    """Return the sums of what a projection gives less than the dense model's, on what it takes.
+
+    Args:
+        passes: for each batch its images, and the projection's input and output in the cut and in the dense
+            model.
+        held: the first so many images are held out.
+        token_importance: how much each row counts, by the input's shape without channels and the images.
+        biased: whether there is a bias to fit: an input that is always 1, the last one.
+
+    Returns:
+        Those of the images to fit and of the held-out ones; None where the models cannot be compared.
+    """
+    fit, unseen = [], []
+    for images, (x, output), (_, aim) in passes:
+        # Where rows do not lie image by image, they cannot be split. Where the cut model runs the projection
+        # at other places than the dense model (VOLO's outlook, before it folds), there is nothing to aim at.
+        if len(x) % len(images) or output.shape != aim.shape:
+            return None
+        inputs = x.reshape(len(images), -1, x.shape[-1])  # (B, rows, in)
+        missing = (aim - output).reshape(len(images), -1, aim.shape[-1])  # (B, rows, out)
+        ones = inputs.new_ones(*inputs.shape[:2], 1)
+        weights = token_importance(x.shape[:-1], len(images))
+        weights = ones if weights is None else weights.to(inputs).view(ones.shape)  # (B, rows, 1)
+        if biased:
+            inputs = torch.cat([inputs, ones], dim=-1)
+        unseen.append(_Sums.of(inputs[:held], missing[:held], weights[:held]))
+        fit.append(_Sums.of(inputs[held:], missing[held:], weights[held:]))
+        held = max(held - len(images), 0)
+    return reduce(add, fit), reduce(add, unseen)
+
+
+def _refit(projection: nn.Linear, fit: _Sums, unseen: _Sums) -> bool:
+    """Move ``projection`` at the ridge that leaves least of what is ``unseen``; whether one leaves less."""
+    solve = fit.solver()
+    errors = {ridge: unseen.error(solve(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=lambda choice: errors[choice])
-    if errors[ridge] >= unseen.energy:
+    if errors[ridge] >= float(unseen.energy):
         return False
-    move = (fit + unseen).moves(output_projection.bias is not None)(ridge)
-    output_projection.weight.add_(move[:-1].mT.to(output_projection.weight))
-    if output_projection.bias is not None:
-        output_projection.bias.add_(move[-1].to(output_projection.bias))
+    move = (fit + unseen).solver()(ridge).to(projection.weight)
+    projection.weight.add_(move[: projection.in_features].mT)
+    if projection.bias is not None:
+        projection.bias.add_(move[-1])
     return True

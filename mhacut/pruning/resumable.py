@@ -1,0 +1,144 @@
+"""Forward passes that stop at a module and are resumed there, for any architecture.
+
+Python cannot pause a forward pass. Instead, module calls that were cut short are made again, the innermost
+first, with the arguments they had; inside them, calls that had finished return their outputs at once. So one
+block of the model is at work at a time, on cached inputs, as in GPTQ (Frantar et al. 2023), but nobody has to
+say what a block is. Only what happens between the modules of an unfinished one is computed more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class _Call:
+    """One call of a module during a pass."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    value: Any
+    """(args, kwargs) of an unfinished call, output of a finished one."""
+    finished: bool = False
+    calls: list[_Call] = field(default_factory=list)
+    """Calls made inside an unfinished one, in order."""
+    position: int = 0
+    """Number of ``calls`` that the present run has come past."""
+
+    def __post_init__(self) -> None:
+        self.versions = _versions(self.value)
+
+    def set(self, value: Any, *, finished: bool) -> None:
+        self.value, self.finished, self.calls = value, finished, []
+        self.versions = _versions(value)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether a tensor in ``value`` was changed in place since."""
+        return self.versions != _versions(self.value)
+
+    @property
+    def chained(self) -> bool:
+        """Whether each call inside takes the output of the one before, which goes nowhere else."""
+        return type(self.module).forward is nn.Sequential.forward
+
+
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+class _TargetReached(BaseException):
+    """Cuts a pass short. Not an Exception, which a model might catch."""
+
+
+class ResumableModel:
+    """A model and passes of several batches through it, which stop at one module after another.
+
+    Inside ``with``, the ``forward`` of every module is replaced. A pass keeps the outputs of finished
+    modules, but not of those inside them, nor of those whose output a ``Sequential`` has passed on.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        """Prepare to run ``model``, eval mode, on ``batches``, on its device."""
+        self.model = model
+        # Around the call of forward lies one of the model itself, with its hooks.
+        self._stacks = [[_Call(nn.Module(), model, ((batch,), {}))] for batch in batches]
+        """Unfinished calls of each batch, the innermost last."""
+        self._stack: list[_Call] = []
+        """That of the batch at work."""
+        self._target: nn.Module | None = None
+        self._reached: list[tuple[_Call, Any]] = []
+        """Call of the target, and its arguments, of each batch."""
+        self._replaced: list[tuple[nn.Module, Any]] = []
+
+    def __enter__(self) -> ResumableModel:
+        for module in self.model.modules():
+            self._replaced.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = partial(self._call, module, module.forward)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module, own in self._replaced:
+            del vars(module)["forward"]
+            if own is not None:
+                vars(module)["forward"] = own
+
+    @torch.no_grad()
+    def run_to(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Run every batch on to the next call of module ``name``, which takes and returns one tensor.
+
+        Returns:
+            Input and output of that call for each batch.
+
+        Raises:
+            ValueError: a batch does not reach the module any more.
+        """
+        self._target, self._reached = self.model.get_submodule(name), []
+        for stack in self._stacks:
+            self._stack = stack
+            try:
+                while stack:
+                    self._run_innermost()
+            except _TargetReached:
+                continue
+            raise ValueError(f"the forward pass does not reach {name} any more")
+        return [(args[0], call.value) for call, (args, _) in self._reached]
+
+    def repeat_target(self) -> None:
+        """Call the last target again in the next run, with the same input, since it has changed."""
+        for stack, (call, arguments) in zip(self._stacks, self._reached, strict=True):
+            call.set(arguments, finished=False)
+            stack.append(call)
+
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outer = self._stack[-1]
+        if outer.position == len(outer.calls) or outer.calls[outer.position].overwritten:
+            outer.calls[outer.position :] = [_Call(module, forward, (args, kwargs))]
+        call = outer.calls[outer.position]
+        outer.position += 1
+        if not call.finished:
+            self._stack.append(call)
+            self._run_innermost()
+        return call.value
+
+    def _run_innermost(self) -> None:
+        call, arguments = self._stack[-1], self._stack[-1].value
+        if call.overwritten and len(self._stack) > 1:
+            self._stack.pop()  # the call around it makes a new one in its place
+            return
+        call.position, (args, kwargs) = 0, arguments
+        call.set(call.forward(*args, **kwargs), finished=True)
+        self._stack.pop()
+        if call.module is self._target:
+            self._reached.append((call, arguments))
+            raise _TargetReached
+        if self._stack and self._stack[-1].chained:
+            for earlier in self._stack[-1].calls:  # their outputs are freed
+                earlier.set(call.value, finished=True)
