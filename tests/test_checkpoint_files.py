@@ -132,7 +132,7 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     folder.mkdir()
     assert "without a timm config.json" in refusal(folder)
     good.rename(folder / "model.safetensors")
-    assert "it holds model.safetensors: give that file, and --model" in refusal(folder)
+    assert "it holds model.safetensors: give that file, and model='NAME'" in refusal(folder)
     config = folder / "config.json"
     config.write_text('{"architecture": "vit_tiny_patch16_224", "architecture": "x"}')
     with pytest.raises(CheckpointError, match=r"config.json: key 'architecture' appears twice"):

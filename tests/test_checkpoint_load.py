@@ -120,7 +120,7 @@ def test_a_timm_folder(tmp_path):
         assert torch.equal(loaded.model(IMAGES), model(IMAGES))
     assert loaded.stem == "folder"
     assert f"architecture {NAME}, from config.json" in loaded.notes
-    assert "config.json says vit_tiny_patch16_224, --model says deit" in refusal(
+    assert "config.json says vit_tiny_patch16_224, model says deit" in refusal(
         tmp_path / "folder", model="deit_tiny_patch16_224"
     )
 
@@ -243,14 +243,14 @@ def test_two_models_that_fit_are_both_named(tmp_path, zeros):
     message = refusal(path)
     assert "vit_tiny_patch16_224" in message
     assert "deit_tiny_patch16_224" in message
-    assert "say --model NAME" in message
+    assert "give model='NAME'" in message
     assert open_checkpoint(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
 
 
 def test_what_no_model_fits(dense):
     message = refusal(dense[1])  # depth 2
     assert "the model cannot be identified: no timm model" in message
-    assert "--model NAME" in message
+    assert "give model='NAME' (and model_args={'KEY': 'VALUE'} for" in message
 
 
 def test_an_unknown_model_name_gets_close_matches(dense):
@@ -270,13 +270,16 @@ def test_a_tag_decides_the_preprocessing(dense):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"depth": 4}, ["24 missing, 0 unexpected, 0 of another shape", "--model-arg depth=2?"]),
+        ({"depth": 4}, ["24 missing, 0 unexpected, 0 of another shape", "model_args={'depth': 2}?"]),
         ({"depth": 1}, ["0 missing, 12 unexpected, 0 of another shape"]),
-        ({"patch_size": 16}, ["--model-arg patch_size=8?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"]),
-        ({"in_chans": 1}, ["--model-arg in_chans=3?"]),
-        ({"embed_dim": 96}, ["another --model, or --model-arg embed_dim=48 and num_heads=N", ", ..."]),
-        ({"img_size": 64}, ["1 of another shape", "--model-arg img_size=SIDE of the file?"]),
-        ({"num_classes": 5}, ["2 of another shape", "the head differs: --num-classes 10?"]),
+        (
+            {"patch_size": 16},
+            ["model_args={'patch_size': 8}?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
+        ),
+        ({"in_chans": 1}, ["model_args={'in_chans': 3}?"]),
+        ({"embed_dim": 96}, ["another model, or model_args={'embed_dim': 48, 'num_heads': 'N'}", ", ..."]),
+        ({"img_size": 64}, ["1 of another shape", "model_args={'img_size': 'SIDE'} of the file?"]),
+        ({"num_classes": 5}, ["2 of another shape", "the head differs: num_classes=10?"]),
         ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),
         ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
     ],
@@ -299,14 +302,14 @@ def test_a_file_of_another_library_is_told_so(tmp_path):
 
 def test_a_wrong_patch_size_does_not_mislead_about_the_image(dense):
     message = refusal(dense[1], model=NAME, model_args={"embed_dim": 48, "num_heads": 3})
-    assert "--model-arg patch_size=8?" in message
-    assert "--model-arg depth=2?" in message
+    assert "model_args={'patch_size': 8}?" in message
+    assert "model_args={'depth': 2}?" in message
     assert "img_size=" not in message.split("\n")[0]
 
 
 def test_an_average_pooled_file_hints_at_global_pool(tmp_path):
     path = save(tiny(global_pool="avg"), tmp_path / "x.safetensors")
-    assert "--model-arg global_pool=avg?" in refusal(path, model=NAME, model_args=ARGS)
+    assert "model_args={'global_pool': 'avg'}?" in refusal(path, model=NAME, model_args=ARGS)
 
 
 def test_numbers_that_are_not_finite_are_counted(tmp_path):
@@ -465,7 +468,7 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
     make_slim(dense[1], path, model=NAME, model_args=ARGS)
     assert read_model(path, model=NAME, model_args=ARGS, num_classes=10).record is not None
     message = refusal(path, model="deit_tiny_patch16_224", model_args={"depth": 3}, num_classes=5)
-    assert "leave out --model deit_tiny_patch16_224 (it is vit_tiny_patch16_224)" in message
+    assert "leave out model='deit_tiny_patch16_224' (it is vit_tiny_patch16_224)" in message
     assert "depth=3 (it has 2), num_classes=5 (it has 10)" in message
 
 
@@ -543,11 +546,11 @@ def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
     name = "swin_tiny_patch4_window7_224"
     path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
     message = refusal(path, model=name, model_args={**args, "img_size": 32})
-    assert "image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE)" in message
-    assert "For images of another size: --img-size" in message
+    assert "image or window size differs: model_args={'img_size': 'SIDE'} (or window_size)" in message
+    assert "For images of another size: img_size, maybe with" in message
     assert "another tool" not in message
     message = refusal(path, model=name, model_args={**args, "img_size": 56, "num_heads": (3, 3)})
-    assert "is of 2 heads, expected 3: --model-arg num_heads=N?" in message
+    assert "is of 2 heads, expected 3: model_args={'num_heads': 'N'}?" in message
 
 
 def test_a_file_pruned_by_another_tool_is_refused(tmp_path):
@@ -578,7 +581,7 @@ def test_timm_weights_offline_are_one_clear_sentence(tmp_path):
         "timm:vit_tiny_patch16_224: its weights are not in the cache and could not be downloaded"
         in done.stdout
     )
-    assert "give a file and --model" in done.stdout
+    assert "give a file and model" in done.stdout
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
 

@@ -80,7 +80,7 @@ def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop)
 
 def test_models_that_are_built_for_one_size_are_to_be_built_for_another(tmp_path):
     cait = opened(tmp_path, "cait_xxs24_224", img_size=64, embed_dim=24, depth=1, num_heads=2)
-    with pytest.raises(UsageError, match=r"for that size with --model-arg img_size=128$"):
+    with pytest.raises(UsageError, match=r"for that size with model_args=\{'img_size': 128\}$"):
         resolve_preprocessing(cait, PreprocessingOptions(img_size=128))
 
 
@@ -92,6 +92,6 @@ def test_a_model_of_several_patch_embeddings_knows_its_size(tmp_path):
 
 def test_a_model_that_cannot_take_a_size_says_so_at_once(tmp_path):
     dense = opened(tmp_path, "levit_128s")
-    with pytest.raises(UsageError, match="--img-size 128: the model takes images of 224x224 only"):
+    with pytest.raises(UsageError, match="img_size=128: the model takes images of 224x224 only"):
         resolve_preprocessing(dense, PreprocessingOptions(img_size=128))
     assert resolve_preprocessing(dense, PreprocessingOptions(img_size=224)).input_size == (3, 224, 224)

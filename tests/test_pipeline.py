@@ -300,7 +300,7 @@ def test_every_class_survives_the_file_and_repeats(case, tmp_path):
 
 def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"precious")
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="overwrite=True"):
         prune(tiny_vit, tmp_path / "there.safetensors", checkpoint=tmp_path / "no-such-file")
     assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
 

@@ -18,7 +18,7 @@ from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.untrusted_json import parse_json
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
 _MAX_CONFIG_BYTES = 4 * 2**20
@@ -117,7 +117,11 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     config_path = folder / "config.json"
     if not config_path.is_file():
-        hint = f"; it holds {weights.name}: give that file, and --model NAME" if weights else ""
+        hint = (
+            f"; it holds {weights.name}: give that file, and {option_name('model', 'NAME')}"
+            if weights
+            else ""
+        )
         raise CheckpointError(f"{show(folder)}: is a directory without a timm config.json{hint}")
     if weights is None:
         if (folder / "model.safetensors.index.json").exists():

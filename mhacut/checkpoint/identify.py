@@ -18,7 +18,7 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shap
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
-from mhacut.errors import CheckpointError, MhacutError
+from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.slice import cut
 
@@ -76,7 +76,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         found = _from_config(header, args, hints)
     elif hints.model is not None:
         name, tag = _split_tag(hints.model)
-        _check_name(header, name, "--model")
+        _check_name(header, name, option_name("model"))
         found = infer_from_shapes(name, args, _cfg_of_tag(name, tag), header, limit=None)
         found = _with_note(found, f"architecture {name}, as given")
     else:
@@ -101,8 +101,8 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     stated, stated_args, cfg = _read_config(header)
     if hints.model is not None and _split_tag(hints.model)[0] != stated:
         raise CheckpointError(
-            f"{show(header.path.parent)}: its config.json says {stated}, --model says {hints.model}; "
-            f"leave --model out, or give the weights file {header.path.name} itself"
+            f"{show(header.path.parent)}: its config.json says {stated}, {option_name('model')} says "
+            f"{hints.model}; leave it out, or give the weights file {header.path.name} itself"
         )
     _check_name(header, stated, "config.json")
     args = {**stated_args, **args}
@@ -114,7 +114,7 @@ def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
     stated = record.identity
     wrong = []
     if hints.model is not None and _split_tag(hints.model)[0] != stated.architecture:
-        wrong.append(f"--model {hints.model} (it is {stated.architecture})")
+        wrong.append(f"{option_name('model', hints.model)} (it is {stated.architecture})")
     asked = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         asked["num_classes"] = hints.num_classes
@@ -137,7 +137,7 @@ def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any
     if not isinstance(architecture, str):
         raise CheckpointError(
             f"{where}: expected timm's config with an architecture, found keys {sorted(config)!r:.200}; "
-            f"give the weights file {header.path.name} itself, and --model NAME"
+            f"give the weights file {header.path.name} itself, and {option_name('model', 'NAME')}"
         )
     try:
         args = checked_model_args(config.get("model_args") or {})

@@ -12,7 +12,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import read_tensors
 from mhacut.checkpoint.names import to_model_names
 from mhacut.checkpoint.safetensors_file import safetensors_tensors
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
 
@@ -49,7 +49,8 @@ class LayerReader:
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
                     f"{show(self._path)}: tensor {key!r:.150} holds NaN or infinite values; the training "
-                    "that made it diverged, take an earlier checkpoint, or ask for shapes alone with --shapes"
+                    "that made it diverged, take an earlier checkpoint, or ask for shapes alone with "
+                    f"{option_name('shapes', True)}"
                 )
         try:
             _assign(module, {key: read[f"{name}.{key}"] for key in wanted})

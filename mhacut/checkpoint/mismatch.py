@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo, dtype_name
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 
 _MAX_NAMES = 5
 """Names of tensors in a message, of each kind of difference."""
@@ -19,7 +19,6 @@ _SELF_CONTRADICTION = (
     "prune the dense model again"
 )
 _ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
-_OTHER_IMAGES = "(For images of another size: --img-size, maybe with --model-arg dynamic_img_size=True)"
 _HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
 """Dimension of these tables that counts heads."""
 
@@ -65,7 +64,8 @@ def check_tensors(
             instead = f", not {missing[0]!r:.150}" if missing else ""
             raise CheckpointError(
                 f"{where}: its tensors do not fit {identity.architecture}: {counts}; most names are not that "
-                f"model's (it has {unexpected[0]!r:.150}{instead}): give --model the one the file is of"
+                f"model's (it has {unexpected[0]!r:.150}{instead}): give "
+                f"{option_name('model')} the one the file is of"
             )
         lines = [f"{where}: its tensors do not fit {_named(identity)}: {counts}"]
         lines += _listed("missing", missing)
@@ -117,28 +117,27 @@ def _hints(
     expected_blocks = {name.split(".")[1] for name in wanted if re.match(r"blocks\.\d+\.", name)}
     if of_blocks and blocks and blocks != expected_blocks:
         hints.append(
-            f"the file has {len(blocks)} blocks, expected {len(expected_blocks)}: "
-            f"--model-arg depth={len(blocks)}?"
+            f"the file has {len(blocks)} blocks, expected {len(expected_blocks)}: {_arg(depth=len(blocks))}?"
         )
     if "fc_norm.weight" in unexpected and "norm.weight" in missing:
-        hints.append("the file has fc_norm instead of norm: --model-arg global_pool=avg?")
+        hints.append(f"the file has fc_norm instead of norm: {_arg(global_pool='avg')}?")
     if any(re.match(r"head", name) for name in missing + unexpected + other):
         rows = found["head.weight"].shape[0] if "head.weight" in other else None
         if rows is None:
-            hints.append("the head differs: --num-classes (0 for no classifier)?")
+            hints.append(f"the head differs: {option_name('num_classes')} (0 for no classifier)?")
         elif rows != wanted["head.weight"].shape[0]:
-            hints.append(f"the head differs: --num-classes {rows}?")
+            hints.append(f"the head differs: {option_name('num_classes', rows)}?")
     if "patch_embed.proj.weight" in other and len(found["patch_embed.proj.weight"].shape) == 4:
         rows, channels, _, side = found["patch_embed.proj.weight"].shape
         expected = tuple(wanted["patch_embed.proj.weight"].shape)
         if side != expected[3]:
-            hints.append(f"the patch embedding differs: --model-arg patch_size={side}?")
+            hints.append(f"the patch embedding differs: {_arg(patch_size=side)}?")
         if channels != expected[1]:
-            hints.append(f"the patch embedding differs: --model-arg in_chans={channels}?")
+            hints.append(f"the patch embedding differs: {_arg(in_chans=channels)}?")
         if rows != expected[0]:
             hints.append(
-                f"the file is {rows} wide, expected {expected[0]}: another --model, "
-                f"or --model-arg embed_dim={rows} and num_heads=N, which no shape shows?"
+                f"the file is {rows} wide, expected {expected[0]}: another "
+                f"{option_name('model')}, or {_arg(embed_dim=rows, num_heads='N')}, which no shape shows?"
             )
     elif any(map(_ABOUT_POSITIONS.search, other)):
         hints.append(_hint_of_positions(wanted, found, other))
@@ -161,13 +160,20 @@ def _hint_of_positions(
         if head_dim is not None and len(found[name].shape) == wanted[name].dim():
             heads, expected = found[name].shape[head_dim], wanted[name].shape[head_dim]
             if heads != expected:
-                return f"{name} is of {heads} heads, expected {expected}: --model-arg num_heads=N?"
+                return f"{name} is of {heads} heads, expected {expected}: {_arg(num_heads='N')}?"
     if any("pos_embed" in name for name in other):
-        return f"the image size differs: --model-arg img_size=SIDE of the file? {_OTHER_IMAGES}"
+        found_by = f"the image size differs: {_arg(img_size='SIDE')} of the file?"
+    else:
+        found_by = f"the image or window size differs: {_arg(img_size='SIDE')} (or window_size) of the file?"
     return (
-        "the image or window size differs: --model-arg img_size=SIDE (or window_size=SIDE) of the file? "
-        f"{_OTHER_IMAGES}"
+        f"{found_by} (For images of another size: {option_name('img_size')}, maybe with "
+        f"{_arg(dynamic_img_size=True)})"
     )
+
+
+def _arg(**args: object) -> str:
+    """Return further arguments of ``timm.create_model`` in the notation of the reader."""
+    return option_name("model_args", args)
 
 
 def _without_number(name: str) -> str:

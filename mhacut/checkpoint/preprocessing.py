@@ -9,7 +9,7 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, UsageError
+from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.options.base import PreprocessingOptions
 from mhacut.surgery.flops import weightless
 from mhacut.surgery.info import model_input_size, patch_embedding
@@ -18,8 +18,8 @@ from mhacut.surgery.info import model_input_size, patch_embedding
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
     """Return the preprocessing that the slim file or timm's pretrained_cfg states, ``override`` on top.
 
-    Images of a slim file have the size it was cut for, which ``--img-size`` may have set, not the size that
-    its model has by default.
+    Images of a slim file have the size it was cut for, which the option ``img_size`` may have set, not the
+    size that its model has by default.
 
     Raises:
         UsageError: an override makes no sense, or is an image size the model does not take.
@@ -43,7 +43,7 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     size = override.img_size
     if size is not None and strict and built_for[1:] != (size, size):
         raise UsageError(
-            f"--img-size {size}: the model takes images of {built_for[1]}x{built_for[2]} only; "
+            f"{option_name('img_size', size)}: the model takes images of {built_for[1]}x{built_for[2]} only; "
             f"leave it out, or {_way_to_another_size(checkpoint, size)}"
         )
     resolved = Preprocessing.resolve(stated, built_for, override)
@@ -57,8 +57,8 @@ def _way_to_another_size(checkpoint: Checkpoint, size: int) -> str:
         return "prune the dense model again, built for that size"
     classes = type(checkpoint.skeleton).__mro__[:-1]
     if any("dynamic_img_size" in inspect.signature(cls).parameters for cls in classes):
-        return "build the model for other sizes with --model-arg dynamic_img_size=True"
-    return f"build the model for that size with --model-arg img_size={size}"
+        return f"build the model for other sizes with {option_name('model_args', {'dynamic_img_size': True})}"
+    return f"build the model for that size with {option_name('model_args', {'img_size': size})}"
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
     except (AssertionError, RuntimeError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"--img-size {size[1]}: the model takes images of {built_for[1]}x{built_for[2]} only "
-            f"({why:.200}); leave it out, or try to build the model for that size: "
-            f"--model-arg img_size={size[1]}"
+            f"{option_name('img_size', size[1])}: the model takes images of {built_for[1]}x{built_for[2]} "
+            f"only ({why:.200}); leave it out, or try to build the model for that size: "
+            f"{option_name('model_args', {'img_size': size[1]})}"
         ) from error

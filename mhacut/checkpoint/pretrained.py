@@ -10,7 +10,7 @@ from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_tensors
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
 from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 
 TIMM_PREFIX = "timm:"
 
@@ -26,7 +26,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         CheckpointError: timm has no such model or weights, or they are neither in its cache nor online.
     """
     if hints.model is not None:
-        raise CheckpointError(f"{source}: names its model already; leave --model out")
+        raise CheckpointError(f"{source}: names its model already; leave {option_name('model')} out")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
     _check_has_weights(source, name, architecture)
@@ -39,7 +39,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     if hints.num_classes not in (None, 0, pretrained_classes):
         raise CheckpointError(
             f"{source}: its classifier has {pretrained_classes} classes; one of {hints.num_classes} would be "
-            "random: leave --num-classes out, or fine-tune first and give that file"
+            f"random: leave {option_name('num_classes')} out, or fine-tune first and give that file"
         )
     identity = identity_of(model, architecture, args)
     set_resolved_preprocessing(model, identity, source)
@@ -65,7 +65,7 @@ def _check_has_weights(source: str, name: str, architecture: str) -> None:
         )
     if not timm.models.is_model_pretrained(architecture):
         raise CheckpointError(
-            f"{source}: timm has no pretrained weights of this model; give a file and --model"
+            f"{source}: timm has no pretrained weights of this model; give a file and {option_name('model')}"
         )
 
 
@@ -79,5 +79,5 @@ def _create(source: str, name: str, args: dict[str, Any]) -> Any:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{source}: its weights are not in the cache and could not be downloaded ({reason:.200}); "
-            "go online once, or give a file and --model"
+            f"go online once, or give a file and {option_name('model')}"
         ) from error

@@ -10,7 +10,7 @@ from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.checkpoint.infer import Identified, Shapes, infer_from_shapes, position_shapes
-from mhacut.errors import CheckpointError, MhacutError
+from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 
 SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
@@ -26,7 +26,7 @@ SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
     "flatten_swin": "layers.0.blocks.0.attn.positional_encoding",
 }
 """timm modules that are searched, and prefixes of a tensor name that each file of theirs has. Models of other
-modules need ``--model``."""
+modules need the option ``model``."""
 
 
 def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
@@ -55,14 +55,15 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     if not fits:
         raise CheckpointError(
             f"{where}: the model cannot be identified: no timm model of "
-            f"{', '.join(SEARCHED_FAMILIES)} has exactly its {len(header.tensors)} tensors; say --model NAME "
-            "(and --model-arg KEY=VALUE for what differs)"
+            f"{', '.join(SEARCHED_FAMILIES)} has exactly its {len(header.tensors)} tensors; give "
+            f"{option_name('model', 'NAME')} (and {option_name('model_args', {'KEY': 'VALUE'})} for "
+            "what differs)"
         )
     if len(fits) > 1:
         names = ", ".join(fit.identity.architecture for fit in fits)
         raise CheckpointError(
             f"{where}: the model cannot be identified from names and shapes, {len(fits)} fit: {names}; "
-            "say --model NAME (they may differ in heads, activation or preprocessing)"
+            f"give {option_name('model', 'NAME')} (they may differ in heads, activation or preprocessing)"
         )
     return fits[0]
 

@@ -20,7 +20,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
-from mhacut.errors import OutputError
+from mhacut.errors import OutputError, option_name
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
@@ -37,13 +37,15 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
     """Raise an :class:`OutputError` if the folder must not be written to."""
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file; --format timm writes a folder")
+        raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
     if input_path is not None and target.is_dir():
         for mine in (target, target / WEIGHTS):
             if mine.exists() and input_path.exists() and mine.samefile(input_path):
                 raise OutputError(f"{target}: is the input, which is never overwritten; choose another name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{target}: exists already; choose another name, or --overwrite")
+        raise OutputError(
+            f"{target}: exists already; choose another name, or {option_name('overwrite', True)}"
+        )
 
 
 def write_folder(

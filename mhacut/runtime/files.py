@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from mhacut.errors import OutputError
+from mhacut.errors import OutputError, option_name
 
 AnyPath = str | os.PathLike[str]
 
@@ -142,7 +142,9 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{show(target)}: is a directory; give the name of a file in it")
     if not overwrite:
-        raise OutputError(f"{show(target)}: exists already; choose another name, or --overwrite")
+        raise OutputError(
+            f"{show(target)}: exists already; choose another name, or {option_name('overwrite', True)}"
+        )
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         raise OutputError(
             f"{show(target)}: is not a regular file (a device, pipe or socket); choose another name"
@@ -158,7 +160,8 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
             _rename_to_unused(temporary, target)
         except FileExistsError:
             raise OutputError(
-                f"{show(target)}: was created by someone else meanwhile; choose another name, or --overwrite"
+                f"{show(target)}: was created by someone else meanwhile; choose another name, or "
+                f"{option_name('overwrite', True)}"
             ) from None
     sync_directory(target.parent)
 
