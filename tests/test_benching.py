@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import mhacut
 from helpers.cli import run
 from mhacut.commands import bench as benching
-from mhacut.commands.bench import _timing
+from mhacut.commands.bench import timing_of
 from mhacut.errors import MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
 from timm_cases import CASES, build
@@ -39,12 +39,12 @@ def test_times_are_seconds():
 def test_ratios_are_of_the_same_round():
     # The machine became three times slower for both on the way.
     first, own = [1.0, 1.0, 3.0, 3.0, 3.0], [0.5, 0.5, 1.5, 1.5, 1.5]
-    timing = _timing(4, own, first, flops=40, first_flops=100, peak_mib=None)
+    timing = timing_of(4, own, first, saved_flops=0.6, peak_mib=None)
     assert timing.ratio == pytest.approx(0.5)
     assert timing.saving_realised == pytest.approx(0.5 / 0.6)
     assert timing.median_ms == pytest.approx(1500)
     assert timing.runs == 5
-    assert _timing(4, first, first, flops=100, first_flops=100, peak_mib=None).saving_realised is None
+    assert timing_of(4, first, first, saved_flops=0, peak_mib=None).saving_realised is None
 
 
 def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_for(tmp_path):

@@ -87,7 +87,7 @@ def test_running_out_of_memory_names_the_batch_size() -> None:
         def forward(self, images):
             raise torch.OutOfMemoryError("no room")
 
-    with pytest.raises(MhacutError, match=r"too little memory for 4 images.*--batch-size"):
+    with pytest.raises(MhacutError, match=r"too little memory for 4 images.*batch_size"):
         evaluate(Hungry(), batches([0] * 6, 4), device=CPU)
 
 

@@ -12,7 +12,7 @@ from mhacut.cli.flags import command
 from mhacut.options.bench import BenchOptions
 
 if TYPE_CHECKING:
-    from mhacut.commands.bench import Benched, BenchResult, Timing
+    from mhacut.commands.bench import BenchedModel, BenchResult, Timing
 
 
 @command(BenchOptions)
@@ -52,7 +52,7 @@ def _text(result: BenchResult) -> str:
     )
 
 
-def _name(number: int, model: Benched) -> str:
+def _name(number: int, model: BenchedModel) -> str:
     return f"[{number}] {safe(model.source)}"
 
 

@@ -1,4 +1,4 @@
-"""``mhacut bench`` as a function: how fast checkpoints are beside each other, and what else they cost."""
+"""``mhacut bench`` as a function: time checkpoints beside each other, and measure what else they cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.pretrained import TIMM_PREFIX
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
@@ -34,53 +34,74 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import BenchKeywords
 
 ALIGNED = 8
-"""Widths of one more than a multiple of it ran 17-28 % slower than that multiple (DeiT-S, float32, CPU)."""
+"""Widths are best multiples of it: kernels are slower for a width of one more."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One checkpoint at one batch size."""
+    """Speed of one checkpoint at one batch size."""
 
     batch_size: int
     median_ms: float
-    """Per batch."""
+    """Median time of a batch."""
     spread_ms: float
     """Half of the range that holds the middle half of the runs."""
     ratio: float
     """Median of the ratios to the first checkpoint's run of the same round."""
     saving_realised: float | None
-    """Share of the saving in FLOPs against the first checkpoint that became time, 1 is all; None where no
-    FLOPs were saved."""
+    """Fraction of the FLOPs saved against the first checkpoint that became saved time; None where none were
+    saved."""
     peak_mib: float | None
-    """Of a process that reads the checkpoint and runs it, or of the GPU's memory while it ran; None where
-    that cannot be measured."""
+    """Peak memory of a process that reads the checkpoint and runs it, or of the GPU while it ran; None where
+    it cannot be measured."""
     runs: int
 
 
 @dataclass(frozen=True)
-class Benched:
-    """One checkpoint."""
+class BenchedModel:
+    """Costs of one checkpoint."""
 
     source: str
     architecture: str
     flops: int
     parameters: int
     file_bytes: int | None
-    """None for ``timm:NAME``."""
+    """Size of the file; None for ``timm:NAME``."""
     timings: tuple[Timing, ...]
-    """A batch size each."""
+    """Speed at each batch size."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What :func:`bench` measured."""
+    """Result of :func:`bench`."""
 
-    models: tuple[Benched, ...]
-    """In the order given; ratios are to the first."""
+    models: tuple[BenchedModel, ...]
+    """Checkpoints in the order given; ratios are to the first."""
     runtime: str
     dtype: str
     fused: bool
     device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A checkpoint, ready to be timed."""
+
+    checkpoint: Checkpoint
+    size: tuple[int, int, int]
+    """Input size, [C, H, W]."""
+    flops: int
+    program: Callable[[Tensor], object]
+    """Takes float32 images on the device."""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """Conditions that all checkpoints are timed under."""
+
+    options: BenchOptions
+    device: torch.device
     threads: int
 
 
@@ -101,172 +122,194 @@ def bench(
 
 
 def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
-    """:func:`bench` with its options in one object."""
-    if options.runtime == "onnx":
-        require_onnx("--runtime onnx")
-        if options.device not in ("auto", "cpu"):
-            raise UsageError(f"--device {options.device}: --runtime onnx is measured on the CPU only")
-    device = torch.device("cpu") if options.runtime == "onnx" else resolve_device(options.device)
+    """Run :func:`bench` with its options in one object."""
+    device = _device(options)
     reporter.start("reading")
-    loaded = [_read(path, options, reporter) for path in options.checkpoints]
-    sizes = _sizes(loaded, reporter)
-    flops = [measure_flops(one.model, size) for one, size in zip(loaded, sizes, strict=True)]
+    checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
+    sizes = _input_sizes(checkpoints, reporter)
     with _threads(options.threads) as threads:
-        programs = []
-        for number, (one, size) in enumerate(zip(loaded, sizes, strict=True)):
-            reporter.start(f"preparing {one.source}")
-            programs.append(_program(one.model, size, options, device, threads))
-            reporter.advance(number + 1, len(loaded))
-        timings: list[list[Timing]] = [[] for _ in loaded]
+        setup = _Setup(options, device, threads)
+        entries = []
+        for checkpoint, size in zip(checkpoints, sizes, strict=True):
+            reporter.start(f"preparing {checkpoint.source}")
+            flops = measure_flops(checkpoint.model, size)
+            entries.append(_Entry(checkpoint, size, flops, _program(checkpoint.model, size, setup)))
+            reporter.advance(len(entries), len(checkpoints))
+        timings = []
         for batch_size in options.batch_sizes:
             reporter.start(f"batch {batch_size}")
-            images = [fixed_images(batch_size, size).to(device) for size in sizes]
-            runs = [run_of(program, x) for program, x in zip(programs, images, strict=True)]
-            times = _timed(runs, options, device)
-            for index, one in enumerate(loaded):
-                peak = _peak_mib(one, runs[index], batch_size, sizes[index], options, device, threads)
-                timings[index].append(
-                    _timing(batch_size, times[index], times[0], flops[index], flops[0], peak)
-                )
+            timings.append(_timings(entries, batch_size, setup))
     models = tuple(
-        Benched(
-            source=one.source,
-            architecture=one.identity.architecture,
-            flops=count,
-            parameters=count_parameters(one.model),
-            file_bytes=None if one.path is None else one.path.stat().st_size,
-            timings=tuple(measured),
+        BenchedModel(
+            source=entry.checkpoint.source,
+            architecture=entry.checkpoint.identity.architecture,
+            flops=entry.flops,
+            parameters=count_parameters(entry.checkpoint.model),
+            file_bytes=None if entry.checkpoint.path is None else entry.checkpoint.path.stat().st_size,
+            timings=own,
         )
-        for one, count, measured in zip(loaded, flops, timings, strict=True)
+        for entry, own in zip(entries, zip(*timings, strict=True), strict=True)
     )
     return BenchResult(models, options.runtime, options.dtype, options.fused, str(device), threads)
 
 
-def _sizes(loaded: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
-    """Of the images of each; dense models take those that slim ones were cut for, if they can."""
-    sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in loaded]
-    cut_for = {size for one, size in zip(loaded, sizes, strict=True) if one.record is not None}
-    if len(cut_for) == 1:
-        (wanted,) = cut_for
-        for index, one in enumerate(loaded):
+def _device(options: BenchOptions) -> torch.device:
+    if options.runtime != "onnx":
+        return resolve_device(options.device)
+    runtime = option_name("runtime", "onnx")
+    require_onnx(runtime)
+    if options.device not in ("auto", "cpu"):
+        raise UsageError(f"{option_name('device', options.device)}: {runtime} is measured on the CPU only")
+    return torch.device("cpu")
+
+
+def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
+    named = str(path).startswith(TIMM_PREFIX)
+    checkpoint = read_model(path, model=None if named else options.model, model_args=options.model_args)
+    checkpoint.model.requires_grad_(False)
+    if checkpoint.record is not None:
+        odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % ALIGNED})
+        if odd:
+            reporter.log(
+                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are no multiples of {ALIGNED}, "
+                f"where kernels are fast: prune with {option_name('round_to', ALIGNED)}"
+            )
+    return checkpoint
+
+
+def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
+    """Return the input size of each; dense models take that of the slim ones, if they can."""
+    sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in checkpoints]
+    slim_sizes = {size for one, size in zip(checkpoints, sizes, strict=True) if one.record is not None}
+    if len(slim_sizes) == 1:
+        (wanted,) = slim_sizes
+        for index, one in enumerate(checkpoints):
             if one.record is None and sizes[index] != wanted:
                 with suppress(UsageError):
                     override = PreprocessingOptions(img_size=wanted[1])
                     sizes[index] = resolve_preprocessing(one, override).input_size
     if len(set(sizes)) > 1:
-        told = ", ".join(f"{one.source} {size[1]}x{size[2]}" for one, size in zip(loaded, sizes, strict=True))
-        reporter.log(f"images are not of one size ({told}): ratios are of sizes as well as of models")
+        listed = ", ".join(
+            f"{one.source} {size[1]}x{size[2]}" for one, size in zip(checkpoints, sizes, strict=True)
+        )
+        reporter.log(f"images are not of one size ({listed}): ratios are of sizes as well as of models")
     return sizes
 
 
-def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
-    bare = not str(path).startswith(TIMM_PREFIX)
-    loaded = read_model(path, model=options.model if bare else None, model_args=options.model_args or None)
-    loaded.model.requires_grad_(False)
-    if loaded.record is not None:
-        off = sorted({unit.width for unit in loaded.record.plan if unit.width % ALIGNED})
-        if off:
-            reporter.log(
-                f"{loaded.source}: widths {', '.join(map(str, off))} are no multiples of {ALIGNED}, where "
-                "kernels are fast: prune with --round-to 8"
-            )
-    return loaded
-
-
-def _program(
-    model: nn.Module, size: tuple[int, int, int], options: BenchOptions, device: torch.device, threads: int
-) -> Callable[[Tensor], object]:
-    """What is timed: takes float32 images on ``device``."""
+def _program(model: nn.Module, size: tuple[int, int, int], setup: _Setup) -> Callable[[Tensor], object]:
+    """Return the function to time, from float32 images on the device."""
+    options = setup.options
     if not options.fused:
         layers: Any = model.modules()
         for layer in layers:
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = False
     if options.runtime == "onnx":
-        return onnx_runner(model, size, options.dtype, threads=threads)
+        return onnx_runner(model, size, options.dtype, threads=setup.threads)
     dtype = DTYPES[options.dtype]
-    program: Callable[[Tensor], object] = model.to(device, dtype)
+    program: Callable[[Tensor], object] = model.to(setup.device, dtype)
     if options.runtime == "compile":
         program = torch.compile(model)
     return lambda images: program(images.to(dtype))
 
 
-def _timed(
-    runs: Sequence[Callable[[], object]], options: BenchOptions, device: torch.device
-) -> list[list[float]]:
+def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[Timing]:
+    """Time all checkpoints at one batch size."""
+    images = [fixed_images(batch_size, entry.size).to(setup.device) for entry in entries]
+    runs = [run_of(entry.program, x) for entry, x in zip(entries, images, strict=True)]
+    times = _times(runs, setup)
+    return [
+        timing_of(
+            batch_size,
+            own,
+            times[0],
+            saved_flops=1 - entry.flops / entries[0].flops,
+            peak_mib=_peak_mib(entry, run, batch_size, setup),
+        )
+        for entry, run, own in zip(entries, runs, times, strict=True)
+    ]
+
+
+def _times(runs: Sequence[Callable[[], object]], setup: _Setup) -> list[list[float]]:
     try:
-        return take_turns(runs, seconds=options.seconds, device=device)
+        return take_turns(runs, seconds=setup.options.seconds, device=setup.device)
     except Exception as error:
-        if options.runtime != "compile":
+        if setup.options.runtime != "compile":
             raise
         raise MhacutError(
-            f"--runtime compile: torch.compile failed ({type(error).__name__}: {error!s:.200}); on CPUs it "
-            "needs a C++ compiler"
+            f"{option_name('runtime', 'compile')}: torch.compile failed ({type(error).__name__}: "
+            f"{error!s:.200}); on CPUs it needs a C++ compiler"
         ) from error
 
 
-def _timing(
+def timing_of(
     batch_size: int,
     times: Sequence[float],
     first: Sequence[float],
-    flops: int,
-    first_flops: int,
+    *,
+    saved_flops: float,
     peak_mib: float | None,
 ) -> Timing:
+    """Summarise the runs of one checkpoint.
+
+    Args:
+        batch_size: images of a batch.
+        times: seconds of each run.
+        first: seconds of the first checkpoint's runs in the same rounds.
+        saved_flops: fraction of the first checkpoint's FLOPs that this one saves.
+        peak_mib: peak memory.
+    """
     low, _, high = statistics.quantiles(times, n=4)
     ratio = statistics.median(own / other for own, other in zip(times, first, strict=True))
-    saved = 1 - flops / first_flops
     return Timing(
         batch_size=batch_size,
         median_ms=1000 * statistics.median(times),
         spread_ms=1000 * (high - low) / 2,
         ratio=ratio,
-        saving_realised=(1 - ratio) / saved if saved > 0 else None,
+        saving_realised=(1 - ratio) / saved_flops if saved_flops > 0 else None,
         peak_mib=peak_mib,
         runs=len(times),
     )
 
 
-def _peak_mib(
-    loaded: Checkpoint,
-    run: Callable[[], object],
-    batch_size: int,
-    size: tuple[int, int, int],
-    options: BenchOptions,
-    device: torch.device,
-    threads: int,
-) -> float | None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, setup: _Setup) -> float | None:
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
         run()
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(setup.device) / 2**20
+    options = setup.options
     if options.runtime != "eager" or not sys.platform.startswith("linux"):
         return None
     job = {
-        "source": loaded.source,
-        "model": options.model,
-        "model_args": dict(options.model_args),
+        "options": {
+            "checkpoints": [entry.checkpoint.source],
+            "model": options.model,
+            "model_args": dict(options.model_args),
+            "dtype": options.dtype,
+            "fused": options.fused,
+        },
         "batch_size": batch_size,
-        "size": size,
-        "dtype": options.dtype,
-        "fused": options.fused,
-        "threads": threads,
+        "size": entry.size,
+        "threads": setup.threads,
     }
-    command = [sys.executable, "-c", "from mhacut.commands.bench import tell_peak; tell_peak()"]
-    told = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    return float(told.stdout.splitlines()[-1]) if told.returncode == 0 else None
+    command = [sys.executable, "-c", "from mhacut.commands.bench import write_peak_memory as f; f()"]
+    child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+    return float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
 
 
-def tell_peak() -> None:
-    """Of a process of its own: read a job from stdin, run the model once, tell the process's peak in MiB."""
+def write_peak_memory() -> None:
+    """Run one checkpoint once and write the peak memory of this process in MiB to stdout.
+
+    Called in a process of its own, which reads from stdin what to run.
+    """
     job = json.load(sys.stdin)
-    threads, source, batch_size = job.pop("threads"), job.pop("source"), job.pop("batch_size")
-    size = tuple(job.pop("size"))
-    torch.set_num_threads(threads)
-    options = BenchOptions.from_flat(checkpoints=(source,), **job)
-    loaded = _read(source, options, Silent())
-    cpu = torch.device("cpu")
-    run_of(_program(loaded.model, size, options, cpu, threads), fixed_images(batch_size, size))()
+    torch.set_num_threads(job["threads"])
+    options = BenchOptions.from_flat(**job["options"])
+    setup = _Setup(options, torch.device("cpu"), job["threads"])
+    (source,) = options.checkpoints
+    size = tuple(job["size"])
+    program = _program(_read(source, options, Silent()).model, size, setup)
+    run_of(program, fixed_images(job["batch_size"], size))()
     # getrusage would do, but a child starts with its parent's peak there.
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     status = dict(line.split(":", 1) for line in lines)

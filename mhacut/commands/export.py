@@ -1,4 +1,4 @@
-"""``mhacut export`` as a function: a checkpoint in, something that another program opens out."""
+"""``mhacut export`` as a function: write a checkpoint for another program, and compare what that computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
     from mhacut.options.keywords import ExportKeywords
 
-_TRIED = (1, 2, 5)
-"""Batch sizes at which a file for any number of images is tried."""
+_BATCH_SIZES = (1, 2, 5)
+"""Batch sizes at which a file for any batch size is compared."""
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference from the model in float32 that rounding explains, in units of the largest output."""
+"""Largest difference from the float32 model that rounding explains, in units of the largest output."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export` did."""
+    """Result of :func:`export`."""
 
     output: Path
     """The file, or the folder of format ``timm``."""
@@ -46,18 +46,18 @@ class ExportResult:
     """[C, H, W], normalised as ``preprocessing`` says."""
     fixed_batch: int | None
     preprocessing: Mapping[str, Any]
-    """Also in what was written."""
+    """Preprocessing of images; also stated in what was written."""
     file_bytes: int
-    """Of the file, or of those written into the folder."""
+    """Size of the file, or of the files written into the folder."""
     difference: Mapping[int, float]
-    """Per batch size tried: the largest difference of the output of what was written, run again, from the
-    model's, in units of the largest output."""
+    """Largest difference of the exported program's output from the model's at each batch size compared, in
+    units of the largest output."""
 
 
 def export(
     checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[ExportKeywords]
 ) -> ExportResult:
-    """Write a checkpoint, dense or slim, for another program, and compare what that program computes.
+    """Write a checkpoint, dense or slim, for another program, and compare what that computes.
 
     Args:
         checkpoint: whatever ``mhacut prune`` reads or writes.
@@ -71,9 +71,9 @@ def export(
 
 
 def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
-    """:func:`export` with its options in one object."""
+    """Run :func:`export` with its options in one object."""
     if options.format == "onnx":
-        require_onnx("--format onnx")
+        require_onnx(option_name("format", "onnx"))
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
@@ -87,7 +87,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
 
     def compare(run: Runner) -> None:
         reporter.start("comparing")
-        differences.update(_compared(model, run, size, options))
+        differences.update(_differences(model, run, size, options))
 
     def write(temporary: Path) -> None:
         about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
@@ -122,7 +122,7 @@ def _check(target: Path, options: ExportOptions, input_path: Path | None) -> Non
 
 
 def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says about itself: how to prepare images, and what was done to the model."""
+    """Return what a file states about itself: how to prepare images, and what was done to the model."""
     history = () if loaded.record is None else loaded.record.history
     return {
         "architecture": loaded.identity.architecture,
@@ -132,17 +132,17 @@ def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, An
 
 
 @torch.no_grad()
-def _compared(
+def _differences(
     model: nn.Module, run: Runner, size: tuple[int, int, int], options: ExportOptions
 ) -> dict[int, float]:
-    """Per batch size, how far ``run`` is from ``model``.
+    """Return the difference of ``run`` from ``model`` at each batch size, in units of the largest output.
 
     Raises:
-        MhacutError: farther than rounding explains.
+        MhacutError: it is more than rounding explains.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}
-    for count in _TRIED if options.fixed_batch is None else (options.fixed_batch,):
+    for count in _BATCH_SIZES if options.fixed_batch is None else (options.fixed_batch,):
         images = torch.randn(count, *size, generator=generator)
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
@@ -152,6 +152,6 @@ def _compared(
                 f"what was written for {options.format} differs from the model by {differences[count]:.1e} "
                 f"of the largest output at batch size {count}; at most {TOLERANCE[options.dtype]:g} was "
                 f"expected in {options.dtype}; nothing was written"
-                + ("; try --dtype float32" if options.dtype != "float32" else "")
+                + (f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else "")
             )
     return differences

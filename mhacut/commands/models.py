@@ -1,4 +1,4 @@
-"""Which models of timm can be cut: found by building each without weights and looking."""
+"""``mhacut models`` as a function: find out which models of timm can be cut, without their weights."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from mhacut.surgery.info import not_prunable
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One architecture of timm."""
+    """One architecture of timm, and what can be cut in it."""
 
     architecture: str
     attention: tuple[str, ...]
-    """Classes of attention that can be cut, wholly or in part; empty where it is refused."""
+    """Attention classes that can be cut, wholly or in part; empty where the architecture is refused."""
     kinds: tuple[str, ...]
-    """What can be cut: of ``qk``, ``v``, ``hidden``."""
+    """Kinds of channels that can be cut: ``qk``, ``v``, ``hidden``."""
     not_prunable: tuple[str, ...]
-    """What cannot, and why."""
+    """Units that cannot be cut, and why."""
     refusal: str | None
-    """Why nothing can; None where something can."""
+    """Why nothing can be cut; None where something can."""
     tags: tuple[str, ...]
-    """timm's pretrained weights."""
+    """Tags of timm's pretrained weights."""
     transformer: bool
-    """Whether there is attention in its body."""
+    """Whether there is attention in its body, pooling heads aside."""
 
 
 def catalogue(
     pattern: str = "*", progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[CatalogueEntry, ...]:
-    """What can be cut in each architecture whose name matches ``pattern``, in timm's order.
+    """List what can be cut in each architecture whose name matches ``pattern``, in timm's order.
 
     Args:
         pattern: as for ``timm.list_models``.
@@ -55,7 +55,7 @@ def catalogue(
 
 
 def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
-    """Timm's dense architectures whose names match ``pattern``, and the pretrained tags of each."""
+    """Return the pretrained tags of each of timm's dense architectures whose name matches ``pattern``."""
     tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name != NAME}
     for tagged in timm.list_pretrained():
         name, _, tag = tagged.partition(".")
@@ -65,7 +65,7 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
 
 
 def build_weightless(name: str) -> nn.Module:
-    """The architecture ``name`` of timm on the meta device."""
+    """Build the architecture ``name`` of timm on the meta device."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name)
@@ -73,7 +73,7 @@ def build_weightless(name: str) -> nn.Module:
 
 
 def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry:
-    """What can be cut in ``model``, which is the architecture ``name``, on any device."""
+    """Find out what can be cut in ``model``, the architecture ``name``, on any device."""
     try:
         prunable = find_prunable_layers(model)
     except UnsupportedModelError as error:

@@ -1,4 +1,4 @@
-"""Files that run without mhacut and timm: ONNX and ``torch.export``."""
+"""Write files that run without mhacut and timm: ONNX and ``torch.export``."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from mhacut.errors import MhacutError
 from mhacut.options.export import ExportOptions
 
 METADATA = "mhacut"
-"""Where an exported file holds, as JSON, what it says about itself."""
+"""Key of the JSON in an exported file that describes it."""
 INPUT, OUTPUT = "images", "logits"
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "timm": "-timm"}
-"""Of default names."""
+"""Endings of default output names."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_OPSET_TO_TIME = 18
+"""ONNX opset of models that are only timed, the default of ``mhacut export``."""
+
 Runner = Callable[[Tensor], Tensor]
+"""Runs an exported program: images [B, C, H, W] to outputs [B, classes], float32."""
 
 
-def require_onnx(flag: str) -> None:
-    """Raise a :class:`MhacutError` that says what to install, for ``flag``, unless it is there."""
+def require_onnx(option: str) -> None:
+    """Raise a :class:`MhacutError` that says what to install for ``option``, unless it is installed."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise MhacutError(
-            f"{flag} needs {', '.join(missing)}, not installed here: pip install 'mhacut[onnx]'"
+            f"{option} needs {', '.join(missing)}, not installed here: pip install 'mhacut[onnx]'"
         )
 
 
 class _InDtype(nn.Module):
-    """A model that computes in another dtype behind a float32 interface."""
+    """Model that computes in another dtype behind a float32 interface."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model.to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, classes], both float32."""
+        """Map images [B, C, H, W] to outputs [B, classes], both float32."""
         logits: Tensor = self.model(images.to(self.dtype))
         return logits.float()
 
 
 def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """``model``, or a copy that computes in ``dtype``; images and outputs are float32 either way."""
+    """Return ``model``, or a copy that computes in ``dtype``; images and outputs are float32 either way."""
     return model if dtype == "float32" else _InDtype(copy.deepcopy(model), DTYPES[dtype]).eval()
 
 
-def _traced(model: nn.Module, size: tuple[int, int, int], options: ExportOptions) -> tuple[Tensor, Any]:
-    """An example to trace with, and which of its sizes may change."""
+def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tensor, Any]:
+    """Return images to trace with, [B, C, H, W], and which of their sizes may change."""
     # Sizes 0 and 1 would be taken for constants.
-    images = torch.zeros(options.fixed_batch or 2, *size)
-    if options.fixed_batch is not None:
+    images = torch.zeros(fixed_batch or 2, *size)
+    if fixed_batch is not None:
         return images, None
     return images, ({0: torch.export.Dim("batch", min=1)},)
 
@@ -64,7 +68,7 @@ def _traced(model: nn.Module, size: tuple[int, int, int], options: ExportOptions
 def _pt2(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    images, shapes = _traced(model, size, options)
+    images, shapes = _example(size, options.fixed_batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
@@ -77,7 +81,7 @@ def _pt2(
 def _onnx(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    images, shapes = _traced(model, size, options)
+    images, shapes = _example(size, options.fixed_batch)
     content = _onnx_content(model, images, shapes, about, options.opset)
     return content, _onnx_runner(content)
 
@@ -115,12 +119,11 @@ def _onnx_runner(content: bytes, threads: int | None = None) -> Runner:
 
 
 def onnx_runner(model: nn.Module, size: tuple[int, int, int], dtype: str, *, threads: int) -> Runner:
-    """``model`` in ONNX Runtime on the CPU, for any number of images [B, C, H, W], float32."""
-    options = ExportOptions(checkpoint="", dtype=dtype)  # type: ignore[arg-type]
-    images, shapes = _traced(model, size, options)
-    content = _onnx_content(in_dtype(model, dtype), images, shapes, "{}", options.opset)
+    """Return a runner of ``model`` in ONNX Runtime on the CPU, for any batch size."""
+    images, shapes = _example(size, None)
+    content = _onnx_content(in_dtype(model, dtype), images, shapes, "{}", _OPSET_TO_TIME)
     return _onnx_runner(content, threads)
 
 
 RUNTIMES: Mapping[str, Callable[..., tuple[bytes, Runner]]] = {"onnx": _onnx, "pt2": _pt2}
-"""Per format: the content of a file, and a runner of it."""
+"""Functions that return the content of a file and a runner of it, by format."""

@@ -1,4 +1,4 @@
-"""A folder that timm opens, ``local-dir:`` or from the hub, with a card that says what was cut."""
+"""Write a folder that timm opens, as ``local-dir:`` or from the hub, with a card that says what was cut."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mhacut.data import Preprocessing
 from mhacut.errors import OutputError, option_name
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
+from mhacut.limits import is_int
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import sync, sync_directory, temporary_path
 from mhacut.surgery.flops import count_parameters, measure_flops
@@ -31,16 +32,22 @@ from mhacut.surgery.info import model_input_size
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
-"""The hub's identifiers."""
+"""Identifier of a license on the hub."""
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
-    """Raise an :class:`OutputError` if the folder must not be written to."""
+    """Raise an :class:`OutputError` if the folder must not be written to.
+
+    Args:
+        target: the folder.
+        overwrite: whether files in it may be replaced.
+        input_path: the checkpoint, which is never replaced.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
     if input_path is not None and target.is_dir():
-        for mine in (target, target / WEIGHTS):
-            if mine.exists() and input_path.exists() and mine.samefile(input_path):
+        for place in (target, target / WEIGHTS):
+            if place.exists() and input_path.exists() and place.samefile(input_path):
                 raise OutputError(f"{target}: is the input, which is never overwritten; choose another name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(
@@ -55,19 +62,19 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Make ``target`` a folder that timm opens: a new one whole or not at all, an old one file by file.
+    """Write a folder that timm opens: a new one whole or not at all, an old one file by file.
 
     Args:
-        target: the folder; of an existing one only the files of the same names are replaced.
-        loaded: the model, dense or slim.
-        preprocessing: of its images.
-        options: ``dtype`` and ``overwrite`` are heeded.
-        compare: called with what runs the folder as timm opens it; raises if that differs.
+        target: the folder; in an existing one, only files of the same names are replaced.
+        loaded: the checkpoint, dense or slim.
+        preprocessing: preprocessing of its images.
+        options: options of the command; ``dtype`` and ``overwrite`` are used.
+        compare: called with a runner of the model as timm opens it; raises if that differs.
 
     Raises:
         OutputError: it must not or cannot be written.
     """
-    model = _as_timm_makes_it(loaded)
+    model = _made_by_timm(loaded)
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
     target = Path(os.path.realpath(target))
     temporary = temporary_path(target)
@@ -93,8 +100,8 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_timm_makes_it(loaded: Checkpoint) -> Any:
-    """The model made by timm's factory, which notes the arguments that its writer writes."""
+def _made_by_timm(loaded: Checkpoint) -> Any:
+    """Build the model by timm's factory, which keeps the arguments that timm's writer needs."""
     identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
     arguments = dict(identity.model_args)
     built_for = model_input_size(loaded.model, identity.pretrained_cfg, arguments)
@@ -123,7 +130,7 @@ def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
 
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
-        for name, tensor in model.state_dict().items()  # some of one tensor
+        for name, tensor in model.state_dict().items()  # some share memory
     }
     save_file(tensors, path, {"format": "pt"})
 
@@ -141,7 +148,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _card(name: str, loaded: Checkpoint, preprocessing: Preprocessing) -> str:
-    """The model card, Markdown."""
+    """Return the model card, Markdown."""
     identity, record = loaded.identity, loaded.record
     flops = measure_flops(loaded.model, preprocessing.input_size)
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
@@ -172,16 +179,15 @@ def _card(name: str, loaded: Checkpoint, preprocessing: Preprocessing) -> str:
 
 
 def _before(record: SlimRecord | None) -> str:
-    """What the first step of a slim file's history says of the dense model; the file may hold anything."""
+    """Return the FLOPs of the dense model by a slim file's history, for the card; empty if not stated."""
     first = record.history[0].get("flops_before") if record is not None and record.history else None
-    told = isinstance(first, int) and 0 < first < 10**18
-    return f", dense {format_flops(first)}" if told and first is not None else ""
+    return f", dense {format_flops(first)}" if is_int(first) and 0 < first < 10**18 else ""
 
 
 def _usage(name: str, *, cut: bool) -> str:
     lines = ["```python", "import timm"]
     if cut:
-        lines.append("import mhacut  # pip install mhacut; tells timm of slim models")
+        lines.append("import mhacut  # pip install mhacut; registers slim models with timm")
     lines += [
         f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()',
         "data = timm.data.resolve_model_data_config(model)",
@@ -192,7 +198,7 @@ def _usage(name: str, *, cut: bool) -> str:
 
 
 def _widths(record: SlimRecord) -> str:
-    """What stays of every layer that was cut, as a table."""
+    """Return a table of the widths of every layer that was cut, Markdown."""
     lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
     lines.append("|---|---|---|---|---|---|")
     cut = [unit for unit in record.plan if not unit.keeps_all]

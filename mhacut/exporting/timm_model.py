@@ -1,8 +1,8 @@
 """Slim models in timm: ``timm.create_model("local-dir:DIR", pretrained=True)`` after ``import mhacut``.
 
-timm knows no architecture whose widths are free. This one is: it names a dense architecture and a cut, and
-builds the first, then makes the second. This module is imported while timm is, maybe in the middle of an
-import of ours, so ours are imported when a model is made.
+No architecture of timm has free widths. The one registered here has: its arguments name a dense architecture,
+which it builds, and a cut, which it makes. timm imports this module, maybe in the middle of an import of
+mhacut's, so modules of mhacut are imported when a model is made.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from timm.models import build_model_with_cfg, create_model, model_entrypoint, re
 from torch import Tensor, nn
 
 NAME = "mhacut_slim"
-_OF_FEATURES = ("features_only", "out_indices", "feature_cls", "feature_location")
-"""Arguments of timm's factories that only say how a model gives features."""
+_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls", "feature_location")
+"""Arguments of timm's factories that only say how a model returns features."""
 
 
 @register_model
 def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A dense model, cut. What ``mhacut export --format timm`` writes names it, with all arguments.
+    """Build a slim model, as named in the folders that ``mhacut export --format timm`` writes.
 
     Args:
         pretrained: load the weights of the folder it came from.
-        kwargs: ``base_architecture``, timm's name of the dense model; ``plan``, what stays of it, as
-            :meth:`mhacut.plan.Plan.to_json` gives it; the rest as for that architecture.
+        kwargs: ``base_architecture``, timm's name of the dense model; ``plan``, the channels that stay, as
+            :meth:`mhacut.plan.Plan.to_json` gives them; the rest as for that architecture.
 
     Raises:
-        CheckpointError: no such architecture, or a plan that does not fit it.
+        CheckpointError: timm has no such architecture.
+        PlanError: the plan is not for it.
     """
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
@@ -48,7 +49,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
     # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
     as_features = kwargs.get("features_only", False)
-    wanted = {name: kwargs.pop(name) for name in _OF_FEATURES if as_features and name in kwargs}
+    wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
     cut_to = Plan.from_json(kwargs["plan"])
     used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
 
@@ -72,17 +73,16 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Module:
-    """``features``, which timm made of the dense model, with what ``slim`` has in its place.
-
-    It has the modules up to the last level that is asked for, some under other names.
+    """Return ``features`` with the modules and tensors of ``slim`` in place of its own.
 
     Args:
-        features: of the dense model.
-        slim: the whole model.
-        layers: names of those that were cut.
+        features: timm's feature extractor of the dense model: its modules up to the last level that is
+            asked for, some under other names.
+        slim: the whole slim model.
+        layers: names of the layers that were cut.
 
     Raises:
-        CheckpointError: it has modules whose names are not known.
+        CheckpointError: ``features`` has modules whose names are not known.
     """
     from mhacut.errors import CheckpointError
 
@@ -91,7 +91,7 @@ def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Modul
     names = Counter(id(module) for _, module in named)
     modules = dict(features.named_modules(remove_duplicate=False))
     for name, module in named:
-        # Of a module with several names too, so that they stay those of one.
+        # Modules with several names too, so that those stay names of one module.
         if (id(module) in cut_layers or names[id(module)] > 1) and (place := _place(name, modules)):
             features.set_submodule(place, module)
     tensors = features.state_dict()
@@ -113,13 +113,13 @@ def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Modul
 
 
 def _place(name: str, names: Container[str]) -> str:
-    """What a module or tensor of a model is called where timm takes features of it; empty if it is gone."""
+    """Return the name of a module or tensor in timm's feature extractor; empty if it is not there."""
     flattened = name.replace(".", "_", 1)  # children of a sequence become children of the whole
     places = (name, f"model.{name}", f"body.{name}", flattened)
     return next((place for place in places if place in names), "")
 
 
 def _checkpoint_filter(base: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """What the dense family makes weights of another image size fit with."""
+    """Return the dense family's function that resizes weights of another image size."""
     family = sys.modules[model_entrypoint(base).__module__]
     return getattr(family, "checkpoint_filter_fn", None)

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on labelled images."""
+"""Measure the accuracy of a classifier on labelled images."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhacut.errors import DataError, MhacutError
+from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often a model was right."""
+    """Accuracy of a model on labelled images."""
 
     top1: float
     """Percent of images whose label is the model's first answer."""
     top5: float | None
-    """Percent of images whose label is among the first five; None for 5 classes or fewer, where it is 100."""
+    """Percent of images whose label is among the first five; None for 5 classes or fewer."""
     images: int
     seconds: float
     """Wall time, reading images included."""
@@ -39,7 +39,7 @@ def evaluate(
     amp: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
+    """Measure the top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
 
     Args:
         model: images [B, C, H, W] to logits [B, classes]; moved to ``device``.
@@ -67,7 +67,7 @@ def evaluate(
                 bad = int((~logits.isfinite()).any(dim=1).sum())
                 raise MhacutError(
                     f"the model's outputs are not finite for {bad} of {len(labels)} images of batch {done}; "
-                    "no accuracy is given" + (". Try without --amp" if amp else "")
+                    "no accuracy is given" + (f". Try without {option_name('amp')}" if amp else "")
                 )
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices  # [B, 5]
@@ -96,6 +96,7 @@ def _logits(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
         logits: Tensor = model(inputs)
     except torch.OutOfMemoryError:
         raise MhacutError(
-            f"{device} has too little memory for {len(inputs)} images at a time; use a smaller --batch-size"
+            f"{device} has too little memory for {len(inputs)} images at a time; use a smaller "
+            f"{option_name('batch_size')}"
         ) from None
     return logits

@@ -1,4 +1,4 @@
-"""How long models take, measured so that they can be compared."""
+"""Measure the latency of models so that they can be compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compare_latency(
     seconds: float = 3.0,
     device: torch.device,
 ) -> list[float]:
-    """Median milliseconds per batch of each model, in the order given; see :func:`take_turns`.
+    """Return the median milliseconds per batch of each model, in the order given; see :func:`take_turns`.
 
     Args:
         models: in eval mode; moved to ``device``.
@@ -37,15 +37,15 @@ def compare_latency(
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Images to time models on, [B, C, H, W].
+    """Return images to time models on, [B, C, H, W].
 
-    Noise: some kernels are slower on denormal or special numbers, which it does not have.
+    They are noise: some kernels are slower on denormal or special numbers, which noise does not have.
     """
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
 
 
 def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Callable[[], object]:
-    """One pass of ``images``, without gradients."""
+    """Return a function that runs ``model`` on ``images`` once, without gradients."""
 
     def run() -> object:
         with torch.inference_mode():
@@ -57,15 +57,15 @@ def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Cal
 def take_turns(
     runs: Sequence[Callable[[], object]], *, seconds: float, device: torch.device
 ) -> list[list[float]]:
-    """Seconds of every call of each of ``runs``, in the order given.
+    """Return the seconds of every call of each of ``runs``, in the order given.
 
     They take turns, and every other round runs backwards, so that a machine that slows down or warms up
-    slows all of them alike. Only differences between the runs of one call mean something.
+    slows all of them alike. Compare only times of one call of this function.
 
     Args:
         runs: what to time.
         seconds: for everything, after the warm-up; at least five rounds are run whatever they take.
-        device: it has finished before the clock is read.
+        device: where they compute; it is waited for before the clock is read.
     """
     for run in runs:
         for _ in range(_WARM_UP):
@@ -82,7 +82,7 @@ def take_turns(
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; a GPU has finished before the clock is read."""
+    """Return the seconds of one call, until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
