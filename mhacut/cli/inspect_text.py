@@ -84,7 +84,7 @@ def _layer(layer: LayerReport) -> str:
                 known = unit is not None and head < len(unit.heads)
                 cells += _findings(unit.heads[head]) if unit is not None and known else ["", "", ""]
         rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])
-    lines = [title, table(rows)]
+    lines = [*_filled(title, "  "), table(rows)]
     for unit in units:
         lines += _channels(unit)
     return "\n".join(lines)

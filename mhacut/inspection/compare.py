@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,23 +102,13 @@ def compare(
     if not math.isfinite(divergence):
         raise MhacutError(f"--compare {source}: the answers of one of the two are not finite numbers")
     channels, height, width = images.shape[1:]
-    dense_flops, slim_flops = (
-        measure_flops_by_module(model, (channels, height, width)) for model in (dense, slim)
-    )
+    flops = [measure_flops_by_module(model, (channels, height, width)) for model in (dense, slim)]
     return Comparison(
         dense=source,
-        flops=(dense_flops[""], slim_flops[""]),
+        flops=(flops[0][""], flops[1][""]),
         parameters=(count_parameters(dense), count_parameters(slim)),
         layers=tuple(
-            LayerComparison(
-                layer.name,
-                _widths(layer, prunable[1]),
-                (dense_flops.get(layer.name, 0), slim_flops.get(layer.name, 0)),
-                tallies[layer.name].own_error,
-                tallies[layer.name].error,
-                tallies[layer.name].agreement,
-            )
-            for layer in prunable[0].layers
+            _compare_layer(layer, prunable[1], flops, tallies[layer.name]) for layer in prunable[0].layers
         ),
         agreement=same / len(images) if gives_probabilities(dense) else None,
         divergence=divergence / len(images),
@@ -127,12 +117,18 @@ def compare(
     )
 
 
-def _widths(dense: Layer, slim: PrunableLayers) -> dict[UnitKind, tuple[int, int]]:
-    """Channels per head, dense and slim, of the units of ``dense`` that ``slim`` has too."""
+def _compare_layer(
+    layer: Layer, slim: PrunableLayers, flops: Sequence[Mapping[str, int]], tally: _Tally
+) -> LayerComparison:
+    """Compare one dense ``layer``; ``flops`` are those of both models, by module."""
     slim_units = {unit.key: unit for unit in slim.units()}
-    return {
-        unit.kind: (unit.width, slim_units[unit.key].width) for unit in dense.units if unit.key in slim_units
+    widths = {
+        unit.kind: (unit.width, slim_units[unit.key].width) for unit in layer.units if unit.key in slim_units
     }
+    dense_flops, slim_flops = (by_module.get(layer.name, 0) for by_module in flops)
+    return LayerComparison(
+        layer.name, widths, (dense_flops, slim_flops), tally.own_error, tally.error, tally.agreement
+    )
 
 
 class _Tally:

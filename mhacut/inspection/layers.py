@@ -136,8 +136,7 @@ def inspect_model(
     model, record = opened.skeleton, opened.record
     prunable = prunable or find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
-    countable = weightless(model) if not opened.has_weights else model
-    flops = measure_flops_by_module(countable, resolved.input_size)
+    flops = measure_flops_by_module(model if opened.has_weights else weightless(model), resolved.input_size)
     parameters = count_parameters(model)
     plans = {} if record is None else {unit.key: unit for unit in record.plan}
     layer_with_weights = _layer_reader(opened, needed=not shapes_only)
@@ -147,10 +146,7 @@ def inspect_model(
         if layer.adapter.family == "attention" and not shapes_only:
             with layer_with_weights(layer.name) as module:
                 findings = _findings(module, layer, evidence, ranked(layer.name))
-        units = {
-            unit.kind: _unit_report(unit, plans.get(unit.key), findings.get(unit.key, ()))
-            for unit in layer.units
-        }
+        units = {u.kind: _unit_report(u, plans.get(u.key), findings.get(u.key, ())) for u in layer.units}
         layers.append(_layer_report(model, layer, units, flops, parameters))
         if progress is not None:
             progress(done, len(prunable.layers))
