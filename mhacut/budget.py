@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from mhacut.errors import UsageError
+from mhacut.errors import UsageError, option_name
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT%]?)")
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -41,9 +41,10 @@ class Budget:
             relative = match["unit"] == "%"
             value = float(match["number"]) * (0.01 if relative else _UNITS[match["unit"]])
         if match is None or not 0 < value < float("inf"):
-            raise UsageError(f"--flops {text!r} is not a budget; write 2.0G, 600M, 2e9 or 50%")
+            raise UsageError(f"{option_name('flops', text)} is not a budget; write 2.0G, 600M, 2e9 or 50%")
         if relative and value > 1:
-            raise UsageError(f"--flops {text!r} is more than the model has; a share is at most 100%")
+            asked = option_name("flops", text)
+            raise UsageError(f"{asked} is more than the model has; a share is at most 100%")
         return cls(text, value, relative)
 
     def flops(self, dense: int) -> int:

@@ -84,9 +84,9 @@ def test_no_hook_is_left():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"depth": 1}, "--compare other: .*has 2 of 4 .the first that only one has is blocks.1.attn"),
-        ({"num_heads": 6}, "--compare other: blocks.0.attn has 6 heads there, 3 in the checkpoint"),
-        ({"num_classes": 3}, "--compare other: it gives 3 numbers an image, the checkpoint 7"),
+        ({"depth": 1}, "compare='other': .*has 2 of 4 .the first that only one has is blocks.1.attn"),
+        ({"num_heads": 6}, "compare='other': blocks.0.attn has 6 heads there, 3 in the checkpoint"),
+        ({"num_classes": 3}, "compare='other': it gives 3 numbers an image, the checkpoint 7"),
     ],
 )
 def test_another_model_is_refused(args, message):

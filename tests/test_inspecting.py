@@ -169,7 +169,7 @@ def test_sorted_layers_fall(slim_of, sort):
         ({"shapes": True, "sort": "rank"}, "sort='rank': is not known from shapes alone"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
         ({"calibration_images": 5}, "calibration_images=5: there are no images"),
-        ({"layer": "blocks.7.*"}, r"--layer blocks.7.\*: no layer of that name; there are blocks.0.attn"),
+        ({"layer": "blocks.7.*"}, r"layer='blocks.7.\*': no layer of that name; there are blocks.0.attn"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny_vit, given, message):

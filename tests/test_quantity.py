@@ -26,7 +26,7 @@ def test_budgets_as_people_write_them(text, flops):
     ["2,0G", "nan", "inf", "0", "0%", "-1G", "", "2GB", "2.0 G", "G", "1e400", "150%", "50 %", "0x10", "²G"],
 )
 def test_anything_else_is_refused_with_the_forms_that_work(text):
-    with pytest.raises(UsageError, match=r"--flops"):
+    with pytest.raises(UsageError, match=r"flops="):
         Budget.parse(text)
 
 

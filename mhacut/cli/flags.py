@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -98,7 +99,8 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
             return "--no-" + flag.removeprefix("--")
         if isinstance(given, Mapping):
             return " ".join(f"{flag} {key}={part}" for key, part in given.items())
-        return f"{flag} {','.join(map(str, given)) if isinstance(given, tuple | list) else given}"
+        text = ",".join(map(str, given)) if isinstance(given, tuple | list) else str(given)
+        return f"{flag} {shlex.quote(text)}"
 
     return write
 

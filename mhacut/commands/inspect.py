@@ -12,7 +12,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import CalibrationImages, calibration_images
-from mhacut.errors import UsageError
+from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare
 from mhacut.inspection.dense import read_dense
 from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
@@ -110,7 +110,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
 
 def _check_outputs(options: InspectOptions) -> None:
     if options.png is not None:
-        need("--png", "matplotlib", "plot")
+        need(option_name("png"), "matplotlib", "plot")
     for path in (options.html, options.png):
         if path is not None:
             check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
@@ -128,7 +128,8 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
     if not wanted:
         shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
         raise UsageError(
-            f"--layer {pattern}: no layer of that name; there are {shown} (quote patterns: 'blocks.1*.attn')"
+            f"{option_name('layer', pattern)}: no layer of that name; there are {shown} "
+            "(quote patterns: 'blocks.1*.attn')"
         )
     return wanted
 

@@ -15,7 +15,7 @@ from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate
 from mhacut.data.synthetic import synthetic_images
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions
 
 
@@ -60,7 +60,7 @@ def calibration_images(
         UsageError: ``count`` below 1.
     """
     if count < 1:
-        raise UsageError(f"--calibration-images {count}: expected at least 1")
+        raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
     if data.dataset is not None:
         return _from_named(preprocessing, data, count, seed, num_classes, use_labels)
     if data.data_dir is not None:
@@ -79,16 +79,17 @@ def _from_folder(
     use_labels: bool,
 ) -> CalibrationImages:
     assert data.data_dir is not None
-    folder = scan(find_folder(data.data_dir, data.train_split, "--train-split"))
+    folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
     if not folder.images:
         raise DataError(
             f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}. "
-            "Without --data-dir, synthetic images serve"
+            f"Without {option_name('data_dir')}, synthetic images serve"
         )
     labelled = use_labels and any(folder.names)
     labels = [-1] * len(folder.images)
     if labelled:
-        labels = label_images(folder, data.class_map, num_classes, ", or leave labels out with --no-labels")
+        hint = f", or leave labels out with {option_name('labels', False)}"
+        labels = label_images(folder, data.class_map, num_classes, hint)
     files = ImageFiles(folder.path, folder.images, labels, preprocessing)
     return _choose(files, folder.names, count, seed, f"under {folder.path.name}/", labelled)
 
@@ -138,14 +139,14 @@ def _from_named(
     if isinstance(opened, IterableDataset):
         samples = list(NamedStream(opened, count, preprocessing))
         if not samples:
-            raise DataError(f"--dataset {name}, split {split!r}: gave no images")
+            raise DataError(f"{option_name('dataset', name)}, split {split!r}: gave no images")
         images, labels, _ = collate(samples)
         with_labels = "with labels" if use_labels else "without labels"
         description = f"the first {len(labels)} images {where}, shuffled ({with_labels})"
         chosen = CalibrationImages(images, labels, description)
     else:
         if not len(opened):
-            raise DataError(f"--dataset {name}, split {split!r}: holds no images")
+            raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
         everything = NamedImages(name, opened, range(len(opened)), preprocessing)
         chosen = _choose(everything, targets_of(opened), count, seed, where, use_labels)
     if not use_labels or chosen.labels is None:
@@ -153,7 +154,8 @@ def _from_named(
     low, high = int(chosen.labels.min()), int(chosen.labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         raise DataError(
-            f"--dataset {name}: label {low if low < 0 else high} is not a class of the model's head "
-            f"({num_classes} classes). Map them with --class-map, or leave labels out with --no-labels"
+            f"{option_name('dataset', name)}: label {low if low < 0 else high} is not a class of the model's "
+            f"head ({num_classes} classes). Map them with {option_name('class_map')}, or leave labels out "
+            f"with {option_name('labels', False)}"
         )
     return chosen

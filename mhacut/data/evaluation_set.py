@@ -17,7 +17,7 @@ from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
 from mhacut.data.workers import outlive_first_signal, start_reading
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 
 
@@ -70,7 +70,8 @@ class EvaluationLoader:
             if low < 0 or (self._num_classes is not None and high >= self._num_classes):
                 raise DataError(
                     f"{self.description}: found label {low if low < 0 else high}, the model's head has "
-                    f"{self._num_classes} classes, counted from 0. Map the classes with --class-map"
+                    f"{self._num_classes} classes, counted from 0. Map the classes with "
+                    f"{option_name('class_map')}"
                 )
             yield images, labels
         if bad:
@@ -117,7 +118,9 @@ def evaluation_loader(
     elif data.data_dir is not None:
         chosen = _from_folder(preprocessing, data, num_classes, limit, part)
     else:
-        raise UsageError("nothing to evaluate on: give --data-dir or --dataset")
+        raise UsageError(
+            f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
+        )
     return EvaluationLoader(
         chosen.samples,
         total=chosen.total,
@@ -151,7 +154,7 @@ def _from_folder(
     part: tuple[int, int],
 ) -> _Chosen:
     assert data.data_dir is not None
-    folder = scan(find_folder(data.data_dir, data.val_split, "--val-split"))
+    folder = scan(find_folder(data.data_dir, data.val_split, "val_split"))
     if not folder.images:
         raise DataError(f"{folder.path}: no images; folders there: {listed(folder.classes)}")
     if not any(folder.names):
@@ -180,7 +183,9 @@ def _from_named(
     first, step = part
     if isinstance(opened, IterableDataset):
         if step > 1:
-            raise DataError(f"--dataset {name}: is a stream, which several processes cannot share")
+            raise DataError(
+                f"{option_name('dataset', name)}: is a stream, which several processes cannot share"
+            )
         total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images of {name} {split}"

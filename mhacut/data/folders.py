@@ -13,7 +13,7 @@ from pathlib import Path
 
 from timm.utils.misc import natural_key
 
-from mhacut.errors import DataError
+from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -78,7 +78,7 @@ def listed(names: Sequence[str]) -> str:
     return (", ".join(names[:_LISTED]) + more) or "none"
 
 
-def find_folder(data_dir: PathLike, split: str, flag: str) -> Path:
+def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
     """Return the folder to read for ``split``: its own, or ``data_dir`` itself if that holds no splits.
 
     ``data_dir`` itself serves only for ``train`` and ``val``, which are the defaults: any other split was
@@ -87,23 +87,24 @@ def find_folder(data_dir: PathLike, split: str, flag: str) -> Path:
     Args:
         data_dir: folder with splits, or with images.
         split: name of the split.
-        flag: flag that chooses the split, for messages.
+        option: name of the option that chooses the split, for messages.
 
     Raises:
         DataError: no such directory, a root of other splits, or no such split.
     """
     root = Path(data_dir)
     if not root.exists():
-        raise DataError(f"{root}: no such directory (--data-dir)")
+        raise DataError(f"{root}: no such directory ({option_name('data_dir')})")
     if not root.is_dir():
-        raise DataError(f"{root}: is a file; --data-dir expects a directory with images")
+        raise DataError(f"{root}: is a file; {option_name('data_dir')} expects a directory with images")
     folder = split_folder(root, split)
     if folder is not None:
         return folder
     folders = subfolders(root)
     if split not in SPLIT_NAMES or any(_is_split_name(name) for name in folders):
         raise DataError(
-            f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with {flag}"
+            f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with "
+            f"{option_name(option)}"
         )
     return root
 
@@ -137,19 +138,20 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: class map cannot be read: {error} (--class-map)") from None
+        raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
     while lines and not lines[-1].strip():
         lines.pop()
     names = [line.strip() for line in lines]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise DataError(
-            f"{path}: class map names {twice[0]!r} twice; expected one class a line (--class-map)"
+            f"{path}: class map names {twice[0]!r} twice; expected one class a line "
+            f"({option_name('class_map')})"
         )
     if num_classes is not None and len(names) != num_classes:
         raise DataError(
             f"{path}: class map names {len(names)} classes, the model's head has {num_classes}; "
-            "expected one class a line in the head's order (--class-map)"
+            f"expected one class a line in the head's order ({option_name('class_map')})"
         )
     return {name: index for index, name in enumerate(names)}
 
@@ -177,19 +179,21 @@ def label_images(folder: Folder, class_map: PathLike | None, num_classes: int | 
         unknown = [name for name in folder.classes if name not in index and name not in folder.empty]
         if unknown:
             raise DataError(
-                f"{folder.path}: class folders not in {class_map}: {listed(unknown)} (--class-map)"
+                f"{folder.path}: class folders not in {class_map}: {listed(unknown)} "
+                f"({option_name('class_map')})"
             )
         return [index[name] for name in folder.names]
     if folder.empty:
         raise DataError(
             f"{folder.path}: class folders without images: {listed(folder.empty)}; without them the classes "
-            "after them would shift. Fill them, or name the classes in the head's order with --class-map"
+            "after them would shift. Fill them, or name the classes in the head's order with "
+            f"{option_name('class_map')}"
         )
     if num_classes is not None and len(folder.classes) != num_classes:
         raise DataError(
             f"{folder.path}: {len(folder.classes)} class folders ({listed(folder.classes)}), "
             f"the model's head has {num_classes} classes. Name the classes in the head's order with "
-            f"--class-map{hint}"
+            f"{option_name('class_map')}{hint}"
         )
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]

@@ -15,7 +15,7 @@ from mhacut.data.folders import read_class_map
 from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
 from mhacut.data.shards import by_index
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 
 _EXTRAS = {
@@ -109,10 +109,10 @@ def open_named(
         UsageError: timm knows no such name, or ``data.class_map`` cannot be used with it.
     """
     name = str(data.dataset)
-    kind = _kind(name)
+    kind, asked = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
     if kind == "torch" and mapped is not None:
-        raise UsageError(f"--dataset {name}: torchvision's datasets take no --class-map")
+        raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
     root = None if data.data_dir is None else os.fspath(data.data_dir)
     streamed = {} if kind in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
     try:
@@ -120,14 +120,14 @@ def open_named(
     # Whatever a third party's loader raises, from a refused connection to an assertion, says what is wrong.
     except Exception as error:
         raise DataError(
-            f"--dataset {name}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "
-            "(splits are chosen with --train-split and --val-split)"
+            f"{asked}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "
+            f"(splits are chosen with {option_name('train_split')} and {option_name('val_split')})"
         ) from error
     known = _class_count(opened)
     if check_classes and mapped is None and num_classes is not None and known not in (None, num_classes):
         raise DataError(
-            f"--dataset {name}: {known} classes, the model's head has {num_classes}. "
-            "Name the classes in the head's order with --class-map"
+            f"{asked}: {known} classes, the model's head has {num_classes}. "
+            f"Name the classes in the head's order with {option_name('class_map')}"
         )
     return (by_index(opened) or opened) if kind == "wds" else opened
 
@@ -139,16 +139,17 @@ def _kind(name: str) -> str:
         UsageError: no such prefix.
         DataError: the package that it needs is missing.
     """
+    asked = option_name("dataset", name)
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
     if not (slash and rest) or prefix not in (*_EXTRAS, "torch"):
         raise UsageError(
-            f"--dataset {name!r}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
-            "for a folder use --data-dir"
+            f"{asked}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
+            f"for a folder use {option_name('data_dir')}"
         )
     module, package = _EXTRAS.get(prefix, ("torchvision", "torchvision"))
     if importlib.util.find_spec(module) is None:
-        raise DataError(f"--dataset {name}: needs the package {module}; pip install '{package}'")
+        raise DataError(f"{asked}: needs the package {module}; pip install '{package}'")
     return prefix
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.limits import MAX_CROP_PCT, too_large
 from mhacut.options.base import PreprocessingOptions
 
@@ -44,10 +44,10 @@ class Preprocessing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
         if len(self.input_size) != 3 or min(self.input_size) < 1:
-            raise DataError(f"input size {self.input_size}: expected (channels, height, width) (--img-size)")
+            raise DataError(f"input size {self.input_size}: expected (channels, height, width)")
         fault = too_large(self.input_size)
         if fault:
-            raise DataError(f"input size {self.input_size}: {fault} (--img-size)")
+            raise DataError(f"input size {self.input_size}: {fault}")
         channels = self.input_size[0]
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -57,18 +57,15 @@ class Preprocessing:
                 kind = "positive " if name == "std" else ""
                 raise DataError(
                     f"{name} {getattr(self, name)}: expected {channels} {kind}number(s) for "
-                    f"{channels} channel(s), in units of a pixel range of 0..1 (--{name})"
+                    f"{channels} channel(s), in units of a pixel range of 0..1"
                 )
             object.__setattr__(self, name, values)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
         if not 0 < self.crop_pct <= MAX_CROP_PCT:
-            raise DataError(
-                f"crop_pct {self.crop_pct}: expected above 0, at most {MAX_CROP_PCT} (--crop-pct)"
-            )
+            raise DataError(f"crop_pct {self.crop_pct}: expected above 0, at most {MAX_CROP_PCT}")
         if self.interpolation not in _INTERPOLATIONS:
             raise DataError(
-                f"interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)} "
-                "(--interpolation)"
+                f"interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}"
             )
         if self.crop_mode not in _CROP_MODES:
             raise DataError(f"crop_mode {self.crop_mode!r}: expected one of {', '.join(_CROP_MODES)}")
@@ -128,8 +125,9 @@ class Preprocessing:
         except (TypeError, ValueError) as error:  # the record may come from an untrusted file
             raise DataError(f"preprocessing: {error}") from None
         except DataError as error:
-            if explicit or overrides.img_size is not None:
-                raise UsageError(str(error)) from None
+            given = overrides.changed()
+            if given:
+                raise UsageError(f"{error} ({', '.join(map(option_name, given))})") from None
             raise
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +164,8 @@ class Preprocessing:
         if self.input_size[0] not in (1, 3):
             raise DataError(
                 f"the model takes images of {self.input_size[0]} channels; pictures are read with 1 or 3. "
-                "Leave --data-dir and --dataset out: synthetic images serve to prune it"
+                f"Leave {option_name('data_dir')} and {option_name('dataset')} out: synthetic images serve "
+                "to prune it"
             )
         made: Transform = create_transform(
             input_size=self.input_size,

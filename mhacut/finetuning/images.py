@@ -21,7 +21,7 @@ from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
 from mhacut.data.workers import outlive_first_signal, start_reading
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
@@ -87,8 +87,8 @@ def training_images(
     if data.dataset is not None:
         return _named(data, preprocessing, transform, num_classes, use_labels)
     if data.data_dir is None:
-        raise UsageError("nothing to train on: give --data-dir DIR or --dataset NAME")
-    folder = scan(find_folder(data.data_dir, data.train_split, "--train-split"))
+        raise UsageError(f"nothing to train on: give {option_name('data_dir')} or {option_name('dataset')}")
+    folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
     if not folder.images:
         raise DataError(
             f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}"
@@ -97,11 +97,12 @@ def training_images(
     if need_labels and not labelled:
         raise DataError(
             f"{folder.path}: images without class folders, so without labels; "
-            "give a --teacher, or put them in <class>/<image>"
+            f"give a {option_name('teacher')}, or put them in <class>/<image>"
         )
     labels = [-1] * len(folder.images)
     if labelled:
-        labels = label_images(folder, data.class_map, num_classes, ", or leave labels out with --no-labels")
+        hint = f", or leave labels out with {option_name('labels', False)}"
+        labels = label_images(folder, data.class_map, num_classes, hint)
     with_labels = "with labels" if labelled else "without labels"
     return TrainingImages(
         samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
@@ -123,12 +124,12 @@ def _named(
     opened = open_named(data, split, num_classes or None, check_classes=use_labels)
     if isinstance(opened, IterableDataset):
         raise DataError(
-            f"--dataset {name}: is a stream, which cannot be resumed at a step; "
+            f"{option_name('dataset', name)}: is a stream, which cannot be resumed at a step; "
             "bring its shards here as plain tar files, unpack it, or use hfds/"
         )
     count = len(opened)
     if not count:
-        raise DataError(f"--dataset {name}, split {split!r}: holds no images")
+        raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
     with_labels = "with labels" if use_labels else "without labels"
     return TrainingImages(
         samples=NamedImages(name, opened, range(count), preprocessing, transform),
@@ -166,7 +167,8 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
             re_count=options.recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        asked = f"--aa {options.aa}, --train-interpolation {options.train_interpolation}"
+        values = {"aa": options.aa, "train_interpolation": options.train_interpolation}
+        asked = ", ".join(option_name(name, value) for name, value in values.items() if value is not None)
         raise UsageError(f"{asked}: timm does not know this: {error}") from None
     return made
 
@@ -212,9 +214,10 @@ class StepBatches:
         self.count, self.batch_size, self.parts, self.seed = count, batch_size, parts, seed
         self.steps_per_epoch = count // (batch_size * parts)
         if self.steps_per_epoch == 0:
+            smaller = [option_name("batch_size")] + [option_name("grad_accum_steps")] * (parts > 1)
             raise DataError(
                 f"{count} images to train on are fewer than the {batch_size * parts} of one step; use a "
-                f"smaller --batch-size{' or --grad-accum-steps' if parts > 1 else ''}"
+                f"smaller {' or '.join(smaller)}"
             )
 
     def of_step(self, step: int) -> tuple[int, list[int]]:

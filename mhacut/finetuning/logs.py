@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from mhacut.errors import option_name
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import write_whole
 from mhacut.runtime.progress import Reporter
@@ -30,7 +31,7 @@ def check_logs(names: Sequence[str]) -> None:
     """Raise a :class:`MhacutError` that says what to install, if a log's package is missing."""
     for name in names:
         module, extra = _NEEDS[name]
-        need(f"--log {name}", module, extra)
+        need(option_name("log", name), module, extra)
 
 
 class _Log(Protocol):
@@ -81,7 +82,8 @@ class Logs:
         except Exception as error:  # third parties' disks, networks and accounts fail in many ways
             self._open.pop(name, None)
             self._reporter.log(
-                f"--log {name}: gave up, training goes on: {type(error).__name__}: {error!s:.200}"
+                f"{option_name('log', name)}: gave up, training goes on: "
+                f"{type(error).__name__}: {error!s:.200}"
             )
 
 

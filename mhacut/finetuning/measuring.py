@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
+from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.distributed import Processes
@@ -34,7 +35,8 @@ def validation_images(
         return None
     if not has_split(data, data.val_split):
         reporter.log(
-            f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} (--val-split)"
+            f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} "
+            f"({option_name('val_split')})"
         )
         return None
     return evaluation_loader(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from mhacut.errors import UsageError
+from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import AugmentationOptions
 from mhacut.pruning.distill import Divergence
 from mhacut.surgery.find import find_prunable_layers
@@ -160,8 +160,9 @@ def check_matching(student: Blocks, teacher: Blocks) -> None:
     """Raise a :class:`UsageError` unless both have the same blocks."""
     if student.names != teacher.names:
         raise UsageError(
-            f"--feature-weight: the teacher's blocks ({len(teacher.names)}, first {teacher.names[0]}) are "
-            f"not the slim model's ({len(student.names)}, first {student.names[0]}); leave the flag out"
+            f"{option_name('feature_weight')}: the teacher's blocks ({len(teacher.names)}, first "
+            f"{teacher.names[0]}) are not the slim model's ({len(student.names)}, first {student.names[0]}); "
+            "leave it out"
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from shlex import quote
 
-from mhacut.errors import Interrupted, MhacutError
+from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.images import Batch, training_loader
 from mhacut.finetuning.interrupt import StopRequest
 from mhacut.finetuning.logs import Logs
@@ -99,11 +99,11 @@ def _check_finite(run: Run, loss: float) -> None:
     kept = "nothing was saved yet"
     if run.progress.saved is not None:
         kept = f"{run.folder.path} keeps what was saved after step {run.progress.saved}"
-    advice = ", or go without --amp" if run.options.amp else ""
+    advice = f", or go without {option_name('amp')}" if run.options.amp else ""
     with run.processes.together():
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. "
-            f"Try a smaller --lr, or a --clip-grad{advice}"
+            f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}{advice}"
         )
 
 

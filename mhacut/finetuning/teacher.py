@@ -9,7 +9,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
 from mhacut.options.base import PathLike
@@ -98,12 +98,14 @@ def _checked_preprocessing(
     """Return the teacher's preprocessing; raise if its classes or image size differ from the slim model's."""
     found = classifier_size(loaded.model)
     if found != classes:
-        raise CheckpointError(f"--teacher {loaded.source}: has {found} classes, the slim model {classes}")
+        raise CheckpointError(
+            f"{option_name('teacher', loaded.source)}: has {found} classes, the slim model {classes}"
+        )
     # A file that does not state its preprocessing had that of the slim file.
     own = preprocessing if _is_bare(loaded) else resolve_preprocessing(loaded, options.preprocessing)
     if own.input_size != preprocessing.input_size:
         raise CheckpointError(
-            f"--teacher {loaded.source}: takes images of {own.input_size}, the slim model of "
+            f"{option_name('teacher', loaded.source)}: takes images of {own.input_size}, the slim model of "
             f"{preprocessing.input_size}; both see the same images"
         )
     return own

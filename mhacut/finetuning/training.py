@@ -17,7 +17,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.finetuning.images import Batch
 from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
@@ -197,7 +197,9 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
         if places:
             blocks.append(places)
     if rate > 0 and not blocks:
-        raise UsageError(f"--drop-path {rate}: this model has no stochastic depth; leave the flag out")
+        raise UsageError(
+            f"{option_name('drop_path', rate)}: this model has no stochastic depth; leave it out"
+        )
     for number, places in enumerate(blocks):
         share = rate * number / max(1, len(blocks) - 1)
         for module, name in places:
@@ -206,16 +208,17 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
 
 def _checkpoint_gradients(model: Any) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
-        raise UsageError("--grad-checkpointing: this model has none; leave the flag out")
+        raise UsageError(f"{option_name('grad_checkpointing', True)}: this model has none; leave it out")
     model.set_grad_checkpointing(True)
 
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     known = tuple(list_optimizers())
     if options.opt not in known:
-        raise UsageError(f"--opt: {unknown_option(options.opt, known)}")
+        raise UsageError(f"{option_name('opt', options.opt)}: {unknown_option(options.opt, known)}")
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise UsageError("--layer-decay: timm knows no order of this model's layers; leave the flag out")
+        asked = option_name("layer_decay", options.layer_decay)
+        raise UsageError(f"{asked}: timm knows no order of this model's layers; leave it out")
     try:
         made: torch.optim.Optimizer = create_optimizer_v2(
             model,
@@ -226,7 +229,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
             layer_decay=options.layer_decay,
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"--opt {options.opt}: cannot be made: {error}") from error
+        raise UsageError(f"{option_name('opt', options.opt)}: cannot be made: {error}") from error
     return made
 
 
@@ -236,9 +239,8 @@ def _schedule(
     """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
-        raise UsageError(
-            f"--warmup-epochs {options.warmup_epochs:g}: is {warmup} steps, the whole run {total_steps}"
-        )
+        asked = option_name("warmup_epochs", options.warmup_epochs)
+        raise UsageError(f"{asked}: is {warmup} steps, the whole run {total_steps}")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,
@@ -270,9 +272,10 @@ def check_precision(options: FinetuneOptions, device: torch.device) -> None:
     if not options.amp:
         return
     if device.type == "cpu" and options.amp_dtype == "float16":
-        raise UsageError("--amp-dtype float16: needs CUDA; CPUs have bfloat16")
+        raise UsageError(f"{option_name('amp_dtype', 'float16')}: needs CUDA; CPUs have bfloat16")
     if device.type == "cuda" and options.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise MhacutError("--amp: this GPU has no bfloat16; use --amp-dtype float16")
+        float16 = option_name("amp_dtype", "float16")
+        raise MhacutError(f"{option_name('amp', True)}: this GPU has no bfloat16; use {float16}")
 
 
 def repeatable(options: FinetuneOptions) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, option_name
 from mhacut.plan import UnitKind
 from mhacut.pruning.distill import Divergence
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -100,7 +100,8 @@ def compare(
             if progress is not None:
                 progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
-        raise MhacutError(f"--compare {source}: the answers of one of the two are not finite numbers")
+        compared = option_name("compare", source)
+        raise MhacutError(f"{compared}: the outputs of one of the two are not finite numbers")
     channels, height, width = images.shape[1:]
     flops = [measure_flops_by_module(model, (channels, height, width)) for model in (dense, slim)]
     return Comparison(
@@ -212,7 +213,7 @@ class _LayerHooks:
 def _check_same_classes(dense: Tensor, slim: Tensor, source: str) -> None:
     if dense.shape != slim.shape:
         raise MhacutError(
-            f"--compare {source}: it gives {dense.shape[-1]} numbers an image, the checkpoint "
+            f"{option_name('compare', source)}: it gives {dense.shape[-1]} numbers an image, the checkpoint "
             f"{slim.shape[-1]}; they were not trained for the same classes"
         )
 
@@ -223,7 +224,7 @@ def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> No
     if mine != theirs:
         odd = sorted(mine ^ theirs)[0]
         raise MhacutError(
-            f"--compare {source}: expected the layers of the checkpoint, of which it has "
+            f"{option_name('compare', source)}: expected the layers of the checkpoint, of which it has "
             f"{len(mine & theirs)} of {len(mine)} (the first that only one has is {odd}): "
             "give the dense model that the checkpoint was made from"
         )
@@ -231,6 +232,6 @@ def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> No
     for unit in slim.units():
         if heads.get(unit.key, unit.heads) != unit.heads:
             raise MhacutError(
-                f"--compare {source}: {unit.layer} has {heads[unit.key]} heads there, {unit.heads} in the "
-                "checkpoint: give the dense model that it was made from"
+                f"{option_name('compare', source)}: {unit.layer} has {heads[unit.key]} heads there, "
+                f"{unit.heads} in the checkpoint: give the dense model that it was made from"
             )

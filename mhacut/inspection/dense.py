@@ -6,7 +6,7 @@ from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import read_model, states_its_model
-from mhacut.errors import UsageError
+from mhacut.errors import UsageError, option_name
 from mhacut.options.base import PathLike
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import model_input_size
@@ -32,15 +32,14 @@ def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Chec
         args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
         stated = {"model": identity.architecture, "model_args": args}
     dense = read_model(source, **stated)
+    compared = option_name("compare", dense.source)
     if dense.identity.architecture != identity.architecture:
         raise UsageError(
-            f"--compare {dense.source}: expected the checkpoint's architecture, {identity.architecture}, "
+            f"{compared}: expected the checkpoint's architecture, {identity.architecture}, "
             f"found {dense.identity.architecture}; give the dense model that it was made from"
         )
     if opened.record is None and dense.record is not None:
-        raise UsageError(
-            f"--compare {dense.source}: is a slim file and {opened.source} is dense; give the slim one first"
-        )
+        raise UsageError(f"{compared}: is a slim file and {opened.source} is dense; give the slim one first")
     size, expected = (
         model_input_size(one.skeleton, one.identity.pretrained_cfg, one.identity.model_args)
         for one in (dense, opened)
@@ -48,7 +47,7 @@ def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Chec
     if size != expected:
         shown, wanted = ("x".join(map(str, each)) for each in (size, expected))
         raise UsageError(
-            f"--compare {dense.source}: takes images of {shown}, the checkpoint of {wanted}; give the "
+            f"{compared}: takes images of {shown}, the checkpoint of {wanted}; give the "
             "dense model that it was made from"
         )
     history = () if opened.record is None else opened.record.history

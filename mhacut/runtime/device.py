@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import MhacutError, UsageError, option_name
 
 
 def resolve_device(name: str) -> torch.device:
@@ -17,24 +17,21 @@ def resolve_device(name: str) -> torch.device:
         UsageError: not a device.
         MhacutError: CUDA was asked for and is not there.
     """
+    asked = option_name("device", name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+        raise UsageError(f"{asked} is not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise UsageError(f"{asked} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            raise MhacutError(
-                f"--device {name}: this machine has no usable CUDA GPU; use --device auto or cpu"
-            )
+            raise MhacutError(f"{asked}: this machine has no usable CUDA GPU; use auto or cpu")
         if device.index is not None and device.index >= count:
-            raise MhacutError(
-                f"--device {name}: this machine has {count} CUDA GPU(s), cuda:0 to cuda:{count - 1}"
-            )
+            raise MhacutError(f"{asked}: this machine has {count} CUDA GPU(s), cuda:0 to cuda:{count - 1}")
     return device
 
 
@@ -47,5 +44,6 @@ def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and "AVX512" not in capability:
         note(
-            "--amp: this processor has no bfloat16 of its own and takes many times longer for it; go without"
+            f"{option_name('amp', True)}: this processor has no bfloat16 of its own and takes many times "
+            "longer for it; go without"
         )

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhacut.errors import FailedElsewhere, UsageError
+from mhacut.errors import FailedElsewhere, UsageError, option_name
 from mhacut.runtime.device import resolve_device
 
 T = TypeVar("T")
@@ -133,7 +133,8 @@ def gathered(device: str) -> Iterator[Processes]:
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
-        raise UsageError(f"--device {device}: {size} processes cannot share it; use --device cuda")
+        asked = option_name("device", device)
+        raise UsageError(f"{asked}: {size} processes cannot share it; use {option_name('device', 'cuda')}")
     chosen = resolve_device(device)
     if chosen.type == "cuda":
         chosen = resolve_device(f"cuda:{local}")

@@ -39,6 +39,11 @@ def other_verbs() -> None:
     mhacut.save_model(nn.Linear(2, 2), "x.safetensors", like="slim.safetensors")
 
 
+def in_memory(model: nn.Module) -> None:
+    assert_type(mhacut.prune(model, flops="50%", model_args={"depth": 2}), mhacut.PruneResult)
+    assert_type(mhacut.evaluate(model, data_dir="images"), mhacut.EvaluateResult)
+
+
 def errors() -> mhacut.Plan | None:
     try:
         return mhacut.prune("vit.safetensors", flops="50%", dry_run=True).plan

@@ -1,0 +1,221 @@
+"""Options stated once: bounds, flat names, and how messages name them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+import mhacut
+from mhacut.cli.flags import flag_writer
+from mhacut.errors import UsageError, option_name, options_written_by
+from mhacut.options.base import LabelledImages
+from mhacut.options.bench import BenchOptions
+from mhacut.options.config import read_config
+from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.export import ExportOptions
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.generate import source_of
+from mhacut.options.inspect import InspectOptions
+from mhacut.options.models import ModelsOptions
+from mhacut.options.option import Option, Options, Panel, option
+from mhacut.options.prune import PruneOptions, SearchOptions
+
+COMMANDS = (
+    BenchOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FinetuneOptions,
+    InspectOptions,
+    ModelsOptions,
+    PruneOptions,
+)
+EVERY: list[Option] = [one for command in COMMANDS for one in command.options().values()]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"round_to": 0}, "round_to=0: expected at least 1"),
+        ({"round_to": 8.0}, "round_to=8.0: expected a whole number, at least 1"),
+        ({"round_to": "8"}, "round_to='8': expected a whole number, at least 1"),
+        ({"round_to": True}, "round_to=True: expected a whole number"),
+        ({"round_to": None}, "round_to=None: expected a value"),
+        ({"lr": float("nan")}, "lr=nan: expected above 0"),
+        ({"lr": float("inf")}, "lr=inf: expected above 0"),
+        ({"workers": -1}, "workers=-1: expected at least 0"),
+        ({"effort": "fastt"}, "effort='fastt': expected one of fast, balanced, best"),
+        ({"output": "x.pth"}, "output='x.pth': expected a name that ends in .safetensors"),
+        ({"output": Path("x.pth")}, "output='x.pth': expected a name"),
+        ({"data_dirr": "x"}, "no option 'data_dirr'; did you mean 'data_dir'?"),
+        ({"flops": None}, "flops=None: expected a value"),
+    ],
+)
+def test_errors_name_the_argument(values, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        PruneOptions.from_flat(**{"checkpoint": "a", "flops": "50%", **values})
+
+
+def test_what_must_be_given_is_asked_for():
+    with pytest.raises(UsageError, match=r"^flops is missing\. Budget: 2\.0G"):
+        PruneOptions.from_flat(checkpoint="a")
+
+
+def test_numbers_of_numpy_and_none_are_values():
+    made = PruneOptions.from_flat(
+        checkpoint="a", flops="50%", round_to=np.int64(4), lr=np.float32(0.5), gain_steps=None
+    )
+    assert made.round_to == 4
+
+
+def test_each_of_several_values_is_checked():
+    with pytest.raises(UsageError, match="batch_sizes=0: expected at least 1"):
+        BenchOptions(checkpoints=("a",), batch_sizes=(8, 0))
+    with pytest.raises(UsageError, match="checkpoints: expected at least one"):
+        BenchOptions(checkpoints=())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flat_values_make_the_same_options(command):
+    given = {"checkpoint": "a", "checkpoints": ("a", "b"), "flops": "50%"}
+    made = command.from_flat(**{name: value for name, value in given.items() if name in command.options()})
+    assert command.from_flat(**made.flat()) == made
+    assert list(made.flat()) == list(command.options())
+    assert {name: made.flat()[name] for name in command.defaults()} == command.defaults()
+
+
+def test_every_option_says_what_it_is():
+    for one in EVERY:
+        assert one.panel in get_args(Panel)
+        assert one.help.endswith("."), one.name
+        assert "--" not in one.help, f"{one.name}: flags are not spoken of in Python"
+        takes_value = one.kind is not bool and not one.choices
+        assert bool(one.metavar) == takes_value, one.name
+
+
+def test_bounds_hold_for_defaults():
+    for one in EVERY:
+        if not one.required:
+            one.check(one.default)
+
+
+def test_changed_leaves_groups_out():
+    made = PruneOptions.from_flat(checkpoint="a", flops="1G", model_args={"depth": 2}, steps=3)
+    assert set(made.changed()) == {"checkpoint", "flops", "model_args"}
+    assert made.search.changed() == ["steps"]
+    assert LabelledImages().changed() == []
+
+
+def test_a_subclass_checks_what_it_inherits():
+    @dataclass(frozen=True, kw_only=True)
+    class More(SearchOptions):
+        share: float = option(0.5, "Share.", panel="Result", metavar="X", above=0, below=1)
+
+    with pytest.raises(UsageError, match="steps=0"):
+        More(steps=0)
+    with pytest.raises(UsageError, match="share=1: expected above 0, below 1"):
+        More(share=1)
+    assert issubclass(More, Options)
+
+
+# --- messages ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument", "flag"),
+    [
+        (("data_dir",), "data_dir", "--data-dir"),
+        (("round_to", 0), "round_to=0", "--round-to 0"),
+        (("labels", False), "labels=False", "--no-labels"),
+        (("dry_run", True), "dry_run=True", "--dry-run"),
+        (("effort", "fast"), "effort='fast'", "--effort fast"),
+        (("mean", (0.5, 0.4)), "mean=(0.5, 0.4)", "--mean 0.5,0.4"),
+        (
+            ("output", Path("my run.safetensors")),
+            "output='my run.safetensors'",
+            "--output 'my run.safetensors'",
+        ),
+        (("model_args",), "model_args", "--model-arg"),
+        (("model_args", {"depth": 2}), "model_args={'depth': 2}", "--model-arg depth=2"),
+        (
+            ("teacher_model_args", {"depth": 2}),
+            "teacher_model_args={'depth': 2}",
+            "--teacher-model-arg depth=2",
+        ),
+        (("grad_accum_steps", 2), "grad_accum_steps=2", "--grad-accum-steps 2"),
+        (("checkpoint",), "checkpoint", "CHECKPOINT"),
+    ],
+)
+def test_options_are_arguments_in_python_and_flags_on_the_command_line(arguments, argument, flag):
+    assert option_name(*arguments) == argument
+    with options_written_by(flag_writer(PruneOptions.options())):
+        assert option_name(*arguments) == flag
+    assert option_name(*arguments) == argument
+
+
+def test_the_notation_is_python_s_again_after_an_error():
+    with pytest.raises(ValueError), options_written_by(flag_writer({})):
+        raise ValueError
+    assert option_name("seed") == "seed"
+
+
+PACKAGE = Path(mhacut.__file__).parent
+
+
+def sources() -> list[tuple[Path, ast.Module]]:
+    """Modules whose messages both Python and the command line show."""
+    of_flags = {PACKAGE / "options" / name for name in ("option.py", "config.py")}
+    paths = [path for path in PACKAGE.rglob("*.py") if "cli" not in path.parts and path not in of_flags]
+    return [(path, ast.parse(path.read_text())) for path in paths]
+
+
+def docstrings(module: ast.Module) -> set[int]:
+    bodies: list[Any] = [getattr(node, "body", None) for node in ast.walk(module)]
+    statements = [statement for body in bodies if isinstance(body, list) for statement in body]
+    return {id(one.value) for one in statements if isinstance(one, ast.Expr)}
+
+
+def test_no_message_writes_flags():
+    """But for whole commands, which are the same wherever they are read."""
+    flag = re.compile(r"(?<![\w-])--([a-z]|$)")
+    command = re.compile(r"mhacut (prune|finetune|export) |torchrun | --flops 50%|--colour: ")
+    for path, module in sources():
+        told = docstrings(module)
+        for node in ast.walk(module):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+                plain = command.search(node.value) or not flag.search(node.value)
+                assert plain, f"{path.name}:{node.lineno}: write flags by option_name()"
+
+
+def test_messages_name_options_that_exist():
+    known = {one.name for one in EVERY}
+    named = set()
+    for path, module in sources():
+        for node in ast.walk(module):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "option_name":
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    assert first.value in known, f"{path.name}:{node.lineno}: no option {first.value!r}"
+                    named.add(first.value)
+    assert len(named) > 30
+
+
+# --- YAML ---
+
+
+def test_a_flag_s_spelling_is_a_key(tmp_path):
+    (tmp_path / "run.yaml").write_text("teacher-model-arg: {depth: 2}\nscale: [0.5, 1]\nno-aug: true\n")
+    values = read_config(tmp_path / "run.yaml", FinetuneOptions.options(), "run.yaml")
+    assert values == {"teacher_model_args": {"depth": 2}, "scale": (0.5, 1.0), "aug": False}
+
+
+def test_sources_of_types():
+    shown = {one.name: source_of(one.type) for one in PruneOptions.options().values()}
+    assert shown["data_dir"] == "str | os.PathLike[str] | None"
+    assert shown["model_args"] == "Mapping[str, Any]"
+    assert shown["effort"] == 'Literal["fast", "balanced", "best"]'
