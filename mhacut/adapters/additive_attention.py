@@ -1,9 +1,13 @@
-"""SwiftFormer's additive attention: one query for all, of the queries' weighted sum, times every key.
+"""Attention without a matrix of weights: SwiftFormer's and MobileViTv2's. timm's own forwards take any width.
 
-Channel i of that sum meets channel i of the keys; what the projection of it gives at i is added to channel i
-of the queries and read. So channel i of queries, keys and projection are one, called qk; there is no v.
-Queries and keys have unit length over all channels: to go unnoticed a channel is zero in both, and is not
-read, since the projection writes there what it reads elsewhere.
+SwiftFormer: one query for all, of the queries' weighted sum, times every key. Channel i of that sum meets
+channel i of the keys; what the projection of it gives at i is added to channel i of the queries and read. So
+channel i of queries, keys and projection are one, called qk; there is no v. Queries and keys have unit length
+over all channels: to go unnoticed a channel is zero in both, and is not read, since the projection writes
+there what it reads elsewhere.
+
+MobileViTv2: one score per point, and a sum of keys weighted by it that scales every value. Channel i of k, of
+v and of the result are one, called v.
 """
 
 from __future__ import annotations
@@ -12,51 +16,55 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
+from timm.models.mobilevit import LinearSelfAttention
 from timm.models.swiftformer import EfficientAdditiveAttention
-from torch import Tensor, nn
 
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.projection import Projection
 from mhacut.plan import UnitKind
 
 
 class AdditiveAdapter(Adapter):
-    """timm's own forward takes any number of channels."""
+    """SwiftFormer's."""
 
     family = "attention"
     module_classes = (EfficientAdditiveAttention,)
 
     def heads(self, module: Any) -> int:
-        """Its heads are not told apart."""
+        """Return 1: its heads do not differ."""
         return 1
 
     def describe(self, name: str, module: Any) -> Layer:
-        query, key, proj, final = (
-            Projection.of(module, part) for part in ("to_query", "to_key", "proj", "final")
-        )
-        gated = (*query.rows(), *key.rows(), final.columns())
+        names = ("to_query", "to_key", "proj", "final")
+        query, key, proj, final = (Projection.of(module, part) for part in names)
+        scaled = (*query.rows(), *key.rows(), final.columns())
         qk = Unit(
             name,
             "qk",
             1,
             query.writes,
-            axes=(*gated, ChannelAxis("w_g", 0), *proj.rows(), proj.columns()),
-            scale_axes=gated,
-            hooks={"query": _of_unit_length("to_query"), "key": _of_unit_length("to_key")},
+            axes=(*scaled, ChannelAxis("w_g", 0), *proj.rows(), proj.columns()),
+            scale_axes=scaled,
+            hooks={
+                side: ActivationHook(f"to_{side}", "output", then=lambda _, x: F.normalize(x, dim=-1))
+                for side in ("query", "key")
+            },
             mixing="select",
         )
         return Layer(name, self, (qk,), channel_dim=1)
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        slim: nn.Module = module
-        return slim  # reads its width from its tensors
 
+class SeparableAdapter(Adapter):
+    """MobileViTv2's: rows of ``qkv_proj`` are [score | k | v]."""
 
-def _of_unit_length(projection: str) -> ActivationHook:
-    def normalised(module: Any, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1)
+    family = "attention"
+    module_classes = (LinearSelfAttention,)
 
-    return ActivationHook(projection, "output", then=normalised)
+    def describe(self, name: str, module: Any) -> Layer:
+        qkv, proj = Projection.of(module, "qkv_proj"), Projection.of(module, "out_proj")
+        written, value = (*qkv.rows(1), *qkv.rows(1 + proj.reads)), qkv.hook("output", 1 + proj.reads)
+        v = proj.unit(name, "v", (1, proj.reads), written, {"value": value})
+        return Layer(name, self, (v,), channel_dim=1)
 
-
-ADDITIVE_ATTENTION = (AdditiveAdapter(),)
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        module.embed_dim = widths["v"]

@@ -200,12 +200,13 @@ class Adapter(ABC):
     def describe(self, name: str, module: Any) -> Layer:
         """The units of ``module`` and what of it must stay whole."""
 
-    @abstractmethod
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        """``module`` told of its new widths after its tensors were sliced; may be of another class.
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        """Set attributes and class of ``module`` to the widths that its sliced tensors have.
 
-        Tensors keep their names. ``widths`` names every unit of the layer, also the ones left whole.
+        Tensors keep their names. ``widths`` names every unit of the layer, also those left whole. Nothing is
+        done where the class reads its widths from its tensors.
         """
+        return
 
     def heads(self, module: Any) -> int:
         """How many heads ``module``, of the family ``attention``, has."""

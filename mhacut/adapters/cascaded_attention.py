@@ -1,8 +1,8 @@
 """Heads in a row: ``CascadedGroupAttention`` of EfficientViT (Microsoft).
 
 Every head has a ``qkvs`` of its own, which reads a share of the map's channels and, added to it, what the
-head before gave. q passes a depthwise convolution: q/k channels are chosen, never mixed, and gated behind it.
-A channel of v leaves by a column of the projection and by the channel of the next head's input that it is
+head before gave. q passes a depthwise convolution: q/k channels are selected, never mixed, and scaled behind
+it. A channel of v leaves by a column of the projection and by the channel of the next head's input that it is
 added to.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from timm.models.efficientvit_msra import CascadedGroupAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhacut.adapters.attend import attend_as
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit, table_device
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.projection import Projection
 from mhacut.adapters.shapes import as_map, as_tokens, merged
 from mhacut.adapters.softmax import FreshBiases
 from mhacut.plan import UnitKind
@@ -36,12 +36,11 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
         shares, biases = x.chunk(self.num_heads, dim=1), self.get_attention_biases(x.device)
         given: list[Tensor] = []
         for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.dws, strict=True)):
-            read = shares[head] + self.passed_on(given[-1], head - 1) if head else shares[0]
-            q, k, v = torch.split(qkv(read), [self.key_dim, self.key_dim, self.val_dim], dim=1)
-            q, k, v = (as_tokens(part)[:, None] for part in (depthwise(q), k, v))
+            source = shares[head] + self.passed_on(given[-1], head - 1) if head else shares[0]
+            q, k, v = torch.split(qkv(source), [self.key_dim, self.key_dim, self.val_dim], dim=1)
+            q, k, v = (as_tokens(part)[:, None] for part in (depthwise(q), k, v))  # (B, 1, N, d)
             given.append(as_map(merged(attend_as(self, q, k, v, biases[head])), x.shape[2:]))
-        projected: Tensor = self.proj(torch.cat(given, dim=1))
-        return projected
+        return self.proj(torch.cat(given, dim=1))
 
     def passed_on(self, given: Tensor, head: int) -> Tensor:
         """What ``head`` gave, [B, kept, H, W], among zeros for the channels that it did not keep."""
@@ -59,9 +58,9 @@ class CascadedAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         heads, qk_width, v_width = module.num_heads, module.key_dim, module.val_dim
-        proj = Projection.of(module, "proj.1")
         query, key, value = (_rows(module, "qkvs", offset) for offset in (0, qk_width, 2 * qk_width))
         convolved = _rows(module, "dws")
+        key_hook = ActivationHook("qkvs.*", "output", qk_width, channel_dim=1)
         qk = Unit(
             name,
             "qk",
@@ -69,32 +68,19 @@ class CascadedAdapter(Adapter):
             qk_width,
             axes=query + key + convolved,
             scale_axes=convolved,
-            hooks={
-                "query": ActivationHook("dws.*", "output", channel_dim=1),
-                "key": ActivationHook("qkvs.*", "output", qk_width, channel_dim=1),
-            },
+            hooks={"query": ActivationHook("dws.*", "output", channel_dim=1), "key": key_hook},
             softmax_scaled=True,
             mixing="select",
         )
-        v = Unit(
-            name,
-            "v",
-            heads,
-            v_width,
-            axes=(*value, proj.columns()),
-            scale_axes=value,
-            hooks={
-                "value": ActivationHook("qkvs.*", "output", 2 * qk_width, channel_dim=1),
-                "output": proj.hook("input"),
-            },
-            output_projection=proj.columns(),
-            output_norm=proj.norm,
-            feeds=heads > 1,
+        hooks, more = (
+            {"value": replace(key_hook, offset=2 * qk_width)},
+            {"scale_axes": value, "feeds": heads > 1},
         )
+        v = Projection.of(module, "proj.1").unit(name, "v", (heads, v_width), value, hooks, **more)
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Where the next head's input finds what it adds."""
+        """Record where the next head's input finds what it adds."""
         if unit.kind != "v":
             return
         kept = kept.to(table_device(module.attention_biases))
@@ -106,21 +92,16 @@ class CascadedAdapter(Adapter):
         moved.scatter_(1, kept, torch.arange(width, device=kept.device).expand(heads, -1))
         module.register_buffer(_PLACES, moved.gather(1, places), persistent=False)
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         module.__class__ = SlimCascadedGroupAttention
         module.key_dim, module.val_dim = widths["qk"], widths["v"]
         module.scale = widths["qk"] ** -0.5
-        slim: nn.Module = module
-        return slim
 
 
 def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """From row ``offset`` on of every head's own."""
+    """Rows from ``offset`` on of every head's own."""
     return tuple(
         replace(axis, heads=(head, head + 1))
         for head in range(module.num_heads)
         for axis in Projection.of(module, f"{part}.{head}").rows(offset)
     )
-
-
-CASCADED_ATTENTION = (CascadedAdapter(),)

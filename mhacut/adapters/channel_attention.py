@@ -7,126 +7,88 @@ of them the others would weigh more, so that they stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.models import davit, edgenext, xcit
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Adapter, Layer, Unit
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.base import Adapter, Layer
+from mhacut.adapters.projection import Projection
+from mhacut.adapters.shapes import by_head
+from mhacut.adapters.softmax import make_twin, read
 from mhacut.plan import UnitKind
 
 _SHARED_SOFTMAX = "a softmax runs over these channels: without one of them the others would weigh more"
 
 
-class _AnyWidths:
-    """A forward for any widths. Mixed into timm's classes by ``resize``, never constructed."""
+class ChannelTwin(nn.Module):
+    """The forward pass of a cut layer, for any widths."""
 
-    order = "xyz"
-    """Of the rows of ``qkv``."""
-    heads_name = "num_heads"
+    spec: ChannelAttention
 
-    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the softmax is taken of, [B, H, w, d], for x [B, H, w, N] and y [B, H, d, N]."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C_out]."""
-        module: Any = self
-        heads = getattr(module, self.heads_name)
-        kept = module.proj.in_features
-        whole = (module.qkv.out_features - kept) // 2
-        sizes = [kept if part == "x" else whole for part in self.order]
-        parts = {
-            part: rows.transpose(1, 2).reshape(rows.shape[0], heads, -1, rows.shape[1])
-            for part, rows in zip(self.order, torch.split(module.qkv(x), sizes, dim=-1), strict=True)
-        }
-        weights = self.similarity(parts["x"], parts["y"]).softmax(dim=-1)
-        if hasattr(module, "attn_drop"):
-            weights = module.attn_drop(weights)
-        projected: Tensor = module.proj((weights @ parts["z"]).flatten(1, 2).transpose(1, 2))
-        return module.proj_drop(projected) if hasattr(module, "proj_drop") else projected
+        spec: ChannelAttention = self.spec
+        heads, kept, whole = spec.sizes(self)
+        sizes = [heads * (kept if part == "x" else whole) for part in spec.order]
+        rows = dict(zip(spec.order, self.qkv(x).split(sizes, dim=-1), strict=True))
+        x, y, z = (by_head(rows[part], heads).mT for part in "xyz")  # (B, H, d, N)
+        weights = spec.similarity(self, x, y).softmax(dim=-1)  # (B, H, kept, whole)
+        if hasattr(self, "attn_drop"):
+            weights = self.attn_drop(weights)
+        return read(self, (weights @ z).flatten(1, 2).mT)
 
 
-class _CrossCovariance(_AnyWidths):
-    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
-        temperature: Tensor = self.temperature  # type: ignore[attr-defined]
-        return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).transpose(-2, -1) * temperature
-
-
-class SlimXca(_CrossCovariance, xcit.XCA):  # type: ignore[misc]
-    """XCiT's, at any widths."""
-
-
-class SlimCrossCovarianceAttn(_CrossCovariance, edgenext.CrossCovarianceAttn):  # type: ignore[misc]
-    """EdgeNeXt's, at any widths."""
-
-
-class SlimChannelAttention(_AnyWidths, davit.ChannelAttention):  # type: ignore[misc]
-    """DaViT's, at any widths; its k makes the rows of the result, of q."""
-
-    order = "zxy"
-
-    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
-        scale: float = self.scale
-        return (x * scale) @ y.transpose(-2, -1)
-
-
-class SlimChannelAttentionV2(_AnyWidths, davit.ChannelAttentionV2):  # type: ignore[misc]
-    """DaViT's of Florence-2, at any widths."""
-
-    heads_name = "groups"
-
-    def similarity(self, x: Tensor, y: Tensor) -> Tensor:
-        # Of all channels that a head had: what was cut does not change the others.
-        scale: float = x.shape[-1] ** -0.5 if self.dynamic_scale else self.head_dim**-0.5
-        return (x * scale) @ y.transpose(-2, -1)
-
-
-class ChannelAttentionAdapter(Adapter):
+@dataclass(eq=False)
+class ChannelAttention(Adapter):
     """One ``qkv``, each third head-major. Channels of the result are called v: the projection reads them."""
 
     family = "attention"
 
-    def __init__(self, dense: type[Any], slim: type[Any]) -> None:
-        """Serve ``dense``, as ``slim`` once cut."""
-        self.module_classes = (dense, slim)
-        self.slim = slim
+    cls: type[nn.Module]
+    similarity: Callable[[Any, Tensor, Tensor], Tensor]
+    """(module, x [B, H, kept, N], y [B, H, d, N]) -> logits of the softmax, [B, H, kept, d]."""
+    order: str = "xyz"
+    """Rows of ``qkv``."""
+    heads_in: str = "num_heads"
+    """Attribute with the number of heads."""
+
+    def __post_init__(self) -> None:
+        self.twin = make_twin(self, (ChannelTwin,))
+        self.module_classes = (self.cls, self.twin)
+
+    def sizes(self, module: Any) -> tuple[int, int, int]:
+        """Heads, channels of each that make the result, and those that share the softmax."""
+        heads, kept = getattr(module, self.heads_in), module.proj.in_features
+        return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
 
     def describe(self, name: str, module: Any) -> Layer:
-        heads, kept, whole = self._widths(module)
-        qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
-        offset = heads * whole * self.slim.order.index("x")
-        v = Unit(
-            name,
-            "v",
-            heads,
-            kept,
-            axes=(*qkv.rows(offset), proj.columns()),
-            scale_axes=(proj.columns(),),
-            hooks={"value": qkv.hook("output", offset), "output": proj.hook("input")},
-            output_projection=proj.columns(),
-            output_bias=proj.bias,
-        )
+        heads, kept, whole = self.sizes(module)
+        qkv, offset = Projection.of(module, "qkv"), heads * whole * self.order.index("x")
+        value = {"value": qkv.hook("output", offset)}
+        v = Projection.of(module, "proj").unit(name, "v", (heads, kept), qkv.rows(offset), value)
         return Layer(name, self, (v,), {"qk": _SHARED_SOFTMAX})
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        module.__class__ = self.slim
-        slim: nn.Module = module
-        return slim
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        module.__class__ = self.twin
 
-    def _widths(self, module: Any) -> tuple[int, int, int]:
-        """Heads, channels of each that make the result, and those that share the softmax."""
-        heads, kept = getattr(module, self.slim.heads_name), module.proj.in_features
-        return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
+
+def cross_covariance(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT * m.temperature
+
+
+def scaled_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Florence-2: by the width before the cut, which does not change the other channels."""
+    return (x * (x.shape[-1] if m.dynamic_scale else m.head_dim) ** -0.5) @ y.mT
 
 
 CHANNEL_ATTENTION = (
-    ChannelAttentionAdapter(xcit.XCA, SlimXca),
-    ChannelAttentionAdapter(edgenext.CrossCovarianceAttn, SlimCrossCovarianceAttn),
-    ChannelAttentionAdapter(davit.ChannelAttention, SlimChannelAttention),
-    ChannelAttentionAdapter(davit.ChannelAttentionV2, SlimChannelAttentionV2),
+    ChannelAttention(xcit.XCA, cross_covariance),
+    ChannelAttention(edgenext.CrossCovarianceAttn, cross_covariance),
+    # Its k makes the rows of the result, of q.
+    ChannelAttention(davit.ChannelAttention, lambda m, x, y: (x * m.scale) @ y.mT, order="zxy"),
+    ChannelAttention(davit.ChannelAttentionV2, scaled_by_width, heads_in="groups"),
 )

@@ -16,8 +16,9 @@ from typing import Any
 from timm.models.coat import CoaT, FactorAttnConvRelPosEnc
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.rows import Projection, rows
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Unit
+from mhacut.adapters.projection import Projection
+from mhacut.adapters.shapes import by_head, merged
 from mhacut.plan import UnitKind
 
 
@@ -26,12 +27,9 @@ class SlimFactorAttention(FactorAttnConvRelPosEnc):  # type: ignore[misc]
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, 1 + H * W, C] to the same, with ``size`` (H, W)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, heads, N, d)
-        gathered = q @ (k.softmax(dim=2).transpose(-1, -2) @ v)
-        attended = self.scale * gathered + self.crpe(q, v, size=size)
-        projected: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
-        return projected
+        q, k, v = (by_head(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # (B, H, N, d)
+        gathered = q @ (k.softmax(dim=2).mT @ v)
+        return self.proj_drop(self.proj(merged(self.scale * gathered + self.crpe(q, v, size=size))))
 
 
 class FactorAttentionAdapter(Adapter):
@@ -41,53 +39,35 @@ class FactorAttentionAdapter(Adapter):
     module_classes = (FactorAttnConvRelPosEnc, SlimFactorAttention)
 
     def describe(self, name: str, module: Any) -> Layer:
-        heads, width = module.num_heads, _width(module)
-        part, columns = heads * width, ChannelAxis("proj.weight", 1)
-        query, key, value = (rows(module, "qkv", offset) for offset in (0, part, 2 * part))
-        unit = Unit(
-            name,
-            "v",
-            heads,
-            width,
-            axes=(*query, *key, *value, *_convolutions(module), columns),
-            scale_axes=(*query, columns),
-            hooks={
-                "value": ActivationHook("qkv", "output", 2 * part),
-                "output": ActivationHook("proj", "input"),
-            },
-            output_projection=columns,
-            output_bias="proj.bias",
-            feeds=True,
+        qkv, proj, heads = Projection.of(module, "qkv"), Projection.of(module, "proj"), module.num_heads
+        query, key, value = (qkv.rows(offset) for offset in (0, proj.reads, 2 * proj.reads))
+        written, hooks = (
+            query + key + value + _convolutions(module),
+            {"value": qkv.hook("output", 2 * proj.reads)},
         )
+        unit = proj.unit(name, "v", (heads, proj.reads // heads), written, hooks, feeds=True)
+        unit = replace(unit, scale_axes=(*query, *unit.scale_axes))
         return Layer(name, self, (unit,), coupled_with={"qk": "v"})
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         if kept.shape[1] < unit.width:
             module.crpe = copy.deepcopy(module.crpe)
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         module.__class__ = SlimFactorAttention
         module.crpe.channel_splits = [split * widths["v"] for split in module.crpe.head_splits]
-        slim: nn.Module = module
-        return slim
 
     def settle(self, model: nn.Module) -> None:
-        """What layers shared has a name in the model too, which is now for what the first of them has."""
+        """Let the model's own name for shared convolutions be those of the first layer that shared them."""
         coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
         for coat in coats:
             for stage in range(1, 5):
                 layers = [block.factoratt_crpe for block in getattr(coat, f"serial_blocks{stage}") or ()]
                 if stage > 1:
-                    layers += [
-                        getattr(block, f"factoratt_crpe{stage}") for block in coat.parallel_blocks or ()
-                    ]
+                    parallel = coat.parallel_blocks or ()
+                    layers += [getattr(block, f"factoratt_crpe{stage}") for block in parallel]
                 if layers:
                     setattr(coat, f"crpe{stage}", layers[0].crpe)
-
-
-def _width(module: Any) -> int:
-    """Channels of q, k and v in a head."""
-    return Projection.of(module, "proj").reads // int(module.num_heads)
 
 
 def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
@@ -95,10 +75,7 @@ def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):
-        own = rows(module, f"crpe.conv_list.{number}")
+        own = Projection.of(module, f"crpe.conv_list.{number}").rows()
         axes += [replace(axis, heads=(first, first + split)) for axis in own]
         first += split
     return tuple(axes)
-
-
-COAT_ATTENTION = (FactorAttentionAdapter(),)

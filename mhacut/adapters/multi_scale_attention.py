@@ -4,7 +4,7 @@ Every scale has heads of its own: those of the first are what ``qkv`` gives, tho
 depthwise convolution and then one within the q, the k and the v of each head make of them. So a channel of
 the first scale feeds its own head and, beside others, all channels of that head at the other scales. All
 heads keep as many channels, each its own; q and k end in a ReLU and v in the depthwise convolution, so that
-they are chosen, never mixed. What scales their rows scales all that they feed.
+they are selected, never mixed. What scales their rows scales all that they feed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, nn
 
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.projection import Projection
 from mhacut.plan import UnitKind
 
 
@@ -31,7 +31,7 @@ class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
     """
 
     num_heads: int
-    """Of one scale."""
+    """Heads of one scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C_out, H, W]."""
@@ -39,8 +39,7 @@ class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
         q, k, v = self.kernel_func(q), self.kernel_func(k), F.pad(v, (0, 1), value=1.0)
         with torch.autocast(device_type=v.device.type, enabled=False):
             out = self._attn(q, k, v)
-        projected: Tensor = self.proj(out.transpose(-1, -2).reshape(x.shape[0], -1, *x.shape[2:]))
-        return projected
+        return self.proj(out.mT.reshape(x.shape[0], -1, *x.shape[2:]))
 
 
 def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -49,28 +48,26 @@ def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
     scales = [module.qkv(x)]
     for depthwise, pointwise in module.aggreg:
         scales.append(_within_parts(pointwise, depthwise(scales[0]), heads, qk_width, v_width))
-    rows = torch.cat(scales, dim=1).flatten(2)
-    rows = rows.reshape(x.shape[0], -1, 2 * qk_width + v_width, rows.shape[-1]).transpose(-1, -2)
-    return torch.split(rows, [qk_width, qk_width, v_width], dim=-1)
+    rows = torch.cat(scales, dim=1).flatten(2).unflatten(1, (-1, 2 * qk_width + v_width)).mT
+    return rows.split([qk_width, qk_width, v_width], dim=-1)
 
 
 def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int) -> Tensor:
     """``conv`` of [B, C, H, W], whose groups are the q, the k and the v of each head."""
     if qk_width == v_width:
-        same: Tensor = conv(x)
-        return same
-    by_head, weight = x.reshape(x.shape[0], heads, -1, *x.shape[2:]), conv.weight.unflatten(0, (heads, -1))
+        return conv(x)
+    x, weight = x.unflatten(1, (heads, -1)), conv.weight.unflatten(0, (heads, -1))
     bias = None if conv.bias is None else conv.bias.unflatten(0, (heads, -1))
     parts = []
     for part, width in ((slice(2 * qk_width), qk_width), (slice(2 * qk_width, None), v_width)):
         rows = weight[:, part, :width]
         made = F.conv2d(
-            by_head[:, :, part].flatten(1, 2),
+            x[:, :, part].flatten(1, 2),
             rows.flatten(0, 1),
             None if bias is None else bias[:, part].flatten(),
             groups=heads * rows.shape[1] // width,
         )
-        parts.append(made.reshape(x.shape[0], heads, -1, *x.shape[2:]))
+        parts.append(made.unflatten(1, (heads, -1)))
     return torch.cat(parts, dim=2).flatten(1, 2)
 
 
@@ -81,38 +78,26 @@ class MultiScaleAdapter(Adapter):
     module_classes = (LiteMLA, SlimLiteMLA)
 
     def heads(self, module: Any) -> int:
-        """Of all scales."""
+        """Number of heads of all scales."""
         return _sizes(module)[0] * (1 + len(module.aggreg))
 
     def describe(self, name: str, module: Any) -> Layer:
         _, qk_width, v_width = _sizes(module)
-        proj, heads = Projection.of(module, "proj"), self.heads(module)
         query, key, value = (_rows(module, offset) for offset in (0, qk_width, 2 * qk_width))
-        value_tap = _tap(2, v_width)
         qk = Unit(
             name,
             "qk",
-            heads,
+            self.heads(module),
             qk_width,
             axes=query[0] + key[0],
             scale_axes=query[1] + key[1],
-            hooks={"query": _tap(0, qk_width), "key": _tap(1, qk_width), "value": value_tap},
+            hooks={"query": _hook(0, qk_width), "key": _hook(1, qk_width), "value": _hook(2, v_width)},
             linear=True,
             mixing="select",
         )
-        v = Unit(
-            name,
-            "v",
-            heads,
-            v_width,
-            axes=(*value[0], proj.columns()),
-            scale_axes=value[1],
-            hooks={"value": value_tap, "output": proj.hook("input")},
-            output_projection=proj.columns(),
-            output_bias=proj.bias,
-            output_norm=proj.norm,
-            feeds=bool(module.aggreg),
-        )
+        size, hooks = (qk.heads, v_width), {"value": _hook(2, v_width)}
+        more = {"scale_axes": value[1], "feeds": bool(module.aggreg)}
+        v = Projection.of(module, "proj").unit(name, "v", size, value[0], hooks, **more)
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
@@ -128,7 +113,7 @@ class MultiScaleAdapter(Adapter):
                 rows.zero_()
                 rows[:, :, :width] = chosen
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         qk_width, v_width = widths["qk"], widths["v"]
         module.num_heads = Projection.of(module, "qkv").writes // (2 * qk_width + v_width)
         for _, conv in module.aggreg:
@@ -137,8 +122,6 @@ class MultiScaleAdapter(Adapter):
             conv.in_channels = conv.out_channels
         module.dim = v_width
         module.__class__ = LiteMLA if qk_width == v_width else SlimLiteMLA
-        slim: nn.Module = module
-        return slim
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:
@@ -152,30 +135,26 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[ChannelAxis, ...]]:
     """Rows that make q, k or v, which begin at ``offset`` of a head; and those that a factor scales."""
     heads, qk_width, v_width = _sizes(module)
-    stride, first = 2 * qk_width + v_width, (0, heads)
+    place = offset, 2 * qk_width + v_width
+
+    def of_scale(axes: tuple[ChannelAxis, ...], scale: int) -> list[ChannelAxis]:
+        return [replace(axis, heads=(scale * heads, (scale + 1) * heads)) for axis in axes]
+
     qkv = Projection.of(module, "qkv")
-    rows = [replace(axis, heads=first) for axis in qkv.rows(offset, stride)]
-    scaled = [replace(axis, heads=first) for axis in qkv.scaled_rows(offset, stride)]
+    rows, scaled = of_scale(qkv.rows(*place), 0), of_scale(qkv.scaled_rows(*place), 0)
     for scale in range(len(module.aggreg)):
         depthwise, pointwise = (Projection.of(module, f"aggreg.{scale}.{part}") for part in (0, 1))
-        passed = [replace(axis, heads=first) for axis in depthwise.rows(offset, stride)]
-        own = ((scale + 1) * heads, (scale + 2) * heads)
-        made = [replace(axis, heads=own) for axis in pointwise.rows(offset, stride)]
+        passed, made = of_scale(depthwise.rows(*place), 0), of_scale(pointwise.rows(*place), scale + 1)
         rows += passed + made
         scaled += passed[1:] + made  # of the depthwise convolution the bias; its weight has scaled input
     return tuple(rows), tuple(scaled)
 
 
-def _tap(part: int, width: int) -> ActivationHook:
+def _hook(part: int, width: int) -> ActivationHook:
     """q, k or v of all scales as attention sees it: no module makes it, the layer does, of its input."""
 
     def features(module: Any, x: Tensor) -> Tensor:
         made = heads_of_all_scales(module, x)[part]
-        if part < 2:
-            made = module.kernel_func(made)
-        return made.transpose(1, 2).flatten(2)
+        return (module.kernel_func(made) if part < 2 else made).transpose(1, 2).flatten(2)
 
     return ActivationHook("", "input", width=width, then=features)
-
-
-MULTI_SCALE_ATTENTION = (MultiScaleAdapter(),)

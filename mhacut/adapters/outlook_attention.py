@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.models.volo import OutlookAttention
-from torch import Tensor, nn
+from torch import Tensor
 
-from mhacut.adapters.base import Adapter, Layer, Unit
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.base import Adapter, Layer
+from mhacut.adapters.projection import Projection
+from mhacut.adapters.shapes import as_tokens
 from mhacut.plan import UnitKind
 
 
@@ -21,9 +22,9 @@ class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
         """[B, H, W, C] to [B, H, W, C_out]."""
         batch, height, width, _ = x.shape
         window, heads = self.kernel_size**2, self.num_heads
-        said = self.attn(self.pool(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))  # (B, N, H * k^4)
-        weights = said.reshape(batch, -1, heads, window, window).transpose(1, 2) * self.scale
-        weights = self.attn_drop(weights.softmax(dim=-1))  # (B, H, N, k^2, k^2)
+        logits = self.attn(as_tokens(self.pool(x.permute(0, 3, 1, 2))))  # (B, N, H * k^4)
+        logits = logits.reshape(batch, -1, heads, window, window).transpose(1, 2) * self.scale
+        weights = self.attn_drop(logits.softmax(dim=-1))  # (B, H, N, k^2, k^2)
         v = self.unfold(self.v(x).permute(0, 3, 1, 2)).reshape(batch, heads, -1, window, weights.shape[2])
         mixed = (weights @ v.permute(0, 1, 4, 3, 2)).permute(0, 1, 4, 3, 2)  # (B, H, d, k^2, N)
         out = F.fold(
@@ -33,8 +34,7 @@ class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
             padding=self.padding,
             stride=self.stride,
         )
-        projected: Tensor = self.proj_drop(self.proj(out.permute(0, 2, 3, 1)))
-        return projected
+        return self.proj_drop(self.proj(out.permute(0, 2, 3, 1)))
 
 
 class OutlookAdapter(Adapter):
@@ -45,21 +45,8 @@ class OutlookAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         value, proj = Projection.of(module, "v"), Projection.of(module, "proj")
-        v = Unit(
-            name,
-            "v",
-            module.num_heads,
-            proj.reads // module.num_heads,
-            axes=(*value.rows(), proj.columns()),
-            scale_axes=(proj.columns(),),
-            hooks={"value": value.hook("output"), "output": proj.hook("input")},
-            output_projection=proj.columns(),
-            output_bias=proj.bias,
-            mixing="rotate",
-        )
-        return Layer(name, self, (v,))
+        size, hooks = (module.num_heads, proj.reads // module.num_heads), {"value": value.hook("output")}
+        return Layer(name, self, (proj.unit(name, "v", size, value.rows(), hooks, mixing="rotate"),))
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         module.__class__ = SlimOutlookAttention
-        slim: nn.Module = module
-        return slim

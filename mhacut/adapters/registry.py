@@ -1,6 +1,7 @@
 """Which adapter serves which class, and which attention classes are refused by name.
 
-A new class is one file with its :class:`~mhacut.adapters.base.Adapter` and one line in ``ADAPTERS``.
+A new class of softmax attention is a row of :mod:`mhacut.adapters.softmax_table`, a new MLP one of
+:mod:`mhacut.adapters.mlp`; other attention is an :class:`~mhacut.adapters.base.Adapter` in a file of its own.
 """
 
 from __future__ import annotations
@@ -9,36 +10,33 @@ import re
 
 from torch import nn
 
-from mhacut.adapters.additive_attention import ADDITIVE_ATTENTION
+from mhacut.adapters.additive_attention import AdditiveAdapter, SeparableAdapter
 from mhacut.adapters.base import Adapter
-from mhacut.adapters.bottleneck_attention import POSITIONAL_ATTENTION
-from mhacut.adapters.cascaded_attention import CASCADED_ATTENTION
+from mhacut.adapters.cascaded_attention import CascadedAdapter
 from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
-from mhacut.adapters.coat_attention import COAT_ATTENTION
+from mhacut.adapters.coat_attention import FactorAttentionAdapter
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
-from mhacut.adapters.lambda_attention import LAMBDA_ATTENTION
-from mhacut.adapters.multi_scale_attention import MULTI_SCALE_ATTENTION
+from mhacut.adapters.lambda_attention import LambdaAdapter
+from mhacut.adapters.mlp import MLPS, MlpAdapter
+from mhacut.adapters.multi_scale_attention import MultiScaleAdapter
 from mhacut.adapters.outlook_attention import OutlookAdapter
-from mhacut.adapters.scalar_attention import ScalarAttentionAdapter
 from mhacut.adapters.softmax_table import SOFTMAX
-from mhacut.adapters.vit_mlp import MLPS, MlpAdapter
 from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
     *SOFTMAX,
     FocusedAttentionAdapter(),
     CswinAttentionAdapter(),
-    *MULTI_SCALE_ATTENTION,
-    *CASCADED_ATTENTION,
-    *ADDITIVE_ATTENTION,
-    *POSITIONAL_ATTENTION,
-    *LAMBDA_ATTENTION,
-    *COAT_ATTENTION,
-    *WHOLE_ATTENTION,
-    *CHANNEL_ATTENTION,
+    MultiScaleAdapter(),
+    CascadedAdapter(),
+    AdditiveAdapter(),
+    SeparableAdapter(),
+    LambdaAdapter(),
+    FactorAttentionAdapter(),
     OutlookAdapter(),
-    ScalarAttentionAdapter(),
+    *CHANNEL_ATTENTION,
+    *WHOLE_ATTENTION,
     *map(MlpAdapter, MLPS),
 )
 
@@ -48,24 +46,6 @@ POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d",
 POSITION_BIASES = ("RelPosMlp",)
 """Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
 
-_KNOWN_ATTENTION = frozenset(
-    {
-        # Attention of timm whose class name does not say so.
-        "XCA",
-        "LiteMLA",
-        "GPSA",
-        "MHSA",
-        "SHMA",
-        "SHSA",
-        "LambdaLayer",
-        "HaloAttn",
-        "BottleneckAttn",
-        "ParallelScalingBlock",
-        "DiffParallelScalingBlock",
-        "SpatialTransformerBlock",
-        "FactorAttnConvRelPosEnc",
-    }
-)
 _SAYS_MLP = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
 _SAYS_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CHANNEL_GATES = frozenset(
@@ -77,6 +57,12 @@ _NO_ATTENTION = frozenset({"ConvAttention"})
 """Next-ViT's, convolutions only. (Those of LowFormer and CPUBone are registered.)"""
 
 _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
+_KNOWN_ATTENTION = {
+    cls.__name__
+    for cls, adapter in _BY_CLASS.items()
+    if adapter.family == "attention" and not _SAYS_ATTENTION.search(cls.__name__)
+}
+"""Registered attention whose class name does not say so; under these names other code has its own."""
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
@@ -94,7 +80,7 @@ def is_position_bias(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether an unregistered module computes attention itself, whatever else it holds."""
+    """Whether an unregistered module computes attention itself, as its name tells, whatever else it holds."""
     return type(module).__name__ in _KNOWN_ATTENTION
 
 

@@ -75,9 +75,14 @@ class Rope(Softmax):
     finish: Hook = gated
     norm_behind: str = "norm"
 
+    def v_size(self, module: Any) -> tuple[int, int]:
+        heads, width = super().v_size(module)
+        return heads // _queries_per_key(module), width
+
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        sizes, queries = super().sizes(module), _queries_per_key(module)
-        return sizes | {letter: (sizes[letter][0] // queries, sizes[letter][1]) for letter in "kv"}
+        sizes = super().sizes(module)
+        (heads, qk), (key_heads, v) = sizes["q"], sizes["v"]
+        return sizes | {"k": (key_heads, qk), "g": (heads, v)}
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
         shared: dict[UnitKind, str] = {"qk": SHARED_KEYS} if _queries_per_key(module) > 1 else {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend_as
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Unit
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.projection import Projection
 from mhacut.adapters.shapes import as_map, merged
 from mhacut.plan import UnitKind
 
@@ -93,6 +93,16 @@ class FreshBiases:
         return nn.Module.train(self, mode)
 
 
+def make_twin(spec: Any, mixins: tuple[type, ...]) -> type[nn.Module]:
+    """Return the class of cut layers of ``spec.cls``, with ``mixins`` in front and ``spec`` as attribute."""
+    if not mixins:
+        return spec.cls
+    module = spec.cls.__module__.rpartition(".")[2].title().replace("_", "")
+    name = f"Slim{module}{spec.cls.__name__}"
+    globals()[name] = type(name, (*mixins, spec.cls), {"spec": spec, "__module__": __name__})
+    return globals()[name]  # where pickle looks for it
+
+
 @dataclass(eq=False)
 class Softmax(Adapter):
     """One class of softmax attention; the defaults are those of a plain ViT.
@@ -139,8 +149,6 @@ class Softmax(Adapter):
     qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
     v_mixing: Mixing = "rotate"
     """Without ``g`` rows; with them it is ``refit``."""
-    interleaved: bool = False
-    """``proj`` reads channel i of head h at i * H + h."""
     norm_behind: str = ""
     """A norm between attention and projection, over all channels."""
     v_whole: str = ""
@@ -149,14 +157,7 @@ class Softmax(Adapter):
     """Of the layer's output, where it is not that of the projection's."""
 
     def __post_init__(self) -> None:
-        name = self.cls.__module__.rpartition(".")[2].title().replace("_", "")
-        body = {"spec": self, "__module__": __name__}
-        self.twin = (
-            type(f"Slim{name}{self.cls.__name__}", (*self.mixins, self.cls), body)
-            if self.mixins
-            else self.cls
-        )
-        globals()[self.twin.__name__] = self.twin  # where pickle looks for it
+        self.twin = make_twin(self, self.mixins)
         self.module_classes = (self.cls, self.twin)
         further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
         self.arguments = tuple((one.name, one.default) for one in further)
@@ -179,14 +180,17 @@ class Softmax(Adapter):
             if getattr(module, name.partition(".")[0], None) is not None
         }
 
+    def v_size(self, module: Any) -> tuple[int, int]:
+        """Heads of v, and channels of each."""
+        heads = self.heads(module) // self.query_heads
+        return heads, (self.reader(module).reads - self.read_beside(module)) // heads
+
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
         """Heads of q, k, v and ``g``, and channels of each."""
-        qk_heads = self.heads(module)
-        heads = qk_heads // self.query_heads
-        v = heads, (self.reader(module).reads - self.read_beside(module)) // heads
+        heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
         rows = Projection.of(module, name).writes - v[0] * v[1] * letters.count("v")
-        qk = qk_heads, rows // (qk_heads * (letters.count("q") + letters.count("k")))
+        qk = heads, rows // (heads * (letters.count("q") + letters.count("k")))
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, Part]:
@@ -243,25 +247,11 @@ class Softmax(Adapter):
 
     def v(self, name: str, module: Any) -> Unit:
         """The unit of v."""
-        parts, reader = self.parts(module), self.reader(module)
-        heads, width = self.sizes(module)["v"]
-        columns, output = reader.columns(), reader.hook("input")
-        if self.interleaved:
-            columns = replace(columns, head_step=1, channel_step=heads)
-            output = replace(output, then=lambda _, x: x.unflatten(-1, (-1, heads)).mT.flatten(-2))
-        return Unit(
-            name,
-            "v",
-            heads,
-            width,
-            axes=(*self.axes(module, "v"), *(self.axes(module, "g") if "g" in parts else ()), columns),
-            scale_axes=(columns,),
-            hooks={"value": self.hook(module, "v"), "output": output},
-            output_projection=columns,
-            output_bias=reader.constant_bias,
-            output_norm=reader.norm,
-            mixing="refit" if "g" in parts else self.v_mixing,
-        )
+        reader, size = self.reader(module), self.v_size(module)
+        tied = "g" in self.parts(module)
+        written = self.axes(module, "v") + (self.axes(module, "g") if tied else ())
+        mixing, value = "refit" if tied else self.v_mixing, self.hook(module, "v")
+        return reader.unit(name, "v", size, written, {"value": value}, mixing=mixing)
 
     def axes(self, module: Any, letter: str) -> tuple[ChannelAxis, ...]:
         """Rows that write ``letter``, and their biases."""
@@ -282,7 +272,7 @@ class Softmax(Adapter):
         hook = part.projection.hook("output", part.offset, part.stride)
         return hook if self.spread is None else replace(hook, then=lambda _, x: spread(module, x))
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         sizes = self.sizes(module)
         (_, qk), (heads, v) = sizes["q"], sizes["v"]
         if self.scaled and hasattr(module, "scale"):
@@ -305,7 +295,6 @@ class Softmax(Adapter):
                 for name, letters in self.writers(module).items()
                 if set(letters) & set("qkv")
             )
-        return module
 
     def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
         """q, k and v, each [B, H, N, d]; None for what no projection of the layer writes."""

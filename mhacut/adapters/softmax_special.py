@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Unit, table_device
-from mhacut.adapters.rows import Projection
+from mhacut.adapters.projection import Projection
 from mhacut.adapters.shapes import by_head, merged
 from mhacut.adapters.softmax import Softmax, Twin
 from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, own_queries
 from mhacut.plan import UnitKind
 
 TURNED = "q and k are turned by their position"
+NO_PROJECTION = "no projection of the layer reads it"
 CHEAP = "in a pooling head it costs next to nothing"
 
 
@@ -98,42 +98,86 @@ class PoolingHead(Softmax):
         return replace(super().describe(name, module), result="proj")
 
 
-class MultiQuery(Softmax):
+class Interleaved(Softmax):
+    """NesT: ``proj`` reads channel i of head h at i * H + h."""
+
+    def v(self, name: str, module: Any) -> Unit:
+        plain, (heads, _) = super().v(name, module), self.v_size(module)
+        columns = replace(plain.scale_axes[0], head_step=1, channel_step=heads)
+        output = replace(plain.hooks["output"], then=lambda _, x: x.unflatten(-1, (-1, heads)).mT.flatten(-2))
+        return replace(
+            plain,
+            axes=(*plain.axes[:-1], columns),
+            scale_axes=(columns,),
+            output_projection=columns,
+            hooks={**plain.hooks, "output": output},
+        )
+
+
+class TiedHeads(Softmax):
+    """Heads whose q channels meet one and the same tensor keep the same channels, and count as one head."""
+
+    def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
+        """Axes of q or k, each channel once for each head; and a hook to which heads are observations."""
+        part = self.parts(module)[letter]
+        stride = part.stride or part.width
+        copies = tuple(head * stride for head in range(part.heads))
+        axes = part.projection.rows(part.offset)
+
+        def observations(_: Any, x: Tensor) -> Tensor:
+            x = x.movedim(1, -1)[..., part.offset :]  # (B, height, width, rows)
+            return x.unfold(-1, part.width, stride)[..., : part.heads, :]
+
+        hook = ActivationHook(part.projection.name, "output", then=observations)
+        return tuple(replace(axis, copies=copies) for axis in axes), hook
+
+
+class MultiQuery(TiedHeads):
     """MobileNetV4: queries of every head, one head of keys and values for all.
 
-    Channel i of the keys meets channel i of every head's queries: they are tied, and count as one head. What
-    every head makes of channel i of the values is read by a column of its own: heads keep the same channels,
-    and columns are refitted on those of all heads.
+    What every head makes of channel i of the values is read by a column of its own: heads keep the same
+    channels, and columns are refitted on those of all heads.
     """
 
     def qk(self, name: str, module: Any) -> Unit:
-        plain, (heads, width) = super().qk(name, module), self.sizes(module)["q"]
-        copies = tuple(head * width for head in range(heads))
-        query = tuple(replace(axis, copies=copies) for axis in self.axes(module, "q"))
-        every_head = ActivationHook("query.proj", "output", then=partial(as_observations, heads))
-        return replace(
-            plain,
-            heads=1,
-            axes=(*query, *self.axes(module, "k")),
-            scale_axes=query,
-            hooks={**plain.hooks, "query": every_head},
-        )
+        plain, (query, hook) = super().qk(name, module), self.tied(module, "q")
+        axes, hooks = query + self.axes(module, "k"), {**plain.hooks, "query": hook}
+        return replace(plain, heads=1, axes=axes, scale_axes=query, hooks=hooks)
 
     def v(self, name: str, module: Any) -> Unit:
         plain = super().v(name, module)
         value = tuple(replace(axis, shared=True) for axis in self.axes(module, "v"))
         every_head = replace(plain.hooks["value"], then=lambda _, x: x.repeat(1, plain.heads, 1, 1))
+        hooks = {**plain.hooks, "value": every_head}
+        return replace(plain, axes=(*value, *plain.scale_axes), hooks=hooks, sharing="tied")
+
+
+class Positional(TiedHeads):
+    """``BottleneckAttn`` and ``HaloAttn`` of ResNets, whose positions weigh q channels.
+
+    Heads share the table of positions, of which a q channel reads a column. A q mixed for k would not fit the
+    table, so that channels are selected; the scale stays that of the dense layer, since the bias of positions
+    is not scaled. There is no projection behind v.
+    """
+
+    def v_size(self, module: Any) -> tuple[int, int]:
+        return module.num_heads, module.dim_head_v
+
+    def qk(self, name: str, module: Any) -> Unit:
+        (query, query_hook), (key, key_hook) = self.tied(module, "q"), self.tied(module, "k")
+        tables = (ChannelAxis(f"pos_embed.{side}_rel", 1) for side in ("height", "width"))
         return replace(
-            plain,
-            axes=(*value, *plain.scale_axes),
-            hooks={**plain.hooks, "value": every_head},
-            sharing="tied",
+            super().qk(name, module),
+            heads=1,
+            axes=(*query, *key, *tables),
+            scale_axes=query,
+            hooks={"query": query_hook, "key": key_hook},
+            mixing="select",
         )
 
-
-def as_observations(heads: int, module: Any, x: Tensor) -> Tensor:
-    """[B, heads * d, H, W], each head an observation of its own: [B, H, W, heads, d]."""
-    return x.movedim(1, -1).unflatten(-1, (heads, -1))
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        super().resize(module, widths)
+        module.pos_embed.dim_head = widths["qk"]
 
 
 class ParallelTwin(Twin):
@@ -166,11 +210,18 @@ class Parallel(Softmax):
     def writers(self, module: Any) -> Mapping[str, str]:
         return {"in_proj": "hqkv"}
 
+    def v_size(self, module: Any) -> tuple[int, int]:
+        heads = self.heads(module) // self.query_heads
+        return heads, module.in_split[3] // heads
+
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        hidden, qk, _, v = module.in_split
-        heads = self.heads(module)
-        qk_size, v_heads = (heads, qk // heads), heads // self.query_heads
-        return {"h": (1, hidden), "q": qk_size, "k": qk_size, "v": (v_heads, v // v_heads)}
+        heads, (hidden, qk, *_) = self.heads(module), module.in_split
+        return {
+            "h": (1, hidden),
+            "q": (heads, qk // heads),
+            "k": (heads, qk // heads),
+            "v": self.v_size(module),
+        }
 
     def describe(self, name: str, module: Any) -> Layer:
         attention = super().describe(name, module)
@@ -183,30 +234,31 @@ class Parallel(Softmax):
         """The unit of the MLP."""
         fused = module.out_proj is not None
         reader = Projection.of(module, "out_proj" if fused else "mlp_out_proj")
-        first = module.in_split[3] if fused else 0
-        columns = replace(reader.columns(), offset=first)
-        bias = () if module.mlp_bias is None else (ChannelAxis("mlp_bias", 0),)
-        return Unit(
-            name,
-            "hidden",
-            1,
-            module.in_split[0],
-            axes=(*self.axes(module, "h"), *bias, columns),
+        written = self.axes(module, "h")
+        if module.mlp_bias is not None:
+            written += (ChannelAxis("mlp_bias", 0),)
+        scale = _layer_scale(module)
+        unit = reader.unit(name, "hidden", (1, module.in_split[0]), written, {}, output_scale=scale)
+        if not fused:
+            return unit
+        columns = replace(unit.scale_axes[0], offset=module.in_split[3])
+        hook = reader.hook("input", columns.offset)
+        return replace(
+            unit,
+            axes=(*written, columns),
             scale_axes=(columns,),
-            hooks={"hidden": reader.hook("input", first)},
             output_projection=columns,
-            output_bias=reader.bias,
-            output_scale=_layer_scale(module),
+            hooks={"hidden": hook},
         )
 
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         sizes = self.sizes(module)
         kinds: dict[str, UnitKind] = {"h": "hidden", "q": "qk", "k": "qk", "v": "v"}
         module.in_split = [
             sizes[letter][0] * widths.get(kind, sizes[letter][1]) for letter, kind in kinds.items()
         ]
         module.head_dim = module.in_split[1] // sizes["q"][0]
-        return super().resize(module, widths)
+        super().resize(module, widths)
 
 
 def _layer_scale(module: Any) -> str | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, DiffAttention, MultiQueryAttention2d
 from timm.layers.attention import AttentionRope
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.halo_attn import HaloAttn
 from timm.models import (
     beit,
     cait,
@@ -49,11 +51,14 @@ from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.rope import Rope
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
+    NO_PROJECTION,
     GlobalContext,
+    Interleaved,
     MultiQuery,
     Parallel,
     ParallelTwin,
     PoolingHead,
+    Positional,
     Sam,
 )
 
@@ -133,7 +138,6 @@ SOFTMAX = (
     Softmax(volo.ClassAttention, Q_KV, inputs=hooks.class_token),
     Softmax(visformer.Attention, finish=to_map),
     Softmax(fastvit.Attention, inputs=hooks.tokens_of_map, finish=hooks.tokens_to_map, channel_dim=1),
-    Softmax(nest.Attention, spread=lambda m, x: x.flatten(0, 1), finish=hooks.heads_last, interleaved=True),
     Softmax(
         twins.LocallyGroupedAttn,
         inputs=hooks.windows,
@@ -245,6 +249,7 @@ SOFTMAX = (
     PoolingHead(
         AttentionPoolLatent, Q_KV, inputs=hooks.latents, logits=hooks.of_latent, finish=hooks.pooled_latents
     ),
+    Interleaved(nest.Attention, spread=lambda m, x: x.flatten(0, 1), finish=hooks.heads_last),
     MultiQuery(
         MultiQueryAttention2d,
         {"query.proj": "q", "key.proj": "k", "value.proj": "v"},
@@ -274,5 +279,18 @@ SOFTMAX = (
         weigh=hooks.difference,
         v_whole=NORM_WITHIN,
         mixins=(ParallelTwin,),
+    ),
+    *(
+        Positional(
+            cls,
+            written_by,
+            per_head=cls is HaloAttn,
+            mixins=(),
+            attributes={"dim_head_qk": width_of_qk, "dim_out_qk": all_of_qk},
+            scaled=False,
+            v_whole=NO_PROJECTION,
+            channel_dim=1,
+        )
+        for cls, written_by in ((BottleneckAttn, {"qkv": "qkv"}), (HaloAttn, Q_KV))
     ),
 )

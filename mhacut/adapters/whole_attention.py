@@ -1,13 +1,12 @@
 """Attention in which no channel can go by itself: left whole, so that the MLPs beside it can be cut.
 
 MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and adds
-q to what leaves; Gemma 4 normalises them too. CSATv2 weighs maps by what a block with a single channel, MLP
+q to the output; Gemma 4 normalises them too. CSATv2 weighs maps by what a block with a single channel, MLP
 and all, makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from timm.models.csatv2 import SpatialTransformerBlock
@@ -16,7 +15,6 @@ from timm.models.mvitv2 import MultiScaleAttention, MultiScaleAttentionPoolFirst
 from torch import nn
 
 from mhacut.adapters.base import Adapter, Layer
-from mhacut.plan import UnitKind
 
 
 class WholeAdapter(Adapter):
@@ -31,10 +29,6 @@ class WholeAdapter(Adapter):
 
     def describe(self, name: str, module: Any) -> Layer:
         return Layer(name, self, (), {"qk": self.reason, "v": self.reason})
-
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        slim: nn.Module = module
-        return slim
 
 
 WHOLE_ATTENTION = (

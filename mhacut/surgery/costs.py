@@ -214,7 +214,8 @@ class _LayerCounter:
             )
             for unit in self.layer.units
         }
-        slim = slice_layer(copy.deepcopy(self._outline), self.layer, plans)
+        slim = copy.deepcopy(self._outline)
+        slice_layer(slim, self.layer, plans)
         if self.device.type != "meta":
             take_weights(slim)
         replay = _Replay(slim, self.call).eval()

@@ -58,16 +58,14 @@ def cut(
     for layer in cut_layers:
         module = model.get_submodule(layer.name)
         _scale_kept(module, layer, by_layer[layer.name], channel_scales or {})
-        resized = slice_layer(module, layer, by_layer[layer.name])
-        if resized is not module:
-            model.set_submodule(layer.name, resized)
+        slice_layer(module, layer, by_layer[layer.name])
     for adapter in dict.fromkeys(layer.adapter for layer in cut_layers):
         adapter.settle(model)
 
 
 @torch.no_grad()
-def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> nn.Module:
-    """Slice one layer in place, its weights as they are, and return what stands for it from now on.
+def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
+    """Slice one layer in place, its weights as they are.
 
     Args:
         module: the layer itself, on any device, meta included.
@@ -79,7 +77,7 @@ def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, U
             layer.adapter.keep(module, unit, torch.tensor(unit_plans[unit.kind].kept))
     _slice(module, layer, unit_plans)
     widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
-    return layer.adapter.resize(module, widths)
+    layer.adapter.resize(module, widths)
 
 
 def _scale_kept(

@@ -268,13 +268,12 @@ def read_slim(dense: nn.Module, file: str, temperature: Temperature) -> nn.Modul
         attention: Any = model.get_submodule(layer.name)
         v_width = attention.proj.in_features // attention.num_heads
         qk_width = (attention.qkv.out_features // attention.num_heads - v_width) // 2
-        resized: Any = layer.adapter.resize(attention, {"qk": qk_width, "v": v_width})
+        layer.adapter.resize(attention, {"qk": qk_width, "v": v_width})
         if temperature == "dense":
             rows = qk_width * attention.num_heads
             factor = (qk_width / before[layer.name]) ** 0.5
             state[f"{layer.name}.qkv.weight"][:rows] *= factor
             if f"{layer.name}.qkv.bias" in state:
                 state[f"{layer.name}.qkv.bias"][:rows] *= factor
-        assert model.get_submodule(layer.name) is resized
     model.load_state_dict(state, strict=True)
     return model

@@ -1,7 +1,4 @@
-"""The MLPs beside the attention: two linear layers or 1x1 convolutions, whatever they are called.
-
-One description serves them all; a class is a row of :data:`MLPS`.
-"""
+"""MLPs beside the attention, linear layers or 1x1 convolutions: a row of :data:`MLPS` for each class."""
 
 from __future__ import annotations
 
@@ -28,9 +25,8 @@ from timm.models import (
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.rows import Projection
-from mhacut.plan import UnitKind
+from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer
+from mhacut.adapters.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -90,40 +86,19 @@ class MlpAdapter(Adapter):
         if reason is not None:
             channel_dim = Projection.of(module, self.names.reader).channel_dim
             return Layer(name, self, (), {"hidden": reason}, channel_dim)
-        writers, reader, norms, convs = self._parts(module)
-        halves = range(1 + self.names.halves)
-        axes = [reader.columns()]
-        axes += (axis for writer in writers for half in halves for axis in writer.rows(half * reader.reads))
-        axes += (axis for conv in convs for axis in conv.rows())
-        axes += (ChannelAxis(f"{norm}.{part}", 0) for norm in norms for part in NORM_TENSORS)
-        hidden = Unit(
-            name,
-            "hidden",
-            heads=1,
-            width=reader.reads,
-            axes=tuple(axes),
-            scale_axes=(reader.columns(),),
-            hooks={"hidden": reader.hook("input")},
-            output_projection=reader.columns(),
-            output_bias=reader.bias,
-            output_norm=self._norm_behind(module, reader),
-        )
+        reader = Projection.of(module, self.names.reader)
+        written: list[ChannelAxis] = []
+        for writer in self.names.writers:
+            for half in range(1 + self.names.halves):
+                written += Projection.of(module, writer).rows(half * reader.reads)
+        for passed, part in self._between(module).items():
+            if isinstance(part, _BatchNorm):
+                written += [ChannelAxis(f"{passed}.{tensor}", 0) for tensor in NORM_TENSORS]
+            else:
+                written += Projection.of(module, passed).rows()
+        norm = self._norm_behind(module, reader)
+        hidden = reader.unit(name, "hidden", (1, reader.reads), tuple(written), {}, output_norm=norm)
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
-
-    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> nn.Module:
-        slim: nn.Module = module
-        return slim  # reads its width from its tensors
-
-    def _parts(self, module: Any) -> tuple[list[Projection], Projection, list[str], list[Projection]]:
-        """Writers, reader, and the batch norms and convolutions between them."""
-        between = self._between(module)
-        norms = [name for name, part in between.items() if isinstance(part, _BatchNorm)]
-        return (
-            [Projection.of(module, name) for name in self.names.writers],
-            Projection.of(module, self.names.reader),
-            norms,
-            [Projection.of(module, name) for name in between if name not in norms],
-        )
 
     def _norm_behind(self, module: Any, reader: Projection) -> str | None:
         own = self.names.behind

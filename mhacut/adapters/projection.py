@@ -1,7 +1,8 @@
-"""Rows of linear layers as channel axes; what several adapters say in the same words."""
+"""Linear layers and convolutions as writers and readers of channels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.adapters.base import ActivationHook, ChannelAxis, Unit
+from mhacut.plan import UnitKind
+
+_LINEAR = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Projection:
     """
 
     name: str
-    """Of the whole, relative to the layer."""
+    """Name of the whole module, relative to the layer."""
     linear_name: str
     linear: Any
     norm: str | None
@@ -27,60 +31,54 @@ class Projection:
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Projection:
-        """The one in ``module`` called ``name``."""
+        """Return the projection of the layer ``module`` that is called ``name``."""
         whole = module.get_submodule(name)
-        if isinstance(whole, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(whole, (*_LINEAR, nn.ConvTranspose2d)):
             return cls(name, name, whole, None)
-        inner = [(key, part) for key, part in whole.named_children() if isinstance(part, _LINEAR)]
+        (inner,) = (key for key, part in whole.named_children() if isinstance(part, _LINEAR))
         norms = [f"{name}.{key}" for key, part in whole.named_children() if isinstance(part, _BatchNorm)]
-        assert len(inner) == 1, name
         assert len(norms) <= 1, name
-        return cls(name, f"{name}.{inner[0][0]}", inner[0][1], norms[0] if norms else None)
+        return cls(name, f"{name}.{inner}", whole.get_submodule(inner), norms[0] if norms else None)
 
     @property
     def channel_dim(self) -> int:
-        """Of what it reads and writes."""
+        """Dimension of input and output that holds channels."""
         return -1 if isinstance(self.linear, nn.Linear) else 1
 
     @property
     def reads(self) -> int:
-        """Channels of its input."""
+        """Number of input channels."""
         return int(self.linear.in_features if isinstance(self.linear, nn.Linear) else self.linear.in_channels)
 
     @property
     def writes(self) -> int:
-        """Channels of its output."""
+        """Number of output channels."""
         return int(self.linear.weight.shape[0])
 
     @property
     def bias(self) -> str | None:
-        """Name of its bias."""
+        """Name of the bias."""
         return None if self.linear.bias is None else f"{self.linear_name}.bias"
 
     @property
     def transposed(self) -> bool:
-        """Whether what it makes of one channel lies elsewhere in its weight, and is not alike everywhere."""
+        """Whether input channels lie along dimension 0 of the weight, and their effect varies by position."""
         return isinstance(self.linear, nn.ConvTranspose2d)
 
-    @property
-    def constant_bias(self) -> str | None:
-        """Its bias, if that can take up what it makes of constant channels."""
-        return None if self.transposed else self.bias
-
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """The axes of channels that it writes from row ``offset`` on."""
+        """Return the axes of channels written from row ``offset`` on: of the weight, and of the bias."""
         weight = ChannelAxis(f"{self.linear_name}.weight", 0, offset, head_step=stride, norm=self.norm)
         if self.bias is None:
             return (weight,)
         return weight, ChannelAxis(self.bias, 0, offset, head_step=stride)
 
     def scaled_rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Of :meth:`rows` those that a factor scales; a batch norm's own does so for a bias before it."""
+        """Return those of :meth:`rows` that a factor scales; a batch norm scales a bias before it."""
         axes = self.rows(offset, stride)
         return axes if self.norm is None else axes[:1]
 
     def columns(self) -> ChannelAxis:
-        """The axis of channels that it reads."""
+        """Return the axis of channels that are read."""
         return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
     def hook(
@@ -90,37 +88,37 @@ class Projection:
         stride: int | None = None,
         width: int | None = None,
     ) -> ActivationHook:
-        """What it reads or, behind the batch norm, writes."""
+        """Return the hook on what is read or, behind the batch norm, written."""
         name = self.linear_name if side == "input" else self.name
         return ActivationHook(name, side, offset, self.channel_dim, width, stride)
 
+    def unit(
+        self,
+        layer: str,
+        kind: UnitKind,
+        size: tuple[int, int],
+        written: tuple[ChannelAxis, ...],
+        hooks: Mapping[str, ActivationHook],
+        **further: Any,
+    ) -> Unit:
+        """Return the unit of channels that this projection reads.
 
-_LINEAR = (nn.Linear, nn.Conv2d)
-
-
-def rows(module: nn.Module, linear: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """The axes of channels that ``linear`` writes from row ``offset`` on, its bias included."""
-    return Projection.of(module, linear).rows(offset)
-
-
-def fused_qk(name: str, module: nn.Module, heads: int, width: int) -> Unit:
-    """The q/k of softmax attention, in the rows [q | k | v] of one ``qkv``, each head-major.
-
-    Args:
-        name: of the layer.
-        module: the layer; has ``qkv``.
-        heads: of it.
-        width: channels per head of q, and of k.
-    """
-    query, k_at = rows(module, "qkv"), heads * width
-    return Unit(
-        name,
-        "qk",
-        heads,
-        width,
-        axes=query + rows(module, "qkv", k_at),
-        scale_axes=query,
-        hooks={"query": ActivationHook("qkv", "output"), "key": ActivationHook("qkv", "output", k_at)},
-        mixing="rotate",
-        softmax_scaled=True,
-    )
+        Args:
+            layer: name of the layer.
+            kind: ``v`` or ``hidden``.
+            size: heads, and channels of each.
+            written: all other axes of the channels.
+            hooks: all but that on what is read.
+            further: fields of :class:`~mhacut.adapters.base.Unit`.
+        """
+        columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
+        fields = {
+            "axes": (*written, columns),
+            "scale_axes": (columns,),
+            "hooks": {**hooks, read: self.hook("input")},
+            "output_projection": columns,
+            # A transposed convolution makes no constant of a constant: its bias cannot take one up.
+            "output_bias": None if self.transposed else self.bias,
+            "output_norm": self.norm,
+        }
+        return Unit(layer, kind, *size, **{**fields, **further})
