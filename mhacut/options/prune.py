@@ -229,7 +229,7 @@ class Work:
     """What an effort amounts to."""
 
     calibration_images: int
-    sensitivity_share: float
+    fisher_share: float
     """Fraction of the images to fit that are also differentiated."""
     swap_moves: bool
     repair_in_order: bool
@@ -238,14 +238,14 @@ class Work:
 
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(
-        calibration_images=128, sensitivity_share=0.5, swap_moves=False, repair_in_order=False, tuning_steps=0
+        calibration_images=128, fisher_share=0.5, swap_moves=False, repair_in_order=False, tuning_steps=0
     ),
     "balanced": Work(
-        calibration_images=256, sensitivity_share=1.0, swap_moves=False, repair_in_order=True, tuning_steps=0
+        calibration_images=256, fisher_share=1.0, swap_moves=False, repair_in_order=True, tuning_steps=0
     ),
     "best": Work(
         calibration_images=1024,
-        sensitivity_share=0.5,
+        fisher_share=0.5,
         swap_moves=True,
         repair_in_order=True,
         tuning_steps=400,

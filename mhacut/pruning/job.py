@@ -62,7 +62,7 @@ class Job:
         fisher = None
         if options.allocation in ("curves", "refined") or options.repair:
             fitted = len(self.images) - held_out(len(self.images))
-            count = max(1, round(EFFORTS[options.effort].sensitivity_share * fitted))
+            count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
             fisher = FisherOptions(count, options.seed, options.token_weights)
         return calibrate(
             self.model,

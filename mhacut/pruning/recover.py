@@ -46,9 +46,11 @@ class _Step:
     name: str
     stage: str
     asked: bool
-    run: Callable[[nn.Module], Recovery]
+    change: Callable[[nn.Module], nn.Module]
+    """Returns a changed copy of the slim model."""
+    tolerance: float = 1.0
     by_default: bool = False
-    """Mentioned only when it is left out."""
+    """Whether nobody asked for the step, so that it is mentioned only when it is left out."""
 
 
 def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
@@ -68,12 +70,13 @@ def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Ca
         if options.trained_gain_steps or options.tuned_steps:
             reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
+    judge = job.distillation(calibration).part(0, calibration.held)
     slim = slim.to(job.device)
     for step in _steps(prunable, job, calibration):
         if not step.asked:
             continue
         reporter.start(step.stage)
-        outcome = step.run(slim)
+        outcome = Recovery.of(slim, step.change(slim), judge, step.tolerance)
         left_out = outcome.model is slim
         if left_out or not step.by_default:
             reporter.log(
@@ -86,25 +89,24 @@ def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Ca
 
 def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tuple[_Step, ...]:
     options, reporter, dense = job.options, job.reporter, job.model
-    distillation = job.distillation(calibration)
-    learning, judge = distillation.part(calibration.held, None), distillation.part(0, calibration.held)
+    learning = job.distillation(calibration).part(calibration.held, None)
 
-    def in_order(slim: nn.Module) -> Recovery:
-        changed = sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)
-        return Recovery.of(slim, changed, judge, GUARD)
+    def reconstruct(slim: nn.Module) -> nn.Module:
+        return sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)
 
-    def scaled(slim: nn.Module) -> Recovery:
+    def scale(slim: nn.Module) -> nn.Module:
         steps, lr = options.trained_gain_steps, options.gain_lr
-        changed = with_trained_scales(slim, prunable, learning, steps=steps, lr=lr, reporter=reporter)
-        return Recovery.of(slim, changed, judge)
+        return with_trained_scales(slim, prunable, learning, steps=steps, lr=lr, reporter=reporter)
 
-    def trained(slim: nn.Module) -> Recovery:
+    def tune(slim: nn.Module) -> nn.Module:
         steps, lr, seed = options.tuned_steps, options.tuning_lr, options.seed
-        changed = tuned(slim, dense, learning, steps=steps, lr=lr, seed=seed, reporter=reporter)
-        return Recovery.of(slim, changed, judge)
+        return tuned(slim, dense, learning, steps=steps, lr=lr, seed=seed, reporter=reporter)
 
+    in_order = _Step(
+        "repair in order", "repairing in order", options.repairs_in_order, reconstruct, GUARD, True
+    )
     return (
-        _Step("repair in order", "repairing in order", options.repairs_in_order, in_order, by_default=True),
-        _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scaled),
-        _Step("tuning", "tuning", options.tuned_steps > 0, trained),
+        in_order,
+        _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scale),
+        _Step("tuning", "tuning", options.tuned_steps > 0, tune),
     )
