@@ -101,9 +101,9 @@ def test_the_command(slim_of):
     flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16", "--no-fused"]
     result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert [timing["batch_size"] for timing in told["models"][1]["timings"]] == [1, 3]
-    assert (told["dtype"], told["fused"]) == ("bfloat16", False)
+    document = json.loads(result.stdout)
+    assert [timing["batch_size"] for timing in document["models"][1]["timings"]] == [1, 3]
+    assert (document["dtype"], document["fused"]) == ("bfloat16", False)
     text = run("bench", slim_of("vit"), *flags, "--batch-sizes", "3").stdout
     assert "[1]      3" in text
     assert "attention not fused" in text

@@ -33,10 +33,10 @@ def test_what_can_be_cut_and_what_is_refused():
 
 
 def test_the_command():
-    told = run("models", "bat_resnext26*")
-    assert told.exit_code == 0, told.stderr
-    assert "bat_resnext26ts" in told.stdout
-    assert told.stdout.splitlines()[-2:] == [
+    result = run("models", "bat_resnext26*")
+    assert result.exit_code == 0, result.stderr
+    assert "bat_resnext26ts" in result.stdout
+    assert result.stdout.splitlines()[-2:] == [
         "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags), attention itself in 0; "
         "0 have no attention",
         "-: refused; --refused says why",

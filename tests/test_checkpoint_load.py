@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
+from torch import nn
 
+from mhacut.checkpoint import identify
+from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.identify import completed_cfg
 from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
@@ -409,6 +412,42 @@ def test_a_slim_file_goes_round_bit_for_bit(dense, tmp_path, widths):
     assert {
         unit.key: unit.width for unit in find_prunable_layers(loaded.model).units()
     } == record.plan.widths()
+
+
+def test_a_slim_model_is_built_and_cut_once(dense, tmp_path, monkeypatch):
+    path = tmp_path / "slim.safetensors"
+    make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    calls = []
+    for owner, name in ((timm, "create_model"), (identify, "cut")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
+        )
+    opened = open_checkpoint(path)
+    assert calls == []
+    skeleton = opened.skeleton
+    assert not opened.has_weights
+    assert opened.model is skeleton
+    assert opened.has_weights
+    assert calls == ["create_model", "cut"]
+
+
+def test_memory_is_taken_without_making_two_tensors_of_one():
+    with torch.device("meta"):
+        tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        tied[1].weight = tied[0].weight
+        tied[0].bias.requires_grad_(False)
+    allocate(tied)
+    assert tied[1].weight is tied[0].weight
+    assert {parameter.device.type for parameter in tied.parameters()} == {"cpu"}
+    assert [parameter.requires_grad for parameter in tied.parameters()] == [True, False, True]
+
+
+def test_a_buffer_that_is_in_no_file_is_not_left_without_values():
+    module = nn.Module()
+    module.register_buffer("index", torch.zeros(2, device="meta"), persistent=False)
+    with pytest.raises(AssertionError, match="'index'"):
+        allocate(module)
 
 
 def test_a_slim_model_is_an_ordinary_timm_model(dense, tmp_path):

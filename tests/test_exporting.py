@@ -57,10 +57,10 @@ def test_the_file_needs_nothing_of_ours(format, slim_of, tmp_path):
     mhacut.export(slim_of("vit"), format=format, output=file)
     save_file({"x": images}, tmp_path / "x.safetensors")
     command = [sys.executable, "-c", ALONE, file, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
-    told = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+    result = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     expected = mhacut.load_model(slim_of("vit"))(images).detach()
     torch.testing.assert_close(load_file(tmp_path / "y.safetensors")["y"], expected, rtol=0, atol=1e-5)
-    about = json.loads(told)
+    about = json.loads(result)
     assert about["architecture"] == "vit_tiny_patch16_224"
     assert about["preprocessing"]["input_size"] == [3, 32, 32]
     assert [entry["command"] for entry in about["history"]] == ["prune"]
@@ -137,9 +137,9 @@ def test_the_command(slim_of, tmp_path):
     file = tmp_path / "model.pt2"
     result = run("export", slim_of("vit"), "--format", "pt2", "-o", file, "--json")
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["command"], told["output"], told["format"]) == ("export", str(file), "pt2")
-    assert told["difference"].keys() == {"1", "2", "5"}
+    document = json.loads(result.stdout)
+    assert (document["command"], document["output"], document["format"]) == ("export", str(file), "pt2")
+    assert document["difference"].keys() == {"1", "2", "5"}
     text = run("export", slim_of("vit"), "--format", "pt2", "-o", file, "--overwrite")
     assert f"saved {file}, " in text.stdout
     assert "any batch of 3x32x32, float32" in text.stdout

@@ -49,17 +49,19 @@ def test_a_fresh_process_opens_it(folder):
         "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
         "print(model(torch.ones(1, 3, 32, 32)).sum().item())"
     )
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
     )
     expected = opened(folder)(torch.ones(1, 3, 32, 32)).sum().item()
-    assert float(told.stdout) == pytest.approx(expected, rel=1e-5)
+    assert float(result.stdout) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_command_which_imports_timm_in_the_middle_of_ours(slim_of, tmp_path):
     command = [sys.executable, "-m", "mhacut", "export", str(slim_of("vit")), "--format", "timm"]
-    told = subprocess.run([*command, "-o", str(tmp_path / "out")], check=True, capture_output=True, text=True)
-    assert f"saved {tmp_path / 'out'}" in told.stdout
+    result = subprocess.run(
+        [*command, "-o", str(tmp_path / "out")], check=True, capture_output=True, text=True
+    )
+    assert f"saved {tmp_path / 'out'}" in result.stdout
 
 
 def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
@@ -180,10 +182,10 @@ def test_a_dense_model_becomes_a_plain_folder_of_timm(tiny_vit, tmp_path):
         "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)\n"
         "print(model(torch.ones(1, 3, 32, 32)).shape)"
     )
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "dense")], check=True, capture_output=True, text=True
     )
-    assert told.stdout.startswith("torch.Size([1, ")
+    assert result.stdout.startswith("torch.Size([1, ")
 
 
 def test_half_the_bytes(folder, slim_of, tmp_path):

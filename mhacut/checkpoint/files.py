@@ -54,7 +54,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
     """Read the tensors that ``header`` announced, on the CPU, in the file's dtypes.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no longer what the header said.
+        CheckpointError: the file cannot be read, or is no longer what the header announced.
     """
     if header.format == "safetensors":
         tensors = safetensors_tensors(header.path, header.tensors)

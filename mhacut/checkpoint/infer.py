@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
-from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
 from mhacut.checkpoint.names import infos_by_model_names
 from mhacut.flatten import img_size_of
@@ -39,47 +39,50 @@ def infer_from_shapes(
     name: str,
     args: Mapping[str, Any],
     cfg: Mapping[str, Any],
-    header: FileHeader,
+    tensors: Mapping[str, TensorInfo],
     *,
-    limit: Mapping[str, TensorInfo] | None,
+    bounded: bool = False,
 ) -> Identified:
-    """Build model ``name`` with the classes and the image size that the file's shapes show.
+    """Build model ``name`` with the classes and the image size that the shapes of its tensors show.
 
     Args:
         name: architecture in timm.
         args: arguments of ``timm.create_model``; ``num_classes`` and ``img_size`` are inferred where missing.
         cfg: timm's pretrained_cfg of the weights.
-        header: header of the file.
-        limit: tensors that bound the model's size, see :func:`build_skeleton`.
+        tensors: tensors of the file.
+        bounded: the file itself names the model, so that its tensors bound the model's size, see
+            :func:`build_skeleton`.
 
     Raises:
         CheckpointError: timm cannot build it.
     """
+    limit = tensors if bounded else None
+    shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
     notes: list[str] = []
     if "img_size" not in args:
         # Before anything is built: not every argument goes with every size.
         patch_size = args.get("patch_size", 4)
-        size = img_size_of(name, header.shapes, patch_size if isinstance(patch_size, int) else 4)
+        size = img_size_of(name, shapes, patch_size if isinstance(patch_size, int) else 4)
         if size is not None:
             args["img_size"] = size
             notes.append(f"img_size {size}, from the shape of positional_encoding")
     # The shapes of the file decide, whatever size the configuration was written for.
     model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "num_classes" not in args:
-        classes, origin = _classes(model, infos_by_model_names(header.tensors, model))
+        classes, origin = _classes(model, infos_by_model_names(tensors, model))
         args["num_classes"] = classes
         notes.append(f"num_classes {classes}, from {origin}")
         if classes != getattr(model, "num_classes", classes):
             model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     if "img_size" not in args:
-        size = _img_size(model, header.shapes)
+        size = _img_size(model, shapes)
         if size is not None:
             args["img_size"] = size
             notes.append(f"img_size {size}, from the shape of pos_embed")
             model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     return Identified(
-        identity_of(model, name, args), model, infos_by_model_names(header.tensors, model), tuple(notes)
+        identity_of(model, name, args), model, infos_by_model_names(tensors, model), tuple(notes)
     )
 
 

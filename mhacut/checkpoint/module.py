@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
-from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import (
     ModelHints,
     ModelIdentity,
@@ -121,8 +120,7 @@ def _identify(
     tensors = {
         name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()
     }
-    header = FileHeader(Path(architecture), "torch", tensors)
-    identified = infer_from_shapes(architecture, args, cfg, header, limit=None)
+    identified = infer_from_shapes(architecture, args, cfg, tensors)
     try:
         check_tensors(source, tensors, identified.skeleton, identified.identity)
     except CheckpointError as error:

@@ -43,7 +43,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     resized: list[Identified] = []
     for name in _plausible(header.shapes, args):
         try:
-            fit = infer_from_shapes(name, args, {}, header, limit=None)
+            fit = infer_from_shapes(name, args, {}, header.tensors)
         except MhacutError:
             continue  # does not take these arguments, or not at this image size
         same_positions = position_shapes(fit.tensors) == position_shapes(header.tensors)
