@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 import mhacut
 from helpers.cli import run
+from helpers.models import build
 from mhacut.commands import bench as benching
 from mhacut.commands.bench import timing_of
 from mhacut.errors import MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
-from timm_cases import CASES, build
+from properties.cases import CASES
 
 QUICK = {"batch_sizes": (2,), "seconds": 0.01}
 
@@ -49,7 +50,7 @@ def test_ratios_are_of_the_same_round():
 
 def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_for(tmp_path):
     dense, slim = tmp_path / "dense.safetensors", tmp_path / "slim.safetensors"
-    save_file(build(CASES["multi query"], dtype=torch.float32).state_dict(), dense)
+    save_file(build(CASES["attention2d.MultiQueryAttention2d, model"]).state_dict(), dense)
     asked = {"model": "small_multi_query", "model_args": {"num_classes": 5}}
     cut = {"calibration_images": 4, "round_to": 2, "latency": False, "img_size": 64}
     pruned = mhacut.prune(dense, flops="95%", output=slim, **asked, **cut)

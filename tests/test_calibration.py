@@ -11,11 +11,8 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-import timm_cases
-from helpers.flatten import build as build_flatten
-from helpers.flatten import image as image_flatten
 from helpers.jobs import Recorder
-from helpers.models import CASES, Case, build, image, relative
+from helpers.models import ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
@@ -23,10 +20,11 @@ from mhacut.pruning.distill import Divergence
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import find_prunable_layers
+from properties.cases import CASES, VITS
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
-TINY = Case("vit_tiny_patch16_224", SMALL)
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+TINY = ModelCase("vit_tiny_patch16_224", SMALL)
+each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 
 
 class Calibrated:
@@ -240,17 +238,10 @@ class Meeting(Processes):
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 16])
-@pytest.mark.parametrize("architecture", [TINY.architecture, "flatten_pvt_v2_b0"])
-def test_processes_that_share_the_images_find_what_one_finds(architecture, batch_size):
+@pytest.mark.parametrize("name", ["attention.Attention", "attention.SeparateFocusedAttention, pvt v2"])
+def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
     """Random projections included; a process may have no batch of a kind, or none at all."""
-    if architecture == TINY.architecture:
-        model, images = build(TINY).requires_grad_(False), image(TINY, batch=9)
-    else:
-        model, images = (
-            build_flatten(architecture, dtype=torch.float32),
-            image_flatten(torch.float32, batch=9),
-        )
-        model.requires_grad_(False)
+    model, images = build(CASES[name]).requires_grad_(False), image(CASES[name], batch=9)
 
     def run(processes):
         given = {"batch_size": batch_size, "fisher": FisherOptions(6), "processes": processes}
@@ -364,7 +355,7 @@ def test_several_rows_of_a_token_count_as_much_each():
 
 
 def test_queries_that_turn_with_their_position_are_weighed_too():
-    case = Case("vit_small_patch16_rope_224", SMALL)
+    case = ModelCase("vit_small_patch16_rope_224", SMALL)
     plain, weighed = (
         Calibrated(case, fisher_images=9, token_importance=asked)
         .found.moments["blocks.0.attn", "qk"]
@@ -377,8 +368,8 @@ def test_queries_that_turn_with_their_position_are_weighed_too():
 
 def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
-    case = timm_cases.Case("coat_tiny", {"img_size": 64, **args}, 64)
-    model, images = timm_cases.build(case), timm_cases.image(case, batch=6)
+    case = ModelCase("coat_tiny", {"img_size": 64, **args})
+    model, images = build(case, dtype=torch.float64), image(case, dtype=torch.float64, batch=6)
     found = calibrate(
         model, find_prunable_layers(model), images, batch_size=6, fisher=FisherOptions(6)
     ).fisher

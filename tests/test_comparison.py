@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from helpers.models import Case, build, image
+from helpers.models import ModelCase, build, image
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, UsageError
@@ -20,7 +20,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
-CASE = Case("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
+CASE = ModelCase("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
 
 
 def halved(model):
@@ -90,7 +90,7 @@ def test_no_hook_is_left():
     ],
 )
 def test_another_model_is_refused(args, message):
-    other = build(Case(CASE.architecture, {**CASE.args, **args}))
+    other = build(ModelCase(CASE.architecture, {**CASE.args, **args}))
     with pytest.raises(MhacutError, match=message):
         compare(other, build(CASE), image(CASE), source="other", data="b", batch_size=2)
 

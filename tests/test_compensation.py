@@ -9,7 +9,7 @@ import torch
 from torch.func import functional_call
 
 from helpers.jobs import Recorder, job_of
-from helpers.models import CASES, Case, build, image, relative
+from helpers.models import ModelCase, build, image, relative
 from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
@@ -24,9 +24,10 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
+from properties.cases import VITS
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
-TINY = Case(
+each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
+TINY = ModelCase(
     "vit_tiny_patch16_224",
     {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5},
 )
@@ -104,7 +105,7 @@ def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_back_im
 
 def test_repair_and_the_principal_basis_each_bring_the_model_nearer():
     # On images it was not fitted to.
-    case = next(case for case in CASES if case.architecture.startswith("deit3"))
+    case = next(case for case in VITS.values() if case.architecture.startswith("deit3"))
     unseen, distance = image(case, batch=16, seed=5), {}
     for basis in ("channel", "principal"):
         bench = Bench(case, basis, dtype=torch.float32, images=32)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.jobs import Recorder, job_of
-from helpers.models import Case, build, image
+from helpers.models import ModelCase, build, image
 from mhacut.linalg.reconstruction import RIDGES
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
@@ -30,9 +30,9 @@ from mhacut.surgery.rotate import rotate
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 CASES = (
-    Case("vit_tiny_patch16_224", SMALL),
-    Case("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "qkv_bias": False}),
-    Case("beit3_base_patch16_224", SMALL),
+    ModelCase("vit_tiny_patch16_224", SMALL),
+    ModelCase("vit_tiny_patch16_224", {**SMALL, "qk_norm": True, "qkv_bias": False}),
+    ModelCase("beit3_base_patch16_224", SMALL),
 )
 IMAGES = 120  # so many that no unit has few rows for its channels
 
@@ -191,7 +191,7 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
 
 def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     """It sees one row an image; so many channels as rows foretell all others of those images."""
-    case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
+    case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "v"))
@@ -206,7 +206,7 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
 
 @torch.no_grad()
 def test_errors_of_a_pooling_head_are_told_before_its_mlp():
-    case = Case("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
+    case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "qk"))

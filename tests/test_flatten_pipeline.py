@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -13,13 +15,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import mhacut
-from helpers.flatten import CASES, SMALL, build, image
+from helpers.files import save_dense
+from helpers.flatten import FLATTEN
 from helpers.jobs import job_of
-from helpers.models import relative, slow_except
+from helpers.models import ModelCase, build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.linalg.attention_difference import linear_attention_energy, linear_contributions
@@ -37,6 +39,7 @@ from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
 
+DEIT, PVT = FLATTEN["flatten_deit_tiny"], FLATTEN["flatten_pvt_v2_b0"]
 seeds = st.integers(0, 2**32 - 1)
 QUICK = {
     "calibration_images": 8,
@@ -129,7 +132,7 @@ def test_shared_positions_go_where_the_refit_leaves_least(seed, heads):
 
 @torch.no_grad()
 def test_statistics_are_of_the_features_after_relu_and_focusing():
-    model, images = build("flatten_pvt_v2_b0", dtype=torch.float32), image(torch.float32, batch=4)
+    model, images = build(PVT), image(PVT, batch=4)
     attn = model.stages[1].blocks[0].attn
     seen = {}
     attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
@@ -155,7 +158,7 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
 @pytest.mark.parametrize("case", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224", "flatten_swin_tiny_224"])
 @torch.no_grad()
 def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
-    model, images = build(case, dtype=torch.float32), image(torch.float32, batch=24)
+    model, images = build(FLATTEN[case]), image(FLATTEN[case], batch=24)
     prunable = find_prunable_layers(model)
     calibration = calibrate(model, prunable, images, batch_size=8)
     plans, channel_scales = {}, {}
@@ -200,7 +203,7 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
 
 @torch.no_grad()
 def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_images():
-    model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=24)
+    model, images = build(DEIT), image(DEIT, batch=24)
     prunable = find_prunable_layers(model)
     moments = calibrate(model, prunable, images, batch_size=8).moments
     chosen = set()
@@ -233,7 +236,7 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
 
 @torch.no_grad()
 def test_indicators_that_refine_a_plan_start_from_its_channels(monkeypatch):
-    model, images = build("flatten_deit_tiny", dtype=torch.float32), image(torch.float32, batch=8)
+    model, images = build(DEIT), image(DEIT, batch=8)
     prunable = find_prunable_layers(model)
     calibration = calibrate(model, prunable, images, batch_size=8)
     moments = calibration.moments
@@ -260,19 +263,17 @@ def test_indicators_that_refine_a_plan_start_from_its_channels(monkeypatch):
             assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept
 
 
-def checkpoint(case: str, folder) -> tuple[object, dict]:
-    name, args = CASES[case]
-    path = folder / f"{name}.safetensors"
-    save_file(build(case, dtype=torch.float32).state_dict(), path)
-    return path, {"model": name, "model_args": {"img_size": 64, **args}}
+def checkpoint(case: ModelCase, folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = save_dense(build(case), folder / "dense.safetensors")
+    return path, {"model": case.architecture, "model_args": case.args}
 
 
-@pytest.mark.parametrize("case", slow_except({"flatten_pvt_v2_b0"}, SMALL))
-def test_from_file_to_file_and_again(case, tmp_path):
-    path, told = checkpoint(case, tmp_path)
+@pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, FLATTEN))
+def test_from_file_to_file_and_again(name, tmp_path):
+    path, told = checkpoint(FLATTEN[name], tmp_path)
     first = mhacut.prune(path, flops="60%", output=tmp_path / "first.safetensors", **told, **QUICK)
     assert 0.97 * first.budget <= first.slim.flops <= first.budget
-    x = image(torch.float32)
+    x = image(FLATTEN[name])
     models = [mhacut.load_model(first.output) for _ in range(2)]
     assert torch.equal(models[0](x), models[1](x))
     mhacut.save_model(models[0], tmp_path / "resaved.safetensors", like=first.output)
@@ -289,7 +290,7 @@ def test_from_file_to_file_and_again(case, tmp_path):
 
 @pytest.mark.parametrize("allocation", ["curves", "indicator"])
 def test_positions_as_asked_and_on_record(allocation, tmp_path):
-    path, told = checkpoint("flatten_deit_tiny", tmp_path)
+    path, told = checkpoint(DEIT, tmp_path)
     for positions in ("own", "equal", "auto"):
         out = tmp_path / f"{positions}.safetensors"
         options = {**told, **QUICK, "allocation": allocation, "positions": positions}

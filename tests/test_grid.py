@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from helpers.models import Case, build, relative
+from helpers.models import ModelCase, build, relative
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune as pipeline
 from mhacut.errors import UsageError
@@ -33,7 +33,7 @@ QUICK = {"steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False,
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
-    save_file(build(Case("vit_tiny_patch16_224", {**ARGS, "num_classes": 5})).state_dict(), path)
+    save_file(build(ModelCase("vit_tiny_patch16_224", {**ARGS, "num_classes": 5})).state_dict(), path)
     return path
 
 

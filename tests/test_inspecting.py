@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import mhacut
-from helpers.models import CASES, build
+from helpers.files import cut_into_file
+from helpers.models import build
+from helpers.plans import random_plan
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspection.layers import BY_WEIGHTS, inspect_model
 from mhacut.inspection.summary import redundant_share
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops_by_module, weightless
-from timm_cases import CASES as TIMM_CASES
-from timm_cases import build as build_timm
+from properties.cases import CASES, VITS
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 def test_flops_without_weights_are_flops(case):
     model = build(case)
     size = (3, case.args["img_size"], case.args["img_size"])
@@ -208,10 +210,10 @@ def test_layers_that_are_like_no_others(name, judge, tmp_path, images):
 
 def test_heads_that_go_as_one_are_a_single_row(tmp_path, images):
     """All q/k of multi-query attention, beside v of every head; of a slim file, which names what it kept."""
-    dense, slim, page = (tmp_path / name for name in ("dense.safetensors", "slim.safetensors", "page.html"))
-    save_file(build_timm(TIMM_CASES["multi query"], dtype=torch.float32).state_dict(), dense)
-    asked = {"model": "small_multi_query", "model_args": {"num_classes": 5}, "img_size": 64, "round_to": 2}
-    mhacut.prune(dense, flops="95%", output=slim, calibration_images=4, latency=False, **asked)
+    case, page = CASES["attention2d.MultiQueryAttention2d, model"], tmp_path / "page.html"
+    model = build(case)
+    plan, _ = random_plan(find_prunable_layers(model), seed=0)
+    slim = cut_into_file(model, plan, tmp_path / "slim.safetensors", case)
     told = run("inspect", slim, "--data-dir", images, "--heads", "--html", page, "-q")
     assert told.exit_code == 0, told.stderr
     layers = [layer for layer in inspect_model(read_model(slim)).layers if layer.heads]

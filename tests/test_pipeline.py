@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from helpers.jobs import Recorder
-from helpers.models import CASES, build, image, relative
+from helpers.models import build, image, relative
 from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import (
@@ -29,6 +29,7 @@ from mhacut.errors import (
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.indicators import search
 from mhacut.pruning.repair import shrink
+from properties.cases import VITS
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -273,7 +274,7 @@ def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
     assert found[0].output.read_bytes() != found[1].output.read_bytes()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+@pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 def test_every_class_survives_the_file_and_repeats(case, tmp_path):
     dense = build(case)
     path = tmp_path / "dense.safetensors"

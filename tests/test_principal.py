@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import CASES, build, image, relative
+from helpers.models import build, image, relative
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.reconstruction import output_error, refit_logits
@@ -22,8 +22,9 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
+from properties.cases import VITS
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id + "-" + "-".join(case.args))
+each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -83,14 +84,12 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
 
 def test_what_acts_on_single_channels_is_not_rotated():
     rotatable = {}
-    for case in CASES:
+    for name, case in VITS.items():
         units = find_prunable_layers(build(case)).units()
-        rotatable[case.id + str("qk_norm" in case.args)] = {
-            unit.kind for unit in units if unit.mixing == "rotate"
-        }
-    assert rotatable["vit_tiny_patch16_224False"] == {"qk", "v"}
-    assert rotatable["vit_tiny_patch16_224True"] == {"v"}
-    assert rotatable["beit3_base_patch16_224False"] == {"qk"}
+        rotatable[name] = {unit.kind for unit in units if unit.mixing == "rotate"}
+    assert rotatable["plain"] == {"qk", "v"}
+    assert rotatable["normalised"] == {"v"}
+    assert rotatable["norms within"] == {"qk"}
     assert not any("hidden" in kinds for kinds in rotatable.values())
 
 
@@ -216,7 +215,7 @@ def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank
 
 @pytest.mark.parametrize("kind", ["qk", "v"])
 def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
-    case = CASES[0]
+    case = VITS["plain"]
     model, images = build(case).requires_grad_(False), image(case, batch=24)
     prunable = find_prunable_layers(model)
     moments, dense = calibrate(model, prunable, images, batch_size=8).moments, model(images)
@@ -239,7 +238,7 @@ def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
 
 
 def test_what_reads_turned_channels_is_turned_too():
-    model = build(CASES[0], dtype=torch.float64)
+    model = build(VITS["plain"], dtype=torch.float64)
     unit = find_prunable_layers(model).unit(("blocks.0.attn", "v"))
     module, basis = model.blocks[0].attn, noise(3, 64, 64, seed=0)
     before = effective_output_weights(module, unit).clone()

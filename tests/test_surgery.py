@@ -7,14 +7,14 @@ import timm
 import torch
 from torch import nn
 
-import timm_cases
-from helpers.models import SMALL, Case, build, relative
+from helpers.models import SMALL, ModelCase, build, image, relative
 from helpers.plans import random_plan
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
+from properties.cases import CASES
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_model_that_mixes_known_and_unknown_attention_is_refused_whole():
     class StrangeAttention(nn.Module):
         pass
 
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = StrangeAttention()
     with pytest.raises(UnsupportedModelError, match=r"StrangeAttention.*blocks\.1\.attn"):
         find_prunable_layers(model)
@@ -51,7 +51,7 @@ def test_a_model_without_attention_is_refused(architecture):
 
 
 def test_a_subclass_needs_a_registration_of_its_own():
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
 
     class OtherAttention(type(model.blocks[0].attn)):
         pass
@@ -76,7 +76,7 @@ def test_attention_with_an_mlp_inside_is_refused_too():
             super().__init__()
             self.mlp = timm.layers.Mlp(8, 16)
 
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     model.blocks[1].extra = TalkingHeadAttention()
     with pytest.raises(UnsupportedModelError, match=r"TalkingHeadAttention.*blocks\.1\.extra"):
         find_prunable_layers(model)
@@ -87,7 +87,7 @@ def test_mlps_of_another_class_are_reported():
         def forward(self, x):
             return x
 
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     model.blocks[0].mlp, model.blocks[1].mlp = OtherMlp(), OtherMlp()
     prunable = find_prunable_layers(model)
     assert {unit.kind for unit in prunable.units()} == {"qk", "v"}
@@ -103,7 +103,7 @@ def test_the_hidden_channels_of_a_classifier_are_left_alone():
 
 
 def test_a_module_shared_between_layers_is_refused():
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = model.blocks[0].attn
     with pytest.raises(UnsupportedModelError, match="shared"):
         find_prunable_layers(model)
@@ -119,7 +119,7 @@ def test_a_module_shared_between_layers_is_refused():
     ],
 )
 def test_a_plan_for_another_model_is_refused_before_any_tensor_changes(unit, message):
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good = UnitPlan("blocks.0.attn", "qk", 64, ((0, 1),) * 3)
     with pytest.raises(PlanError, match=message):
@@ -136,7 +136,7 @@ def test_cutting_works_on_shapes_alone():
 
 
 def test_linear_layers_know_their_new_size():
-    model = build(Case("vit_tiny_patch16_224", SMALL))
+    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     cut(model, Plan((UnitPlan("blocks.0.mlp", "hidden", 768, (tuple(range(40)),)),)))
     for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2):
         assert isinstance(layer, nn.Linear)
@@ -146,8 +146,8 @@ def test_linear_layers_know_their_new_size():
 @torch.no_grad()
 def test_a_run_with_other_tensors_leaves_the_model_as_it_was():
     # CoaT's parallel blocks call one MLP by three names, in two of which torch would leave the other tensors.
-    case = timm_cases.CASES["coat parallel"]
-    model, x = timm_cases.build(case), timm_cases.image(case)
+    case = CASES["coat.FactorAttnConvRelPosEnc, parallel"]
+    model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
     own, expected = dict(model.named_parameters()), model(x)
     prunable = find_prunable_layers(model)
     _, channel_scales = random_plan(prunable, 0)

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from helpers.models import Case, build, image
+from helpers.models import ModelCase, build, image
 from mhacut import prune
 from mhacut.linalg.exchange import LEAST_GAIN, _Choice, exchange_channels
 from mhacut.linalg.reconstruction import output_error
@@ -148,7 +148,7 @@ class Unit:
     """An MLP, ranked, and cut to an eighth."""
 
     def __init__(self, images=64):
-        case = Case(
+        case = ModelCase(
             "vit_tiny_patch16_224",
             {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8},
         )

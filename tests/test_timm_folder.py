@@ -111,9 +111,9 @@ def test_a_model_that_was_cut_for_images_of_another_size(architecture, args, tmp
 )
 def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, slim_of, tmp_path):
     mhacut.export(slim_of(name), format="timm", output=tmp_path / "folder")
-    architecture, args = SLIM[name]
+    case = SLIM[name]
     try:
-        dense = timm.create_model(architecture, features_only=True, **asked, **args)
+        dense = timm.create_model(case.architecture, features_only=True, **asked, **case.args)
     except AssertionError:
         pytest.skip("timm cannot for this model")
     features = opened(tmp_path / "folder", features_only=True, **asked)

@@ -6,8 +6,6 @@ import pytest
 import timm
 import torch
 
-import timm_cases
-import timm_cases_separate
 from mhacut.inspection.heads import SHARES, describe_heads
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import SearchOptions
@@ -75,25 +73,3 @@ def test_findings_are_those_of_the_ranking(attention, kind):
             assert kept == tuple(ranking.kept(unit.width * share // 100)[head].tolist())
     with torch.no_grad():
         assert all(not told.keeps for told in describe_heads(module, unit, moments, similarity, ranked=False))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cases", "name"),
-    [
-        pytest.param(cases, name, id=name)
-        for cases in (timm_cases, timm_cases_separate)
-        for name in cases.CASES
-    ],
-)
-def test_every_class_of_timm_can_be_looked_at(cases, name):
-    model = cases.build(cases.CASES[name])
-    for layer in find_prunable_layers(model).layers:
-        for unit in layer.units if layer.adapter.family == "attention" else ():
-            module = model.get_submodule(layer.name)
-            seen = white_moments(module, unit)
-            if seen is not None:
-                moments, similarity = seen
-                assert similarity.shape == (unit.heads, unit.width)
-                found = describe_heads(module, unit, moments, similarity, ranked=False)
-                assert all(1 <= told.rank99 <= unit.width for told in found)

@@ -148,8 +148,11 @@ def output_error(
         return 0.0
     left = second[gone][:, gone]
     if refit:
-        solved = _ridge_solve(second[kept][:, kept], second[kept][:, gone], RIDGES[0])
-        left = left - second[gone][:, kept] @ solved
+        system, target = second[kept][:, kept], second[kept][:, gone]
+        solved = _ridge_solve(system, target, RIDGES[0])
+        # |x_P - B x_S|^2 in full. The short form, second_PP - second_PS B, holds without a ridge only: with
+        # one it adds ridge |B|^2, which is large where kept channels hardly vary along some direction.
+        left = left - target.T @ solved - solved.T @ (target - system @ solved)
     lost = columns[:, gone]
     return float((lost.mT @ weighed_by(fisher, lost) * left).sum().clamp_min(0))
 

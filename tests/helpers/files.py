@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.models import ModelCase
 from helpers.plans import random_plan
 from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
@@ -39,26 +39,26 @@ class ModelFile:
         return arguments
 
 
-SLIM: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": (
+SLIM = {
+    "vit": ModelCase(
         "vit_tiny_patch16_224",
         {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
     ),
-    "distilled": ("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32, "embed_dim": 96}),
-    "swin": (
+    "distilled": ModelCase("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32, "embed_dim": 96}),
+    "swin": ModelCase(
         "swin_tiny_patch4_window7_224",
         {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
     ),
-    "coat": (
+    "coat": ModelCase(
         "coat_tiny",
         {"img_size": 64, "embed_dims": (32,) * 4, "serial_depths": (2, 1, 1, 1), "parallel_depth": 1},
     ),
-    "flatten": (
+    "flatten": ModelCase(
         "flatten_swin_tiny_224",
         {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4},
     ),
 }
-"""Architecture and arguments of the models that the fixture ``slim_of`` cuts."""
+"""Models that the fixture ``slim_of`` cuts."""
 
 
 def save_dense(model: nn.Module, path: Path) -> Path:
@@ -67,24 +67,22 @@ def save_dense(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def cut_into_file(model: nn.Module, plan: Plan, path: Path, made: tuple[str, dict[str, Any]]) -> Path:
+def cut_into_file(model: nn.Module, plan: Plan, path: Path, case: ModelCase) -> Path:
     """Cut ``model`` by ``plan`` and write it as a slim file.
 
     Args:
         model: dense; slim afterwards.
         plan: which channels stay.
         path: the file.
-        made: architecture and arguments of the dense model.
+        case: what the dense model is.
     """
-    architecture, args = made
-    size = (3, args["img_size"], args["img_size"])
-    entry = {"command": "prune", "flops_before": measure_flops(model, size)}
+    entry = {"command": "prune", "flops_before": measure_flops(model, case.size)}
     cut(model, plan)
     record = SlimRecord(
-        identity_of(model, architecture, args),
+        identity_of(model, case.architecture, {"num_classes": 5, **case.args}),
         plan,
-        Preprocessing.resolve(model.pretrained_cfg, size).to_json(),
-        ({**entry, "flops_after": measure_flops(model, size)},),
+        Preprocessing.resolve(model.pretrained_cfg, case.size).to_json(),
+        ({**entry, "flops_after": measure_flops(model, case.size)},),
     )
     write_slim(path, model, record, dtypes={}, overwrite=False, input_path=None)
     return path
@@ -95,10 +93,10 @@ def make_slim(name: str, folder: Path) -> Path:
 
     Each unit has a width of its own, so that q/k and v differ. Returns the slim file.
     """
-    architecture, args = SLIM[name]
+    case = SLIM[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(architecture, num_classes=5, **args).eval()
+        model = case.create().eval()
     save_dense(model, folder / "dense.safetensors")
     plan, _ = random_plan(find_prunable_layers(model), seed=0)
-    return cut_into_file(model, plan, folder / "slim.safetensors", (architecture, {**args, "num_classes": 5}))
+    return cut_into_file(model, plan, folder / "slim.safetensors", case)

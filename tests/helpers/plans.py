@@ -1,23 +1,15 @@
-"""Plans that any property must hold for, and properties that every class is held to alike."""
+"""Plans to try a cut with."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor, nn
 
-from helpers.models import relative
-from mhacut.checkpoint.build import allocate
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
-from mhacut.surgery.costs import build_cost_table
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
-from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.mask import masked_tensors, run_with
-from mhacut.surgery.rotate import rotate
-from mhacut.surgery.slice import cut
+from mhacut.surgery.axes import axes_of, channels_of, set_channels
+from mhacut.surgery.find import PrunableLayers
 
 
 def random_plan(prunable: PrunableLayers, seed: int) -> tuple[Plan, dict]:
@@ -49,94 +41,30 @@ def keep_everything(prunable: PrunableLayers) -> Plan:
 
 
 @torch.no_grad()
-def difference_of_nothing_cut(model: nn.Module, x: Tensor) -> float:
-    """Between a model and itself, cut by a plan that keeps everything."""
-    expected = model(x)
-    cut(model, keep_everything(find_prunable_layers(model)))
-    return relative(model(x), expected)
+def kill(
+    model: nn.Module, prunable: PrunableLayers, plan: Plan, revived: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Make zero what makes the removed channels, or what reads them where they are ``revived``.
 
-
-@torch.no_grad()
-def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
-    """Between channels that count nothing and channels that are gone, the others weighed by scales."""
-    prunable = find_prunable_layers(model)
-    plan, channel_scales = random_plan(prunable, seed)
-    masked = run_with(model, masked_tensors(model, prunable, channel_scales), x)
-    slim = copy.deepcopy(model)
-    cut(slim, plan, channel_scales)
-    return relative(slim(x), masked)
-
-
-@torch.no_grad()
-def difference_of_turned_channels(model: nn.Module, x: Tensor) -> float:
-    """Between a model and itself, the channels of every unit that allows it in another basis."""
-    generator, expected = torch.Generator().manual_seed(2), model(x)
-    for unit in find_prunable_layers(model).units():
-        if unit.mixing == "rotate":
-            shape = unit.heads, unit.width, unit.width
-            mixing = torch.randn(shape, generator=generator, dtype=torch.float64)
-            mixing = mixing[:1].expand(shape) if unit.sharing == "tied" else mixing
-            rotate(model.get_submodule(unit.layer), unit, mixing + 3 * torch.eye(unit.width))
-    return relative(model(x), expected)
-
-
-def assert_costs_are_what_fvcore_counts(model: nn.Module, size: tuple[int, int, int], seed: int) -> None:
-    """Of the model, and of its cut by a random plan, before that is made."""
-    prunable = find_prunable_layers(model)
-    table = build_cost_table(model, prunable, size)
-    plan, _ = random_plan(prunable, seed)
-    slim = copy.deepcopy(model)
-    cut(slim, plan)
-    assert table.flops(plan.widths()) == measure_flops(slim, size)
-    assert table.flops({}) == table.dense == measure_flops(model, size)
-
-
-@torch.no_grad()
-def assert_cut_by_name_and_shape(model: nn.Module, x: Tensor, seed: int) -> None:
-    """A cut renames no tensor, and needs no data: the weights can be filled in afterwards."""
-    before, outline = list(model.state_dict()), copy.deepcopy(model).to("meta")
-    plan, _ = random_plan(find_prunable_layers(model), seed)
-    cut(outline, plan)
-    cut(model, plan)
-    assert list(model.state_dict()) == before
-    assert shapes(outline) == shapes(model)
-    allocate(outline)
-    outline.load_state_dict(model.state_dict())
-    assert torch.equal(outline(x), model(x))
-
-
-def untrained(model: nn.Module, x: Tensor) -> set[str]:
-    """Parameters that no finite gradient reaches in training mode; timm's models have some."""
-    model.train()
-    model(x).square().sum().backward()
-    return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
-
-
-def difference_of_kernels(model: nn.Module, x: Tensor) -> float:
-    """Between attention that is fused and attention that is not."""
-    outputs = []
-    for fused in (True, False):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = fused
-        outputs.append(model(x))
-    return relative(*outputs)
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def difference_of_two_cuts_and_one(model: nn.Module, x: Tensor, seed: int) -> float:
-    """Between a model that is cut twice and one cut at once, as a file tells it; their shapes must agree."""
-    dense = copy.deepcopy(model)
-    first, _ = random_plan(find_prunable_layers(model), seed)
-    cut(model, first)
-    second, _ = random_plan(find_prunable_layers(model), seed + 1)
-    cut(model, second)
-    cut(dense, Plan.from_json(second.after(first).to_json()))
-    assert shapes(model) == shapes(dense)
-    return relative(model(x), dense(x))
+    Constants, which a channel gives when it is zero, stay. Returns gates for channels that no zero
+    among the parameters removes.
+    """
+    gates = {}
+    for unit_plan in plan:
+        unit, module = prunable.unit(unit_plan.key), model.get_submodule(unit_plan.layer)
+        gone = torch.ones(unit.heads, unit.width, dtype=torch.bool)
+        gone.scatter_(1, torch.tensor(unit_plan.kept), False)
+        if unit.gate is not None:
+            gates[f"{unit.layer}.{unit.gate}"] = (~gone).double().flatten()
+            continue
+        for axis in axes_of(unit):
+            stays = axis in unit.constants or (axis.shared and unit_plan.unshared)
+            if not stays and (axis == unit.output_projection) == (unit.kind in revived):
+                channels = channels_of(module, unit, axis)
+                first, last = (0, 1) if axis.shared else axis.heads or (0, unit.heads)
+                channels[gone[first:last]] = 0
+                set_channels(module, unit, axis, channels)
+    return gates
 
 
 def distillation_of(model: nn.Module, images: Tensor, batch_size: int = 8) -> Distillation:

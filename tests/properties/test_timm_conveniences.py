@@ -12,45 +12,46 @@ import torch
 from safetensors.torch import save_file
 
 import mhacut
-import timm_cases
-import timm_cases_separate
-from helpers.models import relative
+from helpers.files import cut_into_file
+from helpers.models import ModelCase, build, image, relative
 from helpers.plans import random_plan
-from mhacut.checkpoint.identity import identity_of
-from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import write_slim
-from mhacut.data.preprocessing import Preprocessing
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from timm_cases_separate import ModelCase
+from properties.cases import CASES, VITS
 
-QUICK = {"rope half", "swin v2", "crossvit"}
-MODELS = {name: (timm_cases, case) for name, case in timm_cases.CASES.items()} | {
-    name: (timm_cases_separate, case)
-    for name, case in timm_cases_separate.CASES.items()
-    if isinstance(case, ModelCase)
-}
+QUICK = {"attention.AttentionRope, half", "swin_transformer_v2.WindowAttention"}
+MODELS = {name: case for name, case in CASES.items() if isinstance(case, ModelCase)}
 
 
 @pytest.fixture(
     params=[
-        pytest.param(pair, id=name, marks=() if name in QUICK else pytest.mark.slow)
-        for name, pair in MODELS.items()
+        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in MODELS.items()
     ]
 )
 def models(request):
     """The dense model, the slim one, images for both."""
-    room, case = request.param
-    dense, slim = (room.build(case, dtype=torch.float32) for _ in range(2))
+    dense, slim = (build(request.param) for _ in range(2))
     plan, _ = random_plan(find_prunable_layers(slim), seed=0)
     cut(slim, plan)
-    return dense, slim, room.image(case, dtype=torch.float32)
+    return dense, slim, image(request.param)
+
+
+@pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
+def test_a_slim_vit_is_still_one(case):
+    model, x = build(case), image(case)
+    plan, _ = random_plan(find_prunable_layers(model), 7)
+    cut(model, plan)
+    assert model.forward_features(x).shape[-1] == model.num_features
+    assert model.get_classifier() is not None
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
 
 
 @torch.no_grad()
 def test_another_head(models):
     dense, slim, x = models
-    assert slim.num_classes == dense.num_classes == 5
+    assert slim.num_classes == dense.num_classes
     for model in (dense, slim):
         model.reset_classifier(7)
     assert slim(x).shape == dense(x).shape == (2, 7)
@@ -75,7 +76,7 @@ def test_features_on_the_way(models):
 @torch.no_grad()
 def test_features_only(models, request, tmp_path):
     """By name and level as timm gives them of the dense model, with the numbers of the slim one."""
-    case, (_, slim, x) = request.node.callspec.params["models"][1], models
+    case, (_, slim, x) = request.node.callspec.params["models"], models
     dense, candidates = None, ({}, {"out_indices": (0,)})  # as timm likes, or what the shallowest has too
     for asked in candidates:
         with suppress(IndexError, RuntimeError, ValueError, AssertionError):
@@ -89,13 +90,11 @@ def test_features_only(models, request, tmp_path):
     found = timm.create_model(
         "mhacut_slim",
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "slim.safetensors"), "num_classes": 5},
+        pretrained_cfg_overlay={"file": str(tmp_path / "slim.safetensors"), "num_classes": slim.num_classes},
         base_architecture=case.architecture,
         plan=random_plan(find_prunable_layers(models[0]), seed=0)[0].to_json(),
         features_only=True,
-        num_classes=5,
-        **asked,
-        **case.args,
+        **{"num_classes": 5, **asked, **case.args},
     ).eval()
     assert type(found) is type(dense)
     assert found.feature_info.channels() == dense.feature_info.channels()
@@ -139,17 +138,14 @@ def test_gradients_can_be_checkpointed(models):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tmp_path):
-    own, expected = {name for name, (_, case) in MODELS.items() if case.architecture.startswith("small_")}, {}
-    for name in MODELS.keys() - own:  # of the tests themselves
-        room, case = MODELS[name]
-        slim, x = room.build(case, dtype=torch.float32), room.image(case, dtype=torch.float32)
+    expected = {}
+    for name, case in MODELS.items():
+        if case.architecture.startswith("small_"):  # registered by the tests
+            continue
+        slim, x = build(case), image(case)
         plan, _ = random_plan(find_prunable_layers(slim), seed=1)
-        cut(slim, plan)
-        identity = identity_of(slim, case.architecture, {**case.args, "num_classes": 5})
-        preprocessing = Preprocessing.resolve(slim.pretrained_cfg, tuple(x.shape[1:])).to_json()
         path = tmp_path / f"{len(expected)}.safetensors"
-        record = SlimRecord(identity, plan, preprocessing, ())
-        write_slim(path, slim, record, dtypes={}, overwrite=False, input_path=None)
+        cut_into_file(slim, plan, path, case)
         expected[path.name] = mhacut.load_model(path)(x)  # LiteMLA's in double is the test's
         assert relative(expected[path.name], slim(x)) < 1e-5, name
         torch.save(x, path.with_suffix(".image"))

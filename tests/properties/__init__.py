@@ -1,0 +1,1 @@
+"""What is always true of a cut, for any plan, on every attention and MLP class that is cut."""

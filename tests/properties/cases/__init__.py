@@ -1,0 +1,30 @@
+"""One or more small models for each attention and MLP class that is cut, by class and what is special.
+
+A new class is one entry here; ``test_registry.py`` fails for a registered class without one.
+"""
+
+from __future__ import annotations
+
+from timm.layers.attention import Attention
+from torch import nn
+
+from helpers.models import Case
+from properties.cases import flatten, mlps, other_attention, pyramid_attention, vit_attention
+
+BY_CLASS: dict[type[nn.Module], dict[str, Case]] = {
+    **vit_attention.CASES,
+    **pyramid_attention.CASES,
+    **other_attention.CASES,
+    **flatten.CASES,
+    **mlps.CASES,
+}
+
+CASES: dict[str, Case] = {
+    f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" + (f", {note}" if note else ""): case
+    for cls, cases in BY_CLASS.items()
+    for note, case in cases.items()
+}
+"""The same by names such as ``levit.Attention, convolutions``."""
+
+VITS = {note or "plain": case for note, case in BY_CLASS[Attention].items() if note != "vitamin"}
+"""Plain ViTs in all their variety; ``VITS["plain"]`` is the plainest."""

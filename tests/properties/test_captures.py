@@ -1,0 +1,80 @@
+"""What activation hooks capture of layers whose channels pass in an order or a module of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.models import double, relative
+from helpers.plans import kill
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.hooks import capturing
+from mhacut.surgery.output import effective_output_weights
+from properties.cases import CASES
+
+
+@torch.no_grad()
+def test_heads_with_modules_of_their_own_are_captured_together():
+    captured: dict[tuple[str, str], Tensor] = {}
+    model, x = double(CASES["efficientvit_msra.CascadedGroupAttention"])
+    attention = model.layer
+    rows = [[] for _ in attention.qkvs]
+    for head, qkv in enumerate(attention.qkvs):
+        qkv.register_forward_hook(lambda module, args, output, head=head: rows[head].append(output))
+    units = find_prunable_layers(model).units()
+    with capturing(model, units, lambda unit, hook, channels: captured.update({(unit.kind, hook): channels})):
+        model(x)
+    qkv = torch.stack([row[0].movedim(1, -1) for row in rows], dim=-2)  # (B, H, W, heads, rows)
+    assert torch.equal(captured["qk", "key"], qkv[..., 4:8])
+    assert torch.equal(captured["v", "value"], qkv[..., 8:])
+    convolved = [conv(row[0][:, :4]).movedim(1, -1) for conv, row in zip(attention.dws, rows, strict=True)]
+    assert torch.equal(captured["qk", "query"], torch.stack(convolved, dim=-2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientvit_mit.LiteMLA",
+        "efficientvit_msra.CascadedGroupAttention",
+        "swiftformer.EfficientAdditiveAttention",
+        "bottleneck_attn.BottleneckAttn",
+        "halo_attn.HaloAttn",
+    ],
+)
+@torch.no_grad()
+def test_a_channel_that_is_made_of_nothing_is_captured_as_nothing(name):
+    model, x = double(CASES[name])
+    prunable = find_prunable_layers(model)
+    (unit,) = (unit for unit in prunable.units(("qk",)) if unit.layer == "layer")
+    kept = torch.arange(unit.width)[1:].expand(unit.heads, -1).tolist()
+    plan = Plan((UnitPlan("layer", "qk", unit.width, tuple(map(tuple, kept))),))
+    kill(model, prunable, plan, ())
+    with capturing(model, (unit,), lambda unit, hook, channels: captured.update({hook: channels})):
+        captured: dict[str, Tensor] = {}
+        model(x)
+    for hook in ("query", "key"):
+        assert captured[hook].shape[-2:] == (unit.heads, unit.width) or unit.heads == 1
+        assert not captured[hook][..., 0].any()
+        assert captured[hook][..., 1:].flatten(0, -2).any(0).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision_transformer.ParallelScalingBlock, biases",
+        "vision_transformer.DiffParallelScalingBlock",
+    ],
+)
+@torch.no_grad()
+def test_the_output_weights_of_a_parallel_block_are_what_it_adds(name):
+    (model, _), x = double(CASES[name]), torch.randn(2, 5, 12, dtype=torch.float64)
+    unit = next(unit for unit in find_prunable_layers(model).units(("hidden",)) if unit.layer == "layer")
+    hook, before = unit.hooks["hidden"], model.layer(x)
+    handle = model.layer.get_submodule(hook.module).register_forward_pre_hook(
+        lambda module, args: (torch.cat([args[0][..., : hook.offset], args[0][..., hook.offset :] + 1], -1),)
+    )
+    moved = model.layer(x) - before
+    handle.remove()
+    assert relative(moved, effective_output_weights(model.layer, unit).sum(1).expand_as(moved)) < 1e-10

@@ -1,0 +1,45 @@
+"""Models at the size that users have them."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch.func import functional_call
+
+from helpers.models import ModelCase, build, image, relative
+from helpers.plans import random_plan
+from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.mask import masked_tensors
+from mhacut.surgery.slice import cut
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch32_clip_quickgelu_224",
+        "aimv2_large_patch14_224",
+    ],
+)
+def test_at_full_size(architecture):
+    shape = {"img_size": 224} if "dinov2" in architecture else {}
+    case = ModelCase(architecture, shape, 224)
+    model = build(case)
+    prunable = find_prunable_layers(model)
+    plan, channel_scales = random_plan(prunable, 11)
+    table = build_cost_table(model, prunable, case.size)
+    x = image(case, batch=1)
+    with torch.no_grad():
+        masked = functional_call(model, masked_tensors(model, prunable, channel_scales), (x,))
+        cut(model, plan, channel_scales)
+        assert relative(model(x), masked) < 1e-4
+    assert measure_flops(model, case.size) == table.flops(plan.widths())
+    assert timm.create_model(architecture, **shape).state_dict().keys() == model.state_dict().keys()

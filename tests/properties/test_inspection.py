@@ -1,0 +1,23 @@
+"""What ``mhacut inspect`` says of a layer, it can say of every class."""
+
+from __future__ import annotations
+
+import torch
+
+from helpers.models import build
+from mhacut.inspection.heads import describe_heads
+from mhacut.pruning.weight_moments import white_moments
+from mhacut.surgery.find import find_prunable_layers
+
+
+def test_heads_of_every_class_can_be_looked_at(case):
+    model = build(case, dtype=torch.float64)
+    for layer in find_prunable_layers(model).layers:
+        for unit in layer.units if layer.adapter.family == "attention" else ():
+            module = model.get_submodule(layer.name)
+            seen = white_moments(module, unit)
+            if seen is not None:
+                moments, similarity = seen
+                assert similarity.shape == (unit.heads, unit.width)
+                found = describe_heads(module, unit, moments, similarity, ranked=False)
+                assert all(1 <= head.rank99 <= unit.width for head in found)
