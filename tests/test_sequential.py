@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.models import Case, build, image
+from helpers.models import ModelCase, build, image
 from helpers.plans import distillation_of
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
@@ -23,14 +23,14 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
-PLAIN = Case("vit_tiny_patch16_224", SMALL)
+PLAIN = ModelCase("vit_tiny_patch16_224", SMALL)
 CASES = {
     "vit": PLAIN,
-    "no bias": Case("vit_tiny_patch16_224", {**SMALL, "proj_bias": False}),
-    "blocks that take more": Case(
+    "no bias": ModelCase("vit_tiny_patch16_224", {**SMALL, "proj_bias": False}),
+    "blocks that take more": ModelCase(
         "vit_small_patch16_rope_224", {**SMALL, "num_heads": 2, "qkv_fused": False}
     ),
-    "swin": Case(
+    "swin": ModelCase(
         "swin_tiny_patch4_window7_224",
         {
             "depths": (2, 2),
@@ -41,7 +41,7 @@ CASES = {
             "num_classes": 5,
         },
     ),
-    "parallel branches": Case(
+    "parallel branches": ModelCase(
         "coat_tiny",
         {
             "embed_dims": (16, 16, 16, 16),
