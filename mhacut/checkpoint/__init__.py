@@ -1,1 +1,1 @@
-"""Checkpoints: a file read with suspicion, recognised as a timm model, and a slim file written with care."""
+"""Read, identify, load and write checkpoints; nothing in a file is trusted."""
