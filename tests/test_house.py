@@ -50,8 +50,6 @@ EXEMPT: dict[str, set[str]] = {
         "mhacut.adapters.softmax.read",
         "mhacut.adapters.softmax_hooks",
         "mhacut.budget.Budget.text",
-        "mhacut.checkpoint.identity.ModelHints",
-        "mhacut.checkpoint.infer.Identified.notes",
         "mhacut.cli.console.SCHEMA_VERSION",
         "mhacut.cli.inspect_json",
         "mhacut.cli.inspect_text",

@@ -53,7 +53,7 @@ class Checkpoint:
         self.stem = stem
         """Beginning of default output names."""
         self.record = record
-        """What a slim file states about itself; None for a dense model."""
+        """Record of a slim file; None for a dense model."""
         self.header = header
         """Header of the file; None for a model in memory."""
         self.has_weights = header is None

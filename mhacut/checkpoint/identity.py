@@ -57,7 +57,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ModelHints:
-    """What the user says about the model in a file; what is None or missing, the file must show."""
+    """Statements of the user about the model in a file; the file must show what is None or missing."""
 
     model: str | None = None
     """Name in timm, maybe with the tag of pretrained weights."""

@@ -32,7 +32,7 @@ class Identified:
     tensors: Mapping[str, TensorInfo]
     """Tensors of the file, under the names they have in the model."""
     notes: tuple[str, ...]
-    """What was inferred and from where, for the user."""
+    """Lines for the user: what was inferred, and from where."""
 
 
 def infer_from_shapes(
