@@ -37,7 +37,8 @@ class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
         """[B, C, H, W] to [B, C_out, H, W]."""
         q, k, v = heads_of_all_scales(self, x)
         q, k, v = self.kernel_func(q), self.kernel_func(k), F.pad(v, (0, 1), value=1.0)
-        with torch.autocast(device_type=v.device.type, enabled=False):
+        device = "cpu" if v.is_meta else v.device.type  # there is no autocast for meta
+        with torch.autocast(device_type=device, enabled=False):
             out = self._attn(q, k, v)
         return self.proj(out.mT.reshape(x.shape[0], -1, *x.shape[2:]))
 

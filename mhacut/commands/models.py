@@ -14,7 +14,6 @@ from mhacut.adapters.registry import is_attention, is_pooling_head, looks_like_a
 from mhacut.errors import UnsupportedModelError
 from mhacut.exporting.timm_model import NAME
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.info import not_prunable
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry
     }
     order = tuple(kind for kind in ("qk", "v", "hidden") if kind in kinds)
     return CatalogueEntry(
-        name, tuple(sorted(classes)), order, not_prunable(prunable), None, tuple(tags), transformer=True
+        name, tuple(sorted(classes)), order, prunable.not_prunable, None, tuple(tags), transformer=True
     )
 
 

@@ -34,7 +34,7 @@ from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.info import classifier_size, not_prunable
+from mhacut.surgery.info import classifier_size
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
 
@@ -86,7 +86,7 @@ def read_inputs(
     units = prunable.units(_KINDS[options.scope])
     table = build_cost_table(dense, prunable, preprocessing.input_size)
     flops = reachable_budget(budget, table, units, options.round_to)
-    whole = not_prunable(prunable)
+    whole = prunable.not_prunable
     for line in whole:
         reporter.log(f"left whole: {line}")
     reporter.start("loading images")

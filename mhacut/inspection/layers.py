@@ -22,7 +22,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
 from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
-from mhacut.surgery.info import classifier_size, not_prunable
+from mhacut.surgery.info import classifier_size
 
 BY_WEIGHTS = "weights alone, inputs taken as white"
 """Basis of findings where there were no images."""
@@ -160,7 +160,7 @@ def inspect_model(
         parameters=parameters,
         dtypes=tuple(sorted({_name(dtype) for dtype in opened.dtypes.values() if dtype.is_floating_point})),
         layers=tuple(layers),
-        not_prunable=not_prunable(prunable),
+        not_prunable=prunable.not_prunable,
         preprocessing=resolved,
         history=() if record is None else record.history,
         slim=record is not None,

@@ -18,93 +18,126 @@ from mhacut.adapters.registry import (
     why_not_cut,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
-from mhacut.plan import Plan, UnitKind
+from mhacut.plan import UNIT_KINDS, Plan, UnitKind
 
 UnitKey = tuple[str, UnitKind]
 
 
 @dataclass(frozen=True)
 class PrunableLayers:
-    """What of a model can be cut."""
+    """Layers of a model that can be cut, and what cannot."""
 
     layers: tuple[Layer, ...]
-    """In the order of the model's modules."""
+    """Layers in the order of the model's modules."""
     skipped: tuple[str, ...]
     """Modules outside these layers that hold channels but are not cut: name, class and reason."""
 
-    def units(self, kinds: Iterable[UnitKind] = ("qk", "v", "hidden")) -> tuple[Unit, ...]:
+    def units(self, kinds: Iterable[UnitKind] = UNIT_KINDS) -> tuple[Unit, ...]:
+        """Units of these ``kinds``, layer by layer."""
         wanted = set(kinds)
         return tuple(unit for layer in self.layers for unit in layer.units if unit.kind in wanted)
 
     def unit(self, key: UnitKey) -> Unit:
-        """The unit named ``key``; a :class:`PlanError` when the model has none."""
+        """Return the unit named ``key``.
+
+        Raises:
+            PlanError: the model has none.
+        """
         for unit in self.units():
             if unit.key == key:
                 return unit
         raise PlanError(f"the model has no unit {key[1]!r} in a layer {key[0]!r}")
 
+    @property
+    def not_prunable(self) -> tuple[str, ...]:
+        """One line per reason why channels cannot be cut, with the layers or modules it holds for."""
+        layers: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for kind, reason in layer.not_prunable.items():
+                layers.setdefault(f"{kind}: {reason}", []).append(layer.name)
+        lines = [
+            f"{reason} ({names[0]})"
+            if len(names) == 1
+            else f"{reason} ({len(names)} layers, first {names[0]})"
+            for reason, names in layers.items()
+        ]
+        return (*lines, *self.skipped)
+
 
 def find_prunable_layers(model: nn.Module) -> PrunableLayers:
-    """The layers of ``model`` that can be cut, as their adapters describe them.
+    """Return the layers of ``model`` that can be cut, as their adapters describe them.
 
     Raises:
-        UnsupportedModelError: the model holds an attention class that is not registered, or no attention.
+        UnsupportedModelError: the model has no attention, attention of a class that is not registered, or a
+            layer under two names.
     """
-    layers: list[Layer] = []
-    skipped: list[str] = []
-    refused: list[str] = []
-    unknown: dict[str, str] = {}
-    unknown_mlps: dict[str, list[str]] = {}
-    seen: dict[int, str] = {}
-
-    def walk(name: str, module: nn.Module) -> None:
-        cls = type(module)
-        adapter = adapter_for(module)
-        if adapter is None and is_pooling_head(module):
-            skipped.append(f"{name} ({cls.__name__}): a pooling head is left alone")
-            return
-        if is_position_bias(module):
-            return
-        if adapter is not None:
-            if id(module) in seen:
-                raise UnsupportedModelError(
-                    f"{name} and {seen[id(module)]} are one shared module; not supported"
-                )
-            seen[id(module)] = name
-            layers.append(adapter.describe(name, module))
-            return
-        before, refused_before = len(layers), len(refused)
-        for child_name, child in module.named_children():
-            walk(f"{name}.{child_name}" if name else child_name, child)
-        families = {layer.adapter.family for layer in layers[before:]}
-        # An MLP inside does not make an attention known: position biases of windows come from one.
-        holds_one = "attention" in families or len(refused) > refused_before
-        if is_attention(module) or (looks_like_attention(module) and not holds_one):
-            refused.append(name)
-            unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
-        elif not families and looks_like_mlp(module):
-            unknown_mlps.setdefault(cls.__name__, []).append(name)
-
-    walk("", model)
-    if unknown:
-        found = ", ".join(f"{cls} (first at {name})" for cls, name in unknown.items())
+    walk = _Walk()
+    walk.visit("", model)
+    if walk.unknown:
+        found = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
         raise UnsupportedModelError(
             f"attention class not supported: {found}; nothing is cut beside attention that mhacut does not "
             "know. `mhacut models` lists what can be cut"
         )
-    if not any(layer.adapter.family == "attention" for layer in layers):
+    if not any(layer.adapter.family == "attention" for layer in walk.layers):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no attention layer mhacut can cut; "
             "`mhacut models` lists what can be cut"
         )
-    for mlp, names in unknown_mlps.items():
+    for mlp, names in walk.unknown_mlps.items():
         of_several = f" ({len(names)} layers)" if len(names) > 1 else ""
-        skipped.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)}{of_several}")
-    return PrunableLayers(tuple(layers), tuple(skipped))
+        walk.skipped.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)}{of_several}")
+    return PrunableLayers(tuple(walk.layers), tuple(walk.skipped))
+
+
+class _Walk:
+    """A walk through the modules of a model, and what it met."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.skipped: list[str] = []
+        self.unknown: dict[str, str] = {}
+        """Attention classes that are not registered, and the name of the first layer of each."""
+        self.unknown_mlps: dict[str, list[str]] = {}
+        """MLP classes that are not registered, and the names of their layers."""
+        self._unknown_layers = 0
+        self._names: dict[int, str] = {}
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        adapter = adapter_for(module)
+        if adapter is None and is_pooling_head(module):
+            self.skipped.append(f"{name} ({type(module).__name__}): a pooling head is left alone")
+        elif is_position_bias(module):
+            pass
+        elif adapter is not None:
+            earlier = self._names.setdefault(id(module), name)
+            if earlier != name:
+                raise UnsupportedModelError(f"{name} and {earlier} are one shared module; not supported")
+            self.layers.append(adapter.describe(name, module))
+        else:
+            self._visit_children(name, module)
+
+    def _visit_children(self, name: str, module: nn.Module) -> None:
+        layers_before, unknown_before = len(self.layers), self._unknown_layers
+        for child_name, child in module.named_children():
+            self.visit(f"{name}.{child_name}" if name else child_name, child)
+        families = {layer.adapter.family for layer in self.layers[layers_before:]}
+        # An MLP inside does not make an attention known: position biases of windows come from one.
+        holds_attention = "attention" in families or self._unknown_layers > unknown_before
+        cls = type(module)
+        if is_attention(module) or (looks_like_attention(module) and not holds_attention):
+            self._unknown_layers += 1
+            self.unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
+        elif not families and looks_like_mlp(module):
+            self.unknown_mlps.setdefault(cls.__name__, []).append(name)
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
-    """Raise a :class:`PlanError` unless every unit of ``plan`` is a unit of the model, of the same size."""
+    """Check that every unit of ``plan`` is a unit of the model, of the same size.
+
+    Raises:
+        PlanError: one is not.
+    """
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
         if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):

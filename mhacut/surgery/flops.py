@@ -42,15 +42,12 @@ _PER_ELEMENT = {
 
 
 def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """FLOPs of one image through ``model``, counted by fvcore.
-
-    Arguments and errors as for :func:`measure_flops_by_module`.
-    """
+    """Count the FLOPs of one image through ``model``; see :func:`measure_flops_by_module`."""
     return measure_flops_by_module(model, input_size)[""]
 
 
 def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """FLOPs of one image through each module of ``model``, by name; the model itself is ``""``.
+    """Count the FLOPs of one image through each module of ``model``, by name; the model itself is ``""``.
 
     Args:
         model: in eval mode, on any device.
@@ -65,7 +62,7 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) 
 
 
 def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """FLOPs of ``model(*inputs)`` by module, as :func:`measure_flops_by_module` gives them."""
+    """Count the FLOPs of ``model(*inputs)`` by module; see :func:`measure_flops_by_module`."""
     with warnings.catch_warnings():
         # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
         warnings.simplefilter("ignore")
@@ -90,10 +87,10 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """A copy of ``model``, which may be on the meta device, that runs on the CPU and takes no memory.
+    """Copy ``model``, which may be on the meta device, so that it runs on the CPU and takes no memory.
 
-    All its tensors are zeros that are stored once: what it computes means nothing, what that costs can be
-    counted. Tracing a model on the meta device fails in torch's own shape checks.
+    Each of its tensors is one zero, expanded: its outputs mean nothing, its FLOPs can be counted. (Tracing a
+    model on the meta device fails in torch's own shape checks.)
     """
     stand_in = copy.deepcopy(model)
     take_weights(stand_in)
@@ -101,7 +98,7 @@ def weightless(model: nn.Module) -> nn.Module:
 
 
 def take_weights(model: nn.Module) -> None:
-    """Make ``model`` weightless in place, as :func:`weightless` says."""
+    """Make ``model`` weightless in place; see :func:`weightless`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
@@ -142,4 +139,5 @@ def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of ``model``."""
     return sum(parameter.numel() for parameter in model.parameters())

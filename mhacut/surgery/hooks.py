@@ -1,4 +1,4 @@
-"""Listening to what flows through the taps of units while a model runs."""
+"""Capture the activations of units while a model runs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ from torch.utils.hooks import RemovableHandle
 from mhacut.adapters.base import ActivationHook, Unit
 
 Capture = Callable[[Unit, str, Tensor], None]
+"""Called with a unit, the name of one of its hooks, and the activation, [..., heads, width]."""
 
 
 @contextmanager
-def capturing(model: nn.Module, units: Iterable[Unit], listener: Capture) -> Iterator[None]:
-    """In the block, every batch calls ``listener(unit, tap name, activation)`` for every tap of ``units``.
+def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iterator[None]:
+    """Call ``capture`` for every hook of ``units`` whenever ``model`` runs in the block.
 
-    Activations are detached, with channels moved last and split by head: [..., heads, width].
+    Activations are detached, with channels moved last and split by head.
     """
     handles = []
     for unit in units:
         for name, hook in unit.hooks.items():
-            whole = f"{unit.layer}.{hook.module}".rstrip(".")
+            path = f"{unit.layer}.{hook.module}".rstrip(".")
             if "*" not in hook.module:
-                submodule = model.get_submodule(whole)
-                handles.append(_listen(submodule, hook, _taker(unit, name, hook, submodule, listener)))
+                handles.append(_register(model.get_submodule(path), unit, name, hook, capture))
                 continue
-            gathered = _Gathered(unit, name, listener)
-            one_head = replace(unit, heads=1)
+            one_head, join = replace(unit, heads=1), _JoinHeads(unit, name, capture)
             for head in range(unit.heads):
-                submodule = model.get_submodule(whole.replace("*", str(head)))
-                take = _taker(one_head, name, hook, submodule, gathered.feed)
-                handles.append(_listen(submodule, hook, take))
+                submodule = model.get_submodule(path.replace("*", str(head)))
+                handles.append(_register(submodule, one_head, name, hook, join))
     try:
         yield
     finally:
@@ -42,41 +40,40 @@ def capturing(model: nn.Module, units: Iterable[Unit], listener: Capture) -> Ite
             handle.remove()
 
 
-def _listen(submodule: nn.Module, hook: ActivationHook, take: Callable[[Tensor], None]) -> RemovableHandle:
+class _JoinHeads:
+    """Capture of an activation whose heads are made one after the other; passes all of them on at once."""
+
+    def __init__(self, unit: Unit, name: str, capture: Capture) -> None:
+        self._unit, self._name, self._capture = unit, name, capture
+        self._heads: list[Tensor] = []
+
+    def __call__(self, unit: Unit, name: str, channels: Tensor) -> None:
+        self._heads.append(channels)  # (..., 1, width)
+        if len(self._heads) == self._unit.heads:
+            joined = torch.cat(self._heads, dim=-2)  # (..., H, width)
+            self._heads = []
+            self._capture(self._unit, self._name, joined)
+
+
+def _register(
+    submodule: nn.Module, unit: Unit, name: str, hook: ActivationHook, capture: Capture
+) -> RemovableHandle:
+    def take(activation: Tensor) -> None:
+        capture(unit, name, _by_head(unit, hook, submodule, activation))
+
     if hook.side == "input":
         return submodule.register_forward_pre_hook(lambda module, args: take(args[hook.argument]))
     return submodule.register_forward_hook(lambda module, args, output: take(output))
 
 
-class _Gathered:
-    """One activation of all heads, of those of each by itself."""
-
-    def __init__(self, unit: Unit, name: str, listener: Capture) -> None:
-        """Tell ``listener`` once every head of ``unit`` was heard."""
-        self.unit, self.name, self.listener = unit, name, listener
-        self.heard: list[Tensor] = []
-
-    def feed(self, unit: Unit, name: str, channels: Tensor) -> None:
-        """Take the next head's, [..., 1, width]."""
-        self.heard.append(channels)
-        if len(self.heard) == self.unit.heads:
-            together = torch.cat(self.heard, dim=-2)
-            self.heard = []
-            self.listener(self.unit, self.name, together)
-
-
-def _taker(
-    unit: Unit, name: str, hook: ActivationHook, submodule: nn.Module, listener: Capture
-) -> Callable[[Tensor], None]:
-    def take(activation: Tensor) -> None:
-        if hook.then is not None:
-            activation = hook.then(submodule, activation)
-        channels = activation.detach().movedim(hook.channel_dim, -1)
-        if channels.dim() == 2:  # of one token, which timm's class attention takes out by its number
-            channels = channels[:, None]
-        width = hook.width or unit.width
-        stride = hook.stride or width
-        channels = channels[..., hook.offset : hook.offset + (unit.heads - 1) * stride + width]
-        listener(unit, name, channels.unfold(-1, width, stride))
-
-    return take
+def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation: Tensor) -> Tensor:
+    """The unit's channels in ``activation``, [..., heads, width]."""
+    if hook.then is not None:
+        activation = hook.then(submodule, activation)
+    channels = activation.detach().movedim(hook.channel_dim, -1)  # (..., C)
+    if channels.dim() == 2:  # of one token, which timm's class attention takes out by its number
+        channels = channels[:, None]
+    width = hook.width or unit.width
+    stride = hook.stride or width
+    channels = channels[..., hook.offset : hook.offset + (unit.heads - 1) * stride + width]
+    return channels.unfold(-1, width, stride)  # (..., H, width)

@@ -1,4 +1,4 @@
-"""Small questions about a timm model."""
+"""Facts about a timm model that timm keeps in several places."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-
-from mhacut.surgery.find import PrunableLayers
 
 
 def model_input_size(
@@ -34,31 +32,18 @@ def model_input_size(
 
 
 def patch_embedding(model: nn.Module) -> Any:
-    """What of ``model`` embeds patches of the image, and knows its size; None without such."""
-    # CoaT's is the first of several. Visformer's first sees what a stem made of the image.
+    """Return the module of ``model`` that embeds patches of the image and knows its size, or None."""
+    # CoaT's is the first of several. Visformer's first embeds the output of a stem.
     first: Any = getattr(model, "patch_embed1", None)
     sees_it = getattr(getattr(first, "proj", None), "in_channels", None) == getattr(model, "in_chans", None)
     return getattr(model, "patch_embed", first if sees_it else None)
 
 
 def classifier_size(model: Any) -> int:
-    """Classes of the head; 0 for a model that gives features."""
+    """Number of classes of the head; 0 for a model that gives features."""
     return int(getattr(model, "num_classes", 0) or 0)
 
 
 def gives_probabilities(model: Any) -> bool:
-    """Whether a softmax over the outputs says something: of a single output it is 1, whatever that is."""
+    """Whether the outputs are logits of several classes; the softmax over a single one is always 1."""
     return classifier_size(model) > 1
-
-
-def not_prunable(prunable: PrunableLayers) -> tuple[str, ...]:
-    """One line per reason for what is not cut: which units of how many layers, and pooling heads."""
-    layers: dict[str, list[str]] = {}
-    for layer in prunable.layers:
-        for kind, reason in layer.not_prunable.items():
-            layers.setdefault(f"{kind}: {reason}", []).append(layer.name)
-    lines = [
-        f"{what} ({names[0]})" if len(names) == 1 else f"{what} ({len(names)} layers, first {names[0]})"
-        for what, names in layers.items()
-    ]
-    return (*lines, *prunable.skipped)

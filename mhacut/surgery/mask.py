@@ -1,4 +1,4 @@
-"""The masked model: dense shapes, with each channel's contribution times a scale."""
+"""The masked model: dense shapes, the contribution of each channel multiplied by a scale."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from mhacut.adapters.base import ChannelAxis, Unit
 from mhacut.options.prune import Temperature
 from mhacut.plan import Basis, UnitPlan
-from mhacut.surgery.axes import of_heads, of_norm
+from mhacut.surgery.axes import norm_axis, select_heads
 from mhacut.surgery.find import PrunableLayers, UnitKey
 from mhacut.surgery.output import output_weights
 
 
 def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis: Basis) -> float:
-    """Factor on the logits of the masked dense model at ``width``: ``kept`` is 1/sqrt(kept width).
+    """Factor on the logits of the masked model, so that their temperature is that of a cut to ``width``.
 
-    That makes up for channels of the logits that went. Principal ones that stay have the logits' energy
-    already: their temperature is the dense one.
+    ``kept`` scales logits by 1/sqrt(width) in place of 1/sqrt(dense width), which makes up for the channels
+    that went. In the PCA basis the kept channels hold most of the logits' energy: the factor is 1.
     """
     if temperature == "dense" or basis == "principal" or not unit.softmax_scaled:
         return 1.0
@@ -29,15 +29,15 @@ def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis
 def masked_tensors(
     model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of the masked twin: those of ``model`` with each channel's contribution times its scale.
+    """Tensors of the masked model that differ from those of ``model``, by name, for :func:`run_with`.
 
-    A channel scale of 0 removes a channel exactly as :func:`cut` would. Differentiable in the channel
-    scales; meant for :func:`run_with`. Tensors that no channel scale touches are left out.
+    A scale of 0 removes a channel exactly as :func:`mhacut.surgery.slice.cut` does. Differentiable in the
+    channel scales.
 
     Args:
         model: the dense model.
-        prunable: of that model.
-        channel_scales: [heads, width] per unit.
+        prunable: its prunable layers.
+        channel_scales: [heads, width] per unit; units not named are left out.
     """
     masked: dict[str, Tensor] = {}
     for layer in prunable.layers:
@@ -51,8 +51,7 @@ def masked_tensors(
             if unit.constants:
                 bias = f"{layer.name}.{unit.output_bias}"
                 masked[bias] = model.get_parameter(bias) + constant_lost(module, unit, channel_scale)
-            scaled = (part for axis in unit.scale_axes for part in scaled_with(axis))
-            for axis in scaled:
+            for axis in scaled_axes(unit):
                 name = f"{layer.name}.{axis.tensor}"
                 tensor = masked.get(name)
                 if tensor is None:
@@ -62,11 +61,11 @@ def masked_tensors(
 
 
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """What ``model`` gives with ``tensors`` in place of its own of these names; left as it was.
+    """Run ``model`` with the named tensors substituted; the model is not modified.
 
-    One of the names of a module will do; tensors that several modules share need all of theirs.
+    A module under several names needs only one of them, a tensor that several modules share all of them.
     """
-    # Where torch ties them by itself, it leaves one behind in a module of several names.
+    # tie_weights=True leaves a substitute behind in a module of several names.
     outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)
     return outputs
 
@@ -74,9 +73,11 @@ def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) ->
 @torch.no_grad()
 def scale(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
     """Multiply the contribution of the unit's channels by ``channel_scale`` [heads, width], in place."""
-    for axis in unit.scale_axes:
-        for part in scaled_with(axis):
-            _scale(module, unit, part, channel_scale)
+    flat = channel_scale.reshape(-1)  # (H * d)
+    for axis in scaled_axes(unit):
+        parameter = module.get_parameter(axis.tensor)
+        scaled = _scaled(parameter.detach().double(), unit, axis, flat.to(parameter.device))
+        parameter.copy_(scaled.to(parameter.dtype))
 
 
 def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor | None) -> None:
@@ -86,21 +87,22 @@ def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor | None) -> Non
     setattr(module.get_submodule(owner), name, None if channel_scale is None else channel_scale.reshape(-1))
 
 
-def scaled_with(axis: ChannelAxis) -> tuple[ChannelAxis, ...]:
-    """What a channel scale multiplies: the rows, or the batch norm behind them.
+def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
+    """Axes that channel scales multiply: ``unit.scale_axes``, or the batch norms behind them.
 
-    In training a batch norm would undo what is done to the rows.
+    In training, a batch norm would undo a scale on the rows in front of it.
     """
-    if axis.norm is None:
-        return (axis,)
-    return of_norm(axis, "weight"), of_norm(axis, "bias")
+    axes: list[ChannelAxis] = []
+    for axis in unit.scale_axes:
+        axes += [axis] if axis.norm is None else [norm_axis(axis, "weight"), norm_axis(axis, "bias")]
+    return tuple(axes)
 
 
 def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, channel_scale: Tensor) -> Tensor:
     """``tensor`` with the unit's entries along ``axis`` times ``channel_scale`` [heads * width]."""
     size = tensor.shape[axis.dim]
     rows = axis.rows(unit.heads, unit.width).to(channel_scale.device)
-    channel_scale = of_heads(axis, channel_scale.view(unit.heads, unit.width)).reshape(-1)
+    channel_scale = select_heads(axis, channel_scale.view(unit.heads, unit.width)).reshape(-1)
     factor = channel_scale.new_ones(size).index_copy(
         0, rows.flatten(), channel_scale.repeat_interleave(rows.shape[-1])
     )
@@ -109,14 +111,8 @@ def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, channel_scale: Tensor
     return tensor * factor.view(shape).to(tensor)
 
 
-def _scale(module: nn.Module, unit: Unit, axis: ChannelAxis, channel_scale: Tensor) -> None:
-    parameter = module.get_parameter(axis.tensor)
-    scaled = _scaled(parameter.detach().double(), unit, axis, channel_scale.reshape(-1).to(parameter.device))
-    parameter.copy_(scaled.to(parameter.dtype))
-
-
 def kept_channels(unit_plan: UnitPlan) -> Tensor:
-    """Which channels stay, [heads, dense_width], bool."""
+    """Mask of the channels that stay, [heads, dense_width], bool."""
     kept = torch.zeros(unit_plan.heads, unit_plan.dense_width, dtype=torch.bool)
     for head, channels in enumerate(unit_plan.kept):
         kept[head, list(channels)] = True
@@ -124,7 +120,13 @@ def kept_channels(unit_plan: UnitPlan) -> Tensor:
 
 
 def constant_lost(module: nn.Module, unit: Unit, channel_scale: Tensor) -> Tensor:
-    """Constant, [out], that the output bias must absorb when channels are scaled by [heads * width]."""
+    """Constant that the output bias must absorb when channels are scaled, [out].
+
+    Args:
+        module: the layer.
+        unit: one of its units, with ``constants``.
+        channel_scale: [heads * width].
+    """
     columns = output_weights(module, unit)
     lost = columns.new_zeros(len(columns))
     for axis in unit.constants:

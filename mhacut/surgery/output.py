@@ -12,20 +12,23 @@ from mhacut.adapters.base import Unit
 
 
 def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """The weights that read the unit's channels in the layer ``module``, [out, heads * width], float64.
+    """Output projection of the unit, times the scale or batch norm behind it, [out, heads * width], float64.
 
-    With the factors of a scale or a batch norm behind them, so that they tell errors of what the layer gives.
-    Of a channel that is read at several places (by a convolution, or as several queries have it), [places *
-    out, heads * width], those of a place together: squares sum to that of one place of the output, if errors
-    at the places are independent.
+    It maps errors of the unit's channels to errors of the layer's output. Where a channel is read at several
+    places (by a convolution, or for several queries) it is [places * out, heads * width], place by place:
+    squared errors sum to that of one place of the output if errors at the places are independent.
+
+    Args:
+        module: the layer.
+        unit: one of its units, with an output projection.
     """
     assert unit.output_projection is not None
     columns = output_weights(module, unit).detach().double()
-    reader = module.get_submodule(unit.output_projection.tensor.rpartition(".")[0])
-    if isinstance(reader, nn.ConvTranspose2d):
+    projection = module.get_submodule(unit.output_projection.tensor.rpartition(".")[0])
+    if isinstance(projection, nn.ConvTranspose2d):
         assert unit.output_scale is None
         assert unit.output_norm is None
-        columns = columns / math.prod(reader.stride) ** 0.5  # of an error, spread over so many more places
+        columns = columns / math.prod(projection.stride) ** 0.5  # an error spreads over so many more places
     if unit.output_scale is not None:
         columns = module.get_parameter(unit.output_scale).detach().double()[:, None] * columns
     if unit.output_norm is None:
@@ -34,7 +37,7 @@ def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 
 def output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """As :func:`effective_output_weights`, but the parameter itself, of its own dtype."""
+    """Output projection of the unit, [(places *) out, heads * width], as it is stored."""
     assert unit.output_projection is not None
     weight = module.get_parameter(unit.output_projection.tensor).movedim(unit.output_projection.dim, -1)
     columns = unit.output_projection.rows(unit.heads, unit.width).to(weight.device)  # (H, d, copies)
@@ -45,7 +48,10 @@ def output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 @torch.no_grad()
 def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
-    """Add ``constant`` [out], or [places * out], to what the columns of the unit's readout give."""
+    """Add ``constant``, [out] or [places * out], to the output of the unit's projection, in place.
+
+    The bias behind the projection takes it up, or the mean of the batch norm; without either it is lost.
+    """
     if unit.output_bias is not None:
         bias = module.get_parameter(unit.output_bias)
         bias.add_(constant.view(-1, len(bias)).sum(0).to(bias))
@@ -56,7 +62,7 @@ def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
 
 
 def norm_factor(norm: nn.Module) -> Tensor:
-    """What a batch norm in eval mode multiplies by, [C], float64."""
+    """Factor of a batch norm in eval mode, [C], float64."""
     assert isinstance(norm, _BatchNorm)
     assert norm.running_var is not None
     factor = (norm.running_var.double() + norm.eps).rsqrt()

@@ -1,4 +1,4 @@
-"""Slice a model to a plan: the same model with smaller tensors."""
+"""Cut a model to a plan: the same model with smaller tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.output import add_constant
 
 _LEAST_GATE = 1e-60
-"""What can be merged is positive. A kept channel whose scale was trained to 0 or below is gone in the masked
-twin; so much of it is left in the cut. (Features get the sixth root, 1e-10: little beside 1e-6.)"""
+"""Least scale of a kept channel with a gate. Only positive scales can be merged into parameters, so a channel
+whose scale was trained to 0 keeps this much. Its features get the sixth root, 1e-10: little beside the 1e-6
+that the layer adds to them."""
 
 
 def exact_scale(unit: Unit, width: int) -> float:
-    """What a cut to ``width`` must multiply into the scale axes so that dead channels may go unnoticed.
+    """Factor on the channels of a cut to ``width`` that keeps the softmax temperature of the dense layer.
 
-    A softmax layer derives its scale from its width: at k of d channels its logits grow by sqrt(d / k).
+    A softmax layer derives its temperature from its width: at k of d channels its logits grow by sqrt(d / k).
     """
     return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
 
@@ -36,16 +37,15 @@ def cut(
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
     prunable: PrunableLayers | None = None,
 ) -> None:
-    """Slice ``model`` in place to ``plan``; afterwards it equals :func:`masked_tensors` at the same scales.
+    """Cut ``model`` in place to ``plan``; it then computes what the masked model of the same scales does.
 
     Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
 
     Args:
-        model: any model :func:`find_prunable_layers` accepts, the plan's dense model.
+        model: the plan's dense model.
         plan: units not named stay whole.
-        channel_scales: [heads, dense_width] per unit, multiplied into the kept channels' contribution (their
-            logits for qk); missing means 1. Relative to the dense model: the softmax temperature stays its
-            own.
+        channel_scales: [heads, dense_width] per unit, multiplied into the contribution of the kept channels
+            (the logits, for qk); missing means 1. At 1 the softmax temperature is the dense model's.
         prunable: prunable layers of ``model``; found if None.
 
     Raises:
@@ -65,10 +65,10 @@ def cut(
 
 @torch.no_grad()
 def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Slice one layer in place, its weights as they are.
+    """Slice the tensors of one layer in place; the numbers in them stay.
 
     Args:
-        module: the layer itself, on any device, meta included.
+        module: the layer, on any device, meta included.
         layer: its description.
         unit_plans: units not named stay whole.
     """
@@ -86,7 +86,7 @@ def _scale_kept(
     unit_plans: Mapping[UnitKind, UnitPlan],
     channel_scales: Mapping[UnitKey, Tensor],
 ) -> None:
-    """Multiply the contribution of every channel by its scale, 0 where it is about to go."""
+    """Multiply the contribution of every channel of a layer by its scale, 0 where it is about to go."""
     for unit in layer.units:
         unit_plan = unit_plans.get(unit.kind)
         if unit_plan is None:
@@ -95,20 +95,15 @@ def _scale_kept(
         channel_scale = kept.double() * exact_scale(unit, unit_plan.width)
         if unit.key in channel_scales:
             channel_scale = channel_scale * channel_scales[unit.key].to(channel_scale)
-        _fold_constants(module, unit, channel_scale)
+        if unit.constants:
+            add_constant(module, unit, constant_lost(module, unit, channel_scale.reshape(-1)))
         if unit.gate is not None:
             layer.adapter.merge_gate(module, unit, channel_scale.clamp_min(_LEAST_GATE) * kept)
         scale(module, unit, channel_scale)
 
 
-def _fold_constants(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
-    if unit.constants:
-        assert unit.output_bias is not None
-        add_constant(module, unit, constant_lost(module, unit, channel_scale.reshape(-1)))
-
-
 def _unshare(module: nn.Module, unit: Unit) -> None:
-    """A copy for each head of every tensor that heads share."""
+    """Repeat every tensor that heads share, once for each head."""
     for axis in unit.axes:
         if axis.shared:
             parameter = module.get_parameter(axis.tensor)
@@ -117,7 +112,7 @@ def _unshare(module: nn.Module, unit: Unit) -> None:
 
 
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Index every tensor of the layer by what its units keep; several units may share a dimension."""
+    """Index every tensor of the layer by the channels that its units keep; units may share a dimension."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
     order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for unit in layer.units:
@@ -136,8 +131,8 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
             rows, own, place = axis.rows(unit.heads, unit.width), gone[first:last], (axis.tensor, axis.dim)
             removed.setdefault(place, []).append(rows[own].flatten())
             stays = rows[~own].flatten()
-            # Where channels are not side by side, heads that keep different ones leave another order behind
-            # than the layer will read: that of channels numbered anew.
+            # The layer reads channels in the order of their new numbers. Where channels are not side by side
+            # and heads keep different ones, that is not the order in which they stand.
             number = (~own).cumsum(1)[..., None] - 1
             moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
             order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
@@ -152,18 +147,18 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give a parameter or buffer of ``module`` another tensor."""
+    """Replace a parameter or buffer of ``module``."""
     owner_name, _, tensor_name = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     old, tensor = getattr(owner, tensor_name), tensor.contiguous()
     if isinstance(old, nn.Parameter):
         tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
     setattr(owner, tensor_name, tensor)
-    _tell_size(owner)
+    _update_sizes(owner)
 
 
-def _tell_size(owner: nn.Module) -> None:
-    """Linear, convolution and batch norm layers carry their sizes as attributes too."""
+def _update_sizes(owner: nn.Module) -> None:
+    """Set the size attributes of a linear, convolution or batch norm layer to those of its tensors."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.ConvTranspose2d):

@@ -20,7 +20,7 @@ from mhacut.data.preprocessing import Preprocessing
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.info import model_input_size, not_prunable
+from mhacut.surgery.info import model_input_size
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut as cut_model
 from tools import Done
@@ -40,7 +40,7 @@ def cut(model: Any, x: Tensor) -> Done:
         (),
     )
     cut_model(model, plan)
-    told = "; ".join(not_prunable(prunable))
+    told = "; ".join(prunable.not_prunable)
     return Done(model, "inner", lambda dense: masked(dense, plan), told, kept=record)
 
 
