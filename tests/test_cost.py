@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from itertools import combinations_with_replacement
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models.efficientvit_mit import LiteMLA
 from torch import nn
 
 from mhacut.errors import UnsupportedModelError
@@ -105,6 +107,16 @@ def test_an_operator_nobody_counts_is_an_error_not_a_zero():
 
     with pytest.raises(UnsupportedModelError, match="aten::sort"):
         measure_flops(Sorts().eval(), (3, 4, 4))
+
+
+def test_layers_of_any_widths_run_without_weights():
+    # There is no autocast for the meta device, where timm's own class does without.
+    with torch.device("meta"):
+        model = nn.Sequential(OrderedDict(attn=LiteMLA(12, 12, dim=4)))
+    heads = find_prunable_layers(model).unit(("attn", "qk")).heads
+    cut(model, Plan((UnitPlan("attn", "qk", 4, ((0, 1),) * heads),)))
+    assert type(model.attn) is not LiteMLA
+    assert model(torch.zeros(1, 12, 4, 4, device="meta")).shape == (1, 12, 4, 4)
 
 
 class Contracts(nn.Module):
