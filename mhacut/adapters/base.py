@@ -1,7 +1,7 @@
-"""What an adapter promises: where the channels of a layer lie, what they cost, how the layer shrinks.
+"""The description of a prunable layer: where its channels lie, and what an adapter does when they go.
 
-An adapter is a description. Slicing, masking, merging channel scales and reading activations are done once,
-in :mod:`mhacut.surgery` and :mod:`mhacut.pruning.calibrate`, by walking what is described here.
+Slicing, masking, merging channel scales and reading activations are done once, in :mod:`mhacut.surgery` and
+:mod:`mhacut.pruning.calibrate`, by walking what is described here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mhacut.plan import UnitKind
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-"""What a batch norm holds for each channel."""
+"""Tensors of a batch norm, with an entry for each channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
 """How far the channels of a head can be mixed.
@@ -41,10 +41,10 @@ Sharing = Literal["own", "copied", "tied"]
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Where the channels of a unit lie in one tensor: head h, channel i at ``offset + h * width + i``.
+    """Indices of a unit's channels in one tensor: head h, channel i at ``offset + h * width + i``.
 
     One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v, of
-    all heads or in every head. In general, head h, channel i, copy c lies at
+    all heads or in every head. In general, head h, channel i, copy c has the index
     ``offset + h * head_step + i * channel_step + copies[c]``.
 
     >>> ChannelAxis("qkv.weight", 0, offset=4).rows(heads=2, width=3)[..., 0].tolist()
@@ -54,28 +54,27 @@ class ChannelAxis:
     """
 
     tensor: str
-    """Parameter name relative to the layer, ``qkv.weight``."""
+    """Name relative to the layer, ``qkv.weight``."""
     dim: int
     """Dimension of that tensor along which the channels lie."""
     offset: int = 0
-    """Where head 0 (the first head here), channel 0 lies."""
+    """Index of channel 0 of head 0, or of the first of ``heads``."""
     heads: tuple[int, int] | None = None
-    """First and past the last head whose channels lie here, where it is not all of them."""
+    """First head, and the one past the last, if the tensor has the channels of some heads only."""
     shared: bool = False
-    """One row serves all heads: channel i of every head lies at ``offset + i``. Heads that keep channels of
-    their own need a copy each, see :attr:`mhacut.plan.UnitPlan.unshared`; not where they go together."""
+    """One row serves all heads: channel i of every head has the index ``offset + i``; see :data:`Sharing`."""
     head_step: int | None = None
-    """From a head to the next; None where everything of a head lies together."""
+    """Step from a head to the next; None if channels of a head lie side by side."""
     channel_step: int = 1
-    """From a channel of a head to the next."""
+    """Step from a channel of a head to the next."""
     copies: tuple[int, ...] = (0,)
-    """Where each entry of a channel lies from the first, for channels that are several rows."""
+    """Offset of each row of a channel from its first, for channels that are several rows."""
     norm: str | None = None
-    """The batch norm behind the linear layer whose rows these are. What it holds for the channels is sliced
-    with the rows, and scaled instead of them."""
+    """The batch norm behind the linear layer whose rows these are. Its entries are sliced with the rows, and
+    scaled in their place."""
 
     def rows(self, heads: int, width: int) -> Tensor:
-        """Indices along ``dim`` of each channel's entries, [heads, width, copies]."""
+        """Return the indices along ``dim``, [heads, width, copies]."""
         if self.shared:
             heads = 1
         elif self.heads is not None:
@@ -87,11 +86,11 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class ActivationHook:
-    """Where the activation of a unit passes while the model runs: [..., offset + heads * width, ...]."""
+    """Place where an activation of a unit passes while the model runs, [..., offset + heads * width, ...]."""
 
     module: str
-    """Submodule name relative to the layer; what is read is what flows in or out of it. ``*`` in it stands
-    for the number of the head, where every head has a submodule of its own, which run one after the other."""
+    """Submodule whose input or output is read, relative to the layer. ``*`` stands for the number of the
+    head, where every head has a submodule of its own, which run one after the other."""
     side: Literal["input", "output"]
     offset: int = 0
     channel_dim: int = -1
@@ -99,12 +98,11 @@ class ActivationHook:
     width: int | None = None
     """Channels per head, where it is not the unit's."""
     stride: int | None = None
-    """From one head to the next, where that is not the width."""
+    """Step from one head to the next, where that is not the width."""
     argument: int = 0
-    """Which positional argument is read, of an input."""
+    """Position of the argument that is read, of an input."""
     then: Callable[[Any, Tensor], Tensor] | None = None
-    """What to make of it first, of (submodule, activation). Where no module makes the channels, or where they
-    lie in another order than head by head."""
+    """(submodule, activation) -> [..., channels], where no module gives the channels head by head."""
 
 
 @dataclass(frozen=True)
@@ -115,44 +113,41 @@ class Unit:
     kind: UnitKind
     heads: int
     width: int
-    """Channels per head now."""
+    """Channels per head."""
     axes: tuple[ChannelAxis, ...]
-    """Everything that is sliced when channels go."""
+    """All axes that are sliced when channels go."""
     scale_axes: tuple[ChannelAxis, ...]
-    """Where a factor per channel scales that channel's contribution exactly: 0 removes it (mask), any other
-    number is a reweight channel scale. A subset of ``axes``, biases that belong to the channel included.
-    Empty where there is a ``gate``."""
+    """Axes along which a factor per channel scales that channel's contribution exactly: 0 removes it (mask),
+    any other number is a channel scale. A subset of ``axes``, with biases; empty if there is a ``gate``."""
     hooks: Mapping[str, ActivationHook]
     """``query`` and ``key`` for qk (of ``linear`` attention their features, and ``value`` too); ``value`` and
     ``output`` (weighted by attention, before the projection) for v; ``hidden`` for the MLP."""
     output_projection: ChannelAxis | None = None
-    """The columns through which the channels leave the layer (v, hidden); none for qk."""
+    """Columns that read the channels (v, hidden); None for qk."""
     output_bias: str | None = None
-    """The bias added behind those columns, if there is one."""
+    """Bias added behind those columns."""
     output_norm: str | None = None
-    """The batch norm behind those columns and their bias, if there is one."""
+    """Batch norm behind those columns and their bias."""
     output_scale: str | None = None
-    """A factor for each channel that they give, if there is one: what a layer adds to its input, weighed."""
+    """LayerScale behind those columns, a factor for each output channel."""
     mixing: Mixing = "refit"
-    """How far channels of a head can be mixed."""
     sharing: Sharing = "own"
-    """How far heads share tensors of the unit; those are marked by :attr:`ChannelAxis.shared`."""
+    """Shared tensors are marked by :attr:`ChannelAxis.shared`."""
     softmax_scaled: bool = False
     """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
     linear: bool = False
     """Attention without a softmax: its weights are products of features of q and of k, over their sum."""
     feeds: bool = False
-    """The channels make others of the layer before they are read out: what goes with them is not only what
-    the readout loses, and is seen by running the layer without them. Repair makes up for the readout only."""
+    """The channels feed others of the layer before the output projection reads them, so that the loss shows
+    only when the layer runs without them; least-squares reconstruction makes up for the projection only."""
     white_inputs: bool = True
     """Without images, inputs may be taken as white (:mod:`mhacut.pruning.weight_moments`)."""
     gate: str | None = None
-    """A buffer of the layer, None in a model at rest, that holds a scale per channel, [heads * width], not
-    negative. For channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges
-    channel scales."""
+    """Buffer for a scale per channel, [heads * width], not negative; None in a model at rest. For channels
+    that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges channel scales."""
     constants: tuple[ChannelAxis, ...] = ()
-    """Biases, one per channel, that pass on to the readout untouched: what a channel gives when it is zero.
-    Stays when the channel goes: the readout's bias takes it up."""
+    """Biases, one per channel, that reach the output projection as they are: the value of a channel whose
+    input is zero. The output bias takes it up when the channel goes."""
 
     def __post_init__(self) -> None:
         assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
@@ -163,7 +158,7 @@ class Unit:
 
     @property
     def constants_pass(self) -> bool:
-        """Whether something behind the readout can take up what removed channels gave on average."""
+        """Whether a bias or norm behind the projection can take up the mean of removed channels."""
         return self.output_bias is not None or self.output_norm is not None
 
 
@@ -176,13 +171,13 @@ class Layer:
     adapter: Adapter
     units: tuple[Unit, ...]
     not_prunable: Mapping[UnitKind, str] = field(default_factory=dict)
-    """Units that cannot be cut exactly, and why."""
+    """Kinds that cannot be cut exactly, and why."""
     channel_dim: int = -1
     """Dimension of the layer's output that holds its channels."""
     result: str = ""
-    """The submodule whose output the readouts give, where more of the layer follows; errors are of that."""
+    """Submodule that ends with the output projection, where more of the layer follows; errors are of that."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
-    """Kinds without a unit of their own, whose channels go with those of another."""
+    """Kinds without a unit of their own, whose channels are tied to those of another."""
 
 
 class Adapter(ABC):
@@ -190,7 +185,7 @@ class Adapter(ABC):
 
     family: Literal["attention", "mlp"]
     module_classes: tuple[type[nn.Module], ...]
-    """Exactly these classes; a subclass may compute something else and needs a line of its own."""
+    """Exactly these classes; a subclass may compute something else and needs an adapter of its own."""
 
     def serves(self, module: Any) -> bool:
         """Whether ``module``, of one of the classes, is built so that it can be described."""
@@ -198,7 +193,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:
-        """The units of ``module`` and what of it must stay whole."""
+        """Return the units of ``module``, and the kinds that must stay whole."""
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         """Set attributes and class of ``module`` to the widths that its sliced tensors have.
@@ -209,16 +204,15 @@ class Adapter(ABC):
         return
 
     def heads(self, module: Any) -> int:
-        """How many heads ``module``, of the family ``attention``, has."""
-        heads: int = module.num_heads
-        return heads
+        """Number of heads of ``module``, of the family ``attention``."""
+        return module.num_heads
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Note which channels of ``unit`` stay, [heads, kept], where the layer must know; before slicing."""
+        """Record the kept channels of ``unit``, [heads, kept], if the layer needs them; before slicing."""
         return
 
     def settle(self, model: nn.Module) -> None:
-        """Called when layers of ``model`` were cut: mend names of modules that they no longer share."""
+        """Mend names of modules that cut layers of ``model`` no longer share."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:

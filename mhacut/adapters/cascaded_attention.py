@@ -34,20 +34,20 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same."""
         shares, biases = x.chunk(self.num_heads, dim=1), self.get_attention_biases(x.device)
-        given: list[Tensor] = []
+        outputs: list[Tensor] = []
         for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.dws, strict=True)):
-            source = shares[head] + self.passed_on(given[-1], head - 1) if head else shares[0]
+            source = shares[head] + self.passed_on(outputs[-1], head - 1) if head else shares[0]
             q, k, v = torch.split(qkv(source), [self.key_dim, self.key_dim, self.val_dim], dim=1)
             q, k, v = (as_tokens(part)[:, None] for part in (depthwise(q), k, v))  # (B, 1, N, d)
-            given.append(as_map(merged(attend_as(self, q, k, v, biases[head])), x.shape[2:]))
-        return self.proj(torch.cat(given, dim=1))
+            outputs.append(as_map(merged(attend_as(self, q, k, v, biases[head])), x.shape[2:]))
+        return self.proj(torch.cat(outputs, dim=1))
 
-    def passed_on(self, given: Tensor, head: int) -> Tensor:
-        """What ``head`` gave, [B, kept, H, W], among zeros for the channels that it did not keep."""
+    def passed_on(self, output: Tensor, head: int) -> Tensor:
+        """Return the output of ``head``, [B, kept, H, W], with zeros for channels that are gone."""
         places = getattr(self, _PLACES, None)
         if places is None:
-            return given
-        return torch.cat([given, torch.zeros_like(given[:, :1])], dim=1).index_select(1, places[head])
+            return output
+        return torch.cat([output, torch.zeros_like(output[:, :1])], dim=1).index_select(1, places[head])
 
 
 class CascadedAdapter(Adapter):

@@ -71,7 +71,7 @@ class FactorAttentionAdapter(Adapter):
 
 
 def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
-    """Where the convolutions have the channels of v."""
+    """Axes of the channels of v in the convolutions."""
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):

@@ -19,7 +19,7 @@ from mhacut.flatten.flatten_deit import FocusedVitAttention
 
 
 class FocusedAttentionAdapter(Adapter):
-    """Where q, k and v come from is each family's; the rest they share. Widths are read from the tensors."""
+    """One ``qkv``, or ``q`` and ``kv``; widths are read from the tensors."""
 
     family = "attention"
     module_classes: tuple[type[nn.Module], ...] = (

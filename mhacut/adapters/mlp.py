@@ -6,22 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import ConvMlp, GluMlp, Mlp, SwiGLU
-from timm.models import (
-    efficientformer,
-    efficientformer_v2,
-    efficientvit_msra,
-    fastvit,
-    gemma4_vit,
-    iformer,
-    levit,
-    pvt_v2,
-    shvit,
-    swiftformer,
-    tiny_vit,
-    visformer,
-    vitamin,
-)
+from timm import layers, models
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,9 +14,11 @@ from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer
 from mhacut.adapters.projection import Projection
 
 
-@dataclass(frozen=True)
-class MlpNames:
-    """What an MLP class calls its parts. Linear layers may be convolutions, with or without a batch norm."""
+@dataclass(eq=False)
+class Mlp(Adapter):
+    """One MLP class. Linear layers may be convolutions, with or without a batch norm."""
+
+    family = "mlp"
 
     cls: type[nn.Module]
     writers: tuple[str, ...] = ("fc1",)
@@ -47,66 +34,34 @@ class MlpNames:
     halves: bool = False
     """Both factors of a product come from one writer: channel i is rows i and i + hidden."""
 
-
-MLPS = (
-    MlpNames(Mlp, between=("norm",)),
-    MlpNames(GluMlp, between=("norm",), halves=True),
-    MlpNames(SwiGLU, ("fc1_g", "fc1_x"), between=("norm",)),
-    MlpNames(ConvMlp, between=("norm",)),
-    MlpNames(pvt_v2.MlpWithDepthwiseConv, between=("dwconv",)),
-    MlpNames(levit.LevitMlp, ("ln1",), "ln2"),
-    MlpNames(vitamin.GeGluMlp, ("w0", "w1"), "w2"),
-    MlpNames(fastvit.ConvMlp),
-    MlpNames(tiny_vit.NormMlp),
-    MlpNames(swiftformer.Mlp),
-    MlpNames(efficientformer.ConvMlpWithNorm, between=("norm1",), behind="norm2"),
-    MlpNames(efficientformer_v2.ConvMlpWithNorm, between=("mid",)),
-    MlpNames(efficientvit_msra.ConvMlp, ("pw1",), "pw2"),
-    MlpNames(shvit.FFN, ("pw1",), "pw2"),
-    MlpNames(iformer.FFN, ("0",), "2", within="mixer.module"),
-    MlpNames(visformer.SpatialMlp, ("conv1",), "conv3", between=("conv2",)),
-    MlpNames(gemma4_vit.Gemma4GatedMlp, ("gate_proj", "up_proj"), "down_proj"),
-)
-
-
-class MlpAdapter(Adapter):
-    """Any MLP of :data:`MLPS`."""
-
-    family = "mlp"
-
-    def __init__(self, names: MlpNames) -> None:
-        """Serve the class of ``names``."""
-        self.names = names
-        self.module_classes = (names.cls,)
+    def __post_init__(self) -> None:
+        self.module_classes = (self.cls,)
 
     def describe(self, name: str, module: Any) -> Layer:
-        if self.names.within:
-            name, module = f"{name}.{self.names.within}", module.get_submodule(self.names.within)
-        reason = _left_whole(self._between(module))
+        if self.within:
+            name, module = f"{name}.{self.within}", module.get_submodule(self.within)
+        reader, norm = Projection.of(module, self.reader), getattr(module, self.behind, None)
+        between = {
+            passed: part
+            for passed, part in module.named_children()
+            if passed in self.between and type(part) is not nn.Identity
+        }
+        reason = _left_whole(between)
         if reason is not None:
-            channel_dim = Projection.of(module, self.names.reader).channel_dim
-            return Layer(name, self, (), {"hidden": reason}, channel_dim)
-        reader = Projection.of(module, self.names.reader)
+            return Layer(name, self, (), {"hidden": reason}, reader.channel_dim)
         written: list[ChannelAxis] = []
-        for writer in self.names.writers:
-            for half in range(1 + self.names.halves):
+        for writer in self.writers:
+            for half in range(1 + self.halves):
                 written += Projection.of(module, writer).rows(half * reader.reads)
-        for passed, part in self._between(module).items():
+        for passed, part in between.items():
             if isinstance(part, _BatchNorm):
                 written += [ChannelAxis(f"{passed}.{tensor}", 0) for tensor in NORM_TENSORS]
             else:
                 written += Projection.of(module, passed).rows()
-        norm = self._norm_behind(module, reader)
-        hidden = reader.unit(name, "hidden", (1, reader.reads), tuple(written), {}, output_norm=norm)
+        norm_behind = self.behind if isinstance(norm, _BatchNorm) else reader.norm
+        size = 1, reader.reads
+        hidden = reader.unit(name, "hidden", size, tuple(written), {}, output_norm=norm_behind)
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
-
-    def _norm_behind(self, module: Any, reader: Projection) -> str | None:
-        own = self.names.behind
-        return own if own and isinstance(getattr(module, own), _BatchNorm) else reader.norm
-
-    def _between(self, module: Any) -> dict[str, nn.Module]:
-        parts = {name: part for name, part in module.named_children() if name in self.names.between}
-        return {name: part for name, part in parts.items() if type(part) is not nn.Identity}
 
 
 def _left_whole(between: Mapping[str, nn.Module]) -> str | None:
@@ -120,3 +75,24 @@ def _left_whole(between: Mapping[str, nn.Module]) -> str | None:
         if any(conv.groups != conv.out_channels for conv in convs):
             return "a convolution mixes hidden channels"
     return None
+
+
+MLPS = (
+    Mlp(layers.Mlp, between=("norm",)),
+    Mlp(layers.GluMlp, between=("norm",), halves=True),
+    Mlp(layers.SwiGLU, ("fc1_g", "fc1_x"), between=("norm",)),
+    Mlp(layers.ConvMlp, between=("norm",)),
+    Mlp(models.pvt_v2.MlpWithDepthwiseConv, between=("dwconv",)),
+    Mlp(models.levit.LevitMlp, ("ln1",), "ln2"),
+    Mlp(models.vitamin.GeGluMlp, ("w0", "w1"), "w2"),
+    Mlp(models.fastvit.ConvMlp),
+    Mlp(models.tiny_vit.NormMlp),
+    Mlp(models.swiftformer.Mlp),
+    Mlp(models.efficientformer.ConvMlpWithNorm, between=("norm1",), behind="norm2"),
+    Mlp(models.efficientformer_v2.ConvMlpWithNorm, between=("mid",)),
+    Mlp(models.efficientvit_msra.ConvMlp, ("pw1",), "pw2"),
+    Mlp(models.shvit.FFN, ("pw1",), "pw2"),
+    Mlp(models.iformer.FFN, ("0",), "2", within="mixer.module"),
+    Mlp(models.visformer.SpatialMlp, ("conv1",), "conv3", between=("conv2",)),
+    Mlp(models.gemma4_vit.Gemma4GatedMlp, ("gate_proj", "up_proj"), "down_proj"),
+)

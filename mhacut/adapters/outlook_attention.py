@@ -1,4 +1,4 @@
-"""VOLO's outlook attention: each point says, without q and k, how its neighbours are mixed."""
+"""VOLO's outlook attention: the weights of a point's neighbours are projected from it, without q and k."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mhacut.adapters.coat_attention import FactorAttentionAdapter
 from mhacut.adapters.cswin_attention import CswinAttentionAdapter
 from mhacut.adapters.focused_attention import FocusedAttentionAdapter
 from mhacut.adapters.lambda_attention import LambdaAdapter
-from mhacut.adapters.mlp import MLPS, MlpAdapter
+from mhacut.adapters.mlp import MLPS
 from mhacut.adapters.multi_scale_attention import MultiScaleAdapter
 from mhacut.adapters.outlook_attention import OutlookAdapter
 from mhacut.adapters.softmax_table import SOFTMAX
@@ -37,7 +37,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     OutlookAdapter(),
     *CHANNEL_ATTENTION,
     *WHOLE_ATTENTION,
-    *map(MlpAdapter, MLPS),
+    *MLPS,
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
@@ -46,8 +46,8 @@ POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d",
 POSITION_BIASES = ("RelPosMlp",)
 """Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
 
-_SAYS_MLP = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
-_SAYS_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP_NAME = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
+_ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 _CHANNEL_GATES = frozenset(
     {"EcaModule", "CecaModule", "GlobalContext", "ChannelAttn", "LightChannelAttn", "SpatialAttn"}
     | {"LightSpatialAttn", "CbamModule", "LightCbamModule", "SplitAttn", "SelectiveKernelAttn"}
@@ -60,9 +60,9 @@ _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_clas
 _KNOWN_ATTENTION = {
     cls.__name__
     for cls, adapter in _BY_CLASS.items()
-    if adapter.family == "attention" and not _SAYS_ATTENTION.search(cls.__name__)
+    if adapter.family == "attention" and not _ATTENTION_NAME.search(cls.__name__)
 }
-"""Registered attention whose class name does not say so; under these names other code has its own."""
+"""Registered attention without attention in its class name; other code has its own under these names."""
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
@@ -80,23 +80,23 @@ def is_position_bias(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether an unregistered module computes attention itself, as its name tells, whatever else it holds."""
+    """Whether an unregistered module computes attention itself, by its name, whatever else it holds."""
     return type(module).__name__ in _KNOWN_ATTENTION
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether the name of an unregistered class says attention; it may also just hold one."""
+    """Whether an unregistered class has attention in its name; it may also just hold one."""
     name = type(module).__name__
-    return name not in _CHANNEL_GATES | _NO_ATTENTION and _SAYS_ATTENTION.search(name) is not None
+    return name not in _CHANNEL_GATES | _NO_ATTENTION and _ATTENTION_NAME.search(name) is not None
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Whether the name of an unregistered class says MLP."""
-    return _SAYS_MLP.search(type(module).__name__) is not None
+    """Whether an unregistered class has MLP in its name."""
+    return _MLP_NAME.search(type(module).__name__) is not None
 
 
 def why_not_cut(mlp: str) -> str:
-    """Of an unregistered class that looks like an MLP, by its name."""
+    """Return why an unregistered class that looks like an MLP is left whole, by its name."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
         return "the hidden channels of a classifier are left alone"
     return "this MLP class is not supported"

@@ -143,7 +143,7 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """What flows through ``hook``, the two of a pair apart: [..., 2, heads * pairs]."""
+    """Return ``hook`` with the two of a pair apart: [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)

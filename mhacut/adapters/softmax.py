@@ -40,7 +40,7 @@ class Part:
 
 
 def read(m: Any, y: Tensor) -> Tensor:
-    """What ``proj`` gives, with dropout where the class has it."""
+    """Project [..., H * d], with dropout where the class has it."""
     y = m.proj(y)
     return m.proj_drop(y) if hasattr(m, "proj_drop") else y
 
@@ -108,7 +108,7 @@ class Softmax(Adapter):
     """One class of softmax attention; the defaults are those of a plain ViT.
 
     Hooks take the module, called ``m``, first; those that end in ``...`` take all further arguments of the
-    class's forward, in its order. Where a class needs more than fields can say, a subclass says the rest.
+    class's forward, in its order. A subclass describes what fields cannot.
     """
 
     family = "attention"
@@ -140,8 +140,8 @@ class Softmax(Adapter):
     """In front of ``cls`` for cut layers; without :class:`Twin` they run the forward pass of the class."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
     """(m, width of q/k, width of v) -> whether a cut layer may be of ``cls`` itself."""
-    attributes: Mapping[str, Callable[[int, int, int], int]] = field(default_factory=dict)
-    """Attributes that ``cls`` derives from (heads, width of q/k, width of v)."""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    """Attributes that ``cls`` keeps of its sizes: ``qk``, ``v``, ``heads * qk`` or ``heads * v``."""
     scaled: bool = True
     """Logits are divided by the root of the width."""
     cosine: bool = False
@@ -154,7 +154,7 @@ class Softmax(Adapter):
     v_whole: str = ""
     """Why v must stay whole, if it must."""
     channel_dim: int | None = None
-    """Of the layer's output, where it is not that of the projection's."""
+    """Channel dimension of the layer's output, where it is not that of the projection's."""
 
     def __post_init__(self) -> None:
         self.twin = make_twin(self, self.mixins)
@@ -173,7 +173,7 @@ class Softmax(Adapter):
         return Projection.of(module, self.read_by if isinstance(self.read_by, str) else self.read_by(module))
 
     def writers(self, module: Any) -> Mapping[str, str]:
-        """Those of ``written_by`` that ``module`` has."""
+        """Return those of ``written_by`` that ``module`` has."""
         return {
             name: letters
             for name, letters in self.written_by.items()
@@ -194,7 +194,7 @@ class Softmax(Adapter):
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, Part]:
-        """Where q, k, v and ``g`` are written."""
+        """Return the rows that write q, k, v and ``g``."""
         sizes, found = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0
@@ -263,7 +263,7 @@ class Softmax(Adapter):
         return axes[:1] if letter == "k" else (axes[0], ChannelAxis(f"{letter}_bias", 0))
 
     def hook(self, module: Any, letter: str) -> ActivationHook:
-        """Where ``letter`` passes."""
+        """Return the hook on ``letter``, one of ``q``, ``k`` and ``v``."""
         part, spread = self.parts(module)[letter], self.spread or (lambda m, x: x)
         if _has_split_bias(module):  # no module makes it: the layer does, of its input
             return ActivationHook(
@@ -277,8 +277,9 @@ class Softmax(Adapter):
         (_, qk), (heads, v) = sizes["q"], sizes["v"]
         if self.scaled and hasattr(module, "scale"):
             module.scale = qk**-0.5
-        for attribute, size in self.attributes.items():
-            setattr(module, attribute, size(heads, qk, v))
+        values = {"qk": qk, "v": v, "heads * qk": heads * qk, "heads * v": heads * v}
+        for attribute, value in self.attributes.items():
+            setattr(module, attribute, values[value])
         if _has_split_bias(module):
             module.k_bias = module.k_bias.new_zeros(len(module.q_bias))
         module.__class__ = self.cls if self.fits(module, qk, v) else self.twin

@@ -34,7 +34,7 @@ def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
-    """Keys and values of a map, of ``size`` if tokens alone do not tell, that a layer has made coarser."""
+    """Keys and values of a map, of ``size`` if the class needs it, that a layer has made coarser."""
     if m.sr is None:
         return x, x
     source = x.mT if size is None else as_map(x, size)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Unit, table_device
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Mixing, Unit, table_device
 from mhacut.adapters.projection import Projection
 from mhacut.adapters.shapes import by_head, merged
-from mhacut.adapters.softmax import Softmax, Twin
-from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, own_queries
+from mhacut.adapters.softmax import Hook, Softmax, Twin
+from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, masked, own_queries
 from mhacut.plan import UnitKind
 
-TURNED = "q and k are turned by their position"
+ROTATED = "q and k are rotated by their position"
 NO_PROJECTION = "no projection of the layer reads it"
 CHEAP = "in a pooling head it costs next to nothing"
 
@@ -66,7 +66,7 @@ class Sam(Softmax):
     """
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        return super().not_prunable(module) | ({} if module.rope is None else {"qk": TURNED})
+        return super().not_prunable(module) | ({} if module.rope is None else {"qk": ROTATED})
 
     def qk(self, name: str, module: Any) -> Unit:
         plain = super().qk(name, module)
@@ -152,6 +152,7 @@ class MultiQuery(TiedHeads):
         return replace(plain, axes=(*value, *plain.scale_axes), hooks=hooks, sharing="tied")
 
 
+@dataclass(eq=False)
 class Positional(TiedHeads):
     """``BottleneckAttn`` and ``HaloAttn`` of ResNets, whose positions weigh q channels.
 
@@ -159,6 +160,15 @@ class Positional(TiedHeads):
     table, so that channels are selected; the scale stays that of the dense layer, since the bias of positions
     is not scaled. There is no projection behind v.
     """
+
+    mixins: tuple[type, ...] = ()
+    attributes: Mapping[str, str] = field(
+        default_factory=lambda: {"dim_head_qk": "qk", "dim_out_qk": "heads * qk"}
+    )
+    scaled: bool = False
+    qk_mixing: Callable[[Any], Mixing] = lambda m: "select"
+    v_whole: str = NO_PROJECTION
+    channel_dim: int | None = 1
 
     def v_size(self, module: Any) -> tuple[int, int]:
         return module.num_heads, module.dim_head_v
@@ -172,7 +182,6 @@ class Positional(TiedHeads):
             axes=(*query, *key, *tables),
             scale_axes=query,
             hooks={"query": query_hook, "key": key_hook},
-            mixing="select",
         )
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
@@ -200,15 +209,17 @@ class ParallelTwin(Twin):
         return x + self.drop_path(self.ls(out))
 
 
+@dataclass(eq=False)
 class Parallel(Softmax):
     """A block of attention and an MLP side by side, whose three units are those of a single layer.
 
-    Rows of ``in_proj`` are [hidden | q | k | v], as ``in_split`` says; one projection reads [v | hidden], or
+    Rows of ``in_proj`` are [hidden | q | k | v], of sizes ``in_split``; one projection reads [v | hidden], or
     one each.
     """
 
-    def writers(self, module: Any) -> Mapping[str, str]:
-        return {"in_proj": "hqkv"}
+    written_by: Mapping[str, str] = field(default_factory=lambda: {"in_proj": "hqkv"})
+    logits: Hook = masked
+    mixins: tuple[type, ...] = (ParallelTwin,)
 
     def v_size(self, module: Any) -> tuple[int, int]:
         heads = self.heads(module) // self.query_heads
