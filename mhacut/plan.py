@@ -14,6 +14,8 @@ from mhacut.limits import is_int
 Basis = Literal["channel", "principal"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
+UnitKey = tuple[str, UnitKind]
+"""Name of a unit in a model: its layer and kind."""
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
@@ -69,8 +71,8 @@ class UnitPlan:
                 )
 
     @property
-    def key(self) -> tuple[str, UnitKind]:
-        """What names the unit in a model: layer and kind."""
+    def key(self) -> UnitKey:
+        """Name of the unit in a model."""
         return self.layer, self.kind
 
     @property
@@ -116,7 +118,7 @@ class Plan:
     units: tuple[UnitPlan, ...]
 
     def __post_init__(self) -> None:
-        seen: set[tuple[str, UnitKind]] = set()
+        seen: set[UnitKey] = set()
         for unit in self.units:
             if unit.key in seen:
                 raise PlanError(f"plan names {unit.layer!r} ({unit.kind}) twice")
@@ -131,7 +133,7 @@ class Plan:
             layers.setdefault(unit.layer, {})[unit.kind] = unit
         return layers
 
-    def widths(self) -> dict[tuple[str, UnitKind], int]:
+    def widths(self) -> dict[UnitKey, int]:
         return {unit.key: unit.width for unit in self.units}
 
     def after(self, earlier: Plan) -> Plan:

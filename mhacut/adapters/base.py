@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mhacut.plan import UnitKind
+from mhacut.plan import UnitKey, UnitKind
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm, with an entry for each channel."""
@@ -153,7 +153,7 @@ class Unit:
         assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
 
     @property
-    def key(self) -> tuple[str, UnitKind]:
+    def key(self) -> UnitKey:
         return self.layer, self.kind
 
     @property

@@ -22,7 +22,7 @@ from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import Plan
+from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import check_exact, check_flops, same_outputs
 from mhacut.pruning.curves import Curve
@@ -35,7 +35,7 @@ from mhacut.report.stored_curves import curves_to_json
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.versions import software_versions
-from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 

@@ -17,10 +17,10 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.inspection.heads import HeadFindings, describe_heads
 from mhacut.options.base import PreprocessingOptions
-from mhacut.plan import Basis, UnitKind, UnitPlan
+from mhacut.plan import Basis, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
-from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
 from mhacut.surgery.info import classifier_size
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
+from mhacut.plan import UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.widths import NEAR, fill_budget
-from mhacut.surgery.find import UnitKey
 
 TIE = 0.01
 """Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where

@@ -23,10 +23,11 @@ from mhacut.linalg.attention_difference import (
 )
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
+from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation, FisherOptions, measure_fisher
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 from mhacut.surgery.output import effective_output_weights
 

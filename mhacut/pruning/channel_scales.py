@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.options.prune import Temperature
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.distill import Distillation, minimise
 from mhacut.runtime.progress import SILENT, Reporter
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Layer, Unit
 from mhacut.linalg.reconstruction import output_error, refit_linear, symmetric_root, weighed_by
 from mhacut.linalg.selection import Removal
+from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, UnitMoments
 from mhacut.pruning.candidates import Candidate, block_diagonal, few_rows, rotated
 from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
 from mhacut.runtime.progress import Counter
-from mhacut.surgery.find import UnitKey
 from mhacut.surgery.output import effective_output_weights
 
 Curve = Mapping[int, float]

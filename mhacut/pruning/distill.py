@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError, option_name
 from mhacut.options.prune import SearchOptions
+from mhacut.plan import UnitKey
 from mhacut.pruning.augment import varied
 from mhacut.runtime.progress import SILENT, Reporter
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import masked_tensors, run_with
 
 ADAM_BETAS = (0.9, 0.99)

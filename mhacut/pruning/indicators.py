@@ -23,12 +23,11 @@ from mhacut.linalg.indicator import (
     top_channels,
 )
 from mhacut.linalg.similarity import similarity_weight
-from mhacut.plan import Basis, Plan, UnitPlan
+from mhacut.plan import Basis, Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import ADAM_BETAS, Distillation
 from mhacut.pruning.job import Job
 from mhacut.pruning.widths import fill_budget, nearest_width
-from mhacut.surgery.find import UnitKey
 from mhacut.surgery.mask import temperature_factor
 
 _DESCENT = 0.75

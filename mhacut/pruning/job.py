@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FisherOptions
@@ -17,7 +18,7 @@ from mhacut.pruning.widths import width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import CostTable
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.info import gives_probabilities
 
 

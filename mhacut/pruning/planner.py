@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhacut.linalg.indicator import THRESHOLD
-from mhacut.plan import Plan
+from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import cheapest_widths, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
@@ -18,7 +18,6 @@ from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
-from mhacut.surgery.find import UnitKey
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.rotate import rotate
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from mhacut.adapters.base import Unit
 from mhacut.budget import Budget, format_flops
 from mhacut.errors import BudgetError, option_name
+from mhacut.plan import UnitKey
 from mhacut.surgery.costs import CostTable
-from mhacut.surgery.find import UnitKey
 
 NEAR = 0.99
 """Fraction of the budget that is near enough to it."""

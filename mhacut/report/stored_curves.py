@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 from mhacut.limits import is_int, is_number
-from mhacut.plan import UNIT_KINDS, Plan
+from mhacut.plan import UNIT_KINDS, Plan, UnitKey
 from mhacut.pruning.curves import Curve, sampled_widths
-from mhacut.surgery.find import UnitKey
 
 # Bounds on what is read: the file is anyone's.
 _MOST_CURVES = 4096

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mhacut.adapters.base import Layer
 from mhacut.errors import UnsupportedModelError
-from mhacut.plan import UnitKind, UnitPlan
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.plan import UnitKey, UnitKind, UnitPlan
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_flops, measure_flops, take_weights
 from mhacut.surgery.slice import slice_layer
 

@@ -18,9 +18,7 @@ from mhacut.adapters.registry import (
     why_not_cut,
 )
 from mhacut.errors import PlanError, UnsupportedModelError
-from mhacut.plan import UNIT_KINDS, Plan, UnitKind
-
-UnitKey = tuple[str, UnitKind]
+from mhacut.plan import UNIT_KINDS, Plan, UnitKey, UnitKind
 
 
 @dataclass(frozen=True)

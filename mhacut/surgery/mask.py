@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import ChannelAxis, Unit
 from mhacut.options.prune import Temperature
-from mhacut.plan import Basis, UnitPlan
+from mhacut.plan import Basis, UnitKey, UnitPlan
 from mhacut.surgery.axes import norm_axis, select_heads
-from mhacut.surgery.find import PrunableLayers, UnitKey
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.output import output_weights
 
 

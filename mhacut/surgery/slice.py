@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.adapters.base import Layer, Unit
-from mhacut.plan import Plan, UnitKind, UnitPlan
+from mhacut.plan import Plan, UnitKey, UnitKind, UnitPlan
 from mhacut.surgery.axes import axes_of, tensor_of
-from mhacut.surgery.find import PrunableLayers, UnitKey, check_plan, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.output import add_constant
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.surgery.costs import CostTable, build_cost_table
-from mhacut.surgery.find import PrunableLayers, UnitKey, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.slice import cut, exact_scale
 
 NEAR = 0.005
