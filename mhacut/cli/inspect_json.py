@@ -1,4 +1,4 @@
-"""What ``mhacut inspect --json`` prints: everything the report knows."""
+"""Document that ``mhacut inspect --json`` prints: everything in the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def document(result: InspectResult) -> dict[str, Any]:
-    """The report as one JSON object; what a slim file says of itself is passed on as it is."""
+    """Return the report as one JSON object; a slim file's history is passed on unchanged."""
     inspection = result.inspection
     return {
         "command": "inspect",

@@ -1,4 +1,4 @@
-"""What ``mhacut inspect`` prints."""
+"""Text that ``mhacut inspect`` prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDTH = 80
 
 
 def text(result: InspectResult, *, heads: bool) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
         result: of the inspection.
@@ -40,7 +40,7 @@ def text(result: InspectResult, *, heads: bool) -> str:
         parts.append(_mlp_table(mlps))
     if result.comparison is not None:
         parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
-    parts.append("\n".join(line for told in _about(inspection, heads) for line in _filled(told, "  ")))
+    parts.append("\n".join(line for note in _about(inspection, heads) for line in _filled(note, "  ")))
     parts += [f"saved {safe(path)}" for path in result.written]
     return "\n\n".join(parts)
 
@@ -91,7 +91,7 @@ def _layer(layer: LayerReport) -> str:
 
 
 def _channels(unit: UnitReport) -> list[str]:
-    """What a slim file kept and lost, and what a cut would keep, head by head."""
+    """Channels that a slim file kept and lost, and that a cut would keep, head by head."""
     lines = []
     if unit.kept is not None:
         basis = "principal" if unit.basis == "principal" else "original"
@@ -111,14 +111,14 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _filled(line: str, indent: str) -> list[str]:
-    """A line of prose in lines of a terminal; names too long for one stay whole."""
+    """Wrap a line of prose for a terminal; names too long for one line stay unbroken."""
     return textwrap.wrap(
         line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def _means(layer: LayerReport, kind: Any) -> list[str]:
-    """Similarity and rank, mean of the heads."""
+    """Mean over heads of similarity and rank."""
     unit = layer.units.get(kind)
     if unit is None or not unit.heads:
         return ["", ""]
@@ -134,7 +134,7 @@ def _findings(head: HeadFindings) -> list[str]:
 
 
 def _similarity(value: float) -> str:
-    """``.31``; two digits tell apart what is worth telling apart."""
+    """Format as ``.31``: further digits make no difference."""
     return f"{value:.2f}".removeprefix("0")
 
 
@@ -206,6 +206,6 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
             f"judged by: {safe(inspection.judged_by)}",
         ]
     lines.append(f"preprocessing: {preprocessing_line(inspection.preprocessing)}")
-    lines += [f"left whole: {safe(line)}" for line in inspection.not_prunable]
+    lines += [f"not prunable: {safe(line)}" for line in inspection.not_prunable]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines

@@ -68,7 +68,7 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
     if len(cut) < len(attending) and not refused:
         lines.append("-: refused; --refused says why")
     if any(entry.not_prunable for entry in cut) and not refused:
-        lines.append("*: part of it is left whole; --json says which, and why")
+        lines.append("*: part of it is not prunable; --json names the part and the reason")
     return "\n".join(lines)
 
 

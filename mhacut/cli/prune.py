@@ -59,7 +59,7 @@ def _text(result: PruneResult) -> str:
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
-    lines += [f"left whole: {safe(line)}" for line in result.not_prunable]
+    lines += [f"not prunable: {safe(line)}" for line in result.not_prunable]
     return "\n".join(lines)
 
 

@@ -88,7 +88,7 @@ def read_inputs(
     flops = reachable_budget(budget, table, units, options.round_to)
     whole = prunable.not_prunable
     for line in whole:
-        reporter.log(f"left whole: {line}")
+        reporter.log(f"not prunable: {line}")
     reporter.start("loading images")
     classes = classifier_size(dense)
     images = _calibration_images(options, preprocessing, classes)

@@ -44,7 +44,7 @@ class EvaluationLoader:
         self.description = description
         """Text for readers."""
         self.images = total
-        """Number of images of a pass; 0 if a stream does not say."""
+        """Number of images of a pass; 0 if a stream does not state it."""
         self._batch_size, self._num_classes = batch_size, num_classes
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
@@ -55,7 +55,7 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Number of batches of a pass; 0 if a stream does not say."""
+        """Number of batches of a pass; 0 if a stream does not state it."""
         return math.ceil(self.images / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +139,7 @@ class _Chosen:
 
     samples: Dataset[Sample] | IterableDataset[Sample]
     total: int
-    """Number of images in the part; 0 if a stream does not say."""
+    """Number of images in the part; 0 if a stream does not state it."""
     description: str
     """All parts together, for readers."""
     fingerprint: str

@@ -117,7 +117,7 @@ def open_named(
     streamed = {} if kind in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
     try:
         opened = create_dataset(name, root=root, split=split, class_map=mapped, **streamed)
-    # Whatever a third party's loader raises, from a refused connection to an assertion, says what is wrong.
+    # Third parties' loaders raise anything, from a refused connection to an assertion.
     except Exception as error:
         raise DataError(
             f"{asked}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "

@@ -93,7 +93,7 @@ class Preprocessing:
 
         Args:
             pretrained_cfg: timm's ``pretrained_cfg``, or the result of :meth:`to_json`.
-            model_input_size: [C, H, W] that the model was built for; None if it does not say.
+            model_input_size: [C, H, W] that the model was built for; None if unknown.
             overrides: explicit values, which win.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Tar files of samples, as webdataset writes them, by index instead of from their beginning.
+"""Tar files of samples, as webdataset writes them, read by index instead of from their beginning.
 
-timm streams them, and a stream can neither be shuffled as a whole, nor gone on with at a step, nor shared
-among processes image by image. Files that lie on a disk can: their members are looked up once, by headers.
+timm streams them, and a stream can neither be shuffled as a whole, nor resumed at a step, nor shared among
+processes image by image. Files on a disk can: their members are found once, by headers.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch.utils.data import Dataset
 from mhacut.errors import DataError
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
-"""A sample's key and what of it the member holds, as webdataset splits names."""
+"""A sample's key, and the part of the sample in the member, as webdataset splits names."""
 
 
 class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
-    """(encoded image, label) of every sample that has an image, in the order of the shards."""
+    """Encoded image and label of every sample that has an image, in the order of the shards."""
 
     def __init__(self, shards: list[Path], image_endings: tuple[str, ...], label_field: str) -> None:
-        """Look up what is in ``shards``; reads headers and labels, no images.
+        """Index ``shards``; reads headers and labels, no images.
 
         Args:
             shards: uncompressed tar files.
-            image_endings: of members that are images, the likeliest first.
-            label_field: of the member ``json`` that holds the label; empty for the member ``cls``.
+            image_endings: endings of members that are images, the likeliest first.
+            label_field: field of the member ``json`` with the label; empty for the member ``cls``.
 
         Raises:
-            DataError: no tar file, or a label that is none.
+            DataError: a file is no tar file, or a label no number.
         """
         self.shards = shards
         self.targets: list[int] = []
         """Labels; -1 where a sample has none."""
         self.left_out = 0
-        """Samples whose json says that they have no label."""
+        """Number of samples whose json marks them as unlabelled."""
         self._places = array("q")  # shard, offset, size of every image: millions of them fit
         for number, shard in enumerate(shards):
             try:
@@ -86,7 +86,7 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
                 raise DataError(
                     f"{self.shards[number]}: sample {key}: {where} is no label, found {text[:40]!r}"
                 ) from None
-            if label < 0 and label_field:  # timm's way to say that there is none, and it leaves them out
+            if label < 0 and label_field:  # timm's mark of unlabelled samples, which it leaves out too
                 self.left_out += 1
                 return
         elif label_field:
@@ -105,9 +105,9 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
 
 
 def by_index(opened: Any) -> ShardedSamples | None:
-    """The samples that timm's stream ``opened`` would give; None where they cannot be looked up.
+    """Return the samples of timm's stream ``opened``; None where they cannot be indexed.
 
-    That is, where they are no plain tar files on this machine, or their labels are more than a number.
+    That is where the shards are no plain tar files on this machine, or the labels more than a number.
     """
     reader = getattr(opened, "reader", None)
     split: Any = getattr(reader, "split_info", None)

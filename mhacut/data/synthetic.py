@@ -1,4 +1,4 @@
-"""Images made of shapes, for models without data."""
+"""Synthetic images made of shapes, for models without data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 LEAVES = 40
-"""Shapes per image."""
+"""Number of shapes per image."""
 _SIZES = (0.05, 0.5)
-"""Least and largest radius, in units of the image's longer side; their density falls with the cube."""
+"""Smallest and largest radius, in units of the image's longer side; their density falls with the cube."""
 _STRETCH = 0.5
 """Largest logarithm of a shape's stretch along its axis (and shrinking across it)."""
 _COLOURFULNESS = 0.3
@@ -21,13 +21,19 @@ _COLOURFULNESS = 0.3
 def synthetic_images(
     count: int, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], seed: int
 ) -> Tensor:
-    """Dead leaves: plain shapes that lie on each other, [count, C, H, W] float32, normalised.
+    """Return dead-leaves images: overlapping plain shapes, [count, C, H, W] float32, normalised.
 
     Discs, rectangles and triangles of any place, direction and colour, many small and few large ones, the
     later hiding the earlier. Occlusion between objects of all sizes gives pictures the statistics of
-    photographs (Lee, Mumford & Huang, IJCV 2001), edges included, and networks trained on them learn to see
-    (Baradad et al., NeurIPS 2021). As calibration they leave a quarter of the divergence that 1/f noise does
-    (CIFAR-10 ViT at 25 % of its FLOPs). Image i depends on ``seed`` and i, not on ``count``.
+    photographs (Lee, Mumford & Huang, IJCV 2001), edges included, and networks can be trained on them
+    (Baradad et al., NeurIPS 2021). Image i depends on ``seed`` and i, not on ``count``.
+
+    Args:
+        count: number of images.
+        input_size: [C, H, W].
+        mean: per channel, subtracted from pixels in 0..1.
+        std: per channel.
+        seed: of the shapes.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.stack([_leaves(input_size, generator) for _ in range(count)])
@@ -75,10 +81,10 @@ def _square(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    """With all sides equal, about as large as the disc."""
+    """Distance of an equilateral triangle about as large as the disc."""
     slope = math.sqrt(3) / 2
     return 1.3 * torch.maximum(y, torch.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y))
 
 
 _DISTANCES = (_disc, _square, _triangle)
-"""From the centre, in radii: 1 on the shape's edge."""
+"""Distance from the centre in radii, of each shape: 1 on its edge."""

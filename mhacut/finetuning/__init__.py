@@ -1,1 +1,1 @@
-"""Training a slim model on: what a run is told, how it trains, and how nothing of it is lost."""
+"""Fine-tuning of a slim model: reading, training, saving and resuming."""

@@ -28,7 +28,7 @@ _NEEDS = {
 
 
 def check_logs(names: Sequence[str]) -> None:
-    """Raise a :class:`MhacutError` that says what to install, if a log's package is missing."""
+    """Raise a :class:`MhacutError` that names the package to install, if a log lacks one."""
     for name in names:
         module, extra = _NEEDS[name]
         need(option_name("log", name), module, extra)

@@ -12,7 +12,7 @@ from mhacut.measuring.accuracy import Evaluation
 
 @dataclass
 class Progress:
-    """How far a run is, alike in every process but for ``unreadable``."""
+    """Progress of a run, alike in every process except ``unreadable``."""
 
     step: int = 0
     """Number of steps taken."""

@@ -21,10 +21,10 @@ from mhacut.finetuning.saving import end_epoch, save
 
 @dataclass(frozen=True)
 class Trained:
-    """How the steps of this call went."""
+    """Result of the steps of one call."""
 
     images_per_second: float
-    """Over all processes, without measuring and saving."""
+    """Speed over all processes, without measuring and saving."""
     asked_to_stop: bool
     """Whether somebody asked to stop during the last step."""
 

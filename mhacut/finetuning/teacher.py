@@ -77,7 +77,7 @@ def _open_teacher(
 
 @torch.no_grad()
 def _check_runs(teacher: Checkpoint, preprocessing: Preprocessing) -> None:
-    """Raise a :class:`CheckpointError` if the teacher does not take the images: not every model says so."""
+    """Raise a :class:`CheckpointError` if the teacher fails on images of this size."""
     size = preprocessing.input_size
     try:
         teacher.model(torch.zeros(1, *size))

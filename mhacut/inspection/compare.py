@@ -64,7 +64,7 @@ def compare(
     data: str,
     batch_size: int,
     prunable: tuple[PrunableLayers, PrunableLayers] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
     """Run both models on ``images`` [n, C, H, W] and compare every layer.
 
@@ -97,13 +97,11 @@ def compare(
             _check_same_classes(expected, found, source)
             divergence += float(measure(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
-            if progress is not None:
-                progress(start + len(batch), len(images))
+            progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
         compared = option_name("compare", source)
         raise MhacutError(f"{compared}: the outputs of one of the two are not finite numbers")
-    channels, height, width = images.shape[1:]
-    flops = [measure_flops_by_module(model, (channels, height, width)) for model in (dense, slim)]
+    flops = [_flops(model, images) for model in (dense, slim)]
     return Comparison(
         dense=source,
         flops=(flops[0][""], flops[1][""]),
@@ -116,6 +114,12 @@ def compare(
         images=len(images),
         data=data,
     )
+
+
+def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:
+    """FLOPs of each module, for images of this size."""
+    channels, height, width = images.shape[1:]
+    return measure_flops_by_module(model, (channels, height, width))
 
 
 def _compare_layer(

@@ -226,7 +226,7 @@ def _unit_report(unit: Unit, plan: UnitPlan | None, found: tuple[HeadFindings, .
 
 
 def _heads(layer: Layer, module: nn.Module) -> int | None:
-    """Number of heads; None where no unit can be cut and the module does not say."""
+    """Number of heads; None where no unit can be cut and the module has no ``num_heads``."""
     if layer.units:
         return max(unit.heads for unit in layer.units)
     heads = getattr(module, "num_heads", None)

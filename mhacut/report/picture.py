@@ -16,9 +16,9 @@ from mhacut.runtime.files import write_whole
 from mhacut.text import safe
 
 _WIDTH = 9.0
-_ROW_HEIGHT = 0.2
+_ROW_HEIGHT = 0.2  # of a row of cells, or of a bar
 _MARGIN = 0.9
-"""In inches: of the picture, of a row of cells or a bar, and of a chart's title and axis together."""
+"""Height of a chart's title and axis; all three are in inches."""
 _LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 
 

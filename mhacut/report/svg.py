@@ -33,7 +33,7 @@ class Drawing:
 
     title: str
     width: float
-    """In pixels, as are all coordinates."""
+    """Width in pixels, the unit of all coordinates."""
     height: float
     shapes: Sequence[Shape]
 
@@ -152,5 +152,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> Shape:
 
 
 def _short(name: str) -> str:
-    """The end of a name, which tells layers apart; the table has the whole."""
+    """Return the end of a name, where layers differ; the table has the whole name."""
     return name if len(name) <= _NAME else "…" + name[1 - _NAME :]
