@@ -113,7 +113,7 @@ def test_a_single_image_serves_for_both():
         assert all(torch.equal(a.second, b.second) for a, b in zip(unit.fit, unit.held, strict=True))
 
 
-def test_it_tells_how_far_it_is_after_every_batch():
+def test_progress_is_reported_after_every_batch():
     reporter = Recorder()
     Calibrated(images=8, batch_size=3, reporter=reporter)
     assert reporter.steps == [(3, 8), (6, 8), (8, 8)]  # 6 images to fit, 2 held out, by 3
@@ -147,7 +147,7 @@ def outputs_under(it, layer, images, errors):
 
 
 @pytest.mark.parametrize("classifier", [True, False])
-def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
+def test_fisher_is_that_of_autograd_for_one_draw(classifier):
     it = Calibrated(batch_size=9, fisher_images=9, seed=3, classifier=classifier)
     fitted = it.images[it.found.held :]
     noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
@@ -165,7 +165,7 @@ def test_sensitivity_is_what_autograd_says_of_one_draw(classifier):
 
 
 @pytest.mark.parametrize("classifier", [True, False])
-def test_sensitivity_is_the_information_of_the_answer_on_average(classifier):
+def test_fisher_is_the_information_of_the_output_on_average(classifier):
     # By its definition: J^T F J of every token, F that of the class logits; one image, seen often enough.
     it = Calibrated(images=2, classifier=classifier)
     x = it.images[1:]
@@ -193,12 +193,12 @@ def test_it_foretells_the_divergence_of_small_errors():
         mixing = torch.randn(24, 24, generator=generator).double()
         errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
         true = float(Divergence(True)(outputs_under(it, layer.name, x, errors), dense))
-        told = float((found.fisher.matrices[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
-        assert told == pytest.approx(true, rel=0.2)
+        foretold = float((found.fisher.matrices[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
+        assert foretold == pytest.approx(true, rel=0.2)
 
 
 @pytest.mark.parametrize("images", [2, 9])
-def test_images_held_back_are_never_differentiated(images):
+def test_images_held_out_are_never_differentiated(images):
     it = Calibrated(images=images, fisher_images=images)
     assert it.found.fisher.matrices.keys() == {layer.name for layer in it.prunable.layers}
     it.images[: it.found.held] += 1

@@ -205,7 +205,7 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
 
 
 @torch.no_grad()
-def test_errors_of_a_pooling_head_are_told_before_its_mlp():
+def test_errors_of_a_pooling_head_are_those_before_its_mlp():
     case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)

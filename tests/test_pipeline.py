@@ -82,7 +82,7 @@ def test_a_fresh_process_reads_the_same_model(tiny_vit, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_head_with_one_output_is_judged_by_what_it_says(tiny_vit, tmp_path):
+def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
     # A softmax over one output is 1: by its divergence, every cut would be perfect.
     tensors = load_file(tiny_vit.path)
     tensors |= {name: tensors[name][:1].clone() for name in ("head.weight", "head.bias")}
@@ -98,7 +98,7 @@ def test_a_head_with_one_output_is_judged_by_what_it_says(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1e3])
-def test_what_training_was_left_out_is_told(tiny_vit, tmp_path, lr):
+def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr):
     reporter = Recorder()
     options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr, "reporter": reporter}
     result = prune(tiny_vit, tmp_path / "slim.safetensors", **options)
@@ -170,7 +170,7 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, tmp_path):
     assert not (tmp_path / "new.safetensors").exists()
 
 
-def test_a_missing_validation_split_is_told(tiny_vit, tmp_path):
+def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
     from PIL import Image
 
     for label in range(7):
@@ -250,7 +250,7 @@ def test_the_lowest_budget_that_is_named_works(tiny_vit, tmp_path):
         assert result.slim.flops <= result.budget
 
 
-def test_bad_validation_images_are_said_before_anything_is_written(tiny_vit, tmp_path):
+def test_bad_validation_images_are_found_before_anything_is_written(tiny_vit, tmp_path):
     from PIL import Image
 
     for split in ("train", "val"):
@@ -300,7 +300,7 @@ def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):
     assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
 
 
-def test_what_is_left_whole_is_told(tmp_path):
+def test_what_is_left_whole_is_logged(tmp_path):
     import timm
 
     args = {
@@ -431,7 +431,7 @@ def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monke
     assert rotated[1] == set()
 
 
-def test_a_repair_in_order_that_is_left_out_is_told(tiny_vit, tmp_path, monkeypatch):
+def test_a_repair_in_order_that_is_left_out_is_logged(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.setattr("mhacut.pruning.recover.GUARD", 0.0)
     reporter = Recorder()
     vetoed = prune(tiny_vit, tmp_path / "vetoed.safetensors", reporter=reporter)
@@ -516,7 +516,7 @@ def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatc
     ],
     ids=str,
 )
-def test_options_without_effect_are_told(tiny_vit, tmp_path, options, expected):
+def test_options_without_effect_are_logged(tiny_vit, tmp_path, options, expected):
     reporter = Recorder()
     prune(tiny_vit, tmp_path / "slim.safetensors", reporter=reporter, **{"gain_steps": None, **options})
     assert [note for note in reporter.messages if "no effect" in note or "nothing was" in note] == expected

@@ -67,7 +67,7 @@ def test_tuning_that_does_not_help_is_dropped(dense):
     assert found.after > found.before
 
 
-def test_the_teacher_answers_for_what_images_have_become(dense):
+def test_the_teacher_runs_on_the_varied_images(dense):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     distillation, seen = distillation_of(dense, images, batch_size=4), []
     for number in range(4):

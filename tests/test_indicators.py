@@ -1,4 +1,4 @@
-"""The search on a small model: what it promises whatever it finds, and that its ingredients do something."""
+"""Indicators on a small model: their promises, and that each ingredient has an effect."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):
     assert not (plan == other_plan and same_gains)
 
 
-def test_without_reweight_gains_are_masks_and_temperature(bench):
+def test_without_reweight_scales_are_masks_and_temperature(bench):
     plan, channel_scales, _ = bench.slim(0.5, replace(SHORT, reweight=False))
     for unit in plan:
         expected = (64 / unit.width) ** 0.5 if unit.kind == "qk" else 1.0
@@ -155,7 +155,7 @@ def test_logits_of_principal_channels_are_not_scaled(bench):
     assert loss("kept", ()) != loss("dense", ())
 
 
-def test_gains_are_trained_as_long_as_asked_or_as_the_effort_says():
+def test_scales_are_trained_as_long_as_asked_or_as_the_effort_says():
     assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 0, 0]
     assert SearchOptions(repair=False).trained_gain_steps == 40
     assert SearchOptions(effort="fast", gain_steps=7).trained_gain_steps == 7
@@ -195,7 +195,7 @@ def test_training_helps():
     assert outcomes[1] < 0.7 * outcomes[0]
 
 
-def test_models_without_a_classifier_are_taught_by_features():
+def test_models_without_a_classifier_are_trained_by_features():
     case = replace(VITS["plain"], args={**VITS["plain"].args, "num_classes": 0})
     bench = Bench(case)
     assert bench.search(0.5).log[-1].loss > 0
@@ -240,7 +240,7 @@ def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
         assert torch.allclose(statistics.difference, pieces.statistics[key].difference, rtol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_said_not_searched():
+def test_a_loss_that_is_not_finite_is_an_error():
     bench = Bench()
     bench.images[3] = float("nan")
     with pytest.raises(MhacutError, match=r"not finite.*mean"):

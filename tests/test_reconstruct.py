@@ -1,4 +1,4 @@
-"""What makes up for a cut: bases, repair, channel scales and tuning, and what guards each."""
+"""Reconstruction of what a cut removes: bases, repair, channel scales, and what guards each."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_at_full_width_nothing_changes(basis, repair):
     assert relative(bench.slim(repair=repair)(bench.images), bench.model(bench.images)) < 1e-9
 
 
-def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_back_images():
+def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_out_images():
     both, left = Bench(TINY, "auto", images=24), {}
     ready = both.reconstructed()
     for basis in ("channel", "principal"):
@@ -131,7 +131,7 @@ def bench():
     return Bench(TINY, "auto", share=0.6, dtype=torch.float32, images=16)
 
 
-def test_gains_that_help_are_merged(bench):
+def test_scales_that_help_are_merged(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
     before = copy.deepcopy(slim.state_dict())
     reporter, distillation = Recorder(), bench.distillation(bench.model)
@@ -147,7 +147,7 @@ def test_gains_that_help_are_merged(bench):
     assert reporter.steps == [(step + 1, 40) for step in range(40)]
 
 
-def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
+def test_scales_that_do_not_help_on_held_out_images_are_left_out(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
     found = with_scales(slim, bench.distillation(bench.model), bench.distillation(slim), steps=20)
     assert found.model is slim
@@ -155,14 +155,14 @@ def test_gains_that_do_not_help_on_held_back_images_are_left_out(bench):
     assert found.after > 1e-4
 
 
-def test_gains_of_no_steps_change_nothing(bench):
+def test_scales_of_no_steps_change_nothing(bench):
     slim = bench.slim(repair=True).requires_grad_(False)
     distillation = bench.distillation(bench.model)
     found = with_scales(slim, distillation, distillation, steps=0)
     assert relative(found.model(bench.images), slim(bench.images)) < 1e-5
 
 
-def test_merged_gains_keep_the_softmax_temperature(bench):
+def test_merged_scales_keep_the_softmax_temperature(bench):
     # A layer whose q/k were cut has another scale; channel scales of 1 must leave it as it is.
     slim = bench.slim(repair=True).requires_grad_(False)
     prunable = find_prunable_layers(slim)

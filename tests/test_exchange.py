@@ -1,4 +1,4 @@
-"""Swaps end where no other would help, by a refit of every choice from scratch."""
+"""Exchanges end where no other would help, by a refit of every choice from scratch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Layer:
         return float((self.matrices @ self.columns @ left * self.columns).sum())
 
 
-def swaps_of(layer, kept):
+def neighbours_of(layer, kept):
     """Every choice that differs in one channel of one head."""
     for head, row in enumerate(kept.tolist()):
         for out, into in product(row, set(range(layer.channels)) - set(row)):
@@ -61,18 +61,18 @@ def swaps_of(layer, kept):
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("heads", "channels", "width"), [(1, 12, 4), (1, 9, 8), (3, 6, 2), (2, 5, 1)])
-def test_no_swap_is_left_that_helps(seed, heads, channels, width, weighed):
+def test_no_exchange_is_left_that_helps(seed, heads, channels, width, weighed):
     layer = Layer(seed, heads, channels, sources=6, weighed=weighed)
     kept = layer.exchanged(width)
     assert kept.shape == (heads, width)
     assert all(row == sorted(set(row)) and set(row) <= set(range(channels)) for row in kept.tolist())
     left = layer.error(kept)
     assert left <= layer.error(layer.greedy(width)) * (1 + 1e-9)
-    for other in swaps_of(layer, kept):
+    for other in neighbours_of(layer, kept):
         assert layer.error(other) > (1 - LEAST_GAIN - 1e-5) * left
 
 
-def test_swaps_find_what_greedy_removal_misses():
+def test_exchanges_find_what_greedy_removal_misses():
     found, greedy, best = [], [], []
     for seed in range(12):
         layer = Layer(seed, 1, 10, sources=5)
@@ -93,7 +93,7 @@ def test_many_at_once_end_there_too(seed):
     kept = layer.exchanged(150)
     left = layer.error(kept)
     assert left < 0.995 * layer.error(layer.greedy(150))
-    swaps = list(swaps_of(layer, kept))
+    swaps = list(neighbours_of(layer, kept))
     chosen = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(seed))[:150]
     assert min(layer.error(swaps[place]) for place in chosen) > (1 - LEAST_GAIN - 1e-5) * left
 
@@ -120,11 +120,11 @@ def test_readers_of_several_places_are_weighed_each():
         return output_error(layer.second, kept[0], columns, layer.matrices)
 
     left = error(kept)
-    assert all(error(other) > (1 - LEAST_GAIN - 1e-5) * left for other in swaps_of(layer, kept))
+    assert all(error(other) > (1 - LEAST_GAIN - 1e-5) * left for other in neighbours_of(layer, kept))
     assert left < error(layer.greedy(3))
 
 
-def test_swaps_end_where_no_error_is_left(monkeypatch):
+def test_exchanges_end_where_no_error_is_left(monkeypatch):
     layer = Layer(0, 1, 12, sources=5)
     layer.columns[:, 6:] = 0
     rounds, exchanged, begun = [], _Choice.exchanged, _Choice.__init__
@@ -167,7 +167,7 @@ class Unit:
         return exchanged(self.module, self.candidate, self.moments, width, None)
 
 
-def test_swaps_keep_the_order_but_for_what_changed_sides():
+def test_exchanges_keep_the_order_but_for_what_changed_sides():
     it = Unit()
     before, after = (
         candidate.ranking.order[0].tolist() for candidate in (it.candidate, it.exchanged(it.width))
@@ -178,7 +178,7 @@ def test_swaps_keep_the_order_but_for_what_changed_sides():
     assert it.exchanged(it.unit.width) is it.candidate
 
 
-def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
+def test_what_is_seen_in_few_rows_is_not_exchanged(monkeypatch):
     it = Unit(images=8)
     rows = it.moments.fit[0].rows
     for few, same in ((rows / it.unit.width, False), (rows / it.unit.width + 0.01, True)):
@@ -186,12 +186,12 @@ def test_what_is_seen_in_few_rows_is_not_swapped(monkeypatch):
         assert (it.exchanged(it.width) is it.candidate) == same
 
 
-def test_the_best_effort_swaps():
+def test_the_best_effort_exchanges():
     efforts = {effort: SearchOptions(effort=effort).swaps for effort in EFFORTS}
     assert efforts == {"fast": False, "balanced": False, "best": True}
 
 
-def test_prune_swaps_where_it_is_asked_to(tiny_vit, tmp_path):
+def test_prune_exchanges_where_it_is_asked_to(tiny_vit, tmp_path):
     options = {
         "flops": "60%",
         "model": tiny_vit.architecture,
