@@ -67,7 +67,7 @@ def evaluate(
 def run_evaluate(
     options: EvaluateOptions, reporter: Reporter, module: nn.Module | None = None
 ) -> EvaluateResult:
-    """:func:`evaluate` with its options in one object, and the module where it is not a file."""
+    """Run ``mhacut evaluate``, on a copy of ``module`` where there is no checkpoint."""
     data = options.data
     if not data.has_images:
         raise UsageError(
