@@ -17,8 +17,8 @@ LAYERS = """
     checkpoint pruning
     surgery
     adapters
-    flatten data measuring linalg plan budget runtime text
-    options
+    flatten data measuring linalg plan budget text
+    options runtime
     errors limits _version _timm_hook
 """.strip().splitlines()
 """From top to bottom. Packages of one layer do not know each other."""

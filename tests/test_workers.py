@@ -15,8 +15,8 @@ import torch
 from torch.utils.data._utils import signal_handling
 
 from mhacut.data import EvaluationLoader
-from mhacut.data.workers import STOP_SIGNALS, outlive_first_signal
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
+from mhacut.runtime.signals import STOP_SIGNALS, outlive_first_signal
 
 either_signal = pytest.mark.parametrize("number", STOP_SIGNALS)
 
@@ -140,7 +140,8 @@ def run(tmp_path, script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_program_that_stops_reading_half_way_ends(tmp_path):
-    assert run(tmp_path, READING.format(then="")).returncode == 0
+    ended = run(tmp_path, READING.format(then=""))
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 PATIENT = """
@@ -184,21 +185,23 @@ def test_a_program_that_fails_where_images_are_read_ends(tmp_path):
     assert "no such image" in failed.stderr
 
 
-SPAWNING = """
+STARTING = """
 import multiprocessing, signal
 from torch.utils.data import DataLoader
-from mhacut.data.workers import start_reading
+from mhacut.runtime.signals import start_reading
 
 def tell(worker):
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     print(*sorted(number.name for number in held), flush=True)
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("{method}")
     list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=tell)))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signal masks")
-def test_signals_wait_for_spawned_processes_too(tmp_path):
-    assert run(tmp_path, SPAWNING).stdout.split() == ["SIGINT", "SIGTERM"]
+# A fork server would pass on what it is started with to all processes of the program, for ever.
+@pytest.mark.parametrize(("method", "held"), [("spawn", ["SIGINT", "SIGTERM"]), ("forkserver", [])])
+def test_signals_wait_for_spawned_processes_too(tmp_path, method, held):
+    assert run(tmp_path, STARTING.format(method=method)).stdout.split() == held

@@ -10,7 +10,6 @@ from mhacut.checkpoint.load import load_model
 from mhacut.errors import Interrupted
 from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.history import portable
-from mhacut.finetuning.interrupt import stop_request
 from mhacut.finetuning.logs import Logs, check_logs
 from mhacut.finetuning.result import FinetuneResult
 from mhacut.finetuning.resuming import completed
@@ -24,6 +23,7 @@ from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.signals import stop_request
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

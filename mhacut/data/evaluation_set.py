@@ -16,9 +16,9 @@ from mhacut.data.folders import find_folder, label_images, listed, scan, subfold
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
-from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
+from mhacut.runtime.signals import outlive_first_signal, start_reading
 
 
 class EvaluationLoader:

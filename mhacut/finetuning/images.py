@@ -20,11 +20,11 @@ from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
 from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
-from mhacut.data.workers import outlive_first_signal, start_reading
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
+from mhacut.runtime.signals import outlive_first_signal, start_reading
 
 _TRIES = 10
 """Number of images after an unreadable one that are tried in its place, the image itself included."""

@@ -22,7 +22,6 @@ from mhacut.errors import CheckpointError
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
-from mhacut.finetuning.interrupt import StopRequest
 from mhacut.finetuning.measuring import measure, validation_images
 from mhacut.finetuning.objective import Mixing
 from mhacut.finetuning.progress import Progress
@@ -33,6 +32,7 @@ from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
+from mhacut.runtime.signals import StopRequest
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
 

@@ -8,10 +8,10 @@ from mhacut.checkpoint.write import write_slim
 from mhacut.errors import DataError, OutputError
 from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.history import record_after
-from mhacut.finetuning.interrupt import StopRequest
 from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
+from mhacut.runtime.signals import StopRequest
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""

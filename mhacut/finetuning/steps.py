@@ -13,10 +13,10 @@ from shlex import quote
 
 from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.images import Batch, training_loader
-from mhacut.finetuning.interrupt import StopRequest
 from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import end_epoch, save
+from mhacut.runtime.signals import StopRequest
 
 
 @dataclass(frozen=True)
