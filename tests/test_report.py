@@ -309,7 +309,7 @@ def test_both_writers_draw_all_cells_and_bars(contents):
 
 def test_a_picture_needs_its_extra(slim_of, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    wanted = re.escape("--png: needs the package matplotlib; pip install 'mhacut[plot]'")
+    wanted = re.escape("png: needs the package matplotlib; pip install 'mhacut[plot]'")
     with pytest.raises(MhacutError, match=wanted):
         inspect(slim_of("vit"), png=tmp_path / "a.png")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    """Run the console script. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
     from mhacut.cli.app import app
 
     app()

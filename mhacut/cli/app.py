@@ -1,4 +1,4 @@
-"""The commands put together."""
+"""The program ``mhacut``, with all commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _InPanels(TyperCommand):
                     formatter.write_dl(records)
 
 
-# Without a command too: with --version there is none. Anything else is told apart below.
+# Called without a command too, for --version; any other call without one is refused below.
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,

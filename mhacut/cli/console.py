@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 SCHEMA_VERSION = 1
-"""Of the JSON that every command prints under ``--json``."""
+"""Version of the JSON that every command prints under ``--json``."""
 
 
 def safe_lines(text: object) -> str:
-    """:func:`safe` for a message of several lines."""
+    """Return ``text`` with each of its lines made safe by :func:`safe`."""
     return "\n".join(map(safe, str(text).split("\n")))
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows in aligned columns; never cut to a width, so that a pipe gets whole names.
+    """Return rows in aligned columns; never cut to a width, so that a pipe gets whole names.
 
     >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
            dense   slim
@@ -48,7 +48,7 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def _cells(text: str) -> int:
-    """Columns of a terminal that ``text`` takes."""
+    """Number of columns that ``text`` takes on a terminal."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
@@ -59,7 +59,7 @@ class Console:
         quiet: show nothing but the result and errors.
         verbose: 0, 1 or 2.
         as_json: the result is one JSON object.
-        rank: which of several processes this is; all but the first, 0, only say what goes wrong.
+        rank: which of several processes this is; all but the first, 0, print errors only.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Console:
         self._task = self._progress.add_task(safe(stage), total=None, detail="")
 
     def say(self, line: str) -> None:
-        """One line on stderr, above the progress display if there is one."""
+        """Print one line on stderr, above the progress display if there is one."""
         if self._progress is None:
             try:
                 _write(sys.stderr, line)
@@ -166,5 +166,5 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _encodable(text: str, encoding: str) -> str:
-    """``text`` with what a terminal's encoding lacks as escapes; printing must not be what fails."""
+    """Return ``text`` with escapes for characters that the encoding lacks, so that printing cannot fail."""
     return text.encode(encoding, "backslashreplace").decode(encoding)

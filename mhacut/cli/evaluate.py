@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def evaluate(options: EvaluateOptions, console: Console) -> None:
     """Measure the accuracy of CHECKPOINT, dense or slim, on labelled images.
 
-    Images are prepared as the file says; flags override that.
+    Images are prepared as the file states; flags override that.
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """
@@ -51,7 +51,7 @@ def _text(measured: EvaluateResult) -> str:
 
 
 def preprocessing_line(preprocessing: Preprocessing) -> str:
-    """One line, in the words of the flags."""
+    """Describe preprocessing in one line, in the words of the flags."""
     _, height, width = preprocessing.input_size
     mean, std = (",".join(f"{n:.4g}" for n in values) for values in (preprocessing.mean, preprocessing.std))
     return safe(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def export(options: ExportOptions, console: Console) -> None:
     """Write CHECKPOINT for another program: as ONNX or pt2, which need neither mhacut nor timm, or for timm.
 
-    What was written is run again and compared with CHECKPOINT; what differs is not kept. It says itself how
-    images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
+    The file is run again and compared with CHECKPOINT; if they differ, it is not kept. Its metadata states
+    how images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """

@@ -19,7 +19,7 @@ from mhacut.options.option import REQUIRED, Option, Options
 
 Body = Callable[[Any, Console], None]
 QUIET = "Show the result and errors only."
-VERBOSE = "Show stages and what libraries have to say; twice shows more."
+VERBOSE = "Show stages, and warnings and logs of libraries; twice shows more."
 _COMMON = ("config", "json", "quiet", "verbose")
 """Flags of every command that are no options of its function."""
 
@@ -64,7 +64,7 @@ def command(
 
 
 def _values(options: Mapping[str, Option], config: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given as flags, over what a file holds."""
+    """Values given as flags, laid over those of a file."""
     values = {} if config is None else _read_config(config, options)
     for name, value in given.items():
         option = options[name]
@@ -106,7 +106,7 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
 
 
 def _type_of(*value: Any) -> Any:
-    """The type of an option that only another command has."""
+    """Guess the type of an option that only another command has."""
     return Mapping[str, Any] if value and isinstance(value[0], Mapping) else str
 
 
@@ -128,7 +128,7 @@ def key_value(flag: str, text: str) -> tuple[str, Any]:
 
 
 def _flag(option: Option) -> inspect.Parameter:
-    """One flag. Its own default is None, which tells a flag that was not given from one that was."""
+    """Make one flag. Its own default is None: that marks a flag that was not given."""
     if option.is_argument:
         argument = typer.Argument(help=option.help, metavar=option.metavar, show_default=False)
         given: Any = list[str] if option.element else str
@@ -172,7 +172,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _shown_default(default: Any) -> str:
-    """The default as it would be typed; typer would show the flag's own, which is None."""
+    """Return the default as a user types it; typer would show the flag's own, which is None."""
     if default is None or default == {} or default is REQUIRED:
         return ""
     if isinstance(default, bool):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def prune(options: PruneOptions, console: Console) -> None:
     """Cut CHECKPOINT down to a budget and write a slim safetensors file.
 
-    Works without data; with --data-dir it searches on your images, and on their labels if there are any.
+    Works without data; with --data-dir it calibrates on your images, and uses their labels if there are any.
     One FLOP is one multiply-accumulate, attention included.
     Several GPUs share the calibration: torchrun --nproc-per-node N -m mhacut prune ...
 

@@ -1,4 +1,4 @@
-"""What every command does around its body: a console, quiet libraries, errors to exit codes."""
+"""Surroundings of every command: a console, quiet libraries, errors turned into exit codes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
     Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
     traceback.
     """
-    rank = os.environ.get("RANK", "0")  # torchrun says
+    rank = os.environ.get("RANK", "0")  # set by torchrun
     console = Console(
         quiet=flags.quiet,
         verbose=flags.verbose,
@@ -56,7 +56,7 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
     )
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
-    with options_written_by(writer), _libraries_heard(console):
+    with options_written_by(writer), _library_logs(console):
         try:
             yield console
         except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class _ToConsole(logging.Handler):
-    """Shows log records above the progress display."""
+    """Handler that shows log records above the progress display."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class _ToConsole(logging.Handler):
 
 
 @contextmanager
-def _libraries_heard(console: Console) -> Iterator[None]:
-    """Warnings and logs of torch, timm and others reach stderr only with ``-v``."""
+def _library_logs(console: Console) -> Iterator[None]:
+    """Show warnings and logs of torch, timm and others on stderr with ``-v`` only."""
     before = logging.root.manager.disable
     handler = _ToConsole(console)
     with warnings.catch_warnings():

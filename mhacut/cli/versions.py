@@ -9,7 +9,7 @@ from mhacut._version import __version__
 
 
 def versions(*, everything: bool) -> list[str]:
-    """The lines to print.
+    """Return the lines to print.
 
     Args:
         everything: also Python, the libraries that results depend on, and what ``--device auto`` would take;

@@ -1,1 +1,1 @@
-"""The options of every command, each stated once."""
+"""Options of every command, each stated once."""

@@ -17,7 +17,7 @@ IN_MEMORY = ""
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """The architecture of checkpoints that do not state theirs."""
+    """Architecture of checkpoints that do not state theirs."""
 
     model: str | None = option(
         None,
@@ -36,7 +36,7 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(ModelOptions):
-    """A checkpoint, and what its file does not say."""
+    """Checkpoint, and facts that its file does not state."""
 
     checkpoint: PathLike = option(
         REQUIRED,
@@ -51,14 +51,14 @@ class CheckpointOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
-    """The device that computes."""
+    """Device that computes."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel="Computing", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Options):
-    """The source of images."""
+    """Source of images."""
 
     data_dir: PathLike | None = option(
         None, "Folder with train/ and val/, or of unlabelled images.", panel="Data", metavar="DIR"
@@ -78,7 +78,7 @@ class ImageSource(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(ImageSource):
-    """The source of images to measure accuracy on."""
+    """Source of images to measure accuracy on."""
 
     class_map: PathLike | None = option(
         None, "Text file with the class names in the order of the model's head.", panel="Data", metavar="FILE"
@@ -89,7 +89,7 @@ class LabelledImages(ImageSource):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(LabelledImages):
-    """The source of images to measure accuracy on, and of those to calibrate or train on."""
+    """Source of images to measure accuracy on, and of those to calibrate or train on."""
 
     train_split: str = option("train", "Split to calibrate or train on.", panel="Data", metavar="NAME")
 

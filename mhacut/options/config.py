@@ -100,7 +100,7 @@ def convert(value: object, kind: Any, where: str) -> Any:
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:
-    """The alternatives of a type."""
+    """Alternatives of a type."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 

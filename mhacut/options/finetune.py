@@ -19,7 +19,7 @@ EraseMode = Literal["const", "rand", "pixel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Options):
-    """What the model learns from besides labels."""
+    """Teacher that the model learns from besides labels."""
 
     teacher: PathLike | None = option(
         None,
@@ -68,7 +68,7 @@ class TeacherOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions(Options):
-    """How training images are varied, by timm's transforms; validation images never are."""
+    """Variation of training images by timm's transforms; validation images are never varied."""
 
     aug: bool = option(
         True,
@@ -160,7 +160,7 @@ class AugmentationOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
-    """How the weights are trained."""
+    """Training of the weights."""
 
     epochs: int = option(10, "Passes over the training images.", panel="Training", metavar="N", at_least=1)
     steps: int | None = option(

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 
 class ModelKeywords(TypedDict, total=False):
-    """The architecture of checkpoints that do not state theirs."""
+    """Architecture of checkpoints that do not state theirs."""
     model: str | None
     """timm architecture, for a file that does not state it."""
     model_args: Mapping[str, Any]
@@ -17,7 +17,7 @@ class ModelKeywords(TypedDict, total=False):
 
 
 class DeviceKeywords(TypedDict, total=False):
-    """The device that computes."""
+    """Device that computes."""
     device: str
     """auto, cpu, cuda or cuda:N. Default: 'auto'."""
 
@@ -39,13 +39,13 @@ class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
 
 
 class CheckpointKeywords(ModelKeywords, total=False):
-    """A checkpoint, and what its file does not say."""
+    """Checkpoint, and facts that its file does not state."""
     num_classes: int | None
     """Refuse a model with another number of classes."""
 
 
 class ImageSourceKeywords(TypedDict, total=False):
-    """The source of images."""
+    """Source of images."""
     data_dir: str | os.PathLike[str] | None
     """Folder with train/ and val/, or of unlabelled images."""
     dataset: str | None
@@ -53,7 +53,7 @@ class ImageSourceKeywords(TypedDict, total=False):
 
 
 class LabelledImagesKeywords(ImageSourceKeywords, total=False):
-    """The source of images to measure accuracy on."""
+    """Source of images to measure accuracy on."""
     class_map: str | os.PathLike[str] | None
     """Text file with the class names in the order of the model's head."""
     val_split: str
@@ -109,7 +109,7 @@ class ExportKeywords(CheckpointKeywords, total=False):
 
 
 class TeacherKeywords(TypedDict, total=False):
-    """What the model learns from besides labels."""
+    """Teacher that the model learns from besides labels."""
     teacher: str | os.PathLike[str] | None
     """Checkpoint of the dense model, or of any with the same classes, to learn from; labels are then
     optional."""
@@ -127,13 +127,13 @@ class TeacherKeywords(TypedDict, total=False):
 
 
 class DataKeywords(LabelledImagesKeywords, total=False):
-    """The source of images to measure accuracy on, and of those to calibrate or train on."""
+    """Source of images to measure accuracy on, and of those to calibrate or train on."""
     train_split: str
     """Split to calibrate or train on. Default: 'train'."""
 
 
 class TrainingKeywords(TypedDict, total=False):
-    """How the weights are trained."""
+    """Training of the weights."""
     epochs: int
     """Passes over the training images. Default: 10."""
     steps: int | None
@@ -181,7 +181,7 @@ class TrainingKeywords(TypedDict, total=False):
 
 
 class AugmentationKeywords(TypedDict, total=False):
-    """How training images are varied, by timm's transforms; validation images never are."""
+    """Variation of training images by timm's transforms; validation images are never varied."""
     aug: bool
     """Vary training images; off, they are prepared as for validation, and only mixup and cutmix act. Default:
     True."""
@@ -294,7 +294,7 @@ class InspectKeywords(
 
 
 class SearchKeywords(TypedDict, total=False):
-    """How to search for the plan; every ingredient can be switched off for ablation."""
+    """Search for the plan; every ingredient can be switched off for ablation."""
     effort: Literal["fast", "balanced", "best"]
     """How much to compute: fast takes seconds, balanced a minute or two, best as long as it takes. Default:
     'balanced'."""
@@ -317,13 +317,13 @@ class SearchKeywords(TypedDict, total=False):
     """Refit by least squares the weights that read the output of a pruned layer. Default: True."""
     swap_moves: bool | None
     """Exchange kept v and hidden channels for others while that lowers the error after the repair; by default
-    as the effort says."""
+    the effort decides."""
     repair_in_order: bool | None
-    """Refit once more, layer by layer, on the outputs of the layers pruned before; by default as the effort
-    says."""
+    """Refit once more, layer by layer, on the outputs of the layers pruned before; by default the effort
+    decides."""
     tuning_steps: int | None
     """Steps that train all weights of the pruned model to match the dense one on the calibration images; by
-    default as the effort says."""
+    default the effort decides."""
     tuning_lr: float
     """Learning rate of the tuning steps. Default: 3e-05."""
     token_weights: bool
@@ -379,7 +379,7 @@ class PruneKeywords(
     report: str | os.PathLike[str] | None
     """Write an HTML page about the run, a dry run included."""
     calibration_images: int | None
-    """Number of images to calibrate on; by default as the effort says."""
+    """Number of images to calibrate on; by default the effort decides."""
     labels: bool
     """Use labels where there are any; off, the dense model's outputs alone. Default: True."""
     eval_images: int

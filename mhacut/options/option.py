@@ -1,4 +1,4 @@
-"""One option, stated once: flag, YAML key, bound, help, Python keyword and reference follow from it."""
+"""Option stated once: flag, YAML key, bound, help, Python keyword and reference follow from it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REQUIRED: Any = MISSING
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Everything that is known of one option."""
+    """Everything that is known about one option."""
 
     help: str
     """Sentences for ``--help`` and the reference; the default is added to them."""
@@ -57,17 +57,17 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    """The bounds hold for each element of a tuple; None as a value is always within."""
+    """Bounds; they hold for each element of a tuple; None as a value is always within."""
     endings: tuple[str, ...] = ()
-    """A file's name must end in one of these, in any case."""
+    """Endings of which a file's name must have one, in upper or lower case."""
     name: str = ""
-    """In Python and as a YAML key; filled in by :class:`Options`, as are type and default."""
+    """Name in Python and in YAML; filled in by :class:`Options`, as are type and default."""
     type: Any = None
     default: Any = None
 
     @property
     def flag(self) -> str:
-        """The long flag. Each ``KEY=VALUE`` has one of its own: ``model_args`` is ``--model-arg``."""
+        """Long flag. Each ``KEY=VALUE`` has one of its own: ``model_args`` is ``--model-arg``."""
         name = self.name.removesuffix("s") if self.takes_pairs else self.name
         return "--" + name.replace("_", "-")
 
@@ -82,7 +82,7 @@ class Option:
 
     @property
     def kind(self) -> Any:
-        """The type without None: ``int`` for ``int | None``."""
+        """Type without None: ``int`` for ``int | None``."""
         known = [part for part in get_args(self.type) if part is not type(None)]
         return known[0] if self.takes_none and len(known) == 1 else self.type
 
@@ -97,12 +97,12 @@ class Option:
 
     @property
     def element(self) -> Any:
-        """The type of each of several values; None where there is one value only."""
+        """Type of each of several values; None where there is one value only."""
         return get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All values, where they are counted."""
+        """Possible values, where they can be listed."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     def check(self, value: Any) -> None:
@@ -217,7 +217,7 @@ class Options:
 
     @classmethod
     def groups(cls) -> dict[str, type[Options]]:
-        """The fields that hold options themselves, with their class."""
+        """Fields that hold options themselves, with their class."""
         return {
             name: kind
             for name, kind in get_type_hints(cls).items()
@@ -226,7 +226,7 @@ class Options:
 
     @classmethod
     def own_options(cls) -> dict[str, Option]:
-        """The options that are no group's."""
+        """Options that belong to no group, by name."""
         types = get_type_hints(cls)
         return {
             name: dataclasses.replace(

@@ -26,7 +26,7 @@ there are none: what few steps win on the calibration images hardly holds on oth
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options):
-    """How to search for the plan; every ingredient can be switched off for ablation."""
+    """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option(
         "balanced",
@@ -63,19 +63,19 @@ class SearchOptions(Options):
     swap_moves: bool | None = option(
         None,
         "Exchange kept v and hidden channels for others while that lowers the error after the repair; by "
-        "default as the effort says.",
+        "default the effort decides.",
         panel="Research switches",
     )
     repair_in_order: bool | None = option(
         None,
-        "Refit once more, layer by layer, on the outputs of the layers pruned before; by default as the "
-        "effort says.",
+        "Refit once more, layer by layer, on the outputs of the layers pruned before; by default the "
+        "effort decides.",
         panel="Research switches",
     )
     tuning_steps: int | None = option(
         None,
         "Steps that train all weights of the pruned model to match the dense one on the calibration images; "
-        "by default as the effort says.",
+        "by default the effort decides.",
         panel="Research switches",
         metavar="N",
         at_least=0,
@@ -226,7 +226,7 @@ _OF_INDICATORS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What an effort amounts to."""
+    """Amount of work that an effort stands for."""
 
     calibration_images: int
     fisher_share: float
@@ -288,7 +288,7 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
     data: DataOptions = field(default_factory=DataOptions)
     calibration_images: int | None = option(
         None,
-        "Number of images to calibrate on; by default as the effort says.",
+        "Number of images to calibrate on; by default the effort decides.",
         panel="Data",
         metavar="N",
         at_least=1,
@@ -312,7 +312,7 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
 
     @property
     def images_wanted(self) -> int:
-        """``calibration_images``, or what the effort says."""
+        """``calibration_images``, or the number that the effort stands for."""
         if self.calibration_images is not None:
             return self.calibration_images
         return EFFORTS[self.search.effort].calibration_images
