@@ -41,12 +41,12 @@ from mhacut.data import Preprocessing, calibration_images, evaluation_loader
 from mhacut.linalg.indicator import top_channels
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import DataOptions, LabelledImages, PreprocessingOptions
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
 from mhacut.pruning.widths import width_choices
 from mhacut.surgery.axes import channels_of
 from mhacut.surgery.costs import build_cost_table
-from mhacut.surgery.find import UnitKey, find_prunable_layers
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut

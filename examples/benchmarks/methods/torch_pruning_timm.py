@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from methods.common import NEAR, STEPS, OutOfReachError, Slim, Task, attentions, bisect
-from mhacut.surgery.find import UnitKey
+from mhacut.plan import UnitKey
 
 BATCH = 16
 """Images at a time in Taylor's backward passes, as in mhacut's search."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from methods.common import Slim, Task, activations, bisect, check_reach, cut_to
-from mhacut.surgery.find import UnitKey
+from mhacut.plan import UnitKey
 
 
 def prune(task: Task) -> Slim:
