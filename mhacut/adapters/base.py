@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -155,6 +155,17 @@ class Unit:
     @property
     def key(self) -> UnitKey:
         return self.layer, self.kind
+
+    def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
+        """Return the unit with other columns of the output projection, and the hook on what they read."""
+        old, name = self.output_projection, "hidden" if self.kind == "hidden" else "output"
+        return replace(
+            self,
+            axes=tuple(columns if axis == old else axis for axis in self.axes),
+            scale_axes=tuple(columns if axis == old else axis for axis in self.scale_axes),
+            output_projection=columns,
+            hooks={**self.hooks, name: hook},
+        )
 
     @property
     def constants_pass(self) -> bool:

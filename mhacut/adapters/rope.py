@@ -112,20 +112,12 @@ class Rope(Softmax):
         unit, queries = super().v(name, module), _queries_per_key(module)
         if queries == 1:
             return unit
-        assert unit.output_projection is not None
-        gate = self.axes(module, "g") if module.gate is not None else ()
         copies = tuple(unit.width * query for query in range(queries))
         by_each = partial(replace, head_step=queries * unit.width, copies=copies)
-        read = {axis: by_each(axis) for axis in (unit.output_projection, *gate)}
-        columns = read[unit.output_projection]
+        gate = self.axes(module, "g") if module.gate is not None else ()
+        axes = tuple(by_each(axis) if axis in gate else axis for axis in unit.axes)
         output = replace(unit.hooks["output"], then=partial(_apart, unit.width, queries))
-        return replace(
-            unit,
-            axes=tuple(read.get(axis, axis) for axis in unit.axes),
-            scale_axes=(columns,),
-            output_projection=columns,
-            hooks={**unit.hooks, "output": output},
-        )
+        return replace(unit, axes=axes).read_at(by_each(unit.scale_axes[0]), output)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Record the numbers, in the dense layer, of the channels whose angles the cut one needs."""

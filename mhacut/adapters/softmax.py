@@ -164,9 +164,8 @@ class Softmax(Adapter):
 
     def heads(self, module: Any) -> int:
         """Number of heads of q."""
-        return (
-            module.num_heads if hasattr(module, "num_heads") else getattr(module, "heads", 1)
-        ) * self.query_heads
+        heads: int = getattr(module, "num_heads", getattr(module, "heads", 1))
+        return heads * self.query_heads
 
     def reader(self, module: Any) -> Projection:
         """The projection that reads v."""

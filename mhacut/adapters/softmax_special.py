@@ -105,13 +105,7 @@ class Interleaved(Softmax):
         plain, (heads, _) = super().v(name, module), self.v_size(module)
         columns = replace(plain.scale_axes[0], head_step=1, channel_step=heads)
         output = replace(plain.hooks["output"], then=lambda _, x: x.unflatten(-1, (-1, heads)).mT.flatten(-2))
-        return replace(
-            plain,
-            axes=(*plain.axes[:-1], columns),
-            scale_axes=(columns,),
-            output_projection=columns,
-            hooks={**plain.hooks, "output": output},
-        )
+        return plain.read_at(columns, output)
 
 
 class TiedHeads(Softmax):
@@ -226,13 +220,9 @@ class Parallel(Softmax):
         return heads, module.in_split[3] // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        heads, (hidden, qk, *_) = self.heads(module), module.in_split
-        return {
-            "h": (1, hidden),
-            "q": (heads, qk // heads),
-            "k": (heads, qk // heads),
-            "v": self.v_size(module),
-        }
+        heads = self.heads(module)
+        qk = heads, module.in_split[1] // heads
+        return {"h": (1, module.in_split[0]), "q": qk, "k": qk, "v": self.v_size(module)}
 
     def describe(self, name: str, module: Any) -> Layer:
         attention = super().describe(name, module)
@@ -252,15 +242,8 @@ class Parallel(Softmax):
         unit = reader.unit(name, "hidden", (1, module.in_split[0]), written, {}, output_scale=scale)
         if not fused:
             return unit
-        columns = replace(unit.scale_axes[0], offset=module.in_split[3])
-        hook = reader.hook("input", columns.offset)
-        return replace(
-            unit,
-            axes=(*written, columns),
-            scale_axes=(columns,),
-            output_projection=columns,
-            hooks={"hidden": hook},
-        )
+        first = module.in_split[3]
+        return unit.read_at(replace(reader.columns(), offset=first), reader.hook("input", first))
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         sizes = self.sizes(module)

@@ -56,8 +56,7 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
     else:
         length = torch.linalg.vector_norm(features * _factor(gate, power), dim=-1, keepdim=True)
         size = (sharpened.square() * _opening(gate)).sum(-1, keepdim=True).sqrt()
-    focused: Tensor = sharpened * (length / size)
-    return focused
+    return sharpened * (length / size)
 
 
 def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
@@ -97,8 +96,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
     root = k.shape[-2] ** -0.5
     keys_values = (k.transpose(-2, -1) * root) @ (v * root)  # (B, h, d_qk, d_v)
-    out: Tensor = (q @ keys_values) * normaliser
-    return out
+    return (q @ keys_values) * normaliser
 
 
 def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
@@ -239,8 +237,7 @@ class FusedFocusedAttention(FocusedLinearAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_qkv(self.qkv(x), self.proj.in_features)
-        out: Tensor = self.proj_drop(self.proj(self.attend(q, k, v)))
-        return out
+        return self.proj_drop(self.proj(self.attend(q, k, v)))
 
 
 class SeparateFocusedAttention(FocusedLinearAttention):
@@ -283,8 +280,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
             )
         q, kv = self.q(x), self.kv(x)
         k, v = kv.split((kv.shape[-1] - self.proj.in_features, self.proj.in_features), dim=-1)
-        out: Tensor = self.proj_drop(self.proj(self.attend(q, k, v)))
-        return out
+        return self.proj_drop(self.proj(self.attend(q, k, v)))
 
 
 class FocusedBlock(nn.Module):
@@ -299,8 +295,7 @@ class FocusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
-        return out
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,8 +48,7 @@ class FocusedLepeAttention(FocusedLinearAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend: [B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
-        out: Tensor = self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
-        return out
+        return self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
 
 
 class StripeAttention(nn.Module):
@@ -97,8 +96,7 @@ class StripeAttention(nn.Module):
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         weights: Tensor = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
-        out: Tensor = self.attn_drop(weights) @ v
-        return out
+        return self.attn_drop(weights) @ v
 
     def _to_stripes(self, tokens: Tensor) -> Tensor:
         (height, width), (high, wide) = self.grid_size, self.stripe
@@ -144,8 +142,7 @@ class CswinAttention(nn.Module):
         qkv = split_qkv(self.qkv(x), self.proj.in_features)
         branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
         attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
-        out: Tensor = self.proj_drop(self.proj(torch.cat(attended, dim=-1)))
-        return out
+        return self.proj_drop(self.proj(torch.cat(attended, dim=-1)))
 
 
 def linear_branches(dim: int, num_heads: int, grid: Grid, **kwargs: Any) -> list[Branch]:

@@ -47,8 +47,7 @@ class ConvStem(nn.Sequential):
         _assert(x.shape[-2] == height, f"Input height ({x.shape[-2]}) doesn't match model ({height}).")
         _assert(x.shape[-1] == width, f"Input width ({x.shape[-1]}) doesn't match model ({width}).")
         conv, to_channels_last, norm = self
-        out: Tensor = norm(to_channels_last(conv(x)))
-        return out
+        return norm(to_channels_last(conv(x)))
 
 
 class ToChannelsLast(nn.Module):
@@ -67,8 +66,7 @@ class MergeBlock(nn.Module):
         self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        merged: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return merged
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class FlattenCswin(Pyramid):
@@ -173,8 +171,7 @@ class FlattenCswin(Pyramid):
         return self.run_blocks(blocks, x.flatten(1, 2)).reshape(x.shape)
 
     def finish(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.norm(x)
-        return normed
+        return self.norm(x)
 
     def no_weight_decay(self) -> set[str]:
         """Return no names: the authors decay everything that is not 1-D."""
@@ -222,7 +219,7 @@ _OF_ATTENTION = re.compile(r"^(stage\d+\.\d+\.)((?:qkv|attns|proj)\.)")
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenCswin:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    model: FlattenCswin = build_model_with_cfg(
+    return build_model_with_cfg(
         FlattenCswin,
         variant,
         pretrained,
@@ -230,7 +227,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenCswin:
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
-    return model
 
 
 def _config(**own: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenDeit:
     """FLatten-DeiT-T as read from the paper: 6.2M parameters, 1.1G FLOPs; no official code exists."""
     out_indices = kwargs.pop("out_indices", 3)
     args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
-    model: FlattenDeit = build_model_with_cfg(
+    return build_model_with_cfg(
         FlattenDeit,
         "flatten_deit_tiny",
         pretrained,
@@ -105,4 +105,3 @@ def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenDeit:
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **args,
     )
-    return model

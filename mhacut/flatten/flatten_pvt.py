@@ -177,7 +177,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvt:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    model: FlattenPvt = build_model_with_cfg(
+    return build_model_with_cfg(
         FlattenPvt,
         variant,
         pretrained,
@@ -185,7 +185,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvt:
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
-    return model
 
 
 default_cfgs = generate_default_cfgs(

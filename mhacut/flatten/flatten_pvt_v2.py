@@ -72,7 +72,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvtV2:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    model: FlattenPvtV2 = build_model_with_cfg(
+    return build_model_with_cfg(
         FlattenPvtV2,
         variant,
         pretrained,
@@ -80,7 +80,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvtV2:
         feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
         **{"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), **kwargs},
     )
-    return model
 
 
 default_cfgs = generate_default_cfgs(

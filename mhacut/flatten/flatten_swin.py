@@ -130,7 +130,7 @@ def _for_timm(name: str, tensor: Tensor) -> bool:
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenSwin:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    model: FlattenSwin = build_model_with_cfg(
+    return build_model_with_cfg(
         FlattenSwin,
         variant,
         pretrained,
@@ -138,7 +138,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenSwin:
         feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
         **kwargs,
     )
-    return model
 
 
 def _config(**own: Any) -> dict[str, Any]:

@@ -116,7 +116,7 @@ CASES: Cases = {
         "no positions": sam(64, use_rel_pos=False),
         "turned": sam(
             64,
-            {"qk": "q and k are turned by their position"},
+            {"qk": "q and k are rotated by their position"},
             use_rel_pos=False,
             use_rope=True,
             global_attn_indexes=(0,),
