@@ -21,7 +21,6 @@ def attend(
     scale: float,
     fused: bool,
     attn_mask: Tensor | None = None,
-    is_causal: bool = False,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention output, [B, H, N, d_v].
@@ -36,21 +35,18 @@ def attend(
         scale: factor on the logits; explicit, because SDPA would derive another from the width it is given.
         fused: allow ``scaled_dot_product_attention``.
         attn_mask: boolean (True attends) or additive, broadcastable to [B, H, N, M].
-        is_causal: mask out later keys.
         dropout_p: on the attention weights; 0 outside training.
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
     if not fused or (unequal_on_cpu and _explicit_is_faster(q, k)):
         logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
-        logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask, is_causal))
+        logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
         return F.dropout(logits.softmax(dim=-1), dropout_p) @ v
     if unequal_on_cpu:
         width = max(d_qk, d_v)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :d_v]
 
 

@@ -139,7 +139,7 @@ class Softmax(Adapter):
     mixins: tuple[type, ...] = (Twin,)
     """In front of ``cls`` for cut layers; without :class:`Twin` they run the forward pass of the class."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
-    """(m, width of q/k, width of v) -> whether a cut layer may be of ``cls`` itself."""
+    """(m, width of q/k, width of v) -> whether the forward pass of ``cls`` itself will do."""
     attributes: Mapping[str, str] = field(default_factory=dict)
     """Attributes that ``cls`` keeps of its sizes: ``qk``, ``v``, ``heads * qk`` or ``heads * v``."""
     scaled: bool = True
@@ -147,8 +147,9 @@ class Softmax(Adapter):
     cosine: bool = False
     """q and k have unit length, so that a factor scales a channel only in both."""
     qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
+    """m -> how far q/k channels can be mixed."""
     v_mixing: Mixing = "rotate"
-    """Without ``g`` rows; with them it is ``refit``."""
+    """How far v channels can be mixed, without ``g`` rows; with them it is ``refit``."""
     norm_behind: str = ""
     """A norm between attention and projection, over all channels."""
     v_whole: str = ""
