@@ -20,7 +20,7 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm, with an entry for each channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
-"""How far the channels of a head can be mixed.
+"""Ladder of how far the channels of a head can be mixed.
 
 - ``rotate``: the layer computes the same when scale axes are multiplied by any invertible matrix [d, d] and
   the other axes by its inverse transpose.
@@ -31,7 +31,7 @@ Mixing = Literal["rotate", "refit", "select"]
 """
 
 Sharing = Literal["own", "copied", "tied"]
-"""How far the heads share tensors of a unit.
+"""Ladder of how far the heads share tensors of a unit.
 
 - ``own``: every head has its own.
 - ``copied``: heads share a tensor, of which each can get a copy (:attr:`mhacut.plan.UnitPlan.unshared`).

@@ -1,6 +1,6 @@
-"""What single classes of softmax attention do in their own way, between their input and their output.
+"""Hooks of single classes of softmax attention: their own way from the input to the output.
 
-Hooks of :class:`~mhacut.adapters.softmax.Softmax`; ``m`` is the module.
+Fields of :class:`~mhacut.adapters.softmax.Softmax`; ``m`` is the module.
 """
 
 from __future__ import annotations
