@@ -147,9 +147,9 @@ class Softmax(Adapter):
     cosine: bool = False
     """q and k have unit length, so that a factor scales a channel only in both."""
     qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
-    """m -> how far q/k channels can be mixed."""
+    """m -> mixing of q/k channels."""
     v_mixing: Mixing = "rotate"
-    """How far v channels can be mixed, without ``g`` rows; with them it is ``refit``."""
+    """Mixing of v channels without ``g`` rows; with them it is ``refit``."""
     norm_behind: str = ""
     """A norm between attention and projection, over all channels."""
     v_whole: str = ""
