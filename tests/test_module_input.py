@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import mhacut
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import read_model
-from mhacut.checkpoint.module import rebuilt_module
+from mhacut.checkpoint.module import copy_of_module, rebuilt_module
 from mhacut.errors import CheckpointError
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -120,3 +120,16 @@ def test_a_slim_module_can_be_evaluated(tmp_path):
     found = mhacut.evaluate(mhacut.load_model(slim), data_dir=DIGITS / "images")
     assert found.evaluation.top1 == pruned.slim.evaluation.top1
     assert found.flops == pruned.slim.flops
+
+
+def test_a_module_that_does_not_keep_its_image_size_is_checked_at_the_size_given():
+    args = {"img_size": 64, "num_classes": 3}
+    model = timm.create_model("levit_128s", **args).eval()
+    assert rebuilt_module(model, ModelHints(model_args=args)).identity.model_args == args
+
+
+def test_another_number_of_classes_is_refused(tiny_vit):
+    hints = ModelHints(num_classes=4)
+    for opened in (rebuilt_module, copy_of_module):
+        with pytest.raises(CheckpointError, match="in memory: has 7 classes, not num_classes=4"):
+            opened(module_of(tiny_vit), hints)

@@ -23,7 +23,7 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
-from mhacut.surgery.info import model_input_size, patch_embedding
+from mhacut.surgery.info import classifier_size, model_input_size, patch_embedding
 
 _SAME = 1e-5
 """Largest relative difference of outputs that two builds of one model may have in float32."""
@@ -34,18 +34,21 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
     Args:
         module: on any device, in any mode and dtype; not modified.
-        hints: architecture of a module that does not state it.
+        hints: architecture of a module that does not state it, image size of one that keeps none, and number
+            of classes that it must have.
 
     Raises:
-        CheckpointError: it is not a timm module, or holds NaN or infinite values.
+        CheckpointError: it is not a timm module, has another number of classes, or holds NaN or infinite
+            values.
     """
-    architecture, _ = _stated(module, hints or ModelHints())
+    hints = hints or ModelHints()
+    architecture, _ = _stated(module, hints)
     source = _source(architecture)
+    _check_classes(module, hints, source)
     model = _as_loaded(module)
     check_finite(source, model)
-    return Checkpoint.of_model(
-        model, identity_of(model, architecture, {}), source=source, stem=architecture, dtypes=_dtypes(module)
-    )
+    identity = identity_of(model, architecture, checked_model_args(hints.model_args))
+    return Checkpoint.of_model(model, identity, source=source, stem=architecture, dtypes=_dtypes(module))
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
@@ -71,7 +74,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     original = _as_loaded(module)
     model.load_state_dict(original.state_dict(), strict=True)
     check_finite(source, model.eval())
-    size = model_input_size(model, identified.identity.pretrained_cfg)
+    identity = identified.identity
+    size = model_input_size(model, identity.pretrained_cfg, identity.model_args)
     if not _same_outputs(model, original, size):
         raise CheckpointError(
             f"{source}: built again with {_shown(identified.identity)}, it gives other outputs; give in "
@@ -105,14 +109,8 @@ def _identify(
     module: nn.Module, architecture: str, cfg: Mapping[str, Any], hints: ModelHints, source: str
 ) -> Identified:
     """Build the module again on the meta device, and compare its tensors."""
-    described: Any = module
     args = checked_model_args(hints.model_args)
-    classes = int(described.num_classes)
-    if hints.num_classes not in (None, classes):
-        raise CheckpointError(
-            f"{source}: has {classes} classes, not {option_name('num_classes', hints.num_classes)}"
-        )
-    args["num_classes"] = classes
+    args["num_classes"] = _check_classes(module, hints, source)
     if "img_size" not in args:
         plain = build_skeleton(ModelIdentity(architecture, args, dict(cfg)))
         if _image_size(plain) != _image_size(module):
@@ -129,6 +127,16 @@ def _identify(
             f"{option_name('model_args')} those that are not the defaults; give a slim model as its file"
         ) from None
     return identified
+
+
+def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
+    """Return the number of classes of ``module``, once checked to be that of ``hints``."""
+    classes = classifier_size(module)
+    if hints.num_classes not in (None, classes):
+        raise CheckpointError(
+            f"{source}: has {classes} classes, not {option_name('num_classes', hints.num_classes)}"
+        )
+    return classes
 
 
 def _image_size(model: nn.Module) -> int | list[int] | None:

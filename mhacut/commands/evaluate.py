@@ -39,7 +39,7 @@ class EvaluateResult:
     parameters: int
     preprocessing: Preprocessing
     data: str
-    """The images, for readers."""
+    """Description of the images."""
     device: str
 
 
@@ -80,7 +80,7 @@ def run_evaluate(
     if module is None:
         loaded = open_from_options(options, reporter)
     else:
-        loaded = copy_of_module(module, ModelHints(options.model))
+        loaded = copy_of_module(module, ModelHints(options.model, options.model_args, options.num_classes))
     classes = classifier_size(loaded.model)
     if classes == 0:
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")
