@@ -296,19 +296,19 @@ class InspectKeywords(
 class SearchKeywords(TypedDict, total=False):
     """Search for the plan; every ingredient can be switched off for ablation."""
     effort: Literal["fast", "balanced", "best"]
-    """How much to compute: fast takes seconds, balanced a minute or two, best as long as it takes. Default:
+    """Amount of work: fast takes seconds, balanced a minute or two, best as long as it takes. Default:
     'balanced'."""
     batch_size: int
     """Images per batch. Default: 16."""
     seed: int
     """Random seed. Default: 42."""
     allocation: Literal["curves", "indicator", "refined", "uniform"]
-    """How the budget is divided among layers: by sensitivity curves, by trained indicators (the paper's way),
-    by indicators that start from the curves' plan, where they do better on held-out images, or uniformly.
+    """Division of the budget among layers: by sensitivity curves, by trained indicators (the paper's way), by
+    indicators that start from the curves' plan, where they do better on held-out images, or uniformly.
     Default: 'curves'."""
     basis: Literal["auto", "channel", "principal"]
-    """What a channel is: the model's own, a principal component where that is exact, or, per layer, whichever
-    leaves the smaller error on held-out images. Default: 'auto'."""
+    """Channels to choose from: the model's own, principal components where that is exact, or, per layer,
+    whichever leave the smaller error on held-out images. Default: 'auto'."""
     positions: Literal["auto", "own", "equal"]
     """Which v channels are kept by heads that share the filters of a convolution: each head its own, with a
     copy of the filters, the same positions in all heads, or, per layer, whichever leaves the smaller error on
@@ -369,7 +369,7 @@ class PruneKeywords(
     output: str | os.PathLike[str] | None
     """File to write; by default the checkpoint's stem and the budget, in the working directory."""
     scope: Literal["attention", "attention+mlp"]
-    """What may be pruned. Default: 'attention+mlp'."""
+    """Layers that may be pruned. Default: 'attention+mlp'."""
     round_to: int
     """Round widths to multiples of N. Default: 8."""
     overwrite: bool

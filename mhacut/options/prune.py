@@ -30,22 +30,22 @@ class SearchOptions(Options):
 
     effort: Effort = option(
         "balanced",
-        "How much to compute: fast takes seconds, balanced a minute or two, best as long as it takes.",
+        "Amount of work: fast takes seconds, balanced a minute or two, best as long as it takes.",
         panel="Result",
     )
     batch_size: int = option(16, "Images per batch.", panel="Computing", metavar="N", short="-b", at_least=1)
     seed: int = option(42, "Random seed.", panel="Computing", metavar="N")
     allocation: Allocation = option(
         "curves",
-        "How the budget is divided among layers: by sensitivity curves, by trained indicators (the paper's "
+        "Division of the budget among layers: by sensitivity curves, by trained indicators (the paper's "
         "way), by indicators that start from the curves' plan, where they do better on held-out images, or "
         "uniformly.",
         panel="Research switches",
     )
     basis: BasisChoice = option(
         "auto",
-        "What a channel is: the model's own, a principal component where that is exact, or, per layer, "
-        "whichever leaves the smaller error on held-out images.",
+        "Channels to choose from: the model's own, principal components where that is exact, or, per layer, "
+        "whichever leave the smaller error on held-out images.",
         panel="Research switches",
     )
     positions: Positions = option(
@@ -272,7 +272,7 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         endings=(".safetensors",),
     )
     search: SearchOptions = field(default_factory=SearchOptions)
-    scope: Scope = option("attention+mlp", "What may be pruned.", panel="Result")
+    scope: Scope = option("attention+mlp", "Layers that may be pruned.", panel="Result")
     round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
