@@ -17,7 +17,7 @@ class Budget:
     """A FLOPs budget: a count, or a share of what the model has now. One FLOP is one multiply-accumulate."""
 
     text: str
-    """As the user wrote it."""
+    """Text as the user wrote it."""
     value: float
     """FLOPs, or a fraction in (0, 1] when ``relative``."""
     relative: bool

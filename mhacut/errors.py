@@ -1,4 +1,4 @@
-"""What can go wrong, as types, and how messages name options.
+"""Errors of mhacut, and the notation of options in their messages.
 
 A message says what happened, where, what was expected, what was found and what to do next.
 """

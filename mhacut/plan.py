@@ -32,13 +32,13 @@ class UnitPlan:
     layer: str
     """Module name of the layer in the model, ``blocks.0.attn``."""
     kind: UnitKind
-    """What is cut: ``qk``, ``v`` or ``hidden``."""
+    """Kind of channels: ``qk``, ``v`` or ``hidden``."""
     dense_width: int
     """Channels per head before the cut."""
     kept: tuple[tuple[int, ...], ...]
     """Per head, the indices that stay, ascending, in ``range(dense_width)``."""
     basis: Basis = "channel"
-    """What the indices count: the model's own channels, or its principal ones, the strongest first."""
+    """Basis of the channels: the model's own, or principal components, the strongest first."""
     unshared: bool = False
     """Tensors that all heads share are copied for each head first. Without that, heads that share them keep
     the same channels."""
@@ -93,7 +93,7 @@ class UnitPlan:
         return cls(layer, kind, dense_width, (tuple(range(dense_width)),) * heads)
 
     def after(self, earlier: UnitPlan) -> UnitPlan:
-        """This cut, made on a layer that ``earlier`` had already cut, told in the first layer's indices."""
+        """This cut, made on a layer that ``earlier`` had already cut, in the first layer's indices."""
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
             raise PlanError(
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
@@ -137,7 +137,7 @@ class Plan:
         return {unit.key: unit.width for unit in self.units}
 
     def after(self, earlier: Plan) -> Plan:
-        """This plan, made for a model that ``earlier`` had already cut, told in the dense model's indices."""
+        """This plan, made for a model that ``earlier`` had already cut, in the dense model's indices."""
         before = {unit.key: unit for unit in earlier}
         now = {unit.key: unit for unit in self}
         merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]

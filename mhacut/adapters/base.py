@@ -20,7 +20,7 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm, with an entry for each channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
-"""Ladder of how far the channels of a head can be mixed.
+"""Degree to which the channels of a head can be mixed.
 
 - ``rotate``: the layer computes the same when scale axes are multiplied by any invertible matrix [d, d] and
   the other axes by its inverse transpose.
@@ -31,7 +31,7 @@ Mixing = Literal["rotate", "refit", "select"]
 """
 
 Sharing = Literal["own", "copied", "tied"]
-"""Ladder of how far the heads share tensors of a unit.
+"""Degree to which heads share tensors of a unit.
 
 - ``own``: every head has its own.
 - ``copied``: heads share a tensor, of which each can get a copy (:attr:`mhacut.plan.UnitPlan.unshared`).
@@ -204,13 +204,13 @@ class Adapter(ABC):
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:
-        """Return the units of ``module``, and the kinds that must stay whole."""
+        """Return the units of ``module``, and the kinds that are not prunable."""
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         """Set attributes and class of ``module`` to the widths that its sliced tensors have.
 
-        Tensors keep their names. ``widths`` names every unit of the layer, also those left whole. Nothing is
-        done where the class reads its widths from its tensors.
+        Tensors keep their names. ``widths`` names every unit of the layer, also those that keep all channels.
+        Nothing is done where the class reads its widths from its tensors.
         """
         return
 

@@ -46,7 +46,7 @@ class Mlp(Adapter):
             for passed, part in module.named_children()
             if passed in self.between and type(part) is not nn.Identity
         }
-        reason = _left_whole(between)
+        reason = _why_not_prunable(between)
         if reason is not None:
             return Layer(name, self, (), {"hidden": reason}, reader.channel_dim)
         written: list[ChannelAxis] = []
@@ -64,7 +64,7 @@ class Mlp(Adapter):
         return Layer(name, self, (hidden,), channel_dim=reader.channel_dim)
 
 
-def _left_whole(between: Mapping[str, nn.Module]) -> str | None:
+def _why_not_prunable(between: Mapping[str, nn.Module]) -> str | None:
     """Why the hidden channels must stay."""
     for part in between.values():
         if isinstance(part, _BatchNorm):

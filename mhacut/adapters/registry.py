@@ -41,7 +41,7 @@ ADAPTERS: tuple[Adapter, ...] = (
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
-"""Attention that runs once, behind the last block: left alone, with everything in it, unless registered."""
+"""Attention that runs once, behind the last block: skipped, with everything in it, unless registered."""
 
 POSITION_BIASES = ("RelPosMlp",)
 """Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
@@ -96,7 +96,7 @@ def looks_like_mlp(module: nn.Module) -> bool:
 
 
 def why_not_cut(mlp: str) -> str:
-    """Return why an unregistered class that looks like an MLP is left whole, by its name."""
+    """Return why an unregistered class that looks like an MLP is skipped, by its name."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
         return "the hidden channels of a classifier are left alone"
     return "this MLP class is not supported"

@@ -25,7 +25,7 @@ from mhacut.adapters.softmax_hooks import gated, mask_of
 from mhacut.plan import UnitKind
 
 SHARED_KEYS = "several heads share their keys"
-_KEPT = "turned_channels"
+_KEPT = "kept_channels"
 """Buffer with the numbers of a cut layer's q/k channels in the dense one, [H, d]."""
 
 

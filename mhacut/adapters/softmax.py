@@ -153,7 +153,7 @@ class Softmax(Adapter):
     norm_behind: str = ""
     """A norm between attention and projection, over all channels."""
     v_whole: str = ""
-    """Why v must stay whole, if it must."""
+    """Reason why v is not prunable; empty if it is."""
     channel_dim: int | None = None
     """Channel dimension of the layer's output, where it is not that of the projection's."""
 
@@ -206,7 +206,7 @@ class Softmax(Adapter):
         return found
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        """Kinds that must stay whole, and why."""
+        """Kinds that are not prunable, and why."""
         reasons: dict[UnitKind, str] = {}
         if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
             reasons["qk"] = NORMALISED

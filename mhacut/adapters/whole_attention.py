@@ -1,4 +1,4 @@
-"""Attention in which no channel can go by itself: left whole, so that the MLPs beside it can be cut.
+"""Attention that is not prunable: no channel can go by itself. The MLPs beside it are cut.
 
 MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and adds
 q to the output; Gemma 4 normalises them too. CSATv2 weighs maps by what a block with a single channel, MLP
@@ -18,7 +18,7 @@ from mhacut.adapters.base import Adapter, Layer
 
 
 class WholeAdapter(Adapter):
-    """No units; a reason."""
+    """Attention classes without a unit, and the reason."""
 
     family = "attention"
 

@@ -22,7 +22,7 @@ from mhacut.runtime.files import show
 
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_LISTED_BYTES = 4 * 2**20
-"""How much of a refused pickle is searched for the names in it."""
+"""Number of bytes of a refused pickle that are searched for names."""
 _EMA_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Parts of a training checkpoint in the order timm's loader prefers them."""
 

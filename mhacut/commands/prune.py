@@ -57,13 +57,13 @@ class PruneResult:
     budget: int
     """FLOPs."""
     dense: ModelFigures
-    """Of the model that was read."""
+    """Figures of the model that was read."""
     slim: ModelFigures
-    """Of the file that was written (of the model in memory, after a dry run)."""
+    """Figures of the file that was written, or after a dry run of the model in memory."""
     data: str
-    """Images of the search, for readers."""
+    """Description of the calibration images."""
     not_prunable: tuple[str, ...]
-    """What cannot be cut exactly, or is never cut, and why."""
+    """Lines that name what cannot be cut exactly, or is never cut, and why."""
     repairs: Mapping[UnitKey, UnitRepair]
     """Outcome of the repair of each unit; empty without repair."""
     device: str
@@ -78,7 +78,7 @@ class PruneResult:
     report: Path | None
     """Page about the run; None when not asked for."""
     divergence: float
-    """Of the slim model from the dense one on held-out images (:attr:`judged_on`), see
+    """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
     :class:`mhacut.pruning.distill.Divergence`."""
     divergence_of: Literal["answers", "features"]
     """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
@@ -242,7 +242,7 @@ def _result(
         dense=measured.dense,
         slim=measured.slim,
         data=inputs.images.description,
-        not_prunable=inputs.not_prunable,
+        not_prunable=inputs.job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
         latency_batch_size=inputs.options.latency_batch_size,

@@ -54,8 +54,6 @@ class PruneInputs:
     target: Path
     """Slim file to write."""
     job: Job
-    not_prunable: tuple[str, ...]
-    """What cannot be cut exactly, or is never cut, and why."""
 
 
 def read_inputs(
@@ -86,8 +84,7 @@ def read_inputs(
     units = prunable.units(_KINDS[options.scope])
     table = build_cost_table(dense, prunable, preprocessing.input_size)
     flops = reachable_budget(budget, table, units, options.round_to)
-    whole = prunable.not_prunable
-    for line in whole:
+    for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
     reporter.start("loading images")
     classes = classifier_size(dense)
@@ -112,7 +109,7 @@ def read_inputs(
         amp=options.amp,
         reporter=reporter,
     )
-    return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job, whole)
+    return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job)
 
 
 def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:

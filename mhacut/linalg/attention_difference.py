@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""What linear attention adds to the sum of its weights."""
+"""Constant that linear attention adds to the sum of its weights."""
 
 
 def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:

@@ -85,7 +85,7 @@ class Calibration:
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
     fisher: FisherInformation
-    """Of each layer's output; empty when not asked for."""
+    """Fisher information of each layer's output; empty when not asked for."""
     teacher: Tensor
     """Outputs of the dense model, [images, classes]."""
 

@@ -65,7 +65,7 @@ class Start:
     scores: Tensor
     """[H, d]; channels above 1/2 are kept."""
     basis: Basis
-    """What the unit's channels are in the model that is searched."""
+    """Basis of the unit's channels in the model that is searched."""
 
 
 class _UnitState:

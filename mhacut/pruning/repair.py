@@ -45,13 +45,13 @@ class ReconstructedModel:
     """A model ready to be cut, its weights making up for the channels that go."""
 
     model: nn.Module
-    """Of the dense shape, on the dense model's device."""
+    """Model of the dense shape, on the dense model's device."""
     plan: Plan
     """The plan's widths, with the channels and bases that were chosen."""
     channel_scales: Mapping[UnitKey, Tensor]
     """Scales for :func:`mhacut.surgery.slice.cut`."""
     repairs: Mapping[UnitKey, UnitRepair]
-    """Of every unit that loses channels; empty without repair."""
+    """Outcome for every unit that loses channels; empty without repair."""
 
 
 def reconstruct(

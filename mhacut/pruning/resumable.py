@@ -72,7 +72,7 @@ class ResumableModel:
         self._stacks = [[_Call(nn.Module(), model, ((batch,), {}))] for batch in batches]
         """Unfinished calls of each batch, the innermost last."""
         self._stack: list[_Call] = []
-        """That of the batch at work."""
+        """Stack of the batch at work."""
         self._target: nn.Module | None = None
         self._reached: list[tuple[_Call, Any]] = []
         """Call of the target, and its arguments, of each batch."""

@@ -120,11 +120,11 @@ class _Sums:
     """Weighted sums over rows, float64: all that ridge regression needs."""
 
     gram: Tensor
-    """Of the inputs, [in, in]."""
+    """Products of inputs with inputs, [in, in]."""
     cross: Tensor
-    """Of inputs and targets, [in, out]."""
+    """Products of inputs with targets, [in, out]."""
     energy: Tensor
-    """Of the targets, a scalar."""
+    """Squares of the targets, a scalar."""
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor, weights: Tensor) -> _Sums:

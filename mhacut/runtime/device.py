@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Devices, and what they do slowly."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
-    """Tell those who asked for ``--amp`` on a processor without bfloat16, which computes it in software.
+    """Warn those who asked for ``--amp`` on a processor without bfloat16, which computes it in software.
 
     A training step of a small ViT took 13 times as long there as in float32. Processors with AVX512 but
-    without its bfloat16 instructions, and those other than x86, are not told: torch does not say publicly.
+    without its bfloat16 instructions, and those other than x86, are not reported: torch does not say which
+    they are.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and "AVX512" not in capability:

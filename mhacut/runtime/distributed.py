@@ -28,9 +28,9 @@ class Processes:
     rank: int
     """Which this one is; 0 is the one that writes and prints."""
     size: int
-    """How many there are."""
+    """Number of processes."""
     device: torch.device
-    """Where this one computes."""
+    """Device of this one."""
 
     @property
     def first(self) -> bool:
@@ -71,7 +71,7 @@ class Processes:
         return found
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the first process, which alone does it; the others are given a copy.
+        """Do ``work`` in the first process only; return its result, of which the others get a copy.
 
         Raises:
             FailedElsewhere: it failed there, where its own error is raised.
@@ -86,7 +86,7 @@ class Processes:
         return found
 
     def union(self, texts: Sequence[str]) -> list[str]:
-        """What any process has, in the order of processes; every process must ask at the same point."""
+        """Texts of all processes, in the order of processes; every process must ask at the same point."""
         if self.size == 1:
             return list(texts)
         found: list[Any] = [None] * self.size
@@ -110,11 +110,11 @@ class Processes:
             yield
         except Exception as error:
             failed = error
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, None if failed is None else f"{type(failed).__name__}: {failed}")
-        if failed is not None and told[self.rank] not in told[: self.rank]:
+        failures: list[Any] = [None] * self.size
+        dist.all_gather_object(failures, None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None and failures[self.rank] not in failures[: self.rank]:
             raise failed
-        if any(text is not None for text in told):
+        if any(text is not None for text in failures):
             raise FailedElsewhere("another process failed, and says why")
 
 

@@ -45,7 +45,7 @@ def test_which_pairs_turn_how():
     attention = AttentionRope(8, 2, num_prefix_tokens=0, rotate_half=True).double().eval()
     model = nn.ModuleDict({"attn": attention})
     cut(model, Plan((UnitPlan("attn", "qk", 2, ((1,), (0,))),)))
-    assert model["attn"].turned_channels.tolist() == [[1, 3], [0, 2]]
+    assert model["attn"].kept_channels.tolist() == [[1, 3], [0, 2]]
     assert model["attn"].qkv.out_features == 2 * 4 + 8
 
 
