@@ -47,6 +47,7 @@ class ChannelAttention(Adapter):
     """One ``qkv``, each third head-major. Channels of the result are called v: the projection reads them."""
 
     family = "attention"
+    read_by = "proj"
 
     cls: type[nn.Module]
     similarity: Callable[[Any, Tensor, Tensor], Tensor]

@@ -41,7 +41,7 @@ class Part:
 
 def read(m: Any, y: Tensor) -> Tensor:
     """Project [..., H * d], with dropout where the class has it."""
-    y = m.proj(y)
+    y = getattr(m, m.spec.read_by)(y)
     return m.proj_drop(y) if hasattr(m, "proj_drop") else y
 
 
