@@ -93,6 +93,11 @@ class FreshBiases:
         return nn.Module.train(self, mode)
 
 
+def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+    """Normalise q and k where the class does; no mask, no bias."""
+    return (m.q_norm(q), m.k_norm(k), None) if hasattr(m, "q_norm") else (q, k, None)
+
+
 def make_twin(spec: Any, mixins: tuple[type, ...]) -> type[nn.Module]:
     """Return the class of cut layers of ``spec.cls``, with ``mixins`` in front and ``spec`` as attribute."""
     if not mixins:
@@ -130,7 +135,7 @@ class Softmax(Adapter):
     """(m, x, ...) -> what q is made of, and what k and v are made of."""
     spread: Callable[[Any, Tensor], Tensor] | None = None
     """(m, rows of projections) -> the same as [windows of all images, ..., channels]."""
-    logits: Hook = lambda m, q, k, *_: (q, k, None)
+    logits: Hook = unmasked
     """(m, q, k [B, H, N, d], x, ...) -> q, k, and a mask or bias [B, H, N, N]."""
     weigh: Hook = attend_as
     """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d]."""
@@ -162,6 +167,11 @@ class Softmax(Adapter):
         self.module_classes = (self.cls, self.twin)
         further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
         self.arguments = tuple((one.name, one.default) for one in further)
+        masks = [name for name, _ in self.arguments if "mask" in name or "causal" in name]
+        if masks and self.logits is unmasked and Twin in self.mixins:
+            raise TypeError(
+                f"{self.cls.__name__}.forward takes {', '.join(masks)}: a row needs `logits` for it"
+            )
 
     def heads(self, module: Any) -> int:
         """Number of heads of q."""

@@ -25,7 +25,7 @@ dropout dropout_ exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish h
 index_select linalg_vector_norm log masked_fill max max_pool2d mean meshgrid min movedim mT mul mul_ neg ne
 new_zeros norm one_hot ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat repeat_interleave
 reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_ sin softmax softplus sqrt square
-stack sub sub_ sum tanh tile triu_ unflatten unfold var where zeros_like
+stack sub sub_ sum masked_fill_ tanh tile triu_ unflatten unfold var where zeros_like
 """
 _NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())
 

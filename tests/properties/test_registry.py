@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
+from timm.layers import Attention
 from timm.models.mvitv2 import MultiScaleAttentionPoolFirst
 
 from helpers.models import build
 from mhacut.adapters.registry import ADAPTERS
+from mhacut.adapters.softmax import Softmax
 from properties.cases import BY_CLASS
 
 NOT_RUNNING = {MultiScaleAttentionPoolFirst}
@@ -20,7 +25,33 @@ def registered_classes() -> set[type]:
 
 
 def test_every_registered_class_has_a_case():
+    without = {cls.__name__ for cls in registered_classes() - BY_CLASS.keys()}
+    assert not without, f"no case in tests/properties/cases for {without}"
     assert registered_classes() == BY_CLASS.keys()
+
+
+def test_a_row_that_would_ignore_a_mask_is_refused():
+    class Masked(Attention):
+        pass
+
+    with pytest.raises(TypeError, match=r"Masked\.forward takes attn_mask, is_causal"):
+        Softmax(Masked)
+
+
+def test_a_plain_row_normalises_q_and_k_where_the_class_does():
+    class Plain(Attention):
+        def forward(self, x):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    dense = Plain(8, num_heads=2, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).double().eval()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = dense(x)
+    row = Softmax(Plain)
+    cut = copy.deepcopy(dense)
+    row.resize(cut, {})
+    assert type(cut) is row.twin
+    torch.testing.assert_close(cut(x), expected)
 
 
 @pytest.mark.parametrize("cls", BY_CLASS, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
