@@ -289,7 +289,7 @@ def calibrate(
         MhacutError: an output is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
-    count, held = len(images), held_out(len(images))
+    count, held, device = len(images), held_out(len(images)), next(model.parameters()).device
     differentiated = images[held:][: 0 if fisher is None else fisher.images]
     counter = Counter(reporter, len(differentiated) + count)
     information = FisherInformation()
@@ -306,7 +306,6 @@ def calibrate(
         if not fisher.token_importance:
             information = FisherInformation(information.matrices)
     gathered = _Pass(model, prunable, information)
-    device = next(model.parameters()).device
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
     with capturing(model, prunable.units(), gathered.feed):
         for number, (start, stop) in enumerate(batches):
