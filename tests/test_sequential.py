@@ -259,7 +259,7 @@ BATCHES = [torch.ones(1), torch.ones(2)]
 
 
 def reached(model, name):
-    found = model.run_to(name)
+    (found,) = model.run_to(name)
     assert [len(given) for given, _ in found] == [len(output) for _, output in found] == [1, 2]
     return float(found[0][0][0]), float(found[1][1][0])
 
@@ -280,6 +280,16 @@ def test_all_batches_stop_at_a_module_and_go_on_with_what_it_has_become():
     assert float(model(BATCHES[0]).detach()) == 7 * 2 * (25 + 20)
 
 
+def test_calls_on_the_way_are_kept_too():
+    with ResumableModel(Model(), BATCHES) as passes:
+        found = passes.run_to("stem", "right")
+        assert [[(float(x[0]), float(y[0])) for x, y in calls] for calls in found] == [
+            [(1, 2), (1, 2)],
+            [(4, 20), (4, 20)],
+        ]
+        assert reached(passes, "head") == (66, 462)
+
+
 def test_a_module_that_no_batch_comes_to_any_more_is_refused():
     with ResumableModel(Model(), BATCHES) as passes:
         passes.run_to("right")
@@ -295,11 +305,11 @@ def test_of_a_sequential_its_last_output_is_kept():
         return [any(ref() is not None for ref in module.outputs) for module in modules]
 
     with ResumableModel(model, BATCHES[:1]) as passes:
-        assert float(passes.run_to("1.2")[0][0]) == 30
+        assert float(passes.run_to("1.2")[0][0][0]) == 30
         assert alive() == [True, False, True, True]
         passes.repeat_target()
-        assert float(passes.run_to("1.2")[0][0]) == 30
-        assert float(passes.run_to("2")[0][0]) == 210
+        assert float(passes.run_to("1.2")[0][0][0]) == 30
+        assert float(passes.run_to("2")[0][0][0]) == 210
         assert alive() == [False, False, False, True]
     assert [module.runs for module in (*modules, model[2])] == [1, 1, 1, 2, 1]
 

@@ -73,9 +73,8 @@ class ResumableModel:
         """Unfinished calls of each batch, the innermost last."""
         self._stack: list[_Call] = []
         """Stack of the batch at work."""
-        self._target: nn.Module | None = None
-        self._reached: list[tuple[_Call, Any]] = []
-        """Call of the target, and its arguments, of each batch."""
+        self._reached: dict[nn.Module, list[tuple[_Call, Any, Any]]] = {}
+        """Call of each target, its arguments and its output, of each batch. The last target ends the run."""
         self._replaced: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> ResumableModel:
@@ -91,16 +90,19 @@ class ResumableModel:
                 vars(module)["forward"] = own
 
     @torch.no_grad()
-    def run_to(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Run every batch on to the next call of module ``name``, which takes and returns one tensor.
+    def run_to(self, *names: str) -> list[list[tuple[Tensor, Tensor]]]:
+        """Run every batch on to the next call of the last of these modules, past one call of the others.
+
+        Args:
+            names: modules that take and return one tensor, in the order in which they run.
 
         Returns:
-            Input and output of that call for each batch.
+            Input and output of the call, for each module and batch.
 
         Raises:
-            ValueError: a batch does not reach the module any more.
+            ValueError: a batch does not reach the last module any more.
         """
-        self._target, self._reached = self.model.get_submodule(name), []
+        self._reached = {self.model.get_submodule(name): [] for name in names}
         for stack in self._stacks:
             self._stack = stack
             try:
@@ -108,12 +110,12 @@ class ResumableModel:
                     self._run_innermost()
             except _TargetReached:
                 continue
-            raise ValueError(f"the forward pass does not reach {name} any more")
-        return [(args[0], call.value) for call, (args, _) in self._reached]
+            raise ValueError(f"the forward pass does not reach {names[-1]} any more")
+        return [[(args[0], output) for _, (args, _), output in calls] for calls in self._reached.values()]
 
     def repeat_target(self) -> None:
-        """Call the last target again in the next run, with the same input, since it has changed."""
-        for stack, (call, arguments) in zip(self._stacks, self._reached, strict=True):
+        """Repeat the call that ended the last run, on the same input, in the next one: its module changed."""
+        for stack, (call, arguments, _) in zip(self._stacks, [*self._reached.values()][-1], strict=True):
             call.set(arguments, finished=False)
             stack.append(call)
 
@@ -136,9 +138,10 @@ class ResumableModel:
         call.position, (args, kwargs) = 0, arguments
         call.set(call.forward(*args, **kwargs), finished=True)
         self._stack.pop()
-        if call.module is self._target:
-            self._reached.append((call, arguments))
-            raise _TargetReached
+        if call.module in self._reached:
+            self._reached[call.module].append((call, arguments, call.value))
+            if call.module is next(reversed(self._reached)):
+                raise _TargetReached
         if self._stack and self._stack[-1].chained:
             for earlier in self._stack[-1].calls:  # their outputs are freed
                 earlier.set(call.value, finished=True)

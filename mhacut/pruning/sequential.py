@@ -33,6 +33,9 @@ MOST_BYTES = 2**30
 of other modules take several times as much."""
 BATCHES = 8
 """Number of batches in which the images are run."""
+AT_ONCE = 2
+"""Number of projections up to which the dense model runs at once, commonly those of a block: fewer stops take
+less time, and more memory for the outputs."""
 
 
 @torch.no_grad()
@@ -64,16 +67,19 @@ def sequentially_reconstructed(
         share = min(max(round(held * most / len(images)), 1), most - 1)
         images, held = torch.cat([images[:share], images[held:][: most - share]]), share
     batches = images.to(device).chunk(min(BATCHES, len(images)))
+    names, done = list(layers), 0
     with ResumableModel(refitted, batches) as cut, ResumableModel(dense, batches) as whole:
-        for done, (name, layer) in enumerate(layers.items(), 1):
-            projection = refitted.get_submodule(name)
-            assert isinstance(projection, nn.Linear)
-            passes = zip(batches, cut.run_to(name), whole.run_to(name), strict=True)
-            importance = partial(calibration.fisher.token_importance, layer)
-            sums = _sums(passes, held, importance, projection.bias is not None)
-            if sums is not None and _refit(projection, *sums):
-                cut.repeat_target()
-            reporter.advance(done, len(layers))
+        for group in (names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)):
+            for name, aims in zip(group, whole.run_to(*group), strict=True):
+                projection = refitted.get_submodule(name)
+                assert isinstance(projection, nn.Linear)
+                passes = zip(batches, *cut.run_to(name), aims, strict=True)
+                importance = partial(calibration.fisher.token_importance, layers[name])
+                sums = _sums(passes, held, importance, projection.bias is not None)
+                if sums is not None and _refit(projection, *sums):
+                    cut.repeat_target()
+                done += 1
+                reporter.advance(done, len(names))
     return refitted
 
 
