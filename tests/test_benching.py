@@ -8,15 +8,18 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import mhacut
 from helpers.cli import run
+from helpers.files import cut_into_file, save_dense
 from helpers.models import build
+from helpers.plans import random_plan
+from mhacut.checkpoint.load import read_model
 from mhacut.commands import bench as benching
 from mhacut.commands.bench import timing_of
 from mhacut.errors import MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
+from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
 QUICK = {"batch_sizes": (2,), "seconds": 0.01}
@@ -48,14 +51,23 @@ def test_ratios_are_of_the_same_round():
     assert timing_of(4, first, first, saved_flops=0, peak_mib=None).saving_realised is None
 
 
+@pytest.fixture
+def no_child(monkeypatch):
+    """Peak memory is not measured, which takes a process for each model."""
+    monkeypatch.setattr(benching, "_peak_mib", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("no_child")
 def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_for(tmp_path):
-    dense, slim = tmp_path / "dense.safetensors", tmp_path / "slim.safetensors"
-    save_file(build(CASES["attention2d.MultiQueryAttention2d, model"]).state_dict(), dense)
-    asked = {"model": "small_multi_query", "model_args": {"num_classes": 5}}
-    cut = {"calibration_images": 4, "round_to": 2, "latency": False, "img_size": 64}
-    pruned = mhacut.prune(dense, flops="95%", output=slim, **asked, **cut)
+    case = CASES["attention2d.MultiQueryAttention2d, model"]
+    model = build(case)
+    dense = save_dense(model, tmp_path / "dense.safetensors")
+    plan, _ = random_plan(find_prunable_layers(model), seed=0)
+    slim = cut_into_file(model, plan, tmp_path / "slim.safetensors", case)
+    (made,) = read_model(slim).record.history
+    asked = {"model": case.architecture, "model_args": {"num_classes": 5}}
     first, second = mhacut.bench(dense, slim, **QUICK, threads=1, **asked).models
-    assert (first.flops, second.flops) == (pruned.dense.flops, pruned.slim.flops)
+    assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
 
 
 @pytest.mark.slow
@@ -78,6 +90,7 @@ def test_models_beside_each_other(slim_of):
     assert result.threads == 1
 
 
+@pytest.mark.usefixtures("no_child")
 def test_threads_are_put_back(slim_of):
     before = torch.get_num_threads()
     assert mhacut.bench(slim_of("vit"), **QUICK, threads=before + 1).threads == before + 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import mhacut
 from helpers.files import SLIM
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
+from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
 
 
@@ -25,35 +28,54 @@ def opened(folder, **arguments):
 
 
 @pytest.fixture(scope="module")
-def folder(slim_of, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("timm") / "slim"
-    mhacut.export(slim_of("vit"), format="timm", output=path)
-    return path
+def exported(slim_of, tmp_path_factory) -> Callable[[str], ExportResult]:
+    """One of SLIM as a folder, made when first asked for; nothing else lies beside it."""
+
+    def export(name: str) -> ExportResult:
+        return mhacut.export(slim_of(name), format="timm", output=tmp_path_factory.mktemp(name) / "folder")
+
+    return cache(export)
+
+
+@pytest.fixture(scope="module")
+def folder(exported) -> Path:
+    return exported("vit").output
 
 
 @pytest.mark.parametrize("name", SLIM)
-def test_timm_opens_it_to_the_same_numbers(name, slim_of, tmp_path):
-    result = mhacut.export(slim_of(name), format="timm", output=tmp_path / "folder")
+def test_timm_opens_it_to_the_same_numbers(name, slim_of, exported):
+    result = exported(name)
     assert max(result.difference.values()) == 0
     model, images = mhacut.load_model(slim_of(name)), torch.randn(2, *result.input_size)
-    assert torch.equal(opened(tmp_path / "folder")(images), model(images))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
-    again = read_model(tmp_path / "folder")
+    assert torch.equal(opened(result.output)(images), model(images))
+    assert list(result.output.parent.iterdir()) == [result.output]
+    again = read_model(result.output)
     assert again.record == read_model(slim_of(name)).record
     assert torch.equal(again.model(images), model(images))
 
 
-def test_a_fresh_process_opens_it(folder):
-    code = (
-        "import timm, mhacut, sys, torch\n"
-        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
-        "print(model(torch.ones(1, 3, 32, 32)).sum().item())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True
-    )
+ALONE_THEN_WITH_US = """
+import sys
+sys.modules["mhacut"] = None  # importing it fails
+import timm, torch
+dense = timm.create_model("local-dir:" + sys.argv[1], pretrained=True)
+print(tuple(dense(torch.ones(1, 3, 32, 32)).shape))
+del sys.modules["mhacut"]
+import mhacut
+slim = timm.create_model("local-dir:" + sys.argv[2], pretrained=True).eval()
+print(slim(torch.ones(1, 3, 32, 32)).sum().item())
+"""
+
+
+def test_fresh_processes_open_dense_folders_without_us_and_slim_ones_with_us(tiny_vit, folder, tmp_path):
+    dense, asked = tmp_path / "dense", {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    mhacut.export(tiny_vit.path, format="timm", output=dense, **asked)
+    assert json.loads((dense / "config.json").read_text())["architecture"] == tiny_vit.architecture
+    command = [sys.executable, "-c", ALONE_THEN_WITH_US, str(dense), str(folder)]
+    shape, logits = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert shape == "(1, 7)"
     expected = opened(folder)(torch.ones(1, 3, 32, 32)).sum().item()
-    assert float(result.stdout) == pytest.approx(expected, rel=1e-5)
+    assert float(logits) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_command_which_imports_timm_in_the_middle_of_ours(slim_of, tmp_path):
@@ -109,26 +131,24 @@ def test_a_model_that_was_cut_for_images_of_another_size(architecture, args, tmp
 @pytest.mark.parametrize(
     "asked", [{}, {"feature_cls": "getter"}, {"feature_cls": "dict"}, {"out_indices": (1,)}]
 )
-def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, slim_of, tmp_path):
-    mhacut.export(slim_of(name), format="timm", output=tmp_path / "folder")
-    case = SLIM[name]
+def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, exported):
+    case, folder = SLIM[name], exported(name).output
     try:
         dense = timm.create_model(case.architecture, features_only=True, **asked, **case.args)
     except AssertionError:
         pytest.skip("timm cannot for this model")
-    features = opened(tmp_path / "folder", features_only=True, **asked)
+    features = opened(folder, features_only=True, **asked)
     assert type(features) is type(dense)
     assert features.feature_info.channels() == dense.feature_info.channels()
     assert list(features.state_dict()) == list(dense.state_dict())
     tensors = features.state_dict()
-    for tensor_name, tensor in opened(tmp_path / "folder").state_dict().items():
+    for tensor_name, tensor in opened(folder).state_dict().items():
         names = tensor_name, f"model.{tensor_name}", tensor_name.replace(".", "_", 1)
         assert all(torch.equal(tensors[name], tensor) for name in names if name in tensors)
 
 
-def test_modules_of_several_names_stay_one_where_features_are_taken(slim_of, tmp_path):
-    mhacut.export(slim_of("coat"), format="timm", output=tmp_path / "folder")
-    features = opened(tmp_path / "folder", features_only=True).model
+def test_modules_of_several_names_stay_one_where_features_are_taken(exported):
+    features = opened(exported("coat").output, features_only=True).model
     (block,) = features.parallel_blocks
     assert block.mlp2 is block.mlp3
     assert block.mlp2 is block.mlp4
@@ -153,9 +173,8 @@ def test_gradients_can_be_checkpointed(folder):
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, plain)
 
 
-def test_the_card_says_what_was_cut(slim_of, tmp_path):
-    folder = tmp_path / "folder"
-    mhacut.export(slim_of("swin"), format="timm", output=folder)
+def test_the_card_says_what_was_cut(exported):
+    folder = exported("swin").output
     card = (folder / "README.md").read_text()
     assert card.startswith("---\ntags:")
     assert "license: mit" in card
@@ -168,24 +187,6 @@ def test_the_card_says_what_was_cut(slim_of, tmp_path):
         assert unit.keeps_all or f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
     assert ", dense " in card
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in card
-
-
-def test_a_dense_model_becomes_a_plain_folder_of_timm(tiny_vit, tmp_path):
-    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
-    mhacut.export(tiny_vit.path, format="timm", output=tmp_path / "dense", **asked)
-    assert (
-        json.loads((tmp_path / "dense" / "config.json").read_text())["architecture"] == tiny_vit.architecture
-    )
-    code = (
-        "import sys; sys.modules['mhacut'] = None\n"
-        "import timm, torch\n"
-        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)\n"
-        "print(model(torch.ones(1, 3, 32, 32)).shape)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "dense")], check=True, capture_output=True, text=True
-    )
-    assert result.stdout.startswith("torch.Size([1, ")
 
 
 def test_half_the_bytes(folder, slim_of, tmp_path):
