@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import timm
 import torch
 
 from helpers.files import ModelFile, make_slim, save_dense
+from helpers.programs import Programs
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
@@ -40,3 +41,11 @@ def tiny_vit(tmp_path_factory) -> ModelFile:
 def slim_of(tmp_path_factory) -> Callable[[str], Path]:
     """The slim file of one of ``helpers.files.SLIM``, made when first asked for."""
     return cache(lambda name: make_slim(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Processes of their own for scripts, none of which imports torch anew."""
+    server = Programs()
+    yield server
+    server.close()

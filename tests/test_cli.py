@@ -662,12 +662,7 @@ def test_libraries_are_heard_with_v_only(monkeypatch):
 # --- as a process ---
 
 
-def start(*arguments, **settings):
-    command = [sys.executable, "-m", "mhacut", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings.pop("env", {})}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **settings
-    )
+MAIN = "from runpy import run_module; run_module('mhacut', run_name='__main__', alter_sys=True)"
 
 
 def _children_cpu_s() -> float:
@@ -726,40 +721,38 @@ def test_no_command_is_a_usage_error():
     assert "Missing command" in result.stderr
 
 
-def test_broken_pipe_ends_quietly(slim):
-    process = start("inspect", slim, "-q")
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 0
+def test_broken_pipe_ends_quietly(programs, slim):
+    program = programs.start(MAIN, "inspect", slim, "-q")
+    program.stdout.close()
+    with program.stderr:
+        assert program.stderr.read() == ""
+        assert program.end() == 0
 
 
 def test_ascii_terminal(slim, tmp_path):
     path = tmp_path / "mod\u00e8le \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
-    process = start("evaluate", path, "--data-dir", "nowhere", env={"PYTHONIOENCODING": "ascii"})
-    _, stderr = process.communicate()
-    assert process.returncode == 1
-    assert b"error: nowhere: no such directory" in stderr
-    process = start("inspect", tmp_path / "\u6f22", env={"PYTHONIOENCODING": "ascii"})
-    _, stderr = process.communicate()
-    assert process.returncode == 1
-    assert rb"\u6f22" in stderr
-    assert b"Traceback" not in stderr
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "mhacut", "evaluate", path, "--data-dir", "no \u6f22"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True)
+    assert done.returncode == 1
+    assert rb"error: no \u6f22: no such directory" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
-def test_interrupt(tiny_vit, tmp_path):
+def test_interrupt(programs, tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
     endless = ["--allocation", "indicator", "--steps", "1000000"]
     flags = ["--flops", "50%", "-o", out, *endless, "--calibration-images", "8", "-v"]
-    process = start("prune", *tiny_vit.flags, *flags)
-    for line in process.stderr:
-        if line == b"searching\n":
-            break
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stdout == b""
-    assert b"interrupted" in stderr
-    assert b"Traceback" not in stderr
+    program = programs.start(MAIN, "prune", *tiny_vit.flags, *flags)
+    with program.stdout, program.stderr:
+        for line in program.stderr:
+            if line == "searching\n":
+                break
+        os.kill(program.pid, signal.SIGINT)
+        assert program.end() == 130
+        stderr = program.stderr.read()
+        assert program.stdout.read() == ""
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []

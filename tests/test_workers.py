@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -133,14 +133,8 @@ next(batches)
 """
 
 
-def run(tmp_path, script: str) -> subprocess.CompletedProcess[str]:
-    path = tmp_path / "program.py"
-    path.write_text(script, encoding="utf-8")
-    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=100)
-
-
-def test_a_program_that_stops_reading_half_way_ends(tmp_path):
-    ended = run(tmp_path, READING.format(then=""))
+def test_a_program_that_stops_reading_half_way_ends(programs):
+    ended = programs.run(READING.format(then=""))
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
@@ -151,24 +145,24 @@ worker.MP_STATUS_CHECK_INTERVAL = 1000  # seconds between torch's own looks whet
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches what is forked")
-def test_processes_end_with_a_program_that_a_signal_to_all_of_them_ends(tmp_path):
-    program = tmp_path / "program.py"
+def test_processes_end_with_a_program_that_a_signal_to_all_of_them_ends(programs):
     waiting = "print(flush=True)\n__import__('time').sleep(1000)\n"
-    program.write_text(PATIENT + READING.format(then="") + waiting)
-    command = [sys.executable, program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as running:
+    running = programs.start(PATIENT + READING.format(then="") + waiting)
+    with running.stdout, running.stderr:
         try:
             assert running.stdout.readline()
             os.killpg(running.pid, signal.SIGTERM)
-            running.communicate(timeout=60)  # to the pipe's end, which processes that read hold too
+            assert running.end() == -signal.SIGTERM
+            reads_on, _, _ = select.select([running.stdout], [], [], 60)
+            assert reads_on  # the pipe's end, which processes that read hold too
+            assert running.stdout.read() == ""
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == -signal.SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
-def test_a_child_that_exits_leaves_the_processes_to_its_parent(tmp_path):
+def test_a_child_that_exits_leaves_the_processes_to_its_parent(programs):
     forking = """
 import os, sys
 if os.fork() == 0:
@@ -176,32 +170,28 @@ if os.fork() == 0:
 os.wait()
 print(1 + sum(1 for _ in batches))
 """
-    assert run(tmp_path, READING.format(then="") + forking).stdout == "50\n"
+    assert programs.run(READING.format(then="") + forking).stdout == "50\n"
 
 
-def test_a_program_that_fails_where_images_are_read_ends(tmp_path):
-    failed = run(tmp_path, READING.format(then="raise RuntimeError('no such image')"))
+def test_a_program_that_fails_where_images_are_read_ends(programs):
+    failed = programs.run(READING.format(then="raise RuntimeError('no such image')"))
     assert failed.returncode == 1
     assert "no such image" in failed.stderr
 
 
 STARTING = """
-import multiprocessing, signal
+import multiprocessing
 from torch.utils.data import DataLoader
+from helpers.spawned import print_held_signals
 from mhacut.runtime.signals import start_reading
 
-def tell(worker):
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    print(*sorted(number.name for number in held), flush=True)
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method("{method}")
-    list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=tell)))
+multiprocessing.set_start_method("{method}")
+list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=print_held_signals)))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signal masks")
 # A fork server would pass on what it is started with to all processes of the program, for ever.
 @pytest.mark.parametrize(("method", "held"), [("spawn", ["SIGINT", "SIGTERM"]), ("forkserver", [])])
-def test_signals_wait_for_spawned_processes_too(tmp_path, method, held):
-    assert run(tmp_path, STARTING.format(method=method)).stdout.split() == held
+def test_signals_wait_for_spawned_processes_too(programs, method, held):
+    assert programs.run(STARTING.format(method=method)).stdout.split() == held

@@ -1,0 +1,104 @@
+"""Programs as processes of their own, none of which imports torch and timm anew.
+
+A server imports them once. Each program runs in a fork of it and ends as any Python process ends, with exit
+functions and exit code. For tests of signals, of pipes, of how programs end; what is about imports or about
+the start of Python needs an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
+
+IMPORTS = "import timm, torch, mhacut, mhacut.data, mhacut.finetuning.training"
+
+
+@dataclass
+class Program:
+    """One that runs, in a session of its own."""
+
+    pid: int
+    stdout: IO[str]
+    stderr: IO[str]
+    server: socket.socket
+
+    def end(self, timeout: float = 60) -> int:
+        """Wait for the exit code, that of the signal, negated, where one ended it."""
+        self.server.settimeout(timeout)
+        try:
+            return os.waitstatus_to_exitcode(int(self.server.recv(64)))
+        except TimeoutError:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.server.settimeout(None)
+            self.server.recv(64)
+            raise
+
+
+class Programs:
+    """The server, started with the first program."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def start(self, script: str, *arguments: object) -> Program:
+        """Run ``script`` with ``sys.argv[1:]``; one at a time, the one before must have ended."""
+        if self._server is None:
+            code = f"{IMPORTS}\nfrom helpers import programs\nexec(programs.serve({self._theirs.fileno()}))"
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=[self._theirs.fileno()], env=environment
+            )
+        (stdout, their_stdout), (stderr, their_stderr) = os.pipe(), os.pipe()
+        request = json.dumps({"script": script, "arguments": list(map(str, arguments))}).encode()
+        socket.send_fds(self._socket, [request], [their_stdout, their_stderr])
+        os.close(their_stdout)
+        os.close(their_stderr)
+        self._socket.settimeout(60)
+        pid = int(self._socket.recv(64))
+        return Program(pid, os.fdopen(stdout), os.fdopen(stderr), self._socket)
+
+    def run(self, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run ``script`` to its end, and to the end of its pipes, which its children hold too."""
+        program = self.start(script, *arguments)
+        with program.stdout, program.stderr:
+            code = program.end()
+            return subprocess.CompletedProcess([], code, program.stdout.read(), program.stderr.read())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._theirs.close()
+        if self._server is not None:
+            self._server.wait(60)
+
+
+def serve(descriptor: int) -> str:
+    """Fork for each request; return its script in the fork."""
+    with socket.socket(fileno=descriptor) as requests:
+        while True:
+            request, descriptors, _, _ = socket.recv_fds(requests, 2**20, 2)
+            if not request:
+                sys.exit()
+            pid = os.fork()
+            if pid == 0:
+                break
+            for ours in descriptors:
+                os.close(ours)
+            requests.send(str(pid).encode())
+            _, status = os.waitpid(pid, 0)
+            with suppress(BrokenPipeError):
+                requests.send(str(status).encode())
+    os.setsid()
+    for number, ours in enumerate(descriptors, start=1):
+        os.dup2(ours, number)
+        os.close(ours)
+    asked = json.loads(request)
+    sys.argv[1:] = asked["arguments"]
+    return asked["script"]
