@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from helpers.models import build, image, relative
+from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
 from mhacut.linalg.similarity import cosine_similarity, redundancy
@@ -25,15 +25,16 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut
-from properties.cases import VITS
 
+WIDE = ModelCase("vit_tiny_patch16_224", SMALL)
+"""Heads of 64 channels."""
 SHORT = SearchOptions(steps=5, gain_steps=3, batch_size=4, allocation="indicator")
 
 
 class Bench:
     """A small model ready to be searched."""
 
-    def __init__(self, case=VITS["plain"], images=12):
+    def __init__(self, case=WIDE, images=12):
         self.model = build(case).requires_grad_(False)
         self.prunable = find_prunable_layers(self.model)
         side = case.args["img_size"]
@@ -196,7 +197,7 @@ def test_training_helps():
 
 
 def test_models_without_a_classifier_are_trained_by_features():
-    case = replace(VITS["plain"], args={**VITS["plain"].args, "num_classes": 0})
+    case = replace(WIDE, args={**WIDE.args, "num_classes": 0})
     bench = Bench(case)
     assert bench.search(0.5).log[-1].loss > 0
 
@@ -210,7 +211,7 @@ def test_divergence_is_kl_in_nats():
 
 
 def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
-    case = VITS["plain"]
+    case = WIDE
     model, images = build(case), image(case, batch=7)
     prunable = find_prunable_layers(model)
     whole, pieces = (calibrate(model, prunable, images, batch_size=size) for size in (7, 3))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import build, image, relative
+from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.reconstruction import output_error, refit_logits
@@ -24,6 +24,8 @@ from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 from properties.cases import VITS
 
+WIDE = ModelCase("vit_tiny_patch16_224", SMALL)
+"""Heads of 64 channels."""
 each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -215,7 +217,7 @@ def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank
 
 @pytest.mark.parametrize("kind", ["qk", "v"])
 def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
-    case = VITS["plain"]
+    case = WIDE
     model, images = build(case).requires_grad_(False), image(case, batch=24)
     prunable = find_prunable_layers(model)
     moments, dense = calibrate(model, prunable, images, batch_size=8).moments, model(images)
@@ -238,7 +240,7 @@ def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
 
 
 def test_what_reads_turned_channels_is_turned_too():
-    model = build(VITS["plain"], dtype=torch.float64)
+    model = build(WIDE, dtype=torch.float64)
     unit = find_prunable_layers(model).unit(("blocks.0.attn", "v"))
     module, basis = model.blocks[0].attn, noise(3, 64, 64, seed=0)
     before = effective_output_weights(module, unit).clone()

@@ -47,7 +47,7 @@ def latents(m: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor
     """A pooling head: learnt queries, the same for every image."""
     if m.pos_embed is not None:
         x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
-    return m.latent.expand(len(x), -1, -1), x
+    return m.latent.expand(x.shape[0], -1, -1), x
 
 
 def windows(m: Any, x: Tensor, size: Any) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,10 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 TINY_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}
 
 
-def vit(architecture: str, *, whole: Mapping[str, str] = NOTHING, **args: Any) -> ModelCase:
-    return ModelCase(architecture, {**SMALL, "embed_dim": 96, **args}, fast=True, whole=whole)
+def vit(
+    architecture: str, *, whole: Mapping[str, str] = NOTHING, flops: str = "80%", **args: Any
+) -> ModelCase:
+    return ModelCase(architecture, {**SMALL, "embed_dim": 96, **args}, fast=True, whole=whole, flops=flops)
 
 
 def deep(
@@ -62,7 +64,7 @@ def pooling(whole: Mapping[str, str] = NOTHING, dim_out: int | None = None, **ar
 
 CASES: Cases = {
     Attention: {
-        "": vit("vit_tiny_patch16_224", embed_dim=192),
+        "": vit("vit_tiny_patch16_224"),
         "distilled": vit("deit_tiny_distilled_patch16_224"),
         "layer scale": vit("deit3_small_patch16_224", num_heads=3, init_values=0.1),
         "registers": vit("vit_small_patch14_reg4_dinov2", img_size=42, num_heads=2),
@@ -70,7 +72,7 @@ CASES: Cases = {
         "norm in front": vit("vit_base_patch16_clip_quickgelu_224", num_heads=4),
         "gated mlp": vit("vit_giant_patch14_reg4_dinov2", img_size=42, num_heads=4),
         "no biases": vit("aimv2_large_patch14_224", img_size=42, num_heads=3),
-        "norms within": vit("beit3_base_patch16_224", num_heads=4, whole=parts.NORMS_WITHIN),
+        "norms within": vit("beit3_base_patch16_224", num_heads=4, whole=parts.NORMS_WITHIN, flops="95%"),
         "normalised": vit("vit_tiny_patch16_224", qk_norm=True, whole=parts.QK_NORMALISED),
         "vitamin": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}, flops="85%"),
     },
