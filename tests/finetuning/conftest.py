@@ -1,0 +1,88 @@
+"""A slim model, images and a run that learns from them."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+import mhacut
+from helpers.finetuning import CLASSES, Killed, picture
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Six training and two validation images of each class: three steps of 12 to an epoch."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, each in (("train", 6), ("val", 2)):
+        for label in range(CLASSES):
+            folder = root / split / f"c{label}"
+            folder.mkdir(parents=True)
+            for number in range(each):
+                picture(generator, label).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def slim(tiny_vit, tmp_path_factory):
+    path = tmp_path_factory.mktemp("slim") / "slim.safetensors"
+    mhacut.prune(
+        tiny_vit.path,
+        flops="60%",
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=path,
+        effort="fast",
+        calibration_images=8,
+        latency=False,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tune_in(slim, images):
+    """``mhacut.finetune`` on the small example; its steps are 12 of 42 images, 3 to an epoch."""
+    given = {"data_dir": images, "batch_size": 12, "epochs": 2, "lr": 1e-3, "workers": 0}
+    return lambda folder, **options: mhacut.finetune(slim, **{**given, "output": folder, **options})
+
+
+@pytest.fixture
+def tune(tune_in, tmp_path):
+    """The same, into a folder of the test's own."""
+    return lambda name="run", **options: tune_in(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tune_in, tmp_path_factory):
+    """A run as :func:`tune` makes it; only read."""
+    return tune_in(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    """Folder of a finished run, to do anything to."""
+    return shutil.copytree(finished_run.folder, tmp_path / "run")
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Ends the run at the n-th call of something, as if the process had gone."""
+
+    def at(target, name, call, *, before=True):
+        original, calls = getattr(target, name), []
+
+        def stand_in(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == call and before:
+                raise Killed
+            found = original(*args, **kwargs)
+            if len(calls) == call:
+                raise Killed
+            return found
+
+        monkeypatch.setattr(target, name, stand_in)
+
+    yield at
+    monkeypatch.undo()

@@ -1,0 +1,171 @@
+"""Options, the command line, logs and the scripts around them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import mhacut
+from helpers.cli import run
+from helpers.finetuning import same, weights
+from helpers.jobs import Recorder
+from mhacut.commands import finetune as run_module
+from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.options.config import read_config
+from mhacut.options.finetune import FinetuneOptions
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opt": "adamv"}, "opt='adamv': no option 'adamv'; did you mean"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"mixup": 1.0, "batch_size": 7}, "batch_size=7: expected an even number with mixup or cutmix"),
+        ({"labels": False}, "labels=False: expected a teacher"),
+        ({"feature_weight": 1.0}, "feature_weight=1.0: expected a teacher"),
+        ({"scale": (0.5, 1.5)}, "scale=1.5: expected above 0, at most 1"),
+        ({"scale": (0.9, 0.5)}, "the smallest, then the largest"),
+        ({"aa": "nonsense-m9"}, "^aa='nonsense-m9': timm"),
+        ({"amp": True, "amp_dtype": "float16", "device": "cpu"}, "needs CUDA"),
+        ({"warmup_epochs": 3.0}, "warmup_epochs=3.0: is 9 steps"),
+        ({"learning_rate": 1.0}, "no option 'learning_rate'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tune, options, message):
+    with pytest.raises(UsageError, match=message):
+        tune(**options)
+
+
+def test_a_dense_file_is_sent_to_prune(tiny_vit, images):
+    with pytest.raises(CheckpointError, match="is no slim file; cut it first: mhacut prune"):
+        mhacut.finetune(tiny_vit.path, data_dir=images)
+
+
+def test_the_command_and_its_files(slim, images, tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: 1e-3\nbatch-size: 12\nremode: rand\nworkers: 0\nno-amp: true\n")
+    out = tmp_path / "out"
+    given = ["finetune", slim, "--data-dir", images, "-o", out, "--config", tmp_path / "run.yaml"]
+    result = run(*given, "--epochs", "2", "--scale", "0.7,1", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    assert document["steps"] == 6
+    assert document["output"] == str(out / "best.safetensors")
+    rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    kept = yaml.safe_load((out / "args.yaml").read_text())
+    assert (kept["lr"], kept["remode"], kept["epochs"], kept["scale"]) == (1e-3, "rand", 2, [0.7, 1.0])
+    # What was kept is itself a configuration, and gives the same again.
+    again = run("finetune", "--config", out / "args.yaml", "-o", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    assert same(weights(out), weights(tmp_path / "again"))
+    assert "top-1, % of 14 images (best epoch)" in again.stdout
+    resumed = run("finetune", "--resume", out, "-j", "1")
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_the_command_refuses(slim, images, tmp_path):
+    missing = run("finetune", "--data-dir", images)
+    assert missing.exit_code == 2
+    assert "SLIM is missing" in missing.stderr
+    (tmp_path / "bad.yaml").write_text("mixup_alfa: 1\n")
+    bad = run("finetune", slim, "--config", tmp_path / "bad.yaml")
+    assert bad.exit_code == 2
+    assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_options(recipe):
+    values = read_config(recipe, FinetuneOptions.options(), recipe.name)
+    options = FinetuneOptions.from_flat(checkpoint="a", **values)
+    assert {key: options.flat()[key] for key in values} == values
+    assert "Cost: " in recipe.read_text()
+
+
+def test_help_shows_rarer_options_last():
+    shown = " ".join(run("finetune", "--help").stdout.split())
+    common, rare = shown.split(" Rarer options: ")
+    assert "--mixup ALPHA Alpha of mixup; 0 for none. (default: 0.0)" in common
+    assert (
+        "--scale A,B Smallest and largest share of the area that a random crop keeps. (default: 0.5,1)"
+        in rare
+    )
+    assert "--ratio A,B Smallest and largest aspect ratio of a random crop. (default: 0.75,1.333)" in rare
+
+
+def test_flat_names_are_unique_and_round_trip():
+    options = FinetuneOptions.from_flat(checkpoint="a", lr=0.5, scale=(0.1, 0.2), teacher="b", workers=3)
+    assert FinetuneOptions.from_flat(**options.flat()) == options
+    assert len(FinetuneOptions.options()) == len(options.flat())
+
+
+def test_a_log_that_is_not_installed_is_named_before_the_work(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MhacutError, match=r"pip install 'mhacut\[wandb\]'"):
+        tune(log="wandb", output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UsageError, match="log='mlflow': expected one of png"):
+        tune(log="mlflow")
+
+
+def test_a_log_that_fails_does_not_end_the_training(tune, monkeypatch):
+    reporter = Recorder()
+    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    assert tune(log="wandb", reporter=reporter).steps == 6
+    assert any("log='wandb': gave up" in message for message in reporter.messages)
+
+
+def test_rows_reach_a_log(tune, monkeypatch):
+    sent = []
+
+    class Run:
+        log, finish = staticmethod(sent.append), staticmethod(lambda: sent.append("end"))
+
+    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: Run))
+    result = tune(log="wandb")
+    assert [row["train_loss"] for row in sent[:-1]] == [row.train_loss for row in result.epochs]
+    assert sent[-1] == "end"
+
+
+def benchmark(name, monkeypatch, *arguments):
+    spec = importlib.util.spec_from_file_location(name, RECIPES.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module.main()
+
+
+def test_the_table_of_fine_tuning_can_be_made_in_parts(slim, images, tiny_vit, tmp_path, monkeypatch, capsys):
+    given = [slim, "--teacher", tiny_vit.path, "--data-dir", images, "--output", tmp_path, "--steps", "2"]
+    given += ["--batch-size", "12", "--teaching", "teacher", "--seeds"]
+    benchmark("finetune_table", monkeypatch, *given, "1")
+    first = json.loads((tmp_path / "slim-2-teacher-1" / "finished.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| slim | 2 | the dense model and labels |")
+    written = (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns
+    benchmark("finetune_table", monkeypatch, *given, "1", "2")
+    assert (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns == written
+    second = json.loads((tmp_path / "slim-2-teacher-2" / "finished.json").read_text())
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[4].startswith(f"{(first['after'] + second['after']) / 2:.2f} ± ")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_throughput_benchmark_runs_both_loops(slim, images, monkeypatch, capsys):
+    given = [slim, "--data-dir", images, "--batch-size", "6", "--steps", "1", "--turns", "2"]
+    benchmark("finetune_throughput", monkeypatch, *given)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("images per second: mhacut ")
+    assert "median ratio" in lines[-2]

@@ -1,0 +1,196 @@
+"""What a run learns from, and that it is the same whatever the way there."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mhacut
+from helpers.cli import run
+from helpers.finetuning import same, weights
+from mhacut.checkpoint.load import open_checkpoint
+from mhacut.finetuning import training as training_module
+from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.images import StepBatches
+from mhacut.finetuning.training import Trainer
+
+
+def test_labels_alone_are_learnt(tune, slim):
+    result = tune(epochs=8, aug=False, lr=3e-3)
+    assert result.steps == 24
+    losses = [row.train_loss for row in result.epochs]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.after.top1 == max(row.eval_top1 for row in result.epochs)
+    assert result.after.top1 > result.before.top1
+    assert result.output.name == "best.safetensors"
+
+
+def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted((images / "train").rglob("*.png"))):
+        (flat / f"{number}.png").write_bytes(path.read_bytes())
+    result = tune(data_dir=flat, teacher=tiny_vit.path, epochs=20, lr=3e-3, aug=False)
+    assert "without labels" in result.data
+    assert result.after is None
+    assert result.output.name == "last.safetensors"
+    dense = mhacut.load_model(tiny_vit.path, tiny_vit.architecture, **tiny_vit.args)
+    pixels = torch.stack(
+        [
+            torch.tensor(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+            for path in sorted(flat.iterdir())
+        ]
+    )
+    inputs = (pixels - 0.5) / 0.5
+    with torch.no_grad():
+        expected = dense(inputs).log_softmax(-1)
+        distances = [
+            float(
+                (expected.exp() * (expected - mhacut.load_model(path)(inputs).log_softmax(-1))).sum(-1).mean()
+            )
+            for path in (slim, result.output)
+        ]
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
+    result = tune(dtype="bfloat16")
+    before, after = open_checkpoint(slim).record, open_checkpoint(result.output).record
+    assert after.plan == before.plan
+    assert after.history[:-1] == before.history
+    step = after.history[-1]
+    assert step["command"] == "finetune"
+    assert step["seed"] == 42
+    assert step["options"]["lr"] == 1e-3
+    assert "data_dir" not in step["options"]
+    assert set(open_checkpoint(result.output).dtypes.values()) == {torch.bfloat16}
+    shown = run("inspect", result.folder / "last.safetensors")
+    assert "step 2: finetune, 6 steps of 12 images, no teacher, seed 42" in shown.stdout
+
+
+def test_features_are_matched_block_by_block(tune, tiny_vit):
+    """With the weight on features alone, block outputs approach the teacher's."""
+    result = tune(teacher=tiny_vit.path, label_weight=0, feature_weight=1.0, epochs=8, lr=3e-3, aug=False)
+    plain = tune("plain", teacher=tiny_vit.path, label_weight=0, feature_weight=0.0, epochs=1)
+    first, last = result.epochs[0].train_loss, result.epochs[-1].train_loss
+    assert first > plain.epochs[0].train_loss  # the errors of the features are counted
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_ema": True, "model_ema_decay": 0.9},
+        {"layer_decay": 0.7, "opt": "lamb", "sched": "poly", "decay_rate": 1.0, "warmup_epochs": 0.5},
+        {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.3, "aa": "rand-m3", "drop_path": 0.2},
+        {"grad_checkpointing": True, "channels_last": True, "amp": True, "clip_mode": "agc"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_timm_has_can_be_asked_for(tune, options):
+    result = tune(**options)
+    assert result.steps == 6
+    assert all(np.isfinite(row.train_loss) for row in result.epochs)
+
+
+def test_the_average_is_what_is_written(tune):
+    tune("plain")
+    averaged = tune("average", model_ema=True, model_ema_decay=0.9, model_ema_warmup=False)
+    folder = averaged.folder
+    state = RunFolder(folder).read_state()["trainer"]
+    assert same(state["average"], weights(folder))
+    assert not same(state["model"], weights(folder))
+    assert same(state["model"], weights(folder.parent / "plain"))
+
+
+def test_clipping_by_agc_leaves_the_head_alone_as_timm_does(tune, monkeypatch):
+    clipped = []
+    monkeypatch.setattr(
+        training_module, "dispatch_clip_grad", lambda parameters, *_, **__: clipped.append(list(parameters))
+    )
+    tune(steps=1, clip_mode="agc")
+    tune("norm", steps=1)
+    assert len(clipped[1]) - len(clipped[0]) == 2  # its weight and bias
+
+
+def test_every_step_starts_the_random_numbers_of_the_gpu_too(tune, monkeypatch):
+    """No GPU is needed to see that they are started: the step takes it for one, the computation does not."""
+    seeds = []
+    step, loss = Trainer.step, Trainer._loss
+
+    def on_gpu(self, number, batches):
+        self.device = torch.device("cuda")
+        return step(self, number, batches)
+
+    def on_cpu(self, number, batch):
+        self.device = torch.device("cpu")
+        return loss(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "step", on_gpu)
+    monkeypatch.setattr(Trainer, "_loss", on_cpu)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    tune(steps=2)
+    assert len(set(seeds)) == 2
+
+
+def test_accumulated_batches_are_one_batch(tune):
+    """Mixing included: a step's images are mixed alike however they are shared out."""
+    mixed = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.5}
+    whole = tune("whole", batch_size=12, **mixed)
+    parts = tune("parts", batch_size=4, grad_accum_steps=3, **mixed)
+    for a, b in zip(whole.epochs, parts.epochs, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-5)
+    difference = [
+        float((a - b).abs().max())
+        for a, b in zip(weights(whole.folder).values(), weights(parts.folder).values(), strict=True)
+    ]
+    assert max(difference) < 1e-4  # 6 steps of Adam at 1e-3
+
+
+def test_matched_features_are_the_same_loss_however_a_step_is_shared_out(tune, tiny_vit):
+    given = {"teacher": tiny_vit.path, "label_weight": 0, "feature_weight": 1.0, "steps": 1, "aug": False}
+    whole, parts = tune("whole", **given), tune("parts", batch_size=4, grad_accum_steps=3, **given)
+    assert parts.epochs[0].train_loss == pytest.approx(whole.epochs[0].train_loss, rel=1e-5)
+
+
+def test_workers_change_nothing(tune):
+    alone, helped = tune("alone", workers=0, reprob=0.5), tune("helped", workers=2, reprob=0.5)
+    assert same(weights(alone.folder), weights(helped.folder))
+
+
+def test_the_callers_random_numbers_go_on(tune):
+    def draw():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    tune()
+    assert draw() == expected
+
+
+def test_another_seed_is_another_run(tune):
+    assert not same(weights(tune("a").folder), weights(tune("b", seed=1).folder))
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(4, 2), (6, 3), (3, 2), (1, 5)])
+def test_every_image_comes_once_an_epoch_and_partners_share_a_part(batch_size, parts):
+    batches = StepBatches(47, batch_size=batch_size, parts=parts, seed=3)
+    for epoch in (0, 1):
+        seen = []
+        for within in range(batches.steps_per_epoch):
+            step = epoch * batches.steps_per_epoch + within
+            whole = batches.of_step(step)[1]
+            partner = dict(zip(whole, reversed(whole), strict=True))
+            for number in range(parts):
+                keys = batches.part(step, number)
+                assert {key[0] for key in keys} == {epoch}
+                indices = [index for _, index in keys]
+                seen += indices
+                if batch_size % 2 == 0:
+                    assert [partner[index] for index in indices] == indices[::-1]
+        assert len(seen) == len(set(seen)) == 47 // (batch_size * parts) * batch_size * parts

@@ -1,0 +1,155 @@
+"""Runs of several processes, and runs that signals end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import pytest
+import torch
+
+from helpers.finetuning import resume, same, weights
+from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.training import Trainer
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.distributed import Processes
+
+SCRIPT = """
+import os, signal, sys
+import mhacut
+from mhacut.finetuning.training import Trainer
+from mhacut.finetuning import folder
+
+where, at = sys.argv[1], int(sys.argv[2])
+calls = 0
+
+def die(original):
+    def stand_in(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    return stand_in
+
+if where == "step":
+    Trainer.step = die(Trainer.step)
+else:
+    folder.os.replace = die(folder.os.replace)  # its temporary file is complete, its name still the old one
+mhacut.finetune(sys.argv[3], data_dir=sys.argv[4], output=sys.argv[5], batch_size=12, epochs=2, lr=1e-3,
+                workers=1, save_every=1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "at"), [("step", 5), ("write", 9), ("write", 10)])
+def test_kill_9_and_resume(tune, slim, images, tmp_path, where, at):
+    whole = tune("whole", save_every=1)
+    arguments = [where, str(at), str(slim), str(images), str(tmp_path / "cut")]
+    killed = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = resume(tmp_path / "cut")
+    assert same(weights(whole.folder), weights(again.folder))
+    assert same(weights(whole.folder, "best.safetensors"), weights(again.folder, "best.safetensors"))
+    assert again.epochs == whole.epochs
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
+    """Losses of every epoch to 1e-5 relative, accuracy the same, mixing included; only the first prints."""
+    options = {"teacher": tiny_vit.path, "mixup": 0.8, "save_every": 1}
+    alone = tune("alone", batch_size=12, **options)
+    flags = ["--data-dir", images, "--teacher", tiny_vit.path, "--mixup", "0.8", "--save-every", "1"]
+    flags += ["--epochs", "2", "--lr", "1e-3", "-j", "0", "-b", "6", "-o", tmp_path / "both", "--json"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "mhacut", "finetune", slim, *map(str, flags)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["processes"] == 2
+    for row, expected in zip(document["epochs"], alone.epochs, strict=True):
+        assert row["train_loss"] == pytest.approx(expected.train_loss, rel=1e-5)
+        assert row["eval_loss"] == pytest.approx(expected.eval_loss, rel=1e-4)
+        assert row["eval_top1"] == pytest.approx(expected.eval_top1)
+    assert document["before"]["images"] == 14
+    # What two began, one can end.
+    resumed = resume(tmp_path / "both", batch_size=12)
+    assert resumed.steps == 6
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, images, tmp_path):
+    """The second process waits for the first, which must not write over a run; or both find no images."""
+    held = tune("held", steps=1).folder
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["-b", "6", "-j", "0", "--steps", "1"]
+    for given, message in (
+        (["--data-dir", images, "-o", held], "holds a run already"),
+        (["--data-dir", tmp_path / "none", "-o", tmp_path / "new"], "no such directory"),
+    ):
+        command = [*launcher, "-m", "mhacut", "finetune", slim, *map(str, given), *flags]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        own = done.stderr.partition("torch.distributed.elastic")[0]  # the launcher has more to say
+        assert done.returncode != 0
+        assert own.count(message) == 1, done.stderr
+        assert "did not foresee" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]
+)
+def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
+    """All processes stop after the same step, whoever heard it first.
+
+    A terminal's Ctrl-C, and many a scheduler, reach the processes that read images as well.
+    """
+    workers = 2 if processes == 1 else 0
+    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", workers, "-b", 12 // processes]
+    flags += ["-o", tmp_path / "cut", "--save-every", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
+    command = [sys.executable, *(launcher if processes > 1 else ["-m"]), "mhacut", "finetune", slim, *flags]
+    with subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "cut" / "summary.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if processes == 1:
+            os.killpg(run.pid, number)
+        else:
+            run.send_signal(number)
+        _, stderr = run.communicate(timeout=200)
+    assert "all is saved. Go on with: " in stderr
+    assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
+    if processes == 1:
+        assert run.returncode == 130
+    state = RunFolder(tmp_path / "cut").read_state()
+    assert f"stopped after step {state['step']} of 1200" in stderr
+    assert state["step"] < 1200
+
+
+def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
+    # Else its destructor can wait for a thread that waits for Python's lock.
+    trainer = object.__new__(Trainer)
+    trainer.model, trainer.options = torch.nn.Linear(2, 2), FinetuneOptions.from_flat(checkpoint="a")
+    trainer.processes = Processes(0, 2, torch.device("cpu"))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
+    try:
+        trainer.connect()
+        network = weakref.ref(trainer.network)
+        trainer.network(torch.randn(3, 2)).sum().backward()
+        assert network() is not trainer.model
+        trainer.disconnect()
+        assert network() is None
+        assert trainer.network is trainer.model
+    finally:
+        torch.distributed.destroy_process_group()

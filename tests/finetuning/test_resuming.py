@@ -1,0 +1,259 @@
+"""Nothing of a run is lost, wherever it is cut off."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from functools import cache
+
+import pytest
+import torch
+
+import mhacut
+from helpers.finetuning import CLASSES, Killed, resume, same, weights
+from helpers.jobs import Recorder
+from mhacut.errors import CheckpointError, Interrupted, MhacutError, OutputError, UsageError
+from mhacut.finetuning import measuring as measuring_module
+from mhacut.finetuning import saving
+from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.training import Trainer
+from mhacut.runtime.files import write_whole
+
+LONGER = {"epochs": 3, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
+
+
+@pytest.fixture(scope="module")
+def uncut(tune_in, tmp_path_factory):
+    """A longer run that nothing cut off, by how often it was saved."""
+    folder = tmp_path_factory.mktemp("uncut")
+    return cache(lambda save_every: tune_in(folder / str(save_every), save_every=save_every, **LONGER))
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "call", "save_every"),
+    [
+        (Trainer, "step", 2, 0),  # before anything was saved
+        (Trainer, "step", 5, 0),  # in an epoch: back to its beginning
+        (Trainer, "step", 6, 1),  # in an epoch: back to the last save
+        (saving, "write_slim", 2, 1),  # while last.safetensors is written
+        (RunFolder, "write_state", 4, 1),  # between last.safetensors and state.pt
+        (RunFolder, "write_summary", 2, 0),
+        (measuring_module, "evaluate", 2, 0),
+    ],
+)
+def test_a_run_cut_off_anywhere_goes_on_to_the_same_end(
+    tune, uncut, tmp_path, kill, monkeypatch, target, name, call, save_every
+):
+    whole = uncut(save_every)
+    kill(target, name, call)
+    with pytest.raises(Killed):
+        tune("cut", save_every=save_every, **LONGER)
+    monkeypatch.undo()
+    again = resume(tmp_path / "cut")
+    for file in ("last.safetensors", "best.safetensors"):
+        assert same(weights(whole.folder, file), weights(again.folder, file))
+    assert again.epochs == whole.epochs
+    summaries = [(result.folder / "summary.csv").read_bytes() for result in (whole, again)]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_what_a_killed_write_left_behind_is_removed(tune, finished, options):
+    left = finished / ".state.pt.29043ad2701d.tmp"
+    left.write_bytes(b"half")
+    resume(finished) if "resume" in options else tune(**options)
+    assert not left.exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    write_whole(path, b"old", overwrite=True)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_whole(path, b"new", overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_names_the_command_to_go_on(
+    tune, finished_run, tmp_path, monkeypatch, number
+):
+    whole = finished_run
+    step = Trainer.step
+
+    def stopped_in(self, count, batches):
+        if count == 3:
+            os.kill(os.getpid(), number)
+        return step(self, count, batches)
+
+    monkeypatch.setattr(Trainer, "step", stopped_in)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"after step 4 of 6.*mhacut finetune --resume"):
+        tune("cut")
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert RunFolder(tmp_path / "cut").read_state()["step"] == 4
+    again = resume(tmp_path / "cut")
+    assert same(weights(whole.folder), weights(again.folder))
+    assert again.epochs == whole.epochs
+
+
+def interrupt_every_step(monkeypatch):
+    step = Trainer.step
+
+    def stopped_in(self, count, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, count, batches)
+
+    monkeypatch.setattr(Trainer, "step", stopped_in)
+
+
+@pytest.mark.parametrize(("at", "message"), [(2, "after step 3 of 6"), (3, "all 6 steps are done and saved")])
+def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, monkeypatch, at, message):
+    reporter = Recorder()
+    measure = measuring_module.evaluate
+    calls = []  # before the first step, after each of two epochs
+
+    def asked_in(*given, **named):
+        calls.append(len(reporter.messages))
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*given, **named)
+
+    monkeypatch.setattr(measuring_module, "evaluate", asked_in)
+    with pytest.raises(Interrupted, match=message):
+        tune(reporter=reporter)
+    answer = "stopping once this is measured and saved; asked again, at once"
+    assert reporter.messages[calls[at - 1]] == answer
+    assert reporter.messages.count(answer) == 1
+
+
+def test_an_interruption_once_all_is_saved_says_so(tune, monkeypatch):
+    measure = measuring_module.evaluate
+    calls = []
+
+    def interrupted(*given, **named):
+        calls.append(1)
+        if len(calls) == 4:  # before, after each of two epochs, and the file
+            raise KeyboardInterrupt
+        return measure(*given, **named)
+
+    monkeypatch.setattr(measuring_module, "evaluate", interrupted)
+    with pytest.raises(Interrupted, match=r"all 6 steps are done and saved; .*best\.safetensors was not"):
+        tune()
+
+
+def test_nothing_reads_images_any_more_once_training_has_stopped(tune, monkeypatch):
+    # An exception keeps the frames that it passed alive, and in them the loader.
+    interrupt_every_step(monkeypatch)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(Interrupted) as raised:
+        tune("cut", workers=2)
+    assert raised.value.__traceback__ is not None
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_the_command_to_go_on_with_can_be_pasted(tune, monkeypatch):
+    interrupt_every_step(monkeypatch)
+    with pytest.raises(Interrupted, match=r"--resume '[^']*/my run'$"):
+        tune("my run")
+
+
+def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, tmp_path, kill):
+    kill(Trainer, "step", 2)
+    with pytest.raises(Killed):
+        tune("cut", steps=2)
+    reporter = Recorder()
+    resume(tmp_path / "cut", reporter=reporter)
+    assert any("no step was saved, beginning with the first" in text for text in reporter.messages)
+
+
+def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
+    assert resume(finished).epochs == finished_run.epochs
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def diverged(self, number, batches):
+        loss, images = step(self, number, batches)
+        return (float("nan") if number == 4 else loss), images
+
+    monkeypatch.setattr(Trainer, "step", diverged)
+    with pytest.raises(
+        MhacutError, match=r"loss became nan at step 5 of 6; .*run keeps .* after step 3.*smaller lr"
+    ):
+        tune()
+    folder = tmp_path / "run"
+    assert RunFolder(folder).read_state()["step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+    assert mhacut.load_model(folder / "best.safetensors") is not None
+
+
+def test_a_run_is_not_written_over(tune, finished, slim, images, tmp_path):
+    with pytest.raises(OutputError, match=r"holds a run already.*resume="):
+        tune()
+    assert tune(overwrite=True).steps == 6
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "last.safetensors").write_bytes(slim.read_bytes())
+    with pytest.raises(OutputError, match="is the input"):
+        mhacut.finetune(held / "last.safetensors", output=held, overwrite=True, data_dir=images, batch_size=6)
+    with pytest.raises(OutputError, match="is the input"):
+        tune(teacher=tmp_path / "run" / "best.safetensors", overwrite=True)
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_another_model_or_other_data_are_refused_by_name(tune, slim, images, tiny_vit, tmp_path, monkeypatch):
+    result = tune()
+    fewer = tmp_path / "fewer"
+    for path in (images / "train").rglob("*.png"):
+        if path.name != "5.png":
+            target = fewer / path.relative_to(images)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match="training images"):
+        resume(result.folder, data_dir=fewer)
+    shutil.copytree(images / "train", tmp_path / "moved" / "train")
+    shutil.copytree(images / "val" / "c0", tmp_path / "moved" / "val" / "c0")
+    for label in range(1, CLASSES):
+        shutil.copytree(images / "val" / "c0", tmp_path / "moved" / "val" / f"c{label}")
+    assert resume(result.folder, data_dir=tmp_path / "moved").steps == 6  # the same names and labels
+    (tmp_path / "moved" / "val" / "c3" / "0.png").unlink()
+    with pytest.raises(CheckpointError, match="validation images"):
+        resume(result.folder, data_dir=tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="slim file"):
+        resume(result.folder, checkpoint=result.output)
+    with pytest.raises(CheckpointError, match=r"images per step .12, now 6"):
+        resume(result.folder, batch_size=6)
+    with pytest.raises(UsageError, match=r"lr=0.5: the run in .* was started with 0.001"):
+        resume(result.folder, lr=0.5)
+    with pytest.raises(UsageError, match=r"resume=.*no run to go on with"):
+        resume(tmp_path / "nothing")
+    # Shared out otherwise, the step is the same.
+    assert resume(result.folder, batch_size=6, grad_accum_steps=2).steps == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"\x80\x04K."])
+def test_a_damaged_state_is_refused(finished, content):
+    (finished / "state.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state.pt"):
+        resume(finished)
+
+
+def test_a_state_runs_nothing(finished, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"version": 1, "step": Evil()}, finished / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state.pt"):
+        resume(finished)
+    assert not (tmp_path / "ran").exists()

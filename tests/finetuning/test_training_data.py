@@ -1,0 +1,104 @@
+"""What is learnt from, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from helpers.finetuning import CLASSES
+from mhacut.data import Preprocessing
+from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.finetuning.images import StepBatches, training_images, training_loader
+from mhacut.options.base import DataOptions
+from mhacut.options.finetune import AugmentationOptions
+
+PREPROCESSING = Preprocessing((3, 32, 32), (0.5,), (0.5,), "bicubic", 1.0, "center")
+
+
+def test_missing_data_is_refused(tune, images, slim, tmp_path):
+    with pytest.raises(UsageError, match="give data_dir or dataset"):
+        tune(data_dir=None)
+    with pytest.raises(DataError, match="no such directory"):
+        tune(data_dir=tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no split 'other'.*train_split"):
+        tune(train_split="other")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes((images / "train" / "c0" / "0.png").read_bytes())
+    with pytest.raises(DataError, match="without labels; give a teacher"):
+        tune(data_dir=tmp_path / "flat")
+    with pytest.raises(DataError, match=r"42 images .* fewer than the 64"):
+        tune(batch_size=64)
+
+
+def test_classes_that_are_not_the_heads_are_refused(tune, images, tmp_path):
+    for name in ("c0", "c1"):
+        (tmp_path / "two" / "train" / name).mkdir(parents=True)
+        for number in range(6):
+            source = images / "train" / name / f"{number}.png"
+            (tmp_path / "two" / "train" / name / f"{number}.png").write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match="2 class folders"):
+        tune(data_dir=tmp_path / "two")
+    (tmp_path / "two" / "train" / "empty").mkdir()
+    with pytest.raises(DataError, match="without images: empty"):
+        tune(data_dir=tmp_path / "two")
+
+
+def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_path):
+    broken = tmp_path / "broken"
+    for path in images.rglob("*.png"):
+        target = broken / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        bad = path.parts[-3:] == ("train", "c2", "3.png")
+        target.write_bytes(b"no picture" if bad else path.read_bytes())
+    result = tune(data_dir=broken, workers=2)
+    assert [path.endswith("c2/3.png") for path in result.unreadable] == [True]
+    assert result.steps == 6
+    for label in range(CLASSES):
+        (broken / "train" / f"c{label}" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"\d of 42 images cannot be read, first"):
+        tune("many", data_dir=broken)
+    for path in (broken / "train").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="one batch cannot be read, first"):
+        tune("all", data_dir=broken)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=1, img_size=32)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    given = {"teacher_model": "vit_tiny_patch16_224", "teacher_model_args": {"depth": 1, "img_size": 32}}
+    with pytest.raises(CheckpointError, match="has 3 classes, the slim model 7"):
+        tune(teacher=tmp_path / "other.safetensors", **given)
+
+
+def test_images_vary_with_epoch_and_seed_alone(images):
+    def batch(seed, step):
+        found = training_images(
+            DataOptions(data_dir=images),
+            PREPROCESSING,
+            AugmentationOptions(reprob=1.0),
+            num_classes=CLASSES,
+            use_labels=True,
+            need_labels=True,
+        )
+        batches = StepBatches(found.count, batch_size=42, parts=1, seed=seed)
+        arguments = {"start": step, "stop": step + 1, "mine": [0], "workers": 0, "pin_memory": False}
+        (batch,) = training_loader(found, batches, **arguments)
+        order = torch.tensor(batches.of_step(step)[1]).argsort()
+        return batch.images[order]
+
+    assert torch.equal(batch(0, 0), batch(0, 0))
+    assert not torch.equal(batch(0, 0), batch(0, 1))
+    assert not torch.equal(batch(0, 0), batch(1, 0))
+
+
+def test_a_teacher_that_cannot_take_the_images_is_refused_before_anything_is_written(tune, tmp_path):
+    teacher = timm.create_model("flatten_pvt_v2_b0", img_size=64, num_classes=CLASSES)
+    timm.models.save_for_hf(teacher, str(tmp_path / "teacher"), safe_serialization=True)
+    with pytest.raises(CheckpointError, match="cannot take the slim model's images, 3x32x32"):
+        tune(teacher=tmp_path / "teacher", name="none")
+    assert not (tmp_path / "none").exists()
