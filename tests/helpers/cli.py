@@ -9,6 +9,9 @@ from typer.testing import CliRunner
 
 from mhacut.cli.app import app
 
+FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
+"""Flags of ``prune`` with which it takes a second."""
+
 
 def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
     """Run ``mhacut`` with ``arguments``; what it did not foresee is raised."""

@@ -1,0 +1,1 @@
+"""Files of models: recognised, opened, refused, written."""

@@ -1,0 +1,265 @@
+"""Which model a file holds: what it states, what its names and shapes show, what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
+from mhacut.checkpoint.identify import completed_cfg
+from mhacut.checkpoint.load import open_checkpoint, read_model
+
+
+def test_a_timm_folder(tmp_path):
+    model = tiny(global_pool="avg")
+    save_for_hf(model, tmp_path / "folder", model_args={**ARGS, "global_pool": "avg"})
+    loaded = read_model(tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+    assert loaded.stem == "folder"
+    assert f"architecture {NAME}, from config.json" in loaded.notes
+    assert "config.json says vit_tiny_patch16_224, model says deit" in refusal(
+        tmp_path / "folder", model="deit_tiny_patch16_224"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stated", "crop"),
+    [
+        ({"input_size": [3, 32, 32], "num_classes": 10}, None),
+        ({"num_classes": 10}, 0.9),
+        ({"input_size": [3, 224, 224]}, 0.9),
+        ({"input_size": [3, 32, 32], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3]}, 0.8),
+    ],
+)
+def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, crop):
+    model = tiny()
+    save_for_hf(model, tmp_path / "folder", model_args=ARGS)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["pretrained_cfg"] = stated
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    loaded = read_model(tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+    cfg = loaded.identity.pretrained_cfg
+    assert cfg["classifier"] == "head"
+    assert cfg["mean"] == stated.get("mean", [0.5] * 3)
+    # the crop of one size says nothing of another
+    assert completed_cfg(NAME, stated).get("crop_pct") == crop
+    # the weights are not timm's: neither are their license and origin
+    assert completed_cfg(NAME, stated).keys().isdisjoint({"license", "origin_url", "tag", "architecture"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architecture": "vit_tiny_patch16_225"}, "did you mean vit_tiny_patch16_224"),
+        ({"architecture": "os.system"}, "timm has no model"),
+        ({"architecture": None}, "expected timm's config with an architecture"),
+        ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
+        ({"model_args": {**ARGS, "embed_dim": 999_999}}, "out of all proportion to the tensors in it"),
+        ({"model_args": {**ARGS, "embed_dim": 10**9}}, "numbers may reach 1000000"),
+        ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
+        ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
+        ({"pretrained_cfg": {"input_size": [3, 32]}}, "'input_size': expected channels, height, width"),
+        (
+            {"pretrained_cfg": {"std": [0, 0, 0]}},
+            "pytorch_model.bin: pretrained_cfg: std [0, 0, 0]: expected 3",
+        ),
+        ({"pretrained_cfg": {"std": 7}}, "pytorch_model.bin: pretrained_cfg: "),
+        ({"pretrained_cfg": {"mean": "abc"}}, "pytorch_model.bin: pretrained_cfg: "),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 9}}, "pretrained_cfg: crop_pct 9"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}}, "pretrained_cfg: preprocessing:"),
+        ({"model_args": {**ARGS, "checkpoint_path": "/x"}}, "'checkpoint_path' does not describe a model"),
+        ({"model_args": {**ARGS, "block_fn": "os.system"}}, "timm cannot build"),
+        ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot build"),
+    ],
+)
+def test_a_config_that_lies_is_refused(tmp_path, changes, says):
+    folder = tmp_path / "folder"
+    save_for_hf(tiny(), folder, model_args=ARGS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    assert says in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "classes"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, 10),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 0}, 0),
+        ("vit_base_patch16_siglip_224", {}, 10),
+        ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0),
+        ("vit_small_patch14_reg4_dinov2", {}, 10),
+    ],
+)
+def test_classes_are_read_from_the_classifier(tmp_path, name, changes, classes):
+    model = tiny(name, **changes)
+    path = save(model, tmp_path / "model.safetensors")
+    loaded = read_model(path, model=name, model_args=ARGS)
+    assert loaded.identity.model_args["num_classes"] == classes
+    assert loaded.model.num_classes == classes
+    assert any(note.startswith(f"num_classes {classes}, from") for note in loaded.notes)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        pytest.param("vit_tiny_r_s16_p8_224", {}, marks=pytest.mark.slow),
+        ("pit_ti_224", {}),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 7}),
+        pytest.param("deit3_small_patch16_224", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 3}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_model_that_only_one_architecture_fits(tmp_path, zeros, name, args):
+    path = tmp_path / "model.safetensors"
+    save_file(zeros(name, **args), path)
+    outline = open_checkpoint(path)
+    assert outline.identity.architecture == name
+    assert args.items() <= outline.identity.model_args.items()
+    assert "from names and shapes" in outline.notes[0]
+
+
+def test_two_models_that_fit_are_both_named(tmp_path, zeros):
+    path = tmp_path / "model.safetensors"
+    save_file(zeros("deit_tiny_patch16_224", num_classes=10), path)
+    message = refusal(path)
+    assert "vit_tiny_patch16_224" in message
+    assert "deit_tiny_patch16_224" in message
+    assert "give model='NAME'" in message
+    assert open_checkpoint(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
+
+
+def test_what_no_model_fits(dense):
+    message = refusal(dense[1])  # depth 2
+    assert "the model cannot be identified: no timm model" in message
+    assert "give model='NAME' (and model_args={'KEY': 'VALUE'} for" in message
+
+
+def test_an_unknown_model_name_gets_close_matches(dense):
+    message = refusal(dense[1], model="vit_tiny_patch16_242")
+    assert "timm has no model 'vit_tiny_patch16_242'" in message
+    assert "vit_tiny_patch16_224" in message
+    assert "has no pretrained tag 'nope'; it has augreg" in refusal(dense[1], model=f"{NAME}.nope")
+
+
+def test_a_tag_decides_the_preprocessing(dense):
+    loaded = read_model(dense[1], model=f"{NAME}.augreg_in21k", model_args=ARGS)
+    assert loaded.identity.architecture == NAME
+    assert loaded.identity.pretrained_cfg["tag"] == "augreg_in21k"
+    assert loaded.identity.pretrained_cfg["num_classes"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"depth": 4}, ["24 missing, 0 unexpected, 0 of another shape", "model_args={'depth': 2}?"]),
+        ({"depth": 1}, ["0 missing, 12 unexpected, 0 of another shape"]),
+        (
+            {"patch_size": 16},
+            ["model_args={'patch_size': 8}?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
+        ),
+        ({"in_chans": 1}, ["model_args={'in_chans': 3}?"]),
+        ({"embed_dim": 96}, ["another model, or model_args={'embed_dim': 48, 'num_heads': 'N'}", ", ..."]),
+        ({"img_size": 64}, ["1 of another shape", "model_args={'img_size': 'SIDE'} of the file?"]),
+        ({"num_classes": 5}, ["2 of another shape", "the head differs: num_classes=10?"]),
+        ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),
+        ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_counted_and_hinted_at(dense, changes, says):
+    message = refusal(dense[1], model=NAME, model_args={**ARGS, **changes})
+    assert "its tensors do not fit vit_tiny_patch16_224" in message
+    assert all(text in message for text in says), message
+
+
+def test_a_file_of_another_library_is_told_so(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({f"encoder.{i}": torch.ones(1) for i in range(2000)}, path)
+    message = refusal(path, model=NAME)
+    assert "2000 unexpected" in message
+    assert "most names are not that model's (it has 'encoder.0', not 'cls_token')" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_a_wrong_patch_size_does_not_mislead_about_the_image(dense):
+    message = refusal(dense[1], model=NAME, model_args={"embed_dim": 48, "num_heads": 3})
+    assert "model_args={'patch_size': 8}?" in message
+    assert "model_args={'depth': 2}?" in message
+    assert "img_size=" not in message.split("\n")[0]
+
+
+def test_an_average_pooled_file_hints_at_global_pool(tmp_path):
+    path = save(tiny(global_pool="avg"), tmp_path / "x.safetensors")
+    assert "model_args={'global_pool': 'avg'}?" in refusal(path, model=NAME, model_args=ARGS)
+
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path):
+    model = tiny()
+    model.blocks[1].attn.qkv.weight.data[0, :3] = math.nan
+    model.norm.bias.data[1] = math.inf
+    message = refusal(save(model, tmp_path / "x.safetensors"), model=NAME, model_args=ARGS)
+    assert "2 tensors hold NaN or infinite values" in message
+    assert "'blocks.1.attn.qkv.weight' (3 of 6912)" in message
+    assert "'norm.bias' (1 of 48)" in message
+
+
+def test_float64_beyond_float32_is_not_finite(tmp_path):
+    model = tiny()
+    huge = model.norm.bias.detach().double() + 1e300
+    path = save(model, tmp_path / "x.safetensors", **{"norm.bias": huge})
+    assert "'norm.bias' (48 of 48)" in refusal(path, model=NAME, model_args=ARGS)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    path = save(
+        tiny(),
+        tmp_path / "x.safetensors",
+        **{"norm.weight": torch.ones(48, dtype=torch.int8), "extra": IMAGES},
+    )
+    message = refusal(path, model=NAME, model_args=ARGS)
+    assert "quantised or complex weights are not supported: 1 tensors" in message
+    assert "'norm.weight' (int8)" in message
+
+
+def test_integer_buffers_are_not_weights(tmp_path, zeros):
+    tensors = zeros("resnet18")
+    tensors = {
+        name: tensor.long() if name.endswith("num_batches_tracked") else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    loaded = read_model(tmp_path / "x.safetensors", model="resnet18")
+    assert loaded.dtypes["bn1.num_batches_tracked"] == torch.int64
+
+
+def test_a_training_checkpoint_says_which_part_was_read(tmp_path):
+    model = tiny()
+    path = tmp_path / "last.pth.tar"
+    ema = {"module." + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": {}, "state_dict_ema": ema, "epoch": 3}, path)
+    loaded = read_model(path, model=NAME, model_args=ARGS)
+    assert "read the part 'state_dict_ema' of the checkpoint" in loaded.notes
+    assert "took the prefix module. or _orig_mod. off the tensor names" in loaded.notes
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+
+
+def test_a_suffix_that_lies_is_noted(dense, tmp_path):
+    model, path = dense
+    loaded = read_model(path.rename(tmp_path / "dense.pth"), model=NAME, model_args=ARGS)
+    assert "content is safetensors, in spite of its name" in loaded.notes
+    torch.save(model.state_dict(), path)
+    loaded = read_model(path, model=NAME, model_args=ARGS)
+    assert "content is a torch file, in spite of its name" in loaded.notes

@@ -1,0 +1,106 @@
+"""Files whose metadata and tensors disagree are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoints import ARGS, NAME, make_slim, random_plan, refusal, save, tiny
+from mhacut.checkpoint.load import open_checkpoint
+from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
+from mhacut.plan import Plan
+from mhacut.surgery.slice import cut
+
+
+def relabel(path, **changes):
+    """Change what a slim file states, and nothing else."""
+    with torch.no_grad():
+        tensors = load_file(path)
+    document = json.loads(open_checkpoint(path).header.metadata[METADATA_KEY])
+    plan = changes.pop("plan", None)
+    document.update(changes)
+    if plan is not None:
+        document["plan"] = plan(document["plan"])
+        document["layers"] = json.loads(
+            SlimRecord.from_json(json.dumps({**document, "layers": _layers(document["plan"])})).to_json()
+        )["layers"]
+    save_file(tensors, path, {METADATA_KEY: json.dumps(document)})
+
+
+def _layers(units):
+    from mhacut.checkpoint.record import layer_widths
+
+    return layer_widths(Plan.from_json(units))
+
+
+def widened(units):
+    """The last unit claims to keep one channel of very many more."""
+    *rest, last = units
+    return [*rest, {**last, "dense_width": 10**9}]
+
+
+def one_less(units):
+    *rest, last = units
+    return [*rest, {**last, "kept": [row[1:] for row in last["kept"]]}]
+
+
+def elsewhere(units):
+    return [{**unit, "layer": unit["layer"].replace("blocks.0", "blocks.7")} for unit in units]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"plan": widened}, "the model has 1 heads of 192 channels, the plan is for 1 of 1000000000"),
+        ({"plan": one_less}, "0 missing, 0 unexpected, 3 of another shape\n"),
+        ({"plan": elsewhere}, "the model has no unit"),
+        ({"plan": lambda units: []}, "metadata states and its tensors disagree"),
+        (
+            {"architecture": "resnet18", "model_args": {}, "pretrained_cfg": {}},
+            "no attention layer mhacut can cut",
+        ),
+        ({"architecture": "no_such_model"}, "timm has no model 'no_such_model'"),
+        ({"model_args": {**ARGS, "num_classes": 11}}, "2 of another shape"),
+        ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
+        ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "out of all proportion to the tensors in it"),
+        ({"model_args": {**ARGS, "img_size": 2048, "patch_size": 1}}, "out of all proportion"),
+        ({"format_version": 2}, "upgrade mhacut"),
+    ],
+)
+def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, changes, says, monkeypatch):
+    path = tmp_path / "slim.safetensors"
+    make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    relabel(path, **changes)
+
+    def never(model):
+        raise AssertionError("took memory")
+
+    monkeypatch.setattr("mhacut.checkpoint.checkpoint.allocate", never)
+    message = refusal(path)
+    assert says in message
+    assert message.startswith(str(path))
+
+
+def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
+    args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 7, "num_classes": 5}
+    name = "swin_tiny_patch4_window7_224"
+    path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
+    message = refusal(path, model=name, model_args={**args, "img_size": 32})
+    assert "image or window size differs: model_args={'img_size': 'SIDE'} (or window_size)" in message
+    assert "For images of another size: img_size, maybe with" in message
+    assert "another tool" not in message
+    message = refusal(path, model=name, model_args={**args, "img_size": 56, "num_heads": (3, 3)})
+    assert "is of 2 heads, expected 3: model_args={'num_heads': 'N'}?" in message
+
+
+def test_a_file_pruned_by_another_tool_is_refused(tmp_path):
+    model = tiny()
+    cut(model, random_plan(model, {"qk": 5, "v": 11, "hidden": 77}))
+    path = save(model, tmp_path / "x.safetensors")
+    message = refusal(path, model=NAME, model_args=ARGS)
+    assert "'blocks.0.attn.qkv.weight' expected [144, 48], found [63, 48]" in message
+    assert "was it pruned by another tool?" in message

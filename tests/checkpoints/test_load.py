@@ -1,0 +1,219 @@
+"""Dense and slim files are opened to the model they hold, with its dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from torch import nn
+
+from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
+from mhacut.checkpoint import identify
+from mhacut.checkpoint.build import allocate
+from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.plan import Plan
+from mhacut.surgery.find import find_prunable_layers
+
+
+def test_a_dense_file_with_its_model_named(dense):
+    model, path = dense
+    loaded = read_model(path, model=NAME, model_args=ARGS)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+    assert not loaded.model.training
+    assert loaded.identity.architecture == NAME
+    assert loaded.identity.model_args == {**ARGS, "num_classes": 10}
+    assert loaded.identity.pretrained_cfg["input_size"] == [3, 224, 224]  # of timm's weights
+    assert (loaded.record, loaded.stem, loaded.path) == (None, "dense", path)
+    assert set(loaded.dtypes.values()) == {torch.float32}
+    assert "num_classes 10, from the shape of head.weight" in loaded.notes
+
+
+def test_opening_a_model_leaves_the_seed_alone(dense):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    read_model(dense[1], model=NAME, model_args=ARGS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_img_size_is_read_from_a_square_pos_embed(dense):
+    _, path = dense
+    args = {key: value for key, value in ARGS.items() if key != "img_size"}
+    loaded = read_model(path, model=NAME, model_args=args)
+    assert loaded.identity.model_args["img_size"] == 32
+    assert "img_size 32, from the shape of pos_embed" in loaded.notes
+    for use_test_size in (False, True):
+        seen = resolve_data_config({}, model=loaded.model, use_test_size=use_test_size)
+        # the crop of the architecture's 224-pixel weights says nothing of 32 pixels
+        assert (seen["input_size"], seen["crop_pct"]) == ((3, 32, 32), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_go_round(tmp_path, dtype):
+    model = tiny().to(dtype)
+    model.norm.float()  # a mixed file keeps each tensor's own
+    path = save(model, tmp_path / "dense.safetensors")
+    loaded = read_model(path, model=NAME, model_args=ARGS)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert loaded.dtypes["norm.weight"] == torch.float32
+    assert loaded.dtypes["head.weight"] == dtype
+    name = str(dtype).removeprefix("torch.")
+    assert any(name in note and "computed in float32" in note for note in loaded.notes)
+    make_slim(path, tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
+    stored = load_file(tmp_path / "slim.safetensors")
+    assert {key: tensor.dtype for key, tensor in stored.items()} == loaded.dtypes
+    slim = read_model(tmp_path / "slim.safetensors")
+    assert slim.dtypes == loaded.dtypes
+    assert all(
+        torch.equal(tensor.to(stored[key].dtype), stored[key])
+        for key, tensor in slim.model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [{"qk": 5, "v": 11, "hidden": 77}, {"qk": 16, "v": 3, "hidden": 192}, {"qk": 8, "v": 8, "hidden": 1}],
+)
+def test_a_slim_file_goes_round_bit_for_bit(dense, tmp_path, widths):
+    path = tmp_path / "slim.safetensors"
+    slim, record = make_slim(dense[1], path, widths, model=NAME, model_args=ARGS)
+    loaded = read_model(path)
+    assert loaded.record == record
+    assert loaded.identity == record.identity
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), slim(IMAGES))
+    assert {
+        unit.key: unit.width for unit in find_prunable_layers(loaded.model).units()
+    } == record.plan.widths()
+
+
+def test_a_slim_model_is_built_and_cut_once(dense, tmp_path, monkeypatch):
+    path = tmp_path / "slim.safetensors"
+    make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    calls = []
+    for owner, name in ((timm, "create_model"), (identify, "cut")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
+        )
+    opened = open_checkpoint(path)
+    assert calls == []
+    skeleton = opened.skeleton
+    assert not opened.has_weights
+    assert opened.model is skeleton
+    assert opened.has_weights
+    assert calls == ["create_model", "cut"]
+
+
+def test_memory_is_taken_without_making_two_tensors_of_one():
+    with torch.device("meta"):
+        tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        tied[1].weight = tied[0].weight
+        tied[0].bias.requires_grad_(False)
+    allocate(tied)
+    assert tied[1].weight is tied[0].weight
+    assert {parameter.device.type for parameter in tied.parameters()} == {"cpu"}
+    assert [parameter.requires_grad for parameter in tied.parameters()] == [True, False, True]
+
+
+def test_a_buffer_that_is_in_no_file_is_not_left_without_values():
+    module = nn.Module()
+    module.register_buffer("index", torch.zeros(2, device="meta"), persistent=False)
+    with pytest.raises(AssertionError, match="'index'"):
+        allocate(module)
+
+
+def test_a_slim_model_is_an_ordinary_timm_model(dense, tmp_path):
+    make_slim(dense[1], tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
+    model = load_model(tmp_path / "slim.safetensors")
+    assert not model.training
+    assert resolve_data_config({}, model=model)["input_size"] == (3, 32, 32)
+    assert model.forward_features(IMAGES).shape == (2, 17, 48)
+    assert model.get_classifier().out_features == 10
+    model.reset_classifier(4)
+    assert model(IMAGES).shape == (2, 4)
+
+
+def test_the_preprocessing_of_the_cut_is_what_timm_resolves(dense, tmp_path):
+    loaded = read_model(dense[1], model=NAME, model_args=ARGS)
+    preprocessing = {
+        "input_size": (3, 32, 32),
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "interpolation": "bilinear",
+        "crop_pct": 0.5,
+        "crop_mode": "squash",
+    }
+    record = SlimRecord(loaded.identity, Plan(()), preprocessing, ())
+    path = tmp_path / "slim.safetensors"
+    write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)
+    for use_test_size in (False, True):
+        assert resolve_data_config({}, model=load_model(path), use_test_size=use_test_size) == preprocessing
+
+
+def test_the_header_alone_tells_widths(dense, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    _, record = make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    header = open_checkpoint(path).header
+    assert open_checkpoint(path).record == record
+    assert header.shapes["blocks.0.attn.qkv.weight"] == (3 * (5 + 5 + 11), 48)
+    assert header.dtypes["blocks.0.attn.qkv.weight"] == torch.float32
+    outline = open_checkpoint(path)
+    assert {parameter.device.type for parameter in outline.skeleton.parameters()} == {"meta"}
+
+
+def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    assert read_model(path, model=NAME, model_args=ARGS, num_classes=10).record is not None
+    message = refusal(path, model="deit_tiny_patch16_224", model_args={"depth": 3}, num_classes=5)
+    assert "leave out model='deit_tiny_patch16_224' (it is vit_tiny_patch16_224)" in message
+    assert "depth=3 (it has 2), num_classes=5 (it has 10)" in message
+
+
+def test_load_model_opens_dense_files_too(dense):
+    model, path = dense
+    opened = load_model(path, NAME, **ARGS, num_classes=10)
+    with torch.no_grad():
+        assert torch.equal(opened(IMAGES), model(IMAGES))
+
+
+def test_timm_weights_offline_are_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    message = refusal("timm:vit_tiny_patch16_224")
+    assert (
+        "timm:vit_tiny_patch16_224: its weights are not in the cache and could not be downloaded" in message
+    )
+    assert "give a file and model" in message
+    assert "\n" not in message
+
+
+def test_timm_names_are_checked_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
+    assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
+    assert "no such pretrained weights; timm has vit_tiny_patch16_224.augreg" in refusal(
+        "timm:vit_tiny_patch16_224.x"
+    )
+    assert "no pretrained weights of this model" in refusal("timm:vit_base_patch16_gap_224")
+    assert "names its model already" in refusal("timm:vit_tiny_patch16_224", model=NAME)
+    assert "timm cannot build" in refusal("timm:vit_tiny_patch16_224", model_args={"surprise": 1})
+
+
+def test_timm_weights_from_the_cache(monkeypatch):
+    def cached(model, **_):
+        torch.nn.init.ones_(model.norm.bias)
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", cached)
+    loaded = read_model(f"timm:{NAME}.augreg_in21k_ft_in1k", model_args=ARGS)
+    assert loaded.model.norm.bias.tolist() == [1.0] * 48
+    assert (loaded.stem, loaded.path) == (f"{NAME}.augreg_in21k_ft_in1k", None)
+    assert loaded.identity.model_args == {**ARGS, "num_classes": 1000}
+    assert len(loaded.sha256) == 64
+    assert "one of 10 would be random" in refusal(f"timm:{NAME}", model_args=ARGS, num_classes=10)

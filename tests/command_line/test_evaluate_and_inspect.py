@@ -1,0 +1,94 @@
+"""``mhacut evaluate`` and ``mhacut inspect``."""
+
+from __future__ import annotations
+
+import json
+
+from safetensors.torch import save_file
+
+from helpers.cli import run
+
+
+def test_evaluate(slim, images):
+    result = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["images"] == 14
+    assert 0 <= document["top1"] <= document["top5"] <= 100
+    assert document["preprocessing"]["input_size"] == [3, 32, 32]
+    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.5")
+    assert told.stdout.splitlines()[0] == f"top-1  {document['top1']:>10.2f}%"
+    assert "mean 0.5,0.5,0.5" in told.stdout
+    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.1,0.2,0.3")
+    assert "mean 0.1,0.2,0.3" in told.stdout
+
+
+def test_small_models_see_whole_images(tiny_vit, slim, images):
+    """The crop of the architecture's 224-pixel weights says nothing about a model of 32 pixels."""
+    for checkpoint in (tiny_vit.flags, [slim]):
+        result = run("evaluate", *checkpoint, "--data-dir", images, "--workers", "0", "--json")
+        assert json.loads(result.stdout)["preprocessing"]["crop_pct"] == 1.0
+
+
+def test_evaluate_needs_images(slim):
+    result = run("evaluate", slim)
+    assert result.exit_code == 2
+    assert "nothing to evaluate on: give --data-dir or --dataset\n" in result.stderr
+
+
+def test_image_size_the_model_does_not_take(slim, images):
+    result = run("evaluate", slim, "--data-dir", images, "--img-size", "64")
+    assert result.exit_code == 2
+    assert "--img-size 64: the model takes images of 32x32 only" in result.stderr
+    assert "prune the dense model again, built for that size" in result.stderr
+
+
+def test_inspect_dense(tiny_vit):
+    result = run("inspect", *tiny_vit.flags)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    blank = lines.index("")
+    document = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
+    assert " ".join(lines[:blank]) == document["verdict"]
+    spent = sum(layer["share"] for layer in document["layers"] if layer["heads"])
+    assert document["verdict"].startswith(f"attention {100 * spent:.0f} % of 1.16M; ")
+    assert document["verdict"].endswith("(by weights alone)")
+    cells = [line.split() for line in lines[blank + 1 :]]
+    assert cells[0] == ["attention", "heads", "qk", "sim", "r99", "v", "sim", "r99", "FLOPs", "params"]
+    assert [*cells[1][:3], cells[1][5]] == ["blocks.0.attn", "3", "16", "16"]
+    assert cells[5][:2] == ["blocks.0.mlp", "192"]
+    assert "7 classes: 1.16M FLOPs, 67.1K" in result.stdout
+    assert max(map(len, lines)) <= 80
+
+
+def test_inspect_slim_shows_before_and_after(slim):
+    text = run("inspect", slim).stdout
+    assert " 8/16 " in text
+    assert "step 1: prune 1.16M -> " in text
+    document = json.loads(run("inspect", slim, "--json").stdout)
+    layers = {layer["layer"]: layer for layer in document["layers"]}
+    assert layers["blocks.0.attn"]["widths"]["qk"] == {"now": 8, "dense": 16}
+    assert document["history"][0]["flops_after"] == document["flops"]
+    assert sum(layer["share"] for layer in document["layers"]) < 1
+
+
+def test_inspect_tells_what_goes_with_what(slim_of):
+    told = run("inspect", slim_of("coat"), "--shapes").stdout
+    (line,) = [line for line in told.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]
+    assert " as v " in line
+    document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
+    assert document["layers"][0]["goes_with"] == {"qk": "v"}
+
+
+def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, qk_norm=True, **tiny_vit.args)
+    save_file(model.state_dict(), tmp_path / "norm.safetensors")
+    flags = [tmp_path / "norm.safetensors", *tiny_vit.flags[1:], "--model-arg", "qk_norm=True"]
+    document = json.loads(run("inspect", *flags, "--json").stdout)
+    plain = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
+    assert "qk" in document["layers"][0]["left_whole"]
+    assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
+    shown = run("inspect", *flags).stdout.splitlines()
+    assert "whole" in next(line for line in shown if line.startswith("blocks.0.attn"))

@@ -1,0 +1,211 @@
+"""Flags, YAML keys and options are one thing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+
+from helpers.cli import run
+from mhacut.cli.app import app
+from mhacut.errors import UsageError
+from mhacut.options.bench import BenchOptions
+from mhacut.options.config import convert, read_config
+from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.export import ExportOptions
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.inspect import InspectOptions
+from mhacut.options.models import ModelsOptions
+from mhacut.options.prune import PruneOptions
+
+COMMANDS = {
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "inspect": InspectOptions,
+    "bench": BenchOptions,
+    "export": ExportOptions,
+    "models": ModelsOptions,
+}
+# Flags of every command that are no options of its function.
+COMMON = {"config", "json", "quiet", "verbose", "help"}
+
+
+def test_flags_are_the_options():
+    commands = typer.main.get_command(app).commands
+    assert set(commands) == set(COMMANDS)
+    for name, options in COMMANDS.items():
+        flags = {parameter.name for parameter in commands[name].params}
+        assert flags - COMMON == set(options.options())
+
+
+def test_defaults_are_the_options(captured):
+    assert run("prune", "a.safetensors", "--flops", "50%").exit_code == 1
+    assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
+
+
+FULL = PruneOptions.from_flat(
+    checkpoint="a.safetensors",
+    flops="2.0G",
+    output="b.safetensors",
+    overwrite=True,
+    dry_run=True,
+    report="r.html",
+    model="vit",
+    model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
+    num_classes=10,
+    scope="attention",
+    round_to=4,
+    calibration_images=7,
+    labels=False,
+    eval_images=0,
+    latency=False,
+    latency_batch_size=3,
+    device="cpu",
+    amp=True,
+    data_dir="d",
+    dataset="hfds/x",
+    class_map="m.txt",
+    train_split="t",
+    val_split="v",
+    workers=0,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2,),
+    crop_pct=0.9,
+    interpolation="bilinear",
+    img_size=64,
+    similarity=False,
+    score_adjustment=False,
+    init="uniform",
+    reweight=False,
+    repair=False,
+    swap_moves=True,
+    repair_in_order=True,
+    token_weights=False,
+    effort="fast",
+    allocation="indicator",
+    basis="channel",
+    gain_steps=9,
+    tuning_steps=8,
+    positions="own",
+    selection="indicator",
+    temperature="dense",
+    steps=3,
+    batch_size=2,
+    lr=0.1,
+    gain_lr=0.2,
+    tuning_lr=0.6,
+    budget_weight=0.3,
+    label_weight=0.4,
+    seed=5,
+)
+
+
+def as_flags(options):
+    flags = []
+    for name, value in options.flat().items():
+        flag = "--" + name.replace("_", "-")
+        if name == "checkpoint":
+            flags.append(value)
+        elif name == "model_args":
+            for key, item in value.items():
+                flags += ["--model-arg", f"{key}={item}"]
+        elif isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return flags
+
+
+def test_every_flag_reaches_its_option(captured):
+    differs = {name for name, value in FULL.flat().items() if PruneOptions.defaults().get(name) != value}
+    assert differs == set(PruneOptions.options()), "give every option of FULL a value that is no default"
+    run("prune", *as_flags(FULL))
+    assert captured == [FULL]
+
+
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
+    file = tmp_path / "run.yaml"
+    document = {name.replace("_", separator): value for name, value in FULL.flat().items()}
+    # JSON is YAML
+    file.write_text(json.dumps(document))
+    run("prune", "--config", file)
+    assert captured == [FULL]
+
+
+def test_evaluate_has_no_flag_without_an_effect():
+    assert "train_split" not in EvaluateOptions.options()
+    assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.options())
+
+
+def test_flags_win_over_the_file(captured, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("flops: 50%\nsteps: 7\nlr: 1e-2\nlabels: false\nmodel-args: {img_size: 32, depth: 6}\n")
+    run("prune", "a", "-c", file, "--steps", "8", "--labels", "--model-arg", "depth=2")
+    (options,) = captured
+    assert (options.flops, options.search.steps, options.search.lr, options.labels) == ("50%", 8, 0.01, True)
+    assert options.model_args == {"img_size": 32, "depth": 2}
+
+
+def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
+    run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
+    (options,) = captured
+    assert (options.latency, options.search.similarity, options.model_args) == (False, True, {"depth": 2})
+
+
+def test_what_only_the_command_line_takes_is_said(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("json: true\n")
+    result = run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
+    assert result.exit_code == 2
+    assert "command line only, --json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
+        ("data-dirr: x", "did you mean 'data-dir'?"),
+        ("steps: many", "steps: expected a whole number, found 'many'"),
+        ("steps: true", "expected a whole number, found True"),
+        ("amp: 1", "expected true or false, found 1"),
+        ("lr: .nan", "expected a number, found nan"),
+        ("mean: [0.5, x]", "expected a number, found 'x'"),
+        ("output: [a]", "expected text, found ['a']"),
+        ("model-args: 3", "expected NAME: VALUE pairs, found 3"),
+        ("data-dir: a\ndata_dir: b", "'data_dir' appears twice"),
+        ("- 1", "expected lines of NAME: VALUE, found list"),
+        ("a: [", "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+    ],
+)
+def test_config_errors_name_file_and_key(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    result = run("prune", "a", "--flops", "50%", "-c", file)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "run.yaml" in result.stderr
+    assert result.stdout == ""
+
+
+def test_config_that_is_not_there():
+    result = run("prune", "a", "--flops", "1G", "-c", "nowhere.yaml")
+    assert result.exit_code == 2
+    assert "error: --config nowhere.yaml: No such file" in result.stderr
+
+
+def test_empty_config_says_nothing(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("# nothing\n")
+    assert read_config(file, PruneOptions.options(), "run.yaml") == {}
+
+
+def test_budget_without_a_unit_may_be_a_number():
+    assert convert(2_000_000_000, str, "flops") == "2000000000"
+    with pytest.raises(UsageError, match="flops: expected text, found None"):
+        convert(None, str, "flops")

@@ -1,0 +1,182 @@
+"""What is printed: hostile text made harmless, progress, errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from contextlib import contextmanager
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from helpers.cli import run
+from mhacut.cli.console import Console, safe, table
+from mhacut.errors import MhacutError
+
+HOSTILE = "x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
+
+
+def test_safe_shows_what_terminals_obey():
+    assert safe(HOSTILE) == r"x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
+    assert safe("h\u00e9 \u6f22 [b]") == "h\u00e9 \u6f22 [b]"
+    assert safe(os.fsdecode(b"\xff.pth")) == r"\udcff.pth"
+
+
+def assert_harmless(text):
+    assert all(char == "\n" or char.isprintable() for char in text), repr(text)
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate", "prune"])
+def test_hostile_tensor_names(tiny_vit, tmp_path, command, images):
+    tensors = load_file(tiny_vit.path)
+    tensors[HOSTILE] = tensors["norm.weight"].clone()
+    path = tmp_path / "[red]\x1b[2J.safetensors"
+    save_file(tensors, path)
+    extra = {"prune": ["--flops", "50%"], "evaluate": ["--data-dir", images], "inspect": []}[command]
+    result = run(command, path, *tiny_vit.flags[1:], *extra)
+    assert result.exit_code == 1
+    assert_harmless(result.stdout + result.stderr)
+    assert "[red]" in result.stderr
+    assert r"\x1b[2J" in result.stderr
+
+
+def test_hostile_history(slim, tmp_path):
+    with safe_open(slim, "pt") as file:
+        document = json.loads(file.metadata()["mhacut"])
+    document["history"] = [
+        {"command": HOSTILE, "budget": HOSTILE, "flops_before": True, "versions": 3, "data": [HOSTILE]}
+    ]
+    path = tmp_path / "slim.safetensors"
+    save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(document)})
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.stderr
+    assert_harmless(result.stdout + result.stderr)
+    assert r"step 1: x\x1b[2J" in result.stdout
+    assert "? -> ? FLOPs (budget ?)" in result.stdout
+
+
+def test_hostile_architecture(slim, tmp_path):
+    with safe_open(slim, "pt") as file:
+        document = json.loads(file.metadata()["mhacut"])
+    document["architecture"] = HOSTILE
+    path = tmp_path / "slim.safetensors"
+    save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(document)})
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert_harmless(result.stderr)
+    assert "expected the name of a timm model" in result.stderr
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@contextmanager
+def terminal(monkeypatch):
+    """Stderr as a terminal; not a fixture, since pytest puts its own stderr back before the test runs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        patch.setenv("TERM", "xterm")
+        patch.delenv("NO_COLOR", raising=False)
+        yield sys.stderr
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    with terminal(monkeypatch) as stream:
+        console = Console()
+        console.start("searching")
+        console.advance(3, 10, "loss [bold] 1\x1b[2J")
+        console.log("a note with [brackets] and \x1b[2J")
+        console.finish()
+    text = stream.getvalue()
+    assert "searching" in text
+    assert r"a note with [brackets] and \x1b[2J" in text
+    assert "\x1b[2J" not in text
+
+
+@pytest.mark.parametrize("settings", [{"quiet": True}, {"as_json": True}])
+def test_no_progress_when_not_wanted(monkeypatch, settings):
+    with terminal(monkeypatch) as stream:
+        console = Console(**settings)
+        console.start("searching")
+        console.advance(3, 10)
+        console.finish()
+    assert stream.getvalue() == ""
+
+
+def test_stages_are_lines_without_a_terminal(capsys):
+    for verbose in (0, 1):
+        console = Console(verbose=verbose)
+        console.start("searching")
+        console.advance(1, 2, "detail")
+        console.finish()
+        assert capsys.readouterr().err == "searching\n" * verbose
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_and_verbose_stand_on_either_side(slim, place):
+    def stderr(flag):
+        return run(*([flag, "inspect", slim] if place == "before" else ["inspect", slim, flag])).stderr
+
+    assert stderr("-q") == ""
+    assert "reading\n" in stderr("-v")
+    assert "reading\n" not in run("inspect", slim).stderr
+
+
+def test_table_is_never_cut():
+    name = "blocks." * 40
+    assert table([["layer", "FLOPs"], [name, "1"]]).splitlines()[1] == f"{name}      1"
+    assert table([["\u6f22", "1"], ["ab", "22"]]).splitlines() == ["\u6f22   1", "ab  22"]
+
+
+def test_unforeseen_errors_ask_for_a_report(monkeypatch):
+    def fail(options, reporter):
+        raise ZeroDivisionError("[red] \x1b[2J")
+
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
+    result = run("prune", "a", "--flops", "1G")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "please report it" in result.stderr
+    assert_harmless(result.stderr)
+
+
+def test_own_errors_show_a_traceback_on_demand(captured):
+    assert "Traceback" not in run("prune", "a", "--flops", "1G").stderr
+    result = run("prune", "a", "--flops", "1G", env={"MHACUT_DEBUG": "1"})
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: far enough\n")
+    assert result.exit_code == 1
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch):
+    import torch
+
+    def fail(options, reporter):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
+    result = run("prune", "a", "--flops", "1G")
+    assert result.exit_code == 1
+    assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
+
+
+def test_libraries_are_heard_with_v_only(monkeypatch):
+    def fail(options, reporter):
+        import logging
+        import warnings
+
+        warnings.warn("loud warning", stacklevel=1)
+        logging.getLogger("timm.data").warning("loud log")
+        raise MhacutError("far enough")
+
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
+    assert run("prune", "a", "--flops", "1G").stderr == "error: far enough\n"
+    with pytest.warns(UserWarning, match="loud warning"):
+        assert "timm.data: loud log" in run("prune", "a", "--flops", "1G", "-v").stderr

@@ -1,0 +1,108 @@
+"""The command as a process: help, versions, pipes, signals."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+
+import mhacut
+from helpers.cli import run
+
+MAIN = "from runpy import run_module; run_module('mhacut', run_name='__main__', alter_sys=True)"
+
+
+def _children_cpu_s() -> float:
+    """CPU seconds of all processes that ended: wall time would be that of whatever else runs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_is_fast_and_needs_no_torch():
+    code = (
+        "import sys; from mhacut.cli.app import app; app(['prune', '--help'], standalone_mode=False); "
+        "heavy = {'torch', 'timm', 'rich', 'yaml', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        began = _children_cpu_s()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(_children_cpu_s() - began)
+        assert result.returncode == 0, result.stderr
+    assert "One FLOP is" in result.stdout
+    assert min(seconds) < 0.7
+
+
+def test_help_groups_flags():
+    text = run("prune", "--help").stdout
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == [
+        "Arguments:",
+        "Result:",
+        "Data:",
+        "Model:",
+        "Preprocessing:",
+        "Measuring:",
+        "Computing:",
+        "Output:",
+        "Research switches:",
+    ]
+    assert "(default: 60)" in " ".join(text.split())
+
+
+def test_version():
+    assert run("--version").stdout == f"mhacut {mhacut.__version__}\n"
+
+
+def test_version_with_what_it_stands_on():
+    for order in (["--version", "-v"], ["-v", "--version"]):
+        lines = run(*order).stdout.splitlines()
+        assert lines[0] == f"mhacut {mhacut.__version__}"
+        assert [line.split()[0] for line in lines[1:]] == ["python", "torch", "timm", "safetensors", "device"]
+        assert lines[2] == f"torch {version('torch')}"
+
+
+def test_no_command_is_a_usage_error():
+    result = run("-q")
+    assert result.exit_code == 2
+    assert "Missing command" in result.stderr
+
+
+def test_broken_pipe_ends_quietly(programs, slim):
+    program = programs.start(MAIN, "inspect", slim, "-q")
+    program.stdout.close()
+    with program.stderr:
+        assert program.stderr.read() == ""
+        assert program.end() == 0
+
+
+def test_ascii_terminal(slim, tmp_path):
+    path = tmp_path / "mod\u00e8le \u6f22.safetensors"
+    path.write_bytes(slim.read_bytes())
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "mhacut", "evaluate", path, "--data-dir", "no \u6f22"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True)
+    assert done.returncode == 1
+    assert rb"error: no \u6f22: no such directory" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_interrupt(programs, tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    endless = ["--allocation", "indicator", "--steps", "1000000"]
+    flags = ["--flops", "50%", "-o", out, *endless, "--calibration-images", "8", "-v"]
+    program = programs.start(MAIN, "prune", *tiny_vit.flags, *flags)
+    with program.stdout, program.stderr:
+        for line in program.stderr:
+            if line == "searching\n":
+                break
+        os.kill(program.pid, signal.SIGINT)
+        assert program.end() == 130
+        stderr = program.stderr.read()
+        assert program.stdout.read() == ""
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []

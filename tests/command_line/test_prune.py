@@ -1,0 +1,145 @@
+"""``mhacut prune``: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mhacut
+from helpers.cli import FAST, run
+
+
+def test_prune_prints_a_table(tiny_vit, tmp_path):
+    out = tmp_path / "new" / "out [1].safetensors"
+    arguments = [argument for argument in FAST if argument != "--no-latency"]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *arguments)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["vit_tiny_patch16_224", "dense", "slim", "ratio"]
+    assert [line.split("  ")[0] for line in lines[1:4]] == [
+        "FLOPs",
+        "parameters",
+        "latency, ms (batch 8, cpu)",
+    ]
+    assert f"saved {out}" in lines
+    assert f"loads with: mhacut.load_model({str(out)!r})" in lines
+    assert any(line.startswith("searched on 8 synthetic") for line in lines)
+    assert lines[4].startswith("KL to dense (2 images)  ")
+    assert max(map(len, lines[:6])) <= 80
+    assert "num_classes 7" in result.stderr
+    assert mhacut.load_model(out).num_classes == 7
+
+
+def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
+    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", *FAST]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "top-1, % of 14 images" in result.stdout
+    assert "dry run: no model was written" in result.stdout
+
+
+def test_prune_json(tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    by_indicators = ["--allocation", "indicator", "--steps", "2"]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--json", *by_indicators, *FAST)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    assert document["output"] == str(out)
+    assert document["slim"]["flops"] <= document["budget"] < document["dense"]["flops"]
+    assert document["dense"]["latency_ms"] is None
+    assert len(document["log"]) == 2
+    assert (document["divergence_of"], document["judged_on"]) == ("answers", 2)
+    assert 0 < document["divergence"] < 1
+    assert {"reading", "searching", "cutting", "writing"} <= set(document["seconds"])
+    slim = load_file(out)
+    hidden = next(layer for layer in document["layers"] if layer["kind"] == "hidden")
+    assert slim[f"{hidden['layer']}.fc1.weight"].shape[0] == hidden["width"] < hidden["dense_width"]
+    with safe_open(out, "pt") as file:
+        stated = json.loads(file.metadata()["mhacut"])
+    assert stated["plan"] == document["plan"]
+
+
+def test_dry_run_writes_nothing(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *FAST)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["output"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_name_is_stem_and_budget(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("prune", *tiny_vit.flags, "--flops", "700K", *FAST).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-700K.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "code", "message"),
+    [
+        ("5G", 1, "nothing to prune: the model's 1.16M FLOPs are already within 5G"),
+        ("100%", 1, "nothing to prune"),
+        ("10K", 1, "--flops 10K is out of reach: the lowest is "),
+        ("2,0G", 2, "--flops 2,0G is not a budget; write 2.0G, 600M, 2e9 or 50%"),
+        *((text, 2, "is not a budget") for text in ("nan", "inf", "0", "-1G", "", "2GB", "2.0 G", "1e999")),
+        ("101%", 2, "a share is at most 100%"),
+    ],
+)
+def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code, message):
+    monkeypatch.chdir(tmp_path)
+    result = run("prune", *tiny_vit.flags, f"--flops={budget}", *FAST)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_kept(tiny_vit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *FAST)
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert "searching" not in result.stderr
+    assert out.read_bytes() == b"precious"
+    assert run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--overwrite", *FAST).exit_code == 0
+    assert mhacut.load_model(out).num_classes == 7
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_input_is_never_overwritten(slim, tmp_path, link):
+    before = slim.read_bytes()
+    out = slim
+    if link:
+        out = tmp_path / "link.safetensors"
+        out.symlink_to(slim)
+    result = run("prune", slim, "--flops", "90%", "-o", out, "--overwrite", *FAST)
+    assert result.exit_code == 1
+    assert "is the input" in result.stderr
+    assert slim.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "CHECKPOINT is missing"),
+        (["a"], "--flops is missing. Budget: 2.0G"),
+        (["a", "--flops", "1G", "--scope", "mlp"], "--scope mlp: expected one of attention, attention+mlp"),
+        (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
+        (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),
+        (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean: expected a number, found 'a'"),
+        (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
+        (["a", "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
+        (["a", "--flops", "1G", "--steps", "x"], "--steps"),
+        (["a", "--flops", "1G", "--bogus"], "--bogus"),
+    ],
+)
+def test_usage_errors_exit_2(arguments, message):
+    result = run("prune", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,57 @@
+"""The scripts in examples/benchmarks, and what is small enough for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+DIGITS = BENCHMARKS.parent / "digits"
+sys.path.insert(0, str(BENCHMARKS))  # the scripts import the package methods/ beside them
+
+
+def script(name: str) -> Any:
+    """The module of a script, not run."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def paint(folder: Path, *, classes: int = 2, per_class: int = 8, size: int = 32) -> Path:
+    """A folder of images, each of the colour of its class and some noise."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(classes):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for index in range(per_class):
+                pixels = generator.integers(0, 60, (size, size, 3)) + 180 * label // max(classes - 1, 1)
+                Image.fromarray(pixels.astype(np.uint8)).save(
+                    folder / split / f"class{label}" / f"{index}.png"
+                )
+    return folder
+
+
+def small_vit(**more: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **args, **more).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        spread = 0.3 if parameter.dim() == 1 else 2 / parameter[0].numel() ** 0.5
+        parameter += spread * torch.randn_like(parameter)
+    return model
+
+
+def task_of(model, share: float, **options: Any) -> Any:
+    from methods.common import Task
+
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return Task.of(model, (3, 16, 16), images, torch.arange(24) % 5, share, options)

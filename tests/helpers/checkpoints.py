@@ -1,0 +1,65 @@
+"""A tiny ViT in a file, dense or slim, and how a file is refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+
+from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import write_slim
+from mhacut.errors import CheckpointError
+from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
+
+NAME = "vit_tiny_patch16_224"
+ARGS = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+
+
+def tiny(name=NAME, **changes):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**ARGS, "num_classes": 10, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def save(model, path, **changes):
+    save_file({**model.state_dict(), **changes}, path)
+    return path
+
+
+def random_plan(model, widths, seed=0) -> Plan:
+    choose = random.Random(seed)
+    units = []
+    for unit in find_prunable_layers(model).units():
+        kept = tuple(
+            tuple(sorted(choose.sample(range(unit.width), widths[unit.kind]))) for _ in range(unit.heads)
+        )
+        units.append(UnitPlan(*unit.key, unit.width, kept))
+    return Plan(tuple(units))
+
+
+def make_slim(source, path, widths=None, **read_args):
+    """A slim file made from ``source``; returns the slim model and its record."""
+    loaded = read_model(source, **read_args)
+    plan = random_plan(loaded.model, widths or {"qk": 5, "v": 11, "hidden": 77})
+    preprocessing = resolve_data_config({}, model=loaded.model)
+    cut(loaded.model, plan)
+    record = SlimRecord(loaded.identity, plan, preprocessing, ({"command": "prune"},))
+    write_slim(path, loaded.model, record, dtypes=loaded.dtypes, overwrite=False, input_path=loaded.path)
+    return loaded.model, record
+
+
+def refusal(source, **read_args) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_model(source, **read_args)
+    return str(error.value)
