@@ -42,4 +42,5 @@ def test_at_full_size(architecture):
         cut(model, plan, channel_scales)
         assert relative(model(x), masked) < 1e-4
     assert measure_flops(model, case.size) == table.flops(plan.widths())
-    assert timm.create_model(architecture, **shape).state_dict().keys() == model.state_dict().keys()
+    dense = timm.create_model(architecture, num_classes=model.num_classes, **shape)
+    assert dense.state_dict().keys() == model.state_dict().keys()
