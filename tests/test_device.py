@@ -52,7 +52,7 @@ def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capab
     assert len(notes) == told
 
 
-@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("amp", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_command_that_takes_amp_tells(processor, tmp_path, amp):
     processor("x86_64", "AVX2")
     slim, told = tmp_path / "slim.safetensors", Told()

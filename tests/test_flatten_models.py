@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_official_model(name):
             torch.testing.assert_close(found, expected, rtol=0, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("name", slow_except(FAST, PROBED))
+@pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, PROBED))
 @torch.no_grad()
 def test_every_attention_block_and_merge_gives_what_the_official_one_gives(name):
     model, found = filled(name), {}
@@ -99,7 +99,7 @@ def test_parameters_are_those_of_the_official_model(name):
     assert model.patch_embed.img_size == (OFFICIAL[name]["img_size"],) * 2
 
 
-@pytest.mark.parametrize("name", slow_except(FAST, OFFICIAL))
+@pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, OFFICIAL))
 def test_flops_are_those_of_the_official_model(name):
     size = OFFICIAL[name]["img_size"]
     assert measure_flops(timm.create_model(name).eval(), (3, size, size)) == OFFICIAL[name]["flops"]

@@ -142,7 +142,7 @@ def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere
     for allocation in ("uniform", "curves"):
         folder = tmp_path / allocation
         folder.mkdir()
-        results[allocation] = check(dense, folder, monkeypatch, allocation=allocation, calibration_images=128)
+        results[allocation] = check(dense, folder, monkeypatch, allocation=allocation, calibration_images=32)
         far[allocation] = relative(mhacut.load_model(results[allocation].output)(images), expected)
     assert results["uniform"].plan.widths() != results["curves"].plan.widths()
     assert far["curves"] < far["uniform"]

@@ -24,9 +24,15 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
-from properties.cases import VITS
+from properties.cases import UNLIKE, VITS
 
-each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
+        for name, case in VITS.items()
+    ],
+)
 TINY = ModelCase(
     "vit_tiny_patch16_224",
     {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5},

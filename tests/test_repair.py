@@ -25,9 +25,15 @@ from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import VITS
+from properties.cases import UNLIKE, VITS
 
-each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
+        for name, case in VITS.items()
+    ],
+)
 
 
 def exact(x):

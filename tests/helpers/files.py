@@ -16,7 +16,7 @@ from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.plan import Plan
+from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.slice import cut
@@ -91,12 +91,14 @@ def cut_into_file(model: nn.Module, plan: Plan, path: Path, case: ModelCase) -> 
 def make_slim(name: str, folder: Path) -> Path:
     """Write one of SLIM as ``dense.safetensors`` and a random cut of it as ``slim.safetensors``.
 
-    Each unit has a width of its own, so that q/k and v differ. Returns the slim file.
+    Each unit has a width of its own, so that q/k and v differ; the last one stays whole. Returns the slim
+    file.
     """
     case = SLIM[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = case.create().eval()
     save_dense(model, folder / "dense.safetensors")
-    plan, _ = random_plan(find_prunable_layers(model), seed=0)
-    return cut_into_file(model, plan, folder / "slim.safetensors", case)
+    *plans, last = random_plan(find_prunable_layers(model), seed=0)[0]
+    whole = UnitPlan.keep_all(last.layer, last.kind, last.heads, last.dense_width)
+    return cut_into_file(model, Plan((*plans, whole)), folder / "slim.safetensors", case)

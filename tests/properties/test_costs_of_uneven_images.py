@@ -24,12 +24,6 @@ from properties.cases import CASES
 FAST = {
     "attention.Attention",
     "twins.LocallyGroupedAttn",
-    "twins.GlobalSubSampleAttn, model",
-    "gcvit.WindowAttentionGlobal",
-    "hiera.MaskUnitAttention",
-    "vision_transformer_sam.Attention",
-    "coat.FactorAttnConvRelPosEnc, parallel",
-    "swin_transformer_v2.WindowAttention",
     "volo.OutlookAttention",
     "halo_attn.HaloAttn",
     "pvt_v2.Attention",

@@ -11,7 +11,7 @@ from helpers.models import ModelCase, build, image, relative, slow_except
 from mhacut.surgery.flops import measure_flops
 from properties.cases import CASES
 
-QUICK = {"attention.Attention", "swin_transformer.WindowAttention"}
+QUICK = {"attention.Attention"}
 MODELS = {name: case for name, case in CASES.items() if isinstance(case, ModelCase)}
 
 

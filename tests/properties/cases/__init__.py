@@ -28,3 +28,6 @@ CASES: dict[str, Case] = {
 
 VITS = {note or "plain": case for note, case in BY_CLASS[Attention].items() if note != "vitamin"}
 """Plain ViTs in all their variety; ``VITS["plain"]`` is the plainest."""
+
+UNLIKE = {"plain", "pooling head", "no biases", "norms within", "normalised"}
+"""One of each kind of them."""
