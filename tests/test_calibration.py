@@ -220,17 +220,17 @@ def test_only_as_many_images_are_differentiated_as_asked_for():
 
 
 class Meeting(Processes):
-    """One of two processes that are threads here, and add up what both tell when both have told it."""
+    """One of two processes, here threads, that add up their tensors once both have given them."""
 
     barrier = threading.Barrier(2, timeout=60)
-    told: ClassVar[dict[int, dict[str, torch.Tensor]]] = {}
+    given: ClassVar[dict[int, dict[str, torch.Tensor]]] = {}
 
     def summed(self, tensors):
-        self.told[self.rank] = dict(tensors)
+        self.given[self.rank] = dict(tensors)
         self.barrier.wait()
-        names = dict.fromkeys([*self.told[0], *self.told[1]])
+        names = dict.fromkeys([*self.given[0], *self.given[1]])
         found = {
-            name: torch.stack([part[name] for part in self.told.values() if name in part]).sum(0)
+            name: torch.stack([part[name] for part in self.given.values() if name in part]).sum(0)
             for name in names
         }
         self.barrier.wait()  # before either tells more

@@ -101,15 +101,15 @@ def test_a_slim_file_beside_its_dense_one(slim_of):
     asked = ["inspect", str(slim), "--compare", str(dense), "--calibration-images", "8"]
     result = CliRunner().invoke(app, [*asked, "--json"])
     assert result.exit_code == 0, result.stderr
-    told = json.loads(result.stdout)["comparison"]
-    assert told["data"] == "8 synthetic images of shapes (64x64)"
-    assert told["flops"]["slim"] < 0.7 * told["flops"]["dense"]
-    assert all(layer["error"] >= 0 for layer in told["layers"])
-    widths = [pair for layer in told["layers"] for pair in layer["widths"].values()]
+    comparison = json.loads(result.stdout)["comparison"]
+    assert comparison["data"] == "8 synthetic images of shapes (64x64)"
+    assert comparison["flops"]["slim"] < 0.7 * comparison["flops"]["dense"]
+    assert all(layer["error"] >= 0 for layer in comparison["layers"])
+    widths = [pair for layer in comparison["layers"] for pair in layer["widths"].values()]
     assert any(pair["slim"] < pair["dense"] for pair in widths)
     shown = CliRunner().invoke(app, asked).stdout
     assert "own error" in shown
-    assert f"{100 * told['agreement']:.1f}% the same" in " ".join(shown.split())
+    assert f"{100 * comparison['agreement']:.1f}% the same" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -1,4 +1,4 @@
-"""Who asks for what a processor does slowly is told."""
+"""Who asks for what a processor does slowly is warned."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 import mhacut
+from helpers.jobs import Recorder
 from mhacut.cli.app import app
 from mhacut.runtime.device import warn_of_slow_amp
-from mhacut.runtime.progress import Silent
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
-
-
-class Told(Silent):
-    """What was said on the way."""
-
-    def __init__(self):
-        self.notes = []
-
-    def log(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -36,7 +26,7 @@ def processor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("machine", "capability", "device", "told"),
+    ("machine", "capability", "device", "warnings"),
     [
         ("x86_64", "AVX2", "cpu", 1),
         ("AMD64", "DEFAULT", "cpu", 1),
@@ -45,23 +35,23 @@ def processor(monkeypatch):
         ("aarch64", "DEFAULT", "cpu", 0),
     ],
 )
-def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capability, device, told):
+def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capability, device, warnings):
     processor(machine, capability)
     notes = []
     warn_of_slow_amp(torch.device(device), notes.append)
-    assert len(notes) == told
+    assert len(notes) == warnings
 
 
 @pytest.mark.parametrize("amp", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_command_that_takes_amp_tells(processor, tmp_path, amp):
+def test_every_command_that_takes_amp_warns(processor, tmp_path, amp):
     processor("x86_64", "AVX2")
-    slim, told = tmp_path / "slim.safetensors", Told()
-    options = {"amp": amp, "device": "cpu", "reporter": told}
+    slim, reporter = tmp_path / "slim.safetensors", Recorder()
+    options = {"amp": amp, "device": "cpu", "reporter": reporter}
     quick = {"effort": "fast", "calibration_images": 4, "gain_steps": 1, "latency": False}
     mhacut.prune(DIGITS / "model", flops="60%", output=slim, **quick, **options)
     data = {"data_dir": DIGITS / "images", "workers": 0, "output": tmp_path / "run"}
     mhacut.finetune(slim, batch_size=8, steps=1, **data, **options)
-    assert sum("amp=True: " in note for note in told.notes) == 2 * amp
+    assert sum("amp=True: " in note for note in reporter.messages) == 2 * amp
     flags = ["--data-dir", str(DIGITS / "images"), "--device", "cpu", "--amp" if amp else "--no-amp"]
     found = CliRunner().invoke(app, ["evaluate", str(slim), *flags])
     assert found.exit_code == 0

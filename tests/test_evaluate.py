@@ -44,11 +44,11 @@ def test_agrees_with_a_slow_reference(size) -> None:
     assert found.seconds > 0
 
 
-@pytest.mark.parametrize(("classes", "told"), [(2, False), (5, False), (6, True)])
-def test_top5_is_told_only_where_it_can_miss(classes, told) -> None:
+@pytest.mark.parametrize(("classes", "stated"), [(2, False), (5, False), (6, True)])
+def test_top5_is_stated_only_where_it_can_miss(classes, stated) -> None:
     found = evaluate(Lookup(torch.eye(classes)), batches([0] * classes, 4), device=CPU)
     assert found.top1 == pytest.approx(100 / classes)
-    assert (found.top5 is not None) == told
+    assert (found.top5 is not None) == stated
 
 
 def test_a_model_in_training_is_measured_in_eval_mode_and_left_as_it_was() -> None:
@@ -58,16 +58,16 @@ def test_a_model_in_training_is_measured_in_eval_mode_and_left_as_it_was() -> No
 
 
 def test_progress_counts_batches() -> None:
-    told: list[tuple[int, int]] = []
-    evaluate(Lookup(torch.eye(5)), batches([0] * 5, 2), device=CPU, progress=lambda *step: told.append(step))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    steps: list[tuple[int, int]] = []
+    evaluate(Lookup(torch.eye(5)), batches([0] * 5, 2), device=CPU, progress=lambda *step: steps.append(step))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_a_stream_has_no_total() -> None:
-    told: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     stream = iter(batches([0] * 5, 2))
-    evaluate(Lookup(torch.eye(5)), stream, device=CPU, progress=lambda *step: told.append(step))
-    assert told == [(1, 0), (2, 0), (3, 0)]
+    evaluate(Lookup(torch.eye(5)), stream, device=CPU, progress=lambda *step: steps.append(step))
+    assert steps == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_outputs_that_are_not_finite_give_no_accuracy() -> None:

@@ -93,7 +93,7 @@ def test_what_was_not_cut_is_found(monkeypatch):
     assert "the cut: not fewer parameters" in failures
 
 
-def test_what_crashes_is_told_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+def test_what_crashes_is_named_and_the_others_go_on(monkeypatch, capsys, tmp_path):
     def build(name: str) -> nn.Module:
         if name.startswith("deit_"):
             raise RuntimeError("no such luck")
@@ -101,9 +101,9 @@ def test_what_crashes_is_told_and_the_others_go_on(monkeypatch, capsys, tmp_path
 
     monkeypatch.setattr(trial, "build_weightless", build)
     assert sweep.main(["*t_tiny_patch16_224", "--json", str(tmp_path / "found.json")]) == 1
-    told = capsys.readouterr().out
-    assert "| q/k and v of every layer are cut | 1 |" in told
-    assert told.endswith("\nFailures: 1\ndeit_tiny_patch16_224: crash: RuntimeError: no such luck\n")
+    printed = capsys.readouterr().out
+    assert "| q/k and v of every layer are cut | 1 |" in printed
+    assert printed.endswith("\nFailures: 1\ndeit_tiny_patch16_224: crash: RuntimeError: no such luck\n")
     deit, vit = json.loads((tmp_path / "found.json").read_text())["architectures"]
     assert deit["failures"] == ["crash: RuntimeError: no such luck"]
     assert vit["entry"]["attention"] == ["Attention"]

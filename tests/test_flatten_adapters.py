@@ -150,12 +150,12 @@ def test_every_class_of_flatten_attention_has_an_adapter():
 
 def test_plans_say_what_is_unshared():
     plan = UnitPlan("blocks.0.attn", "v", 4, ((0, 1), (0, 2)), unshared=True)
-    told = Plan((plan,)).to_json()
-    assert told[0]["unshared"] is True
-    assert Plan.from_json(told) == Plan((plan,))
+    document = Plan((plan,)).to_json()
+    assert document[0]["unshared"] is True
+    assert Plan.from_json(document) == Plan((plan,))
     assert "unshared" not in Plan((UnitPlan("a", "v", 4, ((0, 1),)),)).to_json()[0]
     later = UnitPlan("blocks.0.attn", "v", 2, ((0,), (0,)))
     assert later.after(plan).unshared
     with pytest.raises(PlanError, match="unshared"):
-        Plan.from_json([{**told[0], "unshared": 1}])
+        Plan.from_json([{**document[0], "unshared": 1}])
     assert all(a != b for a, b in pairwise([plan, later]))

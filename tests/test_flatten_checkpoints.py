@@ -132,7 +132,7 @@ def test_the_model_is_preferred_to_its_average_as_its_authors_do(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_resolution_is_resized_and_told(name, tmp_path):
+def test_another_resolution_is_resized_and_noted(name, tmp_path):
     save_file(official(name), tmp_path / "a.safetensors")
     args = {**SMALL[name], "img_size": 128}
     loaded = read_model(tmp_path / "a.safetensors", model=name, model_args=args)

@@ -270,8 +270,8 @@ def checkpoint(case: ModelCase, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, FLATTEN))
 def test_from_file_to_file_and_again(name, tmp_path):
-    path, told = checkpoint(FLATTEN[name], tmp_path)
-    first = mhacut.prune(path, flops="60%", output=tmp_path / "first.safetensors", **told, **QUICK)
+    path, given = checkpoint(FLATTEN[name], tmp_path)
+    first = mhacut.prune(path, flops="60%", output=tmp_path / "first.safetensors", **given, **QUICK)
     assert 0.97 * first.budget <= first.slim.flops <= first.budget
     x = image(FLATTEN[name])
     models = [mhacut.load_model(first.output) for _ in range(2)]
@@ -290,10 +290,10 @@ def test_from_file_to_file_and_again(name, tmp_path):
 
 @pytest.mark.parametrize("allocation", ["curves", pytest.param("indicator", marks=pytest.mark.slow)])
 def test_positions_as_asked_and_on_record(allocation, tmp_path):
-    path, told = checkpoint(DEIT, tmp_path)
+    path, given = checkpoint(DEIT, tmp_path)
     for positions in ("own", "equal", "auto"):
         out = tmp_path / f"{positions}.safetensors"
-        options = {**told, **QUICK, "allocation": allocation, "positions": positions}
+        options = {**given, **QUICK, "allocation": allocation, "positions": positions}
         mhacut.prune(path, flops="50%", output=out, **options)
         with safe_open(out, "pt") as file:
             units = json.loads(file.metadata()["mhacut"])["plan"]

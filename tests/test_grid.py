@@ -119,8 +119,10 @@ def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense
         check(dense, tmp_path, monkeypatch, basis="principal", **options)
 
 
-@pytest.mark.parametrize(("allocation", "taught"), [("indicator", 8), ("refined", 6)])
-def test_indicators_are_not_taught_what_they_are_judged_by(dense, tmp_path, monkeypatch, allocation, taught):
+@pytest.mark.parametrize(("allocation", "trained_on"), [("indicator", 8), ("refined", 6)])
+def test_indicators_are_not_trained_on_what_they_are_judged_by(
+    dense, tmp_path, monkeypatch, allocation, trained_on
+):
     seen = []
 
     def search(*args, **kwargs):
@@ -130,7 +132,7 @@ def test_indicators_are_not_taught_what_they_are_judged_by(dense, tmp_path, monk
     real = planning.search
     monkeypatch.setattr(planning, "search", search)
     check(dense, tmp_path, monkeypatch, allocation=allocation)
-    assert [len(images) for images in seen] == [taught]
+    assert [len(images) for images in seen] == [trained_on]
 
 
 def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(

@@ -202,9 +202,9 @@ def test_layers_that_are_like_no_others(name, judge, tmp_path, images):
     flags = ["--model", name, "--heads", "--html", str(tmp_path / "page.html"), "-q"]
     if judge == "images":
         flags += ["--data-dir", str(images)]
-    told = run("inspect", str(tmp_path / "model.safetensors"), *flags)
-    assert told.exit_code == 0, told.stderr
-    assert "heads:" in told.stdout
+    result = run("inspect", str(tmp_path / "model.safetensors"), *flags)
+    assert result.exit_code == 0, result.stderr
+    assert "heads:" in result.stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
@@ -214,13 +214,13 @@ def test_heads_that_go_as_one_are_a_single_row(tmp_path, images):
     model = build(case)
     plan, _ = random_plan(find_prunable_layers(model), seed=0)
     slim = cut_into_file(model, plan, tmp_path / "slim.safetensors", case)
-    told = run("inspect", slim, "--data-dir", images, "--heads", "--html", page, "-q")
-    assert told.exit_code == 0, told.stderr
+    result = run("inspect", slim, "--data-dir", images, "--heads", "--html", page, "-q")
+    assert result.exit_code == 0, result.stderr
     layers = [layer for layer in inspect_model(read_model(slim)).layers if layer.heads]
     assert [layer.heads for layer in layers] == [3, 2]
     assert [layer.units["qk"].head_count for layer in layers] == [1, 1]
     assert any(layer.units["qk"].kept is not None for layer in layers)
-    first = told.stdout.partition("blocks.1.0.attn")[2].partition("blocks.1.1")[0]
+    first = result.stdout.partition("blocks.1.0.attn")[2].partition("blocks.1.1")[0]
     assert re.findall(r"^  (\d+) +\d", first, re.MULTILINE) == ["0", "1", "2"]
     assert page.read_text().count('<th scope="row">blocks.1.0.attn</th>') >= 1 + 3
 
@@ -229,8 +229,8 @@ def test_the_mlp_inside_a_block_has_a_column(tmp_path):
     name, args = "vit_pwee_patch16_reg1_gap_256", {"depth": 1, "embed_dim": 32, "num_heads": 2}
     save_file(timm.create_model(name, **args).state_dict(), tmp_path / "model.safetensors")
     flags = [flag for key, value in args.items() for flag in ("--model-arg", f"{key}={value}")]
-    told = run("inspect", str(tmp_path / "model.safetensors"), "--model", name, *flags).stdout
-    lines = [line.split() for line in told.splitlines() if line.startswith(("attention  ", "blocks"))]
+    result = run("inspect", str(tmp_path / "model.safetensors"), "--model", name, *flags).stdout
+    lines = [line.split() for line in result.splitlines() if line.startswith(("attention  ", "blocks"))]
     assert lines[1][lines[0].index("hidden")] == "160"
 
 

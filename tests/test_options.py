@@ -185,9 +185,9 @@ def test_no_message_writes_flags():
     flag = re.compile(r"(?<![\w-])--([a-z]|$)")
     command = re.compile(r"mhacut (prune|finetune|export) |torchrun | --flops 50%|--colour: ")
     for path, module in sources():
-        told = docstrings(module)
+        described = docstrings(module)
         for node in ast.walk(module):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
                 plain = command.search(node.value) or not flag.search(node.value)
                 assert plain, f"{path.name}:{node.lineno}: write flags by option_name()"
 

@@ -26,7 +26,7 @@ def test_a_process_that_takes_too_long_is_ended():
 
 
 class Tool:
-    """Does to a model what it is told to."""
+    """Does to a model what a test asks for."""
 
     def __init__(self, cut):
         self.cut = cut
@@ -121,9 +121,9 @@ def test_the_table_is_kept_and_goes_on(monkeypatch, tmp_path, capsys):
         assert peers.main(flags) == 0
     assert asked == [("levit_128s", "mhacut_tool"), ("hiera_tiny_224", "mhacut_tool")]
     assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) == 2
-    told = capsys.readouterr().out
-    assert "| levit_128s | too long: more than 1 s |" in told
-    assert "| out of time | 2 of 2 |" in told
+    printed = capsys.readouterr().out
+    assert "| levit_128s | too long: more than 1 s |" in printed
+    assert "| out of time | 2 of 2 |" in printed
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
     assert second.slim.flops <= 0.7 * first.slim.flops
     record = read_model(second.output).record
     assert [step["command"] for step in record.history] == ["prune", "prune"]
-    # Kept channels are told in the dense model's indices, whatever lay between.
+    # Kept channels are in the dense model's indices, whatever lay between.
     before = {unit.key: unit for unit in first.plan}
     for unit in record.plan:
         assert unit.dense_width == before[unit.key].dense_width
@@ -406,20 +406,20 @@ def test_a_single_image_does_not_break_the_model():
 def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
     tiny_vit, tmp_path, monkeypatch, repair
 ):
-    told = {}
+    seen = {}
 
     def finding(module, unit, moments, smallest, options, fisher):
-        told["find_candidates"] = options.repair
+        seen["find_candidates"] = options.repair
         return find_candidates(module, unit, moments, smallest, options, fisher)
 
     def shrinking(*args, refit):
-        told["shrink"] = refit
+        seen["shrink"] = refit
         return shrink(*args, refit=refit)
 
     monkeypatch.setattr("mhacut.pruning.planner.find_candidates", finding)
     monkeypatch.setattr("mhacut.pruning.curves.shrink", shrinking)
     prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
-    assert told == {"find_candidates": repair, "shrink": repair}
+    assert seen == {"find_candidates": repair, "shrink": repair}
 
 
 def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):

@@ -109,13 +109,13 @@ def test_moments_follow_a_rotation(case):
     for unit in prunable.units():
         for part in ("fit", "held"):
             expected = getattr(measured[unit.key], part)
-            for told, seen in zip(
+            for mine, seen in zip(
                 getattr(rotated(found[unit.key], unit, bases.get(unit.key)), part), expected, strict=True
             ):
-                assert told.rows == seen.rows
-                assert relative(told.second, seen.second) < 1e-4
+                assert mine.rows == seen.rows
+                assert relative(mine.second, seen.second) < 1e-4
                 size = seen.rows * float(seen.energy.abs().max()) ** 0.5  # keys are centred: total 0
-                assert float((told.total - seen.total).abs().max()) < 1e-4 * size
+                assert float((mine.total - seen.total).abs().max()) < 1e-4 * size
 
 
 # --- the basis of the logits ---

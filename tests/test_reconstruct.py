@@ -100,7 +100,7 @@ def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_out_ima
     ready = both.reconstructed()
     for basis in ("channel", "principal"):
         alone = Bench(TINY, basis, images=24)
-        # Errors are told as shares of what plain removal costs, which depends on the basis.
+        # Errors are shares of what plain removal costs, which depends on the basis.
         left[basis] = {unit.key: (unit, alone.reconstructed().repairs[unit.key].error) for unit in alone.plan}
     assert {unit.basis for unit in ready.plan} == {"channel", "principal"}
     for unit in ready.plan:

@@ -41,9 +41,9 @@ def write_shards(root, samples, *, shards=2, ending=".tar", label=lambda value: 
         with tarfile.open(root / name, "w:gz" if ending.endswith("gz") else "w") as tar:
             for key, image, value in samples[number::shards]:
                 for member, content in ((f"{key}.PNG", image), (f"{key}.{label(value)[0]}", label(value)[1])):
-                    told = tarfile.TarInfo(member)
-                    told.size = len(content)
-                    tar.addfile(told, io.BytesIO(content))
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
     lengths = [len(samples[number::shards]) for number in range(shards)]
     split = {"num_samples": len(samples), "filenames": names, "shard_lengths": lengths}
     splits = {name: {"name": name, **split} for name in ("train", "val")}
@@ -107,7 +107,7 @@ def test_what_is_not_a_sample_is_told_or_left_out(tmp_path):
     assert len(ShardedSamples([root / "any-0000.tar"], ("jpg",), "")) == 0
 
 
-def test_a_shard_that_is_cut_short_or_says_too_much_is_told(root, tmp_path):
+def test_a_shard_that_is_cut_short_or_says_too_much_is_named(root, tmp_path):
     fewer = write_shards(tmp_path / "fewer", [("9", png(9), 0), ("8", png(8), 1)])
     (root / "any-0001.tar").write_bytes((fewer / "any-0001.tar").read_bytes())
     with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is cut short"):

@@ -19,8 +19,8 @@ ENDS = {
 
 def test_each_is_in_the_table():
     assert {path.stem for path in SCRIPTS.glob("*.sh")} == set(ENDS)
-    told = (SCRIPTS / "README.md").read_text()
-    assert all(f"`{name}.sh" in told for name in ENDS)
+    readme = (SCRIPTS / "README.md").read_text()
+    assert all(f"`{name}.sh" in readme for name in ENDS)
 
 
 @pytest.mark.slow

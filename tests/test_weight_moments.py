@@ -65,11 +65,14 @@ def test_findings_are_those_of_the_ranking(attention, kind):
         found = describe_heads(module, unit, moments, similarity, ranked=True)
         ranking = find_candidates(module, unit, moments, 1, SearchOptions(basis="channel"))[0].ranking
     assert len(found) == HEADS
-    for head, told in enumerate(found):
-        assert told.similarity == pytest.approx(float(similarity[head].mean()))
-        assert 1 <= told.rank90 <= told.rank99 <= unit.width
-        assert set(told.keeps) == set(SHARES)
-        for share, kept in told.keeps.items():
+    for head, described in enumerate(found):
+        assert described.similarity == pytest.approx(float(similarity[head].mean()))
+        assert 1 <= described.rank90 <= described.rank99 <= unit.width
+        assert set(described.keeps) == set(SHARES)
+        for share, kept in described.keeps.items():
             assert kept == tuple(ranking.kept(unit.width * share // 100)[head].tolist())
     with torch.no_grad():
-        assert all(not told.keeps for told in describe_heads(module, unit, moments, similarity, ranked=False))
+        assert all(
+            not described.keeps
+            for described in describe_heads(module, unit, moments, similarity, ranked=False)
+        )

@@ -119,7 +119,7 @@ def test_the_better_temperature_is_reported(compare) -> None:
     assert "50.00%" in text
 
 
-def test_rows_of_different_code_are_told(compare) -> None:
+def test_rows_of_different_code_are_marked(compare) -> None:
     rows = [make_row(compare, "corp", keep, 40.0) for keep in (50.0, 25.0)]
     assert "states of the code" not in compare.as_text(rows)
     assert "made by 2 states of the code" in compare.as_text([rows[0], {**rows[1], "code": "another"}])
@@ -285,7 +285,7 @@ def test_the_command_compares_on_the_digits(compare, tmp_path, capsys) -> None:
     assert "mhacut, no data, auto, fast" in capsys.readouterr().out
 
 
-def test_the_setup_is_told_without_paths(compare, tmp_path) -> None:
+def test_the_setup_is_recorded_without_paths(compare, tmp_path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"x")
     setup = make_setup(compare, tmp_path / "m.safetensors", data_dir=str(tmp_path / "images"))
     assert str(tmp_path) not in json.dumps(setup.told())

@@ -51,8 +51,8 @@ def test_stopped_training_ends_with_the_bytes_of_one_that_was_not(
     train.main([*train_flags(images, tmp_path / "parts"), "--optimizer", optimizer])
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
-    told = (tmp_path / "parts" / "log.txt").read_text()
-    assert "goes on at step 3 of 8" in told
+    log = (tmp_path / "parts" / "log.txt").read_text()
+    assert "goes on at step 3 of 8" in log
     losses = [
         [
             line.split(",")[0]
@@ -75,9 +75,9 @@ def test_training_goes_on_along_another_schedule(train, images, tmp_path) -> Non
     train.main(train_flags(images, tmp_path))
     flags = [*train_flags(images, tmp_path), "--epochs", "3"]
     train.main(flags)
-    told = (tmp_path / "log.txt").read_text()
-    assert "from step 8 on with {'epochs': 3" in told
-    assert "epoch 3 of 3" in told
+    log = (tmp_path / "log.txt").read_text()
+    assert "from step 8 on with {'epochs': 3" in log
+    assert "epoch 3 of 3" in log
 
 
 def test_training_starts_from_given_weights(train, images, tmp_path) -> None:
@@ -93,11 +93,11 @@ def test_training_starts_from_given_weights(train, images, tmp_path) -> None:
 def test_a_vit_learns_from_a_network_trained_before(train, images, tmp_path) -> None:
     train.main([*train_flags(images, tmp_path / "teacher"), "--network", "resnet"])
     teacher = tmp_path / "teacher" / "model.safetensors"
-    taught = [*train_flags(images, tmp_path / "taught"), "--teachers", str(teacher), "--teacher-share", "1"]
-    train.main(taught)
+    teaching = ["--teachers", str(teacher), "--teacher-share", "1"]
+    train.main([*train_flags(images, tmp_path / "distilled"), *teaching])
     train.main(train_flags(images, tmp_path / "alone"))
     model, alone = (train.build_vit(2).eval() for _ in range(2))
-    model.load_state_dict(load_file(tmp_path / "taught" / "model.safetensors"))
+    model.load_state_dict(load_file(tmp_path / "distilled" / "model.safetensors"))
     alone.load_state_dict(load_file(tmp_path / "alone" / "model.safetensors"))
     resnet = train.load_network(teacher, 2)
     held = train.normalize(train.read_split(images / "val", 32)[0])
@@ -105,7 +105,7 @@ def test_a_vit_learns_from_a_network_trained_before(train, images, tmp_path) -> 
         wanted, own, others = (net(held).softmax(1) for net in (resnet, model, alone))
     assert (own - wanted).abs().mean() < (others - wanted).abs().mean()
     with pytest.raises(SystemExit, match="--teachers"):
-        train.main(train_flags(images, tmp_path / "taught"))
+        train.main(train_flags(images, tmp_path / "distilled"))
 
 
 def test_augmented_images_are_shifted_or_flipped_ones(train) -> None:

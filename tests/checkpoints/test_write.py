@@ -74,7 +74,7 @@ def test_the_mode_follows_the_umask(put, tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "slim.safetensors").stat().st_mode) == mode
 
 
-def test_an_existing_file_is_kept_unless_told(put, tmp_path):
+def test_an_existing_file_is_kept_unless_it_may_be_overwritten(put, tmp_path):
     path = tmp_path / "slim.safetensors"
     path.write_text("old")
     with pytest.raises(OutputError, match="exists already; choose another name, or overwrite=True"):
@@ -227,7 +227,7 @@ def test_what_reads_back_differently_is_not_published(put, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_of_two_writers_one_wins_and_one_is_told(put, tmp_path, monkeypatch, links):
+def test_of_two_writers_one_wins_and_one_is_refused(put, tmp_path, monkeypatch, links):
     path = tmp_path / "slim.safetensors"
     both_checked = threading.Barrier(2)
     publish = files._publish

@@ -16,11 +16,11 @@ def test_evaluate(slim, images):
     assert document["images"] == 14
     assert 0 <= document["top1"] <= document["top5"] <= 100
     assert document["preprocessing"]["input_size"] == [3, 32, 32]
-    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.5")
-    assert told.stdout.splitlines()[0] == f"top-1  {document['top1']:>10.2f}%"
-    assert "mean 0.5,0.5,0.5" in told.stdout
-    told = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.1,0.2,0.3")
-    assert "mean 0.1,0.2,0.3" in told.stdout
+    shown = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.5")
+    assert shown.stdout.splitlines()[0] == f"top-1  {document['top1']:>10.2f}%"
+    assert "mean 0.5,0.5,0.5" in shown.stdout
+    shown = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.1,0.2,0.3")
+    assert "mean 0.1,0.2,0.3" in shown.stdout
 
 
 def test_small_models_see_whole_images(tiny_vit, slim, images):
@@ -72,9 +72,9 @@ def test_inspect_slim_shows_before_and_after(slim):
     assert sum(layer["share"] for layer in document["layers"]) < 1
 
 
-def test_inspect_tells_what_goes_with_what(slim_of):
-    told = run("inspect", slim_of("coat"), "--shapes").stdout
-    (line,) = [line for line in told.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]
+def test_inspect_names_coupled_channels(slim_of):
+    shown = run("inspect", slim_of("coat"), "--shapes").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]
     assert " as v " in line
     document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
     assert document["layers"][0]["goes_with"] == {"qk": "v"}

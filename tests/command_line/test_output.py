@@ -167,7 +167,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch):
     assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
 
 
-def test_libraries_are_heard_with_v_only(monkeypatch):
+def test_libraries_are_shown_with_v_only(monkeypatch):
     def fail(options, reporter):
         import logging
         import warnings

@@ -106,7 +106,7 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, im
     ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]
 )
 def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
-    """All processes stop after the same step, whoever heard it first.
+    """All processes stop after the same step, whichever received the signal.
 
     A terminal's Ctrl-C, and many a scheduler, reach the processes that read images as well.
     """

@@ -76,7 +76,7 @@ def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> 
         list(evaluated(PLAIN, **options))
 
 
-def test_a_dataset_without_images_is_told(opens) -> None:
+def test_a_dataset_without_images_is_refused(opens) -> None:
     opens(Pictures(per_class=0))
     with pytest.raises(DataError, match="torch/any', split 'train': holds no images"):
         calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)

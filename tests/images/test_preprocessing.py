@@ -20,14 +20,14 @@ def test_explicit_values_win_over_the_record() -> None:
     record = timm.get_pretrained_cfg("vit_tiny_patch16_224").to_dict()
     stated = Preprocessing.resolve(record, (3, 224, 224))
     assert (stated.mean, stated.std, stated.crop_pct) == ((0.5,) * 3, (0.5,) * 3, 0.9)
-    told = Preprocessing.resolve(
+    resolved = Preprocessing.resolve(
         record,
         (3, 224, 224),
         PreprocessingOptions(
             mean=(0.49, 0.48, 0.45), std=(0.25,), crop_pct=0.8, interpolation="bilinear", img_size=192
         ),
     )
-    assert told == Preprocessing(
+    assert resolved == Preprocessing(
         (3, 192, 192), (0.49, 0.48, 0.45), (0.25, 0.25, 0.25), "bilinear", 0.8, "center"
     )
 
@@ -114,8 +114,8 @@ def test_a_grey_model_gets_one_channel_and_averaged_statistics(root) -> None:
     averaged = Preprocessing.resolve(RGB, (1, 16, 16))
     seen = calibrated(averaged, count=12, seed=0, data_dir=root).images
     torch.testing.assert_close(seen, (raw - 0.4) / 0.3)
-    told = Preprocessing.resolve(RGB, (1, 16, 16), PreprocessingOptions(mean=(0.7,), std=(0.8,)))
-    assert (told.mean, told.std) == ((0.7,), (0.8,))
+    resolved = Preprocessing.resolve(RGB, (1, 16, 16), PreprocessingOptions(mean=(0.7,), std=(0.8,)))
+    assert (resolved.mean, resolved.std) == ((0.7,), (0.8,))
     with pytest.raises(UsageError, match=r"mean .* expected 1 number.*\(mean\)"):
         Preprocessing.resolve(RGB, (1, 16, 16), PreprocessingOptions(mean=(0.7,) * 3))
 
