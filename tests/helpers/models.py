@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -123,8 +123,13 @@ def build(case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> n
     return copy.deepcopy(_built(case, seed)).to(dtype)
 
 
-@cache
+@lru_cache(maxsize=32)
 def _built(case: Case, seed: int) -> nn.Module:
+    return build_once(case, seed)
+
+
+def build_once(case: Case, seed: int = 0) -> nn.Module:
+    """The same in float64, without a copy that is kept: for models that are large."""
     torch.manual_seed(seed)
     model = case.create().double()
     model.eval()  # returns None for some of timm's attention

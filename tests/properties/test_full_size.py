@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.func import functional_call
 
-from helpers.models import ModelCase, build, image, relative
+from helpers.models import ModelCase, build_once, image, relative
 from helpers.plans import random_plan
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
@@ -32,7 +32,7 @@ from mhacut.surgery.slice import cut
 def test_at_full_size(architecture):
     shape = {"img_size": 224} if "dinov2" in architecture else {}
     case = ModelCase(architecture, shape, 224)
-    model = build(case)
+    model = build_once(case).float()
     prunable = find_prunable_layers(model)
     plan, channel_scales = random_plan(prunable, 11)
     table = build_cost_table(model, prunable, case.size)
