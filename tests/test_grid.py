@@ -86,7 +86,7 @@ def test_all_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basi
 def check_way(dense, folder, monkeypatch, allocation, basis, effort, repair):
     options = {"allocation": allocation, "basis": basis, "effort": effort, "repair": repair}
     if effort == "best":
-        options["tuning_steps"] = 3
+        options |= {"heal_steps": 2, "tuning_steps": 3}
     result = check(dense, folder, monkeypatch, **options)
     assert bool(result.log) is (allocation in ("indicator", "refined"))
     assert bool(result.repairs) is repair

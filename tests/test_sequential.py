@@ -290,11 +290,31 @@ def test_calls_on_the_way_are_kept_too():
         assert reached(passes, "head") == (66, 462)
 
 
+def test_a_run_can_stop_ahead_of_a_module():
+    model = Model()
+    with ResumableModel(model, BATCHES) as passes:
+        assert [(x.tolist(), kwargs) for (x,), kwargs in passes.run_up_to("left")] == [
+            ([4.0], {"plus": 1.0}),
+            ([4.0, 4.0], {"plus": 1.0}),
+        ]
+        assert model.left.runs == 0
+        with passes.paused():
+            assert float(model.left(torch.tensor(2.0)).detach()) == 6
+            model.left.weight.data.mul_(2)
+        assert reached(passes, "left") == (4, 25)
+        assert [float(args[0][0]) for args, _ in passes.run_up_to("right")] == [4, 4]
+        assert reached(passes, "head") == (2 * (25 + 20), 7 * 2 * (25 + 20))
+    assert model.left.runs == 3
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_module_that_no_batch_comes_to_any_more_is_refused():
     with ResumableModel(Model(), BATCHES) as passes:
         passes.run_to("right")
         with pytest.raises(ValueError, match="does not reach left any more"):
             passes.run_to("left")
+        with pytest.raises(ValueError, match="does not reach left any more"):
+            passes.run_up_to("left")
 
 
 def test_of_a_sequential_its_last_output_is_kept():

@@ -31,6 +31,7 @@ STAGES = (
     "swapping channels",
     "repairing",
     "repairing in order",
+    "healing",
     "tuning",
 )
 _WRITE = """

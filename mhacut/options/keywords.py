@@ -321,6 +321,9 @@ class SearchKeywords(TypedDict, total=False):
     repair_in_order: bool | None
     """Refit once more, layer by layer, on the outputs of the layers pruned before; by default the effort
     decides."""
+    heal_steps: int | None
+    """Steps that train each block of the pruned model, in order, to give the output of the dense model's; by
+    default the effort decides."""
     tuning_steps: int | None
     """Steps that train all weights of the pruned model to match the dense one on the calibration images; by
     default the effort decides."""

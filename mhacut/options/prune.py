@@ -72,6 +72,14 @@ class SearchOptions(Options):
         "effort decides.",
         panel="Research switches",
     )
+    heal_steps: int | None = option(
+        None,
+        "Steps that train each block of the pruned model, in order, to give the output of the dense model's; "
+        "by default the effort decides.",
+        panel="Research switches",
+        metavar="N",
+        at_least=0,
+    )
     tuning_steps: int | None = option(
         None,
         "Steps that train all weights of the pruned model to match the dense one on the calibration images; "
@@ -181,6 +189,11 @@ class SearchOptions(Options):
         return self.repair and asked
 
     @property
+    def healed_steps(self) -> int:
+        """Steps that train each block by itself."""
+        return EFFORTS[self.effort].heal_steps if self.heal_steps is None else self.heal_steps
+
+    @property
     def tuned_steps(self) -> int:
         """Steps that train all weights."""
         return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
@@ -233,21 +246,33 @@ class Work:
     """Fraction of the images to fit that are also differentiated."""
     swap_moves: bool
     repair_in_order: bool
+    heal_steps: int
     tuning_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(
-        calibration_images=128, fisher_share=0.5, swap_moves=False, repair_in_order=False, tuning_steps=0
+        calibration_images=128,
+        fisher_share=0.5,
+        swap_moves=False,
+        repair_in_order=False,
+        heal_steps=0,
+        tuning_steps=0,
     ),
     "balanced": Work(
-        calibration_images=256, fisher_share=1.0, swap_moves=False, repair_in_order=True, tuning_steps=0
+        calibration_images=256,
+        fisher_share=1.0,
+        swap_moves=False,
+        repair_in_order=True,
+        heal_steps=0,
+        tuning_steps=0,
     ),
     "best": Work(
         calibration_images=1024,
         fisher_share=0.5,
         swap_moves=True,
         repair_in_order=True,
+        heal_steps=150,
         tuning_steps=400,
     ),
 }
@@ -321,7 +346,8 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         """Names of options that were changed to no effect, each with the reason."""
         search = self.search
         found = search.idle()
-        if self.amp and not (search.by_indicators or search.trained_gain_steps or search.tuned_steps):
+        trained = search.trained_gain_steps or search.healed_steps or search.tuned_steps
+        if self.amp and not (search.by_indicators or trained):
             found["amp"] = "nothing is trained"
         if not self.data.has_images:
             reason = f"there are no images without {option_name('data_dir')} or {option_name('dataset')}"

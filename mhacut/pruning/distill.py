@@ -106,7 +106,7 @@ class Distillation:
         device = next(model.parameters()).device
         chosen = next(self._batches)
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
             outputs = run_with(model, tensors, self.images[chosen].to(device)).float()
         loss = self.divergence(outputs, self.teacher[chosen].to(device))
@@ -129,7 +129,7 @@ class Distillation:
         """
         device = next(model.parameters()).device
         images = varied(self.images[next(self._batches)], generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), _repeatable(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
             with torch.no_grad():
                 teacher = dense(images).float()
             outputs = model(images).float()
@@ -145,6 +145,7 @@ class Distillation:
         return loss
 
 
+@torch.enable_grad()
 def minimise(
     loss: Callable[[], Tensor],
     parameters: Iterable[Tensor],
@@ -173,8 +174,8 @@ def minimise(
         reporter.advance(step + 1, steps, f"loss {float(value.detach()):.4f}")
 
 
-def _repeatable(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
+def repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Choose, on CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
     if device.type != "cuda":
         return nullcontext()
     kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)

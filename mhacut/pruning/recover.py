@@ -10,6 +10,7 @@ from torch import nn
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.channel_scales import with_trained_scales
 from mhacut.pruning.distill import Distillation
+from mhacut.pruning.heal import healed
 from mhacut.pruning.job import Job
 from mhacut.pruning.sequential import GUARD, sequentially_reconstructed
 from mhacut.pruning.tune import tuned
@@ -67,7 +68,7 @@ def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Ca
     """
     options, reporter = job.options, job.reporter
     if calibration.held == 0:
-        if options.trained_gain_steps or options.tuned_steps:
+        if options.trained_gain_steps or options.healed_steps or options.tuned_steps:
             reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
     judge = job.distillation(calibration).part(0, calibration.held)
@@ -94,6 +95,9 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
     def reconstruct(slim: nn.Module) -> nn.Module:
         return sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)
 
+    def heal(slim: nn.Module) -> nn.Module:
+        return healed(slim, prunable, job, calibration)
+
     def scale(slim: nn.Module) -> nn.Module:
         steps, lr = options.trained_gain_steps, options.gain_lr
         return with_trained_scales(slim, prunable, learning, steps=steps, lr=lr, reporter=reporter)
@@ -108,5 +112,6 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
     return (
         in_order,
         _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scale),
+        _Step("healing", "healing", options.healed_steps > 0, heal),
         _Step("tuning", "tuning", options.tuned_steps > 0, tune),
     )

@@ -8,7 +8,8 @@ say what a block is. Only what happens between the modules of an unfinished one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -75,6 +76,8 @@ class ResumableModel:
         """Stack of the batch at work."""
         self._reached: dict[nn.Module, list[tuple[_Call, Any, Any]]] = {}
         """Call of each target, its arguments and its output, of each batch. The last target ends the run."""
+        self._ahead: nn.Module | None = None
+        """Module whose next call ends the run before it is made."""
         self._replaced: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> ResumableModel:
@@ -88,6 +91,7 @@ class ResumableModel:
             del vars(module)["forward"]
             if own is not None:
                 vars(module)["forward"] = own
+        self._replaced.clear()
 
     @torch.no_grad()
     def run_to(self, *names: str) -> list[list[tuple[Tensor, Tensor]]]:
@@ -102,7 +106,42 @@ class ResumableModel:
         Raises:
             ValueError: a batch does not reach the last module any more.
         """
+        self._ahead = None
         self._reached = {self.model.get_submodule(name): [] for name in names}
+        self._run(names[-1])
+        return [[(args[0], output) for _, (args, _), output in calls] for calls in self._reached.values()]
+
+    @torch.no_grad()
+    def run_up_to(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Run every batch on to the next call of this module, which is made in the next run.
+
+        Returns:
+            Arguments of the call, by position and by name, of each batch.
+
+        Raises:
+            ValueError: a batch does not reach the module any more.
+        """
+        self._ahead, self._reached = self.model.get_submodule(name), {}
+        self._run(name)
+        return [stack[-1].value for stack in self._stacks]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Give the modules their own ``forward`` back for a while, for calls that belong to no pass."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def repeat_target(self) -> None:
+        """Repeat the call that ended the last run, on the same input, in the next one: its module changed."""
+        for stack, (call, arguments, _) in zip(self._stacks, [*self._reached.values()][-1], strict=True):
+            call.set(arguments, finished=False)
+            stack.append(call)
+
+    def _run(self, name: str) -> None:
+        """Run every batch until it comes to the module of this name."""
         for stack in self._stacks:
             self._stack = stack
             try:
@@ -110,14 +149,7 @@ class ResumableModel:
                     self._run_innermost()
             except _TargetReached:
                 continue
-            raise ValueError(f"the forward pass does not reach {names[-1]} any more")
-        return [[(args[0], output) for _, (args, _), output in calls] for calls in self._reached.values()]
-
-    def repeat_target(self) -> None:
-        """Repeat the call that ended the last run, on the same input, in the next one: its module changed."""
-        for stack, (call, arguments, _) in zip(self._stacks, [*self._reached.values()][-1], strict=True):
-            call.set(arguments, finished=False)
-            stack.append(call)
+            raise ValueError(f"the forward pass does not reach {name} any more")
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self._stack[-1]
@@ -127,6 +159,8 @@ class ResumableModel:
         outer.position += 1
         if not call.finished:
             self._stack.append(call)
+            if module is self._ahead:
+                raise _TargetReached
             self._run_innermost()
         return call.value
 

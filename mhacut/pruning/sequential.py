@@ -16,7 +16,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.calibrate import Calibration, fewer
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers
@@ -61,11 +61,8 @@ def sequentially_reconstructed(
     refitted = copy.deepcopy(slim)
     device = next(dense.parameters()).device
     layers, bytes_per_image = _projections(refitted, prunable, dense, images[:1].to(device))
-    held = calibration.held
     most = min(MOST_IMAGES, max(2, MOST_BYTES // bytes_per_image))
-    if len(images) > most:
-        share = min(max(round(held * most / len(images)), 1), most - 1)
-        images, held = torch.cat([images[:share], images[held:][: most - share]]), share
+    images, held = fewer(images, calibration.held, most)
     batches = images.to(device).chunk(min(BATCHES, len(images)))
     names, done = list(layers), 0
     with ResumableModel(refitted, batches) as cut, ResumableModel(dense, batches) as whole:

@@ -87,6 +87,7 @@ FULL = PruneOptions.from_flat(
     allocation="indicator",
     basis="channel",
     gain_steps=9,
+    heal_steps=7,
     tuning_steps=8,
     positions="own",
     selection="indicator",

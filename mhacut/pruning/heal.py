@@ -1,0 +1,286 @@
+"""Healing: train each block of a slim model, in order, to give the output of the dense model's.
+
+A block takes what the slim model gives so far, and once trained passes on what it gives now. Unlike a refit
+of output projections this also moves the weights before the nonlinearities. Block by block as in STARFISH
+(arXiv 2606.01126); how errors are weighted and judged is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mhacut.adapters.base import Layer
+from mhacut.pruning.augment import varied
+from mhacut.pruning.calibrate import Calibration, fewer
+from mhacut.pruning.distill import minimise, repeatable
+from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
+from mhacut.pruning.job import Job
+from mhacut.pruning.resumable import ResumableModel
+from mhacut.runtime.progress import Counter
+from mhacut.surgery.find import PrunableLayers
+
+LR = 5e-4
+"""Learning rate of the first step of each block."""
+VIEWS = 1
+"""Number of times that each image to fit is there: as it is, then varied."""
+MOST_BYTES = 2**31
+"""Bounds the images, and the inputs and outputs of blocks that wait for all of them in both models."""
+NEGLIGIBLE = 1e-6
+"""Error, relative to the variance of the dense block's output, below which a block is not trained."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that is trained as a whole."""
+
+    name: str
+    layer: Layer
+    """The last prunable layer in it, whose tokens those of the block's output are."""
+
+
+def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
+    """Return a copy of ``slim`` whose blocks were trained in order, as far as that helps on held-out images.
+
+    Weights that another module uses too are not trained, nor are those outside the blocks.
+
+    Args:
+        slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
+        prunable: prunable layers of ``slim``.
+        job: what is pruned; its images are fewer where :data:`MOST_BYTES` does not allow all.
+        calibration: of the job's model: how many images are held out, and how much each token counts.
+    """
+    model = copy.deepcopy(slim)
+    names = blocks_of(prunable)
+    blocks, bytes_per_image = _comparable(model, job.model, names, job.images[:1].to(job.device))
+    per_image = bytes_per_image + job.images[0].nbytes
+    images, held = fewer(job.images, calibration.held, max(2, MOST_BYTES // (per_image * VIEWS)))
+    generator = torch.Generator().manual_seed(job.options.seed)
+    unseen, fit = _batches(images.to(job.device), held, job.options.batch_size, generator)
+    counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
+    with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(job.model, [*unseen, *fit]) as dense:
+        for number, block in enumerate(blocks):
+            (passes,) = dense.run_to(block.name)
+            calls = [
+                _Call(*given, aim) for given, (_, aim) in zip(cut.run_up_to(block.name), passes, strict=True)
+            ]
+            error = _Error.of(calls[len(unseen) :], block, calibration.fisher, number == len(blocks) - 1)
+            parts = (calls[: len(unseen)], calls[len(unseen) :])
+            with cut.paused():
+                _train(model, block.name, parts, error, job, generator, counter)
+    return model
+
+
+def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
+    """Return the blocks of a model: the smallest modules that hold an attention layer and an MLP.
+
+    Layers without such a module, or in one that holds blocks itself, are blocks by themselves.
+    """
+    around = {layer.name: _block_around(layer.name, prunable.layers) for layer in prunable.layers}
+    names = set(around.values())
+    last: dict[str, Layer] = {}
+    for layer in prunable.layers:
+        name = around[layer.name]
+        alone = not name or any(other.startswith(f"{name}.") for other in names)
+        last[layer.name if alone else name] = layer
+    return tuple(Block(name, layer) for name, layer in last.items())
+
+
+def _block_around(name: str, layers: Sequence[Layer]) -> str:
+    """Name of the smallest module around a layer that holds layers of both families; "" for the model."""
+    while name:
+        inside = (layer for layer in layers if f"{layer.name}.".startswith(f"{name}."))
+        if len({layer.adapter.family for layer in inside}) == 2:
+            break
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _comparable(
+    slim: nn.Module, dense: nn.Module, blocks: Iterable[Block], image: Tensor
+) -> tuple[tuple[Block, ...], int]:
+    """Find the blocks that both models run once per pass and that give one tensor of the same shape.
+
+    Returns:
+        The blocks, in the order in which ``slim`` runs them, and the bytes that wait for one image.
+    """
+    named = {block.name: block for block in blocks}
+    in_slim, in_dense = (_calls(model, named, image) for model in (slim, dense))
+    found = []
+    for name, outputs in in_slim.items():
+        shapes = [_shape(output) for output in outputs]
+        if len(outputs) == 1 and None not in shapes and shapes == [*map(_shape, in_dense.get(name, ()))]:
+            found.append(named[name])
+    # A Sequential passes outputs on; other modules keep those of all that they have run so far.
+    passed_on, kept = [0], [0]
+    for block in found:
+        within = slim.get_submodule(block.name.rpartition(".")[0])
+        (passed_on if isinstance(within, nn.Sequential) else kept).append(in_slim[block.name][0].nbytes)
+    return tuple(found), 2 * (2 * max(passed_on + kept) + sum(kept))
+
+
+def _shape(output: object) -> torch.Size | None:
+    return output.shape if isinstance(output, Tensor) and output.ndim > 2 else None
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list[Any]]:
+    """Outputs of each call of these modules, in the order of their first calls."""
+    outputs: dict[str, list[Any]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: outputs.setdefault(name, []).append(output)
+        )
+        for name in names
+    ]
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _batches(
+    images: Tensor, held: int, size: int, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of the held-out images, the first ones, and of the others, as they are and varied."""
+    fit = list(images[held:].split(size))
+    views = [varied(batch, generator) for _ in range(VIEWS - 1) for batch in fit]
+    return list(images[:held].split(size)), [*fit, *views]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one call of a block of the slim model, and the dense model's output to aim at."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    aim: Tensor
+
+    def output(self, block: nn.Module) -> Tensor:
+        """Call ``block`` on copies of the arguments, which it may overwrite."""
+        args, kwargs = tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        output: Tensor = block(*args, **kwargs)
+        return output.to(self.aim.dtype)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """Squared error of a block's output, weighted by channel and by token; about 1 if the output is noise."""
+
+    channel_dim: int
+    channels: Tensor
+    """One over the variance of each channel of the dense output over all tokens and images, [C]."""
+    tokens: Tensor | None
+    """Importance of each token, mean 1, [tokens]; None if all count alike."""
+
+    @classmethod
+    def of(cls, calls: Sequence[_Call], block: Block, fisher: FisherInformation, last: bool) -> _Error:
+        """Weigh the outputs that ``calls`` aim at.
+
+        Args:
+            calls: those to fit.
+            block: the block.
+            fisher: with the importance of tokens.
+            last: whether no other block follows. Then tokens that nobody reads do not count at all, because
+                no error spreads from them any more.
+        """
+        dim = block.layer.channel_dim
+        aims = [_by_token(call.aim, dim) for call in calls]
+        count = sum(aim[..., 0].numel() for aim in aims)
+        mean = torch.stack([aim.double().sum((0, 1)) for aim in aims]).sum(0) / count
+        variance = torch.stack([(aim - mean).square().sum((0, 1)) for aim in aims]).sum(0) / count
+        floor = 1e-6 * float(variance.mean())
+        variance = variance.clamp_min(floor) if floor > 0 else torch.ones_like(variance)
+        tokens = fisher.token_importance(block.layer.name, (len(aims[0]), aims[0].shape[1]), len(aims[0]))
+        if tokens is not None:
+            tokens = tokens[: aims[0].shape[1]]
+            if last:
+                tokens = (tokens - SHRINKAGE).clamp_min(0)
+            tokens = (tokens / tokens.mean()).to(aims[0])
+        return cls(dim, variance.reciprocal().to(aims[0]), tokens)
+
+    def __call__(self, output: Tensor, aim: Tensor) -> Tensor:
+        """Return the error, a scalar."""
+        missing = _by_token(output - aim, self.channel_dim).square()  # (B, tokens, C)
+        errors = (missing * self.channels).mean(-1)  # (B, tokens)
+        return (errors if self.tokens is None else errors * self.tokens).mean()
+
+
+def _by_token(output: Tensor, channel_dim: int) -> Tensor:
+    """Reshape to [B, tokens, C]."""
+    return output.movedim(channel_dim, -1).flatten(1, -2)
+
+
+def _train(
+    model: nn.Module,
+    name: str,
+    parts: tuple[Sequence[_Call], Sequence[_Call]],
+    error: _Error,
+    job: Job,
+    generator: torch.Generator,
+    counter: Counter,
+) -> None:
+    """Train one block in place; put its weights back if that does not help.
+
+    Args:
+        model: whose block it is.
+        name: of the block.
+        parts: calls to judge by, and calls to train on.
+        error: what to minimise.
+        job: its steps, and whether to use autocast.
+        generator: of the order of the batches.
+        counter: counts steps.
+    """
+    block, (unseen, fit), steps = model.get_submodule(name), parts, job.options.healed_steps
+    before, stored = _mean_error(block, unseen, error), copy.deepcopy(block.state_dict())
+    trained = _own_parameters(model, name) if before > NEGLIGIBLE else []
+    if not trained:
+        counter.add(steps)
+        return
+    order = _shuffled(len(fit), generator)
+
+    def loss() -> Tensor:
+        call = fit[next(order)]
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), repeatable(job.device):
+            output = call.output(block)
+        counter.add(1)
+        return error(output, call.aim)
+
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    minimise(loss, trained, steps=steps, lr=LR)
+    for parameter in trained:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    if not _mean_error(block, unseen, error) < before:  # it may be no number
+        block.load_state_dict(stored)
+
+
+@torch.no_grad()
+def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> float:
+    """Error of ``block``, mean over images."""
+    total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
+    return total / sum(len(call.aim) for call in calls)
+
+
+def _own_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Floating-point parameters of a module of ``model`` that no module outside of it uses."""
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    elsewhere = {id(parameter) for path, parameter in everywhere if not path.startswith(f"{name}.")}
+    return [p for p in model.get_submodule(name).parameters() if id(p) not in elsewhere]
+
+
+def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Endless indices, in another order each round."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()

@@ -1,0 +1,333 @@
+"""Healing block by block against least squares and slow forward passes."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import mhacut
+from helpers.flatten import FLATTEN
+from helpers.jobs import Recorder, job_of
+from helpers.models import ModelCase, build, image, slow_except
+from helpers.plans import distillation_of
+from mhacut.adapters.base import Layer
+from mhacut.options.prune import SearchOptions
+from mhacut.plan import Plan, UnitPlan
+from mhacut.pruning.calibrate import Calibration, calibrate
+from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
+from mhacut.pruning.heal import blocks_of, healed
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.slice import cut
+
+VIT = ModelCase(
+    "vit_tiny_patch16_224",
+    {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8},
+)
+SWIN = ModelCase(
+    "swin_tiny_patch4_window7_224",
+    {"depths": (1, 2), "embed_dim": 12, "num_heads": (2, 2), "img_size": 32, "window_size": 4},
+)
+ROPE = ModelCase(
+    "vit_small_patch16_rope_224",
+    {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16, "patch_size": 8, "qkv_fused": False},
+)
+CASES = {
+    "class token": VIT,
+    "windows": SWIN,
+    "rotary positions": ROPE,
+    "sizes": FLATTEN["flatten_pvt_tiny"],
+    "channels first": ModelCase(
+        "levit_conv_128s",
+        {"embed_dim": (16, 32), "key_dim": 8, "num_heads": (2, 4), "depth": (1, 1), "img_size": 32},
+    ),
+}
+HELD = 4
+
+
+class Bench:
+    """A dense model, one that was cut to half of its widths, and what healing takes."""
+
+    def __init__(self, case, images=16, dtype=torch.float64):
+        self.dense = build(case, dtype=dtype).requires_grad_(False)
+        self.images = image(case, batch=images, dtype=dtype)
+        self.prunable = find_prunable_layers(self.dense)
+        options = FisherOptions(images)
+        self.calibration = calibrate(
+            self.dense, self.prunable, self.images, batch_size=images, fisher=options
+        )
+        assert self.calibration.held == HELD
+        self.slim = copy.deepcopy(self.dense)
+        plans = []
+        for unit in self.prunable.units():
+            kept = tuple(range(max(unit.width // 2, 1)))
+            plans.append(UnitPlan(unit.layer, unit.kind, unit.width, (kept,) * unit.heads))
+        cut(self.slim, Plan(tuple(plans)))
+        self.reporter = Recorder()
+
+    def healed(self, slim=None, steps=4, seed=1):
+        slim = self.slim if slim is None else slim
+        options = SearchOptions(heal_steps=steps, seed=seed, batch_size=5)
+        job = job_of(self.dense, self.images, prunable=self.prunable, options=options, reporter=self.reporter)
+        return healed(slim, find_prunable_layers(slim), job, self.calibration)
+
+    def divergence(self, model):
+        return distillation_of(self.dense, self.images).divergence_of(model)
+
+
+def calls_of(model, name, images):
+    """Arguments and output of the one call of a module."""
+    calls = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
+    )
+    model(images)
+    handle.remove()
+    (call,) = calls
+    return call
+
+
+def held_out_error(bench, block, output, aim, last):
+    """The error that healing judges by, from its definition; the sum of squares is done in loops."""
+    dim = block.layer.channel_dim
+    output, aim = (tensor.movedim(dim, -1).flatten(1, -2) for tensor in (output, aim))  # (B, tokens, C)
+    variance = aim[HELD:].flatten(0, 1).var(0, correction=0)
+    weights = torch.ones(aim.shape[1]).double()
+    for grid, importance in bench.calibration.fisher.importance[block.layer.name].items():
+        if grid == (1, aim.shape[1]):
+            weights = importance - SHRINKAGE if last else importance
+    total = 0.0
+    for missing in (output - aim)[:HELD]:
+        for token, weight in zip(missing, weights, strict=True):
+            total += float(weight * (token.square() / variance).sum())
+    return total
+
+
+def test_blocks_hold_attention_and_mlp():
+    def names(case):
+        return [block.name for block in blocks_of(find_prunable_layers(build(case)))]
+
+    assert names(VIT) == ["blocks.0", "blocks.1"]
+    assert names(SWIN) == ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1"]
+    assert names(FLATTEN["flatten_pvt_tiny"]) == [
+        "block1.0",
+        "block2.0",
+        "block3.0",
+        "block3.1",
+        "block4.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        # No MLP anywhere.
+        ({"a.attn": "attention", "b.attn": "attention"}, {"a.attn": "a.attn", "b.attn": "b.attn"}),
+        # Two of one family in a block, which is named by the last layer.
+        ({"a.attn": "attention", "a.x.m": "mlp", "a.y.m": "mlp", "b.attn": "attention", "b.mlp": "mlp"},
+         {"a": "a.y.m", "b": "b.mlp"}),
+        # Attention beside blocks, in what holds them.
+        ({"s.0.attn": "attention", "s.0.mlp": "mlp", "s.cross": "attention"},
+         {"s.0": "s.0.mlp", "s.cross": "s.cross"}),
+        ({"a1.attn": "attention", "a1.mlp": "mlp", "a.attn": "attention", "a.mlp": "mlp"},
+         {"a1": "a1.mlp", "a": "a.mlp"}),
+    ],
+)  # fmt: skip
+def test_what_a_block_is(layers, expected):
+    prunable = PrunableLayers(
+        tuple(Layer(name, SimpleNamespace(family=family), ()) for name, family in layers.items()), ()
+    )
+    assert {block.name: block.layer.name for block in blocks_of(prunable)} == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_each_block_is_nearer_to_the_dense_one_on_held_out_images_or_as_it_was(case):
+    bench = Bench(CASES[case])
+    model = bench.healed()
+    blocks, better = blocks_of(find_prunable_layers(bench.slim)), 0
+    for number, block in enumerate(blocks):
+        # What the healed blocks before it give.
+        args, kwargs, after = calls_of(model, block.name, bench.images)
+        _, _, aim = calls_of(bench.dense, block.name, bench.images)
+        before = bench.slim.get_submodule(block.name)(*args, **kwargs)
+        last = number == len(blocks) - 1
+        then, now = (held_out_error(bench, block, output, aim, last) for output in (before, after))
+        assert now <= then
+        if torch.equal(before, after):
+            continue
+        assert now < then
+        better += 1
+    assert better > len(blocks) / 2
+    assert bench.divergence(model) < bench.divergence(bench.slim)
+    assert bench.reporter.steps[-1] == (4 * len(blocks), 4 * len(blocks))
+    for module in (*model.modules(), *bench.dense.modules()):
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_nothing_but_blocks_is_changed_and_the_given_model_not_at_all():
+    bench = Bench(VIT)
+    before = copy.deepcopy(bench.slim.state_dict())
+    after = bench.healed().state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.slim.state_dict().items())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("blocks.") for name in changed)
+
+
+@torch.no_grad()
+def test_the_seed_decides_the_bytes():
+    bench = Bench(VIT, dtype=torch.float32)
+    first, again, other = (bench.healed(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@torch.no_grad()
+def test_what_does_not_help_is_put_back(monkeypatch):
+    monkeypatch.setattr("mhacut.pruning.heal.LR", 10.0)
+    bench = Bench(VIT)
+    before, after = bench.slim.state_dict(), bench.healed(steps=1).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torch.no_grad()
+def test_a_block_that_already_gives_what_the_dense_one_gives_is_not_trained():
+    bench = Bench(VIT)
+    before, after = bench.dense.state_dict(), bench.healed(bench.dense).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert bench.reporter.steps[-1] == (8, 8)
+
+
+@torch.no_grad()
+def test_weights_that_blocks_share_are_not_trained():
+    bench = Bench(VIT)
+    shared = bench.slim.blocks[0].norm1
+    bench.slim.blocks[1].norm1 = shared
+    model = bench.healed()
+    assert model.blocks[1].norm1 is model.blocks[0].norm1
+    assert torch.equal(model.blocks[0].norm1.weight, shared.weight)
+    assert not torch.equal(model.blocks[0].norm2.weight, bench.slim.blocks[0].norm2.weight)
+
+
+@torch.no_grad()
+def test_blocks_that_run_twice_are_left_alone():
+    bench = Bench(VIT)
+    for model in (bench.dense, bench.slim):
+        model.blocks = nn.Sequential(model.blocks[0], model.blocks[0], model.blocks[1])
+    bench.prunable = find_prunable_layers(build(VIT))
+    model = copy.deepcopy(bench.slim)
+    job = job_of(
+        bench.dense, bench.images, prunable=bench.prunable, options=SearchOptions(heal_steps=2, batch_size=8)
+    )
+    layers = tuple(layer for layer in bench.prunable.layers if layer.name.startswith("blocks.0"))
+    found = healed(model, PrunableLayers(layers, ()), job, bench.calibration)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bytes_left", [1, 10**9])
+@torch.no_grad()
+def test_memory_bounds_the_number_of_images(monkeypatch, bytes_left):
+    monkeypatch.setattr("mhacut.pruning.heal.MOST_BYTES", bytes_left)
+    bench, runs = Bench(VIT), []
+    handle = bench.dense.blocks[1].register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
+    bench.healed()
+    handle.remove()
+    assert sum(runs[1:]) == (2 if bytes_left == 1 else 16)  # the first run finds the blocks
+
+
+# --- a linear block: the optimum is known ---
+
+
+class Toy(nn.Module):
+    """Points as tokens, one block and a head."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.head = block, nn.Linear(3, 2)
+
+    def forward(self, images):
+        return self.head(self.block(images.flatten(2).mT).mean(1))
+
+
+class Curved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+class Overwriting(nn.Linear):
+    """A linear layer that spoils what it was given."""
+
+    def forward(self, x):
+        output = super().forward(x.clone())
+        x.zero_()
+        return output
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Overwriting])
+@torch.no_grad()
+def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, weighted):
+    monkeypatch.setattr("mhacut.pruning.heal.LR", 0.05)
+    torch.manual_seed(0)
+    dense, slim = (Toy(block).double().requires_grad_(False) for block in (Curved(), kind(4, 3)))
+    images = torch.randn(60, 4, 2, 2).double()
+    layer = Layer("block", SimpleNamespace(family="mlp"), ())
+    prunable = PrunableLayers((layer,), ())
+    importance = torch.tensor([0.5, 2.5, 0.75, 0.25]).double() + SHRINKAGE  # the rest nobody reads
+    fisher = FisherInformation({}, {"block": {(1, 4): importance}} if weighted else {})
+    calibration = Calibration(20, {}, {}, fisher, dense(images))
+    job = job_of(
+        dense, images, prunable=prunable, options=SearchOptions(heal_steps=400, batch_size=40, seed=0)
+    )
+    block = healed(slim, prunable, job, calibration).block
+
+    tokens = images[20:].flatten(2).mT  # (B, 4, 4)
+    roots = (importance - SHRINKAGE if weighted else torch.ones(4).double()).sqrt().repeat(40)[:, None]
+    x = torch.cat([tokens, torch.ones(40, 4, 1).double()], dim=-1).flatten(0, 1)
+    expected = torch.linalg.lstsq(roots * x, roots * dense.block(tokens).flatten(0, 1)).solution
+    torch.testing.assert_close(block.weight, expected[:4].mT, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block.bias, expected[4], rtol=1e-4, atol=1e-5)
+
+
+# --- mhacut prune ---
+
+
+@pytest.mark.parametrize("case", slow_except(["class token"], ["class token", "windows", "sizes"]))
+def test_a_run_keeps_what_helps(monkeypatch, case):
+    module, args = build(CASES[case]), dict(CASES[case].args)
+    del args["img_size"]
+    options = {
+        "model_args": args,
+        "calibration_images": 32,
+        "repair": False,
+        "gain_steps": 0,
+        "latency": False,
+    }
+
+    def prune(reporter, steps):
+        return mhacut.prune(
+            module, flops="60%", round_to=1, heal_steps=steps, reporter=reporter, dry_run=True, **options
+        )
+
+    without = prune(Recorder(), 0)
+    assert "healing" not in without.seconds
+    for lr, helps in ((1e-3, True), (1e3, False)):
+        monkeypatch.setattr("mhacut.pruning.heal.LR", lr)
+        reporter = Recorder()
+        result = prune(reporter, 20)
+        (note,) = (note for note in reporter.messages if note.startswith("healing"))
+        assert note.startswith("healing was left out") != helps
+        assert (result.divergence < without.divergence) == helps
+        assert result.divergence <= without.divergence
+        assert "healing" in result.seconds
