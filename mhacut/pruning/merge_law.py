@@ -163,7 +163,7 @@ def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs of a block with n tokens before its merge, m behind it: ``token * n + pair * n * n + mlp * m``."""
+    """FLOPs of a block, n tokens before its merge and m behind: ``token * n + pair * n * n + mlp * m``."""
 
     token: float
     pair: float
