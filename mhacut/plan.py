@@ -1,4 +1,4 @@
-"""The plan: which channels of which unit stay. Pure data, checked before any tensor is touched."""
+"""The plan: which channels and tokens stay. Pure data, checked before any tensor is touched."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
+_TOKEN_KEYS = {"read", "merged"}
+MOST_TOKENS = 2**20
+"""Largest number of tokens in a plan."""
+MOST_BLOCKS = 2**12
+"""Largest number of blocks in a plan."""
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
@@ -112,10 +117,72 @@ class UnitPlan:
 
 
 @dataclass(frozen=True)
+class TokenPlan:
+    """Tokens that a model does not compute, or computes together; by default none.
+
+    It is applied to the dense model, before channels are cut (:func:`mhacut.surgery.tokens.apply_tokens`).
+    """
+
+    read: int | None = None
+    """Number of first tokens of the last block that the head reads, and the block computes; None for all."""
+    merged: tuple[int, ...] = ()
+    """Number of tokens that each block merges into others; empty where no block merges any."""
+
+    def __post_init__(self) -> None:
+        if self.read is not None and not 1 <= self.read <= MOST_TOKENS:
+            raise PlanError(f"plan of tokens: read is 1..{MOST_TOKENS}, found {self.read}")
+        if len(self.merged) > MOST_BLOCKS:
+            raise PlanError(f"plan of tokens: at most {MOST_BLOCKS} blocks, found {len(self.merged)}")
+        for block, merged in enumerate(self.merged):
+            if not 0 <= merged <= MOST_TOKENS:
+                raise PlanError(
+                    f"plan of tokens: block {block} merges 0..{MOST_TOKENS} tokens, found {merged}"
+                )
+        if not any(self.merged):
+            object.__setattr__(self, "merged", ())
+
+    def __bool__(self) -> bool:
+        """Whether the plan changes anything."""
+        return self.read is not None or bool(self.merged)
+
+    def after(self, earlier: TokenPlan) -> TokenPlan:
+        """This plan, made for a model to which ``earlier`` was applied: what it states replaces that."""
+        read = earlier.read if self.read is None else self.read
+        return TokenPlan(read, self.merged or earlier.merged)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain object that :meth:`from_json` reads back.
+
+        >>> TokenPlan(read=1, merged=(0, 8)).to_json()
+        {'read': 1, 'merged': [0, 8]}
+        """
+        read = {} if self.read is None else {"read": self.read}
+        return {**read, **({"merged": list(self.merged)} if self.merged else {})}
+
+    @classmethod
+    def from_json(cls, document: object) -> TokenPlan:
+        """Return the plan that :meth:`to_json` wrote; the document may come from an untrusted file.
+
+        Raises:
+            PlanError: anything that is not exactly such a document.
+        """
+        if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
+            raise PlanError(f"a plan of tokens has at most the keys {', '.join(sorted(_TOKEN_KEYS))}")
+        read, merged = document.get("read"), document.get("merged", [])
+        if "read" in document and not is_int(read):
+            raise PlanError("plan of tokens: read is a whole number")
+        if not isinstance(merged, list) or not _all_int(merged):
+            raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
+        return cls(cast("int | None", read), tuple(merged))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cut of a whole model: one :class:`UnitPlan` per unit, none twice. Units not named stay whole."""
 
     units: tuple[UnitPlan, ...]
+    tokens: TokenPlan = TokenPlan()
+    """Tokens that the model does not compute, or computes together."""
 
     def __post_init__(self) -> None:
         seen: set[UnitKey] = set()
@@ -142,10 +209,10 @@ class Plan:
         now = {unit.key: unit for unit in self}
         merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]
         merged += [unit for key, unit in now.items() if key not in before]
-        return Plan(tuple(merged))
+        return Plan(tuple(merged), self.tokens.after(earlier.tokens))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of plain objects that :meth:`from_json` reads back.
+        """A list of plain objects, the units, that :meth:`from_json` reads back; ``tokens`` has its own.
 
         >>> plan = Plan((UnitPlan("blocks.0.mlp", "hidden", 4, ((0, 2),)),))
         >>> plan.to_json()
@@ -166,15 +233,20 @@ class Plan:
         ]
 
     @classmethod
-    def from_json(cls, document: object) -> Plan:
-        """The plan that :meth:`to_json` wrote; the document may come from an untrusted file.
+    def from_json(cls, document: object, tokens: object = None) -> Plan:
+        """The plan that :meth:`to_json` wrote; the documents may come from an untrusted file.
+
+        Args:
+            document: the units.
+            tokens: what :meth:`TokenPlan.to_json` wrote; None without.
 
         Raises:
             PlanError: anything that is not exactly such a document.
         """
         if not isinstance(document, list):
             raise PlanError(f"a plan is a list of units, found {type(document).__name__}")
-        return cls(tuple(_unit_from_json(entry) for entry in document))
+        units = tuple(_unit_from_json(entry) for entry in document)
+        return cls(units, TokenPlan() if tokens is None else TokenPlan.from_json(tokens))
 
 
 def _unit_from_json(entry: object) -> UnitPlan:

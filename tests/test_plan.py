@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.errors import PlanError
-from mhacut.plan import Basis, Plan, UnitPlan
+from mhacut.plan import Basis, Plan, TokenPlan, UnitPlan
 
 
 @st.composite
@@ -106,3 +106,34 @@ def test_a_plan_that_contradicts_itself_is_refused(arguments, message):
 def test_documents_from_elsewhere_are_refused(document):
     with pytest.raises(PlanError):
         Plan.from_json(document)
+
+
+def test_plans_of_tokens_go_through_json_and_add_up():
+    for plan in (TokenPlan(), TokenPlan(read=2), TokenPlan(merged=(0, 3)), TokenPlan(1, (4,))):
+        assert TokenPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        assert bool(plan) == (plan != TokenPlan(merged=(0, 0)))
+    both = Plan((), TokenPlan(merged=(2, 0))).after(Plan((), TokenPlan(read=1, merged=(1, 1))))
+    assert both.tokens == TokenPlan(read=1, merged=(2, 0))
+    assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(read=1)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"reads": 1},
+        {"read": None},
+        {"read": 0},
+        {"read": True},
+        {"read": 1.0},
+        {"read": 2**60},
+        {"merged": 3},
+        {"merged": [-1]},
+        {"merged": [1.5]},
+        {"merged": [0] * 10_000},
+    ],
+    ids=repr,
+)
+def test_plans_of_tokens_that_are_none_are_refused(document):
+    with pytest.raises(PlanError, match="tokens"):
+        TokenPlan.from_json(document)

@@ -27,6 +27,11 @@ def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :1], x
 
 
+def first_tokens(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """The queries of the tokens that are read."""
+    return x[:, : m.read], x
+
+
 def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The points of a map as tokens."""
     tokens = as_tokens(x)
@@ -91,6 +96,18 @@ def masked(
     m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> tuple[Any, ...]:
     return m.q_norm(q), m.k_norm(k), mask_of(x, attn_mask, is_causal)
+
+
+def masked_of_first(
+    m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Any, ...]:
+    q, k, mask = masked(m, q, k, x, attn_mask, is_causal)
+    return q, k, rows_of_first(m, mask)
+
+
+def rows_of_first(m: Any, mask: Tensor | None) -> Tensor | None:
+    """Return the rows of a mask or bias [..., N or 1, N] that belong to the tokens that are read."""
+    return None if mask is None else mask[..., : m.read, :]
 
 
 def of_latent(m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None) -> tuple[Any, ...]:
@@ -230,7 +247,7 @@ def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 def gated(m: Any, y: Tensor, query: Tensor, x: Tensor, *_: Any) -> Tensor:
     y, gate = m.norm(y), getattr(m, "gate", None)
-    return read(m, y if gate is None else y * gate(x).sigmoid())
+    return read(m, y if gate is None else y * gate(query).sigmoid())
 
 
 def pooled_latents(m: Any, y: Tensor, query: Tensor, x: Tensor, attn_mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from timm import layers, models
 
 from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.base import Mixing
+from mhacut.adapters.read_attention import ReadAttention
 from mhacut.adapters.rope import Rope
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
@@ -68,6 +69,15 @@ SOFTMAX = (
         logits=hooks.masked,
         finish=hooks.gated,
         fits=equal,
+        attributes={"head_dim": "qk", "attn_dim": "heads * v"},
+        norm_behind="norm",
+    ),
+    Softmax(
+        ReadAttention,
+        {**Q_KV, "gate": "g"},
+        inputs=hooks.first_tokens,
+        logits=hooks.masked_of_first,
+        finish=hooks.gated,
         attributes={"head_dim": "qk", "attn_dim": "heads * v"},
         norm_behind="norm",
     ),

@@ -13,7 +13,8 @@ from mhacut.errors import CheckpointError, PlanError
 from mhacut.limits import MAX_CROP_PCT, is_int, is_number
 from mhacut.plan import Plan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Latest version of the format. Files without a plan of tokens are of version 1."""
 METADATA_KEY = "mhacut"
 """Key of the document in the ``__metadata__`` of the safetensors file."""
 MAX_RECORD_CHARS = 16 * 2**20
@@ -51,7 +52,7 @@ class SlimRecord:
     def to_json(self) -> str:
         """Return one line of JSON that :meth:`from_json` reads back; ``layers`` is for human readers."""
         document = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.plan.tokens else 1,
             "architecture": self.identity.architecture,
             "model_args": self.identity.model_args,
             "pretrained_cfg": self.identity.pretrained_cfg,
@@ -60,6 +61,7 @@ class SlimRecord:
             "layers": layer_widths(self.plan),
             "history": list(self.history),
             "plan": self.plan.to_json(),
+            **({"tokens": self.plan.tokens.to_json()} if self.plan.tokens else {}),
         }
         return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
@@ -72,7 +74,7 @@ class SlimRecord:
         """
         document = _document(text)
         try:
-            plan = Plan.from_json(document["plan"])
+            plan = Plan.from_json(document["plan"], document.get("tokens"))
         except PlanError as error:
             raise CheckpointError(f"metadata {METADATA_KEY!r}: {error}") from error
         if document["layers"] != layer_widths(plan):
@@ -105,8 +107,9 @@ def _document(text: str) -> dict[str, Any]:
             f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file is of {version}; "
             "upgrade mhacut (pip install -U mhacut)"
         )
-    if set(document) != _KEYS:
-        missing, extra = sorted(_KEYS - set(document)), sorted(set(document) - _KEYS)
+    keys = _KEYS | {"tokens"} if version > 1 else _KEYS
+    if set(document) != keys:
+        missing, extra = sorted(keys - set(document)), sorted(set(document) - keys)
         raise CheckpointError(f"{where}: keys missing {missing!r:.200}, keys not known {extra!r:.200}")
     return document
 

@@ -114,11 +114,14 @@ def _made_by_timm(loaded: Checkpoint) -> Any:
         made.pretrained_cfg = {**given, "architecture": identity.architecture}
         made.default_cfg = made.pretrained_cfg
     else:
+        plan = loaded.record.plan
+        if plan.tokens:
+            arguments["tokens"] = plan.tokens.to_json()
         made = timm.create_model(
             NAME,
             pretrained_cfg={**given, "architecture": NAME},
             base_architecture=identity.architecture,
-            plan=loaded.record.plan.to_json(),
+            plan=plan.to_json(),
             **arguments,
         )
     made.load_state_dict(loaded.model.state_dict())

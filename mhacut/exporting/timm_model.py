@@ -27,7 +27,8 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Args:
         pretrained: load the weights of the folder it came from.
         kwargs: ``base_architecture``, timm's name of the dense model; ``plan``, the channels that stay, as
-            :meth:`mhacut.plan.Plan.to_json` gives them; the rest as for that architecture.
+            :meth:`mhacut.plan.Plan.to_json` gives them; ``tokens``, where the plan has any, as
+            :meth:`mhacut.plan.TokenPlan.to_json` gives them; the rest as for that architecture.
 
     Raises:
         CheckpointError: timm has no such architecture.
@@ -50,10 +51,10 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
     as_features = kwargs.get("features_only", False)
     wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
-    cut_to = Plan.from_json(kwargs["plan"])
+    cut_to = Plan.from_json(kwargs["plan"], kwargs.get("tokens"))
     used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
 
-    def cut_model(base_architecture: str, plan: Any, **arguments: Any) -> nn.Module:
+    def cut_model(base_architecture: str, plan: Any, tokens: Any = None, **arguments: Any) -> nn.Module:
         used.update(arguments)
         dense: nn.Module = create_model(base_architecture, pretrained=False, **arguments)
         cut(dense, cut_to)

@@ -15,6 +15,7 @@ from mhacut.surgery.axes import axes_of, tensor_of
 from mhacut.surgery.find import PrunableLayers, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.output import add_constant
+from mhacut.surgery.tokens import apply_tokens, tokens_of
 
 _LEAST_GATE = 1e-60
 """Least scale of a kept channel with a gate. Only positive scales can be merged into parameters, so a channel
@@ -42,7 +43,7 @@ def cut(
     Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
 
     Args:
-        model: the plan's dense model.
+        model: the plan's dense model, with or without its plan of tokens applied.
         plan: units not named stay whole.
         channel_scales: [heads, dense_width] per unit, multiplied into the contribution of the kept channels
             (the logits, for qk); missing means 1. At 1 the softmax temperature is the dense model's.
@@ -50,7 +51,11 @@ def cut(
 
     Raises:
         PlanError: the plan is not for this model.
+        UnsupportedModelError: the plan leaves out tokens that the model needs.
     """
+    if plan.tokens and tokens_of(model) != plan.tokens:
+        apply_tokens(model, plan.tokens)
+        prunable = None
     prunable = prunable or find_prunable_layers(model)
     check_plan(prunable, plan)
     by_layer = plan.by_layer()

@@ -57,7 +57,8 @@ class ModelCase(Case):
     @property
     def size(self) -> tuple[int, int, int]:
         side = self.side or self.args["img_size"]
-        return 3, side, side
+        height, width = (side, side) if isinstance(side, int) else side
+        return 3, height, width
 
     @property
     def id(self) -> str:

@@ -24,6 +24,8 @@ from timm.models import (
 from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
+from mhacut.adapters.read_attention import ReadAttention
+from mhacut.surgery.tokens import read_first
 from properties.cases import parts
 
 Cases = dict[type[nn.Module], dict[str, LayerCase | ModelCase]]
@@ -62,7 +64,22 @@ def pooling(whole: Mapping[str, str] = NOTHING, dim_out: int | None = None, **ar
     )
 
 
+def first_read(read: int, whole: Mapping[str, str] = NOTHING, **args: Any) -> LayerCase:
+    def make() -> nn.Module:
+        attention = Attention(12, 3, norm_layer=nn.LayerNorm, **args)
+        read_first(attention, read)
+        return attention
+
+    return LayerCase(make, whole=whole, fast=not args)
+
+
 CASES: Cases = {
+    ReadAttention: {
+        "": first_read(1),
+        "biases": first_read(2, qkv_bias=True),
+        "gated": first_read(2, gated=True, qkv_bias=True),
+        "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True),
+    },
     Attention: {
         "": vit("vit_tiny_patch16_224"),
         "distilled": vit("deit_tiny_distilled_patch16_224"),

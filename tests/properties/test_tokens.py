@@ -1,0 +1,160 @@
+"""Models that leave out tokens compute what the whole model does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from helpers.models import ModelCase, build, double, image, relative, slow_except
+from helpers.plans import random_plan
+from mhacut.checkpoint.build import allocate
+from mhacut.errors import PlanError, UnsupportedModelError
+from mhacut.plan import Plan, TokenPlan
+from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import apply_tokens, tokens_of, tokens_read
+
+
+def reading(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:
+    small = {"depth": 2, "img_size": 48, "embed_dim": 24, "num_heads": 3}
+    return ModelCase(architecture, {**small, **args})
+
+
+READING = {
+    "plain": reading(),
+    "not square": reading(img_size=[32, 64]),
+    "registers": reading(reg_tokens=2, no_embed_class=True),
+    "distilled": reading("deit_tiny_distilled_patch16_224"),
+    "layer scale": reading("deit3_small_patch16_224"),
+    "normalised": reading(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "no biases": reading(qkv_bias=False, proj_bias=False),
+}
+"""Models whose head reads their first tokens only."""
+OTHERS = {
+    "averaging": (reading(global_pool="avg"), "head reads all tokens"),
+    "pooling head": (reading(global_pool="map"), "head reads all tokens"),
+    "other attention": (
+        reading("vit_dpwee_patch16_reg1_gap_256", class_token=True, global_pool="token"),
+        "ParallelScaling",
+    ),
+    "another model": (
+        reading("vit_relpos_base_patch16_cls_224", global_pool="token", class_token=True),
+        "VisionTransformerRelPos",
+    ),
+}
+"""Models of which all tokens are computed, and what of the reason."""
+
+
+@pytest.fixture(params=READING.values(), ids=READING.keys())
+def reader(request):
+    return request.param
+
+
+@torch.no_grad()
+def test_what_is_not_read_changes_no_logit(reader):
+    for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model, x = build(reader, dtype=dtype), image(reader, dtype=dtype)
+        expected = model(x)
+        apply_tokens(model, TokenPlan(read=tokens_read(model)))
+        assert relative(model(x), expected) < most
+
+
+@torch.no_grad()
+def test_a_mask_is_that_of_the_whole_model(reader):
+    model, x = double(reader)
+    tokens = model.blocks[-1].norm1(model.forward_features(x))
+    mask = torch.rand(2, 1, 1, tokens.shape[1]) > 0.3
+    cases = ({"attn_mask": mask}, {"is_causal": True})
+    last, read = copy.deepcopy(model.blocks[-1]), tokens_read(model)
+    apply_tokens(model, TokenPlan(read=read))
+    for options in cases:
+        expected = last(tokens, **options)[:, :read]
+        assert relative(model.blocks[-1](tokens, **options), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_a_cut_applies_the_plan_and_two_cuts_are_one(reader):
+    """Of a whole model and of one that was cut before; without weights, with weights to be filled in."""
+    model, x = double(reader)
+    outline, first = copy.deepcopy(model).to("meta"), random_plan(find_prunable_layers(model), 1)[0]
+    cut(model, first)
+    expected = model(x)
+    tokens = TokenPlan(read=tokens_read(model))
+    apply_tokens(model, tokens)
+    assert relative(model(x), expected) < 1e-12
+    second = Plan(random_plan(find_prunable_layers(model), 2)[0].units, tokens)
+    cut(model, second)
+    both = second.after(first)
+    assert both.tokens == tokens_of(model) == tokens
+    cut(outline, both)
+    allocate(outline)
+    outline.load_state_dict(model.state_dict())
+    assert relative(outline.double()(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", slow_except({"distilled"}, READING))
+def test_costs_are_those_of_what_is_left(name):
+    reader = READING[name]
+    model = build(reader)
+    dense = measure_flops(model, reader.size)
+    apply_tokens(model, TokenPlan(read=tokens_read(model)))
+    prunable = find_prunable_layers(model)
+    table = build_cost_table(model, prunable, reader.size)
+    assert table.dense == measure_flops(model, reader.size) < 0.9 * dense
+    plan, _ = random_plan(prunable, 3)
+    cut(model, plan)
+    assert measure_flops(model, reader.size) == table.flops(plan.widths())
+
+
+@torch.no_grad()
+def test_copies_and_pickles_and_modes(reader):
+    model, x = build(reader), image(reader)
+    model.requires_grad_(False).train()
+    apply_tokens(model, TokenPlan(read=tokens_read(model)))
+    assert all(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+    apply_tokens(model, tokens_of(model))  # once more
+
+
+@pytest.mark.parametrize(("case", "reason"), OTHERS.values(), ids=OTHERS.keys())
+def test_models_that_read_all_tokens_are_refused(case, reason):
+    model = build(case)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tokens_read(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        cut(model, Plan((), TokenPlan(read=1)))
+    assert not tokens_of(model)
+
+
+def test_plans_for_another_head_are_refused():
+    model = build(READING["distilled"])
+    with pytest.raises(PlanError, match="reads 2 tokens"):
+        apply_tokens(model, TokenPlan(read=1))
+    apply_tokens(model, TokenPlan(read=2))
+    with pytest.raises(PlanError, match="2 tokens of its last block"):
+        apply_tokens(model, TokenPlan(read=1))
+
+
+@torch.no_grad()
+def test_features_of_patches_that_are_not_there_are_refused():
+    case = READING["registers"]
+    model, x = double(case)
+    expected = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+    features = model.forward_features(x)
+    apply_tokens(model, TokenPlan(read=1))
+    assert relative(model.forward_features(x), features[:, :1]) < 1e-12
+    (found,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+    assert torch.equal(found, expected[0])
+    for indices in (None, 1, [0, 1]):
+        with pytest.raises(UnsupportedModelError, match="keep_dead_tokens=True"):
+            model.forward_intermediates(x, indices=indices)
+    with pytest.raises(UnsupportedModelError, match="block 1"):
+        model.get_intermediate_layers(x)
