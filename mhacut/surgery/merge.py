@@ -7,16 +7,14 @@ slowly. The class token and others before the patches are never merged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Which tokens are merged into which, for a batch of images; tokens are counted behind the prefix.
 
     Every second token, from the first on, may be merged: set A. The others, set B, may receive.
@@ -105,6 +103,15 @@ class Sizes:
     value: Tensor | None = None
     """[B, N, 1]."""
 
-    def as_bias(self) -> Any:
+    def last(self) -> Tensor:
+        """Return the sizes of the last forward pass, [B, N, 1]."""
+        assert self.value is not None, "the block before did not run"
+        return self.value
+
+    def as_bias(self) -> Tensor:
         """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
-        return None if self.value is None else self.value.log()[:, None, None, :, 0]
+        return self.last().log()[:, None, None, :, 0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: a copy starts anew, as sizes belong to one forward pass."""
+        return {}
