@@ -132,9 +132,9 @@ def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | Non
             slim = copy.deepcopy(ready.model.cpu())
             cut(slim, ready.plan, ready.channel_scales, job.prunable)  # 4. cut
             slim_layers = find_prunable_layers(slim)
-            flops = check_flops(slim, job, ready.plan, inputs.preprocessing.input_size)  # 5. check
+            flops = check_flops(slim, job, planned)  # 5. check
             check_exact(slim, job, ready, job.images[:_PROBED])
-            slim = recover(slim, slim_layers, job, calibration)  # 6. recover
+            slim = recover(slim, slim_layers, job, calibration, planned.merged)  # 6. recover
             if not options.dry_run:
                 timer.start("writing")
                 slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
@@ -237,7 +237,7 @@ def _result(
     return PruneResult(
         output=None if inputs.options.dry_run else inputs.target,
         architecture=inputs.loaded.identity.architecture,
-        plan=planned.ready.plan,
+        plan=planned.plan,
         budget=inputs.job.budget,
         dense=measured.dense,
         slim=measured.slim,
@@ -258,7 +258,7 @@ def _result(
 
 def _record(inputs: PruneInputs, planned: Planned, flops: int) -> SlimRecord:
     """Return what the slim file states about itself."""
-    options, loaded, plan = inputs.options, inputs.loaded, planned.ready.plan
+    options, loaded, plan = inputs.options, inputs.loaded, planned.plan
     entry: dict[str, Any] = {
         "command": "prune",
         "options": {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS},

@@ -21,7 +21,7 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
-from mhacut.errors import option_name
+from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
@@ -35,8 +35,13 @@ from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.info import classifier_size
+from mhacut.surgery.merging import why_not_merged
 
-_KINDS: dict[str, tuple[UnitKind, ...]] = {"attention": ("qk", "v"), "attention+mlp": ("qk", "v", "hidden")}
+_KINDS: dict[str, tuple[UnitKind, ...]] = {
+    "attention": ("qk", "v"),
+    "attention+mlp": ("qk", "v", "hidden"),
+    "attention+mlp+tokens": ("qk", "v", "hidden"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,11 @@ def read_inputs(
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    merges = _merges(options, dense)
     prunable = find_prunable_layers(dense)
     units = prunable.units(_KINDS[options.scope])
     table = build_cost_table(dense, prunable, preprocessing.input_size)
-    flops = reachable_budget(budget, table, units, options.round_to)
+    flops = reachable_budget(budget, table, units, options.round_to, beyond_channels=merges)
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
     reporter.start("loading images")
@@ -108,8 +114,25 @@ def read_inputs(
         round_to=options.round_to,
         amp=options.amp,
         reporter=reporter,
+        merges_tokens=merges,
     )
     return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job)
+
+
+def _merges(options: PruneOptions, dense: nn.Module) -> bool:
+    """Whether tokens are to be merged.
+
+    Raises:
+        UnsupportedModelError: they cannot be.
+    """
+    if not options.scope.endswith("+tokens"):
+        return False
+    reason = why_not_merged(dense)
+    if reason:
+        raise UnsupportedModelError(
+            f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
+        )
+    return True
 
 
 def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:

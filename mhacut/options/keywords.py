@@ -371,8 +371,9 @@ class PruneKeywords(
     """Options of ``mhacut prune``."""
     output: str | os.PathLike[str] | None
     """File to write; by default the checkpoint's stem and the budget, in the working directory."""
-    scope: Literal["attention", "attention+mlp"]
-    """Layers that may be pruned. Default: 'attention+mlp'."""
+    scope: Literal["attention", "attention+mlp", "attention+mlp+tokens"]
+    """What may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain ViT
+    then merge. Default: 'attention+mlp'."""
     round_to: int
     """Round widths to multiples of N. Default: 8."""
     overwrite: bool

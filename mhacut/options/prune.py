@@ -10,7 +10,7 @@ from mhacut.errors import option_name
 from mhacut.options.base import CheckpointOptions, DataOptions, DeviceOptions, PathLike, PreprocessingOptions
 from mhacut.options.option import REQUIRED, Options, option, require
 
-Scope = Literal["attention", "attention+mlp"]
+Scope = Literal["attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
@@ -297,7 +297,12 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         endings=(".safetensors",),
     )
     search: SearchOptions = field(default_factory=SearchOptions)
-    scope: Scope = option("attention+mlp", "Layers that may be pruned.", panel="Result")
+    scope: Scope = option(
+        "attention+mlp",
+        "What may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain ViT "
+        "then merge.",
+        panel="Result",
+    )
     round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
@@ -334,6 +339,12 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
     )
     amp: bool = option(False, "Train under bfloat16 autocast, where anything is trained.", panel="Computing")
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope.endswith("+tokens"):
+            expected = f"curves with {option_name('scope', self.scope)}, which compares merges by them"
+            require("allocation", self.search.allocation, self.search.allocation == "curves", expected)
 
     @property
     def images_wanted(self) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from mhacut.errors import MhacutError
-from mhacut.plan import Plan
 from mhacut.pruning.job import Job
+from mhacut.pruning.planner import Planned
 from mhacut.pruning.repair import ReconstructedModel
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.merging import set_merged
 
 EXACTNESS = 1e-3
 """Largest relative difference of masked and sliced outputs that rounding explains; it grows with depth."""
@@ -18,14 +21,17 @@ REPEATABILITY = 1e-5
 """Largest relative difference of the outputs of one model, loaded twice."""
 
 
-def check_flops(slim: nn.Module, job: Job, plan: Plan, input_size: tuple[int, int, int]) -> int:
-    """Return the FLOPs of the cut model for one image [C, H, W], counted anew.
+def check_flops(slim: nn.Module, job: Job, planned: Planned) -> int:
+    """Return the FLOPs of the cut model for one image, merges included, counted anew.
 
     Raises:
         MhacutError: they are not those of the cost table, or above the budget.
     """
-    counted = measure_flops(slim, input_size)
-    expected = int(job.table.flops(plan.widths()))
+    if planned.merged:
+        slim = copy.deepcopy(slim)
+        set_merged(slim, planned.merged)
+    counted = measure_flops(slim, job.input_size)
+    expected = int(planned.table.flops(planned.plan.widths()))
     if counted != expected or counted > job.budget:
         raise MhacutError(
             f"the pruned model costs {counted} FLOPs, planned were {expected} within a budget of "

@@ -46,6 +46,14 @@ class Job:
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
+    merges_tokens: bool = False
+    """Whether the budget is shared by channels and tokens."""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """[C, H, W] of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @property
     def device(self) -> torch.device:

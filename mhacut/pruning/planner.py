@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from mhacut.linalg.indicator import THRESHOLD
-from mhacut.plan import Plan, UnitKey
+from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import cheapest_widths, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
+from mhacut.pruning.choose_merges import choose_merges, described
 from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
 from mhacut.pruning.job import Job
+from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
+from mhacut.surgery.costs import CostTable
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.rotate import rotate
 
@@ -38,6 +41,16 @@ class Planned:
     """Estimated KL divergence at each width of every unit; empty where no curve was needed."""
     log: tuple[SearchStep, ...]
     """Steps of the indicators, where they were trained."""
+    table: CostTable
+    """FLOPs of the model with the merges of the plan."""
+    merged: Schedule = ()
+    """Number of tokens that each block merges, once channels are cut; empty if none does."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as the slim file states it."""
+        tokens = TokenPlan(self.ready.plan.tokens.read, self.merged)
+        return Plan(self.ready.plan.units, tokens)
 
 
 class Planner:
@@ -55,22 +68,30 @@ class Planner:
         job, candidates = self.job, self._candidates()
         curves: Mapping[UnitKey, Curve] = {}
         widths: Widths
+        table: CostTable = job.table
+        merged: Schedule = ()
         if self.options.allocation == "uniform":
             widths = uniform_widths(job.choices, job.table.flops, job.budget)
         else:
             curves = self._curves(candidates)
-            widths = cheapest_widths(curves, job.choices, job.table.flops, job.budget)
+            if job.merges_tokens:
+                self.reporter.start("choosing merges")
+                choice = choose_merges(job, self.calibration, curves)
+                widths, table, merged = choice.widths, choice.table, choice.merged
+                self.reporter.log(described(choice))
+            else:
+                widths = cheapest_widths(curves, job.choices, job.table.flops, job.budget)
         chosen = self._exchanged(candidates, widths)
         ready = self._reconstructed(chosen, widths)
         if self.options.allocation != "refined":
-            return Planned(ready, curves, ())
+            return Planned(ready, curves, (), table, merged)
         widths, log = self._refined(chosen, ready)
         refined = self._reconstructed(self._exchanged(candidates, widths), widths)
         before, after = self._divergence(ready), self._divergence(refined)
         self.reporter.log(
             f"divergence on held-out images: {before:.4f} by curves, {after:.4f} refined by indicators"
         )
-        return Planned(refined if after < before else ready, curves, log)
+        return Planned(refined if after < before else ready, curves, log, table)
 
     def _divergence(self, ready: ReconstructedModel) -> float:
         """Divergence of the cut model from the dense one, mean over held-out images.
@@ -91,7 +112,7 @@ class Planner:
         self.reporter.start("repairing")
         scales = found.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
-        return Planned(ready, {}, found.log)
+        return Planned(ready, {}, found.log, self.job.table)
 
     def _candidates(self) -> Candidates:
         self.reporter.start("ranking channels")

@@ -12,9 +12,11 @@ from mhacut.pruning.channel_scales import with_trained_scales
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.heal import healed
 from mhacut.pruning.job import Job
+from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.sequential import GUARD, sequentially_reconstructed
 from mhacut.pruning.tune import tuned
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.merging import set_merged
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,15 @@ class _Step:
     change: Callable[[nn.Module], nn.Module]
     """Returns a changed copy of the slim model."""
     tolerance: float = 1.0
+    sees_merges: bool = False
+    """Whether the step works on the model that merges tokens; those before it do not."""
     by_default: bool = False
     """Whether nobody asked for the step, so that it is mentioned only when it is left out."""
 
 
-def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
+def recover(
+    slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration, merged: Schedule = ()
+) -> nn.Module:
     """Return ``slim`` after the steps that the job's options ask for, as far as they help on held-out images.
 
     These images chose the ridges of the repair, which was then fitted to them too: they favour the model as
@@ -65,15 +71,19 @@ def recover(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Ca
         prunable: its prunable layers.
         job: what is pruned.
         calibration: of its model.
+        merged: number of tokens that each block is to merge, before the last step.
     """
     options, reporter = job.options, job.reporter
     if calibration.held == 0:
+        set_merged(slim, merged)
         if options.trained_gain_steps or options.healed_steps or options.tuned_steps:
             reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
     judge = job.distillation(calibration).part(0, calibration.held)
     slim = slim.to(job.device)
     for step in _steps(prunable, job, calibration):
+        if step.sees_merges:
+            set_merged(slim, merged)
         if not step.asked:
             continue
         reporter.start(step.stage)
@@ -107,11 +117,11 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
         return tuned(slim, dense, learning, steps=steps, lr=lr, seed=seed, reporter=reporter)
 
     in_order = _Step(
-        "repair in order", "repairing in order", options.repairs_in_order, reconstruct, GUARD, True
+        "repair in order", "repairing in order", options.repairs_in_order, reconstruct, GUARD, by_default=True
     )
     return (
         in_order,
         _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scale),
         _Step("healing", "healing", options.healed_steps > 0, heal),
-        _Step("tuning", "tuning", options.tuned_steps > 0, tune),
+        _Step("tuning", "tuning", options.tuned_steps > 0, tune, sees_merges=True),
     )

@@ -43,7 +43,9 @@ def lowest_flops(
     return flops({key: widths[0] for key, widths in choices.items()})
 
 
-def reachable_budget(asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int) -> int:
+def reachable_budget(
+    asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int, *, beyond_channels: bool = False
+) -> int:
     """Return the budget in FLOPs.
 
     Args:
@@ -51,6 +53,8 @@ def reachable_budget(asked: Budget, table: CostTable, units: Iterable[Unit], rou
         table: FLOPs of the model at any widths.
         units: those that may be cut.
         round_to: widths are multiples of it.
+        beyond_channels: whether something else than channels can be cut as well, so that the lowest FLOPs are
+            not known here.
 
     Raises:
         BudgetError: the model is within it already, or at the least widths still above it.
@@ -62,7 +66,7 @@ def reachable_budget(asked: Budget, table: CostTable, units: Iterable[Unit], rou
         )
     units = tuple(units)
     lowest = lowest_flops({unit.key: width_choices(unit.width, round_to) for unit in units}, table.flops)
-    if budget < lowest:
+    if budget < lowest and not beyond_channels:
         share = 100 * asked.value if asked.value < 1 else asked.value
         meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in units) else "attention"

@@ -16,8 +16,9 @@ from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.read import tokens_read
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import apply_tokens, tokens_of, tokens_read
+from mhacut.surgery.tokens import apply_tokens, tokens_of
 
 
 def reading(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:

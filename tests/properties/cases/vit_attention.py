@@ -25,7 +25,7 @@ from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
 from mhacut.adapters.read_attention import ReadAttention
-from mhacut.surgery.tokens import read_first
+from mhacut.surgery.read import read_first
 from properties.cases import parts
 
 Cases = dict[type[nn.Module], dict[str, LayerCase | ModelCase]]

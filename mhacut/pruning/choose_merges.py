@@ -1,0 +1,181 @@
+"""Division of one budget between tokens and channels. Ours.
+
+For ever more merges, at the schedules that are best for their FLOPs, channels get what is left of the budget;
+the schedule of least predicted divergence is taken. Merges shrink the price of channels too, so that the cost
+table is counted anew for every schedule that is looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from mhacut.adapters.base import Unit
+from mhacut.budget import format_flops
+from mhacut.errors import BudgetError, option_name
+from mhacut.plan import UnitKey
+from mhacut.pruning.allocate import cheapest_widths
+from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.curves import Curve
+from mhacut.pruning.job import Job
+from mhacut.pruning.merge_law import (
+    TYPICAL,
+    BlockCost,
+    MergeLaw,
+    Schedule,
+    Tokens,
+    cheapest_schedules,
+    trial_schedules,
+)
+from mhacut.pruning.widths import lowest_flops
+from mhacut.surgery.costs import CostTable, build_cost_table
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.merging import set_merged
+from mhacut.surgery.read import read_of
+
+TRIED_IMAGES = 64
+"""Calibration images on which schedules are tried."""
+_PRICES = [10 ** (-3 + step / 8) for step in range(33)]
+"""Worth of all FLOPs of the model, in terms of the law."""
+CHANNEL_FACTOR, CHANNEL_POWER = 11.0, 1.28
+"""Divergence of a model whose channels were cut and refitted, as a function of the sum of its curves: that of
+an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
+
+
+@dataclass(frozen=True)
+class MergeChoice:
+    """Merges and widths that share a budget."""
+
+    merged: Schedule
+    """Number of tokens that each block merges; empty if none does."""
+    table: CostTable
+    """FLOPs of the model with these merges."""
+    widths: Mapping[UnitKey, int]
+    predicted: float
+    """Divergence in nats that merges and cut are expected to cause together."""
+
+
+def choose_merges(job: Job, calibration: Calibration, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
+    """Return the merges and widths of least predicted divergence within the job's budget.
+
+    Args:
+        job: what is pruned; its model merges no tokens, and can.
+        calibration: of its model.
+        curves: of its units.
+
+    Raises:
+        BudgetError: no schedule reaches the budget.
+    """
+    tokens = tokens_of_model(job.model)
+    last = tokens.depth - (read_of(job.model) is not None)
+    law = measured_law(job, calibration, tokens, last)
+    return _best(job, curves, law, tokens, last)
+
+
+def expected_with_merges(job: Job, curves: Mapping[UnitKey, Curve]) -> float:
+    """Return the divergence in nats that the budget is expected to cause with merges, by the typical law."""
+    tokens = tokens_of_model(job.model)
+    last = tokens.depth - (read_of(job.model) is not None)
+    return _best(job, curves, TYPICAL, tokens, last).predicted
+
+
+def tokens_of_model(model: Any) -> Tokens:
+    """Return the tokens of a plain ViT."""
+    prefix = model.num_prefix_tokens
+    return Tokens(model.patch_embed.num_patches + prefix, prefix, len(model.blocks))
+
+
+@torch.no_grad()
+def measured_law(job: Job, calibration: Calibration, tokens: Tokens, last: int) -> MergeLaw:
+    """Return the law of the job's model, fitted to a few schedules tried on calibration images."""
+    judge = job.distillation(calibration).part(0, TRIED_IMAGES)
+    model, trials, measured = copy.deepcopy(job.model), trial_schedules(tokens, last), []
+    for done, schedule in enumerate(trials, 1):
+        set_merged(model, schedule)
+        measured.append(judge.divergence_of(model))
+        job.reporter.advance(done, len(trials))
+    return MergeLaw.fit(trials, measured, tokens)
+
+
+def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Tokens, last: int) -> MergeChoice:
+    """Search the schedules of least cost, from few merges to many, for the best division of the budget."""
+    prices = [price / job.table.dense for price in _PRICES]
+    schedules = [(), *cheapest_schedules(law, tokens, block_costs(job, tokens), last, prices)]
+    schedules = [schedule for index, schedule in enumerate(schedules) if any(schedule) or not index]
+
+    @cache
+    def choice(index: int) -> MergeChoice | None:
+        table = _table_with(job, schedules[index])
+        if lowest_flops(job.choices, table.flops) > job.budget:
+            return None
+        widths = cheapest_widths(curves, job.choices, table.flops, job.budget)
+        cut = sum(curve[widths[key]] for key, curve in curves.items())
+        predicted = CHANNEL_FACTOR * cut**CHANNEL_POWER
+        if schedules[index]:
+            predicted += law.divergence(schedules[index], tokens)
+        return MergeChoice(schedules[index], table, widths, predicted)
+
+    def worth(index: int) -> float:
+        found = choice(index)
+        return float("inf") if found is None else found.predicted
+
+    # Too few merges cost channels, too many cost tokens: there is one valley; its left side may be infinite.
+    low, high = 0, len(schedules) - 1
+    while high - low > 2:
+        left, right = low + (high - low) // 3, high - (high - low) // 3
+        if worth(left) == float("inf") or worth(left) > worth(right):
+            low = left + 1
+        else:
+            high = right - 1 if right > left + 1 else right
+    found = [each for each in map(choice, range(low, high + 1)) if each is not None]
+    if not found:
+        raise BudgetError(
+            f"{option_name('flops', format_flops(job.budget))} is out of reach, even with every token merged "
+            "that can be and all channels at their least widths"
+        )
+    return min(found, key=lambda each: each.predicted)
+
+
+def described(choice: MergeChoice) -> str:
+    """Return one line about a choice, for the log."""
+    if not choice.merged:
+        return "no tokens are merged: channels alone are expected to cost less"
+    counts = ", ".join(str(count) for count in choice.merged)
+    return (
+        f"tokens merged per block: {counts} ({sum(choice.merged)} in all); a divergence of about "
+        f"{choice.predicted:.2g} is expected"
+    )
+
+
+def _table_with(job: Job, schedule: Schedule) -> CostTable:
+    """Return the cost table of the job's model with merges."""
+    if not schedule:
+        return job.table
+    model = copy.deepcopy(job.model)
+    set_merged(model, schedule)
+    return build_cost_table(model, find_prunable_layers(model), job.input_size)
+
+
+def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
+    """Return the FLOPs of each block as a function of its tokens, nearly: those of whole layers."""
+    by_layer, count = job.table.by_layer(), tokens.total
+    costs = []
+    for block in range(tokens.depth):
+        layers = [layer for layer in job.prunable.layers if layer.name.startswith(f"blocks.{block}.")]
+        attention = [layer for layer in layers if layer.adapter.family == "attention"]
+        pair = sum(_heads_times_width(unit) for layer in attention for unit in layer.units)
+        if block == tokens.depth - 1 and read_of(job.model) is not None:
+            pair = 0  # its queries are few, whatever is merged before
+        total = sum(by_layer[layer.name] for layer in attention)
+        mlp = sum(by_layer[layer.name] for layer in layers if layer not in attention)
+        costs.append(BlockCost(max(total - pair * count**2, 0) / count, pair, mlp / count))
+    return costs
+
+
+def _heads_times_width(unit: Unit) -> int:
+    return unit.heads * unit.width
