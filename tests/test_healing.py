@@ -15,7 +15,7 @@ from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build, image, slow_except
 from helpers.plans import distillation_of
 from mhacut.adapters.base import Layer
-from mhacut.options.prune import SearchOptions
+from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import Calibration, calibrate
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
@@ -301,6 +301,18 @@ def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, we
 
 
 # --- mhacut prune ---
+
+
+def test_the_effort_decides_unless_steps_are_given():
+    def shown(**options):
+        chosen = SearchOptions(**options)
+        return chosen.healed_steps > 0, chosen.repairs_in_order
+
+    assert [shown(effort=effort) for effort in EFFORTS] == [(False, False), (False, True), (True, False)]
+    assert shown(heal_steps=3) == (True, False)
+    assert shown(heal_steps=3, repair_in_order=True) == (True, True)
+    assert shown(effort="best", heal_steps=0) == (False, True)
+    assert shown(effort="best", heal_steps=0, repair=False) == (False, False)
 
 
 @pytest.mark.parametrize("case", slow_except(["class token"], ["class token", "windows", "sizes"]))

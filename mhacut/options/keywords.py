@@ -320,7 +320,7 @@ class SearchKeywords(TypedDict, total=False):
     the effort decides."""
     repair_in_order: bool | None
     """Refit once more, layer by layer, on the outputs of the layers pruned before; by default the effort
-    decides."""
+    decides, where nothing is healed."""
     heal_steps: int | None
     """Steps that train each block of the pruned model, in order, to give the output of the dense model's; by
     default the effort decides."""

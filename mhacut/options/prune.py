@@ -69,7 +69,7 @@ class SearchOptions(Options):
     repair_in_order: bool | None = option(
         None,
         "Refit once more, layer by layer, on the outputs of the layers pruned before; by default the "
-        "effort decides.",
+        "effort decides, where nothing is healed.",
         panel="Research switches",
     )
     heal_steps: int | None = option(
@@ -185,7 +185,9 @@ class SearchOptions(Options):
     @property
     def repairs_in_order(self) -> bool:
         """Whether layers are refitted on the outputs of the pruned layers before them."""
-        asked = EFFORTS[self.effort].repair_in_order if self.repair_in_order is None else self.repair_in_order
+        asked = self.repair_in_order
+        if asked is None:  # what it fits to the images leaves healing less to learn from them
+            asked = EFFORTS[self.effort].repair_in_order and self.healed_steps == 0
         return self.repair and asked
 
     @property

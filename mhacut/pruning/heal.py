@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mhacut.adapters.base import Layer
-from mhacut.pruning.augment import varied
 from mhacut.pruning.calibrate import Calibration, fewer
 from mhacut.pruning.distill import minimise, repeatable
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
@@ -28,8 +27,6 @@ from mhacut.surgery.find import PrunableLayers
 
 LR = 5e-4
 """Learning rate of the first step of each block."""
-VIEWS = 1
-"""Number of times that each image to fit is there: as it is, then varied."""
 MOST_BYTES = 2**31
 """Bounds the images, and the inputs and outputs of blocks that wait for all of them in both models."""
 NEGLIGIBLE = 1e-6
@@ -59,10 +56,11 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     model = copy.deepcopy(slim)
     names = blocks_of(prunable)
     blocks, bytes_per_image = _comparable(model, job.model, names, job.images[:1].to(job.device))
-    per_image = bytes_per_image + job.images[0].nbytes
-    images, held = fewer(job.images, calibration.held, max(2, MOST_BYTES // (per_image * VIEWS)))
+    most = max(2, MOST_BYTES // (bytes_per_image + job.images[0].nbytes))
+    images, held = fewer(job.images, calibration.held, most)
+    images, size = images.to(job.device), job.options.batch_size
+    unseen, fit = images[:held].split(size), images[held:].split(size)
     generator = torch.Generator().manual_seed(job.options.seed)
-    unseen, fit = _batches(images.to(job.device), held, job.options.batch_size, generator)
     counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
     with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(job.model, [*unseen, *fit]) as dense:
         for number, block in enumerate(blocks):
@@ -145,15 +143,6 @@ def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, l
         for handle in handles:
             handle.remove()
     return outputs
-
-
-def _batches(
-    images: Tensor, held: int, size: int, generator: torch.Generator
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches of the held-out images, the first ones, and of the others, as they are and varied."""
-    fit = list(images[held:].split(size))
-    views = [varied(batch, generator) for _ in range(VIEWS - 1) for batch in fit]
-    return list(images[:held].split(size)), [*fit, *views]
 
 
 @dataclass(frozen=True)
