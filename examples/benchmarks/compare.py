@@ -2,13 +2,15 @@
 
     pip install 'mhacut[bench]'
     python examples/benchmarks/compare.py --checkpoint examples/digits/model --data-dir examples/digits/images
+    python examples/benchmarks/compare.py --subject wide430 --root downloads
 
 prints one table: a row per method and budget. Rules of the comparison:
 
 - Equal FLOPs: within 0.5 % of the budget where the method's steps allow (the column "gap" shows it), mhacut
   never above it. All are counted by mhacut.surgery.flops on the model read back from its file.
-- Equal freedom: q/k/v channels and hidden channels of the MLP; the residual width stays. What a method does
-  not cut (attention in VBP, v in CORP) it leaves whole, and a budget below that is out of its reach.
+- Equal freedom: q/k/v channels and hidden channels of the MLP, and tokens where the row says so; the
+  residual width stays. What a method does not cut (attention in VBP, v in CORP) it leaves whole, and a
+  budget below that is out of its reach.
 - Equal data: the same calibration images and preprocessing. Some methods need their labels.
 - Every cell prunes in a process of its own. Its seconds and peak memory are those of that whole process, from
   the start of Python to the written file; the row "dense" is a process that only reads model and images,
@@ -40,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods import METHODS, Method, chosen
 from process import OUT_OF_REACH, FailedError, Process, TooFarError, describe_machine, run
+from subjects import add_flags, complete
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,10 @@ if TYPE_CHECKING:
     from mhacut.data import CalibrationImages, Preprocessing
 
 EVALUATION_BATCH = 64
+LATENCY_BATCH = 8
+LATENCY_SECONDS = 4.0
+HALVES = {"even": 0, "odd": 1}
+"""Halves of the validation images, by their first index: choose on one, report the other."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,9 @@ class Setup:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = build_parser().parse_args(arguments)
+    parser = build_parser()
+    asked = parser.parse_args(arguments)
+    complete(parser, asked)
     try:
         methods = chosen(asked.methods)
     except ValueError as error:
@@ -118,10 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures = comparison.fill(methods, asked.keep, again=asked.again)
     print("\n".join(f"{name}: {value}" for name, value in {**machine, "seed": setup.seed}.items()))
     print(
-        f"\n{table.validation_images} validation images, "
+        f"\n{table.validation_images} validation images ({asked.half} of them in the table), "
         f"{setup.calibration_images} calibration images asked for\n"
     )
-    print(as_text(table.rows))
+    rows = [of_half(row, asked.half) for row in table.rows]
+    print(as_markdown(rows) if asked.markdown else as_text(rows))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if asked.json:
@@ -134,16 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare mhacut with other methods on a timm ViT at equal FLOPs.",
         epilog=f"Methods: {', '.join(METHODS)}.",
     )
-    parser.add_argument("--checkpoint", required=True, help="whatever `mhacut prune` reads")
-    parser.add_argument("--model", help="timm architecture, for a file that does not say")
-    parser.add_argument(
-        "--model-arg", action="append", default=[], metavar="KEY=VALUE", help="may be given again"
-    )
-    parser.add_argument(
-        "--data-dir", required=True, help="folder with train/ and val/, a folder per class in each"
-    )
-    parser.add_argument("--mean", metavar="A,B,C", help="per channel; by default the model's own")
-    parser.add_argument("--std", metavar="A,B,C", help="per channel; by default the model's own")
+    add_flags(parser)
     parser.add_argument(
         "--keep", type=float, nargs="+", default=[75.0, 50.0, 25.0], metavar="PERCENT", help="of the FLOPs"
     )
@@ -160,6 +161,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", metavar="FILE", help="reuse the rows of this file, and add those made now")
     parser.add_argument("--again", action="store_true", help="make rows anew that --merge has")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
+    parser.add_argument(
+        "--half", choices=("all", *HALVES), default="all", help="of the validation images, for the table"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--keep-models", metavar="DIR", help="keep METHOD-PERCENT.safetensors there")
     return parser
 
@@ -352,6 +357,7 @@ def _row(
         "keep": keep,
         "flops": found["flops"],
         "ratio": found["flops"] / dense_flops,
+        "latency_ratio": found.get("latency_ratio", 1.0),
         **scores[best],
         "temperature": best,
         "other_temperatures": {name: score for name, score in scores.items() if name != best},
@@ -373,9 +379,41 @@ def best_of(scores: Mapping[str, Mapping[str, float]]) -> str:
     return min(scores, key=lambda name: scores[name]["kl"])
 
 
+def of_half(row: Mapping[str, Any], half: str) -> dict[str, Any]:
+    """A row with the scores of one half of the validation images, or of all."""
+    return dict(row) if half == "all" or "out_of_reach" in row else {**row, **row["halves"][half]}
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table's main columns. "time" is that of a batch of 8 over the dense model's, timed in turns."""
+    lines = ["| method | FLOPs | top-1 | agree | KL | time | CPU s |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if "out_of_reach" in row:
+            cells = [f"{row['keep']:g} %", *["-"] * 5]
+        else:
+            time = f"{row['latency_ratio']:.2f}" if "latency_ratio" in row else "-"
+            cells = [f"{100 * row['ratio']:.1f} %", f"{row['top1']:.2f}", f"{row['agreement']:.2f}"]
+            cells += [f"{row['kl']:.4f}", time, f"{row['cpu_s']:.0f}"]
+        lines.append(f"| {' | '.join([row['title'], *cells])} |")
+    return "\n".join(lines)
+
+
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table, then what does not fit into it."""
-    head = ["method", "keep", "top-1", "agree", "KL", "GMAC", "ratio", "gap", "wall s", "CPU s", "peak MiB"]
+    head = [
+        "method",
+        "keep",
+        "top-1",
+        "agree",
+        "KL",
+        "GMAC",
+        "ratio",
+        "gap",
+        "time",
+        "wall s",
+        "CPU s",
+        "peak MiB",
+    ]
     lines = [head]
     notes = []
     for row in rows:
@@ -395,6 +433,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['flops'] / 1e9:.4f}",
                 f"{100 * row['ratio']:.2f}%",
                 "" if row["keep"] is None else f"{100 * (100 * row['ratio'] / row['keep'] - 1):+.2f}%",
+                f"{row['latency_ratio']:.2f}" if "latency_ratio" in row else "",
                 f"{row['wall_s']:.1f}",
                 f"{row['cpu_s']:.1f}",
                 f"{row['peak_mib']:.0f}",
@@ -513,7 +552,7 @@ def part_reference(job: Mapping[str, Any]) -> int:
         "flops": measure_flops(dense, preprocessing.input_size),
         "images": len(truth),
         "best": "own",
-        "scores": {"own": score(reference, reference, truth)},
+        "scores": {"own": scores_of(reference, reference, truth)},
         "checks": {},
     }
     print(json.dumps(found))
@@ -529,6 +568,7 @@ def part_score(job: Mapping[str, Any]) -> int:
     from methods.common import read_slim, temperatures_of, write_slim
     from safetensors.torch import load_file
 
+    from mhacut.measuring.latency import compare_latency
     from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
@@ -551,14 +591,23 @@ def part_score(job: Mapping[str, Any]) -> int:
     found = []
     for cell, models, collected in zip(job["cells"], cells, logits, strict=True):
         scores = {
-            name: score(reference["logits"], torch.cat(parts), reference["labels"])
+            name: scores_of(reference["logits"], torch.cat(parts), reference["labels"])
             for name, parts in collected.items()
         }
         best = best_of(scores)
         if len(scores) > 1:
             write_slim(cell["file"], models[best], ("own",))
-        flops = measure_flops(models[best], preprocessing.input_size)
-        found.append({"flops": flops, "best": best, "scores": scores, "checks": {}})
+        size = preprocessing.input_size
+        dense_ms, slim_ms = compare_latency(
+            [dense, models[best]],
+            size,
+            batch_size=LATENCY_BATCH,
+            seconds=LATENCY_SECONDS,
+            device=torch.device("cpu"),
+        )
+        flops = measure_flops(models[best], size)
+        about = {"flops": flops, "latency_ratio": slim_ms / dense_ms}
+        found.append({**about, "best": best, "scores": scores, "checks": {}})
     print(json.dumps(found))
     return 0
 
@@ -578,6 +627,14 @@ def evaluation_images(setup: Setup, preprocessing: Preprocessing, num_classes: i
         num_classes=num_classes,
         batch_size=EVALUATION_BATCH,
     )
+
+
+def scores_of(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """:func:`score` on all images, and under ``halves`` on those of even and of odd index."""
+    halves = {
+        name: score(reference[start::2], logits[start::2], labels[start::2]) for name, start in HALVES.items()
+    }
+    return {**score(reference, logits, labels), "halves": halves}
 
 
 def score(reference: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -23,22 +23,28 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Setup, read, score
+from compare import HALVES, Setup, of_half, read, scores_of
 from methods import chosen
 from methods.common import read_slim, temperatures_of
+from PIL import Image
 from process import describe_machine
+from subjects import add_flags, complete
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_cifar_vit import augment, normalize, read_split, seed_of, write_whole
+from train_cifar_vit import IMAGE_ENDINGS, augment, normalize, seed_of, write_whole
+
+from mhacut.data import Preprocessing
 
 START = ("pruned", "scratch")
+SHIFT = 8
+"""Crops are out of images padded by 1/8 of their width on each side."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,9 @@ class Images:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    asked = build_parser().parse_args(arguments)
+    parser = build_parser()
+    asked = parser.parse_args(arguments)
+    complete(parser, asked)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
     setup = Setup(
@@ -102,24 +110,23 @@ def main(arguments: list[str] | None = None) -> None:
     if todo:
         loaded, preprocessing = read(setup)
         dense = loaded.model.eval().requires_grad_(False)
-        size = preprocessing.input_size[-1]
-        train, labels, _ = read_split(asked.data_dir / "train", size)
-        held, held_labels, _ = read_split(asked.data_dir / "val", size)
+        train, labels = read_images(Path(asked.data_dir, "train"), preprocessing)
+        held, held_labels = read_images(Path(asked.data_dir, "val"), preprocessing)
         images = Images(train, labels, held, held_labels, preprocessing.mean, preprocessing.std)
         reference = outputs(dense, images)
         teacher = Teacher(dense, recipe.amp)
-        starts: dict[tuple[Any, ...], dict[str, float]] = {}  # many runs begin at the same weights
+        starts: dict[tuple[Any, ...], dict[str, Any]] = {}  # many runs begin at the same weights
         for run in todo:
             print(" ".join(map(str, asdict(run).values())), file=sys.stderr, flush=True)
             model = slim_model(dense, asked.models, run)
             start = (run.method, run.keep, run.start, run.seed if run.start == "scratch" else None)
             if start not in starts:
-                starts[start] = score(reference, outputs(model, images), held_labels)
+                starts[start] = scores_of(reference, outputs(model, images), held_labels)
             cpu_s = Training(run, recipe, model, teacher, images, log.state_file).run(asked.save_every)
-            after = score(reference, outputs(model.eval(), images), held_labels)
+            after = scores_of(reference, outputs(model.eval(), images), held_labels)
             log.add(run, {"before": starts[start], "after": after, "cpu_s": cpu_s})
     print("\n".join(f"{name}: {value}" for name, value in {**machine, **asdict(recipe)}.items()))
-    print(f"\n{as_text(log.results, asked.steps)}")
+    print(f"\n{as_text(log.results, asked.steps, asked.half)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,14 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune the models that compare.py --keep-models kept, all in the same way.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="the dense model")
-    parser.add_argument("--model", help="timm architecture, for a file that does not say")
-    parser.add_argument(
-        "--model-arg", action="append", default=[], metavar="KEY=VALUE", help="of the architecture"
-    )
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with train/ and val/")
-    parser.add_argument("--mean", metavar="A,B,C", help="per channel; by default the model's own")
-    parser.add_argument("--std", metavar="A,B,C", help="per channel; by default the model's own")
+    add_flags(parser)
     parser.add_argument("--models", type=Path, required=True, help="folder with METHOD-PERCENT.safetensors")
     parser.add_argument(
         "--methods", nargs="+", default=["*"], metavar="GLOB", help="those there are models of"
@@ -162,6 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16 autocast: pays on CPUs that compute in it; on one that does not, 13 times slower",
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--half", choices=("all", *HALVES), default="all", help="of the validation images, for the table"
+    )
     parser.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="to go on from")
     parser.add_argument("--runs", type=Path, required=True, metavar="FILE", help="JSON lines")
     return parser
@@ -217,7 +220,25 @@ def initialize(model: nn.Module, seed: int) -> None:
 @torch.inference_mode()
 def outputs(model: nn.Module, images: Images) -> Tensor:
     """Logits of all held images, float32."""
-    return torch.cat([model(normalize(b, images.mean, images.std)) for b in images.held.split(250)])
+    return torch.cat([model(normalize(b, images.mean, images.std)) for b in images.held.split(50)])
+
+
+def read_images(folder: Path, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Images as the model takes them but for normalisation, uint8 [N, 3, H, W], and labels [N].
+
+    They are in the order of the classes' names, then of the files'.
+    """
+    transform = replace(preprocessing, mean=(0.0,), std=(1.0,)).transform()
+    images, labels = [], []
+    for label, entry in enumerate(sorted(entry for entry in folder.iterdir() if entry.is_dir())):
+        for file in sorted(entry.iterdir()):
+            if file.suffix.lower() in IMAGE_ENDINGS:
+                with Image.open(file) as image:
+                    images.append((255 * transform(image.convert("RGB"))).round().byte())
+                labels.append(label)
+    if not images:
+        sys.exit(f"{folder}: no images; expected a folder per class")
+    return torch.stack(images), torch.tensor(labels)
 
 
 class Teacher:
@@ -299,7 +320,8 @@ class Training:
         generator = torch.Generator().manual_seed(seed_of(self.of.seed, 1, epoch))
         rows = torch.randperm(count, generator=generator)[place * batch : (place + 1) * batch]
         torch.manual_seed(seed_of(self.of.seed, 2, self.step))
-        images = augment(normalize(self.images.train[rows], self.images.mean, self.images.std), cutout=0)
+        pixels = normalize(self.images.train[rows], self.images.mean, self.images.std)
+        images = augment(pixels, cutout=0, padding=pixels.shape[-1] // SHIFT)
         self.scheduler.step_update(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.amp):
             logits = self.model(images)
@@ -358,16 +380,16 @@ class Log:
         self.state_file.unlink(missing_ok=True)
 
 
-def as_text(results: Sequence[Mapping[str, Any]], steps: Iterable[int]) -> str:
-    """Top-1, mean and sample standard deviation over seeds, a column per number of steps."""
+def as_text(results: Sequence[Mapping[str, Any]], steps: Iterable[int], half: str = "all") -> str:
+    """Top-1 on all validation images or a half; mean and sample standard deviation over seeds, by steps."""
     columns = sorted(set(steps))
     groups: dict[tuple[Any, ...], dict[int, list[float]]] = {}
     before: dict[tuple[Any, ...], float] = {}
     for found in results:
         run = found["run"]
         key = (-run["keep"], run["teacher"], run["start"], run["method"])
-        groups.setdefault(key, {}).setdefault(run["steps"], []).append(found["after"]["top1"])
-        before[key] = found["before"]["top1"]
+        groups.setdefault(key, {}).setdefault(run["steps"], []).append(of_half(found["after"], half)["top1"])
+        before[key] = of_half(found["before"], half)["top1"]
     lines = [["method", "start", "keep", "teacher", "before", *(f"{count} steps" for count in columns)]]
     for key in sorted(groups):
         keep, teacher, start, method = key

@@ -52,6 +52,36 @@ def test_scores_equal_their_definition(compare) -> None:
     assert compare.score(reference, reference, labels)["kl"] == 0
 
 
+def test_halves_are_scored_beside_the_whole(compare) -> None:
+    torch.manual_seed(0)
+    reference, logits, labels = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
+    row = {**compare.scores_of(reference, logits, labels), "title": "x", "ratio": 0.5, "cpu_s": 3.0}
+    assert compare.of_half(row, "all") == row
+    odd = compare.of_half(row, "odd")
+    places = torch.tensor([1, 3, 5, 7])
+    expected = compare.score(reference[places], logits[places], labels[places])
+    assert {name: odd[name] for name in expected} == expected
+    assert compare.of_half(row, "even")["images"] == 5
+    line = compare.as_markdown([{**odd, "latency_ratio": 0.7}]).splitlines()[-1]
+    scores = f"{odd['top1']:.2f} | {odd['agreement']:.2f} | {odd['kl']:.4f}"
+    assert line == f"| x | 50.0 % | {scores} | 0.70 | 3 |"
+
+
+def test_a_subject_stands_for_its_flags(compare, capsys) -> None:
+    from subjects import SUBJECTS, complete
+
+    parser = compare.build_parser()
+    asked = parser.parse_args(["--subject", "cifar", "--root", "data", "--mean", "0,0,0"])
+    complete(parser, asked)
+    assert (asked.checkpoint, asked.data_dir) == ("data/vit_tiny_d6_cifar10.safetensors", "data/cifar10")
+    assert asked.model_arg == list(SUBJECTS["cifar"].model_args)
+    assert (asked.mean, asked.std) == ("0,0,0", SUBJECTS["cifar"].std)  # a flag that was given wins
+    bare = parser.parse_args(["--data-dir", "d"])
+    with pytest.raises(SystemExit):
+        complete(parser, bare)
+    assert "--subject" in capsys.readouterr().err
+
+
 def make_setup(compare, checkpoint: Path, **other: Any) -> Any:
     about = {"model": None, "model_args": (), "data_dir": "d", "mean": None, "std": None}
     return compare.Setup(
@@ -218,6 +248,87 @@ def test_the_dense_temperature_is_that_of_dead_channels(methods, tmp_path) -> No
     other = reread(slim, tmp_path, dense, "kept")(task.images)
     torch.testing.assert_close(other, slim.model(task.images))
     assert (other - expected).abs().max() > 0.01
+
+
+def merged_slowly(x, keys, sizes, count: int):
+    """ToMe's rule for one image, token by token: [N, C], [N, d], [N]."""
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    even, odd = range(0, len(x), 2), range(1, len(x), 2)
+    partner = {a: max(odd, key=lambda b, a=a: float(keys[a] @ keys[b])) for a in even if a > 0}
+    gone = sorted(partner, key=lambda a: -float(keys[a] @ keys[partner[a]]))[:count]
+    groups = [[a] for a in even if a not in gone]
+    groups += [[b, *(a for a in gone if partner[a] == b)] for b in odd]
+    weights = [sizes[group].sum() for group in groups]
+    means = [(x[group] * sizes[group, None]).sum(0) / sizes[group].sum() for group in groups]
+    return torch.stack(means), torch.stack(weights)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(9, 3), (8, 3), (9, 0), (7, 100)])
+def test_tokens_are_merged_by_the_rule_of_tome(methods, tokens, count) -> None:
+    from methods.merging import merge
+
+    generator = torch.Generator().manual_seed(tokens)
+    x, keys, sizes = (
+        torch.rand(2, tokens, *more, generator=generator, dtype=torch.float64) + offset
+        for more, offset in (((5,), 0), ((3,), -0.5), ((), 0.5))
+    )
+    merged, found = merge(x, keys, sizes, count)
+    assert merged.shape[1] == tokens - min(count, (tokens - 1) // 2)
+    for image in range(2):
+        expected = merged_slowly(x[image], keys[image], sizes[image], count)
+        torch.testing.assert_close((merged[image], found[image]), expected)
+        torch.testing.assert_close(merged[image, 0], x[image, 0])  # the class token
+
+
+def test_merging_alike_tokens_loses_nothing(methods) -> None:
+    """Proportional attention: tokens that repeat weigh as much merged as apart."""
+    from methods.merging import merge_tokens, merged_of
+
+    dense = small_vit()
+    dense.pos_embed[:, 1:] = 0
+    patch = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    images = patch.repeat(1, 1, 4, 4)  # 16 patches alike
+    merging = copy.deepcopy(dense)
+    merge_tokens(merging, [8, 4])
+    assert merged_of(copy.deepcopy(merging)) == [8, 4]
+    torch.testing.assert_close(merging(images), dense(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SystemExit, match="class token"):
+        merge_tokens(small_vit(global_pool="avg"), [1, 1])
+
+
+def test_tome_meets_the_budget_and_survives_its_file(methods, tmp_path) -> None:
+    from methods.tome import prune
+
+    from mhacut.surgery.flops import measure_flops
+
+    dense = small_vit()
+    task = task_of(dense, 0.7)
+    slim = prune(task)
+    read = reread(slim, tmp_path, dense, "own")
+    torch.testing.assert_close(read(task.images), slim.model(task.images))
+    assert measure_flops(read, (3, 16, 16)) / task.table.dense == pytest.approx(0.7, abs=0.03)
+    assert (read(task.images) - dense(task.images)).abs().max() > 0.01
+    with pytest.raises(methods.common.OutOfReachError, match="at least"):
+        prune(task_of(dense, 0.02))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("temperature", ["dense", "kept"])
+def test_tome_takes_the_rest_of_what_torch_pruning_cuts(methods, tmp_path, temperature) -> None:
+    pytest.importorskip("torch_pruning")
+    from methods.tome import prune
+
+    from mhacut.surgery.flops import measure_flops
+
+    dense = small_vit()
+    channels = {"criterion": "taylor", "spread": "uniform", "share": 0.9}
+    task = task_of(dense, 0.6, channels=channels)
+    slim = prune(task)
+    read = reread(slim, tmp_path, dense, temperature)
+    same = torch.allclose(read(task.images), slim.model(task.images), rtol=1e-4, atol=1e-4)
+    assert same == (temperature == "dense")  # plain attention reads the scale that was left
+    assert measure_flops(read, (3, 16, 16)) / task.table.dense == pytest.approx(0.6, abs=0.03)
 
 
 @pytest.mark.slow

@@ -55,6 +55,18 @@ def _torch_pruning() -> Iterable[Method]:
             )
 
 
+def _tokens() -> Iterable[Method]:
+    """Rivals that merge tokens."""
+    yield Method("tome", "ToMe, untrained (own reference)", "nothing", "tome")
+    yield Method(
+        "tome-tp",
+        "Torch-Pruning Taylor, uniform, to 90 %, then ToMe",
+        "labelled images",
+        "tome",
+        {"channels": {"criterion": "taylor", "spread": "uniform", "share": 0.9}},
+    )
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -64,6 +76,7 @@ METHODS = {
         Method("corp", "CORP (own reference)", "images", "corp"),
         Method("vbp", "VBP (own reference)", "images", "vbp"),
         Method("snp", "SNP criterion (own reference)", "images", "snp"),
+        *_tokens(),
     )
 }
 """Every method, mhacut's first."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from methods.merging import merge_tokens, merged_of
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -223,18 +224,22 @@ def heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 # --- Files ---
 
 
-def write_slim(file: str, slim: nn.Module, temperatures: Iterable[Temperature], **more: Tensor) -> None:
-    """Write weights and the temperatures to try; ``more`` are tensors beside them."""
-    extra = {f"probe.{name}": tensor.contiguous() for name, tensor in more.items()}
+def write_slim(file: str, slim: nn.Module, temperatures: Iterable[Temperature]) -> None:
+    """Write weights, the temperatures to try and how many tokens each block merges."""
     state = {name: tensor.contiguous() for name, tensor in slim.state_dict().items()}
-    save_file({**state, **extra}, file, metadata={"temperatures": json.dumps(list(temperatures))})
+    about = {"temperatures": list(temperatures), "merged": merged_of(slim)}
+    save_file(state, file, metadata={name: json.dumps(value) for name, value in about.items()})
 
 
 def temperatures_of(file: str) -> tuple[Temperature, ...] | None:
     """The temperatures to try of a file that :func:`write_slim` wrote; None for other files."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
+    metadata = _metadata(file)
     return tuple(json.loads(metadata["temperatures"])) if "temperatures" in metadata else None
+
+
+def _metadata(file: str) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def read_slim(dense: nn.Module, file: str, temperature: Temperature) -> nn.Module:
@@ -253,7 +258,7 @@ def read_slim(dense: nn.Module, file: str, temperature: Temperature) -> nn.Modul
 
         return mhacut.load_model(file).eval()
     model = copy.deepcopy(dense).eval()
-    state = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("probe.")}
+    state = load_file(file)
     before = {name: module.head_dim for name, module in attentions(model)}
     for name, tensor in state.items():
         owner, _, attribute = name.rpartition(".")
@@ -276,4 +281,7 @@ def read_slim(dense: nn.Module, file: str, temperature: Temperature) -> nn.Modul
             if f"{layer.name}.qkv.bias" in state:
                 state[f"{layer.name}.qkv.bias"][:rows] *= factor
     model.load_state_dict(state, strict=True)
+    merged = json.loads(_metadata(file).get("merged", "[]"))
+    if merged:
+        merge_tokens(model, merged)
     return model
