@@ -1,0 +1,63 @@
+"""One budget for channels and tokens, end to end on a small ViT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mhacut
+from helpers.models import ModelCase, build
+from mhacut.errors import MhacutError, UnsupportedModelError
+from mhacut.surgery.flops import measure_flops
+
+ARGS = {"depth": 3, "img_size": 96, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+VIT = ModelCase("vit_tiny_patch16_224", ARGS)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build(VIT)
+
+
+def prune(model, path, flops, **options):
+    return mhacut.prune(
+        model,
+        flops=flops,
+        output=path,
+        model_args={key: value for key, value in ARGS.items() if key not in ("img_size", "num_classes")},
+        calibration_images=12,
+        latency=False,
+        effort="fast",
+        **options,
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flops", ["80%", "40%"])
+def test_tokens_and_channels_share_a_budget(model, tmp_path, flops):
+    result = prune(model, tmp_path / "slim.safetensors", flops, scope="attention+mlp+tokens")
+    slim = mhacut.load_model(result.output)
+    assert sum(result.plan.tokens.merged) > 0
+    assert 0.9 * result.budget <= result.slim.flops <= result.budget
+    assert measure_flops(slim, (3, 96, 96)) == result.slim.flops
+    assert slim(torch.randn(2, 3, 96, 96)).shape == (2, 10)
+
+
+def test_models_without_global_attention_are_refused_by_name(tmp_path):
+    swin = build(
+        ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1)})
+    )
+    with pytest.raises(UnsupportedModelError, match=r"SwinTransformer.*no plain ViT"):
+        mhacut.prune(
+            swin,
+            flops="80%",
+            output=tmp_path / "slim.safetensors",
+            scope="attention+mlp+tokens",
+            model_args={"window_size": 4, "depths": (1, 1)},
+        )
+
+
+def test_merges_are_compared_with_channels_by_curves_only(model, tmp_path):
+    with pytest.raises(MhacutError, match="curves"):
+        prune(model, tmp_path / "x.safetensors", "80%", scope="attention+mlp+tokens", allocation="uniform")
