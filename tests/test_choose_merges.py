@@ -34,9 +34,8 @@ def prune(model, path, flops, **options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flops", ["80%", "40%"])
-def test_tokens_and_channels_share_a_budget(model, tmp_path, flops):
-    result = prune(model, tmp_path / "slim.safetensors", flops, scope="attention+mlp+tokens")
+def test_tokens_and_channels_share_a_budget(model, tmp_path):
+    result = prune(model, tmp_path / "slim.safetensors", "50%", scope="attention+mlp+tokens")
     slim = mhacut.load_model(result.output)
     assert sum(result.plan.tokens.merged) > 0
     assert 0.9 * result.budget <= result.slim.flops <= result.budget

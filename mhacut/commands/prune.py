@@ -157,17 +157,17 @@ _PROBED = 4
 @torch.no_grad()
 def _write(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
     """Write the slim file; return the model in it, read as a user will read it and checked."""
-    loaded, target = inputs.loaded, inputs.target
+    loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
     write_slim(
         target,
         slim,
         record,
-        dtypes=loaded.dtypes,
+        dtypes=dtypes,
         overwrite=inputs.options.overwrite,
         input_path=loaded.path,
     )
     for name, parameter in slim.named_parameters():
-        parameter.copy_(parameter.to(loaded.dtypes.get(name, parameter.dtype)))
+        parameter.copy_(parameter.to(dtypes[name]))
     reloaded = load_model(target)
     # The tensors were compared bit for bit when they were written.
     if not same_outputs(reloaded, slim, inputs.images.images[:_PROBED]):
@@ -191,7 +191,8 @@ def _measure(
 ) -> _Measured:
     """Measure the slim model beside the dense one."""
     job, options = inputs.job, inputs.options
-    models = (job.model, slim.to(job.device))
+    dense = inputs.loaded.model
+    models = (dense, slim.to(job.device))
     evaluation = None
     if inputs.validation is not None:
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
@@ -202,7 +203,7 @@ def _measure(
         size, batch = inputs.preprocessing.input_size, options.latency_batch_size
         times = tuple(compare_latency(models, size, batch_size=batch, device=job.device))
     return _Measured(
-        ModelFigures(job.table.dense, count_parameters(job.model), times[0], inputs.evaluation),
+        ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation),
         ModelFigures(flops, count_parameters(slim), times[1], evaluation),
         divergence,
         "answers" if judge.divergence.classifier else "features",
@@ -220,7 +221,7 @@ def _report(
         dense.identity,
         source=f"{target} (dry run)" if options.dry_run else str(target),
         record=_record(inputs, planned, measured.slim.flops),
-        dtypes=dense.dtypes,
+        dtypes=inputs.dtypes,
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
     both = (inputs.job.prunable, layers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from mhacut.budget import Budget
@@ -25,7 +26,7 @@ from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import UnitKind
+from mhacut.plan import TokenPlan, UnitKind
 from mhacut.pruning.job import Job
 from mhacut.pruning.widths import reachable_budget
 from mhacut.runtime.device import warn_of_slow_amp
@@ -34,8 +35,11 @@ from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.merging import why_not_merged
+from mhacut.surgery.read import tokens_read
+from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention": ("qk", "v"),
@@ -59,6 +63,16 @@ class PruneInputs:
     target: Path
     """Slim file to write."""
     job: Job
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each tensor of the job's model in the slim file: that of the tensor it was read from."""
+        read, found = self.loaded.dtypes, dict[str, torch.dtype]()
+        for name, tensor in self.job.model.state_dict().items():
+            # What is only there where tokens are left out is stored as the rest of its layer.
+            alike = f"{name.rsplit('.', 2)[0]}.proj.weight"
+            found[name] = read.get(name, read.get(alike, tensor.dtype))
+        return found
 
 
 def read_inputs(
@@ -86,9 +100,16 @@ def read_inputs(
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     merges = _merges(options, dense)
-    prunable = find_prunable_layers(dense)
+    tokens = _tokens(dense, options, reporter)
+    # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
+    model = with_tokens(dense, replace(tokens, merged=()))
+    merged = () if merges else tokens.merged
+    counted = with_tokens(model, replace(tokens, merged=merged))
+    prunable = find_prunable_layers(model)
     units = prunable.units(_KINDS[options.scope])
-    table = build_cost_table(dense, prunable, preprocessing.input_size)
+    table = build_cost_table(counted, find_prunable_layers(counted), preprocessing.input_size)
+    if counted is not dense:
+        table = replace(table, dense=measure_flops(dense, preprocessing.input_size))
     flops = reachable_budget(budget, table, units, options.round_to, beyond_channels=merges)
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
@@ -103,7 +124,7 @@ def read_inputs(
         reporter.start("evaluating")
         evaluation = evaluate(dense, validation, device=processes.device, progress=reporter.advance)
     job = Job(
-        model=dense,
+        model=model.to(processes.device),
         prunable=prunable,
         units=units,
         table=table,
@@ -115,6 +136,7 @@ def read_inputs(
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
+        merged=merged,
     )
     return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job)
 
@@ -142,6 +164,27 @@ def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -
     for note in rebuilt.notes:
         reporter.log(note)
     return rebuilt
+
+
+def _tokens(dense: nn.Module, options: PruneOptions, reporter: Reporter) -> TokenPlan:
+    """Return the plan of tokens of the model to cut; log why its last block computes all tokens."""
+    applied, asked = tokens_of(dense), option_name("keep_dead_tokens", True)
+    if applied.read is not None:
+        if options.keep_dead_tokens:
+            reporter.log(f"{asked} has no effect: the checkpoint has no other tokens in its last block")
+        return applied
+    if options.keep_dead_tokens:
+        return applied
+    try:
+        if classifier_size(dense) == 0:
+            raise UnsupportedModelError("it has no classifier and gives features")
+        read = tokens_read(dense)
+    except UnsupportedModelError as reason:
+        reporter.log(f"all tokens of the last block are computed: {reason}")
+        return applied
+    shown = "token" if read == 1 else f"{read} tokens"
+    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
+    return replace(applied, read=read)
 
 
 def _check_outputs(options: PruneOptions) -> None:

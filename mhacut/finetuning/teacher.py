@@ -9,13 +9,15 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, option_name
+from mhacut.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError, option_name
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.plan import TokenPlan
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import classifier_size
+from mhacut.surgery.tokens import tokens_of, with_tokens
 
 
 def make_objective(
@@ -72,7 +74,19 @@ def _open_teacher(
     mean = [torch.tensor(images.mean, device=device) for images in (preprocessing, own)]
     std = [torch.tensor(images.std, device=device) for images in (preprocessing, own)]
     matched = options.teaching.feature_weight > 0
-    return Teacher(loaded.model.to(device), mean, std, matched=matched, sha256=loaded.sha256)
+    model = _of_same_tokens(loaded.model, student) if matched else loaded.model
+    return Teacher(model.to(device), mean, std, matched=matched, sha256=loaded.sha256)
+
+
+def _of_same_tokens(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    """Return a teacher of the same outputs whose blocks compute the tokens of the student's."""
+    try:
+        return with_tokens(teacher, TokenPlan(read=tokens_of(student).read))
+    except (PlanError, UnsupportedModelError) as error:
+        raise UsageError(
+            f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "
+            f"that its classifier reads, that of the teacher cannot: {error}; leave it out"
+        ) from error
 
 
 @torch.no_grad()

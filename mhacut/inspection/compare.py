@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
-from mhacut.errors import MhacutError, option_name
+from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_name
 from mhacut.plan import UnitKind
 from mhacut.pruning.distill import Divergence
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.info import gives_probabilities
+from mhacut.surgery.tokens import tokens_of, with_tokens
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def compare(
     The outputs of all layers for one batch are held in memory.
 
     Args:
-        dense: eval mode, float32.
+        dense: eval mode, float32. Its layers are compared as they are with the tokens of ``slim``.
         slim: likewise, on the same device.
         images: normalised.
         source: of ``dense``, for readers.
@@ -83,17 +84,20 @@ def compare(
     Raises:
         MhacutError: the two have different architectures, or their answers are not finite.
     """
+    same_tokens = _of_same_tokens(dense, slim, source)
     if prunable is None:
-        prunable = find_prunable_layers(dense), find_prunable_layers(slim)
+        prunable = find_prunable_layers(same_tokens), find_prunable_layers(slim)
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
     measure = Divergence(gives_probabilities(dense))
     device = next(dense.parameters()).device
     divergence = same = 0.0
-    with _LayerHooks(dense, slim, tallies):
+    with _LayerHooks(same_tokens, slim, tallies):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            expected, found = dense(batch).float(), slim(batch).float()
+            seen = same_tokens(batch)
+            expected = (seen if same_tokens is dense else dense(batch)).float()
+            found = slim(batch).float()
             _check_same_classes(expected, found, source)
             divergence += float(measure(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
@@ -114,6 +118,17 @@ def compare(
         images=len(images),
         data=data,
     )
+
+
+def _of_same_tokens(dense: nn.Module, slim: nn.Module, source: str) -> nn.Module:
+    """Return the dense model with the tokens of the slim one, whose layers are compared with its layers."""
+    try:
+        return with_tokens(dense, tokens_of(slim))
+    except (PlanError, UnsupportedModelError) as error:
+        raise MhacutError(
+            f"{option_name('compare', source)}: leaves out other tokens than the checkpoint ({error}); "
+            "give the dense model that the checkpoint was made from"
+        ) from error
 
 
 def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:

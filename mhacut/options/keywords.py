@@ -374,6 +374,9 @@ class PruneKeywords(
     scope: Literal["attention", "attention+mlp", "attention+mlp+tokens"]
     """What may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain ViT
     then merge. Default: 'attention+mlp'."""
+    keep_dead_tokens: bool
+    """Compute all tokens in the last block, though the classifier reads the first only: for models whose
+    patch features are used. Default: False."""
     round_to: int
     """Round widths to multiples of N. Default: 8."""
     overwrite: bool

@@ -305,6 +305,12 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         "then merge.",
         panel="Result",
     )
+    keep_dead_tokens: bool = option(
+        False,
+        "Compute all tokens in the last block, though the classifier reads the first only: for models whose "
+        "patch features are used.",
+        panel="Result",
+    )
     round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"

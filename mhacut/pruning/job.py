@@ -48,6 +48,9 @@ class Job:
     reporter: Reporter = SILENT
     merges_tokens: bool = False
     """Whether the budget is shared by channels and tokens."""
+    merged: tuple[int, ...] = ()
+    """Number of tokens that each block of the slim model merges, where that is settled: ``table`` counts
+    them, ``model`` merges none."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -69,7 +69,7 @@ class Planner:
         curves: Mapping[UnitKey, Curve] = {}
         widths: Widths
         table: CostTable = job.table
-        merged: Schedule = ()
+        merged: Schedule = job.merged
         if self.options.allocation == "uniform":
             widths = uniform_widths(job.choices, job.table.flops, job.budget)
         else:
@@ -91,7 +91,7 @@ class Planner:
         self.reporter.log(
             f"divergence on held-out images: {before:.4f} by curves, {after:.4f} refined by indicators"
         )
-        return Planned(refined if after < before else ready, curves, log, table)
+        return Planned(refined if after < before else ready, curves, log, table, merged)
 
     def _divergence(self, ready: ReconstructedModel) -> float:
         """Divergence of the cut model from the dense one, mean over held-out images.
@@ -112,7 +112,7 @@ class Planner:
         self.reporter.start("repairing")
         scales = found.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
-        return Planned(ready, {}, found.log, self.job.table)
+        return Planned(ready, {}, found.log, self.job.table, self.job.merged)
 
     def _candidates(self) -> Candidates:
         self.reporter.start("ranking channels")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import kept_channels, scale, set_gate, temperature_factor
 from mhacut.surgery.output import add_constant, effective_output_weights, output_weights
 from mhacut.surgery.rotate import mix, rotate
+from mhacut.surgery.tokens import tokens_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def reconstruct(
     Args:
         job: what is pruned; its options ``repair`` and ``temperature`` are used.
         calibration: of its model.
-        plan: which channels stay.
+        plan: which channels stay; its tokens are those of the model.
         candidates: candidates of each unit, to keep the plan's widths only: the best on held-out images is
             chosen, or the first one without repair. None keeps the plan's channels.
         channel_scales: trained with the plan, [heads, dense width] per unit; used without repair only.
@@ -81,7 +82,8 @@ def reconstruct(
             temperature=options.temperature,
             candidates=candidates,
         )
-        plan = Plan(tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan))
+        units = tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan)
+        plan = Plan(units, tokens_of(model))
         # Refitted weights contain their own scales and temperature.
         scales = plan_channel_scales(prunable, plan, None, "dense")
         return ReconstructedModel(model, plan, scales, repairs)
@@ -92,7 +94,7 @@ def reconstruct(
             if rotation is not None and not unit.keeps_all:
                 rotate(model.get_submodule(unit.layer), prunable.unit(unit.key), rotation)
     scales = plan_channel_scales(prunable, plan, channel_scales, options.temperature)
-    return ReconstructedModel(model, plan, scales, {})
+    return ReconstructedModel(model, replace(plan, tokens=tokens_of(model)), scales, {})
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class CostTable:
     layers: tuple[LayerCost, ...]
     """Layers that run, in the order of the model's modules."""
     dense: int
-    """FLOPs of the model as it stands, counted by fvcore."""
+    """FLOPs of the model as it stands, counted by fvcore; in a job, of the one with all tokens."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
         """Total at ``widths`` (channels per head; units not named stay as they are)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,6 +17,19 @@ from mhacut.surgery.read import read_of, set_read
 def tokens_of(model: nn.Module) -> TokenPlan:
     """Return the plan of tokens that was applied to ``model``."""
     return TokenPlan(read_of(model), merged_of(model))
+
+
+def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
+    """Return a model of the same weights that leaves out what ``tokens`` says; ``model`` itself if it does.
+
+    Tensors that stay as they are, are shared. Errors are those of :func:`apply_tokens`.
+    """
+    if tokens == tokens_of(model):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    changed = copy.deepcopy(model, dict[int, Any](shared))
+    apply_tokens(changed, tokens)
+    return changed
 
 
 @torch.no_grad()
