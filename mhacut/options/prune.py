@@ -266,7 +266,7 @@ EFFORTS: Mapping[str, Work] = {
         fisher_share=1.0,
         swap_moves=False,
         repair_in_order=True,
-        heal_steps=0,
+        heal_steps=40,
         tuning_steps=0,
     ),
     "best": Work(
