@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.merge import match, merge
+from mhacut.surgery.merge import SizedTokens, match, merge
 
 
 def slow_merge(x: Tensor, sizes: Tensor, keys: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     chance = torch.Generator().manual_seed(count)
     x, keys = torch.randn(2, 3, total, 4, generator=chance, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, total, 1), generator=chance).double()
-    tokens, left = merge(x, sizes, match(keys, count, prefix), prefix)
+    tokens, left = merge(SizedTokens(x, sizes), match(keys, count, prefix), prefix)
     assert tokens.shape == (3, total - count, 4)
     for image in range(3):
         expected, counts = slow_merge(x[image], sizes[image, :, 0], keys[image], count, prefix)
@@ -50,13 +50,13 @@ def test_sizes_and_sums_are_kept():
     sizes = torch.ones(2, 11, 1, dtype=torch.float64)
     for count in (3, 2, 1):
         total = (x * sizes).sum(1)
-        x, sizes = merge(x, sizes, match(x, count, 1), 1)
+        x, sizes = merge(SizedTokens(x, sizes), match(x, count, 1), 1)
         torch.testing.assert_close((x * sizes).sum(1), total)
     assert (sizes.sum(1) == 11).all()
 
 
 def test_equal_tokens_are_merged_the_same_way_each_time():
     x = torch.ones(1, 9, 2)
-    first, again = match(x, 2, 1), match(x.clone(), 2, 1)
-    assert torch.equal(first.merged, again.merged)
-    assert torch.equal(first.receives, again.receives)
+    found, again = match(x, 2, 1), match(x.clone(), 2, 1)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    assert sorted([*found.merged[0].tolist(), *found.kept[0].tolist()]) == [0, 1, 2, 3]

@@ -65,8 +65,6 @@ class Twin(nn.Module):
     written_by: tuple[tuple[str, bool, bool, str, tuple[tuple[int, int], ...]], ...]
     """For each projection its name ("" where its bias is in parts), whether it is a convolution, whether its
     rows are head by head, and what they are, with heads and channels of those."""
-    matcher: Callable[[Tensor], None] | None = None
-    """Called with the keys [B, H, N, d] of every forward pass, where the block around it merges tokens."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Compute what the class does; arguments are those of its own forward."""
@@ -75,8 +73,6 @@ class Twin(nn.Module):
         query, source = spec.inputs(self, x, *args)
         q, k, v = spec.split(self, query, source)  # (B, H, N, d)
         q, k, bias = spec.logits(self, q, k, x, *args)
-        if self.matcher is not None:
-            self.matcher(k)
         y = merged(spec.weigh(self, q, k, v, bias))  # (B, N, H * d)
         return spec.finish(self, y, query, x, *args)
 
@@ -296,8 +292,7 @@ class Softmax(Adapter):
             setattr(module, attribute, values[value])
         if _has_split_bias(module):
             module.k_bias = module.k_bias.new_zeros(len(module.q_bias))
-        as_it_was = self.fits(module, qk, v) and getattr(module, "matcher", None) is None
-        module.__class__ = self.cls if as_it_was else self.twin
+        module.__class__ = self.cls if self.fits(module, qk, v) else self.twin
         if isinstance(module, Twin):
             per_head = self._per_head(module)
             module.written_by = tuple(

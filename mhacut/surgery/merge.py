@@ -3,15 +3,19 @@
 Bipartite soft matching, from "Token Merging: Your ViT But Faster" (arXiv 2210.09461), with a fixed number of
 merges per block, so that every shape is known beforehand, and without scatter, which runtimes lack or run
 slowly. The class token and others before the patches are never merged.
+
+ToMe compares tokens by their keys. Here they are compared as they stand in the residual stream: matches then
+do not depend on the basis and the width of q and k, which pruning changes.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Match(NamedTuple):
@@ -24,8 +28,21 @@ class Match(NamedTuple):
     """Tokens of A that are merged, [B, r]."""
     kept: Tensor
     """Tokens of A that are not, ascending, [B, |A| - r]."""
-    receives: Tensor
-    """For each merged token, 1 at the token of B that receives it and 0 elsewhere, [B, |B|, r]."""
+    receivers: Tensor
+    """For each merged token, the token of B that receives it, [B, r]."""
+
+
+class SizedTokens(NamedTuple):
+    """What blocks behind a merge pass on."""
+
+    x: Tensor
+    """Tokens, [B, N, C]."""
+    sizes: Tensor
+    """Number of patches that each stands for, [B, N, 1]."""
+
+    def bias(self) -> Tensor:
+        """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
+        return self.sizes.log()[:, None, None, :, 0]
 
 
 def match(keys: Tensor, count: int, prefix: int) -> Match:
@@ -36,41 +53,45 @@ def match(keys: Tensor, count: int, prefix: int) -> Match:
         count: number of tokens to merge, at most half of those behind the prefix.
         prefix: number of first tokens that are left out.
     """
-    keys = F.normalize(keys[:, prefix:], dim=-1)
-    a, b = keys[:, ::2], keys[:, 1::2]
-    similarity, nearest = (a @ b.mT).max(-1)  # (B, |A|)
-    merged = similarity.topk(count, dim=-1).indices  # (B, r)
-    # Not the rest of the same sort: the next block splits tokens by their order.
-    is_merged = (merged[:, :, None] == torch.arange(a.shape[1], device=keys.device)).any(1)  # (B, |A|)
-    place = torch.arange(a.shape[1], device=keys.device) + is_merged * a.shape[1]
-    kept = place.topk(a.shape[1] - count, dim=-1, largest=False).indices  # (B, |A| - r)
-    receiver = nearest.gather(1, merged)  # (B, r)
-    columns = torch.arange(b.shape[1], device=keys.device)[None, :, None]  # (1, |B|, 1)
-    return Match(merged, kept, (receiver[:, None, :] == columns).to(keys.dtype))
+    with _full_precision(keys):
+        keys = F.normalize(keys[:, prefix:], dim=-1)
+        a, b = keys[:, ::2], keys[:, 1::2]
+        similarity, nearest = (a @ b.mT).max(-1)  # (B, |A|)
+    # Sorted by topk: exporters know no sort.
+    order = similarity.topk(a.shape[1], dim=-1).indices
+    merged, rest = order[:, :count], order[:, count:]  # (B, r), (B, |A| - r)
+    # Back in their order, because the next block splits tokens by it.
+    kept = rest.topk(rest.shape[1], dim=-1, largest=False).values
+    return Match(merged, kept, nearest.gather(1, merged))
 
 
-def merge(x: Tensor, sizes: Tensor, found: Match, prefix: int) -> tuple[Tensor, Tensor]:
+def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
     """Average merged tokens into those that receive them, each with the weight of its size.
 
     Args:
-        x: tokens, [B, N, C].
-        sizes: number of patches that each stands for, [B, N, 1].
+        tokens: N tokens.
         found: the match.
         prefix: number of first tokens, which stay.
 
     Returns:
-        The tokens that are left, [B, N - r, C], and their sizes: prefix, rest of A, B.
+        The N - r tokens that are left: prefix, rest of A, B.
     """
-    first, rest = x[:, :prefix], x[:, prefix:]
+    x, sizes = tokens
+    rest, rest_sizes = x[:, prefix:], sizes[:, prefix:]
     a, b = rest[:, ::2], rest[:, 1::2]
-    size_a, size_b = sizes[:, prefix::2], sizes[:, prefix + 1 :: 2]
+    size_a, size_b = rest_sizes[:, ::2], rest_sizes[:, 1::2]
+    columns = torch.arange(b.shape[1], device=x.device)[None, :, None]  # (1, |B|, 1)
+    receives = (found.receivers[:, None, :] == columns).to(x.dtype)  # (B, |B|, r)
     moved_size = _taken(size_a, found.merged)  # (B, r, 1)
     moved = moved_size * _taken(a, found.merged)  # (B, r, C)
-    sums = found.receives @ torch.cat((moved, moved_size), -1)  # (B, |B|, C + 1)
+    with _full_precision(x):
+        sums = receives @ torch.cat((moved, moved_size), -1)  # (B, |B|, C + 1)
     new_size = size_b + sums[..., -1:]
     received = (size_b * b + sums[..., :-1]) / new_size
-    tokens = torch.cat((first, _taken(a, found.kept), received), 1)
-    return tokens, torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size), 1)
+    return SizedTokens(
+        torch.cat((x[:, :prefix], _taken(a, found.kept), received), 1),
+        torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size), 1),
+    )
 
 
 def _taken(tokens: Tensor, places: Tensor) -> Tensor:
@@ -78,40 +99,21 @@ def _taken(tokens: Tensor, places: Tensor) -> Tensor:
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-class Matcher:
-    """Matches the keys of one attention layer, and keeps the match for the block around it."""
+def _full_precision(x: Tensor) -> Any:
+    """Context in which autocast rounds neither cosines, of which many would be equal, nor averages."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class Matcher(nn.Module):
+    """The matches of a block, as a module of their own, so that they can be seen and given from outside."""
 
     def __init__(self, count: int, prefix: int) -> None:
         """Take the number of tokens to merge, and that of protected tokens."""
+        super().__init__()
         self.count, self.prefix = count, prefix
-        self._found: Match | None = None
 
-    def __call__(self, keys: Tensor) -> None:
-        """Match keys [B, H, N, d], by their mean over heads."""
-        self._found = match(keys.mean(1), self.count, self.prefix)
-
-    def take(self) -> Match:
-        """Return the match of the last call, and forget it."""
-        found, self._found = self._found, None
-        assert found is not None, "the attention layer did not run"
-        return found
-
-
-class Sizes:
-    """Sizes of tokens between two blocks: written by the first, read by the second."""
-
-    value: Tensor | None = None
-    """[B, N, 1]."""
-
-    def last(self) -> Tensor:
-        """Return the sizes of the last forward pass, [B, N, 1]."""
-        assert self.value is not None, "the block before did not run"
-        return self.value
-
-    def as_bias(self) -> Tensor:
-        """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
-        return self.last().log()[:, None, None, :, 0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: a copy starts anew, as sizes belong to one forward pass."""
-        return {}
+    def forward(self, x: Tensor) -> Match:
+        """Match tokens [B, N, C]; of an image of fewer patches than planned, at most half are merged."""
+        count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
+        return match(x.detach(), count, self.prefix)

@@ -9,41 +9,63 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import Attention
-from timm.models import vision_transformer
+from timm.models import checkpoint_seq, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from mhacut.adapters.read_attention import ReadAttention
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
-from mhacut.surgery.merge import Matcher, Sizes, merge
+from mhacut.surgery.merge import Matcher, SizedTokens, merge
 from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock
 
 
 class Merging:
-    """Mixed into a block's class, in front of it: tokens have sizes, and the block may merge some."""
+    """Mixed into a block's class, in front of it: tokens have sizes, and the block may merge some.
 
-    before: Sizes | None
-    """Sizes of the tokens that come in; None where each stands for one patch."""
-    after: Sizes
-    """Sizes of the tokens that go out."""
+    Sizes travel with the tokens, from block to block, so that nothing is left of a forward pass behind it.
+    """
+
+    matcher: Matcher | None
+    """None where the block merges nothing."""
+    gives_sizes: bool
+    """Whether what follows needs the sizes."""
 
 
 class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
     """timm's block with a merge between attention and MLP."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map tokens [B, N, C] to [B, N - merged, C]."""
+    def forward(
+        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | SizedTokens:
+        """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
-        bias = None if self.before is None else self.before.as_bias()
-        sizes = x.new_ones(*x.shape[:2], 1) if self.before is None else self.before.last()
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=bias)))
-        matcher = getattr(self.attn, "matcher", None)
-        if matcher is not None:
-            x, sizes = merge(x, sizes, matcher.take(), matcher.prefix)
-        self.after.value = sizes
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return out
+        tokens, bias = _sized(x)
+        x = tokens.x + self.drop_path1(self.ls1(self.attn(self.norm1(tokens.x), attn_mask=bias)))
+        tokens = SizedTokens(x, tokens.sizes)
+        if self.matcher is not None:
+            tokens = merge(tokens, self.matcher(x), self.matcher.prefix)
+        x = tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
+        return SizedTokens(x, tokens.sizes) if self.gives_sizes else x
+
+
+class MergedReadBlock(Merging, ReadBlock):
+    """A block of which only the first tokens are read, behind blocks that merge."""
+
+    def forward(
+        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Map N tokens to those that are read, [B, read, C]."""
+        _check_no_mask(attn_mask, is_causal)
+        tokens, bias = _sized(x)
+        return super().forward(tokens.x, attn_mask=bias)
+
+
+def _sized(x: Tensor | SizedTokens) -> tuple[SizedTokens, Tensor | None]:
+    """Return tokens with their sizes, and the bias that these give; none where each stands for one patch."""
+    if isinstance(x, Tensor):
+        return SizedTokens(x, x.new_ones(*x.shape[:2], 1)), None
+    return x, x.bias()
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -51,30 +73,30 @@ def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise UnsupportedModelError("a model that merges tokens takes no attention mask")
 
 
-class MergedReadBlock(Merging, ReadBlock):
-    """A block of which only the first tokens are read, behind blocks that merge."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map all tokens [B, N, C] to those that are read [B, read, C]."""
-        _check_no_mask(attn_mask, is_causal)
-        assert self.before is not None
-        return super().forward(x, attn_mask=self.before.as_bias())
-
-
 class MergedTokens:
-    """Mixed into timm's model, in front of it: tokens have sizes, and few of them stand for a patch."""
+    """Mixed into timm's model, in front of it: few tokens stand for a patch alone."""
 
-    sizes: Sizes
-    """Sizes of the last block's tokens."""
+    def forward_features(
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | SizedTokens:
+        """Return the tokens that are left, normalised; with their sizes where the head averages them."""
+        _check_no_mask(attn_mask, is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if isinstance(tokens, Tensor):
+            features: Tensor = self.norm(tokens)
+            return features
+        return SizedTokens(self.norm(tokens.x), tokens.sizes)
 
-    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Pool tokens [B, N, C] to [B, C], in a mean each patch with the same weight."""
-        if (self.global_pool if pool_type is None else pool_type) != "avg":
-            pooled: Tensor = super().pool(x, pool_type)  # type: ignore[misc]
+    def pool(self: Any, x: Tensor | SizedTokens, pool_type: str | None = None) -> Tensor:
+        """Pool tokens to [B, C], in a mean each patch with the same weight."""
+        if isinstance(x, Tensor) or (pool_type or self.global_pool) != "avg":
+            tokens = x if isinstance(x, Tensor) else x.x
+            pooled: Tensor = super().pool(tokens, pool_type)  # type: ignore[misc]
             return pooled
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        sizes = self.sizes.last()[:, first:]  # (B, N, 1)
-        mean: Tensor = (x[:, first:] * sizes).sum(1) / sizes.sum(1)
+        sizes = x.sizes[:, first:]  # (B, N, 1)
+        mean: Tensor = (x.x[:, first:] * sizes).sum(1) / sizes.sum(1)
         return mean
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
@@ -162,18 +184,12 @@ def set_merged(model: Any, merged: tuple[int, ...]) -> None:
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
-    before: Sizes | None = None
-    for block, count in zip(model.blocks, merged, strict=True):
-        if before is None and not count:
-            continue
-        block.before, block.after = before, Sizes()
-        before = block.after
+    first = next(number for number, count in enumerate(merged) if count)
+    for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
         block.__class__ = _BLOCKS[type(block)]
-        if count:
-            block.attn.matcher = Matcher(count, model.num_prefix_tokens)
-            block.attn.merged = count
-            _settle(block.attn)
-    model.sizes = before
+        block.matcher = Matcher(count, model.num_prefix_tokens) if count else None
+        block.gives_sizes = True
+    model.blocks[-1].gives_sizes = model.global_pool == "avg"
     model.__class__ = _MODELS[type(model)]
 
 
@@ -198,28 +214,15 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
 
 
 def _undo(model: Any) -> None:
-    blocks: Any = getattr(model, "blocks", ())
-    for block in blocks:
-        if type(block) not in _UNMERGED:
-            continue
-        block.__class__ = _UNMERGED[type(block)]
-        del block.before, block.after
-        if _count(block):
-            del block.attn.matcher, block.attn.merged
-            _settle(block.attn)
+    for block in getattr(model, "blocks", ()):
+        if type(block) in _UNMERGED:
+            block.__class__ = _UNMERGED[type(block)]
+            del block.matcher, block.gives_sizes
     if type(model) in _UNMERGED:
         model.__class__ = _UNMERGED[type(model)]
-        del model.sizes
 
 
 def _count(block: Any) -> int:
     """Return the number of tokens that a block merges."""
-    count: int = getattr(block.attn, "merged", 0)
-    return count
-
-
-def _settle(attention: Any) -> None:
-    """Give an attention layer the forward pass that it now needs."""
-    adapter = adapter_for(attention)
-    assert adapter is not None
-    adapter.resize(attention, {})
+    matcher = getattr(block, "matcher", None)
+    return 0 if matcher is None else matcher.count
