@@ -3,12 +3,15 @@
 A block takes what the slim model gives so far, and once trained passes on what it gives now. Unlike a refit
 of output projections this also moves the weights before the nonlinearities. Block by block as in STARFISH
 (arXiv 2606.01126); how errors are weighted and judged is ours.
+
+Where the slim model merges tokens, the dense one merges the same, so that tokens stand for the same patches.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,8 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.merge import Match, SizedTokens
+from mhacut.surgery.merging import merged_of, set_merged
 
 LR = 7e-4
 """Learning rate of the first step of each block."""
@@ -56,25 +61,96 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
         calibration: of the job's model: how many images are held out, and how much each token counts.
     """
     model = copy.deepcopy(slim)
-    names = blocks_of(prunable)
-    blocks, bytes_per_image = _comparable(model, job.model, names, job.images[:1].to(job.device))
+    teacher = _merging_as(slim, job.model)
+    blocks, bytes_per_image = _comparable(model, teacher, blocks_of(prunable), job.images[:1].to(job.device))
     most = max(2, MOST_BYTES // (bytes_per_image + job.images[0].nbytes))
     images, held = fewer(job.images, calibration.held, most)
     images, size = images.to(job.device), min(job.options.batch_size, BATCH)
     unseen, fit = images[:held].split(size), images[held:].split(size)
     generator = torch.Generator().manual_seed(job.options.seed)
     counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
-    with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(job.model, [*unseen, *fit]) as dense:
+    with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(teacher, [*unseen, *fit]) as dense:
         for number, block in enumerate(blocks):
+            given = cut.run_up_to(block.name)
+            with cut.paused():
+                matches = _matches(model.get_submodule(block.name), given)
+            _answer(dense, block, matches)
             (passes,) = dense.run_to(block.name)
             calls = [
-                _Call(*given, aim) for given, (_, aim) in zip(cut.run_up_to(block.name), passes, strict=True)
+                _Call(*arguments, _tokens(aim), found)
+                for arguments, (_, aim), found in zip(given, passes, matches, strict=True)
             ]
-            error = _Error.of(calls[len(unseen) :], block, calibration.fisher, number == len(blocks) - 1)
+            last = number == len(blocks) - 1
+            error = _Error.of(calls[len(unseen) :], block, calibration.fisher, last, _prefix(slim))
             parts = (calls[: len(unseen)], calls[len(unseen) :])
             with cut.paused():
                 _train(model, block.name, parts, error, job, generator, counter)
+            _answer(cut, block, matches)
     return model
+
+
+def _merging_as(slim: nn.Module, dense: nn.Module) -> nn.Module:
+    """Return ``dense``, or a copy that merges as many tokens as ``slim`` does."""
+    merged = merged_of(slim)
+    if merged == merged_of(dense):
+        return dense
+    dense = copy.deepcopy(dense)
+    set_merged(dense, merged)
+    return dense
+
+
+def _prefix(model: Any) -> int:
+    """Number of first tokens that are never merged."""
+    prefix: int = model.num_prefix_tokens if merged_of(model) else 0
+    return prefix
+
+
+def _matches(block: nn.Module, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Match | None]:
+    """Match the tokens of each call of ``block``, None where it merges none."""
+    matcher, found = getattr(block, "matcher", None), list[Match | None]()
+    if not isinstance(matcher, nn.Module):
+        return [None] * len(given)
+    handle = matcher.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        with torch.no_grad():
+            for args, kwargs in given:
+                _run(block, args, kwargs)
+    finally:
+        handle.remove()
+    return found
+
+
+def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
+    """Let the block of ``model`` merge what ``matches`` says."""
+    if None not in matches:
+        model.run_up_to(f"{block.name}.matcher")
+        model.answer(matches)
+
+
+@contextmanager
+def _matching(block: Any, found: Match | None) -> Iterator[None]:
+    """Let ``block`` merge what ``found`` says, whatever it finds itself."""
+    if found is None:
+        yield
+        return
+    handle = block.matcher.register_forward_hook(lambda module, args, output: found)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call ``block`` on copies of the arguments, which it may overwrite, and return its tokens."""
+    args, kwargs = tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs))
+    )
+    tokens: Tensor = _tokens(block(*args, **kwargs))
+    return tokens
+
+
+def _tokens(output: Any) -> Any:
+    return output.x if isinstance(output, SizedTokens) else output
 
 
 def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
@@ -135,7 +211,7 @@ def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, l
     outputs: dict[str, list[Any]] = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: outputs.setdefault(name, []).append(output)
+            lambda _, args, output, name=name: outputs.setdefault(name, []).append(_tokens(output))
         )
         for name in names
     ]
@@ -154,14 +230,13 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     aim: Tensor
+    found: Match | None
+    """Tokens that it is to merge, if any."""
 
     def output(self, block: nn.Module) -> Tensor:
-        """Call ``block`` on copies of the arguments, which it may overwrite."""
-        args, kwargs = tree_map(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
-        )
-        output: Tensor = block(*args, **kwargs)
-        return output.to(self.aim.dtype)
+        """Return the tokens that ``block`` gives."""
+        with _matching(block, self.found):
+            return _run(block, self.args, self.kwargs).to(self.aim.dtype)
 
 
 @dataclass(frozen=True)
@@ -175,7 +250,9 @@ class _Error:
     """Importance of each token, mean 1, [tokens]; None if all count alike."""
 
     @classmethod
-    def of(cls, calls: Sequence[_Call], block: Block, fisher: FisherInformation, last: bool) -> _Error:
+    def of(
+        cls, calls: Sequence[_Call], block: Block, fisher: FisherInformation, last: bool, prefix: int
+    ) -> _Error:
         """Weigh the outputs that ``calls`` aim at.
 
         Args:
@@ -184,6 +261,7 @@ class _Error:
             fisher: with the importance of tokens.
             last: whether no other block follows. Then tokens that nobody reads do not count at all, because
                 no error spreads from them any more.
+            prefix: number of tokens that are never merged, where others are.
         """
         dim = block.layer.channel_dim
         aims = [_by_token(call.aim, dim) for call in calls]
@@ -192,9 +270,8 @@ class _Error:
         variance = torch.stack([(aim - mean).square().sum((0, 1)) for aim in aims]).sum(0) / count
         floor = 1e-6 * float(variance.mean())
         variance = variance.clamp_min(floor) if floor > 0 else torch.ones_like(variance)
-        tokens = fisher.token_importance(block.layer.name, (len(aims[0]), aims[0].shape[1]), len(aims[0]))
+        tokens = _importance(fisher, block.layer.name, aims[0].shape, prefix)
         if tokens is not None:
-            tokens = tokens[: aims[0].shape[1]]
             if last:
                 tokens = (tokens - SHRINKAGE).clamp_min(0)
             tokens = (tokens / tokens.mean()).to(aims[0])
@@ -205,6 +282,18 @@ class _Error:
         missing = _by_token(output - aim, self.channel_dim).square()  # (B, tokens, C)
         errors = (missing * self.channels).mean(-1)  # (B, tokens)
         return (errors if self.tokens is None else errors * self.tokens).mean()
+
+
+def _importance(fisher: FisherInformation, layer: str, shape: torch.Size, prefix: int) -> Tensor | None:
+    """Importance of each token of an output [B, tokens, C]; merged ones count as a patch does on average."""
+    tokens = fisher.token_importance(layer, shape[:2], shape[0])
+    if tokens is not None:
+        return tokens[: shape[1]]
+    grids = fisher.importance.get(layer, {})
+    if not prefix or len(grids) != 1:
+        return None
+    (tokens,) = grids.values()
+    return torch.cat((tokens[:prefix], tokens[prefix:].mean().expand(shape[1] - prefix)))
 
 
 def _by_token(output: Tensor, channel_dim: int) -> Tensor:

@@ -125,6 +125,11 @@ class ResumableModel:
         self._run(name)
         return [stack[-1].value for stack in self._stacks]
 
+    def answer(self, outputs: Sequence[Any]) -> None:
+        """Take ``outputs``, one per batch, as those of the calls that :meth:`run_up_to` stopped before."""
+        for stack, output in zip(self._stacks, outputs, strict=True):
+            stack.pop().set(output, finished=True)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Give the modules their own ``forward`` back for a while, for calls that belong to no pass."""

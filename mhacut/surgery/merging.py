@@ -41,12 +41,12 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x)
-        x = tokens.x + self.drop_path1(self.ls1(self.attn(self.norm1(tokens.x), attn_mask=bias)))
-        tokens = SizedTokens(x, tokens.sizes)
+        y: Tensor = tokens.x + self.drop_path1(self.ls1(self.attn(self.norm1(tokens.x), attn_mask=bias)))
+        left = SizedTokens(y, tokens.sizes)
         if self.matcher is not None:
-            tokens = merge(tokens, self.matcher(x), self.matcher.prefix)
-        x = tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
-        return SizedTokens(x, tokens.sizes) if self.gives_sizes else x
+            left = merge(left, self.matcher(y), self.matcher.prefix)
+        y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
+        return SizedTokens(y, left.sizes) if self.gives_sizes else y
 
 
 class MergedReadBlock(Merging, ReadBlock):
