@@ -382,7 +382,7 @@ def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
         block.register_forward_hook(lambda module, args, output: aims.append(output))
     teacher(bench.images[:HELD])
     assert len(seen) == len(aims) == 3
-    for block, (unseen, _), aim, output in zip(bench.slim.blocks, seen, aims, outputs, strict=True):
+    for block, (unseen, _), aim, output in zip(bench.slim.blocks, seen, [*aims], [*outputs], strict=True):
         torch.testing.assert_close(unseen[0].aim, getattr(aim, "x", aim), rtol=0, atol=1e-12)
         found = unseen[0].output(block)
         torch.testing.assert_close(found, getattr(output, "x", output), rtol=0, atol=1e-12)

@@ -11,8 +11,8 @@ from mhacut.surgery.merge import SizedTokens, match, merge
 
 def slow_merge(x: Tensor, sizes: Tensor, keys: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
     """Merge one image's tokens [N, C], sizes [N], keys [N, d], token by token."""
-    a = list(range(prefix, len(x), 2))
-    b = list(range(prefix + 1, len(x), 2))
+    a = list(range(prefix + 1, len(x), 2))
+    b = list(range(prefix, len(x), 2))
     best = {}
     for i in a:
         cosines = [float(keys[i] @ keys[j] / (keys[i].norm() * keys[j].norm())) for j in b]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 class Match(NamedTuple):
     """Which tokens are merged into which, for a batch of images; tokens are counted behind the prefix.
 
-    Every second token, from the first on, may be merged: set A. The others, set B, may receive.
+    Every second token may be merged: set A. The others, the first among them, may receive: set B.
     """
 
     merged: Tensor
@@ -55,7 +55,7 @@ def match(keys: Tensor, count: int, prefix: int) -> Match:
     """
     with _full_precision(keys):
         keys = F.normalize(keys[:, prefix:], dim=-1)
-        a, b = keys[:, ::2], keys[:, 1::2]
+        a, b = keys[:, 1::2], keys[:, ::2]
         similarity, nearest = (a @ b.mT).max(-1)  # (B, |A|)
     # Sorted by topk: exporters know no sort.
     order = similarity.topk(a.shape[1], dim=-1).indices
@@ -78,8 +78,8 @@ def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
     """
     x, sizes = tokens
     rest, rest_sizes = x[:, prefix:], sizes[:, prefix:]
-    a, b = rest[:, ::2], rest[:, 1::2]
-    size_a, size_b = rest_sizes[:, ::2], rest_sizes[:, 1::2]
+    a, b = rest[:, 1::2], rest[:, ::2]
+    size_a, size_b = rest_sizes[:, 1::2], rest_sizes[:, ::2]
     columns = torch.arange(b.shape[1], device=x.device)[None, :, None]  # (1, |B|, 1)
     receives = (found.receivers[:, None, :] == columns).to(x.dtype)  # (B, |B|, r)
     moved_size = _taken(size_a, found.merged)  # (B, r, 1)
@@ -114,6 +114,6 @@ class Matcher(nn.Module):
         self.count, self.prefix = count, prefix
 
     def forward(self, x: Tensor) -> Match:
-        """Match tokens [B, N, C]; of an image of fewer patches than planned, at most half are merged."""
+        """Match tokens [B, N, C]; of fewer patches than planned for, at most half are merged."""
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
         return match(x.detach(), count, self.prefix)

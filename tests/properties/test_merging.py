@@ -1,0 +1,259 @@
+"""Models that merge tokens: what cutting, copying, resuming and exporting them must not change."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from helpers.models import ModelCase, build, double, image, relative, slow_except
+from helpers.plans import random_plan
+from mhacut.checkpoint.build import allocate
+from mhacut.errors import PlanError, UnsupportedModelError
+from mhacut.exporting import runtimes
+from mhacut.plan import Plan, TokenPlan
+from mhacut.pruning.resumable import ResumableModel
+from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
+from mhacut.surgery.merge import Match
+from mhacut.surgery.merging import set_merged
+from mhacut.surgery.rotate import rotate
+from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import apply_tokens, tokens_of
+
+
+def merging(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:
+    small = {"depth": 3, "img_size": 64, "embed_dim": 24, "num_heads": 3}
+    return ModelCase(architecture, {**small, **args})
+
+
+MERGING = {
+    "read": (merging(), TokenPlan(1, (4, 3, 0))),
+    "all tokens": (merging(), TokenPlan(None, (0, 8, 4))),
+    "registers": (merging(reg_tokens=2, no_embed_class=True), TokenPlan(1, (8, 0, 0))),
+    "distilled": (merging("deit_tiny_distilled_patch16_224"), TokenPlan(2, (3, 0, 0))),
+    "averaging": (merging("vit_base_patch16_gap_224"), TokenPlan(None, (2, 5, 1))),
+    "averaging behind a norm": (merging(global_pool="avg", fc_norm=False), TokenPlan(None, (2, 5, 0))),
+    "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
+}
+"""Models and what they merge."""
+
+
+@pytest.fixture(params=MERGING)
+def case(request):
+    return MERGING[request.param]
+
+
+@pytest.fixture(params=slow_except({"read", "averaging"}, MERGING))
+def case_of_few(request):
+    """For what takes longer."""
+    return MERGING[request.param]
+
+
+def merged(case: tuple[ModelCase, TokenPlan]) -> tuple[nn.Module, torch.Tensor]:
+    model, x = double(case[0])
+    apply_tokens(model, case[1])
+    assert tokens_of(model) == case[1]
+    return model, x
+
+
+@torch.no_grad()
+def test_a_model_whose_equal_tokens_merge_computes_the_same():
+    """Averages of equal tokens are these tokens, which then weigh as much as all of them together."""
+    for global_pool in ("token", "avg"):
+        model, x = double(merging(global_pool=global_pool))
+        model.pos_embed.zero_()
+        x = x[:, :, :16, :16].repeat(1, 1, 4, 4)  # 16 patches alike
+        expected = model(x)
+        set_merged(model, (8, 4, 2))
+        assert relative(model(x), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_cut_models_compute_what_masked_ones_do(case):
+    model, x = merged(case)
+    prunable = find_prunable_layers(model)
+    plan, scales = random_plan(prunable, 1)
+    masks = {unit.key: kept_channels(unit).double() * scales.get(unit.key, 1) for unit in plan}
+    expected = run_with(model, masked_tensors(model, prunable, masks), x)
+    assert relative(expected, model(x)) > 1e-3
+    cut(model, plan, scales, prunable)
+    assert relative(model(x), expected) < 1e-10
+
+
+@torch.no_grad()
+def test_a_change_of_basis_changes_no_match(case):
+    model, x = merged(case)
+    expected = model(x)
+    for unit in find_prunable_layers(model).units():
+        if unit.mixing == "rotate":
+            basis = torch.randn(unit.heads, unit.width, unit.width, dtype=torch.float64)
+            rotate(model.get_submodule(unit.layer), unit, basis)
+    assert relative(model(x), expected) < 1e-8
+
+
+def test_costs_are_those_of_the_tokens_left(case_of_few):
+    case = case_of_few
+    model = build(case[0])
+    dense = measure_flops(model, case[0].size)
+    apply_tokens(model, case[1])
+    prunable = find_prunable_layers(model)
+    table = build_cost_table(model, prunable, case[0].size)
+    assert table.dense == measure_flops(model, case[0].size) < dense
+    plan, _ = random_plan(prunable, 3)
+    cut(model, plan)
+    assert measure_flops(model, case[0].size) == table.flops(plan.widths())
+
+
+@torch.no_grad()
+def test_passes_do_not_mix(case_of_few):
+    """Of several batches, block by block and layer by layer; of copies; of images alone and together."""
+    model, x = merged(case_of_few)
+    expected, heads = model(x), []
+    handle = model.head.register_forward_hook(lambda module, args, output: heads.append(output))
+    model(x)
+    handle.remove()
+    layers = ("", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
+    for inside in (layers[:1], layers[1:]):
+        with ResumableModel(model, x.split(1)) as resumed:
+            for name in [f"blocks.{number}{layer}" for number in range(3) for layer in inside]:
+                resumed.run_to(name)
+            (passes,) = resumed.run_to("head")
+        assert relative(torch.cat([output for _, output in passes]), heads[0]) < 1e-12
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+    assert relative(torch.cat([model(one[None]) for one in x]), expected) < 1e-12
+
+
+def test_gradients_are_those_without_checkpoints(case):
+    model, x = merged(case)
+    model.requires_grad_(True)
+    found = []
+    for checkpoints in (False, True):
+        model.set_grad_checkpointing(checkpoints)
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_merges_can_be_undone(case):
+    model, x = merged(case)
+    plain, _ = double(case[0])
+    apply_tokens(plain, TokenPlan(case[1].read))
+    set_merged(model, ())
+    assert type(model) is type(plain)
+    assert torch.equal(model(x), plain(x))
+
+
+@torch.no_grad()
+def test_cut_and_merged_on_meta_is_the_same_model(case):
+    model, x = merged(case)
+    outline = build(case[0], dtype=torch.float64).to("meta")
+    plan, _ = random_plan(find_prunable_layers(model), 4)
+    cut(model, plan)
+    cut(outline, Plan(plan.units, case[1]))
+    allocate(outline)
+    outline.load_state_dict(model.state_dict())
+    assert relative(outline(x), model(x)) < 1e-12
+
+
+@torch.no_grad()
+def test_small_images_merge_fewer_tokens():
+    model, _ = double(merging(dynamic_img_size=True))
+    set_merged(model, (8, 4, 2))
+    assert model.forward_features(torch.rand(1, 3, 32, 32).double()).shape[1] == 1 + 4 - 2 - 1
+
+
+def test_matches_can_be_given_from_outside():
+    model, x = merged(MERGING["read"])
+    places = ([0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 0, 0])
+    given = Match(*(torch.tensor([each] * len(x)) for each in places))
+    model.blocks[0].matcher.register_forward_hook(lambda module, args, output: given)
+    sizes = []
+    model.blocks[0].register_forward_hook(lambda module, args, output: sizes.append(output.sizes[0, :, 0]))
+    model(x)
+    assert sizes[0].tolist() == [1] + [1] * 4 + [5] + [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("merges", "reason"),
+    [((9, 0, 0), "at most 8"), ((8, 5, 0), "block 1 merges at most 4"), ((1, 1), "3 blocks")],
+)
+def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
+    with pytest.raises(PlanError, match=reason):
+        set_merged(build(merging()), merges)
+    model = build(merging())
+    apply_tokens(model, TokenPlan(1))
+    with pytest.raises(PlanError, match="computes no tokens"):
+        set_merged(model, (0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("vit_relpos_small_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"img_size": 28}),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}),
+    ],
+)
+def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
+    model = build(merging(architecture, **args))
+    with pytest.raises(UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|Eva|map)"):
+        set_merged(model, (1, 0, 0))
+
+
+def test_dense_features_and_masks_are_refused():
+    model, x = merged(MERGING["read"])
+    with pytest.raises(UnsupportedModelError, match="merges tokens"):
+        model.forward_intermediates(x)
+    with pytest.raises(UnsupportedModelError, match="no attention mask"):
+        model(x, is_causal=True)
+
+
+def test_under_autocast_the_same_tokens_merge():
+    model, x = build(merging()), image(merging())
+    set_merged(model, (8, 0, 0))
+    found = []
+    matcher = model.blocks[0].matcher
+    matcher.register_forward_hook(lambda module, args, output: found.append((args[0], output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    ((tokens, match),) = found
+    again = matcher(tokens)
+    assert torch.equal(match.merged, again.merged)
+    assert torch.equal(match.receivers, again.receivers)
+
+
+@torch.no_grad()
+def test_an_exported_program_computes_the_same():
+    model, x = build(merging()), image(merging(), batch=5)
+    apply_tokens(model, TokenPlan(1, (8, 3, 0)))
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    for count in (1, 5):
+        assert relative(program.module()(x[:count]), model(x[:count])) < 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_programs_compute_the_same_without_scatter(case, monkeypatch):
+    model, x = build(case[0]), image(case[0], batch=5)
+    apply_tokens(model, case[1])
+    contents = []
+    monkeypatch.setattr(runtimes, "_onnx_runner", lambda content, threads: contents.append(content))
+    runtimes.onnx_runner(model, case[0].size, "float32", threads=1)
+    (content,) = contents
+    operators = {node.op_type for node in onnx.load_from_string(content).graph.node}
+    assert "TopK" in operators
+    assert not [name for name in operators if "Scatter" in name]
+    session = onnxruntime.InferenceSession(content)
+    for count in (1, 2, 5):
+        (found,) = session.run(None, {"images": x[:count].numpy()})
+        assert relative(torch.from_numpy(found), model(x[:count])) < 1e-4
