@@ -71,18 +71,20 @@ def recover(
         prunable: its prunable layers.
         job: what is pruned.
         calibration: of its model.
-        merged: number of tokens that each block is to merge, before the last step.
+        merged: number of tokens that each block is to merge, from the first step on that sees merges; empty
+            to leave the model as it is.
     """
     options, reporter = job.options, job.reporter
     if calibration.held == 0:
-        set_merged(slim, merged)
+        if merged:
+            set_merged(slim, merged)
         if options.trained_gain_steps or options.healed_steps or options.tuned_steps:
             reporter.log("nothing was trained: of a single image, none is left to judge by")
         return slim
     judge = job.distillation(calibration).part(0, calibration.held)
     slim = slim.to(job.device)
     for step in _steps(prunable, job, calibration):
-        if step.sees_merges:
+        if step.sees_merges and merged:
             set_merged(slim, merged)
         if not step.asked:
             continue
@@ -122,6 +124,6 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
     return (
         in_order,
         _Step("training channel scales", "reweighting", options.trained_gain_steps > 0, scale),
-        _Step("healing", "healing", options.healed_steps > 0, heal),
+        _Step("healing", "healing", options.healed_steps > 0, heal, sees_merges=True),
         _Step("tuning", "tuning", options.tuned_steps > 0, tune, sees_merges=True),
     )

@@ -33,7 +33,7 @@ class Match(NamedTuple):
 
 
 class SizedTokens(NamedTuple):
-    """What blocks behind a merge pass on."""
+    """Tokens with their sizes, which blocks behind a merge pass on."""
 
     x: Tensor
     """Tokens, [B, N, C]."""
