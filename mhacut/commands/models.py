@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import timm
-import torch
 from torch import nn
 
 from mhacut.adapters.registry import is_attention, is_pooling_head, looks_like_attention
+from mhacut.checkpoint.build import without_values
 from mhacut.errors import UnsupportedModelError
 from mhacut.exporting.timm_model import NAME
 from mhacut.surgery.find import find_prunable_layers
@@ -65,7 +65,7 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
 
 def build_weightless(name: str) -> nn.Module:
     """Build the architecture ``name`` of timm on the meta device."""
-    with warnings.catch_warnings(), torch.device("meta"):
+    with warnings.catch_warnings(), without_values():
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name)
     return model
