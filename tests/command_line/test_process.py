@@ -11,8 +11,14 @@ from importlib.metadata import version
 
 import mhacut
 from helpers.cli import run
+from helpers.programs import MAIN
 
-MAIN = "from runpy import run_module; run_module('mhacut', run_name='__main__', alter_sys=True)"
+ASCII = """
+import sys
+sys.stdout = open(1, "w", encoding="ascii", errors="strict", closefd=False)
+sys.stderr = open(2, "w", encoding="ascii", errors="backslashreplace", closefd=False)
+"""
+"""What PYTHONIOENCODING=ascii makes of them."""
 
 
 def _children_cpu_s() -> float:
@@ -79,15 +85,13 @@ def test_broken_pipe_ends_quietly(programs, slim):
         assert program.end() == 0
 
 
-def test_ascii_terminal(slim, tmp_path):
+def test_ascii_terminal(programs, slim, tmp_path):
     path = tmp_path / "mod\u00e8le \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "mhacut", "evaluate", path, "--data-dir", "no \u6f22"]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True)
+    done = programs.run(ASCII + MAIN, "evaluate", path, "--data-dir", "no \u6f22")
     assert done.returncode == 1
-    assert rb"error: no \u6f22: no such directory" in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert r"error: no \u6f22: no such directory" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_interrupt(programs, tiny_vit, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from helpers.finetuning import resume, same, weights
+from helpers.programs import BY_TWO, MAIN
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
 from mhacut.options.finetune import FinetuneOptions
@@ -46,13 +48,18 @@ mhacut.finetune(sys.argv[3], data_dir=sys.argv[4], output=sys.argv[5], batch_siz
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tune_in, tmp_path_factory):
+    """A run that nothing ended."""
+    return tune_in(tmp_path_factory.mktemp("whole") / "run", save_every=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "at"), [("step", 5), ("write", 9), ("write", 10)])
-def test_kill_9_and_resume(tune, slim, images, tmp_path, where, at):
-    whole = tune("whole", save_every=1)
-    arguments = [where, str(at), str(slim), str(images), str(tmp_path / "cut")]
-    killed = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_kill_9_and_resume(programs, whole, slim, images, tmp_path, where, at):
+    killed = programs.start(SCRIPT, where, at, slim, images, tmp_path / "cut")
+    with killed.stdout, killed.stderr:
+        assert killed.end() == -signal.SIGKILL
     again = resume(tmp_path / "cut")
     assert same(weights(whole.folder), weights(again.folder))
     assert same(weights(whole.folder, "best.safetensors"), weights(again.folder, "best.safetensors"))
@@ -83,21 +90,23 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
     assert resumed.steps == 6
 
 
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
 @pytest.mark.slow
-def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, images, tmp_path):
+def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(programs, tune, slim, images, tmp_path):
     """The second process waits for the first, which must not write over a run; or both find no images."""
     held = tune("held", steps=1).folder
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["-b", "6", "-j", "0", "--steps", "1"]
     for given, message in (
         (["--data-dir", images, "-o", held], "holds a run already"),
         (["--data-dir", tmp_path / "none", "-o", tmp_path / "new"], "no such directory"),
     ):
-        command = [*launcher, "-m", "mhacut", "finetune", slim, *map(str, given), *flags]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        own = done.stderr.partition("torch.distributed.elastic")[0]  # the launcher has more to say
-        assert done.returncode != 0
-        assert own.count(message) == 1, done.stderr
+        done = programs.run(BY_TWO, free_port(), "finetune", slim, *given, *flags)  # until both have ended
+        assert done.returncode == 1
+        assert done.stderr.count(message) == 1, done.stderr
         assert "did not foresee" not in done.stderr
 
 
@@ -105,7 +114,7 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(tune, slim, im
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]
 )
-def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path, processes, number):
+def test_a_command_that_is_asked_to_stop_can_go_on(programs, slim, images, tmp_path, processes, number):
     """All processes stop after the same step, whichever received the signal.
 
     A terminal's Ctrl-C, and many a scheduler, reach the processes that read images as well.
@@ -113,23 +122,20 @@ def test_a_command_that_is_asked_to_stop_can_go_on(tune, slim, images, tmp_path,
     workers = 2 if processes == 1 else 0
     flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", workers, "-b", 12 // processes]
     flags += ["-o", tmp_path / "cut", "--save-every", "1"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
-    command = [sys.executable, *(launcher if processes > 1 else ["-m"]), "mhacut", "finetune", slim, *flags]
-    with subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as run:
+    script, *first = [MAIN] if processes == 1 else [BY_TWO, free_port()]
+    run = programs.start(script, *first, "finetune", slim, *flags)
+    with run.stdout, run.stderr:
         deadline = time.monotonic() + 200
         while not (tmp_path / "cut" / "summary.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.05)
         if processes == 1:
             os.killpg(run.pid, number)
         else:
-            run.send_signal(number)
-        _, stderr = run.communicate(timeout=200)
+            os.kill(run.pid, number)
+        assert run.end(200) == 130
+        stderr = run.stderr.read()
     assert "all is saved. Go on with: " in stderr
     assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
-    if processes == 1:
-        assert run.returncode == 130
     state = RunFolder(tmp_path / "cut").read_state()
     assert f"stopped after step {state['step']} of 1200" in stderr
     assert state["step"] < 1200

@@ -18,6 +18,17 @@ from dataclasses import dataclass
 from typing import IO
 
 IMPORTS = "import timm, torch, mhacut, mhacut.data, mhacut.finetuning.training"
+MAIN = "from runpy import run_module; run_module('mhacut', run_name='__main__', alter_sys=True)"
+"""The command ``mhacut``."""
+BY_TWO = f"""
+import os, sys
+first = os.fork() != 0
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if first else "1"
+os.environ |= {{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}}
+os.environ |= {{"MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv.pop(1)}}
+{MAIN}
+"""
+"""The same by two processes that meet at the port named first; exit code and pid are of the first of them."""
 
 
 @dataclass
