@@ -110,7 +110,14 @@ def test_what_crashes_is_named_and_the_others_go_on(monkeypatch, capsys, tmp_pat
     assert sweep.main(["nothing_like_it"]) == 2
 
 
-@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "levit_128s", "flatten_swin_tiny_224"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "vit_tiny_patch16_224",
+        "levit_128s",
+        pytest.param("flatten_swin_tiny_224", marks=pytest.mark.slow),
+    ],
+)
 def test_models_without_weights_cost_the_same_on_every_device(architecture):
     model = build_weightless(architecture).eval()
     with TraceableOnMeta():

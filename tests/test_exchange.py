@@ -87,14 +87,13 @@ def test_exchanges_find_what_greedy_removal_misses():
     assert sum(found) < 0.98 * sum(greedy)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_many_at_once_end_there_too(seed):
-    layer = Layer(seed, 1, 300, sources=40, out=20)
-    kept = layer.exchanged(150)
+def test_many_at_once_end_there_too():
+    layer = Layer(0, 1, 200, sources=40, out=20)
+    kept = layer.exchanged(100)
     left = layer.error(kept)
-    assert left < 0.995 * layer.error(layer.greedy(150))
+    assert left < 0.995 * layer.error(layer.greedy(100))
     swaps = list(neighbours_of(layer, kept))
-    chosen = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(seed))[:150]
+    chosen = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(0))[:150]
     assert min(layer.error(swaps[place]) for place in chosen) > (1 - LEAST_GAIN - 1e-5) * left
 
 

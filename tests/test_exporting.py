@@ -34,7 +34,7 @@ def exported(slim_of, tmp_path_factory) -> Callable[[str, str], ExportResult]:
     return cache(export)
 
 
-@pytest.mark.parametrize("name", slow_except({"vit", "distilled"}, SLIM))
+@pytest.mark.parametrize("name", slow_except({"vit"}, SLIM))
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, exported):
     result = exported(name, format)

@@ -155,7 +155,13 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
     torch.testing.assert_close(found.redundancy.float(), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224", "flatten_swin_tiny_224"])
+@pytest.mark.parametrize(
+    "case",
+    slow_except(
+        {"flatten_pvt_v2_b0", "flatten_swin_tiny_224"},
+        ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224", "flatten_swin_tiny_224"],
+    ),
+)
 @torch.no_grad()
 def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     model, images = build(FLATTEN[case]), image(FLATTEN[case], batch=24)

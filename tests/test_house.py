@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,6 @@ import pytest
 import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): ast.parse(path.read_text())
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
 LONGEST_FUNCTION, LONGEST_MODULE, MOST_PARAMETERS, MOST_LOOSE_MODULES = 60, 400, 7, 10
 FEW_PARAMETERS = ("mhacut.pruning", "mhacut.surgery", "mhacut.adapters", "mhacut.linalg")
 """Where whole objects are passed on, not their parts."""
@@ -25,6 +22,15 @@ PEOPLE_ONLY = re.compile(r"\b(told|tells?|heard|hears?|listen\w*|said)\b", re.IG
 """What people do, and models, files and functions do not."""
 GENERATED = {"mhacut.options.keywords"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package, by its name."""
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def functions(tree: ast.AST, within: str) -> Iterator[tuple[str, Function]]:
@@ -37,7 +43,7 @@ def functions(tree: ast.AST, within: str) -> Iterator[tuple[str, Function]]:
 
 
 def long_functions() -> Iterator[str]:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for name, node in functions(tree, module):
             start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             if node.end_lineno - start + 1 > LONGEST_FUNCTION:
@@ -45,14 +51,14 @@ def long_functions() -> Iterator[str]:
 
 
 def long_modules() -> Iterator[str]:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         longest = max((node.end_lineno for node in tree.body), default=0)
         if longest > LONGEST_MODULE and module not in GENERATED:
             yield module
 
 
 def long_signatures() -> Iterator[str]:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         if module.startswith(FEW_PARAMETERS):
             for name, node in functions(tree, module):
                 given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -88,14 +94,14 @@ def public(name: str) -> bool:
 
 
 def docstrings_without_a_noun() -> Iterator[str]:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for name, text in docstrings(tree, module):
             if public(name) and NO_NOUN.match(text):
                 yield name
 
 
 def docstrings_in_which_code_speaks() -> Iterator[str]:
-    for module, tree in MODULES.items():
+    for module, tree in modules().items():
         for name, text in docstrings(tree, module):
             if public(name) and PEOPLE_ONLY.search(text):
                 yield name

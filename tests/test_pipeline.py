@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mhacut
 from helpers.jobs import Recorder
-from helpers.models import build, image, relative, slow_except
+from helpers.models import build, image, relative
 from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import (
@@ -67,7 +67,7 @@ def test_prune_writes_what_load_model_opens(pruned):
     assert record["preprocessing"]["input_size"] == [3, 32, 32]
 
 
-def test_a_fresh_process_reads_the_same_model(pruned, tmp_path):
+def test_another_process_reads_the_same_model(programs, pruned, tmp_path):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x.safetensors")
     code = (
@@ -76,8 +76,8 @@ def test_a_fresh_process_reads_the_same_model(pruned, tmp_path):
         "y = model(load_file(sys.argv[2])['x']);"
         "save_file({**model.state_dict(), 'y': y.detach()}, sys.argv[3])"
     )
-    arguments = [pruned.output, tmp_path / "x.safetensors", tmp_path / "found.safetensors"]
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+    paths = pruned.output, tmp_path / "x.safetensors", tmp_path / "found.safetensors"
+    assert programs.run(code, *paths).returncode == 0
     found = load_file(tmp_path / "found.safetensors")
     model = mhacut.load_model(pruned.output)
     # Weights to the bit. Logits to rounding: BLAS sums in another order when a buffer is aligned otherwise.
@@ -202,7 +202,7 @@ def test_budgets_may_be_numbers(tiny_vit, tmp_path):
 
 def test_same_seed_same_file(tiny_vit, pruned, tmp_path):
     # Often enough that an order left to chance would show.
-    files = {prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "abc"}
+    files = {prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "ab"}
     assert files == {pruned.output.read_bytes()}
 
 
@@ -250,8 +250,8 @@ def test_the_lowest_budget_that_is_named_works(tiny_vit, tmp_path):
     with pytest.raises(BudgetError) as refusal:
         prune(tiny_vit, tmp_path / "slim.safetensors", flops="1%")
     flops, share = re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups()
-    for number, budget in enumerate((flops, share)):
-        result = prune(tiny_vit, tmp_path / f"{number}.safetensors", flops=budget)
+    for budget in (flops, share):
+        result = prune(tiny_vit, tmp_path / "slim.safetensors", flops=budget, effort="fast", dry_run=True)
         assert result.slim.flops <= result.budget
 
 
@@ -279,7 +279,8 @@ def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
     assert found[0].output.read_bytes() != found[1].output.read_bytes()
 
 
-@pytest.mark.parametrize("name", slow_except({"plain"}, VITS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VITS)
 def test_every_class_survives_the_file_and_repeats(name, tmp_path):
     case = VITS[name]
     dense = build(case)

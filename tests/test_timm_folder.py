@@ -67,6 +67,7 @@ print(slim(torch.ones(1, 3, 32, 32)).sum().item())
 """
 
 
+@pytest.mark.slow
 def test_fresh_processes_open_dense_folders_without_us_and_slim_ones_with_us(tiny_vit, folder, tmp_path):
     dense, asked = tmp_path / "dense", {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
     mhacut.export(tiny_vit.path, format="timm", output=dense, **asked)

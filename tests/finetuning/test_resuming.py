@@ -21,7 +21,7 @@ from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
 from mhacut.runtime.files import write_whole
 
-LONGER = {"epochs": 3, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
+LONGER = {"epochs": 2, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from helpers.models import build
 from helpers.plans import random_plan
 from mhacut.surgery.costs import build_cost_table
@@ -17,8 +15,6 @@ def test_the_cost_table_is_what_fvcore_counts(case):
     prunable = find_prunable_layers(model)
     table = build_cost_table(model, prunable, case.size)
     assert table.flops({}) == table.dense == measure_flops(model, case.size)
-    for seed in (0, 1):
-        plan, _ = random_plan(prunable, seed)
-        slim = copy.deepcopy(model)
-        cut(slim, plan)
-        assert table.flops(plan.widths()) == measure_flops(slim, case.size)
+    plan, _ = random_plan(prunable, seed=0)
+    cut(model, plan)
+    assert table.flops(plan.widths()) == measure_flops(model, case.size)

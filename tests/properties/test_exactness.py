@@ -18,7 +18,7 @@ from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 
-few = settings(max_examples=3, deadline=None)
+few = settings(max_examples=2, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -68,8 +68,7 @@ def test_masked_equals_sliced(case, seed):
 
 @torch.no_grad()
 def test_masked_equals_sliced_in_single_precision(case):
-    for seed in range(3):
-        assert difference_of_mask_and_cut(build(case), image(case), seed) < 1e-4
+    assert difference_of_mask_and_cut(build(case), image(case), seed=0) < 1e-4
 
 
 @few

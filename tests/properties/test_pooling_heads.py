@@ -40,7 +40,7 @@ def test_a_pooling_head_that_is_built_otherwise_is_left_alone_too(built):
 
 def test_a_pooling_head_is_a_block_of_its_own():
     model = build(SIGLIP)
-    assert Blocks(model).names == ("blocks.0", "blocks.1", "attn_pool")
+    assert Blocks(model).names == ("blocks.0", "attn_pool")
     qk, v = (find_prunable_layers(model).unit(("attn_pool", kind)) for kind in ("qk", "v"))
     assert white_moments(model.attn_pool, qk) is None  # its queries are made of nothing that varies
     assert white_moments(model.attn_pool, v) is not None

@@ -34,9 +34,15 @@ TINY_VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ra
 
 
 def vit(
-    architecture: str, *, whole: Mapping[str, str] = NOTHING, flops: str = "80%", **args: Any
+    architecture: str,
+    *,
+    whole: Mapping[str, str] = NOTHING,
+    flops: str = "80%",
+    fast: bool = False,
+    **args: Any,
 ) -> ModelCase:
-    return ModelCase(architecture, {**SMALL, "embed_dim": 96, **args}, fast=True, whole=whole, flops=flops)
+    small = {**SMALL, "depth": 1, "embed_dim": 96, **args}
+    return ModelCase(architecture, small, whole=whole, flops=flops, fast=fast)
 
 
 def deep(
@@ -47,7 +53,7 @@ def deep(
     fast: bool = False,
     **args: Any,
 ) -> ModelCase:
-    small = {"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3, **args}
+    small = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, **args}
     return ModelCase(architecture, small, whole=whole, flops=flops, fast=fast)
 
 
@@ -81,22 +87,24 @@ CASES: Cases = {
         "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True),
     },
     Attention: {
-        "": vit("vit_tiny_patch16_224"),
+        "": vit("vit_tiny_patch16_224", depth=2, fast=True),
         "distilled": vit("deit_tiny_distilled_patch16_224"),
         "layer scale": vit("deit3_small_patch16_224", num_heads=3, init_values=0.1),
         "registers": vit("vit_small_patch14_reg4_dinov2", img_size=42, num_heads=2),
-        "pooling head": vit("vit_base_patch16_siglip_224", num_heads=3, whole=parts.POOLING_MLP),
+        "pooling head": vit("vit_base_patch16_siglip_224", num_heads=3, whole=parts.POOLING_MLP, fast=True),
         "norm in front": vit("vit_base_patch16_clip_quickgelu_224", num_heads=4),
-        "gated mlp": vit("vit_giant_patch14_reg4_dinov2", img_size=42, num_heads=4),
-        "no biases": vit("aimv2_large_patch14_224", img_size=42, num_heads=3),
-        "norms within": vit("beit3_base_patch16_224", num_heads=4, whole=parts.NORMS_WITHIN, flops="95%"),
-        "normalised": vit("vit_tiny_patch16_224", qk_norm=True, whole=parts.QK_NORMALISED),
+        "gated mlp": vit("vit_giant_patch14_reg4_dinov2", img_size=42, num_heads=4, fast=True),
+        "no biases": vit("aimv2_large_patch14_224", img_size=42, num_heads=3, fast=True),
+        "norms within": vit(
+            "beit3_base_patch16_224", num_heads=4, whole=parts.NORMS_WITHIN, flops="95%", fast=True
+        ),
+        "normalised": vit("vit_tiny_patch16_224", qk_norm=True, whole=parts.QK_NORMALISED, fast=True),
         "vitamin": ModelCase("vitamin_small_224", {"img_size": 64, "depth": 1}, flops="85%"),
     },
     AttentionRope: {
         "interleaved": deep("vit_small_patch16_rope_224"),
         "mixed": deep("vit_small_patch16_rope_mixed_ape_224"),
-        "half": deep("vit_small_patch16_rope_224", rope_rotate_half=True, fast=True),
+        "half": deep("vit_small_patch16_rope_224", depth=2, rope_rotate_half=True, fast=True),
         "normalised": deep("vit_small_patch16_rope_224", qk_norm=True, whole=parts.QK_NORMALISED),
         "shared keys": deep(
             "vit_small_patch16_rope_224", qkv_fused=False, num_kv_heads=1, whole=parts.SHARED_KEYS
@@ -120,14 +128,18 @@ CASES: Cases = {
     beit.Attention: {
         "": deep("beit_base_patch16_224"),
         "shared positions": deep(
-            "beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True, init_values=None
+            "beit_base_patch16_224",
+            depth=2,
+            use_rel_pos_bias=False,
+            use_shared_rel_pos_bias=True,
+            init_values=None,
         ),
         "no biases": deep("beit_base_patch16_224", qkv_bias=False),
     },
     vision_transformer_relpos.RelPosAttention: {
         "mlp": deep("vit_relpos_small_patch16_224"),
         "bias": deep("vit_relpos_base_patch32_plus_rpn_256", img_size=64, rel_pos_type="bias"),
-        "shared": deep("vit_srelpos_small_patch16_224"),
+        "shared": deep("vit_srelpos_small_patch16_224", depth=2),
         "normalised": deep("vit_relpos_small_patch16_224", qk_norm=True, whole=parts.QK_NORMALISED),
     },
     vision_transformer_sam.Attention: {
