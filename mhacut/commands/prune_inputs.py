@@ -33,8 +33,8 @@ from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.costs import build_cost_table
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.costs import CostTable, build_cost_table
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.merging import why_not_merged
@@ -104,12 +104,10 @@ def read_inputs(
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
     merged = () if merges else tokens.merged
-    counted = with_tokens(model, replace(tokens, merged=merged))
     prunable = find_prunable_layers(model)
     units = prunable.units(_KINDS[options.scope])
-    table = build_cost_table(counted, find_prunable_layers(counted), preprocessing.input_size)
-    if counted is not dense:
-        table = replace(table, dense=measure_flops(dense, preprocessing.input_size))
+    counted = with_tokens(model, replace(tokens, merged=merged))
+    table = _cost_table(dense, counted, prunable, preprocessing.input_size)
     flops = reachable_budget(budget, table, units, options.round_to, beyond_channels=merges)
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
@@ -155,6 +153,14 @@ def _merges(options: PruneOptions, dense: nn.Module) -> bool:
             f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
     return True
+
+
+def _cost_table(
+    dense: nn.Module, counted: nn.Module, prunable: PrunableLayers, size: tuple[int, int, int]
+) -> CostTable:
+    """Return the cost table of ``counted``, which is ``dense`` with fewer tokens, and the FLOPs of that."""
+    table = build_cost_table(counted, prunable, size)
+    return table if counted is dense else replace(table, dense=measure_flops(dense, size))
 
 
 def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:

@@ -68,7 +68,7 @@ def elsewhere(units):
         ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
         ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "out of all proportion to the tensors in it"),
         ({"model_args": {**ARGS, "img_size": 2048, "patch_size": 1}}, "out of all proportion"),
-        ({"format_version": 2}, "upgrade mhacut"),
+        ({"format_version": 3}, "upgrade mhacut"),
     ],
 )
 def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, changes, says, monkeypatch):
