@@ -117,10 +117,7 @@ def read_inputs(
     reporter.log(f"searching on {images.description}")
     dense.to(processes.device)
     validation = _validation_images(options, preprocessing, classes, reporter)
-    evaluation = None
-    if validation is not None and processes.first:
-        reporter.start("evaluating")
-        evaluation = evaluate(dense, validation, device=processes.device, progress=reporter.advance)
+    evaluation = _evaluated(dense, validation, processes, reporter)
     job = Job(
         model=model.to(processes.device),
         prunable=prunable,
@@ -153,6 +150,16 @@ def _merges(options: PruneOptions, dense: nn.Module) -> bool:
             f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
     return True
+
+
+def _evaluated(
+    dense: nn.Module, validation: EvaluationLoader | None, processes: Processes, reporter: Reporter
+) -> Evaluation | None:
+    """Measure the dense model's accuracy, in the first process, where there are labelled images."""
+    if validation is None or not processes.first:
+        return None
+    reporter.start("evaluating")
+    return evaluate(dense, validation, device=processes.device, progress=reporter.advance)
 
 
 def _cost_table(

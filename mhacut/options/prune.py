@@ -301,8 +301,8 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
     search: SearchOptions = field(default_factory=SearchOptions)
     scope: Scope = option(
         "attention+mlp",
-        "What may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain ViT "
-        "then merge.",
+        "Parts that may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain "
+        "ViT then merge.",
         panel="Result",
     )
     keep_dead_tokens: bool = option(
