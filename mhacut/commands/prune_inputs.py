@@ -99,8 +99,7 @@ def read_inputs(
         check_output(target, overwrite=options.overwrite, input_path=loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    merges = _merges(options, dense)
-    tokens = _tokens(dense, options, reporter)
+    merges, tokens = _merges(options, dense), _tokens(dense, options, reporter)
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
     merged = () if merges else tokens.merged
@@ -109,8 +108,7 @@ def read_inputs(
     counted = with_tokens(model, replace(tokens, merged=merged))
     table = _cost_table(dense, counted, prunable, preprocessing.input_size)
     flops = reachable_budget(budget, table, units, options.round_to, beyond_channels=merges)
-    for line in prunable.not_prunable:
-        reporter.log(f"not prunable: {line}")
+    _log_limits(flops, table, prunable, reporter)
     reporter.start("loading images")
     classes = classifier_size(dense)
     images = _calibration_images(options, preprocessing, classes)
@@ -134,6 +132,13 @@ def read_inputs(
         merged=merged,
     )
     return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job)
+
+
+def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporter: Reporter) -> None:
+    if budget >= table.flops({}):
+        reporter.log("without the tokens left out the model is within the budget: no channel need be cut")
+    for line in prunable.not_prunable:
+        reporter.log(f"not prunable: {line}")
 
 
 def _merges(options: PruneOptions, dense: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
-from typing import Any
+from typing import Any, cast
 
 from timm.models import build_model_with_cfg, create_model, model_entrypoint, register_model
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Raises:
         CheckpointError: timm has no such architecture.
         PlanError: the plan is not for it.
+        UnsupportedModelError: it leaves out tokens that are features.
     """
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
@@ -70,6 +71,8 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if not as_features:
         return model
     features: nn.Module = create_model(base, pretrained=False, **wanted, **used)
+    if cut_to.tokens:
+        cast(Any, model).check_features(list(cast(Any, features).feature_info.out_indices))
     return _refilled(features, model, {unit.layer for unit in cut_to})
 
 

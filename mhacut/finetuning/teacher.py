@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -14,7 +16,6 @@ from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.plan import TokenPlan
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.tokens import tokens_of, with_tokens
@@ -80,8 +81,14 @@ def _open_teacher(
 
 def _of_same_tokens(teacher: nn.Module, student: nn.Module) -> nn.Module:
     """Return a teacher of the same outputs whose blocks compute the tokens of the student's."""
+    tokens = tokens_of(student)
+    if tokens.merged:
+        raise UsageError(
+            f"{option_name('feature_weight')}: blocks of a model that merges tokens match no teacher's; "
+            "leave it out"
+        )
     try:
-        return with_tokens(teacher, TokenPlan(read=tokens_of(student).read))
+        return with_tokens(teacher, replace(tokens_of(teacher), read=tokens.read))
     except (PlanError, UnsupportedModelError) as error:
         raise UsageError(
             f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "

@@ -85,8 +85,7 @@ def compare(
         MhacutError: the two have different architectures, or their answers are not finite.
     """
     same_tokens = _of_same_tokens(dense, slim, source)
-    if prunable is None:
-        prunable = find_prunable_layers(same_tokens), find_prunable_layers(slim)
+    prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
     measure = Divergence(gives_probabilities(dense))
@@ -95,16 +94,14 @@ def compare(
     with _LayerHooks(same_tokens, slim, tallies):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            seen = same_tokens(batch)
-            expected = (seen if same_tokens is dense else dense(batch)).float()
-            found = slim(batch).float()
+            seen, found = same_tokens(batch).float(), slim(batch).float()
+            expected = seen if same_tokens is dense else dense(batch).float()
             _check_same_classes(expected, found, source)
             divergence += float(measure(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
-        compared = option_name("compare", source)
-        raise MhacutError(f"{compared}: the outputs of one of the two are not finite numbers")
+        raise MhacutError(f"{option_name('compare', source)}: one model's outputs are not finite numbers")
     flops = [_flops(model, images) for model in (dense, slim)]
     return Comparison(
         dense=source,

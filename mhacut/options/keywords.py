@@ -372,8 +372,8 @@ class PruneKeywords(
     output: str | os.PathLike[str] | None
     """File to write; by default the checkpoint's stem and the budget, in the working directory."""
     scope: Literal["attention", "attention+mlp", "attention+mlp+tokens"]
-    """Parts that may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain
-    ViT then merge. Default: 'attention+mlp'."""
+    """Parts that may be pruned: channels of attention, of MLPs too, and tokens, which blocks of a plain ViT
+    then merge. Default: 'attention+mlp'."""
     keep_dead_tokens: bool
     """Compute all tokens in the last block, though the classifier reads the first only: for models whose
     patch features are used. Default: False."""

@@ -301,7 +301,7 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
     search: SearchOptions = field(default_factory=SearchOptions)
     scope: Scope = option(
         "attention+mlp",
-        "Parts that may be pruned: channels of attention, of MLPs too, and tokens, which the blocks of a plain "
+        "Parts that may be pruned: channels of attention, of MLPs too, and tokens, which blocks of a plain "
         "ViT then merge.",
         panel="Result",
     )

@@ -100,7 +100,11 @@ class MergedTokens:
         return mean
 
     def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        """Refuse.
+        """Refuse; see :meth:`check_features`."""
+        self.check_features(None)
+
+    def check_features(self, indices: object) -> None:
+        """Refuse features of patches.
 
         Raises:
             UnsupportedModelError: always: blocks give fewer tokens than there are patches.

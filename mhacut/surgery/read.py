@@ -42,6 +42,15 @@ class FewTokens:
         Raises:
             UnsupportedModelError: others are asked for.
         """
+        self.check_features(indices)
+        return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
+
+    def check_features(self: Any, indices: int | list[int] | None) -> None:
+        """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens.
+
+        Raises:
+            UnsupportedModelError: one does not.
+        """
         taken, _ = feature_take_indices(len(self.blocks), indices)
         short = [index for index in taken if isinstance(self.blocks[index], ReadBlock)]
         if short:
@@ -50,7 +59,6 @@ class FewTokens:
                 f"block {short[0]} of this model computes only the tokens that its classifier reads, not "
                 f"those of patches; ask for earlier blocks, or prune with {keep}"
             )
-        return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
 
 
 class FewTokensViT(FewTokens, vision_transformer.VisionTransformer):  # type: ignore[misc]
@@ -84,10 +92,10 @@ def tokens_read(model: nn.Module) -> int:
         UnsupportedModelError: it reads others too, or the model is none of which that is known.
     """
     if type(model) not in _MODELS and not isinstance(model, FewTokens):
-        raise UnsupportedModelError(f"not known of {type(model).__name__}")
+        raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
     found: Any = model
     if found.global_pool != "token" or getattr(found, "attn_pool", None) is not None:
-        raise UnsupportedModelError(f"its head reads all tokens (global_pool={found.global_pool!r})")
+        raise UnsupportedModelError(f"the head reads all of them (global_pool={found.global_pool!r})")
     _check_last(found.blocks[-1])
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
@@ -96,9 +104,9 @@ def _check_last(block: Any) -> None:
     if isinstance(block, ReadBlock):
         return
     if type(block) not in _BLOCKS:
-        raise UnsupportedModelError(f"not known of blocks of class {type(block).__name__}")
+        raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all")
     if _dense_class(block.attn) not in _ATTENTION:
-        raise UnsupportedModelError(f"not known of attention of class {type(block.attn).__name__}")
+        raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all")
 
 
 def _dense_class(attention: nn.Module) -> Any:

@@ -37,8 +37,8 @@ READING = {
 }
 """Models whose head reads their first tokens only."""
 OTHERS = {
-    "averaging": (reading(global_pool="avg"), "head reads all tokens"),
-    "pooling head": (reading(global_pool="map"), "head reads all tokens"),
+    "averaging": (reading(global_pool="avg"), "head reads all of them"),
+    "pooling head": (reading(global_pool="map"), "head reads all of them"),
     "other attention": (
         reading("vit_dpwee_patch16_reg1_gap_256", class_token=True, global_pool="token"),
         "ParallelScaling",
