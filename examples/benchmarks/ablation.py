@@ -1,10 +1,11 @@
 """Which ingredients of mhacut pay: each taken from the full method, and each alone, over several seeds.
 
-    python examples/benchmarks/ablation.py --merge rows --checkpoint vit.safetensors --data-dir cifar10
+    python examples/benchmarks/ablation.py --merge rows --subject wide430 --root downloads --keep 75 50
 
 takes the flags of ``compare.py`` and ``--seeds``, and prints per row mean ± half the range over seeds. A seed
 draws other calibration images, other batches and other random projections. ``--merge STEM`` keeps the rows of
-seed S in STEM-S.json; a run that was stopped goes on from there.
+seed S in STEM-S.json; a run that was stopped goes on from there. Rows that calibrate alike do it once, and
+its seconds count for each.
 """
 
 from __future__ import annotations
@@ -32,20 +33,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--merge", required=True, metavar="STEM")
     parser.add_argument("--methods", nargs="+", default=["ablation-*"], metavar="GLOB")
+    parser.add_argument("--half", choices=("all", *compare.HALVES), default="all")
     asked, others = parser.parse_known_args(arguments)
     failed = 0
     tables: list[dict[str, Any]] = []
     for seed in asked.seeds:
         file = f"{asked.merge}-{seed}.json"
-        flags = [*others, "--methods", *asked.methods, "--seed", str(seed), "--merge", file]
+        flags = [
+            *others,
+            "--methods",
+            *asked.methods,
+            "--seed",
+            str(seed),
+            "--merge",
+            file,
+            "--share-calibration",
+        ]
         with contextlib.redirect_stdout(io.StringIO()):  # one table for all seeds is printed below
             failed |= compare.main(flags)
         if not Path(file).exists():
             return failed  # nothing was begun; compare.py has said why
-        tables.append(json.loads(Path(file).read_text(encoding="utf-8")))
+        table = json.loads(Path(file).read_text(encoding="utf-8"))
+        tables.append({**table, "rows": [compare.of_half(row, asked.half) for row in table["rows"]]})
     about = {**tables[0]["machine"], "seeds": asked.seeds, "checkpoint": tables[0]["setup"]["checkpoint"]}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    print(f"\n{tables[0]['validation_images']} validation images\n")
+    print(f"\n{tables[0]['validation_images']} validation images ({asked.half} of them in the table)\n")
     print(as_text(tables, [method.name for method in chosen(asked.methods)]))
     return failed
 

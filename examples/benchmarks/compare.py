@@ -36,7 +36,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(asked.threads)
     table = Table.open(asked.merge, machine, setup)
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
-        comparison = Comparison(setup, table, Path(folder), asked.threads, asked.keep_models)
+        comparison = Comparison(
+            setup, table, Path(folder), asked.threads, asked.keep_models, asked.share_calibration
+        )
         failures = comparison.fill(methods, asked.keep, again=asked.again)
     print("\n".join(f"{name}: {value}" for name, value in {**machine, "seed": setup.seed}.items()))
     print(
@@ -163,6 +165,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
     parser.add_argument(
         "--half", choices=("all", *HALVES), default="all", help="of the validation images, for the table"
+    )
+    parser.add_argument(
+        "--share-calibration",
+        action="store_true",
+        help="calibrate once for all rows of mhacut that calibrate alike; its seconds count for each",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--keep-models", metavar="DIR", help="keep METHOD-PERCENT.safetensors there")
@@ -264,6 +271,8 @@ class Comparison:
     threads: int
     models: str | None
     """Folder that keeps the slim models."""
+    share_calibration: bool
+    """Whether runs of mhacut that calibrate alike do it once."""
 
     def fill(self, methods: Sequence[Method], keeps: Sequence[float], *, again: bool) -> list[str]:
         """Make the rows that are not there, method by method; what went wrong."""
@@ -319,10 +328,20 @@ class Comparison:
             process = self.part("prune", {"setup": asdict(self.setup), **cell})
             checks = json.loads(process.stdout)
         else:
-            process = run(mhacut_command(self.setup, method, keep, file), self.threads)
+            process = self.mhacut(mhacut_command(self.setup, method, keep, file))
             checks = {}
         took = {"wall_s": process.wall_s, "cpu_s": process.cpu_s, "peak_mib": process.peak_mib}
         return {**cell, "process": took, "checks": checks}
+
+    def mhacut(self, command: Sequence[str]) -> Process:
+        """Run a command of mhacut; seconds that a shared calibration saved count as its own."""
+        if not self.share_calibration:
+            return run(command, self.threads)
+        saved = self.folder / "saved.json"
+        job = {"arguments": command[3:], "folder": str(self.folder), "saved": str(saved)}
+        process = self.part("shared", job)
+        seconds = json.loads(saved.read_text(encoding="utf-8"))
+        return replace(process, wall_s=process.wall_s + seconds, cpu_s=process.cpu_s + seconds)
 
     def part(self, part: str, job: Mapping[str, Any]) -> Process:
         """One of :data:`PARTS` of this script in a process of its own."""
@@ -532,6 +551,22 @@ def part_prune(job: Mapping[str, Any]) -> int:
     return 0
 
 
+def part_shared(job: Mapping[str, Any]) -> int:
+    """Run mhacut with calibrations shared in a folder; write how many seconds that saved."""
+    from methods.shared_calibration import SharedCalibration
+
+    import mhacut.pruning.job
+    from mhacut.cli.app import app
+
+    shared = SharedCalibration(Path(job["folder"]))
+    mhacut.pruning.job.calibrate = shared
+    try:
+        app(list(job["arguments"]))
+    finally:
+        Path(job["saved"]).write_text(json.dumps(shared.saved_s), encoding="utf-8")
+    return 0
+
+
 def part_reference(job: Mapping[str, Any]) -> int:
     """The dense model's logits on the whole validation split, to a file; its own score to stdout."""
     import torch
@@ -659,7 +694,13 @@ def score(reference: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -
     }
 
 
-PARTS = {"read": part_read, "prune": part_prune, "reference": part_reference, "score": part_score}
+PARTS = {
+    "read": part_read,
+    "prune": part_prune,
+    "shared": part_shared,
+    "reference": part_reference,
+    "score": part_score,
+}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from helpers.benchmarks import DIGITS, script, small_vit, task_of
+from helpers.benchmarks import DIGITS, paint, script, small_vit, task_of
 
 
 def reread(slim, tmp_path: Path, dense, temperature: str) -> torch.nn.Module:
@@ -411,6 +411,63 @@ def test_an_ablation_that_cannot_begin_says_why_and_ends(tmp_path, capsys) -> No
     with pytest.raises(SystemExit, match="0"):
         ablation.main(["--help"])
     assert "ablation-full-no-repair" in capsys.readouterr().out
+
+
+def test_mhacut_knows_the_flags_of_its_rows(methods) -> None:
+    import typer
+
+    from mhacut.cli.app import app
+
+    prune = typer.main.get_command(app).commands["prune"]
+    known = {flag for option in prune.params for flag in (*option.opts, *option.secondary_opts)}
+    rows = [method for method in methods.METHODS.values() if not method.module]
+    assert {flag for row in rows for flag in row.options["flags"] if flag.startswith("--")} <= known
+
+
+def test_what_calibrates_alike_does_it_once(methods, tmp_path, monkeypatch) -> None:
+    from methods import shared_calibration
+
+    from mhacut.surgery.find import find_prunable_layers
+
+    calls = []
+    calibrate = shared_calibration._calibrate
+
+    def counting(*args: Any, **about: Any) -> Any:
+        calls.append(about)
+        return calibrate(*args, **about)
+
+    monkeypatch.setattr(shared_calibration, "_calibrate", counting)
+    dense = small_vit()
+    prunable, images = find_prunable_layers(dense), task_of(dense, 0.5).images
+    about = {"batch_size": 8, "fisher": None}
+    first = shared_calibration.SharedCalibration(tmp_path)
+    mine = first(dense, prunable, images, **about)
+    again = shared_calibration.SharedCalibration(tmp_path)
+    found = again(dense, prunable, images, **about)
+    assert (len(calls), first.saved_s) == (1, 0.0)
+    assert again.saved_s > 0
+    for key, moments in mine.moments.items():
+        torch.testing.assert_close(found.moments[key].fit[0].second, moments.fit[0].second)
+    for other in ({"batch_size": 4}, {}):
+        changed = small_vit(qkv_bias=False) if not other else dense
+        again(changed, find_prunable_layers(changed), images, **{**about, **other})
+    assert len(calls) == 3
+
+
+@pytest.mark.slow
+def test_an_ablation_has_a_table_of_all_seeds(tmp_path, capsys) -> None:
+    ablation = script("ablation")
+    paint(tmp_path / "images", classes=10, per_class=4, size=32)
+    flags = f"--checkpoint {DIGITS / 'model'} --data-dir {tmp_path / 'images'} --keep 75 --seeds 1 2"
+    flags += f" --calibration-images 8 --merge {tmp_path / 'rows'} --half odd"
+    flags += " --methods ablation-full ablation-full-uniform"
+    assert ablation.main(flags.split()) == 0
+    table = capsys.readouterr().out
+    assert "| 75 % | the full method |" in table
+    assert "| 75 % | uniform widths |" in table
+    for seed in (1, 2):
+        rows = json.loads((tmp_path / f"rows-{seed}.json").read_text())["rows"]
+        assert [row["method"] for row in rows] == ["dense", "ablation-full", "ablation-full-uniform"]
 
 
 def test_of_one_seed_there_is_no_spread() -> None:

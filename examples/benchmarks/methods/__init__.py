@@ -35,6 +35,21 @@ def _mhacut() -> Iterable[Method]:
                     {"flags": (*data_flags, "--basis", basis, "--effort", effort, *own)},
                     default=(basis, effort) == ("auto", "balanced"),
                 )
+    yield from _mhacut_tokens()
+
+
+def _mhacut_tokens() -> Iterable[Method]:
+    """Rows of mhacut with tokens in the budget too."""
+    for effort, images in _OWN_IMAGES.items():
+        own = () if images is None else ("--calibration-images", str(images))
+        yield Method(
+            f"mhacut-tokens-{effort}",
+            f"mhacut, unlabelled, tokens too, {effort}" + (f" ({images} images)" if images else ""),
+            "images",
+            "",
+            {"flags": ("--no-labels", "--scope", "attention+mlp+tokens", "--effort", effort, *own)},
+            default=False,
+        )
 
 
 def _torch_pruning() -> Iterable[Method]:

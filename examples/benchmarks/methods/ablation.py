@@ -24,7 +24,12 @@ _FULL = {
     "full-no-repair": ("no repair", ("--no-repair", "--no-reweight")),
     "full-no-order": ("no repair in order", ("--no-repair-in-order",)),
     "full-no-token-weights": ("tokens all alike", ("--no-token-weights",)),
-    "full-swaps": ("swap moves", ("--swap-moves",)),
+    "full-order": ("repair in order", ("--repair-in-order",)),
+    "full-swaps": ("exchanges", ("--swap-moves",)),
+    "full-heal": ("healing", ("--heal-steps", "150")),
+    "full-tokens": ("tokens merged too", ("--scope", "attention+mlp+tokens")),
+    "full-128": ("128 images", ("--calibration-images", "128")),
+    "full-512": ("512 images, or all there are", ("--calibration-images", "512")),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
     "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),
 }
