@@ -39,17 +39,26 @@ def _mhacut() -> Iterable[Method]:
 
 
 def _mhacut_tokens() -> Iterable[Method]:
-    """Rows of mhacut with tokens in the budget too."""
-    for effort, images in _OWN_IMAGES.items():
-        own = () if images is None else ("--calibration-images", str(images))
-        yield Method(
-            f"mhacut-tokens-{effort}",
-            f"mhacut, unlabelled, tokens too, {effort}" + (f" ({images} images)" if images else ""),
-            "images",
-            "",
-            {"flags": ("--no-labels", "--scope", "attention+mlp+tokens", "--effort", effort, *own)},
-            default=False,
-        )
+    """Rows of mhacut with tokens in the budget too, and with those kept that no output reads."""
+    rows = {
+        "tokens": ("tokens too", ("--scope", "attention+mlp+tokens")),
+        "dead": ("dead tokens kept", ("--keep-dead-tokens",)),
+        "tokens-dead": (
+            "tokens too, dead ones kept",
+            ("--scope", "attention+mlp+tokens", "--keep-dead-tokens"),
+        ),
+    }
+    for name, (title, flags) in rows.items():
+        for effort, images in _OWN_IMAGES.items():
+            own = () if images is None else ("--calibration-images", str(images))
+            yield Method(
+                f"mhacut-{name}-{effort}",
+                f"mhacut, unlabelled, {title}, {effort}" + (f" ({images} images)" if images else ""),
+                "images",
+                "",
+                {"flags": ("--no-labels", "--effort", effort, *own, *flags)},
+                default=False,
+            )
 
 
 def _torch_pruning() -> Iterable[Method]:

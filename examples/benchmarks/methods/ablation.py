@@ -28,6 +28,7 @@ _FULL = {
     "full-swaps": ("exchanges", ("--swap-moves",)),
     "full-heal": ("healing", ("--heal-steps", "150")),
     "full-tokens": ("tokens merged too", ("--scope", "attention+mlp+tokens")),
+    "full-dead": ("dead tokens kept", ("--keep-dead-tokens",)),
     "full-128": ("128 images", ("--calibration-images", "128")),
     "full-512": ("512 images, or all there are", ("--calibration-images", "512")),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
