@@ -1,0 +1,83 @@
+"""Slim files of models that merge tokens: written, opened, pruned again, fine-tuned, timed and exported."""
+
+from __future__ import annotations
+
+import pytest
+
+import mhacut
+from helpers.data import write_split
+from helpers.models import ModelCase, build
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.tokens import tokens_of
+
+ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+VIT = ModelCase("vit_tiny_patch16_224", ARGS)
+
+
+@pytest.fixture(scope="module")
+def merged_file(tmp_path_factory):
+    return prune_to(tmp_path_factory.mktemp("merged") / "slim.safetensors").output
+
+
+def prune_to(output, **options):
+    given = {
+        "scope": "attention+mlp+tokens",
+        "flops": "50%",
+        "model": VIT.architecture,
+        "model_args": {key: value for key, value in ARGS.items() if key != "img_size"},
+        "calibration_images": 32,
+        "round_to": 4,
+    }
+    return mhacut.prune(build(VIT), output=output, **{**given, **options})
+
+
+@pytest.mark.slow
+def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
+    first = mhacut.load_model(merged_file)
+    assert any(tokens_of(first).merged)
+    for effort in ("fast", "best"):  # the latter heals and tunes under the merges
+        again = mhacut.prune(
+            merged_file,
+            flops="80%",
+            output=tmp_path / f"{effort}.safetensors",
+            effort=effort,
+            calibration_images=32,
+            tuning_steps=2,
+            heal_steps=2,
+            round_to=4,
+        )
+        second = mhacut.load_model(again.output)
+        assert tokens_of(second) == tokens_of(first)
+        widths = [sum(unit.width for unit in find_prunable_layers(m).units()) for m in (first, second)]
+        assert widths[1] < widths[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx", "timm"])
+def test_a_file_can_be_exported(merged_file, tmp_path, format):
+    found = mhacut.export(merged_file, format=format, output=tmp_path / "exported")
+    assert max(found.difference.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_file_is_fine_tuned_timed_and_described(merged_file, tmp_path):
+    for split in ("train", "val"):
+        write_split(tmp_path / "data" / split, classes=tuple("abcde"))
+    run = mhacut.finetune(
+        merged_file,
+        data_dir=tmp_path / "data",
+        epochs=2,
+        batch_size=5,
+        workers=0,
+        grad_checkpointing=True,
+        output=tmp_path / "run",
+    )
+    assert run.epochs[-1].train_loss < run.epochs[0].train_loss
+    tuned = mhacut.load_model(run.output)
+    assert tokens_of(tuned) == tokens_of(mhacut.load_model(merged_file))
+    timed = mhacut.bench(merged_file, run.output, batch_sizes=(1,), threads=1, seconds=0.1)
+    described = mhacut.inspect(run.output)
+    counted = measure_flops(tuned, (3, 64, 64))
+    assert counted == run.flops == described.inspection.flops
+    assert {model.flops for model in timed.models} == {counted}
