@@ -104,6 +104,7 @@ def test_onnx_runtime_and_plain_attention(slim_of):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_child")
 def test_odd_widths_are_pointed_out(slim_of):
     result = run("bench", slim_of("vit"), "--batch-sizes", "1", "--seconds", "0.01")
     assert result.exit_code == 0
@@ -111,6 +112,7 @@ def test_odd_widths_are_pointed_out(slim_of):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_child")
 def test_the_command(slim_of):
     flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16", "--no-fused"]
     result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.cli import run
 from helpers.files import SLIM
-from helpers.models import slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
@@ -34,8 +33,14 @@ def exported(slim_of, tmp_path_factory) -> Callable[[str, str], ExportResult]:
     return cache(export)
 
 
-@pytest.mark.parametrize("name", slow_except({"vit"}, SLIM))
-@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("pt2", "vit"),
+        pytest.param("pt2", "distilled", marks=pytest.mark.slow),
+        *(pytest.param("onnx", name, marks=pytest.mark.slow) for name in SLIM),
+    ],
+)
 def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, exported):
     result = exported(name, format)
     assert set(result.difference) == {1, 2, 5}

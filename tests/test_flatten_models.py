@@ -30,6 +30,8 @@ from mhacut.surgery.flops import count_parameters, measure_flops
 
 FAST = {"flatten_pvt_v2_b0", "flatten_swin_tiny_224"}
 ONE_OF_A_FAMILY = FAST | {"flatten_cswin_tiny_224", "flatten_pvt_tiny"}
+RUN = ONE_OF_A_FAMILY | {"flatten_swin_base_384"}
+"""Those that are run at full size, one of them on images of another size; of the others, parameters count."""
 
 
 def small(name: str, **args) -> nn.Module:
@@ -51,7 +53,7 @@ def filled(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", slow_except(FAST, REFERENCED))
+@pytest.mark.parametrize("name", slow_except(FAST, [name for name in REFERENCED if name in RUN]))
 @torch.no_grad()
 def test_logits_are_those_of_the_official_model(name):
     facts, model = OFFICIAL[name], filled(name)
@@ -99,7 +101,7 @@ def test_parameters_are_those_of_the_official_model(name):
     assert model.patch_embed.img_size == (OFFICIAL[name]["img_size"],) * 2
 
 
-@pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, OFFICIAL))
+@pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, sorted(RUN)))
 def test_flops_are_those_of_the_official_model(name):
     size = OFFICIAL[name]["img_size"]
     assert measure_flops(timm.create_model(name).eval(), (3, size, size)) == OFFICIAL[name]["flops"]
@@ -139,7 +141,7 @@ def test_the_interface_of_timm(name):
 @pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
 def test_features_only(name):
-    features = small(name, features_only=True, out_indices=(0, 2))
+    features = small(name, features_only=True, out_indices=(0, 1))
     maps = features(torch.randn(1, 3, 64, 64))
     channels_last = getattr(features, "output_fmt", None) == "NHWC"
     shapes = [tuple(t.permute(0, 3, 1, 2).shape if channels_last else t.shape) for t in maps]
@@ -225,7 +227,7 @@ def test_fused_and_plain_softmax_agree():
             module.fused_attn = fused
         outputs.append(model(batch))
         counts.append(measure_flops(model, (3, 64, 64)))
-    assert len(stripes) == 5
+    assert len(stripes) == 3
     assert counts[0] == counts[1]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
 

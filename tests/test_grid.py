@@ -20,13 +20,18 @@ from mhacut.pruning import planner as planning
 ALLOCATIONS = get_args(Allocation)
 BASES, EFFORTS = get_args(BasisChoice), get_args(Effort)
 ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8}
-EVERY = list(itertools.product(ALLOCATIONS, BASES, EFFORTS, (True, False)))
-# A Latin square: every pair of values once, whatever the two options.
-SOME = [
-    (allocation, basis, EFFORTS[(row + column) % 3], (row + column) % 2 == 0)
-    for row, allocation in enumerate(ALLOCATIONS)
-    for column, basis in enumerate(BASES)
-]
+
+
+def latin_square(shift):
+    """Every pair of values once, whatever the two options; other triples for another shift."""
+    return [
+        (allocation, basis, EFFORTS[(row + column + shift) % 3], (row + column + shift) % 2 == 0)
+        for row, allocation in enumerate(ALLOCATIONS)
+        for column, basis in enumerate(BASES)
+    ]
+
+
+SOME, OTHERS = latin_square(0), latin_square(1)
 QUICK = {"steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False, "round_to": 2}
 
 
@@ -58,8 +63,11 @@ def check(dense, folder, monkeypatch, flops="55%", **options):
     assert result.slim.flops >= 0.97 * result.budget  # of so small a model, steps are large
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     (in_memory,), reloaded = written, mhacut.load_model(result.output)
+    state = in_memory.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in reloaded.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(reloaded(images), in_memory(images))
+        # To rounding: BLAS sums in another order when a buffer is aligned otherwise.
+        torch.testing.assert_close(reloaded(images), in_memory(images), rtol=0, atol=1e-5)
         assert reloaded(images).isfinite().all()
     assert sum(tensor.numel() for tensor in load_file(result.output).values()) < sum(
         tensor.numel() for tensor in load_file(dense).values()
@@ -76,10 +84,8 @@ def test_some_ways_give_a_file_within_the_budget(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("allocation", "basis", "effort", "repair"), [candidate for candidate in EVERY if candidate not in SOME]
-)
-def test_all_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basis, effort, repair):
+@pytest.mark.parametrize(("allocation", "basis", "effort", "repair"), OTHERS)
+def test_some_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basis, effort, repair):
     check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
 
 
@@ -100,12 +106,15 @@ def check_way(dense, folder, monkeypatch, allocation, basis, effort, repair):
 
 
 def test_that_some_ways_hold_every_pair():
+    every = list(itertools.product(ALLOCATIONS, BASES, EFFORTS, (True, False)))
     for first, second in itertools.combinations(range(4), 2):
-        pairs = {(candidate[first], candidate[second]) for candidate in SOME}
-        assert pairs == {(candidate[first], candidate[second]) for candidate in EVERY}
+        for ways in (SOME, OTHERS):
+            pairs = {(candidate[first], candidate[second]) for candidate in ways}
+            assert pairs == {(candidate[first], candidate[second]) for candidate in every}
+    assert not set(SOME) & set(OTHERS)
 
 
-@pytest.mark.parametrize("flops", ["90%", "32%"])
+@pytest.mark.parametrize("flops", ["70%", "32%"])
 def test_budgets_at_either_end(dense, tmp_path, monkeypatch, flops):
     check(dense, tmp_path, monkeypatch, flops=flops)
 
@@ -144,7 +153,8 @@ def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere
     for allocation in ("uniform", "curves"):
         folder = tmp_path / allocation
         folder.mkdir()
-        results[allocation] = check(dense, folder, monkeypatch, allocation=allocation, calibration_images=32)
+        options = {"allocation": allocation, "calibration_images": 32, "keep_dead_tokens": True}
+        results[allocation] = check(dense, folder, monkeypatch, **options)
         far[allocation] = relative(mhacut.load_model(results[allocation].output)(images), expected)
     assert results["uniform"].plan.widths() != results["curves"].plan.widths()
     assert far["curves"] < far["uniform"]

@@ -29,7 +29,7 @@ from mhacut.errors import (
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.indicators import search
 from mhacut.pruning.repair import shrink
-from properties.cases import VITS
+from properties.cases import UNLIKE, VITS
 
 QUICK = {"gain_steps": 2, "calibration_images": 8, "batch_size": 4, "latency": False}
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
@@ -280,7 +280,7 @@ def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("name", sorted(UNLIKE))
 def test_every_class_survives_the_file_and_repeats(name, tmp_path):
     case = VITS[name]
     dense = build(case)

@@ -4,10 +4,12 @@ set -euo pipefail
 examples=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "${1:=$(mktemp -d)}" && cd "$1"
 
-run() { # run NAME FLAGS...: a quarter of the FLOPs, two seeds; one JSON file each
+seeds=${SEEDS:-1 2}
+
+run() { # run NAME FLAGS...: a quarter of the FLOPs; one JSON file for each seed
   local name=$1 seed
   shift
-  for seed in 1 2; do
+  for seed in $seeds; do
     mhacut prune "$examples/digits/model" --flops 25% --data-dir "$examples/digits/images" --seed "$seed" \
       --calibration-images 64 --no-latency --dry-run --json --quiet "$@" >"$name-$seed.json"
   done
@@ -26,9 +28,11 @@ from pathlib import Path
 from statistics import mean
 
 print(f"{'method':22}top-1 per seed    mean")
-for first in sorted(Path().glob("*-1.json")):
-    name = first.stem.removesuffix("-1")
-    top1 = [json.loads(Path(f"{name}-{seed}.json").read_text())["slim"]["top1"] for seed in (1, 2)]
-    print(f"{name:22}{top1[0]:6.2f} {top1[1]:6.2f}   {mean(top1):7.2f}")
+results = {}
+for path in sorted(Path().glob("*.json")):
+    method = path.stem.rpartition("-")[0]
+    results.setdefault(method, []).append(json.loads(path.read_text())["slim"]["top1"])
+for method, top1 in results.items():
+    print(f"{method:22}" + " ".join(f"{value:6.2f}" for value in top1) + f"   {mean(top1):7.2f}")
 PYTHON
 echo "At scale, against Torch-Pruning and others at equal FLOPs: examples/benchmarks/"

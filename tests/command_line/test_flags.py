@@ -52,6 +52,7 @@ FULL = PruneOptions.from_flat(
     overwrite=True,
     dry_run=True,
     report="r.html",
+    keep_dead_tokens=True,
     model="vit",
     model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
     num_classes=10,

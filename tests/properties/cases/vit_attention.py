@@ -87,7 +87,7 @@ CASES: Cases = {
         "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True),
     },
     Attention: {
-        "": vit("vit_tiny_patch16_224", depth=2, fast=True),
+        "": vit("vit_tiny_patch16_224", depth=2, fast=True, flops="50%"),
         "distilled": vit("deit_tiny_distilled_patch16_224"),
         "layer scale": vit("deit3_small_patch16_224", num_heads=3, init_values=0.1),
         "registers": vit("vit_small_patch14_reg4_dinov2", img_size=42, num_heads=2),
