@@ -27,6 +27,7 @@ def document(result: InspectResult) -> dict[str, Any]:
         "flops": inspection.flops,
         "parameters": inspection.parameters,
         "dtypes": list(inspection.dtypes),
+        "tokens": inspection.tokens.to_json(),
         "judged_by": inspection.judged_by,
         "layers": [_layer(layer) for layer in result.chosen],
         "comparison": None if result.comparison is None else _comparison(result.comparison),

@@ -89,6 +89,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
             for unit in result.plan
         ],
         "plan": result.plan.to_json(),
+        "tokens": result.plan.tokens.to_json(),
         "device": result.device,
         "seconds": dict(result.seconds),
         "log": [

@@ -17,12 +17,13 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.inspection.heads import HeadFindings, describe_heads
 from mhacut.options.base import PreprocessingOptions
-from mhacut.plan import Basis, UnitKey, UnitKind, UnitPlan
+from mhacut.plan import Basis, TokenPlan, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
 from mhacut.surgery.info import classifier_size
+from mhacut.surgery.tokens import tokens_of
 
 BY_WEIGHTS = "weights alone, inputs taken as white"
 """Basis of findings where there were no images."""
@@ -95,6 +96,8 @@ class Inspection:
     """A slim file's record of the commands that made it, oldest first; untrusted. Empty for a dense file."""
     slim: bool
     """Whether the file was cut by mhacut."""
+    tokens: TokenPlan
+    """Tokens that the model leaves out."""
     judged_by: str | None
     """Basis of the findings of heads: images, or :data:`BY_WEIGHTS`; None where only shapes were read."""
 
@@ -164,6 +167,7 @@ def inspect_model(
         preprocessing=resolved,
         history=() if record is None else record.history,
         slim=record is not None,
+        tokens=tokens_of(model),
         judged_by=None if shapes_only else judged_by,
     )
 

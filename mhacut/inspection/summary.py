@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mhacut.budget import format_flops
 from mhacut.inspection.layers import BY_WEIGHTS, Inspection, LayerReport
-from mhacut.plan import UNIT_KINDS, UnitKind
+from mhacut.plan import UNIT_KINDS, TokenPlan, UnitKind
 
 LEAST = 0.2
 """Share of redundant channels from which on a layer is mentioned."""
@@ -31,10 +31,22 @@ def summary(inspection: Inspection) -> str:
     parts = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
     if inspection.slim:
         parts.append(_kept(inspection))
+    parts += _tokens(inspection.tokens)
     if inspection.judged_by is not None:
         by = " (by weights alone)" if inspection.judged_by == BY_WEIGHTS else ""
         parts.append(_redundant(attention) + by)
     return "; ".join(parts)
+
+
+def _tokens(tokens: TokenPlan) -> list[str]:
+    """Describe the tokens that are left out."""
+    parts = []
+    if tokens.merged:
+        parts.append(f"tokens merged per block: {', '.join(map(str, tokens.merged))}")
+    if tokens.read is not None:
+        shown = "token" if tokens.read == 1 else f"{tokens.read} tokens"
+        parts.append(f"the last block computes only the {shown} that the classifier reads")
+    return parts
 
 
 def redundant_share(layer: LayerReport, kind: UnitKind) -> float | None:

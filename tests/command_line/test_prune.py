@@ -61,6 +61,7 @@ def test_prune_json(tiny_vit, tmp_path):
     with safe_open(out, "pt") as file:
         stated = json.loads(file.metadata()["mhacut"])
     assert stated["plan"] == document["plan"]
+    assert stated["tokens"] == document["tokens"] == {"read": 1}
 
 
 def test_dry_run_writes_nothing(tiny_vit, tmp_path, monkeypatch):

@@ -1,0 +1,252 @@
+"""Slim files whose last block computes only the tokens that the classifier reads, in every command."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import mhacut
+from helpers.cli import FAST, run
+from helpers.data import write_split
+from helpers.files import save_dense
+from helpers.models import ModelCase, build, image, relative, slow_except
+from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError
+from mhacut.options.prune import PruneOptions
+from mhacut.plan import TokenPlan
+from mhacut.runtime.progress import Silent
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.tokens import tokens_of
+
+ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+VIT = ModelCase("vit_tiny_patch16_224", ARGS)
+OTHERS = {
+    "distilled": ModelCase("deit_tiny_distilled_patch16_224", ARGS),
+}
+
+
+class Log(Silent):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def prune(source: object, output: object, case: ModelCase | None = None, **options: Any):
+    """Returns the result, and the lines of the log about tokens."""
+    stated = (
+        {} if case is None else {"model": case.architecture, "model_args": {"num_classes": 5, **case.args}}
+    )
+    given = {"flops": "60%", "effort": "fast", "calibration_images": 8, "round_to": 4, "latency": False}
+    reporter = Log()
+    result = mhacut.prune(source, output=output, reporter=reporter, **{**given, **stated, **options})
+    return result, [line for line in reporter.lines if "token" in line]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_dense(build(VIT), tmp_path_factory.mktemp("dense") / "dense.safetensors")
+
+
+@pytest.fixture(scope="module")
+def slim(dense):
+    return prune(dense, dense.parent / "slim.safetensors", VIT)[0].output
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        write_split(root / split, classes=tuple("abcde"))
+    return root
+
+
+def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
+    result, (line,) = prune(dense, tmp_path / "slim.safetensors", VIT)
+    assert "only the token that the classifier reads, unless keep_dead_tokens=True" in line
+    model, whole = mhacut.load_model(result.output), build(VIT)
+    assert tokens_of(model) == result.plan.tokens == TokenPlan(read=1)
+    assert result.dense.flops == measure_flops(whole, VIT.size)
+    assert result.dense.parameters == sum(p.numel() for p in whole.parameters())
+    assert result.slim.flops == measure_flops(model, VIT.size) <= result.budget < 0.6 * result.dense.flops + 1
+    with safe_open(result.output, "pt") as file:
+        record = json.loads(file.metadata()["mhacut"])
+    assert (record["format_version"], record["tokens"]) == (2, {"read": 1})
+
+
+def test_without_them_the_format_is_what_it_was(dense, tmp_path):
+    result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, keep_dead_tokens=True)
+    assert lines == []
+    assert not result.plan.tokens
+    assert "blocks.2.attn.qkv.weight" in load_file(result.output)
+    with safe_open(result.output, "pt") as file:
+        record = json.loads(file.metadata()["mhacut"])
+    assert record["format_version"] == 1
+    assert "tokens" not in record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"global_pool": "avg"}, "head reads all of them"),
+        ({"num_classes": 0}, "no classifier"),
+        ({"global_pool": "map"}, "head reads all of them"),
+    ],
+    ids=["averaging", "headless", "pooling head"],
+)
+def test_models_whose_tokens_are_all_read_keep_them_and_the_log_says_why(tmp_path, changes, reason):
+    case = ModelCase(VIT.architecture, {**ARGS, **changes})
+    source = save_dense(build(case), tmp_path / "dense.safetensors")
+    result, (line,) = prune(source, tmp_path / "slim.safetensors", case)
+    assert line.startswith("all tokens of the last block are computed: ")
+    assert reason in line
+    assert not result.plan.tokens
+
+
+@torch.no_grad()
+def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
+    result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, flops="95%")
+    assert all(unit.keeps_all for unit in result.plan)
+    assert "no channel need be cut" in lines[1]
+    model, x = mhacut.load_model(result.output), image(VIT)
+    assert relative(model(x), build(VIT)(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_half_precision_stays(tmp_path):
+    source = save_dense(build(VIT).half(), tmp_path / "dense.safetensors")
+    result, _ = prune(source, tmp_path / "slim.safetensors", VIT)
+    assert {tensor.dtype for tensor in load_file(result.output).values()} == {torch.float16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_dead_tokens", [True, False])
+@torch.no_grad()
+def test_a_slim_file_can_be_pruned_again(dense, tmp_path, keep_dead_tokens):
+    """One that has all tokens, and one that has not; the second cut states the whole."""
+    first, _ = prune(dense, tmp_path / "a.safetensors", VIT, flops="80%", keep_dead_tokens=keep_dead_tokens)
+    second, lines = prune(first.output, tmp_path / "b.safetensors", flops="60%")
+    assert second.dense.flops == first.slim.flops
+    model = mhacut.load_model(second.output)
+    assert tokens_of(model) == TokenPlan(read=1)
+    assert measure_flops(model, VIT.size) == second.slim.flops <= second.budget
+    assert (lines != []) == keep_dead_tokens
+    _, lines = prune(second.output, None, flops="80%", keep_dead_tokens=True, dry_run=True)
+    assert "has no effect" in lines[0]
+
+
+@pytest.mark.parametrize("name", slow_except({}, OTHERS))
+@torch.no_grad()
+def test_other_models_from_file_to_file(name, tmp_path):
+    case = OTHERS[name]
+    source = save_dense(build(case), tmp_path / "dense.safetensors")
+    result, _ = prune(source, tmp_path / "slim.safetensors", case, flops="50%")
+    model, x = mhacut.load_model(result.output), image(case)
+    assert tokens_of(model) == TokenPlan(read=2 if name == "distilled" else 1)
+    assert measure_flops(model, case.size) == result.slim.flops <= result.budget
+    again, _ = prune(result.output, tmp_path / "again.safetensors", flops="80%")
+    assert mhacut.load_model(again.output)(x).isfinite().all()
+    found = mhacut.export(again.output, format="pt2", output=tmp_path / "exported")
+    assert max(found.difference.values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx", "timm"])
+def test_a_file_can_be_exported(slim, tmp_path, format):
+    found = mhacut.export(slim, format=format, output=tmp_path / "exported")
+    assert max(found.difference.values()) < 1e-4
+
+
+@torch.no_grad()
+def test_timm_gives_features_of_earlier_blocks_only(slim, tmp_path):
+    mhacut.export(slim, format="timm", output=tmp_path / "folder")
+    model, x = mhacut.load_model(slim), image(VIT)
+    source = f"local-dir:{tmp_path / 'folder'}"
+    levels = timm.create_model(source, pretrained=True, features_only=True, out_indices=(0, 1)).eval()(x)
+    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    for level, wanted in zip(levels, expected, strict=True):
+        assert relative(level, wanted) < 1e-5
+    with pytest.raises(UnsupportedModelError, match=r"block 2 .* keep_dead_tokens=True"):
+        timm.create_model(source, pretrained=True, features_only=True)
+
+
+@pytest.mark.slow
+def test_training_goes_on_where_it_stopped(dense, slim, images, tmp_path):
+    """With features of a teacher, whose last block then gives the same tokens."""
+    given = {"data_dir": images, "teacher": dense, "feature_weight": 1.0, "workers": 0, "seed": 3}
+    given |= {"batch_size": 5, "epochs": 2}
+    whole = mhacut.finetune(slim, output=tmp_path / "whole", **given)
+    assert tokens_of(mhacut.load_model(whole.output)) == TokenPlan(read=1)
+    resumed = mhacut.finetune(slim, output=tmp_path / "whole", resume=True, **given)
+    assert resumed.output == whole.output
+    again = mhacut.finetune(slim, output=tmp_path / "again", **given)
+    assert again.output.read_bytes() == whole.output.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_teacher_that_reads_all_tokens_matches_no_features(slim, images, tmp_path):
+    case = ModelCase(VIT.architecture, {**ARGS, "global_pool": "avg"})
+    teacher = save_dense(build(case), tmp_path / "teacher.safetensors")
+    given = {"teacher": teacher, "teacher_model": case.architecture, "workers": 0, "data_dir": images}
+    given |= {"teacher_model_args": case.args, "epochs": 1, "batch_size": 5}
+    with pytest.raises(UsageError, match=r"feature_weight: the last block .* leave it out"):
+        mhacut.finetune(slim, output=tmp_path / "run", feature_weight=1.0, **given)
+
+
+@pytest.mark.slow
+def test_every_command_takes_such_files(dense, slim, images, tmp_path):
+    for arguments in (
+        ("evaluate", slim, "--data-dir", images),
+        ("bench", slim, "--batch-sizes", "2", "--seconds", "0.05", "--threads", "1"),
+        ("inspect", slim, "--compare", dense, "--data-dir", images, "--html", tmp_path / "page.html"),
+        ("prune", slim, "--flops", "80%", "--dry-run", "--report", tmp_path / "run.html", *FAST),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.stderr
+    assert "only the token that the classifier reads" in (tmp_path / "page.html").read_text()
+    document = json.loads(run("inspect", slim, "--shapes", "--json").stdout)
+    assert document["tokens"] == {"read": 1}
+    assert document["slim"]
+
+
+def test_layers_are_compared_token_by_token(dense, slim, images):
+    found = mhacut.inspect(slim, compare=dense, data_dir=images).comparison
+    assert found.flops[0] == measure_flops(build(VIT), VIT.size)
+    assert all(0 <= layer.own_error < 1 and 0.5 < layer.agreement <= 1.0001 for layer in found.layers)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"read": 2}, "the head reads 1 tokens, the plan is for 2"),
+        ({"read": 0}, "read is 1"),
+        ({"read": 1, "merged": [9, 0, 0]}, "merges at most"),
+        ({"written": 1}, "at most the keys"),
+        (None, "keys missing|at most the keys"),
+    ],
+    ids=repr,
+)
+def test_files_that_lie_about_tokens_are_refused(slim, tmp_path, tokens, message):
+    with safe_open(slim, "pt") as file:
+        record = json.loads(file.metadata()["mhacut"])
+    if tokens is None:
+        del record["tokens"]
+    else:
+        record["tokens"] = tokens
+    path = tmp_path / "lie.safetensors"
+    save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(record)})
+    with pytest.raises(CheckpointError, match=message):
+        mhacut.load_model(path)
+
+
+def test_the_default_leaves_them_out():
+    assert PruneOptions.defaults()["keep_dead_tokens"] is False
