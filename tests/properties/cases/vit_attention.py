@@ -138,7 +138,7 @@ CASES: Cases = {
     },
     vision_transformer_relpos.RelPosAttention: {
         "mlp": deep("vit_relpos_small_patch16_224"),
-        "bias": deep("vit_relpos_base_patch32_plus_rpn_256", img_size=64, rel_pos_type="bias"),
+        "bias": deep("vit_relpos_base_patch32_plus_rpn_256", img_size=64, rel_pos_type="bias", flops="90%"),
         "shared": deep("vit_srelpos_small_patch16_224", depth=2),
         "normalised": deep("vit_relpos_small_patch16_224", qk_norm=True, whole=parts.QK_NORMALISED),
     },
