@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -35,6 +36,17 @@ def tiny_vit(tmp_path_factory) -> ModelFile:
         model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
     path = save_dense(model, tmp_path_factory.mktemp("models") / "tiny.safetensors")
     return ModelFile(path, "vit_tiny_patch16_224", args)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory) -> Path:
+    """Three training and three validation images of each digit."""
+    root = tmp_path_factory.mktemp("digits")
+    for folder in sorted((Path(__file__).parents[1] / "examples" / "digits" / "images").glob("*/*")):
+        (root / folder.parent.name / folder.name).mkdir(parents=True)
+        for image in sorted(folder.glob("*.png"))[:3]:
+            shutil.copy(image, root / folder.parent.name / folder.name)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -43,16 +43,16 @@ def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capab
 
 
 @pytest.mark.parametrize("amp", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_command_that_takes_amp_warns(processor, tmp_path, amp):
+def test_every_command_that_takes_amp_warns(processor, few_digits, tmp_path, amp):
     processor("x86_64", "AVX2")
     slim, reporter = tmp_path / "slim.safetensors", Recorder()
     options = {"amp": amp, "device": "cpu", "reporter": reporter}
     quick = {"effort": "fast", "calibration_images": 4, "gain_steps": 1, "latency": False}
     mhacut.prune(DIGITS / "model", flops="60%", output=slim, **quick, **options)
-    data = {"data_dir": DIGITS / "images", "workers": 0, "output": tmp_path / "run"}
+    data = {"data_dir": few_digits, "workers": 0, "output": tmp_path / "run"}
     mhacut.finetune(slim, batch_size=8, steps=1, **data, **options)
     assert sum("amp=True: " in note for note in reporter.messages) == 2 * amp
-    flags = ["--data-dir", str(DIGITS / "images"), "--device", "cpu", "--amp" if amp else "--no-amp"]
+    flags = ["--data-dir", str(few_digits), "--device", "cpu", "--amp" if amp else "--no-amp"]
     found = CliRunner().invoke(app, ["evaluate", str(slim), *flags])
     assert found.exit_code == 0
     assert ("takes many times longer" in " ".join(found.output.split())) == amp

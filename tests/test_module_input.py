@@ -99,8 +99,8 @@ def test_what_cannot_be_built_again_is_refused(slim_of):
         rebuilt_module(timm.create_model("vit_tiny_patch16_224", **TINY), ModelHints(num_classes=9))
 
 
-def test_a_module_is_as_accurate_as_its_file():
-    data = {"data_dir": DIGITS / "images"}
+def test_a_module_is_as_accurate_as_its_file(few_digits):
+    data = {"data_dir": few_digits}
     expected = mhacut.evaluate(DIGITS / "model", **data)
     model = mhacut.load_model(DIGITS / "model").train()
     found = mhacut.evaluate(model, **data)
@@ -113,11 +113,11 @@ def test_a_module_is_as_accurate_as_its_file():
     assert model.training
 
 
-def test_a_slim_module_can_be_evaluated(tmp_path):
+def test_a_slim_module_can_be_evaluated(few_digits, tmp_path):
     slim = tmp_path / "slim.safetensors"
     options = {**QUICK, "effort": "fast", "flops": "50%"}
-    pruned = mhacut.prune(DIGITS / "model", data_dir=DIGITS / "images", output=slim, **options)
-    found = mhacut.evaluate(mhacut.load_model(slim), data_dir=DIGITS / "images")
+    pruned = mhacut.prune(DIGITS / "model", data_dir=few_digits, output=slim, **options)
+    found = mhacut.evaluate(mhacut.load_model(slim), data_dir=few_digits)
     assert found.evaluation.top1 == pruned.slim.evaluation.top1
     assert found.flops == pruned.slim.flops
 
