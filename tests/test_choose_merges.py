@@ -60,3 +60,13 @@ def test_models_without_global_attention_are_refused_by_name(tmp_path):
 def test_merges_are_compared_with_channels_by_curves_only(model, tmp_path):
     with pytest.raises(MhacutError, match="curves"):
         prune(model, tmp_path / "x.safetensors", "80%", scope="attention+mlp+tokens", allocation="uniform")
+
+
+def test_a_budget_out_of_reach_is_refused_before_the_work(model, tmp_path, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr("mhacut.pruning.job.calibrate", never)
+    with pytest.raises(MhacutError, match=r"the lowest is .*attention\+mlp\+tokens"):
+        prune(model, tmp_path / "slim.safetensors", "3%", scope="attention+mlp+tokens")
+    assert not list(tmp_path.iterdir())

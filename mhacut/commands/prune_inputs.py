@@ -27,6 +27,7 @@ from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import TokenPlan, UnitKind
+from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.widths import reachable_budget
 from mhacut.runtime.device import warn_of_slow_amp
@@ -107,7 +108,10 @@ def read_inputs(
     units = prunable.units(_KINDS[options.scope])
     counted = with_tokens(model, replace(tokens, merged=merged))
     table = _cost_table(dense, counted, prunable, preprocessing.input_size)
-    flops = reachable_budget(budget, table, units, options.round_to, beyond_channels=merges)
+    fewest = (
+        _cost_table(dense, with_all_merged(model), prunable, preprocessing.input_size) if merges else None
+    )
+    flops = reachable_budget(budget, table, units, options.round_to, fewest)
     _log_limits(flops, table, prunable, reporter)
     reporter.start("loading images")
     classes = classifier_size(dense)

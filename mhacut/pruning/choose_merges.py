@@ -14,22 +14,21 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from mhacut.adapters.base import Unit
-from mhacut.budget import format_flops
-from mhacut.errors import BudgetError, option_name
 from mhacut.plan import UnitKey
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import (
-    TYPICAL,
     BlockCost,
     MergeLaw,
     Schedule,
     Tokens,
     cheapest_schedules,
+    most_merged,
     trial_schedules,
 )
 from mhacut.pruning.widths import lowest_flops
@@ -61,27 +60,29 @@ class MergeChoice:
 
 
 def choose_merges(job: Job, calibration: Calibration, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
-    """Return the merges and widths of least predicted divergence within the job's budget.
+    """Return the merges and widths of least predicted divergence within a reachable budget.
 
     Args:
         job: what is pruned; its model merges no tokens, and can.
         calibration: of its model.
         curves: of its units.
-
-    Raises:
-        BudgetError: no schedule reaches the budget.
     """
     tokens = tokens_of_model(job.model)
-    last = tokens.depth - (read_of(job.model) is not None)
+    last = merging_blocks(job.model, tokens)
     law = measured_law(job, calibration, tokens, last)
     return _best(job, curves, law, tokens, last)
 
 
-def expected_with_merges(job: Job, curves: Mapping[UnitKey, Curve]) -> float:
-    """Return the divergence in nats that the budget is expected to cause with merges, by the typical law."""
-    tokens = tokens_of_model(job.model)
-    last = tokens.depth - (read_of(job.model) is not None)
-    return _best(job, curves, TYPICAL, tokens, last).predicted
+def with_all_merged(model: nn.Module) -> nn.Module:
+    """Return a copy of a plain ViT that merges every token it can: the one of the lowest FLOPs."""
+    tokens, copied = tokens_of_model(model), copy.deepcopy(model)
+    set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
+    return copied
+
+
+def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
+    """Number of blocks that may merge tokens: not the last one where it computes but the tokens read."""
+    return tokens.depth - (read_of(model) is not None)
 
 
 def tokens_of_model(model: Any) -> Tokens:
@@ -107,6 +108,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Toke
     prices = [price / job.table.dense for price in _PRICES]
     schedules = [(), *cheapest_schedules(law, tokens, block_costs(job, tokens), last, prices)]
     schedules = [schedule for index, schedule in enumerate(schedules) if any(schedule) or not index]
+    schedules.append(most_merged(tokens, last))
 
     @cache
     def choice(index: int) -> MergeChoice | None:
@@ -133,11 +135,6 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Toke
         else:
             high = right - 1 if right > left + 1 else right
     found = [each for each in map(choice, range(low, high + 1)) if each is not None]
-    if not found:
-        raise BudgetError(
-            f"{option_name('flops', format_flops(job.budget))} is out of reach, even with every token merged "
-            "that can be and all channels at their least widths"
-        )
     return min(found, key=lambda each: each.predicted)
 
 

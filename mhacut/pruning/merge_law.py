@@ -152,6 +152,11 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
     return [schedule for schedule in dict.fromkeys(found) if any(schedule)]
 
 
+def most_merged(tokens: Tokens, last: int) -> Schedule:
+    """Schedule that merges all that can be merged in the first ``last`` blocks."""
+    return _schedule([1.0] * last, tokens)
+
+
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
     """Schedule that merges each fraction of all tokens, as far as there are enough left."""
     count, merged = tokens.total, []

@@ -44,7 +44,7 @@ def lowest_flops(
 
 
 def reachable_budget(
-    asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int, *, beyond_channels: bool = False
+    asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int, merged: CostTable | None = None
 ) -> int:
     """Return the budget in FLOPs.
 
@@ -53,8 +53,7 @@ def reachable_budget(
         table: FLOPs of the model at any widths.
         units: those that may be cut.
         round_to: widths are multiples of it.
-        beyond_channels: whether something else than channels can be cut as well, so that the lowest FLOPs are
-            not known here.
+        merged: FLOPs of the model with every token merged that can be; None where tokens are left alone.
 
     Raises:
         BudgetError: the model is within it already, or at the least widths still above it.
@@ -65,11 +64,13 @@ def reachable_budget(
             f"nothing to prune: the model's {format_flops(table.dense)} FLOPs are already within {asked.text}"
         )
     units = tuple(units)
-    lowest = lowest_flops({unit.key: width_choices(unit.width, round_to) for unit in units}, table.flops)
-    if budget < lowest and not beyond_channels:
+    choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
+    lowest = lowest_flops(choices, (merged or table).flops)
+    if budget < lowest:
         share = 100 * asked.value if asked.value < 1 else asked.value
         meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in units) else "attention"
+        scope += "+tokens" if merged else ""
         raise BudgetError(
             f"{option_name('flops', asked.text)} is out of reach: the lowest is "
             f"{format_flops(lowest, up=True)} ({math.ceil(1000 * lowest / table.dense) / 10}% of "
