@@ -19,9 +19,11 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
-_TOKEN_KEYS = {"read", "merged"}
+_TOKEN_KEYS = {"read", "merged", "rule"}
 MOST_TOKENS = 2**20
 """Largest number of tokens in a plan."""
+MERGE_RULE = "weights"
+"""Name of the rule by which tokens are merged (:mod:`mhacut.surgery.merge`), for files to state it."""
 MOST_BLOCKS = 2**12
 """Largest number of blocks in a plan."""
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
@@ -154,10 +156,10 @@ class TokenPlan:
         """Return a plain object that :meth:`from_json` reads back.
 
         >>> TokenPlan(read=1, merged=(0, 8)).to_json()
-        {'read': 1, 'merged': [0, 8]}
+        {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
         """
         read = {} if self.read is None else {"read": self.read}
-        return {**read, **({"merged": list(self.merged)} if self.merged else {})}
+        return {**read, **({"merged": list(self.merged), "rule": MERGE_RULE} if self.merged else {})}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
@@ -173,6 +175,12 @@ class TokenPlan:
             raise PlanError("plan of tokens: read is a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
             raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
+        if any(merged) and document.get("rule") != MERGE_RULE:
+            raise PlanError(
+                f"plan of tokens: this version merges by the rule {MERGE_RULE!r}, found "
+                f"{document.get('rule')!r}; open the file with the version of mhacut that wrote it, or prune "
+                "the dense model again"
+            )
         return cls(cast("int | None", read), tuple(merged))
 
 

@@ -6,27 +6,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.merge import SizedTokens, match, merge
+from mhacut.surgery.merge import FLOOR, SizedTokens, match, merge, weigh
 
 
-def slow_merge(x: Tensor, sizes: Tensor, keys: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Merge one image's tokens [N, C], sizes [N], keys [N, d], token by token."""
+def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Merge one image's tokens [N, C], sizes [N], weights [N], token by token."""
     a = list(range(prefix + 1, len(x), 2))
     b = list(range(prefix, len(x), 2))
     best = {}
     for i in a:
-        cosines = [float(keys[i] @ keys[j] / (keys[i].norm() * keys[j].norm())) for j in b]
-        best[i] = max(zip(cosines, b, strict=True), key=lambda pair: pair[0])
-    gone = sorted(a, key=lambda i: -best[i][0])[:count]
+        costs = [
+            float(
+                weights[i]
+                * weights[j]
+                / (weights[i] + weights[j])
+                * (1 - x[i] @ x[j] / (x[i].norm() * x[j].norm()))
+            )
+            for j in b
+        ]
+        best[i] = min(zip(costs, b, strict=True), key=lambda pair: pair[0])
+    gone = sorted(a, key=lambda i: best[i][0])[:count]
     groups = {j: [j] for j in b}
     for i in gone:
         groups[best[i][1]].append(i)
     places = [*range(prefix), *(i for i in a if i not in gone)]
     tokens, counts = [x[i] for i in places], [sizes[i] for i in places]
     for j in b:
-        total = sum(sizes[i] for i in groups[j])
-        tokens.append(sum(sizes[i] * x[i] for i in groups[j]) / total)
-        counts.append(total)
+        total = sum(weights[i] for i in groups[j])
+        mean = sum(weights[i] * x[i] for i in groups[j]) / total
+        norm = sum(weights[i] * x[i].norm() for i in groups[j]) / total
+        tokens.append(mean * norm / mean.norm())
+        counts.append(sum(sizes[i] for i in groups[j]))
     return torch.stack(tokens), torch.stack(counts)
 
 
@@ -35,28 +45,35 @@ def slow_merge(x: Tensor, sizes: Tensor, keys: Tensor, count: int, prefix: int) 
 )
 def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     chance = torch.Generator().manual_seed(count)
-    x, keys = torch.randn(2, 3, total, 4, generator=chance, dtype=torch.float64)
+    x = torch.randn(3, total, 4, generator=chance, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, total, 1), generator=chance).double()
-    tokens, left = merge(SizedTokens(x, sizes), match(keys, count, prefix), prefix)
+    weights = weigh(sizes, torch.rand(3, total, 1, generator=chance, dtype=torch.float64))
+    tokens, left = merge(SizedTokens(x, sizes), match(x, weights[:, prefix:], count, prefix), prefix)
     assert tokens.shape == (3, total - count, 4)
     for image in range(3):
-        expected, counts = slow_merge(x[image], sizes[image, :, 0], keys[image], count, prefix)
+        expected, counts = slow_merge(x[image], sizes[image, :, 0], weights[image, :, 0], count, prefix)
         torch.testing.assert_close(tokens[image], expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(left[image, :, 0], counts, rtol=0, atol=0)
 
 
-def test_sizes_and_sums_are_kept():
+def test_sizes_and_norms_are_kept():
     x = torch.randn(2, 11, 3, dtype=torch.float64)
     sizes = torch.ones(2, 11, 1, dtype=torch.float64)
     for count in (3, 2, 1):
-        total = (x * sizes).sum(1)
-        x, sizes = merge(SizedTokens(x, sizes), match(x, count, 1), 1)
-        torch.testing.assert_close((x * sizes).sum(1), total)
+        total = (x.norm(dim=-1, keepdim=True) * sizes).sum(1)
+        x, sizes = merge(SizedTokens(x, sizes), match(x, sizes[:, 1:], count, 1), 1)
+        torch.testing.assert_close((x.norm(dim=-1, keepdim=True) * sizes).sum(1), total)
     assert (sizes.sum(1) == 11).all()
+
+
+def test_tokens_that_the_class_token_looks_at_weigh_more():
+    sizes, attention = torch.full((1, 2, 1), 3.0), torch.tensor([[[0.5], [1.5]]])
+    assert torch.equal(weigh(sizes, None), sizes)
+    torch.testing.assert_close(weigh(sizes, attention), 3 * (attention + FLOOR).sqrt())
 
 
 def test_equal_tokens_are_merged_the_same_way_each_time():
     x = torch.ones(1, 9, 2)
-    found, again = match(x, 2, 1), match(x.clone(), 2, 1)
+    found, again = match(x, x[:, 1:, :1], 2, 1), match(x.clone(), x[:, 1:, :1], 2, 1)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     assert sorted([*found.merged[0].tolist(), *found.kept[0].tolist()]) == [0, 1, 2, 3]

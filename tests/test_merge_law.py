@@ -27,7 +27,7 @@ def slow_divergence(law: MergeLaw, schedule: tuple[int, ...], tokens: Tokens) ->
         if merged:
             fraction = merged / (left - tokens.prefix)
             left -= merged
-            early = math.exp(law.level - math.exp(law.decay) * block / tokens.depth)
+            early = math.exp(law.level - math.exp(law.decay) * math.sqrt(block / tokens.depth))
             term = early * fraction ** math.exp(law.power) * (tokens.total / left) ** law.crowding
             total += term ** (1 / coupling)
     return total**coupling
@@ -36,7 +36,7 @@ def slow_divergence(law: MergeLaw, schedule: tuple[int, ...], tokens: Tokens) ->
 @pytest.mark.parametrize("tokens", [VIT, Tokens(65, 1, 6), Tokens(261, 5, 24)])
 def test_trials_protect_the_prefix_and_differ(tokens: Tokens):
     trials = trial_schedules(tokens, tokens.depth - 1)
-    assert len(trials) >= 8
+    assert len(trials) == 6
     for schedule in trials:
         left = tokens.total
         assert len(schedule) == tokens.depth

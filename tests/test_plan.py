@@ -130,6 +130,8 @@ def test_plans_of_tokens_go_through_json_and_add_up():
         {"merged": 3},
         {"merged": [-1]},
         {"merged": [1.5]},
+        {"merged": [0, 8]},
+        {"merged": [0, 8], "rule": "another"},
         {"merged": [0] * 10_000},
     ],
     ids=repr,

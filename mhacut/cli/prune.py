@@ -9,6 +9,7 @@ from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
+from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ def _text(result: PruneResult) -> str:
     else:
         lines.append(f"saved {safe(result.output)}")
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
+    if result.with_tokens is not None:
+        lines.append(
+            f"with {option_name('scope', 'attention+mlp+tokens')} the same budget would leave about "
+            f"{result.with_tokens:.2g}"
+        )
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
@@ -76,6 +82,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "divergence": _finite(result.divergence),
         "divergence_of": result.divergence_of,
         "judged_on": result.judged_on,
+        "divergence_with_tokens": result.with_tokens,
         "data": result.data,
         "left_whole": list(result.not_prunable),
         "layers": [

@@ -34,6 +34,8 @@ def cheapest_widths(
     choices: Mapping[UnitKey, Sequence[int]],
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
+    *,
+    exchange: bool = True,
 ) -> dict[UnitKey, int]:
     """Return widths of least total error within ``budget``; q/k as wide as v where that costs little.
 
@@ -42,9 +44,10 @@ def cheapest_widths(
         choices: allowed widths per unit, ascending, the dense one last.
         flops: FLOPs of the model at given widths.
         budget: FLOPs, reachable with the least widths.
+        exchange: whether steps may be exchanged to use up the budget, which takes seconds.
     """
-    free = _solve(curves, choices, flops, budget)
-    tied = _solve_tied(curves, choices, flops, budget)
+    free = _solve(curves, choices, flops, budget, exchange)
+    tied = _solve_tied(curves, choices, flops, budget, exchange)
     if tied is None or flops(tied) < min(flops(free), NEAR * budget):  # the budget is there to be used
         return free
     return tied if _total(curves, tied) <= (1 + TIE) * _total(curves, free) else free
@@ -59,6 +62,7 @@ def _solve(
     choices: Mapping[UnitKey, Sequence[int]],
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
+    exchange: bool,
 ) -> dict[UnitKey, int]:
     whole = {key: widths[-1] for key, widths in choices.items()}
     full = flops(whole)
@@ -67,7 +71,7 @@ def _solve(
         for key, widths in choices.items()
     }
     ranked = {key: _worth(curves[key], choices[key], price[key]) for key in curves}
-    return fill_budget(ranked, choices, flops, budget, price)
+    return fill_budget(ranked, choices, flops, budget, price, exchange=exchange)
 
 
 def _solve_tied(
@@ -75,6 +79,7 @@ def _solve_tied(
     choices: Mapping[UnitKey, Sequence[int]],
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
+    exchange: bool,
 ) -> dict[UnitKey, int] | None:
     """Solve with q/k and v of every layer as one unit; None where their allowed widths differ."""
     partner: dict[UnitKey, UnitKey] = {
@@ -90,7 +95,7 @@ def _solve_tied(
     for qk, v in partner.items():
         joint[qk] = {width: curves[qk][width] + curves[v][width] for width in choices[qk]}
     own = {key: choices[key] for key in joint}
-    return apart(_solve(joint, own, lambda widths: flops(apart(widths)), budget))
+    return apart(_solve(joint, own, lambda widths: flops(apart(widths)), budget, exchange))
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:

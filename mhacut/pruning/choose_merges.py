@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import (
+    TYPICAL,
     BlockCost,
     MergeLaw,
     Schedule,
@@ -34,15 +35,15 @@ from mhacut.pruning.merge_law import (
 from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.merging import set_merged, why_not_merged
 from mhacut.surgery.read import read_of
 
 TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""
 _PRICES = [10 ** (-3 + step / 8) for step in range(33)]
 """Worth of all FLOPs of the model, in terms of the law."""
-CHANNEL_FACTOR, CHANNEL_POWER = 11.0, 1.28
-"""Divergence of a model whose channels were cut and refitted, as a function of the sum of its curves: that of
+CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
+"""Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
 an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
 
 
@@ -71,6 +72,31 @@ def choose_merges(job: Job, calibration: Calibration, curves: Mapping[UnitKey, C
     last = merging_blocks(job.model, tokens)
     law = measured_law(job, calibration, tokens, last)
     return _best(job, curves, law, tokens, last)
+
+
+def divergence_with_tokens(
+    job: Job, calibration: Calibration, curves: Mapping[UnitKey, Curve]
+) -> float | None:
+    """Estimate, by one trial, the divergence that tokens and channels would leave together at the budget.
+
+    Args:
+        job: what is pruned; its model merges no tokens.
+        calibration: of its model.
+        curves: of its units; may be empty.
+
+    Returns:
+        Nats; None where tokens cannot be merged, or nothing says what channels cost.
+    """
+    if not curves or job.merged or calibration.held == 0 or why_not_merged(job.model):
+        return None
+    tokens = tokens_of_model(job.model)
+    choice = _best(job, curves, TYPICAL, tokens, merging_blocks(job.model, tokens))
+    if not choice.merged:
+        return choice.predicted
+    model = copy.deepcopy(job.model)
+    set_merged(model, choice.merged)
+    measured = job.distillation(calibration).part(0, calibration.held).divergence_of(model)
+    return choice.predicted - TYPICAL.divergence(choice.merged, tokens) + measured
 
 
 def with_all_merged(model: nn.Module) -> nn.Module:
@@ -115,7 +141,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Toke
         table = _table_with(job, schedules[index])
         if lowest_flops(job.choices, table.flops) > job.budget:
             return None
-        widths = cheapest_widths(curves, job.choices, table.flops, job.budget)
+        widths = cheapest_widths(curves, job.choices, table.flops, job.budget, exchange=False)
         cut = sum(curve[widths[key]] for key, curve in curves.items())
         predicted = CHANNEL_FACTOR * cut**CHANNEL_POWER
         if schedules[index]:
@@ -135,7 +161,8 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Toke
         else:
             high = right - 1 if right > left + 1 else right
     found = [each for each in map(choice, range(low, high + 1)) if each is not None]
-    return min(found, key=lambda each: each.predicted)
+    best = min(found, key=lambda each: each.predicted)
+    return replace(best, widths=cheapest_widths(curves, job.choices, best.table.flops, job.budget))
 
 
 def described(choice: MergeChoice) -> str:

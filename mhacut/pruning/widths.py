@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from mhacut.adapters.base import Unit
 from mhacut.budget import Budget, format_flops
@@ -86,6 +87,8 @@ def fill_budget(
     flops: Callable[[Mapping[UnitKey, int]], int],
     budget: int,
     price: Mapping[UnitKey, float] | None = None,
+    *,
+    exchange: bool = True,
 ) -> dict[UnitKey, int]:
     """Return widths within ``budget`` for channels ranked by one score across all units.
 
@@ -98,6 +101,7 @@ def fill_budget(
         flops: FLOPs of the model at given widths; grow with each width.
         budget: FLOPs, reachable with the least widths.
         price: FLOPs per channel of each unit, where scores are values per FLOP; None where they are values.
+        exchange: whether steps may be exchanged, which takes seconds.
     """
     price = dict.fromkeys(ranked, 1.0) if price is None else price
 
@@ -125,7 +129,7 @@ def fill_budget(
                 break
         else:
             break
-    if flops(widths) < NEAR * budget:
+    if exchange and flops(widths) < NEAR * budget:
         worth = {key: [score * price[key] for score in scores] for key, scores in ranked.items()}
         nearer = _exchange(widths, worth, choices, flops, budget)
         if flops(widths) < flops(nearer) <= budget:
@@ -147,6 +151,14 @@ def _next_step(
     return sum(gained) / len(gained), key, wider
 
 
+class _Changes(NamedTuple):
+    """A chain of changed widths, the last change first, each of another unit."""
+
+    key: UnitKey
+    width: int
+    before: _Changes | None
+
+
 def _exchange(
     widths: Mapping[UnitKey, int],
     ranked: Mapping[UnitKey, Sequence[float]],
@@ -160,8 +172,8 @@ def _exchange(
     finer. Prices of units are taken as independent of each other, so the caller must count the outcome.
     """
     have = flops(widths)
-    # FLOPs gained -> (score lost, widths changed); the cheapest combination for each.
-    candidates: dict[int, tuple[float, dict[UnitKey, int]]] = {0: (0.0, {})}
+    # FLOPs gained -> (score lost, chain of widths changed); the cheapest combination for each.
+    candidates: dict[int, tuple[float, _Changes | None]] = {0: (0.0, None)}
     for key, scores in ranked.items():
         at = choices[key].index(widths[key])
         options = []
@@ -169,16 +181,19 @@ def _exchange(
             low, high = sorted((width, widths[key]))
             lost = sum(scores[low:high]) * (1 if width < widths[key] else -1)
             options.append((flops({**widths, key: width}) - have, lost, width))
-        extended: dict[int, tuple[float, dict[UnitKey, int]]] = {}
+        extended: dict[int, tuple[float, _Changes | None]] = {}
         for gained, (loss, changed) in candidates.items():
             for more, lost, width in options:
                 total = gained + more
                 if total not in extended or loss + lost < extended[total][0]:
-                    extended[total] = (loss + lost, {**changed, key: width})
-        candidates = dict(
-            sorted(extended.items(), key=lambda candidate: (candidate[1][0], candidate[0]))[:MOST_CANDIDATES]
-        )
+                    extended[total] = (loss + lost, _Changes(key, width, changed))
+        best = sorted((loss, total) for total, (loss, _) in extended.items())[:MOST_CANDIDATES]
+        candidates = {total: extended[total] for _, total in best}
     fitting = {gained: candidate for gained, candidate in candidates.items() if have + gained <= budget}
     near = {gained: candidate for gained, candidate in fitting.items() if have + gained >= NEAR * budget}
     gained = min(near, key=lambda gained: (near[gained][0], -gained)) if near else max(fitting)
-    return {**widths, **fitting[gained][1]}
+    nearer, changes = dict(widths), fitting[gained][1]
+    while changes is not None:
+        nearer[changes.key] = changes.width
+        changes = changes.before
+    return nearer

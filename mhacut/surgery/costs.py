@@ -19,6 +19,7 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.plan import UnitKey, UnitKind, UnitPlan
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_flops, measure_flops, take_weights
+from mhacut.surgery.merging import class_attention, prefix_attended
 from mhacut.surgery.slice import slice_layer
 
 
@@ -109,10 +110,11 @@ def build_cost_table(
     costs: list[LayerCost] = []
     for layer in prunable.layers:
         module, runs = model.get_submodule(layer.name), []
+        prefix = prefix_attended(model, layer.name)
         for call in calls[layer.name]:
-            key = (_likeness(module), repr(call))
+            key = (_likeness(module), repr(call), prefix)
             if key not in fitted:
-                count = _LayerCounter(module, layer, call)
+                count = _LayerCounter(module, layer, call, prefix)
                 fitted[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
             runs.append(fitted[key])
         if runs:
@@ -152,11 +154,14 @@ def _shape_only(leaf: Any) -> Any:
 
 
 class _Replay(nn.Module):
-    """One recorded call of a module, as a module whose inputs are the tensors of that call."""
+    """One recorded call of a layer, as a module whose inputs are the tensors of that call.
 
-    def __init__(self, module: nn.Module, call: _Call) -> None:
+    With a ``prefix`` it computes what the block around the layer does with the layer's weights, too.
+    """
+
+    def __init__(self, module: nn.Module, call: _Call, prefix: int | None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.prefix = module, prefix
         self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -167,7 +172,11 @@ class _Replay(nn.Module):
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, _Zeros) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
-        return self.module(*args, **kwargs)
+        output = self.module(*args, **kwargs)
+        if self.prefix is None:
+            return output
+        sizes = torch.ones_like(args[0][..., :1])
+        return output, class_attention(self.module, args[0], sizes, self.prefix)
 
 
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
@@ -190,8 +199,8 @@ def _likeness(module: nn.Module) -> tuple[Any, ...]:
 class _LayerCounter:
     """Counts the FLOPs of one run of a layer at any widths, each once."""
 
-    def __init__(self, module: nn.Module, layer: Layer, call: _Call) -> None:
-        self.layer, self.call = layer, call
+    def __init__(self, module: nn.Module, layer: Layer, call: _Call, prefix: int | None) -> None:
+        self.layer, self.call, self.prefix = layer, call, prefix
         self.whole: dict[UnitKind, int] = {unit.kind: unit.width for unit in layer.units}
         # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape checks.
         # A model that is there already can be traced there, or the whole could not have been counted.
@@ -218,7 +227,7 @@ class _LayerCounter:
         slice_layer(slim, self.layer, plans)
         if self.device.type != "meta":
             take_weights(slim)
-        replay = _Replay(slim, self.call).eval()
+        replay = _Replay(slim, self.call, self.prefix).eval()
         return count_flops(replay, replay.inputs(self.device))[""]
 
 

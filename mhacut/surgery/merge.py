@@ -4,8 +4,15 @@ Bipartite soft matching, from "Token Merging: Your ViT But Faster" (arXiv 2210.0
 merges per block, so that every shape is known beforehand, and without scatter, which runtimes lack or run
 slowly. The class token and others before the patches are never merged.
 
-ToMe compares tokens by their keys. Here they are compared as they stand in the residual stream: matches then
-do not depend on the basis and the width of q and k, which pruning changes.
+Three things differ from ToMe; on an ImageNet ViT-Ti with half its FLOPs they leave two fifths of the
+divergence:
+
+- Tokens are compared as they stand in the residual stream, not by their keys: matches then do not depend on
+  the basis and the width of q and k, which pruning changes.
+- Tokens have weights: their size, times the root of the attention that the class token pays to each of their
+  patches. Cheapest merges come first, by Ward's criterion, and averages are weighted: tokens that stand for
+  much, or matter much, stay as they are.
+- Averages keep the mean norm of what is averaged, as in "Token Fusion" (arXiv 2312.01026).
 """
 
 from __future__ import annotations
@@ -30,6 +37,8 @@ class Match(NamedTuple):
     """Tokens of A that are not, ascending, [B, |A| - r]."""
     receivers: Tensor
     """For each merged token, the token of B that receives it, [B, r]."""
+    weights: Tensor
+    """Of all tokens behind the prefix in an average, [B, N, 1]."""
 
 
 class SizedTokens(NamedTuple):
@@ -45,28 +54,48 @@ class SizedTokens(NamedTuple):
         return self.sizes.log()[:, None, None, :, 0]
 
 
-def match(keys: Tensor, count: int, prefix: int) -> Match:
-    """Match the ``count`` tokens of set A that resemble one of set B most with that one.
+FLOOR = 0.1
+"""Attention, where 1 is that to the average patch, that is added to all, so that no token weighs nothing."""
+
+
+def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
+    """Return the weights of tokens, [B, N, 1].
 
     Args:
-        keys: what tokens are compared by, by the cosine, [B, N, d].
+        sizes: number of patches that each stands for, [B, N, 1].
+        attention: that the class token pays to each patch in them, 1 on average, [B, N, 1]; None where there
+            is no such token.
+    """
+    return sizes if attention is None else sizes * (attention + FLOOR).sqrt()
+
+
+def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
+    """Match the ``count`` tokens of set A that are merged into one of set B at the least cost with that one.
+
+    The cost is Ward's, by which the sum of squares within groups grows, of directions: for tokens of weights
+    v and w, ``v * w / (v + w) * (1 - cosine)``.
+
+    Args:
+        x: tokens, [B, N, C].
+        weights: of those behind the prefix, [B, N - prefix, 1].
         count: number of tokens to merge, at most half of those behind the prefix.
         prefix: number of first tokens that are left out.
     """
-    with _full_precision(keys):
-        keys = F.normalize(keys[:, prefix:], dim=-1)
-        a, b = keys[:, 1::2], keys[:, ::2]
-        similarity, nearest = (a @ b.mT).max(-1)  # (B, |A|)
+    with full_precision(x):
+        directions = F.normalize(x[:, prefix:], dim=-1)
+        far = 1 - directions[:, 1::2] @ directions[:, ::2].mT  # (B, |A|, |B|)
+        a, b = weights[:, 1::2], weights[:, ::2].mT
+        cost, nearest = (far.clamp_min(0) * (a * b / (a + b))).min(-1)  # (B, |A|)
     # Sorted by topk: exporters know no sort.
-    order = similarity.topk(a.shape[1], dim=-1).indices
+    order = cost.topk(cost.shape[1], dim=-1, largest=False).indices
     merged, rest = order[:, :count], order[:, count:]  # (B, r), (B, |A| - r)
     # Back in their order, because the next block splits tokens by it.
     kept = rest.topk(rest.shape[1], dim=-1, largest=False).values
-    return Match(merged, kept, nearest.gather(1, merged))
+    return Match(merged, kept, nearest.gather(1, merged), weights)
 
 
 def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
-    """Average merged tokens into those that receive them, each with the weight of its size.
+    """Average merged tokens, and their norms, into those that receive them, by the weights of the match.
 
     Args:
         tokens: N tokens.
@@ -77,17 +106,17 @@ def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
         The N - r tokens that are left: prefix, rest of A, B.
     """
     x, sizes = tokens
-    rest, rest_sizes = x[:, prefix:], sizes[:, prefix:]
-    a, b = rest[:, 1::2], rest[:, ::2]
-    size_a, size_b = rest_sizes[:, 1::2], rest_sizes[:, ::2]
-    columns = torch.arange(b.shape[1], device=x.device)[None, :, None]  # (1, |B|, 1)
-    receives = (found.receivers[:, None, :] == columns).to(x.dtype)  # (B, |B|, r)
-    moved_size = _taken(size_a, found.merged)  # (B, r, 1)
-    moved = moved_size * _taken(a, found.merged)  # (B, r, C)
-    with _full_precision(x):
-        sums = receives @ torch.cat((moved, moved_size), -1)  # (B, |B|, C + 1)
-    new_size = size_b + sums[..., -1:]
-    received = (size_b * b + sums[..., :-1]) / new_size
+    rest, rest_sizes, weights = x[:, prefix:], sizes[:, prefix:], found.weights.to(x.dtype)
+    a, size_a = rest[:, 1::2], rest_sizes[:, 1::2]
+    # What adds up when tokens are merged.
+    sums = torch.cat((weights * rest, weights * rest.norm(dim=-1, keepdim=True), weights, rest_sizes), -1)
+    receives = (
+        found.receivers[:, None, :] == torch.arange(rest[:, ::2].shape[1], device=x.device)[None, :, None]
+    )  # (B, |B|, r)
+    with full_precision(x):
+        sums = sums[:, ::2] + receives.to(x.dtype) @ _taken(sums[:, 1::2], found.merged)
+    summed, norm, weight, new_size = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
+    received = F.normalize(summed, dim=-1) * (norm / weight)
     return SizedTokens(
         torch.cat((x[:, :prefix], _taken(a, found.kept), received), 1),
         torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size), 1),
@@ -99,7 +128,7 @@ def _taken(tokens: Tensor, places: Tensor) -> Tensor:
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def _full_precision(x: Tensor) -> Any:
+def full_precision(x: Tensor) -> Any:
     """Context in which autocast rounds neither cosines, of which many would be equal, nor averages."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -108,12 +137,19 @@ def _full_precision(x: Tensor) -> Any:
 class Matcher(nn.Module):
     """The matches of a block, as a module of their own, so that they can be seen and given from outside."""
 
-    def __init__(self, count: int, prefix: int) -> None:
-        """Take the number of tokens to merge, and that of protected tokens."""
+    def __init__(self, count: int, prefix: int, by_attention: bool) -> None:
+        """Take the number of tokens to merge, that of protected ones, and whether attention weighs them."""
         super().__init__()
-        self.count, self.prefix = count, prefix
+        self.count, self.prefix, self.by_attention = count, prefix, by_attention
 
-    def forward(self, x: Tensor) -> Match:
-        """Match tokens [B, N, C]; of fewer patches than planned for, at most half are merged."""
+    def forward(self, x: Tensor, sizes: Tensor, attention: Tensor | None) -> Match:
+        """Match tokens; of fewer patches than planned for, at most half are merged.
+
+        Args:
+            x: tokens, [B, N, C].
+            sizes: of them, [B, N, 1].
+            attention: of the class token to those behind the prefix (:func:`weigh`).
+        """
+        weights = weigh(sizes[:, self.prefix :], attention)
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
-        return match(x.detach(), count, self.prefix)
+        return match(x.detach(), weights.detach(), count, self.prefix)

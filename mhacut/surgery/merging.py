@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models import checkpoint_seq, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from mhacut.adapters.read_attention import ReadAttention
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
-from mhacut.surgery.merge import Matcher, SizedTokens, merge
+from mhacut.surgery.merge import Matcher, SizedTokens, full_precision, merge
 from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock
 
 
@@ -41,10 +43,14 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x)
-        y: Tensor = tokens.x + self.drop_path1(self.ls1(self.attn(self.norm1(tokens.x), attn_mask=bias)))
-        left = SizedTokens(y, tokens.sizes)
-        if self.matcher is not None:
-            left = merge(left, self.matcher(y), self.matcher.prefix)
+        normalised = self.norm1(tokens.x)
+        y: Tensor = tokens.x + self.drop_path1(self.ls1(self.attn(normalised, attn_mask=bias)))
+        left, matcher = SizedTokens(y, tokens.sizes), self.matcher
+        if matcher is not None:
+            attention = None
+            if matcher.by_attention:
+                attention = class_attention(self.attn, normalised.detach(), tokens.sizes, matcher.prefix)
+            left = merge(left, matcher(y, tokens.sizes, attention), matcher.prefix)
         y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
         return SizedTokens(y, left.sizes) if self.gives_sizes else y
 
@@ -59,6 +65,42 @@ class MergedReadBlock(Merging, ReadBlock):
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x)
         return super().forward(tokens.x, attn_mask=bias)
+
+
+@torch.no_grad()
+def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
+    """Return the attention that the class token pays to each patch, mean over heads.
+
+    ``m`` need not compute k for it: the query is taken back through the weights of k. A bias of k adds the
+    same to all logits.
+
+    Args:
+        m: plain attention without norms of q and k; it may be cut.
+        x: its input, [B, N, C].
+        sizes: of the tokens, [B, N, 1].
+        prefix: number of first tokens that stand for no patch; the class token is the first.
+
+    Returns:
+        [B, N - prefix, 1], 1 on average over tokens.
+    """
+    rows = (m.qkv.out_features - m.proj.in_features) // 2  # those of q, and those of k
+    with full_precision(x):
+        q = F.linear(x[:, :1], m.qkv.weight[:rows], None if m.qkv.bias is None else m.qkv.bias[:rows])
+        q = q.unflatten(-1, (m.num_heads, -1)).transpose(1, 2)  # (B, H, 1, d)
+        k = m.qkv.weight[rows : 2 * rows].unflatten(0, (m.num_heads, -1))  # (H, d, C)
+        logits = ((q @ k) @ x[:, None].mT)[:, :, 0] * m.scale + sizes.log().mT  # (B, H, N)
+        paid = logits.softmax(-1).mean(1)[:, prefix:, None] / sizes[:, prefix:]
+        relative: Tensor = paid / paid.mean(1, keepdim=True)
+        return relative
+
+
+def prefix_attended(model: nn.Module, layer: str) -> int | None:
+    """Return the ``prefix`` of :func:`class_attention` where the block around a layer calls it; else None."""
+    block, _, name = layer.rpartition(".")
+    matcher = getattr(model.get_submodule(block), "matcher", None)
+    return (
+        matcher.prefix if name == "attn" and isinstance(matcher, Matcher) and matcher.by_attention else None
+    )
 
 
 def _sized(x: Tensor | SizedTokens) -> tuple[SizedTokens, Tensor | None]:
@@ -188,10 +230,15 @@ def set_merged(model: Any, merged: tuple[int, ...]) -> None:
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
+    by_attention = model.global_pool == "token" and all(
+        isinstance(norm, nn.Identity)
+        for block in model.blocks
+        for norm in (block.attn.q_norm, block.attn.k_norm)
+    )
     first = next(number for number, count in enumerate(merged) if count)
     for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
         block.__class__ = _BLOCKS[type(block)]
-        block.matcher = Matcher(count, model.num_prefix_tokens) if count else None
+        block.matcher = Matcher(count, model.num_prefix_tokens, by_attention) if count else None
         block.gives_sizes = True
     model.blocks[-1].gives_sizes = model.global_pool == "avg"
     model.__class__ = _MODELS[type(model)]

@@ -23,7 +23,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
 from mhacut.surgery.merge import Match
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.merging import class_attention, set_merged
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import apply_tokens, tokens_of
@@ -144,6 +144,22 @@ def test_gradients_are_those_without_checkpoints(case):
 
 
 @torch.no_grad()
+def test_class_attention_is_that_of_the_layer():
+    """Of a cut one, whose q and k are narrower than v, with sizes."""
+    model, _ = merged(MERGING["read"])
+    cut(model, random_plan(find_prunable_layers(model), 2)[0])
+    m, width = model.blocks[0].attn, model.embed_dim
+    tokens = torch.randn(2, 9, width, dtype=torch.float64)
+    sizes = torch.randint(1, 4, (2, 9, 1)).double()
+    rows = (m.qkv.out_features - m.proj.in_features) // 2
+    q, k, _ = m.qkv(tokens).split((rows, rows, m.proj.in_features), dim=-1)
+    q, k = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in (q, k))
+    paid = (q @ k.mT * m.scale + sizes.log().mT[:, None]).softmax(-1)[:, :, 0].mean(1)[..., None] / sizes
+    expected = paid[:, 2:] / paid[:, 2:].mean(1, keepdim=True)
+    torch.testing.assert_close(class_attention(m, tokens, sizes, 2), expected)
+
+
+@torch.no_grad()
 def test_merges_can_be_undone(case):
     model, x = merged(case)
     plain, _ = double(case[0])
@@ -175,7 +191,7 @@ def test_small_images_merge_fewer_tokens():
 def test_matches_can_be_given_from_outside():
     model, x = merged(MERGING["read"])
     places = ([0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 0, 0])
-    given = Match(*(torch.tensor([each] * len(x)) for each in places))
+    given = Match(*(torch.tensor([each] * len(x)) for each in places), torch.ones(len(x), 16, 1))
     model.blocks[0].matcher.register_forward_hook(lambda module, args, output: given)
     sizes = []
     model.blocks[0].register_forward_hook(lambda module, args, output: sizes.append(output.sizes[0, :, 0]))
@@ -223,11 +239,11 @@ def test_under_autocast_the_same_tokens_merge():
     set_merged(model, (8, 0, 0))
     found = []
     matcher = model.blocks[0].matcher
-    matcher.register_forward_hook(lambda module, args, output: found.append((args[0], output)))
+    matcher.register_forward_hook(lambda module, args, output: found.append((args, output)))
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
-    ((tokens, match),) = found
-    again = matcher(tokens)
+    ((given, match),) = found
+    again = matcher(*given)
     assert torch.equal(match.merged, again.merged)
     assert torch.equal(match.receivers, again.receivers)
 
