@@ -26,9 +26,16 @@ from mhacut.surgery.tokens import tokens_of
 
 ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
 VIT = ModelCase("vit_tiny_patch16_224", ARGS)
+TOKEN = {**ARGS, "global_pool": "token"}
 OTHERS = {
     "distilled": ModelCase("deit_tiny_distilled_patch16_224", ARGS),
+    "eva": ModelCase("eva02_tiny_patch14_224", TOKEN),
+    "rotary": ModelCase("vit_small_patch16_rope_mixed_224", ARGS),
+    "beit": ModelCase("beit_base_patch16_224", {**TOKEN, "use_shared_rel_pos_bias": True}),
+    "relative positions": ModelCase("vit_relpos_base_patch16_cls_224", ARGS),
 }
+EXPORTED = {"eva": "onnx", "rotary": "timm", "beit": "timm"}
+"""Formats other than ``pt2`` that they are exported to."""
 
 
 class Log(Silent):
@@ -156,7 +163,7 @@ def test_other_models_from_file_to_file(name, tmp_path):
     assert measure_flops(model, case.size) == result.slim.flops <= result.budget
     again, _ = prune(result.output, tmp_path / "again.safetensors", flops="80%")
     assert mhacut.load_model(again.output)(x).isfinite().all()
-    found = mhacut.export(again.output, format="pt2", output=tmp_path / "exported")
+    found = mhacut.export(again.output, format=EXPORTED.get(name, "pt2"), output=tmp_path / "exported")
     assert max(found.difference.values()) < 1e-4
 
 

@@ -48,7 +48,9 @@ def rotated(
 
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
-    """Rotate all but the first tokens, which have no position."""
+    """Rotate all but the first tokens, which have no position; queries may be of some of those alone."""
+    if x.shape[2] <= m.num_prefix_tokens:
+        return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
     return torch.cat((prefix, apply_rot_embed_cat(rest, table, half=m.rotate_half)), dim=2)
 

@@ -98,16 +98,14 @@ def masked(
     return m.q_norm(q), m.k_norm(k), mask_of(x, attn_mask, is_causal)
 
 
-def masked_of_first(
-    m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> tuple[Any, ...]:
-    q, k, mask = masked(m, q, k, x, attn_mask, is_causal)
-    return q, k, rows_of_first(m, mask)
+def of_first(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """``logits`` for queries of the tokens that are read: of a mask or bias, the rows of those."""
 
+    def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
+        q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
+        return q, k, None if bias is None else bias[..., : m.read, :]
 
-def rows_of_first(m: Any, mask: Tensor | None) -> Tensor | None:
-    """Return the rows of a mask or bias [..., N or 1, N] that belong to the tokens that are read."""
-    return None if mask is None else mask[..., : m.read, :]
+    return hook
 
 
 def of_latent(m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None) -> tuple[Any, ...]:
@@ -149,10 +147,13 @@ def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> t
 
 
 def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """The biases of the layer and of the model add up."""
+    """The biases of the layer and of the model [H, N, N] add up; q may be of the first tokens alone."""
+    if shared is not None:
+        shared = shared[..., : q.shape[-2], :]
     if m.relative_position_bias_table is None:
         return q, k, shared
-    bias = m._get_rel_pos_bias()
+    index = m.relative_position_index[: q.shape[-2]]  # (queries, N)
+    bias = m.relative_position_bias_table[index].movedim(-1, 0).contiguous()[None]  # (1, H, queries, N)
     return q, k, bias if shared is None else bias + shared
 
 

@@ -12,8 +12,14 @@ from timm import layers, models
 
 from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.base import Mixing
-from mhacut.adapters.read_attention import ReadAttention
-from mhacut.adapters.rope import Rope
+from mhacut.adapters.read_attention import (
+    ReadAttention,
+    ReadBeitAttention,
+    ReadEvaAttention,
+    ReadRelPosAttention,
+    ReadRopeAttention,
+)
+from mhacut.adapters.rope import Rope, rotated
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
     GlobalContext,
@@ -60,6 +66,12 @@ LOWFORMER = partial(
     fits=equal,
     attributes={"head_dim": "qk", "o_proj_inpdim": "heads * v"},
 )
+READ_ROPE = partial(
+    Rope,
+    written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
+    inputs=hooks.first_tokens,
+    logits=hooks.of_first(rotated),
+)
 DIFFERENTIAL: dict[str, Any] = {"query_heads": 2, "weigh": hooks.difference, "v_whole": NORM_WITHIN}
 
 SOFTMAX = (
@@ -76,14 +88,17 @@ SOFTMAX = (
         ReadAttention,
         {**Q_KV, "gate": "g"},
         inputs=hooks.first_tokens,
-        logits=hooks.masked_of_first,
+        logits=hooks.of_first(hooks.masked),
         finish=hooks.gated,
         attributes={"head_dim": "qk", "attn_dim": "heads * v"},
         norm_behind="norm",
     ),
     Rope(layers.attention.AttentionRope),
+    READ_ROPE(ReadRopeAttention),
     Rope(models.eva.EvaAttention),
+    READ_ROPE(ReadEvaAttention),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
+    Softmax(ReadBeitAttention, Q_K_V, inputs=hooks.first_tokens, logits=hooks.beit_bias),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
     Softmax(models.convit.MHSA),
@@ -165,6 +180,7 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
+    Softmax(ReadRelPosAttention, Q_KV, inputs=hooks.first_tokens, logits=hooks.of_first(hooks.rel_pos)),
     Sam(models.vision_transformer_sam.Attention, logits=hooks.tables, scaled=False),
     Softmax(models.visformer.Attention, finish=to_map),
     Softmax(models.volo.Attention),

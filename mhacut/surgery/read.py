@@ -7,28 +7,89 @@ what they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models import vision_transformer
+from timm.layers import Attention, AttentionRope
+from timm.models import beit, eva, vision_transformer
+from timm.models import vision_transformer_relpos as relpos
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from mhacut.adapters.read_attention import ReadAttention
+from mhacut.adapters.read_attention import (
+    ReadAttention,
+    ReadBeitAttention,
+    ReadEvaAttention,
+    ReadRelPosAttention,
+    ReadRopeAttention,
+)
 from mhacut.adapters.registry import adapter_for
+from mhacut.adapters.softmax import Softmax
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 
-class ReadBlock(vision_transformer.Block):  # type: ignore[misc]
+class ReadFirst:
+    """Mixed into a block's class, in front of it: only the first tokens are read."""
+
+    attn: Any
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
+        y = self.attn(self.norm1(x), *args, **options)  # (B, read, C)
+        x = x[:, : self.attn.read] + self.drop_path1(_scaled(self, 1, y))
+        out: Tensor = x + self.drop_path2(_scaled(self, 2, self.mlp(self.norm2(x))))
+        return out
+
+
+class ReadFirstPostNorm(ReadFirst):
+    """The same for blocks that normalise behind attention and MLP."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
+        y = self.attn(x, *args, **options)  # (B, read, C)
+        x = x[:, : self.attn.read] + self.drop_path1(self.norm1(y))
+        out: Tensor = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return out
+
+
+def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
+    """Apply the block's LayerScale to a branch, 1 or 2: a module, or a parameter or None."""
+    layer_scale = getattr(block, f"ls{branch}", None)
+    if layer_scale is not None:
+        scaled: Tensor = layer_scale(y)
+        return scaled
+    gamma = getattr(block, f"gamma_{branch}")
+    return y if gamma is None else gamma * y
+
+
+class ReadBlock(ReadFirst, vision_transformer.Block):  # type: ignore[misc]
     """timm's block, of which only the first tokens are read."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map all tokens [B, N, C] to those that are read [B, read, C]."""
-        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)  # (B, read, C)
-        x = x[:, : self.attn.read] + self.drop_path1(self.ls1(y))
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return out
+
+class ReadResPostBlock(ReadFirstPostNorm, vision_transformer.ResPostBlock):  # type: ignore[misc]
+    """The same, with norms behind attention and MLP."""
+
+
+class ReadEvaBlock(ReadFirst, eva.EvaBlock):  # type: ignore[misc]
+    """EVA's block, of which only the first tokens are read."""
+
+
+class ReadEvaBlockPostNorm(ReadFirstPostNorm, eva.EvaBlockPostNorm):  # type: ignore[misc]
+    """The same, with norms behind attention and MLP."""
+
+
+class ReadBeitBlock(ReadFirst, beit.Block):  # type: ignore[misc]
+    """BEiT's block, of which only the first tokens are read."""
+
+
+class ReadRelPosBlock(ReadFirst, relpos.RelPosBlock):  # type: ignore[misc]
+    """Block of a relative-position ViT, of which only the first tokens are read."""
+
+
+class ReadResPostRelPosBlock(ReadFirstPostNorm, relpos.ResPostRelPosBlock):  # type: ignore[misc]
+    """The same, with norms behind attention and MLP."""
 
 
 class FewTokens:
@@ -52,7 +113,7 @@ class FewTokens:
             UnsupportedModelError: one does not.
         """
         taken, _ = feature_take_indices(len(self.blocks), indices)
-        short = [index for index in taken if isinstance(self.blocks[index], ReadBlock)]
+        short = [index for index in taken if isinstance(self.blocks[index], ReadFirst)]
         if short:
             keep = option_name("keep_dead_tokens", True)
             raise UnsupportedModelError(
@@ -69,20 +130,55 @@ class FewTokensDistilled(FewTokens, VisionTransformerDistilled):  # type: ignore
     """timm's distilled DeiT that does not compute all tokens."""
 
 
+class FewTokensEva(FewTokens, eva.Eva):  # type: ignore[misc]
+    """timm's EVA, or RoPE-ViT, that does not compute all tokens."""
+
+
+class FewTokensBeit(FewTokens, beit.Beit):  # type: ignore[misc]
+    """timm's BEiT that does not compute all tokens."""
+
+
+class FewTokensRelPos(FewTokens, relpos.VisionTransformerRelPos):  # type: ignore[misc]
+    """timm's relative-position ViT that does not compute all tokens."""
+
+
 _MODELS: dict[type[nn.Module], type[nn.Module]] = {
     vision_transformer.VisionTransformer: FewTokensViT,
     VisionTransformerDistilled: FewTokensDistilled,
+    eva.Eva: FewTokensEva,
+    beit.Beit: FewTokensBeit,
+    relpos.VisionTransformerRelPos: FewTokensRelPos,
 }
 """Models whose forward pass reads the last block only by its pooling, and their class with fewer tokens."""
-_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {vision_transformer.Block: ReadBlock}
-_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {vision_transformer.Attention: ReadAttention}
+_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    vision_transformer.Block: ReadBlock,
+    vision_transformer.ResPostBlock: ReadResPostBlock,
+    eva.EvaBlock: ReadEvaBlock,
+    eva.EvaBlockPostNorm: ReadEvaBlockPostNorm,
+    beit.Block: ReadBeitBlock,
+    relpos.RelPosBlock: ReadRelPosBlock,
+    relpos.ResPostRelPosBlock: ReadResPostRelPosBlock,
+}
+"""Blocks of a residual attention and a residual MLP, and their class of which only first tokens are read."""
+_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: ReadAttention,
+    AttentionRope: ReadRopeAttention,
+    eva.EvaAttention: ReadEvaAttention,
+    beit.Attention: ReadBeitAttention,
+    relpos.RelPosAttention: ReadRelPosAttention,
+}
+
+
+def dense_class(model: nn.Module) -> type[nn.Module]:
+    """Return the class that ``model`` has, or had before :func:`set_read`."""
+    return next((dense for dense, few in _MODELS.items() if few is type(model)), type(model))
 
 
 def read_of(model: nn.Module) -> int | None:
     """Return the number of tokens that the last block of ``model`` computes; None for all."""
     blocks: Any = getattr(model, "blocks", ())
     last = blocks[-1] if isinstance(model, FewTokens) and len(blocks) else None
-    return last.attn.read if isinstance(last, ReadBlock) else None
+    return last.attn.read if isinstance(last, ReadFirst) else None
 
 
 def tokens_read(model: nn.Module) -> int:
@@ -101,7 +197,7 @@ def tokens_read(model: nn.Module) -> int:
 
 
 def _check_last(block: Any) -> None:
-    if isinstance(block, ReadBlock):
+    if isinstance(block, ReadFirst):
         return
     if type(block) not in _BLOCKS:
         raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all")
@@ -134,19 +230,35 @@ def set_read(model: Any, read: int) -> None:
 def read_first(attention: Any, read: int) -> None:
     """Change an attention layer in place so that it computes its first ``read`` tokens only.
 
-    ``qkv`` becomes ``q`` and ``kv``.
+    A fused ``qkv`` is split into the projections that the row of its new class names.
     """
-    cls = _ATTENTION[_dense_class(attention)]
+    attention.__class__ = _ATTENTION[_dense_class(attention)]
+    attention.read = read
+    adapter = adapter_for(attention)
+    assert isinstance(adapter, Softmax)
+    if attention.qkv is not None:
+        _split(attention, adapter.written_by)
+    adapter.resize(attention, {})
+
+
+def _split(attention: Any, written_by: Mapping[str, str]) -> None:
+    """Replace ``qkv``, and biases in parts, by projections of their names and the rows of their letters."""
     qkv, v_rows = attention.qkv, attention.proj.in_features
     q_rows = (qkv.out_features - v_rows) // 2
-    del attention.qkv
-    attention.q = _rows(qkv, 0, q_rows)
-    attention.kv = _rows(qkv, q_rows, qkv.out_features)
-    attention.read = read
-    attention.__class__ = cls
-    adapter = adapter_for(attention)
-    assert adapter is not None
-    adapter.resize(attention, {})
+    rows, first = {"q": q_rows, "k": q_rows, "v": v_rows}, 0
+    for name, letters in written_by.items():
+        if letters == "g":
+            continue
+        last = first + sum(rows[letter] for letter in letters)
+        projection = _rows(qkv, first, last)
+        bias = getattr(attention, f"{letters}_bias", None)
+        if bias is not None and letters != "k":  # that of k is a constant zero
+            projection.bias = bias
+        setattr(attention, name, projection)
+        first = last
+    attention.qkv = None
+    if hasattr(attention, "q_bias"):
+        attention.q_bias = attention.k_bias = attention.v_bias = None
 
 
 def _rows(linear: nn.Linear, first: int, last: int) -> nn.Linear:

@@ -113,7 +113,8 @@ class Alone(nn.Module):
             x = x + self.before(x)
         if not self.tokens:
             x = x.transpose(1, 2).unflatten(2, image.shape[2:])  # (B, C, H, W)
-        x = self.layer(x, *self.args)
+        args = [part.to(x) if isinstance(part, Tensor) else part for part in self.args]
+        x = self.layer(x, *args)
         if self.tokens:
             x = x.transpose(1, 2)
         return self.head(x.flatten(2).mean(-1))

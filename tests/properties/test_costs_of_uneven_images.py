@@ -56,6 +56,15 @@ ONE_SHAPE = {
     "bottleneck_attn.BottleneckAttn",
     "bottleneck_attn.BottleneckAttn, biases",
     "lambda_layer.LambdaLayer, table",
+    "read_attention.ReadRopeAttention",
+    "read_attention.ReadRopeAttention, half",
+    "read_attention.ReadRopeAttention, shared keys",
+    "read_attention.ReadEvaAttention",
+    "read_attention.ReadEvaAttention, separate",
+    "read_attention.ReadEvaAttention, no biases",
+    "read_attention.ReadEvaAttention, normalised",
+    "read_attention.ReadBeitAttention, biases",
+    "read_attention.ReadRelPosAttention, biases",
 }
 """Cases that take images of one shape only."""
 
@@ -82,7 +91,8 @@ def made_for_uneven_images(case: Case) -> tuple[nn.Module, tuple[int, int, int]]
 
 def build(case: Case, size: tuple[int, int]) -> nn.Module:
     if isinstance(case, LayerCase):
-        return dataclasses.replace(case, args=(size,) if case.args else ()).create()
+        args = tuple(size if isinstance(part, tuple) else part for part in case.args)
+        return dataclasses.replace(case, args=args).create()
     assert isinstance(case, ModelCase)
     sized = {"img_size": size} if "img_size" in case.args else {}
     return dataclasses.replace(case, args={**case.args, **sized}).create()

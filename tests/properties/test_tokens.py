@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -26,6 +27,11 @@ def reading(architecture: str = "vit_tiny_patch16_224", **args: object) -> Model
     return ModelCase(architecture, {**small, **args})
 
 
+def rotary(architecture: str, **args: object) -> ModelCase:
+    return reading(architecture, **{"embed_dim": 48, **args})
+
+
+TOKEN = {"global_pool": "token"}
 READING = {
     "plain": reading(),
     "not square": reading(img_size=[32, 64]),
@@ -34,6 +40,30 @@ READING = {
     "layer scale": reading("deit3_small_patch16_224"),
     "normalised": reading(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
     "no biases": reading(qkv_bias=False, proj_bias=False),
+    "norms behind": reading("vit_base_patch16_rpn_224", class_token=True, **TOKEN),
+    "rotary": rotary("vit_small_patch16_rope_224"),
+    "rotary, mixed": rotary("vit_small_patch16_rope_mixed_ape_224"),
+    "rotary, halves, registers": rotary("vit_base_patch16_sapiens2", num_heads=4, num_kv_heads=2),
+    "eva": rotary("eva02_tiny_patch14_224", img_size=42, patch_size=14, **TOKEN),
+    "eva, separate projections": rotary("eva02_base_patch16_clip_224"),
+    "eva without rotation": rotary("eva_giant_patch14_clip_224", img_size=42),
+    "eva, registers, halves": rotary("vit_small_patch16_lingbot"),
+    "eva, normalised": rotary("eva02_tiny_patch14_224", img_size=42, qk_norm=True, **TOKEN),
+    "eva, norms behind": rotary("eva02_enormous_patch14_clip_224", img_size=42),
+    "beit": reading("beit_base_patch16_224", img_size=[32, 64], **TOKEN),
+    "beit, shared positions": reading(
+        "beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True, **TOKEN
+    ),
+    "beit, both positions": reading(
+        "beit_base_patch16_224", use_shared_rel_pos_bias=True, init_values=None, qkv_bias=False, **TOKEN
+    ),
+    "relative positions": reading("vit_relpos_base_patch16_cls_224", img_size=[32, 64]),
+    "relative positions, shared": reading(
+        "vit_relpos_base_patch16_cls_224", shared_rel_pos=True, rel_pos_type="bias", qk_norm=True
+    ),
+    "relative positions, norms behind": reading(
+        "vit_relpos_base_patch16_rpn_224", class_token=True, rel_pos_type="bias", **TOKEN
+    ),
 }
 """Models whose head reads their first tokens only."""
 OTHERS = {
@@ -43,9 +73,16 @@ OTHERS = {
         reading("vit_dpwee_patch16_reg1_gap_256", class_token=True, global_pool="token"),
         "ParallelScaling",
     ),
+    "differential attention": (
+        reading("vit_dwee_patch16_reg1_gap_256", num_heads=2, class_token=True, **TOKEN),
+        "attention of class DiffAttention",
+    ),
+    "blocks side by side": (reading("vit_base_patch16_18x2_224"), "ParallelThingsBlock"),
+    "averaging eva": (reading("eva02_tiny_patch14_224"), "head reads all of them"),
+    "averaging beit": (reading("beit_base_patch16_224"), "head reads all of them"),
     "another model": (
-        reading("vit_relpos_base_patch16_cls_224", global_pool="token", class_token=True),
-        "VisionTransformerRelPos",
+        ModelCase("cait_xxs24_224", {"depth": 1, "img_size": 32, "embed_dim": 24, "num_heads": 3}),
+        "a Cait reads is not known",
     ),
 }
 """Models of which all tokens are computed, and what of the reason."""
@@ -66,12 +103,16 @@ def test_what_is_not_read_changes_no_logit(reader):
 
 
 @torch.no_grad()
-def test_a_mask_is_that_of_the_whole_model(reader):
+def test_a_mask_or_bias_is_that_of_the_whole_model(reader):
     model, x = double(reader)
     tokens = model.blocks[-1].norm1(model.forward_features(x))
     mask = torch.rand(2, 1, 1, tokens.shape[1]) > 0.3
-    cases = ({"attn_mask": mask}, {"is_causal": True})
     last, read = copy.deepcopy(model.blocks[-1]), tokens_read(model)
+    *_, argument = inspect.signature(last.forward).parameters
+    cases: tuple[dict, ...] = ({"attn_mask": mask}, {"is_causal": True})
+    if argument.startswith("shared"):
+        heads = last.attn.num_heads
+        cases = ({argument: torch.rand(1, heads, *[tokens.shape[1]] * 2, dtype=torch.float64)},)
     apply_tokens(model, TokenPlan(read=read))
     for options in cases:
         expected = last(tokens, **options)[:, :read]
@@ -98,7 +139,7 @@ def test_a_cut_applies_the_plan_and_two_cuts_are_one(reader):
     assert relative(outline.double()(x), model(x)) < 1e-12
 
 
-@pytest.mark.parametrize("name", slow_except({"distilled"}, READING))
+@pytest.mark.parametrize("name", slow_except({"distilled", "eva", "beit"}, READING))
 def test_costs_are_those_of_what_is_left(name):
     reader = READING[name]
     model = build(reader)
@@ -144,10 +185,10 @@ def test_plans_for_another_head_are_refused():
         apply_tokens(model, TokenPlan(read=1))
 
 
+@pytest.mark.parametrize("name", ["registers", "rotary, halves, registers", "beit", "relative positions"])
 @torch.no_grad()
-def test_features_of_patches_that_are_not_there_are_refused():
-    case = READING["registers"]
-    model, x = double(case)
+def test_features_of_patches_that_are_not_there_are_refused(name):
+    model, x = double(READING[name])
     expected = model.forward_intermediates(x, indices=[0], intermediates_only=True)
     features = model.forward_features(x)
     apply_tokens(model, TokenPlan(read=1))
@@ -157,5 +198,6 @@ def test_features_of_patches_that_are_not_there_are_refused():
     for indices in (None, 1, [0, 1]):
         with pytest.raises(UnsupportedModelError, match="keep_dead_tokens=True"):
             model.forward_intermediates(x, indices=indices)
-    with pytest.raises(UnsupportedModelError, match="block 1"):
-        model.get_intermediate_layers(x)
+    if name == "registers":
+        with pytest.raises(UnsupportedModelError, match="block 1"):
+            model.get_intermediate_layers(x)

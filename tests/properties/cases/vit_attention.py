@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.diff_attention import DiffAttention
+from timm.layers.pos_embed_rel import RelPosBias
 from timm.models import (
     beit,
     cait,
@@ -24,7 +28,13 @@ from timm.models import (
 from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
-from mhacut.adapters.read_attention import ReadAttention
+from mhacut.adapters.read_attention import (
+    ReadAttention,
+    ReadBeitAttention,
+    ReadEvaAttention,
+    ReadRelPosAttention,
+    ReadRopeAttention,
+)
 from mhacut.surgery.read import read_first
 from properties.cases import parts
 
@@ -70,13 +80,22 @@ def pooling(whole: Mapping[str, str] = NOTHING, dim_out: int | None = None, **ar
     )
 
 
-def first_read(read: int, whole: Mapping[str, str] = NOTHING, **args: Any) -> LayerCase:
+def first_read(
+    read: int, whole: Mapping[str, str] = NOTHING, cls: type[nn.Module] = Attention, **args: Any
+) -> LayerCase:
     def make() -> nn.Module:
-        attention = Attention(12, 3, norm_layer=nn.LayerNorm, **args)
+        attention = cls(12, 3, **args)
         read_first(attention, read)
         return attention
 
     return LayerCase(make, whole=whole, fast=not args)
+
+
+def rope_read(cls: type[nn.Module], whole: Mapping[str, str] = NOTHING, **args: Any) -> LayerCase:
+    """Two of 16 tokens, which have no position, are read."""
+    table = torch.rand(14, 8, generator=torch.Generator().manual_seed(0))
+    given = {"num_prefix_tokens": 2, "norm_layer": nn.LayerNorm, "scale_norm": False}
+    return replace(first_read(2, whole, cls, **{**given, **args}), args=(table,), fast=not args)
 
 
 CASES: Cases = {
@@ -84,7 +103,31 @@ CASES: Cases = {
         "": first_read(1),
         "biases": first_read(2, qkv_bias=True),
         "gated": first_read(2, gated=True, qkv_bias=True),
-        "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True),
+        "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True, norm_layer=nn.LayerNorm),
+    },
+    ReadRopeAttention: {
+        "": rope_read(AttentionRope),
+        "half": rope_read(AttentionRope, rotate_half=True, gated=True),
+        "shared keys": rope_read(AttentionRope, parts.SHARED_KEYS, qkv_fused=False, num_kv_heads=1),
+    },
+    ReadEvaAttention: {
+        "": rope_read(eva.EvaAttention),
+        "separate": rope_read(eva.EvaAttention, qkv_fused=False, rotate_half=True),
+        "no biases": rope_read(eva.EvaAttention, qkv_bias=False),
+        "normalised": rope_read(eva.EvaAttention, parts.QK_NORMALISED, qk_norm=True),
+    },
+    ReadBeitAttention: {
+        "": first_read(1, cls=beit.Attention),
+        "biases": first_read(1, cls=beit.Attention, window_size=(3, 5), qkv_bias=True),
+    },
+    ReadRelPosAttention: {
+        "": first_read(1, cls=vision_transformer_relpos.RelPosAttention),
+        "biases": first_read(
+            1,
+            cls=vision_transformer_relpos.RelPosAttention,
+            qkv_bias=True,
+            rel_pos_cls=partial(RelPosBias, window_size=(3, 5), prefix_tokens=1),
+        ),
     },
     Attention: {
         "": vit("vit_tiny_patch16_224", depth=2, fast=True, flops="50%"),
