@@ -19,7 +19,7 @@ from mhacut.adapters.read_attention import ReadAttention
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 from mhacut.surgery.merge import Matcher, SizedTokens, full_precision, merge
-from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock
+from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock, dense_class
 
 
 class Merging:
@@ -190,7 +190,7 @@ _ATTENTION = (Attention, ReadAttention)
 def why_not_merged(model: Any) -> str:
     """Return the reason why tokens of ``model`` cannot be merged; empty if they can."""
     if type(model) not in _MODELS and not isinstance(model, MergedTokens):
-        return f"{type(model).__name__} is no plain ViT, whose blocks see all tokens alike"
+        return f"{dense_class(model).__name__} is no plain ViT, whose blocks see all tokens alike"
     if model.global_pool not in ("token", "avg") or getattr(model, "attn_pool", None) is not None:
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
     for block in model.blocks:

@@ -226,6 +226,19 @@ def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
         set_merged(model, (1, 0, 0))
 
 
+@pytest.mark.parametrize(
+    "architecture", ["vit_relpos_small_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"]
+)
+def test_models_that_leave_out_dead_tokens_are_refused_by_their_own_name(architecture):
+    class_token = {"class_token": True} if "relpos" in architecture else {}
+    model = build(merging(architecture, img_size=28, patch_size=14, global_pool="token", **class_token))
+    reason = f"{type(model).__name__} is no plain ViT"
+    apply_tokens(model, TokenPlan(1))
+    with pytest.raises(UnsupportedModelError, match=f"tokens cannot be merged: {reason}"):
+        apply_tokens(model, TokenPlan(1, (1, 0, 0)))
+    assert tokens_of(model) == TokenPlan(1)
+
+
 def test_dense_features_and_masks_are_refused():
     model, x = merged(MERGING["read"])
     with pytest.raises(UnsupportedModelError, match="merges tokens"):
