@@ -69,12 +69,13 @@ def test_a_fit_predicts_schedules_that_were_not_measured(seed: int):
 
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 1e-2, 0.1])
 def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
-    tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8), BlockCost(4, 1, 8), BlockCost(2, 0, 0)]
+    tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 0)]
 
     def cost(schedule: tuple[int, ...]) -> float:
         left, total = tokens.total, 0.0
         for merged, block in zip(schedule, costs, strict=True):
             total += block.token * left + block.pair * left**2 + block.mlp * (left - merged)
+            total += block.merge * (merged > 0)
             left -= merged
         return slow_divergence(TYPICAL, schedule, tokens) ** math.exp(-TYPICAL.coupling) + price * total
 

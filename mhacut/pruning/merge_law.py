@@ -172,6 +172,8 @@ class BlockCost:
     token: float
     pair: float
     mlp: float
+    merge: float = 0.0
+    """FLOPs that take as long as a merge, of however many tokens."""
 
 
 def cheapest_schedules(
@@ -201,6 +203,7 @@ def cheapest_schedules(
         for block, cost in enumerate(costs):
             merges = allowed if block < last else torch.eye(len(counts), dtype=torch.bool)
             flops = cost.token * before + cost.pair * before * before + cost.mlp * after
+            flops = flops + cost.merge * (after < before)
             step_cost = law.terms(block, before, after, tokens) + price * flops
             total, source = (total[:, None] + step_cost.masked_fill(~merges, math.inf)).min(0)
             came_from.append(source)

@@ -38,7 +38,7 @@ class Match(NamedTuple):
     receivers: Tensor
     """For each merged token, the token of B that receives it, [B, r]."""
     weights: Tensor
-    """Of all tokens behind the prefix in an average, [B, N, 1]."""
+    """Weights of the tokens behind the prefix in an average, [B, N, 1]."""
 
 
 class SizedTokens(NamedTuple):
