@@ -326,7 +326,7 @@ class SearchKeywords(TypedDict, total=False):
     default the effort decides."""
     tuning_steps: int | None
     """Steps that train all weights of the pruned model to match the dense one on the calibration images; by
-    default the effort decides."""
+    default none."""
     tuning_lr: float
     """Learning rate of the tuning steps. Default: 3e-05."""
     token_weights: bool

@@ -83,7 +83,7 @@ class SearchOptions(Options):
     tuning_steps: int | None = option(
         None,
         "Steps that train all weights of the pruned model to match the dense one on the calibration images; "
-        "by default the effort decides.",
+        "by default none.",
         panel="Research switches",
         metavar="N",
         at_least=0,
@@ -198,7 +198,7 @@ class SearchOptions(Options):
     @property
     def tuned_steps(self) -> int:
         """Steps that train all weights."""
-        return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
+        return self.tuning_steps or 0
 
     def idle(self) -> dict[str, str]:
         """Names of options that were changed to no effect, each with the reason."""
@@ -249,7 +249,6 @@ class Work:
     swap_moves: bool
     repair_in_order: bool
     heal_steps: int
-    tuning_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
@@ -259,7 +258,6 @@ EFFORTS: Mapping[str, Work] = {
         swap_moves=False,
         repair_in_order=False,
         heal_steps=0,
-        tuning_steps=0,
     ),
     "balanced": Work(
         calibration_images=256,
@@ -267,7 +265,6 @@ EFFORTS: Mapping[str, Work] = {
         swap_moves=False,
         repair_in_order=True,
         heal_steps=40,
-        tuning_steps=0,
     ),
     "best": Work(
         calibration_images=1024,
@@ -275,7 +272,6 @@ EFFORTS: Mapping[str, Work] = {
         swap_moves=True,
         repair_in_order=True,
         heal_steps=150,
-        tuning_steps=400,
     ),
 }
 
