@@ -77,8 +77,10 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     elif hints.model is not None:
         name, tag = _split_tag(hints.model)
         _check_name(header, name, option_name("model"))
-        found = infer_from_shapes(name, args, _cfg_of_tag(name, tag), header.tensors)
+        cfg = _cfg_of_tag(name, tag)
+        found = infer_from_shapes(name, args, cfg, header.tensors)
         found = _with_note(found, f"architecture {name}, as given")
+        found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "tag"))
     else:
         found = search(header, args)
         found = _with_note(
@@ -107,6 +109,7 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     _check_name(header, stated, "config.json")
     args = {**stated_args, **args}
     found = infer_from_shapes(stated, args, completed_cfg(stated, cfg), header.tensors, bounded=True)
+    found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "file"))
     return _with_note(found, f"architecture {stated}, from config.json")
 
 

@@ -48,7 +48,9 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     model = _as_loaded(module)
     check_finite(source, model)
     identity = identity_of(model, architecture, checked_model_args(hints.model_args))
-    return Checkpoint.of_model(model, identity, source=source, stem=architecture, dtypes=_dtypes(module))
+    return Checkpoint.of_model(
+        model, identity, source=source, stem=architecture, dtypes=_dtypes(module), cfg_origin="module"
+    )
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
@@ -88,6 +90,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         stem=architecture,
         dtypes=_dtypes(module),
         notes=(f"architecture {architecture}, of the module", *identified.notes),
+        cfg_origin="module",
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
+from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.options.finetune import FinetuneOptions
 
@@ -58,6 +59,7 @@ def _text(result: FinetuneResult) -> str:
         f"trained {result.steps} steps on {safe(result.data)}, {result.images_per_second:.0f} images/s on "
         f"{'' if result.processes == 1 else f'{result.processes} x '}{safe(result.device)}",
     ]
+    lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
         lines.append(
             f"{len(result.unreadable)} images could not be read, others stood in for them; "
@@ -89,6 +91,8 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
             for row in result.epochs
         ],
         "data": result.data,
+        "preprocessing": result.preprocessing.to_json(),
+        **result.provenance.to_json(),
         "unreadable": list(result.unreadable),
         "images_per_second": result.images_per_second,
         "device": result.device,

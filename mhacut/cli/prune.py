@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
+from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
@@ -65,6 +66,7 @@ def _text(result: PruneResult) -> str:
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
+    lines += preprocessing_lines(result.preprocessing, result.provenance)
     lines += [f"not prunable: {safe(line)}" for line in result.not_prunable]
     return "\n".join(lines)
 
@@ -84,6 +86,8 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "judged_on": result.judged_on,
         "divergence_with_tokens": result.with_tokens,
         "data": result.data,
+        "preprocessing": result.preprocessing.to_json(),
+        **result.provenance.to_json(),
         "left_whole": list(result.not_prunable),
         "layers": [
             {

@@ -90,6 +90,8 @@ def _finetune(run: Run) -> FinetuneResult:
         steps=run.progress.step,
         flops=run.flops,
         data=run.images.description,
+        preprocessing=run.preprocessing,
+        provenance=run.provenance,
         unreadable=tuple(run.progress.unreadable),
         images_per_second=trained.images_per_second,
         device=str(run.processes.device),

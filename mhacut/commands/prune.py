@@ -13,9 +13,11 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
+from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
+from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError
 from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
@@ -67,6 +69,10 @@ class PruneResult:
     """Figures of the file that was written, or after a dry run of the model in memory."""
     data: str
     """Description of the calibration images."""
+    preprocessing: Preprocessing
+    """Preprocessing of all images, which the slim file states."""
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     not_prunable: tuple[str, ...]
     """Lines that name what cannot be cut exactly, or is never cut, and why."""
     repairs: Mapping[UnitKey, UnitRepair]
@@ -243,7 +249,7 @@ def _report(
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
     both = (inputs.job.prunable, layers)
-    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures)
+    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures, inputs.provenance)
 
 
 def _result(
@@ -261,6 +267,8 @@ def _result(
         dense=measured.dense,
         slim=measured.slim,
         data=inputs.images.description,
+        preprocessing=inputs.preprocessing,
+        provenance=inputs.provenance,
         not_prunable=inputs.job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
@@ -288,6 +296,7 @@ def _record(inputs: PruneInputs, planned: Planned, flops: int) -> SlimRecord:
         "flops_after": flops,
         "source_sha256": loaded.sha256,
         "data": inputs.images.description,
+        **inputs.provenance.to_history(),
         "versions": software_versions(),
     }
     if planned.curves:

@@ -10,6 +10,7 @@ import torch
 
 from mhacut._version import __version__
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.options.finetune import FinetuneOptions
@@ -35,6 +36,7 @@ def record_after(
     loaded: Checkpoint,
     options: FinetuneOptions,
     preprocessing: Preprocessing,
+    provenance: Provenance,
     *,
     steps: int,
     images_per_step: int,
@@ -47,6 +49,7 @@ def record_after(
         loaded: the slim file it came from.
         options: of the run.
         preprocessing: of its images.
+        provenance: origin of each value of that.
         steps: number of steps so far.
         images_per_step: over all processes.
         teacher_sha256: digest of the teacher's file; None without one.
@@ -64,6 +67,7 @@ def record_after(
         "source_sha256": loaded.sha256,
         "teacher_sha256": teacher_sha256,
         "data": data,
+        **provenance.to_history(),
         "versions": {
             "mhacut": __version__,
             "python": platform.python_version(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mhacut.checkpoint.provenance import Provenance
+from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation
 
 
@@ -42,6 +44,10 @@ class FinetuneResult:
     """FLOPs of the model, which training does not change."""
     data: str
     """Description of the training images."""
+    preprocessing: Preprocessing
+    """Preprocessing of the validation images; that of training adds augmentation."""
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     unreadable: tuple[str, ...]
     """Images that could not be read and were replaced by others."""
     images_per_second: float

@@ -90,6 +90,7 @@ def _write_weights(run: Run, name: str) -> None:
         run.loaded,
         run.options,
         run.preprocessing,
+        run.provenance,
         steps=run.progress.step,
         images_per_step=run.images_per_step,
         teacher_sha256=run.teacher_sha256,
