@@ -292,9 +292,12 @@ def _calibration_images(
 def _validation_images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
 ) -> EvaluationLoader | None:
-    """Return the labelled validation images, None without any."""
+    """Return the labelled validation images, None without any or where labels are not to be used."""
     data = options.data
     if options.eval_images == 0 or classes == 0 or not data.has_images:
+        return None
+    if not options.labels:
+        reporter.log(f"accuracy is not measured: {option_name('labels', False)}")
         return None
     if not has_split(data, data.val_split):
         reporter.log(

@@ -274,7 +274,12 @@ class FinetuneOptions(DeviceOptions):
     )
     teaching: TeacherOptions = field(default_factory=TeacherOptions)
     data: DataOptions = field(default_factory=DataOptions)
-    labels: bool = option(True, "Use labels where there are any; off, the teacher alone.", panel="Data")
+    labels: bool = option(
+        True,
+        "Learn from labels where there are any; off, from the teacher alone. Accuracy is measured all the "
+        "same.",
+        panel="Data",
+    )
     eval_images: int | None = option(
         None,
         "Validation images to measure accuracy on; all by default, 0 for none.",

@@ -237,7 +237,8 @@ class FinetuneKeywords(
     save_every: int
     """Steps between saves within an epoch; 0 saves only at its end. Default: 0."""
     labels: bool
-    """Use labels where there are any; off, the teacher alone. Default: True."""
+    """Learn from labels where there are any; off, from the teacher alone. Accuracy is measured all the same.
+    Default: True."""
     eval_images: int | None
     """Validation images to measure accuracy on; all by default, 0 for none."""
     amp: bool
@@ -388,7 +389,8 @@ class PruneKeywords(
     calibration_images: int | None
     """Number of images to calibrate on; by default the effort decides."""
     labels: bool
-    """Use labels where there are any; off, the dense model's outputs alone. Default: True."""
+    """Use labels where there are any; off, search by the dense model's outputs alone and measure no accuracy.
+    Default: True."""
     eval_images: int
     """Validation images to measure accuracy on; 0 for none. Default: 2000."""
     latency: bool

@@ -41,6 +41,16 @@ def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     assert "dry run: no model was written" in result.stdout
 
 
+def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
+    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", "--no-labels", *FAST]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *arguments)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["dense"]["top1"] is document["slim"]["top1"] is None
+    assert "without labels" in document["data"]
+    assert "accuracy is not measured: --no-labels" in result.stderr
+
+
 def test_prune_json(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
     by_indicators = ["--allocation", "indicator", "--steps", "2"]
