@@ -28,7 +28,7 @@ class ModelOptions(Options):
     )
     model_args: Mapping[str, Any] = option(
         {},
-        "Argument of that architecture, such as img_size=32; repeat the flag for more.",
+        "Arguments of that architecture, such as img_size=32 depth=6.",
         panel="Model",
         metavar="KEY=VALUE",
     )

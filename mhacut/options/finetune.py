@@ -35,7 +35,7 @@ class TeacherOptions(Options):
         metavar="NAME",
     )
     teacher_model_args: Mapping[str, Any] = option(
-        {}, "Argument of that architecture.", panel="Rarer options", metavar="KEY=VALUE"
+        {}, "Arguments of that architecture.", panel="Rarer options", metavar="KEY=VALUE"
     )
     label_weight: float = option(
         0.1,

@@ -13,7 +13,7 @@ class ModelKeywords(TypedDict, total=False):
     model: str | None
     """timm architecture, for a file that does not state it."""
     model_args: Mapping[str, Any]
-    """Argument of that architecture, such as img_size=32; repeat the flag for more. Default: {}."""
+    """Arguments of that architecture, such as img_size=32 depth=6. Default: {}."""
 
 
 class DeviceKeywords(TypedDict, total=False):
@@ -116,7 +116,7 @@ class TeacherKeywords(TypedDict, total=False):
     teacher_model: str | None
     """timm architecture of a teacher file that does not state it; by default that of the dense model."""
     teacher_model_args: Mapping[str, Any]
-    """Argument of that architecture. Default: {}."""
+    """Arguments of that architecture. Default: {}."""
     label_weight: float
     """Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher.
     Default: 0.1."""
