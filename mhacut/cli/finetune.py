@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -10,6 +11,7 @@ from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if values.get("resume") is None:
         return values
+    if not Path(values["resume"]).is_dir():
+        asked = option_name("resume", values["resume"])
+        raise UsageError(f"{asked}: no run to go on with, there is no such directory")
     from mhacut.finetuning.resuming import completed  # imports torch
 
     return completed(values)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mhacut.cli.console import Console
+from mhacut.cli.paths import check_paths
 from mhacut.cli.running import Globals, running
 from mhacut.errors import UsageError, option_name
 from mhacut.options.config import convert, key_value, read_config
@@ -49,6 +50,8 @@ def command(
             with running(shared, flag_writer(known)) as console:
                 values = complete(_values(known, given.pop("config"), given))
                 made = options.from_flat(**values)
+                if console.rank == 0:  # another process would say it again
+                    check_paths(made)
                 # Bodies import torch and timm, which takes seconds.
                 console.start("starting")
                 body(made, console)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import format_flops
+from mhacut.budget import Budget, format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
@@ -28,6 +28,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
+    Budget.parse(options.flops)  # before torch is imported, which takes seconds
     from mhacut.commands.prune import run_prune
 
     result = run_prune(options, console)

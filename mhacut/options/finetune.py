@@ -27,6 +27,7 @@ class TeacherOptions(Options):
         "optional.",
         panel="Teacher",
         metavar="CHECKPOINT",
+        reads="checkpoint",
     )
     teacher_model: str | None = option(
         None,
@@ -248,7 +249,11 @@ class FinetuneOptions(DeviceOptions):
     """Options of ``mhacut finetune``."""
 
     checkpoint: PathLike = option(
-        REQUIRED, "A slim file, as mhacut prune writes it.", panel="Arguments", metavar="SLIM"
+        REQUIRED,
+        "A slim file, as mhacut prune writes it.",
+        panel="Arguments",
+        metavar="SLIM",
+        reads="checkpoint",
     )
     output: PathLike | None = option(
         None,

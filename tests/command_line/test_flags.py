@@ -137,21 +137,15 @@ def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
     assert captured == [FULL]
 
 
+REST = ["img_size=[224,288]", "global_pool=avg"]
+
+
 @pytest.mark.parametrize(
     "given",
     [
-        ["--model-arg", "depth=2", "img_size=[224,288]", "global_pool=avg"],
-        ["--model-arg=depth=2", "img_size=[224,288]", "--model-arg", "global_pool=avg"],
-        [
-            "--model-arg",
-            "depth=3",
-            "img_size=32",
-            "-q",
-            "--model-arg",
-            "depth=2",
-            "img_size=[224,288]",
-            "global_pool=avg",
-        ],
+        ["--model-arg", "depth=2", *REST],
+        ["--model-arg=depth=2", REST[0], "--model-arg", REST[1]],
+        ["--model-arg", "depth=3", "img_size=0", "--model-arg", "depth=2", *REST],
     ],
 )
 def test_one_flag_takes_several_pairs(captured, given):

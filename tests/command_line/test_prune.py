@@ -144,7 +144,7 @@ def test_input_is_never_overwritten(slim, tmp_path, link):
         (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),
         (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean: expected a number, found 'a'"),
         (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
-        (["a", "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
+        ([__file__, "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
         (["a", "--flops", "1G", "--steps", "x"], "--steps"),
         (["a", "--flops", "1G", "--bogus"], "--bogus"),
     ],
