@@ -13,7 +13,7 @@ import typer
 from mhacut.cli.console import Console
 from mhacut.cli.paths import check_paths
 from mhacut.cli.running import Globals, running
-from mhacut.errors import UsageError, option_name
+from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
 from mhacut.options.config import convert, key_value, read_config
 from mhacut.options.option import REQUIRED, Option, Options
 
@@ -50,8 +50,7 @@ def command(
             with running(shared, flag_writer(known)) as console:
                 values = complete(_values(known, given.pop("config"), given))
                 made = options.from_flat(**values)
-                if console.rank == 0:  # another process would say it again
-                    check_paths(made)
+                _check_paths(made)
                 # Bodies import torch and timm, which takes seconds.
                 console.start("starting")
                 body(made, console)
@@ -65,6 +64,16 @@ def command(
         return run
 
     return decorate
+
+
+def _check_paths(options: Options) -> None:
+    """Check the paths of ``options``; of several processes on one machine, the first says what is wrong."""
+    try:
+        check_paths(options)
+    except MhacutError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # set by torchrun
+            raise FailedElsewhere from error
+        raise
 
 
 def _values(options: Mapping[str, Option], config: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
