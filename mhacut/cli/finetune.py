@@ -50,15 +50,21 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     rows = [[safe(result.architecture), "before", "after", ""]]
     if result.before is not None and result.after is not None:
-        best = " (best epoch)" if len(result.epochs) > 1 else ""
+        best = " (best epoch)" if len(result.epochs) > 1 and result.improved else ""
         label = f"top-1, % of {result.after.images} images{best}"
         before, after = result.before.top1, result.after.top1
         rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
     flops = format_flops(result.flops)
     rows.append(["FLOPs", flops, flops, ""])
-    lines = [
-        table(rows),
-        "",
+    lines = [table(rows), ""]
+    if result.improved is False:
+        from mhacut.finetuning.folder import LAST  # imports torch
+
+        lines.append(
+            "not better than before: no epoch was; saved are the weights that were read, "
+            f"those of the last step are in {safe(result.folder / LAST)}"
+        )
+    lines += [
         f"saved {safe(result.output)}",
         f"loads with: mhacut.load_model({str(result.output)!r})",
         f"trained {result.steps} steps on {safe(result.data)}, {result.images_per_second:.0f} images/s on "
@@ -82,6 +88,7 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
         "architecture": result.architecture,
         "before": _accuracy(result.before),
         "after": _accuracy(result.after),
+        "improved": result.improved,
         "flops": result.flops,
         "steps": result.steps,
         "epochs": [

@@ -87,6 +87,7 @@ def _finetune(run: Run) -> FinetuneResult:
         before=run.progress.before,
         after=after,
         epochs=tuple(run.progress.rows),
+        improved=run.progress.improved,
         steps=run.progress.step,
         flops=run.flops,
         data=run.images.description,

@@ -32,13 +32,16 @@ class FinetuneResult:
 
     folder: Path
     output: Path
-    """The slim file to use: the best on validation images where there are any, else the last."""
+    """The slim file to use: the best on validation images where there are any, else the last. The weights
+    that were read are the best where no epoch was better, see :attr:`improved`."""
     architecture: str
     before: Evaluation | None
     """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
     """Accuracy of ``output``, as it was read back."""
     epochs: tuple[EpochSummary, ...]
+    improved: bool | None
+    """Whether an epoch was better than the file that was read; None without validation images."""
     steps: int
     flops: int
     """FLOPs of the model, which training does not change."""

@@ -38,7 +38,7 @@ def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
     if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
         progress.best = evaluation.top1
         with run.processes.together():
-            _write_weights(run, BEST)
+            write_weights(run, BEST)
     save(run)
     logs.write(progress.summary())
 
@@ -72,14 +72,15 @@ def _write_last(run: Run) -> None:
             f"{len(unreadable)} of {run.images.count} images cannot be read, first "
             f"{next(iter(unreadable))}; repair or remove them"
         )
-    _write_weights(run, LAST)
+    write_weights(run, LAST)
     if run.processes.first:
         run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
         run.folder.write_state(state)
 
 
-def _write_weights(run: Run, name: str) -> None:
+def write_weights(run: Run, name: str) -> None:
+    """Write the weights that are to be measured to the file of that name, in the first process."""
     if not run.processes.first:
         return
     dtypes = dict(run.loaded.dtypes)
