@@ -13,6 +13,7 @@ from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unkno
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import (
+    PROVENANCE,
     ModelHints,
     ModelIdentity,
     checked_model_args,
@@ -105,7 +106,9 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
         )
     if not known_model(architecture):
         raise CheckpointError(unknown_model(architecture))
-    return architecture, checked_pretrained_cfg(stated)
+    # Nobody knows whether these weights still are timm's.
+    known = {name: value for name, value in stated.items() if name not in PROVENANCE}
+    return architecture, checked_pretrained_cfg(known)
 
 
 def _identify(

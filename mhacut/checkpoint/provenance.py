@@ -14,6 +14,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.data.preprocessing import is_too_small_to_crop
 from mhacut.errors import option_name
+from mhacut.limits import LICENSE
 from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 
@@ -25,6 +26,7 @@ _UNSURE = ("assumed", "default", "module")
 """Origins that may have nothing to do with the training of the weights."""
 _OPTIONS = {"input_size": "img_size"}
 """Options whose names differ from those of the values."""
+_LICENSE_KEY = "license"
 _HISTORY_KEY = "preprocessing_from"
 """Key of the origins in the entry of a command in a slim file's history."""
 
@@ -47,7 +49,7 @@ class Provenance:
         return "option" in origins or not origins.intersection(_UNSURE)
 
     def describe(self, preprocessing: Preprocessing) -> str:
-        """Return :func:`describe_preprocessing` with the origins behind the values they belong to."""
+        """Return one line in the words of the options, with the origins behind the values."""
         parts = _parts(preprocessing)
         groups: dict[Origin, list[str]] = {}
         for name in parts:
@@ -79,6 +81,12 @@ class Provenance:
     def to_history(self) -> dict[str, Any]:
         """Return the item of a command's entry in the history of a slim file."""
         return {_HISTORY_KEY: dict(self.origins)}
+
+
+def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the item of the first entry in the history of what is cut from ``checkpoint``."""
+    found = stated_license(checkpoint)
+    return {} if found is None else {_LICENSE_KEY: found}
 
 
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
@@ -117,9 +125,18 @@ def _of_dense(checkpoint: Checkpoint, name: str, side: int | None) -> Origin:
     return cast(Origin, origin)
 
 
-def describe_preprocessing(preprocessing: Preprocessing) -> str:
-    """Return one line in the words of the options."""
-    return ", ".join(_parts(preprocessing).values())
+def stated_license(checkpoint: Checkpoint) -> str | None:
+    """Return the license that the weights' own file states, or that of the file they were cut from.
+
+    Not that of timm's weights of the same architecture. The file may be anybody's; the text goes into YAML.
+    """
+    found: Any = None
+    if checkpoint.record is not None:
+        history = checkpoint.record.history
+        found = history[0].get(_LICENSE_KEY) if history else None
+    elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
+        found = checkpoint.identity.pretrained_cfg.get("license")
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
 
 
 def _parts(preprocessing: Preprocessing) -> dict[str, str]:

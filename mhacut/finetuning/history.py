@@ -13,6 +13,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
+from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 
 # Where files lie on the machine that made a slim file is nobody else's business.
@@ -37,6 +38,7 @@ def record_after(
     options: FinetuneOptions,
     preprocessing: Preprocessing,
     provenance: Provenance,
+    accuracy: tuple[Evaluation | None, Evaluation | None],
     *,
     steps: int,
     images_per_step: int,
@@ -50,6 +52,7 @@ def record_after(
         options: of the run.
         preprocessing: of its images.
         provenance: origin of each value of that.
+        accuracy: of the slim file, and of the model now; None where it was not measured.
         steps: number of steps so far.
         images_per_step: over all processes.
         teacher_sha256: digest of the teacher's file; None without one.
@@ -68,6 +71,7 @@ def record_after(
         "teacher_sha256": teacher_sha256,
         "data": data,
         **provenance.to_history(),
+        **accuracy_for_history(*accuracy),
         "versions": {
             "mhacut": __version__,
             "python": platform.python_version(),

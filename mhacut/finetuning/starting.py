@@ -47,7 +47,7 @@ def start(run: Run) -> None:
         # The start is a candidate too: the best file never is worse than the one that was read.
         run.progress.best = run.progress.before.top1
         with run.processes.together():
-            write_weights(run, BEST)
+            write_weights(run, BEST, run.progress.before)
 
 
 def _saved_state(run: Run) -> dict[str, Any] | None:

@@ -104,6 +104,9 @@ class ExportKeywords(CheckpointKeywords, total=False):
     """Precision of the weights; images and logits are always float32. Default: 'float32'."""
     fixed_batch: int | None
     """Images per batch; by default any number."""
+    license: str | None
+    """License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the one
+    that the file of the weights states, if it states one."""
     opset: int
     """ONNX opset; 23 and later have an attention operator. Default: 18."""
 
