@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -14,6 +15,9 @@ MAX_VALUES = 16 * MAX_PIXELS
 MAX_CROP_PCT = 1.25
 """Largest ``crop_pct``. Above 1 an image is made smaller than the input and a border put around it, as timm's
 VOLO at 448 and 512 pixels does."""
+
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
+"""Name of a license on the hub."""
 
 
 def too_large(size: Sequence[int]) -> str:

@@ -511,6 +511,11 @@ def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatc
                 "labels=False has no effect: there are no images without data_dir or dataset",
             ],
         ),
+        (
+            {"labels": False, "data_dir": "nowhere", "eval_images": 5},
+            ["eval_images has no effect: labels=False measures no accuracy"],
+        ),
+        ({"labels": False, "data_dir": "nowhere", "eval_images": 0}, []),
         ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
         (
             {"repair": False, "repair_in_order": True},

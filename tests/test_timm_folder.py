@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import mhacut
+from helpers.checkpoints import make_slim
+from helpers.data import write_split
 from helpers.files import SLIM
 from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.write import write_slim
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
@@ -182,7 +186,9 @@ def test_the_card_says_what_was_cut(exported):
     folder = exported("swin").output
     card = (folder / "README.md").read_text()
     assert card.startswith("---\ntags:")
-    assert "license: mit" in card
+    assert "license" not in card  # random weights, not those of timm
+    assert "pip install" not in card
+    assert "library_name: mhacut" in card
     plan = read_model(folder).record.plan
     whole = [unit for unit in plan if unit.keeps_all]
     assert whole
@@ -192,6 +198,71 @@ def test_the_card_says_what_was_cut(exported):
         assert unit.keeps_all or f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
     assert ", dense " in card
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in card
+
+
+def carded(checkpoint, folder, **options):
+    mhacut.export(checkpoint, format="timm", output=folder, **options)
+    return (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
+
+
+def test_a_bare_file_has_no_license_and_no_tag_but_what_is_given(tiny_vit, tmp_path):
+    """timm's default for the architecture states those of timm's own weights."""
+    options = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    assert timm.get_pretrained_cfg(tiny_vit.architecture).license
+    card, config = carded(tiny_vit.path, tmp_path / "bare", **options)
+    assert "license" not in card
+    assert "mhacut" not in card
+    assert config["pretrained_cfg"].keys().isdisjoint({"license", "tag", "origin_url", "paper_ids"})
+    assert "timm's default for vit_tiny_patch16_224, the file does not say" in card
+    card, config = carded(tiny_vit.path, tmp_path / "given", license="cc-by-4.0", **options)
+    assert "\nlicense: cc-by-4.0\n---\n" in card
+    assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
+    # What a folder says of its own weights is known of it, and of what is cut from it.
+    assert "\nlicense: cc-by-4.0\n" in carded(tmp_path / "given", tmp_path / "again")[0]
+    slim = tmp_path / "slim.safetensors"
+    mhacut.prune(tmp_path / "given", flops="60%", output=slim, latency=False, calibration_images=8)
+    card, config = carded(slim, tmp_path / "cut")
+    assert "\nlicense: cc-by-4.0\n" in card
+    assert "Top-1" not in card
+    assert "tag" not in config["pretrained_cfg"]
+
+
+def test_the_card_states_accuracy_where_it_is_known(tiny_vit, tmp_path):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, map(str, range(7)), per_class=2)
+    given = {"data_dir": tmp_path, "workers": 0}
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    cut = {"latency": False, "calibration_images": 8, "effort": "fast", **given}
+    options = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    once = mhacut.prune(tiny_vit.path, flops="80%", output=first, **options, **cut)
+    twice = mhacut.prune(first, flops="80%", output=second, **cut)
+    tuned = mhacut.finetune(second, output=tmp_path / "run", steps=1, batch_size=7, **given)
+    made = ((first, once.slim.evaluation), (second, twice.slim.evaluation), (tuned.output, tuned.after))
+    before = f"dense {once.dense.evaluation.top1:.2f} % of 14 images"
+    for file, after in made:
+        card, _ = carded(file, tmp_path / f"card of {file.stem}")
+        shown = f"{before}, this model {after.top1:.2f} % of 14 images"
+        assert f"- **Top-1 accuracy:** {shown}\n" in card
+        assert ", dense " in card
+
+
+@pytest.mark.parametrize("entry", [{"accuracy": 3}, {"accuracy": {"top1_after": float(10**9), "images": 5}}])
+def test_accuracy_and_license_of_any_history_are_no_claims(tiny_vit, tmp_path, entry):
+    path = tmp_path / "slim.safetensors"
+    model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)
+    record = dataclasses.replace(record, history=({"license": "mit\nevil: 1", **entry},))
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    write_slim(path, model, record, dtypes=dtypes, overwrite=True, input_path=None)
+    card, _ = carded(path, tmp_path / "folder")
+    assert "evil" not in card
+    assert "Top-1" not in card
+
+
+def test_a_license_is_a_name_and_stands_in_a_card(tiny_vit):
+    with pytest.raises(UsageError, match=r"license='MIT License': expected a name such as apache-2\.0"):
+        mhacut.export(tiny_vit.path, format="timm", license="MIT License")
+    with pytest.raises(UsageError, match="license='mit': expected format='timm', which writes a card"):
+        mhacut.export(tiny_vit.path, license="mit")
 
 
 def test_half_the_bytes(folder, slim_of, tmp_path):

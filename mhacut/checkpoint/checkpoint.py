@@ -22,6 +22,7 @@ from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
+from mhacut.surgery.info import model_input_size
 
 _MAX_NAMES = 5
 """Names of tensors in a message."""
@@ -89,6 +90,7 @@ class Checkpoint:
         dtypes: Mapping[str, torch.dtype] | None = None,
         sha256: str | None = None,
         notes: Sequence[str] = (),
+        cfg_origin: str = "default",
     ) -> Checkpoint:
         """Return the checkpoint of a timm model in memory.
 
@@ -101,13 +103,15 @@ class Checkpoint:
             dtypes: per tensor the dtype to write it in; the model's own where missing.
             sha256: digest of the weights; that of the model's tensors, when it is asked for, if None.
             notes: lines for the user.
+            cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`.
         """
         own, asked = model.state_dict(), dtypes or {}
         tensors = {
             name: TensorInfo(tuple(tensor.shape), asked.get(name, tensor.dtype))
             for name, tensor in own.items()
         }
-        identified = Identified(identity, model, tensors, tuple(notes))
+        origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
+        identified = Identified(identity, model, tensors, tuple(notes), origins)
         return cls(source, stem, record=record, identified=identified, sha256=sha256)
 
     @property
@@ -119,6 +123,17 @@ class Checkpoint:
     def identity(self) -> ModelIdentity:
         """Identity of the dense model."""
         return self._identify().identity
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images that the model is built for."""
+        identity = self.identity
+        return model_input_size(self.skeleton, identity.pretrained_cfg, identity.model_args)
+
+    @property
+    def cfg_origins(self) -> Mapping[str, str]:
+        """Origin of each value in the identity's pretrained_cfg, as in :class:`Identified`."""
+        return self._identify().cfg_origins
 
     @property
     def skeleton(self) -> nn.Module:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
+from mhacut.runtime.inputs import is_directory, regular_size
 
 _MAX_CONFIG_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 100_000_000
@@ -41,9 +41,9 @@ def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
     """
     path = Path(source)
     config = None
-    if _is_directory(path):
+    if is_directory(path):
         path, config = _open_folder(path)
-    size = _check_regular(path)
+    size = regular_size(path)
     if _sniff(path, size) == "safetensors":
         tensors, metadata = safetensors_header(path, size)
         return FileHeader(path, "safetensors", tensors, metadata, config)
@@ -83,35 +83,6 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        hint = "; it is a link to a missing file" if path.is_symlink() else ""
-        raise CheckpointError(f"no such file: {show(path)}{hint}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"{show(path)}: cannot be opened: {reason}") from None
-
-
-def _is_directory(path: Path) -> bool:
-    return stat.S_ISDIR(_stat(path).st_mode)
-
-
-def _check_regular(path: Path) -> int:
-    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block."""
-    status = _stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{show(path)}: is a directory, expected a file")
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
-    if status.st_size == 0:
-        raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{show(path)}: no permission to read it")
-    return status.st_size
-
-
 def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the weights file and the content of ``config.json`` of a timm folder."""
     weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
@@ -129,7 +100,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(
             f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
         )
-    size = _check_regular(config_path)
+    size = regular_size(config_path)
     if size > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"{show(config_path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
+    OF_WEIGHTS,
     ModelHints,
     checked_model_args,
     checked_pretrained_cfg,
@@ -77,10 +78,13 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     elif hints.model is not None:
         name, tag = _split_tag(hints.model)
         _check_name(header, name, option_name("model"))
-        found = infer_from_shapes(name, args, _cfg_of_tag(name, tag), header.tensors)
+        cfg = _cfg_of_tag(name, tag)
+        found = infer_from_shapes(name, args, cfg, header.tensors)
+        found = found if tag else _without_claims(found)
         found = _with_note(found, f"architecture {name}, as given")
+        found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "tag"))
     else:
-        found = search(header, args)
+        found = _without_claims(search(header, args))
         found = _with_note(
             found,
             f"architecture {found.identity.architecture}, from names and shapes "
@@ -91,6 +95,13 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         note = "positions were of another image size; resized to the model's"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     return found
+
+
+def _without_claims(found: Identified) -> Identified:
+    """Drop what timm's default for an architecture says about timm's weights of it: license, tag, labels."""
+    identity = found.identity
+    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in OF_WEIGHTS}
+    return dataclasses.replace(found, identity=dataclasses.replace(identity, pretrained_cfg=cfg))
 
 
 def _with_note(found: Identified, first: str) -> Identified:
@@ -107,6 +118,7 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     _check_name(header, stated, "config.json")
     args = {**stated_args, **args}
     found = infer_from_shapes(stated, args, completed_cfg(stated, cfg), header.tensors, bounded=True)
+    found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "file"))
     return _with_note(found, f"architecture {stated}, from config.json")
 
 

@@ -33,6 +33,10 @@ _CFG_KEYS = _CFG_OF_BUILD | frozenset((
 ))
 # fmt: on
 """Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
+PROVENANCE = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
+"""Keys of a pretrained_cfg that are true of the very weights only, not of what was made of them."""
+OF_WEIGHTS = PROVENANCE | {"label_names", "label_descriptions"}
+"""Keys of a pretrained_cfg that timm's default for an architecture cannot know about somebody's file."""
 
 
 @dataclass(frozen=True)

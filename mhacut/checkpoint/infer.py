@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Identified:
     """Tensors of the file, under the names they have in the model."""
     notes: tuple[str, ...]
     """Lines for the user: what was inferred, and from where."""
+    cfg_origins: Mapping[str, str] = field(default_factory=dict)
+    """Origin of values in the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`; those
+    without one are timm's default."""
 
 
 def infer_from_shapes(

@@ -13,6 +13,7 @@ from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unkno
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import (
+    PROVENANCE,
     ModelHints,
     ModelIdentity,
     checked_model_args,
@@ -48,7 +49,9 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     model = _as_loaded(module)
     check_finite(source, model)
     identity = identity_of(model, architecture, checked_model_args(hints.model_args))
-    return Checkpoint.of_model(model, identity, source=source, stem=architecture, dtypes=_dtypes(module))
+    return Checkpoint.of_model(
+        model, identity, source=source, stem=architecture, dtypes=_dtypes(module), cfg_origin="module"
+    )
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
@@ -88,6 +91,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         stem=architecture,
         dtypes=_dtypes(module),
         notes=(f"architecture {architecture}, of the module", *identified.notes),
+        cfg_origin="module",
     )
 
 
@@ -102,7 +106,9 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
         )
     if not known_model(architecture):
         raise CheckpointError(unknown_model(architecture))
-    return architecture, checked_pretrained_cfg(stated)
+    # Nobody knows whether these weights still are timm's.
+    known = {name: value for name, value in stated.items() if name not in PROVENANCE}
+    return architecture, checked_pretrained_cfg(known)
 
 
 def _identify(

@@ -12,7 +12,7 @@ from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.options.base import PreprocessingOptions
 from mhacut.surgery.flops import weightless
-from mhacut.surgery.info import model_input_size, patch_embedding
+from mhacut.surgery.info import patch_embedding
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
@@ -27,7 +27,7 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
         CheckpointError: a slim file states a size that its own model does not take.
     """
     identity = checkpoint.identity
-    built_for = model_input_size(checkpoint.skeleton, identity.pretrained_cfg, identity.model_args)
+    built_for = checkpoint.input_size
     strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
     stated = identity.pretrained_cfg
     if checkpoint.record is not None:

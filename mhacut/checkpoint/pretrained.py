@@ -49,7 +49,14 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     check_finite(source, model)
     notes = (f"pretrained weights of timm, {name}", f"num_classes {model.num_classes}, from the weights")
     return Checkpoint.of_model(
-        model, identity, source=source, stem=name, dtypes=dtypes, sha256=sha256, notes=notes
+        model,
+        identity,
+        source=source,
+        stem=name,
+        dtypes=dtypes,
+        sha256=sha256,
+        notes=notes,
+        cfg_origin="pretrained",
     )
 
 

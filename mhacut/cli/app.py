@@ -11,7 +11,7 @@ from mhacut.cli.bench import bench
 from mhacut.cli.evaluate import evaluate
 from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
-from mhacut.cli.flags import QUIET, VERBOSE
+from mhacut.cli.flags import PAIR, QUIET, VERBOSE, with_flags_repeated
 from mhacut.cli.inspect import inspect
 from mhacut.cli.models import models
 from mhacut.cli.prune import prune
@@ -31,7 +31,12 @@ app = typer.Typer(
 
 
 class _InPanels(TyperCommand):
-    """A command whose help lists its flags under headings."""
+    """A command whose help lists its flags under headings, and whose KEY=VALUE flags take several pairs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        pairs = {flag for one in self.params if one.metavar == PAIR for flag in one.opts}
+        parsed: list[str] = super().parse_args(ctx, with_flags_repeated(args, pairs))
+        return parsed
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in get_args(Panel)}

@@ -11,6 +11,7 @@ from mhacut.cli.flags import command
 from mhacut.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
+    from mhacut.checkpoint.provenance import Provenance
     from mhacut.commands.evaluate import EvaluateResult
     from mhacut.data import Preprocessing
 
@@ -45,19 +46,15 @@ def _text(measured: EvaluateResult) -> str:
             "",
             f"model: {safe(measured.architecture)} from {safe(measured.source)}",
             f"data: {safe(measured.data)}, in {evaluation.seconds:.1f} s on {safe(measured.device)}",
-            f"preprocessing: {preprocessing_line(measured.preprocessing)}",
+            *preprocessing_lines(measured.preprocessing, measured.provenance),
         ]
     )
 
 
-def preprocessing_line(preprocessing: Preprocessing) -> str:
-    """Describe preprocessing in one line, in the words of the flags."""
-    _, height, width = preprocessing.input_size
-    mean, std = (",".join(f"{n:.4g}" for n in values) for values in (preprocessing.mean, preprocessing.std))
-    return safe(
-        f"{height}x{width}, crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}, "
-        f"{preprocessing.interpolation}, mean {mean}, std {std}"
-    )
+def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) -> list[str]:
+    """Describe preprocessing, where it comes from, and which one would be better."""
+    lines = [f"preprocessing: {safe(provenance.describe(preprocessing))}"]
+    return lines if provenance.hint is None else [*lines, safe(provenance.hint)]
 
 
 def _document(measured: EvaluateResult) -> dict[str, Any]:
@@ -74,6 +71,7 @@ def _document(measured: EvaluateResult) -> dict[str, Any]:
         "flops": measured.flops,
         "parameters": measured.parameters,
         "preprocessing": measured.preprocessing.to_json(),
+        **measured.provenance.to_json(),
         "data": measured.data,
         "device": measured.device,
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
+from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if values.get("resume") is None:
         return values
+    if not Path(values["resume"]).is_dir():
+        asked = option_name("resume", values["resume"])
+        raise UsageError(f"{asked}: no run to go on with, there is no such directory")
     from mhacut.finetuning.resuming import completed  # imports torch
 
     return completed(values)
@@ -44,20 +50,27 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     rows = [[safe(result.architecture), "before", "after", ""]]
     if result.before is not None and result.after is not None:
-        best = " (best epoch)" if len(result.epochs) > 1 else ""
+        best = " (best epoch)" if len(result.epochs) > 1 and result.improved else ""
         label = f"top-1, % of {result.after.images} images{best}"
         before, after = result.before.top1, result.after.top1
         rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
     flops = format_flops(result.flops)
     rows.append(["FLOPs", flops, flops, ""])
-    lines = [
-        table(rows),
-        "",
+    lines = [table(rows), ""]
+    if result.improved is False:
+        from mhacut.finetuning.folder import LAST  # imports torch
+
+        lines.append(
+            "not better than before: no epoch was; saved are the weights that were read, "
+            f"those of the last step are in {safe(result.folder / LAST)}"
+        )
+    lines += [
         f"saved {safe(result.output)}",
         f"loads with: mhacut.load_model({str(result.output)!r})",
         f"trained {result.steps} steps on {safe(result.data)}, {result.images_per_second:.0f} images/s on "
         f"{'' if result.processes == 1 else f'{result.processes} x '}{safe(result.device)}",
     ]
+    lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
         lines.append(
             f"{len(result.unreadable)} images could not be read, others stood in for them; "
@@ -75,6 +88,7 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
         "architecture": result.architecture,
         "before": _accuracy(result.before),
         "after": _accuracy(result.after),
+        "improved": result.improved,
         "flops": result.flops,
         "steps": result.steps,
         "epochs": [
@@ -89,6 +103,8 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
             for row in result.epochs
         ],
         "data": result.data,
+        "preprocessing": result.preprocessing.to_json(),
+        **result.provenance.to_json(),
         "unreadable": list(result.unreadable),
         "images_per_second": result.images_per_second,
         "device": result.device,

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import json
+import os
 import shlex
-from ast import literal_eval
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from mhacut.cli.console import Console
+from mhacut.cli.paths import check_paths
 from mhacut.cli.running import Globals, running
-from mhacut.errors import UsageError, option_name
-from mhacut.options.config import convert, read_config
+from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
+from mhacut.options.config import convert, key_value, read_config
 from mhacut.options.option import REQUIRED, Option, Options
 
 Body = Callable[[Any, Console], None]
 QUIET = "Show the result and errors only."
 VERBOSE = "Show stages, and warnings and logs of libraries; twice shows more."
+PAIR = "KEY=VALUE ..."
+"""Placeholder of flags that take pairs."""
 _COMMON = ("config", "json", "quiet", "verbose")
 """Flags of every command that are no options of its function."""
 
@@ -48,6 +50,7 @@ def command(
             with running(shared, flag_writer(known)) as console:
                 values = complete(_values(known, given.pop("config"), given))
                 made = options.from_flat(**values)
+                _check_paths(made)
                 # Bodies import torch and timm, which takes seconds.
                 console.start("starting")
                 body(made, console)
@@ -61,6 +64,16 @@ def command(
         return run
 
     return decorate
+
+
+def _check_paths(options: Options) -> None:
+    """Check the paths of ``options``; of several processes on one machine, the first says what is wrong."""
+    try:
+        check_paths(options)
+    except MhacutError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # set by torchrun
+            raise FailedElsewhere from error
+        raise
 
 
 def _values(options: Mapping[str, Option], config: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,21 +123,36 @@ def _type_of(*value: Any) -> Any:
     return Mapping[str, Any] if value and isinstance(value[0], Mapping) else str
 
 
-def key_value(flag: str, text: str) -> tuple[str, Any]:
-    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text.
+def with_flags_repeated(arguments: Sequence[str], flags: Collection[str]) -> list[str]:
+    """Return ``arguments`` with the flag before each of several pairs that follow it.
 
-    >>> [key_value("--model-arg", text) for text in ("img_size=32", "qk_norm=True", "global_pool=avg")]
-    [('img_size', 32), ('qk_norm', True), ('global_pool', 'avg')]
+    So that ``--model-arg a=1 b=2`` means what timm's ``--model-kwargs a=1 b=2`` does. A file that exists is
+    no pair, whatever its name.
+
+    >>> with_flags_repeated(["--model-arg", "a=1", "b=2", "vit.pth", "c=3"], ["--model-arg"])
+    ['--model-arg', 'a=1', '--model-arg', 'b=2', 'vit.pth', 'c=3']
+
+    Args:
+        arguments: of a command.
+        flags: those whose values are pairs.
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise UsageError(f"{flag} {text!r}: expected KEY=VALUE, like img_size=32")
-    for read in (json.loads, literal_eval):
-        try:
-            return key, read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return key, value
+    found: list[str] = []
+    flag = None
+    values = 0
+    for number, argument in enumerate(arguments):
+        if argument == "--":
+            return [*found, *arguments[number:]]
+        name, equals, _ = argument.partition("=")
+        if name in flags:
+            flag, values = name, int(bool(equals))
+        elif flag is not None and values and name.isidentifier() and equals and not os.path.exists(argument):
+            found.append(flag)
+        elif flag is not None and not values:
+            values = 1  # the flag's own value, whatever it is
+        else:
+            flag = None
+        found.append(argument)
+    return found
 
 
 def _flag(option: Option) -> inspect.Parameter:
@@ -139,7 +167,7 @@ def _flag(option: Option) -> inspect.Parameter:
     info = typer.Option(
         *flags,
         help=option.help + _shown_default(option.default),
-        metavar="|".join(option.choices) or option.metavar,
+        metavar=PAIR if option.takes_pairs else "|".join(option.choices) or option.metavar,
         show_default=False,
         rich_help_panel=option.panel,
     )

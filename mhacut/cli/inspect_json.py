@@ -33,6 +33,7 @@ def document(result: InspectResult) -> dict[str, Any]:
         "comparison": None if result.comparison is None else _comparison(result.comparison),
         "left_whole": list(inspection.not_prunable),
         "preprocessing": inspection.preprocessing.to_json(),
+        "preprocessing_from": dict(inspection.provenance.origins),
         "slim": inspection.slim,
         "written": [str(path) for path in result.written],
         "history": [dict(entry) for entry in inspection.history],

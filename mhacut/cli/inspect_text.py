@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut.budget import format_flops
 from mhacut.cli.console import safe, table
-from mhacut.cli.evaluate import preprocessing_line
 from mhacut.report.history import step
 from mhacut.text import ranges
 
@@ -205,7 +204,8 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
             + f": principal channels that hold {'90, ' if heads else ''}99 % of the energy",
             f"judged by: {safe(inspection.judged_by)}",
         ]
-    lines.append(f"preprocessing: {preprocessing_line(inspection.preprocessing)}")
+    described = inspection.provenance.describe(inspection.preprocessing)
+    lines.append(f"preprocessing: {safe(described)}")
     lines += [f"not prunable: {safe(line)}" for line in inspection.not_prunable]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines

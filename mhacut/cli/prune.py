@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import format_flops
+from mhacut.budget import Budget, format_flops
 from mhacut.cli.console import Console, safe, table
+from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
@@ -27,6 +28,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
+    Budget.parse(options.flops)  # before torch is imported, which takes seconds
     from mhacut.commands.prune import run_prune
 
     result = run_prune(options, console)
@@ -65,6 +67,7 @@ def _text(result: PruneResult) -> str:
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
+    lines += preprocessing_lines(result.preprocessing, result.provenance)
     lines += [f"not prunable: {safe(line)}" for line in result.not_prunable]
     return "\n".join(lines)
 
@@ -84,6 +87,8 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "judged_on": result.judged_on,
         "divergence_with_tokens": result.with_tokens,
         "data": result.data,
+        "preprocessing": result.preprocessing.to_json(),
+        **result.provenance.to_json(),
         "left_whole": list(result.not_prunable),
         "layers": [
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,10 +12,12 @@ from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import copy_of_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
+from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
@@ -38,6 +41,8 @@ class EvaluateResult:
     flops: int
     parameters: int
     preprocessing: Preprocessing
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     data: str
     """Description of the images."""
     device: str
@@ -87,6 +92,17 @@ def run_evaluate(
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     loader = evaluation_loader(preprocessing, data, num_classes=classes, batch_size=options.batch_size)
+    reporter.start("checking the preprocessing")
+    sample = partial(
+        evaluation_loader,
+        preprocessing,
+        data,
+        num_classes=classes,
+        batch_size=options.batch_size,
+        limit=SAMPLE,
+    )
+    origins = provenance(loaded, options.preprocessing)
+    origins = with_hint(origins, loaded.model, preprocessing, sample, device)
     reporter.start("evaluating")
     evaluation = measure_accuracy(
         loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance
@@ -98,6 +114,7 @@ def run_evaluate(
         flops=flops,
         parameters=count_parameters(loaded.model),
         preprocessing=preprocessing,
+        provenance=origins,
         data=loader.description,
         device=str(device),
     )

@@ -13,11 +13,13 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
+from mhacut.checkpoint.provenance import Provenance, license_for_history
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
+from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError
-from mhacut.measuring.accuracy import evaluate
+from mhacut.measuring.accuracy import accuracy_for_history, evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
@@ -67,6 +69,10 @@ class PruneResult:
     """Figures of the file that was written, or after a dry run of the model in memory."""
     data: str
     """Description of the calibration images."""
+    preprocessing: Preprocessing
+    """Preprocessing of all images, which the slim file states."""
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     not_prunable: tuple[str, ...]
     """Lines that name what cannot be cut exactly, or is never cut, and why."""
     repairs: Mapping[UnitKey, UnitRepair]
@@ -148,6 +154,8 @@ def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | Non
                 slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
             timer.start("measuring")
             measured = _measure(inputs, calibration, planned, slim, flops, timer)  # 8. measure
+            if not options.dry_run and measured.slim.evaluation is not None:
+                _write_again(inputs, slim, _record(inputs, planned, flops, measured))
             page = None
             if options.report is not None:
                 timer.start("reporting")
@@ -183,6 +191,18 @@ def _write(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Modul
             f"{target}: was written but gives other logits than the model in memory; do not use it"
         )
     return reloaded
+
+
+def _write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
+    """Write the file once more, with the accuracy in it: it was there before that could be interrupted."""
+    write_slim(
+        inputs.target,
+        copy.deepcopy(slim).cpu(),
+        record,
+        dtypes=inputs.dtypes,
+        overwrite=True,
+        input_path=inputs.loaded.path,
+    )
 
 
 @dataclass(frozen=True)
@@ -243,7 +263,7 @@ def _report(
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
     both = (inputs.job.prunable, layers)
-    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures)
+    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures, inputs.provenance)
 
 
 def _result(
@@ -261,6 +281,8 @@ def _result(
         dense=measured.dense,
         slim=measured.slim,
         data=inputs.images.description,
+        preprocessing=inputs.preprocessing,
+        provenance=inputs.provenance,
         not_prunable=inputs.job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
@@ -276,7 +298,9 @@ def _result(
     )
 
 
-def _record(inputs: PruneInputs, planned: Planned, flops: int) -> SlimRecord:
+def _record(
+    inputs: PruneInputs, planned: Planned, flops: int, measured: _Measured | None = None
+) -> SlimRecord:
     """Return what the slim file states about itself."""
     options, loaded, plan = inputs.options, inputs.loaded, planned.plan
     entry: dict[str, Any] = {
@@ -288,6 +312,9 @@ def _record(inputs: PruneInputs, planned: Planned, flops: int) -> SlimRecord:
         "flops_after": flops,
         "source_sha256": loaded.sha256,
         "data": inputs.images.description,
+        **inputs.provenance.to_history(),
+        **({} if measured is None else accuracy_for_history(inputs.evaluation, measured.slim.evaluation)),
+        **({} if loaded.record is not None else license_for_history(loaded)),
         "versions": software_versions(),
     }
     if planned.curves:

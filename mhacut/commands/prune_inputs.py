@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import (
     CalibrationImages,
     EvaluationLoader,
@@ -24,6 +26,7 @@ from mhacut.data import (
 )
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.measuring.normalisation import SAMPLE, Batches
 from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import TokenPlan, UnitKind
@@ -56,6 +59,8 @@ class PruneInputs:
     options: PruneOptions
     loaded: Checkpoint
     preprocessing: Preprocessing
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
     validation: EvaluationLoader | None
     """Labelled images to measure accuracy on; None without any."""
@@ -115,10 +120,10 @@ def read_inputs(
     _log_limits(flops, table, prunable, reporter)
     reporter.start("loading images")
     classes = classifier_size(dense)
-    images = _calibration_images(options, preprocessing, classes)
-    reporter.log(f"searching on {images.description}")
+    images = _calibration_images(options, preprocessing, classes, reporter)
     dense.to(processes.device)
     validation = _validation_images(options, preprocessing, classes, reporter)
+    origins = _provenance(loaded, options, preprocessing, (images, validation), processes, reporter)
     evaluation = _evaluated(dense, validation, processes, reporter)
     job = Job(
         model=model.to(processes.device),
@@ -135,7 +140,7 @@ def read_inputs(
         merges_tokens=merges,
         merged=merged,
     )
-    return PruneInputs(options, loaded, preprocessing, images, validation, evaluation, target, job)
+    return PruneInputs(options, loaded, preprocessing, origins, images, validation, evaluation, target, job)
 
 
 def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporter: Reporter) -> None:
@@ -159,6 +164,48 @@ def _merges(options: PruneOptions, dense: nn.Module) -> bool:
             f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
     return True
+
+
+def _labelled_sample(
+    options: PruneOptions,
+    preprocessing: Preprocessing,
+    classes: int,
+    images: CalibrationImages,
+    measured: bool,
+) -> Batches | None:
+    """Return labelled images to check the preprocessing by: of those to measure on, else to search on."""
+    batch_size = options.search.batch_size
+    if measured:
+        return partial(
+            evaluation_loader,
+            preprocessing,
+            options.data,
+            num_classes=classes,
+            batch_size=batch_size,
+            limit=SAMPLE,
+        )
+    if images.labels is None:
+        return None
+    return partial(zip, images.images.split(batch_size), images.labels.split(batch_size))
+
+
+def _provenance(
+    loaded: Checkpoint,
+    options: PruneOptions,
+    preprocessing: Preprocessing,
+    images: tuple[CalibrationImages, EvaluationLoader | None],
+    processes: Processes,
+    reporter: Reporter,
+) -> Provenance:
+    """Return the origins of the preprocessing; the first process logs a better one."""
+    origins = provenance(loaded, options.preprocessing)
+    classes, measured = classifier_size(loaded.model), images[1] is not None
+    sample = _labelled_sample(options, preprocessing, classes, images[0], measured)
+    if sample is not None and processes.first:
+        origins = with_hint(origins, loaded.model, preprocessing, sample, processes.device)
+    if origins.hint is not None:
+        reporter.log(origins.hint)
+    return origins
 
 
 def _evaluated(
@@ -228,9 +275,9 @@ def _log_idle_options(options: PruneOptions, processes: Processes, reporter: Rep
 
 
 def _calibration_images(
-    options: PruneOptions, preprocessing: Preprocessing, classes: int
+    options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
 ) -> CalibrationImages:
-    return calibration_images(
+    images = calibration_images(
         preprocessing,
         options.data,
         count=options.images_wanted,
@@ -238,14 +285,19 @@ def _calibration_images(
         num_classes=classes or None,
         use_labels=options.labels and classes > 0,
     )
+    reporter.log(f"searching on {images.description}")
+    return images
 
 
 def _validation_images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
 ) -> EvaluationLoader | None:
-    """Return the labelled validation images, None without any."""
+    """Return the labelled validation images, None without any or where labels are not to be used."""
     data = options.data
     if options.eval_images == 0 or classes == 0 or not data.has_images:
+        return None
+    if not options.labels:
+        reporter.log(f"accuracy is not measured: {option_name('labels', False)}")
         return None
     if not has_split(data, data.val_split):
         reporter.log(

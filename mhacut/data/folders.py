@@ -15,6 +15,7 @@ from timm.utils.misc import natural_key
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
+from mhacut.runtime.inputs import check_data_dir
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files that count as images, in lower case."""
@@ -93,10 +94,7 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
         DataError: no such directory, a root of other splits, or no such split.
     """
     root = Path(data_dir)
-    if not root.exists():
-        raise DataError(f"{root}: no such directory ({option_name('data_dir')})")
-    if not root.is_dir():
-        raise DataError(f"{root}: is a file; {option_name('data_dir')} expects a directory with images")
+    check_data_dir(root)
     folder = split_folder(root, split)
     if folder is not None:
         return folder

@@ -113,8 +113,7 @@ class Preprocessing:
             size = (size[0], overrides.img_size, overrides.img_size)
         # Explicit values are laid over the result: timm would assert on a wrong number of channels.
         config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg)) | explicit
-        small = max(size[1:]) <= SMALL_IMAGE
-        if small and "crop_pct" not in explicit and not _states_crop(pretrained_cfg, size):
+        if "crop_pct" not in explicit and is_too_small_to_crop(pretrained_cfg, size):
             config["crop_pct"] = 1.0
         try:
             for name in ("mean", "std"):
@@ -177,6 +176,11 @@ class Preprocessing:
             crop_mode=self.crop_mode,
         )
         return made
+
+
+def is_too_small_to_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
+    """Whether images of ``size``, [C, H, W], are not cropped unless somebody asks for it."""
+    return max(size[1:]) <= SMALL_IMAGE and not _states_crop(pretrained_cfg, size)
 
 
 def _states_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:

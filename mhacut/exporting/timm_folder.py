@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models._hub import generate_readme
 from torch import nn
 
-from mhacut.budget import format_flops
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
+from mhacut.checkpoint.provenance import stated_license
 from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
 from mhacut.errors import OutputError, option_name
+from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
-from mhacut.limits import is_int
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import sync, sync_directory, temporary_path
-from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import model_input_size
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
-"""Identifier of a license on the hub."""
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
@@ -68,13 +63,13 @@ def write_folder(
         target: the folder; in an existing one, only files of the same names are replaced.
         loaded: the checkpoint, dense or slim.
         preprocessing: preprocessing of its images.
-        options: options of the command; ``dtype`` and ``overwrite`` are used.
+        options: options of the command; ``dtype``, ``license`` and ``overwrite`` are used.
         compare: called with a runner of the model as timm opens it; raises if that differs.
 
     Raises:
         OutputError: it must not or cannot be written.
     """
-    model = _made_by_timm(loaded)
+    model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
     target = Path(os.path.realpath(target))
     temporary = temporary_path(target)
@@ -90,7 +85,8 @@ def write_folder(
             write_slim(
                 temporary / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None
             )
-        (temporary / CARD).write_text(_card(target.name, loaded, preprocessing), encoding="utf-8")
+        card = model_card(target.name, loaded, preprocessing, options.license)
+        (temporary / CARD).write_text(card, encoding="utf-8")
         opened = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().requires_grad_(False)
         compare(lambda images: opened(images))
         _publish(temporary, target)
@@ -100,9 +96,14 @@ def write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _made_by_timm(loaded: Checkpoint) -> Any:
+def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
     """Build the model by timm's factory, which keeps the arguments that timm's writer needs."""
-    identity, given = loaded.identity, cast(Any, loaded.model).pretrained_cfg
+    identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
+    for name in OF_WEIGHTS:
+        # timm fills in what its own weights of the architecture are; slim ones are nobody's but the user's.
+        if name not in identity.pretrained_cfg or (name in PROVENANCE and loaded.record is not None):
+            given.pop(name, None)
+    given["license"] = license
     arguments = dict(identity.model_args)
     built_for = model_input_size(loaded.model, identity.pretrained_cfg, arguments)
     if given.get("fixed_input_size") and tuple(given.get("input_size", built_for)) != built_for:
@@ -148,69 +149,3 @@ def _publish(temporary: Path, target: Path) -> None:
             os.replace(file, target / file.name)
         sync_directory(target)
     sync_directory(target.parent)
-
-
-def _card(name: str, loaded: Checkpoint, preprocessing: Preprocessing) -> str:
-    """Return the model card, Markdown."""
-    identity, record = loaded.identity, loaded.record
-    flops = measure_flops(loaded.model, preprocessing.input_size)
-    classes = int(getattr(loaded.model, "num_classes", 0) or 0)
-    cut = record is not None
-    details: dict[str, Any] = {
-        "Dense architecture" if cut else "Architecture": identity.architecture,
-        "Classes": classes,
-        "Image size": "x".join(map(str, preprocessing.input_size[1:])),
-        "FLOPs (multiply-accumulates, attention included)": format_flops(flops) + _before(record),
-        "Parameters": format_flops(count_parameters(loaded.model)),
-    }
-    license = identity.pretrained_cfg.get("license")  # of an untrusted file, and goes into YAML
-    task = "image-classification" if classes else "image-feature-extraction"
-    card: Mapping[str, Any] = {
-        "tags": [task, "timm", "mhacut"],
-        "license": license if isinstance(license, str) and _LICENSE.fullmatch(license) else "other",
-        "description": (
-            f"{identity.architecture}, with channels of its attention and MLPs cut away by mhacut: "
-            "the matrices are smaller, nothing is masked."
-            if cut
-            else f"{identity.architecture}, uncut."
-        ),
-        "details": details,
-        "usage": _usage(name, cut=cut),
-    }
-    text: str = generate_readme(dict(card), name, task)
-    return text + ("" if record is None else _widths(record))
-
-
-def _before(record: SlimRecord | None) -> str:
-    """Return the FLOPs of the dense model by a slim file's history, for the card; empty if not stated."""
-    first = record.history[0].get("flops_before") if record is not None and record.history else None
-    return f", dense {format_flops(first)}" if is_int(first) and 0 < first < 10**18 else ""
-
-
-def _usage(name: str, *, cut: bool) -> str:
-    lines = ["```python", "import timm"]
-    if cut:
-        lines.append("import mhacut  # pip install mhacut; registers slim models with timm")
-    lines += [
-        f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()',
-        "data = timm.data.resolve_model_data_config(model)",
-        "transform = timm.data.create_transform(**data, is_training=False)",
-        "```",
-    ]
-    return "\n".join(lines)
-
-
-def _widths(record: SlimRecord) -> str:
-    """Return a table of the widths of every layer that was cut, Markdown."""
-    lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
-    lines.append("|---|---|---|---|---|---|")
-    cut = [unit for unit in record.plan if not unit.keeps_all]
-    for unit in cut:
-        heads = "" if unit.kind == "hidden" else str(unit.heads)
-        lines.append(
-            f"| `{unit.layer}` | {unit.kind} | {heads} | {unit.width} | {unit.dense_width} | {unit.basis} |"
-        )
-    whole = sum(unit.keeps_all for unit in record.plan)
-    if whole:
-        lines += ["", f"{whole} more keep all their channels."]
-    return "\n".join(lines) + "\n"

@@ -10,8 +10,10 @@ import torch
 
 from mhacut._version import __version__
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
+from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 
 # Where files lie on the machine that made a slim file is nobody else's business.
@@ -35,6 +37,8 @@ def record_after(
     loaded: Checkpoint,
     options: FinetuneOptions,
     preprocessing: Preprocessing,
+    provenance: Provenance,
+    accuracy: tuple[Evaluation | None, Evaluation | None],
     *,
     steps: int,
     images_per_step: int,
@@ -47,6 +51,8 @@ def record_after(
         loaded: the slim file it came from.
         options: of the run.
         preprocessing: of its images.
+        provenance: origin of each value of that.
+        accuracy: of the slim file, and of the model now; None where it was not measured.
         steps: number of steps so far.
         images_per_step: over all processes.
         teacher_sha256: digest of the teacher's file; None without one.
@@ -64,6 +70,8 @@ def record_after(
         "source_sha256": loaded.sha256,
         "teacher_sha256": teacher_sha256,
         "data": data,
+        **provenance.to_history(),
+        **accuracy_for_history(*accuracy),
         "versions": {
             "mhacut": __version__,
             "python": platform.python_version(),

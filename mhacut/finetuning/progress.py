@@ -19,7 +19,7 @@ class Progress:
     saved: int | None = None
     """Step of the last save; None before the first."""
     best: float | None = None
-    """Best top-1 of an epoch so far, %; None before the first measurement."""
+    """Best top-1 so far, of the start or of an epoch, %; None before the first measurement."""
     before: Evaluation | None = None
     """Accuracy of the slim file that was read."""
     epoch_loss: float = 0.0
@@ -43,6 +43,11 @@ class Progress:
             rows=[EpochSummary(**row) for row in state["rows"]],
             unreadable=dict.fromkeys(state["unreadable"]),
         )
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether an epoch was better than the start; None where nothing is measured."""
+        return None if self.before is None or self.best is None else self.best > self.before.top1
 
     def to_state(self) -> dict[str, Any]:
         """Return plain values that ``torch.save`` keeps and :meth:`from_state` reads."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mhacut.checkpoint.provenance import Provenance
+from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation
 
 
@@ -30,18 +32,25 @@ class FinetuneResult:
 
     folder: Path
     output: Path
-    """The slim file to use: the best on validation images where there are any, else the last."""
+    """The slim file to use: the best on validation images where there are any, else the last. The weights
+    that were read are the best where no epoch was better, see :attr:`improved`."""
     architecture: str
     before: Evaluation | None
     """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
     """Accuracy of ``output``, as it was read back."""
     epochs: tuple[EpochSummary, ...]
+    improved: bool | None
+    """Whether an epoch was better than the file that was read; None without validation images."""
     steps: int
     flops: int
     """FLOPs of the model, which training does not change."""
     data: str
     """Description of the training images."""
+    preprocessing: Preprocessing
+    """Preprocessing of the validation images; that of training adds augmentation."""
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     unreadable: tuple[str, ...]
     """Images that could not be read and were replaced by others."""
     images_per_second: float

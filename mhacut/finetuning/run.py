@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.pretrained import TIMM_PREFIX
-from mhacut.data import EvaluationLoader, Preprocessing
+from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader
 from mhacut.errors import CheckpointError
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.history import record_of
@@ -28,6 +30,7 @@ from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.teacher import make_objective
 from mhacut.finetuning.training import Trainer
 from mhacut.measuring.accuracy import Evaluation
+from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
@@ -48,6 +51,8 @@ class Run:
     """The slim file; its model is the one that is trained."""
     folder: RunFolder
     preprocessing: Preprocessing
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     flops: int
     images: TrainingImages
     batches: StepBatches
@@ -112,6 +117,9 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     images, batches = _training_images(options, preprocessing, classes, processes)
     total_steps = options.training.steps or options.training.epochs * batches.steps_per_epoch
     validation = validation_images(options, preprocessing, classes, processes, reporter)
+    origins = _checked_provenance(loaded, options, preprocessing, validation, processes)
+    if origins.hint is not None:
+        reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
     objective = make_objective(options, loaded, model, preprocessing, reporter)
     trainer = Trainer(
@@ -131,6 +139,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         loaded=loaded,
         folder=RunFolder(Path(options.resume or options.output or f"{loaded.stem}-finetuned")),
         preprocessing=preprocessing,
+        provenance=origins,
         flops=flops,
         images=images,
         batches=batches,
@@ -139,6 +148,28 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         trainer=trainer,
         teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
     )
+
+
+def _checked_provenance(
+    loaded: Checkpoint,
+    options: FinetuneOptions,
+    preprocessing: Preprocessing,
+    validation: EvaluationLoader | None,
+    processes: Processes,
+) -> Provenance:
+    """Return the origins of the preprocessing; where there are labels, a new run's is checked by them."""
+    origins = provenance(loaded, options.preprocessing)
+    if validation is None or not processes.first or options.resume is not None:
+        return origins
+    sample = partial(
+        evaluation_loader,
+        preprocessing,
+        options.data,
+        num_classes=classifier_size(loaded.model),
+        batch_size=max(options.training.batch_size, 64),
+        limit=SAMPLE,
+    )
+    return with_hint(origins, loaded.model, preprocessing, sample, processes.device)
 
 
 def _read_slim(options: FinetuneOptions) -> Checkpoint:

@@ -11,6 +11,7 @@ from mhacut.finetuning.history import record_after
 from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
+from mhacut.measuring.accuracy import Evaluation
 from mhacut.runtime.signals import StopRequest
 
 _MOST_UNREADABLE = 0.1
@@ -38,13 +39,17 @@ def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
     if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
         progress.best = evaluation.top1
         with run.processes.together():
-            _write_weights(run, BEST)
-    save(run)
+            write_weights(run, BEST, evaluation)
+    save(run, evaluation)
     logs.write(progress.summary())
 
 
-def save(run: Run) -> None:
+def save(run: Run, evaluation: Evaluation | None = None) -> None:
     """Write the last weights, and the state that the run can be resumed from; every process must call this.
+
+    Args:
+        run: the run.
+        evaluation: accuracy of its weights, where it was just measured.
 
     Raises:
         DataError: too many images cannot be read.
@@ -52,7 +57,7 @@ def save(run: Run) -> None:
     """
     _share_unreadable(run)
     with run.processes.together():
-        _write_last(run)
+        _write_last(run, evaluation)
     run.progress.saved = run.progress.step
 
 
@@ -65,21 +70,25 @@ def _share_unreadable(run: Run) -> None:
             run.reporter.log(f"unreadable, another image stands in for it: {file}")
 
 
-def _write_last(run: Run) -> None:
+def _write_last(run: Run, evaluation: Evaluation | None) -> None:
     unreadable = run.progress.unreadable
     if len(unreadable) > _MOST_UNREADABLE * run.images.count:
         raise DataError(
             f"{len(unreadable)} of {run.images.count} images cannot be read, first "
             f"{next(iter(unreadable))}; repair or remove them"
         )
-    _write_weights(run, LAST)
+    write_weights(run, LAST, evaluation)
     if run.processes.first:
         run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
         run.folder.write_state(state)
 
 
-def _write_weights(run: Run, name: str) -> None:
+def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
+    """Write the weights that are measured, and their accuracy, to the file of that name.
+
+    Only the first process writes.
+    """
     if not run.processes.first:
         return
     dtypes = dict(run.loaded.dtypes)
@@ -90,6 +99,8 @@ def _write_weights(run: Run, name: str) -> None:
         run.loaded,
         run.options,
         run.preprocessing,
+        run.provenance,
+        (run.progress.before, evaluation),
         steps=run.progress.step,
         images_per_step=run.images_per_step,
         teacher_sha256=run.teacher_sha256,

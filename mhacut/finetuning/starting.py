@@ -12,6 +12,7 @@ from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.resuming import check_same
 from mhacut.finetuning.run import Run
+from mhacut.finetuning.saving import write_weights
 from mhacut.runtime.files import check_output
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
@@ -42,7 +43,11 @@ def start(run: Run) -> None:
         run.reporter.log(f"{run.folder.path}: no step was saved, beginning with the first")
     if run.validation is not None:
         run.reporter.start("measuring before")
-        run.progress.before = run.measure(run.trainer.model)
+        run.progress.before = run.measure(run.trainer.result)
+        # The start is a candidate too: the best file never is worse than the one that was read.
+        run.progress.best = run.progress.before.top1
+        with run.processes.together():
+            write_weights(run, BEST, run.progress.before)
 
 
 def _saved_state(run: Run) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from mhacut.adapters.base import Layer, Unit
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.layers import LayerReader
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.provenance import Provenance, provenance
 from mhacut.data import Preprocessing
 from mhacut.inspection.heads import HeadFindings, describe_heads
 from mhacut.options.base import PreprocessingOptions
@@ -92,6 +93,8 @@ class Inspection:
     not_prunable: tuple[str, ...]
     """One line per reason for what cannot be cut exactly, or is never touched."""
     preprocessing: Preprocessing
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
     history: tuple[Mapping[str, Any], ...]
     """A slim file's record of the commands that made it, oldest first; untrusted. Empty for a dense file."""
     slim: bool
@@ -165,6 +168,7 @@ def inspect_model(
         layers=tuple(layers),
         not_prunable=prunable.not_prunable,
         preprocessing=resolved,
+        provenance=provenance(opened, preprocessing or PreprocessingOptions()),
         history=() if record is None else record.history,
         slim=record is not None,
         tokens=tokens_of(model),

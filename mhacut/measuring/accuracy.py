@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,13 @@ class Evaluation:
     """Wall time, reading images included."""
     loss: float | None = None
     """Mean cross-entropy, in nats."""
+
+
+def accuracy_for_history(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """Return the item of a command's entry in a slim file's history; nothing unless both were measured."""
+    if before is None or after is None:
+        return {}
+    return {"accuracy": {"top1_before": before.top1, "top1_after": after.top1, "images": after.images}}
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ class ModelOptions(Options):
     )
     model_args: Mapping[str, Any] = option(
         {},
-        "Argument of that architecture, such as img_size=32; repeat the flag for more.",
+        "Arguments of that architecture, such as img_size=32 depth=6.",
         panel="Model",
         metavar="KEY=VALUE",
     )
@@ -43,6 +43,7 @@ class CheckpointOptions(ModelOptions):
         "A .safetensors or .pth file, dense or slim, a timm folder, or timm:NAME.",
         panel="Arguments",
         metavar="CHECKPOINT",
+        reads="checkpoint",
     )
     num_classes: int | None = option(
         None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
@@ -61,7 +62,11 @@ class ImageSource(Options):
     """Source of images."""
 
     data_dir: PathLike | None = option(
-        None, "Folder with train/ and val/, or of unlabelled images.", panel="Data", metavar="DIR"
+        None,
+        "Folder with train/ and val/, or of unlabelled images.",
+        panel="Data",
+        metavar="DIR",
+        reads="data_dir",
     )
     dataset: str | None = option(
         None,
@@ -81,7 +86,11 @@ class LabelledImages(ImageSource):
     """Source of images to measure accuracy on."""
 
     class_map: PathLike | None = option(
-        None, "Text file with the class names in the order of the model's head.", panel="Data", metavar="FILE"
+        None,
+        "Text file with the class names in the order of the model's head.",
+        panel="Data",
+        metavar="FILE",
+        reads="class_map",
     )
     val_split: str = option("val", "Split to measure accuracy on.", panel="Data", metavar="NAME")
     workers: int = option(2, "Processes that load images.", panel="Data", metavar="N", short="-j", at_least=0)

@@ -21,6 +21,7 @@ class BenchOptions(ModelOptions, DeviceOptions):
         "One or more checkpoints; the first is the one that the others are compared with.",
         panel="Arguments",
         metavar="CHECKPOINT...",
+        reads="checkpoint",
     )
     runtime: Runtime = option(
         "eager", "PyTorch without compilation, torch.compile, or ONNX Runtime.", panel="Measuring"

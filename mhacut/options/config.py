@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from ast import literal_eval
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
@@ -92,11 +94,38 @@ def convert(value: object, kind: Any, where: str) -> Any:
         (element, *_) = next(get_args(option) for option in kinds if get_origin(option) is tuple)
         return tuple(_element(part, element, where) for part in parts)
     if any(get_origin(option) not in (None, Literal, os.PathLike) for option in kinds):
-        held = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        return _checked(value, held, "NAME: VALUE pairs", where)
+        return _pairs(value, where)
     if is_number(value):
         value = str(value)  # a budget of 2000000000 needs no quotes
     return _checked(value, isinstance(value, str), "text", where)
+
+
+def key_value(flag: str, text: str) -> tuple[str, Any]:
+    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text.
+
+    >>> [key_value("--model-arg", text) for text in ("img_size=32", "qk_norm=True", "global_pool=avg")]
+    [('img_size', 32), ('qk_norm', True), ('global_pool', 'avg')]
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"{flag} {text!r}: expected KEY=VALUE, like img_size=32")
+    for read in (json.loads, literal_eval):
+        try:
+            return key, read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return key, value
+
+
+def _pairs(value: object, where: str) -> dict[str, Any]:
+    """Convert a mapping, a ``KEY=VALUE``, or a list of them, to one mapping."""
+    pairs: dict[str, Any] = {}
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, str):
+            part = dict([key_value(where, part)])
+        held = isinstance(part, dict) and all(isinstance(key, str) for key in part)
+        pairs |= _checked(part, held, "NAME: VALUE pairs, or a list of KEY=VALUE", where)
+    return pairs
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:

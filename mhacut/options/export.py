@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mhacut.errors import option_name
+from mhacut.limits import LICENSE
 from mhacut.options.base import CheckpointOptions, ExportDtype, PathLike
 from mhacut.options.option import option, require
 
@@ -39,6 +40,13 @@ class ExportOptions(CheckpointOptions):
     fixed_batch: int | None = option(
         None, "Images per batch; by default any number.", panel="Result", metavar="N", at_least=1
     )
+    license: str | None = option(
+        None,
+        "License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the "
+        "one that the file of the weights states, if it states one.",
+        panel="Result",
+        metavar="NAME",
+    )
     opset: int = option(
         18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
     )
@@ -51,6 +59,11 @@ class ExportOptions(CheckpointOptions):
             traced = f"{option_name('format', 'onnx')} or {option_name('format', 'pt2')}"
             expected = f"{traced}; timm takes any number"
             require("fixed_batch", self.fixed_batch, self.format != "timm", expected)
+        if self.license is not None:
+            is_name = LICENSE.fullmatch(self.license) is not None
+            require("license", self.license, is_name, "a name such as apache-2.0, in lower case")
+            with_card = f"{option_name('format', 'timm')}, which writes a card"
+            require("license", self.license, self.format == "timm", with_card)
         known = self.format != "onnx" or self.dtype != "bfloat16"
         require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
 

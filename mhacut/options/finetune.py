@@ -27,6 +27,7 @@ class TeacherOptions(Options):
         "optional.",
         panel="Teacher",
         metavar="CHECKPOINT",
+        reads="checkpoint",
     )
     teacher_model: str | None = option(
         None,
@@ -35,7 +36,7 @@ class TeacherOptions(Options):
         metavar="NAME",
     )
     teacher_model_args: Mapping[str, Any] = option(
-        {}, "Argument of that architecture.", panel="Rarer options", metavar="KEY=VALUE"
+        {}, "Arguments of that architecture.", panel="Rarer options", metavar="KEY=VALUE"
     )
     label_weight: float = option(
         0.1,
@@ -248,7 +249,11 @@ class FinetuneOptions(DeviceOptions):
     """Options of ``mhacut finetune``."""
 
     checkpoint: PathLike = option(
-        REQUIRED, "A slim file, as mhacut prune writes it.", panel="Arguments", metavar="SLIM"
+        REQUIRED,
+        "A slim file, as mhacut prune writes it.",
+        panel="Arguments",
+        metavar="SLIM",
+        reads="checkpoint",
     )
     output: PathLike | None = option(
         None,
@@ -274,7 +279,12 @@ class FinetuneOptions(DeviceOptions):
     )
     teaching: TeacherOptions = field(default_factory=TeacherOptions)
     data: DataOptions = field(default_factory=DataOptions)
-    labels: bool = option(True, "Use labels where there are any; off, the teacher alone.", panel="Data")
+    labels: bool = option(
+        True,
+        "Learn from labels where there are any; off, from the teacher alone. Accuracy is measured all the "
+        "same.",
+        panel="Data",
+    )
     eval_images: int | None = option(
         None,
         "Validation images to measure accuracy on; all by default, 0 for none.",

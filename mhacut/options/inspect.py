@@ -56,6 +56,7 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
         "ones.",
         panel="What is shown",
         metavar="DENSE",
+        reads="checkpoint",
     )
     train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
     calibration_images: int | None = option(

@@ -13,7 +13,7 @@ class ModelKeywords(TypedDict, total=False):
     model: str | None
     """timm architecture, for a file that does not state it."""
     model_args: Mapping[str, Any]
-    """Argument of that architecture, such as img_size=32; repeat the flag for more. Default: {}."""
+    """Arguments of that architecture, such as img_size=32 depth=6. Default: {}."""
 
 
 class DeviceKeywords(TypedDict, total=False):
@@ -104,6 +104,9 @@ class ExportKeywords(CheckpointKeywords, total=False):
     """Precision of the weights; images and logits are always float32. Default: 'float32'."""
     fixed_batch: int | None
     """Images per batch; by default any number."""
+    license: str | None
+    """License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the one
+    that the file of the weights states, if it states one."""
     opset: int
     """ONNX opset; 23 and later have an attention operator. Default: 18."""
 
@@ -116,7 +119,7 @@ class TeacherKeywords(TypedDict, total=False):
     teacher_model: str | None
     """timm architecture of a teacher file that does not state it; by default that of the dense model."""
     teacher_model_args: Mapping[str, Any]
-    """Argument of that architecture. Default: {}."""
+    """Arguments of that architecture. Default: {}."""
     label_weight: float
     """Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher.
     Default: 0.1."""
@@ -237,7 +240,8 @@ class FinetuneKeywords(
     save_every: int
     """Steps between saves within an epoch; 0 saves only at its end. Default: 0."""
     labels: bool
-    """Use labels where there are any; off, the teacher alone. Default: True."""
+    """Learn from labels where there are any; off, from the teacher alone. Accuracy is measured all the same.
+    Default: True."""
     eval_images: int | None
     """Validation images to measure accuracy on; all by default, 0 for none."""
     amp: bool
@@ -388,7 +392,8 @@ class PruneKeywords(
     calibration_images: int | None
     """Number of images to calibrate on; by default the effort decides."""
     labels: bool
-    """Use labels where there are any; off, the dense model's outputs alone. Default: True."""
+    """Use labels where there are any; off, search by the dense model's outputs alone and measure no accuracy.
+    Default: True."""
     eval_images: int
     """Validation images to measure accuracy on; 0 for none. Default: 2000."""
     latency: bool

@@ -37,6 +37,9 @@ Panel = Literal[
 ]
 """Headings of ``--help``, in this order."""
 
+Reads = Literal["checkpoint", "data_dir", "class_map"]
+"""Kinds of paths that are read."""
+
 REQUIRED: Any = MISSING
 """Default of an option that must be given."""
 
@@ -60,6 +63,8 @@ class Option:
     """Bounds; they hold for each element of a tuple; None as a value is always within."""
     endings: tuple[str, ...] = ()
     """Endings of which a file's name must have one, in upper or lower case."""
+    reads: Reads | None = None
+    """Kind of what is read from the path, or from each of several."""
     name: str = ""
     """Name in Python and in YAML; filled in by :class:`Options`, as are type and default."""
     type: Any = None
@@ -161,6 +166,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     endings: tuple[str, ...] = (),
+    reads: Reads | None = None,
 ) -> T:
     """State an option as a field of an :class:`Options` dataclass; see :class:`Option` for the arguments.
 
@@ -183,6 +189,7 @@ def option(
         at_most=at_most,
         below=below,
         endings=endings,
+        reads=reads,
     )
     metadata = {"option": stated}
     made: Any

@@ -328,7 +328,10 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         at_least=1,
     )
     labels: bool = option(
-        True, "Use labels where there are any; off, the dense model's outputs alone.", panel="Data"
+        True,
+        "Use labels where there are any; off, search by the dense model's outputs alone and measure no "
+        "accuracy.",
+        panel="Data",
     )
     eval_images: int = option(
         2000,
@@ -368,4 +371,6 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
             reason = f"there are no images without {option_name('data_dir')} or {option_name('dataset')}"
             found |= dict.fromkeys(self.data.changed(), reason)
             found |= dict.fromkeys({"labels", "eval_images"}.intersection(self.changed()), reason)
+        elif not self.labels and self.eval_images != 0 and "eval_images" in self.changed():
+            found["eval_images"] = f"{option_name('labels', False)} measures no accuracy"
         return found

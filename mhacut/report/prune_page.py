@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.provenance import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
@@ -31,6 +33,7 @@ def write_report(
     images: CalibrationImages,
     steps: Sequence[SearchStep],
     figures: Sequence[tuple[str, str, str]],
+    provenance: Provenance,
 ) -> Path:
     """Look at the pruned model as ``mhacut inspect --compare --data-dir`` would, and write the page.
 
@@ -42,6 +45,7 @@ def write_report(
         images: images of the search; the first of them are used.
         steps: log of the search, where indicators were trained.
         figures: measurements: name, value before, value after.
+        provenance: origins of the run's preprocessing.
 
     Raises:
         OutputError: the page cannot be written.
@@ -65,6 +69,7 @@ def write_report(
         prunable=layers,
     )
     curves, budget = stored_curves(pruned.record.history[-1:])
+    inspection = replace(inspection, provenance=provenance)
     contents = Contents(
         inspection,
         summary(inspection),

@@ -19,6 +19,7 @@ def captured(monkeypatch):
         raise MhacutError("far enough")
 
     monkeypatch.setattr("mhacut.commands.prune.run_prune", run_prune)
+    monkeypatch.setattr("mhacut.cli.flags.check_paths", lambda options: None)  # there are none
     return seen
 
 

@@ -137,6 +137,67 @@ def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
     assert captured == [FULL]
 
 
+REST = ["img_size=[224,288]", "global_pool=avg"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model-arg", "depth=2", *REST],
+        ["--model-arg=depth=2", REST[0], "--model-arg", REST[1]],
+        ["--model-arg", "depth=3", "img_size=0", "--model-arg", "depth=2", *REST],
+    ],
+)
+def test_one_flag_takes_several_pairs(captured, given):
+    for arguments in (["a.pth", "--flops", "50%", *given], ["--flops", "50%", *given, "a.pth"]):
+        run("prune", *arguments)
+        assert captured.pop().model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
+
+
+def test_a_file_and_what_is_no_value_of_pairs_are_left_alone(captured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run=3.pth").touch()
+    run("prune", "--flops", "50%", "--model-arg", "depth=2", "run=3.pth")
+    assert (captured[-1].checkpoint, captured.pop().model_args) == ("run=3.pth", {"depth": 2})
+    for given in (["--output", "x.safetensors", "b=2"], ["b=2"], ["--model-arg", "a=1", "--", "b=2"]):
+        result = run("prune", "a.pth", "--flops", "50%", *given)
+        assert result.exit_code == 2
+        assert "b=2" in result.stderr
+    assert run("prune", "a.pth", "--flops", "50%", "--model-arg", "2", "b=2").exit_code == 2
+    assert not captured
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{depth: 2, img_size: [224, 288], global_pool: avg}",
+        "[depth=2, 'img_size=[224,288]', global_pool=avg]",
+        "[{depth: 2}, {img_size: [224, 288]}, global_pool=avg]",
+        "\n  - depth=2\n  - img_size: [224, 288]\n  - global_pool: avg",
+    ],
+)
+def test_yaml_takes_pairs_as_mappings_and_lists(captured, tmp_path, value):
+    file = tmp_path / "run.yaml"
+    for key in ("model-arg", "model_args"):
+        file.write_text(f"checkpoint: a.pth\nflops: 50%\nmean: [0.5, 0.4, 0.3]\n{key}: {value}\n")
+        run("prune", "--config", file)
+        made = captured.pop()
+        assert made.model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
+        assert made.preprocessing.mean == (0.5, 0.4, 0.3)
+    file.write_text("checkpoint: a.pth\nflops: 50%\nmodel-arg: depth=2\n")
+    run("prune", "--config", file, "--model-arg", "img_size=32", "depth=3")
+    assert captured.pop().model_args == {"depth": 3, "img_size": 32}
+
+
+@pytest.mark.parametrize("value", ["3", "[3]", "[depth]", "{3: 4}", "[[depth=2]]"])
+def test_yaml_refuses_other_pairs(captured, tmp_path, value):
+    (tmp_path / "run.yaml").write_text(f"checkpoint: a.pth\nflops: 50%\nmodel-arg: {value}\n")
+    result = run("prune", "--config", tmp_path / "run.yaml")
+    assert result.exit_code == 2
+    assert "model-arg" in result.stderr
+    assert "KEY=VALUE" in result.stderr
+
+
 def test_evaluate_has_no_flag_without_an_effect():
     assert "train_split" not in EvaluateOptions.options()
     assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.options())
@@ -178,7 +239,7 @@ def test_what_only_the_command_line_takes_is_said(tmp_path):
         ("lr: .nan", "expected a number, found nan"),
         ("mean: [0.5, x]", "expected a number, found 'x'"),
         ("output: [a]", "expected text, found ['a']"),
-        ("model-args: 3", "expected NAME: VALUE pairs, found 3"),
+        ("model-args: 3", "expected NAME: VALUE pairs, or a list of KEY=VALUE, found 3"),
         ("data-dir: a\ndata_dir: b", "'data_dir' appears twice"),
         ("- 1", "expected lines of NAME: VALUE, found list"),
         ("a: [", "is not YAML"),

@@ -140,7 +140,7 @@ def test_unforeseen_errors_ask_for_a_report(monkeypatch):
         raise ZeroDivisionError("[red] \x1b[2J")
 
     monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
-    result = run("prune", "a", "--flops", "1G")
+    result = run("prune", __file__, "--flops", "1G")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "please report it" in result.stderr
@@ -162,7 +162,7 @@ def test_out_of_memory_says_what_to_do(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
-    result = run("prune", "a", "--flops", "1G")
+    result = run("prune", __file__, "--flops", "1G")
     assert result.exit_code == 1
     assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
 
@@ -177,6 +177,6 @@ def test_libraries_are_shown_with_v_only(monkeypatch):
         raise MhacutError("far enough")
 
     monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
-    assert run("prune", "a", "--flops", "1G").stderr == "error: far enough\n"
+    assert run("prune", __file__, "--flops", "1G").stderr == "error: far enough\n"
     with pytest.warns(UserWarning, match="loud warning"):
-        assert "timm.data: loud log" in run("prune", "a", "--flops", "1G", "-v").stderr
+        assert "timm.data: loud log" in run("prune", __file__, "--flops", "1G", "-v").stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -40,6 +41,58 @@ def test_help_is_fast_and_needs_no_torch():
         assert result.returncode == 0, result.stderr
     assert "One FLOP is" in result.stdout
     assert min(seconds) < 0.7
+
+
+WRONG = [
+    ("prune {file} --flops 0", 2, "--flops 0 is not a budget"),
+    ("prune {file} --flops -1G", 2, "--flops -1G is not a budget"),
+    ("prune {file} --flops 2,0G", 2, "--flops 2,0G is not a budget"),
+    ("prune {file} --flops 150%", 2, "a share is at most 100%"),
+    ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
+    ("prune {empty} --flops 50%", 1, "file is empty"),
+    ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
+    ("prune {file} --flops 50% --data-dir {file}", 1, "is a file; --data-dir expects a directory"),
+    ("prune {file} --flops 50% --class-map nowhere", 1, "nowhere: class map cannot be read"),
+    ("prune {file} --flops 50% -o {slim}", 1, "exists already; choose another name, or --overwrite"),
+    ("prune {slim} --flops 50% -o {slim} --overwrite", 1, "is the input"),
+    ("prune {file} --flops 50% --report {file}/a.html", 1, "is not a directory"),
+    ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
+    ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
+    ("finetune --resume nowhere", 2, "--resume nowhere: no run to go on with"),
+    ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
+    ("bench {file} nowhere.pth", 1, "no such file: nowhere.pth"),
+    ("export nowhere.pth", 1, "no such file: nowhere.pth"),
+]
+
+
+def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
+    """In one process: each would take as long to start as to fail."""
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("file", "slim", "empty")}
+    for name, file in files.items():
+        file.write_text("" if name == "empty" else "x")
+    code = (
+        "import json, sys\n"
+        "from mhacut.cli.app import app\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: app(arguments)\n"
+        "    except SystemExit as error: print(error.code, file=sys.stderr)\n"
+        "heavy = {'torch', 'timm', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    commands = [[word.format(**files) for word in line.split()] for line, _, _ in WRONG]
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    told = result.stderr.splitlines()
+    assert len(told) == 2 * len(WRONG), result.stderr
+    for said, status, (line, expected, message) in zip(told[::2], told[1::2], WRONG, strict=True):
+        assert message in said, line
+        assert int(status) == expected, line
 
 
 def test_help_groups_flags():

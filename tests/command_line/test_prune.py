@@ -41,6 +41,16 @@ def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     assert "dry run: no model was written" in result.stdout
 
 
+def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
+    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", "--no-labels", *FAST]
+    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *arguments)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["dense"]["top1"] is document["slim"]["top1"] is None
+    assert "without labels" in document["data"]
+    assert "accuracy is not measured: --no-labels" in result.stderr
+
+
 def test_prune_json(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
     by_indicators = ["--allocation", "indicator", "--steps", "2"]
@@ -134,7 +144,7 @@ def test_input_is_never_overwritten(slim, tmp_path, link):
         (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),
         (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean: expected a number, found 'a'"),
         (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
-        (["a", "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
+        ([__file__, "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
         (["a", "--flops", "1G", "--steps", "x"], "--steps"),
         (["a", "--flops", "1G", "--bogus"], "--bogus"),
     ],

@@ -74,6 +74,16 @@ def test_the_command_and_its_files(slim, images, tmp_path):
     assert resumed.exit_code == 0, resumed.stderr
 
 
+def test_what_was_no_use_is_said(slim, images, tmp_path):
+    given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
+    result = run(*given, "--epochs", "2", "--lr", "1e-12")
+    assert result.exit_code == 0, result.stderr
+    assert "not better than before: no epoch was" in result.stdout
+    assert "best epoch" not in result.stdout
+    resumed = run("finetune", "--resume", tmp_path / "out", "--json")
+    assert json.loads(resumed.stdout)["improved"] is False
+
+
 def test_the_command_refuses(slim, images, tmp_path):
     missing = run("finetune", "--data-dir", images)
     assert missing.exit_code == 2

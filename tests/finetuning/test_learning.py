@@ -26,7 +26,18 @@ def test_labels_alone_are_learnt(tune, slim):
     assert losses[-1] < 0.7 * losses[0]
     assert result.after.top1 == max(row.eval_top1 for row in result.epochs)
     assert result.after.top1 > result.before.top1
+    assert result.improved
     assert result.output.name == "best.safetensors"
+
+
+def test_the_start_is_the_best_where_no_epoch_is_better(tune, slim):
+    result = tune(lr=1e-12)  # and so none is
+    assert not result.improved
+    assert max(row.eval_top1 for row in result.epochs) <= result.before.top1 == result.after.top1
+    assert result.output.name == "best.safetensors"
+    start, best = mhacut.load_model(slim).state_dict(), mhacut.load_model(result.output).state_dict()
+    assert all(torch.equal(best[name], start[name]) for name in start)
+    assert open_checkpoint(result.output).record.history[-1]["steps"] == 0
 
 
 def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, tmp_path):

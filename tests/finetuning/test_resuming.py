@@ -37,7 +37,7 @@ def uncut(tune_in, tmp_path_factory):
         (Trainer, "step", 2, 0),  # before anything was saved
         (Trainer, "step", 5, 0),  # in an epoch: back to its beginning
         (Trainer, "step", 6, 1),  # in an epoch: back to the last save
-        (saving, "write_slim", 2, 1),  # while last.safetensors is written
+        (saving, "write_slim", 3, 1),  # while last.safetensors is written
         (RunFolder, "write_state", 4, 1),  # between last.safetensors and state.pt
         (RunFolder, "write_summary", 2, 0),
         (measuring_module, "evaluate", 2, 0),

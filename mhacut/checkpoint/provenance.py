@@ -1,0 +1,179 @@
+"""Where the preprocessing of a checkpoint comes from, and whether another normalisation fits its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.data import Preprocessing
+from mhacut.data.preprocessing import is_too_small_to_crop
+from mhacut.errors import option_name
+from mhacut.limits import LICENSE
+from mhacut.measuring.normalisation import Batches, better_normalisation
+from mhacut.options.base import PreprocessingOptions
+
+Origin = Literal["file", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"]
+"""Origin of one value of a preprocessing: the file; a slim file that took timm's default of the architecture;
+that default, where the file does not say; the tag in the option ``model``; timm's pretrained weights; the
+``pretrained_cfg`` of a module; the model's own image size; a rule for small images; an option."""
+_UNSURE = ("assumed", "default", "module")
+"""Origins that may have nothing to do with the training of the weights."""
+_OPTIONS = {"input_size": "img_size"}
+"""Options whose names differ from those of the values."""
+_LICENSE_KEY = "license"
+_HISTORY_KEY = "preprocessing_from"
+"""Key of the origins in the entry of a command in a slim file's history."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where each value of a preprocessing comes from."""
+
+    origins: Mapping[str, Origin]
+    """By the names of the fields of :class:`Preprocessing`."""
+    architecture: str
+    """timm's name of the model."""
+    hint: str | None = None
+    """Line that names a normalisation with which the model is clearly more accurate; None without one."""
+
+    @property
+    def normalisation_is_sure(self) -> bool:
+        """Whether the mean and the standard deviation are stated for these weights, or given."""
+        origins = {self.origins["mean"], self.origins["std"]}
+        return "option" in origins or not origins.intersection(_UNSURE)
+
+    def describe(self, preprocessing: Preprocessing) -> str:
+        """Return one line in the words of the options, with the origins behind the values."""
+        parts = _parts(preprocessing)
+        groups: dict[Origin, list[str]] = {}
+        for name in parts:
+            groups.setdefault(self.origins[name], []).append(name)
+        return "; ".join(
+            f"{', '.join(parts[name] for name in names)} ({self._text(origin, names)})"
+            for origin, names in groups.items()
+        )
+
+    def _text(self, origin: Origin, names: list[str]) -> str:
+        default = f"timm's default for {self.architecture}"
+        texts: dict[Origin, str] = {
+            "file": "from the file",
+            "assumed": f"from the file, which took {default}",
+            "default": f"{default}, the file does not say",
+            "tag": f"timm's, for the tag in {option_name('model')}",
+            "pretrained": "of timm's pretrained weights",
+            "module": "of the module",
+            "model": "the model's",
+            "size": "small images are not cropped",
+            "option": ", ".join(option_name(_OPTIONS.get(name, name)) for name in names),
+        }
+        return texts[origin]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the items of a JSON document that states a preprocessing."""
+        return {"preprocessing_from": dict(self.origins), "preprocessing_hint": self.hint}
+
+    def to_history(self) -> dict[str, Any]:
+        """Return the item of a command's entry in the history of a slim file."""
+        return {_HISTORY_KEY: dict(self.origins)}
+
+
+def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the item of the first entry in the history of what is cut from ``checkpoint``."""
+    found = stated_license(checkpoint)
+    return {} if found is None else {_LICENSE_KEY: found}
+
+
+def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
+    """Return the origins of what :func:`mhacut.checkpoint.preprocessing.resolve_preprocessing` gives.
+
+    Args:
+        checkpoint: dense or slim.
+        override: options of the command.
+    """
+    given = {name for name in PreprocessingOptions.options() if getattr(override, name) is not None}
+    found: dict[str, Origin] = {}
+    for name in Preprocessing.__dataclass_fields__:
+        if _OPTIONS.get(name, name) in given:
+            found[name] = "option"
+        elif checkpoint.record is not None:
+            found[name] = _of_slim(checkpoint.record, name)
+        else:
+            found[name] = _of_dense(checkpoint, name, override.img_size)
+    return Provenance(found, checkpoint.identity.architecture)
+
+
+def _of_slim(record: SlimRecord, name: str) -> Origin:
+    """Return the origin of a value that a slim file states; its history may be anybody's."""
+    stated = [entry[_HISTORY_KEY] for entry in record.history if _HISTORY_KEY in entry]
+    last = stated[-1].get(name) if stated and isinstance(stated[-1], dict) else None
+    return "assumed" if last in ("assumed", "default") else "file"
+
+
+def _of_dense(checkpoint: Checkpoint, name: str, side: int | None) -> Origin:
+    if name == "input_size":
+        return "model"
+    size = checkpoint.input_size if side is None else (0, side, side)
+    if name == "crop_pct" and is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size):
+        return "size"
+    origin: Any = checkpoint.cfg_origins.get(name, "default")
+    return cast(Origin, origin)
+
+
+def stated_license(checkpoint: Checkpoint) -> str | None:
+    """Return the license that the weights' own file states, or that of the file they were cut from.
+
+    Not that of timm's weights of the same architecture. The file may be anybody's; the text goes into YAML.
+    """
+    found: Any = None
+    if checkpoint.record is not None:
+        history = checkpoint.record.history
+        found = history[0].get(_LICENSE_KEY) if history else None
+    elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
+        found = checkpoint.identity.pretrained_cfg.get("license")
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
+
+
+def _parts(preprocessing: Preprocessing) -> dict[str, str]:
+    _, height, width = preprocessing.input_size
+    mean, std = (",".join(f"{n:.4g}" for n in values) for values in (preprocessing.mean, preprocessing.std))
+    return {
+        "input_size": f"{height}x{width}",
+        "crop_pct": f"crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}",
+        "interpolation": preprocessing.interpolation,
+        "mean": f"mean {mean}",
+        "std": f"std {std}",
+    }
+
+
+def with_hint(
+    found: Provenance, model: nn.Module, preprocessing: Preprocessing, batches: Batches, device: torch.device
+) -> Provenance:
+    """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
+
+    Args:
+        found: origins of ``preprocessing``; where they are sure, nothing is tried.
+        model: classifier; moved to ``device``, in eval mode.
+        preprocessing: of ``batches``.
+        batches: of labelled images; few hundred are used.
+        device: to compute on.
+    """
+    if found.normalisation_is_sure:
+        return found
+    model.to(device)
+    better = better_normalisation(model, batches, preprocessing.mean, preprocessing.std, device)
+    if better is None:
+        return found
+    (usual, top1), *others = better.found
+    flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
+    names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
+    hint = (
+        f"images seem to be normalised otherwise than in training: top-1 of {better.images} images is "
+        f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
+    )
+    return replace(found, hint=hint)

@@ -1,0 +1,41 @@
+"""Check of all paths in a command's options, before torch is imported: that takes seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mhacut.options.option import Options, Reads
+from mhacut.runtime.files import check_output
+from mhacut.runtime.inputs import check_checkpoint, check_class_map, check_data_dir
+
+_CHECKS: Mapping[Reads, Callable[[Any], None]] = {
+    "checkpoint": check_checkpoint,
+    "data_dir": check_data_dir,
+    "class_map": check_class_map,
+}
+_REMOTE = "timm:"
+"""Beginning of a checkpoint that is no path."""
+
+
+def check_paths(options: Options) -> None:
+    """Raise an error, the one that the command itself would give, if a path cannot be read or written.
+
+    Files to write are those whose ending is stated; commands check the others.
+
+    Raises:
+        CheckpointError, DataError: nothing there, or something else.
+        OutputError: the file must not or cannot be written.
+    """
+    values = options.flat()
+    for name, option in type(options).options().items():
+        value = values[name]
+        if value is None or (name == "output" and values.get("dry_run")):
+            continue
+        if option.endings:
+            check_output(value, overwrite=bool(values.get("overwrite")), input_path=values.get("checkpoint"))
+        if option.reads is not None:
+            for path in value if option.element else (value,):
+                if not os.fspath(path).startswith(_REMOTE):
+                    _CHECKS[option.reads](path)

@@ -1,0 +1,125 @@
+"""Model card of a folder for timm and the hub: it states what is known, and claims nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mhacut.budget import format_flops
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.provenance import provenance, stated_license
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.data import Preprocessing
+from mhacut.limits import is_int, is_number
+from mhacut.options.base import PreprocessingOptions
+from mhacut.surgery.flops import count_parameters, measure_flops
+
+_MOST = 10**18
+
+
+def model_card(name: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
+    """Return the model card, Markdown with a YAML header.
+
+    Args:
+        name: of the folder.
+        loaded: the checkpoint, dense or slim.
+        preprocessing: of its images.
+        license: of the weights; None takes what their file states, and leaves it out if it states none.
+    """
+    record, architecture = loaded.record, loaded.identity.architecture
+    classes = int(getattr(loaded.model, "num_classes", 0) or 0)
+    title = "Architecture" if record is None else "Dense architecture"
+    flops = format_flops(measure_flops(loaded.model, preprocessing.input_size))
+    details = {
+        title: architecture,
+        "Classes": classes,
+        "Image size": "x".join(map(str, preprocessing.input_size[1:])),
+        "Preprocessing": provenance(loaded, PreprocessingOptions()).describe(preprocessing),
+        "FLOPs (multiply-accumulates, attention included)": flops + _dense_flops(record),
+        "Parameters": format_flops(count_parameters(loaded.model)),
+        **_accuracy(record),
+    }
+    text = f"{architecture}, uncut."
+    if record is not None:
+        text = (
+            f"{architecture}, with channels of its attention and MLPs cut away by mhacut: "
+            "the matrices are smaller, nothing is masked."
+        )
+    lines = [
+        *_header(classes > 0, record is not None, license or stated_license(loaded)),
+        f"# Model card for {name}",
+        "",
+        text,
+        "",
+        "## Model Details",
+        *(f"- **{key}:** {value}" for key, value in details.items()),
+        "",
+        "## Model Usage",
+        *_usage(name, cut=record is not None),
+    ]
+    return "\n".join(lines) + "\n" + ("" if record is None else _widths(record))
+
+
+def _header(classifies: bool, cut: bool, license: str | None) -> list[str]:
+    task = "image-classification" if classifies else "image-feature-extraction"
+    # What is cut opens in timm only after mhacut is imported; what is not has nothing of mhacut.
+    tags = [task, "timm", "mhacut"] if cut else [task, "timm"]
+    lines = ["---", "tags:", *(f"- {tag}" for tag in tags), f"pipeline_tag: {task}"]
+    lines.append(f"library_name: {'mhacut' if cut else 'timm'}")
+    if license is not None:
+        lines.append(f"license: {license}")
+    return [*lines, "---"]
+
+
+def _dense_flops(record: SlimRecord | None) -> str:
+    """Return the FLOPs of the dense model by a slim file's history; empty if not stated."""
+    first = record.history[0].get("flops_before") if record is not None and record.history else None
+    return f", dense {format_flops(first)}" if is_int(first) and 0 < first < _MOST else ""
+
+
+def _accuracy(record: SlimRecord | None) -> dict[str, str]:
+    """Return top-1 of the dense and of the pruned model, as far as a slim file's history states it."""
+    history = () if record is None else record.history
+    stated: list[Mapping[str, Any]] = [entry.get("accuracy") or {} for entry in history]
+    if not stated or not all(isinstance(one, dict) for one in stated):
+        return {}
+    figures = {
+        "dense": _share(stated[0].get("top1_before"), stated[0].get("images")),
+        "this model": _share(stated[-1].get("top1_after"), stated[-1].get("images")),
+    }
+    known = [f"{who} {share}" for who, share in figures.items() if share]
+    return {"Top-1 accuracy": ", ".join(known)} if known else {}
+
+
+def _share(top1: object, images: object) -> str:
+    if not is_number(top1) or not is_int(images) or not 0 <= top1 <= 100 or not 0 < images < _MOST:
+        return ""
+    return f"{top1:.2f} % of {images} images"
+
+
+def _usage(name: str, *, cut: bool) -> list[str]:
+    return [
+        "```python",
+        "import timm",
+        *(["import mhacut  # registers slim models with timm"] if cut else []),
+        f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()',
+        "data = timm.data.resolve_model_data_config(model)",
+        "transform = timm.data.create_transform(**data, is_training=False)",
+        "```",
+    ]
+
+
+def _widths(record: SlimRecord) -> str:
+    """Return a table of the widths of every layer that was cut, Markdown."""
+    lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
+    lines.append("|---|---|---|---|---|---|")
+    cut = [unit for unit in record.plan if not unit.keeps_all]
+    for unit in cut:
+        heads = "" if unit.kind == "hidden" else str(unit.heads)
+        lines.append(
+            f"| `{unit.layer}` | {unit.kind} | {heads} | {unit.width} | {unit.dense_width} | {unit.basis} |"
+        )
+    whole = sum(unit.keeps_all for unit in record.plan)
+    if whole:
+        lines += ["", f"{whole} more keep all their channels."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,72 @@
+"""Check that what is to be read is there, before anything is; imports nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from mhacut.errors import CheckpointError, DataError, option_name
+from mhacut.runtime.files import AnyPath, show
+
+
+def check_checkpoint(path: AnyPath) -> None:
+    """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
+    if not is_directory(Path(path)):
+        regular_size(Path(path))
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory, not a file.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    return stat.S_ISDIR(_stat(path).st_mode)
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block.
+
+    Raises:
+        CheckpointError: it is no regular file, empty, or may not be read.
+    """
+    status = _stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is a directory, expected a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
+    if status.st_size == 0:
+        raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{show(path)}: no permission to read it")
+    return status.st_size
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        hint = "; it is a link to a missing file" if path.is_symlink() else ""
+        raise CheckpointError(f"no such file: {show(path)}{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{show(path)}: cannot be opened: {reason}") from None
+
+
+def check_data_dir(path: AnyPath) -> None:
+    """Raise a :class:`DataError` unless ``path`` is a directory."""
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{root}: no such directory ({option_name('data_dir')})")
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file; {option_name('data_dir')} expects a directory with images")
+
+
+def check_class_map(path: AnyPath) -> None:
+    """Raise a :class:`DataError` if ``path`` cannot be read."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
