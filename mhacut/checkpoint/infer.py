@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
+from mhacut.checkpoint.foreign.recognise import Conversion
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
 from mhacut.checkpoint.names import infos_by_model_names
@@ -33,6 +34,8 @@ class Identified:
     """Tensors of the file, under the names they have in the model."""
     notes: tuple[str, ...]
     """Lines for the user: what was inferred, and from where."""
+    conversion: Conversion | None = None
+    """Conversion of the tensors of another library's file."""
 
 
 def infer_from_shapes(

@@ -1,0 +1,133 @@
+"""Find weights and configuration in a folder of timm or transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhacut.checkpoint.untrusted_json import parse_json
+from mhacut.errors import CheckpointError, option_name
+from mhacut.runtime.files import show
+
+_MAX_CONFIG_BYTES = 4 * 2**20
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "model.pth",
+    "model.pt",
+)
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_INDEX = "model.safetensors.index.json"
+_MAX_SHARDS = 500
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files of a folder that are read."""
+
+    weights: Sequence[Path]
+    """The file with the weights, or the files they are spread over."""
+    config: dict[str, Any]
+    """Content of ``config.json``; untrusted."""
+    preprocessor: dict[str, Any] | None
+    """Content of ``preprocessor_config.json``; untrusted."""
+
+
+def open_folder(folder: Path) -> Folder:
+    """Return weights and configuration of a folder.
+
+    Names of shards are those that transformers gives; no name is taken from the index.
+
+    Raises:
+        CheckpointError: there is no configuration, or no weights, or not all shards.
+    """
+    one = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
+        raise CheckpointError(f"{show(folder)}: is a directory without a config.json{hint}")
+    weights = [one] if one is not None else _shards(folder)
+    if not weights:
+        raise CheckpointError(
+            f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
+        )
+    preprocessor = folder / "preprocessor_config.json"
+    return Folder(
+        weights, _read_object(config_path), _read_object(preprocessor) if preprocessor.is_file() else None
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the shards of a model in order, which must be complete."""
+    found = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_file())
+    totals = {path.name.split("-of-")[1][:5] for path in found}
+    count = int(totals.pop()) if len(totals) == 1 else 0
+    expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, min(count, _MAX_SHARDS) + 1)]
+    if found and [path.name for path in found] != expected:
+        missing = sorted(set(expected) - {path.name for path in found})
+        what = f"{missing[0]} is missing" if missing else "shards of several models"
+        raise CheckpointError(f"{show(folder)}: {what}; download the folder again")
+    if not found and (folder / _INDEX).exists():
+        raise CheckpointError(
+            f"{show(folder)}: the files that {_INDEX} lists are missing, expected "
+            "model-00001-of-0000N.safetensors and so on; download the folder again"
+        )
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    size = check_regular(path)
+    if size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{show(path)}: cannot be read: {error}") from None
+    document = parse_json(text, show(path))
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{show(path)}: expected an object, found {type(document).__name__}")
+    return document
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        hint = "; it is a link to a missing file" if path.is_symlink() else ""
+        raise CheckpointError(f"no such file: {show(path)}{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{show(path)}: cannot be opened: {reason}") from None
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory.
+
+    Raises:
+        CheckpointError: there is nothing, or it cannot be seen.
+    """
+    return stat.S_ISDIR(_stat(path).st_mode)
+
+
+def check_regular(path: Path) -> int:
+    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block.
+
+    Raises:
+        CheckpointError: it is not a file that can be read, or is empty.
+    """
+    status = _stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is a directory, expected a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
+    if status.st_size == 0:
+        raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{show(path)}: no permission to read it")
+    return status.st_size

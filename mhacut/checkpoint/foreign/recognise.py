@@ -1,0 +1,164 @@
+"""Recognise a checkpoint of another library and work out its conversion to a timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.family import Built, Family, Shapes
+from mhacut.checkpoint.foreign.images import image_side, label_names, transformers_cfg
+from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.vit import BEIT, DINOV2, DINOV3, VIT
+from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.errors import CheckpointError, option_name
+from mhacut.runtime.files import show
+
+FAMILIES: tuple[Family, ...] = (VIT, BEIT, DINOV2, DINOV3)
+"""Every family, of files without a configuration the first whose sign fits."""
+_HEADS = ("head.", "head_dist.")
+"""Beginnings of the names of classifiers in timm."""
+_WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
+"""Configurations of an image and a text tower: which part is the image tower's."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Conversion of another library's file to a timm model."""
+
+    family: Family
+    renaming: Renaming
+    headless: bool
+    """Whether the classifier is left out, as the user asked."""
+    tensors: Mapping[str, TensorInfo]
+    """Tensors of the file under timm's names."""
+    built: Built | None
+    """The timm model; None where a file without a configuration does not show it."""
+    cfg: Mapping[str, Any]
+    """Preprocessing and class names, as timm's pretrained_cfg has them."""
+    notes: tuple[str, ...]
+    """Lines for the user."""
+
+    def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the file's tensors under timm's names, in their dtypes."""
+        return _converted(self.renaming, tensors, self.headless)
+
+
+def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | None:
+    """Return the conversion of another library's file; None if it is not recognised as one.
+
+    Args:
+        header: header of a dense file, and of its folder's configuration.
+        headless: leave the classifier out.
+
+    Raises:
+        CheckpointError: it is such a file, and cannot be converted; the message says why.
+    """
+    config = None
+    if header.config is not None:
+        if "architecture" in header.config or not isinstance(header.config.get("model_type"), str):
+            return None
+        config = Config(header.config, show(header.path.parent / "config.json"))
+        family = _family_of(config)
+    else:
+        found = _family_by_names(header.tensors)
+        if found is None:
+            return None
+        family = found
+    try:
+        return _conversion(header, family, config, headless)
+    except CheckpointError as error:
+        where = show(header.path)
+        text = str(error)
+        if config is not None and text.startswith(config.where):
+            raise
+        raise CheckpointError(f"{where}: {family.title}: {text}") from None
+
+
+def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
+    renaming = family.renaming(header.shapes)
+    meta = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in header.tensors.items()
+    }
+    renamed = _converted(renaming, meta, headless)
+    tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
+    shapes = {name: info.shape for name, info in tensors.items()}
+    built: Built | None = None
+    cfg: dict[str, Any] = {}
+    notes: list[str] = []
+    if config is not None:
+        assert family.build is not None
+        built = family.build(_of_images(config), shapes)
+        cfg, notes = _cfg(header, config, built, shapes)
+    elif family.guess is not None:
+        built = family.guess(shapes)
+    left_out = renaming.what_is_left_out(header.tensors)
+    if left_out:
+        notes.append(f"left out: {', '.join(left_out)}")
+    return Conversion(family, renaming, headless, tensors, built, cfg, tuple(notes))
+
+
+def _converted(renaming: Renaming, tensors: Mapping[str, Tensor], headless: bool) -> dict[str, Tensor]:
+    if headless:
+        renaming, tensors = renaming.without_refusals(tensors)
+    renamed = renaming.apply(tensors)
+    if headless:
+        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(_HEADS)}
+    return renamed
+
+
+def _family_of(config: Config) -> Family:
+    stated = config.text("model_type")
+    for family in FAMILIES:
+        if stated in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise CheckpointError(
+        f"{config.where}: models of transformers of model_type {stated!r:.80} are not converted to timm; "
+        f"mhacut converts {known}. If timm has the same model, give its weights "
+        f"({option_name('checkpoint', 'timm:NAME')})"
+    )
+
+
+def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
+    def has(end: str) -> bool:
+        return any(name == end or name.endswith(f".{end}") for name in tensors)
+
+    for family in FAMILIES:
+        if all(map(has, family.sign)) and not any(map(has, family.unlike)):
+            return family
+    return None
+
+
+def _of_images(config: Config) -> Config:
+    part = _WRAPPERS.get(config.text("model_type"))
+    return config.part(part) if part is not None and part in config else config
+
+
+def _cfg(
+    header: FileHeader, config: Config, built: Built, shapes: Shapes
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the pretrained_cfg that the folder states, and what to say about it."""
+    channels = int(built.args.get("in_chans", 3))
+    side = built.args.get("img_size")
+    cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
+    notes = []
+    names = label_names(config, shapes.get("head.weight", (0,))[0])
+    if names is not None:
+        cfg["label_names"] = names
+    if header.preprocessor is None:
+        notes.append(f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}")
+        return cfg, notes
+    processor = Config(header.preprocessor, show(header.path.parent / "preprocessor_config.json"))
+    cfg |= transformers_cfg(processor, channels)
+    stated = image_side(processor)
+    if stated is not None and side is not None and stated != side:
+        notes.append(
+            f"preprocessor_config.json has images of {stated}x{stated}, the model is built for {side}x{side}"
+        )
+    return cfg, notes

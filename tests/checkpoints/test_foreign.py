@@ -1,0 +1,260 @@
+"""Checkpoints of other libraries, written here by name: tables of names, configurations, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mhacut
+from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.family import mlp_ratio
+from mhacut.checkpoint.foreign.images import transformers_cfg
+from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.errors import CheckpointError
+
+CONFIG = {
+    "model_type": "vit",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "image_size": 32,
+    "patch_size": 8,
+    "id2label": {"0": "cat", "1": "dog", "2": "owl"},
+}
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.2, 0.1],
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 32, "width": 32},
+}
+
+
+def vit_tensors(dtype=torch.float32):
+    """Tensors of a ViT with three classes under the names of transformers."""
+    shapes = {
+        "vit.embeddings.cls_token": (1, 1, 24),
+        "vit.embeddings.position_embeddings": (1, 17, 24),
+        "vit.embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8),
+        "vit.embeddings.patch_embeddings.projection.bias": (24,),
+        "vit.pooler.dense.weight": (24, 24),
+        "classifier.weight": (3, 24),
+        "classifier.bias": (3,),
+    }
+    linear = {"attention.attention.query": (24, 24), "attention.attention.key": (24, 24)}
+    linear |= {"attention.attention.value": (24, 24), "attention.output.dense": (24, 24)}
+    linear |= {"intermediate.dense": (50, 24), "output.dense": (24, 50)}
+    for block in (0, 1):
+        for name, shape in linear.items():
+            shapes[f"vit.encoder.layer.{block}.{name}.weight"] = shape
+            shapes[f"vit.encoder.layer.{block}.{name}.bias"] = shape[:1]
+    norms = ["encoder.layer.0.layernorm_", "encoder.layer.1.layernorm_"]
+    for norm in [f"{prefix}{place}" for prefix in norms for place in ("before", "after")] + ["layernorm"]:
+        shapes |= {f"vit.{norm}.weight": (24,), f"vit.{norm}.bias": (24,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as transformers writes it."""
+
+    def write(config=None, tensors=None, processor=PROCESSOR, shards=1):
+        path = tmp_path / "vit"
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(CONFIG | (config or {})))
+        if processor is not None:
+            (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        tensors = vit_tensors() if tensors is None else tensors
+        names = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
+        for index, name in enumerate(names if shards > 1 else ["model.safetensors"]):
+            save_file(dict(list(tensors.items())[index::shards]), path / name)
+        return path
+
+    return write
+
+
+def refusal(path, **hints):
+    with pytest.raises(CheckpointError) as error:
+        read_model(path, **hints)
+    return str(error.value)
+
+
+def test_a_folder_of_transformers_is_a_timm_model(folder):
+    tensors = vit_tensors(torch.bfloat16)
+    checkpoint = read_model(folder(tensors=tensors))
+    state = checkpoint.model.state_dict()
+    joined = [
+        tensors[f"vit.encoder.layer.1.attention.attention.{part}.weight"]
+        for part in ("query", "key", "value")
+    ]
+    assert torch.equal(state["blocks.1.attn.qkv.weight"], torch.cat(joined).float())
+    assert torch.equal(state["head.weight"], tensors["classifier.weight"].float())
+    assert set(checkpoint.dtypes.values()) == {torch.bfloat16}
+    identity = checkpoint.identity
+    assert identity.architecture == "vit_base_patch16_224"
+    assert identity.model_args["num_heads"] == 3
+    assert identity.model_args["num_classes"] == 3
+    cfg = identity.pretrained_cfg
+    assert cfg["label_names"] == ["cat", "dog", "owl"]
+    assert (cfg["mean"], cfg["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
+    assert (cfg["interpolation"], cfg["crop_pct"], cfg["crop_mode"]) == ("bilinear", 1.0, "squash")
+    assert checkpoint.notes[0] == "converted from ViT of transformers; left out: the pooler"
+
+
+def test_shards_are_read_as_one_file(folder):
+    whole = mhacut.load_model(folder()).state_dict()
+    path = folder(shards=3)
+    (path / "model.safetensors").unlink()
+    checkpoint = read_model(path)
+    parts = checkpoint.model.state_dict()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert len(checkpoint.sha256) == 64
+    assert len(mhacut.inspect(path).inspection.layers) == 4
+    (path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refusal(path)
+
+
+def test_a_shard_of_another_model_is_refused(folder):
+    path = folder(shards=2)
+    (path / "model.safetensors").unlink(missing_ok=True)
+    save_file(vit_tensors(), path / "model-00002-of-00002.safetensors")
+    assert "is in another shard too" in refusal(path)
+    save_file(vit_tensors(), path / "model-00001-of-00007.safetensors")
+    assert "shards of several models" in refusal(path)
+
+
+def test_a_bare_file_is_recognised_by_its_names(folder):
+    path = folder() / "model.safetensors"
+    args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
+    found = read_model(path, model="vit_base_patch16_224", model_args=args)
+    expected = mhacut.load_model(path.parent).state_dict()
+    state = found.model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert found.identity.model_args["img_size"] == 32
+    assert "model=" in refusal(path)
+
+
+def test_the_classifier_can_be_left_out(folder):
+    model = mhacut.load_model(folder(), num_classes=0)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 24)
+    assert "the head differs: num_classes=3?" in refusal(folder(), num_classes=5)
+
+
+def test_another_architecture_than_the_configurations_is_refused(folder):
+    assert "it is converted to vit_base_patch16_224" in refusal(folder(), model="vit_tiny_patch16_224")
+    assert read_model(folder(), model="vit_base_patch16_224").has_weights
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"model_type": "segformer"},
+            "model_type 'segformer' are not converted to timm; mhacut converts vit",
+        ),
+        ({"hidden_size": "24"}, "hidden_size: expected a whole number from 1 to 65536, found '24'"),
+        ({"hidden_size": True}, "hidden_size: expected a whole number"),
+        ({"hidden_size": 10**30}, "hidden_size: expected a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: expected a whole number"),
+        ({"num_hidden_layers": 60000}, "out of all proportion"),
+        ({"image_size": [32, 16]}, "image_size: expected the side of a square"),
+        ({"image_size": 60000}, "at most 4194304 pixels"),
+        ({"qkv_bias": "no"}, "qkv_bias: expected true or false"),
+        ({"hidden_act": {"a": 1}}, "hidden_act: expected a text of at most 100 characters, found dict"),
+        ({"hidden_act": "mish"}, "hidden_act: expected one of gelu"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001 cannot be converted"),
+        ({"num_attention_heads": 5}, "timm cannot build"),
+        ({"num_channels": 4}, "image_mean: expected a list of 4 numbers"),
+    ],
+)
+def test_configurations_are_not_trusted(folder, config, says):
+    assert says in refusal(folder(config))
+
+
+def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
+    tensors = vit_tensors()
+    extra = folder(tensors=tensors | {"decode_head.weight": torch.zeros(2)})
+    assert "ViT of transformers: 1 tensors are not part of the model: 'decode_head.weight'" in refusal(extra)
+    del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
+    assert "is joined of 3 tensors, found 2 of them" in refusal(folder(tensors=tensors))
+    tensors["vit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(24, 7)
+    assert "do not fit together" in refusal(folder(tensors=tensors))
+    missing = vit_tensors()
+    del missing["vit.layernorm.weight"]
+    assert "1 missing, 0 unexpected" in refusal(folder(tensors=missing))
+
+
+def test_shapes_of_a_converted_file_read_no_weights(folder):
+    checkpoint = open_checkpoint(folder())
+    assert checkpoint.skeleton.blocks[0].attn.qkv.weight.is_meta
+    assert not checkpoint.has_weights
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"size": 224, "resample": 3}, {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}),
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, {"crop_pct": 0.875, "crop_mode": "squash"}),
+        (
+            {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            {"crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (
+            {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"},
+            {"crop_pct": 1.0, "crop_mode": "center"},
+        ),
+        (
+            {"size": {"shortest_edge": 224}, "crop_size": 224, "image_processor_type": "LevitImageProcessor"},
+            {"crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (
+            {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "rescale_factor": 2 / 255},
+            {"mean": [0.5] * 3, "std": [1.0] * 3},
+        ),
+        (
+            {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "do_normalize": False},
+            {"mean": [0.0] * 3, "std": [1.0] * 3},
+        ),
+    ],
+)
+def test_preprocessing_is_timms_words_for_it(processor, expected):
+    found = transformers_cfg(Config(processor, "here"), 3)
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"image_mean": [0.5, 0.5], "image_std": [1, 1, 1]},
+        {"image_mean": "0.5", "image_std": [1, 1, 1]},
+        {"size": -3},
+        {"size": {"shortest_edge": 10**9}},
+        {"do_rescale": "yes"},
+        {"rescale_factor": [1]},
+    ],
+)
+def test_preprocessing_is_not_trusted(processor):
+    with pytest.raises(CheckpointError, match=r"^here: "):
+        transformers_cfg(Config(processor, "here"), 3)
+
+
+def test_names_with_several_numbers_and_parts():
+    table = Renaming(
+        {"a.*.b.*.q": "x.*.y.*.qk#0", "a.*.b.*.k": "x.*.y.*.qk#1"}, {"text": "the text"}, prefixes=("m.",)
+    )
+    found = table.apply(
+        {"m.a.1.b.2.k.w": torch.ones(1), "m.a.1.b.2.q.w": torch.zeros(2), "m.text.w": torch.ones(1)}
+    )
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"x.1.y.2.qk.w": [0, 0, 1]}
+    assert table.what_is_left_out({"m.text.w": 1}) == ["the text"]
+    with pytest.raises(CheckpointError, match=r"two tensors would be 'x.1.y.2.z.w'"):
+        Renaming({"a": "x.1.y.2.z", "b": "x.1.y.2.z"}).apply({"a.w": torch.ones(1), "b.w": torch.ones(1)})

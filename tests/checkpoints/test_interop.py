@@ -1,0 +1,143 @@
+"""Checkpoints of other libraries give in timm what they give in their own library."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mhacut
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DINO = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+
+
+@torch.no_grad()
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return the model with weights that are far from their initial values, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                tensor.copy_(1 + noise.abs())
+            elif tensor.dim() > 1:
+                tensor.copy_(noise / tensor[0].numel() ** 0.5)
+            else:
+                tensor.add_(noise * 0.3)
+    return model.eval()
+
+
+def logits(output: Any) -> torch.Tensor:
+    return output.logits
+
+
+def class_token(output: Any) -> torch.Tensor:
+    return output.last_hidden_state[:, 0]
+
+
+def pooled(output: Any) -> torch.Tensor:
+    return output.pooler_output
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    answer: Callable[[Any], torch.Tensor] = logits
+    load: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "vit": Case("ViTForImageClassification", "ViTConfig", {**SMALL, "num_labels": 7}),
+    "vit-features": Case("ViTModel", "ViTConfig", {**SMALL, "qkv_bias": False}, class_token),
+    "vit-eps": Case(
+        "ViTModel", "ViTConfig", {**SMALL, "layer_norm_eps": 1e-5, "hidden_act": "relu"}, class_token
+    ),
+    "deit": Case("DeiTForImageClassification", "DeiTConfig", {**SMALL, "num_labels": 7}),
+    "deit-distilled": Case("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**SMALL, "num_labels": 7}),
+    "beit": Case(
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**SMALL, "num_labels": 7, "use_relative_position_bias": True},
+    ),
+    "beit-shared": Case(
+        "BeitForImageClassification",
+        "BeitConfig",
+        {
+            **SMALL,
+            "num_labels": 7,
+            "use_shared_relative_position_bias": True,
+            "use_absolute_position_embeddings": True,
+        },
+    ),
+    "dinov2": Case("Dinov2Model", "Dinov2Config", DINO, class_token),
+    "dinov2-gated": Case("Dinov2Model", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}, class_token),
+    "dinov2-headless": Case(
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        {**DINO, "num_labels": 7},
+        class_token,
+        {"num_classes": 0},
+    ),
+    "dinov2-registers": Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO, class_token),
+    "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", {**SMALL, "num_register_tokens": 4}, class_token),
+    "dinov3-gated": Case(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**SMALL, "use_gated_mlp": True, "hidden_act": "silu"},
+        class_token,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def built(transformers, tmp_path_factory):
+    """A folder that transformers wrote, and its model, each case once."""
+
+    def build(case: Case):
+        config = getattr(transformers, case.config)(**case.options)
+        model = randomised(getattr(transformers, case.model)(config))
+        folder = tmp_path_factory.mktemp("folder")
+        model.save_pretrained(folder)
+        return folder, model
+
+    return build
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_answers_are_timms(built, name):
+    case = CASES[name]
+    folder, original = built(case)
+    side = case.options.get("image_size", 64)
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        if "headless" in name:
+            original = original.base_model
+        expected = case.answer(original(pixel_values=images))
+    converted = mhacut.load_model(folder, **case.load)
+    with torch.no_grad():
+        found = converted(images)
+    assert expected.std() > 0.05
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
