@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import mhacut
+from mhacut.checkpoint.load import read_model
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -58,6 +59,10 @@ def class_token(output: Any) -> torch.Tensor:
 
 def pooled(output: Any) -> torch.Tensor:
     return output.pooler_output
+
+
+def projected(output: Any) -> torch.Tensor:
+    return output.image_embeds
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,18 @@ CASES = {
         {**SMALL, "use_gated_mlp": True, "hidden_act": "silu"},
         class_token,
     ),
+    "clip": Case("CLIPVisionModel", "CLIPVisionConfig", SMALL, pooled),
+    "clip-gelu": Case("CLIPVisionModel", "CLIPVisionConfig", {**SMALL, "hidden_act": "gelu"}, pooled),
+    "clip-projected": Case(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**SMALL, "projection_dim": 12}, projected
+    ),
+    "clip-classifier": Case(
+        "CLIPForImageClassification", "CLIPConfig", {"vision_config": SMALL, "num_labels": 7}
+    ),
+    "siglip": Case("SiglipVisionModel", "SiglipVisionConfig", SMALL, pooled),
+    "siglip-classifier": Case(
+        "SiglipForImageClassification", "SiglipConfig", {"vision_config": SMALL, "num_labels": 7}
+    ),
 }
 
 
@@ -130,7 +147,7 @@ def built(transformers, tmp_path_factory):
 def test_transformers_answers_are_timms(built, name):
     case = CASES[name]
     folder, original = built(case)
-    side = case.options.get("image_size", 64)
+    side = case.options.get("image_size", 32)
     images = torch.randn(2, 3, side, side)
     with torch.no_grad():
         if "headless" in name:
@@ -141,3 +158,36 @@ def test_transformers_answers_are_timms(built, name):
         found = converted(images)
     assert expected.std() > 0.05
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
+
+
+def test_a_model_of_two_towers_gives_its_image_tower(built):
+    tower = {
+        "num_hidden_layers": 1,
+        "vocab_size": 40,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    options = {"vision_config": SMALL, "text_config": {**SMALL, **tower}, "projection_dim": 12}
+    folder, original = built(Case("CLIPModel", "CLIPConfig", options))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = original.visual_projection(original.vision_model(pixel_values=images).pooler_output)
+        found = mhacut.load_model(folder)(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert "left out: the text tower" in read_model(folder).notes[0]
+
+
+def test_patches_of_siglip_2_become_a_square_image(built):
+    options = {name: value for name, value in SMALL.items() if name != "image_size"} | {"num_patches": 16}
+    folder, original = built(Case("Siglip2VisionModel", "Siglip2VisionConfig", options))
+    images = torch.randn(2, 3, 32, 32)
+    grid = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 192)
+    with torch.no_grad():
+        expected = original(
+            pixel_values=grid,
+            pixel_attention_mask=torch.ones(2, 16, dtype=torch.long),
+            spatial_shapes=torch.tensor([[4, 4], [4, 4]]),
+        ).pooler_output
+        found = mhacut.load_model(folder)(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhacut.checkpoint.foreign.clip import CLIP, SIGLIP
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
 from mhacut.checkpoint.foreign.images import image_side, label_names, transformers_cfg
@@ -18,7 +19,7 @@ from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
-FAMILIES: tuple[Family, ...] = (VIT, BEIT, DINOV2, DINOV3)
+FAMILIES: tuple[Family, ...] = (VIT, BEIT, DINOV2, DINOV3, CLIP, SIGLIP)
 """Every family, of files without a configuration the first whose sign fits."""
 _HEADS = ("head.", "head_dist.")
 """Beginnings of the names of classifiers in timm."""
