@@ -13,6 +13,7 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.images import transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.swin import SWIN
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.errors import CheckpointError
 
@@ -245,6 +246,13 @@ def test_preprocessing_is_timms_words_for_it(processor, expected):
 def test_preprocessing_is_not_trusted(processor):
     with pytest.raises(CheckpointError, match=r"^here: "):
         transformers_cfg(Config(processor, "here"), 3)
+
+
+def test_windows_that_do_not_tile_the_image_are_refused():
+    config = Config({"image_size": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}, "here")
+    with pytest.raises(CheckpointError, match=r"the 16x16 grid of stage 0 is no multiple of it"):
+        SWIN.build(config, {})
+    assert SWIN.build(Config({}, "here"), {}).architecture == "swin_tiny_patch4_window7_224"
 
 
 def test_names_with_several_numbers_and_parts():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +14,10 @@ import torch
 from torch import nn
 
 import mhacut
+from mhacut.checkpoint.files import read_file_header
+from mhacut.checkpoint.foreign.recognise import recognise
 from mhacut.checkpoint.load import read_model
+from mhacut.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -22,6 +27,22 @@ SMALL = {
     "intermediate_size": 50,
     "image_size": 32,
     "patch_size": 8,
+}
+SWIN = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 12,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+LEVIT = {
+    "image_size": 64,
+    "hidden_sizes": [16, 24, 32],
+    "num_attention_heads": [2, 3, 4],
+    "depths": [1, 2, 1],
+    "key_dim": [8, 8, 8],
+    "num_labels": 7,
 }
 DINO = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
 
@@ -126,6 +147,36 @@ CASES = {
     "siglip-classifier": Case(
         "SiglipForImageClassification", "SiglipConfig", {"vision_config": SMALL, "num_labels": 7}
     ),
+    "swin": Case("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 7}),
+    "swin-features": Case("SwinModel", "SwinConfig", {**SWIN, "window_size": 8, "qkv_bias": False}, pooled),
+    "swinv2": Case("Swinv2ForImageClassification", "Swinv2Config", {**SWIN, "num_labels": 7}),
+    "swinv2-pretrained-window": Case(
+        "Swinv2Model", "Swinv2Config", {**SWIN, "window_size": 8, "pretrained_window_sizes": [4, 4]}, pooled
+    ),
+    "pvt_v2": Case(
+        "PvtV2ForImageClassification",
+        "PvtV2Config",
+        {
+            "image_size": 64,
+            "depths": [1, 2, 1, 1],
+            "hidden_sizes": [8, 16, 24, 32],
+            "num_attention_heads": [1, 2, 3, 4],
+            "num_labels": 7,
+        },
+    ),
+    "levit": Case("LevitForImageClassification", "LevitConfig", LEVIT),
+    "levit-distilled": Case("LevitForImageClassificationWithTeacher", "LevitConfig", LEVIT),
+    "mobilevit": Case(
+        "MobileViTForImageClassification",
+        "MobileViTConfig",
+        {
+            "image_size": 64,
+            "hidden_sizes": [64, 80, 96],
+            "neck_hidden_sizes": [16, 16, 24, 48, 64, 80, 320],
+            "expand_ratio": 2.0,
+            "num_labels": 7,
+        },
+    ),
 }
 
 
@@ -157,7 +208,27 @@ def test_transformers_answers_are_timms(built, name):
     with torch.no_grad():
         found = converted(images)
     assert expected.std() > 0.05
+    header = read_file_header(folder)
+    headless = case.load.get("num_classes") == 0
+    by_names = recognise(dataclasses.replace(header, config=None), headless=headless)
+    assert by_names.family is recognise(header, headless=headless).family
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
+
+
+def test_images_of_blue_green_and_red_become_red_green_and_blue(built):
+    folder, original = built(CASES["mobilevit"])
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = original(pixel_values=images.flip(1)).logits
+        found = mhacut.load_model(folder)(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_classifier_of_dinov2_is_refused(built):
+    folder, _ = built(CASES["dinov2-headless"])
+    with pytest.raises(CheckpointError, match="reads the class token and the mean of the patches"):
+        read_model(folder)
 
 
 def test_a_model_of_two_towers_gives_its_image_tower(built):

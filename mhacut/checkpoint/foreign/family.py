@@ -34,6 +34,8 @@ class Built:
     """Name in timm."""
     args: dict[str, Any]
     """Further arguments of ``timm.create_model``; ``num_classes`` follows from the classifier's shape."""
+    side: int | None = None
+    """Side of the images in pixels, where timm's model has no argument ``img_size``."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Family:
     """Values of ``model_type`` in ``config.json``."""
     unlike: tuple[str, ...] = field(default=())
     """Ends of tensor names that no file of it has."""
+    stem: str = "patch_embed.proj.weight"
+    """Name in timm of the weight whose second dimension counts the channels of images."""
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

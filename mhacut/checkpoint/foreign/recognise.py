@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,18 +11,33 @@ from torch import Tensor
 
 from mhacut.checkpoint.foreign.clip import CLIP, SIGLIP
 from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.convolutional import LEVIT, MOBILEVIT, PVT_V2
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
-from mhacut.checkpoint.foreign.images import image_side, label_names, transformers_cfg
+from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.swin import SWIN, SWINV2
 from mhacut.checkpoint.foreign.vit import BEIT, DINOV2, DINOV3, VIT
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
-FAMILIES: tuple[Family, ...] = (VIT, BEIT, DINOV2, DINOV3, CLIP, SIGLIP)
+FAMILIES: tuple[Family, ...] = (
+    VIT,
+    BEIT,
+    DINOV2,
+    DINOV3,
+    CLIP,
+    SIGLIP,
+    SWIN,
+    SWINV2,
+    PVT_V2,
+    LEVIT,
+    MOBILEVIT,
+)
 """Every family, of files without a configuration the first whose sign fits."""
 _HEADS = ("head.", "head_dist.")
 """Beginnings of the names of classifiers in timm."""
+_CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
 """Configurations of an image and a text tower: which part is the image tower's."""
 
@@ -82,6 +97,9 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
 
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
     renaming = family.renaming(header.shapes)
+    processor = _processor(header)
+    if config is not None and flips_channels(processor):
+        renaming = _flipped(renaming, family.stem)
     meta = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in header.tensors.items()
@@ -95,7 +113,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     if config is not None:
         assert family.build is not None
         built = family.build(_of_images(config), shapes)
-        cfg, notes = _cfg(header, config, built, shapes)
+        cfg, notes = _cfg(processor, config, built, shapes)
     elif family.guess is not None:
         built = family.guess(shapes)
     left_out = renaming.what_is_left_out(header.tensors)
@@ -111,6 +129,23 @@ def _converted(renaming: Renaming, tensors: Mapping[str, Tensor], headless: bool
     if headless:
         renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(_HEADS)}
     return renamed
+
+
+def _processor(header: FileHeader) -> Config | None:
+    if header.preprocessor is None:
+        return None
+    return Config(header.preprocessor, show(header.path.parent / "preprocessor_config.json"))
+
+
+def _flipped(renaming: Renaming, stem: str) -> Renaming:
+    """Return the table that turns a model of blue, green, red images into one of red, green, blue."""
+
+    def finish(tensors: dict[str, Tensor]) -> None:
+        if renaming.finish is not None:
+            renaming.finish(tensors)
+        tensors[stem] = tensors[stem].flip(1)
+
+    return replace(renaming, finish=finish)
 
 
 def _family_of(config: Config) -> Family:
@@ -142,20 +177,20 @@ def _of_images(config: Config) -> Config:
 
 
 def _cfg(
-    header: FileHeader, config: Config, built: Built, shapes: Shapes
+    processor: Config | None, config: Config, built: Built, shapes: Shapes
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the pretrained_cfg that the folder states, and what to say about it."""
     channels = int(built.args.get("in_chans", 3))
-    side = built.args.get("img_size")
+    side = built.side or built.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
     notes = []
-    names = label_names(config, shapes.get("head.weight", (0,))[0])
+    heads = [shapes[name] for name in _CLASSIFIERS if name in shapes]
+    names = label_names(config, heads[0][0] if heads and heads[0] else 0)
     if names is not None:
         cfg["label_names"] = names
-    if header.preprocessor is None:
+    if processor is None:
         notes.append(f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}")
         return cfg, notes
-    processor = Config(header.preprocessor, show(header.path.parent / "preprocessor_config.json"))
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
     if stated is not None and side is not None and stated != side:
