@@ -89,12 +89,20 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     return found
 
 
-def _from_names(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
-    """Build the model of a file that states none: as named, else from names and shapes."""
+def _from_names(
+    header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
+) -> Identified:
+    """Build the model of a file that states none: as named, else from names and shapes.
+
+    ``cfg`` is what is known of its pretrained_cfg.
+    """
     if hints.model is not None:
         name, tag = _split_tag(hints.model)
         _check_name(header, name, option_name("model"))
-        found = infer_from_shapes(name, args, _cfg_of_tag(name, tag), header.tensors)
+        of_tag = _cfg_of_tag(name, tag)
+        if cfg and not tag:
+            of_tag = completed_cfg(name, checked_pretrained_cfg(cfg))
+        found = infer_from_shapes(name, args, of_tag, header.tensors)
         return _with_note(found, f"architecture {name}, as given")
     found = search(header, args)
     return _with_note(
@@ -117,13 +125,14 @@ def _from_conversion(
         )
     if built is None or (header.config is None and hints.model is not None):
         renamed = dataclasses.replace(header, tensors=foreign.tensors, config=None)
-        found = _from_names(renamed, args, hints)
+        found = _from_names(renamed, args, hints, foreign.cfg)
     else:
         cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
         found = infer_from_shapes(
             built.architecture, {**built.args, **args}, cfg, foreign.tensors, bounded=True
         )
-        found = _with_note(found, f"architecture {built.architecture}, from the file's own description")
+        origin = "its configuration" if header.config is not None else "names and shapes"
+        found = _with_note(found, f"architecture {built.architecture}, from {origin}")
     note = f"converted from {foreign.family.title}; {', '.join(foreign.notes)}".rstrip("; ")
     return dataclasses.replace(_with_note(found, note), conversion=foreign)
 

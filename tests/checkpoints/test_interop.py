@@ -15,6 +15,7 @@ from torch import nn
 
 import mhacut
 from mhacut.checkpoint.files import read_file_header
+from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.recognise import recognise
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import CheckpointError
@@ -59,7 +60,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Return the model with weights that are far from their initial values, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith("coords_table"):
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("running_var"):
                 tensor.copy_(1 + noise.abs())
@@ -262,3 +263,42 @@ def test_patches_of_siglip_2_become_a_square_image(built):
         ).pooler_output
         found = mhacut.load_model(folder)(images)
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def torchvision_models():
+    """Tiny models of torchvision; head counts of its ViT show in no file, so that size is a published one."""
+    from torchvision.models import vision_transformer as vit
+    from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+
+    v2 = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    return {
+        "vit": lambda: vit.VisionTransformer(32, 8, 2, 3, 24, 50, num_classes=7),
+        "swin": lambda: SwinTransformer([4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=7),
+        "swinv2": lambda: SwinTransformer([4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=7, **v2),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "swinv2"])
+def test_torchvisions_answers_are_timms(name, tmp_path):
+    original = randomised(torchvision_models()[name]())
+    torch.save(original.state_dict(), tmp_path / "model.pth")
+    args: dict[str, Any] = {}
+    if name == "vit":
+        args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
+        args["model"] = "vit_base_patch16_224"
+    model = mhacut.load_model(tmp_path / "model.pth", **args)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = original(images), model(images)
+    assert expected.std() > 0.05
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
+    assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_the_maxvit_of_torchvision_is_refused_by_name(tmp_path):
+    from torchvision.models.maxvit import MaxVit
+
+    model = MaxVit((64, 64), 16, 2, [16, 32], [1, 2], 16, 0.2, num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="a convolution in the first shortcut"):
+        read_model(tmp_path / "model.pth")

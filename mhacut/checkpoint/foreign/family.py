@@ -34,6 +34,8 @@ class Built:
     """Name in timm."""
     args: dict[str, Any]
     """Further arguments of ``timm.create_model``; ``num_classes`` follows from the classifier's shape."""
+    cfg: dict[str, Any] = field(default_factory=dict)
+    """Preprocessing that goes with these weights, as timm's pretrained_cfg has it."""
     side: int | None = None
     """Side of the images in pixels, where timm's model has no argument ``img_size``."""
 
@@ -50,12 +52,14 @@ class Family:
     """Function from the file's shapes to the table of names."""
     build: Callable[[Config, Shapes], Built] | None = None
     """Function from the configuration and the renamed shapes to timm's model."""
-    guess: Callable[[Shapes], Built | None] | None = None
-    """The same by renamed shapes alone, of files without a configuration; None where they do not show it."""
+    guess: Callable[[Shapes, Shapes], Built | None] | None = None
+    """The same by shapes alone, renamed and as in the file; None where they do not show it."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in ``config.json``."""
     unlike: tuple[str, ...] = field(default=())
     """Ends of tensor names that no file of it has."""
+    cfg: Mapping[str, Any] = field(default_factory=dict)
+    """Preprocessing of all of its files, as timm's pretrained_cfg has it, where none is stated."""
     stem: str = "patch_embed.proj.weight"
     """Name in timm of the weight whose second dimension counts the channels of images."""
 

@@ -9,32 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint.foreign.clip import CLIP, SIGLIP
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.convolutional import LEVIT, MOBILEVIT, PVT_V2
+from mhacut.checkpoint.foreign.families import FAMILIES
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
-from mhacut.checkpoint.foreign.swin import SWIN, SWINV2
-from mhacut.checkpoint.foreign.vit import BEIT, DINOV2, DINOV3, VIT
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
-FAMILIES: tuple[Family, ...] = (
-    VIT,
-    BEIT,
-    DINOV2,
-    DINOV3,
-    CLIP,
-    SIGLIP,
-    SWIN,
-    SWINV2,
-    PVT_V2,
-    LEVIT,
-    MOBILEVIT,
-)
-"""Every family, of files without a configuration the first whose sign fits."""
 _HEADS = ("head.", "head_dist.")
 """Beginnings of the names of classifiers in timm."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
@@ -87,6 +70,10 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
         family = found
     try:
         return _conversion(header, family, config, headless)
+    except (KeyError, IndexError) as error:  # a tensor is missing, or has too few dimensions
+        raise CheckpointError(
+            f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
+        ) from None
     except CheckpointError as error:
         where = show(header.path)
         text = str(error)
@@ -108,14 +95,17 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
     built: Built | None = None
-    cfg: dict[str, Any] = {}
+    cfg: dict[str, Any] = dict(family.cfg)
     notes: list[str] = []
     if config is not None:
         assert family.build is not None
         built = family.build(_of_images(config), shapes)
         cfg, notes = _cfg(processor, config, built, shapes)
     elif family.guess is not None:
-        built = family.guess(shapes)
+        built = family.guess(shapes, header.shapes)
+        if built is not None:
+            side = built.args["img_size"]
+            cfg = {"input_size": [built.args["in_chans"], side, side], **built.cfg}
     left_out = renaming.what_is_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")

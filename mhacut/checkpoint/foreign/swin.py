@@ -86,13 +86,14 @@ def _check_windows(config: Config, grid: int, depths: list[int], window: int) ->
         grid = (grid + 1) // 2
 
 
-def _size(args: dict[str, Any]) -> str:
+def swin_size(args: dict[str, Any]) -> str:
+    """Return timm's word for a Swin's width and depth, ``tiny`` for any other."""
     return _SIZES.get((args["embed_dim"], args["depths"][2] if len(args["depths"]) > 2 else 0), "tiny")
 
 
 def _build_swin(config: Config, shapes: Shapes) -> Built:
     args = _args(config)
-    name = f"swin_{_size(args)}_patch4_window{args['window_size']}_{args['img_size']}"
+    name = f"swin_{swin_size(args)}_patch4_window{args['window_size']}_{args['img_size']}"
     return Built(name if known_model(name) else "swin_tiny_patch4_window7_224", args)
 
 
@@ -103,7 +104,7 @@ def _build_swinv2(config: Config, shapes: Shapes) -> Built:
     if len(windows) < stages:
         raise config.fault("pretrained_window_sizes", f"one number for each of {stages} stages")
     args["pretrained_window_sizes"] = windows[:stages]
-    name = f"swinv2_{_size(args)}_window{args['window_size']}_{args['img_size']}"
+    name = f"swinv2_{swin_size(args)}_window{args['window_size']}_{args['img_size']}"
     return Built(name if known_model(name) else "swinv2_tiny_window8_256", args)
 
 

@@ -12,7 +12,7 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, activation, check_eps, mlp_ratio
 from mhacut.checkpoint.foreign.rename import Renaming
 
-_SIZES = {
+SIZES = {
     (192, 12, 3): "tiny",
     (384, 12, 6): "small",
     (768, 12, 12): "base",
@@ -73,7 +73,7 @@ def vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, An
 
 def size_name(args: dict[str, Any]) -> str | None:
     """Return timm's word for a ViT's width, depth and heads, ``base``, if it has one."""
-    return _SIZES.get((args["embed_dim"], args["depth"], args["num_heads"]))
+    return SIZES.get((args["embed_dim"], args["depth"], args["num_heads"]))
 
 
 def _vit_renaming(shapes: Shapes) -> Renaming:
