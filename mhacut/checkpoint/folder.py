@@ -18,6 +18,7 @@ _MAX_CONFIG_BYTES = 4 * 2**20
 _WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
     "model.pth",
     "model.pt",
@@ -34,7 +35,7 @@ class Folder:
     weights: Sequence[Path]
     """The file with the weights, or the files they are spread over."""
     config: dict[str, Any]
-    """Content of ``config.json``; untrusted."""
+    """Content of ``config.json`` or ``open_clip_config.json``; untrusted."""
     preprocessor: dict[str, Any] | None
     """Content of ``preprocessor_config.json``; untrusted."""
 
@@ -48,8 +49,8 @@ def open_folder(folder: Path) -> Folder:
         CheckpointError: there is no configuration, or no weights, or not all shards.
     """
     one = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
+    config = _config(folder, one)
+    if config is None:
         hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
         raise CheckpointError(f"{show(folder)}: is a directory without a config.json{hint}")
     weights = [one] if one is not None else _shards(folder)
@@ -58,9 +59,17 @@ def open_folder(folder: Path) -> Folder:
             f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
         )
     preprocessor = folder / "preprocessor_config.json"
-    return Folder(
-        weights, _read_object(config_path), _read_object(preprocessor) if preprocessor.is_file() else None
-    )
+    return Folder(weights, config, _read_object(preprocessor) if preprocessor.is_file() else None)
+
+
+def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
+    """Return the configuration that goes with the weights; None if there is none."""
+    plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
+    config = _read_object(plain) if plain.is_file() else None
+    for_open_clip = weights is not None and weights.name.startswith("open_clip")
+    if of_open_clip.is_file() and (config is None or (for_open_clip and "architecture" not in config)):
+        return _read_object(of_open_clip)
+    return config
 
 
 def _shards(folder: Path) -> list[Path]:

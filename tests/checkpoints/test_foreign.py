@@ -248,6 +248,91 @@ def test_preprocessing_is_not_trusted(processor):
         transformers_cfg(Config(processor, "here"), 3)
 
 
+@pytest.mark.slow
+def test_a_folder_of_transformers_is_pruned_like_any_other(folder, tmp_path):
+    path = folder()
+    result = mhacut.prune(path, flops="70%", effort="fast", round_to=1, output=tmp_path / "slim.safetensors")
+    record = read_model(result.output).record
+    assert record.identity.architecture == "vit_base_patch16_224"
+    assert record.preprocessing["crop_mode"] == "squash"
+    assert result.slim.flops <= 0.7 * result.dense.flops
+    again = mhacut.inspect(result.output, compare=path)
+    assert again.comparison is not None
+
+
+OPEN_CLIP = {
+    "visual.class_embedding": (24,),
+    "visual.positional_embedding": (17, 24),
+    "visual.proj": (24, 12),
+    "visual.conv1.weight": (24, 3, 8, 8),
+    "visual.transformer.resblocks.0.attn.in_proj_weight": (72, 24),
+    "visual.transformer.resblocks.0.attn.in_proj_bias": (72,),
+    "visual.transformer.resblocks.0.attn.out_proj.weight": (24, 24),
+    "visual.transformer.resblocks.0.attn.out_proj.bias": (24,),
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": (96, 24),
+    "visual.transformer.resblocks.0.mlp.c_fc.bias": (96,),
+    "visual.transformer.resblocks.0.mlp.c_proj.weight": (24, 96),
+    "visual.transformer.resblocks.0.mlp.c_proj.bias": (24,),
+    "transformer.resblocks.0.ln_1.weight": (8,),
+    "logit_scale": (),
+} | {
+    f"visual.{norm}.{kind}": (24,)
+    for norm in ("ln_pre", "ln_post", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.ln_2")
+    for kind in ("weight", "bias")
+}
+TOWER = {"image_size": 32, "layers": 1, "width": 24, "patch_size": 8, "head_width": 8}
+
+
+def open_clip_folder(path, tower=None, tensors=None, preprocess=None):
+    path.mkdir(exist_ok=True)
+    config = {"model_cfg": {"vision_cfg": TOWER | (tower or {})}, "preprocess_cfg": preprocess or {}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    tensors = tensors or {name: torch.ones(shape) for name, shape in OPEN_CLIP.items()}
+    save_file(tensors, path / "open_clip_model.safetensors")
+    return path
+
+
+def test_a_folder_of_open_clip_is_its_image_tower(tmp_path):
+    preprocess = {"mean": [0.1, 0.2, 0.3], "resize_mode": "longest", "interpolation": "bilinear"}
+    checkpoint = read_model(open_clip_folder(tmp_path, preprocess=preprocess))
+    assert checkpoint.identity.architecture == "vit_base_patch16_clip_224"
+    assert checkpoint.model(torch.randn(1, 3, 32, 32)).shape == (1, 12)
+    cfg = checkpoint.identity.pretrained_cfg
+    assert (cfg["mean"], cfg["crop_mode"], cfg["interpolation"]) == ([0.1, 0.2, 0.3], "border", "bilinear")
+    assert "left out: the text tower" in checkpoint.notes[0]
+
+
+def test_the_configuration_beside_the_weights_counts(tmp_path):
+    path = open_clip_folder(tmp_path)
+    (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "clip"}))
+    assert read_model(path).identity.model_args["depth"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tower", "says"),
+    [
+        ({"layers": [3, 4, 6, 3]}, "ResNets of CLIP have no attention"),
+        ({"pool_type": "avg"}, "pool_type 'avg' cannot be converted"),
+        ({"norm_kwargs": {"eps": 1}}, "norm_kwargs cannot be converted"),
+        ({"width": None, "head_width": 0}, "head_width: expected a whole number"),
+        ({"patch_size": "8"}, "patch_size: expected the side of a square"),
+    ],
+)
+def test_towers_of_open_clip_that_timm_has_not_are_refused(tmp_path, tower, says):
+    assert says in refusal(open_clip_folder(tmp_path, tower))
+
+
+def test_a_tower_of_another_kind_is_refused(tmp_path):
+    assert "its image tower is not converted" in refusal(
+        open_clip_folder(tmp_path, tensors={"visual.layer1.0.weight": torch.ones(1)})
+    )
+    trunk = {"visual.trunk.a.weight": torch.ones(1)}
+    names = {"timm_model_name": "os.system"}
+    assert "timm has no model 'os'" in refusal(open_clip_folder(tmp_path, names, trunk))
+    names = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "abs_attn"}
+    assert "timm_pool: expected one of avg, token, map" in refusal(open_clip_folder(tmp_path, names, trunk))
+
+
 def test_windows_that_do_not_tile_the_image_are_refused():
     config = Config({"image_size": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}, "here")
     with pytest.raises(CheckpointError, match=r"the 16x16 grid of stage 0 is no multiple of it"):

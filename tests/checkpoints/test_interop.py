@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import mhacut
@@ -293,6 +294,41 @@ def test_torchvisions_answers_are_timms(name, tmp_path):
     assert expected.std() > 0.05
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
     assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+TOWER = {"image_size": 32, "layers": 2, "width": 24, "patch_size": 8, "head_width": 8, "mlp_ratio": 2.0}
+TEXTS = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 3, "layers": 1}
+TRUNK = {
+    "timm_model_name": "vit_tiny_patch16_224",
+    "timm_pool": "token",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
+
+
+@pytest.mark.parametrize(
+    ("vision", "quick"),
+    [(TOWER, True), (TOWER | {"ls_init_value": 0.1}, False), (TRUNK, False)],
+    ids=["quickgelu", "layer-scale", "trunk"],
+)
+def test_open_clips_answers_are_timms(vision, quick, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        open_clip = pytest.importorskip("open_clip", reason="pip install 'mhacut[interop]'")
+    model_cfg = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": TEXTS}
+    original = randomised(open_clip.CLIP(**model_cfg, quick_gelu=quick))
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "resize_mode": "squash"}
+    config = {"model_cfg": model_cfg | {"quick_gelu": quick}, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(original.state_dict(), tmp_path / "open_clip_model.safetensors")
+    side = vision["image_size"]
+    checkpoint, images = read_model(tmp_path), torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = original.visual.trunk(images) if vision is TRUNK else original.encode_image(images)
+        found = checkpoint.model(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
+    assert checkpoint.identity.pretrained_cfg["std"] == [0.4, 0.5, 0.6]
+    assert checkpoint.identity.pretrained_cfg["crop_mode"] == "squash"
 
 
 def test_the_maxvit_of_torchvision_is_refused_by_name(tmp_path):

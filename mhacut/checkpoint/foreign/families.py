@@ -5,6 +5,7 @@ from __future__ import annotations
 from mhacut.checkpoint.foreign.clip import CLIP, SIGLIP
 from mhacut.checkpoint.foreign.convolutional import LEVIT, MOBILEVIT, PVT_V2
 from mhacut.checkpoint.foreign.family import Family
+from mhacut.checkpoint.foreign.open_clip import OPEN_CLIP, OPEN_CLIP_TRUNK
 from mhacut.checkpoint.foreign.swin import SWIN, SWINV2
 from mhacut.checkpoint.foreign.torchvision import (
     TORCHVISION_MAXVIT,
@@ -16,5 +17,5 @@ from mhacut.checkpoint.foreign.vit import BEIT, DINOV2, DINOV3, VIT
 
 TRANSFORMERS = (VIT, BEIT, DINOV2, DINOV3, CLIP, SIGLIP, SWIN, SWINV2, PVT_V2, LEVIT, MOBILEVIT)
 TORCHVISION = (TORCHVISION_VIT, TORCHVISION_SWIN, TORCHVISION_SWINV2, TORCHVISION_MAXVIT)
-FAMILIES: tuple[Family, ...] = (*TRANSFORMERS, *TORCHVISION)
+FAMILIES: tuple[Family, ...] = (*TRANSFORMERS, *TORCHVISION, OPEN_CLIP, OPEN_CLIP_TRUNK)
 """Families in the order in which a file without a configuration is compared with their signs."""

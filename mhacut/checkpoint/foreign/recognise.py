@@ -13,6 +13,7 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.families import FAMILIES
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
+from mhacut.checkpoint.foreign.open_clip import OPEN_CLIP, OPEN_CLIP_TRUNK, preprocess_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
@@ -57,20 +58,14 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
     Raises:
         CheckpointError: it is such a file, and cannot be converted; the message says why.
     """
-    config = None
-    if header.config is not None:
-        if "architecture" in header.config or not isinstance(header.config.get("model_type"), str):
-            return None
-        config = Config(header.config, show(header.path.parent / "config.json"))
-        family = _family_of(config)
-    else:
-        found = _family_by_names(header.tensors)
-        if found is None:
-            return None
-        family = found
+    config, family = _stated(header)
+    if config is None and header.config is None:
+        family = _family_by_names(header.tensors)
+    if family is None:
+        return None
     try:
         return _conversion(header, family, config, headless)
-    except (KeyError, IndexError) as error:  # a tensor is missing, or has too few dimensions
+    except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has too few dimensions
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
         ) from None
@@ -80,6 +75,20 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
         if config is not None and text.startswith(config.where):
             raise
         raise CheckpointError(f"{where}: {family.title}: {text}") from None
+
+
+def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
+    """Return the configuration of another library, and the family that it states; None of timm's."""
+    stated = header.config
+    if stated is None or "architecture" in stated:
+        return None, None
+    if isinstance(stated.get("model_cfg"), dict):
+        config = Config(stated, show(header.path.parent / "open_clip_config.json"))
+        return config, _family_of_open_clip(config, header.tensors)
+    if isinstance(stated.get("model_type"), str):
+        config = Config(stated, show(header.path.parent / "config.json"))
+        return config, _family_of(config)
+    return None, None
 
 
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
@@ -151,6 +160,17 @@ def _family_of(config: Config) -> Family:
     )
 
 
+def _family_of_open_clip(config: Config, tensors: Mapping[str, object]) -> Family:
+    if any(name.startswith("visual.trunk.") for name in tensors):
+        return OPEN_CLIP_TRUNK
+    if any(name.startswith("visual.transformer.") for name in tensors):
+        return OPEN_CLIP
+    raise CheckpointError(
+        f"{config.where}: its image tower is not converted to timm: expected a ViT (visual.transformer) or a "
+        f"model of timm (visual.trunk), found neither among {len(tensors)} tensors"
+    )
+
+
 def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
     def has(end: str) -> bool:
         return any(name == end or name.endswith(f".{end}") for name in tensors)
@@ -162,6 +182,8 @@ def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
 
 
 def _of_images(config: Config) -> Config:
+    if "model_cfg" in config:
+        return config.part("model_cfg")
     part = _WRAPPERS.get(config.text("model_type"))
     return config.part(part) if part is not None and part in config else config
 
@@ -173,11 +195,13 @@ def _cfg(
     channels = int(built.args.get("in_chans", 3))
     side = built.side or built.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
-    notes = []
+    notes: list[str] = []
     heads = [shapes[name] for name in _CLASSIFIERS if name in shapes]
     names = label_names(config, heads[0][0] if heads and heads[0] else 0)
     if names is not None:
         cfg["label_names"] = names
+    if "preprocess_cfg" in config:
+        return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, notes
     if processor is None:
         notes.append(f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}")
         return cfg, notes
