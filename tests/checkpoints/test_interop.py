@@ -16,6 +16,8 @@ from torch import nn
 
 import mhacut
 from mhacut.checkpoint.files import read_file_header
+from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.families import TRANSFORMERS
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.recognise import recognise
 from mhacut.checkpoint.load import read_model
@@ -105,6 +107,13 @@ CASES = {
     ),
     "deit": Case("DeiTForImageClassification", "DeiTConfig", {**SMALL, "num_labels": 7}),
     "deit-distilled": Case("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**SMALL, "num_labels": 7}),
+    "vit_msn": Case("ViTMSNForImageClassification", "ViTMSNConfig", {**SMALL, "num_labels": 7}),
+    "vit_mae": Case("ViTMAEModel", "ViTMAEConfig", {**SMALL, "mask_ratio": 0.0}, class_token),
+    "data2vec": Case(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        {**SMALL, "num_labels": 7, "use_relative_position_bias": True},
+    ),
     "beit": Case(
         "BeitForImageClassification",
         "BeitConfig",
@@ -231,6 +240,17 @@ def test_the_classifier_of_dinov2_is_refused(built):
     folder, _ = built(CASES["dinov2-headless"])
     with pytest.raises(CheckpointError, match="reads the class token and the mean of the patches"):
         read_model(folder)
+
+
+@pytest.mark.parametrize("model_type", [name for family in TRANSFORMERS for name in family.model_types])
+def test_what_a_configuration_leaves_out_has_the_default_of_transformers(transformers, model_type):
+    family = next(family for family in TRANSFORMERS if model_type in family.model_types)
+    full = transformers.AutoConfig.for_model(model_type).to_dict()
+    if "vision_config" in full:
+        full = full["vision_config"] | {"model_type": model_type}
+    stated = Config(json.loads(json.dumps(full)), "here")
+    sparse = Config({"model_type": model_type}, "here")
+    assert family.build(sparse, {}) == family.build(stated, {})
 
 
 def test_a_model_of_two_towers_gives_its_image_tower(built):

@@ -110,13 +110,11 @@ def _finish_siglip(tensors: dict[str, Tensor]) -> None:
 def _build_siglip(config: Config, shapes: Shapes) -> Built:
     check_eps(config, 1e-6, 1e-6)
     args: dict[str, Any] = vit_args(config, "gelu_pytorch_tanh")
-    if "num_patches" in config:  # SigLIP 2 of any aspect ratio; here of its own square
-        patches = config.size("num_patches")
+    if len(shapes.get("pos_embed", ())) == 3 and "image_size" not in config:
+        patches = shapes["pos_embed"][1]  # SigLIP 2 takes images of any aspect ratio; here, the square
         side = math.isqrt(patches)
         if side * side != patches or args["in_chans"] != 3:
-            raise CheckpointError(
-                f"{config.where}: num_patches {patches}: expected a square grid, of RGB images"
-            )
+            raise CheckpointError(f"{config.where}: expected a square grid of patches, found {patches}")
         args["img_size"] = side * args["patch_size"]
     args.setdefault("act_layer", "gelu")
     args["class_token"] = False

@@ -65,7 +65,11 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
         return None
     try:
         return _conversion(header, family, config, headless)
-    except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has too few dimensions
+    except (
+        KeyError,
+        IndexError,
+        ZeroDivisionError,
+    ) as error:  # a tensor is missing, or has too few dimensions
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
         ) from None

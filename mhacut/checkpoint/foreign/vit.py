@@ -207,7 +207,8 @@ def _build_dinov2(config: Config, shapes: Shapes) -> Built:
     width = config.size("hidden_size", 768)
     hidden = int(width * config.number("mlp_ratio", 4))
     gated = config.flag("use_swiglu_ffn", False)
-    args = vit_args(config, patch=14)
+    with_registers = config.raw("model_type") == "dinov2_with_registers"
+    args = vit_args(config, patch=16 if with_registers else 14)
     args |= {
         "mlp_ratio": mlp_ratio(hidden, width),
         "qkv_bias": config.flag("qkv_bias", True),
