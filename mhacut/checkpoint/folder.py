@@ -37,7 +37,7 @@ class Folder:
     config: dict[str, Any]
     """Content of ``config.json`` or ``open_clip_config.json``; untrusted."""
     preprocessor: dict[str, Any] | None
-    """Content of ``preprocessor_config.json``; untrusted."""
+    """Content of ``preprocessor_config.json`` of transformers; untrusted."""
 
 
 def open_folder(folder: Path) -> Folder:
@@ -58,8 +58,8 @@ def open_folder(folder: Path) -> Folder:
         raise CheckpointError(
             f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
         )
-    preprocessor = folder / "preprocessor_config.json"
-    return Folder(weights, config, _read_object(preprocessor) if preprocessor.is_file() else None)
+    of_timm = "architecture" in config
+    return Folder(weights, config, None if of_timm else _preprocessor(folder))
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
@@ -70,6 +70,15 @@ def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
     if of_open_clip.is_file() and (config is None or (for_open_clip and "architecture" not in config)):
         return _read_object(of_open_clip)
     return config
+
+
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    """Return how images are prepared, which models of text and images state beside how text is."""
+    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        return _read_object(own)
+    images = _read_object(shared).get("image_processor") if shared.is_file() else None
+    return images if isinstance(images, dict) else None
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from mhacut.checkpoint.foreign.images import transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.foreign.swin import SWIN
 from mhacut.checkpoint.load import open_checkpoint, read_model
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, MhacutError
 
 CONFIG = {
     "model_type": "vit",
@@ -109,6 +112,24 @@ def test_a_folder_of_transformers_is_a_timm_model(folder):
     assert (cfg["mean"], cfg["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
     assert (cfg["interpolation"], cfg["crop_pct"], cfg["crop_mode"]) == ("bilinear", 1.0, "squash")
     assert checkpoint.notes[0] == "converted from ViT of transformers; left out: the pooler"
+
+
+def test_the_processor_of_images_and_texts_counts_too(folder):
+    path = folder(processor=None)
+    assert "no preprocessor_config.json" in read_model(path).notes[0]
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR, "tokenizer": {}}))
+    assert read_model(path).identity.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
+
+
+VALUES = [None, True, -1, 10**9, 1e30, "a" * 200, [0, 0], {"a": 1}]
+
+
+def test_no_configuration_ends_in_an_internal_error(folder):
+    for document, name in [("config", key) for key in CONFIG] + [("processor", key) for key in PROCESSOR]:
+        for value in VALUES:
+            changed = {document: (CONFIG if document == "config" else PROCESSOR) | {name: value}}
+            with contextlib.suppress(MhacutError):
+                assert open_checkpoint(folder(**changed)).skeleton is not None
 
 
 def test_shards_are_read_as_one_file(folder):
@@ -222,6 +243,14 @@ def test_shapes_of_a_converted_file_read_no_weights(folder):
             {"mean": [0.5] * 3, "std": [1.0] * 3},
         ),
         (
+            {
+                "image_mean": [1, 1, 1],
+                "image_std": [2, 2, 2],
+                "image_processor_type": "MobileViTImageProcessor",
+            },
+            {"mean": [0.0] * 3, "std": [1.0] * 3},
+        ),
+        (
             {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "do_normalize": False},
             {"mean": [0.0] * 3, "std": [1.0] * 3},
         ),
@@ -331,6 +360,12 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
     assert "timm has no model 'os'" in refusal(open_clip_folder(tmp_path, names, trunk))
     names = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "abs_attn"}
     assert "timm_pool: expected one of avg, token, map" in refusal(open_clip_folder(tmp_path, names, trunk))
+
+
+def test_no_module_imports_a_library_that_it_converts_from():
+    for path in Path(mhacut.__file__).parent.rglob("*.py"):
+        found = re.search(r"^\s*(?:import|from) (transformers|open_clip)\b", path.read_text(), re.MULTILINE)
+        assert found is None, path
 
 
 def test_windows_that_do_not_tile_the_image_are_refused():

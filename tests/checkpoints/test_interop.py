@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,8 +21,10 @@ from mhacut.checkpoint.files import read_file_header
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.families import TRANSFORMERS
 from mhacut.checkpoint.foreign.family import mlp_ratio
+from mhacut.checkpoint.foreign.images import flips_channels, image_side, transformers_cfg
 from mhacut.checkpoint.foreign.recognise import recognise
 from mhacut.checkpoint.load import read_model
+from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -251,6 +255,22 @@ def test_what_a_configuration_leaves_out_has_the_default_of_transformers(transfo
     stated = Config(json.loads(json.dumps(full)), "here")
     sparse = Config({"model_type": model_type}, "here")
     assert family.build(sparse, {}) == family.build(stated, {})
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "CLIP", "Levit", "MobileViT", "DINOv3ViT"])
+def test_images_are_prepared_as_by_transformers(transformers, kind):
+    options = {"size": {"shortest_edge": 288}} if kind == "MobileViT" else {}
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
+    stated = Config(json.loads(processor.to_json_string()), "here")
+    coarse = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC)
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    size = (3, image_side(stated), image_side(stated))
+    found = Preprocessing.resolve({"input_size": size, **transformers_cfg(stated, 3)}, size).transform()(
+        picture
+    )
+    found = found.flip(0) if flips_channels(stated) else found
+    assert (found - expected).abs().mean() < 0.01
 
 
 def test_a_model_of_two_towers_gives_its_image_tower(built):

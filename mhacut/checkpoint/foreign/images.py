@@ -11,6 +11,8 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 """Filters of Pillow by number."""
 _MAX_LABEL = 200
 """Largest number of characters of a class name that is kept."""
+_MOBILE = "MobileViT"
+"""Beginning of the processors that, unless they say otherwise, flip channels and do not normalise."""
 _SHORTEST_EDGE = ("CLIP", "Levit", "MobileViT", "ConvNext", "Pvt", "EfficientFormer")
 """Beginnings of processors for which a ``size`` of one number is the shortest edge, not both."""
 
@@ -25,7 +27,8 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     if processor.flag("do_rescale", True) and "rescale_factor" in processor:
         scale = 255 * processor.number("rescale_factor") or 1.0
     mean, std = [0.0] * channels, [1.0] * channels
-    if processor.flag("do_normalize", "image_mean" in processor):
+    normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
+    if processor.flag("do_normalize", normalises):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
     cfg: dict[str, Any] = {
         "mean": [value / scale for value in mean],
@@ -46,7 +49,9 @@ def image_side(processor: Config) -> int | None:
 
 def flips_channels(processor: Config | None) -> bool:
     """Whether images are blue, green, red."""
-    return processor is not None and processor.flag("do_flip_channel_order", False)
+    if processor is None:
+        return False
+    return processor.flag("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
 
 
 def _crop(processor: Config) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def _crop(processor: Config) -> dict[str, Any]:
     if crop is None or resized is None:
         return {}
     size = processor.raw("size")
-    kind = str(processor.raw("image_processor_type") or processor.raw("feature_extractor_type") or "")
+    kind = _kind(processor)
     keeps_ratio = "shortest_edge" in size if isinstance(size, dict) else kind.startswith(_SHORTEST_EDGE)
     share = crop / resized
     if kind.startswith("Levit"):  # resizes to 256/224 of the size that it is given
@@ -64,6 +69,10 @@ def _crop(processor: Config) -> dict[str, Any]:
     if not 0 < share <= MAX_CROP_PCT:
         return {}
     return {"crop_pct": share, "crop_mode": "center" if keeps_ratio else "squash"}
+
+
+def _kind(processor: Config) -> str:
+    return str(processor.raw("image_processor_type") or processor.raw("feature_extractor_type") or "")
 
 
 def _side(processor: Config, name: str) -> int | None:
