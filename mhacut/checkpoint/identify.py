@@ -125,7 +125,11 @@ def _from_conversion(
         )
     if built is None or (header.config is None and hints.model is not None):
         renamed = dataclasses.replace(header, tensors=foreign.tensors, config=None)
-        found = _from_names(renamed, args, hints, foreign.cfg)
+        try:
+            found = _from_names(renamed, args, hints, foreign.cfg)
+        except CheckpointError as error:
+            folder = "; the folder with its configuration would say more" if foreign.family.build else ""
+            raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
     else:
         cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
         found = infer_from_shapes(

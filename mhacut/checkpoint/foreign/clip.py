@@ -68,7 +68,7 @@ def _build_clip(config: Config, shapes: Shapes) -> Built:
 
 CLIP = Family(
     "image tower of CLIP of transformers",
-    ("pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    (("pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),),
     _clip_renaming,
     _build_clip,
     model_types=("clip", "clip_vision_model"),
@@ -126,7 +126,7 @@ def _build_siglip(config: Config, shapes: Shapes) -> Built:
 
 SIGLIP = Family(
     "image tower of SigLIP of transformers",
-    ("embeddings.position_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    (("embeddings.position_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),),
     _siglip_renaming,
     _build_siglip,
     model_types=("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),

@@ -70,7 +70,7 @@ def _build_pvt(config: Config, shapes: Shapes) -> Built:
 
 PVT_V2 = Family(
     "PVTv2 of transformers",
-    ("encoder.layers.0.patch_embedding.proj.weight", "encoder.layers.0.blocks.0.mlp.dwconv.dwconv.weight"),
+    (("encoder.layers.0.patch_embedding.proj.weight", "encoder.layers.0.blocks.0.mlp.dwconv.dwconv.weight"),),
     _pvt_renaming,
     _build_pvt,
     model_types=("pvt_v2",),
@@ -143,7 +143,7 @@ def _build_levit(config: Config, shapes: Shapes) -> Built:
 
 LEVIT = Family(
     "LeViT of transformers",
-    ("encoder.stages.0.layers.0.module.queries_keys_values.linear.weight",),
+    (("encoder.stages.0.layers.0.module.queries_keys_values.linear.weight",),),
     _levit_renaming,
     _build_levit,
     model_types=("levit",),
@@ -215,7 +215,7 @@ def _build_mobilevit(config: Config, shapes: Shapes) -> Built:
 
 MOBILEVIT = Family(
     "MobileViT of transformers",
-    ("conv_1x1_exp.convolution.weight", "encoder.layer.2.conv_kxk.convolution.weight"),
+    (("conv_1x1_exp.convolution.weight", "encoder.layer.2.conv_kxk.convolution.weight"),),
     _mobilevit_renaming,
     _build_mobilevit,
     model_types=("mobilevit",),

@@ -46,8 +46,8 @@ class Family:
 
     title: str
     """Name for readers: ``ViT of transformers``."""
-    sign: tuple[str, ...]
-    """Ends of tensor names that every file of it has: a bare file is recognised by them."""
+    signs: tuple[tuple[str, ...], ...]
+    """Ends of tensor names; every file of it has all of one row. A bare file is recognised by them."""
     renaming: Callable[[Shapes], Renaming]
     """Function from the file's shapes to the table of names."""
     build: Callable[[Config, Shapes], Built] | None = None

@@ -99,7 +99,7 @@ def _build(config: Config, shapes: Shapes) -> Built:
 
 OPEN_CLIP = Family(
     "image tower of CLIP of open_clip",
-    ("visual.transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"),
+    (("visual.transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"),),
     _renaming,
     _build,
 )
@@ -135,7 +135,7 @@ def _build_trunk(config: Config, shapes: Shapes) -> Built:
 
 OPEN_CLIP_TRUNK = Family(
     "image tower of timm in open_clip",
-    ("visual.trunk.patch_embed.proj.weight",),
+    (("visual.trunk.patch_embed.proj.weight",),),
     _trunk_renaming,
     _build_trunk,
 )

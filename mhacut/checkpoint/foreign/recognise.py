@@ -180,7 +180,7 @@ def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
         return any(name == end or name.endswith(f".{end}") for name in tensors)
 
     for family in FAMILIES:
-        if all(map(has, family.sign)) and not any(map(has, family.unlike)):
+        if any(all(map(has, sign)) for sign in family.signs) and not any(map(has, family.unlike)):
             return family
     return None
 

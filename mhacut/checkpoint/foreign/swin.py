@@ -14,6 +14,8 @@ _MAX_STAGES = 8
 _SIZES = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
 """Names of timm by width of the first stage and depth of the third."""
 _ATTENTION = "encoder.layers.*.blocks.*.attention.self"
+_MODULE = "encoder.layers.*.blocks.*.attention"
+"""The same module in names since version 5 of transformers, which its files have not."""
 _BLOCK = "layers.*.blocks.*.attn"
 _NAMES = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
@@ -26,6 +28,12 @@ _NAMES = {
     f"{_ATTENTION}.relative_position_bias_table": f"{_BLOCK}.relative_position_bias_table",
     f"{_ATTENTION}.continuous_position_bias_mlp": f"{_BLOCK}.cpb_mlp",
     f"{_ATTENTION}.logit_scale": f"{_BLOCK}.logit_scale",
+    f"{_MODULE}.q_proj": f"{_BLOCK}.qkv#0",
+    f"{_MODULE}.k_proj": f"{_BLOCK}.qkv#1",
+    f"{_MODULE}.v_proj": f"{_BLOCK}.qkv#2",
+    f"{_MODULE}.o_proj": f"{_BLOCK}.proj",
+    f"{_MODULE}.relative_position_bias": _BLOCK,
+    "encoder.layers.*.blocks.*.mlp": "layers.*.blocks.*.mlp",
     "encoder.layers.*.blocks.*.attention.output.dense": f"{_BLOCK}.proj",
     "encoder.layers.*.blocks.*.layernorm_before": "layers.*.blocks.*.norm1",
     "encoder.layers.*.blocks.*.layernorm_after": "layers.*.blocks.*.norm2",
@@ -39,6 +47,7 @@ _NAMES = {
 _LEFT_OUT = {
     f"{_ATTENTION}.relative_position_index": "",
     f"{_ATTENTION}.relative_coords_table": "",
+    f"{_MODULE}.relative_position_bias.relative_position_index": "",
     "embeddings.mask_token": "",
     "decoder": "the decoder of the pretraining",
 }
@@ -110,14 +119,17 @@ def _build_swinv2(config: Config, shapes: Shapes) -> Built:
 
 SWIN = Family(
     "Swin of transformers",
-    ("encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",),
+    (
+        ("encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",),
+        ("encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table",),
+    ),
     _swin_renaming,
     _build_swin,
     model_types=("swin",),
 )
 SWINV2 = Family(
     "Swin V2 of transformers",
-    ("encoder.layers.0.blocks.0.attention.self.logit_scale",),
+    (("encoder.layers.0.blocks.0.attention.self.logit_scale",),),
     _swinv2_renaming,
     _build_swinv2,
     model_types=("swinv2",),

@@ -66,7 +66,7 @@ def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
 
 TORCHVISION_VIT = Family(
     "ViT of torchvision",
-    ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "conv_proj.weight"),
+    (("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "conv_proj.weight"),),
     _vit_renaming,
     guess=_guess_vit,
     cfg=_IMAGENET,
@@ -140,14 +140,14 @@ def _guess_swinv2(shapes: Shapes, original: Shapes) -> Built:
 
 TORCHVISION_SWIN = Family(
     "Swin of torchvision",
-    ("features.1.0.attn.relative_position_bias_table", "features.0.0.weight"),
+    (("features.1.0.attn.relative_position_bias_table", "features.0.0.weight"),),
     _swin_renaming,
     guess=_guess_swin,
     cfg=_IMAGENET,
 )
 TORCHVISION_SWINV2 = Family(
     "Swin V2 of torchvision",
-    ("features.1.0.attn.logit_scale", "features.1.0.attn.relative_coords_table"),
+    (("features.1.0.attn.logit_scale", "features.1.0.attn.relative_coords_table"),),
     _swin_renaming,
     guess=_guess_swinv2,
     cfg=_IMAGENET,
@@ -161,6 +161,6 @@ def _maxvit_renaming(shapes: Shapes) -> Renaming:
 
 TORCHVISION_MAXVIT = Family(
     "MaxViT of torchvision",
-    ("blocks.0.layers.0.layers.MBconv.proj.1.weight",),
+    (("blocks.0.layers.0.layers.MBconv.proj.1.weight",),),
     _maxvit_renaming,
 )

@@ -34,7 +34,16 @@ _BLOCK = {
     "encoder.layer.*.layernorm_after": "blocks.*.norm2",
     "encoder.layer.*.intermediate.dense": "blocks.*.mlp.fc1",
     "encoder.layer.*.output.dense": "blocks.*.mlp.fc2",
+    "layers.*.attention.q_proj": "blocks.*.attn.qkv#0",
+    "layers.*.attention.k_proj": "blocks.*.attn.qkv#1",
+    "layers.*.attention.v_proj": "blocks.*.attn.qkv#2",
+    "layers.*.attention.o_proj": "blocks.*.attn.proj",
+    "layers.*.layernorm_before": "blocks.*.norm1",
+    "layers.*.layernorm_after": "blocks.*.norm2",
+    "layers.*.mlp.fc1": "blocks.*.mlp.fc1",
+    "layers.*.mlp.fc2": "blocks.*.mlp.fc2",
 }
+"""Names in files that transformers writes, then those of its modules since version 5."""
 _DINOV2_CLASSIFIER = (
     "the classifier of DINOv2 reads the class token and the mean of the patches side by side, "
     "which no model of timm does"
@@ -108,7 +117,10 @@ def _build_vit(config: Config, shapes: Shapes) -> Built:
 
 VIT = Family(
     "ViT of transformers",
-    ("encoder.layer.0.layernorm_before.weight", "embeddings.cls_token"),
+    (
+        ("encoder.layer.0.layernorm_before.weight", "embeddings.cls_token"),
+        ("layers.0.layernorm_before.weight", "embeddings.cls_token"),
+    ),
     _vit_renaming,
     _build_vit,
     model_types=("vit", "deit", "vit_msn", "vit_mae"),
@@ -126,10 +138,18 @@ def _beit_renaming(shapes: Shapes) -> Renaming:
         ),
         "encoder.layer.*.lambda_1": "blocks.*.gamma_1",
         "encoder.layer.*.lambda_2": "blocks.*.gamma_2",
+        "layers.*.attention.q_proj.bias": "blocks.*.attn.q_bias",
+        "layers.*.attention.v_proj.bias": "blocks.*.attn.v_bias",
+        "layers.*.relative_position_bias.relative_position_bias_table": (
+            "blocks.*.attn.relative_position_bias_table"
+        ),
+        "layers.*.lambda_1": "blocks.*.gamma_1",
+        "layers.*.lambda_2": "blocks.*.gamma_2",
         **_BLOCK,
         "encoder.relative_position_bias.relative_position_bias_table": (
             "rel_pos_bias.relative_position_bias_table"
         ),
+        "shared_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
         "pooler.layernorm": "fc_norm",
         "layernorm": "norm",
         "classifier": "head",
@@ -163,7 +183,10 @@ def _build_beit(config: Config, shapes: Shapes) -> Built:
 
 BEIT = Family(
     "BEiT of transformers",
-    ("encoder.layer.0.lambda_1", "encoder.layer.0.layernorm_before.weight"),
+    (
+        ("encoder.layer.0.lambda_1", "encoder.layer.0.layernorm_before.weight"),
+        ("layers.0.lambda_1", "layers.0.layernorm_before.weight"),
+    ),
     _beit_renaming,
     _build_beit,
     model_types=("beit", "data2vec-vision"),
@@ -175,12 +198,19 @@ def _dinov2_renaming(shapes: Shapes) -> Renaming:
         **_EMBEDDINGS,
         "embeddings.register_tokens": "reg_token",
         **{name: target for name, target in _BLOCK.items() if ".attention." in name},
+        "encoder.layer.*.attention.q_proj": "blocks.*.attn.qkv#0",
+        "encoder.layer.*.attention.k_proj": "blocks.*.attn.qkv#1",
+        "encoder.layer.*.attention.v_proj": "blocks.*.attn.qkv#2",
+        "encoder.layer.*.attention.o_proj": "blocks.*.attn.proj",
         "encoder.layer.*.norm1": "blocks.*.norm1",
         "encoder.layer.*.norm2": "blocks.*.norm2",
         "encoder.layer.*.layer_scale1.lambda1": "blocks.*.ls1.gamma",
         "encoder.layer.*.layer_scale2.lambda1": "blocks.*.ls2.gamma",
         "encoder.layer.*.mlp.weights_in": "blocks.*.mlp.fc1",
         "encoder.layer.*.mlp.weights_out": "blocks.*.mlp.fc2",
+        "encoder.layer.*.mlp.gate_proj": "blocks.*.mlp.fc1#0",
+        "encoder.layer.*.mlp.up_proj": "blocks.*.mlp.fc1#1",
+        "encoder.layer.*.mlp.down_proj": "blocks.*.mlp.fc2",
         "encoder.layer.*.mlp": "blocks.*.mlp",
         "layernorm": "norm",
     }
@@ -234,7 +264,10 @@ def _gated_channels(hidden: int) -> int:
 
 DINOV2 = Family(
     "DINOv2 of transformers",
-    ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.attention.query.weight"),
+    (
+        ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.attention.query.weight"),
+        ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.q_proj.weight"),
+    ),
     _dinov2_renaming,
     _build_dinov2,
     model_types=("dinov2", "dinov2_with_registers"),
@@ -304,7 +337,7 @@ def _build_dinov3(config: Config, shapes: Shapes) -> Built:
 
 DINOV3 = Family(
     "DINOv3 of transformers",
-    ("layer.0.attention.q_proj.weight", "layer.0.layer_scale1.lambda1"),
+    (("layer.0.attention.q_proj.weight", "layer.0.layer_scale1.lambda1"),),
     _dinov3_renaming,
     _build_dinov3,
     model_types=("dinov3_vit",),
