@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import mhacut
+from helpers.checkpoints import ARGS, tiny
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.images import transformers_cfg
@@ -121,15 +122,15 @@ def test_the_processor_of_images_and_texts_counts_too(folder):
     assert read_model(path).identity.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
 
 
-VALUES = [None, True, -1, 10**9, 1e30, "a" * 200, [0, 0], {"a": 1}]
-
-
 def test_no_configuration_ends_in_an_internal_error(folder):
-    for document, name in [("config", key) for key in CONFIG] + [("processor", key) for key in PROCESSOR]:
-        for value in VALUES:
-            changed = {document: (CONFIG if document == "config" else PROCESSOR) | {name: value}}
-            with contextlib.suppress(MhacutError):
-                assert open_checkpoint(folder(**changed)).skeleton is not None
+    path = folder()
+    for file, document in {"config.json": CONFIG, "preprocessor_config.json": PROCESSOR}.items():
+        for name in document:
+            for value in [None, True, -1, 10**9, "a" * 200, [0, 0], {"a": 1}]:
+                (path / file).write_text(json.dumps(document | {name: value}))
+                with contextlib.suppress(MhacutError):
+                    assert open_checkpoint(path).skeleton is not None
+        (path / file).write_text(json.dumps(document))
 
 
 def test_shards_are_read_as_one_file(folder):
@@ -360,6 +361,22 @@ def test_a_tower_of_another_kind_is_refused(tmp_path):
     assert "timm has no model 'os'" in refusal(open_clip_folder(tmp_path, names, trunk))
     names = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "abs_attn"}
     assert "timm_pool: expected one of avg, token, map" in refusal(open_clip_folder(tmp_path, names, trunk))
+
+
+def test_a_model_of_timm_behind_a_prefix_is_that_model(tmp_path):
+    model = tiny()
+    config = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": ARGS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {f"timm_model.{name}": tensor for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    found = mhacut.load_model(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "os.system"}))
+    assert "architecture: timm has no model 'os'" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"checkpoint_path": "x"}}))
+    assert "'checkpoint_path' does not describe a model" in refusal(tmp_path)
 
 
 def test_no_module_imports_a_library_that_it_converts_from():

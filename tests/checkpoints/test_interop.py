@@ -22,6 +22,7 @@ from mhacut.checkpoint.foreign.families import TRANSFORMERS
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, transformers_cfg
 from mhacut.checkpoint.foreign.recognise import recognise
+from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError
@@ -374,6 +375,37 @@ def test_open_clips_answers_are_timms(vision, quick, tmp_path):
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
     assert checkpoint.identity.pretrained_cfg["std"] == [0.4, 0.5, 0.6]
     assert checkpoint.identity.pretrained_cfg["crop_mode"] == "squash"
+
+
+VITS, SWINS = ("vit_b_16", "vit_l_16", "vit_l_32", "vit_h_14"), ("swin_t", "swin_b", "swin_v2_t", "swin_v2_b")
+
+
+@pytest.mark.parametrize("name", VITS + SWINS)
+def test_images_are_prepared_as_by_torchvision(name, tmp_path):
+    from torchvision import models
+
+    weights = next(iter(models.get_model_weights(name)))
+    if name == "vit_h_14":
+        weights = models.ViT_H_14_Weights.IMAGENET1K_SWAG_LINEAR_V1
+    stated, size = weights.transforms(), weights.transforms().crop_size[0]
+    with torch.device("meta"):
+        model = getattr(models, name)(**({"image_size": size} if name in VITS else {}))
+    tensors = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
+    cfg = recognise(FileHeader(tmp_path, "torch", tensors)).cfg
+    assert cfg["input_size"] == [3, size, size]
+    assert cfg["crop_pct"] == pytest.approx(size / stated.resize_size[0])
+    assert cfg["interpolation"] == stated.interpolation.value
+    assert (cfg["mean"], cfg["std"]) == (stated.mean, stated.std)
+
+
+def test_a_model_of_timm_in_transformers_is_that_model(transformers, tmp_path):
+    config = transformers.TimmWrapperConfig(architecture="test_vit", num_labels=7)
+    original = randomised(transformers.TimmWrapperForImageClassification(config))
+    original.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected, found = original(images).logits, mhacut.load_model(tmp_path)(images)
+    assert torch.equal(found, expected)
 
 
 def test_the_maxvit_of_torchvision_is_refused_by_name(tmp_path):

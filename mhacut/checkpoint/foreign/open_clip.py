@@ -1,4 +1,4 @@
-"""Image towers of open_clip: its own ViT, and models of timm within it."""
+"""Image towers of open_clip: its own ViT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mhacut.checkpoint.build import known_model, unknown_model
 from mhacut.checkpoint.foreign.clip import finish_clip
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, mlp_ratio
@@ -15,7 +14,7 @@ from mhacut.checkpoint.foreign.vit import size_name, vit_name
 from mhacut.errors import CheckpointError
 
 _TEXT = "the text tower"
-_LEFT_OUT = {
+NOT_THE_TOWER = {
     "transformer": _TEXT,
     "token_embedding": _TEXT,
     "positional_embedding": _TEXT,
@@ -26,6 +25,7 @@ _LEFT_OUT = {
     "logit_scale": "",
     "logit_bias": "",
 }
+"""Tensors beside the image tower."""
 _NAMES = {
     "visual.class_embedding": "cls_token",
     "visual.positional_embedding": "pos_embed",
@@ -61,7 +61,7 @@ _STATED: dict[str, Any] = {
 
 
 def _renaming(shapes: Shapes) -> Renaming:
-    return Renaming(_NAMES, _LEFT_OUT, _REFUSED, finish=_finish)
+    return Renaming(_NAMES, NOT_THE_TOWER, _REFUSED, finish=_finish)
 
 
 def _finish(tensors: dict[str, Tensor]) -> None:
@@ -102,42 +102,6 @@ OPEN_CLIP = Family(
     (("visual.transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"),),
     _renaming,
     _build,
-)
-
-_TRUNK = "visual.trunk."
-_POOLS = ("", "avg", "token", "map")
-_PROJECTION = "the projection to the space of the texts"
-
-
-def _trunk_renaming(shapes: Shapes) -> Renaming:
-    modules = {name[len(_TRUNK) :].partition(".")[0] for name in shapes if name.startswith(_TRUNK)}
-    return Renaming(
-        {f"{_TRUNK}{module}": module for module in modules},
-        {**_LEFT_OUT, "visual.head.proj": _PROJECTION, "visual.head.mlp": _PROJECTION},
-        {"visual.head.pool": "timm has no pooling of this kind"},
-    )
-
-
-def _build_trunk(config: Config, shapes: Shapes) -> Built:
-    tower = config.part("vision_cfg")
-    name, pool = tower.text("timm_model_name"), tower.text("timm_pool", "avg")
-    architecture = name.partition(".")[0]
-    if not known_model(architecture):
-        raise CheckpointError(f"{tower.where}: timm_model_name: {unknown_model(architecture)}")
-    if pool not in _POOLS:
-        raise tower.fault("timm_pool", f"one of {', '.join(filter(None, _POOLS))}, which timm has")
-    # The image size is that of the name, or shows in the table of positions.
-    args: dict[str, Any] = {"num_classes": 0}
-    if pool:
-        args["global_pool"] = pool
-    return Built(architecture, args)
-
-
-OPEN_CLIP_TRUNK = Family(
-    "image tower of timm in open_clip",
-    (("visual.trunk.patch_embed.proj.weight",),),
-    _trunk_renaming,
-    _build_trunk,
 )
 
 

@@ -13,8 +13,9 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.families import FAMILIES
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
-from mhacut.checkpoint.foreign.open_clip import OPEN_CLIP, OPEN_CLIP_TRUNK, preprocess_cfg
+from mhacut.checkpoint.foreign.open_clip import OPEN_CLIP, preprocess_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.wrapped import OPEN_CLIP_TRUNK, TIMM_WRAPPER, TRUNK, WRAPPED
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
@@ -84,7 +85,7 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
     """Return the configuration of another library, and the family that it states; None of timm's."""
     stated = header.config
-    if stated is None or "architecture" in stated:
+    if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
     if isinstance(stated.get("model_cfg"), dict):
         config = Config(stated, show(header.path.parent / "open_clip_config.json"))
@@ -116,6 +117,8 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         cfg, notes = _cfg(processor, config, built, shapes)
     elif family.guess is not None:
         built = family.guess(shapes, header.shapes)
+        if family.cfg:
+            notes.append("images are prepared as for the library's own ImageNet weights")
         if built is not None:
             side = built.args["img_size"]
             cfg = {"input_size": [built.args["in_chans"], side, side], **built.cfg}
@@ -165,7 +168,7 @@ def _family_of(config: Config) -> Family:
 
 
 def _family_of_open_clip(config: Config, tensors: Mapping[str, object]) -> Family:
-    if any(name.startswith("visual.trunk.") for name in tensors):
+    if any(name.startswith(TRUNK) for name in tensors):
         return OPEN_CLIP_TRUNK
     if any(name.startswith("visual.transformer.") for name in tensors):
         return OPEN_CLIP
@@ -179,10 +182,16 @@ def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
     def has(end: str) -> bool:
         return any(name == end or name.endswith(f".{end}") for name in tensors)
 
+    if _is_wrapped(tensors):
+        return TIMM_WRAPPER
     for family in FAMILIES:
         if any(all(map(has, sign)) for sign in family.signs) and not any(map(has, family.unlike)):
             return family
     return None
+
+
+def _is_wrapped(tensors: Mapping[str, object]) -> bool:
+    return all(name.startswith(WRAPPED) for name in tensors)
 
 
 def _of_images(config: Config) -> Config:
@@ -204,8 +213,11 @@ def _cfg(
     names = label_names(config, heads[0][0] if heads and heads[0] else 0)
     if names is not None:
         cfg["label_names"] = names
+    cfg |= built.cfg
     if "preprocess_cfg" in config:
         return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, notes
+    if built.cfg:
+        return cfg, notes
     if processor is None:
         notes.append(f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}")
         return cfg, notes

@@ -58,9 +58,10 @@ def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
         "num_heads": heads,
         "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
     }
-    crop = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of weights that were tuned at a larger size
-    if side == 224:
-        crop = {"crop_pct": 224 / 242 if size == "large" else 224 / 256, "interpolation": "bilinear"}
+    crop = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of weights that SWAG began, as those of ViT-H
+    if side == 224 and size != "huge":
+        resized = 242 if (size, patch) == ("large", 16) else 256
+        crop = {"crop_pct": 224 / resized, "interpolation": "bilinear"}
     return Built(vit_name(size, patch, side), args, cfg={**_IMAGENET, **crop})
 
 
