@@ -67,7 +67,8 @@ class Checkpoint:
         """Read the header of a file, and the record of a slim one.
 
         Args:
-            source: a safetensors or torch file, or a timm folder. Content decides the format, not the suffix.
+            source: a safetensors or torch file, or a folder of timm or
+                another library. Content decides the format, not the suffix.
             hints: what the user says about the model in the file.
 
         Raises:

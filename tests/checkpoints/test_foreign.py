@@ -403,3 +403,13 @@ def test_names_with_several_numbers_and_parts():
     assert table.what_is_left_out({"m.text.w": 1}) == ["the text"]
     with pytest.raises(CheckpointError, match=r"two tensors would be 'x.1.y.2.z.w'"):
         Renaming({"a": "x.1.y.2.z", "b": "x.1.y.2.z"}).apply({"a.w": torch.ones(1), "b.w": torch.ones(1)})
+
+
+def test_only_a_classifier_is_waived_with_the_classifier():
+    table = Renaming({"a": "b"}, refused={"pool": "no place"}, refused_classifier={"top": "no such head"})
+    tensors = {"a.w": torch.ones(1), "top.w": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"'top.w' cannot be converted: no such head"):
+        table.apply(tensors)
+    assert list(table.without_classifier().apply(tensors)) == ["b.w"]
+    with pytest.raises(CheckpointError, match="no place"):
+        table.without_classifier().apply({"pool.w": torch.ones(1)})

@@ -41,7 +41,7 @@ def _dinov2_renaming(shapes: Shapes) -> Renaming:
     return Renaming(
         names,
         {"embeddings.mask_token": ""},
-        {"classifier": _DINOV2_CLASSIFIER},
+        refused_classifier={"classifier": _DINOV2_CLASSIFIER},
         prefixes=("dinov2.", "dinov2_with_registers."),
         finish=_place_registers,
     )

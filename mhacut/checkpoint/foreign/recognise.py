@@ -66,11 +66,7 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
         return None
     try:
         return _conversion(header, family, config, headless)
-    except (
-        KeyError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:  # a tensor is missing, or has too few dimensions
+    except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
         ) from None
@@ -129,12 +125,10 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
 
 
 def _converted(renaming: Renaming, tensors: Mapping[str, Tensor], headless: bool) -> dict[str, Tensor]:
-    if headless:
-        renaming, tensors = renaming.without_refusals(tensors)
-    renamed = renaming.apply(tensors)
-    if headless:
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(_HEADS)}
-    return renamed
+    if not headless:
+        return renaming.apply(tensors)
+    renamed = renaming.without_classifier().apply(tensors)
+    return {name: tensor for name, tensor in renamed.items() if not name.startswith(_HEADS)}
 
 
 def _processor(header: FileHeader) -> Config | None:

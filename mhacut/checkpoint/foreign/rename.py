@@ -33,6 +33,8 @@ class Renaming:
     """Names of tensors that the classifier does not read, and what they are, for the log; no text, no log."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Names of tensors for which timm has no place, and why the file is refused for them."""
+    refused_classifier: Mapping[str, str] = field(default_factory=dict)
+    """The same of classifiers, without which the rest can be converted."""
     prefixes: tuple[str, ...] = ()
     """Prefixes that names may have in front; the first that fits is taken off."""
     finish: Callable[[dict[str, Tensor]], None] | None = None
@@ -98,14 +100,10 @@ class Renaming:
         labels = [text for pattern, text in self._left_out if any(map(pattern.fullmatch, bases))]
         return [text for text in dict.fromkeys(labels) if text]
 
-    def without_refusals(self, tensors: Mapping[str, Tensor]) -> tuple[Renaming, dict[str, Tensor]]:
-        """Return the table that refuses nothing, and the tensors without those that it refused."""
-        kept = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if not any(pattern.fullmatch(self._without_prefix(name)) for pattern, _ in self._refused)
-        }
-        return replace(self, refused={}), kept
+    def without_classifier(self) -> Renaming:
+        """Return the table that leaves out the classifier it refuses."""
+        left_out = {**self.left_out, **dict.fromkeys(self.refused_classifier, "")}
+        return replace(self, left_out=left_out, refused_classifier={})
 
     def _without_prefix(self, name: str) -> str:
         for prefix in self.prefixes:
@@ -142,7 +140,8 @@ class Renaming:
 
     @cached_property
     def _refused(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(_pattern(name), text) for name, text in self.refused.items()]
+        refused = {**self.refused, **self.refused_classifier}
+        return [(_pattern(name), text) for name, text in refused.items()]
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -36,7 +36,7 @@ _MAX_STAGES = 8
 def _vit_renaming(shapes: Shapes) -> Renaming:
     return Renaming(
         _VIT_NAMES,
-        refused={"heads.pre_logits": "timm's ViT has one linear layer as its classifier"},
+        refused_classifier={"heads.pre_logits": "timm's ViT has one linear layer as its classifier"},
     )
 
 
