@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import allocate
-from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
+from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_file
 from mhacut.checkpoint.header import FileHeader, TensorInfo, dtype_name
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
@@ -68,7 +68,8 @@ class Checkpoint:
         """Read the header of a file, and the record of a slim one.
 
         Args:
-            source: a safetensors or torch file, or a timm folder. Content decides the format, not the suffix.
+            source: a safetensors or torch file, or a folder of timm or
+                another library. Content decides the format, not the suffix.
             hints: what the user says about the model in the file.
 
         Raises:
@@ -162,9 +163,19 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hex digest of the file's bytes, or of the tensors of a model in memory."""
         if self._sha256 is None:
-            path = self.path
-            self._sha256 = sha256_of_tensors(self.model.state_dict()) if path is None else sha256_of(path)
+            header = self.header
+            self._sha256 = (
+                sha256_of_tensors(self.model.state_dict()) if header is None else sha256_of_file(header)
+            )
         return self._sha256
+
+    def read_tensors(self) -> dict[str, Tensor]:
+        """Read the file's tensors, under the names they have in the model and in the file's dtypes."""
+        assert self.header is not None
+        identified, tensors = self._identify(), read_tensors(self.header)
+        if identified.conversion is not None:
+            tensors = identified.conversion.apply(tensors)
+        return tensors if self.record is not None else to_model_names(tensors, identified.skeleton)
 
     def _identify(self) -> Identified:
         if self._identified is None:
@@ -179,16 +190,15 @@ class Checkpoint:
         """Fill the skeleton. Its shapes are known to fit; only now is memory taken."""
         assert self.header is not None
         model, where = self.skeleton, show(self.header.path)
-        tensors = read_tensors(self.header)
+        tensors = self.read_tensors()
         if self.record is None:
             set_resolved_preprocessing(model, self.identity, where)
-            tensors = to_model_names(tensors, model)
         else:
             set_recorded_preprocessing(model, self.record)
         allocate(model)
         model.load_state_dict(tensors, strict=True)
         check_finite(where, model)
-        self._sha256 = sha256_of(self.header.path)  # now, since the file may change while a command works
+        self._sha256 = sha256_of_file(self.header)  # now, since the file may change while a command works
         model.eval()
         self.has_weights = True
 

@@ -5,49 +5,65 @@ Nothing here trusts a suffix, runs code from a file, extracts an archive, or fol
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mhacut.checkpoint.folder import open_folder
 from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
-from mhacut.checkpoint.untrusted_json import parse_json
-from mhacut.errors import CheckpointError, option_name
+from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import is_directory, regular_size
 
-_MAX_CONFIG_BYTES = 4 * 2**20
 _MAX_HEADER_BYTES = 100_000_000
 """Largest safetensors header; the limit of the library."""
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "model.pth",
-    "model.pt",
-)
 
 
 def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
-    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a timm folder.
+    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a folder.
 
     Raises:
         CheckpointError: it is not a readable checkpoint; the message says what it looks like instead.
     """
     path = Path(source)
-    config = None
-    if is_directory(path):
-        path, config = _open_folder(path)
+    if not is_directory(path):
+        return _file_header(path)
+    folder = open_folder(path)
+    header = _file_header(folder.weights[0]) if len(folder.weights) == 1 else _sharded_header(folder.weights)
+    return dataclasses.replace(header, config=folder.config, preprocessor=folder.preprocessor)
+
+
+def _file_header(path: Path) -> FileHeader:
     size = regular_size(path)
     if _sniff(path, size) == "safetensors":
         tensors, metadata = safetensors_header(path, size)
-        return FileHeader(path, "safetensors", tensors, metadata, config)
-    return torch_header(path, size, config)
+        return FileHeader(path, "safetensors", tensors, metadata)
+    return torch_header(path, size)
+
+
+def _sharded_header(paths: Sequence[Path]) -> FileHeader:
+    """Return the header of several safetensors files that hold one model."""
+    tensors: dict[str, TensorInfo] = {}
+    shards = {}
+    for path in paths:
+        header = _file_header(path)
+        twice = tensors.keys() & header.tensors.keys()
+        if header.format != "safetensors" or twice:
+            what = (
+                f"tensor {min(twice)!r:.150} is in another shard too" if twice else "not a safetensors file"
+            )
+            raise CheckpointError(f"{show(path)}: {what}; download the folder again")
+        shards[path] = header.tensors
+        tensors |= header.tensors
+    return FileHeader(paths[0], "safetensors", tensors, shards=shards)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
@@ -57,13 +73,23 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read, or is no longer what the header announced.
     """
     if header.format == "safetensors":
-        tensors = safetensors_tensors(header.path, header.tensors)
+        tensors: dict[str, Tensor] = {}
+        for path, names in (header.shards or {header.path: header.tensors}).items():
+            tensors |= safetensors_tensors(path, names)
     else:
         tensors = torch_tensors(header)
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")
     return tensors
+
+
+def sha256_of_file(header: FileHeader) -> str:
+    """Return the hex digest of the file's bytes; of several, the digest of their digests in order."""
+    if not header.shards:
+        return sha256_of(header.path)
+    digests = "".join(map(sha256_of, header.shards))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -81,36 +107,6 @@ def _sha256(file: Any) -> str:
     while block := file.read(2**20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _open_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the weights file and the content of ``config.json`` of a timm folder."""
-    weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        hint = (
-            f"; it holds {weights.name}: give that file, and {option_name('model', 'NAME')}"
-            if weights
-            else ""
-        )
-        raise CheckpointError(f"{show(folder)}: is a directory without a timm config.json{hint}")
-    if weights is None:
-        if (folder / "model.safetensors.index.json").exists():
-            raise CheckpointError(f"{show(folder)}: sharded weights are not supported; save them as one file")
-        raise CheckpointError(
-            f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
-        )
-    size = regular_size(config_path)
-    if size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{show(config_path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
-    try:
-        text = config_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{show(config_path)}: cannot be read: {error}") from None
-    config = parse_json(text, show(config_path))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{show(config_path)}: expected an object, found {type(config).__name__}")
-    return weights, config
 
 
 def _sniff(path: Path, size: int) -> Format:

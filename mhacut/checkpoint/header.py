@@ -46,7 +46,11 @@ class FileHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of a safetensors file; untrusted text."""
     config: Mapping[str, Any] | None = None
-    """The ``config.json`` of a timm folder; untrusted."""
+    """The ``config.json`` of a folder of timm or another library; untrusted."""
+    preprocessor: Mapping[str, Any] | None = None
+    """The ``preprocessor_config.json`` of a folder of transformers; untrusted."""
+    shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    """Files that the tensors are spread over, and which; empty if they are all in ``path``."""
     part: str | None = None
     """Part of a training checkpoint that holds the tensors (``model_ema``), as timm picks it."""
     prefix_stripped: bool = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
+from mhacut.checkpoint.foreign.recognise import Conversion, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
     OF_WEIGHTS,
@@ -64,6 +65,8 @@ def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> 
 def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     """Build the model of a dense file: from its ``config.json``, else as named, else from names and shapes.
 
+    Files of other libraries are converted to timm's names first.
+
     ``num_classes`` is inferred from the classifier's shape and ``img_size`` from a square ``pos_embed`` where
     nobody states them; the notes say so.
 
@@ -73,35 +76,87 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
-    if header.config is not None:
+    foreign = recognise(header, headless=hints.num_classes == 0)
+    if foreign is not None:
+        found = _from_conversion(header, foreign, args, hints)
+    elif header.config is not None:
         found = _from_config(header, args, hints)
-    elif hints.model is not None:
-        name, tag = _split_tag(hints.model)
-        _check_name(header, name, option_name("model"))
-        cfg = _cfg_of_tag(name, tag)
-        found = infer_from_shapes(name, args, cfg, header.tensors)
-        found = found if tag else _without_claims(found)
-        found = _with_note(found, f"architecture {name}, as given")
-        found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "tag"))
     else:
-        found = _without_claims(search(header, args))
-        found = _with_note(
-            found,
-            f"architecture {found.identity.architecture}, from names and shapes "
-            "(the number of heads is that model's own; shapes cannot show it)",
-        )
+        found = _from_names(header, args, hints)
     check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
-    if position_shapes(found.tensors) != position_shapes(header.tensors):
+    if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
         note = "positions were of another image size; resized to the model's"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     return found
 
 
-def _without_claims(found: Identified) -> Identified:
-    """Drop what timm's default for an architecture says about timm's weights of it: license, tag, labels."""
-    identity = found.identity
-    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in OF_WEIGHTS}
+def _without_claims(found: Identified, stated: Iterable[str] = ()) -> Identified:
+    """Drop what timm's default for an architecture says about timm's weights of it: license, tag, labels.
+
+    What is ``stated`` for these weights stays.
+    """
+    identity, dropped = found.identity, OF_WEIGHTS - set(stated)
+    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
     return dataclasses.replace(found, identity=dataclasses.replace(identity, pretrained_cfg=cfg))
+
+
+def _from_names(
+    header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
+) -> Identified:
+    """Build the model of a file that states none: as named, else from names and shapes.
+
+    ``cfg`` is what is known of its pretrained_cfg.
+    """
+    if hints.model is not None:
+        name, tag = _split_tag(hints.model)
+        _check_name(header, name, option_name("model"))
+        of_tag = _cfg_of_tag(name, tag)
+        if cfg and not tag:
+            of_tag = completed_cfg(name, checked_pretrained_cfg(cfg))
+        found = infer_from_shapes(name, args, of_tag, header.tensors)
+        found = found if tag else _without_claims(found, cfg or ())
+        found = dataclasses.replace(
+            found, cfg_origins=dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "file")
+        )
+        return _with_note(found, f"architecture {name}, as given")
+    found = _without_claims(search(header, args))
+    return _with_note(
+        found,
+        f"architecture {found.identity.architecture}, from names and shapes "
+        "(the number of heads is that model's own; shapes cannot show it)",
+    )
+
+
+def _from_conversion(
+    header: FileHeader, foreign: Conversion, args: Mapping[str, Any], hints: ModelHints
+) -> Identified:
+    """Build the timm model that another library's file is converted to."""
+    built = foreign.built
+    if header.config is not None and built is not None and hints.model not in (None, built.architecture):
+        raise CheckpointError(
+            f"{show(header.path.parent)}: by its configuration it is converted to {built.architecture}, "
+            f"{option_name('model')} says {hints.model}; leave it out, or give the weights file "
+            f"{header.path.name} itself"
+        )
+    if built is None or (header.config is None and hints.model is not None):
+        renamed = dataclasses.replace(header, tensors=foreign.tensors, config=None)
+        try:
+            found = _from_names(renamed, args, hints, foreign.cfg)
+        except CheckpointError as error:
+            folder = "; the folder with its configuration would say more" if foreign.family.build else ""
+            raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
+    else:
+        cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
+        found = infer_from_shapes(
+            built.architecture, {**built.args, **args}, cfg, foreign.tensors, bounded=True
+        )
+        found = dataclasses.replace(
+            _without_claims(found, foreign.cfg), cfg_origins=dict.fromkeys(foreign.cfg, "file")
+        )
+        origin = "its configuration" if header.config is not None else "names and shapes"
+        found = _with_note(found, f"architecture {built.architecture}, from {origin}")
+    note = f"converted from {foreign.family.title}; {', '.join(foreign.notes)}".rstrip("; ")
+    return dataclasses.replace(_with_note(found, note), conversion=foreign)
 
 
 def _with_note(found: Identified, first: str) -> Identified:

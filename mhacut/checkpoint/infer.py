@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
+from mhacut.checkpoint.foreign.recognise import Conversion
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
 from mhacut.checkpoint.names import infos_by_model_names
@@ -36,6 +37,8 @@ class Identified:
     cfg_origins: Mapping[str, str] = field(default_factory=dict)
     """Origin of values in the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`; those
     without one are timm's default."""
+    conversion: Conversion | None = None
+    """Conversion of the tensors of another library's file."""
 
 
 def infer_from_shapes(

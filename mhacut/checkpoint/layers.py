@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.files import read_tensors
-from mhacut.checkpoint.names import to_model_names
 from mhacut.checkpoint.safetensors_file import safetensors_tensors
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
@@ -31,8 +29,8 @@ class LayerReader:
         self._path = header.path
         same_names = set(self._skeleton.state_dict()) <= set(header.tensors)
         self._whole: Mapping[str, Tensor] | None = None
-        if header.format != "safetensors" or not same_names:
-            self._whole = to_model_names(read_tensors(header), self._skeleton)
+        if header.format != "safetensors" or header.shards or not same_names:
+            self._whole = checkpoint.read_tensors()
 
     @contextmanager
     def layer(self, name: str) -> Iterator[nn.Module]:

@@ -26,7 +26,7 @@ def open_checkpoint(
     """Open a checkpoint; of a file, only the header is read at first.
 
     Args:
-        source: a safetensors or torch file, a timm folder, or ``timm:NAME`` for timm's pretrained weights
+        source: a safetensors or torch file, a folder, or ``timm:NAME`` for timm's pretrained weights
             from cache or hub, which are read at once. Content decides the format, not the suffix.
         model: timm's name of the architecture, for files that do not say.
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
@@ -59,7 +59,7 @@ def read_model(
 
 
 def states_its_model(source: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint says itself which model it is: ``timm:NAME``, a slim file or a timm folder.
+    """Whether a checkpoint says itself which model it is: ``timm:NAME``, a slim file or a folder.
 
     Raises:
         CheckpointError: it is not a readable checkpoint.

@@ -27,7 +27,7 @@ _EMA_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Parts of a training checkpoint in the order timm's loader prefers them."""
 
 
-def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> FileHeader:
+def torch_header(path: Path, size: int) -> FileHeader:
     """Return the header of a torch file, from its pickle alone: storages go to the meta device unread."""
     where = show(path)
     if zipfile.is_zipfile(path) or _starts_as_zip(path):
@@ -59,7 +59,6 @@ def torch_header(path: Path, size: int, config: Mapping[str, Any] | None) -> Fil
         path,
         "torch",
         tensors,
-        config=config,
         part=part,
         prefix_stripped=list(cleaned) != list(state_dict),
         has_yacs_config=yacs.holds_config(checkpoint),

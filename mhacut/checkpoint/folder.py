@@ -1,0 +1,112 @@
+"""Find weights and configuration in a folder of timm or transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhacut.checkpoint.untrusted_json import parse_json
+from mhacut.errors import CheckpointError, option_name
+from mhacut.runtime.files import show
+from mhacut.runtime.inputs import regular_size
+
+_MAX_CONFIG_BYTES = 4 * 2**20
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "model.pth",
+    "model.pt",
+)
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_INDEX = "model.safetensors.index.json"
+_MAX_SHARDS = 500
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files of a folder that are read."""
+
+    weights: Sequence[Path]
+    """The file with the weights, or the files they are spread over."""
+    config: dict[str, Any]
+    """Content of ``config.json`` or ``open_clip_config.json``; untrusted."""
+    preprocessor: dict[str, Any] | None
+    """Content of ``preprocessor_config.json`` of transformers; untrusted."""
+
+
+def open_folder(folder: Path) -> Folder:
+    """Return weights and configuration of a folder.
+
+    Names of shards are those that transformers gives; no name is taken from the index.
+
+    Raises:
+        CheckpointError: there is no configuration, or no weights, or not all shards.
+    """
+    one = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    config = _config(folder, one)
+    if config is None:
+        hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
+        raise CheckpointError(f"{show(folder)}: is a directory without a config.json{hint}")
+    weights = [one] if one is not None else _shards(folder)
+    if not weights:
+        raise CheckpointError(
+            f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
+        )
+    of_timm = "architecture" in config
+    return Folder(weights, config, None if of_timm else _preprocessor(folder))
+
+
+def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
+    """Return the configuration that goes with the weights; None if there is none."""
+    plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
+    config = _read_object(plain) if plain.is_file() else None
+    for_open_clip = weights is not None and weights.name.startswith("open_clip")
+    if of_open_clip.is_file() and (config is None or (for_open_clip and "architecture" not in config)):
+        return _read_object(of_open_clip)
+    return config
+
+
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    """Return how images are prepared, which models of text and images state beside how text is."""
+    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        return _read_object(own)
+    images = _read_object(shared).get("image_processor") if shared.is_file() else None
+    return images if isinstance(images, dict) else None
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the shards of a model in order, which must be complete."""
+    found = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_file())
+    totals = {path.name.split("-of-")[1][:5] for path in found}
+    count = int(totals.pop()) if len(totals) == 1 else 0
+    expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, min(count, _MAX_SHARDS) + 1)]
+    if found and [path.name for path in found] != expected:
+        missing = sorted(set(expected) - {path.name for path in found})
+        what = f"{missing[0]} is missing" if missing else "shards of several models"
+        raise CheckpointError(f"{show(folder)}: {what}; download the folder again")
+    if not found and (folder / _INDEX).exists():
+        raise CheckpointError(
+            f"{show(folder)}: the files that {_INDEX} lists are missing, expected "
+            "model-00001-of-0000N.safetensors and so on; download the folder again"
+        )
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    size = regular_size(path)
+    if size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{show(path)}: cannot be read: {error}") from None
+    document = parse_json(text, show(path))
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{show(path)}: expected an object, found {type(document).__name__}")
+    return document

@@ -1,0 +1,1 @@
+"""Convert checkpoints of other libraries to timm's names and arithmetic, without those libraries."""

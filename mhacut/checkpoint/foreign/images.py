@@ -1,0 +1,100 @@
+"""Preprocessing and class names that another library's files state, as timm's pretrained_cfg has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhacut.checkpoint.foreign.config import Config
+from mhacut.limits import MAX_CROP_PCT
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Filters of Pillow by number."""
+_MAX_LABEL = 200
+"""Largest number of characters of a class name that is kept."""
+_MOBILE = "MobileViT"
+"""Beginning of the processors that, unless they say otherwise, flip channels and do not normalise."""
+_SHORTEST_EDGE = ("CLIP", "Levit", "MobileViT", "ConvNext", "Pvt", "EfficientFormer")
+"""Beginnings of processors for which a ``size`` of one number is the shortest edge, not both."""
+
+
+def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
+    """Return the pretrained_cfg of a ``preprocessor_config.json``: mean, std, interpolation, crop.
+
+    Raises:
+        CheckpointError: a value is of another type or out of bounds.
+    """
+    scale = 1.0
+    if processor.flag("do_rescale", True) and "rescale_factor" in processor:
+        scale = 255 * processor.number("rescale_factor") or 1.0
+    mean, std = [0.0] * channels, [1.0] * channels
+    normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
+    if processor.flag("do_normalize", normalises):
+        mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
+    cfg: dict[str, Any] = {
+        "mean": [value / scale for value in mean],
+        "std": [value / scale for value in std],
+    }
+    resample = processor.raw("resample")
+    if isinstance(resample, int) and resample in _RESAMPLE:
+        cfg["interpolation"] = _RESAMPLE[resample]
+    cfg |= _crop(processor)
+    return cfg
+
+
+def image_side(processor: Config) -> int | None:
+    """Return the side in pixels of the images that the processor makes; None if it does not say."""
+    crops = processor.flag("do_center_crop", "crop_size" in processor)
+    return _side(processor, "crop_size") if crops else _side(processor, "size")
+
+
+def flips_channels(processor: Config | None) -> bool:
+    """Whether images are blue, green, red."""
+    if processor is None:
+        return False
+    return processor.flag("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
+
+
+def _crop(processor: Config) -> dict[str, Any]:
+    crop, resized = image_side(processor), _side(processor, "size")
+    if crop is None or resized is None:
+        return {}
+    size = processor.raw("size")
+    kind = _kind(processor)
+    keeps_ratio = "shortest_edge" in size if isinstance(size, dict) else kind.startswith(_SHORTEST_EDGE)
+    share = crop / resized
+    if kind.startswith("Levit"):  # resizes to 256/224 of the size that it is given
+        share *= 224 / 256
+    elif keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
+        share = processor.number("crop_pct")
+    if not 0 < share <= MAX_CROP_PCT:
+        return {}
+    return {"crop_pct": share, "crop_mode": "center" if keeps_ratio else "squash"}
+
+
+def _kind(processor: Config) -> str:
+    return str(processor.raw("image_processor_type") or processor.raw("feature_extractor_type") or "")
+
+
+def _side(processor: Config, name: str) -> int | None:
+    value = processor.raw(name)
+    if not isinstance(value, dict):
+        return processor.side(name) if value is not None else None
+    inner = processor.part(name)
+    if "shortest_edge" in inner:
+        return inner.side("shortest_edge")
+    if "height" in inner and inner.size("height") == inner.size("width"):
+        return inner.size("height")
+    return None
+
+
+def label_names(config: Config, classes: int) -> list[str] | None:
+    """Return the class names of ``id2label`` in order; None unless there is a real one for each class."""
+    labels = config.raw("id2label")
+    if not isinstance(labels, dict) or len(labels) != classes:
+        return None
+    names = [labels.get(str(index)) for index in range(classes)]
+    if not all(isinstance(name, str) and len(name) <= _MAX_LABEL for name in names):
+        return None
+    if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        return None
+    return [str(name) for name in names]

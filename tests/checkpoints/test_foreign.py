@@ -1,0 +1,415 @@
+"""Checkpoints of other libraries, written here by name: tables of names, configurations, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import mhacut
+from helpers.checkpoints import ARGS, tiny
+from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.family import mlp_ratio
+from mhacut.checkpoint.foreign.images import transformers_cfg
+from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.swin import SWIN
+from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.errors import CheckpointError, MhacutError
+
+CONFIG = {
+    "model_type": "vit",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "image_size": 32,
+    "patch_size": 8,
+    "id2label": {"0": "cat", "1": "dog", "2": "owl"},
+}
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.2, 0.1],
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 32, "width": 32},
+}
+
+
+def vit_tensors(dtype=torch.float32):
+    """Tensors of a ViT with three classes under the names of transformers."""
+    shapes = {
+        "vit.embeddings.cls_token": (1, 1, 24),
+        "vit.embeddings.position_embeddings": (1, 17, 24),
+        "vit.embeddings.patch_embeddings.projection.weight": (24, 3, 8, 8),
+        "vit.embeddings.patch_embeddings.projection.bias": (24,),
+        "vit.pooler.dense.weight": (24, 24),
+        "classifier.weight": (3, 24),
+        "classifier.bias": (3,),
+    }
+    linear = {"attention.attention.query": (24, 24), "attention.attention.key": (24, 24)}
+    linear |= {"attention.attention.value": (24, 24), "attention.output.dense": (24, 24)}
+    linear |= {"intermediate.dense": (50, 24), "output.dense": (24, 50)}
+    for block in (0, 1):
+        for name, shape in linear.items():
+            shapes[f"vit.encoder.layer.{block}.{name}.weight"] = shape
+            shapes[f"vit.encoder.layer.{block}.{name}.bias"] = shape[:1]
+    norms = ["encoder.layer.0.layernorm_", "encoder.layer.1.layernorm_"]
+    for norm in [f"{prefix}{place}" for prefix in norms for place in ("before", "after")] + ["layernorm"]:
+        shapes |= {f"vit.{norm}.weight": (24,), f"vit.{norm}.bias": (24,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as transformers writes it."""
+
+    def write(config=None, tensors=None, processor=PROCESSOR, shards=1):
+        path = tmp_path / "vit"
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(CONFIG | (config or {})))
+        if processor is not None:
+            (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        tensors = vit_tensors() if tensors is None else tensors
+        names = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
+        for index, name in enumerate(names if shards > 1 else ["model.safetensors"]):
+            save_file(dict(list(tensors.items())[index::shards]), path / name)
+        return path
+
+    return write
+
+
+def refusal(path, **hints):
+    with pytest.raises(CheckpointError) as error:
+        read_model(path, **hints)
+    return str(error.value)
+
+
+def test_a_folder_of_transformers_is_a_timm_model(folder):
+    tensors = vit_tensors(torch.bfloat16)
+    checkpoint = read_model(folder(tensors=tensors))
+    state = checkpoint.model.state_dict()
+    joined = [
+        tensors[f"vit.encoder.layer.1.attention.attention.{part}.weight"]
+        for part in ("query", "key", "value")
+    ]
+    assert torch.equal(state["blocks.1.attn.qkv.weight"], torch.cat(joined).float())
+    assert torch.equal(state["head.weight"], tensors["classifier.weight"].float())
+    assert set(checkpoint.dtypes.values()) == {torch.bfloat16}
+    identity = checkpoint.identity
+    assert identity.architecture == "vit_base_patch16_224"
+    assert identity.model_args["num_heads"] == 3
+    assert identity.model_args["num_classes"] == 3
+    cfg = identity.pretrained_cfg
+    assert cfg["label_names"] == ["cat", "dog", "owl"]
+    assert (cfg["mean"], cfg["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.1])
+    assert (cfg["interpolation"], cfg["crop_pct"], cfg["crop_mode"]) == ("bilinear", 1.0, "squash")
+    assert checkpoint.notes[0] == "converted from ViT of transformers; left out: the pooler"
+
+
+def test_the_processor_of_images_and_texts_counts_too(folder):
+    path = folder(processor=None)
+    assert "no preprocessor_config.json" in read_model(path).notes[0]
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR, "tokenizer": {}}))
+    assert read_model(path).identity.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
+
+
+def test_no_configuration_ends_in_an_internal_error(folder):
+    path = folder()
+    for file, document in {"config.json": CONFIG, "preprocessor_config.json": PROCESSOR}.items():
+        for name in document:
+            for value in [None, True, -1, 10**9, "a" * 200, [0, 0], {"a": 1}]:
+                (path / file).write_text(json.dumps(document | {name: value}))
+                with contextlib.suppress(MhacutError):
+                    assert open_checkpoint(path).skeleton is not None
+        (path / file).write_text(json.dumps(document))
+
+
+def test_shards_are_read_as_one_file(folder):
+    whole = mhacut.load_model(folder()).state_dict()
+    path = folder(shards=3)
+    (path / "model.safetensors").unlink()
+    checkpoint = read_model(path)
+    parts = checkpoint.model.state_dict()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert len(checkpoint.sha256) == 64
+    assert len(mhacut.inspect(path).inspection.layers) == 4
+    (path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refusal(path)
+
+
+def test_a_shard_of_another_model_is_refused(folder):
+    path = folder(shards=2)
+    (path / "model.safetensors").unlink(missing_ok=True)
+    save_file(vit_tensors(), path / "model-00002-of-00002.safetensors")
+    assert "is in another shard too" in refusal(path)
+    save_file(vit_tensors(), path / "model-00001-of-00007.safetensors")
+    assert "shards of several models" in refusal(path)
+
+
+def test_a_bare_file_is_recognised_by_its_names(folder):
+    path = folder() / "model.safetensors"
+    args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
+    found = read_model(path, model="vit_base_patch16_224", model_args=args)
+    expected = mhacut.load_model(path.parent).state_dict()
+    state = found.model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert found.identity.model_args["img_size"] == 32
+    assert "(converted from ViT of transformers; the folder with its configuration" in refusal(path)
+
+
+def test_the_classifier_can_be_left_out(folder):
+    model = mhacut.load_model(folder(), num_classes=0)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 24)
+    assert "the head differs: num_classes=3?" in refusal(folder(), num_classes=5)
+
+
+def test_another_architecture_than_the_configurations_is_refused(folder):
+    assert "it is converted to vit_base_patch16_224" in refusal(folder(), model="vit_tiny_patch16_224")
+    assert read_model(folder(), model="vit_base_patch16_224").has_weights
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"model_type": "segformer"},
+            "model_type 'segformer' are not converted to timm; mhacut converts vit",
+        ),
+        ({"hidden_size": "24"}, "hidden_size: expected a whole number from 1 to 65536, found '24'"),
+        ({"hidden_size": True}, "hidden_size: expected a whole number"),
+        ({"hidden_size": 10**30}, "hidden_size: expected a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: expected a whole number"),
+        ({"num_hidden_layers": 60000}, "out of all proportion"),
+        ({"image_size": [32, 16]}, "image_size: expected the side of a square"),
+        ({"image_size": 60000}, "at most 4194304 pixels"),
+        ({"qkv_bias": "no"}, "qkv_bias: expected true or false"),
+        ({"hidden_act": {"a": 1}}, "hidden_act: expected a text of at most 100 characters, found dict"),
+        ({"hidden_act": "mish"}, "hidden_act: expected one of gelu"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001 cannot be converted"),
+        ({"num_attention_heads": 5}, "timm cannot build"),
+        ({"num_channels": 4}, "image_mean: expected a list of 4 numbers"),
+    ],
+)
+def test_configurations_are_not_trusted(folder, config, says):
+    assert says in refusal(folder(config))
+
+
+def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
+    tensors = vit_tensors()
+    extra = folder(tensors=tensors | {"decode_head.weight": torch.zeros(2)})
+    assert "ViT of transformers: 1 tensors are not part of the model: 'decode_head.weight'" in refusal(extra)
+    del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
+    assert "is joined of 3 tensors, found 2 of them" in refusal(folder(tensors=tensors))
+    tensors["vit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(24, 7)
+    assert "do not fit together" in refusal(folder(tensors=tensors))
+    missing = vit_tensors()
+    del missing["vit.layernorm.weight"]
+    assert "1 missing, 0 unexpected" in refusal(folder(tensors=missing))
+
+
+def test_shapes_of_a_converted_file_read_no_weights(folder):
+    checkpoint = open_checkpoint(folder())
+    assert checkpoint.skeleton.blocks[0].attn.qkv.weight.is_meta
+    assert not checkpoint.has_weights
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"size": 224, "resample": 3}, {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}),
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, {"crop_pct": 0.875, "crop_mode": "squash"}),
+        (
+            {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            {"crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (
+            {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"},
+            {"crop_pct": 1.0, "crop_mode": "center"},
+        ),
+        (
+            {"size": {"shortest_edge": 224}, "crop_size": 224, "image_processor_type": "LevitImageProcessor"},
+            {"crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (
+            {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "rescale_factor": 2 / 255},
+            {"mean": [0.5] * 3, "std": [1.0] * 3},
+        ),
+        (
+            {
+                "image_mean": [1, 1, 1],
+                "image_std": [2, 2, 2],
+                "image_processor_type": "MobileViTImageProcessor",
+            },
+            {"mean": [0.0] * 3, "std": [1.0] * 3},
+        ),
+        (
+            {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "do_normalize": False},
+            {"mean": [0.0] * 3, "std": [1.0] * 3},
+        ),
+    ],
+)
+def test_preprocessing_is_timms_words_for_it(processor, expected):
+    found = transformers_cfg(Config(processor, "here"), 3)
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"image_mean": [0.5, 0.5], "image_std": [1, 1, 1]},
+        {"image_mean": "0.5", "image_std": [1, 1, 1]},
+        {"size": -3},
+        {"size": {"shortest_edge": 10**9}},
+        {"do_rescale": "yes"},
+        {"rescale_factor": [1]},
+    ],
+)
+def test_preprocessing_is_not_trusted(processor):
+    with pytest.raises(CheckpointError, match=r"^here: "):
+        transformers_cfg(Config(processor, "here"), 3)
+
+
+@pytest.mark.slow
+def test_a_folder_of_transformers_is_pruned_like_any_other(folder, tmp_path):
+    path = folder()
+    result = mhacut.prune(path, flops="70%", effort="fast", round_to=1, output=tmp_path / "slim.safetensors")
+    record = read_model(result.output).record
+    assert record.identity.architecture == "vit_base_patch16_224"
+    assert record.preprocessing["crop_mode"] == "squash"
+    assert result.slim.flops <= 0.7 * result.dense.flops
+    again = mhacut.inspect(result.output, compare=path)
+    assert again.comparison is not None
+
+
+OPEN_CLIP = {
+    "visual.class_embedding": (24,),
+    "visual.positional_embedding": (17, 24),
+    "visual.proj": (24, 12),
+    "visual.conv1.weight": (24, 3, 8, 8),
+    "visual.transformer.resblocks.0.attn.in_proj_weight": (72, 24),
+    "visual.transformer.resblocks.0.attn.in_proj_bias": (72,),
+    "visual.transformer.resblocks.0.attn.out_proj.weight": (24, 24),
+    "visual.transformer.resblocks.0.attn.out_proj.bias": (24,),
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": (96, 24),
+    "visual.transformer.resblocks.0.mlp.c_fc.bias": (96,),
+    "visual.transformer.resblocks.0.mlp.c_proj.weight": (24, 96),
+    "visual.transformer.resblocks.0.mlp.c_proj.bias": (24,),
+    "transformer.resblocks.0.ln_1.weight": (8,),
+    "logit_scale": (),
+} | {
+    f"visual.{norm}.{kind}": (24,)
+    for norm in ("ln_pre", "ln_post", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.ln_2")
+    for kind in ("weight", "bias")
+}
+TOWER = {"image_size": 32, "layers": 1, "width": 24, "patch_size": 8, "head_width": 8}
+
+
+def open_clip_folder(path, tower=None, tensors=None, preprocess=None):
+    path.mkdir(exist_ok=True)
+    config = {"model_cfg": {"vision_cfg": TOWER | (tower or {})}, "preprocess_cfg": preprocess or {}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    tensors = tensors or {name: torch.ones(shape) for name, shape in OPEN_CLIP.items()}
+    save_file(tensors, path / "open_clip_model.safetensors")
+    return path
+
+
+def test_a_folder_of_open_clip_is_its_image_tower(tmp_path):
+    preprocess = {"mean": [0.1, 0.2, 0.3], "resize_mode": "longest", "interpolation": "bilinear"}
+    checkpoint = read_model(open_clip_folder(tmp_path, preprocess=preprocess))
+    assert checkpoint.identity.architecture == "vit_base_patch16_clip_224"
+    assert checkpoint.model(torch.randn(1, 3, 32, 32)).shape == (1, 12)
+    cfg = checkpoint.identity.pretrained_cfg
+    assert (cfg["mean"], cfg["crop_mode"], cfg["interpolation"]) == ([0.1, 0.2, 0.3], "border", "bilinear")
+    assert "left out: the text tower" in checkpoint.notes[0]
+
+
+def test_the_configuration_beside_the_weights_counts(tmp_path):
+    path = open_clip_folder(tmp_path)
+    (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "clip"}))
+    assert read_model(path).identity.model_args["depth"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tower", "says"),
+    [
+        ({"layers": [3, 4, 6, 3]}, "ResNets of CLIP have no attention"),
+        ({"pool_type": "avg"}, "pool_type 'avg' cannot be converted"),
+        ({"norm_kwargs": {"eps": 1}}, "norm_kwargs cannot be converted"),
+        ({"width": None, "head_width": 0}, "head_width: expected a whole number"),
+        ({"patch_size": "8"}, "patch_size: expected the side of a square"),
+    ],
+)
+def test_towers_of_open_clip_that_timm_has_not_are_refused(tmp_path, tower, says):
+    assert says in refusal(open_clip_folder(tmp_path, tower))
+
+
+def test_a_tower_of_another_kind_is_refused(tmp_path):
+    assert "its image tower is not converted" in refusal(
+        open_clip_folder(tmp_path, tensors={"visual.layer1.0.weight": torch.ones(1)})
+    )
+    trunk = {"visual.trunk.a.weight": torch.ones(1)}
+    names = {"timm_model_name": "os.system"}
+    assert "timm has no model 'os'" in refusal(open_clip_folder(tmp_path, names, trunk))
+    names = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "abs_attn"}
+    assert "timm_pool: expected one of avg, token, map" in refusal(open_clip_folder(tmp_path, names, trunk))
+
+
+def test_a_model_of_timm_behind_a_prefix_is_that_model(tmp_path):
+    model = tiny()
+    config = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": ARGS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {f"timm_model.{name}": tensor for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    found = mhacut.load_model(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "os.system"}))
+    assert "architecture: timm has no model 'os'" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"checkpoint_path": "x"}}))
+    assert "'checkpoint_path' does not describe a model" in refusal(tmp_path)
+
+
+def test_no_module_imports_a_library_that_it_converts_from():
+    for path in Path(mhacut.__file__).parent.rglob("*.py"):
+        found = re.search(r"^\s*(?:import|from) (transformers|open_clip)\b", path.read_text(), re.MULTILINE)
+        assert found is None, path
+
+
+def test_windows_that_do_not_tile_the_image_are_refused():
+    config = Config({"image_size": 64, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}, "here")
+    with pytest.raises(CheckpointError, match=r"the 16x16 grid of stage 0 is no multiple of it"):
+        SWIN.build(config, {})
+    assert SWIN.build(Config({}, "here"), {}).architecture == "swin_tiny_patch4_window7_224"
+
+
+def test_names_with_several_numbers_and_parts():
+    table = Renaming(
+        {"a.*.b.*.q": "x.*.y.*.qk#0", "a.*.b.*.k": "x.*.y.*.qk#1"}, {"text": "the text"}, prefixes=("m.",)
+    )
+    found = table.apply(
+        {"m.a.1.b.2.k.w": torch.ones(1), "m.a.1.b.2.q.w": torch.zeros(2), "m.text.w": torch.ones(1)}
+    )
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"x.1.y.2.qk.w": [0, 0, 1]}
+    assert table.what_is_left_out({"m.text.w": 1}) == ["the text"]
+    with pytest.raises(CheckpointError, match=r"two tensors would be 'x.1.y.2.z.w'"):
+        Renaming({"a": "x.1.y.2.z", "b": "x.1.y.2.z"}).apply({"a.w": torch.ones(1), "b.w": torch.ones(1)})
+
+
+def test_only_a_classifier_is_waived_with_the_classifier():
+    table = Renaming({"a": "b"}, refused={"pool": "no place"}, refused_classifier={"top": "no such head"})
+    tensors = {"a.w": torch.ones(1), "top.w": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"'top.w' cannot be converted: no such head"):
+        table.apply(tensors)
+    assert list(table.without_classifier().apply(tensors)) == ["b.w"]
+    with pytest.raises(CheckpointError, match="no place"):
+        table.without_classifier().apply({"pool.w": torch.ones(1)})
