@@ -10,7 +10,7 @@ from helpers.models import ModelCase, build
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune as commands
 from mhacut.errors import MhacutError, UnsupportedModelError
-from mhacut.pruning.choose_merges import divergence_with_tokens
+from mhacut.pruning import choose_merges
 from mhacut.surgery.flops import measure_flops
 
 ARGS = {"depth": 3, "img_size": 96, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -81,31 +81,69 @@ def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
 ):
     """Where that is less than half."""
     silent = prune(model, tmp_path / "silent.safetensors", "50%")
+    assert silent.divergence < commands.MUCH
+    assert silent.divergence_with_tokens is None
     monkeypatch.setattr(commands, "MUCH", 0.0)
-    monkeypatch.setattr(commands, "divergence_with_tokens", lambda *given: left * silent.divergence)
+    monkeypatch.setattr(commands, "divergence_by_merging", lambda *given: left * silent.divergence)
     result = prune(model, tmp_path / "slim.safetensors", "50%")
-    assert (result.with_tokens is not None) == said
-    assert ("attention+mlp+tokens' the same budget would leave about" in _text(result)) == said
-    assert _document(result)["divergence_with_tokens"] == result.with_tokens
+    assert (result.divergence_with_tokens is not None) == said
+    assert ("attention+mlp+tokens' the same budget would leave a KL of about" in _text(result)) == said
+    assert _document(result)["divergence_with_tokens"] == result.divergence_with_tokens
 
 
-def test_of_a_cut_that_left_little_nothing_is_said(model, tmp_path):
-    result = prune(model, tmp_path / "slim.safetensors", "80%")
-    assert result.divergence < commands.MUCH
-    assert result.with_tokens is None
-    assert "would leave" not in _text(result)
-
-
-def test_what_tokens_would_leave_is_estimated_for_what_can_merge_tokens(model, tmp_path, monkeypatch):
-    """The real estimate, which is a number for a ViT and None for others."""
+@pytest.fixture
+def tried(monkeypatch):
+    """What was measured of merges alone: divergences, and the FLOPs of the models."""
     found = []
 
-    def recorded(*given):
-        found.append(divergence_with_tokens(*given))
+    def measured(job, calibration):
+        flops = []
+        own = choose_merges.set_merged
+
+        def counted(copied, schedule):
+            own(copied, schedule)
+            flops.append(measure_flops(copied, job.input_size))
+
+        with monkeypatch.context() as within:
+            within.setattr(choose_merges, "set_merged", counted)
+            found.append((choose_merges.divergence_by_merging(job, calibration), flops, job.budget))
 
     monkeypatch.setattr(commands, "MUCH", 0.0)
-    monkeypatch.setattr(commands, "divergence_with_tokens", recorded)
-    prune(model, tmp_path / "slim.safetensors", "50%")
-    prune(model, tmp_path / "uniform.safetensors", "50%", allocation="uniform")
-    assert 0 < found[0] < 10
-    assert found[1] is None  # no curves: nothing says what channels cost
+    monkeypatch.setattr(commands, "divergence_by_merging", measured)
+    return found
+
+
+def test_what_is_said_was_measured_at_about_the_budget(model, tmp_path, tried):
+    prune(model, tmp_path / "slim.safetensors", "70%")
+    ((divergence, (flops,), budget),) = tried
+    assert divergence > 0
+    assert 0.8 * budget < flops < 1.05 * budget
+
+
+def test_nothing_is_said_where_tokens_cannot_be_merged(model, tmp_path, tried):
+    """Not enough of them, or not by this model, or it merges already; features have no divergence in nats."""
+    prune(model, tmp_path / "deep.safetensors", "42%")
+    swin = build(
+        ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1)})
+    )
+    options = {"flops": "80%", "calibration_images": 8, "effort": "fast", "latency": False}
+    args = {"window_size": 4, "depths": (1, 1)}
+    mhacut.prune(swin, output=tmp_path / "swin.safetensors", model_args=args, **options)
+    merged = prune(model, tmp_path / "merged.safetensors", "70%", scope="attention+mlp+tokens")
+    mhacut.prune(merged.output, output=tmp_path / "again.safetensors", **options)
+    assert [divergence for divergence, *_ in tried] == [None, None, None]
+    headless = build(ModelCase(VIT.architecture, {**ARGS, "num_classes": 0}))
+    prune(headless, tmp_path / "headless.safetensors", "80%")
+    assert len(tried) == 3
+
+
+def test_a_vit_of_one_block_is_refused(tmp_path):
+    one = build(ModelCase(VIT.architecture, {**ARGS, "depth": 1}))
+    with pytest.raises(UnsupportedModelError, match="no block before its last"):
+        mhacut.prune(
+            one,
+            flops="80%",
+            output=tmp_path / "slim.safetensors",
+            scope="attention+mlp+tokens",
+            model_args={"depth": 1, "embed_dim": 48, "num_heads": 3},
+        )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.merge import FLOOR, SizedTokens, match, merge, weigh
+from mhacut.surgery.merge import SizedTokens, match, merge, weigh
 
 
 def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -66,10 +66,36 @@ def test_sizes_and_norms_are_kept():
     assert (sizes.sum(1) == 11).all()
 
 
-def test_tokens_that_the_class_token_looks_at_weigh_more():
-    sizes, attention = torch.full((1, 2, 1), 3.0), torch.tensor([[[0.5], [1.5]]])
-    assert torch.equal(weigh(sizes, None), sizes)
-    torch.testing.assert_close(weigh(sizes, attention), 3 * (attention + FLOOR).sqrt())
+def test_what_the_class_token_looks_at_is_not_merged():
+    """Of two pairs equally alike, the one that is looked at stays as it is."""
+    x = torch.tensor(
+        [[[0.0, 1.0], [1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]]]
+    ).double()  # the first is the prefix
+    sizes = torch.ones(1, 4, 1).double()
+    for looked_at, stays in ((0, [3, 4]), (1, [1, 2])):
+        attention = torch.ones(1, 4, 1).double()
+        attention[0, 2 * looked_at : 2 * looked_at + 2] = 5
+        found = match(x, weigh(sizes, attention), 1, 1)
+        tokens, _ = merge(SizedTokens(x, torch.ones(1, 5, 1).double()), found, 1)
+        kept = [tuple(token) for token in tokens[0].tolist()]
+        assert all(tuple(x[0, place].tolist()) not in kept for place in stays)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_weighted_sums(dtype: torch.dtype):
+    """A large channel of a token of many patches that is looked at: sums are beyond float16."""
+    x = torch.randn(1, 197, 8).to(dtype)
+    x[:, :, 3] = 1500
+    sizes = torch.ones(1, 197, 1, dtype=dtype)
+    sizes[:, 5] = 20
+    attention = torch.ones(1, 196, 1, dtype=dtype)
+    attention[:, 4] = 100
+    weights = weigh(sizes[:, 1:], attention)
+    tokens, left = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
+    assert tokens.dtype == left.dtype == dtype
+    wide = [each.float() for each in (x, sizes)]
+    expected, _ = merge(SizedTokens(*wide), match(wide[0], weights.float(), 60, 1), 1)
+    torch.testing.assert_close(tokens.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_equal_tokens_are_merged_the_same_way_each_time():

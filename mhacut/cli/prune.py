@@ -59,10 +59,10 @@ def _text(result: PruneResult) -> str:
     else:
         lines.append(f"saved {safe(result.output)}")
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
-    if result.with_tokens is not None:
+    if result.divergence_with_tokens is not None:
         lines.append(
-            f"with {option_name('scope', 'attention+mlp+tokens')} the same budget would leave about "
-            f"{result.with_tokens:.2g}"
+            f"with {option_name('scope', 'attention+mlp+tokens')} the same budget would leave a KL of "
+            f"about {result.divergence_with_tokens:.2g}"
         )
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
@@ -85,7 +85,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "divergence": _finite(result.divergence),
         "divergence_of": result.divergence_of,
         "judged_on": result.judged_on,
-        "divergence_with_tokens": result.with_tokens,
+        "divergence_with_tokens": result.divergence_with_tokens,
         "data": result.data,
         "preprocessing": result.preprocessing.to_json(),
         **result.provenance.to_json(),

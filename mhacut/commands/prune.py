@@ -27,7 +27,7 @@ from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import check_exact, check_flops, same_outputs
-from mhacut.pruning.choose_merges import divergence_with_tokens
+from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.planner import Planned, Planner
@@ -95,9 +95,9 @@ class PruneResult:
     """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
     judged_on: int
     """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
-    with_tokens: float | None
-    """Divergence in nats that the same budget is expected to leave if tokens share it, where channels alone
-    left more than :data:`MUCH`, and more than twice as much; else None."""
+    divergence_with_tokens: float | None
+    """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
+    channels left more than :data:`MUCH`, and more than twice as much; else None."""
 
 
 def prune(
@@ -153,7 +153,7 @@ def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | Non
                 timer.start("writing")
                 slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
             timer.start("measuring")
-            measured = _measure(inputs, calibration, planned, slim, flops, timer)  # 8. measure
+            measured = _measure(inputs, calibration, slim, flops, timer)  # 8. measure
             if not options.dry_run and measured.slim.evaluation is not None:
                 _write_again(inputs, slim, _record(inputs, planned, flops, measured))
             page = None
@@ -216,12 +216,7 @@ class _Measured:
 
 
 def _measure(
-    inputs: PruneInputs,
-    calibration: Calibration,
-    planned: Planned,
-    slim: nn.Module,
-    flops: int,
-    reporter: Reporter,
+    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, flops: int, reporter: Reporter
 ) -> _Measured:
     """Measure the slim model beside the dense one."""
     job, options = inputs.job, inputs.options
@@ -233,8 +228,8 @@ def _measure(
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
     with_tokens = None
-    if divergence > MUCH and not job.merges_tokens:
-        with_tokens = divergence_with_tokens(job, calibration, planned.curves)
+    if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
+        with_tokens = divergence_by_merging(job, calibration)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
         size, batch = inputs.preprocessing.input_size, options.latency_batch_size
@@ -294,7 +289,7 @@ def _result(
         divergence=measured.divergence,
         divergence_of=measured.divergence_of,
         judged_on=measured.judged_on,
-        with_tokens=measured.with_tokens,
+        divergence_with_tokens=measured.with_tokens,
     )
 
 

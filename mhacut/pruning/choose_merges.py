@@ -8,7 +8,7 @@ table is counted anew for every schedule that is looked at.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -76,29 +76,42 @@ def choose_merges(job: Job, calibration: Calibration, curves: Mapping[UnitKey, C
     return _best(job, curves, law, tokens, last)
 
 
-def divergence_with_tokens(
-    job: Job, calibration: Calibration, curves: Mapping[UnitKey, Curve]
-) -> float | None:
-    """Estimate, by one trial, the divergence that tokens and channels would leave together at the budget.
+def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
+    """Measure the divergence that merges alone would leave at about the budget, on held-out images.
+
+    The schedule is that of typical costs, not searched on this model: who asks for tokens gets less.
 
     Args:
-        job: what is pruned; its model merges no tokens.
+        job: what is pruned, a classifier.
         calibration: of its model.
-        curves: of its units; may be empty.
 
     Returns:
-        Nats; None where tokens cannot be merged, or nothing says what channels cost.
+        Nats; None where tokens cannot be merged, or not as many.
     """
-    if not curves or job.merged or calibration.held == 0 or why_not_merged(job.model):
+    if job.merged or calibration.held == 0 or why_not_merged(job.model):
         return None
     tokens = tokens_of_model(job.model)
-    choice = _best(job, curves, TYPICAL, tokens, merging_blocks(job.model, tokens))
-    if not choice.merged:
-        return choice.predicted
+    costs, last = block_costs(job, tokens), merging_blocks(job.model, tokens)
+    saved = job.table.flops({}) - job.budget
+    dense = flops_of_blocks(costs, (0,) * tokens.depth, tokens)
+    prices = [price / job.table.dense for price in _PRICES]
+    schedules = cheapest_schedules(TYPICAL, tokens, costs, last, prices)
+    enough = (each for each in schedules if dense - flops_of_blocks(costs, each, tokens) >= saved)
+    schedule = next(enough, None)
+    if schedule is None:
+        return None
     model = copy.deepcopy(job.model)
-    set_merged(model, choice.merged)
-    measured = job.distillation(calibration).part(0, calibration.held).divergence_of(model)
-    return choice.predicted - TYPICAL.divergence(choice.merged, tokens) + measured
+    set_merged(model, schedule)
+    return job.distillation(calibration).part(0, calibration.held).divergence_of(model)
+
+
+def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Tokens) -> float:
+    """Return the FLOPs of all blocks under a schedule, nearly."""
+    count, total = tokens.total, 0.0
+    for cost, merged in zip(costs, schedule, strict=True):
+        total += cost.token * count + cost.pair * count**2 + cost.mlp * (count - merged)
+        count -= merged
+    return total
 
 
 def with_all_merged(model: nn.Module) -> nn.Module:
@@ -188,7 +201,7 @@ def _table_with(job: Job, schedule: Schedule) -> CostTable:
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
-    """Return the FLOPs of each block as a function of its tokens, nearly: those of whole layers."""
+    """Return the FLOPs of each block as a function of its tokens, nearly; merges count by their time."""
     by_layer, count = job.table.by_layer(), tokens.total
     costs = []
     for block in range(tokens.depth):

@@ -11,7 +11,7 @@ divergence:
   the basis and the width of q and k, which pruning changes.
 - Tokens have weights: their size, times the root of the attention that the class token pays to each of their
   patches. Cheapest merges come first, by Ward's criterion, and averages are weighted: tokens that stand for
-  much, or matter much, stay as they are.
+  much, or matter much, stay as they are. (By size alone where no class token is read, or q and k have norms.)
 - Averages keep the mean norm of what is averaged, as in "Token Fusion" (arXiv 2312.01026).
 """
 
@@ -55,7 +55,7 @@ class SizedTokens(NamedTuple):
 
 
 FLOOR = 0.1
-"""Attention, where 1 is that to the average patch, that is added to all, so that no token weighs nothing."""
+"""Attention, 1 on average over tokens, that is added to all, so that no token weighs nothing."""
 
 
 def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
@@ -63,8 +63,8 @@ def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
 
     Args:
         sizes: number of patches that each stands for, [B, N, 1].
-        attention: that the class token pays to each patch in them, 1 on average, [B, N, 1]; None where there
-            is no such token.
+        attention: that the class token pays to each patch in them, 1 on average over tokens, [B, N, 1]; None
+            where there is no such token.
     """
     return sizes if attention is None else sizes * (attention + FLOOR).sqrt()
 
@@ -82,8 +82,9 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
         prefix: number of first tokens that are left out.
     """
     with full_precision(x):
-        directions = F.normalize(x[:, prefix:], dim=-1)
+        directions = F.normalize(at_least_float32(x[:, prefix:]), dim=-1)
         far = 1 - directions[:, 1::2] @ directions[:, ::2].mT  # (B, |A|, |B|)
+        weights = at_least_float32(weights)
         a, b = weights[:, 1::2], weights[:, ::2].mT
         cost, nearest = (far.clamp_min(0) * (a * b / (a + b))).min(-1)  # (B, |A|)
     # Sorted by topk: exporters know no sort.
@@ -106,26 +107,31 @@ def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
         The N - r tokens that are left: prefix, rest of A, B.
     """
     x, sizes = tokens
-    rest, rest_sizes, weights = x[:, prefix:], sizes[:, prefix:], found.weights.to(x.dtype)
-    a, size_a = rest[:, 1::2], rest_sizes[:, 1::2]
+    a, size_a = x[:, prefix:][:, 1::2], sizes[:, prefix:][:, 1::2]
+    rest, rest_sizes, weights = map(at_least_float32, (x[:, prefix:], sizes[:, prefix:], found.weights))
     # What adds up when tokens are merged.
     sums = torch.cat((weights * rest, weights * rest.norm(dim=-1, keepdim=True), weights, rest_sizes), -1)
     receives = (
         found.receivers[:, None, :] == torch.arange(rest[:, ::2].shape[1], device=x.device)[None, :, None]
     )  # (B, |B|, r)
     with full_precision(x):
-        sums = sums[:, ::2] + receives.to(x.dtype) @ _taken(sums[:, 1::2], found.merged)
+        sums = sums[:, ::2] + receives.to(sums.dtype) @ _taken(sums[:, 1::2], found.merged)
     summed, norm, weight, new_size = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
-    received = F.normalize(summed, dim=-1) * (norm / weight)
+    received = (F.normalize(summed, dim=-1) * (norm / weight)).to(x.dtype)
     return SizedTokens(
         torch.cat((x[:, :prefix], _taken(a, found.kept), received), 1),
-        torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size), 1),
+        torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size.to(sizes.dtype)), 1),
     )
 
 
 def _taken(tokens: Tensor, places: Tensor) -> Tensor:
     """Return ``tokens`` [B, N, C] at ``places`` [B, n], [B, n, C]."""
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half precision as float32: float16 overflows in weighted sums, bfloat16 rounds sizes."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def full_precision(x: Tensor) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mhacut.adapters.read_attention import ReadAttention
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
-from mhacut.surgery.merge import Matcher, SizedTokens, full_precision, merge
+from mhacut.surgery.merge import Matcher, SizedTokens, at_least_float32, full_precision, merge
 from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock, dense_class
 
 
@@ -49,7 +49,7 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         if matcher is not None:
             attention = None
             if matcher.by_attention:
-                attention = class_attention(self.attn, normalised.detach(), tokens.sizes, matcher.prefix)
+                attention = class_attention(self.attn, normalised, tokens.sizes, matcher.prefix)
             left = merge(left, matcher(y, tokens.sizes, attention), matcher.prefix)
         y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
         return SizedTokens(y, left.sizes) if self.gives_sizes else y
@@ -67,7 +67,6 @@ class MergedReadBlock(Merging, ReadBlock):
         return super().forward(tokens.x, attn_mask=bias)
 
 
-@torch.no_grad()
 def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
     """Return the attention that the class token pays to each patch, mean over heads.
 
@@ -84,13 +83,17 @@ def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
         [B, N - prefix, 1], 1 on average over tokens.
     """
     rows = (m.qkv.out_features - m.proj.in_features) // 2  # those of q, and those of k
+    weight, bias = at_least_float32(m.qkv.weight.detach()), m.qkv.bias
+    x, sizes = at_least_float32(x.detach()), at_least_float32(sizes)
     with full_precision(x):
-        q = F.linear(x[:, :1], m.qkv.weight[:rows], None if m.qkv.bias is None else m.qkv.bias[:rows])
+        first = None if bias is None else at_least_float32(bias.detach())[:rows]
+        q = F.linear(x[:, :1], weight[:rows], first)
         q = q.unflatten(-1, (m.num_heads, -1)).transpose(1, 2)  # (B, H, 1, d)
-        k = m.qkv.weight[rows : 2 * rows].unflatten(0, (m.num_heads, -1))  # (H, d, C)
+        k = weight[rows : 2 * rows].unflatten(0, (m.num_heads, -1))  # (H, d, C)
         logits = ((q @ k) @ x[:, None].mT)[:, :, 0] * m.scale + sizes.log().mT  # (B, H, N)
         paid = logits.softmax(-1).mean(1)[:, prefix:, None] / sizes[:, prefix:]
-        relative: Tensor = paid / paid.mean(1, keepdim=True)
+        # Where the class token looks at itself alone, nothing may be left for patches.
+        relative: Tensor = paid / paid.mean(1, keepdim=True).clamp_min(torch.finfo(paid.dtype).tiny)
         return relative
 
 
@@ -193,6 +196,8 @@ def why_not_merged(model: Any) -> str:
         return f"{dense_class(model).__name__} is no plain ViT, whose blocks see all tokens alike"
     if model.global_pool not in ("token", "avg") or getattr(model, "attn_pool", None) is not None:
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
+    if len(model.blocks) < 2:
+        return "it has no block before its last"
     for block in model.blocks:
         if type(block) not in _BLOCKS and not isinstance(block, Merging):
             return f"blocks of class {type(block).__name__} do not merge tokens"

@@ -160,6 +160,17 @@ def test_class_attention_is_that_of_the_layer():
 
 
 @torch.no_grad()
+def test_class_attention_in_half_precision_is_a_number():
+    """A class token that looks at itself alone leaves nothing for patches in float16."""
+    model = build(merging()).half()
+    m = model.blocks[0].attn
+    x = torch.randn(2, 9, model.embed_dim).half()
+    x[:, 0] *= 60
+    m.qkv.weight[: 2 * model.embed_dim].mul_(30)
+    assert class_attention(m, x, torch.ones(2, 9, 1).half(), 1).isfinite().all()
+
+
+@torch.no_grad()
 def test_merges_can_be_undone(case):
     model, x = merged(case)
     plain, _ = double(case[0])
