@@ -116,7 +116,7 @@ def _from_names(
         found = infer_from_shapes(name, args, of_tag, header.tensors)
         found = found if tag else _without_claims(found, cfg or ())
         found = dataclasses.replace(
-            found, cfg_origins=dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "file")
+            found, cfg_origins=dict.fromkeys(of_tag, "tag") if tag else _origins(header, cfg or ())
         )
         return _with_note(found, f"architecture {name}, as given")
     found = _without_claims(search(header, args))
@@ -125,6 +125,11 @@ def _from_names(
         f"architecture {found.identity.architecture}, from names and shapes "
         "(the number of heads is that model's own; shapes cannot show it)",
     )
+
+
+def _origins(header: FileHeader, names: Iterable[str]) -> dict[str, str]:
+    """Return the origin of what is known of another library's file; a bare one states nothing itself."""
+    return dict.fromkeys(names, "library" if header.config is None else "file")
 
 
 def _from_conversion(
@@ -151,7 +156,7 @@ def _from_conversion(
             built.architecture, {**built.args, **args}, cfg, foreign.tensors, bounded=True
         )
         found = dataclasses.replace(
-            _without_claims(found, foreign.cfg), cfg_origins=dict.fromkeys(foreign.cfg, "file")
+            _without_claims(found, foreign.cfg), cfg_origins=_origins(header, foreign.cfg)
         )
         origin = "its configuration" if header.config is not None else "names and shapes"
         found = _with_note(found, f"architecture {built.architecture}, from {origin}")

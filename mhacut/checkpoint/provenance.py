@@ -18,10 +18,15 @@ from mhacut.limits import LICENSE
 from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 
-Origin = Literal["file", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"]
-"""Origin of one value of a preprocessing: the file; a slim file that took timm's default of the architecture;
-that default, where the file does not say; the tag in the option ``model``; timm's pretrained weights; the
-``pretrained_cfg`` of a module; the model's own image size; a rule for small images; an option."""
+Origin = Literal[
+    "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
+]
+"""Origin of one value of a preprocessing.
+
+The file; the library that the file is of; a slim file that took timm's default of the architecture; that
+default, where the file does not say; the tag in the option ``model``; timm's pretrained weights; the
+``pretrained_cfg`` of a module; the model's own image size; a rule for small images; an option.
+"""
 _UNSURE = ("assumed", "default", "module")
 """Origins that may have nothing to do with the training of the weights."""
 _OPTIONS = {"input_size": "img_size"}
@@ -63,6 +68,7 @@ class Provenance:
         default = f"timm's default for {self.architecture}"
         texts: dict[Origin, str] = {
             "file": "from the file",
+            "library": "that of the library the file is of",
             "assumed": f"from the file, which took {default}",
             "default": f"{default}, the file does not say",
             "tag": f"timm's, for the tag in {option_name('model')}",
