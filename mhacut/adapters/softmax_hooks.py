@@ -92,10 +92,8 @@ def mask_of(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | No
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
 
 
-def masked(
-    m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> tuple[Any, ...]:
-    return m.q_norm(q), m.k_norm(k), mask_of(x, attn_mask, is_causal)
+def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = False) -> tuple[Any, ...]:
+    return m.q_norm(q), m.k_norm(k), mask_of(x, mask, causal)
 
 
 def of_first(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -106,10 +104,6 @@ def of_first(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any,
         return q, k, None if bias is None else bias[..., : m.read, :]
 
     return hook
-
-
-def of_latent(m: Any, q: Tensor, k: Tensor, x: Tensor, attn_mask: Tensor | None) -> tuple[Any, ...]:
-    return m.q_norm(q), m.k_norm(k), attn_mask
 
 
 def of_windows(bias: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
@@ -135,8 +129,7 @@ def cosine(positions: Callable[[Any], Tensor]) -> Callable[..., tuple[Any, ...]]
 
 def swin_v2_positions(m: Any) -> Tensor:
     table = m.cpb_mlp(m.relative_coords_table).view(-1, m.num_heads)
-    bias = 16 * table[m.relative_position_index].sigmoid()  # (N, N, H)
-    return bias.movedim(-1, 0).unsqueeze(0)
+    return 16 * table[m.relative_position_index].sigmoid().movedim(-1, 0).unsqueeze(0)  # (1, H, N, N)
 
 
 def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
@@ -147,13 +140,10 @@ def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> t
 
 
 def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """The biases of the layer and of the model [H, N, N] add up; q may be of the first tokens alone."""
-    if shared is not None:
-        shared = shared[..., : q.shape[-2], :]
+    """The biases of the layer and of the model [H, N, N] add up."""
     if m.relative_position_bias_table is None:
         return q, k, shared
-    index = m.relative_position_index[: q.shape[-2]]  # (queries, N)
-    bias = m.relative_position_bias_table[index].movedim(-1, 0).contiguous()[None]  # (1, H, queries, N)
+    bias = m._get_rel_pos_bias()
     return q, k, bias if shared is None else bias + shared
 
 

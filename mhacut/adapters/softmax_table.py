@@ -10,15 +10,9 @@ from typing import Any
 
 from timm import layers, models
 
+from mhacut.adapters import read_attention as first
 from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.base import Mixing
-from mhacut.adapters.read_attention import (
-    ReadAttention,
-    ReadBeitAttention,
-    ReadEvaAttention,
-    ReadRelPosAttention,
-    ReadRopeAttention,
-)
 from mhacut.adapters.rope import Rope, rotated
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
@@ -66,6 +60,7 @@ LOWFORMER = partial(
     fits=equal,
     attributes={"head_dim": "qk", "o_proj_inpdim": "heads * v"},
 )
+READ = partial(Softmax, inputs=hooks.first_tokens)
 READ_ROPE = partial(
     Rope,
     written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
@@ -84,21 +79,20 @@ SOFTMAX = (
         attributes={"head_dim": "qk", "attn_dim": "heads * v"},
         norm_behind="norm",
     ),
-    Softmax(
-        ReadAttention,
+    READ(
+        first.ReadAttention,
         {**Q_KV, "gate": "g"},
-        inputs=hooks.first_tokens,
         logits=hooks.of_first(hooks.masked),
         finish=hooks.gated,
         attributes={"head_dim": "qk", "attn_dim": "heads * v"},
         norm_behind="norm",
     ),
     Rope(layers.attention.AttentionRope),
-    READ_ROPE(ReadRopeAttention),
+    READ_ROPE(first.ReadRopeAttention),
     Rope(models.eva.EvaAttention),
-    READ_ROPE(ReadEvaAttention),
+    READ_ROPE(first.ReadEvaAttention),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
-    Softmax(ReadBeitAttention, Q_K_V, inputs=hooks.first_tokens, logits=hooks.beit_bias),
+    READ(first.ReadBeitAttention, Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
     Softmax(models.convit.MHSA),
@@ -180,7 +174,7 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
-    Softmax(ReadRelPosAttention, Q_KV, inputs=hooks.first_tokens, logits=hooks.of_first(hooks.rel_pos)),
+    READ(first.ReadRelPosAttention, Q_KV, logits=hooks.of_first(hooks.rel_pos)),
     Sam(models.vision_transformer_sam.Attention, logits=hooks.tables, scaled=False),
     Softmax(models.visformer.Attention, finish=to_map),
     Softmax(models.volo.Attention),
@@ -189,7 +183,7 @@ SOFTMAX = (
         layers.AttentionPoolLatent,
         Q_KV,
         inputs=hooks.latents,
-        logits=hooks.of_latent,
+        logits=hooks.masked,
         finish=hooks.pooled_latents,
     ),
     MultiQuery(
