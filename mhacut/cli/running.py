@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from mhacut.errors import (
 )
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_SECONDS_TO_SAY_WHY = 10
+"""torchrun ends all processes when it sees the first one fail: the one that says why must be that one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
                 console.error(str(error))
             code = INTERRUPTED
         except FailedElsewhere:
+            time.sleep(_SECONDS_TO_SAY_WHY)
             code = FAILED
         except MhacutError as error:
             if debug:

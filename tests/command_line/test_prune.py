@@ -41,6 +41,20 @@ def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     assert "dry run: no model was written" in result.stdout
 
 
+def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_path, monkeypatch):
+    """When one ends with an error, torchrun ends the others, whatever they still had to say."""
+    out = tmp_path / "out.safetensors"
+    out.touch()
+    waits = []
+    monkeypatch.setattr("mhacut.cli.running.time.sleep", waits.append)
+    for rank, expected in (("0", []), ("1", [pytest.approx(10)])):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *FAST, env=env)
+        assert result.exit_code == 1
+        assert ("exists" in result.stderr) == (rank == "0")
+        assert waits == expected
+
+
 def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
     arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", "--no-labels", *FAST]
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *arguments)

@@ -21,8 +21,11 @@ IMPORTS = "import timm, torch, mhacut, mhacut.data, mhacut.finetuning.training"
 MAIN = "from runpy import run_module; run_module('mhacut', run_name='__main__', alter_sys=True)"
 """The command ``mhacut``."""
 BY_TWO = f"""
-import os, sys
-first = os.fork() != 0
+import atexit, os, signal, sys
+second = os.fork()
+first = second != 0
+if first:
+    atexit.register(os.kill, second, signal.SIGTERM)  # as torchrun does
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if first else "1"
 os.environ |= {{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}}
 os.environ |= {{"MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv.pop(1)}}
