@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,11 @@ from helpers.plans import distillation_of
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.plan import Plan, UnitPlan
+from mhacut.pruning import heal
 from mhacut.pruning.calibrate import Calibration, calibrate
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
 from mhacut.pruning.heal import blocks_of, healed
+from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.merging import set_merged
 from mhacut.surgery.slice import cut
@@ -235,6 +238,30 @@ def test_memory_bounds_the_number_of_images(monkeypatch, bytes_left):
     bench.healed()
     handle.remove()
     assert sum(runs[1:]) == (2 if bytes_left == 1 else 16)  # the first run finds the blocks
+
+
+def test_tensors_of_one_block_wait_at_a_time(monkeypatch):
+    """Inputs and aims of a block would take as much memory again while the next one's are computed."""
+    alive, run_up_to = [], ResumableModel.run_up_to
+
+    def counted(self, name):
+        alive.append(sum(type(found) is heal._Call for found in gc.get_objects()))
+        return run_up_to(self, name)
+
+    monkeypatch.setattr(ResumableModel, "run_up_to", counted)
+    bench = Bench(VIT)
+    bench.healed()
+    assert alive == [0] * len(alive)
+    assert len(alive) > 2
+
+
+def test_what_passes_keep_is_counted_once():
+    model, images = build(VIT), image(VIT, batch=2)
+    with ResumableModel(model, images.split(1)) as passes:
+        assert passes.nbytes == images.nbytes  # one storage
+        tokens = passes.run_up_to("blocks.0")[0][0][0]
+        # What patch_embed gave, and the tokens with their positions.
+        assert passes.nbytes == images.nbytes + 2 * (tokens.nbytes + tokens[:, 1:].nbytes)
 
 
 # --- a linear block: the optimum is known ---

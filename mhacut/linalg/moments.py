@@ -41,11 +41,18 @@ class Moments:
         middle = centre.double()
         rest = total - weight * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
-        about_zero = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
-        return cls(rows, total, (x.mT @ x).double() + about_zero)
+        second = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
+        return cls(rows, total, second.add_(x.mT @ x))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
+
+    def __iadd__(self, other: Moments) -> Moments:
+        """Add ``other`` in place, which for wide layers saves much copying."""
+        self.rows += other.rows
+        self.total += other.total
+        self.second += other.second
+        return self
 
     def transformed(self, matrix: Tensor) -> Moments:
         """Return the moments of ``matrix`` x; ``matrix`` is [..., d, d]."""
@@ -59,9 +66,10 @@ class Moments:
 
     def about(self, centre: Tensor) -> Tensor:
         """Mean of (x - centre)(x - centre)^T, [..., d, d]."""
-        cross = self.mean.unsqueeze(-1) * centre.unsqueeze(-2)
-        square = centre.unsqueeze(-1) * centre.unsqueeze(-2)
-        return self.second / self.rows - cross - cross.transpose(-2, -1) + square
+        mean = self.mean
+        # - m c^T - c m^T + c c^T, in one pass
+        shift = torch.stack([-mean, centre], -1) @ torch.stack([centre, centre - mean], -2)
+        return shift.add_(self.second, alpha=1 / self.rows)
 
     @property
     def covariance(self) -> Tensor:

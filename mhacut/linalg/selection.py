@@ -21,6 +21,9 @@ AT_ONCE = 0.02
 """Fraction of the remaining channels that go in one step (one by one below 100), or are exchanged in one
 round. Removal one by one is much slower and leaves hardly less error."""
 
+DENSE_ENOUGH = 0.9
+"""Share of rows that are still in use below which matrices are packed anew."""
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -59,31 +62,36 @@ def rank_channels(
     size = second.shape[0]
     width = size // heads
     inverse = torch.linalg.inv(damped(second))
-    weights = columns.to(inverse)
-    left = torch.arange(size, device=second.device)  # channels of the rows and columns
+    weights = columns.to(inverse, copy=True)
+    place = torch.arange(size, device=second.device)  # channels of the rows and columns
+    left = place  # those of them that are not removed: indices into ``place``
     excess = torch.full((heads,), width - smallest, device=second.device)
     error = second.new_zeros(size + 1)
     removed: list[Tensor] = []
     spent = 0.0
     while int(excess.sum()) > 0:
-        head = left // width
-        price = weights.square().sum(0) / inverse.diagonal()
+        head = place[left] // width
+        price = weights[:, left].square().sum(0) / inverse.diagonal()[left]
         price[excess[head] == 0] = float("inf")
-        gone = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
-        stays = torch.ones_like(left, dtype=torch.bool)
-        stays[gone] = False
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        lost = weights[:, gone]
+        cheapest = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
+        gone = left[cheapest]
+        lost, row = weights[:, gone], inverse[gone]
+        share = torch.linalg.solve(row[:, gone], row)
         weighed = weighed_by(fisher, lost)
-        spent_now = float((torch.linalg.solve(inverse[gone][:, gone], lost.mT @ weighed)).trace())
+        spent_now = float((torch.linalg.solve(row[:, gone], lost.mT @ weighed)).trace())
         count = torch.arange(1, len(gone) + 1, device=second.device)
         error[len(left) - count] = spent + spent_now * count.to(error) / len(gone)
-        excess -= torch.bincount(head[gone], minlength=heads)
-        removed.append(left[gone])
-        share = share[:, stays]
-        weights = weights[:, stays] - lost @ share
-        inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ share
+        excess -= torch.bincount(head[cheapest], minlength=heads)
+        removed.append(place[gone])
+        weights.addmm_(lost, share, alpha=-1)
+        inverse.addmm_(row.mT, share, alpha=-1)  # leaves 0 in the rows and columns of those that go
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[cheapest] = False
         left, spent = left[stays], spent + spent_now
+        if len(left) < DENSE_ENOUGH * len(place):  # copies take longer than sums
+            inverse, weights, place = inverse[left][:, left], weights[:, left], place[left]
+            left = torch.arange(len(place), device=second.device)
+    left = place[left]
     error[: len(left)] = spent  # not known below
     sequence = torch.cat([*removed, left.flip(0)]).flip(0)
     owner = sequence // width

@@ -154,7 +154,10 @@ class _Accumulator:
 
     def _moments(self, hook: str, rows: Tensor, weights: Tensor | None, held: bool) -> None:
         moments, key = Moments.of(rows, weights), (hook, held)
-        self.parts[key] = self.parts[key] + moments if key in self.parts else moments
+        if key in self.parts:
+            self.parts[key] += moments
+        else:
+            self.parts[key] = moments
 
     def _gram(self, hook: str, rows: Tensor) -> None:
         """Add unweighted products of rows, [H, rows, d], for similarity; an MLP's moments serve for that."""

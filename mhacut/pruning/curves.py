@@ -158,9 +158,9 @@ def _curve_by_runs(
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(run.module)
         shrink(smaller, unit, candidate, width, moments, options.temperature, refit=options.repair)
-        error = (run.result(smaller).movedim(layer.channel_dim, -1) - dense).flatten(0, -2).double()
-        weighed = error if importance is None else error * importance[:, None]  # (rows, out)
-        sampled[width] = float((error @ fisher * weighed).sum() / len(error)) / 2
+        error = (run.result(smaller).movedim(layer.channel_dim, -1) - dense).flatten(0, -2)
+        weighed = error if importance is None else error * importance[:, None].to(error)  # (rows, out)
+        sampled[width] = float((fisher * (error.mT @ weighed)).sum() / len(error)) / 2
     return _interpolated(sampled, choices)
 
 

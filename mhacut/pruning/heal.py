@@ -34,8 +34,9 @@ LR = 7e-4
 """Learning rate of the first step of each block."""
 BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
-MOST_BYTES = 2**31
-"""Bounds the images, and the inputs and outputs of blocks that wait for all of them in both models."""
+MOST_BYTES = 5 * 2**29
+"""Bounds the images, and what waits for all of them in both models: inputs and outputs of blocks and of what
+comes before the first one."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
@@ -62,31 +63,41 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     """
     model = copy.deepcopy(slim)
     teacher = _merging_as(slim, job.model)
-    blocks, bytes_per_image = _comparable(model, teacher, blocks_of(prunable), job.images[:1].to(job.device))
-    most = max(2, MOST_BYTES // (bytes_per_image + job.images[0].nbytes))
+    image = job.images[:1].to(job.device)
+    blocks, bytes_per_image = _comparable(model, teacher, blocks_of(prunable), image)
+    if not blocks:
+        return model
+    bytes_per_image += sum(_bytes_before(blocks[0], part, image) for part in (model, teacher))
+    most = max(2, MOST_BYTES // bytes_per_image)
     images, held = fewer(job.images, calibration.held, most)
     images, size = images.to(job.device), min(job.options.batch_size, BATCH)
     unseen, fit = images[:held].split(size), images[held:].split(size)
     generator = torch.Generator().manual_seed(job.options.seed)
     counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
     with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(teacher, [*unseen, *fit]) as dense:
-        for number, block in enumerate(blocks):
-            given = cut.run_up_to(block.name)
-            with cut.paused():
-                matches = _matches(model.get_submodule(block.name), given)
-            _answer(dense, block, matches)
-            (passes,) = dense.run_to(block.name)
-            calls = [
-                _Call(*arguments, _tokens(aim), found)
-                for arguments, (_, aim), found in zip(given, passes, matches, strict=True)
-            ]
-            last = number == len(blocks) - 1
+        for block in blocks:
+            calls = _calls_of(block, cut, dense)
+            last = block is blocks[-1]
             error = _Error.of(calls[len(unseen) :], block, calibration.fisher, last, _prefix(slim))
             parts = (calls[: len(unseen)], calls[len(unseen) :])
             with cut.paused():
                 _train(model, block.name, parts, error, job, generator, counter)
-            _answer(cut, block, matches)
+            _answer(cut, block, [call.found for call in calls])
+            del calls, parts  # the next block's take their place
     return model
+
+
+def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
+    """Run both models to ``block``; return its calls in the slim model, and what they should give."""
+    given = cut.run_up_to(block.name)
+    with cut.paused():
+        matches = _matches(cut.model.get_submodule(block.name), given)
+    _answer(dense, block, matches)
+    (passes,) = dense.run_to(block.name)
+    return [
+        _Call(*arguments, _tokens(aim), found)
+        for arguments, (_, aim), found in zip(given, passes, matches, strict=True)
+    ]
 
 
 def _merging_as(slim: nn.Module, dense: nn.Module) -> nn.Module:
@@ -199,6 +210,13 @@ def _comparable(
         within = slim.get_submodule(block.name.rpartition(".")[0])
         (passed_on if isinstance(within, nn.Sequential) else kept).append(in_slim[block.name][0].nbytes)
     return tuple(found), 2 * (2 * max(passed_on + kept) + sum(kept))
+
+
+def _bytes_before(block: Block, model: nn.Module, image: Tensor) -> int:
+    """Size of what a pass of ``image`` keeps when it comes to the first block, the image included."""
+    with ResumableModel(model, [image]) as one:
+        one.run_up_to(block.name)
+        return one.nbytes
 
 
 def _shape(output: object) -> torch.Size | None:

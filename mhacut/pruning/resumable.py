@@ -125,6 +125,15 @@ class ResumableModel:
         self._run(name)
         return [stack[-1].value for stack in self._stacks]
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors that the passes keep now; what they share counts once."""
+        values = [
+            [call.value, *(inner.value for inner in call.calls)] for stack in self._stacks for call in stack
+        ]
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def answer(self, outputs: Sequence[Any]) -> None:
         """Take ``outputs``, one per batch, as those of the calls that :meth:`run_up_to` stopped before."""
         for stack, output in zip(self._stacks, outputs, strict=True):
