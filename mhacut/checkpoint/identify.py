@@ -20,6 +20,7 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shap
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
+from mhacut.checkpoint.training import Training, read_training
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.slice import cut
@@ -82,7 +83,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     elif header.config is not None:
         found = _from_config(header, args, hints)
     else:
-        found = _from_names(header, args, hints)
+        found = _from_file(header, args, hints)
     check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
     if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
         note = "positions were of another image size; resized to the model's"
@@ -125,6 +126,59 @@ def _from_names(
         f"architecture {found.identity.architecture}, from names and shapes "
         "(the number of heads is that model's own; shapes cannot show it)",
     )
+
+
+def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+    """Build the model of a bare file: from what the user or its training script says, or the shapes show."""
+    training = read_training(header.training)
+    if training is None:
+        return _from_names(header, args, hints)
+    named, tag = _split_tag(hints.model or "")
+    if training.model is not None and not tag and named in ("", _split_tag(training.model)[0]):
+        found = _from_training(header, args, training, given=bool(named))
+    else:
+        found = _from_names(header, args, hints)
+    notes = list(training.notes)
+    if named and training.model is not None and _split_tag(training.model)[0] != named:
+        notes.append(f"its {training.origin} says {training.model}; {option_name('model')} counts")
+    found = dataclasses.replace(found, notes=(*found.notes, *notes))
+    return found if tag else _with_preprocessing(found, training.cfg)
+
+
+def _from_training(
+    header: FileHeader, args: Mapping[str, Any], training: Training, *, given: bool
+) -> Identified:
+    """Build the model that the training script names, with its arguments as far as they fit the tensors."""
+    assert training.model is not None
+    name, tag = _split_tag(training.model)
+    cfg = _cfg_of_tag(name, tag)
+    with_size = {} if training.side is None else {"img_size": training.side}
+    fault: CheckpointError | None = None
+    for stated in ({**with_size, **training.args}, training.args, {}):
+        try:
+            found = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
+            check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+        except CheckpointError as error:
+            fault = fault or error
+            continue
+        found = dataclasses.replace(_without_claims(found), cfg_origins=dict.fromkeys(cfg, "file"))
+        return _with_note(
+            found, f"architecture {name}, {'as given' if given else f'from its {training.origin}'}"
+        )
+    model = option_name("model", "NAME")
+    raise CheckpointError(
+        f"{fault}\n  the file's {training.origin} says {name}; give {model} if it is another"
+    )
+
+
+def _with_preprocessing(found: Identified, stated: Mapping[str, Any]) -> Identified:
+    """Lay what a training script states over the preprocessing of the architecture."""
+    cfg = found.identity.pretrained_cfg
+    if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
+        cfg = {name: value for name, value in cfg.items() if name not in _SIZE_DEPENDENT}
+    identity = dataclasses.replace(found.identity, pretrained_cfg={**cfg, **stated})
+    origins = {**found.cfg_origins, **dict.fromkeys(stated, "file")}
+    return dataclasses.replace(found, identity=identity, cfg_origins=origins)
 
 
 def _origins(header: FileHeader, names: Iterable[str]) -> dict[str, str]:

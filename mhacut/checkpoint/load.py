@@ -22,6 +22,7 @@ def open_checkpoint(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    part: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint; of a file, only the header is read at first.
 
@@ -31,11 +32,12 @@ def open_checkpoint(
         model: timm's name of the architecture, for files that do not say.
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
         num_classes: size of the classifier; read from its shape if None.
+        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
 
     Raises:
         CheckpointError: the file cannot be read or trusted; nothing was run from it.
     """
-    hints = ModelHints(model, model_args or {}, num_classes)
+    hints = ModelHints(model, model_args or {}, num_classes, part)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, hints)
     return Checkpoint.open(source, hints)
@@ -47,13 +49,16 @@ def read_model(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    part: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`.
 
     Raises:
         CheckpointError: the file cannot be read, recognised or trusted; nothing was run from it.
     """
-    checkpoint = open_checkpoint(source, model=model, model_args=model_args, num_classes=num_classes)
+    checkpoint = open_checkpoint(
+        source, model=model, model_args=model_args, num_classes=num_classes, part=part
+    )
     _ = checkpoint.model
     return checkpoint
 
@@ -87,13 +92,20 @@ def open_from_options(options: CheckpointOptions, reporter: Reporter, *, weights
         model=options.model,
         model_args=options.model_args,
         num_classes=options.num_classes,
+        part=options.part,
     )
     for note in checkpoint.notes:
         reporter.log(note)
     return checkpoint
 
 
-def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **model_args: Any) -> nn.Module:
+def load_model(
+    path: str | os.PathLike[str] | None,
+    model: str | None = None,
+    *,
+    part: str | None = None,
+    **model_args: Any,
+) -> nn.Module:
     """Return the model in a dense or slim checkpoint: a timm module in eval mode, float32, on the CPU.
 
     timm's ``forward_features``, ``get_classifier``, ``reset_classifier`` and
@@ -104,6 +116,7 @@ def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **
         path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``. None, the
             output of a dry run, is refused.
         model: timm's name of the architecture, for dense files that do not say.
+        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
         model_args: further arguments of ``timm.create_model``, ``img_size=32``.
 
     Raises:
@@ -112,4 +125,4 @@ def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
     num_classes = model_args.pop("num_classes", None)
-    return read_model(path, model=model, model_args=model_args, num_classes=num_classes).model
+    return read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part).model

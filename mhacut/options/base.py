@@ -48,6 +48,12 @@ class CheckpointOptions(ModelOptions):
     num_classes: int | None = option(
         None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
     )
+    part: str | None = option(
+        None,
+        "Part of a training checkpoint that is the model: state_dict, student, backbone, ...",
+        panel="Model",
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
