@@ -21,7 +21,7 @@ from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import is_directory, regular_size
 
@@ -44,7 +44,7 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
         return _named(_file_header(path, part))
     folder = open_folder(path)
     weights = folder.weights
-    header = _file_header(weights[0], part) if len(weights) == 1 else _sharded_header(weights)
+    header = _file_header(weights[0], part) if len(weights) == 1 else _sharded_header(weights, part)
     header = dataclasses.replace(header, config=folder.config, preprocessor=folder.preprocessor)
     return _named(header)
 
@@ -64,6 +64,9 @@ def _named(header: FileHeader) -> FileHeader:
     A slim file has no other names, and in a folder of another library they are that library's.
     """
     if METADATA_KEY in header.metadata:
+        if header.asked is not None:
+            asked_for = option_name("part", header.asked)
+            raise CheckpointError(f"{show(header.path)}: {asked_for}: a slim file has no parts; leave it out")
         return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
     own = header.config is None or "architecture" in header.config
     asked = None if header.asked in (header.part or "").split(".") else header.asked
@@ -73,7 +76,7 @@ def _named(header: FileHeader) -> FileHeader:
     return dataclasses.replace(header, tensors=tensors, naming=naming)
 
 
-def _sharded_header(paths: Sequence[Path]) -> FileHeader:
+def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
     """Return the header of several safetensors files that hold one model."""
     tensors: dict[str, TensorInfo] = {}
     shards = {}
@@ -87,7 +90,7 @@ def _sharded_header(paths: Sequence[Path]) -> FileHeader:
             raise CheckpointError(f"{show(path)}: {what}; download the folder again")
         shards[path] = header.tensors
         tensors |= header.tensors
-    return FileHeader(paths[0], "safetensors", tensors, shards=shards)
+    return FileHeader(paths[0], "safetensors", tensors, shards=shards, asked=part)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:

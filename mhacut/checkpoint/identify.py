@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.foreign.recognise import Conversion, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
     OF_WEIGHTS,
     ModelHints,
+    ModelIdentity,
     checked_model_args,
     checked_pretrained_cfg,
 )
@@ -23,6 +26,7 @@ from mhacut.checkpoint.search import search
 from mhacut.checkpoint.training import Training, read_training
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
+from mhacut.surgery.info import model_input_size, patch_embedding
 from mhacut.surgery.slice import cut
 
 _SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
@@ -50,10 +54,10 @@ def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> 
     """
     where = show(header.path)
     identity = record.identity
-    _check_hints(where, record, hints)
     try:
         _check_name(header, identity.architecture, "the file's metadata")
         skeleton = build_skeleton(identity, limit=header.tensors)
+        _check_hints(where, record, hints, skeleton)
         cut(skeleton, record.plan)
     except MhacutError as error:
         text = str(error)
@@ -236,7 +240,8 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     return _with_note(found, f"architecture {stated}, from config.json")
 
 
-def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
+def _check_hints(where: str, record: SlimRecord, hints: ModelHints, model: nn.Module) -> None:
+    """Raise a :class:`CheckpointError` if ``hints`` contradict a slim file of the dense ``model``."""
     stated = record.identity
     wrong = []
     if hints.model is not None and _split_tag(hints.model)[0] != stated.architecture:
@@ -244,15 +249,29 @@ def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
     asked = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         asked["num_classes"] = hints.num_classes
-    wrong += [
-        f"{name}={value!r:.60} (it has {stated.model_args.get(name, 'the default')!r:.60})"
-        for name, value in asked.items()
-        if stated.model_args.get(name) != value
-    ]
+    for name, value in asked.items():
+        has = stated.model_args[name] if name in stated.model_args else _default(model, stated, name)
+        if has != value:
+            shown = "timm's default" if has is None else repr(has)
+            wrong.append(f"{name}={value!r:.60} (it has {shown:.60})")
     if wrong:
         raise CheckpointError(
             f"{where}: a slim file says itself which model it is; leave out {', '.join(wrong)}"
         )
+
+
+def _default(model: nn.Module, identity: ModelIdentity, name: str) -> Any:
+    """Return the value of an argument that ``identity`` leaves to timm; None if the model hides it."""
+    if name == "img_size":
+        _, height, width = model_input_size(model, identity.pretrained_cfg, identity.model_args)
+        return height if height == width else [height, width]
+    if name == "depth":
+        blocks: Any = getattr(model, "blocks", None)
+        return len(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else None
+    value = getattr(model, name, getattr(patch_embedding(model), name, None))
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any]]:

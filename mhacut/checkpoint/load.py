@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions
+from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter
 
 
@@ -27,8 +29,9 @@ def open_checkpoint(
     """Open a checkpoint; of a file, only the header is read at first.
 
     Args:
-        source: a safetensors or torch file, a folder, or ``timm:NAME`` for timm's pretrained weights
-            from cache or hub, which are read at once. Content decides the format, not the suffix.
+        source: a safetensors or torch file, a folder, ``hf-hub:OWNER/NAME`` for a folder of the hub, or
+            ``timm:NAME`` for timm's pretrained weights, which are read at once. Content decides the format,
+            not the suffix.
         model: timm's name of the architecture, for files that do not say.
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
         num_classes: size of the classifier; read from its shape if None.
@@ -40,6 +43,8 @@ def open_checkpoint(
     hints = ModelHints(model, model_args or {}, num_classes, part)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, hints)
+    if isinstance(source, str) and source.startswith(HUB_PREFIXES):
+        return open_from_hub(source, hints)
     return Checkpoint.open(source, hints)
 
 
@@ -69,7 +74,7 @@ def states_its_model(source: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
-    if isinstance(source, str) and source.startswith(TIMM_PREFIX):
+    if isinstance(source, str) and source.startswith(REMOTE):
         return True
     opened = Checkpoint.open(source)
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
@@ -113,8 +118,8 @@ def load_model(
     ``.half()`` on the result for the file's own precision.
 
     Args:
-        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``. None, the
-            output of a dry run, is refused.
+        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``,
+            ``hf-hub:OWNER/NAME``. None, the output of a dry run, is refused.
         model: timm's name of the architecture, for dense files that do not say.
         part: entry of a training checkpoint, or module in it, that is the model; found out if None.
         model_args: further arguments of ``timm.create_model``, ``img_size=32``.

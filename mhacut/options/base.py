@@ -40,7 +40,7 @@ class CheckpointOptions(ModelOptions):
 
     checkpoint: PathLike = option(
         REQUIRED,
-        "A .safetensors or .pth file, dense or slim, a timm folder, or timm:NAME.",
+        "A .safetensors or .pth file, dense or slim, a timm folder, timm:NAME, or hf-hub:OWNER/NAME.",
         panel="Arguments",
         metavar="CHECKPOINT",
         reads="checkpoint",

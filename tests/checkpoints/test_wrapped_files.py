@@ -9,11 +9,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
+from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
 from mhacut.checkpoint.build import without_values
+from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import load_model, read_model
+from mhacut.checkpoint.module import copy_of_module
 from mhacut.checkpoint.provenance import provenance
 from mhacut.checkpoint.wrapping import unwrap
+from mhacut.errors import CheckpointError
 from mhacut.options.base import PreprocessingOptions
 
 SIZES = {**ARGS, "num_classes": 10}
@@ -170,6 +173,17 @@ def test_the_user_chooses_another_part(tmp_path, states):
     said = refusal(path, model=NAME, model_args=ARGS, part="pupil")
     assert "part='pupil': there is no such part; it has" in said
     assert "'student'" in said
+
+
+def test_what_has_no_parts_says_so(tmp_path, states):
+    path = save(tiny(), tmp_path / "plain.safetensors")
+    said = refusal(path, model=NAME, model_args=ARGS, part="model")
+    assert "there is no such part; it has 'blocks', 'cls_token'" in said
+    make_slim(path, tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
+    assert "a slim file has no parts" in refusal(tmp_path / "slim.safetensors", part="model")
+    assert "has no parts" in refusal(f"timm:{NAME}", part="model")
+    with pytest.raises(CheckpointError, match="a module has no parts"):
+        copy_of_module(tiny(), ModelHints(part="model"))
 
 
 def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
