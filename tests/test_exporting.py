@@ -20,6 +20,7 @@ from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.exporting import runtimes
+from mhacut.runtime.progress import Silent
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,23 @@ def test_half_precision_behind_float32_images(exported, slim_of, tmp_path):
     program = torch.export.load(tmp_path / "half.pt2")
     assert {tensor.dtype for tensor in program.state_dict.values()} == {torch.bfloat16}
     assert program.module()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_weights_of_half_precision_that_become_wider_are_said_so(tiny_vit, tmp_path):
+    path = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, path)
+    reporter = Silent()
+    lines: list[str] = []
+    reporter.log = lines.append
+    model = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, "reporter": reporter}
+    mhacut.export(path, format="timm", output=tmp_path / "wide", **model)
+    assert (
+        "weights are float16 in the file; timm is written in float32, which every runtime computes in; "
+        "dtype='float16' keeps float16"
+    ) in lines
+    lines.clear()
+    mhacut.export(path, format="timm", dtype="float16", output=tmp_path / "half", **model)
+    assert not [line for line in lines if "is written in" in line]
 
 
 def test_a_fixed_batch(slim_of, tmp_path):

@@ -75,8 +75,8 @@ class Checkpoint:
         Raises:
             CheckpointError: not a readable checkpoint, or what it states makes no sense.
         """
-        header = read_file_header(source)
-        stem = Path(source).resolve().name if header.config is not None else header.path.stem
+        header = read_file_header(source, None if hints is None else hints.part)
+        stem = Path(source).resolve().name if header.config is not None else _stem(header.path)
         return cls(os.fspath(source), stem, record=_record_of(header), header=header, hints=hints)
 
     @classmethod
@@ -203,6 +203,12 @@ class Checkpoint:
         self.has_weights = True
 
 
+def _stem(path: Path) -> str:
+    """Return ``model`` of ``model.safetensors``, and of ``model.pth.tar``."""
+    stem = Path(path.stem)
+    return stem.stem if path.suffix == ".tar" and stem.suffix in (".pth", ".pt") else str(stem)
+
+
 def check_finite(where: str, model: nn.Module) -> None:
     """Raise a :class:`CheckpointError` if tensors of ``model`` hold NaN or infinite values."""
     bad: list[str] = []
@@ -240,11 +246,8 @@ def _record_of(header: FileHeader) -> SlimRecord | None:
 
 
 def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
-    notes = []
-    if header.part is not None:
-        notes.append(f"read the part {header.part!r} of the checkpoint")
-    if header.prefix_stripped:
-        notes.append("took the prefix module. or _orig_mod. off the tensor names")
+    found = header.naming.note(header.part, header.other_parts)
+    notes = [] if found is None else [found]
     suffix = header.path.suffix.lower()
     if header.format == "torch" and suffix == ".safetensors":
         notes.append("content is a torch file, in spite of its name")

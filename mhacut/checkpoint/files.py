@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mhacut.checkpoint.folder import open_folder
 from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
+from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
-from mhacut.errors import CheckpointError
+from mhacut.checkpoint.wrapping import Naming, unwrap
+from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import is_directory, regular_size
 
@@ -27,29 +29,54 @@ _MAX_HEADER_BYTES = 100_000_000
 """Largest safetensors header; the limit of the library."""
 
 
-def read_file_header(source: str | os.PathLike[str]) -> FileHeader:
+def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
     """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a folder.
+
+    Args:
+        source: path of the file or folder.
+        part: entry of a training checkpoint, or module in it, that is the model.
 
     Raises:
         CheckpointError: it is not a readable checkpoint; the message says what it looks like instead.
     """
     path = Path(source)
     if not is_directory(path):
-        return _file_header(path)
+        return _named(_file_header(path, part))
     folder = open_folder(path)
-    header = _file_header(folder.weights[0]) if len(folder.weights) == 1 else _sharded_header(folder.weights)
-    return dataclasses.replace(header, config=folder.config, preprocessor=folder.preprocessor)
+    weights = folder.weights
+    header = _file_header(weights[0], part) if len(weights) == 1 else _sharded_header(weights, part)
+    header = dataclasses.replace(header, config=folder.config, preprocessor=folder.preprocessor)
+    return _named(header)
 
 
-def _file_header(path: Path) -> FileHeader:
+def _file_header(path: Path, part: str | None = None) -> FileHeader:
+    """Return the header of one file, its tensors by their names there."""
     size = regular_size(path)
     if _sniff(path, size) == "safetensors":
         tensors, metadata = safetensors_header(path, size)
-        return FileHeader(path, "safetensors", tensors, metadata)
-    return torch_header(path, size)
+        return FileHeader(path, "safetensors", tensors, metadata, asked=part)
+    return torch_header(path, size, part)
 
 
-def _sharded_header(paths: Sequence[Path]) -> FileHeader:
+def _named(header: FileHeader) -> FileHeader:
+    """Return the header with its tensors by their names in the model, those of the model only.
+
+    A slim file has no other names, and in a folder of another library they are that library's.
+    """
+    if METADATA_KEY in header.metadata:
+        if header.asked is not None:
+            asked_for = option_name("part", header.asked)
+            raise CheckpointError(f"{show(header.path)}: {asked_for}: a slim file has no parts; leave it out")
+        return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
+    own = header.config is None or "architecture" in header.config
+    asked = None if header.asked in (header.part or "").split(".") else header.asked
+    parts = () if header.part is None else (header.part, *header.other_parts)
+    naming = unwrap(show(header.path), header.shapes, part=asked, parts=parts, layers_only=not own)
+    tensors = {name: header.tensors[file] for file, name in naming.names.items()}
+    return dataclasses.replace(header, tensors=tensors, naming=naming)
+
+
+def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
     """Return the header of several safetensors files that hold one model."""
     tensors: dict[str, TensorInfo] = {}
     shards = {}
@@ -63,21 +90,24 @@ def _sharded_header(paths: Sequence[Path]) -> FileHeader:
             raise CheckpointError(f"{show(path)}: {what}; download the folder again")
         shards[path] = header.tensors
         tensors |= header.tensors
-    return FileHeader(paths[0], "safetensors", tensors, shards=shards)
+    return FileHeader(paths[0], "safetensors", tensors, shards=shards, asked=part)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the tensors that ``header`` announced, on the CPU, in the file's dtypes.
+    """Read the tensors that ``header`` announced: on the CPU, in the file's dtypes, by their names there.
 
     Raises:
         CheckpointError: the file cannot be read, or is no longer what the header announced.
     """
+    names = header.naming.names
     if header.format == "safetensors":
         tensors: dict[str, Tensor] = {}
-        for path, names in (header.shards or {header.path: header.tensors}).items():
-            tensors |= safetensors_tensors(path, names)
+        stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
+        for path, inside in stored.items():
+            tensors |= safetensors_tensors(path, [name for name in inside if name in names])
     else:
         tensors = torch_tensors(header)
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")

@@ -14,7 +14,7 @@ from mhacut.runtime.files import show
 from mhacut.runtime.inputs import regular_size
 
 _MAX_CONFIG_BYTES = 4 * 2**20
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -22,6 +22,7 @@ _WEIGHT_FILES = (
     "model.pth",
     "model.pt",
 )
+"""Names of files with weights, in the order in which they are sought."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = "model.safetensors.index.json"
 _MAX_SHARDS = 500
@@ -47,7 +48,7 @@ def open_folder(folder: Path) -> Folder:
     Raises:
         CheckpointError: there is no configuration, or no weights, or not all shards.
     """
-    one = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, one)
     if config is None:
         hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
@@ -64,10 +65,10 @@ def open_folder(folder: Path) -> Folder:
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
     """Return the configuration that goes with the weights; None if there is none."""
     plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
-    config = _read_object(plain) if plain.is_file() else None
+    config = read_object(plain) if plain.is_file() else None
     for_open_clip = weights is not None and weights.name.startswith("open_clip")
     if of_open_clip.is_file() and (config is None or (for_open_clip and "architecture" not in config)):
-        return _read_object(of_open_clip)
+        return read_object(of_open_clip)
     return config
 
 
@@ -75,8 +76,8 @@ def _preprocessor(folder: Path) -> dict[str, Any] | None:
     """Return how images are prepared, which models of text and images state beside how text is."""
     own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
     if own.is_file():
-        return _read_object(own)
-    images = _read_object(shared).get("image_processor") if shared.is_file() else None
+        return read_object(own)
+    images = read_object(shared).get("image_processor") if shared.is_file() else None
     return images if isinstance(images, dict) else None
 
 
@@ -98,7 +99,12 @@ def _shards(folder: Path) -> list[Path]:
     return found
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a configuration file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
     size = regular_size(path)
     if size > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")

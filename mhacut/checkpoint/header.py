@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from mhacut.checkpoint.wrapping import Naming
+
 Format = Literal["safetensors", "torch"]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -43,6 +45,7 @@ class FileHeader:
     """The file with the weights."""
     format: Format
     tensors: Mapping[str, TensorInfo]
+    """Tensors of the model, by their names in it."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of a safetensors file; untrusted text."""
     config: Mapping[str, Any] | None = None
@@ -50,11 +53,18 @@ class FileHeader:
     preprocessor: Mapping[str, Any] | None = None
     """The ``preprocessor_config.json`` of a folder of transformers; untrusted."""
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    """Files that the tensors are spread over, and which; empty if they are all in ``path``."""
+    """Files that the tensors are spread over, and which, by their names there; empty if ``path`` has all."""
+    naming: Naming = field(default_factory=lambda: Naming({}))
+    """Names of ``tensors`` in the file."""
     part: str | None = None
-    """Part of a training checkpoint that holds the tensors (``model_ema``), as timm picks it."""
-    prefix_stripped: bool = False
-    """Whether the names carried ``module.`` or ``_orig_mod.`` of a wrapper."""
+    """Entry of a training checkpoint that holds the tensors (``model_ema``)."""
+    other_parts: tuple[str, ...] = ()
+    """Entries that hold other weights of the network, for the option ``part``."""
+    asked: str | None = None
+    """Part that the user asked for: such an entry, or a module in it."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of a training checkpoint that may state its model, untrusted values of any type; see
+    :mod:`mhacut.checkpoint.training`."""
     has_yacs_config: bool = False
     """Whether it is a training checkpoint with a yacs configuration beside the weights, as those of Swin."""
 

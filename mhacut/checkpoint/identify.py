@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.foreign.recognise import Conversion, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
     OF_WEIGHTS,
     ModelHints,
+    ModelIdentity,
     checked_model_args,
     checked_pretrained_cfg,
 )
@@ -20,8 +23,10 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shap
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
+from mhacut.checkpoint.training import Training, read_training
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
+from mhacut.surgery.info import model_input_size, patch_embedding
 from mhacut.surgery.slice import cut
 
 _SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
@@ -49,10 +54,10 @@ def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> 
     """
     where = show(header.path)
     identity = record.identity
-    _check_hints(where, record, hints)
     try:
         _check_name(header, identity.architecture, "the file's metadata")
         skeleton = build_skeleton(identity, limit=header.tensors)
+        _check_hints(where, record, hints, skeleton)
         cut(skeleton, record.plan)
     except MhacutError as error:
         text = str(error)
@@ -82,7 +87,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     elif header.config is not None:
         found = _from_config(header, args, hints)
     else:
-        found = _from_names(header, args, hints)
+        found = _from_file(header, args, hints)
     check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
     if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
         note = "positions were of another image size; resized to the model's"
@@ -125,6 +130,59 @@ def _from_names(
         f"architecture {found.identity.architecture}, from names and shapes "
         "(the number of heads is that model's own; shapes cannot show it)",
     )
+
+
+def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+    """Build the model of a bare file: from what the user or its training script says, or the shapes show."""
+    training = read_training(header.training)
+    if training is None:
+        return _from_names(header, args, hints)
+    named, tag = _split_tag(hints.model or "")
+    if training.model is not None and not tag and named in ("", _split_tag(training.model)[0]):
+        found = _from_training(header, args, training, given=bool(named))
+    else:
+        found = _from_names(header, args, hints)
+    notes = list(training.notes)
+    if named and training.model is not None and _split_tag(training.model)[0] != named:
+        notes.append(f"its {training.origin} says {training.model}; {option_name('model')} counts")
+    found = dataclasses.replace(found, notes=(*found.notes, *notes))
+    return found if tag else _with_preprocessing(found, training.cfg)
+
+
+def _from_training(
+    header: FileHeader, args: Mapping[str, Any], training: Training, *, given: bool
+) -> Identified:
+    """Build the model that the training script names, with its arguments as far as they fit the tensors."""
+    assert training.model is not None
+    name, tag = _split_tag(training.model)
+    cfg = _cfg_of_tag(name, tag)
+    with_size = {} if training.side is None else {"img_size": training.side}
+    fault: CheckpointError | None = None
+    for stated in ({**with_size, **training.args}, training.args, {}):
+        try:
+            found = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
+            check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+        except CheckpointError as error:
+            fault = fault or error
+            continue
+        found = dataclasses.replace(_without_claims(found), cfg_origins=dict.fromkeys(cfg, "file"))
+        return _with_note(
+            found, f"architecture {name}, {'as given' if given else f'from its {training.origin}'}"
+        )
+    model = option_name("model", "NAME")
+    raise CheckpointError(
+        f"{fault}\n  the file's {training.origin} says {name}; give {model} if it is another"
+    )
+
+
+def _with_preprocessing(found: Identified, stated: Mapping[str, Any]) -> Identified:
+    """Lay what a training script states over the preprocessing of the architecture."""
+    cfg = found.identity.pretrained_cfg
+    if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
+        cfg = {name: value for name, value in cfg.items() if name not in _SIZE_DEPENDENT}
+    identity = dataclasses.replace(found.identity, pretrained_cfg={**cfg, **stated})
+    origins = {**found.cfg_origins, **dict.fromkeys(stated, "file")}
+    return dataclasses.replace(found, identity=identity, cfg_origins=origins)
 
 
 def _origins(header: FileHeader, names: Iterable[str]) -> dict[str, str]:
@@ -182,7 +240,8 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     return _with_note(found, f"architecture {stated}, from config.json")
 
 
-def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
+def _check_hints(where: str, record: SlimRecord, hints: ModelHints, model: nn.Module) -> None:
+    """Raise a :class:`CheckpointError` if ``hints`` contradict a slim file of the dense ``model``."""
     stated = record.identity
     wrong = []
     if hints.model is not None and _split_tag(hints.model)[0] != stated.architecture:
@@ -190,15 +249,29 @@ def _check_hints(where: str, record: SlimRecord, hints: ModelHints) -> None:
     asked = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         asked["num_classes"] = hints.num_classes
-    wrong += [
-        f"{name}={value!r:.60} (it has {stated.model_args.get(name, 'the default')!r:.60})"
-        for name, value in asked.items()
-        if stated.model_args.get(name) != value
-    ]
+    for name, value in asked.items():
+        has = stated.model_args[name] if name in stated.model_args else _default(model, stated, name)
+        if has != value:
+            shown = "timm's default" if has is None else repr(has)
+            wrong.append(f"{name}={value!r:.60} (it has {shown:.60})")
     if wrong:
         raise CheckpointError(
             f"{where}: a slim file says itself which model it is; leave out {', '.join(wrong)}"
         )
+
+
+def _default(model: nn.Module, identity: ModelIdentity, name: str) -> Any:
+    """Return the value of an argument that ``identity`` leaves to timm; None if the model hides it."""
+    if name == "img_size":
+        _, height, width = model_input_size(model, identity.pretrained_cfg, identity.model_args)
+        return height if height == width else [height, width]
+    if name == "depth":
+        blocks: Any = getattr(model, "blocks", None)
+        return len(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else None
+    value = getattr(model, name, getattr(patch_embedding(model), name, None))
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -68,6 +68,8 @@ class ModelHints:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of ``timm.create_model``."""
     num_classes: int | None = None
+    part: str | None = None
+    """Entry of a training checkpoint, or module in it, that is the model."""
 
 
 def checked_model_args(args: object) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions
+from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter
 
 
@@ -22,22 +24,27 @@ def open_checkpoint(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    part: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint; of a file, only the header is read at first.
 
     Args:
-        source: a safetensors or torch file, a folder, or ``timm:NAME`` for timm's pretrained weights
-            from cache or hub, which are read at once. Content decides the format, not the suffix.
+        source: a safetensors or torch file, a folder, ``hf-hub:OWNER/NAME`` for a folder of the hub, or
+            ``timm:NAME`` for timm's pretrained weights, which are read at once. Content decides the format,
+            not the suffix.
         model: timm's name of the architecture, for files that do not say.
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
         num_classes: size of the classifier; read from its shape if None.
+        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
 
     Raises:
         CheckpointError: the file cannot be read or trusted; nothing was run from it.
     """
-    hints = ModelHints(model, model_args or {}, num_classes)
+    hints = ModelHints(model, model_args or {}, num_classes, part)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, hints)
+    if isinstance(source, str) and source.startswith(HUB_PREFIXES):
+        return open_from_hub(source, hints)
     return Checkpoint.open(source, hints)
 
 
@@ -47,13 +54,16 @@ def read_model(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    part: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`.
 
     Raises:
         CheckpointError: the file cannot be read, recognised or trusted; nothing was run from it.
     """
-    checkpoint = open_checkpoint(source, model=model, model_args=model_args, num_classes=num_classes)
+    checkpoint = open_checkpoint(
+        source, model=model, model_args=model_args, num_classes=num_classes, part=part
+    )
     _ = checkpoint.model
     return checkpoint
 
@@ -64,7 +74,7 @@ def states_its_model(source: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
-    if isinstance(source, str) and source.startswith(TIMM_PREFIX):
+    if isinstance(source, str) and source.startswith(REMOTE):
         return True
     opened = Checkpoint.open(source)
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
@@ -87,13 +97,20 @@ def open_from_options(options: CheckpointOptions, reporter: Reporter, *, weights
         model=options.model,
         model_args=options.model_args,
         num_classes=options.num_classes,
+        part=options.part,
     )
     for note in checkpoint.notes:
         reporter.log(note)
     return checkpoint
 
 
-def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **model_args: Any) -> nn.Module:
+def load_model(
+    path: str | os.PathLike[str] | None,
+    model: str | None = None,
+    *,
+    part: str | None = None,
+    **model_args: Any,
+) -> nn.Module:
     """Return the model in a dense or slim checkpoint: a timm module in eval mode, float32, on the CPU.
 
     timm's ``forward_features``, ``get_classifier``, ``reset_classifier`` and
@@ -101,9 +118,10 @@ def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **
     ``.half()`` on the result for the file's own precision.
 
     Args:
-        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``. None, the
-            output of a dry run, is refused.
+        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``,
+            ``hf-hub:OWNER/NAME``. None, the output of a dry run, is refused.
         model: timm's name of the architecture, for dense files that do not say.
+        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
         model_args: further arguments of ``timm.create_model``, ``img_size=32``.
 
     Raises:
@@ -112,4 +130,4 @@ def load_model(path: str | os.PathLike[str] | None, model: str | None = None, **
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
     num_classes = model_args.pop("num_classes", None)
-    return read_model(path, model=model, model_args=model_args, num_classes=num_classes).model
+    return read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part).model

@@ -97,6 +97,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     """Return the architecture and the pretrained_cfg of a timm module."""
+    if hints.part is not None:
+        raise CheckpointError(f"{option_name('part', hints.part)}: a module has no parts; leave it out")
     stated: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     stated = stated if isinstance(stated, Mapping) else {}
     architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_tensors
+from mhacut.checkpoint.hub import hub_answers
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
 from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
@@ -27,6 +29,8 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     """
     if hints.model is not None:
         raise CheckpointError(f"{source}: names its model already; leave {option_name('model')} out")
+    if hints.part is not None:
+        raise CheckpointError(f"{source}: has no parts; leave {option_name('part', hints.part)} out")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
     _check_has_weights(source, name, architecture)
@@ -34,6 +38,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
     build_skeleton(ModelIdentity(architecture, args))  # arguments that do not fit fail here, by name
+    _check_within_reach(source, name)
     model = _create(source, name, args)
     pretrained_classes = model.pretrained_cfg.get("num_classes")
     if hints.num_classes not in (None, 0, pretrained_classes):
@@ -76,6 +81,30 @@ def _check_has_weights(source: str, name: str, architecture: str) -> None:
         )
 
 
+def _check_within_reach(source: str, name: str) -> None:
+    """Fail at once where timm's loader would try for a minute to reach a hub that is not there."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    files = {HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME}
+    if cfg.hf_hub_filename:
+        files = {cfg.hf_hub_filename, f"{Path(cfg.hf_hub_filename).stem}.safetensors"}
+    cached = any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
+    if not cached and not hub_answers():
+        raise CheckpointError(_out_of_reach(source, "the Hugging Face hub cannot be reached"))
+
+
+def _out_of_reach(source: str, reason: str) -> str:
+    return (
+        f"{source}: its weights are not in the cache and could not be downloaded ({reason:.200}); "
+        f"go online once, or give a file and {option_name('model')}"
+    )
+
+
 def _create(source: str, name: str, args: dict[str, Any]) -> Any:
     import timm
 
@@ -84,7 +113,4 @@ def _create(source: str, name: str, args: dict[str, Any]) -> Any:
             return timm.create_model(name, pretrained=True, **args)
     except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{source}: its weights are not in the cache and could not be downloaded ({reason:.200}); "
-            f"go online once, or give a file and {option_name('model')}"
-        ) from error
+        raise CheckpointError(_out_of_reach(source, reason)) from error

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,26 +14,35 @@ from torch import Tensor
 
 from mhacut.checkpoint import yacs
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo, dtype_name
+from mhacut.checkpoint.parts import other_parts, pick_part
+from mhacut.checkpoint.training import statements
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_LISTED_BYTES = 4 * 2**20
 """Number of bytes of a refused pickle that are searched for names."""
-_EMA_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Parts of a training checkpoint in the order timm's loader prefers them."""
 
 
-def torch_header(path: Path, size: int) -> FileHeader:
-    """Return the header of a torch file, from its pickle alone: storages go to the meta device unread."""
+def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
+    """Return the header of a torch file, from its pickle alone: storages go to the meta device unread.
+
+    Tensors have their names in the file.
+
+    Args:
+        path: the file.
+        size: its size in bytes.
+        asked: part of the checkpoint that the user wants, an entry or a module in it.
+    """
     where = show(path)
     if zipfile.is_zipfile(path) or _starts_as_zip(path):
         _check_zip(path, size)
     checkpoint = _torch_load(path, "meta")
-    part, state_dict = _pick_part(where, checkpoint)
-    cleaned = _clean(where, state_dict)
+    part, state_dict = pick_part(where, checkpoint, asked)
     tensors: dict[str, TensorInfo] = {}
-    for name, tensor in cleaned.items():
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; "
@@ -60,7 +66,9 @@ def torch_header(path: Path, size: int) -> FileHeader:
         "torch",
         tensors,
         part=part,
-        prefix_stripped=list(cleaned) != list(state_dict),
+        other_parts=other_parts(checkpoint, part),
+        asked=asked,
+        training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
         has_yacs_config=yacs.holds_config(checkpoint),
     )
 
@@ -187,58 +195,16 @@ def _globals_of_pickle(path: Path) -> list[str]:
     return names
 
 
-def _pick_part(where: str, checkpoint: object) -> tuple[str | None, Mapping[Any, Any]]:
-    """Return the name of the part of a checkpoint that is its state dict, in timm's order, and that part.
-
-    Training scripts with a yacs configuration evaluate, and publish the accuracy of, their ``model``.
-    """
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
-    part = None
-    for name in ("model", *_EMA_FIRST) if yacs.holds_config(checkpoint) else _EMA_FIRST:
-        if name in checkpoint and (checkpoint[name] is not None or not name.endswith("_ema")):
-            part = name
-            break
-    state_dict = checkpoint if part is None else checkpoint[part]
-    if not isinstance(state_dict, Mapping):
-        found = "None" if state_dict is None else type(state_dict).__name__
-        raise CheckpointError(
-            f"{where}: {part!r} of the checkpoint: expected a dict of tensors, found {found}"
-        )
-    return part, state_dict
-
-
-def _clean(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Any]:
-    from timm.models import clean_state_dict
-
-    for name in state_dict:
-        if not isinstance(name, str):
-            raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
-    cleaned: dict[str, Any] = clean_state_dict(dict(state_dict))
-    if len(cleaned) != len(state_dict):
-        raise CheckpointError(
-            f"{where}: two tensors have the same name once module. or _orig_mod. is taken off"
-        )
-    return cleaned
-
-
 def torch_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the state dict by timm's safe loader, or by ours where timm's refuses a yacs configuration."""
-    from timm.models import load_state_dict
+    """Read the tensors of the model, by their names in the file.
 
-    path = header.path
-    if header.has_yacs_config:
-        return _clean(show(path), _pick_part(show(path), _torch_load(path, "cpu"))[1])
-    try:
-        if path.suffix != ".safetensors":
-            return dict(load_state_dict(str(path), weights_only=True))
-        # timm goes by the suffix: show it the same file under a name that fits the content.
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder, "weights.pth")
-            os.symlink(path.resolve(), link)
-            return dict(load_state_dict(str(link), weights_only=True))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"{show(path)}: its content is a torch file that cannot be read "
-            f"({str(error).splitlines()[0]:.200}); if its name ends in .safetensors, rename it to .pth"
-        ) from None
+    Raises:
+        CheckpointError: the file cannot be read, or is no longer what the header announced.
+    """
+    where = show(header.path)
+    _, state_dict = pick_part(where, _torch_load(header.path, "cpu"), header.asked)
+    names = header.naming.names
+    found = {name: tensor for name, tensor in state_dict.items() if name in names}
+    if len(found) != len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise CheckpointError(f"{where}: changed while it was read; try again")
+    return found

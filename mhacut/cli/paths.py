@@ -8,15 +8,13 @@ from typing import Any
 
 from mhacut.options.option import Options, Reads
 from mhacut.runtime.files import check_output
-from mhacut.runtime.inputs import check_checkpoint, check_class_map, check_data_dir
+from mhacut.runtime.inputs import REMOTE, check_checkpoint, check_class_map, check_data_dir
 
 _CHECKS: Mapping[Reads, Callable[[Any], None]] = {
     "checkpoint": check_checkpoint,
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-_REMOTE = "timm:"
-"""Beginning of a checkpoint that is no path."""
 
 
 def check_paths(options: Options) -> None:
@@ -37,5 +35,5 @@ def check_paths(options: Options) -> None:
             check_output(value, overwrite=bool(values.get("overwrite")), input_path=values.get("checkpoint"))
         if option.reads is not None:
             for path in value if option.element else (value,):
-                if not os.fspath(path).startswith(_REMOTE):
+                if not os.fspath(path).startswith(REMOTE):
                     _CHECKS[option.reads](path)

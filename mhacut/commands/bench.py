@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.pretrained import TIMM_PREFIX
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
 from mhacut.runtime.device import resolve_device
+from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent
 from mhacut.surgery.flops import count_parameters, measure_flops
 
@@ -164,7 +164,7 @@ def _device(options: BenchOptions) -> torch.device:
 
 
 def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
-    named = str(path).startswith(TIMM_PREFIX)
+    named = str(path).startswith(REMOTE)
     checkpoint = read_model(path, model=None if named else options.model, model_args=options.model_args)
     checkpoint.model.requires_grad_(False)
     if checkpoint.record is not None:

@@ -85,7 +85,9 @@ def run_evaluate(
     if module is None:
         loaded = open_from_options(options, reporter)
     else:
-        loaded = copy_of_module(module, ModelHints(options.model, options.model_args, options.num_classes))
+        loaded = copy_of_module(
+            module, ModelHints(options.model, options.model_args, options.num_classes, options.part)
+        )
     classes = classifier_size(loaded.model)
     if classes == 0:
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError, option_name
@@ -80,6 +81,9 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)
+    wider = _wider_than_the_file(loaded, options)
+    if wider is not None:
+        reporter.log(wider)
     model = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     size = preprocessing.input_size
@@ -119,6 +123,21 @@ def _check(target: Path, options: ExportOptions, input_path: Path | None) -> Non
         check_folder(target, overwrite=options.overwrite, input_path=input_path)
     else:
         check_output(target, overwrite=options.overwrite, input_path=input_path)
+
+
+def _wider_than_the_file(loaded: Checkpoint, options: ExportOptions) -> str | None:
+    """Return the line that says so if weights of half precision are written in float32, the default."""
+    stored = {dtype_name(dtype) for dtype in loaded.dtypes.values() if dtype.is_floating_point}
+    if options.dtype != "float32" or not stored or not stored <= {"float16", "bfloat16"}:
+        return None
+    own = max(stored)
+    keeps = (
+        f"; {option_name('dtype', own)} keeps {own}" if (options.format, own) != ("onnx", "bfloat16") else ""
+    )
+    return (
+        f"weights are {' and '.join(sorted(stored))} in the file; {options.format} is written in float32, "
+        f"which every runtime computes in{keeps}"
+    )
 
 
 def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, Any]:

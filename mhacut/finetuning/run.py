@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.pretrained import TIMM_PREFIX
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader
 from mhacut.errors import CheckpointError
@@ -34,6 +33,7 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter
 from mhacut.runtime.signals import StopRequest
 from mhacut.surgery.flops import measure_flops
@@ -174,7 +174,7 @@ def _checked_provenance(
 
 def _read_slim(options: FinetuneOptions) -> Checkpoint:
     source = os.fspath(options.checkpoint)
-    if source.startswith(TIMM_PREFIX) or open_checkpoint(source).record is None:
+    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
         raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
     return read_model(source)
 

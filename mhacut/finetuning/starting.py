@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mhacut.checkpoint.pretrained import TIMM_PREFIX
 from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.resuming import check_same
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import write_weights
 from mhacut.runtime.files import check_output
+from mhacut.runtime.inputs import REMOTE
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
-"""Options that are paths, or ``timm:NAME``."""
+"""Options that are paths, or begin with one of :data:`REMOTE`."""
 
 
 def start(run: Run) -> None:
@@ -62,7 +62,7 @@ def _saved_state(run: Run) -> dict[str, Any] | None:
 def _make_directory(run: Run) -> None:
     teacher = run.options.teaching.teacher
     read = [run.loaded.path]
-    if teacher is not None and not str(teacher).startswith(TIMM_PREFIX):
+    if teacher is not None and not str(teacher).startswith(REMOTE):
         read.append(Path(teacher))
     for name in (LAST, BEST):
         for path in read:
@@ -76,6 +76,6 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     paths = {
         name: os.path.abspath(values[name])
         for name in _PATHS
-        if values[name] is not None and not values[name].startswith(TIMM_PREFIX)
+        if values[name] is not None and not values[name].startswith(REMOTE)
     }
     return {**values, **paths}

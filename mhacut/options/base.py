@@ -40,13 +40,19 @@ class CheckpointOptions(ModelOptions):
 
     checkpoint: PathLike = option(
         REQUIRED,
-        "A .safetensors or .pth file, dense or slim, a timm folder, or timm:NAME.",
+        "A .safetensors or .pth file, dense or slim, a timm folder, timm:NAME, or hf-hub:OWNER/NAME.",
         panel="Arguments",
         metavar="CHECKPOINT",
         reads="checkpoint",
     )
     num_classes: int | None = option(
         None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
+    )
+    part: str | None = option(
+        None,
+        "Part of a training checkpoint that is the model: state_dict, student, backbone, ...",
+        panel="Model",
+        metavar="NAME",
     )
 
 

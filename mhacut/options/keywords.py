@@ -42,6 +42,8 @@ class CheckpointKeywords(ModelKeywords, total=False):
     """Checkpoint, and facts that its file does not state."""
     num_classes: int | None
     """Refuse a model with another number of classes."""
+    part: str | None
+    """Part of a training checkpoint that is the model: state_dict, student, backbone, ..."""
 
 
 class ImageSourceKeywords(TypedDict, total=False):

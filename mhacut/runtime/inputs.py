@@ -9,6 +9,9 @@ from pathlib import Path
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.runtime.files import AnyPath, show
 
+REMOTE = ("timm:", "hf-hub:", "hf_hub:")
+"""Beginnings of checkpoints that are no paths."""
+
 
 def check_checkpoint(path: AnyPath) -> None:
     """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""

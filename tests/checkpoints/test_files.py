@@ -170,7 +170,11 @@ def test_torch_files_are_read_and_say_which_part(tmp_path, checkpoint, part, str
     path = tmp_path / "model.pth"
     torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
     header = read_file_header(path)
-    assert (header.format, header.part, header.prefix_stripped) == ("torch", part, stripped)
+    assert (header.format, header.part, bool(header.naming.prefixes)) == (
+        "torch",
+        part,
+        stripped,
+    )
     tensors = read_tensors(header)
     assert set(tensors) == set(TENSORS)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())

@@ -10,7 +10,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
-from mhacut.checkpoint import identify
+from mhacut.checkpoint import identify, pretrained
 from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.record import SlimRecord
@@ -174,6 +174,20 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
     message = refusal(path, model="deit_tiny_patch16_224", model_args={"depth": 3}, num_classes=5)
     assert "leave out model='deit_tiny_patch16_224' (it is vit_tiny_patch16_224)" in message
     assert "depth=3 (it has 2), num_classes=5 (it has 10)" in message
+    message = refusal(path, model_args={"in_chans": 1, "qkv_bias": False, "global_pool": "avg"})
+    assert (
+        "in_chans=1 (it has 3), qkv_bias=False (it has timm's default), global_pool='avg' (it has 'token')"
+        in (message)
+    )
+    assert read_model(path, model_args={"in_chans": 3}).record is not None
+
+
+def test_a_slim_file_states_defaults_by_value(tmp_path):
+    path = tmp_path / "slim.safetensors"
+    make_slim(save(timm.create_model("test_vit"), tmp_path / "dense.safetensors"), path, model="test_vit")
+    message = refusal(path, model_args={"img_size": 32, "depth": 3, "patch_size": 8})
+    assert "leave out img_size=32 (it has 160), depth=3 (it has 6), patch_size=8 (it has 16)" in message
+    assert load_model(path, img_size=160) is not None
 
 
 def test_load_model_opens_dense_files_too(dense):
@@ -195,6 +209,14 @@ def test_timm_weights_offline_are_one_clear_sentence(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("no network in tests"))
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: False)
+    assert "(the Hugging Face hub cannot be reached); go online once" in refusal(f"timm:{NAME}")
+
+
 def test_timm_names_are_checked_before_anything_is_fetched(monkeypatch):
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
     assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
@@ -211,6 +233,7 @@ def test_timm_weights_from_the_cache(monkeypatch):
         torch.nn.init.ones_(model.norm.bias)
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", cached)
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
     loaded = read_model(f"timm:{NAME}.augreg_in21k_ft_in1k", model_args=ARGS)
     assert loaded.model.norm.bias.tolist() == [1.0] * 48
     assert (loaded.stem, loaded.path) == (f"{NAME}.augreg_in21k_ft_in1k", None)

@@ -56,6 +56,7 @@ FULL = PruneOptions.from_flat(
     model="vit",
     model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
     num_classes=10,
+    part="student",
     scope="attention",
     round_to=4,
     calibration_images=7,

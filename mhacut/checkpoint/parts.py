@@ -1,0 +1,127 @@
+"""Find the state dict in a training checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mhacut.checkpoint import yacs
+from mhacut.checkpoint.wrapping import same_network
+from mhacut.errors import CheckpointError
+
+_TIMM_AVERAGES = ("state_dict_ema", "model_ema")
+_AVERAGES = ("ema_state_dict", "ema_model", "ema")
+_TIMM_MODELS = ("state_dict", "model")
+_MODELS = (
+    *("model_state_dict", "model_state", "params_ema", "params", "weights"),
+    *("module", "net", "network", "backbone", "encoder"),
+)
+_LIGHTNING = "pytorch-lightning_version"
+_MAX_NESTING = 4
+
+Entry = tuple[Any, ...]
+"""Keys that lead to an entry, the outermost first."""
+
+
+def pick_part(
+    where: str, checkpoint: object, asked: str | None = None
+) -> tuple[str | None, Mapping[Any, Any]]:
+    """Return the name of the entry of a checkpoint that is its state dict, and that state dict.
+
+    An average of the weights comes first, then what timm's loader prefers, then other scripts' names for it.
+
+    Args:
+        where: the file, for messages.
+        checkpoint: what the file holds.
+        asked: entry that the user wants; if there is none of this name, it is a module of the state dict.
+
+    Raises:
+        CheckpointError: there is no state dict.
+    """
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
+    path: Entry = ()
+    found: Mapping[Any, Any] = checkpoint
+    while len(path) < _MAX_NESTING:
+        entry = (asked,) if asked is not None and asked in found else _entry(found)
+        if entry is None:
+            break
+        path += entry
+        inner: object = found
+        for key in entry:
+            inner = inner[key] if isinstance(inner, Mapping) else None
+        if not isinstance(inner, Mapping):
+            kind = "None" if inner is None else type(inner).__name__
+            raise CheckpointError(
+                f"{where}: {_shown(path)!r:.150} of the checkpoint: expected a dict of tensors, found {kind}"
+            )
+        found = inner
+    return _shown(path) or None, found
+
+
+def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
+    """Return entries beside ``part`` that are the same network or its student, for the option ``part``."""
+    if part is None or not isinstance(checkpoint, dict):
+        return ()
+    known = (*_TIMM_AVERAGES, *_AVERAGES, *_TIMM_MODELS, "teacher", "student", *_MODELS)
+    return tuple(name for name in known if name != part and _is_state(checkpoint.get(name)))
+
+
+def _entry(checkpoint: Mapping[Any, Any]) -> Entry | None:
+    """Return the entry with the state dict; None if the checkpoint itself is one."""
+    if yacs.holds_config(checkpoint) and "model" in checkpoint:
+        return ("model",)  # what these scripts evaluate, and publish the accuracy of
+    average = _of_callback(checkpoint)
+    if average is not None:
+        return average
+    for name in _TIMM_AVERAGES:
+        if checkpoint.get(name) is not None:
+            return (name,)
+    for name in _AVERAGES:
+        if _is_state(checkpoint.get(name)):
+            return (name,)
+    for name in _TIMM_MODELS:
+        if isinstance(checkpoint.get(name), Mapping):
+            return (name,)
+    student, teacher = (checkpoint.get(name) for name in ("student", "teacher"))
+    if _is_state(teacher) and (not _is_state(student) or same_network(_shapes(teacher), _shapes(student))):
+        return ("teacher",)
+    if _is_state(student):
+        return ("student",)
+    for name in _MODELS:
+        if _is_state(checkpoint.get(name)):
+            return (name,)
+    if not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        states = [name for name, value in checkpoint.items() if isinstance(name, str) and _is_state(value)]
+        if len(states) == 1:
+            return (states[0],)
+    return next(((name,) for name in _TIMM_MODELS if name in checkpoint), None)
+
+
+def _of_callback(checkpoint: Mapping[Any, Any]) -> Entry | None:
+    """Return the average that a callback of Lightning keeps, if one does."""
+    callbacks = checkpoint.get("callbacks") if _LIGHTNING in checkpoint else None
+    if isinstance(callbacks, Mapping):
+        for callback, state in callbacks.items():
+            for name in (*_TIMM_AVERAGES, *_AVERAGES):
+                if isinstance(state, Mapping) and _is_state(state.get(name)):
+                    return ("callbacks", callback, name)
+    return None
+
+
+def _is_state(value: object, depth: int = 2) -> bool:
+    """Whether ``value`` is a state dict, or holds one; the state of an optimiser has numbers for names."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    named = [key for key, item in value.items() if isinstance(item, Tensor) and "." in key]
+    return len(named) > 1 or (depth > 0 and any(_is_state(item, depth - 1) for item in value.values()))
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(item.shape) for name, item in state.items() if isinstance(item, Tensor)}
+
+
+def _shown(path: Entry) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,176 @@
+"""Read what a training script states beside its weights: the model, its arguments, the preprocessing.
+
+Scripts of timm and DeiT save their ``args``, Lightning its ``hyper_parameters``. Nothing in them is trusted:
+what timm does not know, or makes no sense, is ignored, and a line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mhacut.checkpoint.build import known_model
+from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
+from mhacut.data import Preprocessing
+from mhacut.errors import CheckpointError, DataError
+from mhacut.limits import is_int, is_number, too_large
+
+_ENTRIES = ("args", "hyper_parameters", "hparams", "config")
+"""Entries of a checkpoint with options by their names."""
+_MODEL_KEYS = (
+    *("model", "model_name", "arch", "architecture", "timm_model", "timm_name", "name"),
+    *("backbone", "backbone_name", "encoder", "encoder_name", "net", "variant"),
+)
+_PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
+_CLASSES = ("num_classes", "nb_classes")
+_CROPS = ("crop_pct", "eval_crop_ratio")
+_POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Statements of a training script about its model; only the sound ones."""
+
+    model: str | None
+    """timm's name, maybe with the tag of the weights that training began with."""
+    origin: str
+    """Option that names the model, for messages: ``args.model``."""
+    args: dict[str, Any]
+    """Further arguments of ``timm.create_model``."""
+    side: int | list[int] | None
+    """Image size, which the script may or may not have given to the model."""
+    cfg: dict[str, Any]
+    """Preprocessing of images, as timm's pretrained_cfg has it."""
+    notes: tuple[str, ...]
+    """Lines for the user: what was ignored."""
+
+
+def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the entries of a training checkpoint that :func:`read_training` reads, as dicts."""
+    found: dict[str, Any] = {}
+    for entry in _ENTRIES:
+        value = checkpoint.get(entry)
+        options = vars(value) if isinstance(value, argparse.Namespace) else value
+        if isinstance(options, Mapping):
+            found[entry] = options
+    if isinstance(checkpoint.get("arch"), str):
+        found[""] = {"arch": checkpoint["arch"]}
+    return found
+
+
+def read_training(stated: Mapping[str, Any]) -> Training | None:
+    """Return the sound ones of what ``stated`` says; None if it says nothing of use."""
+    if not stated:
+        return None
+    notes: list[str] = []
+    model, origin = _model(stated, notes)
+    options: dict[Any, Any] = {}
+    for _, group in reversed(list(_groups(stated))):
+        options.update(group)
+    args = _args(options, notes)
+    size = _input_size(options, args)
+    cfg = _cfg(options, size, args.get("in_chans", 3), notes)
+    side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
+    found = Training(model, origin, args, side, cfg, tuple(notes))
+    return found if model or cfg or notes else None
+
+
+def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield dicts of options with their names for messages; those one level down (``model: {...}``) too."""
+    for entry, options in stated.items():
+        yield entry, options
+        for key in ("model", "backbone", "data"):
+            inner = options.get(key)
+            if isinstance(inner, argparse.Namespace):
+                inner = vars(inner)
+            if isinstance(inner, Mapping):
+                yield f"{entry}.{key}", inner
+
+
+def _model(stated: Mapping[str, Any], notes: list[str]) -> tuple[str | None, str]:
+    """Return timm's name of the model and which option says so; the first that timm knows."""
+    unknown: list[str] = []
+    for entry, options in _groups(stated):
+        for key in _MODEL_KEYS:
+            value = options.get(key)
+            if not isinstance(value, str) or not value or (key == "name" and "." not in entry):
+                continue
+            origin = f"{entry}.{key}".lstrip(".")
+            name = _PREFIX.sub("", value, count=1) if _PREFIX.match(value) else value
+            architecture, _, tag = name.partition(".")
+            if re.fullmatch(r"\w{1,128}", architecture, re.ASCII) and known_model(architecture):
+                return (f"{architecture}.{tag}" if _has_tag(architecture, tag) else architecture), origin
+            unknown.append(f"its {origin} {value!r:.100} is no model of timm, and was ignored")
+    notes += unknown[:1]
+    return None, ""
+
+
+def _has_tag(architecture: str, tag: str) -> bool:
+    from timm.models import get_arch_pretrained_cfgs
+
+    return bool(tag) and f"{architecture}.{tag}" in get_arch_pretrained_cfgs(architecture)
+
+
+def _args(options: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
+    """Return arguments of the model; the classes are left to the shape of the classifier."""
+    args: dict[str, Any] = {}
+    try:
+        kwargs = options.get("model_kwargs")
+        args = checked_model_args(kwargs if isinstance(kwargs, Mapping) else {})
+    except CheckpointError as error:
+        notes.append(f"its args.model_kwargs were ignored: {error}")
+    for name in _CLASSES:
+        args.pop(name, None)
+    if is_int(options.get("in_chans")) and 0 < options["in_chans"] <= 4096 and options["in_chans"] != 3:
+        args.setdefault("in_chans", options["in_chans"])
+    pool = options.get("gp")
+    if isinstance(pool, str) and pool in _POOLS:
+        args.setdefault("global_pool", pool)
+    return args
+
+
+def _input_size(options: Mapping[Any, Any], args: Mapping[str, Any]) -> list[int] | None:
+    """Return [C, H, W] of images, from timm's ``input_size`` or ``img_size``, or DeiT's ``input_size``."""
+    channels = args.get("in_chans", 3)
+    for value in (options.get("input_size"), options.get("img_size")):
+        sides = [value, value] if is_int(value) else value
+        if isinstance(sides, list | tuple) and len(sides) in (2, 3) and all(map(is_int, sides)):
+            size = [channels, *sides[-2:]]
+            if all(number > 0 for number in size) and not too_large(size):
+                return size
+    return None
+
+
+def _cfg(
+    options: Mapping[Any, Any], size: list[int] | None, channels: int, notes: list[str]
+) -> dict[str, Any]:
+    """Return the preprocessing that is stated; each value that makes no sense is ignored."""
+    crop = next((options[name] for name in _CROPS if is_number(options.get(name))), None)
+    stated = {name: options.get(name) for name in ("mean", "std", "interpolation", "crop_mode")}
+    kinds: dict[str, Any] = {
+        "mean": (list, tuple),
+        "std": (list, tuple),
+        "interpolation": str,
+        "crop_mode": str,
+    }
+    given = {name: value for name, value in stated.items() if isinstance(value, kinds[name]) and value}
+    if len({"mean", "std"} & given.keys()) == 1:  # not those of images
+        given = {name: value for name, value in given.items() if name not in ("mean", "std")}
+    sane: dict[str, Any] = {
+        "input_size": [channels, 224, 224],
+        "mean": [0.5],
+        "std": [0.5],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    cfg: dict[str, Any] = {} if size is None else {"input_size": size}
+    for name, value in ({**given, "crop_pct": crop} if crop is not None else given).items():
+        try:
+            cfg[name] = checked_pretrained_cfg(Preprocessing(**{**sane, name: value}).to_json())[name]
+        except (DataError, CheckpointError, TypeError, ValueError, OverflowError):
+            notes.append(f"its {name} {value!r:.60} makes no sense, and was ignored")
+    return cfg

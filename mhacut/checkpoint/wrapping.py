@@ -1,0 +1,238 @@
+"""Find the model among the names in a training script's file: take wrappers off, leave the rest out.
+
+Names and shapes alone decide, the same way for torch and safetensors files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mhacut.errors import CheckpointError, option_name
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LEADING = ("module.", "_orig_mod.")
+"""Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
+_INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Wrappers of single layers, anywhere in a name."""
+OWN = ("model", "net", "network", "student", "student_backbone", "backbone", "module", "encoder")
+"""Words for the network that is trained."""
+AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
+"""Words for an average of it over training steps, which is what gets published."""
+_TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
+"""Modules that no model of timm has, and that only training needs."""
+_BESIDE = re.compile(
+    r"((student|teacher)_)?(dino_head|ibot_head|head)|projector|predictor|(projection|prediction)_head"
+    r"|queue|queue_ptr|center"
+)
+"""What may lie beside a network without being part of it; a plain ``head`` only if it is no classifier."""
+_COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
+"""Single numbers of what averages weights."""
+_PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
+"""Tensors of the projection head of DINO and its like."""
+_OF_LIBRARIES = ("timm_model", "visual")
+"""Prefixes by which files of other libraries are recognised."""
+_ENCODER_ITSELF = (
+    {"blocks", "patch_embed"},
+    {"blocks", "patch_embed", "norm"},
+    {"blocks", "patch_embed", "pos_embed"},
+)
+"""Modules under ``encoder.`` of models that have this name in timm."""
+_STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
+"""Names by which a whole network is told from a part of one."""
+_MAX_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Names of the model's tensors in the file and in the model."""
+
+    names: Mapping[str, str]
+    """Name in the file: name in the model. What is missing here is left out."""
+    prefixes: tuple[str, ...] = ()
+    """Prefixes that were taken off."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of tensors of each module that is not part of the model."""
+    others: tuple[str, ...] = ()
+    """Other networks, which the option ``part`` would select."""
+
+    def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
+        """Return the line for the user; None for a plain state dict.
+
+        Args:
+            part: entry of the checkpoint that holds the tensors.
+            other_parts: entries with other weights of the network.
+        """
+        others = (*other_parts, *self.others)
+        said = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
+        if self.prefixes:
+            said.append(f"took the prefix {''.join(self.prefixes):.150} off the tensor names")
+        if self.left_out:
+            listed = [f"{name:.100} ({count})" for name, count in list(self.left_out.items())[:_MAX_NAMES]]
+            more = ", ..." if len(self.left_out) > _MAX_NAMES else ""
+            said.append(f"left out {', '.join(listed)}{more}")
+        if others:
+            said.append(f"{' or '.join(option_name('part', name) for name in others)} takes another")
+        return "; ".join(said) or None
+
+
+def unwrap(
+    where: str,
+    shapes: Shapes,
+    *,
+    part: str | None = None,
+    parts: Iterable[str] = (),
+    layers_only: bool = False,
+) -> Naming:
+    """Return which of a file's tensors are the model's, and their names in it.
+
+    Args:
+        where: the file, for messages.
+        shapes: shape of each tensor, by its name in the file.
+        part: module that the user takes for the model.
+        parts: what else the user could have named, for messages.
+        layers_only: take the wrappers of data parallel and compiled modules off, and nothing else.
+
+    Raises:
+        CheckpointError: there is no such part, or a network among tensors that may belong to it, or two
+            tensors with one name.
+    """
+    names, prefixes = _without_wrappers(where, shapes)
+    left_out: dict[str, int] = {}
+    others: list[str] = []
+    while not layers_only:
+        groups = _grouped(names)
+        if len(groups) > 1:
+            for word in [word for word in groups if word != part and _is_for_training(word, groups, shapes)]:
+                _leave_out(left_out, word, groups.pop(word))
+        chosen = part if _is_module(groups, part) else _network(where, groups, shapes)
+        if chosen is None:
+            names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
+            break
+        part = None if part == chosen else part
+        for word in groups.keys() - {chosen}:
+            _leave_out(left_out, word, groups[word])
+        others += [word for word in groups if word != chosen and word in (*OWN, *AVERAGED)]
+        prefixes.append(f"{chosen}.")
+        names = groups[chosen]
+    if part is not None:
+        there = [*parts, *(prefix[:-1] for prefix in prefixes), *others] or list(_grouped(names))
+        listed = ", ".join(f"{name!r:.100}" for name in dict.fromkeys(there[:_MAX_NAMES]))
+        asked_for = option_name("part", part)
+        raise CheckpointError(f"{where}: {asked_for}: there is no such part; it has {listed}")
+    _check_unique(where, names, prefixes)
+    return Naming(names, tuple(prefixes), dict(sorted(left_out.items())), tuple(others))
+
+
+def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether two state dicts are of one architecture, whatever wrappers and counters they have."""
+    return _canonical(one) == _canonical(other)
+
+
+def _canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for name, shape in shapes.items():
+        words = _INNER.sub("", name).split(".")
+        while len(words) > 1 and words[0] in (*OWN, *AVERAGED):
+            del words[0]
+        if shape:
+            found[".".join(words)] = shape
+    return found
+
+
+def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
+    """Return names without what data parallelism and compilation add, and the prefixes that went."""
+    names: dict[str, str] = {}
+    prefixes: dict[str, None] = {}
+    for file in shapes:
+        name = file
+        while name.startswith(_LEADING):
+            word = name.partition(".")[0] + "."
+            name = name.removeprefix(word)
+            prefixes[word] = None
+        names[file] = _INNER.sub("", name)
+        if names[file] != name and not prefixes:
+            prefixes["_orig_mod."] = None
+    _check_unique(where, names, list(prefixes))
+    return names, list(prefixes)
+
+
+def _check_unique(where: str, names: Mapping[str, str], prefixes: list[str]) -> None:
+    if len(set(names.values())) != len(names):
+        off = " or ".join(prefixes)
+        raise CheckpointError(f"{where}: two tensors have the same name once {off:.150} is taken off")
+
+
+def _grouped(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the names by their first word, that word taken off."""
+    groups: dict[str, dict[str, str]] = {}
+    for file, name in names.items():
+        word, _, rest = name.partition(".")
+        groups.setdefault(word, {})[file] = rest
+    return groups
+
+
+def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes) -> str | None:
+    """Return the module that holds the whole model; None if the names are the model's own.
+
+    Of a network and its average, the average is taken. One of other shapes is no average: it is the teacher
+    that a student of its own architecture learned from.
+
+    Raises:
+        CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.
+    """
+    modules = {word: group for word, group in groups.items() if "" not in group.values()}
+    own = next((word for word in OWN if word in modules), None)
+    average = next((word for word in AVERAGED if word in modules), None)
+    if own is not None and average is not None:
+        found, other = (
+            {rest: shapes[file] for file, rest in modules[word].items()} for word in (own, average)
+        )
+        chosen: str | None = average if same_network(found, other) else own
+    else:
+        chosen = own or average
+    if chosen is None:
+        only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
+        return only if only not in (None, *_OF_LIBRARIES) and _is_nested(modules[only]) else None
+    inside = {rest.partition(".")[0] for rest in modules[chosen].values()}
+    if chosen == "encoder" and (inside in _ENCODER_ITSELF or not _is_nested(modules[chosen])):
+        return None
+    rest = [word for word in groups if word not in (own, average) and not _is_beside(word, groups[word])]
+    if not rest:
+        return chosen
+    if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
+        return None
+    listed = ", ".join(f"{file!r:.150}" for file in [file for word in rest for file in groups[word]][:5])
+    raise CheckpointError(
+        f"{where}: beside the network {chosen!r} there are tensors that may belong to it: {listed}; "
+        f"{option_name('part', chosen)} reads the network alone"
+    )
+
+
+def _is_module(groups: Mapping[str, Mapping[str, str]], word: str | None) -> bool:
+    return word is not None and word in groups and "" not in groups[word].values()
+
+
+def _is_nested(group: Mapping[str, str]) -> bool:
+    return any("." in rest for rest in group.values())
+
+
+def _leave_out(left_out: dict[str, int], word: str, group: Mapping[str, str]) -> None:
+    left_out[word if "" in group.values() else f"{word}."] = len(group)
+
+
+def _is_for_training(word: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes) -> bool:
+    """Whether these tensors belong to no model, whatever lies beside them."""
+    files = [file for file, rest in groups[word].items() if not rest]
+    if files:
+        return _COUNTER.fullmatch(word) is not None and shapes[files[0]] in ((), (1,))
+    return _TRAINING_ONLY.fullmatch(word) is not None
+
+
+def _is_beside(word: str, group: Mapping[str, str]) -> bool:
+    """Whether these tensors, beside a network, are not part of it."""
+    if word == "head":
+        return all(map(_PROJECTION.match, group.values()))
+    return _BESIDE.fullmatch(word) is not None

@@ -1,0 +1,338 @@
+"""Files as training scripts leave them open as the plain state dict in them would, and say what was done."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
+from mhacut.checkpoint.build import without_values
+from mhacut.checkpoint.identity import ModelHints
+from mhacut.checkpoint.load import load_model, read_model
+from mhacut.checkpoint.module import copy_of_module
+from mhacut.checkpoint.provenance import provenance
+from mhacut.checkpoint.wrapping import unwrap
+from mhacut.errors import CheckpointError
+from mhacut.options.base import PreprocessingOptions
+
+SIZES = {**ARGS, "num_classes": 10}
+HEAD = {"mlp.0.weight": torch.ones(3, 2), "last_layer.weight_g": torch.ones(3, 1)}
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Tensors of a model, and others of the same shapes."""
+    one = tiny().state_dict()
+    return one, {name: tensor + 0.01 for name, tensor in one.items()}
+
+
+def under(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def logits_of(path, **args):
+    loaded = read_model(path, **{"model": NAME, "model_args": ARGS, **args})
+    with torch.no_grad():
+        return loaded.model(IMAGES), loaded.notes
+
+
+def logits_with(tensors):
+    model = tiny()
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        return model(IMAGES)
+
+
+def dino(w, other):
+    return {
+        "student": {**under("module.backbone.", other), **under("module.head.", HEAD)},
+        "teacher": {**under("backbone.", w), **under("head.", HEAD)},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+        "dino_loss": {"center": torch.ones(1, 4)},
+        "args": argparse.Namespace(arch="vit_small", patch_size=16),
+        "epoch": 3,
+    }
+
+
+def lightning(w, other, **beside):
+    loss = {"criterion.weight": torch.ones(10), "loss_fn.scale": torch.ones(1)}
+    return {
+        "state_dict": {**under("model.", w), **loss},
+        "pytorch-lightning_version": "2.5.0",
+        "epoch": 3,
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5)}},
+        "hyper_parameters": {"lr": 1e-3},
+        **beside,
+    }
+
+
+IN_TORCH_FILES = {
+    "lightning": (lightning, "part 'state_dict' of the checkpoint; took the prefix model. off"),
+    "left out": (lightning, "left out criterion. (1), loss_fn. (1)"),
+    "lightning ema": (
+        lambda w, o: lightning(o, w, callbacks={"EMA": {"state_dict_ema": under("model.", w)}}),
+        "part 'callbacks.EMA.state_dict_ema'",
+    ),
+    "timm": (lambda w, o: {"state_dict": o, "state_dict_ema": w}, "part='state_dict' takes another"),
+    "timm 2": (lambda w, o: {"model": under("module.", o), "model_ema": under("module.", w)}, "'model_ema'"),
+    "mmengine": (
+        lambda w, o: {
+            "state_dict": o,
+            "ema_state_dict": {**under("module.", w), "steps": torch.tensor(9)},
+            "meta": {"epoch": 3},
+        },
+        "'ema_state_dict' of the checkpoint; took the prefix module. off the tensor names; left out steps",
+    ),
+    "ema": (lambda w, o: {"model": o, "ema": {"decay": 0.999, "shadow": w}}, "read the part 'ema.shadow'"),
+    "tutorial": (
+        lambda w, o: {"epoch": 1, "model_state_dict": w, "optimizer_state_dict": {}, "loss": torch.ones(())},
+        "read the part 'model_state_dict'",
+    ),
+    "any name": (lambda w, o: {"my_weights": w, "my_epoch": 4}, "read the part 'my_weights'"),
+    "model name": (lambda w, o: {"model": "resnet50", "weights": w}, "read the part 'weights'"),
+    "nested": (lambda w, o: {"model": {"state_dict": under("net.", w)}}, "read the part 'model.state_dict'"),
+    "dino": (dino, "part 'teacher' of the checkpoint; took the prefix backbone. off"),
+    "dino's head": (dino, "left out head. (2); part='student' takes another"),
+    "distilled": (
+        lambda w, o: {"student": w, "teacher": {"blocks.0.x": torch.ones(9), "head.y": torch.ones(9)}},
+        "read the part 'student' of the checkpoint; part='teacher' takes another",
+    ),
+}
+IN_ANY_FILE = {
+    "module": (lambda w, o: under("module.", w), "took the prefix module. off the tensor names"),
+    "compiled": (lambda w, o: under("_orig_mod.module.", w), "took the prefix _orig_mod.module. off"),
+    "compiled blocks": (
+        lambda w, o: {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in w.items()},
+        "took the prefix _orig_mod. off",
+    ),
+    "model.module": (lambda w, o: under("model.module.", w), "took the prefix model.module. off"),
+    "module.backbone": (lambda w, o: under("module.backbone.", w), "took the prefix module.backbone. off"),
+    "repeated": (lambda w, o: under("net.model.model.", w), "took the prefix net.model.model. off"),
+    "encoder": (lambda w, o: under("encoder.", w), "took the prefix encoder. off"),
+    "own word": (lambda w, o: under("my_vit.", w), "took the prefix my_vit. off"),
+    "sequential": (lambda w, o: under("1.", w), "took the prefix 1. off"),
+    "loss beside": (
+        lambda w, o: {**w, "criterion.weight": torch.ones(10)},
+        "left out criterion. (1)",
+    ),
+    "dinov2": (
+        lambda w, o: {**under("teacher.backbone.", w), **under("teacher.dino_head.", HEAD)}
+        | {**under("student.backbone.", o), **under("student.dino_head.", HEAD)},
+        "took the prefix teacher.backbone. off the tensor names; left out dino_head. (2), student. ",
+    ),
+    "lightly": (
+        lambda w, o: {**under("teacher_backbone.", w), **under("student_backbone.", o)}
+        | {**under("student_head.", HEAD), **under("teacher_head.", HEAD)},
+        "part='student_backbone' takes another",
+    ),
+    "averaged": (
+        lambda w, o: {**under("model.", o), **under("ema_model.module.", w)}
+        | {"ema_model.n_averaged": torch.tensor(3)},
+        "left out model. (32), n_averaged (1); part='model' takes another",
+    ),
+    "distilling": (
+        lambda w, o: {**under("model.", w), **under("teacher.", {"stem.weight": torch.ones(2)})},
+        "took the prefix model. off the tensor names; left out teacher. (1); part='teacher' takes another",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *((layout, "torch") for layout in (*IN_ANY_FILE, *IN_TORCH_FILES)),
+        *((layout, "safetensors") for layout in IN_ANY_FILE),
+    ],
+)
+def test_each_layout_opens_as_the_plain_file(tmp_path, states, layout, kind):
+    make, line = {**IN_TORCH_FILES, **IN_ANY_FILE}[layout]
+    path = tmp_path / f"model.{kind}"
+    content = make(*states)
+    if kind == "torch":
+        torch.save(content, path)
+    else:
+        save_file({name: tensor.clone() for name, tensor in content.items()}, path)
+    found, notes = logits_of(path)
+    assert torch.equal(found, logits_with(states[0]))
+    assert [note for note in notes if line in note], notes
+
+
+def test_the_user_chooses_another_part(tmp_path, states):
+    path = tmp_path / "dino.pth"
+    torch.save(dino(*states), path)
+    found, notes = logits_of(path, part="student")
+    assert torch.equal(found, logits_with(states[1]))
+    assert any("read the part 'student'" in note for note in notes)
+    torch.save(IN_ANY_FILE["dinov2"][0](*states), path)
+    assert torch.equal(logits_of(path, part="student")[0], logits_with(states[1]))
+    assert torch.equal(load_model(path, NAME, part="teacher", **ARGS)(IMAGES), logits_with(states[0]))
+    said = refusal(path, model=NAME, model_args=ARGS, part="pupil")
+    assert "part='pupil': there is no such part; it has" in said
+    assert "'student'" in said
+
+
+def test_what_has_no_parts_says_so(tmp_path, states):
+    path = save(tiny(), tmp_path / "plain.safetensors")
+    said = refusal(path, model=NAME, model_args=ARGS, part="model")
+    assert "there is no such part; it has 'blocks', 'cls_token'" in said
+    make_slim(path, tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
+    assert "a slim file has no parts" in refusal(tmp_path / "slim.safetensors", part="model")
+    assert "has no parts" in refusal(f"timm:{NAME}", part="model")
+    with pytest.raises(CheckpointError, match="a module has no parts"):
+        copy_of_module(tiny(), ModelHints(part="model"))
+
+
+def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
+    beside = {"head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
+    path = save(tiny(num_classes=0), tmp_path / "plain.safetensors")
+    bare = {name: tensor for name, tensor in states[0].items() if not name.startswith("head.")}
+    save_file({**under("backbone.", bare), **beside}, path)
+    said = refusal(path, model=NAME, model_args=ARGS)
+    assert (
+        "beside the network 'backbone' there are tensors that may belong to it: 'head.bias', 'head.weight'"
+        in said
+    )
+    assert "part='backbone' reads the network alone" in said
+    loaded = read_model(path, model=NAME, model_args=ARGS, part="backbone")
+    assert loaded.identity.model_args["num_classes"] == 0
+    assert any("left out head. (2)" in note for note in loaded.notes)
+    save_file({**states[0], "adapter.weight": torch.ones(2)}, path)
+    assert "1 unexpected" in refusal(path, model=NAME, model_args=ARGS)
+    save_file({"model.a.b": torch.ones(2), "model.module.a.b": torch.ones(2)}, path)
+    assert "model" in refusal(path, model=NAME, model_args=ARGS)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m", "deepseek_vit_412m", "gemma4_vit_167m", "volo_d1_224"])
+def test_models_that_have_such_names_themselves_keep_them(name):
+    with without_values():
+        shapes = {key: tuple(t.shape) for key, t in timm.create_model(name).state_dict().items()}
+    assert unwrap("x", shapes).names == {key: key for key in shapes}
+
+
+def opened(path, content, **args):
+    torch.save(content, path)
+    return read_model(path, **args)
+
+
+def timm_script(w, **args):
+    options = {
+        "model": NAME,
+        "num_classes": 10,
+        "img_size": 32,
+        "in_chans": 3,
+        "lr": 1e-3,
+        "input_size": None,
+    }
+    kwargs = {key: value for key, value in ARGS.items() if key != "img_size"}
+    options |= {
+        "mean": None,
+        "std": None,
+        "interpolation": "",
+        "crop_pct": None,
+        "model_kwargs": kwargs,
+        **args,
+    }
+    return {"arch": options["model"], "args": argparse.Namespace(**options), "state_dict": w, "epoch": 3}
+
+
+def test_timms_script_states_model_arguments_and_preprocessing(tmp_path, states):
+    path = tmp_path / "model_best.pth.tar"
+    stated = {"mean": [0.5, 0.5, 0.4], "std": [0.2], "interpolation": "bilinear", "crop_pct": 0.95}
+    loaded = opened(path, timm_script(states[0], **stated))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), logits_with(states[0]))
+    assert f"architecture {NAME}, from its args.model" in loaded.notes
+    assert loaded.identity.model_args == SIZES
+    assert loaded.stem == "model_best"
+    found = provenance(loaded, PreprocessingOptions()).origins
+    assert {found[name] for name in ("mean", "std", "interpolation", "crop_pct")} == {"file"}
+    assert loaded.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.4)
+    assert loaded.model.pretrained_cfg["std"] == (0.2, 0.2, 0.2)
+    assert loaded.model.pretrained_cfg["crop_pct"] == 0.95
+    plain = opened(path, timm_script(states[0]))
+    assert provenance(plain, PreprocessingOptions()).origins["mean"] == "default"
+    assert "license" not in plain.identity.pretrained_cfg
+
+
+def test_the_user_knows_better_than_the_script(tmp_path, states):
+    path, other = tmp_path / "last.pth", "deit_tiny_patch16_224"
+    loaded = opened(path, timm_script(states[0], mean=[0.1] * 3, std=[0.3] * 3), model=other, model_args=ARGS)
+    assert loaded.identity.architecture == other
+    assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.1, 0.1)
+    assert f"its args.model says {NAME}; model counts" in loaded.notes
+    assert f"architecture {NAME}, as given" in opened(path, timm_script(states[0]), model=NAME).notes
+    said = refusal(path, model_args={"depth": 3})
+    assert f"the file's args.model says {NAME}; give model='NAME' if it is another" in said
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin"),
+    [
+        ({"args": argparse.Namespace(model="test_vit", nb_classes=5, input_size=64)}, "args.model"),
+        ({"args": {"arch": "test_vit.r160_in1k"}}, "args.arch"),
+        ({"arch": "test_vit"}, "arch"),
+        (
+            {"hyper_parameters": {"backbone": "timm/test_vit.r160_in1k", "std": 0.02}},
+            "hyper_parameters.backbone",
+        ),
+        ({"hyper_parameters": {"model": {"name": "test_vit"}, "lr": 0.1}}, "hyper_parameters.model.name"),
+        ({"hyper_parameters": {"name": "resnet18", "model_name": "test_vit"}}, "hyper_parameters.model_name"),
+    ],
+)
+def test_scripts_name_their_model(tmp_path, entry, origin):
+    model = timm.create_model("test_vit", num_classes=5, img_size=64)
+    content = {"state_dict": under("model.", model.state_dict()), **entry}
+    loaded = opened(tmp_path / "last.ckpt", content)
+    assert f"architecture test_vit, from its {origin}" in loaded.notes
+    assert loaded.identity.model_args == {"img_size": 64, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"model": "my_vit"}, "its args.model 'my_vit' is no model of timm, and was ignored"),
+        ({"model": "../../etc/passwd"}, "is no model of timm, and was ignored"),
+        (
+            {"model": NAME, "model_kwargs": {"checkpoint_path": "/etc/passwd"}},
+            "its args.model_kwargs were ignored",
+        ),
+        ({"model": NAME, "model_kwargs": {"depth": 10**9}}, "its args.model_kwargs were ignored"),
+        ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] makes no sense"),
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] makes no sense"),
+        ({"interpolation": "random"}, "its interpolation 'random' makes no sense"),
+        ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 makes no sense"),
+    ],
+)
+def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
+    content = timm_script(states[0], **args)
+    if "model" in args:
+        content["arch"] = args["model"]
+    loaded = opened(tmp_path / "last.pth", content, model=NAME, model_args=ARGS)
+    assert [note for note in loaded.notes if says in note], loaded.notes
+    assert loaded.identity.model_args == SIZES
+
+
+def test_a_model_out_of_proportion_is_not_built(tmp_path):
+    path = tmp_path / "last.pth"
+    torch.save(
+        {"arch": "vit_giant_patch14_224", "state_dict": {"a.b": torch.ones(1), "c": torch.ones(1)}}, path
+    )
+    assert "out of all proportion" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("a.pth.tar", "a"),
+        ("a.b.pt.tar", "a.b"),
+        ("a.tar", "a"),
+        ("a.ckpt", "a"),
+        ("v1.2.safetensors", "v1.2"),
+    ],
+)
+def test_output_names_begin_with_the_name_without_its_endings(tmp_path, states, name, stem):
+    assert opened(tmp_path / name, states[0], model=NAME, model_args=ARGS).stem == stem
