@@ -1,9 +1,9 @@
-"""Infer the classes and the image size of a model from the shapes in its file."""
+"""Build a model with the arguments that the shapes in its file show."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
+from mhacut.checkpoint.fingerprints import POSITIONS
 from mhacut.checkpoint.foreign.recognise import Conversion
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
+from mhacut.checkpoint.mismatch import is_foreign
 from mhacut.checkpoint.names import infos_by_model_names
+from mhacut.checkpoint.visible_args import Shapes, Shown, visible_args
+from mhacut.errors import CheckpointError
 from mhacut.flatten import img_size_of
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-_POSITIONS = re.compile(r"(positional_encoding|pos_embed\d*|relative_position_bias_table)$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Identified:
     without one are timm's default."""
     conversion: Conversion | None = None
     """Conversion of the tensors of another library's file."""
+    inferred: frozenset[str] = frozenset()
+    """Names of the arguments that the shapes showed."""
 
 
 def infer_from_shapes(
@@ -49,15 +51,16 @@ def infer_from_shapes(
     *,
     bounded: bool = False,
 ) -> Identified:
-    """Build model ``name`` with the classes and the image size that the shapes of its tensors show.
+    """Build model ``name`` with the arguments that the shapes of its tensors show.
 
     Args:
         name: architecture in timm.
-        args: arguments of ``timm.create_model``; ``num_classes`` and ``img_size`` are inferred where missing.
+        args: arguments of ``timm.create_model``. ``num_classes`` and ``img_size`` are inferred where missing;
+            unless ``bounded``, so are those of :func:`visible_args`.
         cfg: timm's pretrained_cfg of the weights.
         tensors: tensors of the file.
-        bounded: the file itself names the model, so that its tensors bound the model's size, see
-            :func:`build_skeleton`.
+        bounded: the file itself states the model and its arguments, so that its tensors bound the model's
+            size, see :func:`build_skeleton`.
 
     Raises:
         CheckpointError: timm cannot build it.
@@ -65,36 +68,60 @@ def infer_from_shapes(
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
-    notes: list[str] = []
+    shown: list[Shown] = []
     if "img_size" not in args:
         # Before anything is built: not every argument goes with every size.
         patch_size = args.get("patch_size", 4)
         size = img_size_of(name, shapes, patch_size if isinstance(patch_size, int) else 4)
         if size is not None:
             args["img_size"] = size
-            notes.append(f"img_size {size}, from the shape of positional_encoding")
+            shown.append(Shown("img_size", size, "the shape of positional_encoding"))
     # The shapes of the file decide, whatever size the configuration was written for.
     model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+    if not bounded:
+        model, further = _with_visible_args(model, ModelIdentity(name, args, dict(cfg)), tensors)
+        args |= {one.name: one.value for one in further}
+        shown += further
+    last = len(shown)
     if "num_classes" not in args:
         classes, origin = _classes(model, infos_by_model_names(tensors, model))
-        args["num_classes"] = classes
-        notes.append(f"num_classes {classes}, from {origin}")
-        if classes != getattr(model, "num_classes", classes):
-            model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+        shown.append(Shown("num_classes", classes, origin))
     if "img_size" not in args:
         size = _img_size(model, shapes)
         if size is not None:
-            args["img_size"] = size
-            notes.append(f"img_size {size}, from the shape of pos_embed")
-            model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+            shown.append(Shown("img_size", size, "the shape of pos_embed"))
+    args |= {one.name: one.value for one in shown[last:]}
+    if any(one.value != getattr(model, one.name, None) for one in shown[last:]):
+        model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     return Identified(
-        identity_of(model, name, args), model, infos_by_model_names(tensors, model), tuple(notes)
+        identity_of(model, name, args),
+        model,
+        infos_by_model_names(tensors, model),
+        tuple(map(str, shown)),
+        inferred=frozenset(one.name for one in shown),
     )
+
+
+def _with_visible_args(
+    model: nn.Module, identity: ModelIdentity, tensors: Mapping[str, TensorInfo]
+) -> tuple[nn.Module, tuple[Shown, ...]]:
+    """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
+    shapes = {key: info.shape for key, info in infos_by_model_names(tensors, model).items()}
+    if is_foreign(model.state_dict(), shapes):
+        return model, ()
+    shown = visible_args(model, shapes, identity.model_args)
+    if not shown:
+        return model, ()
+    try:
+        args = {**identity.model_args, **{one.name: one.value for one in shown}}
+        return build_skeleton(dataclasses.replace(identity, model_args=args)), shown
+    except CheckpointError:
+        return model, ()  # whoever compares the tensors says what differs
 
 
 def position_shapes(tensors: Mapping[str, TensorInfo]) -> list[tuple[int, ...]]:
     """Return the shapes of the tables of positions, sorted; they depend on the image size."""
-    return sorted(info.shape for name, info in tensors.items() if _POSITIONS.search(name))
+    return sorted(info.shape for name, info in tensors.items() if POSITIONS.search(name))
 
 
 def _classes(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo, dtype_name
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.errors import CheckpointError, option_name
@@ -59,13 +60,14 @@ def check_tensors(
     unexpected = [name for name in found if name not in wanted]
     other = [name for name in shared if tuple(wanted[name].shape) != found[name].shape]
     if missing or unexpected or other:
+        listed = "" if stated else _listed_models(found, identity)
         counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-        if not stated and _is_foreign(wanted, found):  # name by name there is nothing to learn
+        if not stated and is_foreign(wanted, found):  # name by name there is nothing to learn
             instead = f", not {missing[0]!r:.150}" if missing else ""
             raise CheckpointError(
                 f"{where}: its tensors do not fit {identity.architecture}: {counts}; most names are not that "
                 f"model's (it has {unexpected[0]!r:.150}{instead}): give "
-                f"{option_name('model')} the one the file is of"
+                f"{option_name('model')} the one the file is of{f' ({listed})' if listed else ''}"
             )
         lines = [f"{where}: its tensors do not fit {_named(identity)}: {counts}"]
         lines += _listed("missing", missing)
@@ -78,8 +80,17 @@ def check_tensors(
             ),
         )
         hints = [_SELF_CONTRADICTION] if stated else _hints(wanted, found, missing, unexpected, other)
+        hints += [f"its names and shapes are those of {listed}"] if listed else []
         lines += [f"  {hint}" for hint in hints]
         raise CheckpointError("\n".join(lines))
+
+
+def _listed_models(found: Mapping[str, TensorInfo], identity: ModelIdentity) -> str:
+    """Return the names of other architectures that have just these tensors; empty if there is none."""
+    names = read_table().exactly({name: info.shape for name, info in found.items()})
+    if identity.architecture in names:
+        return ""  # as it is by default: the arguments are wrong
+    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
 
 
 def _named(identity: ModelIdentity) -> str:
@@ -94,7 +105,7 @@ def _listed(title: str, names: list[str], line: Any = None) -> Iterable[str]:
     return [f"  {title}: {', '.join(shown)}{', ...' if len(names) > _MAX_NAMES else ''}"]
 
 
-def _is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
+def is_foreign(wanted: Iterable[str], found: Iterable[str]) -> bool:
     """Whether most names in the file are of a kind that the model does not have."""
     kinds_wanted, kinds_found = (
         {_without_number(name) for name in wanted},

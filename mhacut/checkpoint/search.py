@@ -1,95 +1,172 @@
-"""Search timm for the architecture whose tensors a file has."""
+"""Find the architecture whose tensors a file has: by fingerprints, then by building those few."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mhacut.checkpoint.build import build_skeleton, shapes_of
+from mhacut.checkpoint.build import known_model, shapes_of
+from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FileHeader
-from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.infer import Identified, Shapes, infer_from_shapes, position_shapes
+from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
+from mhacut.checkpoint.mismatch import check_tensors
+from mhacut.checkpoint.same_function import differences
+from mhacut.checkpoint.unlisted import unlisted_models
+from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 
-SEARCHED_FAMILIES: dict[str, str | tuple[str, ...]] = {
-    "vision_transformer": "blocks.",
-    "deit": "blocks.",
-    "vision_transformer_hybrid": "patch_embed.backbone.",
-    "pit": "transformers.",
-    "naflexvit": "embeds.",
-    "flatten_cswin": ("stage1.0.attns.0.positional_encoding", "stage1.0.attn.attns.0.positional_encoding"),
-    "flatten_deit": "blocks.0.attn.positional_encoding",
-    "flatten_pvt": "block1.0.attn.positional_encoding",
-    "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
-    "flatten_swin": "layers.0.blocks.0.attn.positional_encoding",
-}
-"""timm modules that are searched, and prefixes of a tensor name that each file of theirs has. Models of other
-modules need the option ``model``."""
+_MOST_NAMED = 4
+"""Architectures in a message."""
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
 
 
 def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
-    """Return the only model of :data:`SEARCHED_FAMILIES` that has exactly the file's names and shapes.
+    """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
+
+    Several that compute the same count as one; a note names those that are preprocessed for otherwise.
 
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
 
     Raises:
-        CheckpointError: no model, or more than one, has them.
+        CheckpointError: no model has them, or several that compute different things.
     """
-    exact: list[Identified] = []
-    resized: list[Identified] = []
-    for name in _plausible(header.shapes, args):
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    table = read_table()
+    fits = _nearest(_build(header, args, table.exactly(shapes)), header)
+    fits = fits or _nearest(_build(header, args, _released(table.of_any_size(shapes))), header)
+    fits = fits or _nearest(_build(header, args, unlisted_models(shapes, args)), header)
+    if not fits:
+        groups = [_released(group.names()) for group in table.similar(shapes)]
+        first = _build(header, args, [min(names, key=_plainness) for names in groups if names])
+        found = {fit.identity.architecture for fit in _nearest(first, header)}
+        alike = [name for names in groups if found & set(names) for name in names]
+        fits = _nearest(_build(header, args, alike), header)
+        if not fits:
+            raise CheckpointError(_nothing_fits(header, first))
+    chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
+    unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
+    if any(differing for _, differing in unlike):
+        raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
+
+
+def _released(names: Iterable[str]) -> list[str]:
+    """Names of architectures, without those that timm tests itself with: their sizes are nobody's."""
+    return [name for name in names if not name.startswith("test_")]
+
+
+def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
+    """Build those of the architectures that this timm has and that take these arguments, to fit the file."""
+    built = []
+    for name in filter(known_model, names):
         try:
-            fit = infer_from_shapes(name, args, {}, header.tensors)
+            built.append(infer_from_shapes(name, args, {}, header.tensors))
         except MhacutError:
             continue  # does not take these arguments, or not at this image size
-        same_positions = position_shapes(fit.tensors) == position_shapes(header.tensors)
-        if same_positions and shapes_of(fit.skeleton) == {n: info.shape for n, info in fit.tensors.items()}:
-            inferred_size = "img_size" in fit.identity.model_args and "img_size" not in args
-            (resized if inferred_size else exact).append(fit)
-    fits = exact or resized
+    return built
+
+
+def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified]:
+    """Return, of the models that fit the file, those in which the least was inferred."""
+    fits = [one for one in built if _fits(one, header)]
+    least = min(map(_distance, fits), default=0)
+    return [fit for fit in fits if _distance(fit) == least]
+
+
+def _fits(one: Identified, header: FileHeader) -> bool:
+    same_positions = position_shapes(one.tensors) == position_shapes(header.tensors)
+    return same_positions and shapes_of(one.skeleton) == {n: info.shape for n, info in one.tensors.items()}
+
+
+def _distance(fit: Identified) -> tuple[int, int, int]:
+    """Number of arguments that were inferred: first those of the structure, then sizes, then the images'."""
+    sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
+    return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
+
+
+def _plainness(name: str) -> tuple[bool, int, str]:
+    """Order of architectures that fit equally well: ``vit_*`` first, then by the length of the name."""
+    return not name.startswith("vit_"), len(name), name
+
+
+def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
+    """Return a note that names the models which compute the same and are preprocessed for otherwise."""
+    named: dict[str, list[str]] = {}
+    for other in others:
+        if text := _preprocessing(other, chosen):
+            named.setdefault(text, []).append(other.identity.architecture)
+    if not named:
+        return []
+    lines = [f"{_some(names)} with {text}" for text, names in named.items()]
+    choice = f"{option_name('model', 'NAME')}, {option_name('mean')} and {option_name('std')}"
+    return [f"the same weights fit {'; '.join(lines[:_MOST_NAMED])}: {choice} choose"]
+
+
+def _preprocessing(one: Identified, other: Identified) -> str:
+    """Return where the preprocessing of ``one`` differs; empty if it does not."""
+    ours, theirs = one.identity.pretrained_cfg, other.identity.pretrained_cfg
+    crop = ("crop_pct",) if ours.get("input_size") == theirs.get("input_size") else ()
+    keys = [key for key in (*_PREPROCESSING, *crop) if ours.get(key) != theirs.get(key)]
+    return ", ".join(f"{key} {_value(ours.get(key))}, not {_value(theirs.get(key))}" for key in keys)
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identified, tuple[str, ...]]]) -> str:
+    """Return the message for models that compute different things, with what they differ in."""
+    differing: dict[str, list[str]] = {}
+    for other, settings in others:
+        text = "; ".join(filter(None, ["; ".join(settings[:3]), _preprocessing(other, chosen)]))
+        differing.setdefault(text or "the same", []).append(other.identity.architecture)
+    lines = [f"  {_some(names)}: {text}" for text, names in differing.items()]
+    more = [f"  and {len(lines) - _MOST_NAMED} more groups"] if len(lines) > _MOST_NAMED else []
+    return "\n".join(
+        [
+            f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
+            f"{option_name('model', 'NAME')}:",
+            f"  {chosen.identity.architecture}",
+            *lines[:_MOST_NAMED],
+            *more,
+        ]
+    )
+
+
+def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
+    """Return the message for a file that no model fits, with the nearest one and how it differs."""
     where = show(header.path)
-    if not fits:
-        raise CheckpointError(
-            f"{where}: the model cannot be identified: no timm model of "
-            f"{', '.join(SEARCHED_FAMILIES)} has exactly its {len(header.tensors)} tensors; give "
-            f"{option_name('model', 'NAME')} (and {option_name('model_args', {'KEY': 'VALUE'})} for "
-            "what differs)"
-        )
-    if len(fits) > 1:
-        names = ", ".join(fit.identity.architecture for fit in fits)
-        raise CheckpointError(
-            f"{where}: the model cannot be identified from names and shapes, {len(fits)} fit: {names}; "
-            f"give {option_name('model', 'NAME')} (they may differ in heads, activation or preprocessing)"
-        )
-    return fits[0]
+    text = (
+        f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
+        f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "
+        f"{option_name('model_args', {'KEY': 'VALUE'})} for what differs)"
+    )
+    nearest = max(built, key=_tensors_in_common, default=None)
+    if nearest is None:
+        return text
+    common, names = _tensors_in_common(nearest)
+    if 2 * names < len(nearest.tensors):
+        return text
+    text += f"\n  nearest is {nearest.identity.architecture}, with {common} tensors in common"
+    try:
+        check_tensors(where, nearest.tensors, nearest.skeleton, nearest.identity)
+    except CheckpointError as error:
+        first, *lines = str(error).removeprefix(f"{where}: its ").split("\n")
+        text = "\n".join([f"{text}; {first}", *lines])
+    return text
 
 
-def _plausible(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the models whose first block is in the file. That is much cheaper than building all of them."""
-    import timm
-
-    patch = shapes.get("patch_embed.proj.weight", shapes.get("embeds.proj.weight", (0,)))[-1]
-    for family, telltale in SEARCHED_FAMILIES.items():
-        if not any(name.startswith(telltale) for name in shapes):
-            continue
-        for name in timm.list_models(module=family):
-            named_patch = re.search(r"patch(\d+)", name)
-            if patch and "patch_size" not in args and named_patch and int(named_patch[1]) != patch:
-                continue
-            try:
-                probe = build_skeleton(ModelIdentity(name, {"depth": 1, **args}))
-            except MhacutError:
-                yield name  # takes no depth
-                continue
-            if all(_agrees(key, shape, shapes) for key, shape in shapes_of(probe).items()):
-                yield name
-
-
-def _agrees(key: str, shape: tuple[int, ...], shapes: Shapes) -> bool:
-    if key == "pos_embed" or key.startswith("head"):  # of the image size, of the classes
-        return True
-    return shapes.get(key) == shape
+def _tensors_in_common(one: Identified) -> tuple[int, int]:
+    """Number of tensors of the file that the model has, by name and shape, then by name alone."""
+    expected = shapes_of(one.skeleton)
+    shared = [name for name in one.tensors if name in expected]
+    return sum(one.tensors[name].shape == expected[name] for name in shared), len(shared)

@@ -1,0 +1,70 @@
+"""Compare what models compute, apart from their weights: classes of modules, and their settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_NOT_COMPUTED = frozenset(
+    ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p")
+)
+"""Attributes that change nothing about the outputs of a model in eval mode."""
+_ONLY_TRAINED = ("Dropout", "DropPath", "PatchDropout", "DropBlock2d")
+
+
+def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
+    """Return what ``other`` computes otherwise, as ``num_heads 6, not 3``; empty if both compute the same.
+
+    Modules of the same name are compared, which both models have if their tensors have the same names.
+    """
+    ours, theirs = dict(one.named_modules()), dict(other.named_modules())
+    found: dict[str, None] = {}
+    for name in ours.keys() | theirs.keys():
+        for text in _differences(name, ours.get(name), theirs.get(name)):
+            found[text] = None
+    return tuple(sorted(found, key=lambda text: (text.count("."), len(text), text)))
+
+
+def _differences(name: str, one: nn.Module | None, other: nn.Module | None) -> Iterator[str]:
+    kinds = [_kind(one), _kind(other)]
+    if kinds[0] != kinds[1]:
+        last = ".".join(part for part in name.split(".") if not part.isdigit())
+        yield f"{last} {kinds[1]}, not {kinds[0]}"
+    elif one is not None and other is not None:
+        ours, theirs = _settings(one), _settings(other)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                yield f"{key} {theirs.get(key)!s:.40}, not {ours.get(key)!s:.40}"
+
+
+def _kind(module: nn.Module | None) -> str:
+    """Name of the class of a module; an identity where it does nothing in eval mode."""
+    kind = "Identity" if module is None else type(module).__name__
+    return "Identity" if kind in _ONLY_TRAINED else kind
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    return {
+        name: _text(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _NOT_COMPUTED
+    }
+
+
+def _text(value: Any) -> str:
+    """Text of a setting that is equal for equal settings; of other objects, their class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, functools.partial):
+        return f"{_text(value.func)}({_text(value.args)}, {_text(value.keywords)})"
+    if isinstance(value, type | FunctionType):
+        return value.__qualname__
+    return type(value).__qualname__

@@ -1,0 +1,198 @@
+"""Files that state no model: which architecture they are recognised as, and with which arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+
+from mhacut.checkpoint.build import shapes_of, without_values
+from mhacut.checkpoint.fingerprints import fingerprint, read_table, write_table
+from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.infer import infer_from_shapes
+from mhacut.checkpoint.same_function import differences
+from mhacut.checkpoint.search import search
+from mhacut.commands.generate_fingerprints import prunable_fingerprints
+from mhacut.errors import CheckpointError
+
+VIT = "vit_tiny_patch16_224"
+DIGITS = {"in_chans": 1, "num_classes": 10, "img_size": 32, "patch_size": 4, "depth": 6}
+SLOWLY_FINGERPRINTED = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in (
+        *("swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224", "mvitv2_tiny", "levit_128s"),
+        *("eva02_tiny_patch14_224", "coat_lite_tiny", "crossvit_9_240", "vit_tiny_r_s16_p8_224"),
+        *("mobilevit_xxs", "botnet26t_256", "pit_ti_224", "naflexvit_base_patch16_gap", "test_vit"),
+    )
+]
+AVERAGED = {"class_token": False, "global_pool": "avg"}
+
+
+def build(name, **args):
+    with without_values():
+        return timm.create_model(name, **args)
+
+
+def tensors_of(model):
+    return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+
+
+def header_of(model) -> FileHeader:
+    return FileHeader(Path("model.safetensors"), "safetensors", tensors_of(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        (VIT, {"num_classes": 10}),
+        (VIT, {"num_classes": 0}),
+        (VIT, DIGITS),
+        (VIT, {**AVERAGED, "depth": 3, "num_classes": 4}),
+        (VIT, {"reg_tokens": 4, "no_embed_class": True, "depth": 3, "num_classes": 4}),
+        (VIT, {"init_values": 1e-5, "qkv_bias": False, "depth": 3, "num_classes": 4}),
+        ("deit_tiny_distilled_patch16_224", {"num_classes": 7, "in_chans": 1, "depth": 2}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 3}),
+        ("swin_tiny_patch4_window7_224", {"num_classes": 5, "in_chans": 4}),
+        ("swin_tiny_patch4_window7_224", {"num_classes": 5, "depths": [2, 2, 1, 2]}),
+        pytest.param("beit_base_patch16_224", {"num_classes": 5, "depth": 2}, marks=pytest.mark.slow),
+        pytest.param("convit_tiny", {"num_classes": 5}, marks=pytest.mark.slow),
+        pytest.param("levit_128s", {"num_classes": 5}, marks=pytest.mark.slow),
+        pytest.param("xcit_nano_12_p16_224", {"num_classes": 5}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_is_recognised_without_a_flag(name, args):
+    model = build(name, **args)
+    found = search(header_of(model), {})
+    assert found.identity.architecture == name
+    assert args.items() <= {**found.identity.model_args}.items()
+    assert shapes_of(found.skeleton) == shapes_of(model)
+    assert not differences(model, found.skeleton)
+    assert {note.split()[0] for note in found.notes if ", from " in note} == {*found.inferred}
+
+
+def test_notes_name_the_tensor_that_shows_an_argument():
+    notes = search(header_of(build(VIT, **DIGITS)), {}).notes
+    assert notes[:5] == (
+        "in_chans 1, from the shape of patch_embed.proj.weight",
+        "patch_size 4, from the shape of patch_embed.proj.weight",
+        "depth 6, from the numbers of its blocks",
+        "num_classes 10, from the shape of head.weight",
+        "img_size 32, from the shape of pos_embed",
+    )
+
+
+def test_models_that_only_preprocess_otherwise_are_named():
+    found = search(header_of(build(VIT, num_classes=10)), {})
+    assert found.identity.architecture == VIT
+    assert found.notes[-1].startswith(
+        "the same weights fit deit_tiny_patch16_224 with mean 0.485,0.456,0.406, not 0.5,0.5,0.5, std "
+    )
+    assert found.notes[-1].endswith("model='NAME', mean and std choose")
+
+
+def test_models_that_compute_different_things_are_asked_about():
+    model = build("vit_base_patch32_clip_224", num_classes=10)
+    with pytest.raises(CheckpointError) as error:
+        search(header_of(model), {})
+    message = str(error.value)
+    assert "cannot be identified from names and shapes" in message
+    assert "vit_base_patch32_clip_quickgelu_224: blocks.mlp.act QuickGELU, not GELU" in message
+    assert len(message.split("\n")) < 8
+
+
+def test_heads_show_in_no_shape():
+    few, many = build(VIT, depth=1), build(VIT, depth=1, num_heads=6)
+    assert shapes_of(few) == shapes_of(many)
+    assert "num_heads 6, not 3" in differences(few, many)
+    assert not differences(few, build("deit_tiny_patch16_224", depth=1))
+
+
+def test_of_what_is_no_listed_model_the_nearest_is_named():
+    model = build(VIT, embed_dim=48, num_heads=3, depth=2, patch_size=8, img_size=32)
+    with pytest.raises(CheckpointError) as error:
+        search(header_of(model), {})
+    message = str(error.value)
+    assert "no timm model that mhacut prunes has exactly its 32 tensors" in message
+    assert "nearest is vit_tiny_patch16_224" in message
+    assert "embed_dim': 48, 'num_heads': 'N'" in message
+    assert not differences(model, search(header_of(model), {"embed_dim": 48, "num_heads": 3}).skeleton)
+
+
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        (DIGITS, {}),
+        ({"embed_dim": 48, "num_heads": 3, "depth": 1}, {"num_heads": 3}),
+        ({"embed_dim": 48, "num_heads": 3, "depth": 1, "qk_norm": True}, {"qk_norm": True}),
+        ({"mlp_ratio": 2.5, "depth": 1}, {}),
+        ({"mlp_ratio": 1 / 3, "depth": 1}, {}),
+        ({"qkv_bias": False, "init_values": 1e-5, "pre_norm": True, "depth": 1}, {}),
+        ({**AVERAGED, "depth": 1, "img_size": 64}, {}),
+        ({**AVERAGED, "fc_norm": False, "depth": 1}, {}),
+        ({"global_pool": "avg", "depth": 1}, {}),
+        ({"reg_tokens": 2, "depth": 1, "img_size": 48}, {}),
+        ({"reg_tokens": 2, "no_embed_class": True, "depth": 1, "img_size": 48}, {}),
+    ],
+)
+def test_arguments_beside_the_model_are_inferred(args, given):
+    model = build(VIT, **args)
+    found = infer_from_shapes(VIT, given, {}, tensors_of(model))
+    assert shapes_of(found.skeleton) == shapes_of(model)
+    assert not differences(model, found.skeleton)
+    assert {*found.identity.model_args} == {*given, *found.inferred}
+
+
+def test_an_argument_that_is_given_is_not_inferred():
+    model = build(VIT, depth=2)
+    found = infer_from_shapes(VIT, {"depth": 1}, {}, tensors_of(model))
+    assert found.identity.model_args["depth"] == 1
+
+
+def test_the_table_is_of_architectures_that_timm_has():
+    table = read_table()
+    names = [name for group in table.groups for name in group.names()]
+    assert len(names) == len(set(names)) > 700
+    if table.timm == timm.__version__:
+        assert set(names) <= set(timm.list_models())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [VIT, "deit_tiny_distilled_patch16_224", "flatten_pvt_tiny", *SLOWLY_FINGERPRINTED],
+)
+def test_the_table_is_of_this_timm(name):
+    table = read_table()
+    if table.timm != timm.__version__:
+        pytest.skip(f"the table is of timm {table.timm}: python -m mhacut.commands.generate_fingerprints")
+    (found,) = prunable_fingerprints([name]).values()
+    (group,) = [group for group in table.groups if name in group.names()]
+    assert group.any_size == found.any_size
+    assert name in group.architectures[found.exact]
+
+
+def test_a_table_reads_back(tmp_path, monkeypatch):
+    prints = {name: fingerprint({"a.weight": (size,)}) for name, size in [("x", 1), ("y", 1), ("z", 2)]}
+    monkeypatch.setattr("mhacut.checkpoint.fingerprints.TABLE", tmp_path / "table.txt")
+    (tmp_path / "table.txt").write_text(write_table("1.2.3", prints))
+    table = read_table.__wrapped__()
+    assert table.timm == "1.2.3"
+    assert table.exactly({"a.weight": (1,)}) == ("x", "y")
+    assert table.of_any_size({"a.weight": (3,)}) == ("x", "y", "z")
+
+
+def test_classes_and_positions_are_not_in_a_fingerprint():
+    one = {"pos_embed": (1, 197, 8), "head.weight": (10, 8), "blocks.0.norm.weight": (8,)}
+    other = {"pos_embed": (1, 50, 8), "blocks.0.norm.weight": (8,)}
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint(one).exact != fingerprint({**other, "blocks.1.norm.weight": (8,)}).exact
+    assert fingerprint(one).any_size == fingerprint({**other, "blocks.1.norm.weight": (8,)}).any_size
+
+
+def test_another_timm_is_searched_as_well(monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "0.0.0")
+    model = build("pit_ti_224", num_classes=3)
+    assert search(header_of(model), {}).identity.architecture == "pit_ti_224"
+    monkeypatch.setattr("mhacut.checkpoint.fingerprints.Table.exactly", lambda *_: ())
+    monkeypatch.setattr("mhacut.checkpoint.fingerprints.Table.of_any_size", lambda *_: ())
+    assert search(header_of(model), {}).identity.architecture == "pit_ti_224"
