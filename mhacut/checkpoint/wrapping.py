@@ -32,8 +32,8 @@ _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|in
 """Single numbers of what averages weights."""
 _PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
 """Tensors of the projection head of DINO and its like."""
-_OF_LIBRARIES = ("timm_model", "visual")
-"""Prefixes by which files of other libraries are recognised."""
+_KEPT = ("timm_model", "visual", "features", "body")
+"""Prefixes by which files of other libraries are recognised, and those of models without classifier."""
 _ENCODER_ITSELF = (
     {"blocks", "patch_embed"},
     {"blocks", "patch_embed", "norm"},
@@ -195,7 +195,7 @@ def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes
         chosen = own or average
     if chosen is None:
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
-        return only if only not in (None, *_OF_LIBRARIES) and _is_nested(modules[only]) else None
+        return only if only not in (None, *_KEPT) and _is_nested(modules[only]) else None
     inside = {rest.partition(".")[0] for rest in modules[chosen].values()}
     if chosen == "encoder" and (inside in _ENCODER_ITSELF or not _is_nested(modules[chosen])):
         return None
