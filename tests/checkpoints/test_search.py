@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from mhacut.checkpoint.build import shapes_of, without_values
 from mhacut.checkpoint.fingerprints import fingerprint, read_table, write_table
@@ -149,6 +150,14 @@ def test_an_argument_that_is_given_is_not_inferred():
     model = build(VIT, depth=2)
     found = infer_from_shapes(VIT, {"depth": 1}, {}, tensors_of(model))
     assert found.identity.model_args["depth"] == 1
+
+
+@pytest.mark.parametrize("odd", ["blocks." + "9" * 5000 + ".x", "blocks.9.x", "", "blocks.0.\n x"])
+def test_odd_names_do_no_harm(odd):
+    header = header_of(build(VIT, depth=1))
+    tensors = {**header.tensors, odd: TensorInfo((0, 2**40), torch.float32)}
+    with pytest.raises(CheckpointError, match="cannot be identified"):
+        search(FileHeader(header.path, "safetensors", tensors), {})
 
 
 def test_the_table_is_of_architectures_that_timm_has():
