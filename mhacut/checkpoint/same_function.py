@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 _NOT_COMPUTED = frozenset(
-    ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p")
+    ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values")
 )
-"""Attributes that change nothing about the outputs of a model in eval mode."""
+"""Attributes that change nothing about the outputs of a model in eval mode, once its weights are read."""
 _ONLY_TRAINED = ("Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 

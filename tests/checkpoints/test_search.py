@@ -59,7 +59,6 @@ def header_of(model) -> FileHeader:
         pytest.param("beit_base_patch16_224", {"num_classes": 5, "depth": 2}, marks=pytest.mark.slow),
         pytest.param("convit_tiny", {"num_classes": 5}, marks=pytest.mark.slow),
         pytest.param("levit_128s", {"num_classes": 5}, marks=pytest.mark.slow),
-        pytest.param("xcit_nano_12_p16_224", {"num_classes": 5}, marks=pytest.mark.slow),
     ],
 )
 def test_a_file_is_recognised_without_a_flag(name, args):
