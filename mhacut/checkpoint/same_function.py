@@ -12,7 +12,7 @@ from torch import nn
 _NOT_COMPUTED = frozenset(
     ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values")
 )
-"""Attributes that change nothing about the outputs of a model in eval mode."""
+"""Attributes that change nothing about the outputs of a model in eval mode, once its weights are read."""
 _ONLY_TRAINED = ("Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 
@@ -30,10 +30,10 @@ def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
 
 
 def _differences(name: str, one: nn.Module | None, other: nn.Module | None) -> Iterator[str]:
-    kinds = [_kind(one), _kind(other)]
-    if kinds[0] != kinds[1]:
-        last = ".".join(part for part in name.split(".") if not part.isdigit())
-        yield f"{last} {kinds[1]}, not {kinds[0]}"
+    kinds = _kind(one), _kind(other)
+    if kinds[0] is not kinds[1]:
+        where = ".".join(part for part in name.split(".") if not part.isdigit()) or "model"
+        yield f"{where} {kinds[1].__name__}, not {kinds[0].__name__}"
     elif one is not None and other is not None:
         ours, theirs = _settings(one), _settings(other)
         for key in sorted(ours.keys() | theirs.keys()):
@@ -41,10 +41,10 @@ def _differences(name: str, one: nn.Module | None, other: nn.Module | None) -> I
                 yield f"{key} {theirs.get(key)!s:.40}, not {ours.get(key)!s:.40}"
 
 
-def _kind(module: nn.Module | None) -> str:
-    """Name of the class of a module; an identity where it does nothing in eval mode."""
-    kind = "Identity" if module is None else type(module).__name__
-    return "Identity" if kind in _ONLY_TRAINED else kind
+def _kind(module: nn.Module | None) -> type[nn.Module]:
+    """Class of a module; of one that does nothing in eval mode, an identity."""
+    does_nothing = module is None or type(module).__name__ in _ONLY_TRAINED
+    return nn.Identity if does_nothing else type(module)
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

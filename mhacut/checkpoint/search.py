@@ -40,18 +40,28 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     fits = fits or _nearest(_build(header, args, _released(table.of_any_size(shapes))), header)
     fits = fits or _nearest(_build(header, args, unlisted_models(shapes, args)), header)
     if not fits:
-        groups = [_released(group.names()) for group in table.similar(shapes)]
-        first = _build(header, args, [min(names, key=_plainness) for names in groups if names])
-        found = {fit.identity.architecture for fit in _nearest(first, header)}
-        alike = [name for names in groups if found & set(names) for name in names]
-        fits = _nearest(_build(header, args, alike), header)
+        fits, built = _similar(header, args)
         if not fits:
-            raise CheckpointError(_nothing_fits(header, first))
+            raise CheckpointError(_nothing_fits(header, built))
     chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
     return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
+
+
+def _similar(header: FileHeader, args: Mapping[str, Any]) -> tuple[list[Identified], list[Identified]]:
+    """Return the models that fit with other arguments than those of sizes, and all that were built.
+
+    One architecture is built of each similar group, and of the nearest group that fits all.
+    """
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    groups = [_released(group.names()) for group in read_table().similar(shapes)]
+    built = _build(header, args, [min(names, key=_plainness) for names in groups if names])
+    fits = {fit.identity.architecture: fit for fit in _nearest(built, header)}
+    alike = next((names for names in groups if fits.keys() & set(names)), [])
+    others = _build(header, args, [name for name in alike if name not in fits])
+    return _nearest([*fits.values(), *others], header), built
 
 
 def _released(names: Iterable[str]) -> list[str]:
@@ -101,9 +111,9 @@ def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]
             named.setdefault(text, []).append(other.identity.architecture)
     if not named:
         return []
-    lines = [f"{_some(names)} with {text}" for text, names in named.items()]
-    choice = f"{option_name('model', 'NAME')}, {option_name('mean')} and {option_name('std')}"
-    return [f"the same weights fit {'; '.join(lines[:_MOST_NAMED])}: {choice} choose"]
+    lines = [f"{_some(names)}, preprocessed with {text}" for text, names in named.items()]
+    flags = f"{option_name('model', 'NAME')}, or {option_name('mean')} and {option_name('std')}"
+    return [f"the layers are also those of {'; '.join(lines[:_MOST_NAMED])}: for those give {flags}"]
 
 
 def _preprocessing(one: Identified, other: Identified) -> str:

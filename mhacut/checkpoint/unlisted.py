@@ -9,7 +9,6 @@ from typing import Any
 from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.fingerprints import Shapes, read_table
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.visible_args import PIXELS
 from mhacut.errors import MhacutError
 
 _FLATTEN: dict[str, str | tuple[str, ...]] = {
@@ -27,7 +26,7 @@ _OF_TIMM: dict[str, str | tuple[str, ...]] = {
     "pit": "transformers.",
     "naflexvit": "embeds.",
 }
-"""Modules of timm that are searched where its version or the user's arguments are not those of the table."""
+"""Modules of timm that are searched where its version is not that of the table."""
 
 
 def unlisted_models(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
@@ -39,9 +38,9 @@ def unlisted_models(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
     """
     import timm
 
-    beyond_the_table = timm.__version__ != read_table().timm or not PIXELS.issuperset(args)
+    another_timm = timm.__version__ != read_table().timm
     patch = shapes.get("patch_embed.proj.weight", shapes.get("embeds.proj.weight", (0,)))[-1]
-    for family, telltale in {**_FLATTEN, **(_OF_TIMM if beyond_the_table else {})}.items():
+    for family, telltale in {**_FLATTEN, **(_OF_TIMM if another_timm else {})}.items():
         if not any(name.startswith(telltale) for name in shapes):
             continue
         for name in timm.list_models(module=family):

@@ -88,14 +88,17 @@ def _stem(pair: _Comparison) -> Iterator[Shown]:
 
 
 def _depth(pair: _Comparison) -> Iterator[Shown]:
-    count, expected = _count(r"blocks\.(\d+)\.", pair.found), _count(r"blocks\.(\d+)\.", pair.expected)
+    count, expected = (
+        _count(r"blocks\.(\d{1,4})\.", pair.found),
+        _count(r"blocks\.(\d{1,4})\.", pair.expected),
+    )
     if count and expected and count != expected:
         yield Shown("depth", count, "the numbers of its blocks")
     for stages in ("layers", "stages"):
         many = [
-            [_count(rf"{stages}\.{stage}\.blocks\.(\d+)\.", names) for stage in range(stage_count)]
+            [_count(rf"{stages}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(stage_count)]
             for names in (pair.found, pair.expected)
-            if (stage_count := _count(rf"{stages}\.(\d+)\.", names))
+            if (stage_count := _count(rf"{stages}\.(\d{{1,4}})\.", names))
         ]
         if len(many) == 2 and len(many[0]) == len(many[1]) and many[0] != many[1] and all(many[0]):
             yield Shown("depths", many[0], "the numbers of its blocks")

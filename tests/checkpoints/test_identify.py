@@ -135,7 +135,7 @@ def test_of_two_models_that_compute_the_same_one_is_taken_and_both_are_named(tmp
     save_file(zeros("deit_tiny_patch16_224", num_classes=10), path)
     found = open_checkpoint(path)
     assert found.identity.architecture == NAME
-    assert any("deit_tiny_patch16_224 with mean 0.485" in note for note in found.notes)
+    assert any("deit_tiny_patch16_224, preprocessed with mean 0.485" in note for note in found.notes)
     assert open_checkpoint(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
 
 
