@@ -43,8 +43,9 @@ def _differences(name: str, one: nn.Module | None, other: nn.Module | None) -> I
 
 def _kind(module: nn.Module | None) -> type[nn.Module]:
     """Class of a module; of one that does nothing in eval mode, an identity."""
-    does_nothing = module is None or type(module).__name__ in _ONLY_TRAINED
-    return nn.Identity if does_nothing else type(module)
+    if module is None or type(module).__name__ in _ONLY_TRAINED:
+        return nn.Identity
+    return type(module)
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
