@@ -125,11 +125,8 @@ def _from_names(
         )
         return _with_note(found, f"architecture {name}, as given")
     found = _without_claims(search(header, args))
-    return _with_note(
-        found,
-        f"architecture {found.identity.architecture}, from names and shapes "
-        "(the number of heads is that model's own; shapes cannot show it)",
-    )
+    heads = "" if "num_heads" in args else " (the number of heads is that model's own; shapes cannot show it)"
+    return _with_note(found, f"architecture {found.identity.architecture}, from names and shapes{heads}")
 
 
 def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:

@@ -42,7 +42,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     if not fits:
         fits, built = _similar(header, args)
         if not fits:
-            raise CheckpointError(_nothing_fits(header, built))
+            raise CheckpointError(_heads_unknown(header, args) or _nothing_fits(header, built))
     chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
@@ -149,6 +149,20 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
             *lines[:_MOST_NAMED],
             *more,
         ]
+    )
+
+
+def _heads_unknown(header: FileHeader, args: Mapping[str, Any]) -> str | None:
+    """Return the message for a file that a model fits once its number of heads is given."""
+    fits = [] if "num_heads" in args else _similar(header, {**args, "num_heads": 1})[0]
+    if not fits:
+        return None
+    nearest = min(fits, key=lambda fit: _plainness(fit.identity.architecture)).identity
+    sizes = {name: value for name, value in nearest.model_args.items() if name != "num_heads"}
+    return (
+        f"{show(header.path)}: its tensors are those of {nearest.architecture} "
+        f"({', '.join(f'{name}={value}' for name, value in sizes.items())}), but no shape shows how many heads "
+        f"it has; give {option_name('model_args', {'num_heads': 'N'})}"
     )
 
 

@@ -139,10 +139,9 @@ def test_of_two_models_that_compute_the_same_one_is_taken_and_both_are_named(tmp
     assert open_checkpoint(path, model="deit_tiny_patch16_224").identity.model_args == {"num_classes": 10}
 
 
-def test_what_no_model_fits(dense):
-    message = refusal(dense[1])  # depth 2
-    assert "the model cannot be identified: no timm model" in message
-    assert "give model='NAME' (and model_args={'KEY': 'VALUE'} for" in message
+def test_what_shows_no_heads(dense):
+    message = refusal(dense[1])  # of a width that timm does not have
+    assert "no shape shows how many heads it has" in message
 
 
 def test_an_unknown_model_name_gets_close_matches(dense):

@@ -108,17 +108,28 @@ def test_heads_show_in_no_shape():
     assert not differences(few, build("deit_tiny_patch16_224", depth=1))
 
 
-def test_of_what_is_no_listed_model_the_nearest_is_named():
+def test_of_a_width_that_is_not_listed_the_heads_are_asked_for():
     model = build(VIT, embed_dim=48, num_heads=3, depth=2, patch_size=8, img_size=32)
     with pytest.raises(CheckpointError) as error:
         search(header_of(model), {})
     message = str(error.value)
-    assert "no timm model that mhacut prunes has exactly its 32 tensors" in message
-    assert "nearest is vit_tiny_patch16_224" in message
-    assert "embed_dim': 48, 'num_heads': 'N'" in message
+    assert "no shape shows how many heads it has; give model_args={'num_heads': 'N'}" in message
+    assert "embed_dim=48" in message
+    assert "\n" not in message
     found = search(header_of(model), {"num_heads": 3})
     assert found.identity.model_args["embed_dim"] == 48
     assert not differences(model, found.skeleton)
+
+
+def test_of_what_is_no_listed_model_the_nearest_is_named():
+    header = header_of(build(VIT, depth=2))
+    tensors = {**header.tensors, "blocks.0.adapter.weight": TensorInfo((3, 3), torch.float32)}
+    with pytest.raises(CheckpointError) as error:
+        search(FileHeader(header.path, "safetensors", tensors), {})
+    message = str(error.value)
+    assert f"no timm model that mhacut prunes has exactly its {len(tensors)} tensors" in message
+    assert "nearest is vit_tiny_patch16_224" in message
+    assert "unexpected: 'blocks.0.adapter.weight'" in message
 
 
 @pytest.mark.parametrize(
