@@ -161,8 +161,8 @@ def _heads_unknown(header: FileHeader, args: Mapping[str, Any]) -> str | None:
     sizes = {name: value for name, value in nearest.model_args.items() if name != "num_heads"}
     return (
         f"{show(header.path)}: its tensors are those of {nearest.architecture} "
-        f"({', '.join(f'{name}={value}' for name, value in sizes.items())}), but no shape shows how many heads "
-        f"it has; give {option_name('model_args', {'num_heads': 'N'})}"
+        f"({', '.join(f'{name}={value}' for name, value in sizes.items())}), but no shape shows how many "
+        f"heads it has; give {option_name('model_args', {'num_heads': 'N'})}"
     )
 
 
