@@ -256,12 +256,13 @@ def test_tensors_of_one_block_wait_at_a_time(monkeypatch):
 
 
 def test_what_passes_keep_is_counted_once():
-    model, images = build(VIT), image(VIT, batch=2)
-    with ResumableModel(model, images.split(1)) as passes:
-        assert passes.nbytes == images.nbytes  # one storage
+    """Of images that are part of a larger tensor, only their own part."""
+    model, images = build(VIT), image(VIT, batch=64)
+    with ResumableModel(model, [images[:1], images[1:2]]) as passes:
+        assert passes.nbytes == images[:2].nbytes
         tokens = passes.run_up_to("blocks.0")[0][0][0]
         # What patch_embed gave, and the tokens with their positions.
-        assert passes.nbytes == images.nbytes + 2 * (tokens.nbytes + tokens[:, 1:].nbytes)
+        assert passes.nbytes == images[:2].nbytes + 2 * (tokens.nbytes + tokens[:, 1:].nbytes)
 
 
 # --- a linear block: the optimum is known ---

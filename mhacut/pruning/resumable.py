@@ -127,12 +127,14 @@ class ResumableModel:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors that the passes keep now; what they share counts once."""
-        values = [
-            [call.value, *(inner.value for inner in call.calls)] for stack in self._stacks for call in stack
-        ]
-        storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        """Size of the tensors that the passes keep now, of views their own part; what they share counts once."""
+        calls = [call for stack in self._stacks for call in stack]
+        values = [(call.value, [inner.value for inner in call.calls]) for call in calls]
+        sizes: dict[int, int] = {}
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                sizes[leaf.data_ptr()] = max(sizes.get(leaf.data_ptr(), 0), leaf.nbytes)
+        return sum(sizes.values())
 
     def answer(self, outputs: Sequence[Any]) -> None:
         """Take ``outputs``, one per batch, as those of the calls that :meth:`run_up_to` stopped before."""
