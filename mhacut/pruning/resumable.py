@@ -127,7 +127,7 @@ class ResumableModel:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors that the passes keep now, of views their own part; what they share counts once."""
+        """Size of what the passes keep now: of views their own part, and once what they share."""
         calls = [call for stack in self._stacks for call in stack]
         values = [(call.value, [inner.value for inner in call.calls]) for call in calls]
         sizes: dict[int, int] = {}
