@@ -17,9 +17,9 @@ LAYERS = """
     checkpoint pruning
     surgery
     adapters
-    flatten data measuring linalg plan budget text
+    flatten data measuring linalg plan budget
     options runtime
-    errors limits _version _timm_hook
+    errors limits text _version _timm_hook
 """.strip().splitlines()
 """From top to bottom. Packages of one layer do not know each other."""
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}

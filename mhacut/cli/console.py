@@ -7,14 +7,13 @@ import os
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+from mhacut.runtime.progress_bar import LinesView, TerminalView, View
+from mhacut.runtime.stages import StageClock, StageShare
 from mhacut.text import safe
 
 __all__ = ["SCHEMA_VERSION", "Console", "safe", "safe_lines", "table"]
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 SCHEMA_VERSION = 1
 """Version of the JSON that every command prints under ``--json``."""
@@ -69,18 +68,26 @@ class Console:
         self.quiet = quiet or rank > 0
         self.verbose = verbose
         self.as_json = as_json
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._clock = StageClock()
+        self._view: View | None = None
 
     # -- result --
 
     def result(self, text: str, document: Mapping[str, Any]) -> None:
-        """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error."""
+        """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error.
+
+        The seconds of each stage are added to ``document``, and shown with ``-v``.
+        """
         self.finish()
         if self.rank > 0:
             return
+        seconds = self._clock.seconds
+        if self.verbose and not self.quiet:
+            rows = [[stage, f"{spent:.1f} s"] for stage, spent in seconds.items()]
+            self.say(table([*rows, ["all stages", f"{sum(seconds.values()):.1f} s"]]))
         if self.as_json:
-            text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, allow_nan=False, indent=2)
+            document = {"schema_version": SCHEMA_VERSION, **document, "stage_seconds": seconds}
+            text = json.dumps(document, allow_nan=False, indent=2)
         try:
             _write(sys.stdout, text)
         except BrokenPipeError:
@@ -93,23 +100,30 @@ class Console:
         if not self.quiet:
             self.say(safe(message))
 
+    def expect(self, shares: Sequence[StageShare]) -> None:
+        self._clock.expect(shares)
+
     def start(self, stage: str) -> None:
+        self._clock.start(stage)
         if self.quiet:
             return
-        if self._shows_progress():
-            self._start_bar(stage)
-        elif self.verbose:
+        if self._view is None:
+            self._view = TerminalView() if self._shows_a_bar() else LinesView(self.say)
+        if self.verbose and not isinstance(self._view, TerminalView):
             self.say(safe(stage))
+        self._view.start(self._clock.snapshot())
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total or None, detail=safe(detail))
+        self._clock.advance(done, total, detail)
+        if self._view is not None:
+            self._view.show(self._clock.snapshot())
 
     def finish(self) -> None:
-        """Take the progress display off the terminal."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = self._task = None
+        """End the last stage, and take the bar off the terminal."""
+        self._clock.stop()
+        if self._view is not None:
+            self._view.close()
+            self._view = None
 
     def error(self, text: str) -> None:
         """Print ``text`` whatever the verbosity."""
@@ -123,32 +137,12 @@ class Console:
         self.finish()
         self.say(safe_lines(traceback.format_exc().rstrip()))
 
-    def _shows_progress(self) -> bool:
-        return not self.quiet and not self.as_json and sys.stderr.isatty()
-
-    def _start_bar(self, stage: str) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[detail]}", markup=False),
-                TimeElapsedColumn(),
-                console=RichConsole(stderr=True, markup=False, highlight=False, emoji=False),
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._progress.start()
-        elif self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(safe(stage), total=None, detail="")
+    def _shows_a_bar(self) -> bool:
+        return not self.as_json and sys.stderr.isatty()
 
     def say(self, line: str) -> None:
-        """Print one line on stderr, above the progress display if there is one."""
-        if self._progress is None:
+        """Print one line on stderr, above the bar if there is one."""
+        if not isinstance(self._view, TerminalView):
             try:
                 _write(sys.stderr, line)
             except BrokenPipeError:
@@ -157,7 +151,7 @@ class Console:
             from rich.text import Text
 
             encoding = sys.stderr.encoding or "ascii"
-            self._progress.console.print(Text(_encodable(line, encoding)), soft_wrap=True)
+            self._view.console.print(Text(_encodable(line, encoding)), soft_wrap=True)
 
 
 def _write(stream: TextIO, text: str) -> None:

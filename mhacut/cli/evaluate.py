@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
 from mhacut.options.evaluate import EvaluateOptions
@@ -32,17 +31,9 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
 
 def _text(measured: EvaluateResult) -> str:
     evaluation = measured.evaluation
-    rows = [["top-1", f"{evaluation.top1:.2f}%"]]
-    if evaluation.top5 is not None:
-        rows.append(["top-5", f"{evaluation.top5:.2f}%"])
-    rows += [
-        ["images", str(evaluation.images)],
-        ["FLOPs", format_flops(measured.flops)],
-        ["parameters", format_flops(measured.parameters)],
-    ]
     return "\n".join(
         [
-            table(rows),
+            table(measured.rows()),
             "",
             f"model: {safe(measured.architecture)} from {safe(measured.source)}",
             f"data: {safe(measured.data)}, in {evaluation.seconds:.1f} s on {safe(measured.device)}",

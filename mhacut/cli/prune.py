@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import Budget, format_flops
+from mhacut.budget import Budget
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
@@ -14,7 +14,7 @@ from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
-    from mhacut.commands.prune import PruneResult
+    from mhacut.commands.prune_result import PruneResult
     from mhacut.measuring.figures import ModelFigures
 
 
@@ -36,24 +36,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
 
 def _text(result: PruneResult) -> str:
-    dense, slim = result.dense, result.slim
-    rows = [[safe(result.architecture), "dense", "slim", "ratio"]]
-    if dense.evaluation and slim.evaluation:
-        before, after = dense.evaluation.top1, slim.evaluation.top1
-        label = f"top-1, % of {dense.evaluation.images} images"
-        rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
-    for name, count, cut in (
-        ("FLOPs", dense.flops, slim.flops),
-        ("parameters", dense.parameters, slim.parameters),
-    ):
-        rows.append([name, format_flops(count), format_flops(cut), f"{100 * cut / count:.1f}%"])
-    if dense.latency_ms is not None and slim.latency_ms is not None:
-        ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
-        label = f"latency, ms (batch {result.latency_batch_size}, {safe(result.device)})"
-        rows.append([label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio])
-    name = "KL to dense" if result.divergence_of == "answers" else "error of features, of their variance"
-    rows.append([f"{name} ({result.judged_on} images)", "", f"{result.divergence:.2g}", ""])
-    lines = [table(rows), ""]
+    lines = [table([list(map(safe, row)) for row in result.rows()]), ""]
     if result.output is None:
         lines.append("dry run: no model was written")
     else:

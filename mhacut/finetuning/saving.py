@@ -22,7 +22,7 @@ def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
     """Measure, write the best and the last weights, and add a line to the summary."""
     progress, evaluation = run.progress, None
     if run.validation is not None:
-        run.reporter.start("measuring")
+        run.reporter.start("evaluating")
         evaluation = run.measure(run.trainer.result, request)
     row = EpochSummary(
         epoch=len(progress.rows),

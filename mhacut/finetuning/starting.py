@@ -42,7 +42,7 @@ def start(run: Run) -> None:
     if run.options.resume is not None:
         run.reporter.log(f"{run.folder.path}: no step was saved, beginning with the first")
     if run.validation is not None:
-        run.reporter.start("measuring before")
+        run.reporter.start("evaluating")
         run.progress.before = run.measure(run.trainer.result)
         # The start is a candidate too: the best file never is worse than the one that was read.
         run.progress.best = run.progress.before.top1

@@ -110,12 +110,10 @@ def _check_finite(run: Run, loss: float) -> None:
 def _report_step(run: Run, loss: float, rate: float) -> None:
     step, per_epoch = run.progress.step, run.batches.steps_per_epoch
     epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
-    left = int((run.total_steps - step) * run.images_per_step / rate)
     run.reporter.advance(
         step,
         run.total_steps,
-        f"epoch {epoch}/{epochs} step {step} loss {loss:.4f} {rate:.0f} images/s "
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+        f"epoch {epoch}/{epochs} loss {loss:.4f} {rate:.0f} images/s",
     )
 
 

@@ -7,7 +7,7 @@ the algebra is in :mod:`mhacut.linalg.reconstruction`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +81,7 @@ def reconstruct(
             calibration.moments,
             temperature=options.temperature,
             candidates=candidates,
+            progress=job.reporter.advance,
         )
         units = tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan)
         plan = Plan(units, tokens_of(model))
@@ -106,6 +107,7 @@ def repair(
     *,
     temperature: Temperature = "kept",
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
     """Refit ``model`` in place for ``plan``: removed channels are dead, kept ones stand in for them.
 
@@ -120,9 +122,12 @@ def repair(
         temperature: of the softmax, where refitting the logits does not help.
         candidates: candidates of each unit, of which the one with the least error on held-out images fills
             the plan's width; None keeps the plan's channels.
+        progress: called at each unit with (its number, units in all).
     """
     report: dict[UnitKey, UnitRepair] = {}
-    for unit_plan in plan:
+    for number, unit_plan in enumerate(plan, 1):
+        if progress is not None:
+            progress(number, len(plan.units))
         if unit_plan.keeps_all:
             continue
         unit = prunable.unit(unit_plan.key)

@@ -1,9 +1,11 @@
-"""Progress of long commands; the command line shows it, the library is silent by default."""
+"""Progress of commands, passed on to whoever shows it."""
 
 from __future__ import annotations
 
-import time
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from mhacut.runtime.stages import StageClock, StageShare
 
 
 class Reporter(Protocol):
@@ -13,10 +15,24 @@ class Reporter(Protocol):
         """Take a message worth reading once: something inferred, chosen or left out."""
 
     def start(self, stage: str) -> None:
-        """Begin a stage; the one before is over."""
+        """Begin a stage, one of :data:`mhacut.runtime.stages.STAGES`; the one before is over."""
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         """Take the state of the current stage: ``done`` of ``total``."""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A reporter that estimates what is left."""
+
+    def expect(self, shares: Sequence[StageShare]) -> None:
+        """Take the stages of the command in their order, and their shares of its time."""
+
+
+def expect(reporter: Reporter, shares: Sequence[StageShare]) -> None:
+    """Give the stages of a command to ``reporter``, if it estimates what is left."""
+    if isinstance(reporter, Estimator):
+        reporter.expect(shares)
 
 
 class Silent:
@@ -40,16 +56,21 @@ class StageTimer:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
-        self.seconds: dict[str, float] = {}
-        """Seconds of each stage that is over; of one that was run twice, both together."""
-        self._stage: tuple[str, float] | None = None
+        self._clock = StageClock()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage; of one that was run twice, both together."""
+        return self._clock.seconds
+
+    def expect(self, shares: Sequence[StageShare]) -> None:
+        expect(self.reporter, shares)
 
     def log(self, message: str) -> None:
         self.reporter.log(message)
 
     def start(self, stage: str) -> None:
-        self.stop()
-        self._stage = (stage, time.perf_counter())
+        self._clock.start(stage)
         self.reporter.start(stage)
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
@@ -57,10 +78,7 @@ class StageTimer:
 
     def stop(self) -> None:
         """End the current stage."""
-        if self._stage is not None:
-            stage, began = self._stage
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-            self._stage = None
+        self._clock.stop()
 
 
 class Counter:

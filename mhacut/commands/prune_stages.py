@@ -1,0 +1,65 @@
+"""Estimate of the time that each stage of ``mhacut prune`` takes."""
+
+from __future__ import annotations
+
+from mhacut.options.prune import EFFORTS, PruneOptions
+from mhacut.pruning.calibrate import held_out
+from mhacut.pruning.job import Job
+from mhacut.runtime.stages import StageShare
+
+# Seconds on two cores, of plain ViTs of two sizes at two efforts (examples/benchmarks/overhead.py). Their
+# ratios matter: what is left is estimated by the speed of the stages before.
+_FORWARD = 0.008
+"""Of one image, per GFLOP."""
+_PASS = 0.024
+"""Of a forward pass with moments, or a backward pass, of one image, per GFLOP."""
+_RANKED = 0.4e-3
+"""Per channel; about as long as its sensitivity curve takes."""
+_EXCHANGED = 1e-3
+_REPAIRED = 0.2e-3
+_WRITTEN = 0.5
+_TIMED = 3.0
+_REPORTED = 1.0
+
+
+def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[StageShare]:
+    """Return the stages that ``mhacut prune`` has or had after it has read its inputs.
+
+    Args:
+        options: of the command.
+        job: what is pruned.
+        measured: number of batches that accuracy is measured on, before and after; 0 for none.
+    """
+    search, count = options.search, len(job.images)
+    gflops, kept = job.table.dense / 1e9, job.budget / 1e9
+    held = held_out(count)
+    fitted = count - held
+    channels = sum(unit.heads * unit.width for unit in job.units)
+    differentiated = EFFORTS[search.effort].fisher_share * fitted
+    by_curves = search.allocation in ("curves", "refined")
+    trained = 3 * kept * search.batch_size * _PASS
+    both = _FORWARD * count * (gflops + kept)
+    seconds = {
+        "evaluating": _FORWARD * measured * search.batch_size * (gflops + kept),
+        "calibrating": _PASS * gflops * (count + 2 * differentiated),
+        "ranking channels": _RANKED * channels,
+        "measuring error curves": _RANKED * channels * by_curves,
+        "choosing merges": _FORWARD * 6 * 64 * gflops * job.merges_tokens,
+        "searching": trained * search.steps * search.by_indicators,
+        "swapping channels": _EXCHANGED * channels * search.swaps,
+        "repairing": _REPAIRED * channels,
+        "cutting": _WRITTEN,
+        "repairing in order": _PASS * 2 * count * (gflops + kept) * search.repairs_in_order,
+        "reweighting": trained * search.trained_gain_steps,
+        "healing": (trained * search.healed_steps + both) * (search.healed_steps > 0),
+        "tuning": trained * search.tuned_steps,
+        "writing": _WRITTEN * (not options.dry_run),
+        "comparing": _FORWARD * max(held, 1) * kept,
+        "timing": _TIMED * options.latency,
+        "reporting": _REPORTED * (options.report is not None),
+    }
+    # With an accuracy, the file is written once more to state it.
+    twice = ("evaluating", "writing") if measured else ()
+    return [
+        StageShare(stage, share, 2 if stage in twice else 1) for stage, share in seconds.items() if share > 0
+    ]
