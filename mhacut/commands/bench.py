@@ -25,7 +25,9 @@ from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.inputs import REMOTE
-from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.progress import Reporter, Silent, expect
+from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.stages import StageShare
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 if TYPE_CHECKING:
@@ -106,19 +108,24 @@ class _Setup:
 
 
 def bench(
-    *checkpoints: PathLike, reporter: Reporter | None = None, **options: Unpack[BenchKeywords]
+    *checkpoints: PathLike,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Unpack[BenchKeywords],
 ) -> BenchResult:
     """Time checkpoints in turns, so that what else the machine does falls on all of them alike.
 
     Args:
         checkpoints: whatever ``mhacut prune`` reads or writes; the others are compared with the first.
-        reporter: receives progress and messages; silent by default.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.BenchKeywords`.
 
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`.
     """
-    return run_bench(BenchOptions.from_flat(checkpoints=checkpoints, **options), reporter or Silent())
+    with reporting(reporter, progress) as shown:
+        return run_bench(BenchOptions.from_flat(checkpoints=checkpoints, **options), shown)
 
 
 def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
@@ -131,14 +138,16 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
         setup = _Setup(options, device, threads)
         entries = []
         for checkpoint, size in zip(checkpoints, sizes, strict=True):
-            reporter.start(f"preparing {checkpoint.source}")
+            reporter.start("preparing")
             flops = measure_flops(checkpoint.model, size)
             entries.append(_Entry(checkpoint, size, flops, _program(checkpoint.model, size, setup)))
             reporter.advance(len(entries), len(checkpoints))
         timings = []
+        expect(reporter, [StageShare("timing", 1.0)])
+        reporter.start("timing")
         for batch_size in options.batch_sizes:
-            reporter.start(f"batch {batch_size}")
             timings.append(_timings(entries, batch_size, setup))
+            reporter.advance(len(timings), len(options.batch_sizes), f"batch {batch_size}")
     models = tuple(
         BenchedModel(
             source=entry.checkpoint.source,

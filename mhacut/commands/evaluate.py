@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from mhacut.budget import format_flops
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import copy_of_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
-from mhacut.data import Preprocessing, evaluation_loader
+from mhacut.data import EvaluationLoader, ImagesInMemory, Preprocessing, evaluation_loader
+from mhacut.data.in_memory import Expected, LabelledBatches, check_one_source
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
+from mhacut.report.html_table import html_table
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
-from mhacut.runtime.progress import SILENT, Reporter
+from mhacut.runtime.progress import Reporter, expect
+from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.stages import StageShare
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
 
@@ -47,34 +52,61 @@ class EvaluateResult:
     """Description of the images."""
     device: str
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the figures as a table's cells."""
+        top5 = self.evaluation.top5
+        return [
+            ("top-1", f"{self.evaluation.top1:.2f}%"),
+            *([] if top5 is None else [("top-5", f"{top5:.2f}%")]),
+            ("images", str(self.evaluation.images)),
+            ("FLOPs", format_flops(self.flops)),
+            ("parameters", format_flops(self.parameters)),
+        ]
+
+    def _repr_html_(self) -> str:
+        return html_table([(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"])
+
 
 def evaluate(
-    checkpoint: PathLike | nn.Module, *, reporter: Reporter | None = None, **options: Unpack[EvaluateKeywords]
+    checkpoint: PathLike | nn.Module,
+    *,
+    images: ImagesInMemory | None = None,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Unpack[EvaluateKeywords],
 ) -> EvaluateResult:
-    """Measure the accuracy of ``checkpoint`` on the validation split of labelled images.
+    """Measure the accuracy of ``checkpoint`` on labelled images of a validation split or in memory.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a timm module,
             which is copied.
-        reporter: receives progress and messages; silent by default.
+        images: in place of ``data_dir``, all images to measure on, normalised as the model's are: a tuple of
+            images, float [N, C, H, W], and labels, int [N]; or a ``DataLoader``, or any iterable, of such.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.EvaluateKeywords`.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`: the checkpoint or the images cannot be read,
             or do not fit together.
     """
-    if not isinstance(checkpoint, nn.Module):
-        return run_evaluate(EvaluateOptions.from_flat(checkpoint=checkpoint, **options), reporter or SILENT)
-    given = EvaluateOptions.from_flat(checkpoint=IN_MEMORY, **options)
-    return run_evaluate(given, reporter or SILENT, checkpoint)
+    module = checkpoint if isinstance(checkpoint, nn.Module) else None
+    path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
+    given = EvaluateOptions.from_flat(checkpoint=path, **options)
+    with reporting(reporter, progress) as shown:
+        return run_evaluate(given, shown, module, images)
 
 
 def run_evaluate(
-    options: EvaluateOptions, reporter: Reporter, module: nn.Module | None = None
+    options: EvaluateOptions,
+    reporter: Reporter,
+    module: nn.Module | None = None,
+    images: ImagesInMemory | None = None,
 ) -> EvaluateResult:
     """Run ``mhacut evaluate``, on a copy of ``module`` where there is no checkpoint."""
     data = options.data
-    if not data.has_images:
+    check_one_source(images, data)
+    if images is None and not data.has_images:
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
@@ -93,22 +125,25 @@ def run_evaluate(
         raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    loader = evaluation_loader(preprocessing, data, num_classes=classes, batch_size=options.batch_size)
-    reporter.start("checking the preprocessing")
-    sample = partial(
-        evaluation_loader,
-        preprocessing,
-        data,
-        num_classes=classes,
-        batch_size=options.batch_size,
-        limit=SAMPLE,
-    )
     origins = provenance(loaded, options.preprocessing)
-    origins = with_hint(origins, loaded.model, preprocessing, sample, device)
+    loader: EvaluationLoader | LabelledBatches
+    if images is None:
+        opened = partial(
+            evaluation_loader, preprocessing, data, num_classes=classes, batch_size=options.batch_size
+        )
+        loader = opened()
+        reporter.start("checking the preprocessing")
+        sample = partial(opened, limit=SAMPLE)
+        origins = with_hint(origins, loaded.model, preprocessing, sample, device)
+    else:
+        # They were normalised elsewhere: there is nothing to check.
+        loader = LabelledBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)
+    expect(reporter, [StageShare("evaluating", 1.0)])
     reporter.start("evaluating")
     evaluation = measure_accuracy(
         loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance
     )
+    in_memory = f"{evaluation.images} images in memory"
     return EvaluateResult(
         source=loaded.source,
         architecture=loaded.identity.architecture,
@@ -117,6 +152,6 @@ def run_evaluate(
         parameters=count_parameters(loaded.model),
         preprocessing=preprocessing,
         provenance=origins,
-        data=loader.description,
+        data=loader.description if isinstance(loader, EvaluationLoader) else in_memory,
         device=str(device),
     )

@@ -21,7 +21,8 @@ from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_output, write_whole
-from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.progress import Reporter
+from mhacut.runtime.progress_bar import reporting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,19 +57,25 @@ class ExportResult:
 
 
 def export(
-    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[ExportKeywords]
+    checkpoint: PathLike,
+    *,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Unpack[ExportKeywords],
 ) -> ExportResult:
     """Write a checkpoint, dense or slim, for another program, and compare what that computes.
 
     Args:
         checkpoint: whatever ``mhacut prune`` reads or writes.
-        reporter: receives progress and messages; silent by default.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
 
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+    with reporting(reporter, progress) as shown:
+        return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), shown)
 
 
 def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:

@@ -22,8 +22,10 @@ from mhacut.measuring.accuracy import Evaluation
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.distributed import gathered
-from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.progress import Reporter, Silent, expect
+from mhacut.runtime.progress_bar import reporting
 from mhacut.runtime.signals import stop_request
+from mhacut.runtime.stages import StageShare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 def finetune(
     checkpoint: PathLike | None = None,
     *,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[FinetuneKeywords],
 ) -> FinetuneResult:
@@ -46,7 +49,8 @@ def finetune(
 
     Args:
         checkpoint: a slim file; left out to go on with a run (``resume``).
-        reporter: receives progress and messages; by default they are dropped.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.FinetuneKeywords`.
 
     Raises:
@@ -54,7 +58,8 @@ def finetune(
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     given = options if checkpoint is None else {"checkpoint": checkpoint, **options}
-    return run_finetune(FinetuneOptions.from_flat(**completed(given)), reporter or Silent())
+    with reporting(reporter, progress) as shown:
+        return run_finetune(FinetuneOptions.from_flat(**completed(given)), shown)
 
 
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
@@ -73,6 +78,7 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
 def _finetune(run: Run) -> FinetuneResult:
     began = time.perf_counter()
     start(run)
+    expect(run.reporter, _expected_stages(run))
     run.trainer.connect()
     run.reporter.log(f"training on {run.images.description}")
     names = run.options.logs if run.processes.first else ()
@@ -101,6 +107,18 @@ def _finetune(run: Run) -> FinetuneResult:
     )
 
 
+def _expected_stages(run: Run) -> list[StageShare]:
+    """Return the shares of the stages: a step costs about three forward passes of its images, or four."""
+    images = run.total_steps * run.images_per_step / run.processes.size
+    done = run.progress.step / run.total_steps
+    training = StageShare("training", images * (3 if run.teacher_sha256 is None else 4), done=done)
+    if run.validation is None:
+        return [training]
+    epochs = -(-run.total_steps // run.batches.steps_per_epoch) - len(run.progress.rows)
+    visits = epochs + 1 + (run.options.resume is None)  # the file at the end, and what was read
+    return [StageShare("evaluating", run.validation.images * visits, visits), training]
+
+
 def _measure_file(run: Run, output: Path, asked_to_stop: bool) -> Evaluation | None:
     """Accuracy of the file as it is read back; None without validation images."""
     if run.validation is None:
@@ -110,7 +128,7 @@ def _measure_file(run: Run, output: Path, asked_to_stop: bool) -> Evaluation | N
     )
     if asked_to_stop:
         raise interrupted
-    run.reporter.start("measuring the file")
+    run.reporter.start("evaluating")
     with run.processes.together():
         written = load_model(output)
     try:

@@ -27,7 +27,9 @@ from mhacut.report.stored_curves import stored_curves
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import check_output
-from mhacut.runtime.progress import Reporter, Silent
+from mhacut.runtime.progress import Reporter, expect
+from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.stages import StageShare
 from mhacut.surgery.find import find_prunable_layers
 
 if TYPE_CHECKING:
@@ -55,19 +57,25 @@ class InspectResult:
 
 
 def inspect(
-    checkpoint: PathLike, *, reporter: Reporter | None = None, **options: Unpack[InspectKeywords]
+    checkpoint: PathLike,
+    *,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Unpack[InspectKeywords],
 ) -> InspectResult:
     """Describe every head of ``checkpoint``: its cost, and how similar and how many its useful channels are.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
-        reporter: receives progress and notes; by default they are dropped.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.InspectKeywords`.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
-    return run_inspect(InspectOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
+    with reporting(reporter, progress) as shown:
+        return run_inspect(InspectOptions.from_flat(checkpoint=checkpoint, **options), shown)
 
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
@@ -78,6 +86,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]
     wanted = _wanted(names, options.layer)
     evidence = comparison = None
+    expect(reporter, _expected_stages(options))
     if options.sees_images:
         opened.model.requires_grad_(False).to(resolve_device(options.device))
         images = _images(options, opened)
@@ -106,6 +115,12 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         if path is not None
     )
     return InspectResult(inspection, line, tuple(chosen), comparison, written)
+
+
+def _expected_stages(options: InspectOptions) -> list[StageShare]:
+    """Return rough shares: calibration runs forward and gathers moments, a comparison runs two models."""
+    shares = {"calibrating": 2.0 * options.has_images, "comparing": float(options.compare is not None)}
+    return [StageShare(stage, share) for stage, share in {**shares, "looking at heads": 1.0}.items() if share]
 
 
 def _check_outputs(options: InspectOptions) -> None:
@@ -147,7 +162,7 @@ def _images(options: InspectOptions, opened: Checkpoint) -> CalibrationImages:
 def _evidence(
     opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Evidence:
-    reporter.start("looking at images")
+    reporter.start("calibrating")
     calibration = calibrate(
         opened.model,
         find_prunable_layers(opened.model),
@@ -162,7 +177,7 @@ def _comparison(
     opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
 ) -> Comparison:
     assert options.compare is not None
-    reporter.start("reading the dense model")
+    reporter.start("reading")
     dense = read_dense(options.compare, opened, reporter)
     reporter.start("comparing")
     return compare(

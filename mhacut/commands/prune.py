@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.provenance import Provenance, license_for_history
+from mhacut.checkpoint.provenance import license_for_history
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
-from mhacut.data import Preprocessing
-from mhacut.errors import MhacutError
+from mhacut.commands.prune_result import PruneResult
+from mhacut.data import ImagesInMemory
+from mhacut.errors import DataError, MhacutError
 from mhacut.measuring.accuracy import accuracy_for_history, evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import check_exact, check_flops, same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
-from mhacut.pruning.curves import Curve
-from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
-from mhacut.pruning.repair import UnitRepair
 from mhacut.report.prune_page import measured_figures, write_report
 from mhacut.report.stored_curves import curves_to_json
-from mhacut.runtime.distributed import gathered
+from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
+from mhacut.runtime.progress_bar import reporting
 from mhacut.runtime.versions import software_versions
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
@@ -52,69 +51,31 @@ MUCH = 0.2
 """Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """Outcome of :func:`prune`."""
-
-    output: Path | None
-    """The slim file; None after a dry run."""
-    architecture: str
-    plan: Plan
-    """In the indices of the model that was read."""
-    budget: int
-    """FLOPs."""
-    dense: ModelFigures
-    """Figures of the model that was read."""
-    slim: ModelFigures
-    """Figures of the file that was written, or after a dry run of the model in memory."""
-    data: str
-    """Description of the calibration images."""
-    preprocessing: Preprocessing
-    """Preprocessing of all images, which the slim file states."""
-    provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
-    not_prunable: tuple[str, ...]
-    """Lines that name what cannot be cut exactly, or is never cut, and why."""
-    repairs: Mapping[UnitKey, UnitRepair]
-    """Outcome of the repair of each unit; empty without repair."""
-    device: str
-    latency_batch_size: int
-    """Images per batch of ``latency_ms``."""
-    seconds: Mapping[str, float]
-    """Wall time of each stage."""
-    log: tuple[SearchStep, ...]
-    """Steps of the indicators, where they were trained."""
-    curves: Mapping[UnitKey, Curve]
-    """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
-    report: Path | None
-    """Page about the run; None when not asked for."""
-    divergence: float
-    """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
-    :class:`mhacut.pruning.distill.Divergence`."""
-    divergence_of: Literal["answers", "features"]
-    """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
-    judged_on: int
-    """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
-    divergence_with_tokens: float | None
-    """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
-    channels left more than :data:`MUCH`, and more than twice as much; else None."""
-
-
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
     flops: str | float,
+    images: ImagesInMemory | None = None,
+    progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[PruneKeywords],
 ) -> PruneResult:
     """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
+
+        result = mhacut.prune(model, flops="50%", images=(images, labels))
+        slim = result.model()
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
             module, which is copied. ``model_args`` then are the arguments that it was built with, except for
             ``num_classes`` and ``img_size``.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
-        reporter: receives progress and messages; silent by default.
+        images: in place of ``data_dir``, images in memory, normalised as the model's are: float
+            [N, C, H, W]; a tuple of these and labels, int [N]; or a ``DataLoader``, or any iterable, of such
+            batches, which is read until there are enough images (shuffle it). With labels, accuracy is
+            measured on images that were not calibrated on.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
 
     Under torchrun every process calls this alike and calibrates on its share of the images; the first then
@@ -123,21 +84,29 @@ def prune(
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    if not isinstance(checkpoint, nn.Module):
-        given = PruneOptions.from_flat(checkpoint=checkpoint, flops=str(flops), **options)
-        return run_prune(given, reporter or SILENT)
-    given = PruneOptions.from_flat(checkpoint=IN_MEMORY, flops=str(flops), **options)
-    return run_prune(given, reporter or SILENT, checkpoint)
+    module = checkpoint if isinstance(checkpoint, nn.Module) else None
+    path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
+    given = PruneOptions.from_flat(checkpoint=path, flops=str(flops), **options)
+    with reporting(reporter, progress) as shown:
+        return run_prune(given, shown, module, images)
 
 
-def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | None = None) -> PruneResult:
+def run_prune(
+    options: PruneOptions,
+    reporter: Reporter,
+    module: nn.Module | None = None,
+    images: ImagesInMemory | None = None,
+) -> PruneResult:
     """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint."""
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            inputs = read_inputs(options, processes, timer, module)  # 1. read
+            inputs = read_inputs(options, processes, timer, module, images)  # 1. read
         job = inputs.job
+        if images is not None:
+            _check_same_images(job.images, processes)
         calibration = job.calibrate(processes)  # 2. calibrate
+        made: list[nn.Module] = []
 
         def in_first_process() -> PruneResult:
             planned = Planner(job, calibration).plan()  # 3. plan
@@ -152,18 +121,36 @@ def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | Non
             if not options.dry_run:
                 timer.start("writing")
                 slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
-            timer.start("measuring")
+            timer.stop()
+            seconds = timer.seconds
             measured = _measure(inputs, calibration, slim, flops, timer)  # 8. measure
             if not options.dry_run and measured.slim.evaluation is not None:
+                timer.start("writing")
                 _write_again(inputs, slim, _record(inputs, planned, flops, measured))
+            timer.stop()
+            seconds["measuring"] = sum(timer.seconds.values()) - sum(seconds.values())
             page = None
             if options.report is not None:
                 timer.start("reporting")
                 page = _report(inputs, planned, slim, slim_layers, measured)  # 9. report
-            timer.stop()
-            return _result(inputs, planned, measured, timer.seconds, page)
+                timer.stop()
+                seconds["reporting"] = timer.seconds["reporting"]
+            made.append(slim.cpu())
+            return _result(inputs, planned, measured, (seconds, timer.seconds), page)
 
-        return processes.from_first(in_first_process)
+        result = processes.from_first(in_first_process)
+        # The model stays where it is: other processes find it in the file.
+        return replace(result, _model=made[0]) if made else result
+
+
+def _check_same_images(images: Tensor, processes: Processes) -> None:
+    """Raise a :class:`DataError` unless all processes were given the same images in memory."""
+    if processes.size > 1:
+        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+        if len(processes.union([digest])) > 1:
+            raise DataError(
+                "images: not the same in all processes, which share them; give the same, in the same order"
+            )
 
 
 _PROBED = 4
@@ -224,7 +211,9 @@ def _measure(
     models = (dense, slim.to(job.device))
     evaluation = None
     if inputs.validation is not None:
+        reporter.start("evaluating")
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
+    reporter.start("comparing")
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
     with_tokens = None
@@ -232,6 +221,7 @@ def _measure(
         with_tokens = divergence_by_merging(job, calibration)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
+        reporter.start("timing")
         size, batch = inputs.preprocessing.input_size, options.latency_batch_size
         times = tuple(compare_latency(models, size, batch_size=batch, device=job.device))
     return _Measured(
@@ -265,7 +255,7 @@ def _result(
     inputs: PruneInputs,
     planned: Planned,
     measured: _Measured,
-    seconds: Mapping[str, float],
+    seconds: tuple[Mapping[str, float], Mapping[str, float]],
     page: Path | None,
 ) -> PruneResult:
     return PruneResult(
@@ -282,7 +272,8 @@ def _result(
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
         latency_batch_size=inputs.options.latency_batch_size,
-        seconds=seconds,
+        seconds=seconds[0],
+        stage_seconds=seconds[1],
         log=planned.log,
         curves=planned.curves,
         report=page,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.budget import Budget
 from mhacut.checkpoint.checkpoint import Checkpoint
@@ -16,14 +18,16 @@ from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.commands.prune_stages import expected_stages
 from mhacut.data import (
     CalibrationImages,
-    EvaluationLoader,
+    ImagesInMemory,
     Preprocessing,
     calibration_images,
     evaluation_loader,
     has_split,
 )
+from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.measuring.normalisation import SAMPLE, Batches
@@ -36,7 +40,7 @@ from mhacut.pruning.widths import reachable_budget
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import check_output
-from mhacut.runtime.progress import Reporter
+from mhacut.runtime.progress import Reporter, expect
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
@@ -52,6 +56,16 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {
 }
 
 
+class LabelledBatches(Protocol):
+    """Batches of (images, labels) to measure accuracy on, in as many passes as are asked for."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Begin a pass."""
+
+    def __len__(self) -> int:
+        """Number of batches; 0 if nobody knows."""
+
+
 @dataclass(frozen=True)
 class PruneInputs:
     """Everything that ``mhacut prune`` reads."""
@@ -62,7 +76,7 @@ class PruneInputs:
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
-    validation: EvaluationLoader | None
+    validation: LabelledBatches | None
     """Labelled images to measure accuracy on; None without any."""
     evaluation: Evaluation | None
     """Accuracy of the dense model, in the first process."""
@@ -82,7 +96,11 @@ class PruneInputs:
 
 
 def read_inputs(
-    options: PruneOptions, processes: Processes, reporter: Reporter, module: nn.Module | None = None
+    options: PruneOptions,
+    processes: Processes,
+    reporter: Reporter,
+    module: nn.Module | None = None,
+    given: ImagesInMemory | None = None,
 ) -> PruneInputs:
     """Read the checkpoint and the images; measure the dense model.
 
@@ -91,18 +109,18 @@ def read_inputs(
         processes: that run it.
         reporter: receives messages and progress.
         module: dense model to prune a copy of, in place of a checkpoint.
+        given: images in memory, in place of those that the options name.
 
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
     budget = Budget.parse(options.flops)
+    check_one_source(given, options.data)
     _check_outputs(options)
     reporter.start("reading")
-    _log_idle_options(options, processes, reporter)
+    _log_idle_options(options, processes, reporter, in_memory=given is not None)
     loaded = _open(options, reporter, module)
-    target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
-    if not options.dry_run:
-        check_output(target, overwrite=options.overwrite, input_path=loaded.path)
+    target = _target(options, loaded, budget)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     merges, tokens = _merges(options, dense), _tokens(dense, options, reporter)
@@ -112,19 +130,13 @@ def read_inputs(
     prunable = find_prunable_layers(model)
     units = prunable.units(_KINDS[options.scope])
     counted = with_tokens(model, replace(tokens, merged=merged))
-    table = _cost_table(dense, counted, prunable, preprocessing.input_size)
-    fewest = (
-        _cost_table(dense, with_all_merged(model), prunable, preprocessing.input_size) if merges else None
-    )
+    size = preprocessing.input_size
+    table = _cost_table(dense, counted, prunable, size)
+    fewest = _cost_table(dense, with_all_merged(model), prunable, size) if merges else None
     flops = reachable_budget(budget, table, units, options.round_to, fewest)
     _log_limits(flops, table, prunable, reporter)
-    reporter.start("loading images")
-    classes = classifier_size(dense)
-    images = _calibration_images(options, preprocessing, classes, reporter)
     dense.to(processes.device)
-    validation = _validation_images(options, preprocessing, classes, reporter)
-    origins = _provenance(loaded, options, preprocessing, (images, validation), processes, reporter)
-    evaluation = _evaluated(dense, validation, processes, reporter)
+    images, validation, origins = _images(loaded, options, preprocessing, given, processes, reporter)
     job = Job(
         model=model.to(processes.device),
         prunable=prunable,
@@ -140,7 +152,36 @@ def read_inputs(
         merges_tokens=merges,
         merged=merged,
     )
+    expect(reporter, expected_stages(options, job, 0 if validation is None else len(validation)))
+    evaluation = _evaluated(dense, validation, processes, reporter)
     return PruneInputs(options, loaded, preprocessing, origins, images, validation, evaluation, target, job)
+
+
+def _target(options: PruneOptions, loaded: Checkpoint, budget: Budget) -> Path:
+    target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
+    if not options.dry_run:
+        check_output(target, overwrite=options.overwrite, input_path=loaded.path)
+    return target
+
+
+def _images(
+    loaded: Checkpoint,
+    options: PruneOptions,
+    preprocessing: Preprocessing,
+    given: ImagesInMemory | None,
+    processes: Processes,
+    reporter: Reporter,
+) -> tuple[CalibrationImages, LabelledBatches | None, Provenance]:
+    """Return images to search on, labelled ones to measure on, and the origins of the preprocessing."""
+    reporter.start("loading images")
+    classes = classifier_size(loaded.model)
+    if given is not None:  # normalised elsewhere: there is nothing to check
+        found = _from_memory(given, options, preprocessing, classes, reporter)
+        return *found, provenance(loaded, options.preprocessing)
+    images = _calibration_images(options, preprocessing, classes, reporter)
+    validation = _validation_images(options, preprocessing, classes, reporter)
+    origins = _provenance(loaded, options, preprocessing, (images, validation), processes, reporter)
+    return images, validation, origins
 
 
 def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporter: Reporter) -> None:
@@ -193,7 +234,7 @@ def _provenance(
     loaded: Checkpoint,
     options: PruneOptions,
     preprocessing: Preprocessing,
-    images: tuple[CalibrationImages, EvaluationLoader | None],
+    images: tuple[CalibrationImages, LabelledBatches | None],
     processes: Processes,
     reporter: Reporter,
 ) -> Provenance:
@@ -201,7 +242,8 @@ def _provenance(
     origins = provenance(loaded, options.preprocessing)
     classes, measured = classifier_size(loaded.model), images[1] is not None
     sample = _labelled_sample(options, preprocessing, classes, images[0], measured)
-    if sample is not None and processes.first:
+    if sample is not None and processes.first and not origins.normalisation_is_sure:
+        reporter.start("checking the preprocessing")
         origins = with_hint(origins, loaded.model, preprocessing, sample, processes.device)
     if origins.hint is not None:
         reporter.log(origins.hint)
@@ -209,7 +251,7 @@ def _provenance(
 
 
 def _evaluated(
-    dense: nn.Module, validation: EvaluationLoader | None, processes: Processes, reporter: Reporter
+    dense: nn.Module, validation: LabelledBatches | None, processes: Processes, reporter: Reporter
 ) -> Evaluation | None:
     """Measure the dense model's accuracy, in the first process, where there are labelled images."""
     if validation is None or not processes.first:
@@ -266,9 +308,11 @@ def _check_outputs(options: PruneOptions) -> None:
             check_output(path, overwrite=options.overwrite, input_path=read)
 
 
-def _log_idle_options(options: PruneOptions, processes: Processes, reporter: Reporter) -> None:
+def _log_idle_options(
+    options: PruneOptions, processes: Processes, reporter: Reporter, *, in_memory: bool
+) -> None:
     """Name the options that were changed to no effect."""
-    given, idle = options.flat(), options.idle()
+    given, idle = options.flat(), options.idle(in_memory=in_memory)
     for name, reason in idle.items():
         shown = option_name(name, given[name]) if isinstance(given[name], bool) else option_name(name)
         reporter.log(f"{shown} has no effect: {reason}")
@@ -291,9 +335,34 @@ def _calibration_images(
     return images
 
 
+def _from_memory(
+    given: ImagesInMemory,
+    options: PruneOptions,
+    preprocessing: Preprocessing,
+    classes: int,
+    reporter: Reporter,
+) -> tuple[CalibrationImages, LabelledBatches | None]:
+    """Return the images to search on, and labelled ones besides, where there are any."""
+    use_labels = options.labels and classes > 0
+    images, validation = split_in_memory(
+        given,
+        Expected(preprocessing.input_size, classes if use_labels else None),
+        count=options.images_wanted,
+        measured=options.eval_images,
+        seed=options.search.seed,
+        batch_size=options.search.batch_size,
+    )
+    reporter.log(f"searching on {images.description}")
+    if options.eval_images and classes and validation is None:
+        reason = "no labels" if images.labels is None else "too few images"
+        reason = reason if options.labels else option_name("labels", False)
+        reporter.log(f"accuracy is not measured: {reason}")
+    return images, validation
+
+
 def _validation_images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
-) -> EvaluationLoader | None:
+) -> LabelledBatches | None:
     """Return the labelled validation images, None without any or where labels are not to be used."""
     data = options.data
     if options.eval_images == 0 or classes == 0 or not data.has_images:

@@ -1,8 +1,9 @@
-"""Images for calibration and evaluation: folders, timm's named datasets, or synthetic ones."""
+"""Images for calibration and evaluation: folders, timm's named datasets, in memory, or synthetic ones."""
 
 from mhacut.data.calibration_set import CalibrationImages, calibration_images
 from mhacut.data.evaluation_set import EvaluationLoader, evaluation_loader
 from mhacut.data.folders import IMAGE_SUFFIXES, SPLIT_NAMES, has_split
+from mhacut.data.in_memory import ImagesInMemory
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.synthetic import synthetic_images
 
@@ -11,6 +12,7 @@ __all__ = [
     "SPLIT_NAMES",
     "CalibrationImages",
     "EvaluationLoader",
+    "ImagesInMemory",
     "Preprocessing",
     "calibration_images",
     "evaluation_loader",

@@ -360,17 +360,25 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
             return self.calibration_images
         return EFFORTS[self.search.effort].calibration_images
 
-    def idle(self) -> dict[str, str]:
-        """Names of options that were changed to no effect, each with the reason."""
+    def idle(self, *, in_memory: bool = False) -> dict[str, str]:
+        """Names of options that were changed to no effect, each with the reason.
+
+        Args:
+            in_memory: whether images are given that no option names.
+        """
         search = self.search
         found = search.idle()
         trained = search.trained_gain_steps or search.healed_steps or search.tuned_steps
         if self.amp and not (search.by_indicators or trained):
             found["amp"] = "nothing is trained"
-        if not self.data.has_images:
+        if in_memory:
+            reason = "images are in memory"
+            found |= dict.fromkeys(self.data.changed(), reason)
+        elif not self.data.has_images:
             reason = f"there are no images without {option_name('data_dir')} or {option_name('dataset')}"
             found |= dict.fromkeys(self.data.changed(), reason)
             found |= dict.fromkeys({"labels", "eval_images"}.intersection(self.changed()), reason)
-        elif not self.labels and self.eval_images != 0 and "eval_images" in self.changed():
+        has_images = in_memory or self.data.has_images
+        if has_images and not self.labels and self.eval_images != 0 and "eval_images" in self.changed():
             found["eval_images"] = f"{option_name('labels', False)} measures no accuracy"
         return found

@@ -5,7 +5,8 @@ Each line that must not pass names its error; should it pass, its comment is unu
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import assert_type
 
 import mhacut
@@ -42,6 +43,14 @@ def other_verbs() -> None:
 def in_memory(model: nn.Module) -> None:
     assert_type(mhacut.prune(model, flops="50%", model_args={"depth": 2}), mhacut.PruneResult)
     assert_type(mhacut.evaluate(model, data_dir="images"), mhacut.EvaluateResult)
+
+
+def images_in_memory(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
+    loader = DataLoader(TensorDataset(images), batch_size=8)
+    mhacut.prune(model, flops="50%", images=images)
+    mhacut.prune(model, flops="50%", images=loader, progress=False)
+    assert_type(mhacut.evaluate(model, images=[(images, labels)]), mhacut.EvaluateResult)
+    return mhacut.prune(model, flops="50%", images=(images, labels), dry_run=True).model()
 
 
 def errors() -> mhacut.Plan | None:

@@ -1,0 +1,109 @@
+"""Result of ``mhacut prune``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from mhacut.budget import format_flops
+from mhacut.checkpoint.load import load_model
+from mhacut.checkpoint.provenance import Provenance
+from mhacut.data import Preprocessing
+from mhacut.measuring.figures import ModelFigures
+from mhacut.plan import Plan, UnitKey
+from mhacut.pruning.curves import Curve
+from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.repair import UnitRepair
+from mhacut.report.html_table import html_table
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Outcome of :func:`prune`."""
+
+    output: Path | None
+    """The slim file; None after a dry run."""
+    architecture: str
+    plan: Plan
+    """In the indices of the model that was read."""
+    budget: int
+    """FLOPs."""
+    dense: ModelFigures
+    """Figures of the model that was read."""
+    slim: ModelFigures
+    """Figures of the file that was written, or after a dry run of the model in memory."""
+    data: str
+    """Description of the calibration images."""
+    preprocessing: Preprocessing
+    """Preprocessing of all images, which the slim file states."""
+    provenance: Provenance
+    """Origin of each value in ``preprocessing``."""
+    not_prunable: tuple[str, ...]
+    """Lines that name what cannot be cut exactly, or is never cut, and why."""
+    repairs: Mapping[UnitKey, UnitRepair]
+    """Outcome of the repair of each unit; empty without repair."""
+    device: str
+    latency_batch_size: int
+    """Images per batch of ``latency_ms``."""
+    seconds: Mapping[str, float]
+    """Wall time of each stage; "evaluating" is that of the dense model alone, "measuring" that of all
+    measurements of the pruned one."""
+    stage_seconds: Mapping[str, float]
+    """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
+    log: tuple[SearchStep, ...]
+    """Steps of the indicators, where they were trained."""
+    curves: Mapping[UnitKey, Curve]
+    """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
+    report: Path | None
+    """Page about the run; None when not asked for."""
+    divergence: float
+    """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
+    :class:`mhacut.pruning.distill.Divergence`."""
+    divergence_of: Literal["answers", "features"]
+    """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
+    judged_on: int
+    """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
+    divergence_with_tokens: float | None
+    """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
+    channels left more than :data:`mhacut.commands.prune.MUCH`, and more than twice as much; else None."""
+    _model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return the dense and the slim model beside each other as a table's cells, the headings first."""
+        dense, slim = self.dense, self.slim
+        rows = [(self.architecture, "dense", "slim", "ratio")]
+        if dense.evaluation and slim.evaluation:
+            before, after = dense.evaluation.top1, slim.evaluation.top1
+            label = f"top-1, % of {dense.evaluation.images} images"
+            rows.append((label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
+        for label, count, kept in (
+            ("FLOPs", dense.flops, slim.flops),
+            ("parameters", dense.parameters, slim.parameters),
+        ):
+            rows.append((label, format_flops(count), format_flops(kept), f"{100 * kept / count:.1f}%"))
+        if dense.latency_ms is not None and slim.latency_ms is not None:
+            label = f"latency, ms (batch {self.latency_batch_size}, {self.device})"
+            ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
+            rows.append((label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio))
+        label = "KL to dense" if self.divergence_of == "answers" else "error of features, of their variance"
+        rows.append((f"{label} ({self.judged_on} images)", "", f"{self.divergence:.2g}", ""))
+        return rows
+
+    def _repr_html_(self) -> str:
+        saved = "dry run: no model was written" if self.output is None else f"saved {self.output}"
+        return html_table(self.rows(), [saved, f"searched on {self.data}"])
+
+    def model(self) -> nn.Module:
+        """Return the pruned model, after a dry run too: a new copy, in eval mode, float32, on the CPU.
+
+        Raises:
+            CheckpointError: of a dry run in several processes, only the first one has it.
+        """
+        if self._model is None:
+            return load_model(self.output)
+        return copy.deepcopy(self._model).requires_grad_(True)

@@ -1,0 +1,251 @@
+"""Images in memory in place of a folder: tensors, pairs and loaders; what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+import mhacut
+from helpers.jobs import Recorder
+from mhacut.data import Preprocessing, calibration_images
+from mhacut.data.in_memory import Expected, LabelledBatches, split_in_memory
+from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.options.base import DataOptions
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+SIZE = (3, 4, 4)
+EXPECTED = Expected(SIZE, 5)
+QUICK = {"effort": "fast", "latency": False, "batch_size": 8}
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 16, "num_classes": 5}
+
+
+def numbered(count):
+    """Images that hold their own number throughout."""
+    return torch.arange(float(count))[:, None, None, None].expand(count, *SIZE).clone()
+
+
+def numbers(images):
+    return images[:, 0, 0, 0].int().tolist()
+
+
+def split(images, **options):
+    options = {"count": 8, "measured": 100, "seed": 0, "batch_size": 3, **options}
+    return split_in_memory(images, options.pop("expected", EXPECTED), **options)
+
+
+def measured(validation):
+    return [] if validation is None else [n for images, _ in validation for n in numbers(images)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    total=st.integers(1, 40),
+    count=st.integers(1, 40),
+    most=st.integers(0, 40),
+    seed=st.integers(0, 3),
+    labelled=st.booleans(),
+)
+def test_no_image_is_both_calibrated_on_and_measured(total, count, most, seed, labelled):
+    labels = torch.arange(total) % 5
+    images = numbered(total)
+    options = {"count": count, "measured": most, "seed": seed}
+    found, validation = split((images, labels) if labelled else images, **options)
+    fitted, others = numbers(found.images), measured(validation)
+    assert len(set(fitted + others)) == len(fitted) + len(others)
+    left = min(most, max(total - count, total // 4)) if labelled else 0
+    assert len(others) == left
+    assert len(fitted) == min(count, total - left)
+    if labelled:
+        assert found.labels.tolist() == [number % 5 for number in fitted]
+        assert all(their.tolist() == [n % 5 for n in numbers(some)] for some, their in validation or ())
+    else:
+        assert found.labels is None
+
+
+def test_classes_are_drawn_evenly():
+    labels = torch.tensor([0] * 30 + [1] * 6 + [2] * 4)
+    found, _ = split((numbered(40), labels), count=9)
+    assert torch.bincount(found.labels).tolist() == [3, 3, 3]
+
+
+def test_each_way_to_give_the_same_images_gives_the_same():
+    images, labels = numbered(30), torch.arange(30) % 5
+    loader = DataLoader(TensorDataset(images, labels), batch_size=7)
+    ways = [(images, labels), loader, list(loader), iter(loader), (images.double(), labels.int())]
+    wanted, wanted_validation = split(ways[0])
+    for way in ways[1:]:
+        found, validation = split(way)
+        assert torch.equal(found.images, wanted.images)
+        assert found.images.dtype == torch.float32
+        assert measured(validation) == measured(wanted_validation)
+    assert numbers(split(ways[0], seed=1)[0].images) != numbers(wanted.images)
+
+
+def test_batches_are_read_only_until_there_are_enough():
+    read = []
+
+    def endless():
+        for number in range(10**6):
+            read.append(number)
+            yield numbered(4)
+
+    found, validation = split(endless(), count=10)
+    assert (len(read), validation) == (3, None)
+    assert found.description == "10 of the first 12 images in memory (without labels)"
+
+
+def test_labels_that_nobody_reads_may_be_anything():
+    pair = (numbered(6), torch.full((6,), 99))
+    found, validation = split(pair, expected=Expected(SIZE, None))
+    assert (found.labels, validation) == (None, None)
+
+
+NAN = numbered(4)
+NAN[2, 1, 0, 0] = float("nan")
+LABELS = torch.tensor([0, 1, 2, 3])
+WRONG = [
+    (torch.zeros(4, 3, 5, 4), r"expected images \[N, 3, 4, 4\], found \[4, 3, 5, 4\]; resize them to that"),
+    (torch.zeros(4, 1, 4, 4), r"the model takes 3 channel\(s\), not 1"),
+    (torch.zeros(4, 4, 4, 3), r"channels come first: images.permute\(0, 3, 1, 2\)"),
+    (torch.zeros(3, 4, 4), r"images\[None\] is a batch of one"),
+    (
+        torch.zeros(4, 3, 4, 4, dtype=torch.uint8),
+        r"found uint8; for bytes that is \(images / 255 - mean\) / std",
+    ),
+    (torch.zeros(0, 3, 4, 4), "images: holds no images"),
+    ([], "images: holds no images"),
+    (NAN, "image 2 holds NaN or infinite values"),
+    (
+        (numbered(4), LABELS[:3]),
+        r"one whole number per image as labels, \[4\], found a tensor \[3\]",
+    ),
+    ((numbered(4), LABELS.float()), "found a tensor .4. of float32"),
+    ((numbered(4), [0, 1, 2, 3]), "found list of 4"),
+    ((numbered(4), LABELS + 3), "label 5 of image 2; the model's head has 5 classes"),
+    ((numbered(4), LABELS - 1), "label -1 of image 0"),
+    ([numbered(4).numpy()], "batch 1: expected a tensor of images, .* found ndarray; torch.as_tensor"),
+    ([numbered(4), (numbered(4), LABELS)], "batch 2: some batches have labels, and others have none"),
+    ([{"pixel_values": numbered(4)}], "batch 1: .* found dict"),
+    (zip(numbered(4), LABELS, strict=True), "batch 1: .* give batches, as a torch.utils.data.DataLoader"),
+]
+
+
+@pytest.mark.parametrize(("images", "message"), WRONG)
+def test_what_does_not_fit_is_refused(images, message):
+    with pytest.raises(DataError, match=message):
+        split(images)
+
+
+@pytest.mark.parametrize("images", ["photos/", 3, {"images": numbered(4)}])
+def test_what_holds_no_images_at_all_is_refused(images):
+    with pytest.raises(UsageError, match=r"images: expected a tensor, \(images, labels\), or a DataLoader"):
+        split(images)
+
+
+def test_a_dataset_is_to_be_given_in_batches():
+    with pytest.raises(UsageError, match="found TensorDataset; give a DataLoader of it"):
+        split(TensorDataset(numbered(4)))
+
+
+def test_batches_to_measure_on_come_as_they_are_or_in_the_size_asked_for():
+    images, labels = numbered(7), torch.arange(7) % 5
+    for given_images, sizes, length in (
+        ((images, labels), [3, 3, 1], 3),
+        (DataLoader(TensorDataset(images, labels), batch_size=5), [5, 2], 2),
+        (((images[i : i + 2], labels[i : i + 2]) for i in range(0, 7, 2)), [2, 2, 2, 1], 0),
+    ):
+        batches = LabelledBatches(given_images, EXPECTED, 3)
+        assert len(batches) == length
+        assert [len(some) for some, _ in batches] == sizes
+    with pytest.raises(DataError, match=r"accuracy needs; give images=\(images, labels\)"):
+        list(LabelledBatches(images, EXPECTED, 3))
+    with pytest.raises(DataError, match="image 2 holds NaN"):
+        list(LabelledBatches((NAN, LABELS), EXPECTED, 4))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """300 digits and their labels, as the example's folder gives them."""
+    preprocessing = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    data = DataOptions(data_dir=DIGITS / "images", train_split="val")
+    found = calibration_images(preprocessing, data, count=300, seed=0, num_classes=10)
+    return found.images, found.labels
+
+
+def test_pruning_on_images_in_memory(digits, tmp_path):
+    images, labels = digits
+    model = mhacut.load_model(DIGITS / "model")
+    args = {"embed_dim": 96, "num_heads": 3, "depth": 4, "patch_size": 4}
+    recorder = Recorder()
+    options = {**QUICK, "flops": "50%", "calibration_images": 64, "model_args": args}
+    found = mhacut.prune(
+        model, images=(images, labels), output=tmp_path / "a.safetensors", reporter=recorder, **options
+    )
+    loader = DataLoader(TensorDataset(images, labels), batch_size=50)
+    again = mhacut.prune(model, images=loader, output=tmp_path / "b.safetensors", **options)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert found.data == again.data == "64 of 300 images in memory (with labels)"
+    assert "searching on 64 of 300 images in memory (with labels)" in recorder.messages
+    assert found.dense.evaluation.images == found.slim.evaluation.images == 300 - 64
+    assert found.dense.evaluation.top1 > 95
+    assert found.slim.evaluation.top1 > 90
+    # The model in memory is that of the file.
+    loaded, slim = mhacut.load_model(found.output), found.model()
+    assert torch.equal(slim(images[:4]), loaded(images[:4]))
+    assert not slim.training
+    assert all(parameter.requires_grad for parameter in slim.parameters())
+    torch.nn.init.zeros_(slim.head.weight)
+    assert torch.equal(found.model()(images[:4]), loaded(images[:4]))
+    accuracy = mhacut.evaluate(found.model(), images=(images, labels))
+    assert accuracy.evaluation.top1 == mhacut.evaluate(found.output, images=loader).evaluation.top1
+    assert accuracy.data == "300 images in memory"
+
+
+def test_without_labels_no_accuracy_is_measured(digits):
+    images, labels = digits
+    for given_images, more, reason in (
+        (images, {}, "no labels"),
+        ((images, labels), {"labels": False}, "labels=False"),
+        ((images[:3], labels[:3]), {}, "too few images"),
+    ):
+        recorder = Recorder()
+        options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 16, **more}
+        found = mhacut.prune(DIGITS / "model", images=given_images, reporter=recorder, **options)
+        assert found.dense.evaluation is found.slim.evaluation is None
+        assert f"accuracy is not measured: {reason}" in recorder.messages
+    assert found.output is None
+    assert found.model()(images[:2]).shape == (2, 10)
+
+
+def test_accuracy_is_that_of_the_folder(digits):
+    expected = mhacut.evaluate(DIGITS / "model", data_dir=DIGITS / "images").evaluation
+    found = mhacut.evaluate(DIGITS / "model", images=digits).evaluation
+    assert (found.top1, found.top5, found.images) == (expected.top1, expected.top5, 300)
+
+
+def test_images_are_given_once(digits, few_digits):
+    for verb, more in ((mhacut.prune, {"flops": "50%"}), (mhacut.evaluate, {})):
+        with pytest.raises(UsageError, match="images and data_dir are both given; leave one out"):
+            verb(DIGITS / "model", images=digits, data_dir=few_digits, **more)
+
+
+def test_options_of_folders_have_no_effect(digits):
+    recorder = Recorder()
+    options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 8}
+    mhacut.prune(DIGITS / "model", images=digits, train_split="val", reporter=recorder, **options)
+    idle = [message for message in recorder.messages if "has no effect" in message]
+    assert idle == ["train_split has no effect: images are in memory"]
+
+
+def test_a_result_of_another_process_finds_its_model_in_the_file(digits):
+    options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 0}
+    found = mhacut.prune(timm.create_model("vit_tiny_patch16_224", **TINY), model_args=TINY, **options)
+    object.__setattr__(found, "_model", None)
+    with pytest.raises(CheckpointError, match="a dry run of prune writes none"):
+        found.model()
