@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from helpers.cli import run
 from mhacut.cli.console import Console, safe, table
 from mhacut.errors import MhacutError
+from mhacut.runtime.stages import StageShare
 
 HOSTILE = "x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
 
@@ -117,6 +118,28 @@ def test_stages_are_lines_without_a_terminal(capsys):
         console.advance(1, 2, "detail")
         console.finish()
         assert capsys.readouterr().err == "searching\n" * verbose
+
+
+def test_seconds_of_stages_are_shown_with_v(capsys):
+    for settings, shown in (({}, False), ({"verbose": 1}, True), ({"verbose": 1, "quiet": True}, False)):
+        console = Console(as_json=True, **settings)
+        console.start("reading")
+        console.start("evaluating")
+        console.result("", {"command": "x"})
+        printed = capsys.readouterr()
+        assert list(json.loads(printed.out)["stage_seconds"]) == ["reading", "evaluating"]
+        assert ("all stages" in printed.err) == shown
+
+
+def test_long_stages_give_lines_without_a_terminal_but_not_when_quiet(monkeypatch, capsys):
+    monkeypatch.setattr("mhacut.runtime.progress_bar.SECONDS_BETWEEN_LINES", 0.0)
+    for quiet in (False, True):
+        console = Console(quiet=quiet)
+        console.expect([StageShare("training", 1.0)])
+        console.start("training")
+        console.advance(1, 4, "loss 0.5\x1b[2J")
+        line = r"training: 1 of 4 (25 %), loss 0.5\x1b[2J, 0:00 elapsed, about 0:00 left"
+        assert capsys.readouterr().err == ("" if quiet else f"{line}\n")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mhacut
 from helpers.jobs import Recorder
+from mhacut.commands.prune import _check_same_images
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.data.in_memory import Expected, LabelledBatches, split_in_memory
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.options.base import DataOptions
+from mhacut.runtime.distributed import Processes
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 SIZE = (3, 4, 4)
@@ -205,6 +209,15 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     accuracy = mhacut.evaluate(found.model(), images=(images, labels))
     assert accuracy.evaluation.top1 == mhacut.evaluate(found.output, images=loader).evaluation.top1
     assert accuracy.data == "300 images in memory"
+    # Notebooks show both as tables.
+    shown = found._repr_html_()
+    for text in ("top-1, % of 236 images", "KL to dense (16 images)", "FLOPs", "parameters", "saved "):
+        assert text in shown
+    assert f"<td>{found.slim.evaluation.top1:.2f}</td>" in shown
+    assert f"<td>{accuracy.evaluation.top1:.2f}%</td>" in accuracy._repr_html_()
+    hostile = replace(found, architecture="<script>\x1b[2J", output=Path("<b>"))._repr_html_()
+    assert r"<th>&lt;script&gt;\x1b[2J</th>" in hostile
+    assert "saved &lt;b&gt;" in hostile
 
 
 def test_without_labels_no_accuracy_is_measured(digits):
@@ -241,6 +254,21 @@ def test_options_of_folders_have_no_effect(digits):
     mhacut.prune(DIGITS / "model", images=digits, train_split="val", reporter=recorder, **options)
     idle = [message for message in recorder.messages if "has no effect" in message]
     assert idle == ["train_split has no effect: images are in memory"]
+
+
+@pytest.mark.parametrize(("other", "same"), [(0.0, True), (1.0, False)])
+def test_several_processes_are_given_the_same_images(other, same):
+    class Two(Processes):
+        def union(self, texts):
+            theirs = hashlib.sha256((numbered(4) + other).numpy().tobytes()).hexdigest()
+            return list(dict.fromkeys([*texts, theirs]))
+
+    processes = Two(0, 2, torch.device("cpu"))
+    if same:
+        _check_same_images(numbered(4), processes)
+    else:
+        with pytest.raises(DataError, match="images: not the same in all processes"):
+            _check_same_images(numbered(4), processes)
 
 
 def test_a_result_of_another_process_finds_its_model_in_the_file(digits):
