@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -16,10 +17,20 @@ from mhacut.options.generate import KEYWORDS, keywords_module
 HERE = Path(__file__).parent
 
 
-def test_good_calls_pass_mypy_strict_and_mistakes_do_not():
+def python_blocks(path: Path) -> list[str]:
+    """Return the blocks of Python in a page of Markdown."""
+    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_good_calls_and_the_readme_pass_mypy_strict_and_mistakes_do_not(tmp_path):
     pytest.importorskip("mypy")
     config, examples = HERE / "typing" / "mypy.ini", HERE / "typing" / "examples.py"
-    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", os.devnull, examples]
+    blocks = python_blocks(HERE.parent / "README.md")
+    assert len(blocks) >= 4
+    readme = tmp_path / "readme.py"
+    readme.write_text("\n".join(blocks))  # later blocks use names of earlier ones
+    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", os.devnull]
+    command += [examples, readme]
     result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
