@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import mhacut
 from mhacut.options.generate import KEYWORDS, keywords_module
@@ -48,6 +49,8 @@ def test_every_public_name_is_there():
 def test_the_output_of_a_dry_run_is_refused():
     with pytest.raises(mhacut.CheckpointError, match="a dry run of prune writes none"):
         mhacut.load_model(None)
+    with pytest.raises(mhacut.CheckpointError, match="a dry run of prune writes none"):
+        mhacut.save_model(nn.Linear(1, 1), "x.safetensors", like=None)
 
 
 def test_keywords_resolve_at_run_time():

@@ -68,7 +68,7 @@ def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    like: str | os.PathLike[str],
+    like: str | os.PathLike[str] | None,
     overwrite: bool = False,
 ) -> None:
     """Write ``model``, opened from the slim file ``like`` and trained since, as a slim file of its own.
@@ -83,13 +83,16 @@ def save_model(
     Args:
         model: the module from :func:`mhacut.load_model`, with other weights.
         path: the file to write; never ``like`` itself.
-        like: the slim file the model came from; tensors are written in the dtypes it has.
+        like: the slim file the model came from; tensors are written in the dtypes it has. None, the output of
+            a dry run, is refused.
         overwrite: replace an existing file.
 
     Raises:
         CheckpointError: ``like`` is not a slim file, or not of this model.
         OutputError: the file must not or cannot be written.
     """
+    if like is None:
+        raise CheckpointError("there is no slim file to save like; a dry run of prune writes none")
     original = Checkpoint.open(like)
     record, header = original.record, original.header
     if record is None or header is None:
