@@ -11,12 +11,16 @@ from mhacut.runtime.stages import StageShare
 # ratios matter: what is left is estimated by the speed of the stages before.
 _FORWARD = 0.008
 """Of one image, per GFLOP."""
-_PASS = 0.024
+_PASS = 0.02
 """Of a forward pass with moments, or a backward pass, of one image, per GFLOP."""
+_GATHERED = 0.6e-6
+"""Of the moments of one image, per channel, however small it is."""
 _RANKED = 0.4e-3
 """Per channel; about as long as its sensitivity curve takes."""
 _EXCHANGED = 1e-3
 _REPAIRED = 0.2e-3
+_HEALED = 8e-6
+"""Of one step, per channel, however few images it sees."""
 _WRITTEN = 0.5
 _TIMED = 3.0
 _REPORTED = 1.0
@@ -38,10 +42,12 @@ def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[Stag
     differentiated = EFFORTS[search.effort].fisher_share * fitted
     by_curves = search.allocation in ("curves", "refined")
     trained = 3 * kept * search.batch_size * _PASS
+    healed = search.healed_steps * (trained + _HEALED * channels)
+    passes = count + 2 * differentiated
     both = _FORWARD * count * (gflops + kept)
     seconds = {
         "evaluating": _FORWARD * measured * search.batch_size * (gflops + kept),
-        "calibrating": _PASS * gflops * (count + 2 * differentiated),
+        "calibrating": passes * (_PASS * gflops + _GATHERED * channels),
         "ranking channels": _RANKED * channels,
         "measuring error curves": _RANKED * channels * by_curves,
         "choosing merges": _FORWARD * 6 * 64 * gflops * job.merges_tokens,
@@ -51,7 +57,7 @@ def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[Stag
         "cutting": _WRITTEN,
         "repairing in order": _PASS * 2 * count * (gflops + kept) * search.repairs_in_order,
         "reweighting": trained * search.trained_gain_steps,
-        "healing": (trained * search.healed_steps + both) * (search.healed_steps > 0),
+        "healing": healed + both * (search.healed_steps > 0),
         "tuning": trained * search.tuned_steps,
         "writing": _WRITTEN * (not options.dry_run),
         "comparing": _FORWARD * max(held, 1) * kept,
