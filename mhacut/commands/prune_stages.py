@@ -15,6 +15,8 @@ _PASS = 0.02
 """Of a forward pass with moments, or a backward pass, of one image, per GFLOP."""
 _GATHERED = 0.6e-6
 """Of the moments of one image, per channel, however small it is."""
+_READ = 2e-3
+"""Of one image from a file."""
 _RANKED = 0.4e-3
 """Per channel; about as long as its sensitivity curve takes."""
 _EXCHANGED = 1e-3
@@ -46,7 +48,7 @@ def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[Stag
     passes = count + 2 * differentiated
     both = _FORWARD * count * (gflops + kept)
     seconds = {
-        "evaluating": _FORWARD * measured * search.batch_size * (gflops + kept),
+        "evaluating": measured * search.batch_size * (2 * _READ + _FORWARD * (gflops + kept)),
         "calibrating": passes * (_PASS * gflops + _GATHERED * channels),
         "ranking channels": _RANKED * channels,
         "measuring error curves": _RANKED * channels * by_curves,

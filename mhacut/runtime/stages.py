@@ -37,6 +37,10 @@ STAGES: Mapping[str, str] = {
 """Every stage of every command, with what is done in it. The same work has the same name in all commands."""
 
 
+_ENOUGH = 0.05
+"""Share of a command that must be done to foretell stages to come; a smaller one may be all overhead."""
+
+
 @dataclass(frozen=True)
 class StageShare:
     """Share of one stage in the time of a command."""
@@ -163,7 +167,7 @@ class StageClock:
             part = known.get(stage, 0.0)
             if part > 0:
                 left += seconds[stage] * ((1 - share.done) / part - 1)
-            elif passed > 0:
+            elif passed >= _ENOUGH * sum(share.share for share in self._shares.values()):
                 left += max((1 - share.done) * share.share * spent / passed - seconds.get(stage, 0.0), 0.0)
             else:
                 return None
