@@ -50,6 +50,7 @@ class Expected:
                 "torch.as_tensor makes a tensor of an array"
             )
         self._check_images(images, where)
+        images = images.detach()
         if labels is None or self.num_classes is None:
             return images, None
         return images, self._check_labels(labels, len(images), self.num_classes, where)

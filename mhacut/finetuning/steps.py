@@ -69,7 +69,8 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequ
         if progress.step % run.batches.steps_per_epoch == 0 or progress.step == run.total_steps:
             end_epoch(run, logs, request)
             stop = max(stop, *run.processes.total([float(request.asked)]))
-            run.reporter.start("training")
+            if progress.step < run.total_steps:
+                run.reporter.start("training")
         elif stop or (options.save_every and progress.step % options.save_every == 0):
             save(run)
             so_far = progress.epoch_loss / progress.epoch_images

@@ -82,11 +82,12 @@ def test_each_way_to_give_the_same_images_gives_the_same():
     images, labels = numbered(30), torch.arange(30) % 5
     loader = DataLoader(TensorDataset(images, labels), batch_size=7)
     ways = [(images, labels), loader, list(loader), iter(loader), (images.double(), labels.int())]
+    ways.append((images.clone().requires_grad_(), labels))
     wanted, wanted_validation = split(ways[0])
     for way in ways[1:]:
         found, validation = split(way)
         assert torch.equal(found.images, wanted.images)
-        assert found.images.dtype == torch.float32
+        assert (found.images.dtype, found.images.requires_grad) == (torch.float32, False)
         assert measured(validation) == measured(wanted_validation)
     assert numbers(split(ways[0], seed=1)[0].images) != numbers(wanted.images)
 
