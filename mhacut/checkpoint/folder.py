@@ -24,7 +24,8 @@ WEIGHT_FILES = (
 )
 """Names of files with weights, in the order in which they are sought."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+"""Name of the list of the files that a model is spread over."""
 _MAX_SHARDS = 500
 
 
@@ -91,12 +92,33 @@ def _shards(folder: Path) -> list[Path]:
         missing = sorted(set(expected) - {path.name for path in found})
         what = f"{missing[0]} is missing" if missing else "shards of several models"
         raise CheckpointError(f"{show(folder)}: {what}; download the folder again")
-    if not found and (folder / _INDEX).exists():
+    if not found and (folder / INDEX).exists():
         raise CheckpointError(
-            f"{show(folder)}: the files that {_INDEX} lists are missing, expected "
+            f"{show(folder)}: the files that {INDEX} lists are missing, expected "
             "model-00001-of-0000N.safetensors and so on; download the folder again"
         )
     return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists, in order.
+
+    The index is untrusted: a name that transformers does not give is refused, not followed.
+
+    Raises:
+        CheckpointError: the index cannot be read, or lists other names, or not all shards of one model.
+    """
+    listed = read_object(index).get("weight_map")
+    found = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+    count = len(found)
+    expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if not 0 < count <= _MAX_SHARDS or found != set(expected):
+        odd = min(found - set(expected), default=f"{count} files" if found else "no weight_map")
+        raise CheckpointError(
+            f"{show(index)}: expected model-00001-of-0000N.safetensors and so on, at most {_MAX_SHARDS}, "
+            f"found {odd!r:.150}"
+        )
+    return expected
 
 
 def read_object(path: Path) -> dict[str, Any]:

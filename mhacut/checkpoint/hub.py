@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.folder import WEIGHT_FILES, read_object
+from mhacut.checkpoint.folder import INDEX, WEIGHT_FILES, read_object, shard_names
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.errors import CheckpointError, option_name
 
@@ -61,7 +62,7 @@ def _fetch(source: str, repository: str) -> Path:
     config = get("config.json")
     others = () if config is not None and "architecture" in read_object(config) else _OTHER_CONFIGS
     configs = [config, *map(get, others)]
-    weights = next((path for path in map(get, WEIGHT_FILES) if path is not None), None)
+    weights = next((path for path in map(get, WEIGHT_FILES) if path is not None), None) or _shards(get)
     found = next((path for path in configs if path is not None), None)
     if found is None or weights is None:
         if not answers:
@@ -69,12 +70,22 @@ def _fetch(source: str, repository: str) -> Path:
                 f"{source}: is not in the cache, and the Hugging Face hub cannot be reached; go online once, "
                 "or give a folder or file"
             )
-        missing = "config.json" if found is None else f"weights ({', '.join(WEIGHT_FILES)})"
+        missing = f"holds no weights ({', '.join((*WEIGHT_FILES, INDEX))})"
+        if found is None:
+            missing = "holds no config.json"
+        elif get(INDEX) is not None:
+            missing = f"lacks files that its {INDEX} lists"
         raise CheckpointError(
-            f"{source}: holds no {missing}; download its weights and give the file, and "
-            f"{option_name('model', 'NAME')}"
+            f"{source}: {missing}; download its weights and give the file, and {option_name('model', 'NAME')}"
         )
     return weights.parent
+
+
+def _shards(get: Callable[[str], Path | None]) -> Path | None:
+    """Return the first of several files with weights, once all are there; None if one is missing."""
+    index = get(INDEX)
+    paths = [] if index is None else list(map(get, shard_names(index)))
+    return paths[0] if paths and None not in paths else None
 
 
 def _file(source: str, repository: str, file: str, *, offline: bool) -> Path | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from mhacut.checkpoint import hub
+from mhacut.checkpoint.folder import INDEX
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.cli.paths import check_paths
 from mhacut.options.evaluate import EvaluateOptions
@@ -17,13 +21,17 @@ REVISION = "0" * 40
 CONFIG = {"architecture": NAME, "model_args": ARGS, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
 
 
+def shard_name(number):
+    return f"model-{number:05d}-of-00003.safetensors"
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Make a repository in the cache of a hub that is out of reach."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def make(config=None, *, weights=True):
+    def make(config=None, *, weights=True, shards=()):
         repository = tmp_path / "models--some--vit"
         folder, blob = repository / "snapshots" / REVISION, repository / "blobs" / "1"
         for directory in (folder, blob.parent, repository / "refs"):
@@ -34,6 +42,16 @@ def cache(tmp_path, monkeypatch):
         if weights:
             save(tiny(), blob)
             (folder / "model.safetensors").symlink_to(blob)
+        if shards:
+            tensors = tiny().state_dict()
+            names = [list(tensors)[:5], list(tensors)[5:20], list(tensors)[20:]]
+            index = {name: shard_name(number) for number, part in enumerate(names, 1) for name in part}
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+            for number in shards:
+                part = {name: tensors[name] for name in names[number - 1]}
+                save_file(part, blob.with_name(str(number + 1)))
+                (folder / shard_name(number)).symlink_to(blob.with_name(str(number + 1)))
+        return folder
 
     return make
 
@@ -67,6 +85,60 @@ def test_a_repository_without_weights_or_configuration_says_so(cache, monkeypatc
     cache(CONFIG, weights=False)
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
     assert "hf-hub:some/vit: holds no weights (model.safetensors, " in refusal("hf-hub:some/vit")
+
+
+def test_shards_in_the_cache_are_opened_as_one(cache):
+    cache(CONFIG, weights=False, shards=(1, 2, 3))
+    loaded = read_model("hf-hub:some/vit")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), tiny()(IMAGES))
+
+
+def test_shards_are_fetched_whole(cache, tmp_path, monkeypatch):
+    """A hub that has everything, and a cache that has nothing."""
+    remote = cache(CONFIG, weights=False, shards=(1, 2, 3))
+    asked = []
+
+    def download(repository, file, *, revision, local_files_only):
+        assert (repository, revision, local_files_only) == ("some/vit", None, False)
+        asked.append(file)
+        if not (remote / file).exists():
+            raise EntryNotFoundError(file)
+        (tmp_path / "cached").mkdir(exist_ok=True)
+        return shutil.copy(remote / file, tmp_path / "cached" / file)
+
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    loaded = read_model("hf-hub:some/vit")
+    assert asked[-4:] == [INDEX, shard_name(1), shard_name(2), shard_name(3)]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), tiny()(IMAGES))
+    (remote / shard_name(2)).unlink()
+    assert f"lacks files that its {INDEX} lists" in refusal("hf-hub:some/vit")
+
+
+def test_a_cache_without_all_shards_is_incomplete(cache):
+    cache(CONFIG, weights=False, shards=(1, 3))
+    assert "hf-hub:some/vit: is not in the cache, and the" in refusal("hf-hub:some/vit")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "found"),
+    [
+        ({"a": "../../etc/passwd"}, "'../../etc/passwd'"),
+        ({"a": "model-00001-of-00002.safetensors"}, "'model-00001-of-00002.safetensors'"),
+        ({"a": ["model-00001-of-00001.safetensors"]}, "['model-00001-of-00001.safetensors']"),
+        ({}, "'no weight_map'"),
+        ([], "'no weight_map'"),
+        ({str(n): f"model-{n:05d}-of-00900.safetensors" for n in range(1, 901)}, "'900 files'"),
+    ],
+)
+def test_an_index_names_nothing_but_shards(cache, weight_map, found):
+    folder = cache(CONFIG, weights=False, shards=(1,))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    said = refusal("hf-hub:some/vit")
+    assert "expected model-00001-of-0000N.safetensors and so on, at most 500, found" in said
+    assert found in said
 
 
 def test_a_hub_out_of_reach_is_asked_once(cache, monkeypatch):
