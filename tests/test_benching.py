@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import mhacut
 from helpers.cli import run
-from helpers.files import cut_into_file, save_dense
-from helpers.models import build
+from helpers.files import SLIM, cut_into_file, save_dense
+from helpers.models import ModelCase, build
 from helpers.plans import random_plan
-from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.commands import bench as benching
 from mhacut.commands.bench import timing_of
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
@@ -68,6 +70,48 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
     asked = {"model": case.architecture, "model_args": {"num_classes": 5}}
     first, second = mhacut.bench(dense, slim, **QUICK, threads=1, **asked).models
     assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
+
+
+@pytest.mark.usefixtures("no_child")
+def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
+    case = SLIM["vit"]
+    small, large = case.create(), ModelCase(case.architecture, {**case.args, "depth": 4}).create()
+    training = tmp_path / "training.pth"
+    torch.save({"student": small.state_dict(), "teacher": large.state_dict()}, training)
+    asked = {"model": case.architecture, "model_args": {"num_heads": 3}, **QUICK}
+    first, second = mhacut.bench(training, slim_of("vit"), part="teacher", **asked).models
+    assert first.parameters == sum(parameter.numel() for parameter in large.parameters())
+    assert second.parameters < first.parameters
+    (student,) = mhacut.bench(training, part="student", **asked).models
+    assert student.parameters == sum(parameter.numel() for parameter in small.parameters())
+    with pytest.raises(CheckpointError, match="there is no such part"):
+        mhacut.bench(training, part="pupil", **asked)
+
+
+def test_the_process_that_measures_memory_reads_the_same_part(slim_of, monkeypatch):
+    jobs = []
+
+    def run_child(command, *, input, **options):
+        jobs.append(json.loads(input))
+        return subprocess.CompletedProcess(command, 0, "1.0\n", "")
+
+    monkeypatch.setattr(benching.subprocess, "run", run_child)
+    mhacut.bench(slim_of("vit"), part="student", **QUICK)
+    assert [job["options"]["part"] for job in jobs] == ["student"]
+
+
+def test_shards_count_as_one_file(tmp_path):
+    model = SLIM["vit"].create()
+    state = model.state_dict()
+    config = {"architecture": SLIM["vit"].architecture, "model_args": SLIM["vit"].args}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = []
+    for number, names in enumerate((list(state)[:5], list(state)[5:]), 1):
+        path = tmp_path / f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: state[name] for name in names}, path)
+        sizes.append(path.stat().st_size)
+    header = open_checkpoint(tmp_path)
+    assert benching._file_bytes(header) == sum(sizes)
 
 
 @pytest.mark.slow

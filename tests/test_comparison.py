@@ -8,13 +8,13 @@ import json
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.models import ModelCase, build, image
 from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.inspection.compare import compare
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
@@ -111,6 +111,24 @@ def test_a_slim_file_beside_its_dense_one(slim_of):
     assert "own error" in shown
     assert f"{100 * comparison['agreement']:.1f}% the same" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_part_is_the_dense_models(slim_of, tmp_path):
+    dense = load_file(slim_of("vit").parent / "dense.safetensors")
+    other = {name: tensor + 0.1 for name, tensor in dense.items()}
+    training = tmp_path / "training.pth"
+    torch.save({"student": dense, "teacher": other}, training)
+    given = {"compare": training, "calibration_images": 2}
+    student = inspect(slim_of("vit"), part="student", **given).comparison
+    plain = inspect(
+        slim_of("vit"), compare=slim_of("vit").parent / "dense.safetensors", calibration_images=2
+    ).comparison
+    assert student.layers == plain.layers
+    assert inspect(slim_of("vit"), **given).comparison.layers != plain.layers  # the teacher comes first
+    with pytest.raises(CheckpointError, match="part='pupil': there is no such part"):
+        inspect(slim_of("vit"), part="pupil", **given)
+    with pytest.raises(CheckpointError, match="a slim file has no parts"):
+        inspect(slim_of("vit"), part="student")
 
 
 def test_another_architecture_is_refused(slim_of, tmp_path):

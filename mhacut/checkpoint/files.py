@@ -49,6 +49,19 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
     return _named(header)
 
 
+def is_slim(source: str | os.PathLike[str]) -> bool:
+    """Whether the metadata of a file state a slim model.
+
+    Raises:
+        CheckpointError: it is not a readable checkpoint.
+    """
+    path = Path(source)
+    if is_directory(path):
+        return False
+    size = regular_size(path)
+    return _sniff(path, size) == "safetensors" and METADATA_KEY in safetensors_header(path, size)[1]
+
+
 def _file_header(path: Path, part: str | None = None) -> FileHeader:
     """Return the header of one file, its tensors by their names there."""
     size = regular_size(path)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.files import is_slim
 from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
@@ -68,15 +69,31 @@ def read_model(
     return checkpoint
 
 
-def states_its_model(source: str | os.PathLike[str]) -> bool:
+def part_of_dense(source: str | os.PathLike[str], part: str | None) -> str | None:
+    """Return the part to read of one of several checkpoints: none of a slim file or ``timm:NAME``.
+
+    Raises:
+        CheckpointError: it is not a readable checkpoint.
+    """
+    if part is None or (isinstance(source, str) and source.startswith(TIMM_PREFIX)):
+        return None
+    remote = isinstance(source, str) and source.startswith(REMOTE)
+    return part if remote or not is_slim(source) else None
+
+
+def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
     """Whether a checkpoint says itself which model it is: ``timm:NAME``, a slim file or a folder.
+
+    Args:
+        source: whatever :func:`open_checkpoint` opens.
+        part: as there.
 
     Raises:
         CheckpointError: it is not a readable checkpoint.
     """
     if isinstance(source, str) and source.startswith(REMOTE):
         return True
-    opened = Checkpoint.open(source)
+    opened = Checkpoint.open(source, ModelHints(part=part))
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.load import part_of_dense, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
@@ -68,7 +68,7 @@ class BenchedModel:
     flops: int
     parameters: int
     file_bytes: int | None
-    """Size of the file; None for ``timm:NAME``."""
+    """Size of the file, or of its shards; None for ``timm:NAME``."""
     timings: tuple[Timing, ...]
     """Speed at each batch size."""
 
@@ -154,12 +154,17 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             architecture=entry.checkpoint.identity.architecture,
             flops=entry.flops,
             parameters=count_parameters(entry.checkpoint.model),
-            file_bytes=None if entry.checkpoint.path is None else entry.checkpoint.path.stat().st_size,
+            file_bytes=_file_bytes(entry.checkpoint),
             timings=own,
         )
         for entry, own in zip(entries, zip(*timings, strict=True), strict=True)
     )
     return BenchResult(models, options.runtime, options.dtype, options.fused, str(device), threads)
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int | None:
+    header = checkpoint.header
+    return None if header is None else sum(path.stat().st_size for path in header.shards or [header.path])
 
 
 def _device(options: BenchOptions) -> torch.device:
@@ -174,7 +179,12 @@ def _device(options: BenchOptions) -> torch.device:
 
 def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
     named = str(path).startswith(REMOTE)
-    checkpoint = read_model(path, model=None if named else options.model, model_args=options.model_args)
+    checkpoint = read_model(
+        path,
+        model=None if named else options.model,
+        model_args=options.model_args,
+        part=part_of_dense(path, options.part),
+    )
     checkpoint.model.requires_grad_(False)
     if checkpoint.record is not None:
         odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % ALIGNED})
@@ -294,6 +304,7 @@ def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, setup: 
             "checkpoints": [entry.checkpoint.source],
             "model": options.model,
             "model_args": dict(options.model_args),
+            "part": options.part,
             "dtype": options.dtype,
             "fused": options.fused,
         },

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import open_from_options
+from mhacut.checkpoint.load import open_from_options, part_of_dense
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError, option_name
@@ -133,6 +133,9 @@ def _check_outputs(options: InspectOptions) -> None:
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     """Open the checkpoint; its weights are read only where the model is going to be run."""
+    if options.compare is not None:
+        # Of a slim file and a dense one, the part is the dense one's.
+        options = replace(options, part=part_of_dense(options.checkpoint, options.part))
     return open_from_options(options, reporter, weights=options.sees_images)
 
 
@@ -178,7 +181,7 @@ def _comparison(
 ) -> Comparison:
     assert options.compare is not None
     reporter.start("reading")
-    dense = read_dense(options.compare, opened, reporter)
+    dense = read_dense(options.compare, opened, reporter, options.part)
     reporter.start("comparing")
     return compare(
         dense.model.requires_grad_(False).to(resolve_device(options.device)),

@@ -124,6 +124,8 @@ def _checked_preprocessing(
         )
     # A file that does not state its preprocessing had that of the slim file.
     own = preprocessing if _is_bare(loaded) else resolve_preprocessing(loaded, options.preprocessing)
+    if loaded.header is not None and loaded.header.config is not None:
+        own = replace(own, input_size=preprocessing.input_size)  # a folder's model may take other sizes too
     if own.input_size != preprocessing.input_size:
         raise CheckpointError(
             f"{option_name('teacher', loaded.source)}: takes images of {own.input_size}, the slim model of "
@@ -136,14 +138,16 @@ def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint)
     """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
     teaching = options.teaching
     model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
-    if model is None and not states_its_model(teacher):
+    part = teaching.teacher_part
+    if model is None and not states_its_model(teacher, part):
         model = slim.identity.architecture
         args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
-    return read_model(teacher, model=model, model_args=args or None)
+    return read_model(teacher, model=model, model_args=args or None, part=part)
 
 
 def _is_bare(loaded: Checkpoint) -> bool:
-    return loaded.path is not None and not states_its_model(loaded.path)
+    """Whether the teacher is a file alone, which does not state its model."""
+    return loaded.record is None and loaded.header is not None and loaded.header.config is None
 
 
 def _first_source(loaded: Checkpoint) -> object:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import read_model, states_its_model
+from mhacut.checkpoint.load import part_of_dense, read_model, states_its_model
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import PathLike
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import model_input_size
 
 
-def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Checkpoint:
+def read_dense(
+    source: PathLike, opened: Checkpoint, reporter: Reporter, part: str | None = None
+) -> Checkpoint:
     """Read the checkpoint of ``--compare``.
 
     A file that does not state its architecture is taken to have that of ``opened``.
@@ -21,6 +23,7 @@ def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Chec
         source: a checkpoint, or ``timm:NAME``.
         opened: the checkpoint that is inspected.
         reporter: receives a message where the history of ``opened`` names another file.
+        part: entry of a training checkpoint, or module in it, that is the model; slim files have none.
 
     Raises:
         UsageError: the two have different architectures or input sizes, or only the other one is slim.
@@ -28,10 +31,11 @@ def read_dense(source: PathLike, opened: Checkpoint, reporter: Reporter) -> Chec
     """
     identity = opened.identity
     stated: dict[str, Any] = {}
-    if not states_its_model(source):
+    part = part_of_dense(source, part)
+    if not states_its_model(source, part):
         args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
         stated = {"model": identity.architecture, "model_args": args}
-    dense = read_model(source, **stated)
+    dense = read_model(source, part=part, **stated)
     compared = option_name("compare", dense.source)
     if dense.identity.architecture != identity.architecture:
         raise UsageError(

@@ -17,7 +17,7 @@ IN_MEMORY = ""
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """Architecture of checkpoints that do not state theirs."""
+    """Architecture of checkpoints that do not state theirs, and what in them is the model."""
 
     model: str | None = option(
         None,
@@ -31,6 +31,12 @@ class ModelOptions(Options):
         "Arguments of that architecture, such as img_size=32 depth=6.",
         panel="Model",
         metavar="KEY=VALUE",
+    )
+    part: str | None = option(
+        None,
+        "Part of a training checkpoint that is the model: state_dict, student, backbone, ...",
+        panel="Model",
+        metavar="NAME",
     )
 
 
@@ -47,12 +53,6 @@ class CheckpointOptions(ModelOptions):
     )
     num_classes: int | None = option(
         None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
-    )
-    part: str | None = option(
-        None,
-        "Part of a training checkpoint that is the model: state_dict, student, backbone, ...",
-        panel="Model",
-        metavar="NAME",
     )
 
 

@@ -38,6 +38,12 @@ class TeacherOptions(Options):
     teacher_model_args: Mapping[str, Any] = option(
         {}, "Arguments of that architecture.", panel="Rarer options", metavar="KEY=VALUE"
     )
+    teacher_part: str | None = option(
+        None,
+        "Part of a training checkpoint that is the teacher: state_dict, student, backbone, ...",
+        panel="Rarer options",
+        metavar="NAME",
+    )
     label_weight: float = option(
         0.1,
         "Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher.",

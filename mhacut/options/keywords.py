@@ -9,11 +9,13 @@ from typing import Any, Literal, TypedDict
 
 
 class ModelKeywords(TypedDict, total=False):
-    """Architecture of checkpoints that do not state theirs."""
+    """Architecture of checkpoints that do not state theirs, and what in them is the model."""
     model: str | None
     """timm architecture, for a file that does not state it."""
     model_args: Mapping[str, Any]
     """Arguments of that architecture, such as img_size=32 depth=6. Default: {}."""
+    part: str | None
+    """Part of a training checkpoint that is the model: state_dict, student, backbone, ..."""
 
 
 class DeviceKeywords(TypedDict, total=False):
@@ -42,8 +44,6 @@ class CheckpointKeywords(ModelKeywords, total=False):
     """Checkpoint, and facts that its file does not state."""
     num_classes: int | None
     """Refuse a model with another number of classes."""
-    part: str | None
-    """Part of a training checkpoint that is the model: state_dict, student, backbone, ..."""
 
 
 class ImageSourceKeywords(TypedDict, total=False):
@@ -122,6 +122,8 @@ class TeacherKeywords(TypedDict, total=False):
     """timm architecture of a teacher file that does not state it; by default that of the dense model."""
     teacher_model_args: Mapping[str, Any]
     """Arguments of that architecture. Default: {}."""
+    teacher_part: str | None
+    """Part of a training checkpoint that is the teacher: state_dict, student, backbone, ..."""
     label_weight: float
     """Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher.
     Default: 0.1."""

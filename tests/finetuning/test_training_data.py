@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from helpers.finetuning import CLASSES
+from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
+from mhacut.finetuning.teacher import make_objective
 from mhacut.options.base import DataOptions
-from mhacut.options.finetune import AugmentationOptions
+from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
+from mhacut.runtime.progress import Silent
 
+SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": CLASSES}
 PREPROCESSING = Preprocessing((3, 32, 32), (0.5,), (0.5,), "bicubic", 1.0, "center")
 
 
@@ -73,6 +78,33 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
     given = {"teacher_model": "vit_tiny_patch16_224", "teacher_model_args": {"depth": 1, "img_size": 32}}
     with pytest.raises(CheckpointError, match="has 3 classes, the slim model 7"):
         tune(teacher=tmp_path / "other.safetensors", **given)
+
+
+def test_the_teacher_is_the_part_that_is_named(tune, tiny_vit, tmp_path):
+    state = load_file(tiny_vit.path)
+    fewer = {name: tensor[:3] if name.startswith("head.") else tensor for name, tensor in state.items()}
+    path = tmp_path / "training.pth"
+    torch.save({"state_dict": fewer, "student": state}, path)
+    with pytest.raises(CheckpointError, match="has 3 classes, the slim model 7"):
+        tune(teacher=path)
+    assert tune("student", teacher=path, teacher_part="student", steps=1).steps == 1
+    with pytest.raises(CheckpointError, match="part='pupil': there is no such part"):
+        tune("pupil", teacher=path, teacher_part="pupil")
+
+
+def test_a_folder_that_states_its_preprocessing_is_believed(slim, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "input_size": (3, 32, 32)}
+    timm.models.save_for_hf(
+        model, str(tmp_path), model_config={"pretrained_cfg": cfg}, model_args=SIZES, safe_serialization=True
+    )
+    options = FinetuneOptions.from_flat(checkpoint=slim, teacher=tmp_path, data_dir=tmp_path)
+    opened = read_model(slim)
+    teacher = make_objective(options, opened, opened.model, PREPROCESSING, Silent()).teacher
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.eval()((pixels - torch.tensor(cfg["mean"]).view(3, 1, 1)) / 0.5)
+    assert torch.allclose(teacher((pixels - 0.5) / 0.5), expected, atol=1e-5)
 
 
 def test_images_vary_with_epoch_and_seed_alone(images):
