@@ -21,7 +21,7 @@ POSITIONS = re.compile(
     r"(positional_encoding|pos_embed\w*|relative_position_bias_table|rel_pos_[hw]|attention_biases)$"
 )
 """Tensors whose shape depends on the image size."""
-_CLASSIFIERS = re.compile(
+CLASSIFIERS = re.compile(
     r"((aux_)?head(_dist)?|heads\.\d+|fc|classif(ier)?|last_linear)"
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
@@ -104,7 +104,7 @@ def fingerprint(shapes: Shapes) -> Fingerprint:
     any_size: set[str] = set()
     elements: dict[str, int] = {}
     for name, shape in shapes.items():
-        if _CLASSIFIERS.fullmatch(name):
+        if CLASSIFIERS.fullmatch(name):
             continue
         sides = "" if POSITIONS.search(name) else "x".join(map(str, shape))
         kind = _NUMBER.sub("", name)

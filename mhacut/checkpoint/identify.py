@@ -24,6 +24,7 @@ from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
 from mhacut.checkpoint.training import Training, read_training
+from mhacut.checkpoint.wrapping import Naming
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.info import model_input_size, patch_embedding
@@ -81,18 +82,34 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
-    foreign = recognise(header, headless=hints.num_classes == 0)
-    if foreign is not None:
-        found = _from_conversion(header, foreign, args, hints)
-    elif header.config is not None:
-        found = _from_config(header, args, hints)
-    else:
-        found = _from_file(header, args, hints)
-    check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+    try:
+        foreign = recognise(header, headless=hints.num_classes == 0)
+        if foreign is not None:
+            found = _from_conversion(header, foreign, args, hints)
+        elif header.config is not None:
+            found = _from_config(header, args, hints)
+        else:
+            found = _from_file(header, args, hints)
+        check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+    except CheckpointError as error:
+        if header.naming.classifier is None:
+            raise
+        raise CheckpointError(f"{error}\n  {_beside(header.naming)} reads the network without it") from error
+    if header.naming.classifier is not None:
+        pool = getattr(found.skeleton, "global_pool", None)
+        features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
+        note = f"{_beside(header.naming, features)} leaves it out"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
     if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
         note = "positions were of another image size; resized to the model's"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     return found
+
+
+def _beside(naming: Naming, features: str = "") -> str:
+    """Return what became of a layer beside the network; which features it is for, no name shows."""
+    part = option_name("part", naming.trunk)
+    return f"{naming.classifier}. beside {naming.trunk}. was read as the classifier{features}; {part}"
 
 
 def _without_claims(found: Identified, stated: Iterable[str] = ()) -> Identified:

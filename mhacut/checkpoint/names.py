@@ -1,4 +1,4 @@
-"""Translate the names in authors' files of our own models to those of the models."""
+"""Translate names in files to those of a model, once it is known which model it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from mhacut.flatten import checkpoint_filter
 def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a dense file under the names, and at the image size, of ``model``.
 
-    Only FLatten models have other names in the files of their authors; other tensors stay as they are.
+    FLatten models have other names in the files of their authors, and a linear classifier ``head`` has
+    another name in some architectures; other tensors stay as they are.
     """
     convert = checkpoint_filter(model)
-    return dict(tensors) if convert is None else convert(tensors, model)
+    named = dict(tensors) if convert is None else convert(tensors, model)
+    own, classifier = model.state_dict(), getattr(model, "pretrained_cfg", {}).get("classifier")
+    if not isinstance(classifier, str) or f"{classifier}.weight" in named or "head.weight" in own:
+        return named
+    translated = {f"head.{kind}": f"{classifier}.{kind}" for kind in ("weight", "bias")}
+    return {translated.get(name, name): tensor for name, tensor in named.items()}
 
 
 def infos_by_model_names(tensors: Mapping[str, TensorInfo], model: nn.Module) -> dict[str, TensorInfo]:

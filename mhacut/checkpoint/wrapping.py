@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from mhacut.checkpoint.fingerprints import CLASSIFIERS
 from mhacut.errors import CheckpointError, option_name
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,6 +29,12 @@ _BESIDE = re.compile(
     r"|queue|queue_ptr|center"
 )
 """What may lie beside a network without being part of it; a plain ``head`` only if it is no classifier."""
+_CLASSIFIER = re.compile(
+    r"head|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
+)
+"""Words for a linear layer beside a network without classifier."""
+_LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
+"""Tensors of such a layer, maybe with a dropout before it."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
 """Single numbers of what averages weights."""
 _PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
@@ -57,6 +64,10 @@ class Naming:
     """Number of tensors of each module that is not part of the model."""
     others: tuple[str, ...] = ()
     """Other networks, which the option ``part`` would select."""
+    classifier: str | None = None
+    """Linear layer beside the network that became its ``head``."""
+    trunk: str | None = None
+    """Module that it lay beside."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
         """Return the line for the user; None for a plain state dict.
@@ -102,6 +113,9 @@ def unwrap(
     names, prefixes = _without_wrappers(where, shapes)
     left_out: dict[str, int] = {}
     others: list[str] = []
+    head: dict[str, str] = {}
+    layer: str | None = None
+    trunk: str | None = None
     while not layers_only:
         groups = _grouped(names)
         if len(groups) > 1:
@@ -111,6 +125,10 @@ def unwrap(
         if chosen is None:
             names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
             break
+        classifier = None if part == chosen else _classifier(groups, chosen, shapes)
+        if classifier is not None:
+            layer, trunk = classifier, chosen
+            head = {file: f"head.{rest.rpartition('.')[2]}" for file, rest in groups.pop(classifier).items()}
         part = None if part == chosen else part
         for word in groups.keys() - {chosen}:
             _leave_out(left_out, word, groups[word])
@@ -122,8 +140,11 @@ def unwrap(
         listed = ", ".join(f"{name!r:.100}" for name in dict.fromkeys(there[:_MAX_NAMES]))
         asked_for = option_name("part", part)
         raise CheckpointError(f"{where}: {asked_for}: there is no such part; it has {listed}")
+    if head and any(map(CLASSIFIERS.fullmatch, names.values())):
+        raise CheckpointError(_may_belong(where, trunk or "", head))
     _check_unique(where, names, prefixes)
-    return Naming(names, tuple(prefixes), dict(sorted(left_out.items())), tuple(others))
+    left = dict(sorted(left_out.items()))
+    return Naming({**names, **head}, tuple(prefixes), left, tuple(others), layer, trunk)
 
 
 def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
@@ -200,15 +221,38 @@ def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes
     if chosen == "encoder" and (inside in _ENCODER_ITSELF or not _is_nested(modules[chosen])):
         return None
     rest = [word for word in groups if word not in (own, average) and not _is_beside(word, groups[word])]
-    if not rest:
+    if not rest or rest == [_classifier(groups, chosen, shapes)]:
         return chosen
     if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
         return None
-    listed = ", ".join(f"{file!r:.150}" for file in [file for word in rest for file in groups[word]][:5])
-    raise CheckpointError(
-        f"{where}: beside the network {chosen!r} there are tensors that may belong to it: {listed}; "
-        f"{option_name('part', chosen)} reads the network alone"
+    raise CheckpointError(_may_belong(where, chosen, [file for word in rest for file in groups[word]]))
+
+
+def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
+    listed = ", ".join(f"{file!r:.150}" for file in list(files)[:_MAX_NAMES])
+    return (
+        f"{where}: beside the network {network!r} there are tensors that may belong to it: {listed}; "
+        f"{option_name('part', network)} reads the network alone"
     )
+
+
+def _classifier(groups: Mapping[str, Mapping[str, str]], network: str, shapes: Shapes) -> str | None:
+    """Return the linear layer beside a whole network without classifier; None if there is none, or two."""
+    inside = groups[network].values()
+    if any(map(CLASSIFIERS.fullmatch, inside)) or not any(map(_STEM.search, inside)):
+        return None
+    words = [word for word in groups if _CLASSIFIER.fullmatch(word) and _is_linear(groups[word], shapes)]
+    return words[0] if len(words) == 1 else None
+
+
+def _is_linear(group: Mapping[str, str], shapes: Shapes) -> bool:
+    """Whether the tensors are the weight, and maybe the bias, of one linear layer."""
+    layers = {rest.rpartition(".")[0] for rest in group.values()}
+    if len(layers) > 1 or not all(map(_LINEAR.fullmatch, group.values())):
+        return False
+    found = {rest.rpartition(".")[2]: shapes[file] for file, rest in group.items()}
+    weight = found.get("weight", ())
+    return len(found) == len(group) and len(weight) == 2 and found.get("bias", weight[:1]) == weight[:1]
 
 
 def _is_module(groups: Mapping[str, Mapping[str, str]], word: str | None) -> bool:

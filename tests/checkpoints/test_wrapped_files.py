@@ -186,20 +186,82 @@ def test_what_has_no_parts_says_so(tmp_path, states):
         copy_of_module(tiny(), ModelHints(part="model"))
 
 
+def without_head(state):
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "trunk", "word"),
+    [
+        ("backbone.", "head.", "backbone", "head"),
+        ("backbone.", "fc.", "backbone", "fc"),
+        ("model.backbone.", "model.classifier.", "backbone", "classifier"),
+        ("module.encoder.", "module.linear.", "encoder", "linear"),
+        ("model.", "head.1.", "model", "head"),
+        ("backbone.model.", "head.", "backbone", "head"),
+    ],
+)
+def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, network, layer, trunk, word):
+    path = tmp_path / "model.pth"
+    classifier = {f"{layer}{kind}": states[0][f"head.{kind}"] for kind in ("weight", "bias")}
+    torch.save({**under(network, without_head(states[0])), **classifier}, path)
+    found, notes = logits_of(path)
+    assert torch.equal(found, logits_with(states[0]))
+    line = f"{word}. beside {trunk}. was read as the classifier of its pooled features (global_pool=token); "
+    assert f"{line}part='{trunk}' leaves it out" in notes, notes
+    alone = read_model(path, model=NAME, model_args=ARGS, part=trunk)
+    assert alone.identity.model_args["num_classes"] == 0
+    assert not any("was read as" in note for note in alone.notes)
+
+
+def test_a_classifier_beside_a_network_gets_its_name_in_timm(tmp_path):
+    torch.manual_seed(0)
+    name, sizes = "swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "num_classes": 5}
+    model = timm.create_model(name, **sizes).eval()
+    state = model.state_dict()
+    assert state["head.fc.weight"].shape == (5, 768)
+    content = {f"backbone.{key}": tensor for key, tensor in state.items() if not key.startswith("head.")}
+    content |= {f"fc.{kind}": state[f"head.fc.{kind}"] for kind in ("weight", "bias")}
+    loaded = opened(tmp_path / "swin.pth", content)
+    assert loaded.identity.architecture == name
+    assert loaded.identity.model_args["num_classes"] == 5
+    assert all(torch.equal(loaded.model.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def test_a_classifier_of_other_features_is_refused(tmp_path, states):
+    path = tmp_path / "model.pth"
+    torch.save({**under("backbone.", without_head(states[0])), "head.weight": torch.ones(10, 96)}, path)
+    said = refusal(path, model=NAME, model_args=ARGS)
+    assert "'head.weight' expected [10, 48], found [10, 96]" in said
+    line = "head. beside backbone. was read as the classifier; part='backbone' reads the network without it"
+    assert line in said
+    assert "part='backbone' reads the network alone" in refused_beside(
+        path, states, {"head.0.weight": torch.ones(9, 48), "head.2.weight": torch.ones(10, 9)}
+    )
+    two = {"head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
+    assert "part='backbone' reads the network alone" in refused_beside(path, states, two)
+    torch.save({**under("backbone.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
+    assert "part='backbone' reads the network alone" in refusal(path, model=NAME, model_args=ARGS)
+    torch.save({**under("backbone.model.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
+    assert "part='backbone' reads the network alone" in refusal(path, model=NAME, model_args=ARGS)
+
+
+def refused_beside(path, states, tensors):
+    torch.save({**under("backbone.", without_head(states[0])), **tensors}, path)
+    return refusal(path, model=NAME, model_args=ARGS)
+
+
 def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
-    beside = {"head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
+    beside = {"adapter.weight": torch.ones(10, 48), "adapter.bias": torch.ones(10)}
     path = save(tiny(num_classes=0), tmp_path / "plain.safetensors")
-    bare = {name: tensor for name, tensor in states[0].items() if not name.startswith("head.")}
+    bare = without_head(states[0])
     save_file({**under("backbone.", bare), **beside}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
-    assert (
-        "beside the network 'backbone' there are tensors that may belong to it: 'head.bias', 'head.weight'"
-        in said
-    )
+    assert "beside the network 'backbone' there are tensors that may belong to it: 'adapter.bias', " in said
     assert "part='backbone' reads the network alone" in said
     loaded = read_model(path, model=NAME, model_args=ARGS, part="backbone")
     assert loaded.identity.model_args["num_classes"] == 0
-    assert any("left out head. (2)" in note for note in loaded.notes)
+    assert any("left out adapter. (2)" in note for note in loaded.notes)
     save_file({**states[0], "adapter.weight": torch.ones(2)}, path)
     assert "1 unexpected" in refusal(path, model=NAME, model_args=ARGS)
     save_file({"model.a.b": torch.ones(2), "model.module.a.b": torch.ones(2)}, path)
