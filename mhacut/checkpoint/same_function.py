@@ -13,13 +13,17 @@ _NOT_COMPUTED = frozenset(
     ("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values")
 )
 """Attributes that change nothing about the outputs of a model in eval mode, once its weights are read."""
+_OF_IMAGES = frozenset({"img_size", "num_patches", "grid_size", "feature_size"})
+"""Attributes that state which images a model is built for. Its function depends on them only where shapes
+of its tensors and windows do."""
 _ONLY_TRAINED = ("Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 
 def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
     """Return what ``other`` computes otherwise, as ``num_heads 6, not 3``; empty if both compute the same.
 
-    Modules of the same name are compared, which both models have if their tensors have the same names.
+    Modules of the same name are compared, which both models have if their tensors have the same names. Models
+    that are built for images of another size compute the same if nothing but that size differs.
     """
     ours, theirs = dict(one.named_modules()), dict(other.named_modules())
     found: dict[str, None] = {}
@@ -35,7 +39,7 @@ def _differences(name: str, one: nn.Module | None, other: nn.Module | None) -> I
         where = ".".join(part for part in name.split(".") if not part.isdigit()) or "model"
         yield f"{where} {kinds[1].__name__}, not {kinds[0].__name__}"
     elif one is not None and other is not None:
-        ours, theirs = _settings(one), _settings(other)
+        ours, theirs = ({**_settings(module), **_buffer_shapes(module)} for module in (one, other))
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 yield f"{key} {theirs.get(key)!s:.40}, not {ours.get(key)!s:.40}"
@@ -52,7 +56,16 @@ def _settings(module: nn.Module) -> dict[str, str]:
     return {
         name: _text(value)
         for name, value in vars(module).items()
-        if not name.startswith("_") and name not in _NOT_COMPUTED
+        if not name.startswith("_") and name not in _NOT_COMPUTED | _OF_IMAGES
+    }
+
+
+def _buffer_shapes(module: nn.Module) -> dict[str, str]:
+    """Shapes of tables that a module computes itself, of windows and positions for one."""
+    return {
+        name: "x".join(map(str, buffer.shape))
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mhacut.checkpoint.unlisted import unlisted_models
 from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
+from mhacut.surgery.info import model_input_size
 
 _MOST_NAMED = 4
 """Architectures in a message."""
@@ -25,7 +27,8 @@ _PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
 def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one; a note names those that are preprocessed for otherwise.
+    Several that compute the same count as one; a note names those that are preprocessed for otherwise, or
+    built for images of another size.
 
     Args:
         header: header of the file.
@@ -48,6 +51,12 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
     return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
+
+
+def _image_size(fit: Identified) -> tuple[int, int]:
+    identity = fit.identity
+    _, height, width = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
+    return height, width
 
 
 def _similar(header: FileHeader, args: Mapping[str, Any]) -> tuple[list[Identified], list[Identified]]:
@@ -104,15 +113,21 @@ def _plainness(name: str) -> tuple[bool, int, str]:
 
 
 def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
-    """Return a note that names the models which compute the same and are preprocessed for otherwise."""
+    """Return a note that names the models which compute the same, of images otherwise prepared."""
     named: dict[str, list[str]] = {}
     for other in others:
-        if text := _preprocessing(other, chosen):
-            named.setdefault(text, []).append(other.identity.architecture)
+        sizes = ["x".join(map(str, _image_size(model))) for model in (other, chosen)]
+        prepared = _preprocessing(other, chosen)
+        texts = [f"for images of {sizes[0]}, not {sizes[1]}"] if sizes[0] != sizes[1] else []
+        texts += [f"preprocessed with {prepared}"] if prepared else []
+        if texts:
+            named.setdefault(", ".join(texts), []).append(other.identity.architecture)
     if not named:
         return []
-    lines = [f"{_some(names)}, preprocessed with {text}" for text, names in named.items()]
-    flags = f"{option_name('model', 'NAME')}, or {option_name('mean')} and {option_name('std')}"
+    lines = [f"{_some(names)}, {text}" for text, names in named.items()]
+    flags = option_name("model", "NAME")
+    if any(re.search(r"with .*\b(mean|std) ", text) for text in named):
+        flags += f", or {option_name('mean')} and {option_name('std')}"
     return [f"the layers are also those of {'; '.join(lines[:_MOST_NAMED])}: for those give {flags}"]
 
 
