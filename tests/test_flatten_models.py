@@ -199,7 +199,9 @@ def test_training_reaches_every_parameter(name):
 def test_export_with_any_batch(name):
     model = small(name)
     batch = torch.export.Dim("batch", min=1, max=8)
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=False
+    )
     other = torch.randn(5, 3, 64, 64)
     torch.testing.assert_close(program.module()(other), model(other))
 

@@ -167,8 +167,7 @@ def test_modules_of_several_names_stay_one_where_features_are_taken(exported):
 
 
 def test_features_by_tracing_are_refused(folder):
-    pytest.importorskip("torchvision")
-    with pytest.raises(CheckpointError, match=r"FeatureGraphNet gives features .* try another feature_cls"):
+    with pytest.raises(CheckpointError, match=r"feature_cls='fx' traces a model.* try another feature_cls"):
         opened(folder, features_only=True, feature_cls="fx", out_indices=(0, 1))
 
 

@@ -52,6 +52,11 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
     as_features = kwargs.get("features_only", False)
     wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
+    if wanted.get("feature_cls") == "fx":
+        raise CheckpointError(
+            f"{NAME}: feature_cls='fx' traces a model, and names what it finds anew; try another "
+            "feature_cls, or forward_intermediates of the model"
+        )
     cut_to = Plan.from_json(kwargs["plan"], kwargs.get("tokens"))
     used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
 

@@ -60,5 +60,7 @@ def test_from_file_to_file(name, tmp_path):
         assert torch.equal(mhacut.load_model(path)(x), logits)
     if first:
         more = image(case, batch=3)
-        program = torch.export.export(slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        program = torch.export.export(
+            slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False
+        )
         assert relative(program.module()(more), slim(more)) < 1e-5

@@ -276,7 +276,9 @@ def test_under_autocast_the_same_tokens_merge():
 def test_an_exported_program_computes_the_same():
     model, x = build(merging()), image(merging(), batch=5)
     apply_tokens(model, TokenPlan(1, (8, 3, 0)))
-    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False
+    )
     for count in (1, 5):
         assert relative(program.module()(x[:count]), model(x[:count])) < 1e-5
 
