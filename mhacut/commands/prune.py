@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,34 +13,37 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.provenance import Provenance, license_for_history
+from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import write_slim
+from mhacut.checkpoint.write import file_size, write_slim
+from mhacut.commands.prune_cut import PROBED, CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
+from mhacut.commands.prune_record import slim_record
+from mhacut.commands.prune_targets import Reached, reached_budgets
 from mhacut.data import Preprocessing
-from mhacut.errors import MhacutError
-from mhacut.measuring.accuracy import accuracy_for_history, evaluate
+from mhacut.errors import MhacutError, UsageError, option_name
+from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.check import check_exact, check_flops, same_outputs
+from mhacut.pruning.calibration_file import calibrated
+from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
+from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.recover import recover
 from mhacut.pruning.repair import UnitRepair
-from mhacut.report.prune_page import measured_figures, write_report
-from mhacut.report.stored_curves import curves_to_json
+from mhacut.report.pareto import Choice
+from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
-from mhacut.runtime.versions import software_versions
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.slice import cut
+from mhacut.surgery.storage import count_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,22 +101,28 @@ class PruneResult:
     divergence_with_tokens: float | None
     """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
     channels left more than :data:`MUCH`, and more than twice as much; else None."""
+    targets: tuple[Reached, ...] = ()
+    """Budgets and bounds that were asked for, and what was reached."""
+    constraints: tuple[Constraint, ...] = ()
+    """Constraints on widths, and what each is expected to cost; empty where no curve was needed."""
 
 
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
-    flops: str | float,
+    flops: str | float | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[PruneKeywords],
 ) -> PruneResult:
-    """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
+    """Cut ``checkpoint`` down to its targets and write a slim safetensors file.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
             module, which is copied. ``model_args`` then are the arguments that it was built with, except for
             ``num_classes`` and ``img_size``.
-        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
+        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
+            ``size``, ``max_kl`` or ``max_drop`` may stand in its place, the first two also beside it; for
+            several budgets see :func:`prune_many`.
         reporter: receives progress and messages; silent by default.
         options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
 
@@ -123,51 +132,106 @@ def prune(
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    if not isinstance(checkpoint, nn.Module):
-        given = PruneOptions.from_flat(checkpoint=checkpoint, flops=str(flops), **options)
-        return run_prune(given, reporter or SILENT)
-    given = PruneOptions.from_flat(checkpoint=IN_MEMORY, flops=str(flops), **options)
-    return run_prune(given, reporter or SILENT, checkpoint)
+    if flops is not None and not isinstance(flops, str | int | float):
+        raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
+    (result,) = _prune_all(checkpoint, None if flops is None else str(flops), reporter, options)
+    return result
 
 
-def run_prune(options: PruneOptions, reporter: Reporter, module: nn.Module | None = None) -> PruneResult:
-    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint."""
+def prune_many(
+    checkpoint: PathLike | nn.Module,
+    *,
+    flops: Sequence[str | float],
+    reporter: Reporter | None = None,
+    **options: Unpack[PruneKeywords],
+) -> tuple[PruneResult, ...]:
+    """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
+
+    The files are those that :func:`prune` would write. Budgets after the first cost planning, repair and
+    measuring only.
+
+    Args:
+        checkpoint: as :func:`prune` takes it.
+        flops: budgets, all different.
+        reporter: receives progress and messages; silent by default.
+        options: those of the command line; ``{}`` in the name of ``output`` becomes the budget (``50pct``).
+
+    Raises:
+        MhacutError: as :func:`prune`; files of earlier budgets may have been written.
+    """
+    return _prune_all(checkpoint, tuple(map(str, flops)), reporter, options)
+
+
+def _prune_all(
+    checkpoint: PathLike | nn.Module,
+    flops: str | tuple[str, ...] | None,
+    reporter: Reporter | None,
+    options: Mapping[str, Any],
+) -> tuple[PruneResult, ...]:
+    module = checkpoint if isinstance(checkpoint, nn.Module) else None
+    read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
+    amounts = {name: str(options[name]) for name in ("params", "size") if options.get(name) is not None}
+    given = PruneOptions.from_flat(checkpoint=read, flops=flops, **{**options, **amounts})
+    return run_prune(given, reporter or SILENT, module)
+
+
+def run_prune(
+    options: PruneOptions, reporter: Reporter, module: nn.Module | None = None
+) -> tuple[PruneResult, ...]:
+    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint.
+
+    Returns:
+        The results of each budget, in their order. What does not depend on budgets is done once.
+    """
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            inputs = read_inputs(options, processes, timer, module)  # 1. read
-        job = inputs.job
-        calibration = job.calibrate(processes)  # 2. calibrate
+            series = read_inputs(options, processes, timer, module)  # 1. read
+        kept = None if options.calibration is None else Path(options.calibration)
+        calibration = calibrated(series[0].job, kept, processes)  # 2. calibrate
 
-        def in_first_process() -> PruneResult:
-            planned = Planner(job, calibration).plan()  # 3. plan
-            timer.start("cutting")
-            ready = planned.ready
-            slim = copy.deepcopy(ready.model.cpu())
-            cut(slim, ready.plan, ready.channel_scales, job.prunable)  # 4. cut
-            slim_layers = find_prunable_layers(slim)
-            flops = check_flops(slim, job, planned)  # 5. check
-            check_exact(slim, job, ready, job.images[:_PROBED])
-            slim = recover(slim, slim_layers, job, calibration, planned.merged)  # 6. recover
-            if not options.dry_run:
-                timer.start("writing")
-                slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
-            timer.start("measuring")
-            measured = _measure(inputs, calibration, slim, flops, timer)  # 8. measure
-            if not options.dry_run and measured.slim.evaluation is not None:
-                _write_again(inputs, slim, _record(inputs, planned, flops, measured))
-            page = None
-            if options.report is not None:
-                timer.start("reporting")
-                page = _report(inputs, planned, slim, slim_layers, measured)  # 9. report
-            timer.stop()
-            return _result(inputs, planned, measured, timer.seconds, page)
+        def in_first_process() -> tuple[PruneResult, ...]:
+            planner = Planner(series[0].job, calibration)
+            results = tuple(_prune_to(inputs, planner, timer) for inputs in series)
+            if options.report is not None and options.several:
+                dense, shared = series[0].loaded, series[0]
+                prunable = find_prunable_layers(dense.model)
+                write_overview(options, dense, prunable, choices_of(results), shared.provenance)
+            return results
 
         return processes.from_first(in_first_process)
 
 
-_PROBED = 4
-"""Number of images on which the cut and the written model are checked."""
+def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
+    """Return the dense model and those of each budget, to compare."""
+    found = [Choice("dense", results[0].dense, None)]
+    for result in results:
+        asked = next(target.asked for target in result.targets if target.name == "flops")
+        found.append(Choice(asked, result.slim, result.divergence))
+    return tuple(found)
+
+
+def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> PruneResult:
+    """Run the stages of one file."""
+    options = inputs.options
+    to = cut_within_bound if options.bounds_loss else cut_to_budget
+    found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
+    inputs, slim = replace(inputs, job=found.job), found.model
+    if not options.dry_run:
+        timer.start("writing")
+        slim = _write(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+    timer.start("measuring")
+    measured = _measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
+    record, measured = _final_record(inputs, found, slim, measured)
+    if not options.dry_run:
+        if record != slim_record(inputs, found.planned, found.flops):
+            _write_again(inputs, slim, record)
+        measured = measured.with_size(inputs.target.stat().st_size, inputs)
+    page = None
+    if options.report is not None:
+        timer.start("reporting")
+        page = _report(inputs, found, slim, measured, record)  # 9. report
+    return _result(inputs, found.planned, measured, timer.taken(), page)
 
 
 @torch.no_grad()
@@ -186,11 +250,28 @@ def _write(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Modul
         parameter.copy_(parameter.to(dtypes[name]))
     reloaded = load_model(target)
     # The tensors were compared bit for bit when they were written.
-    if not same_outputs(reloaded, slim, inputs.images.images[:_PROBED]):
+    if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
         raise MhacutError(
             f"{target}: was written but gives other logits than the model in memory; do not use it"
         )
     return reloaded
+
+
+def _final_record(
+    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: _Measured
+) -> tuple[SlimRecord, _Measured]:
+    """Return the record with all that was measured, and the measurements with the size of the file with it.
+
+    The size that the record states is that of the file, or a few bytes more.
+    """
+
+    def record(targets: Sequence[Reached]) -> SlimRecord:
+        stated = () if inputs.options.flops is not None and len(targets) == 1 else targets
+        return slim_record(inputs, found.planned, found.flops, measured.slim.evaluation, stated)
+
+    nearly = measured.with_size(count_bytes(slim, inputs.dtypes), inputs)  # a number of as many digits
+    measured = measured.with_size(file_size(slim, record(nearly.targets), inputs.dtypes), inputs)
+    return record(measured.targets), measured
 
 
 def _write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
@@ -213,17 +294,25 @@ class _Measured:
     divergence_of: Literal["answers", "features"]
     judged_on: int
     with_tokens: float | None
+    targets: tuple[Reached, ...]
+
+    def with_size(self, size: int, inputs: PruneInputs) -> _Measured:
+        """Return the same with the file's size, and with the targets that are budgets."""
+        slim = replace(self.slim, size=size)
+        bounds = (target for target in self.targets if target.name in ("max_kl", "max_drop"))
+        budgets = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
+        return replace(self, slim=slim, targets=(*budgets, *bounds))
 
 
 def _measure(
-    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, flops: int, reporter: Reporter
+    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, found: CutModel, reporter: Reporter
 ) -> _Measured:
     """Measure the slim model beside the dense one."""
     job, options = inputs.job, inputs.options
     dense = inputs.loaded.model
     models = (dense, slim.to(job.device))
-    evaluation = None
-    if inputs.validation is not None:
+    evaluation = found.evaluation
+    if evaluation is None and inputs.validation is not None:
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
@@ -232,20 +321,24 @@ def _measure(
         with_tokens = divergence_by_merging(job, calibration)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
-        size, batch = inputs.preprocessing.input_size, options.latency_batch_size
-        times = tuple(compare_latency(models, size, batch_size=batch, device=job.device))
+        shape, batch = inputs.preprocessing.input_size, options.latency_batch_size
+        times = tuple(compare_latency(models, shape, batch_size=batch, device=job.device))
+    size = count_bytes(dense, inputs.dtypes)
+    before = ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation, size)
+    after = ModelFigures(found.flops, count_parameters(slim), times[1], evaluation)
     return _Measured(
-        ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation),
-        ModelFigures(flops, count_parameters(slim), times[1], evaluation),
+        before,
+        after,
         divergence,
         "answers" if judge.divergence.classifier else "features",
         len(judge.images),
         with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
+        found.bounds,
     )
 
 
 def _report(
-    inputs: PruneInputs, planned: Planned, slim: nn.Module, layers: PrunableLayers, measured: _Measured
+    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: _Measured, record: SlimRecord
 ) -> Path:
     """Write the page about the run."""
     options, dense, target = inputs.options, inputs.loaded, inputs.target
@@ -253,12 +346,12 @@ def _report(
         slim,
         dense.identity,
         source=f"{target} (dry run)" if options.dry_run else str(target),
-        record=_record(inputs, planned, measured.slim.flops),
+        record=record,
         dtypes=inputs.dtypes,
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
-    both = (inputs.job.prunable, layers)
-    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures, inputs.provenance)
+    both, log = (inputs.job.prunable, found.layers), found.planned.log
+    return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
 
 
 def _result(
@@ -290,40 +383,6 @@ def _result(
         divergence_of=measured.divergence_of,
         judged_on=measured.judged_on,
         divergence_with_tokens=measured.with_tokens,
+        targets=measured.targets,
+        constraints=planned.constraints,
     )
-
-
-def _record(
-    inputs: PruneInputs, planned: Planned, flops: int, measured: _Measured | None = None
-) -> SlimRecord:
-    """Return what the slim file states about itself."""
-    options, loaded, plan = inputs.options, inputs.loaded, planned.plan
-    entry: dict[str, Any] = {
-        "command": "prune",
-        "options": {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS},
-        "seed": options.search.seed,
-        "budget": inputs.job.budget,
-        "flops_before": inputs.job.table.dense,
-        "flops_after": flops,
-        "source_sha256": loaded.sha256,
-        "data": inputs.images.description,
-        **inputs.provenance.to_history(),
-        **({} if measured is None else accuracy_for_history(inputs.evaluation, measured.slim.evaluation)),
-        **({} if loaded.record is not None else license_for_history(loaded)),
-        "versions": software_versions(),
-    }
-    if planned.curves:
-        entry["curves"] = curves_to_json(planned.curves, plan)
-    earlier = loaded.record
-    return SlimRecord(
-        identity=loaded.identity,
-        plan=plan if earlier is None else plan.after(earlier.plan),
-        preprocessing=inputs.preprocessing.to_json(),
-        history=(*(() if earlier is None else earlier.history), entry),
-    )
-
-
-# Where files lie on the machine that made a slim file is nobody else's business.
-_LOCAL_OPTIONS = frozenset(
-    {"checkpoint", "output", "report", "overwrite", "dry_run", "data_dir", "class_map", "workers"}
-)

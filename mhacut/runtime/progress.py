@@ -55,6 +55,12 @@ class StageTimer:
     def advance(self, done: int, total: int, detail: str = "") -> None:
         self.reporter.advance(done, total, detail)
 
+    def taken(self) -> dict[str, float]:
+        """End the current stage; return the seconds of all stages, and begin to count anew."""
+        self.stop()
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
     def stop(self) -> None:
         """End the current stage."""
         if self._stage is not None:
