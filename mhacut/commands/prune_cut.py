@@ -17,10 +17,8 @@ from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
 from mhacut.errors import BudgetError, MhacutError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
-from mhacut.pruning.allocate import total_error
 from mhacut.pruning.check import check_exact, check_flops
 from mhacut.pruning.job import Job
-from mhacut.pruning.job_widths import job_widths
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
@@ -157,12 +155,7 @@ def _expected(planner: Planner) -> Callable[[int], float]:
     if job.options.allocation != "curves":
         return lambda budget: 1 - budget / job.table.dense
 
-    def at(budget: int) -> float:
-        return total_error(
-            planner.curves, job_widths(replace(job, budget=budget), planner.curves, exchange=False)
-        )
-
-    return at
+    return lambda budget: planner.expected_divergence(replace(job, budget=budget))
 
 
 def _goal(inputs: PruneInputs) -> float:

@@ -143,7 +143,9 @@ class Reach:
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
-        amounts = reachable_amounts(targets, dense, lowest, scope, self.options.round_to)
+        named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]
+        named += [(name, value) for name, value, _ in job.constraints.without_each()]
+        amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
         storage = [
             Limit(costs[resource], most, resource)
             for resource, most in amounts.items()

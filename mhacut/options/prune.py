@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from mhacut.errors import UsageError, option_name
@@ -359,6 +360,9 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
                     f"{option_name('scope', self.scope)}: expected {option_name('flops')}; merging tokens "
                     "changes neither the number of parameters nor the size of the file"
                 )
+        kept = self.calibration
+        if kept is not None and self.output is not None and Path(kept) == Path(self.output):
+            raise UsageError(f"{option_name('calibration', kept)}: expected another file than the output")
         for name in ("params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv"):
             if name in self.changed():
                 expected = f"curves or uniform with {option_name(name, getattr(self, name))}"

@@ -18,6 +18,7 @@ from torch import nn
 
 from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
+from mhacut.pruning.allocate import total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
@@ -102,6 +103,11 @@ class MergeSearch:
         return self._tables[schedule]
 
 
+def divergence_by_cut(error: float) -> float:
+    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``."""
+    return float(CHANNEL_FACTOR * error**CHANNEL_POWER)
+
+
 def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
     """Measure the divergence that merges alone would leave at about the budget, on held-out images.
 
@@ -180,8 +186,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> Mer
         if lowest_flops(job.allowed, table.flops) > job.budget:
             return None
         widths = job_widths(job, curves, table, exchange=False)
-        cut = sum(curve[widths[key]] for key, curve in curves.items())
-        predicted = CHANNEL_FACTOR * cut**CHANNEL_POWER
+        predicted = divergence_by_cut(total_error(curves, widths))
         if schedules[index]:
             predicted += search.law.divergence(schedules[index], search.tokens)
         return MergeChoice(schedules[index], table, widths, predicted)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mhacut.linalg.indicator import THRESHOLD
 from mhacut.plan import Plan, TokenPlan, UnitKey
-from mhacut.pruning.allocate import uniform_widths
+from mhacut.pruning.allocate import total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
-from mhacut.pruning.choose_merges import MergeSearch, described
+from mhacut.pruning.choose_merges import MergeSearch, described, divergence_by_cut
 from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
@@ -104,6 +104,13 @@ class Planner:
             f"divergence on held-out images: {before:.4f} by curves, {after:.4f} refined by indicators"
         )
         return Planned(refined if after < before else ready, curves, log, table, merged)
+
+    def expected_divergence(self, job: Job) -> float:
+        """Divergence in nats that is expected of a plan by curves, within the limits of ``job``; nearly."""
+        if job.merges_tokens:
+            return self._merge_search.choose(job, self.curves).predicted
+        widths = job_widths(job, self.curves, exchange=False)
+        return divergence_by_cut(total_error(self.curves, widths))
 
     def _divergence(self, ready: ReconstructedModel) -> float:
         """Divergence of the cut model from the dense one, mean over held-out images.

@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from mhacut.budget import NOUNS, Budget, Resource, Targets, format_amount
 from mhacut.errors import BudgetError, option_name
-from mhacut.plan import UnitKey
-
-Choices = Mapping[UnitKey, Sequence[int]]
-"""Allowed widths of every unit, ascending."""
 
 
 def reachable_amounts(
-    asked: Targets, dense: Mapping[Resource, int], lowest: Mapping[Resource, int], scope: str, round_to: int
+    asked: Targets, dense: Mapping[Resource, int], lowest: Mapping[Resource, int], options: Sequence[str]
 ) -> dict[Resource, int]:
     """Return the amount that each budget allows.
 
@@ -25,8 +21,7 @@ def reachable_amounts(
         asked: as the user wrote them.
         dense: amounts of the model as it was read.
         lowest: amounts at the least widths, with every token merged that can be where that is asked for.
-        scope: what may be pruned, for errors.
-        round_to: widths are multiples of it, for errors.
+        options: those that decide how low a budget may be, for errors.
 
     Raises:
         BudgetError: the model is within all of them already, or at the least widths still above one.
@@ -45,16 +40,15 @@ def reachable_amounts(
     for budget in asked.budgets:
         resource = budget.resource
         if amounts[resource] < lowest[resource]:
-            raise BudgetError(_out_of_reach(budget, dense[resource], lowest[resource], scope, round_to))
+            raise BudgetError(_out_of_reach(budget, dense[resource], lowest[resource], options))
     return amounts
 
 
-def _out_of_reach(asked: Budget, dense: int, lowest: int, scope: str, round_to: int) -> str:
+def _out_of_reach(asked: Budget, dense: int, lowest: int, options: Sequence[str]) -> str:
     share = 100 * asked.value if asked.value < 1 else asked.value
     meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
     return (
         f"{option_name(asked.resource, asked.text)} is out of reach: the lowest is "
         f"{format_amount(lowest, asked.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
-        f"{format_amount(dense, asked.resource)}) with {option_name('scope', scope)} and "
-        f"{option_name('round_to', round_to)}{meant}"
+        f"{format_amount(dense, asked.resource)}) with {', '.join(options[:-1])} and {options[-1]}{meant}"
     )
