@@ -248,3 +248,42 @@ def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):
     assert "m-60pct.safetensors" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["m-60pct.safetensors"]
     assert (tmp_path / "m-60pct.safetensors").read_bytes() == b"precious"
+
+
+def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path):
+    images, checkpoint = digits_vit
+    page = tmp_path / "all.html"
+    arguments = ["--data-dir", images, "--workers", "0", "--effort", "fast", "--calibration-images", "8"]
+    budgets = ["--flops", "75%", "--flops", "50%"]
+    out = tmp_path / "slim-{}.safetensors"
+    result = run("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()[:4]]
+    assert rows[0][:3] == ["budget", "FLOPs", "of"]
+    assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]
+    assert f"overview {page}" in result.stdout
+    assert {path.name for path in tmp_path.glob("*.html")} == {
+        "all.html",
+        "all-75pct.html",
+        "all-50pct.html",
+    }
+    text = page.read_text()
+    for value in ("top-1, %", "divergence"):
+        for cost in ("FLOPs", "parameters", "latency"):
+            assert f"{value} against {cost}" in text
+    # A line and a dot per model; the dense one has no divergence.
+    assert text.count("<circle") == 3 * 3 + 3 * 2
+    assert "http" not in text.replace("http-equiv", "")
+    assert re.findall(r'<th scope="row">(dense|\d\d%)</th>', text) == ["dense", "75%", "50%"]
+
+
+def test_pareto_rows_are_in_json(tiny_vit, tmp_path):
+    arguments = ["--flops", "80%", "--flops", "60%", "--dry-run", "--json", *FAST]
+    result = run("prune", *tiny_vit.flags, *arguments)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [row["budget"] for row in document["pareto"]] == ["dense", "80%", "60%"]
+    for row, one in zip(document["pareto"][1:], document["results"], strict=True):
+        figures = {key: row[key] for key in ("flops", "parameters", "size", "latency_ms", "top1")}
+        assert figures == {key: one["slim"][key] for key in figures}
+        assert row["divergence"] == one["divergence"]

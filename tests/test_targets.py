@@ -24,6 +24,7 @@ from mhacut.options.prune import PruneOptions
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps
 from mhacut.pruning.widths import width_choices
+from mhacut.report.history import step
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
@@ -287,3 +288,24 @@ def test_targets_are_printed(tiny_vit, tmp_path):
     result = run("prune", *tiny_vit.flags, *arguments, "--overwrite")
     assert re.search(r"^--params 60%: \S+K of at most \S+K parameters$", result.stdout, re.MULTILINE)
     assert re.search(r"^--size 200KB: \S+KB of at most 200KB$", result.stdout, re.MULTILINE)
+
+
+def test_history_and_report_state_targets(tiny_vit, tmp_path):
+    page = tmp_path / "run.html"
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", params="60%", report=page)
+    entry = stated(result.output)
+    assert "budget" not in entry
+    assert "FLOPs (params 60%), seed 42" in step(entry)
+    assert "target params 60%" in page.read_text()
+    both = stated(prune(tiny_vit, tmp_path / "both.safetensors", flops="70%", size="200KB").output)
+    assert "FLOPs (budget 815K, size 200KB), seed 42" in step(both)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [5, [5], [{}], [{"target": 3, "asked": None}], [{"target": "\x1b[2J", "asked": "x" * 999}] * 99],
+)
+def test_targets_of_a_strange_file_are_shown_safely(targets):
+    line = step({"command": "prune", "flops_before": 5, "flops_after": 4, "targets": targets})
+    assert "\x1b" not in line
+    assert len(line) < 2000

@@ -19,7 +19,7 @@ from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_cut import PROBED, CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_record import slim_record
-from mhacut.commands.prune_targets import Reached, reached_budgets
+from mhacut.commands.prune_targets import Reached, reached_budgets, target_figure
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import evaluate
@@ -350,6 +350,7 @@ def _report(
         dtypes=inputs.dtypes,
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
+    figures += [target_figure(target) for target in measured.targets]
     both, log = (inputs.job.prunable, found.layers), found.planned.log
     return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
 

@@ -32,11 +32,12 @@ def slim_record(
         targets: those besides a budget of FLOPs, and what was reached.
     """
     options, loaded, plan = inputs.options, inputs.loaded, planned.plan
+    bounded = inputs.targets["flops"] is not None or options.bounds_loss
     entry: dict[str, Any] = {
         "command": "prune",
         "options": recorded_options(options),
         "seed": options.search.seed,
-        "budget": inputs.job.budget,
+        **({"budget": inputs.job.budget} if bounded else {}),
         "flops_before": inputs.job.table.dense,
         "flops_after": flops,
         "source_sha256": loaded.sha256,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mhacut.budget import Resource, Targets
+from mhacut.budget import RESOURCES, Resource, Targets, format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.figures import ModelFigures
@@ -204,6 +204,18 @@ def reached_budgets(
         )
         for budget in targets.budgets
     )
+
+
+def target_figure(target: Reached) -> tuple[str, str, str]:
+    """Return a target as a figure of the report: its name, the amount allowed, the amount reached."""
+    resource = next((resource for resource in RESOURCES if resource == target.name), None)
+    amounts = (target.most, target.reached)
+    if resource is not None:
+        most, reached = (format_amount(amount, resource) for amount in amounts)
+    else:
+        most, reached = (f"{amount:.3g}" for amount in amounts)
+    error = "" if target.standard_error is None else f", standard error {target.standard_error:.2g}"
+    return f"target {target.name} {target.asked}", f"at most {most}", reached + error
 
 
 def stored_dtypes(loaded: Checkpoint, model: nn.Module) -> Dtypes:

@@ -49,9 +49,10 @@ def smallest_within(
 ) -> tuple[Trial[T] | None, Trial[T]]:
     """Return the trial of least cost within the bound, and the one of least loss.
 
-    Losses are taken to fall as budgets grow. The next budget is where the expected loss, brought to the
-    ratio last measured, meets the bound; a bracket that hardly shrinks is halved. The search ends when
-    passing and failing budgets are at most a step apart.
+    Losses are taken to fall as budgets grow. Until one trial passes and one fails, the next budget is where
+    the expected loss, brought to the ratio last measured, meets the bound; then it is where the logarithm of
+    the loss, a line between the nearest two, does. A bracket that hardly shrinks is halved. The search ends
+    when passing and failing budgets are at most a step apart.
 
     Args:
         bracket: budgets to look at.
@@ -66,9 +67,14 @@ def smallest_within(
     best: Trial[T] | None = None
     nearest: Trial[T] | None = None
     sizes: list[int] = []
+    above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
     while passing - failing > bracket.step:
         sizes.append(passing - failing)
-        budget = _where(expected, goal, bracket)
+        if below > _LEAST and above < math.inf:
+            share = math.log(above) / (math.log(above) - math.log(below))
+            budget = round(failing + share * (passing - failing))
+        else:
+            budget = _where(expected, goal, bracket)
         if len(sizes) > 2 and sizes[-1] > _SHRINKS * sizes[-3]:
             budget = (failing + passing) // 2
         ends = failing + bracket.step, passing - bracket.step
@@ -77,11 +83,11 @@ def smallest_within(
         if nearest is None or trial.ratio < nearest.ratio:
             nearest = trial
         if trial.passes:
-            passing = min(trial.cost, budget)
+            passing, below = min(trial.cost, budget), trial.ratio
             if best is None or trial.cost <= best.cost:
                 best = trial
         else:
-            failing = budget
+            failing, above = budget, trial.ratio
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
             goal = expected(budget) / trial.ratio
     assert nearest is not None
