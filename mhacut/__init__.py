@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from mhacut.commands.export import ExportResult, export
     from mhacut.commands.finetune import finetune
     from mhacut.commands.inspect import InspectResult, inspect
-    from mhacut.commands.prune import PruneResult, prune, prune_many
+    from mhacut.commands.prune import prune, prune_many
+    from mhacut.commands.prune_result import PruneResult
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.plan import Plan
 
@@ -72,7 +73,7 @@ _HOMES = {
     "FinetuneResult": "mhacut.finetuning.result",
     "InspectResult": "mhacut.commands.inspect",
     "Plan": "mhacut.plan",
-    "PruneResult": "mhacut.commands.prune",
+    "PruneResult": "mhacut.commands.prune_result",
     "bench": "mhacut.commands.bench",
     "evaluate": "mhacut.commands.evaluate",
     "export": "mhacut.commands.export",

@@ -14,7 +14,7 @@ from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
-    from mhacut.commands.prune import PruneResult
+    from mhacut.commands.prune_result import PruneResult
     from mhacut.commands.prune_targets import Reached
     from mhacut.measuring.figures import ModelFigures
 
@@ -31,7 +31,8 @@ def prune(options: PruneOptions, console: Console) -> None:
     """
     for flops in options.flops_of_each:  # before torch is imported, which takes seconds
         Targets.parse(flops, options.params, options.size)
-    from mhacut.commands.prune import choices_of, run_prune
+    from mhacut.commands.prune import run_prune
+    from mhacut.commands.prune_result import choices_of
     from mhacut.report.pareto import choice_rows
 
     results = run_prune(options, console)

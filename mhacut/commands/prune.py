@@ -13,31 +13,24 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_cut import PROBED, CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_record import slim_record
+from mhacut.commands.prune_result import MUCH, PruneResult, choices_of
 from mhacut.commands.prune_targets import Reached, reached_budgets, target_figure
-from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.calibration_file import calibrated
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
-from mhacut.pruning.constraints import Constraint
-from mhacut.pruning.curves import Curve
-from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.repair import UnitRepair
-from mhacut.report.pareto import Choice
 from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
@@ -49,62 +42,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mhacut.options.keywords import PruneKeywords
-
-
-MUCH = 0.2
-"""Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """Outcome of :func:`prune`."""
-
-    output: Path | None
-    """The slim file; None after a dry run."""
-    architecture: str
-    plan: Plan
-    """In the indices of the model that was read."""
-    budget: int
-    """FLOPs."""
-    dense: ModelFigures
-    """Figures of the model that was read."""
-    slim: ModelFigures
-    """Figures of the file that was written, or after a dry run of the model in memory."""
-    data: str
-    """Description of the calibration images."""
-    preprocessing: Preprocessing
-    """Preprocessing of all images, which the slim file states."""
-    provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
-    not_prunable: tuple[str, ...]
-    """Lines that name what cannot be cut exactly, or is never cut, and why."""
-    repairs: Mapping[UnitKey, UnitRepair]
-    """Outcome of the repair of each unit; empty without repair."""
-    device: str
-    latency_batch_size: int
-    """Images per batch of ``latency_ms``."""
-    seconds: Mapping[str, float]
-    """Wall time of each stage."""
-    log: tuple[SearchStep, ...]
-    """Steps of the indicators, where they were trained."""
-    curves: Mapping[UnitKey, Curve]
-    """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
-    report: Path | None
-    """Page about the run; None when not asked for."""
-    divergence: float
-    """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
-    :class:`mhacut.pruning.distill.Divergence`."""
-    divergence_of: Literal["answers", "features"]
-    """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
-    judged_on: int
-    """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
-    divergence_with_tokens: float | None
-    """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
-    channels left more than :data:`MUCH`, and more than twice as much; else None."""
-    targets: tuple[Reached, ...] = ()
-    """Budgets and bounds that were asked for, and what was reached."""
-    constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, and what each is expected to cost; empty where no curve was needed."""
 
 
 def prune(
@@ -192,7 +129,8 @@ def run_prune(
 
         def in_first_process() -> tuple[PruneResult, ...]:
             planner = Planner(series[0].job, calibration)
-            results = tuple(_prune_to(inputs, planner, timer) for inputs in series)
+            written = _timed([_prune_to(inputs, planner, timer) for inputs in series], timer)
+            results = tuple(_finished(one, timer) for one in written)
             if options.report is not None and options.several:
                 dense, shared = series[0].loaded, series[0]
                 prunable = find_prunable_layers(dense.model)
@@ -202,17 +140,22 @@ def run_prune(
         return processes.from_first(in_first_process)
 
 
-def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
-    """Return the dense model and those of each budget, to compare."""
-    found = [Choice("dense", results[0].dense, None)]
-    for result in results:
-        asked = next(target.asked for target in result.targets if target.name == "flops")
-        found.append(Choice(asked, result.slim, result.divergence))
-    return tuple(found)
+@dataclass(frozen=True)
+class _Written:
+    """One file after stage 8."""
+
+    inputs: PruneInputs
+    """Inputs, with the limits that the model was cut to."""
+    found: CutModel
+    slim: nn.Module
+    """The model in the file, or after a dry run in memory."""
+    measured: _Measured
+    record: SlimRecord
+    seconds: Mapping[str, float]
 
 
-def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> PruneResult:
-    """Run the stages of one file."""
+def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Written:
+    """Run the stages of one file, up to what is measured on it alone."""
     options = inputs.options
     to = cut_within_bound if options.bounds_loss else cut_to_budget
     found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
@@ -227,11 +170,34 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> Prune
         if record != slim_record(inputs, found.planned, found.flops):
             _write_again(inputs, slim, record)
         measured = measured.with_size(inputs.target.stat().st_size, inputs)
+    return _Written(inputs, found, slim, measured, record, timer.taken())
+
+
+def _timed(written: Sequence[_Written], timer: StageTimer) -> list[_Written]:
+    """Measure latency, where that is asked for: all models take turns with the dense one."""
+    shared = written[0].inputs
+    if not shared.options.latency:
+        return list(written)
+    timer.start("measuring")
+    models = [shared.loaded.model, *(one.slim for one in written)]
+    batch, device = shared.options.latency_batch_size, shared.job.device
+    dense, *times = compare_latency(models, shared.preprocessing.input_size, batch_size=batch, device=device)
+    return [
+        replace(one, measured=one.measured.with_latency(dense, own))
+        for one, own in zip(written, times, strict=True)
+    ]
+
+
+def _finished(one: _Written, timer: StageTimer) -> PruneResult:
+    """Write the page about one file, where that is asked for, and return the result."""
     page = None
-    if options.report is not None:
+    if one.inputs.options.report is not None:
         timer.start("reporting")
-        page = _report(inputs, found, slim, measured, record)  # 9. report
-    return _result(inputs, found.planned, measured, timer.taken(), page)
+        page = _report(one)  # 9. report
+    seconds = dict(one.seconds)
+    for stage, taken in timer.taken().items():
+        seconds[stage] = seconds.get(stage, 0.0) + taken
+    return _result(one.inputs, one.found.planned, one.measured, seconds, page)
 
 
 @torch.no_grad()
@@ -296,6 +262,12 @@ class _Measured:
     with_tokens: float | None
     targets: tuple[Reached, ...]
 
+    def with_latency(self, dense: float, slim: float) -> _Measured:
+        """Return the same with the milliseconds per batch of both models."""
+        return replace(
+            self, dense=replace(self.dense, latency_ms=dense), slim=replace(self.slim, latency_ms=slim)
+        )
+
     def with_size(self, size: int, inputs: PruneInputs) -> _Measured:
         """Return the same with the file's size, and with the targets that are budgets."""
         slim = replace(self.slim, size=size)
@@ -307,10 +279,9 @@ class _Measured:
 def _measure(
     inputs: PruneInputs, calibration: Calibration, slim: nn.Module, found: CutModel, reporter: Reporter
 ) -> _Measured:
-    """Measure the slim model beside the dense one."""
-    job, options = inputs.job, inputs.options
-    dense = inputs.loaded.model
-    models = (dense, slim.to(job.device))
+    """Measure the slim model beside the dense one, but for the time that they take."""
+    job, dense = inputs.job, inputs.loaded.model
+    slim.to(job.device)
     evaluation = found.evaluation
     if evaluation is None and inputs.validation is not None:
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
@@ -319,13 +290,9 @@ def _measure(
     with_tokens = None
     if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
         with_tokens = divergence_by_merging(job, calibration)
-    times: tuple[float | None, ...] = (None, None)
-    if options.latency:
-        shape, batch = inputs.preprocessing.input_size, options.latency_batch_size
-        times = tuple(compare_latency(models, shape, batch_size=batch, device=job.device))
     size = count_bytes(dense, inputs.dtypes)
-    before = ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation, size)
-    after = ModelFigures(found.flops, count_parameters(slim), times[1], evaluation)
+    before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
+    after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
     return _Measured(
         before,
         after,
@@ -337,16 +304,15 @@ def _measure(
     )
 
 
-def _report(
-    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: _Measured, record: SlimRecord
-) -> Path:
+def _report(one: _Written) -> Path:
     """Write the page about the run."""
+    inputs, found, measured = one.inputs, one.found, one.measured
     options, dense, target = inputs.options, inputs.loaded, inputs.target
     pruned = Checkpoint.of_model(
-        slim,
+        one.slim,
         dense.identity,
         source=f"{target} (dry run)" if options.dry_run else str(target),
-        record=record,
+        record=one.record,
         dtypes=inputs.dtypes,
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
