@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mhacut.commands.export import ExportResult, export
     from mhacut.commands.finetune import finetune
     from mhacut.commands.inspect import InspectResult, inspect
-    from mhacut.commands.prune import prune
+    from mhacut.commands.prune import prune, prune_many
     from mhacut.commands.prune_result import PruneResult
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.plan import Plan
@@ -62,6 +62,7 @@ __all__ = [
     "inspect",
     "load_model",
     "prune",
+    "prune_many",
     "save_model",
 ]
 
@@ -80,6 +81,7 @@ _HOMES = {
     "inspect": "mhacut.commands.inspect",
     "load_model": "mhacut.checkpoint.load",
     "prune": "mhacut.commands.prune",
+    "prune_many": "mhacut.commands.prune",
     "save_model": "mhacut.checkpoint.write",
 }
 """Module of each name that is imported when it is first asked for."""

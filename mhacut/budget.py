@@ -1,60 +1,120 @@
-"""Budgets as people write them, and FLOPs as people read them."""
+"""Budgets as people write them, and FLOPs, parameters and bytes as people read them."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from mhacut.errors import UsageError, option_name
 
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT%]?)")
+Resource = Literal["flops", "params", "size"]
+"""Resource that a budget bounds: FLOPs, parameters, or bytes of the file. Names of options, too."""
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
+NOUNS: Mapping[Resource, str] = {"flops": "FLOPs", "params": "parameters", "size": "bytes"}
+"""Units of the resources."""
+
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT]i?B|B|[KMGT%]?)")
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BYTES = {"": 1.0, "B": 1.0} | {
+    f"{prefix}{i}B": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for i, base in (("", 1e3), ("i", 1024.0))
+}
+_FORMS: Mapping[Resource, str] = {
+    "flops": "2.0G, 600M, 2e9 or 50%",
+    "params": "2.8M, 900K, 3e6 or 50%",
+    "size": "6MB, 800KB, 5.5MiB, 6e6 or 50%",
+}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A FLOPs budget: a count, or a share of what the model has now. One FLOP is one multiply-accumulate."""
+    """A budget: an amount of a resource, or a share of what the model has now."""
 
     text: str
     """Text as the user wrote it."""
     value: float
-    """FLOPs, or a fraction in (0, 1] when ``relative``."""
+    """Amount, or a fraction in (0, 1] when ``relative``."""
     relative: bool
+    resource: Resource = "flops"
 
     @classmethod
-    def parse(cls, text: str | float) -> Budget:
-        """Read ``2.0G``, ``600M``, ``2e9`` or ``50%``.
+    def parse(cls, text: str | float, resource: Resource = "flops") -> Budget:
+        """Read ``2.0G``, ``600M``, ``2e9`` or ``50%``; of a size ``6MB``, ``5.5MiB``, ``6e6`` or ``50%``.
 
-        >>> Budget.parse("2.0G").flops(dense=4_608_338_304)
+        >>> Budget.parse("2.0G").amount(dense=4_608_338_304)
         2000000000
-        >>> Budget.parse("50%").flops(dense=4_608_338_304)
+        >>> Budget.parse("50%").amount(dense=4_608_338_304)
         2304169152
+        >>> Budget.parse("6MB", "size").amount(dense=11_000_000)
+        6000000
 
         Raises:
             UsageError: anything else.
         """
         text = str(text)
         match = _BUDGET.fullmatch(text)
+        units = {**(_BYTES if resource == "size" else _UNITS), "%": 0.01}
         value = 0.0
-        if match is not None:
-            relative = match["unit"] == "%"
-            value = float(match["number"]) * (0.01 if relative else _UNITS[match["unit"]])
+        if match is not None and match["unit"] in units:
+            value = float(match["number"]) * units[match["unit"]]
         if match is None or not 0 < value < float("inf"):
-            raise UsageError(f"{option_name('flops', text)} is not a budget; write 2.0G, 600M, 2e9 or 50%")
+            asked = option_name(resource, text)
+            raise UsageError(f"{asked} is not a budget; write {_FORMS[resource]}")
+        relative = match["unit"] == "%"
         if relative and value > 1:
-            asked = option_name("flops", text)
+            asked = option_name(resource, text)
             raise UsageError(f"{asked} is more than the model has; a share is at most 100%")
-        return cls(text, value, relative)
+        return cls(text, value, relative, resource)
 
-    def flops(self, dense: int) -> int:
-        """The budget in FLOPs for a model that has ``dense``."""
+    def amount(self, dense: int) -> int:
+        """The budget in units of its resource for a model that has ``dense``."""
         return int(self.value * dense) if self.relative else int(self.value)
 
     @property
     def label(self) -> str:
-        """The text for a file name: ``2.0G``, ``50pct``."""
-        return self.text.replace("%", "pct")
+        """The text for a file name: ``2.0G``, ``50pct``, ``params60pct``."""
+        text = self.text.replace("%", "pct")
+        return text if self.resource == "flops" else self.resource + text
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Budgets that a pruned model is to meet, all of them; at most one per resource."""
+
+    budgets: tuple[Budget, ...]
+
+    @classmethod
+    def parse(cls, flops: str | None = None, params: str | None = None, size: str | None = None) -> Targets:
+        """Read the budgets that are given.
+
+        Raises:
+            UsageError: one is no budget.
+        """
+        given: dict[Resource, str | None] = {"flops": flops, "params": params, "size": size}
+        return cls(
+            tuple(Budget.parse(text, resource) for resource, text in given.items() if text is not None)
+        )
+
+    def __getitem__(self, resource: Resource) -> Budget | None:
+        return next((budget for budget in self.budgets if budget.resource == resource), None)
+
+    @property
+    def label(self) -> str:
+        """The text for a file name: ``50pct``, ``50pct-params60pct``."""
+        return "-".join(budget.label for budget in self.budgets)
+
+
+def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str:
+    """Three significant digits of an amount, as :func:`format_flops`; of a size with its unit.
+
+    >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
+    ('2.80M', '5.72MB')
+    """
+    return format_flops(amount, up=up) + ("B" if resource == "size" else "")
 
 
 def format_flops(flops: float, *, up: bool = False) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhacut.pruning.allocate import TIE, cheapest_widths, uniform_widths
+from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import NEAR, width_choices
 
 quick = settings(deadline=None, max_examples=60)
@@ -79,7 +80,7 @@ class Problem:
         )
 
     def solve(self, budget):
-        return cheapest_widths(self.curves, self.choices, self.flops, budget)
+        return cheapest_widths(self.curves, self.choices, [Limit(self.flops, budget)])
 
 
 @quick
@@ -132,7 +133,7 @@ def test_the_dearer_unit_must_save_more():
     def flops(widths):
         return 1000 + sum(price[key] * width for key, width in widths.items())
 
-    assert cheapest_widths(dict.fromkeys(choices, curve), choices, flops, 1000 + 4 + 3 * 2) == {
+    assert cheapest_widths(dict.fromkeys(choices, curve), choices, [Limit(flops, 1000 + 4 + 3 * 2)]) == {
         ("a", "v"): 4,
         ("b", "hidden"): 2,
     }
@@ -145,7 +146,7 @@ def test_a_bump_is_not_a_reason_to_stop_before_it():
         ("a", "hidden"): {1: 10.0, 2: 8.0, 3: 8.0, 4: 0.0},
         ("b", "hidden"): {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.0},
     }
-    found = cheapest_widths(curves, choices, lambda widths: 1000 + sum(widths.values()), 1005)
+    found = cheapest_widths(curves, choices, [Limit(lambda widths: 1000 + sum(widths.values()), 1005)])
     assert found == {("a", "hidden"): 4, ("b", "hidden"): 1}
 
 
@@ -162,7 +163,7 @@ def test_q_k_and_v_are_as_wide_as_each_other_where_that_costs_next_to_nothing(ex
     def flops(widths):
         return 10_000 + sum(widths.values())
 
-    found = cheapest_widths(curves, choices, flops, 10_000 + 32)
+    found = cheapest_widths(curves, choices, [Limit(flops, 10_000 + 32)])
     assert (found["a", "qk"] == found["a", "v"]) is equal
     assert flops(found) <= 10_032
 
@@ -172,7 +173,7 @@ def test_q_k_and_v_are_as_wide_as_each_other_where_that_costs_next_to_nothing(ex
 def test_uniform_widths_are_the_same_share_of_every_unit_but_for_one_step(data):
     problem = Problem.draw(data, fixed=100_000)
     budget = problem.budget(data)
-    found = uniform_widths(problem.choices, problem.flops, budget)
+    found = uniform_widths(problem.choices, [Limit(problem.flops, budget)])
     assert problem.flops(found) <= budget
     # Some unit is more than a step ahead of another only where the other's next step would not have fitted.
     for ahead, behind in itertools.permutations(found, 2):

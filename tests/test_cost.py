@@ -78,7 +78,7 @@ def test_a_polynomial_of_degree_2_is_found_from_few_counts(data):
     assert len(asked) <= {1: 4, 2: 7, 3: 11}[len(kinds)]
     for _ in range(5):
         widths = {kind: data.draw(st.integers(1, whole[kind])) for kind in kinds}
-        assert found.flops(widths) - found.flops(whole) == count(widths) - count({})
+        assert found.at(widths) - found.at(whole) == count(widths) - count({})
 
 
 @pytest.mark.parametrize("cost", [lambda w: w**3, lambda w: w * (w + 1) // 2, lambda w: 64 * (w // 8)])

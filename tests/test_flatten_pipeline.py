@@ -262,7 +262,7 @@ def test_indicators_that_refine_a_plan_start_from_its_channels(monkeypatch):
 
         monkeypatch.setattr("mhacut.pruning.planner.search", search)
         planner = Planner(job_of(model, images, prunable=prunable), calibration)
-        planner._refined(candidates, SimpleNamespace(plan=plan))
+        planner._refined(planner.job, candidates, SimpleNamespace(plan=plan))
         for unit_plan in plan:
             assert started[unit_plan.key].basis == "channel"
             masks = started[unit_plan.key].scores > THRESHOLD

@@ -18,7 +18,7 @@ from mhacut.errors import UsageError
     ],
 )
 def test_budgets_as_people_write_them(text, flops):
-    assert Budget.parse(text).flops(dense=1000) == flops
+    assert Budget.parse(text).amount(dense=1000) == flops
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import fill_budget, lowest_flops, nearest_width, width_choices
 
 
@@ -41,7 +42,7 @@ def test_filled_budgets_fit_and_leave_less_than_one_percent_where_they_can(data,
         for widths in itertools.product(*(choices[key] for key in keys))
     )
     budget = data.draw(st.integers(low, flops(dense)))
-    widths = fill_budget(ranked, choices, flops, budget)
+    widths = fill_budget(ranked, choices, [Limit(flops, budget)])
     assert flops(widths) <= budget
     assert all(widths[key] in choices[key] for key in keys)
     # As near as any widths can come, where that is within 1 %; else no single step fits any more.
@@ -55,5 +56,5 @@ def test_filled_budgets_fit_and_leave_less_than_one_percent_where_they_can(data,
 def test_the_better_channels_win():
     ranked = {("a", "v"): [0.9, 0.8, 0.2, 0.1], ("b", "v"): [0.7, 0.3, 0.25, 0.24]}
     choices = dict.fromkeys(ranked, (1, 2, 3, 4))
-    widths = fill_budget(ranked, choices, lambda widths: sum(widths.values()), 4)
+    widths = fill_budget(ranked, choices, [Limit(lambda widths: sum(widths.values()), 4)])
     assert widths == {("a", "v"): 2, ("b", "v"): 2}

@@ -43,6 +43,7 @@ from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import DataOptions, LabelledImages, PreprocessingOptions
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
+from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import width_choices
 from mhacut.surgery.axes import channels_of
 from mhacut.surgery.costs import build_cost_table
@@ -181,7 +182,7 @@ def cut_by_scores(setup: Setup, scores_of: Callable[..., Tensor], keep: float, s
     prunable = find_prunable_layers(model)
     table = build_cost_table(model, prunable, setup.preprocessing.input_size)
     choices = {unit.key: width_choices(unit.width, ROUND_TO) for unit in prunable.units()}
-    widths = uniform_widths(choices, table.flops, int(keep / 100 * table.dense))
+    widths = uniform_widths(choices, [Limit(table.flops, int(keep / 100 * table.dense))])
     gradients = taylor_gradients(setup, seed) if scores_of is taylor else {}
     units = []
     for unit in prunable.units():

@@ -22,6 +22,7 @@ from mhacut.checkpoint.header import FLOAT_DTYPES, dtype_name
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.runtime.files import check_output, show, write_whole
+from mhacut.surgery.storage import count_bytes
 
 _SPARE_BYTES = 2**20
 """Disk space to leave free."""
@@ -62,6 +63,28 @@ def write_slim(
         _compare(temporary, Path(path), tensors, record)
 
     write_whole(path, write, overwrite=overwrite, input_path=input_path)
+
+
+def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Return the bytes of the slim file of ``model``, or a few more, before it is written.
+
+    Args:
+        model: the slim model.
+        record: the record to write with it.
+        dtypes: per tensor name the dtype to write it in.
+    """
+    tensors = count_bytes(model, dtypes)
+    described = {
+        name: {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [tensors, tensors],  # as many digits as any offset has
+        }
+        for name, tensor in model.state_dict().items()
+    }
+    header = {"__metadata__": {"format": "pt", METADATA_KEY: record.to_json()}, **described}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + len(text) + 8 + tensors  # a length, the header, what aligns it
 
 
 def save_model(

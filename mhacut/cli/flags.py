@@ -85,6 +85,8 @@ def _values(options: Mapping[str, Option], config: str | None, given: Mapping[st
             continue
         if option.takes_pairs:
             value = {**values.get(name, {}), **dict(key_value(option.flag, pair) for pair in value)}
+        if option.repeats and (option.element or len(value) == 1):
+            value = ",".join(value)
         values[name] = convert(value, option.type, option_name(name))
     return values
 
@@ -172,7 +174,7 @@ def _flag(option: Option) -> inspect.Parameter:
         rich_help_panel=option.panel,
     )
     python: Any = option.kind if option.kind in (bool, int, float) else str
-    if option.takes_pairs:
+    if option.takes_pairs or option.repeats:
         python = list[str]
     return _parameter(option.name, Annotated[python | None, info], None)
 

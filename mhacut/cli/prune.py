@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import Budget
+from mhacut.budget import NOUNS, RESOURCES, Targets, format_amount
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
@@ -15,6 +15,7 @@ from mhacut.options.prune import PruneOptions
 
 if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
+    from mhacut.commands.prune_targets import Reached
     from mhacut.measuring.figures import ModelFigures
 
 
@@ -28,15 +29,37 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
-    Budget.parse(options.flops)  # before torch is imported, which takes seconds
+    for flops in options.flops_of_each:  # before torch is imported, which takes seconds
+        Targets.parse(flops, options.params, options.size)
     from mhacut.commands.prune import run_prune
+    from mhacut.commands.prune_result import choices_of
+    from mhacut.report.pareto import choice_rows
 
-    result = run_prune(options, console)
-    console.result(_text(result), _document(result))
+    results = run_prune(options, console)
+    if len(results) == 1:
+        console.result(_text(results[0]), _document(results[0]))
+        return
+    choices = choices_of(results)
+    rows = [[safe(cell) for cell in row] for row in choice_rows(choices)]
+    texts = [table(rows), *map(_text, results)]
+    if options.report is not None:
+        texts.append(f"overview {safe(options.report)}")
+    document = {
+        "command": "prune",
+        "mhacut": __version__,
+        "pareto": [choice.to_json() for choice in choices],
+        "results": [_document(result) for result in results],
+    }
+    console.result("\n\n".join(texts), document)
 
 
 def _text(result: PruneResult) -> str:
     lines = [table([list(map(safe, row)) for row in result.rows()]), ""]
+    if [target.name for target in result.targets] != ["flops"]:
+        lines += map(_target, result.targets)
+    lines += [
+        f"{option_name(one.name, one.value)}: an estimated {one.nats:.2g} nats" for one in result.constraints
+    ]
     if result.output is None:
         lines.append("dry run: no model was written")
     else:
@@ -55,6 +78,19 @@ def _text(result: PruneResult) -> str:
     return "\n".join(lines)
 
 
+def _target(target: Reached) -> str:
+    """Return one line about a target."""
+    asked = option_name(target.name, target.asked)
+    if target.name == "max_kl":
+        return f"{asked}: {target.reached:.3g} nats"
+    if target.name == "max_drop":
+        return f"{asked}: {target.reached:.2f} points lost, standard error {target.standard_error:.2f}"
+    resource = next(resource for resource in RESOURCES if resource == target.name)
+    most, reached = (format_amount(amount, resource) for amount in (target.most, target.reached))
+    noun = "" if resource == "size" else f" {NOUNS[resource]}"
+    return f"{asked}: {reached} of at most {most}{noun}"
+
+
 def _document(result: PruneResult) -> dict[str, Any]:
     return {
         "command": "prune",
@@ -63,6 +99,10 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "report": None if result.report is None else str(result.report),
         "architecture": result.architecture,
         "budget": result.budget,
+        "targets": [target.to_json() for target in result.targets],
+        "constraints": [
+            {"option": one.name, "value": one.value, "nats": _finite(one.nats)} for one in result.constraints
+        ],
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
         "divergence": _finite(result.divergence),
@@ -104,6 +144,7 @@ def _figures(figures: ModelFigures) -> dict[str, Any]:
     return {
         "flops": figures.flops,
         "parameters": figures.parameters,
+        "size": figures.size,
         "latency_ms": figures.latency_ms,
         "top1": None if evaluation is None else evaluation.top1,
         "top5": None if evaluation is None else evaluation.top5,

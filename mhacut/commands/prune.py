@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,32 +14,32 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.provenance import license_for_history
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import write_slim
+from mhacut.checkpoint.write import file_size, write_slim
+from mhacut.commands.prune_cut import PROBED, CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
-from mhacut.commands.prune_result import PruneResult
+from mhacut.commands.prune_record import slim_record
+from mhacut.commands.prune_result import MUCH, PruneResult, choices_of
+from mhacut.commands.prune_targets import Reached, reached_budgets, target_figure
 from mhacut.data import ImagesInMemory
-from mhacut.errors import DataError, MhacutError
-from mhacut.measuring.accuracy import accuracy_for_history, evaluate
+from mhacut.errors import DataError, MhacutError, UsageError, option_name
+from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.check import check_exact, check_flops, same_outputs
+from mhacut.pruning.calibration_file import calibrated
+from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.recover import recover
-from mhacut.report.prune_page import measured_figures, write_report
-from mhacut.report.stored_curves import curves_to_json
+from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.progress_bar import reporting
-from mhacut.runtime.versions import software_versions
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.slice import cut
+from mhacut.surgery.storage import count_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,20 +47,16 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import PruneKeywords
 
 
-MUCH = 0.2
-"""Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
-
-
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
-    flops: str | float,
+    flops: str | float | None = None,
     images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[PruneKeywords],
 ) -> PruneResult:
-    """Cut ``checkpoint`` down to ``flops`` and write a slim safetensors file.
+    """Cut ``checkpoint`` down to its targets and write a slim safetensors file.
 
         result = mhacut.prune(model, flops="50%", images=(images, labels))
         slim = result.model()
@@ -69,7 +65,9 @@ def prune(
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
             module, which is copied. ``model_args`` then are the arguments that it was built with, except for
             ``num_classes`` and ``img_size``.
-        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate.
+        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
+            ``size``, ``max_kl`` or ``max_drop`` may stand in its place, the first two also beside it; for
+            several budgets see :func:`prune_many`.
         images: in place of ``data_dir``, images in memory, normalised as the model's are: float
             [N, C, H, W]; a tuple of these and labels, int [N]; or a ``DataLoader``, or any iterable, of such
             batches, which is read until there are enough images (shuffle it). With labels, accuracy is
@@ -84,11 +82,54 @@ def prune(
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    module = checkpoint if isinstance(checkpoint, nn.Module) else None
-    path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    given = PruneOptions.from_flat(checkpoint=path, flops=str(flops), **options)
+    if flops is not None and not isinstance(flops, str | int | float):
+        raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
     with reporting(reporter, progress) as shown:
-        return run_prune(given, shown, module, images)
+        (result,) = _prune_all(checkpoint, None if flops is None else str(flops), shown, images, options)
+    return result
+
+
+def prune_many(
+    checkpoint: PathLike | nn.Module,
+    *,
+    flops: Sequence[str | float],
+    images: ImagesInMemory | None = None,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Unpack[PruneKeywords],
+) -> tuple[PruneResult, ...]:
+    """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
+
+    The files are those that :func:`prune` would write. Budgets after the first cost planning, repair and
+    measuring only.
+
+    Args:
+        checkpoint: as :func:`prune` takes it.
+        flops: budgets, all different.
+        images: as :func:`prune` takes them.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
+        options: those of the command line; ``{}`` in the name of ``output`` becomes the budget (``50pct``).
+
+    Raises:
+        MhacutError: as :func:`prune`; files of earlier budgets may have been written.
+    """
+    with reporting(reporter, progress) as shown:
+        return _prune_all(checkpoint, tuple(map(str, flops)), shown, images, options)
+
+
+def _prune_all(
+    checkpoint: PathLike | nn.Module,
+    flops: str | tuple[str, ...] | None,
+    reporter: Reporter,
+    images: ImagesInMemory | None,
+    options: Mapping[str, Any],
+) -> tuple[PruneResult, ...]:
+    module = checkpoint if isinstance(checkpoint, nn.Module) else None
+    read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
+    amounts = {name: str(options[name]) for name in ("params", "size") if options.get(name) is not None}
+    given = PruneOptions.from_flat(checkpoint=read, flops=flops, **{**options, **amounts})
+    return run_prune(given, reporter, module, images)
 
 
 def run_prune(
@@ -96,51 +137,38 @@ def run_prune(
     reporter: Reporter,
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
-) -> PruneResult:
-    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint."""
+) -> tuple[PruneResult, ...]:
+    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint.
+
+    Returns:
+        The results of each budget, in their order. What does not depend on budgets is done once.
+    """
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            inputs = read_inputs(options, processes, timer, module, images)  # 1. read
-        job = inputs.job
+            series = read_inputs(options, processes, timer, module, images)  # 1. read
         if images is not None:
-            _check_same_images(job.images, processes)
-        calibration = job.calibrate(processes)  # 2. calibrate
+            _check_same_images(series[0].job.images, processes)
+        kept = None if options.calibration is None else Path(options.calibration)
+        calibration = calibrated(series[0].job, kept, processes)  # 2. calibrate
         made: list[nn.Module] = []
 
-        def in_first_process() -> PruneResult:
-            planned = Planner(job, calibration).plan()  # 3. plan
-            timer.start("cutting")
-            ready = planned.ready
-            slim = copy.deepcopy(ready.model.cpu())
-            cut(slim, ready.plan, ready.channel_scales, job.prunable)  # 4. cut
-            slim_layers = find_prunable_layers(slim)
-            flops = check_flops(slim, job, planned)  # 5. check
-            check_exact(slim, job, ready, job.images[:_PROBED])
-            slim = recover(slim, slim_layers, job, calibration, planned.merged)  # 6. recover
-            if not options.dry_run:
-                timer.start("writing")
-                slim = _write(inputs, slim, _record(inputs, planned, flops))  # 7. write
-            timer.stop()
-            seconds = timer.seconds
-            measured = _measure(inputs, calibration, slim, flops, timer)  # 8. measure
-            if not options.dry_run and measured.slim.evaluation is not None:
-                timer.start("writing")
-                _write_again(inputs, slim, _record(inputs, planned, flops, measured))
-            timer.stop()
-            seconds["measuring"] = sum(timer.seconds.values()) - sum(seconds.values())
-            page = None
-            if options.report is not None:
-                timer.start("reporting")
-                page = _report(inputs, planned, slim, slim_layers, measured)  # 9. report
-                timer.stop()
-                seconds["reporting"] = timer.seconds["reporting"]
-            made.append(slim.cpu())
-            return _result(inputs, planned, measured, (seconds, timer.seconds), page)
+        def in_first_process() -> tuple[PruneResult, ...]:
+            planner = Planner(series[0].job, calibration)
+            written = _timed([_prune_to(inputs, planner, timer) for inputs in series], timer)
+            results = tuple(_finished(one, timer) for one in written)
+            if options.report is not None and options.several:
+                dense, shared = series[0].loaded, series[0]
+                prunable = find_prunable_layers(dense.model)
+                write_overview(options, dense, prunable, choices_of(results), shared.provenance)
+            made.extend(one.slim.cpu() for one in written)
+            return results
 
-        result = processes.from_first(in_first_process)
-        # The model stays where it is: other processes find it in the file.
-        return replace(result, _model=made[0]) if made else result
+        results = processes.from_first(in_first_process)
+        # The models stay where they are: other processes find them in the files.
+        return tuple(
+            replace(result, _model=made[number]) if made else result for number, result in enumerate(results)
+        )
 
 
 def _check_same_images(images: Tensor, processes: Processes) -> None:
@@ -153,8 +181,73 @@ def _check_same_images(images: Tensor, processes: Processes) -> None:
             )
 
 
-_PROBED = 4
-"""Number of images on which the cut and the written model are checked."""
+@dataclass(frozen=True)
+class _Written:
+    """One file after stage 8."""
+
+    inputs: PruneInputs
+    """Inputs, with the limits that the model was cut to."""
+    found: CutModel
+    slim: nn.Module
+    """The model in the file, or after a dry run in memory."""
+    measured: _Measured
+    record: SlimRecord
+    seconds: Mapping[str, float]
+    """Of the stages up to 7."""
+    measuring: Mapping[str, float]
+    """Seconds of stage 8, by what is measured."""
+
+
+def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Written:
+    """Run the stages of one file, up to what is measured on it alone."""
+    options = inputs.options
+    to = cut_within_bound if options.bounds_loss else cut_to_budget
+    found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
+    inputs, slim = replace(inputs, job=found.job), found.model
+    if not options.dry_run:
+        timer.start("writing")
+        slim = _write(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+    seconds = timer.taken()
+    measured = _measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
+    record, measured = _final_record(inputs, found, slim, measured)
+    if not options.dry_run:
+        timer.start("writing")
+        if record != slim_record(inputs, found.planned, found.flops):
+            _write_again(inputs, slim, record)
+        measured = measured.with_size(inputs.target.stat().st_size, inputs)
+    return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
+
+
+def _timed(written: Sequence[_Written], timer: StageTimer) -> list[_Written]:
+    """Measure latency, where that is asked for: all models take turns with the dense one."""
+    shared = written[0].inputs
+    if not shared.options.latency:
+        return list(written)
+    timer.start("timing")
+    models = [shared.loaded.model, *(one.slim for one in written)]
+    batch, device = shared.options.latency_batch_size, shared.job.device
+    dense, *times = compare_latency(models, shared.preprocessing.input_size, batch_size=batch, device=device)
+    return [
+        replace(one, measured=one.measured.with_latency(dense, own))
+        for one, own in zip(written, times, strict=True)
+    ]
+
+
+def _finished(one: _Written, timer: StageTimer) -> PruneResult:
+    """Write the page about one file, where that is asked for, and return the result."""
+    page = None
+    shared = timer.taken()
+    if one.inputs.options.report is not None:
+        timer.start("reporting")
+        page = _report(one)  # 9. report
+    own = timer.taken()
+    measuring = sum(one.measuring.values()) + sum(shared.values())
+    seconds = {**one.seconds, "measuring": measuring, **own}
+    stages: dict[str, float] = {}
+    for part in (one.seconds, one.measuring, shared, own):
+        for stage, taken in part.items():
+            stages[stage] = stages.get(stage, 0.0) + taken
+    return _result(one.inputs, one.found.planned, one.measured, (seconds, stages), page)
 
 
 @torch.no_grad()
@@ -173,11 +266,28 @@ def _write(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Modul
         parameter.copy_(parameter.to(dtypes[name]))
     reloaded = load_model(target)
     # The tensors were compared bit for bit when they were written.
-    if not same_outputs(reloaded, slim, inputs.images.images[:_PROBED]):
+    if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
         raise MhacutError(
             f"{target}: was written but gives other logits than the model in memory; do not use it"
         )
     return reloaded
+
+
+def _final_record(
+    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: _Measured
+) -> tuple[SlimRecord, _Measured]:
+    """Return the record with all that was measured, and the measurements with the size of the file with it.
+
+    The size that the record states is that of the file, or a few bytes more.
+    """
+
+    def record(targets: Sequence[Reached]) -> SlimRecord:
+        stated = () if inputs.options.flops is not None and len(targets) == 1 else targets
+        return slim_record(inputs, found.planned, found.flops, measured.slim.evaluation, stated)
+
+    nearly = measured.with_size(count_bytes(slim, inputs.dtypes), inputs)  # a number of as many digits
+    measured = measured.with_size(file_size(slim, record(nearly.targets), inputs.dtypes), inputs)
+    return record(measured.targets), measured
 
 
 def _write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
@@ -200,17 +310,30 @@ class _Measured:
     divergence_of: Literal["answers", "features"]
     judged_on: int
     with_tokens: float | None
+    targets: tuple[Reached, ...]
+
+    def with_latency(self, dense: float, slim: float) -> _Measured:
+        """Return the same with the milliseconds per batch of both models."""
+        return replace(
+            self, dense=replace(self.dense, latency_ms=dense), slim=replace(self.slim, latency_ms=slim)
+        )
+
+    def with_size(self, size: int, inputs: PruneInputs) -> _Measured:
+        """Return the same with the file's size, and with the targets that are budgets."""
+        slim = replace(self.slim, size=size)
+        bounds = (target for target in self.targets if target.name in ("max_kl", "max_drop"))
+        budgets = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
+        return replace(self, slim=slim, targets=(*budgets, *bounds))
 
 
 def _measure(
-    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, flops: int, reporter: Reporter
+    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, found: CutModel, reporter: Reporter
 ) -> _Measured:
-    """Measure the slim model beside the dense one."""
-    job, options = inputs.job, inputs.options
-    dense = inputs.loaded.model
-    models = (dense, slim.to(job.device))
-    evaluation = None
-    if inputs.validation is not None:
+    """Measure the slim model beside the dense one, but for the time that they take."""
+    job, dense = inputs.job, inputs.loaded.model
+    slim.to(job.device)
+    evaluation = found.evaluation
+    if evaluation is None and inputs.validation is not None:
         reporter.start("evaluating")
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
     reporter.start("comparing")
@@ -219,36 +342,35 @@ def _measure(
     with_tokens = None
     if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
         with_tokens = divergence_by_merging(job, calibration)
-    times: tuple[float | None, ...] = (None, None)
-    if options.latency:
-        reporter.start("timing")
-        size, batch = inputs.preprocessing.input_size, options.latency_batch_size
-        times = tuple(compare_latency(models, size, batch_size=batch, device=job.device))
+    size = count_bytes(dense, inputs.dtypes)
+    before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
+    after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
     return _Measured(
-        ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation),
-        ModelFigures(flops, count_parameters(slim), times[1], evaluation),
+        before,
+        after,
         divergence,
         "answers" if judge.divergence.classifier else "features",
         len(judge.images),
         with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
+        found.bounds,
     )
 
 
-def _report(
-    inputs: PruneInputs, planned: Planned, slim: nn.Module, layers: PrunableLayers, measured: _Measured
-) -> Path:
+def _report(one: _Written) -> Path:
     """Write the page about the run."""
+    inputs, found, measured = one.inputs, one.found, one.measured
     options, dense, target = inputs.options, inputs.loaded, inputs.target
     pruned = Checkpoint.of_model(
-        slim,
+        one.slim,
         dense.identity,
         source=f"{target} (dry run)" if options.dry_run else str(target),
-        record=_record(inputs, planned, measured.slim.flops),
+        record=one.record,
         dtypes=inputs.dtypes,
     )
     figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
-    both = (inputs.job.prunable, layers)
-    return write_report(options, dense, pruned, both, inputs.images, planned.log, figures, inputs.provenance)
+    figures += [target_figure(target) for target in measured.targets]
+    both, log = (inputs.job.prunable, found.layers), found.planned.log
+    return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
 
 
 def _result(
@@ -281,40 +403,6 @@ def _result(
         divergence_of=measured.divergence_of,
         judged_on=measured.judged_on,
         divergence_with_tokens=measured.with_tokens,
+        targets=measured.targets,
+        constraints=planned.constraints,
     )
-
-
-def _record(
-    inputs: PruneInputs, planned: Planned, flops: int, measured: _Measured | None = None
-) -> SlimRecord:
-    """Return what the slim file states about itself."""
-    options, loaded, plan = inputs.options, inputs.loaded, planned.plan
-    entry: dict[str, Any] = {
-        "command": "prune",
-        "options": {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS},
-        "seed": options.search.seed,
-        "budget": inputs.job.budget,
-        "flops_before": inputs.job.table.dense,
-        "flops_after": flops,
-        "source_sha256": loaded.sha256,
-        "data": inputs.images.description,
-        **inputs.provenance.to_history(),
-        **({} if measured is None else accuracy_for_history(inputs.evaluation, measured.slim.evaluation)),
-        **({} if loaded.record is not None else license_for_history(loaded)),
-        "versions": software_versions(),
-    }
-    if planned.curves:
-        entry["curves"] = curves_to_json(planned.curves, plan)
-    earlier = loaded.record
-    return SlimRecord(
-        identity=loaded.identity,
-        plan=plan if earlier is None else plan.after(earlier.plan),
-        preprocessing=inputs.preprocessing.to_json(),
-        history=(*(() if earlier is None else earlier.history), entry),
-    )
-
-
-# Where files lie on the machine that made a slim file is nobody else's business.
-_LOCAL_OPTIONS = frozenset(
-    {"checkpoint", "output", "report", "overwrite", "dry_run", "data_dir", "class_map", "workers"}
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mhacut.budget import Budget
+from mhacut.budget import Targets
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
@@ -19,6 +19,7 @@ from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.commands.prune_stages import expected_stages
+from mhacut.commands.prune_targets import Reach, options_of_each, parse_targets, stored_dtypes
 from mhacut.data import (
     CalibrationImages,
     ImagesInMemory,
@@ -28,15 +29,16 @@ from mhacut.data import (
     has_split,
 )
 from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
-from mhacut.errors import UnsupportedModelError, option_name
+from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.measuring.normalisation import SAMPLE, Batches
-from mhacut.options.base import IN_MEMORY
+from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import TokenPlan, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
+from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
-from mhacut.pruning.widths import reachable_budget
+from mhacut.pruning.limits import Limits
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import check_output
@@ -47,6 +49,7 @@ from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.merging import why_not_merged
 from mhacut.surgery.read import tokens_read
+from mhacut.surgery.storage import Dtypes
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {
@@ -80,19 +83,19 @@ class PruneInputs:
     """Labelled images to measure accuracy on; None without any."""
     evaluation: Evaluation | None
     """Accuracy of the dense model, in the first process."""
+    right: tuple[bool, ...]
+    """Whether the dense model's first answer is right, for each image that its accuracy was measured on."""
     target: Path
     """Slim file to write."""
     job: Job
+    """The job, with the limits that the targets set; none where a bound on the loss decides."""
+    targets: Targets
+    """Budgets of this file."""
 
     @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each tensor of the job's model in the slim file: that of the tensor it was read from."""
-        read, found = self.loaded.dtypes, dict[str, torch.dtype]()
-        for name, tensor in self.job.model.state_dict().items():
-            # What is only there where tokens are left out is stored as the rest of its layer.
-            alike = f"{name.rsplit('.', 2)[0]}.proj.weight"
-            found[name] = read.get(name, read.get(alike, tensor.dtype))
-        return found
+    def dtypes(self) -> Dtypes:
+        """Dtype of each tensor of the job's model in the slim file."""
+        return stored_dtypes(self.loaded, self.job.model)
 
 
 def read_inputs(
@@ -101,8 +104,11 @@ def read_inputs(
     reporter: Reporter,
     module: nn.Module | None = None,
     given: ImagesInMemory | None = None,
-) -> PruneInputs:
+) -> tuple[PruneInputs, ...]:
     """Read the checkpoint and the images; measure the dense model.
+
+    Returns:
+        The inputs of each file to write; they differ in their options, file and limits only.
 
     Args:
         options: of the command.
@@ -114,15 +120,57 @@ def read_inputs(
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
-    budget = Budget.parse(options.flops)
+    targets = parse_targets(options)
     check_one_source(given, options.data)
-    _check_outputs(options)
+    if not options.several:
+        _check_outputs(options)
     reporter.start("reading")
     _log_idle_options(options, processes, reporter, in_memory=given is not None)
     loaded = _open(options, reporter, module)
-    target = _target(options, loaded, budget)
+    each = options_of_each(options, loaded.stem)
+    for own in (options, *each) if options.several else each:
+        _check_outputs(own, loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    job, limits = _job(options, loaded, preprocessing, targets, reporter)
+    _check_bounds(options, classifier_size(dense), in_memory=given is not None)
+    dense.to(processes.device)
+    images, validation, origins = _images(loaded, options, preprocessing, given, processes, reporter)
+    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
+    if not options.bounds_loss:  # else nobody knows how many models it takes
+        measured, budget = 0 if validation is None else len(validation), limits[0][0]
+        expect(reporter, expected_stages(options, replace(job, budget=budget), measured, len(each)))
+    evaluated = _evaluated(dense, validation, processes, reporter)
+    return tuple(
+        PruneInputs(
+            own,
+            loaded,
+            preprocessing,
+            origins,
+            images,
+            validation,
+            *evaluated,
+            Path(str(own.output)),
+            replace(job, budget=flops, storage=storage),
+            asked,
+        )
+        for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
+    )
+
+
+def _job(
+    options: PruneOptions,
+    loaded: Checkpoint,
+    preprocessing: Preprocessing,
+    targets: Sequence[Targets],
+    reporter: Reporter,
+) -> tuple[Job, list[tuple[int, Limits]]]:
+    """Return the job, as yet without images, and the FLOPs and other limits of each file.
+
+    Raises:
+        BudgetError: a target is out of reach, or there is nothing to prune.
+    """
+    dense, size = loaded.model, preprocessing.input_size
     merges, tokens = _merges(options, dense), _tokens(dense, options, reporter)
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
@@ -130,38 +178,27 @@ def read_inputs(
     prunable = find_prunable_layers(model)
     units = prunable.units(_KINDS[options.scope])
     counted = with_tokens(model, replace(tokens, merged=merged))
-    size = preprocessing.input_size
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model), prunable, size) if merges else None
-    flops = reachable_budget(budget, table, units, options.round_to, fewest)
-    _log_limits(flops, table, prunable, reporter)
-    dense.to(processes.device)
-    images, validation, origins = _images(loaded, options, preprocessing, given, processes, reporter)
     job = Job(
-        model=model.to(processes.device),
+        model=model,
         prunable=prunable,
         units=units,
         table=table,
-        budget=flops,
-        images=images.images,
-        labels=images.labels,
+        budget=table.dense,
+        images=torch.empty(0, *size),
         options=options.search,
         round_to=options.round_to,
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
         merged=merged,
+        constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
-    expect(reporter, expected_stages(options, job, 0 if validation is None else len(validation)))
-    evaluation = _evaluated(dense, validation, processes, reporter)
-    return PruneInputs(options, loaded, preprocessing, origins, images, validation, evaluation, target, job)
-
-
-def _target(options: PruneOptions, loaded: Checkpoint, budget: Budget) -> Path:
-    target = Path(options.output or f"{loaded.stem}-{budget.label}.safetensors")
-    if not options.dry_run:
-        check_output(target, overwrite=options.overwrite, input_path=loaded.path)
-    return target
+    reach = Reach(options, loaded, job)
+    limits = [reach.limits(asked, fewest) for asked in targets]
+    _log_limits(max(flops for flops, _ in limits), table, prunable, reporter)
+    return job, limits
 
 
 def _images(
@@ -177,6 +214,9 @@ def _images(
     classes = classifier_size(loaded.model)
     if given is not None:  # normalised elsewhere: there is nothing to check
         found = _from_memory(given, options, preprocessing, classes, reporter)
+        if options.max_drop is not None and found[1] is None:
+            asked = option_name("max_drop", options.max_drop)
+            raise UsageError(f"{asked}: expected labels with the images, to judge on")
         return *found, provenance(loaded, options.preprocessing)
     images = _calibration_images(options, preprocessing, classes, reporter)
     validation = _validation_images(options, preprocessing, classes, reporter)
@@ -185,7 +225,7 @@ def _images(
 
 
 def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporter: Reporter) -> None:
-    if budget >= table.flops({}):
+    if table.flops({}) <= budget < table.dense:
         reporter.log("without the tokens left out the model is within the budget: no channel need be cut")
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
@@ -252,12 +292,19 @@ def _provenance(
 
 def _evaluated(
     dense: nn.Module, validation: LabelledBatches | None, processes: Processes, reporter: Reporter
-) -> Evaluation | None:
-    """Measure the dense model's accuracy, in the first process, where there are labelled images."""
+) -> tuple[Evaluation | None, tuple[bool, ...]]:
+    """Measure the dense model's accuracy, in the first process, where there are labelled images.
+
+    Returns:
+        The accuracy, and whether each answer is right.
+    """
     if validation is None or not processes.first:
-        return None
+        return None, ()
     reporter.start("evaluating")
-    return evaluate(dense, validation, device=processes.device, progress=reporter.advance)
+    right: list[bool] = []
+    device, progress = processes.device, reporter.advance
+    found = evaluate(dense, validation, device=device, progress=progress, right=right)
+    return found, tuple(right)
 
 
 def _cost_table(
@@ -300,12 +347,44 @@ def _tokens(dense: nn.Module, options: PruneOptions, reporter: Reporter) -> Toke
     return replace(applied, read=read)
 
 
-def _check_outputs(options: PruneOptions) -> None:
-    paths = [options.report, None if options.dry_run else options.output]
-    for path in paths:
+def _check_outputs(options: PruneOptions, read: PathLike | None = None) -> None:
+    """Check the files to write; ``read`` is the checkpoint, where it was found."""
+    named = None if options.checkpoint == IN_MEMORY else options.checkpoint
+    kept = options.calibration
+    if kept is not None and Path(kept).exists():
+        kept = None  # and is read
+    if kept is not None:
+        check_output(kept, overwrite=False, input_path=read or named)
+    for path in (options.report, None if options.dry_run else options.output):
         if path is not None:
-            read = None if options.checkpoint == IN_MEMORY else options.checkpoint
-            check_output(path, overwrite=options.overwrite, input_path=read)
+            check_output(path, overwrite=options.overwrite, input_path=read or named)
+
+
+def _check_bounds(options: PruneOptions, classes: int, *, in_memory: bool) -> None:
+    """Refuse bounds on the loss that could not be judged.
+
+    Raises:
+        UsageError: there is no classifier, or there are no labelled images.
+    """
+    for name in ("max_kl", "max_drop"):
+        bound = getattr(options, name)
+        if bound is not None and classes < 2:
+            raise UsageError(
+                f"{option_name(name, bound)}: expected a classifier; this model has none and gives features"
+            )
+    if options.max_drop is None:
+        return
+    asked, data = option_name("max_drop", options.max_drop), options.data
+    if not options.labels:
+        raise UsageError(f"{asked}: expected labels, which {option_name('labels', False)} leaves out")
+    if options.eval_images == 0:
+        raise UsageError(f"{asked}: expected images to judge on, found {option_name('eval_images', 0)}")
+    if not in_memory and (not data.has_images or not has_split(data, data.val_split)):
+        where = f"split {data.val_split!r} ({option_name('val_split')}) of {option_name('data_dir')}"
+        raise UsageError(
+            f"{asked}: expected labelled images to judge on, in the {where}; without labels, "
+            f"{option_name('max_kl')} bounds the KL divergence"
+        )
 
 
 def _log_idle_options(

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from mhacut.budget import format_flops
+from mhacut.budget import format_amount, format_flops
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
+from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
 from mhacut.measuring.figures import ModelFigures
 from mhacut.plan import Plan, UnitKey
+from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.repair import UnitRepair
 from mhacut.report.html_table import html_table
+from mhacut.report.pareto import Choice
+
+MUCH = 0.2
+"""Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,11 @@ class PruneResult:
     """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
     divergence_with_tokens: float | None
     """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
-    channels left more than :data:`mhacut.commands.prune.MUCH`, and more than twice as much; else None."""
+    channels left more than :data:`MUCH`, and more than twice as much; else None."""
+    targets: tuple[Reached, ...] = ()
+    """Budgets and bounds that were asked for, and what was reached."""
+    constraints: tuple[Constraint, ...] = ()
+    """Constraints on widths, and what each is expected to cost; empty where no curve was needed."""
     _model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -90,6 +100,10 @@ class PruneResult:
             label = f"latency, ms (batch {self.latency_batch_size}, {self.device})"
             ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
             rows.append((label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio))
+        if any(target.name == "size" for target in self.targets) and dense.size and slim.size:
+            ratio = f"{100 * slim.size / dense.size:.1f}%"
+            sizes = format_amount(dense.size, "size"), format_amount(slim.size, "size")
+            rows.append(("file", *sizes, ratio))
         label = "KL to dense" if self.divergence_of == "answers" else "error of features, of their variance"
         rows.append((f"{label} ({self.judged_on} images)", "", f"{self.divergence:.2g}", ""))
         return rows
@@ -107,3 +121,12 @@ class PruneResult:
         if self._model is None:
             return load_model(self.output)
         return copy.deepcopy(self._model).requires_grad_(True)
+
+
+def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
+    """Return the dense model and those of each budget, to compare."""
+    found = [Choice("dense", results[0].dense, None)]
+    for result in results:
+        asked = next(target.asked for target in result.targets if target.name == "flops")
+        found.append(Choice(asked, result.slim, result.divergence))
+    return tuple(found)

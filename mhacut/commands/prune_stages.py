@@ -27,14 +27,18 @@ _WRITTEN = 0.5
 _TIMED = 3.0
 _REPORTED = 1.0
 
+_SHARED = frozenset({"calibrating", "ranking channels", "measuring error curves", "timing"})
+"""Stages that are run once for several files."""
 
-def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[StageShare]:
+
+def expected_stages(options: PruneOptions, job: Job, measured: int, files: int = 1) -> list[StageShare]:
     """Return the stages that ``mhacut prune`` has or had after it has read its inputs.
 
     Args:
         options: of the command.
         job: what is pruned.
         measured: number of batches that accuracy is measured on, before and after; 0 for none.
+        files: number of files that are written.
     """
     search, count = options.search, len(job.images)
     gflops, kept = job.table.dense / 1e9, job.budget / 1e9
@@ -66,8 +70,14 @@ def expected_stages(options: PruneOptions, job: Job, measured: int) -> list[Stag
         "timing": _TIMED * options.latency,
         "reporting": _REPORTED * (options.report is not None),
     }
-    # With an accuracy, the file is written once more to state it.
-    twice = ("evaluating", "writing") if measured else ()
-    return [
-        StageShare(stage, share, 2 if stage in twice else 1) for stage, share in seconds.items() if share > 0
-    ]
+    found = []
+    for stage, share in seconds.items():
+        visits = 1 if stage in _SHARED else files
+        if measured and stage in ("evaluating", "writing"):
+            # The dense model is evaluated too; a file is written once more to state its accuracy.
+            visits = files + 1 if stage == "evaluating" else 2 * files
+            share = share * (files + 1) / 2 if stage == "evaluating" else share * files
+        elif stage not in _SHARED:
+            share = share * files
+        found.append(StageShare(stage, share, visits))
+    return [share for share in found if share.share > 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,24 @@ class Evaluation:
     """Mean cross-entropy, in nats."""
 
 
+def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Return the standard error, in points, of the difference of two top-1 accuracies on the same images.
+
+    It is that of paired answers: images on which both models are right, or both wrong, add nothing to it.
+
+    >>> round(standard_error_of_drop([True] * 100, [True] * 99 + [False]), 3)
+    1.0
+
+    Args:
+        before: whether each image's label is the first answer of one model.
+        after: likewise of the other, in the same order.
+    """
+    lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
+    mean = sum(lost) / len(lost)
+    variance = sum((one - mean) ** 2 for one in lost) / max(len(lost) - 1, 1)
+    return 100 * math.sqrt(variance / len(lost))
+
+
 def accuracy_for_history(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """Return the item of a command's entry in a slim file's history; nothing unless both were measured."""
     if before is None or after is None:
@@ -46,6 +65,7 @@ def evaluate(
     device: torch.device,
     amp: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    right: list[bool] | None = None,
 ) -> Evaluation:
     """Measure the top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
 
@@ -55,34 +75,30 @@ def evaluate(
         device: to compute on.
         amp: bfloat16 autocast.
         progress: called after each batch with (batches done, batches in all; 0 if the loader does not say).
+        right: receives, for each image in turn, whether its label is the model's first answer.
 
     Raises:
         DataError: no images, or what the loader raises.
         MhacutError: outputs that are not finite, which would rank as the best, or out of memory.
     """
-    began = time.perf_counter()
-    was_training = model.training
+    began, was_training = time.perf_counter(), model.training
     model.to(device).eval()
     batches = len(loader) if isinstance(loader, Sized) else 0
-    first = first_five = images = 0
-    classes = 0
+    first = first_five = images = classes = 0
     loss = 0.0
     try:
         for done, (inputs, labels) in enumerate(loader, start=1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 logits = _logits(model, inputs.to(device), device)
-            if not bool(logits.isfinite().all()):
-                bad = int((~logits.isfinite()).any(dim=1).sum())
-                raise MhacutError(
-                    f"the model's outputs are not finite for {bad} of {len(labels)} images of batch {done}; "
-                    "no accuracy is given" + (f". Try without {option_name('amp')}" if amp else "")
-                )
+            _check_finite(logits, done, amp)
             classes = logits.shape[1]
-            best = logits.float().topk(min(_TOP, classes), dim=1).indices  # [B, 5]
-            right = best == labels.to(device)[:, None]
+            best = logits.float().topk(min(_TOP, classes), dim=1).indices
+            hits = best == labels.to(device)[:, None]  # [B, 5]
             loss += float(F.cross_entropy(logits.float(), labels.to(device), reduction="sum"))
-            first += int(right[:, 0].sum())
-            first_five += int(right.sum())
+            first += int(hits[:, 0].sum())
+            first_five += int(hits.sum())
+            if right is not None:
+                right += hits[:, 0].tolist()
             images += len(labels)
             if progress is not None:
                 progress(done, batches)
@@ -97,6 +113,15 @@ def evaluate(
         seconds=time.perf_counter() - began,
         loss=loss / images,
     )
+
+
+def _check_finite(logits: Tensor, batch: int, amp: bool) -> None:
+    if not bool(logits.isfinite().all()):
+        bad = int((~logits.isfinite()).any(dim=1).sum())
+        raise MhacutError(
+            f"the model's outputs are not finite for {bad} of {len(logits)} images of batch {batch}; "
+            "no accuracy is given" + (f". Try without {option_name('amp')}" if amp else "")
+        )
 
 
 def _logits(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:

@@ -17,3 +17,5 @@ class ModelFigures:
     """Median of interleaved runs, per batch; None when not measured."""
     evaluation: Evaluation | None = None
     """Accuracy on the validation images; None without any."""
+    size: int | None = None
+    """Bytes of the file, in the dtype of the checkpoint; of the dense model, those of its tensors."""

@@ -89,11 +89,11 @@ def convert(value: object, kind: Any, where: str) -> Any:
         return _checked(value, is_int(value), "a whole number", where)
     if float in kinds:
         return _number(value, where)
-    if any(get_origin(option) is tuple for option in kinds):
+    if any(get_origin(option) is tuple for option in kinds) and (str not in kinds or isinstance(value, list)):
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
         (element, *_) = next(get_args(option) for option in kinds if get_origin(option) is tuple)
         return tuple(_element(part, element, where) for part in parts)
-    if any(get_origin(option) not in (None, Literal, os.PathLike) for option in kinds):
+    if any(get_origin(option) not in (None, Literal, os.PathLike, tuple) for option in kinds):
         return _pairs(value, where)
     if is_number(value):
         value = str(value)  # a budget of 2000000000 needs no quotes

@@ -301,6 +301,29 @@ class InspectKeywords(
     """Images per batch. Default: 16."""
 
 
+class TargetKeywords(TypedDict, total=False):
+    """Budgets, all of which are met, or bounds on the loss, within which the smallest model is found."""
+    params: str | None
+    """Budget of parameters: 2.8M or 50%. Budgets of several kinds are all met."""
+    size: str | None
+    """Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint."""
+    max_kl: float | None
+    """Find the smallest model whose answers have at most this KL divergence, in nats, from the dense model's,
+    on the held-out calibration images."""
+    max_drop: float | None
+    """Find the smallest model that loses at most so many points of top-1 accuracy on the labelled validation
+    images."""
+    exclude: tuple[str, ...]
+    """Leave layers or units whole whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated. Default:
+    ()."""
+    min_width: tuple[str, ...]
+    """Keep at least so many channels per head, or of an MLP, where names match: 'blocks.*.mlp=256'. Can be
+    repeated. Default: ()."""
+    equal_qkv: bool
+    """Keep q/k and v of each layer equally wide, for fused attention of TensorRT and ONNX Runtime. Default:
+    False."""
+
+
 class SearchKeywords(TypedDict, total=False):
     """Search for the plan; every ingredient can be switched off for ablation."""
     effort: Literal["fast", "balanced", "best"]
@@ -369,6 +392,7 @@ class SearchKeywords(TypedDict, total=False):
 
 
 class PruneKeywords(
+    TargetKeywords,
     CheckpointKeywords,
     DeviceKeywords,
     SearchKeywords,
@@ -395,6 +419,8 @@ class PruneKeywords(
     """Write an HTML page about the run, a dry run included."""
     calibration_images: int | None
     """Number of images to calibrate on; by default the effort decides."""
+    calibration: str | os.PathLike[str] | None
+    """File that keeps the calibration: taken from it if it is there and fits, else gathered and kept."""
     labels: bool
     """Use labels where there are any; off, search by the dense model's outputs alone and measure no accuracy.
     Default: True."""

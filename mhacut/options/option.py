@@ -65,6 +65,8 @@ class Option:
     """Endings of which a file's name must have one, in upper or lower case."""
     reads: Reads | None = None
     """Kind of what is read from the path, or from each of several."""
+    repeats: bool = False
+    """Whether the flag may be given several times, for as many values."""
     name: str = ""
     """Name in Python and in YAML; filled in by :class:`Options`, as are type and default."""
     type: Any = None
@@ -167,6 +169,7 @@ def option(
     below: float | None = None,
     endings: tuple[str, ...] = (),
     reads: Reads | None = None,
+    repeats: bool = False,
 ) -> T:
     """State an option as a field of an :class:`Options` dataclass; see :class:`Option` for the arguments.
 
@@ -190,6 +193,7 @@ def option(
         below=below,
         endings=endings,
         reads=reads,
+        repeats=repeats,
     )
     metadata = {"option": stated}
     made: Any

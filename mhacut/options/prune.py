@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from mhacut.errors import option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.options.base import CheckpointOptions, DataOptions, DeviceOptions, PathLike, PreprocessingOptions
-from mhacut.options.option import REQUIRED, Options, option, require
+from mhacut.options.option import Options, option, require
+from mhacut.options.targets import TargetOptions
 
 Scope = Literal["attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
@@ -277,15 +279,9 @@ EFFORTS: Mapping[str, Work] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(CheckpointOptions, DeviceOptions):
+class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     """Options of ``mhacut prune``."""
 
-    flops: str = option(
-        REQUIRED,
-        "Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included.",
-        panel="Result",
-        metavar="BUDGET",
-    )
     output: PathLike | None = option(
         None,
         "File to write; by default the checkpoint's stem and the budget, in the working directory.",
@@ -327,6 +323,13 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         metavar="N",
         at_least=1,
     )
+    calibration: PathLike | None = option(
+        None,
+        "File that keeps the calibration: taken from it if it is there and fits, else gathered and kept.",
+        panel="Data",
+        metavar="FILE",
+        endings=(".safetensors",),
+    )
     labels: bool = option(
         True,
         "Use labels where there are any; off, search by the dense model's outputs alone and measure no "
@@ -352,6 +355,18 @@ class PruneOptions(CheckpointOptions, DeviceOptions):
         if self.scope.endswith("+tokens"):
             expected = f"curves with {option_name('scope', self.scope)}, which compares merges by them"
             require("allocation", self.search.allocation, self.search.allocation == "curves", expected)
+            if self.flops is None and not self.bounds_loss:
+                raise UsageError(
+                    f"{option_name('scope', self.scope)}: expected {option_name('flops')}; merging tokens "
+                    "changes neither the number of parameters nor the size of the file"
+                )
+        kept = self.calibration
+        if kept is not None and self.output is not None and Path(kept) == Path(self.output):
+            raise UsageError(f"{option_name('calibration', kept)}: expected another file than the output")
+        for name in ("params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv"):
+            if name in self.changed():
+                expected = f"curves or uniform with {option_name(name, getattr(self, name))}"
+                require("allocation", self.search.allocation, not self.search.by_indicators, expected)
 
     @property
     def images_wanted(self) -> int:

@@ -1,84 +1,137 @@
-"""Allocation: the widths that a budget buys, given every unit's error as a function of its width. Ours.
+"""Allocation: the widths that budgets buy, given every unit's error as a function of its width. Ours.
 
-Errors of units are taken to add up, FLOPs to be linear in each unit's width. Then the best widths are those
-at one common price of error per FLOP (the Lagrangian relaxation of the knapsack; exact on the convex hulls of
-the curves), and single steps spend what is left.
+Errors of units are taken to add up, costs to be linear in each unit's width. Then the best widths for one
+budget are those at one common price of error per cost (the Lagrangian relaxation of the knapsack; exact on
+the convex hulls of the curves), and single steps spend what is left.
+
+Several budgets have a multiplier each. A budget that does not bind has the multiplier 0: if the best widths
+for some of the budgets keep all of them, they are the best for all. Otherwise the ratios of the multipliers
+are searched on a grid, their level by bisection, as for one budget; of what keeps all budgets the least
+error is taken, and the exact final step counts every cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from mhacut.plan import UnitKey
 from mhacut.pruning.curves import Curve
+from mhacut.pruning.limits import Limit, Limits, keeps
 from mhacut.pruning.widths import NEAR, fill_budget
 
 TIE = 0.01
 """Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where
 they differ run slower."""
+_RATIOS = {2: 16, 3: 8}
+"""Number of parts into which several multipliers are divided, by their number."""
 
 
-def uniform_widths(
-    choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
-) -> dict[UnitKey, int]:
+def uniform_widths(choices: Mapping[UnitKey, Sequence[int]], limits: Limits) -> dict[UnitKey, int]:
     """Return widths that are the same fraction of every unit, as nearly as the allowed widths permit."""
     ranked = {key: [1 - index / widths[-1] for index in range(widths[-1])] for key, widths in choices.items()}
-    return fill_budget(ranked, choices, flops, budget)
+    return fill_budget(ranked, choices, limits)
 
 
 def cheapest_widths(
     curves: Mapping[UnitKey, Curve],
     choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
+    limits: Limits,
     *,
     exchange: bool = True,
+    equal: bool = False,
 ) -> dict[UnitKey, int]:
-    """Return widths of least total error within ``budget``; q/k as wide as v where that costs little.
+    """Return widths of least total error within ``limits``; q/k as wide as v where that costs little.
 
     Args:
         curves: error of every unit at each of its choices.
         choices: allowed widths per unit, ascending, the dense one last.
-        flops: FLOPs of the model at given widths.
-        budget: FLOPs, reachable with the least widths.
-        exchange: whether steps may be exchanged to use up the budget, which takes seconds.
+        limits: reachable with the least widths.
+        exchange: whether steps may be exchanged to use up the limits, which takes seconds.
+        equal: whether q/k are as wide as v whatever that costs; their choices then are the same.
     """
-    free = _solve(curves, choices, flops, budget, exchange)
-    tied = _solve_tied(curves, choices, flops, budget, exchange)
-    if tied is None or flops(tied) < min(flops(free), NEAR * budget):  # the budget is there to be used
+    tied = _solve_tied(curves, choices, limits, exchange)
+    if equal and tied is not None:
+        return tied
+    free = _solve(curves, choices, limits, exchange)
+    if tied is None:
         return free
-    return tied if _total(curves, tied) <= (1 + TIE) * _total(curves, free) else free
+    used = any(limit.cost(tied) >= min(limit.cost(free), NEAR * limit.most) for limit in limits)
+    if not used:  # a budget is there to be used
+        return free
+    return tied if total_error(curves, tied) <= (1 + TIE) * total_error(curves, free) else free
 
 
-def _total(curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int]) -> float:
+def total_error(curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int]) -> float:
+    """Return the sum of the curves at ``widths``."""
     return sum(curve[widths[key]] for key, curve in curves.items())
 
 
 def _solve(
     curves: Mapping[UnitKey, Curve],
     choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
+    limits: Limits,
     exchange: bool,
 ) -> dict[UnitKey, int]:
+    """Solve with a multiplier for each of ``limits``."""
+    prices = [_prices(choices, limit) for limit in limits]
+
+    def solved(some: Limits, price: Mapping[UnitKey, float], exchange: bool) -> dict[UnitKey, int]:
+        ranked = {key: _worth(curves[key], choices[key], price[key]) for key in curves}
+        return fill_budget(ranked, choices, some, price, exchange=exchange)
+
+    if len(limits) == 1:
+        return solved(limits, prices[0], exchange)
+    for limit, price in zip(limits, prices, strict=True):  # where it alone binds
+        widths = solved((limit,), price, exchange)
+        if keeps(limits, widths):
+            return widths
+    best: tuple[float, dict[UnitKey, float]] | None = None
+    for multipliers in _multipliers(len(limits)):
+        price = {
+            key: sum(
+                multiplier * each[key] / limit.most
+                for multiplier, each, limit in zip(multipliers, prices, limits, strict=True)
+            )
+            for key in choices
+        }
+        error = total_error(curves, solved(limits, price, False))
+        if best is None or error < best[0]:
+            best = error, price
+    assert best is not None
+    return solved(limits, best[1], exchange)
+
+
+def _multipliers(number: int) -> Iterator[tuple[float, ...]]:
+    """Multipliers of sum 1, evenly spread."""
+    parts = _RATIOS[number]
+
+    def split(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for first in range(left + 1):
+            for rest in split(left - first, places - 1):
+                yield (first, *rest)
+
+    for whole in split(parts, number):
+        yield tuple(part / parts for part in whole)
+
+
+def _prices(choices: Mapping[UnitKey, Sequence[int]], limit: Limit) -> dict[UnitKey, float]:
+    """Cost per channel of every unit, the others whole."""
     whole = {key: widths[-1] for key, widths in choices.items()}
-    full = flops(whole)
-    price = {
-        key: (full - flops({**whole, key: widths[0]})) / max(widths[-1] - widths[0], 1)
+    full = limit.cost(whole)
+    return {
+        key: (full - limit.cost({**whole, key: widths[0]})) / max(widths[-1] - widths[0], 1)
         for key, widths in choices.items()
     }
-    ranked = {key: _worth(curves[key], choices[key], price[key]) for key in curves}
-    return fill_budget(ranked, choices, flops, budget, price, exchange=exchange)
 
 
 def _solve_tied(
     curves: Mapping[UnitKey, Curve],
     choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
+    limits: Limits,
     exchange: bool,
 ) -> dict[UnitKey, int] | None:
     """Solve with q/k and v of every layer as one unit; None where their allowed widths differ."""
@@ -91,11 +144,14 @@ def _solve_tied(
     def apart(widths: Mapping[UnitKey, int]) -> dict[UnitKey, int]:
         return dict(widths) | {v: widths[qk] for qk, v in partner.items() if qk in widths}
 
+    def of_both(limit: Limit) -> Limit:
+        return Limit(lambda widths: limit.cost(apart(widths)), limit.most, limit.resource)
+
     joint = {key: curve for key, curve in curves.items() if key not in partner.values()}
     for qk, v in partner.items():
         joint[qk] = {width: curves[qk][width] + curves[v][width] for width in choices[qk]}
     own = {key: choices[key] for key in joint}
-    return apart(_solve(joint, own, lambda widths: flops(apart(widths)), budget, exchange))
+    return apart(_solve(joint, own, [of_both(limit) for limit in limits], exchange))
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import nn
 
 from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
-from mhacut.pruning.allocate import cheapest_widths
+from mhacut.pruning.allocate import total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
+from mhacut.pruning.job_widths import job_widths
 from mhacut.pruning.merge_law import (
     TYPICAL,
     BlockCost,
@@ -62,18 +63,49 @@ class MergeChoice:
     """Divergence in nats that merges and cut are expected to cause together."""
 
 
-def choose_merges(job: Job, calibration: Calibration, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
-    """Return the merges and widths of least predicted divergence within a reachable budget.
+class MergeSearch:
+    """Search for merges of one model, for any budget; the model is tried and counted once."""
 
-    Args:
-        job: what is pruned; its model merges no tokens, and can.
-        calibration: of its model.
-        curves: of its units.
-    """
-    tokens = tokens_of_model(job.model)
-    last = merging_blocks(job.model, tokens)
-    law = measured_law(job, calibration, tokens, last)
-    return _best(job, curves, law, tokens, last)
+    def __init__(self, job: Job, calibration: Calibration) -> None:
+        """Try a few schedules on calibration images.
+
+        Args:
+            job: what is pruned; its model merges no tokens, and can.
+            calibration: of its model.
+        """
+        self.job, self.tokens = job, tokens_of_model(job.model)
+        self.last = merging_blocks(job.model, self.tokens)
+        self.law = measured_law(job, calibration, self.tokens, self.last)
+        self._tables: dict[Schedule, CostTable] = {}
+
+    def choose(self, job: Job, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
+        """Return the merges and widths of least predicted divergence within reachable limits.
+
+        Args:
+            job: the search's own, with any limits.
+            curves: of its units.
+        """
+        return _best(job, curves, self)
+
+    @cached_property
+    def schedules(self) -> list[Schedule]:
+        """Schedules of least cost, from no merges to as many as can be."""
+        prices = [price / self.job.table.dense for price in _PRICES]
+        costs = block_costs(self.job, self.tokens)
+        found = [(), *cheapest_schedules(self.law, self.tokens, costs, self.last, prices)]
+        found = [schedule for index, schedule in enumerate(found) if any(schedule) or not index]
+        return [*found, most_merged(self.tokens, self.last)]
+
+    def table(self, schedule: Schedule) -> CostTable:
+        """Return the cost table of the job's model with merges."""
+        if schedule not in self._tables:
+            self._tables[schedule] = _table_with(self.job, schedule)
+        return self._tables[schedule]
+
+
+def divergence_by_cut(error: float) -> float:
+    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``."""
+    return float(CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
 def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
@@ -144,23 +176,19 @@ def measured_law(job: Job, calibration: Calibration, tokens: Tokens, last: int) 
     return MergeLaw.fit(trials, measured, tokens)
 
 
-def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Tokens, last: int) -> MergeChoice:
+def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
     """Search the schedules of least cost, from few merges to many, for the best division of the budget."""
-    prices = [price / job.table.dense for price in _PRICES]
-    schedules = [(), *cheapest_schedules(law, tokens, block_costs(job, tokens), last, prices)]
-    schedules = [schedule for index, schedule in enumerate(schedules) if any(schedule) or not index]
-    schedules.append(most_merged(tokens, last))
+    schedules = search.schedules
 
     @cache
     def choice(index: int) -> MergeChoice | None:
-        table = _table_with(job, schedules[index])
-        if lowest_flops(job.choices, table.flops) > job.budget:
+        table = search.table(schedules[index])
+        if lowest_flops(job.allowed, table.flops) > job.budget:
             return None
-        widths = cheapest_widths(curves, job.choices, table.flops, job.budget, exchange=False)
-        cut = sum(curve[widths[key]] for key, curve in curves.items())
-        predicted = CHANNEL_FACTOR * cut**CHANNEL_POWER
+        widths = job_widths(job, curves, table, exchange=False)
+        predicted = divergence_by_cut(total_error(curves, widths))
         if schedules[index]:
-            predicted += law.divergence(schedules[index], tokens)
+            predicted += search.law.divergence(schedules[index], search.tokens)
         return MergeChoice(schedules[index], table, widths, predicted)
 
     def worth(index: int) -> float:
@@ -177,7 +205,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], law: MergeLaw, tokens: Toke
             high = right - 1 if right > left + 1 else right
     found = [each for each in map(choice, range(low, high + 1)) if each is not None]
     best = min(found, key=lambda each: each.predicted)
-    return replace(best, widths=cheapest_widths(curves, job.choices, best.table.flops, job.budget))
+    return replace(best, widths=job_widths(job, curves, best.table))
 
 
 def described(choice: MergeChoice) -> str:

@@ -208,5 +208,5 @@ def _final_plan(states: list[_UnitState], job: Job) -> Plan:
     ranked = {
         key: score.sort(dim=-1, descending=True).values.mean(0).tolist() for key, score in scores.items()
     }
-    widths = fill_budget(ranked, job.choices, job.table.flops, job.budget)
+    widths = fill_budget(ranked, job.choices, job.limits())
     return Plan(tuple(state.plan(scores[state.unit.key], widths[state.unit.key]) for state in states))

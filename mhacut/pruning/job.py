@@ -12,8 +12,10 @@ from mhacut.adapters.base import Unit
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out
+from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FisherOptions
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.widths import width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
@@ -35,7 +37,8 @@ class Job:
     table: CostTable
     """FLOPs of the model at any widths."""
     budget: int
-    """FLOPs; reachable (:func:`mhacut.pruning.widths.reachable_budget`)."""
+    """FLOPs; reachable (:func:`mhacut.pruning.reachable.reachable_amounts`). All of the dense model's where
+    other limits bind."""
     images: Tensor
     """Calibration images, [n, C, H, W], normalised."""
     options: SearchOptions
@@ -51,6 +54,10 @@ class Job:
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, where that is settled: ``table`` counts
     them, ``model`` merges none."""
+    storage: Limits = ()
+    """Limits on parameters and bytes."""
+    constraints: Constraints = NO_CONSTRAINTS
+    """Constraints on the widths, in the plans of curves and of uniform widths."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -64,24 +71,39 @@ class Job:
 
     @cached_property
     def choices(self) -> dict[UnitKey, tuple[int, ...]]:
-        """Allowed widths of every unit, ascending, the dense one last."""
+        """Widths of every unit that rounding allows, ascending, the dense one last."""
         return {unit.key: width_choices(unit.width, self.round_to) for unit in self.units}
+
+    @cached_property
+    def allowed(self) -> dict[UnitKey, tuple[int, ...]]:
+        """Those of :attr:`choices` that the constraints leave."""
+        return self.constraints.allowed(self.choices)
+
+    def limits(self, table: CostTable | None = None) -> Limits:
+        """Return the limits on widths; that of FLOPs, by ``table`` or the job's own, unless it is slack."""
+        table = table or self.table
+        flops = Limit(table.flops, self.budget)
+        return self.storage if self.storage and flops.holds({}) else (flops, *self.storage)
+
+    @property
+    def fisher_options(self) -> FisherOptions | None:
+        """Options of the estimate of the Fisher information; None where nothing needs it."""
+        options = self.options
+        if options.allocation not in ("curves", "refined") and not options.repair:
+            return None
+        fitted = len(self.images) - held_out(len(self.images))
+        count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
+        return FisherOptions(count, options.seed, options.token_weights)
 
     def calibrate(self, processes: Processes | None = None) -> Calibration:
         """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
         self.reporter.start("calibrating")
-        options = self.options
-        fisher = None
-        if options.allocation in ("curves", "refined") or options.repair:
-            fitted = len(self.images) - held_out(len(self.images))
-            count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
-            fisher = FisherOptions(count, options.seed, options.token_weights)
         return calibrate(
             self.model,
             self.prunable,
             self.images,
-            batch_size=options.batch_size,
-            fisher=fisher,
+            batch_size=self.options.batch_size,
+            fisher=self.fisher_options,
             reporter=self.reporter,
             processes=processes,
         )

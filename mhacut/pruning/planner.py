@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mhacut.linalg.indicator import THRESHOLD
 from mhacut.plan import Plan, TokenPlan, UnitKey
-from mhacut.pruning.allocate import cheapest_widths, uniform_widths
+from mhacut.pruning.allocate import total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
-from mhacut.pruning.choose_merges import choose_merges, described
+from mhacut.pruning.choose_merges import MergeSearch, described, divergence_by_cut
+from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
 from mhacut.pruning.job import Job
+from mhacut.pruning.job_widths import costs_of_constraints, job_widths
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
 from mhacut.surgery.costs import CostTable
@@ -45,6 +48,8 @@ class Planned:
     """FLOPs of the model with the merges of the plan."""
     merged: Schedule = ()
     """Number of tokens that each block merges, once channels are cut; empty if none does."""
+    constraints: tuple[Constraint, ...] = ()
+    """Constraints on widths, with what each is expected to cost; empty where there are no curves."""
 
     @property
     def plan(self) -> Plan:
@@ -61,37 +66,51 @@ class Planner:
         self.job, self.calibration = job, calibration
         self.options, self.reporter = job.options, job.reporter
 
-    def plan(self) -> Planned:
-        """Return the plan that the options ask for, on a model ready to be cut."""
+    def plan(self, job: Job | None = None) -> Planned:
+        """Return the plan that the options ask for, on a model ready to be cut.
+
+        Args:
+            job: the planner's own with other limits; None for those it has. What does not depend on limits is
+                found once.
+        """
+        job = job or self.job
         if self.options.allocation == "indicator":
-            return self._by_indicators()
-        job, candidates = self.job, self._candidates()
+            return self._by_indicators(job)
         curves: Mapping[UnitKey, Curve] = {}
         widths: Widths
         table: CostTable = job.table
         merged: Schedule = job.merged
+        candidates = self.candidates
         if self.options.allocation == "uniform":
-            widths = uniform_widths(job.choices, job.table.flops, job.budget)
+            widths = uniform_widths(job.allowed, job.limits())
         else:
-            curves = self._curves(candidates)
+            curves = self.curves
             if job.merges_tokens:
                 self.reporter.start("choosing merges")
-                choice = choose_merges(job, self.calibration, curves)
+                choice = self._merge_search.choose(job, curves)
                 widths, table, merged = choice.widths, choice.table, choice.merged
                 self.reporter.log(described(choice))
             else:
-                widths = cheapest_widths(curves, job.choices, job.table.flops, job.budget)
+                widths = job_widths(job, curves)
+        costs = costs_of_constraints(job, curves, widths, table) if curves else ()
         chosen = self._exchanged(candidates, widths)
         ready = self._reconstructed(chosen, widths)
         if self.options.allocation != "refined":
-            return Planned(ready, curves, (), table, merged)
-        widths, log = self._refined(chosen, ready)
+            return Planned(ready, curves, (), table, merged, costs)
+        widths, log = self._refined(job, chosen, ready)
         refined = self._reconstructed(self._exchanged(candidates, widths), widths)
         before, after = self._divergence(ready), self._divergence(refined)
         self.reporter.log(
             f"divergence on held-out images: {before:.4f} by curves, {after:.4f} refined by indicators"
         )
         return Planned(refined if after < before else ready, curves, log, table, merged)
+
+    def expected_divergence(self, job: Job) -> float:
+        """Divergence in nats that is expected of a plan by curves, within the limits of ``job``; nearly."""
+        if job.merges_tokens:
+            return self._merge_search.choose(job, self.curves).predicted
+        widths = job_widths(job, self.curves, exchange=False)
+        return divergence_by_cut(total_error(self.curves, widths))
 
     def _divergence(self, ready: ReconstructedModel) -> float:
         """Divergence of the cut model from the dense one, mean over held-out images.
@@ -103,18 +122,20 @@ class Planner:
         judge = self.job.distillation(self.calibration).part(0, max(self.calibration.held, 1))
         return judge.divergence_of(ready.model, masked_tensors(ready.model, self.job.prunable, scales))
 
-    def _by_indicators(self) -> Planned:
+    def _by_indicators(self, job: Job) -> Planned:
         self.reporter.start("searching")
-        found = search(self.job, self.calibration, self.job.distillation(self.calibration))
+        found = search(job, self.calibration, job.distillation(self.calibration))
         candidates = None
         if self.options.repair and self.options.selection == "repair":
-            candidates = self._exchanged(self._candidates(), found.plan.widths())
+            candidates = self._exchanged(self.candidates, found.plan.widths())
         self.reporter.start("repairing")
         scales = found.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
         return Planned(ready, {}, found.log, self.job.table, self.job.merged)
 
-    def _candidates(self) -> Candidates:
+    @cached_property
+    def candidates(self) -> Candidates:
+        """Candidates for the cut of every unit, at any width."""
         self.reporter.start("ranking channels")
         found = {}
         for done, unit in enumerate(self.job.units, 1):
@@ -128,6 +149,10 @@ class Planner:
             )
             self.reporter.advance(done, len(self.job.units))
         return found
+
+    @cached_property
+    def _merge_search(self) -> MergeSearch:
+        return MergeSearch(self.job, self.calibration)
 
     def _exchanged(self, candidates: Candidates, widths: Widths) -> Candidates:
         """Return ``candidates`` with channels exchanged at ``widths``, where that is asked for."""
@@ -144,7 +169,10 @@ class Planner:
             self.reporter.advance(done, len(candidates))
         return found
 
-    def _curves(self, candidates: Candidates) -> Mapping[UnitKey, Curve]:
+    @cached_property
+    def curves(self) -> Mapping[UnitKey, Curve]:
+        """Sensitivity curves of every unit."""
+        candidates = self.candidates
         self.reporter.start("measuring error curves")
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
@@ -155,7 +183,7 @@ class Planner:
         return reconstruct(self.job, self.calibration, plan, candidates)
 
     def _refined(
-        self, candidates: Candidates, ready: ReconstructedModel
+        self, job: Job, candidates: Candidates, ready: ReconstructedModel
     ) -> tuple[Widths, tuple[SearchStep, ...]]:
         """Return the widths to which indicators move from those of ``ready``, in its bases."""
         model = copy.deepcopy(self.job.model)
@@ -175,7 +203,7 @@ class Planner:
         self.reporter.start("searching")
         # Held-out images will judge what comes out.
         learning = self.job.distillation(self.calibration).part(self.calibration.held, None)
-        found = search(replace(self.job, model=model), self.calibration, learning, start)
+        found = search(replace(job, model=model), self.calibration, learning, start)
         return found.plan.widths(), found.log
 
 

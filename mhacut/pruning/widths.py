@@ -1,17 +1,12 @@
-"""Allowed widths, and those of them that a budget buys."""
+"""Allowed widths, and those of them that budgets buy."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from mhacut.adapters.base import Unit
-from mhacut.budget import Budget, format_flops
-from mhacut.errors import BudgetError, option_name
 from mhacut.plan import UnitKey
-from mhacut.surgery.costs import CostTable
+from mhacut.pruning.limits import Limit, Limits, keeps
 
 NEAR = 0.99
 """Fraction of the budget that is near enough to it."""
@@ -40,67 +35,29 @@ def nearest_width(count: float, dense: int, round_to: int) -> int:
 def lowest_flops(
     choices: Mapping[UnitKey, Sequence[int]], flops: Callable[[Mapping[UnitKey, int]], int]
 ) -> int:
-    """FLOPs of the model at the least allowed width of every unit."""
+    """FLOPs, or another cost, of the model at the least allowed width of every unit."""
     return flops({key: widths[0] for key, widths in choices.items()})
-
-
-def reachable_budget(
-    asked: Budget, table: CostTable, units: Iterable[Unit], round_to: int, merged: CostTable | None = None
-) -> int:
-    """Return the budget in FLOPs.
-
-    Args:
-        asked: as the user wrote it.
-        table: FLOPs of the model at any widths.
-        units: those that may be cut.
-        round_to: widths are multiples of it.
-        merged: FLOPs of the model with every token merged that can be; None where tokens are left alone.
-
-    Raises:
-        BudgetError: the model is within it already, or at the least widths still above it.
-    """
-    budget = asked.flops(table.dense)
-    if budget >= table.dense:
-        raise BudgetError(
-            f"nothing to prune: the model's {format_flops(table.dense)} FLOPs are already within {asked.text}"
-        )
-    units = tuple(units)
-    choices = {unit.key: width_choices(unit.width, round_to) for unit in units}
-    lowest = lowest_flops(choices, (merged or table).flops)
-    if budget < lowest:
-        share = 100 * asked.value if asked.value < 1 else asked.value
-        meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
-        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in units) else "attention"
-        scope += "+tokens" if merged else ""
-        raise BudgetError(
-            f"{option_name('flops', asked.text)} is out of reach: the lowest is "
-            f"{format_flops(lowest, up=True)} ({math.ceil(1000 * lowest / table.dense) / 10}% of "
-            f"{format_flops(table.dense)}) with {option_name('scope', scope)} and "
-            f"{option_name('round_to', round_to)}{meant}"
-        )
-    return budget
 
 
 def fill_budget(
     ranked: Mapping[UnitKey, Sequence[float]],
     choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
+    limits: Limits,
     price: Mapping[UnitKey, float] | None = None,
     *,
     exchange: bool = True,
 ) -> dict[UnitKey, int]:
-    """Return widths within ``budget`` for channels ranked by one score across all units.
+    """Return widths within ``limits`` for channels ranked by one score across all units.
 
-    First one threshold for all units, as low as the budget allows; then, since widths move in steps, the best
-    step that still fits, again and again until none does; then, if more than 1 % is left, exchanges of steps.
+    First one threshold for all units, as low as the limits allow; then, since widths move in steps, the best
+    step that still fits, again and again until none does; then, if more than 1 % of each limit is left,
+    exchanges of steps.
 
     Args:
         ranked: scores of each unit's channels, best first.
         choices: allowed widths per unit, ascending.
-        flops: FLOPs of the model at given widths; grow with each width.
-        budget: FLOPs, reachable with the least widths.
-        price: FLOPs per channel of each unit, where scores are values per FLOP; None where they are values.
+        limits: reachable with the least widths.
+        price: cost per channel of each unit, where scores are values per cost; None where they are values.
         exchange: whether steps may be exchanged, which takes seconds.
     """
     price = dict.fromkeys(ranked, 1.0) if price is None else price
@@ -116,7 +73,7 @@ def fill_budget(
     low, high = 0, len(thresholds)  # thresholds[low] fits (or nothing is kept), thresholds[high] does not
     while high - low > 1:
         middle = (low + high) // 2
-        if flops(widths_at(thresholds[middle])) <= budget:
+        if keeps(limits, widths_at(thresholds[middle])):
             low = middle
         else:
             high = middle
@@ -124,15 +81,16 @@ def fill_budget(
     while True:
         steps = [step for step in (_next_step(key, widths[key], ranked, choices) for key in ranked) if step]
         for _, key, wider in sorted(steps, key=lambda step: (-step[0], step[1])):
-            if flops({**widths, key: wider}) <= budget:
+            if keeps(limits, {**widths, key: wider}):
                 widths[key] = wider
                 break
         else:
             break
-    if exchange and flops(widths) < NEAR * budget:
+    if exchange and all(limit.cost(widths) < NEAR * limit.most for limit in limits):
         worth = {key: [score * price[key] for score in scores] for key, scores in ranked.items()}
-        nearer = _exchange(widths, worth, choices, flops, budget)
-        if flops(widths) < flops(nearer) <= budget:
+        tightest = max(limits, key=lambda limit: limit.cost(widths) / limit.most)
+        nearer = _exchange(widths, worth, choices, tightest, limits)
+        if tightest.cost(widths) < tightest.cost(nearer) and keeps(limits, nearer):
             return nearer
     return widths
 
@@ -163,16 +121,24 @@ def _exchange(
     widths: Mapping[UnitKey, int],
     ranked: Mapping[UnitKey, Sequence[float]],
     choices: Mapping[UnitKey, Sequence[int]],
-    flops: Callable[[Mapping[UnitKey, int]], int],
-    budget: int,
+    tightest: Limit,
+    limits: Limits,
 ) -> dict[UnitKey, int]:
-    """Return widths a few steps from ``widths`` that leave less of the budget: a knapsack over all units.
+    """Return widths a few steps from ``widths`` that leave less of a limit: a knapsack over all units.
 
     Steps of different prices leave gaps that no single step fills; a model of a few small layers has nothing
     finer. Prices of units are taken as independent of each other, so the caller must count the outcome.
+
+    Args:
+        widths: where to start; within all limits.
+        ranked: values of each unit's channels, best first.
+        choices: allowed widths per unit, ascending.
+        tightest: the limit to use up.
+        limits: all of them.
     """
-    have = flops(widths)
-    # FLOPs gained -> (score lost, chain of widths changed); the cheapest combination for each.
+    cost, budget = tightest.cost, tightest.most
+    have = cost(widths)
+    # Cost gained -> (score lost, chain of widths changed); the cheapest combination for each.
     candidates: dict[int, tuple[float, _Changes | None]] = {0: (0.0, None)}
     for key, scores in ranked.items():
         at = choices[key].index(widths[key])
@@ -180,7 +146,7 @@ def _exchange(
         for width in choices[key][max(0, at - REACH) : at + REACH + 1]:
             low, high = sorted((width, widths[key]))
             lost = sum(scores[low:high]) * (1 if width < widths[key] else -1)
-            options.append((flops({**widths, key: width}) - have, lost, width))
+            options.append((cost({**widths, key: width}) - have, lost, width))
         extended: dict[int, tuple[float, _Changes | None]] = {}
         for gained, (loss, changed) in candidates.items():
             for more, lost, width in options:
@@ -191,9 +157,19 @@ def _exchange(
         candidates = {total: extended[total] for _, total in best}
     fitting = {gained: candidate for gained, candidate in candidates.items() if have + gained <= budget}
     near = {gained: candidate for gained, candidate in fitting.items() if have + gained >= NEAR * budget}
-    gained = min(near, key=lambda gained: (near[gained][0], -gained)) if near else max(fitting)
-    nearer, changes = dict(widths), fitting[gained][1]
+    preferred = sorted(near, key=lambda gained: (near[gained][0], -gained)) or sorted(fitting, reverse=True)
+    others = [limit for limit in limits if limit is not tightest]
+    for gained in preferred:
+        nearer = _changed(widths, fitting[gained][1])
+        if all(limit.holds(nearer) for limit in others):
+            return nearer
+    return dict(widths)
+
+
+def _changed(widths: Mapping[UnitKey, int], changes: _Changes | None) -> dict[UnitKey, int]:
+    """Return ``widths`` after a chain of changes."""
+    found = dict(widths)
     while changes is not None:
-        nearer[changes.key] = changes.width
+        found[changes.key] = changes.width
         changes = changes.before
-    return nearer
+    return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport
 from mhacut.pruning.indicators import SearchStep
+from mhacut.report.pareto import Choice
 from mhacut.report.stored_curves import StoredCurve
 
 
@@ -27,3 +28,5 @@ class Contents:
     """Log of the search, where indicators were trained."""
     figures: tuple[tuple[str, str, str], ...] = ()
     """Measurements of a run: name, value before, value after."""
+    choices: tuple[Choice, ...] = ()
+    """Models of a run with several budgets, the dense one first."""

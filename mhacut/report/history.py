@@ -10,6 +10,7 @@ from mhacut.limits import is_number
 from mhacut.text import safe
 
 _LARGEST = 1e18
+_MOST_TARGETS = 8
 
 
 def step(entry: Mapping[str, Any]) -> str:
@@ -24,8 +25,23 @@ def step(entry: Mapping[str, Any]) -> str:
         )
     if "flops_before" not in entry:
         return f"{command}, mhacut {version}"
-    before, after, budget = (_flops(entry.get(name)) for name in ("flops_before", "flops_after", "budget"))
-    return f"{command} {before} -> {after} FLOPs (budget {budget}), seed {seed}, mhacut {version}, on {data}"
+    before, after = (_flops(entry.get(name)) for name in ("flops_before", "flops_after"))
+    return (
+        f"{command} {before} -> {after} FLOPs ({_targets(entry)}), seed {seed}, mhacut {version}, on {data}"
+    )
+
+
+def _targets(entry: Mapping[str, Any]) -> str:
+    """Return the budget, and other targets where there are any."""
+    budget = [f"budget {_flops(entry['budget'])}"] if "budget" in entry else []
+    stated = entry.get("targets")
+    targets = stated[:_MOST_TARGETS] if isinstance(stated, list) else []
+    others = [
+        f"{_text(target.get('target'))} {_text(target.get('asked'))}"
+        for target in targets
+        if isinstance(target, Mapping) and target.get("target") != "flops"
+    ]
+    return ", ".join(budget + others) or "budget ?"
 
 
 def _version(entry: Mapping[str, Any]) -> object:

@@ -21,6 +21,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.indicators import SearchStep
 from mhacut.report.contents import Contents
 from mhacut.report.page import write_page
+from mhacut.report.pareto import Choice
 from mhacut.report.stored_curves import stored_curves
 from mhacut.surgery.find import PrunableLayers
 
@@ -80,6 +81,34 @@ def write_report(
         tuple(steps),
         tuple(figures),
     )
+    return write_page(options.report, contents, options.overwrite, dense.path)
+
+
+def write_overview(
+    options: PruneOptions,
+    dense: Checkpoint,
+    prunable: PrunableLayers,
+    choices: Sequence[Choice],
+    provenance: Provenance,
+) -> Path:
+    """Write the page about a run with several budgets.
+
+    Args:
+        options: of the command; ``report`` is the page.
+        dense: the checkpoint that was read.
+        prunable: its prunable layers.
+        choices: the dense model and those of each budget.
+        provenance: origins of the run's preprocessing.
+
+    Raises:
+        OutputError: the page cannot be written.
+    """
+    assert options.report is not None
+    inspection = inspect_model(
+        dense, shapes_only=True, preprocessing=options.preprocessing, prunable=prunable
+    )
+    inspection = replace(inspection, provenance=provenance)
+    contents = Contents(inspection, summary(inspection), inspection.layers, choices=tuple(choices))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 

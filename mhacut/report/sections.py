@@ -21,6 +21,7 @@ from mhacut.report.charts import (
     is_empty,
 )
 from mhacut.report.contents import Contents
+from mhacut.report.pareto import Choice, choice_charts, choice_rows
 from mhacut.report.stored_curves import StoredCurve
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
@@ -50,6 +51,7 @@ class Section:
 def sections(contents: Contents) -> list[Section]:
     """Return the sections for which ``contents`` has something to show."""
     made = (
+        _choices(contents.choices),
         _numbers(contents),
         _heads(contents),
         _flops(contents),
@@ -58,6 +60,15 @@ def sections(contents: Contents) -> list[Section]:
         _search(contents),
     )
     return [section for section in made if section is not None]
+
+
+def _choices(choices: Sequence[Choice]) -> Section | None:
+    """Models of several budgets side by side."""
+    if not choices:
+        return None
+    headings, *rows = choice_rows(choices, "divergence")
+    text = "Each budget has a file of its own, all from one calibration. Point at a dot for its numbers."
+    return Section("Budgets", text, charts=choice_charts(choices), table=Table(headings, rows))
 
 
 def _numbers(contents: Contents) -> Section:

@@ -76,6 +76,12 @@ class StageTimer:
     def advance(self, done: int, total: int, detail: str = "") -> None:
         self.reporter.advance(done, total, detail)
 
+    def taken(self) -> dict[str, float]:
+        """End the current stage; return the seconds of all stages, and begin to count anew."""
+        self.stop()
+        seconds, self._clock = self.seconds, StageClock()
+        return seconds
+
     def stop(self) -> None:
         """End the current stage."""
         self._clock.stop()

@@ -1,4 +1,4 @@
-"""Cost table: FLOPs of a model as a function of its widths, fitted to counts of cut layers."""
+"""Cost tables: FLOPs, or bytes, of a model as a function of its widths, fitted to counts of cut layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mhacut.surgery.slice import slice_layer
 
 @dataclass(frozen=True)
 class Polynomial:
-    """FLOPs of one run of a layer that depend on its widths w, channels per head by kind.
+    """Cost of a layer (FLOPs of one run, parameters) that depends on its widths w, channels per head by kind.
 
     ``sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b])``: exact for whole numbers, and
     differentiable for tensors.
@@ -34,27 +34,27 @@ class Polynomial:
     per_channel: Mapping[UnitKind, int]
     per_pair: Mapping[tuple[UnitKind, UnitKind], int]
 
-    def flops(self, widths: Mapping[UnitKind, Any]) -> Any:
+    def at(self, widths: Mapping[UnitKind, Any]) -> Any:
         total: Any = 0
-        for kind, flops in self.per_channel.items():
-            total = total + flops * widths[kind]
-        for (first, second), flops in self.per_pair.items():
-            total = total + flops * widths[first] * widths[second]
+        for kind, cost in self.per_channel.items():
+            total = total + cost * widths[kind]
+        for (first, second), cost in self.per_pair.items():
+            total = total + cost * widths[first] * widths[second]
         return total
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """FLOPs of one layer that depend on its widths."""
+    """Cost of one layer that depends on its widths."""
 
     layer: Layer
     runs: tuple[Polynomial, ...]
-    """FLOPs of each time that the layer runs for one image."""
+    """FLOPs of each time that the layer runs for one image; of what is stored, a single one."""
 
-    def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """FLOPs of all runs at ``widths`` (channels per head; units not named stay as they are)."""
+    def at(self, widths: Mapping[UnitKey, Any]) -> Any:
+        """Cost of all runs at ``widths`` (channels per head; units not named stay as they are)."""
         own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
-        return sum(run.flops(own) for run in self.runs)
+        return sum(run.at(own) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class CostTable:
         """Total at ``widths`` (channels per head; units not named stay as they are)."""
         total: Any = self.fixed
         for layer in self.layers:
-            total = total + layer.flops(widths)
+            total = total + layer.at(widths)
         return total
 
     def by_layer(self) -> dict[str, int]:
         """FLOPs that widths change, by layer, at the widths of the model as it stands."""
-        return {cost.layer.name: int(cost.flops({})) for cost in self.layers}
+        return {cost.layer.name: int(cost.at({})) for cost in self.layers}
 
 
 def build_cost_table(
@@ -119,7 +119,7 @@ def build_cost_table(
             runs.append(fitted[key])
         if runs:
             costs.append(LayerCost(layer, tuple(runs)))
-    return CostTable(dense - sum(int(cost.flops({})) for cost in costs), tuple(costs), dense)
+    return CostTable(dense - sum(int(cost.at({})) for cost in costs), tuple(costs), dense)
 
 
 @dataclass(frozen=True)
@@ -232,14 +232,18 @@ class _LayerCounter:
 
 
 def fit_polynomial(
-    name: str, whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]
+    name: str,
+    whole: Mapping[UnitKind, int],
+    count: Callable[[Mapping[UnitKind, int]], int],
+    counted: str = "FLOPs",
 ) -> Polynomial:
     """Interpolate counts, without squares of widths if that will do, and check the result at other widths.
 
     Args:
         name: of the layer, for errors.
         whole: its widths as it stands.
-        count: FLOPs at the widths it is called with; kinds not named are at ``whole``.
+        count: cost at the widths it is called with; kinds not named are at ``whole``.
+        counted: what is counted, for errors.
 
     Raises:
         UnsupportedModelError: the counts are no polynomial of degree 2 with whole coefficients.
@@ -252,13 +256,13 @@ def fit_polynomial(
     }
     for squares in (False, True):
         found = _interpolate(whole, count, squares=squares)
-        expected = count({}) + found.flops(other) - found.flops(whole)
+        expected = count({}) + found.at(other) - found.at(whole)
         if count(other) == expected:
             return found
     at = ", ".join(f"{kind} {width} of {whole[kind]}" for kind, width in other.items())
     raise UnsupportedModelError(
-        f"{name}: its FLOPs do not follow from its widths as those of other layers do (at {at} fvcore "
-        f"counts {count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
+        f"{name}: its {counted} do not follow from its widths as those of other layers do (at {at} there are "
+        f"{count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
         "mhacut: please report the architecture and its arguments"
     )
 

@@ -102,12 +102,22 @@ FULL = PruneOptions.from_flat(
     budget_weight=0.3,
     label_weight=0.4,
     seed=5,
+    calibration="c.safetensors",
+)
+BUDGETS = PruneOptions.from_flat(checkpoint="a.safetensors", params="1M", size="3MB")
+BOUNDED = PruneOptions.from_flat(
+    checkpoint="a.safetensors",
+    max_kl=0.5,
+    max_drop=2.5,
+    exclude=("blocks.0.*", "*.mlp"),
+    min_width=("*.qk=8", "x=9"),
+    equal_qkv=True,
 )
 
 
-def as_flags(options):
+def as_flags(given):
     flags = []
-    for name, value in options.flat().items():
+    for name, value in given.items():
         flag = "--" + name.replace("_", "-")
         if name == "checkpoint":
             flags.append(value)
@@ -122,20 +132,33 @@ def as_flags(options):
 
 
 def test_every_flag_reaches_its_option(captured):
-    differs = {name for name, value in FULL.flat().items() if PruneOptions.defaults().get(name) != value}
-    assert differs == set(PruneOptions.options()), "give every option of FULL a value that is no default"
-    run("prune", *as_flags(FULL))
-    assert captured == [FULL]
+    defaults = PruneOptions.defaults()
+    given = [
+        {name: value for name, value in made.flat().items() if defaults.get(name) != value}
+        for made in (FULL, BUDGETS, BOUNDED)
+    ]
+    assert set().union(*given) == set(PruneOptions.options()), "give every option a value that is no default"
+    for values in given:
+        run("prune", *as_flags(values))
+    assert captured == [FULL, BUDGETS, BOUNDED]
+
+
+def test_a_flag_that_repeats_takes_each_value(captured):
+    run("prune", "a", "--flops", "50%", "--flops", "2.0G", "--exclude", "x", "--exclude", "y,z")
+    (made,) = captured
+    assert made.flops == ("50%", "2.0G")
+    assert made.exclude == ("x", "y", "z")
 
 
 @pytest.mark.parametrize("separator", ["-", "_"])
 def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
     file = tmp_path / "run.yaml"
-    document = {name.replace("_", separator): value for name, value in FULL.flat().items()}
-    # JSON is YAML
-    file.write_text(json.dumps(document))
-    run("prune", "--config", file)
-    assert captured == [FULL]
+    for made in (FULL, BUDGETS, BOUNDED):
+        document = {name.replace("_", separator): value for name, value in made.flat().items()}
+        # JSON is YAML
+        file.write_text(json.dumps(document))
+        run("prune", "--config", file)
+    assert captured == [FULL, BUDGETS, BOUNDED]
 
 
 REST = ["img_size=[224,288]", "global_pool=avg"]

@@ -111,6 +111,7 @@ def test_help_groups_flags():
         "Measuring:",
         "Computing:",
         "Output:",
+        "Rarer options:",
         "Research switches:",
     ]
     assert "(default: 60)" in " ".join(text.split())

@@ -19,6 +19,12 @@ def prune_and_load() -> nn.Module:
     return mhacut.load_model(result.output)
 
 
+def to_targets() -> None:
+    mhacut.prune("vit.safetensors", params="60%", size="6MB")
+    mhacut.prune("vit.safetensors", max_drop=1.0, data_dir="images")
+    assert_type(mhacut.prune_many("vit.safetensors", flops=("75%", 1e9)), tuple[mhacut.PruneResult, ...])
+
+
 def at_once() -> nn.Module:
     return mhacut.load_model(mhacut.prune("vit.safetensors", flops=2e9).output)
 
@@ -66,7 +72,7 @@ def errors() -> mhacut.Plan | None:
 
 
 def mistakes() -> None:
-    mhacut.prune("vit.safetensors")  # type: ignore[call-arg]  # no budget
+    mhacut.prune("vit.safetensors", flops=["50%", "25%"])  # type: ignore[arg-type]  # prune_many takes several
     mhacut.prune("vit.safetensors", flops="50%", data_dirr="images")  # type: ignore[call-arg]
     mhacut.prune("vit.safetensors", flops="50%", effort="fastt")  # type: ignore[arg-type]
     mhacut.prune("vit.safetensors", flops="50%", round_to="8")  # type: ignore[arg-type]

@@ -1,0 +1,240 @@
+"""Stages 3 to 6 of ``mhacut prune``: plan, cut, check, recover; to budgets or within a bound on the loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mhacut.budget import format_flops
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import file_size
+from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_record import slim_record
+from mhacut.commands.prune_targets import Reached
+from mhacut.errors import BudgetError, MhacutError, option_name
+from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
+from mhacut.pruning.check import check_exact, check_flops
+from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Limit
+from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.recover import recover
+from mhacut.pruning.smallest import Bracket, Trial, smallest_within
+from mhacut.pruning.widths import NEAR, lowest_flops
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.flops import count_parameters
+from mhacut.surgery.info import classifier_size
+from mhacut.surgery.slice import cut
+from mhacut.surgery.storage import Dtypes
+
+PROBED = 4
+"""Number of images on which the cut and the written model are checked."""
+_ROUNDS = 4
+"""Largest number of plans for one budget of storage: what is stored is known to the byte once it is cut."""
+_SPARE = 600
+"""Bytes of a file's header for what is known last: accuracy, and what of the targets was reached."""
+_KL_PER_POINT = 0.025
+"""KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model that was planned, cut, checked and recovered."""
+
+    model: nn.Module
+    layers: PrunableLayers
+    """Its prunable layers."""
+    planned: Planned
+    flops: int
+    job: Job
+    """The job, with the limits that it was cut to."""
+    bounds: tuple[Reached, ...] = ()
+    """Losses that were bounded, as they were judged."""
+    evaluation: Evaluation | None = None
+    """Accuracy, where it was judged."""
+
+
+def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:
+    """Return the model cut to the limits of the job.
+
+    Raises:
+        MhacutError: the cut is not as planned.
+    """
+    job, slim, planned = _cut_within(inputs, planner, reporter)
+    layers = find_prunable_layers(slim)
+    flops = check_flops(slim, job, planned)  # 5. check
+    check_exact(slim, job, planned.ready, job.images[:PROBED])
+    slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
+    return CutModel(slim, layers, planned, flops, inputs.job)
+
+
+def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[Job, nn.Module, Planned]:
+    """Plan and cut until what is stored is within its limits, to the byte, and uses them up."""
+    job = inputs.job
+    for attempt in range(_ROUNDS):
+        planned = planner.plan(job)  # 3. plan
+        reporter.start("cutting")
+        slim = copy.deepcopy(planned.ready.model.cpu())
+        cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
+        widths, limits, exact = planned.plan.widths(), [], True
+        for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
+            stored = _stored(inputs, planned, slim, asked)
+            wrong = int(limit.cost(widths)) - stored
+            exact &= stored <= asked.most and (attempt > 0 or limit.most + wrong < asked.most / NEAR)
+            limits.append(replace(limit, most=asked.most + wrong))
+        if exact:
+            return job, slim, planned
+        job = replace(job, storage=tuple(limits))
+    raise MhacutError(
+        f"no plan was found within {', '.join(str(limit.most) for limit in inputs.job.storage)} stored "
+        "numbers or bytes; nothing was written. This is a gap in mhacut: please report the architecture and "
+        "its arguments"
+    )
+
+
+def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> int:
+    """Amount that the cut model stores: parameters, or bytes of its file."""
+    if limit.resource == "params":
+        return count_parameters(slim)
+    record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)
+    return file_size(slim, record, inputs.dtypes) + _SPARE
+
+
+def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:
+    """Return the smallest model whose loss is within the bounds of the options.
+
+    Raises:
+        BudgetError: no cut model is.
+    """
+    job, judge = inputs.job, _Judge(inputs, planner, reporter)
+    highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
+    bracket = Bracket(lowest_flops(job.allowed, job.table.flops), highest, _width_step(job))
+
+    def attempt(budget: int) -> Trial[CutModel]:
+        found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner, reporter)
+        _round(found.model, inputs.dtypes)
+        bounds, evaluation = judge(found.model)
+        found.model.cpu()
+        found = replace(found, job=replace(job, budget=budget), bounds=bounds, evaluation=evaluation)
+        ratio = max(_ratio(bound) for bound in found.bounds)
+        shown = ", ".join(f"{_shown(bound)}" for bound in found.bounds)
+        share = 100 * found.flops / job.table.dense
+        reporter.log(f"{format_flops(found.flops)} FLOPs ({share:.1f} %): {shown}")
+        return Trial(found.flops, ratio, found)
+
+    best, least = smallest_within(bracket, attempt, _expected(planner), _goal(inputs))
+    if best is None:
+        nearest = least.found
+        raise BudgetError(
+            f"{', '.join(_asked(bound) for bound in nearest.bounds)}: no cut model is within that; the "
+            f"nearest, with {100 * nearest.flops / job.table.dense:.1f}% of the FLOPs, has "
+            f"{', '.join(_shown(bound) for bound in nearest.bounds)}"
+        )
+    return best.found
+
+
+def _width_step(job: Job) -> int:
+    """FLOPs of the dearest single step of a width from the dense model."""
+    whole = {key: widths[-1] for key, widths in job.allowed.items()}
+    dense = job.table.flops(whole)
+    steps = [
+        dense - job.table.flops({**whole, key: widths[-2]})
+        for key, widths in job.allowed.items()
+        if len(widths) > 1
+    ]
+    return max(int(max(steps, default=1)), 1)
+
+
+def _expected(planner: Planner) -> Callable[[int], float]:
+    """Return the predicted loss at a budget, by the curves; FLOPs where there are none."""
+    job = planner.job
+    if job.options.allocation != "curves":
+        return lambda budget: 1 - budget / job.table.dense
+
+    return lambda budget: planner.expected_divergence(replace(job, budget=budget))
+
+
+def _goal(inputs: PruneInputs) -> float:
+    """Expected loss to begin with."""
+    options = inputs.options
+    bounds = [] if options.max_kl is None else [options.max_kl]
+    if options.max_drop is not None:
+        bounds.append(_KL_PER_POINT * max(options.max_drop, 0.1))
+    return min(bounds)
+
+
+class _Judge:
+    """Measures the losses that are bounded, on a model as it will be written."""
+
+    def __init__(self, inputs: PruneInputs, planner: Planner, reporter: Reporter) -> None:
+        """Look at the dense model where labels decide.
+
+        Raises:
+            BudgetError: it is no better than chance.
+        """
+        self.inputs, self.planner, self.reporter = inputs, planner, reporter
+        if inputs.options.max_drop is not None:
+            _check_dense(inputs)
+
+    def __call__(self, model: nn.Module) -> tuple[tuple[Reached, ...], Evaluation | None]:
+        """Return the losses, and the accuracy where it is one of them."""
+        options, job, found = self.inputs.options, self.inputs.job, []
+        model.to(job.device)
+        if options.max_kl is not None:
+            judge = job.distillation(self.planner.calibration).part(0, max(self.planner.calibration.held, 1))
+            kl = judge.divergence_of(model)
+            found.append(Reached("max_kl", f"{options.max_kl:g}", options.max_kl, kl))
+        evaluation = None
+        if options.max_drop is not None:
+            before, right = self.inputs.right, list[bool]()
+            assert self.inputs.validation is not None
+            self.reporter.start("evaluating")
+            progress = self.reporter.advance
+            evaluation = evaluate(
+                model, self.inputs.validation, device=job.device, progress=progress, right=right
+            )
+            drop = 100 * (sum(before) - sum(right)) / len(right)
+            error = standard_error_of_drop(before, right)
+            found.append(Reached("max_drop", f"{options.max_drop:g}", options.max_drop, drop, error))
+        return tuple(found), evaluation
+
+
+@torch.no_grad()
+def _round(model: nn.Module, dtypes: Dtypes) -> None:
+    """Round the parameters in place to what the file will hold."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtypes.get(name, parameter.dtype)))
+
+
+def _check_dense(inputs: PruneInputs) -> None:
+    right = inputs.right
+    chance = 1 / classifier_size(inputs.loaded.model)
+    likely = chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5
+    share = sum(right) / len(right)
+    if share <= likely:
+        raise BudgetError(
+            f"{option_name('max_drop', inputs.options.max_drop)}: the dense model is right on "
+            f"{100 * share:.1f} % of {len(right)} images, no more than chance; check labels "
+            f"({option_name('class_map')}) and preprocessing ({option_name('mean')}, {option_name('std')})"
+        )
+
+
+def _ratio(bound: Reached) -> float:
+    """Loss relative to its bound; a bound of 0 is kept by no loss at all."""
+    if bound.reached <= 0:
+        return 0.0
+    return bound.reached / bound.most if bound.most else float("inf")
+
+
+def _asked(bound: Reached) -> str:
+    return option_name(bound.name, bound.most)
+
+
+def _shown(bound: Reached) -> str:
+    if bound.name == "max_kl":
+        return f"KL {bound.reached:.3g}"
+    return f"{bound.reached:.2f} points of top-1 lost (standard error {bound.standard_error:.2f})"

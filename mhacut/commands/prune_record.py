@@ -1,0 +1,60 @@
+"""Record of a slim file that ``mhacut prune`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mhacut.checkpoint.provenance import license_for_history
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_targets import Reached, recorded_options
+from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
+from mhacut.pruning.planner import Planned
+from mhacut.report.stored_curves import curves_to_json
+from mhacut.runtime.versions import software_versions
+
+
+def slim_record(
+    inputs: PruneInputs,
+    planned: Planned,
+    flops: int,
+    evaluation: Evaluation | None = None,
+    targets: Sequence[Reached] = (),
+) -> SlimRecord:
+    """Return what the slim file states about itself.
+
+    Args:
+        inputs: of the command.
+        planned: its plan.
+        flops: FLOPs of the slim model.
+        evaluation: accuracy of the slim model, where it was measured.
+        targets: those besides a budget of FLOPs, and what was reached.
+    """
+    options, loaded, plan = inputs.options, inputs.loaded, planned.plan
+    bounded = inputs.targets["flops"] is not None or options.bounds_loss
+    entry: dict[str, Any] = {
+        "command": "prune",
+        "options": recorded_options(options),
+        "seed": options.search.seed,
+        **({"budget": inputs.job.budget} if bounded else {}),
+        "flops_before": inputs.job.table.dense,
+        "flops_after": flops,
+        "source_sha256": loaded.sha256,
+        "data": inputs.images.description,
+        **inputs.provenance.to_history(),
+        **accuracy_for_history(inputs.evaluation, evaluation),
+        **({} if loaded.record is not None else license_for_history(loaded)),
+        "versions": software_versions(),
+    }
+    if targets:
+        entry["targets"] = [target.to_json() for target in targets]
+    if planned.curves:
+        entry["curves"] = curves_to_json(planned.curves, plan)
+    earlier = loaded.record
+    return SlimRecord(
+        identity=loaded.identity,
+        plan=plan if earlier is None else plan.after(earlier.plan),
+        preprocessing=inputs.preprocessing.to_json(),
+        history=(*(() if earlier is None else earlier.history), entry),
+    )

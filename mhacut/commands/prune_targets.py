@@ -1,0 +1,255 @@
+"""Targets of ``mhacut prune``: the options of each file, the amounts they allow, and what was reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mhacut.budget import RESOURCES, Resource, Targets, format_amount
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.errors import UsageError, option_name
+from mhacut.measuring.figures import ModelFigures
+from mhacut.options.prune import PruneOptions
+from mhacut.plan import Plan, UnitKey, UnitPlan
+from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Limit, Limits
+from mhacut.pruning.reachable import reachable_amounts
+from mhacut.pruning.widths import lowest_flops
+from mhacut.surgery.costs import CostTable
+from mhacut.surgery.flops import count_parameters
+from mhacut.surgery.storage import Dtypes, byte_table, count_bytes, parameter_table
+
+PLACE = "{}"
+"""Part of an output's name in place of which several files have their budgets."""
+_DESCRIBED = 120
+"""Bytes of a file's header per tensor: name, dtype, shape and offsets."""
+_CURVE = 9 * 18 + 120
+"""Bytes of a file's header per sensitivity curve."""
+_PROSE = 3000
+"""Bytes of a file's header for preprocessing, versions, the description of the images and the like."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One target, and what the slim model has."""
+
+    name: str
+    """Name of the option."""
+    asked: str
+    """Text as the user wrote it."""
+    most: float
+    """Largest amount allowed: FLOPs, parameters, bytes, nats, or points."""
+    reached: float
+    standard_error: float | None = None
+    """Standard error of ``reached``, where it is estimated on images."""
+
+    def to_json(self) -> dict[str, Any]:
+        error = {} if self.standard_error is None else {"standard_error": self.standard_error}
+        return {
+            "target": self.name,
+            "asked": self.asked,
+            "most": self.most,
+            "reached": self.reached,
+            **error,
+        }
+
+
+def parse_targets(options: PruneOptions) -> tuple[Targets, ...]:
+    """Return the targets of each file to write.
+
+    Raises:
+        UsageError: a budget cannot be understood.
+    """
+    return tuple(Targets.parse(flops, options.params, options.size) for flops in options.flops_of_each)
+
+
+def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
+    """Return the options with which each file would be written alone, its name among them.
+
+    Args:
+        options: of the command, with one budget or several.
+        stem: of default names.
+
+    Raises:
+        UsageError: several files are to have one name.
+    """
+    labels = [_label(options, targets) for targets in parse_targets(options)]
+    if not options.several:
+        return (replace(options, output=options.output or f"{stem}-{labels[0]}.safetensors"),)
+    output = str(options.output or f"{stem}-{PLACE}.safetensors")
+    if PLACE not in Path(output).name:
+        raise UsageError(
+            f"{option_name('output', output)}: expected {PLACE} in the name, in whose place the budget of "
+            f"each of {len(labels)} files stands: vit-{PLACE}.safetensors"
+        )
+    found = []
+    for label, flops in zip(labels, options.several, strict=True):
+        page = options.report
+        if page is not None:
+            page = Path(page).with_name(f"{Path(page).stem}-{label}{Path(page).suffix}")
+        found.append(replace(options, flops=flops, output=output.replace(PLACE, label), report=page))
+    return tuple(found)
+
+
+def _label(options: PruneOptions, targets: Targets) -> str:
+    bounds = (("kl", options.max_kl), ("drop", options.max_drop))
+    return "-".join(
+        [budget.label for budget in targets.budgets]
+        + [f"{name}{bound:g}" for name, bound in bounds if bound is not None]
+    )
+
+
+class Reach:
+    """Amounts of a model at any widths, as far as targets need them."""
+
+    def __init__(self, options: PruneOptions, loaded: Checkpoint, job: Job) -> None:
+        """Take what is to be pruned.
+
+        Args:
+            options: of the command.
+            loaded: the checkpoint.
+            job: the job, whatever its images and limits.
+        """
+        self.options, self.loaded, self.job = options, loaded, job
+        self.dtypes = stored_dtypes(loaded, job.model)
+
+    def limits(self, targets: Targets, fewest: CostTable | None) -> tuple[int, Limits]:
+        """Return the FLOPs that the targets allow, and the limits on parameters and bytes.
+
+        Args:
+            targets: of one file.
+            fewest: FLOPs with every token merged that can be; None where tokens are left alone.
+
+        Raises:
+            BudgetError: a budget is out of reach, or there is nothing to prune.
+        """
+        job, table, choices = self.job, self.job.table, self.job.allowed
+        least = {key: widths[0] for key, widths in choices.items()}
+        dense: dict[Resource, int] = {"flops": table.dense}
+        costs: dict[Resource, Any] = {"flops": (fewest or table).flops}
+        copies = self.options.search.positions != "equal"
+        if targets["params"] is not None:
+            stored = parameter_table(job.model, job.prunable, least, copies=copies)
+            dense["params"], costs["params"] = count_parameters(self.loaded.model), stored.at
+        if targets["size"] is not None:
+            stored = byte_table(job.model, job.prunable, least, self.dtypes, copies=copies)
+            dense["size"] = count_bytes(self.loaded.model, self.dtypes)
+            costs["size"] = self._file_size(stored.at, least)
+        lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
+        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
+        scope += "+tokens" if fewest else ""
+        named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]
+        named += [(name, value) for name, value, _ in job.constraints.without_each()]
+        amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
+        storage = [
+            Limit(costs[resource], most, resource)
+            for resource, most in amounts.items()
+            if resource != "flops" and most < dense[resource]
+        ]
+        return min(amounts.get("flops", table.dense), table.dense), tuple(storage)
+
+    def _file_size(self, tensors: Any, least: Mapping[UnitKey, int]) -> Any:
+        """Return the bytes of the file as a function of widths: tensors, and a header that names channels."""
+        digits = {unit.key: unit.heads * (len(str(unit.width - 1)) + 1) for unit in self.job.units}
+
+        def text(widths: Mapping[UnitKey, int]) -> int:
+            return sum(each * widths[key] for key, each in digits.items())
+
+        rest = self._header(least) - text(least)
+        return lambda widths: tensors(widths) + text(widths) + rest
+
+    def _header(self, least: Mapping[UnitKey, int]) -> int:
+        """Bytes of the header at the least widths, nearly; it is counted before a file is written."""
+        loaded, identity = self.loaded, self.loaded.identity
+        plan = Plan(
+            tuple(
+                UnitPlan(*unit.key, unit.width, (tuple(range(unit.width))[-least[unit.key] :],) * unit.heads)
+                for unit in self.job.units
+            )
+        )
+        earlier = () if loaded.record is None else loaded.record.history
+        stated = [identity.model_args, identity.pretrained_cfg, plan.to_json(), list(earlier)]
+        stated.append(recorded_options(self.options))
+        tensors = len(self.job.model.state_dict())
+        text = json.dumps(json.dumps(stated, separators=(",", ":")))
+        return len(text) + tensors * _DESCRIBED + len(self.job.units) * _CURVE + _PROSE
+
+
+def reached_budgets(
+    targets: Targets, job: Job, slim: ModelFigures, loaded: Checkpoint
+) -> tuple[Reached, ...]:
+    """Return what of each budget was used.
+
+    Args:
+        targets: of the file.
+        job: the job that was cut.
+        slim: figures of the slim model.
+        loaded: the dense checkpoint.
+    """
+    most: dict[Resource, int] = {"flops": job.budget}
+    most.update({limit.resource: limit.most for limit in job.storage})
+    used = {"flops": slim.flops, "params": slim.parameters, "size": slim.size or 0}
+    dense = {"params": count_parameters(loaded.model), "size": count_bytes(loaded.model, loaded.dtypes)}
+    return tuple(
+        Reached(
+            budget.resource,
+            budget.text,
+            most.get(budget.resource, budget.amount(dense.get(budget.resource, job.table.dense))),
+            used[budget.resource],
+        )
+        for budget in targets.budgets
+    )
+
+
+def target_figure(target: Reached) -> tuple[str, str, str]:
+    """Return a target as a figure of the report: its name, the amount allowed, the amount reached."""
+    resource = next((resource for resource in RESOURCES if resource == target.name), None)
+    amounts = (target.most, target.reached)
+    if resource is not None:
+        most, reached = (format_amount(amount, resource) for amount in amounts)
+    else:
+        most, reached = (f"{amount:.3g}" for amount in amounts)
+    error = "" if target.standard_error is None else f", standard error {target.standard_error:.2g}"
+    return f"target {target.name} {target.asked}", f"at most {most}", reached + error
+
+
+def stored_dtypes(loaded: Checkpoint, model: nn.Module) -> Dtypes:
+    """Dtype of each tensor of ``model`` in the slim file: that of the tensor it was read from."""
+    read, found = loaded.dtypes, {}
+    for name, tensor in model.state_dict().items():
+        # What is only there where tokens are left out is stored as the rest of its layer.
+        alike = f"{name.rsplit('.', 2)[0]}.proj.weight"
+        found[name] = read.get(name, read.get(alike, tensor.dtype))
+    return found
+
+
+def recorded_options(options: PruneOptions) -> dict[str, Any]:
+    """Return the options that a slim file states; newer ones only where they were given."""
+    changed = set(options.changed())
+    return {
+        name: value
+        for name, value in options.flat().items()
+        if name not in _LOCAL and (name not in _NEWER or name in changed)
+    }
+
+
+# Where files lie on the machine that made a slim file is nobody else's business.
+_LOCAL = frozenset(
+    {
+        "calibration",
+        "checkpoint",
+        "class_map",
+        "data_dir",
+        "dry_run",
+        "output",
+        "overwrite",
+        "report",
+        "workers",
+    }
+)
+_NEWER = frozenset({"params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv"})

@@ -1,0 +1,109 @@
+"""Targets of ``mhacut prune``: budgets, bounds on the loss, and constraints on widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mhacut.errors import UsageError, option_name
+from mhacut.options.option import Options, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(Options):
+    """Budgets, all of which are met, or bounds on the loss, within which the smallest model is found."""
+
+    flops: str | tuple[str, ...] | None = option(
+        None,
+        "Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included. Given "
+        "several times, one file is written for each.",
+        panel="Result",
+        metavar="BUDGET",
+        repeats=True,
+    )
+    params: str | None = option(
+        None,
+        "Budget of parameters: 2.8M or 50%. Budgets of several kinds are all met.",
+        panel="Result",
+        metavar="BUDGET",
+    )
+    size: str | None = option(
+        None,
+        "Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint.",
+        panel="Result",
+        metavar="BUDGET",
+    )
+    max_kl: float | None = option(
+        None,
+        "Find the smallest model whose answers have at most this KL divergence, in nats, from the dense "
+        "model's, on the held-out calibration images.",
+        panel="Result",
+        metavar="NATS",
+        above=0,
+    )
+    max_drop: float | None = option(
+        None,
+        "Find the smallest model that loses at most so many points of top-1 accuracy on the labelled "
+        "validation images.",
+        panel="Result",
+        metavar="POINTS",
+        at_least=0,
+        at_most=100,
+    )
+
+    exclude: tuple[str, ...] = option(
+        (),
+        "Leave layers or units whole whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated.",
+        panel="Rarer options",
+        metavar="PATTERN",
+        repeats=True,
+    )
+    min_width: tuple[str, ...] = option(
+        (),
+        "Keep at least so many channels per head, or of an MLP, where names match: 'blocks.*.mlp=256'. Can "
+        "be repeated.",
+        panel="Rarer options",
+        metavar="PATTERN=N",
+        repeats=True,
+    )
+    equal_qkv: bool = option(
+        False,
+        "Keep q/k and v of each layer equally wide, for fused attention of TensorRT and ONNX Runtime.",
+        panel="Rarer options",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.flops, tuple | list):  # one budget is one, however it was given
+            several = tuple(map(str, self.flops))
+            object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
+            for text in several:
+                require("flops", text, several.count(text) == 1, "each budget once")
+        budgets = [name for name in ("flops", "params", "size") if getattr(self, name) is not None]
+        bounds = [name for name in ("max_kl", "max_drop") if getattr(self, name) is not None]
+        if not budgets and not bounds:
+            raise UsageError(f"{option_name('flops')} is missing. {self.options()['flops'].help}")
+        if budgets and bounds:
+            bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
+            raise UsageError(
+                f"{bound} looks for the smallest model itself, {budget} states its size: leave one out"
+            )
+
+    @property
+    def constrains(self) -> tuple[str, ...]:
+        """Names of the constraints on widths that are given."""
+        return tuple(name for name in ("exclude", "min_width", "equal_qkv") if getattr(self, name))
+
+    @property
+    def flops_of_each(self) -> tuple[str | None, ...]:
+        """Budget of FLOPs of each file to write; None where there is none."""
+        return self.flops if isinstance(self.flops, tuple) else (self.flops,)
+
+    @property
+    def several(self) -> tuple[str, ...]:
+        """Several budgets of FLOPs, each for a file of its own; empty for one or none."""
+        return self.flops if isinstance(self.flops, tuple) else ()
+
+    @property
+    def bounds_loss(self) -> bool:
+        """Whether the smallest model within a bound on the loss is to be found."""
+        return self.max_kl is not None or self.max_drop is not None

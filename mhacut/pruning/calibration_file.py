@@ -1,0 +1,193 @@
+"""Calibration kept in a file: tensors as safetensors, the rest as JSON beside them, with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhacut._version import __version__
+from mhacut.errors import DataError, option_name
+from mhacut.linalg.moments import Moments
+from mhacut.plan import UnitKey
+from mhacut.pruning.calibrate import Calibration, UnitMoments, UnitStatistics
+from mhacut.pruning.fisher import FisherInformation
+from mhacut.pruning.job import Job
+from mhacut.runtime.distributed import Processes
+from mhacut.runtime.files import write_whole
+from mhacut.surgery.tokens import tokens_of
+
+METADATA_KEY = "mhacut-calibration"
+"""Key of the document in the ``__metadata__`` of the file."""
+
+Fingerprint = Mapping[str, str]
+"""Conditions that a calibration depends on, in words or as a digest, by name."""
+
+
+def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration:
+    """Return the job's calibration: from a file if it is there, else gathered, and kept in that file.
+
+    Args:
+        job: what is pruned.
+        path: the file; None to gather.
+        processes: those that share the images.
+
+    Raises:
+        DataError: the file is of another model, other images or other options, or no calibration.
+    """
+    if path is None:
+        return job.calibrate(processes)
+    fingerprint = fingerprint_of(job)
+    with processes.together():  # all look before the first writes, which waits for their sums
+        found = read_calibration(path, fingerprint, job.device) if path.exists() else None
+    if found is not None:
+        job.reporter.log(f"calibration taken from {path}")
+        return found
+    calibration = job.calibrate(processes)
+    if processes.first:
+        write_calibration(path, calibration, fingerprint)
+        job.reporter.log(f"calibration kept in {path}")
+    return calibration
+
+
+def fingerprint_of(job: Job) -> Fingerprint:
+    """Return the fingerprint of all that a calibration of ``job`` depends on."""
+    fisher = job.fisher_options
+    differentiated = "none" if fisher is None else f"{fisher.images} images, seed {fisher.seed}"
+    weights = "on" if fisher is not None and fisher.token_importance else "off"
+    units = [(unit.layer, unit.kind, unit.heads, unit.width, unit.mixing) for unit in job.prunable.units()]
+    text = f"{units} {tokens_of(job.model).to_json()} {job.model}"
+    return {
+        "version of mhacut": __version__,
+        "model": _digest(
+            {"": torch.tensor(list(text.encode()), dtype=torch.uint8), **job.model.state_dict()}
+        ),
+        "number of images": str(len(job.images)),
+        "images": _digest({"": job.images}),
+        "batch_size": str(job.options.batch_size),
+        "Fisher information": differentiated,
+        "token_weights": weights,
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_calibration(path: Path, calibration: Calibration, fingerprint: Fingerprint) -> None:
+    """Write a calibration, whole or not at all.
+
+    Raises:
+        OutputError: the file is there already, or cannot be written.
+    """
+    tensors, document = _flat(calibration)
+    text = json.dumps({"fingerprint": dict(fingerprint), **document})
+    write_whole(path, lambda temporary: save_file(tensors, temporary, {METADATA_KEY: text}), overwrite=False)
+
+
+def read_calibration(path: Path, fingerprint: Fingerprint, device: torch.device) -> Calibration:
+    """Read a calibration back, to the bit.
+
+    Args:
+        path: what :func:`write_calibration` wrote.
+        fingerprint: that the file must have.
+        device: to put the moments on.
+
+    Raises:
+        DataError: it is stale, naming what differs, or no calibration.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            document = json.loads((file.metadata() or {})[METADATA_KEY])
+            stored = document["fingerprint"]
+            differs = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+            if differs:
+                raise DataError(_stale(path, stored, fingerprint, differs))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _restored(tensors, document, device)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is no calibration that mhacut wrote: {error!r:.100}") from error
+
+
+def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: list[str]) -> str:
+    lines = [
+        f"another {name}"
+        if len(wanted[name]) == 64  # digests say nothing to readers
+        else f"{name}: {stored.get(name, 'not stated')!s:.60}, now {wanted[name]}"
+        for name in differs
+    ]
+    return (
+        f"{path}: was gathered under other conditions: {'; '.join(lines)}. Name another file by "
+        f"{option_name('calibration')} to gather anew, or remove this one"
+    )
+
+
+def _flat(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all tensors by name, and what puts them together again."""
+    tensors: dict[str, Tensor] = {"teacher": calibration.teacher}
+    units: list[dict[str, Any]] = []
+    for number, (key, moments) in enumerate(calibration.moments.items()):
+        entry: dict[str, Any] = {"layer": key[0], "kind": key[1]}
+        for part, sides in (("fit", moments.fit), ("held", moments.held)):
+            entry[part] = [side.rows for side in sides]
+            for place, side in enumerate(sides):
+                tensors[f"unit{number}.{part}{place}.total"] = side.total
+                tensors[f"unit{number}.{part}{place}.second"] = side.second
+        statistics = calibration.statistics[key]
+        tensors[f"unit{number}.redundancy"] = statistics.redundancy
+        tensors[f"unit{number}.difference"] = statistics.difference
+        units.append(entry)
+    layers = list(calibration.fisher.matrices)
+    tensors |= {f"fisher{number}": calibration.fisher.matrices[layer] for number, layer in enumerate(layers)}
+    grids: list[dict[str, Any]] = []
+    for layer, importance in calibration.fisher.importance.items():
+        for grid, values in importance.items():
+            tensors[f"importance{len(grids)}"] = values
+            grids.append({"layer": layer, "grid": list(grid)})
+    bare = [layer for layer, importance in calibration.fisher.importance.items() if not importance]
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return own, {"held": calibration.held, "units": units, "fisher": layers, "grids": grids, "bare": bare}
+
+
+def _restored(
+    tensors: Mapping[str, Tensor], document: Mapping[str, Any], device: torch.device
+) -> Calibration:
+    moments: dict[UnitKey, UnitMoments] = {}
+    statistics: dict[UnitKey, UnitStatistics] = {}
+    for number, entry in enumerate(document["units"]):
+        key: UnitKey = (str(entry["layer"]), entry["kind"])
+
+        def part(name: str, rows: list[int], number: int = number) -> tuple[Moments, ...]:
+            return tuple(
+                Moments(
+                    int(count),
+                    tensors[f"unit{number}.{name}{place}.total"].to(device),
+                    tensors[f"unit{number}.{name}{place}.second"].to(device),
+                )
+                for place, count in enumerate(rows)
+            )
+
+        moments[key] = UnitMoments(part("fit", entry["fit"]), part("held", entry["held"]))
+        statistics[key] = UnitStatistics(
+            tensors[f"unit{number}.redundancy"], tensors[f"unit{number}.difference"]
+        )
+    matrices = {
+        layer: tensors[f"fisher{number}"].to(device) for number, layer in enumerate(document["fisher"])
+    }
+    importance: dict[str, dict[tuple[int, ...], Tensor]] = {layer: {} for layer in document["bare"]}
+    for number, entry in enumerate(document["grids"]):
+        grid = tuple(map(int, entry["grid"]))
+        importance.setdefault(entry["layer"], {})[grid] = tensors[f"importance{number}"].to(device)
+    fisher = FisherInformation(matrices, importance)
+    return Calibration(int(document["held"]), moments, statistics, fisher, tensors["teacher"])

@@ -1,0 +1,120 @@
+"""Constraints on widths that a user sets by hand, and what each is expected to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from mhacut.errors import UsageError, option_name
+from mhacut.plan import UnitKey
+
+Choices = Mapping[UnitKey, Sequence[int]]
+"""Allowed widths of every unit, ascending, the dense one last."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One constraint, and what it is expected to cost."""
+
+    name: str
+    """Name of the option."""
+    value: str | bool
+    """Value as the user wrote it."""
+    nats: float
+    """Estimated KL divergence of the widths with it beyond that without it, by the sensitivity curves."""
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Units that stay whole, least widths, and widths that are equal.
+
+    Patterns match the name of a layer (``blocks.0.attn``) or of a unit (``blocks.0.attn.qk``).
+    """
+
+    exclude: tuple[str, ...] = ()
+    min_width: tuple[str, ...] = ()
+    """``PATTERN=N`` each."""
+    equal_qkv: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.exclude or self.min_width or self.equal_qkv)
+
+    def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
+        """Return the widths of ``choices`` that are left.
+
+        With equal q/k and v widths, a layer of which one must stay whole keeps the other whole too, and the
+        larger of two least widths holds for both; where only one of the two can be cut, neither is.
+
+        Raises:
+            UsageError: a pattern matches nothing, a least width is none, or q/k and v cannot be equal.
+        """
+        found = {key: tuple(widths) for key, widths in choices.items()}
+        for pattern in self.exclude:
+            for key in _matching("exclude", pattern, pattern, choices):
+                found[key] = found[key][-1:]
+        for text in self.min_width:
+            pattern, least = _parsed(text)
+            for key in _matching("min_width", text, pattern, choices):
+                found[key] = tuple(width for width in found[key] if width >= least) or found[key][-1:]
+        if self.equal_qkv:
+            for qk, v in pairs(choices):
+                if choices[qk][-1] != choices[v][-1]:
+                    raise UsageError(
+                        f"{option_name('equal_qkv', True)}: expected q/k and v of one width, found "
+                        f"{choices[qk][-1]} and {choices[v][-1]} channels per head in {qk[0]}"
+                    )
+                both = set(found[qk]) & set(found[v])
+                found[qk] = found[v] = tuple(width for width in found[qk] if width in both)
+            paired = {key for pair in pairs(choices) for key in pair}
+            for key in found:
+                if key[1] != "hidden" and key not in paired:
+                    found[key] = found[key][-1:]
+        return found
+
+    def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
+        """Name and value of each constraint, and the others without it."""
+        for name in ("exclude", "min_width"):
+            values: tuple[str, ...] = getattr(self, name)
+            for value in values:
+                others = tuple(other for other in values if other != value)
+                if name == "exclude":
+                    yield name, value, replace(self, exclude=others)
+                else:
+                    yield name, value, replace(self, min_width=others)
+        if self.equal_qkv:
+            yield "equal_qkv", True, replace(self, equal_qkv=False)
+
+
+NO_CONSTRAINTS = Constraints()
+
+
+def pairs(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
+    """Return the q/k and v units of each layer that has both."""
+    return [
+        ((layer, "qk"), (layer, "v")) for layer, kind in choices if kind == "v" and (layer, "qk") in choices
+    ]
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    pattern, equals, number = text.rpartition("=")
+    if not equals or not pattern or not number.isdecimal() or int(number) < 1:
+        raise UsageError(
+            f"{option_name('min_width', text)}: expected PATTERN=N, like blocks.0.*=32, with N at least 1"
+        )
+    return pattern, int(number)
+
+
+def _matching(option: str, value: str, pattern: str, choices: Choices) -> list[UnitKey]:
+    found = [
+        (layer, kind)
+        for layer, kind in choices
+        if fnmatchcase(layer, pattern) or fnmatchcase(f"{layer}.{kind}", pattern)
+    ]
+    if not found:
+        names = [f"{layer}.{kind}" for layer, kind in choices]
+        raise UsageError(
+            f"{option_name(option, value)}: matches no layer that may be pruned; found {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        )
+    return found

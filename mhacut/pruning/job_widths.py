@@ -1,0 +1,46 @@
+"""Widths that a job's limits and constraints leave, by its curves; and the price of the constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mhacut.plan import UnitKey
+from mhacut.pruning.allocate import cheapest_widths, total_error
+from mhacut.pruning.constraints import Constraint
+from mhacut.pruning.curves import Curve
+from mhacut.pruning.job import Job
+from mhacut.surgery.costs import CostTable
+
+
+def job_widths(
+    job: Job, curves: Mapping[UnitKey, Curve], table: CostTable | None = None, *, exchange: bool = True
+) -> dict[UnitKey, int]:
+    """Return the widths of least total error that the job's limits and constraints allow.
+
+    Args:
+        job: what is pruned.
+        curves: of its units.
+        table: FLOPs of its model with merges; None for the job's own.
+        exchange: whether steps may be exchanged, which takes seconds.
+    """
+    equal, limits = job.constraints.equal_qkv, job.limits(table)
+    return cheapest_widths(curves, job.allowed, limits, exchange=exchange, equal=equal)
+
+
+def costs_of_constraints(
+    job: Job, curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int], table: CostTable
+) -> tuple[Constraint, ...]:
+    """Return the job's constraints, each with the error that would be saved without it.
+
+    Args:
+        job: what is pruned.
+        curves: of its units.
+        widths: those that were chosen under all constraints.
+        table: FLOPs of its model with the merges that were chosen.
+    """
+    found, error = [], total_error(curves, widths)
+    for name, value, others in job.constraints.without_each():
+        freer = job_widths(replace(job, constraints=others), curves, table, exchange=False)
+        found.append(Constraint(name, value, max(error - total_error(curves, freer), 0.0)))
+    return tuple(found)

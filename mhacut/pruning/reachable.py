@@ -1,0 +1,54 @@
+"""Budgets that can be reached, and refusal of others before the work, with the nearest that can."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from mhacut.budget import NOUNS, Budget, Resource, Targets, format_amount
+from mhacut.errors import BudgetError, option_name
+
+
+def reachable_amounts(
+    asked: Targets, dense: Mapping[Resource, int], lowest: Mapping[Resource, int], options: Sequence[str]
+) -> dict[Resource, int]:
+    """Return the amount that each budget allows.
+
+    Costs grow with every width, so that budgets which can each be reached can be reached together.
+
+    Args:
+        asked: as the user wrote them.
+        dense: amounts of the model as it was read.
+        lowest: amounts at the least widths, with every token merged that can be where that is asked for.
+        options: those that decide how low a budget may be, for errors.
+
+    Raises:
+        BudgetError: the model is within all of them already, or at the least widths still above one.
+    """
+    if not asked.budgets:
+        return {}
+    amounts = {budget.resource: budget.amount(dense[budget.resource]) for budget in asked.budgets}
+    if all(amount >= dense[resource] for resource, amount in amounts.items()):
+        within = " and ".join(
+            f"{format_amount(dense[budget.resource], budget.resource)} "
+            f"{'' if budget.resource == 'size' else NOUNS[budget.resource]}".rstrip()
+            + f" are already within {budget.text}"
+            for budget in asked.budgets
+        )
+        raise BudgetError(f"nothing to prune: the model's {within}")
+    for budget in asked.budgets:
+        resource = budget.resource
+        if amounts[resource] < lowest[resource]:
+            raise BudgetError(_out_of_reach(budget, dense[resource], lowest[resource], options))
+    return amounts
+
+
+def _out_of_reach(asked: Budget, dense: int, lowest: int, options: Sequence[str]) -> str:
+    share = 100 * asked.value if asked.value < 1 else asked.value
+    meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
+    return (
+        f"{option_name(asked.resource, asked.text)} is out of reach: the lowest is "
+        f"{format_amount(lowest, asked.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
+        f"{format_amount(dense, asked.resource)}) with {', '.join(options[:-1])} and {options[-1]}{meant}"
+    )

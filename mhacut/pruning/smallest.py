@@ -1,0 +1,106 @@
+"""Search for the smallest model within a bound: a bracket of budgets that closes to one width step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_SHRINKS = 0.5
+"""Fraction of the bracket that two trials must leave at most; else the next one halves it."""
+_LEAST = 1e-9
+"""Ratio of a loss to its bound below which it says nothing about the next budget."""
+
+
+@dataclass(frozen=True)
+class Trial(Generic[T]):
+    """A model cut to a budget, and how far its loss is from the bound."""
+
+    cost: int
+    """Cost of the model; not above its budget."""
+    ratio: float
+    """Loss relative to the bound; the model is within it at 1 or less."""
+    found: T
+
+    @property
+    def passes(self) -> bool:
+        return self.ratio <= 1
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Budgets between which the smallest model within the bound lies."""
+
+    low: int
+    """Lowest budget."""
+    high: int
+    """Highest budget."""
+    step: int
+    """Difference of budgets that is worth a trial."""
+
+
+def smallest_within(
+    bracket: Bracket,
+    attempt: Callable[[int], Trial[T]],
+    expected: Callable[[int], float],
+    goal: float,
+) -> tuple[Trial[T] | None, Trial[T]]:
+    """Return the trial of least cost within the bound, and the one of least loss.
+
+    Losses are taken to fall as budgets grow. Until one trial passes and one fails, the next budget is where
+    the expected loss, brought to the ratio last measured, meets the bound; then it is where the logarithm of
+    the loss, a line between the nearest two, does. A bracket that hardly shrinks is halved. The search ends
+    when passing and failing budgets are at most a step apart.
+
+    Args:
+        bracket: budgets to look at.
+        attempt: cuts to a budget and judges.
+        expected: loss that is expected at a budget, up to a factor; falls as budgets grow.
+        goal: expected loss at which to begin.
+
+    Returns:
+        None as the first if no trial passes, the one at the highest budget included.
+    """
+    failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
+    best: Trial[T] | None = None
+    nearest: Trial[T] | None = None
+    sizes: list[int] = []
+    above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
+    while passing - failing > bracket.step:
+        sizes.append(passing - failing)
+        if below > _LEAST and above < math.inf:
+            share = math.log(above) / (math.log(above) - math.log(below))
+            budget = round(failing + share * (passing - failing))
+        else:
+            budget = _where(expected, goal, bracket)
+        if len(sizes) > 2 and sizes[-1] > _SHRINKS * sizes[-3]:
+            budget = (failing + passing) // 2
+        ends = failing + bracket.step, passing - bracket.step
+        budget = min(max(min(budget, ends[1]), min(ends), bracket.low), bracket.high)
+        trial = attempt(budget)
+        if nearest is None or trial.ratio < nearest.ratio:
+            nearest = trial
+        if trial.passes:
+            passing, below = min(trial.cost, budget), trial.ratio
+            if best is None or trial.cost <= best.cost:
+                best = trial
+        else:
+            failing, above = budget, trial.ratio
+        if trial.ratio > _LEAST and math.isfinite(trial.ratio):
+            goal = expected(budget) / trial.ratio
+    assert nearest is not None
+    return best, nearest
+
+
+def _where(expected: Callable[[int], float], goal: float, bracket: Bracket) -> int:
+    """Lowest budget, to a step, at which at most ``goal`` is expected."""
+    low, high = bracket.low, bracket.high
+    while high - low > bracket.step:
+        middle = (low + high) // 2
+        if expected(middle) <= goal:
+            high = middle
+        else:
+            low = middle
+    return high

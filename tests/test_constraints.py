@@ -1,0 +1,153 @@
+"""Constraints on widths: what they leave, what they cost, and how they are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import mhacut
+from helpers.cli import FAST, run
+from mhacut.errors import UsageError
+from mhacut.pruning.allocate import cheapest_widths
+from mhacut.pruning.constraints import Constraints
+from mhacut.pruning.limits import Limit
+
+QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+CHOICES = {
+    ("blocks.0.attn", "qk"): (8, 16, 24),
+    ("blocks.0.attn", "v"): (8, 16, 24),
+    ("blocks.0.mlp", "hidden"): (8, 16, 24, 32),
+    ("blocks.1.attn", "v"): (8, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("constraints", "expected"),
+    [
+        (Constraints(exclude=("blocks.0.*",)), [(24,), (24,), (32,), (8, 16)]),
+        (Constraints(exclude=("*.attn.qk",)), [(24,), (8, 16, 24), (8, 16, 24, 32), (8, 16)]),
+        (Constraints(exclude=("*.mlp", "blocks.1.attn")), [(8, 16, 24), (8, 16, 24), (32,), (16,)]),
+        (Constraints(min_width=("*=16",)), [(16, 24), (16, 24), (16, 24, 32), (16,)]),
+        (Constraints(min_width=("*.mlp=17", "*.v=99")), [(8, 16, 24), (24,), (24, 32), (16,)]),
+        # Of the second block q/k cannot be cut: then v, which would be narrower, is not either.
+        (Constraints(equal_qkv=True), [(8, 16, 24), (8, 16, 24), (8, 16, 24, 32), (16,)]),
+        (
+            Constraints(min_width=("*.qk=16",), equal_qkv=True),
+            [(16, 24), (16, 24), (8, 16, 24, 32), (16,)],
+        ),
+        (Constraints(exclude=("*.qk",), equal_qkv=True), [(24,), (24,), (8, 16, 24, 32), (16,)]),
+    ],
+)
+def test_widths_that_constraints_leave(constraints, expected):
+    assert list(constraints.allowed(CHOICES).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("constraints", "message"),
+    [
+        (
+            Constraints(exclude=("block.*",)),
+            "exclude='block.*': matches no layer that may be pruned; found blocks.0.attn.qk, "
+            "blocks.0.attn.v, blocks.0.mlp.hidden and 1 more",
+        ),
+        (Constraints(min_width=("*.mlp",)), "min_width='*.mlp': expected PATTERN=N"),
+        (Constraints(min_width=("*.mlp=0",)), "min_width='*.mlp=0': expected PATTERN=N"),
+        (Constraints(min_width=("=8",)), "min_width='=8': expected PATTERN=N"),
+    ],
+)
+def test_constraints_that_make_no_sense(constraints, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        constraints.allowed(CHOICES)
+
+
+def test_q_k_and_v_of_other_widths_cannot_be_equal():
+    choices = {("a", "qk"): (8, 16), ("a", "v"): (8, 16, 32)}
+    with pytest.raises(UsageError, match=r"found 16 and 32 channels per head in a$"):
+        Constraints(equal_qkv=True).allowed(choices)
+
+
+def test_equal_widths_are_equal_whatever_they_cost():
+    choices = dict.fromkeys([("a", "qk"), ("a", "v")], (8, 16, 24, 32))
+    curves = {
+        ("a", "qk"): {8: 0.1, 16: 0.0, 24: 0.0, 32: 0.0},
+        ("a", "v"): {8: 90.0, 16: 50.0, 24: 20.0, 32: 0.0},
+    }
+    limits = [Limit(lambda widths: 10_000 + sum(widths.values()), 10_040)]
+    assert cheapest_widths(curves, choices, limits) == {("a", "qk"): 8, ("a", "v"): 32}
+    assert cheapest_widths(curves, choices, limits, equal=True) == {("a", "qk"): 16, ("a", "v"): 16}
+
+
+def prune(tiny_vit, output, **options):
+    return mhacut.prune(
+        tiny_vit.path,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=output,
+        **{"flops": "60%", **QUICK, **options},
+    )
+
+
+def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_path):
+    free = prune(tiny_vit, tmp_path / "free.safetensors", round_to=4)
+    assert free.constraints == ()
+    cut = [unit for unit in free.plan if not unit.keeps_all]
+    whole, wider = cut[0], cut[-1]
+    least = wider.dense_width - 4
+    assert wider.width < least
+    names = [".".join(unit.key) for unit in (whole, wider)]
+    given = {"exclude": (names[0],), "min_width": (f"{names[1]}={least}",), "round_to": 4}
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", **given)
+    widths = result.plan.widths()
+    assert widths[whole.key] == whole.dense_width
+    assert widths[wider.key] >= least
+    assert result.slim.flops <= result.budget
+
+    def error(one):
+        return sum(free.curves[key][width] for key, width in one.plan.widths().items())
+
+    assert [(one.name, one.value) for one in result.constraints] == [
+        ("exclude", names[0]),
+        ("min_width", f"{names[1]}={least}"),
+    ]
+    # Without the other constraint each saves at most what both cost, but for the last step.
+    both = error(result) - error(free)
+    assert both > 0
+    assert all(0 <= one.nats <= 1.05 * both + 1e-12 for one in result.constraints)
+    assert sum(one.nats for one in result.constraints) > 0
+
+
+def test_constraints_are_flags(tiny_vit, tmp_path):
+    out = tmp_path / "slim.safetensors"
+    flags = [
+        "--exclude",
+        "blocks.1.mlp",
+        "--exclude",
+        "blocks.0.attn.v",
+        "--min-width",
+        "*.qk=8",
+        "--round-to",
+        "4",
+    ]
+    result = run("prune", *tiny_vit.flags, "--flops", "80%", "-o", out, *flags, "--json", *FAST)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    widths = {(one["layer"], one["kind"]): one["width"] for one in document["layers"]}
+    assert widths["blocks.1.mlp", "hidden"] == 192
+    assert widths["blocks.0.attn", "v"] == 16
+    assert min(width for (_, kind), width in widths.items() if kind == "qk") >= 8
+    assert [(one["option"], one["value"]) for one in document["constraints"]] == [
+        ("exclude", "blocks.1.mlp"),
+        ("exclude", "blocks.0.attn.v"),
+        ("min_width", "*.qk=8"),
+    ]
+    text = run("prune", *tiny_vit.flags, "--flops", "80%", "--dry-run", *flags, "--equal-qkv", *FAST).stdout
+    assert re.search(r"^--exclude blocks.1.mlp: an estimated \S+ nats$", text, re.MULTILINE)
+    assert re.search(r"^--equal-qkv: an estimated \S+ nats$", text, re.MULTILINE)
+
+
+def test_the_lowest_budget_is_that_under_the_constraints(tiny_vit, tmp_path):
+    with pytest.raises(mhacut.BudgetError, match=r"out of reach: the lowest is .*exclude='\*\.mlp'"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", exclude=("*.mlp",), flops="40%")
+    assert list(tmp_path.iterdir()) == []

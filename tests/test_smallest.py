@@ -1,0 +1,289 @@
+"""The smallest model within a bound on the loss, and many budgets from one calibration."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mhacut
+from helpers.cli import FAST, run
+from helpers.jobs import Recorder
+from mhacut.errors import BudgetError, UsageError
+from mhacut.measuring.accuracy import standard_error_of_drop
+from mhacut.pruning.smallest import Bracket, Trial, smallest_within
+
+QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+
+
+# --- search ---
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_search_finds_the_smallest_budget_within_a_step(data):
+    low = data.draw(st.integers(1, 10**6))
+    high = low + data.draw(st.integers(0, 10**7))
+    step = max(1, (high - low) // data.draw(st.integers(1, 1000)))
+    steepness, factor = data.draw(st.floats(0.5, 30)), data.draw(st.floats(1e-3, 1e3))
+    bound = data.draw(st.floats(1e-9, 1e3))
+    tried = []
+
+    def expected(budget):
+        return math.exp(-steepness * budget / high)
+
+    def attempt(budget):
+        assert low <= budget <= high
+        tried.append(budget)
+        return Trial(budget, factor * expected(budget) / bound, budget)
+
+    best, least = smallest_within(Bracket(low, high, step), attempt, expected, bound)
+    passing = [budget for budget in tried if factor * expected(budget) <= bound]
+    if factor * expected(high) > bound:
+        assert best is None
+        assert least.found == high
+        return
+    assert best.found == min(passing)
+    # A step lower the loss is out of the bound, or there is nothing lower.
+    assert best.found - step < low or factor * expected(best.found - step) > bound * (1 - 1e-9)
+    assert len(tried) <= 3 + 2 * math.log2(max(2, (high - low) / step + 2))
+
+
+def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape():
+    tried = []
+
+    def attempt(budget):
+        tried.append(budget)
+        return Trial(budget, 40 * math.exp(-budget / 100) / 0.02, budget)
+
+    best, _ = smallest_within(Bracket(50, 1000, 2), attempt, lambda budget: math.exp(-budget / 100), 0.02)
+    assert best.found == pytest.approx(100 * math.log(40 / 0.02), abs=2)
+    assert len(tried) <= 6
+
+
+def test_the_standard_error_is_that_of_paired_answers():
+    before = [True] * 90 + [False] * 10
+    after = [True] * 80 + [False] * 18 + [True] * 2
+    lost = [a - b for a, b in zip(before, after, strict=True)]
+    mean = sum(lost) / 100
+    expected = 100 * math.sqrt(sum((one - mean) ** 2 for one in lost) / 99 / 100)
+    assert standard_error_of_drop(before, after) == pytest.approx(expected)
+    assert standard_error_of_drop(before, before) == 0
+
+
+# --- bounds, from file to file ---
+
+
+def prune(tiny_vit, output, **options):
+    return mhacut.prune(
+        tiny_vit.path,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=output,
+        **{**QUICK, **options},
+    )
+
+
+def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
+    bound = 1e-4
+    found = prune(tiny_vit, tmp_path / "found.safetensors", max_kl=bound)
+    (target,) = found.targets
+    assert (target.name, target.asked, target.most) == ("max_kl", "0.0001", bound)
+    assert target.reached == pytest.approx(found.divergence, rel=1e-4)
+    assert found.divergence <= bound
+    # The same model as that of the budget that was found; the next ones down, a step at a time, are outside.
+    again = prune(tiny_vit, tmp_path / "again.safetensors", flops=found.budget)
+    assert again.plan == found.plan
+    assert again.divergence == pytest.approx(found.divergence)
+    sweep = [
+        prune(tiny_vit, tmp_path / "sweep.safetensors", flops=f"{share}%", dry_run=True)
+        for share in range(30, 100, 5)
+    ]
+    smallest = min(one.slim.flops for one in sweep if one.divergence <= bound)
+    assert found.slim.flops <= smallest
+    with mhacut_record(found.output) as entry:
+        assert entry["options"]["max_kl"] == bound
+        assert entry["options"]["flops"] is None
+        assert entry["targets"][0]["target"] == "max_kl"
+
+
+def mhacut_record(path):
+    from contextlib import nullcontext
+
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return nullcontext(json.loads(file.metadata()["mhacut"])["history"][-1])
+
+
+def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
+    images, checkpoint = digits_vit
+    reporter = Recorder()
+    found = mhacut.prune(
+        checkpoint,
+        max_drop=3.0,
+        data_dir=images,
+        workers=0,
+        output=tmp_path / "slim.safetensors",
+        reporter=reporter,
+        effort="fast",
+        calibration_images=40,
+        latency=False,
+    )
+    (target,) = found.targets
+    before, after = found.dense.evaluation, found.slim.evaluation
+    assert target.reached == pytest.approx(before.top1 - after.top1)
+    assert target.reached <= 3.0
+    assert target.standard_error >= 0
+    tried = [line for line in reporter.messages if "points of top-1 lost" in line]
+    assert 1 < len(tried) < 20
+    assert found.slim.flops < 0.6 * found.dense.flops
+
+
+@pytest.fixture(scope="module")
+def digits_vit():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[1] / "examples" / "digits"
+    return folder / "images", folder / "model"
+
+
+def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
+    options = {"max_kl": 1e-30, "keep_dead_tokens": True}
+    with pytest.raises(
+        BudgetError, match=r"max_kl=1e-30: no cut model is within that; the nearest, with .*KL"
+    ):
+        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_model_that_knows_nothing_is_refused(tiny_vit, few_digits, tmp_path):
+    # The head of the model has 7 classes; so have the images, and the model is not trained.
+    images = tmp_path / "images"
+    for split in ("train", "val"):
+        for label in range(7):
+            (images / split).mkdir(parents=True, exist_ok=True)
+            (images / split / str(label)).symlink_to(few_digits / split / str(label))
+    with pytest.raises(
+        BudgetError, match=r"max_drop=1\.0: the dense model is right on .* no more than chance"
+    ):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_drop=1.0, data_dir=images, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": False}, "expected labels, which labels=False leaves out"),
+        ({"eval_images": 0}, "expected images to judge on, found eval_images=0"),
+        ({"val_split": "nowhere"}, "expected labelled images to judge on, in the split 'nowhere'"),
+    ],
+)
+def test_a_bound_on_accuracy_needs_labels(digits_vit, tmp_path, options, message):
+    images, checkpoint = digits_vit
+    with pytest.raises(UsageError, match=re.escape(message)):
+        mhacut.prune(
+            checkpoint,
+            max_drop=1.0,
+            data_dir=images,
+            output=tmp_path / "slim.safetensors",
+            **QUICK,
+            **options,
+        )
+
+
+# --- many budgets ---
+
+
+def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
+    budgets = ("80%", "60%", "900K")
+    results = mhacut.prune_many(
+        tiny_vit.path,
+        flops=budgets,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=tmp_path / "many-{}.safetensors",
+        **QUICK,
+    )
+    assert [result.output.name for result in results] == [
+        "many-80pct.safetensors",
+        "many-60pct.safetensors",
+        "many-900K.safetensors",
+    ]
+    for budget, result in zip(budgets, results, strict=True):
+        alone = prune(tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True)
+        assert result.output.read_bytes() == alone.output.read_bytes()
+        assert result.divergence == alone.divergence
+    assert "calibrating" in results[0].seconds
+    assert not {"calibrating", "measuring error curves", "reading"} & results[1].seconds.keys()
+
+
+def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--flops", "80%", "--flops", "60%", *FAST]
+    result = run("prune", *tiny_vit.flags, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [one["output"] for one in document["results"]] == [
+        "tiny-80pct.safetensors",
+        "tiny-60pct.safetensors",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny-60pct.safetensors",
+        "tiny-80pct.safetensors",
+    ]
+    result = run("prune", *tiny_vit.flags, *arguments, "-o", "one.safetensors")
+    assert result.exit_code == 2
+    assert "--output one.safetensors: expected {} in the name" in result.stderr
+
+
+def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):
+    (tmp_path / "m-60pct.safetensors").write_bytes(b"precious")
+    out = tmp_path / "m-{}.safetensors"
+    result = run("prune", *tiny_vit.flags, "--flops", "80%", "--flops", "60%", "-o", out, *FAST)
+    assert result.exit_code == 1
+    assert "m-60pct.safetensors" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m-60pct.safetensors"]
+    assert (tmp_path / "m-60pct.safetensors").read_bytes() == b"precious"
+
+
+def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path):
+    images, checkpoint = digits_vit
+    page = tmp_path / "all.html"
+    arguments = ["--data-dir", images, "--workers", "0", "--effort", "fast", "--calibration-images", "8"]
+    budgets = ["--flops", "75%", "--flops", "50%"]
+    out = tmp_path / "slim-{}.safetensors"
+    result = run("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()[:4]]
+    assert rows[0][:3] == ["budget", "FLOPs", "of"]
+    assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]
+    assert f"overview {page}" in result.stdout
+    assert {path.name for path in tmp_path.glob("*.html")} == {
+        "all.html",
+        "all-75pct.html",
+        "all-50pct.html",
+    }
+    text = page.read_text()
+    for value in ("top-1, %", "divergence"):
+        for cost in ("FLOPs", "parameters", "latency"):
+            assert f"{value} against {cost}" in text
+    # A line and a dot per model; the dense one has no divergence.
+    assert text.count("<circle") == 3 * 3 + 3 * 2
+    assert "http" not in text.replace("http-equiv", "")
+    assert re.findall(r'<th scope="row">(dense|\d\d%)</th>', text) == ["dense", "75%", "50%"]
+
+
+def test_pareto_rows_are_in_json(tiny_vit, tmp_path):
+    arguments = ["--flops", "80%", "--flops", "60%", "--dry-run", "--json", *FAST]
+    result = run("prune", *tiny_vit.flags, *arguments)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [row["budget"] for row in document["pareto"]] == ["dense", "80%", "60%"]
+    for row, one in zip(document["pareto"][1:], document["results"], strict=True):
+        figures = {key: row[key] for key in ("flops", "parameters", "size", "latency_ms", "top1")}
+        assert figures == {key: one["slim"][key] for key in figures}
+        assert row["divergence"] == one["divergence"]

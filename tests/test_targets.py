@@ -1,0 +1,311 @@
+"""Budgets of several kinds: what they allow, what is stored, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import mhacut
+from helpers.cli import FAST, run
+from helpers.files import SLIM
+from helpers.models import ModelCase, build
+from helpers.plans import random_plan
+from mhacut.budget import Budget, Targets
+from mhacut.errors import BudgetError, UsageError
+from mhacut.options.prune import PruneOptions
+from mhacut.pruning.allocate import cheapest_widths
+from mhacut.pruning.limits import Limit, keeps
+from mhacut.pruning.widths import width_choices
+from mhacut.report.history import step
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import count_parameters
+from mhacut.surgery.slice import cut
+from mhacut.surgery.storage import byte_table, count_bytes, parameter_table
+
+QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+
+
+# --- budgets as people write them ---
+
+
+@pytest.mark.parametrize(
+    ("text", "resource", "amount"),
+    [
+        ("2.8M", "params", 2_800_000),
+        ("50%", "params", 500),
+        ("6MB", "size", 6_000_000),
+        ("1.5MiB", "size", 1_572_864),
+        ("800KB", "size", 800_000),
+        ("12B", "size", 12),
+        ("6e6", "size", 6_000_000),
+    ],
+)
+def test_budgets_of_other_resources(text, resource, amount):
+    assert Budget.parse(text, resource).amount(dense=1000) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "resource"), [("6MB", "params"), ("6M", "size"), ("6mb", "size"), ("6i", "size")]
+)
+def test_units_of_another_resource_are_refused(text, resource):
+    with pytest.raises(UsageError, match=f"{resource}='{text}' is not a budget; write "):
+        Budget.parse(text, resource)
+
+
+def test_labels_name_what_is_bounded():
+    assert Targets.parse("50%", "60%", "6MB").label == "50pct-params60pct-size6MB"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "flops is missing"),
+        ({"flops": ()}, "flops is missing"),
+        ({"flops": ("50%", "50%")}, "flops='50%': expected each budget once"),
+        ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 looks for the smallest model itself, flops='50%'"),
+        ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 looks for the smallest model itself"),
+        ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
+        ({"params": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or uniform"),
+        ({"size": "6MB", "scope": "attention+mlp+tokens"}, "expected flops; merging tokens changes neither"),
+    ],
+)
+def test_contradictory_targets_are_refused(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        PruneOptions.from_flat(checkpoint="a", **given)
+
+
+# --- allocation ---
+
+
+class Problem:
+    """Units with convex curves and several costs, linear in their widths."""
+
+    def __init__(self, data, costs):
+        units = data.draw(st.integers(2, 4))
+        self.keys = [(f"layer{number}", "hidden") for number in range(units)]
+        self.choices = {key: width_choices(data.draw(st.integers(3, 5)), 1) for key in self.keys}
+        self.curves = {}
+        for key, widths in self.choices.items():
+            rates = sorted(data.draw(st.floats(0.01, 10)) for _ in widths[1:])
+            errors = list(itertools.accumulate(rates, initial=0.0))  # widest first
+            self.curves[key] = dict(zip(widths, reversed(errors), strict=True))
+        self.limits = []
+        for _ in range(costs):
+            price = {key: data.draw(st.integers(1, 9)) for key in self.keys}
+            least, most = (
+                sum(price[key] * widths[end] for key, widths in self.choices.items()) for end in (0, -1)
+            )
+            budget = data.draw(st.integers(least, most))
+            # What does not shrink is so large that any plan uses nearly all of the budget.
+            self.limits.append(
+                Limit(
+                    lambda widths, price=price: 10**5 + sum(price[key] * widths[key] for key in price),
+                    10**5 + budget,
+                )
+            )
+
+    def error(self, widths):
+        return sum(self.curves[key][width] for key, width in widths.items())
+
+    def best(self):
+        plans = (
+            dict(zip(self.keys, widths, strict=True)) for widths in itertools.product(*self.choices.values())
+        )
+        return min(self.error(plan) for plan in plans if keeps(self.limits, plan))
+
+    def dearest_step(self):
+        return max(
+            curve[narrow] - curve[wide]
+            for curve in self.curves.values()
+            for narrow, wide in itertools.pairwise(curve)
+        )
+
+
+@pytest.mark.parametrize("costs", [2, 3])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_several_budgets_are_all_met_at_most_a_step_for_each_from_the_best_plan(costs, data):
+    problem = Problem(data, costs)
+    found = cheapest_widths(problem.curves, problem.choices, problem.limits)
+    assert keeps(problem.limits, found)
+    assert problem.error(found) <= problem.best() + costs * problem.dearest_step() + 1e-9
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_budget_that_does_not_bind_changes_nothing(data):
+    problem = Problem(data, 1)
+    slack = Limit(lambda widths: sum(widths.values()), 10**6)
+    alone = cheapest_widths(problem.curves, problem.choices, problem.limits)
+    assert cheapest_widths(problem.curves, problem.choices, [*problem.limits, slack]) == alone
+    assert cheapest_widths(problem.curves, problem.choices, [slack, *problem.limits]) == alone
+
+
+# --- what is stored ---
+
+
+PVT = ModelCase("pvt_v2_b0", {"depths": (1, 1, 1, 1)})
+
+
+@pytest.mark.parametrize("case", [*SLIM.values(), PVT], ids=lambda case: case.architecture)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_storage_follows_from_widths(case, seed):
+    torch.manual_seed(0)
+    model = build(case)
+    prunable = find_prunable_layers(model)
+    least = {unit.key: 1 for unit in prunable.units()}
+    dtypes = {name: torch.float16 for name, tensor in model.state_dict().items() if "proj" in name}
+    tables = (
+        (parameter_table(model, prunable, least, copies=True), count_parameters),
+        (byte_table(model, prunable, least, dtypes, copies=True), lambda part: count_bytes(part, dtypes)),
+    )
+    plan, _ = random_plan(prunable, seed=seed)
+    slim = copy.deepcopy(model)
+    cut(slim, plan)
+    for table, count in tables:
+        assert table.dense == count(model)
+        expected, found = table.at(plan.widths()), count(slim)
+        # What heads, or layers of CoaT, share until they are cut is counted as if it were cut.
+        shared = "coat" in case.architecture or any(unit.sharing != "own" for unit in prunable.units())
+        assert found <= expected if shared else found == expected
+
+
+# --- from file to file ---
+
+
+def prune(tiny_vit, output, **options):
+    return mhacut.prune(
+        tiny_vit.path,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=output,
+        **{**QUICK, **options},
+    )
+
+
+def stated(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["mhacut"])["history"][-1]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"params": "60%"},
+        {"params": 40_000},
+        {"size": "65%"},
+        {"size": "250KB", "round_to": 4},
+        {"flops": "60%", "params": "60%"},
+        {"flops": "80%", "params": "55%", "size": "300KB"},
+    ],
+)
+def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", **targets)
+    model = mhacut.load_model(result.output)
+    size = result.output.stat().st_size
+    assert count_parameters(model) == result.slim.parameters
+    assert size <= result.slim.size <= size + 64
+    reached = {target.name: target for target in result.targets}
+    assert set(reached) == targets.keys() - {"round_to"}
+    found = {"flops": result.slim.flops, "params": result.slim.parameters, "size": result.slim.size}
+    for name, target in reached.items():
+        assert target.asked == str(targets[name])
+        assert target.reached == found[name] <= target.most
+    # A step of a width is a few per cent of so small a model; some budget is nearly used up.
+    assert max(target.reached / target.most for target in result.targets) > 0.93
+    assert size <= reached["size"].most if "size" in reached else True
+    entry = stated(result.output)
+    assert {name: entry["options"][name] for name in reached} == {
+        name: target.asked for name, target in reached.items()
+    }
+    assert [target["target"] for target in entry["targets"]] == list(reached)
+
+
+def test_a_file_of_half_precision_is_measured_as_it_is_written(tiny_vit, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    half = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, half)
+    result = mhacut.prune(
+        half,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        size="120KB",
+        output=tmp_path / "slim.safetensors",
+        **QUICK,
+    )
+    assert 0.9 * 120_000 <= result.output.stat().st_size <= 120_000
+
+
+def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
+    entry = stated(prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%").output)
+    assert "targets" not in entry
+    assert entry["options"]["flops"] == "60%"
+    assert not {"params", "size", "max_kl", "max_drop"} & entry["options"].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": "1%"}, r"params='1%' is out of reach: the lowest is \S+ \(\d+\.\d% of 67\.\dK\)"),
+        ({"size": "10KB"}, r"size='10KB' is out of reach: the lowest is \S+KB"),
+        ({"params": "100%"}, r"nothing to prune: the model's \S+K parameters are already within 100%"),
+        ({"flops": "60%", "size": "1KB"}, "size='1KB' is out of reach"),
+        ({"max_drop": 1.0}, r"max_drop=1\.0: expected labelled images to judge on"),
+    ],
+)
+def test_infeasible_targets_are_refused_with_the_nearest(tiny_vit, tmp_path, options, message):
+    with pytest.raises((BudgetError, UsageError), match=message):
+        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["params", "size"])
+def test_the_lowest_target_that_is_named_works(tiny_vit, tmp_path, name):
+    with pytest.raises(BudgetError) as refusal:
+        prune(tiny_vit, tmp_path / "slim.safetensors", **{name: "1%"})
+    for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
+        result = prune(tiny_vit, tmp_path / "slim.safetensors", **{name: budget}, dry_run=True)
+        assert result.targets[0].reached <= result.targets[0].most
+
+
+def test_targets_are_printed(tiny_vit, tmp_path):
+    out = tmp_path / "slim.safetensors"
+    arguments = ["--flops", "70%", "--params", "60%", "--size", "200KB", "-o", out, *FAST]
+    result = run("prune", *tiny_vit.flags, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [target["target"] for target in document["targets"]] == ["flops", "params", "size"]
+    assert document["slim"]["size"] >= out.stat().st_size
+    result = run("prune", *tiny_vit.flags, *arguments, "--overwrite")
+    assert re.search(r"^--params 60%: \S+K of at most \S+K parameters$", result.stdout, re.MULTILINE)
+    assert re.search(r"^--size 200KB: \S+KB of at most 200KB$", result.stdout, re.MULTILINE)
+
+
+def test_history_and_report_state_targets(tiny_vit, tmp_path):
+    page = tmp_path / "run.html"
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", params="60%", report=page)
+    entry = stated(result.output)
+    assert "budget" not in entry
+    assert "FLOPs (params 60%), seed 42" in step(entry)
+    assert "target params 60%" in page.read_text()
+    both = stated(prune(tiny_vit, tmp_path / "both.safetensors", flops="70%", size="200KB").output)
+    assert "FLOPs (budget 815K, size 200KB), seed 42" in step(both)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [5, [5], [{}], [{"target": 3, "asked": None}], [{"target": "\x1b[2J", "asked": "x" * 999}] * 99],
+)
+def test_targets_of_a_strange_file_are_shown_safely(targets):
+    line = step({"command": "prune", "flops_before": 5, "flops_after": 4, "targets": targets})
+    assert "\x1b" not in line
+    assert len(line) < 2000
