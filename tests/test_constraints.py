@@ -118,6 +118,16 @@ def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_pat
     assert sum(one.nats for one in result.constraints) > 0
 
 
+def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", equal_qkv=True, round_to=2, flops="55%")
+    widths = result.plan.widths()
+    pairs = [(widths[layer, "qk"], widths[layer, "v"]) for layer, kind in widths if kind == "v"]
+    assert all(qk == v for qk, v in pairs)
+    assert any(v < 16 for _, v in pairs)
+    (constraint,) = result.constraints
+    assert (constraint.name, constraint.value) == ("equal_qkv", True)
+
+
 def test_constraints_are_flags(tiny_vit, tmp_path):
     out = tmp_path / "slim.safetensors"
     flags = [
