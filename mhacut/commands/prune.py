@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import file_size, write_slim
-from mhacut.commands.prune_cut import PROBED, CutModel, cut_to_budget, cut_within_bound
+from mhacut.commands.prune_cut import CutModel, cut_to_budget, cut_within_bound
+from mhacut.commands.prune_files import Measured, final_record, measure, write_again, write_checked
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_record import slim_record
-from mhacut.commands.prune_result import MUCH, PruneResult, choices_of
-from mhacut.commands.prune_targets import Reached, reached_budgets, target_figure
+from mhacut.commands.prune_result import PruneResult, choices_of
+from mhacut.commands.prune_targets import target_figure
 from mhacut.data import ImagesInMemory
-from mhacut.errors import DataError, MhacutError, UsageError, option_name
-from mhacut.measuring.accuracy import evaluate
-from mhacut.measuring.figures import ModelFigures
+from mhacut.errors import DataError, UsageError, option_name
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.calibration_file import calibrated
-from mhacut.pruning.check import same_outputs
-from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.progress_bar import reporting
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.storage import count_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -190,7 +180,7 @@ class _Written:
     found: CutModel
     slim: nn.Module
     """The model in the file, or after a dry run in memory."""
-    measured: _Measured
+    measured: Measured
     record: SlimRecord
     seconds: Mapping[str, float]
     """Of the stages up to 7."""
@@ -206,14 +196,14 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     inputs, slim = replace(inputs, job=found.job), found.model
     if not options.dry_run:
         timer.start("writing")
-        slim = _write(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
     seconds = timer.taken()
-    measured = _measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
-    record, measured = _final_record(inputs, found, slim, measured)
+    measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
+    record, measured = final_record(inputs, found, slim, measured)
     if not options.dry_run:
         timer.start("writing")
         if record != slim_record(inputs, found.planned, found.flops):
-            _write_again(inputs, slim, record)
+            write_again(inputs, slim, record)
         measured = measured.with_size(inputs.target.stat().st_size, inputs)
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
 
@@ -250,112 +240,6 @@ def _finished(one: _Written, timer: StageTimer) -> PruneResult:
     return _result(one.inputs, one.found.planned, one.measured, (seconds, stages), page)
 
 
-@torch.no_grad()
-def _write(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file; return the model in it, read as a user will read it and checked."""
-    loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
-    write_slim(
-        target,
-        slim,
-        record,
-        dtypes=dtypes,
-        overwrite=inputs.options.overwrite,
-        input_path=loaded.path,
-    )
-    for name, parameter in slim.named_parameters():
-        parameter.copy_(parameter.to(dtypes[name]))
-    reloaded = load_model(target)
-    # The tensors were compared bit for bit when they were written.
-    if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
-        raise MhacutError(
-            f"{target}: was written but gives other logits than the model in memory; do not use it"
-        )
-    return reloaded
-
-
-def _final_record(
-    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: _Measured
-) -> tuple[SlimRecord, _Measured]:
-    """Return the record with all that was measured, and the measurements with the size of the file with it.
-
-    The size that the record states is that of the file, or a few bytes more.
-    """
-
-    def record(targets: Sequence[Reached]) -> SlimRecord:
-        stated = () if inputs.options.flops is not None and len(targets) == 1 else targets
-        return slim_record(inputs, found.planned, found.flops, measured.slim.evaluation, stated)
-
-    nearly = measured.with_size(count_bytes(slim, inputs.dtypes), inputs)  # a number of as many digits
-    measured = measured.with_size(file_size(slim, record(nearly.targets), inputs.dtypes), inputs)
-    return record(measured.targets), measured
-
-
-def _write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
-    """Write the file once more, with the accuracy in it: it was there before that could be interrupted."""
-    write_slim(
-        inputs.target,
-        copy.deepcopy(slim).cpu(),
-        record,
-        dtypes=inputs.dtypes,
-        overwrite=True,
-        input_path=inputs.loaded.path,
-    )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    dense: ModelFigures
-    slim: ModelFigures
-    divergence: float
-    divergence_of: Literal["answers", "features"]
-    judged_on: int
-    with_tokens: float | None
-    targets: tuple[Reached, ...]
-
-    def with_latency(self, dense: float, slim: float) -> _Measured:
-        """Return the same with the milliseconds per batch of both models."""
-        return replace(
-            self, dense=replace(self.dense, latency_ms=dense), slim=replace(self.slim, latency_ms=slim)
-        )
-
-    def with_size(self, size: int, inputs: PruneInputs) -> _Measured:
-        """Return the same with the file's size, and with the targets that are budgets."""
-        slim = replace(self.slim, size=size)
-        bounds = (target for target in self.targets if target.name in ("max_kl", "max_drop"))
-        budgets = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
-        return replace(self, slim=slim, targets=(*budgets, *bounds))
-
-
-def _measure(
-    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, found: CutModel, reporter: Reporter
-) -> _Measured:
-    """Measure the slim model beside the dense one, but for the time that they take."""
-    job, dense = inputs.job, inputs.loaded.model
-    slim.to(job.device)
-    evaluation = found.evaluation
-    if evaluation is None and inputs.validation is not None:
-        reporter.start("evaluating")
-        evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
-    reporter.start("comparing")
-    judge = job.distillation(calibration).part(0, max(calibration.held, 1))
-    divergence = judge.divergence_of(slim)
-    with_tokens = None
-    if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
-        with_tokens = divergence_by_merging(job, calibration)
-    size = count_bytes(dense, inputs.dtypes)
-    before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
-    after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
-    return _Measured(
-        before,
-        after,
-        divergence,
-        "answers" if judge.divergence.classifier else "features",
-        len(judge.images),
-        with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
-        found.bounds,
-    )
-
-
 def _report(one: _Written) -> Path:
     """Write the page about the run."""
     inputs, found, measured = one.inputs, one.found, one.measured
@@ -376,7 +260,7 @@ def _report(one: _Written) -> Path:
 def _result(
     inputs: PruneInputs,
     planned: Planned,
-    measured: _Measured,
+    measured: Measured,
     seconds: tuple[Mapping[str, float], Mapping[str, float]],
     page: Path | None,
 ) -> PruneResult:

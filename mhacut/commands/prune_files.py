@@ -1,0 +1,135 @@
+"""Stages 7 and 8 of ``mhacut prune``: write the slim file, and measure what is in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mhacut.checkpoint.load import load_model
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import file_size, write_slim
+from mhacut.commands.prune_cut import PROBED, CutModel
+from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_record import slim_record
+from mhacut.commands.prune_result import MUCH
+from mhacut.commands.prune_targets import Reached, reached_budgets
+from mhacut.errors import MhacutError
+from mhacut.measuring.accuracy import evaluate
+from mhacut.measuring.figures import ModelFigures
+from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.check import same_outputs
+from mhacut.pruning.choose_merges import divergence_by_merging
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.flops import count_parameters
+from mhacut.surgery.storage import count_bytes
+
+
+@torch.no_grad()
+def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
+    """Write the slim file; return the model in it, read as a user will read it and checked."""
+    loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
+    write_slim(
+        target,
+        slim,
+        record,
+        dtypes=dtypes,
+        overwrite=inputs.options.overwrite,
+        input_path=loaded.path,
+    )
+    for name, parameter in slim.named_parameters():
+        parameter.copy_(parameter.to(dtypes[name]))
+    reloaded = load_model(target)
+    # The tensors were compared bit for bit when they were written.
+    if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
+        raise MhacutError(
+            f"{target}: was written but gives other logits than the model in memory; do not use it"
+        )
+    return reloaded
+
+
+def final_record(
+    inputs: PruneInputs, found: CutModel, slim: nn.Module, measured: Measured
+) -> tuple[SlimRecord, Measured]:
+    """Return the record with all that was measured, and the measurements with the size of the file with it.
+
+    The size that the record states is that of the file, or a few bytes more.
+    """
+
+    def record(targets: Sequence[Reached]) -> SlimRecord:
+        stated = () if inputs.options.flops is not None and len(targets) == 1 else targets
+        return slim_record(inputs, found.planned, found.flops, measured.slim.evaluation, stated)
+
+    nearly = measured.with_size(count_bytes(slim, inputs.dtypes), inputs)  # a number of as many digits
+    measured = measured.with_size(file_size(slim, record(nearly.targets), inputs.dtypes), inputs)
+    return record(measured.targets), measured
+
+
+def write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
+    """Write the file once more, with the accuracy in it: it was there before that could be interrupted."""
+    write_slim(
+        inputs.target,
+        copy.deepcopy(slim).cpu(),
+        record,
+        dtypes=inputs.dtypes,
+        overwrite=True,
+        input_path=inputs.loaded.path,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    dense: ModelFigures
+    slim: ModelFigures
+    divergence: float
+    divergence_of: Literal["answers", "features"]
+    judged_on: int
+    with_tokens: float | None
+    targets: tuple[Reached, ...]
+
+    def with_latency(self, dense: float, slim: float) -> Measured:
+        """Return the same with the milliseconds per batch of both models."""
+        return replace(
+            self, dense=replace(self.dense, latency_ms=dense), slim=replace(self.slim, latency_ms=slim)
+        )
+
+    def with_size(self, size: int, inputs: PruneInputs) -> Measured:
+        """Return the same with the file's size, and with the targets that are budgets."""
+        slim = replace(self.slim, size=size)
+        bounds = (target for target in self.targets if target.name in ("max_kl", "max_drop"))
+        budgets = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
+        return replace(self, slim=slim, targets=(*budgets, *bounds))
+
+
+def measure(
+    inputs: PruneInputs, calibration: Calibration, slim: nn.Module, found: CutModel, reporter: Reporter
+) -> Measured:
+    """Measure the slim model beside the dense one, but for the time that they take."""
+    job, dense = inputs.job, inputs.loaded.model
+    slim.to(job.device)
+    evaluation = found.evaluation
+    if evaluation is None and inputs.validation is not None:
+        reporter.start("evaluating")
+        evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
+    reporter.start("comparing")
+    judge = job.distillation(calibration).part(0, max(calibration.held, 1))
+    divergence = judge.divergence_of(slim)
+    with_tokens = None
+    if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
+        with_tokens = divergence_by_merging(job, calibration)
+    size = count_bytes(dense, inputs.dtypes)
+    before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
+    after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
+    return Measured(
+        before,
+        after,
+        divergence,
+        "answers" if judge.divergence.classifier else "features",
+        len(judge.images),
+        with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
+        found.bounds,
+    )
