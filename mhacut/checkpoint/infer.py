@@ -77,9 +77,10 @@ def infer_from_shapes(
             args["img_size"] = size
             shown.append(Shown("img_size", size, "the shape of positional_encoding"))
     # The shapes of the file decide, whatever size the configuration was written for.
-    model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
-    if not bounded:
-        model, further = _with_visible_args(model, ModelIdentity(name, args, dict(cfg)), tensors)
+    if bounded:
+        model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
+    else:
+        model, further = _with_visible_args(ModelIdentity(name, args, dict(cfg)), tensors)
         args |= {one.name: one.value for one in further}
         shown += further
     last = len(shown)
@@ -103,20 +104,30 @@ def infer_from_shapes(
 
 
 def _with_visible_args(
-    model: nn.Module, identity: ModelIdentity, tensors: Mapping[str, TensorInfo]
+    identity: ModelIdentity, tensors: Mapping[str, TensorInfo]
 ) -> tuple[nn.Module, tuple[Shown, ...]]:
     """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
-    shapes = {key: info.shape for key, info in infos_by_model_names(tensors, model).items()}
-    if is_foreign(model.state_dict(), shapes):
-        return model, ()
-    shown = visible_args(model, shapes, identity.model_args)
-    if not shown:
-        return model, ()
+    fault: CheckpointError | None = None
     try:
-        args = {**identity.model_args, **{one.name: one.value for one in shown}}
-        return build_skeleton(dataclasses.replace(identity, model_args=args)), shown
-    except CheckpointError:
-        return model, ()  # whoever compares the tensors says what differs
+        model = build_skeleton(identity)
+    except CheckpointError as error:
+        # The number of heads may divide the width of the file, and not the default one.
+        args = {name: value for name, value in identity.model_args.items() if name != "num_heads"}
+        if args == identity.model_args:
+            raise
+        model, fault = build_skeleton(dataclasses.replace(identity, model_args=args)), error
+    shapes = {key: info.shape for key, info in infos_by_model_names(tensors, model).items()}
+    foreign = is_foreign(model.state_dict(), shapes)
+    shown = () if foreign else visible_args(model, shapes, identity.model_args)
+    if shown:
+        try:
+            args = {**identity.model_args, **{one.name: one.value for one in shown}}
+            return build_skeleton(dataclasses.replace(identity, model_args=args)), shown
+        except CheckpointError:
+            pass  # whoever compares the tensors says what differs
+    if fault is not None:
+        raise fault
+    return model, ()
 
 
 def position_shapes(tensors: Mapping[str, TensorInfo]) -> list[tuple[int, ...]]:

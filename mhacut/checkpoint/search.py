@@ -125,7 +125,8 @@ def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]
     if not named:
         return []
     lines = [f"{_some(names)}, {text}" for text, names in named.items()]
-    flags = option_name("model", "NAME")
+    (_, names), *more = named.items()
+    flags = option_name("model", "NAME" if more or len(names) > 1 else names[0])
     if any(re.search(r"with .*\b(mean|std) ", text) for text in named):
         flags += f", or {option_name('mean')} and {option_name('std')}"
     return [f"the layers are also those of {'; '.join(lines[:_MOST_NAMED])}: for those give {flags}"]

@@ -91,7 +91,7 @@ def test_models_that_only_preprocess_otherwise_are_named():
     assert found.notes[-1].startswith(
         "the layers are also those of deit_tiny_patch16_224, preprocessed with mean 0.485,0.456,0.406, "
     )
-    assert found.notes[-1].endswith("for those give model='NAME', or mean and std")
+    assert found.notes[-1].endswith("for those give model='deit_tiny_patch16_224', or mean and std")
 
 
 def test_models_that_compute_different_things_are_asked_about():
@@ -112,7 +112,9 @@ def test_of_models_that_only_take_other_images_one_is_chosen(tmp_path, side):
     found = read_model(tmp_path / "model.safetensors")
     assert found.identity.architecture == "xcit_nano_12_p16_224"
     line = "the layers are also those of xcit_nano_12_p16_384, for images of 384x384, not 224x224"
-    assert any(note.startswith(line) and "model='NAME'" in note for note in found.notes), found.notes
+    assert any(
+        note.startswith(line) and note.endswith("give model='xcit_nano_12_p16_384'") for note in found.notes
+    ), found.notes
     for size in (224, 384):
         images = torch.randn(1, 3, size, size)
         with torch.no_grad():
@@ -139,6 +141,15 @@ def test_of_a_width_that_is_not_listed_the_heads_are_asked_for():
     found = search(header_of(model), {"num_heads": 3})
     assert found.identity.model_args["embed_dim"] == 48
     assert not differences(model, found.skeleton)
+
+
+def test_heads_may_divide_the_width_of_the_file_alone():
+    model = build(VIT, embed_dim=40, num_heads=5, depth=2)
+    found = search(header_of(model), {"num_heads": 5})
+    assert found.identity.model_args == {**found.identity.model_args, "embed_dim": 40, "num_heads": 5}
+    assert not differences(model, found.skeleton)
+    with pytest.raises(CheckpointError):  # 192 is no multiple of it, and the file shows no other width
+        infer_from_shapes(VIT, {"num_heads": 5}, {}, tensors_of(build(VIT, depth=1)))
 
 
 def test_of_what_is_no_listed_model_the_nearest_is_named():
