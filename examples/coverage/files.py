@@ -1,6 +1,6 @@
 """How checkpoints as they lie about are opened: with no flag, with which, or refused with which sentence.
 
-    python examples/coverage/files.py [PATTERN]
+    python examples/coverage/files.py [PATTERN] [--markdown FILE]
 
 Writes each file with random weights, opens it as `mhacut inspect FILE` does, and compares every tensor of the
 model with that of the model which was saved (another library's: the logits). Files of transformers and of
@@ -10,11 +10,13 @@ open_clip need those (`pip install -e '.[interop]'`); without them, their rows s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mhacut.checkpoint.load import read_model
-from mhacut.errors import MhacutError
+from mhacut.cli.flags import flag_writer
+from mhacut.errors import MhacutError, options_written_by
+from mhacut.options.inspect import InspectOptions
 
 State = Mapping[str, Tensor]
 
@@ -121,6 +125,21 @@ def timm_folder(folder: Path, model: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), str(folder / "model.safetensors"))
     return folder
+
+
+def beside(network: str, layer: str) -> Callable[..., Path]:
+    """A network without classifier, and its classifier beside it, as whoever fine-tunes writes them."""
+
+    def write(folder: Path, model: Any) -> Path:
+        classifier = model.default_cfg["classifier"] + "."
+        state = {
+            (layer + key.removeprefix(classifier) if key.startswith(classifier) else network + key): tensor
+            for key, tensor in model.state_dict().items()
+        }
+        torch.save(state, folder / "model.pth")
+        return folder / "model.pth"
+
+    return write
 
 
 def sharded(folder: Path, model: Any) -> Path:
@@ -272,6 +291,13 @@ FILES = (
         f"safetensors, {VIT}, backbone., no classifier",
         of_timm(VIT, num_classes=0),
         plain("model.safetensors", "backbone."),
+    ),
+    File(f"torch, {VIT}, backbone., beside it head.", of_timm(VIT, **TEN), beside("backbone.", "head.")),
+    File(f"torch, {SWIN}, model., beside it fc.", of_timm(SWIN, **TEN), beside("model.", "fc.")),
+    File(
+        "safetensors, xcit_nano_12_p16_384",
+        of_timm("xcit_nano_12_p16_384", **TEN),
+        plain("model.safetensors"),
     ),
     File(f"safetensors, {SWIN}, model.", of_timm(SWIN, **TEN), plain("model.safetensors", "model.")),
     File(f"Lightning, {VIT}", of_timm(VIT, **TEN), checkpoint("last.ckpt", lightning)),
@@ -431,21 +457,51 @@ def check(file: File, saved: Any, found: nn.Module) -> None:
     assert torch.allclose(found(images), answer, atol=1e-4), file.name
 
 
+def summary(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Return lines of a table that counts how files were opened, the most frequent way first."""
+    counts: dict[str, int] = {}
+    for _, how, said in rows:
+        told = f"{how}: {said}" if how in ("refused", "not tried") else how
+        counts[told] = counts.get(told, 0) + 1
+    lines = [f"| {told} | {count} |" for told, count in sorted(counts.items(), key=lambda item: -item[1])]
+    return [f"{len(rows)} files:", "", "| opened with | files |", "|---|---|", *lines]
+
+
+def versions() -> str:
+    """Name what the table was made with."""
+    names = ("mhacut", "torch", "timm", "transformers", "torchvision", "open_clip_torch")
+    found = []
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a table of files and how they are opened.")
     parser.add_argument("pattern", nargs="?", default="*", help="names of rows, a glob")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table there, counts first")
     asked = parser.parse_args()
-    counts: dict[str, int] = {}
-    print("| file | opened with | said |\n|---|---|---|")
+    as_flags = flag_writer(InspectOptions.options())
+    head = ["| file | opened with | said |", "|---|---|---|"]
+    print("\n".join(head))
+    rows: list[tuple[str, str, str]] = []
     for file in FILES:
         if not fnmatch.fnmatch(file.name, asked.pattern):
             continue
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, options_written_by(as_flags):
             how, said = tried(file, Path(folder))
-        print(f"| {file.name} | {how} | {said.replace('|', '/')} |", flush=True)
-        kind = how if how in ("no flag", "refused", "not tried") else "with flags"
-        counts[kind] = counts.get(kind, 0) + 1
-    print(f"\n{sum(counts.values())} files: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
+        rows.append((file.name, how, said.replace("|", "/")))
+        print(line(rows[-1]), flush=True)
+    print("\n" + "\n".join(summary(rows)))
+    if asked.markdown is not None:
+        title = ["# How files as they lie about are opened", ""]
+        made = [f"Made by `python examples/coverage/files.py --markdown FILE`, with {versions()}.", ""]
+        asked.markdown.write_text("\n".join([*title, *made, *summary(rows), "", *head, *map(line, rows), ""]))
+
+
+def line(row: tuple[str, str, str]) -> str:
+    return f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":
