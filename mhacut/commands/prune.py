@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import check_exact, check_flops, same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.recover import recover
 from mhacut.report.prune_page import measured_figures, write_report
 from mhacut.report.stored_curves import curves_to_json
@@ -197,7 +198,7 @@ class _Measured:
     dense: ModelFigures
     slim: ModelFigures
     divergence: float
-    divergence_of: Literal["answers", "features"]
+    preserved: Preserved
     judged_on: int
     with_tokens: float | None
 
@@ -217,7 +218,7 @@ def _measure(
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
     with_tokens = None
-    if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
+    if divergence > MUCH and judge.preserved.measure == "answers" and not job.merges_tokens:
         with_tokens = divergence_by_merging(job, calibration)
     times: tuple[float | None, ...] = (None, None)
     if options.latency:
@@ -228,7 +229,7 @@ def _measure(
         ModelFigures(job.table.dense, count_parameters(dense), times[0], inputs.evaluation),
         ModelFigures(flops, count_parameters(slim), times[1], evaluation),
         divergence,
-        "answers" if judge.divergence.classifier else "features",
+        judge.preserved,
         len(judge.images),
         with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
     )
@@ -278,7 +279,8 @@ def _result(
         curves=planned.curves,
         report=page,
         divergence=measured.divergence,
-        divergence_of=measured.divergence_of,
+        preserved=measured.preserved.to_json(),
+        divergence_of=measured.preserved.measure,
         judged_on=measured.judged_on,
         divergence_with_tokens=measured.with_tokens,
     )
@@ -298,6 +300,7 @@ def _record(
         "flops_after": flops,
         "source_sha256": loaded.sha256,
         "data": inputs.images.description,
+        **_preserved_for_history(inputs.job.preserved),
         **inputs.provenance.to_history(),
         **({} if measured is None else accuracy_for_history(inputs.evaluation, measured.slim.evaluation)),
         **({} if loaded.record is not None else license_for_history(loaded)),
@@ -312,6 +315,13 @@ def _record(
         preprocessing=inputs.preprocessing.to_json(),
         history=(*(() if earlier is None else earlier.history), entry),
     )
+
+
+def _preserved_for_history(preserved: Preserved | None) -> dict[str, Any]:
+    """Return what was preserved, where it was not the answers, as always before."""
+    if preserved is None or preserved.what == "answers":
+        return {}
+    return {"preserved": preserved.to_json()}
 
 
 # Where files lie on the machine that made a slim file is nobody else's business.

@@ -18,6 +18,7 @@ from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.commands.prune_outputs import outputs_and_tokens
 from mhacut.commands.prune_stages import expected_stages
 from mhacut.data import (
     CalibrationImages,
@@ -28,12 +29,12 @@ from mhacut.data import (
     has_split,
 )
 from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
-from mhacut.errors import UnsupportedModelError, option_name
+from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.measuring.normalisation import SAMPLE, Batches
 from mhacut.options.base import IN_MEMORY
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import TokenPlan, UnitKind
+from mhacut.plan import UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.widths import reachable_budget
@@ -45,9 +46,7 @@ from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
-from mhacut.surgery.merging import why_not_merged
-from mhacut.surgery.read import tokens_read
-from mhacut.surgery.tokens import tokens_of, with_tokens
+from mhacut.surgery.tokens import with_tokens
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention": ("qk", "v"),
@@ -123,16 +122,15 @@ def read_inputs(
     target = _target(options, loaded, budget)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    merges, tokens = _merges(options, dense), _tokens(dense, options, reporter)
+    size = preprocessing.input_size
+    preserved, tokens, merges = outputs_and_tokens(options, dense, size, reporter)
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
-    merged = () if merges else tokens.merged
-    prunable = find_prunable_layers(model)
-    units = prunable.units(_KINDS[options.scope])
+    merged, prunable = () if merges else tokens.merged, find_prunable_layers(model)
     counted = with_tokens(model, replace(tokens, merged=merged))
-    size = preprocessing.input_size
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model), prunable, size) if merges else None
+    units = prunable.units(_KINDS[options.scope])
     flops = reachable_budget(budget, table, units, options.round_to, fewest)
     _log_limits(flops, table, prunable, reporter)
     dense.to(processes.device)
@@ -144,12 +142,13 @@ def read_inputs(
         table=table,
         budget=flops,
         images=images.images,
-        labels=images.labels,
+        labels=None if preserved.dense else images.labels,
         options=options.search,
         round_to=options.round_to,
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
+        preserved=preserved,
         merged=merged,
     )
     expect(reporter, expected_stages(options, job, 0 if validation is None else len(validation)))
@@ -189,22 +188,6 @@ def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporte
         reporter.log("without the tokens left out the model is within the budget: no channel need be cut")
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
-
-
-def _merges(options: PruneOptions, dense: nn.Module) -> bool:
-    """Whether tokens are to be merged.
-
-    Raises:
-        UnsupportedModelError: they cannot be.
-    """
-    if not options.scope.endswith("+tokens"):
-        return False
-    reason = why_not_merged(dense)
-    if reason:
-        raise UnsupportedModelError(
-            f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
-        )
-    return True
 
 
 def _labelled_sample(
@@ -277,27 +260,6 @@ def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -
     for note in rebuilt.notes:
         reporter.log(note)
     return rebuilt
-
-
-def _tokens(dense: nn.Module, options: PruneOptions, reporter: Reporter) -> TokenPlan:
-    """Return the plan of tokens of the model to cut; log why its last block computes all tokens."""
-    applied, asked = tokens_of(dense), option_name("keep_dead_tokens", True)
-    if applied.read is not None:
-        if options.keep_dead_tokens:
-            reporter.log(f"{asked} has no effect: the checkpoint has no other tokens in its last block")
-        return applied
-    if options.keep_dead_tokens:
-        return applied
-    try:
-        if classifier_size(dense) == 0:
-            raise UnsupportedModelError("it has no classifier and gives features")
-        read = tokens_read(dense)
-    except UnsupportedModelError as reason:
-        reporter.log(f"all tokens of the last block are computed: {reason}")
-        return applied
-    shown = "token" if read == 1 else f"{read} tokens"
-    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
-    return replace(applied, read=read)
 
 
 def _check_outputs(options: PruneOptions) -> None:

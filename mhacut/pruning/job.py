@@ -14,12 +14,12 @@ from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FisherOptions
+from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.widths import width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.info import gives_probabilities
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Job:
     reporter: Reporter = SILENT
     merges_tokens: bool = False
     """Whether the budget is shared by channels and tokens."""
+    preserved: Preserved | None = None
+    """Outputs of the model that are to stay; None for what it gives."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, where that is settled: ``table`` counts
     them, ``model`` merges none."""
@@ -71,11 +73,11 @@ class Job:
         """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
         self.reporter.start("calibrating")
         options = self.options
-        fisher = None
+        count = 0
         if options.allocation in ("curves", "refined") or options.repair:
             fitted = len(self.images) - held_out(len(self.images))
             count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
-            fisher = FisherOptions(count, options.seed, options.token_weights)
+        fisher = FisherOptions(count, options.seed, options.token_weights, self.preserved)
         return calibrate(
             self.model,
             self.prunable,
@@ -93,6 +95,6 @@ class Job:
             calibration.teacher,
             self.labels,
             self.options,
-            classifier=gives_probabilities(self.model),
+            preserved=calibration.preserved,
             amp=self.amp,
         )
