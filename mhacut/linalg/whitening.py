@@ -41,7 +41,9 @@ class Whitening:
         """
         covariance = moments.covariance
         variance = covariance.diagonal()
-        floor = (FLOOR * variance.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        # Where nothing varies, what is left is rounding, in proportion to the features' energy.
+        usual = torch.maximum(variance.mean(), 1e-6 * moments.energy.diagonal().mean())
+        floor = (FLOOR * usual).clamp_min(torch.finfo(torch.float32).tiny)
         shrunk = (1 - shrinkage) * covariance
         shrunk.diagonal().copy_(variance.clamp_min(floor))
         factor = torch.linalg.cholesky(shrunk)
