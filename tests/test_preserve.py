@@ -22,6 +22,7 @@ from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import Preserved
+from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
@@ -125,8 +126,8 @@ def test_gradients_of_the_divergence_are_differences(what):
     (gradient,) = torch.autograd.grad(preserved.divergence(preserved.outputs(other, x), dense), weight)
     move = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = []
-    for step in (1e-5, -1e-5):
-        moved = {"blocks.0.mlp.fc2.weight": weight.detach() + step * move}
+    for size in (1e-5, -1e-5):
+        moved = {"blocks.0.mlp.fc2.weight": weight.detach() + size * move}
         values.append(float(preserved.divergence(preserved.outputs(other, x, moved), dense)))
     assert float((gradient * move).sum()) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
@@ -206,7 +207,7 @@ def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path)
     with safe_open(result.output, "pt") as file:
         (entry,) = json.loads(file.metadata()["mhacut"])["history"]
     assert entry["preserved"] == {"what": "tokens"}
-    assert ("divergence of features, nats per token" in row[0] for row in result.rows())
+    assert any("divergence of features, nats per token" in row[0] for row in result.rows())
     asked, _ = pruned(build(VIT), tmp_path, ARGS, preserve="tokens", overwrite=True)
     same = load_file(result.output), load_file(asked.output)
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
@@ -276,3 +277,22 @@ def test_pyramids_can_be_pruned(tmp_path, case, args, what):
     result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)
     assert result.preserved["what"] == what
     assert result.slim.flops <= 0.8 * result.dense.flops
+
+
+def test_the_history_in_words_says_what_was_preserved(tmp_path):
+    dense = {
+        "command": "prune",
+        "flops_before": 2e9,
+        "flops_after": 1e9,
+        "budget": 1e9,
+        "seed": 0,
+        "data": "x",
+    }
+    assert "preserving" not in step(dense)
+    assert "), preserving tokens, seed 0" in step({**dense, "preserved": {"what": "tokens"}})
+    layers = {"what": "layers", "layers": ["blocks.0", "\x1b[31mblocks.1"]}
+    shown = step({**dense, "preserved": layers})
+    assert ", preserving blocks.0, " in shown
+    assert "\x1b" not in shown
+    assert "preserving ?" in step({**dense, "preserved": {}})
+    assert "preserving" not in step({**dense, "preserved": "tokens"})

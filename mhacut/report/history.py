@@ -25,7 +25,17 @@ def step(entry: Mapping[str, Any]) -> str:
     if "flops_before" not in entry:
         return f"{command}, mhacut {version}"
     before, after, budget = (_flops(entry.get(name)) for name in ("flops_before", "flops_after", "budget"))
-    return f"{command} {before} -> {after} FLOPs (budget {budget}), seed {seed}, mhacut {version}, on {data}"
+    figures = f"{before} -> {after} FLOPs (budget {budget}){_preserving(entry.get('preserved'))}"
+    return f"{command} {figures}, seed {seed}, mhacut {version}, on {data}"
+
+
+def _preserving(preserved: object) -> str:
+    """Text about what was preserved; empty for answers, as in files of before."""
+    if not isinstance(preserved, Mapping):
+        return ""
+    layers = preserved.get("layers")
+    listed = isinstance(layers, list) and preserved.get("what") == "layers"
+    return f", preserving {_text(', '.join(map(str, layers)) if listed else preserved.get('what'))}"
 
 
 def _version(entry: Mapping[str, Any]) -> object:
