@@ -33,9 +33,10 @@ def _preserving(preserved: object) -> str:
     """Text about what was preserved; empty for answers, as in files of before."""
     if not isinstance(preserved, Mapping):
         return ""
-    layers = preserved.get("layers")
-    listed = isinstance(layers, list) and preserved.get("what") == "layers"
-    return f", preserving {_text(', '.join(map(str, layers)) if listed else preserved.get('what'))}"
+    what, layers = preserved.get("what"), preserved.get("layers")
+    if what == "layers" and isinstance(layers, list):
+        what = ", ".join(map(str, layers))
+    return f", preserving {_text(what)}"
 
 
 def _version(entry: Mapping[str, Any]) -> object:
