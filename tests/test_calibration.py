@@ -16,8 +16,8 @@ from helpers.models import ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
-from mhacut.pruning.distill import Divergence
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
+from mhacut.pruning.preserve import ANSWERS
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES, VITS
@@ -192,7 +192,7 @@ def test_it_foretells_the_divergence_of_small_errors():
         generator = torch.Generator().manual_seed(number)
         mixing = torch.randn(24, 24, generator=generator).double()
         errors = 0.003 * torch.randn(400, 5, 24, generator=generator).double() @ mixing.T
-        true = float(Divergence(True)(outputs_under(it, layer.name, x, errors), dense))
+        true = float(ANSWERS.divergence(outputs_under(it, layer.name, x, errors), dense))
         foretold = float((found.fisher.matrices[layer.name] * (mixing @ mixing.T)).sum()) * 0.003**2 / 2
         assert foretold == pytest.approx(true, rel=0.2)
 

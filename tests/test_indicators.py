@@ -17,10 +17,11 @@ from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.channel_scales import plan_channel_scales
-from mhacut.pruning.distill import Divergence
 from mhacut.pruning.indicators import Start, search
 from mhacut.pruning.job import Job
+from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors
@@ -192,7 +193,7 @@ def test_training_helps():
     outcomes = []
     for steps in (1, 60):
         _, _, slim = bench.slim(0.4, SearchOptions(steps=steps, batch_size=8))
-        outcomes.append(float(Divergence(True)(slim(bench.images), bench.calibration.teacher)))
+        outcomes.append(float(ANSWERS.divergence(slim(bench.images), bench.calibration.teacher)))
     assert outcomes[1] < 0.7 * outcomes[0]
 
 
@@ -205,9 +206,9 @@ def test_models_without_a_classifier_are_trained_by_features():
 def test_divergence_is_kl_in_nats():
     a, b = torch.randn(5, 7).double(), torch.randn(5, 7).double()
     p, q = b.softmax(-1), a.softmax(-1)
-    assert float(Divergence(True)(a, b)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
-    assert float(Divergence(True)(a, a)) == pytest.approx(0, abs=1e-12)
-    assert float(Divergence(False)(a, a)) == 0
+    assert float(ANSWERS.divergence(a, b)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
+    assert float(ANSWERS.divergence(a, a)) == pytest.approx(0, abs=1e-12)
+    assert float(Preserved("pooled", "features", Features("output")).divergence(a, a)) == 0
 
 
 def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():

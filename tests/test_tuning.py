@@ -88,7 +88,6 @@ def test_labels_are_not_those_of_mixed_images(dense):
         dense(images),
         torch.zeros(4, dtype=torch.long),
         SearchOptions(batch_size=4, label_weight=1.0),
-        classifier=True,
     )
     assert float(distillation.varied_loss(dense, dense, generator(0))) == pytest.approx(0, abs=1e-6)
 

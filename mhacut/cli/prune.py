@@ -107,6 +107,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "slim": _figures(result.slim),
         "divergence": _finite(result.divergence),
         "divergence_of": result.divergence_of,
+        "preserved": dict(result.preserved),
         "judged_on": result.judged_on,
         "divergence_with_tokens": result.divergence_with_tokens,
         "data": result.data,

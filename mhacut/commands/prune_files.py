@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from mhacut.measuring.figures import ModelFigures
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
+from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.storage import count_bytes
@@ -86,7 +86,7 @@ class Measured:
     dense: ModelFigures
     slim: ModelFigures
     divergence: float
-    divergence_of: Literal["answers", "features"]
+    preserved: Preserved
     judged_on: int
     with_tokens: float | None
     targets: tuple[Reached, ...]
@@ -119,7 +119,7 @@ def measure(
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
     with_tokens = None
-    if divergence > MUCH and judge.divergence.classifier and not job.merges_tokens:
+    if divergence > MUCH and judge.preserved.measure == "answers" and not job.merges_tokens:
         with_tokens = divergence_by_merging(job, calibration)
     size = count_bytes(dense, inputs.dtypes)
     before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
@@ -128,7 +128,7 @@ def measure(
         before,
         after,
         divergence,
-        "answers" if judge.divergence.classifier else "features",
+        judge.preserved,
         len(judge.images),
         with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
         found.bounds,

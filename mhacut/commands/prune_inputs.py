@@ -17,6 +17,7 @@ from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_images import LabelledBatches, read_images
+from mhacut.commands.prune_outputs import outputs_and_tokens
 from mhacut.commands.prune_stages import expected_stages
 from mhacut.commands.prune_targets import Reach, options_of_each, parse_targets, stored_dtypes
 from mhacut.data import (
@@ -26,11 +27,11 @@ from mhacut.data import (
     has_split,
 )
 from mhacut.data.in_memory import check_one_source
-from mhacut.errors import UnsupportedModelError, UsageError, option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import TokenPlan, UnitKind
+from mhacut.plan import UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
@@ -43,10 +44,8 @@ from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.info import classifier_size
-from mhacut.surgery.merging import why_not_merged
-from mhacut.surgery.read import tokens_read
 from mhacut.surgery.storage import Dtypes
-from mhacut.surgery.tokens import tokens_of, with_tokens
+from mhacut.surgery.tokens import with_tokens
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention": ("qk", "v"),
@@ -122,7 +121,8 @@ def read_inputs(
     _check_bounds(options, classifier_size(dense), in_memory=given is not None)
     dense.to(processes.device)
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
-    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
+    labels = None if job.preserved is not None and job.preserved.dense else images.labels
+    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=labels)
     if not options.bounds_loss:  # else nobody knows how many models it takes
         measured, budget = 0 if validation is None else len(validation), limits[0][0]
         expect(reporter, expected_stages(options, replace(job, budget=budget), measured, len(each)))
@@ -157,15 +157,14 @@ def _job(
         BudgetError: a target is out of reach, or there is nothing to prune.
     """
     dense, size = loaded.model, preprocessing.input_size
-    merges, tokens = _merges(options, dense), _tokens(dense, options, reporter)
+    preserved, tokens, merges = outputs_and_tokens(options, dense, size, reporter)
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
-    merged = () if merges else tokens.merged
-    prunable = find_prunable_layers(model)
-    units = prunable.units(_KINDS[options.scope])
+    merged, prunable = () if merges else tokens.merged, find_prunable_layers(model)
     counted = with_tokens(model, replace(tokens, merged=merged))
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model), prunable, size) if merges else None
+    units = prunable.units(_KINDS[options.scope])
     job = Job(
         model=model,
         prunable=prunable,
@@ -178,6 +177,7 @@ def _job(
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
+        preserved=preserved,
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
@@ -192,22 +192,6 @@ def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporte
         reporter.log("without the tokens left out the model is within the budget: no channel need be cut")
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
-
-
-def _merges(options: PruneOptions, dense: nn.Module) -> bool:
-    """Whether tokens are to be merged.
-
-    Raises:
-        UnsupportedModelError: they cannot be.
-    """
-    if not options.scope.endswith("+tokens"):
-        return False
-    reason = why_not_merged(dense)
-    if reason:
-        raise UnsupportedModelError(
-            f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
-        )
-    return True
 
 
 def _evaluated(
@@ -246,27 +230,6 @@ def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -
     return rebuilt
 
 
-def _tokens(dense: nn.Module, options: PruneOptions, reporter: Reporter) -> TokenPlan:
-    """Return the plan of tokens of the model to cut; log why its last block computes all tokens."""
-    applied, asked = tokens_of(dense), option_name("keep_dead_tokens", True)
-    if applied.read is not None:
-        if options.keep_dead_tokens:
-            reporter.log(f"{asked} has no effect: the checkpoint has no other tokens in its last block")
-        return applied
-    if options.keep_dead_tokens:
-        return applied
-    try:
-        if classifier_size(dense) == 0:
-            raise UnsupportedModelError("it has no classifier and gives features")
-        read = tokens_read(dense)
-    except UnsupportedModelError as reason:
-        reporter.log(f"all tokens of the last block are computed: {reason}")
-        return applied
-    shown = "token" if read == 1 else f"{read} tokens"
-    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
-    return replace(applied, read=read)
-
-
 def _check_outputs(options: PruneOptions, read: PathLike | None = None) -> None:
     """Check the files to write; ``read`` is the checkpoint, where it was found."""
     named = None if options.checkpoint == IN_MEMORY else options.checkpoint
@@ -292,6 +255,11 @@ def _check_bounds(options: PruneOptions, classes: int, *, in_memory: bool) -> No
             raise UsageError(
                 f"{option_name(name, bound)}: expected a classifier; this model has none and gives features"
             )
+    if options.max_kl is not None and options.preserve not in (None, "answers"):
+        bound = option_name("max_kl", options.max_kl)
+        raise UsageError(
+            f"{bound}: bounds answers, not what {option_name('preserve', options.preserve)} keeps"
+        )
     if options.max_drop is None:
         return
     asked, data = option_name("max_drop", options.max_drop), options.data

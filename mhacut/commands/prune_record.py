@@ -11,6 +11,7 @@ from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.commands.prune_targets import Reached, recorded_options
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.pruning.planner import Planned
+from mhacut.pruning.preserve import Preserved
 from mhacut.report.stored_curves import curves_to_json
 from mhacut.runtime.versions import software_versions
 
@@ -42,6 +43,7 @@ def slim_record(
         "flops_after": flops,
         "source_sha256": loaded.sha256,
         "data": inputs.images.description,
+        **_preserved(inputs.job.preserved),
         **inputs.provenance.to_history(),
         **accuracy_for_history(inputs.evaluation, evaluation),
         **({} if loaded.record is not None else license_for_history(loaded)),
@@ -58,3 +60,10 @@ def slim_record(
         preprocessing=inputs.preprocessing.to_json(),
         history=(*(() if earlier is None else earlier.history), entry),
     )
+
+
+def _preserved(preserved: Preserved | None) -> dict[str, Any]:
+    """Return what was preserved, where it was not the answers, as always before."""
+    if preserved is None or preserved.what == "answers":
+        return {}
+    return {"preserved": preserved.to_json()}

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from torch import nn
 
@@ -20,12 +20,19 @@ from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.preserve import Measure
 from mhacut.pruning.repair import UnitRepair
 from mhacut.report.html_table import html_table
 from mhacut.report.pareto import Choice
 
 MUCH = 0.2
 """Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
+
+_DIVERGENCE: Mapping[Measure, str] = {
+    "answers": "KL to dense",
+    "features": "error of features, of their variance",
+    "dense": "divergence of features, nats per token",
+}
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,12 @@ class PruneResult:
     """Page about the run; None when not asked for."""
     divergence: float
     """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
-    :class:`mhacut.pruning.distill.Divergence`."""
-    divergence_of: Literal["answers", "features"]
-    """KL divergence in nats of a classifier's outputs, or squared error of features over their variance."""
+    :class:`mhacut.pruning.preserve.Preserved`."""
+    divergence_of: Measure
+    """KL divergence in nats of a classifier's outputs, squared error of pooled features over their variance,
+    or divergence of dense features in nats per token."""
+    preserved: Mapping[str, Any]
+    """Preserved outputs, by ``what``; with ``layers`` or ``levels`` where these were chosen."""
     judged_on: int
     """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
     divergence_with_tokens: float | None
@@ -104,7 +114,7 @@ class PruneResult:
             ratio = f"{100 * slim.size / dense.size:.1f}%"
             sizes = format_amount(dense.size, "size"), format_amount(slim.size, "size")
             rows.append(("file", *sizes, ratio))
-        label = "KL to dense" if self.divergence_of == "answers" else "error of features, of their variance"
+        label = _DIVERGENCE[self.divergence_of]
         rows.append((f"{label} ({self.judged_on} images)", "", f"{self.divergence:.2g}", ""))
         return rows
 

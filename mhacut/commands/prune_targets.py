@@ -252,4 +252,4 @@ _LOCAL = frozenset(
         "workers",
     }
 )
-_NEWER = frozenset({"params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv"})
+_NEWER = frozenset({"params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv", "preserve"})

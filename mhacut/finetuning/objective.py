@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import AugmentationOptions
-from mhacut.pruning.distill import Divergence
+from mhacut.pruning.preserve import ANSWERS
 from mhacut.surgery.find import find_prunable_layers
 
 
@@ -108,7 +108,7 @@ class Objective:
         self.teacher, self.student = teacher, student
         self.label_weight, self.feature_weight = label_weight, feature_weight
         self.temperature, self.smoothing = temperature, smoothing
-        self.divergence = Divergence(True) if classes > 0 else _relative_error
+        self.divergence = ANSWERS.divergence if classes > 0 else _relative_error
 
     def teacher_targets(self, images: Tensor) -> Tensor | None:
         """Return the teacher's outputs for ``images``; None without a teacher."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_name
 from mhacut.plan import UnitKind
-from mhacut.pruning.distill import Divergence
+from mhacut.pruning.preserve import Preserved
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.info import gives_probabilities
@@ -88,7 +88,7 @@ def compare(
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
-    measure = Divergence(gives_probabilities(dense))
+    measure = Preserved.outputs_of(dense).divergence
     device = next(dense.parameters()).device
     divergence = same = 0.0
     with _LayerHooks(same_tokens, slim, tallies):

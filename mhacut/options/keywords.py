@@ -406,6 +406,10 @@ class PruneKeywords(
     scope: Literal["attention", "attention+mlp", "attention+mlp+tokens"]
     """Parts that may be pruned: channels of attention, of MLPs too, and tokens, which blocks of a plain ViT
     then merge. Default: 'attention+mlp'."""
+    preserve: str | None
+    """Outputs to preserve: answers, pooled (what the classifier reads), tokens (the features of all), pyramid
+    (those of timm's features_only), or names of layers (blocks.10,blocks.11). By default answers, without a
+    classifier tokens."""
     keep_dead_tokens: bool
     """Compute all tokens in the last block, though the classifier reads the first only: for models whose
     patch features are used. Default: False."""

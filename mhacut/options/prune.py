@@ -297,6 +297,14 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         "ViT then merge.",
         panel="Result",
     )
+    preserve: str | None = option(
+        None,
+        "Outputs to preserve: answers, pooled (what the classifier reads), tokens (the features of all), "
+        "pyramid (those of timm's features_only), or names of layers (blocks.10,blocks.11). By default "
+        "answers, without a classifier tokens.",
+        panel="Result",
+        metavar="answers|pooled|tokens|pyramid|LAYERS",
+    )
     keep_dead_tokens: bool = option(
         False,
         "Compute all tokens in the last block, though the classifier reads the first only: for models whose "

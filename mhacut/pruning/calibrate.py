@@ -8,7 +8,7 @@ and the model's outputs. All but the outputs takes as much memory for one image 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation, FisherOptions, measure_fisher
+from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
 from mhacut.surgery.find import PrunableLayers
@@ -101,7 +102,9 @@ class Calibration:
     fisher: FisherInformation
     """Fisher information of each layer's output; empty when not asked for."""
     teacher: Tensor
-    """Outputs of the dense model, [images, classes]."""
+    """Preserved outputs of the dense model, [images, classes] or as :meth:`Preserved.outputs` gives them."""
+    preserved: Preserved = ANSWERS
+    """Description of these outputs."""
 
 
 class _Accumulator:
@@ -298,7 +301,8 @@ def calibrate(
         prunable: its prunable layers.
         images: normalised; all of them in every process.
         batch_size: images at a time.
-        fisher: how to estimate the Fisher information first; None leaves it out.
+        fisher: how to estimate the Fisher information first, and what outputs to gather; None leaves the
+            former out and gathers what the model gives.
         reporter: advances with the images, those to differentiate counted twice.
         processes: those that share the images; None for this one alone.
 
@@ -309,34 +313,41 @@ def calibrate(
     count, held, device = len(images), held_out(len(images)), next(model.parameters()).device
     differentiated = images[held:][: 0 if fisher is None else fisher.images]
     counter = Counter(reporter, len(differentiated) + count)
-    information = FisherInformation()
+    information, preserved = FisherInformation(), Preserved.outputs_of(model)
+    if fisher is not None and fisher.preserved is not None:
+        preserved = fisher.preserved.fitted(model, images[held:], batch_size, processes)
     if fisher is not None and len(differentiated) > 0:
         information = measure_fisher(
             model,
             prunable,
             differentiated,
             batch_size=batch_size,
-            seed=fisher.seed,
+            options=replace(fisher, preserved=preserved),
             counter=counter,
             processes=processes,
         )
-        if not fisher.token_importance:
-            information = FisherInformation(information.matrices)
+    preserved = preserved.thinned(model, images[:1].to(device), count)
     gathered = _Pass(model, prunable, information)
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
     with capturing(model, prunable.units(), gathered.feed):
         for number, (start, stop) in enumerate(batches):
             if number % processes.size == processes.rank:
                 gathered.start_batch(stop - start, start < held)
-                gathered.add_outputs(start, model(images[start:stop].to(device)), count)
+                outputs = preserved.outputs(model, images[start:stop].to(device))
+                gathered.add_outputs(start, outputs, count)
             counter.add(stop - start)
-    outputs = gathered.share(processes)
+    outputs = _finite(gathered.share(processes))
+    statistics = gathered.statistics(model)
+    return Calibration(held, gathered.moments(), statistics, information, outputs, preserved)
+
+
+def _finite(outputs: Tensor) -> Tensor:
     if not outputs.isfinite().all():
         raise MhacutError(
             "the model's outputs are not finite on the calibration images; check "
             f"{option_name('mean')}, {option_name('std')} and the file"
         )
-    return Calibration(held, gathered.moments(), gathered.statistics(model), information, outputs)
+    return outputs
 
 
 def _output_gram(model: nn.Module, layer: Layer) -> Tensor:

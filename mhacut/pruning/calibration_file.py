@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, UnitMoments, UnitStatistics
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.job import Job
+from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import write_whole
 from mhacut.surgery.tokens import tokens_of
@@ -49,7 +51,7 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
         found = read_calibration(path, fingerprint, job.device) if path.exists() else None
     if found is not None:
         job.reporter.log(f"calibration taken from {path}")
-        return found
+        return replace(found, preserved=_preserved(job, found.held, processes))
     calibration = job.calibrate(processes)
     if processes.first:
         write_calibration(path, calibration, fingerprint)
@@ -57,11 +59,19 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
     return calibration
 
 
+def _preserved(job: Job, held: int, processes: Processes) -> Preserved:
+    """Return what is preserved as the calibration found it; it is not in the file."""
+    preserved = job.preserved or Preserved.outputs_of(job.model)
+    fitted = preserved.fitted(job.model, job.images[held:], job.options.batch_size, processes)
+    return fitted.thinned(job.model, job.images[:1].to(job.device), len(job.images))
+
+
 def fingerprint_of(job: Job) -> Fingerprint:
     """Return the fingerprint of all that a calibration of ``job`` depends on."""
     fisher = job.fisher_options
-    differentiated = "none" if fisher is None else f"{fisher.images} images, seed {fisher.seed}"
-    weights = "on" if fisher is not None and fisher.token_importance else "off"
+    differentiated = f"{fisher.images} images, seed {fisher.seed}" if fisher.images else "none"
+    weights = "on" if fisher.images and fisher.token_importance else "off"
+    preserved = job.preserved or Preserved.outputs_of(job.model)
     units = [(unit.layer, unit.kind, unit.heads, unit.width, unit.mixing) for unit in job.prunable.units()]
     text = f"{units} {tokens_of(job.model).to_json()} {job.model}"
     return {
@@ -74,6 +84,7 @@ def fingerprint_of(job: Job) -> Fingerprint:
         "batch_size": str(job.options.batch_size),
         "Fisher information": differentiated,
         "token_weights": weights,
+        "preserved outputs": json.dumps(preserved.to_json()),
     }
 
 

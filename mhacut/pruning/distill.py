@@ -15,30 +15,13 @@ from mhacut.errors import MhacutError, option_name
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.augment import varied
+from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.mask import masked_tensors
 
 ADAM_BETAS = (0.9, 0.99)
 """There are few steps, so Adam's memory of the gradients' size is shorter than its default."""
-
-
-class Divergence:
-    """Divergence of a model's outputs from the teacher's, a scalar; 0 where they are equal.
-
-    KL(teacher || model) in nats for classifiers; for models without a classifier, the squared error of the
-    features relative to their variance.
-    """
-
-    def __init__(self, classifier: bool) -> None:
-        self.classifier = classifier
-
-    def __call__(self, outputs: Tensor, teacher: Tensor) -> Tensor:
-        if self.classifier:
-            return F.kl_div(
-                outputs.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
-        return (outputs - teacher).square().mean() / teacher.var().clamp_min(1e-12)
 
 
 class Distillation:
@@ -51,22 +34,22 @@ class Distillation:
         labels: Tensor | None,
         options: SearchOptions,
         *,
-        classifier: bool,
+        preserved: Preserved = ANSWERS,
         amp: bool = False,
     ) -> None:
         """Begin with the first batch.
 
         Args:
             images: [n, C, H, W], normalised.
-            teacher: the dense model's outputs for them, [n, classes].
+            teacher: the dense model's preserved outputs for them, [n, ...].
             labels: [n], or None to do without a cross-entropy.
             options: ``batch_size``, ``seed`` (of the order of images) and ``label_weight`` are used.
-            classifier: whether outputs are class logits.
+            preserved: what these outputs are.
             amp: whether to compute losses under bfloat16 autocast.
         """
         self.images, self.teacher, self.labels = images, teacher, labels
         self.options, self.amp = options, amp
-        self.divergence = Divergence(classifier)
+        self.preserved = preserved
         self._batches = _batches(len(images), options.batch_size, options.seed)
 
     def part(self, start: int, stop: int | None) -> Distillation:
@@ -76,6 +59,10 @@ class Distillation:
         part.labels = None if self.labels is None else self.labels[start:stop]
         part._batches = _batches(len(part.images), self.options.batch_size, self.options.seed)
         return part
+
+    def divergence(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """Return :meth:`Preserved.divergence` of a model's outputs from the teacher's."""
+        return self.preserved.divergence(outputs, teacher)
 
     @torch.no_grad()
     def divergence_of(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float:
@@ -89,7 +76,7 @@ class Distillation:
         total = 0.0
         for start in range(0, len(self.images), size):
             images, teacher = (part[start : start + size] for part in (self.images, self.teacher))
-            outputs = run_with(model, tensors or {}, images.to(device)).float()
+            outputs = self.preserved.outputs(model, images.to(device), tensors).float()
             total += float(self.divergence(outputs, teacher.to(device))) * len(images)
         return max(total, 0.0) / len(self.images)  # rounding makes equal outputs less than 0
 
@@ -108,7 +95,7 @@ class Distillation:
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
-            outputs = run_with(model, tensors, self.images[chosen].to(device)).float()
+            outputs = self.preserved.outputs(model, self.images[chosen].to(device), tensors).float()
         loss = self.divergence(outputs, self.teacher[chosen].to(device))
         weight = self.options.label_weight
         if self.labels is not None and weight > 0:
@@ -131,8 +118,8 @@ class Distillation:
         images = varied(self.images[next(self._batches)], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
             with torch.no_grad():
-                teacher = dense(images).float()
-            outputs = model(images).float()
+                teacher = self.preserved.outputs(dense, images).float()
+            outputs = self.preserved.outputs(model, images).float()
         return self._checked(self.divergence(outputs, teacher))
 
     def _checked(self, loss: Tensor) -> Tensor:

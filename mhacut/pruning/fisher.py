@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
+from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.info import gives_probabilities
 
 SHRINKAGE = 0.5
 """Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
@@ -38,6 +38,8 @@ class FisherOptions:
     """Seed of the random projections of the outputs."""
     token_importance: bool = True
     """Whether to weight tokens by their importance; off, all tokens count alike."""
+    preserved: Preserved | None = None
+    """Outputs that the information is about; None for what the model gives."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def measure_fisher(
     images: Tensor,
     *,
     batch_size: int,
-    seed: int,
+    options: FisherOptions,
     counter: Counter,
     processes: Processes,
 ) -> FisherInformation:
@@ -95,24 +97,25 @@ def measure_fisher(
         prunable: its prunable layers.
         images: [n, C, H, W], normalised.
         batch_size: images at a time.
-        seed: of the random projections of the outputs.
+        options: all but the number of images.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device, classifier = next(model.parameters()).device, gives_probabilities(model)
+    generator = torch.Generator().manual_seed(options.seed)
+    device, preserved = next(model.parameters()).device, options.preserved or Preserved.outputs_of(model)
     sums = _Sums()
     drawn_elsewhere: list[int] = []
     with _capturing_gradients(model, prunable.layers, sums):
         for number, batch in enumerate(torch.split(images, batch_size)):
             if number % processes.size == processes.rank:
                 sums.images = len(batch)
-                _differentiate(model, batch.to(device), generator, classifier, drawn_elsewhere)
+                _differentiate(model, batch.to(device), generator, preserved, drawn_elsewhere)
                 drawn_elsewhere.clear()
             else:
                 drawn_elsewhere.append(len(batch))
             counter.add(len(batch))
-    return sums.shared(processes, len(images))
+    found = sums.shared(processes, len(images))
+    return found if options.token_importance else FisherInformation(found.matrices)
 
 
 class _Sums:
@@ -126,11 +129,15 @@ class _Sums:
         self.squares: dict[tuple[str, Grid], Tensor] = {}
         """Squared gradients, [tokens]."""
 
+    def expect(self, layer: str, size: int, device: torch.device) -> None:
+        """Begin with nothing for the output of a layer, which may reach nothing that is preserved."""
+        if layer not in self.matrices:
+            self.matrices[layer] = torch.zeros(size, size, dtype=torch.float64, device=device)
+
     def add(self, layer: str, gradient: Tensor) -> None:
         """Add the gradient of one batch, [images, ..., out]."""
         rows = gradient.flatten(0, -2)  # (images * tokens, out)
-        matrix = (rows.mT @ rows).double()
-        self.matrices[layer] = self.matrices[layer] + matrix if layer in self.matrices else matrix
+        self.matrices[layer] += (rows.mT @ rows).double()
         if gradient.shape[0] % self.images:
             return  # not laid out image by image
         key = layer, _grid(gradient.shape[:-1], self.images)
@@ -166,32 +173,23 @@ def _differentiate(
     model: nn.Module,
     batch: Tensor,
     generator: torch.Generator,
-    classifier: bool,
+    preserved: Preserved,
     drawn_elsewhere: Sequence[int],
 ) -> None:
-    """Run ``batch`` forward and backward.
-
-    The gradient g that flows back is that of sum_c eps_c sqrt(p_c) log p_c with eps_c of unit variance:
-    E[g g^T] is then the Fisher information of the output, the second-order term of its KL divergence.
-    """
+    """Run ``batch`` forward and backward: the gradient is that of a random projection of the outputs."""
     with torch.enable_grad():
-        outputs: Tensor = model(batch.detach().requires_grad_(True))
+        outputs = preserved.outputs(model, batch.detach().requires_grad_(True))
         for size in drawn_elsewhere:  # by other processes, for their batches in between
             torch.randn((size, *outputs.shape[1:]), generator=generator)
         noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-        if classifier:
-            logs = outputs.float().log_softmax(-1)
-            projected = (noise * logs.detach().mul(0.5).exp() * logs).sum()
-        else:
-            scale = outputs.detach().float().var().clamp_min(1e-12) * outputs[0].numel() / 2
-            projected = (noise * outputs.float()).sum() / scale.sqrt()
-        torch.autograd.backward(projected)
+        torch.autograd.backward(preserved.projected(outputs, noise))
 
 
 @contextmanager
 def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
     def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            sums.expect(layer.name, output.shape[layer.channel_dim], output.device)
             output.register_hook(
                 lambda gradient: sums.add(
                     layer.name, gradient.detach().float().movedim(layer.channel_dim, -1)

@@ -40,7 +40,7 @@ class SearchStep:
 
     step: int
     loss: float
-    """Divergence (:class:`mhacut.pruning.distill.Divergence`) from the dense model on the step's batch; with
+    """Divergence (:class:`mhacut.pruning.preserve.Preserved`) from the dense model on the step's batch; with
     labels, plus the weighted cross-entropy in nats."""
     flops: float
     """FLOPs of the masked model."""

@@ -16,12 +16,12 @@ from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.limits import Limit, Limits
+from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.widths import width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.info import gives_probabilities
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Job:
     reporter: Reporter = SILENT
     merges_tokens: bool = False
     """Whether the budget is shared by channels and tokens."""
+    preserved: Preserved | None = None
+    """Outputs of the model that are to stay; None for what it gives."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, where that is settled: ``table`` counts
     them, ``model`` merges none."""
@@ -86,14 +88,14 @@ class Job:
         return self.storage if self.storage and flops.holds({}) else (flops, *self.storage)
 
     @property
-    def fisher_options(self) -> FisherOptions | None:
-        """Options of the estimate of the Fisher information; None where nothing needs it."""
+    def fisher_options(self) -> FisherOptions:
+        """Options of the estimate of the Fisher information: of no images where nothing needs it."""
         options = self.options
-        if options.allocation not in ("curves", "refined") and not options.repair:
-            return None
-        fitted = len(self.images) - held_out(len(self.images))
-        count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
-        return FisherOptions(count, options.seed, options.token_weights)
+        count = 0
+        if options.allocation in ("curves", "refined") or options.repair:
+            fitted = len(self.images) - held_out(len(self.images))
+            count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
+        return FisherOptions(count, options.seed, options.token_weights, self.preserved)
 
     def calibrate(self, processes: Processes | None = None) -> Calibration:
         """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
@@ -115,6 +117,6 @@ class Job:
             calibration.teacher,
             self.labels,
             self.options,
-            classifier=gives_probabilities(self.model),
+            preserved=calibration.preserved,
             amp=self.amp,
         )

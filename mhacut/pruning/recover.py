@@ -26,7 +26,7 @@ class Recovery:
     model: nn.Module
     """The changed model where it was kept; else the model before."""
     before: float
-    """Divergence (:class:`~.distill.Divergence`) from the dense model on held-out images, before the step."""
+    """Divergence (:class:`~.preserve.Preserved`) from the dense model on held-out images, before the step."""
     after: float
     """Divergence of the changed model, kept or not."""
 

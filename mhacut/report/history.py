@@ -26,9 +26,8 @@ def step(entry: Mapping[str, Any]) -> str:
     if "flops_before" not in entry:
         return f"{command}, mhacut {version}"
     before, after = (_flops(entry.get(name)) for name in ("flops_before", "flops_after"))
-    return (
-        f"{command} {before} -> {after} FLOPs ({_targets(entry)}), seed {seed}, mhacut {version}, on {data}"
-    )
+    figures = f"{before} -> {after} FLOPs ({_targets(entry)}){_preserving(entry.get('preserved'))}"
+    return f"{command} {figures}, seed {seed}, mhacut {version}, on {data}"
 
 
 def _targets(entry: Mapping[str, Any]) -> str:
@@ -42,6 +41,16 @@ def _targets(entry: Mapping[str, Any]) -> str:
         if isinstance(target, Mapping) and target.get("target") != "flops"
     ]
     return ", ".join(budget + others) or "budget ?"
+
+
+def _preserving(preserved: object) -> str:
+    """Text about what was preserved; empty for answers, as in files of before."""
+    if not isinstance(preserved, Mapping):
+        return ""
+    what, layers = preserved.get("what"), preserved.get("layers")
+    if what == "layers" and isinstance(layers, list):
+        what = ", ".join(map(str, layers))
+    return f", preserving {_text(what)}"
 
 
 def _version(entry: Mapping[str, Any]) -> object:

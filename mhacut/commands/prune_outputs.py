@@ -1,0 +1,160 @@
+"""Outputs that ``mhacut prune`` preserves, and tokens that the pruned model may do without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mhacut.errors import UnsupportedModelError, option_name
+from mhacut.options.prune import PruneOptions
+from mhacut.plan import TokenPlan
+from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.info import classifier_size, gives_probabilities
+from mhacut.surgery.merging import why_not_merged
+from mhacut.surgery.read import tokens_read
+from mhacut.surgery.tokens import tokens_of
+
+
+def outputs_and_tokens(
+    options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
+) -> tuple[Preserved, TokenPlan, bool]:
+    """Decide what the pruned model preserves and which tokens it may do without.
+
+    Args:
+        options: of the command.
+        dense: the model that was read.
+        input_size: [C, H, W] of an image.
+        reporter: receives what was decided where that is not usual.
+
+    Returns:
+        The outputs to preserve, the plan of tokens, and whether more tokens are to be merged.
+
+    Raises:
+        UsageError: a layer that the model does not have.
+        UnsupportedModelError: the model, or tokens that are left out or merged, do not allow it.
+    """
+    preserved = _chosen_outputs(options, dense, input_size, reporter)
+    merges = _merges_tokens(options, dense)
+    return preserved, _tokens_to_keep(dense, options, preserved, reporter), merges
+
+
+def _chosen_outputs(
+    options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
+) -> Preserved:
+    """Return the outputs to preserve, as ``--preserve`` or the default says; log those of a backbone."""
+    asked = options.preserve
+    if asked is None:
+        return _default(options, dense, input_size, reporter)
+    if asked == "answers":
+        if not classifier_size(dense):
+            raise UnsupportedModelError(
+                f"{option_name('preserve', asked)}: the model has no classifier and gives no answers; "
+                "expected tokens, pooled, pyramid or names of layers"
+            )
+        return ANSWERS if gives_probabilities(dense) else Preserved.outputs_of(dense)
+    if asked == "pooled":
+        pooled = Features("pooled" if classifier_size(dense) else "output")
+        return Preserved("pooled", "features", pooled)
+    try:
+        _check_tokens(options, dense)
+        found = _dense_outputs(asked, dense, torch.zeros(1, *input_size))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{option_name('preserve', asked)}: {error}") from error
+    reporter.log(f"preserving {found}")
+    return found
+
+
+def _default(
+    options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
+) -> Preserved:
+    found = Preserved.outputs_of(dense)
+    if classifier_size(dense):
+        return found
+    asked, without = option_name("preserve", "pooled"), "the model has no classifier"
+    try:
+        _check_tokens(options, dense)
+        tokens = _dense_outputs("tokens", dense, torch.zeros(1, *input_size))
+    except UnsupportedModelError as reason:
+        reporter.log(f"{without}: preserving {found}, not those of all tokens: {reason}")
+        return found
+    reporter.log(f"{without}: preserving {tokens}; {asked} preserves the pooled ones")
+    return tokens
+
+
+def _dense_outputs(asked: str, dense: nn.Module, image: torch.Tensor) -> Preserved:
+    prunable = find_prunable_layers(dense)
+    if asked == "tokens":
+        return Preserved("tokens", "dense", find_token_map(dense, prunable, image))
+    if asked == "pyramid":
+        return Preserved("pyramid", "dense", find_pyramid(dense, image))
+    names = [name.strip() for name in asked.split(",")]
+    return Preserved("layers", "dense", find_layers(dense, names, prunable, image))
+
+
+def _check_tokens(options: PruneOptions, dense: nn.Module) -> None:
+    """Check that the features of all tokens can be preserved.
+
+    Raises:
+        UnsupportedModelError: tokens are merged, or are to be, or were left out.
+    """
+    applied = tokens_of(dense)
+    if options.scope.endswith("+tokens"):
+        raise UnsupportedModelError(
+            f"{option_name('scope', options.scope)} merges tokens, whose own features are then lost"
+        )
+    if applied.merged:
+        raise UnsupportedModelError(
+            "the checkpoint merges tokens and gives no features of each; prune the dense one"
+        )
+    if applied.read is not None:
+        raise UnsupportedModelError(
+            "the last block of the checkpoint computes only the tokens that its classifier reads; prune the "
+            f"dense one, or one that was pruned with {option_name('keep_dead_tokens', True)}"
+        )
+
+
+def _merges_tokens(options: PruneOptions, dense: nn.Module) -> bool:
+    """Return whether tokens are to be merged.
+
+    Raises:
+        UnsupportedModelError: they cannot be.
+    """
+    if not options.scope.endswith("+tokens"):
+        return False
+    reason = why_not_merged(dense)
+    if reason:
+        raise UnsupportedModelError(
+            f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
+        )
+    return True
+
+
+def _tokens_to_keep(
+    dense: nn.Module, options: PruneOptions, preserved: Preserved, reporter: Reporter
+) -> TokenPlan:
+    """Return the plan of tokens of the model to cut; log why its last block computes all tokens."""
+    applied, asked = tokens_of(dense), option_name("keep_dead_tokens", True)
+    if applied.read is not None:
+        if options.keep_dead_tokens:
+            reporter.log(f"{asked} has no effect: the checkpoint has no other tokens in its last block")
+        return applied
+    if options.keep_dead_tokens:
+        return applied
+    if preserved.dense and classifier_size(dense):
+        reporter.log("all tokens of the last block are computed: their features are to be preserved")
+        return applied
+    try:
+        if classifier_size(dense) == 0:
+            raise UnsupportedModelError("it has no classifier and gives features")
+        read = tokens_read(dense)
+    except UnsupportedModelError as reason:
+        reporter.log(f"all tokens of the last block are computed: {reason}")
+        return applied
+    shown = "token" if read == 1 else f"{read} tokens"
+    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
+    return replace(applied, read=read)

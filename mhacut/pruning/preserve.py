@@ -1,0 +1,176 @@
+"""Outputs of the dense model that a pruned one is to preserve, and the divergence of another model's.
+
+Fisher information, sensitivity curves, recovery and the judge all see one tensor per image. For answers these
+are logits, for pooled features the features, for dense features all tokens, whitened and scaled so that half
+the squared distance is the divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.whitening import Whitening
+from mhacut.runtime.distributed import Processes
+from mhacut.surgery.features import Features
+from mhacut.surgery.info import gives_probabilities
+
+MOST_BYTES = 2**30
+"""Bounds the dense model's features of all calibration images; of more, only every second token is kept, or
+every third and so on."""
+FITTED_IMAGES = 64
+"""Number of images, at most, whose tokens the covariance is estimated on."""
+
+What = Literal["answers", "pooled", "tokens", "pyramid", "layers"]
+Measure = Literal["answers", "features", "dense"]
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """Outputs of the dense model that the pruned one is to give too."""
+
+    what: What
+    measure: Measure
+    """Divergence: ``answers``: KL in nats of class probabilities; ``features``: squared error relative to the
+    variance; ``dense``: KL in nats per token of Gaussians (:class:`~mhacut.linalg.whitening.Whitening`), the
+    mean over tokens and over layers or levels."""
+    features: Features
+    whitenings: tuple[Whitening, ...] = ()
+    """Whitening of each map of tokens, once :meth:`fitted`."""
+    steps: int = 1
+    """Every so many tokens are compared."""
+
+    @classmethod
+    def outputs_of(cls, model: nn.Module) -> Preserved:
+        """Return what ``model`` gives: answers, or pooled features without a classifier."""
+        if gives_probabilities(model):
+            return ANSWERS
+        classes = getattr(model, "num_classes", 0)
+        return cls("answers" if classes else "pooled", "features", Features("output"))
+
+    @property
+    def dense(self) -> bool:
+        """Whether features of every token are preserved."""
+        return self.measure == "dense"
+
+    def outputs(
+        self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Run ``model`` on ``images`` [B, C, H, W].
+
+        Args:
+            model: eval mode; not modified.
+            images: on its device.
+            tensors: substitutes for tensors of the model, by name.
+
+        Returns:
+            Logits or pooled features, [B, ...]; or dense features, [B, all channels of all tokens], float32
+            or wider, whitened and scaled so that half the squared distance of two is their divergence.
+        """
+        found = self.features.of(model, images, tensors)
+        if not self.dense:
+            return found[0]
+        with torch.autocast(images.device.type, enabled=False):
+            parts = []
+            for each, whitening in zip(found, self.whitenings, strict=True):
+                tokens = each[:, :: self.steps]  # (B, tokens, C)
+                tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
+                parts.append((whitening(tokens) * (len(found) * tokens.shape[1]) ** -0.5).flatten(1))
+            return torch.cat(parts, 1)
+
+    def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        """Return the divergence of ``outputs`` from those of the dense model, a scalar, mean over images."""
+        if self.measure == "answers":
+            return F.kl_div(
+                outputs.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+        if self.measure == "dense":
+            return (outputs - dense).square().sum(-1).mean() / 2
+        return (outputs - dense).square().mean() / dense.var().clamp_min(1e-12)
+
+    def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return a random projection whose gradient g has E[g g^T] = Hessian of the divergence; a scalar.
+
+        For answers sum_c eps_c sqrt(p_c) log p_c: E[g g^T] is their Fisher information.
+
+        Args:
+            outputs: [B, ...].
+            noise: eps, of unit variance and the shape of ``outputs``.
+        """
+        if self.measure == "answers":
+            logs = outputs.float().log_softmax(-1)
+            return (noise * logs.detach().mul(0.5).exp() * logs).sum()
+        if self.measure == "dense":
+            return (noise * outputs).sum()
+        scale = outputs.detach().float().var().clamp_min(1e-12) * outputs[0].numel() / 2
+        return (noise * outputs.float()).sum() / scale.sqrt()
+
+    @torch.no_grad()
+    def fitted(self, model: nn.Module, images: Tensor, batch_size: int, processes: Processes) -> Preserved:
+        """Return the same with the whitening of the dense model's features.
+
+        Args:
+            model: dense, eval mode.
+            images: [n, C, H, W]; at most :data:`FITTED_IMAGES` are used.
+            batch_size: images at a time.
+            processes: take turns batch by batch, and add up their sums.
+        """
+        if not self.dense:
+            return self
+        device = next(model.parameters()).device
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(images[:FITTED_IMAGES].split(batch_size)):
+            if number % processes.size != processes.rank:
+                continue
+            for index, tokens in enumerate(self.features.of(model, batch.to(device))):
+                moments = Moments.of(tokens.flatten(0, 1))
+                rows = torch.tensor(float(moments.rows), dtype=torch.float64, device=device)
+                for name, part in (("rows", rows), ("total", moments.total), ("second", moments.second)):
+                    key = f"{index} {name}"
+                    sums[key] = sums[key] + part if key in sums else part
+        sums = processes.summed(sums)
+        return replace(
+            self,
+            whitenings=tuple(
+                Whitening.of(
+                    Moments(int(sums[f"{index} rows"]), sums[f"{index} total"], sums[f"{index} second"])
+                )
+                for index in range(len(sums) // 3)
+            ),
+        )
+
+    @torch.no_grad()
+    def thinned(self, model: nn.Module, image: Tensor, images: int) -> Preserved:
+        """Return the same with so few tokens that those of ``images`` images take :data:`MOST_BYTES`."""
+        if not self.dense:
+            return self
+        each = sum(found[0].numel() * 4 for found in self.features.of(model, image))
+        return replace(self, steps=max(1, -(-each * images // MOST_BYTES)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is preserved, for ``--json`` and the record of a slim file."""
+        document: dict[str, Any] = {"what": self.what}
+        if self.features.layers:
+            document["layers"] = list(self.features.layers)
+        if self.features.levels:
+            document["levels"] = list(self.features.levels)
+        return document
+
+    def __str__(self) -> str:
+        """Return a phrase: ``the class probabilities``."""
+        if self.what == "tokens":
+            return "the features of all tokens (the final normalised map)"
+        if self.what == "layers":
+            return f"the features of all tokens after {', '.join(self.features.layers)}"
+        if self.what == "pyramid":
+            return f"the {len(self.features.levels)} feature maps of features_only"
+        return "the answers" if self.what == "answers" else "the pooled features"
+
+
+ANSWERS = Preserved("answers", "answers", Features("output"))

@@ -1,0 +1,207 @@
+"""Dense features of a model: its map of tokens, outputs of layers, or the levels of ``features_only``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.errors import UnsupportedModelError, UsageError
+from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.info import classifier_size
+
+Source = Literal["output", "pooled", "tokens", "pyramid", "layers"]
+PLAIN_LEVELS = 3
+"""Number of last blocks that timm's ``features_only`` gives of a model without a pyramid."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Description of what is read from a model; the same for the dense and the pruned one."""
+
+    source: Source
+    """``output``: what the model gives; ``pooled``: what its classifier reads; ``tokens``: the final
+    normalised map that timm's ``forward_features`` gives; ``pyramid``: the levels of ``features_only``;
+    ``layers``: the outputs of modules."""
+    layers: tuple[str, ...] = ()
+    """Names of these modules."""
+    levels: tuple[int, ...] = ()
+    """Indices of the levels, as ``forward_intermediates`` counts them."""
+    channel_dims: tuple[int, ...] = ()
+    """Dimension of the channels in each map of tokens."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether these are features of every token."""
+        return self.source not in ("output", "pooled")
+
+    def of(
+        self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Run ``model`` on ``images`` [B, C, H, W].
+
+        Args:
+            model: eval mode; not modified.
+            images: normalised, on its device.
+            tensors: substitutes for tensors of the model, by name.
+
+        Returns:
+            Of dense features one map of tokens each, [B, tokens, channels]; else the one output.
+        """
+        reader = _Reader(model, self)
+        found: list[Tensor]
+        if tensors:
+            substitutes = {f"model.{name}": tensor for name, tensor in tensors.items()}
+            found = torch.func.functional_call(reader, substitutes, (images,), tie_weights=False)
+        else:
+            found = reader(images)
+        if not self.dense:
+            return found
+        dims = self.channel_dims
+        return [each.movedim(dim, -1).flatten(1, -2) for each, dim in zip(found, dims, strict=True)]
+
+
+class _Reader(nn.Module):
+    """A model that gives features in place of its output."""
+
+    def __init__(self, model: nn.Module, features: Features) -> None:
+        super().__init__()
+        self.model, self.features = model, features
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> list[Any]:
+        model: Any = self.model
+        if self.features.source == "tokens":
+            return [model.forward_features(images)]
+        if self.features.source == "pyramid":
+            levels = list(self.features.levels)
+            return list(model.forward_intermediates(images, indices=levels, intermediates_only=True))
+        if self.features.source == "layers":
+            return list(_outputs_of_layers(model, self.features.layers, images))
+        if self.features.source == "pooled" and classifier_size(model):
+            return [model.forward_head(model.forward_features(images), pre_logits=True)]
+        return [model(images)]
+
+
+def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
+    """Run ``model``; return what the modules of these names give."""
+    with _capturing(model, names) as found:
+        model(images)
+    once = [name for name in names if len(found.get(name, ())) != 1]
+    if once:
+        times = len(found.get(once[0], ()))
+        raise UnsupportedModelError(f"the model runs {once[0]!r} {times} times per image, expected once")
+    return [found[name][0] for name in names]
+
+
+@contextmanager
+def _capturing(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
+    found: dict[str, list[Any]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: found.setdefault(name, []).append(output)
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
+    """Return the final map of tokens, of all of them.
+
+    Args:
+        model: eval mode.
+        prunable: its prunable layers.
+        image: [1, C, H, W], to try it on.
+
+    Raises:
+        UnsupportedModelError: ``forward_features`` gives no such map.
+    """
+    if not hasattr(model, "forward_features"):
+        raise UnsupportedModelError("it has no forward_features, which would give its tokens")
+    (found,) = _Reader(model, Features("tokens"))(image)
+    return Features("tokens", channel_dims=(_channel_dim(found, "forward_features", model, prunable, image),))
+
+
+@torch.no_grad()
+def find_pyramid(model: Any, image: Tensor) -> Features:
+    """Return the levels that timm's ``features_only`` gives by default. Arguments as :func:`find_token_map`.
+
+    Raises:
+        UnsupportedModelError: timm has no ``features_only`` for such a model.
+    """
+    info = [each["reduction"] for each in getattr(model, "feature_info", ()) if "reduction" in each]
+    if not info or not hasattr(model, "forward_intermediates"):
+        raise UnsupportedModelError(
+            "timm has no features_only (forward_intermediates and feature_info) for this architecture; name "
+            "the layers whose outputs are to be preserved, or take its tokens"
+        )
+    plain = len(info) > 1 and len(set(info)) == 1
+    levels = range(max(len(info) - PLAIN_LEVELS, 0) if plain else 0, len(info))
+    found = Features("pyramid", levels=tuple(levels), channel_dims=(1,) * len(levels))
+    for number, each in enumerate(_Reader(model, found)(image)):
+        if not isinstance(each, Tensor) or each.ndim != 4:
+            raise UnsupportedModelError(f"level {number} of features_only is no map [B, C, H, W]")
+    return found
+
+
+@torch.no_grad()
+def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers, image: Tensor) -> Features:
+    """Return the outputs of the modules of these names. Other arguments as :func:`find_token_map`.
+
+    Raises:
+        UsageError: there is no such module, or a cut would change the shape of its output.
+        UnsupportedModelError: it gives no map of tokens.
+    """
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known or not name:
+            near = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.5)
+            raise UsageError(
+                f"no layer {name!r} in the model"
+                + (f"; the nearest names: {', '.join(near)}" if near else "")
+            )
+        within = next((each for each in prunable.layers if name.startswith(f"{each.name}.")), None)
+        if within is not None and name != f"{within.name}.{within.result}":
+            raise UsageError(
+                f"the output of {name!r} may change its shape when {within.name!r}, which holds it, is cut; "
+                f"name {within.name!r} or a block"
+            )
+    maps = _outputs_of_layers(model, names, image)
+    dims = [_channel_dim(each, name, model, prunable, image) for name, each in zip(names, maps, strict=True)]
+    return Features("layers", layers=tuple(names), channel_dims=tuple(dims))
+
+
+def _channel_dim(found: object, name: str, model: Any, prunable: PrunableLayers, image: Tensor) -> int:
+    """Return the dimension of the channels in a map of tokens.
+
+    Raises:
+        UnsupportedModelError: ``found`` is no such map.
+    """
+    if not isinstance(found, Tensor) or found.ndim not in (3, 4):
+        shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UnsupportedModelError(
+            f"{name} gives no map of tokens, [B, tokens, channels] or with rows and columns, but {shown}"
+        )
+    if len(found) != len(image):
+        raise UnsupportedModelError(
+            f"{name} gives {len(found)} windows for {len(image)} images; name a block, whose output is one "
+            "map per image"
+        )
+    if found.ndim == 3:
+        return -1
+    inside = [layer for layer in prunable.layers if f"{layer.name}.".startswith(f"{name}.")]
+    if name == "forward_features":
+        sizes, width = (found.shape[1], found.shape[-1]), getattr(model, "num_features", None)
+        if sizes.count(width) == 1:
+            return (1, -1)[sizes.index(width)]
+    return (inside or list(prunable.layers))[-1].channel_dim

@@ -1,0 +1,298 @@
+"""Outputs to preserve: whitened divergences, their gradients, and what ``--preserve`` decides."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import mhacut
+from helpers.jobs import Recorder, job_of
+from helpers.models import ModelCase, build, image
+from mhacut.errors import UnsupportedModelError, UsageError
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.whitening import FLOOR, SHRINKAGE, Whitening
+from mhacut.options.prune import SearchOptions
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.curves import sensitivity_curves
+from mhacut.pruning.fisher import FisherOptions
+from mhacut.pruning.planner import Planner
+from mhacut.pruning.preserve import Preserved
+from mhacut.report.history import step
+from mhacut.runtime.distributed import Processes
+from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
+from mhacut.surgery.find import find_prunable_layers
+
+SMALL = {
+    "depth": 2,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "img_size": 16,
+    "patch_size": 8,
+    "num_classes": 5,
+}
+VIT = ModelCase("vit_tiny_patch16_224", {**SMALL, "num_classes": 0})
+SWIN_ARGS = {"window_size": 4, "depths": (1, 1)}
+SWIN = ModelCase("swin_tiny_patch4_window7_224", {"img_size": 32, **SWIN_ARGS, "num_classes": 0})
+FLATTEN = ModelCase("flatten_pvt_tiny", {"img_size": 32, "num_classes": 0})
+ALONE = Processes(0, 1, torch.device("cpu"))
+QUICK = {"effort": "fast", "calibration_images": 6, "latency": False, "round_to": 1, "batch_size": 3}
+
+
+def preserved_of(model, what, x):
+    prunable = find_prunable_layers(model)
+    if what == "tokens":
+        features = find_token_map(model, prunable, x[:1])
+    elif what == "pyramid":
+        features = find_pyramid(model, x[:1])
+    else:
+        features = find_layers(model, what.split(","), prunable, x[:1])
+    kind = what if what in ("tokens", "pyramid") else "layers"
+    return Preserved(kind, "dense", features).fitted(model, x, 4, ALONE)
+
+
+def slow_divergence(found, dense, over):
+    """Divergence of normal distributions, token by token, of maps [B, tokens, C]; S is that of ``over``."""
+    total = 0.0
+    for one, other, all_tokens in zip(found, dense, over, strict=True):
+        rows = all_tokens.double().flatten(0, 1)
+        covariance = torch.cov(rows.mT, correction=0)
+        shrunk = covariance * (1 - SHRINKAGE)
+        for channel in range(len(shrunk)):
+            least = FLOOR * float(covariance.diagonal().mean())
+            shrunk[channel, channel] = max(float(covariance[channel, channel]), least)
+        inverse = torch.linalg.inv(shrunk)
+        errors = (one - other).double().flatten(0, 1)
+        each = [float(error @ inverse @ error) / 2 for error in errors]
+        total += sum(each) / len(each) / len(found)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        (VIT, "tokens"),
+        (VIT, "blocks.0,blocks.1"),
+        (VIT, "pyramid"),
+        (SWIN, "tokens"),
+        (SWIN, "pyramid"),
+        (SWIN, "layers.0,layers.1.blocks.0"),
+        (FLATTEN, "tokens"),
+        (FLATTEN, "pyramid"),
+    ],
+    ids=lambda value: value.architecture if isinstance(value, ModelCase) else value,
+)
+@torch.no_grad()
+def test_the_divergence_is_that_of_normal_distributions(case, what):
+    model, other = (build(case, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    x = image(case, batch=6, dtype=torch.float64)
+    preserved = preserved_of(model, what, x)
+    maps, others = (preserved.features.of(each, x) for each in (model, other))
+    expected = slow_divergence(others, maps, maps)
+    found = float(preserved.divergence(preserved.outputs(other, x), preserved.outputs(model, x)))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert float(preserved.divergence(preserved.outputs(model, x), preserved.outputs(model, x))) == 0
+
+
+def test_a_channel_that_never_varies_has_a_finite_weight():
+    rows = torch.randn(50, 4, dtype=torch.float64)
+    rows[:, 2] = 3.0
+    whitening = Whitening.of(Moments.of(rows))
+    assert torch.isfinite(whitening.matrix).all()
+    assert torch.isfinite(Whitening.of(Moments.of(torch.ones(9, 3))).matrix).all()
+
+
+def test_whitened_features_of_any_scale_are_the_same():
+    rows = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 7
+    scale = torch.tensor([0.1, 1, 5, 10, 2], dtype=torch.float64)
+    plain, scaled = Whitening.of(Moments.of(rows)), Whitening.of(Moments.of(rows * scale))
+    a, b = rows[:20], rows[20:40]
+    distance = (plain(a) - plain(b)).square().sum(-1)
+    assert torch.allclose((scaled(a * scale) - scaled(b * scale)).square().sum(-1), distance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("what", ["tokens", "blocks.0,blocks.1"])
+def test_gradients_of_the_divergence_are_differences(what):
+    model = build(VIT, dtype=torch.float64)
+    x = image(VIT, batch=3, dtype=torch.float64)
+    preserved = preserved_of(model, what, x)
+    other = build(VIT, dtype=torch.float64, seed=1).requires_grad_(False)
+    dense = preserved.outputs(model, x).detach()
+    weight = other.blocks[0].mlp.fc2.weight.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(preserved.divergence(preserved.outputs(other, x), dense), weight)
+    move = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = []
+    for size in (1e-5, -1e-5):
+        moved = {"blocks.0.mlp.fc2.weight": weight.detach() + size * move}
+        values.append(float(preserved.divergence(preserved.outputs(other, x, moved), dense)))
+    assert float((gradient * move).sum()) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+@torch.no_grad()
+def test_fisher_information_foretells_the_divergence_of_small_errors():
+    """Random errors of a layer's output, independent over tokens: 1/2 tr(F E[e e^T])."""
+    model = build(VIT, dtype=torch.float64).requires_grad_(False)
+    prunable, x = find_prunable_layers(model), image(VIT, batch=300, dtype=torch.float64)
+    preserved = preserved_of(model, "tokens", x[:64])
+    options = FisherOptions(400, preserved=preserved)
+    found = calibrate(model, prunable, x, batch_size=100, fisher=options)
+    preserved = found.preserved
+    generator = torch.Generator().manual_seed(3)
+    for name in ("blocks.0.attn", "blocks.1.mlp"):
+        module, noise = model.get_submodule(name), []
+
+        def disturb(module, args, output, noise=noise):
+            noise.append(1e-3 * torch.randn(output.shape, generator=generator, dtype=output.dtype))
+            return output + noise[-1]
+
+        dense = preserved.outputs(model, x)
+        handle = module.register_forward_hook(disturb)
+        true = float(preserved.divergence(preserved.outputs(model, x), dense))
+        handle.remove()
+        rows = noise[0].flatten(0, 1)
+        energy = rows.mT @ rows / len(rows)
+        assert float((found.fisher.matrices[name] * energy).sum()) / 2 == pytest.approx(true, rel=0.1)
+
+
+def test_layers_behind_all_that_is_preserved_cost_nothing():
+    model, x = build(VIT).requires_grad_(False), image(VIT, batch=8)
+    job = job_of(model, x, share=0.7, round_to=1, options=SearchOptions(effort="fast", batch_size=4))
+    preserved = preserved_of(model, "blocks.0", x)
+    object.__setattr__(job, "preserved", preserved)
+    calibration = job.calibrate()
+    assert not calibration.fisher.matrices["blocks.1.mlp"].any()
+    assert calibration.fisher.matrices["blocks.0.mlp"].any()
+    planner = Planner(job, calibration)
+    candidates = {key: each[0] for key, each in planner._candidates().items()}
+    curves = sensitivity_curves(job, calibration, candidates)
+    assert all(not any(curves[key].values()) for key in curves if key[0].startswith("blocks.1."))
+    widths = planner.plan().plan.widths()
+    assert widths["blocks.1.mlp", "hidden"] < widths["blocks.0.mlp", "hidden"]
+
+
+@torch.no_grad()
+def test_outputs_that_would_not_fit_are_thinned(monkeypatch):
+    model, x = build(VIT), image(VIT, batch=4)
+    preserved = preserved_of(model, "tokens", x)
+    whole = preserved.features.of(model, x)[0]
+    monkeypatch.setattr("mhacut.pruning.preserve.MOST_BYTES", whole.nbytes // 2)
+    thin = preserved.thinned(model, x[:1], 4)
+    assert thin.steps == 2
+    outputs = thin.outputs(model, x)
+    assert outputs.shape == (4, whole[:, ::2].flatten(1).shape[1])
+    expected = preserved.whitenings[0](whole[:, ::2]) / whole[:, ::2].shape[1] ** 0.5
+    assert torch.allclose(outputs, expected.flatten(1))
+
+
+def pruned(model, tmp_path, args=None, **options):
+    reporter = Recorder()
+    args = {"model_args": args} if args else {}
+    given = {**QUICK, "flops": "80%", "output": tmp_path / "slim.safetensors", **args, **options}
+    return mhacut.prune(model, reporter=reporter, **given), reporter.messages
+
+
+ARGS = {name: value for name, value in SMALL.items() if name not in ("num_classes", "img_size")}
+
+
+def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path):
+    result, messages = pruned(build(VIT), tmp_path, ARGS)
+    (line,) = (each for each in messages if each.startswith("the model has no classifier: "))
+    assert "all tokens" in line
+    assert "preserve='pooled'" in line
+    assert (result.divergence_of, dict(result.preserved)) == ("dense", {"what": "tokens"})
+    with safe_open(result.output, "pt") as file:
+        (entry,) = json.loads(file.metadata()["mhacut"])["history"]
+    assert entry["preserved"] == {"what": "tokens"}
+    assert any("divergence of features, nats per token" in row[0] for row in result.rows())
+    asked, _ = pruned(build(VIT), tmp_path, ARGS, preserve="tokens", overwrite=True)
+    same = load_file(result.output), load_file(asked.output)
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_pooled_features_can_be_preserved_instead(tmp_path):
+    result, messages = pruned(build(VIT), tmp_path, ARGS, preserve="pooled")
+    assert (result.divergence_of, result.preserved["what"]) == ("features", "pooled")
+    assert not any("preserving" in each for each in messages)
+
+
+def test_a_classifier_preserves_its_answers(tmp_path):
+    model = build(ModelCase(VIT.architecture, SMALL))
+    result, _ = pruned(model, tmp_path, ARGS)
+    assert (result.divergence_of, dict(result.preserved)) == ("answers", {"what": "answers"})
+    assert result.plan.tokens.read == 1
+    with safe_open(result.output, "pt") as file:
+        assert "preserved" not in json.loads(file.metadata()["mhacut"])["history"][0]
+
+
+def test_dead_tokens_stay_where_their_features_are_preserved(tmp_path):
+    model = build(ModelCase(VIT.architecture, SMALL))
+    result, messages = pruned(model, tmp_path, ARGS, preserve="blocks.0, blocks.1")
+    assert not result.plan.tokens
+    assert "all tokens of the last block are computed: their features are to be preserved" in messages
+    assert dict(result.preserved) == {"what": "layers", "layers": ["blocks.0", "blocks.1"]}
+    maps = result.model().forward_intermediates(image(VIT, batch=2), intermediates_only=True)
+    assert len(maps) == SMALL["depth"]
+    cut, _ = pruned(model, tmp_path, ARGS, overwrite=True)
+    with pytest.raises(UnsupportedModelError, match=r"preserve='tokens'.*last block.*keep_dead_tokens"):
+        pruned(str(cut.output), tmp_path, preserve="tokens", output=tmp_path / "again.safetensors")
+
+
+def test_merges_of_tokens_whose_features_are_preserved_are_refused(tmp_path):
+    model = build(ModelCase(VIT.architecture, SMALL))
+    merging = {"scope": "attention+mlp+tokens"}
+    with pytest.raises(UnsupportedModelError, match=r"preserve='tokens'.*scope.*merges tokens"):
+        pruned(model, tmp_path, ARGS, preserve="tokens", **merging)
+
+
+def test_layers_that_do_not_exist_are_refused_with_their_neighbours(tmp_path):
+    with pytest.raises(UsageError, match=r"no layer 'blocks\.7' in the model.*blocks\.[01]"):
+        pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0,blocks.7")
+    with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' may change its shape.*'blocks\.0\.mlp'"):
+        pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0.mlp.fc1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_does_not_give_is_refused(tmp_path):
+    with pytest.raises(
+        UnsupportedModelError, match=re.escape("preserve='answers': the model has no classifier")
+    ):
+        pruned(build(VIT), tmp_path, ARGS, preserve="answers")
+    model = build(VIT)
+    model.feature_info = []
+    with pytest.raises(UnsupportedModelError, match="no features_only"):
+        find_pyramid(model, image(VIT, batch=1))
+    swin = build(SWIN)
+    with pytest.raises(UnsupportedModelError, match=r"windows for 1 images; name a block"):
+        find_layers(swin, ["layers.0.blocks.0.attn"], find_prunable_layers(swin), image(SWIN, batch=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["tokens", "pyramid", "pooled"])
+@pytest.mark.parametrize(("case", "args"), [(SWIN, SWIN_ARGS), (FLATTEN, None)], ids=["swin", "flatten"])
+def test_pyramids_can_be_pruned(tmp_path, case, args, what):
+    result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)
+    assert result.preserved["what"] == what
+    assert result.slim.flops <= 0.8 * result.dense.flops
+
+
+def test_the_history_in_words_says_what_was_preserved(tmp_path):
+    dense = {
+        "command": "prune",
+        "flops_before": 2e9,
+        "flops_after": 1e9,
+        "budget": 1e9,
+        "seed": 0,
+        "data": "x",
+    }
+    assert "preserving" not in step(dense)
+    assert "), preserving tokens, seed 0" in step({**dense, "preserved": {"what": "tokens"}})
+    layers = {"what": "layers", "layers": ["blocks.0", "\x1b[31mblocks.1"]}
+    shown = step({**dense, "preserved": layers})
+    assert ", preserving blocks.0, " in shown
+    assert "\x1b" not in shown
+    assert "preserving ?" in step({**dense, "preserved": {}})
+    assert "preserving" not in step({**dense, "preserved": "tokens"})
