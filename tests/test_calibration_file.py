@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build
-from mhacut.errors import DataError
+from mhacut.errors import DataError, OutputError
 from mhacut.pruning.calibration_file import fingerprint_of, read_calibration, write_calibration
 
 QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
@@ -136,3 +136,13 @@ def test_the_calibration_is_not_written_over_the_model(tiny_vit, tmp_path):
         mhacut.UsageError, match=r"calibration='same\.safetensors': expected another file than"
     ):
         prune(tiny_vit, "same.safetensors", calibration="same.safetensors")
+
+
+def test_the_output_is_never_the_kept_calibration(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "kept.safetensors"
+    prune(tiny_vit, tmp_path / "first.safetensors", calibration=path)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="never overwritten"):
+        prune(tiny_vit, "kept.safetensors", calibration=path, overwrite=True)
+    assert path.read_bytes() == before

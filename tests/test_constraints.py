@@ -10,6 +10,7 @@ import pytest
 import mhacut
 from helpers.cli import FAST, run
 from mhacut.errors import UsageError
+from mhacut.options.prune import PruneOptions
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.limits import Limit
@@ -126,6 +127,17 @@ def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
     assert any(v < 16 for _, v in pairs)
     (constraint,) = result.constraints
     assert (constraint.name, constraint.value) == ("equal_qkv", True)
+
+
+def test_equal_widths_need_curves(tiny_vit, tmp_path):
+    """Uniform widths are spent in steps of single units, which would part q/k and v."""
+    with pytest.raises(UsageError, match="expected curves with equal_qkv=True"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", equal_qkv=True, allocation="uniform", flops="55%")
+
+
+@pytest.mark.parametrize("given", ["*.mlp", ["*.mlp"], ("*.mlp",)])
+def test_one_pattern_is_one_however_it_is_given(given):
+    assert PruneOptions.from_flat(checkpoint="m", flops="50%", exclude=given).exclude == ("*.mlp",)
 
 
 def test_constraints_are_flags(tiny_vit, tmp_path):

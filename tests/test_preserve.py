@@ -167,7 +167,7 @@ def test_layers_behind_all_that_is_preserved_cost_nothing():
     assert not calibration.fisher.matrices["blocks.1.mlp"].any()
     assert calibration.fisher.matrices["blocks.0.mlp"].any()
     planner = Planner(job, calibration)
-    candidates = {key: each[0] for key, each in planner._candidates().items()}
+    candidates = {key: each[0] for key, each in planner.candidates.items()}
     curves = sensitivity_curves(job, calibration, candidates)
     assert all(not any(curves[key].values()) for key in curves if key[0].startswith("blocks.1."))
     widths = planner.plan().plan.widths()

@@ -238,6 +238,20 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     assert "--output one.safetensors: expected {} in the name" in result.stderr
 
 
+def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
+    (result,) = mhacut.prune_many(
+        tiny_vit.path,
+        flops=["80%"],
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=tmp_path / "many-{}.safetensors",
+        **QUICK,
+    )
+    assert result.output == tmp_path / "many-80pct.safetensors"
+    with pytest.raises(UsageError, match="expected a list of budgets"):
+        mhacut.prune_many(tiny_vit.path, flops="80%")
+
+
 def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):
     (tmp_path / "m-60pct.safetensors").write_bytes(b"precious")
     out = tmp_path / "m-{}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 import re
 
 import pytest
@@ -137,6 +138,30 @@ def test_several_budgets_are_all_met_at_most_a_step_for_each_from_the_best_plan(
     found = cheapest_widths(problem.curves, problem.choices, problem.limits)
     assert keeps(problem.limits, found)
     assert problem.error(found) <= problem.best() + costs * problem.dearest_step() + 1e-9
+
+
+def test_ratios_of_multipliers_are_searched(monkeypatch):
+    """Units that are dear in one budget are cheap in the other, and neither budget alone says what to cut."""
+    generator = random.Random(0)
+    keys, widths = [(f"layer{number}", "hidden") for number in range(8)], range(1, 25)
+    choices = {key: tuple(widths) for key in keys}
+    scales = {key: generator.uniform(0.1, 9) for key in keys}
+    curves = {key: {width: scale * (1 / width - 1 / 24) for width in widths} for key, scale in scales.items()}
+    one = {key: generator.randint(1, 20) for key in keys}
+    prices = [one, {key: 21 - price for key, price in one.items()}]
+
+    def limit(price):
+        return Limit(
+            lambda plan: 10**5 + sum(price[key] * plan[key] for key in keys), 10**5 + 4 * sum(price.values())
+        )
+
+    limits = [limit(price) for price in prices]
+    searched = cheapest_widths(curves, choices, limits, exchange=False)
+    monkeypatch.setattr("mhacut.pruning.allocate._multipliers", lambda number: [(1.0, 0.0), (0.0, 1.0)])
+    alone = cheapest_widths(curves, choices, limits, exchange=False)
+    assert keeps(limits, searched)
+    errors = [sum(curves[key][plan[key]] for key in keys) for plan in (searched, alone)]
+    assert errors[0] < 0.97 * errors[1]
 
 
 @settings(deadline=None, max_examples=30)

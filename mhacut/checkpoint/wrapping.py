@@ -127,6 +127,8 @@ def unwrap(
             break
         classifier = None if part == chosen else _classifier(groups, chosen, shapes)
         if classifier is not None:
+            if layer is not None:  # one beside a network, and one beside what holds it: nobody knows which
+                raise CheckpointError(_may_belong(where, trunk or "", head))
             layer, trunk = classifier, chosen
             head = {file: f"head.{rest.rpartition('.')[2]}" for file, rest in groups.pop(classifier).items()}
         part = None if part == chosen else part

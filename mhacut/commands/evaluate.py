@@ -15,7 +15,7 @@ from mhacut.checkpoint.module import copy_of_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import EvaluationLoader, ImagesInMemory, Preprocessing, evaluation_loader
-from mhacut.data.in_memory import Expected, LabelledBatches, check_one_source
+from mhacut.data.in_memory import Expected, InMemoryBatches, check_one_source
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
@@ -126,7 +126,7 @@ def run_evaluate(
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     origins = provenance(loaded, options.preprocessing)
-    loader: EvaluationLoader | LabelledBatches
+    loader: EvaluationLoader | InMemoryBatches
     if images is None:
         opened = partial(
             evaluation_loader, preprocessing, data, num_classes=classes, batch_size=options.batch_size
@@ -137,7 +137,7 @@ def run_evaluate(
         origins = with_hint(origins, loaded.model, preprocessing, sample, device)
     else:
         # They were normalised elsewhere: there is nothing to check.
-        loader = LabelledBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)
+        loader = InMemoryBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)
     expect(reporter, [StageShare("evaluating", 1.0)])
     reporter.start("evaluating")
     evaluation = measure_accuracy(

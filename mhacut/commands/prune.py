@@ -72,7 +72,7 @@ def prune(
     Raises:
         MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
-    if flops is not None and not isinstance(flops, str | int | float):
+    if isinstance(flops, tuple | list):
         raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
     with reporting(reporter, progress) as shown:
         (result,) = _prune_all(checkpoint, None if flops is None else str(flops), shown, images, options)
@@ -104,6 +104,8 @@ def prune_many(
     Raises:
         MhacutError: as :func:`prune`; files of earlier budgets may have been written.
     """
+    if isinstance(flops, str):
+        raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets; one is for prune")
     with reporting(reporter, progress) as shown:
         return _prune_all(checkpoint, tuple(map(str, flops)), shown, images, options)
 

@@ -74,21 +74,26 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
 
 def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[Job, nn.Module, Planned]:
     """Plan and cut until what is stored is within its limits, to the byte, and uses them up."""
-    job = inputs.job
+    job, fits = inputs.job, None
     for attempt in range(_ROUNDS):
         planned = planner.plan(job)  # 3. plan
         reporter.start("cutting")
         slim = copy.deepcopy(planned.ready.model.cpu())
         cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
-        widths, limits, exact = planned.plan.widths(), [], True
+        widths, limits, kept, used = planned.plan.widths(), [], True, True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored = _stored(inputs, planned, slim, asked)
             wrong = int(limit.cost(widths)) - stored
-            exact &= stored <= asked.most and (attempt > 0 or limit.most + wrong < asked.most / NEAR)
+            kept &= stored <= asked.most
+            used &= attempt > 0 or limit.most + wrong < asked.most / NEAR
             limits.append(replace(limit, most=asked.most + wrong))
-        if exact:
-            return job, slim, planned
+        if kept:
+            fits = job, slim, planned
+            if used:
+                return fits
         job = replace(job, storage=tuple(limits))
+    if fits is not None:
+        return fits
     raise MhacutError(
         f"no plan was found within {', '.join(str(limit.most) for limit in inputs.job.storage)} stored "
         "numbers or bytes; nothing was written. This is a gap in mhacut: please report the architecture and "

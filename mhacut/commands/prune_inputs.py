@@ -118,7 +118,7 @@ def read_inputs(
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     job, limits = _job(options, loaded, preprocessing, targets, reporter)
-    _check_bounds(options, classifier_size(dense), in_memory=given is not None)
+    _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
     labels = None if job.preserved is not None and job.preserved.dense else images.labels
@@ -241,10 +241,11 @@ def _check_outputs(options: PruneOptions, read: PathLike | None = None) -> None:
     for path in (options.report, None if options.dry_run else options.output):
         if path is not None:
             check_output(path, overwrite=options.overwrite, input_path=read or named)
+            check_output(path, overwrite=options.overwrite, input_path=options.calibration)
 
 
-def _check_bounds(options: PruneOptions, classes: int, *, in_memory: bool) -> None:
-    """Refuse bounds on the loss that could not be judged.
+def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in_memory: bool) -> None:
+    """Refuse bounds on the loss that could not be judged, and tell of one that is judged badly.
 
     Raises:
         UsageError: there is no classifier, or there are no labelled images.
@@ -260,6 +261,9 @@ def _check_bounds(options: PruneOptions, classes: int, *, in_memory: bool) -> No
         raise UsageError(
             f"{bound}: bounds answers, not what {option_name('preserve', options.preserve)} keeps"
         )
+    if options.max_kl is not None and not in_memory and not options.data.has_images:
+        bound, better = option_name("max_kl", options.max_kl), option_name("data_dir")
+        reporter.log(f"{bound} is judged on synthetic images, which say little about yours: give {better}")
     if options.max_drop is None:
         return
     asked, data = option_name("max_drop", options.max_drop), options.data

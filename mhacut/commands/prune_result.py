@@ -45,7 +45,7 @@ class PruneResult:
     plan: Plan
     """In the indices of the model that was read."""
     budget: int
-    """FLOPs."""
+    """FLOPs; those of the dense model where none were asked for."""
     dense: ModelFigures
     """Figures of the model that was read."""
     slim: ModelFigures
@@ -64,8 +64,9 @@ class PruneResult:
     latency_batch_size: int
     """Images per batch of ``latency_ms``."""
     seconds: Mapping[str, float]
-    """Wall time of each stage; "evaluating" is that of the dense model alone, "measuring" that of all
-    measurements of the pruned one."""
+    """Wall time of each stage; "evaluating" is that of the dense model, and of the models that a bound on the
+    loss tried, "measuring" that of all measurements of the pruned one. Stages that several budgets share
+    count for the first."""
     stage_seconds: Mapping[str, float]
     """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
     log: tuple[SearchStep, ...]

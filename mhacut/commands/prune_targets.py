@@ -15,6 +15,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.options.prune import PruneOptions
+from mhacut.options.targets import TARGETS
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits
@@ -80,7 +81,9 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
     """
     labels = [_label(options, targets) for targets in parse_targets(options)]
     if not options.several:
-        return (replace(options, output=options.output or f"{stem}-{labels[0]}.safetensors"),)
+        output = str(options.output or f"{stem}-{PLACE}.safetensors")
+        name = Path(output).name.replace(PLACE, labels[0])
+        return (replace(options, output=str(Path(output).with_name(name))),)
     output = str(options.output or f"{stem}-{PLACE}.safetensors")
     if PLACE not in Path(output).name:
         raise UsageError(
@@ -252,4 +255,4 @@ _LOCAL = frozenset(
         "workers",
     }
 )
-_NEWER = frozenset({"params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv", "preserve"})
+_NEWER = frozenset({*TARGETS, "preserve"})

@@ -90,7 +90,7 @@ class Expected:
         return found
 
 
-class LabelledBatches:
+class InMemoryBatches:
     """Checked batches of (images [B, C, H, W], labels [B]) to measure accuracy on.
 
     An iterator can be passed over once, all else more than once.
@@ -122,8 +122,8 @@ class LabelledBatches:
                 )
             parts = (images, labels)
             size = self._batch_size if _is_whole(self._given) else max(len(images), 1)
+            _check_finite(images, range(len(images)), where)
             for some, their_labels in zip(*(part.split(size) for part in parts), strict=True):
-                _check_finite(some, range(len(some)), where)
                 yield some.float(), their_labels
 
 
@@ -143,7 +143,7 @@ def split_in_memory(
     measured: int,
     seed: int,
     batch_size: int,
-) -> tuple[CalibrationImages, LabelledBatches | None]:
+) -> tuple[CalibrationImages, InMemoryBatches | None]:
     """Divide images into those to calibrate on, and labelled ones to measure accuracy on.
 
     Both are random choices with equally many of each class, drawn with ``seed``. No image is in both: where
@@ -180,7 +180,7 @@ def split_in_memory(
     )
     if labels is None or not others:
         return calibration, None
-    return calibration, LabelledBatches((images[others].cpu(), labels[others]), expected, batch_size)
+    return calibration, InMemoryBatches((images[others].cpu(), labels[others]), expected, batch_size)
 
 
 def _collected(

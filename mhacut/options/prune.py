@@ -360,21 +360,10 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope.endswith("+tokens"):
-            expected = f"curves with {option_name('scope', self.scope)}, which compares merges by them"
-            require("allocation", self.search.allocation, self.search.allocation == "curves", expected)
-            if self.flops is None and not self.bounds_loss:
-                raise UsageError(
-                    f"{option_name('scope', self.scope)}: expected {option_name('flops')}; merging tokens "
-                    "changes neither the number of parameters nor the size of the file"
-                )
+        self.check_others(self.scope, self.search.allocation)
         kept = self.calibration
         if kept is not None and self.output is not None and Path(kept) == Path(self.output):
             raise UsageError(f"{option_name('calibration', kept)}: expected another file than the output")
-        for name in ("params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv"):
-            if name in self.changed():
-                expected = f"curves or uniform with {option_name(name, getattr(self, name))}"
-                require("allocation", self.search.allocation, not self.search.by_indicators, expected)
 
     @property
     def images_wanted(self) -> int:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from mhacut.errors import UsageError, option_name
 from mhacut.options.option import Options, option, require
 
+TARGETS = ("params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv")
+"""Names of targets and constraints other than FLOPs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions(Options):
@@ -73,6 +76,9 @@ class TargetOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("exclude", "min_width"):  # one pattern is one, however it was given
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         if isinstance(self.flops, tuple | list):  # one budget is one, however it was given
             several = tuple(map(str, self.flops))
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
@@ -88,10 +94,28 @@ class TargetOptions(Options):
                 f"{bound} looks for the smallest model itself, {budget} states its size: leave one out"
             )
 
-    @property
-    def constrains(self) -> tuple[str, ...]:
-        """Names of the constraints on widths that are given."""
-        return tuple(name for name in ("exclude", "min_width", "equal_qkv") if getattr(self, name))
+    def check_others(self, scope: str, allocation: str) -> None:
+        """Check that other options allow the targets.
+
+        Args:
+            scope: what may be cut.
+            allocation: how the budget is divided.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if scope.endswith("+tokens"):
+            expected = f"curves with {option_name('scope', scope)}, which compares merges by them"
+            require("allocation", allocation, allocation == "curves", expected)
+            if self.flops is None and not self.bounds_loss:
+                raise UsageError(
+                    f"{option_name('scope', scope)}: expected {option_name('flops')}; merging tokens changes "
+                    "neither the number of parameters nor the size of the file"
+                )
+        for name in set(TARGETS).intersection(self.changed()):
+            able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")
+            expected = f"{' or '.join(able)} with {option_name(name, getattr(self, name))}"
+            require("allocation", allocation, allocation in able, expected)
 
     @property
     def flops_of_each(self) -> tuple[str | None, ...]:

@@ -47,15 +47,18 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
     if path is None:
         return job.calibrate(processes)
     fingerprint = fingerprint_of(job)
-    with processes.together():  # all look before the first writes, which waits for their sums
-        found = read_calibration(path, fingerprint, job.device) if path.exists() else None
+    # All look before the first writes; where disks are not shared, it may not be there for all.
+    everywhere = processes.union([str(path.exists())]) == ["True"]
+    with processes.together():
+        found = read_calibration(path, fingerprint, job.device) if everywhere else None
     if found is not None:
         job.reporter.log(f"calibration taken from {path}")
         return replace(found, preserved=_preserved(job, found.held, processes))
     calibration = job.calibrate(processes)
-    if processes.first:
-        write_calibration(path, calibration, fingerprint)
-        job.reporter.log(f"calibration kept in {path}")
+    with processes.together():
+        if processes.first and not path.exists():
+            write_calibration(path, calibration, fingerprint)
+            job.reporter.log(f"calibration kept in {path}")
     return calibration
 
 

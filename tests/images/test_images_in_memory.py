@@ -17,7 +17,7 @@ import mhacut
 from helpers.jobs import Recorder
 from mhacut.commands.prune import _check_same_images
 from mhacut.data import Preprocessing, calibration_images
-from mhacut.data.in_memory import Expected, LabelledBatches, split_in_memory
+from mhacut.data.in_memory import Expected, InMemoryBatches, split_in_memory
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.options.base import DataOptions
 from mhacut.runtime.distributed import Processes
@@ -165,13 +165,13 @@ def test_batches_to_measure_on_come_as_they_are_or_in_the_size_asked_for():
         (DataLoader(TensorDataset(images, labels), batch_size=5), [5, 2], 2),
         (((images[i : i + 2], labels[i : i + 2]) for i in range(0, 7, 2)), [2, 2, 2, 1], 0),
     ):
-        batches = LabelledBatches(given_images, EXPECTED, 3)
+        batches = InMemoryBatches(given_images, EXPECTED, 3)
         assert len(batches) == length
         assert [len(some) for some, _ in batches] == sizes
     with pytest.raises(DataError, match=r"accuracy needs; give images=\(images, labels\)"):
-        list(LabelledBatches(images, EXPECTED, 3))
+        list(InMemoryBatches(images, EXPECTED, 3))
     with pytest.raises(DataError, match="image 2 holds NaN"):
-        list(LabelledBatches((NAN, LABELS), EXPECTED, 4))
+        list(InMemoryBatches((NAN, LABELS), EXPECTED, 2))
 
 
 @pytest.fixture(scope="module")
