@@ -145,8 +145,9 @@ def _tokens_to_keep(
         return applied
     if options.keep_dead_tokens:
         return applied
-    if preserved.dense and classifier_size(dense):
-        reporter.log("all tokens of the last block are computed: their features are to be preserved")
+    if preserved.dense:
+        if classifier_size(dense):
+            reporter.log("all tokens of the last block are computed: their features are to be preserved")
         return applied
     try:
         if classifier_size(dense) == 0:
