@@ -17,8 +17,9 @@ from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
-from mhacut.pruning.preserve import ANSWERS
+from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.distributed import Processes
+from mhacut.surgery.features import find_token_map
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES, VITS
 
@@ -268,6 +269,27 @@ def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
                 same(*pair)
         for name in ("redundancy", "difference"):
             assert relative(*(getattr(it.statistics[key], name) for it in (shared, alone))) < 1e-4
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_processes_that_share_the_images_whiten_dense_features_alike(batch_size):
+    model, images = build(TINY).requires_grad_(False), image(TINY, batch=9)
+    features = find_token_map(model, find_prunable_layers(model), images[:1])
+    options = FisherOptions(6, preserved=Preserved("tokens", "dense", features))
+
+    def run(processes):
+        own = copy.deepcopy(model)
+        given = {"batch_size": batch_size, "fisher": options, "processes": processes}
+        return calibrate(own, find_prunable_layers(own), images, **given)
+
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(run, [Meeting(rank, 2, torch.device("cpu")) for rank in (0, 1)]))
+    alone = run(None)
+    assert alone.teacher.shape == (9, 5 * 24)
+    for shared in both:
+        assert relative(shared.teacher, alone.teacher) < 1e-4
+        for layer, expected in alone.fisher.matrices.items():
+            assert relative(shared.fisher.matrices[layer], expected) < 1e-3
 
 
 # --- how much tokens count ---
