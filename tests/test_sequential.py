@@ -334,6 +334,16 @@ def test_of_a_sequential_its_last_output_is_kept():
     assert [module.runs for module in (*modules, model[2])] == [1, 1, 1, 2, 1]
 
 
+def test_of_a_sequential_that_stops_at_each_module_two_outputs_are_kept():
+    """Those of every module on the way would take as much memory as all blocks together."""
+    model = nn.Sequential(*(Times(2.0) for _ in range(6)))
+    with ResumableModel(model, BATCHES[:1]) as passes:
+        for name in range(6):
+            passes.run_to(str(name))
+            alive = [any(ref() is not None for ref in module.outputs) for module in model]
+            assert alive == [name - 1 <= number <= name for number in range(6)]  # its input and output
+
+
 def test_tensors_that_were_overwritten_are_computed_anew():
     class Adding(Model):
         def forward(self, x):

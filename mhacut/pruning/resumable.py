@@ -188,10 +188,10 @@ class ResumableModel:
         call.position, (args, kwargs) = 0, arguments
         call.set(call.forward(*args, **kwargs), finished=True)
         self._stack.pop()
+        if self._stack and self._stack[-1].chained:
+            for earlier in self._stack[-1].calls:  # their outputs are freed
+                earlier.set(call.value, finished=True)
         if call.module in self._reached:
             self._reached[call.module].append((call, arguments, call.value))
             if call.module is next(reversed(self._reached)):
                 raise _TargetReached
-        if self._stack and self._stack[-1].chained:
-            for earlier in self._stack[-1].calls:  # their outputs are freed
-                earlier.set(call.value, finished=True)
