@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError, option_name
+from mhacut.exporting.quantize import Quantization, quantize_best
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
@@ -52,7 +54,9 @@ class ExportResult:
     """Size of the file, or of the files written into the folder."""
     difference: Mapping[int, float]
     """Largest difference of the exported program's output from the model's at each batch size compared, in
-    units of the largest output."""
+    units of the largest output. For INT8 this is on noise, and unbounded."""
+    int8: Quantization | None = None
+    """How INT8 was made and compares; None for other files."""
 
 
 def export(
@@ -88,6 +92,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     size = preprocessing.input_size
     differences: dict[int, float] = {}
+    quantized: list[Quantization] = []
 
     def compare(run: Runner) -> None:
         reporter.start("comparing")
@@ -96,8 +101,13 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     def write(temporary: Path) -> None:
         about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
         content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
-        temporary.write_bytes(content)
         compare(run)
+        if options.int8:
+            reporter.start("quantizing")
+            content, run, measured = quantize_best(content, model, preprocessing, options, reporter.log)
+            quantized.append(measured)
+            differences.update(_differences(model, run, size, options, bounded=False))
+        temporary.write_bytes(content)
 
     reporter.start("exporting")
     if options.format == "timm":
@@ -115,6 +125,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         preprocessing=preprocessing.to_json(),
         file_bytes=sum(file.stat().st_size for file in files),
         difference=differences,
+        int8=quantized[0] if quantized else None,
     )
 
 
@@ -152,12 +163,24 @@ def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, An
 
 @torch.no_grad()
 def _differences(
-    model: nn.Module, run: Runner, size: tuple[int, int, int], options: ExportOptions
+    model: nn.Module,
+    run: Runner,
+    size: tuple[int, int, int],
+    options: ExportOptions,
+    *,
+    bounded: bool = True,
 ) -> dict[int, float]:
     """Return the difference of ``run`` from ``model`` at each batch size, in units of the largest output.
 
+    Args:
+        model: the model that was exported.
+        run: the runner of what was written.
+        size: of the images, [C, H, W].
+        options: of the command.
+        bounded: whether only rounding may make it differ.
+
     Raises:
-        MhacutError: it is more than rounding explains.
+        MhacutError: it is more than rounding explains, or no number.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}
@@ -166,10 +189,11 @@ def _differences(
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
         differences[count] = float((run(images) - expected).abs().max() / largest)
-        if not differences[count] <= TOLERANCE[options.dtype]:
+        bound = TOLERANCE[options.dtype] if bounded else math.inf
+        if not math.isfinite(differences[count]) or differences[count] > bound:
             raise MhacutError(
                 f"what was written for {options.format} differs from the model by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}; at most {TOLERANCE[options.dtype]:g} was "
+                f"of the largest output at batch size {count}; at most {bound:g} was "
                 f"expected in {options.dtype}; nothing was written"
                 + (f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else "")
             )

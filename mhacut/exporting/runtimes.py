@@ -83,7 +83,7 @@ def _onnx(
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
     content = _onnx_content(model, images, shapes, about, options.opset)
-    return content, _onnx_runner(content)
+    return content, onnx_file_runner(content)
 
 
 def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, opset: int) -> bytes:
@@ -104,7 +104,8 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
     return content
 
 
-def _onnx_runner(content: bytes, threads: int | None = None) -> Runner:
+def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
+    """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -122,7 +123,7 @@ def onnx_runner(model: nn.Module, size: tuple[int, int, int], dtype: str, *, thr
     """Return a runner of ``model`` in ONNX Runtime on the CPU, for any batch size."""
     images, shapes = _example(size, None)
     content = _onnx_content(in_dtype(model, dtype), images, shapes, "{}", _OPSET_TO_TIME)
-    return _onnx_runner(content, threads)
+    return onnx_file_runner(content, threads)
 
 
 RUNTIMES: Mapping[str, Callable[..., tuple[bytes, Runner]]] = {"onnx": _onnx, "pt2": _pt2}

@@ -92,7 +92,15 @@ class EvaluateKeywords(
     """Compute under bfloat16 autocast. Default: False."""
 
 
-class ExportKeywords(CheckpointKeywords, total=False):
+class QuantizationImagesKeywords(ImageSourceKeywords, total=False):
+    """Images for INT8; without any, activations are quantized dynamically and noise is compared on."""
+    train_split: str
+    """Split to take images from. Default: 'train'."""
+    calibration_images: int
+    """Images to find the ranges of activations on; a quarter is held out to compare on. Default: 256."""
+
+
+class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False):
     """Options of ``mhacut export``."""
     format: Literal["onnx", "pt2", "timm"]
     """ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub. Default:
@@ -111,6 +119,17 @@ class ExportKeywords(CheckpointKeywords, total=False):
     that the file of the weights states, if it states one."""
     opset: int
     """ONNX opset; 23 and later have an attention operator. Default: 18."""
+    int8: bool
+    """Quantize the weights of linear layers to INT8, and compare speed, size and answers with float32.
+    Default: False."""
+    quantization: Literal["auto", "dynamic", "static"]
+    """Activations are quantized by their range in each image (dynamic) or by one found on images (static,
+    which needs images; other runtimes want it). With images, auto takes the one that is closer to float32.
+    Default: 'auto'."""
+    reduce_range: bool
+    """Weights of 7 bits: x86 CPUs without VNNI overflow with 8. Default: False."""
+    threads: int | None
+    """CPU threads to time INT8 with; by default torch's own choice."""
 
 
 class TeacherKeywords(TypedDict, total=False):
