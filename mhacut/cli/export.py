@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @command(ExportOptions)
 def export(options: ExportOptions, console: Console) -> None:
-    """Write CHECKPOINT for another program: as ONNX or pt2, which need neither mhacut nor timm, or for timm.
+    """Write CHECKPOINT for another program: for timm, or as a file that needs neither mhacut nor timm.
 
-    The file is run again and compared with CHECKPOINT; if they differ, it is not kept. Its metadata states
-    how images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
+    Those are ONNX, pt2 and OpenVINO IR. What was written is run again and compared with CHECKPOINT; if they
+    differ, it is not kept. Its metadata states how images are to be prepared. ONNX needs pip install
+    'mhacut[onnx]', OpenVINO 'mhacut[openvino]'.
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """

@@ -16,7 +16,9 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
+from mhacut.exporting.openvino_ir import check_ir, require_openvino, weights_file, write_ir
 from mhacut.exporting.quantize import Quantization, quantize_best
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
@@ -56,7 +58,7 @@ class ExportResult:
     """Largest difference of the exported program's output from the model's at each batch size compared, in
     units of the largest output. For INT8 this is on noise, and unbounded."""
     int8: Quantization | None = None
-    """How INT8 was made and compares; None for other files."""
+    """Comparison of INT8 with float32; None for other files."""
 
 
 def export(
@@ -79,6 +81,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     """Run :func:`export` with its options in one object."""
     if options.format == "onnx":
         require_onnx(option_name("format", "onnx"))
+    if options.format == "openvino":
+        require_openvino(option_name("format", "openvino"))
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
@@ -88,9 +92,33 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     wider = _wider_than_the_file(loaded, options)
     if wider is not None:
         reporter.log(wider)
-    model = loaded.model.requires_grad_(False)
+    loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
-    size = preprocessing.input_size
+    differences, quantized = _write(target, loaded, preprocessing, options, reporter)
+    return ExportResult(
+        output=target,
+        format=options.format,
+        architecture=loaded.identity.architecture,
+        dtype=options.dtype,
+        input_size=preprocessing.input_size,
+        fixed_batch=options.fixed_batch,
+        preprocessing=preprocessing.to_json(),
+        file_bytes=sum(file.stat().st_size for file in _files(target, options)),
+        difference=differences,
+        int8=quantized,
+    )
+
+
+def _write(
+    target: Path,
+    loaded: Checkpoint,
+    preprocessing: Preprocessing,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> tuple[dict[int, float], Quantization | None]:
+    """Write the file or folder; return its differences from the model, and how INT8 compares."""
+    model, size = loaded.model, preprocessing.input_size
+    about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
     differences: dict[int, float] = {}
     quantized: list[Quantization] = []
 
@@ -99,7 +127,6 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         differences.update(_differences(model, run, size, options))
 
     def write(temporary: Path) -> None:
-        about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
         content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
         compare(run)
         if options.int8:
@@ -112,26 +139,25 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     reporter.start("exporting")
     if options.format == "timm":
         write_folder(target, loaded, preprocessing, options, compare)
+    elif options.format == "openvino":
+        write_ir(target, model, size, about, options, input_path=loaded.path, compare=compare)
     else:
         write_whole(target, write, overwrite=options.overwrite, input_path=loaded.path)
-    files = [target / name for name in FILES] if options.format == "timm" else [target]
-    return ExportResult(
-        output=target,
-        format=options.format,
-        architecture=loaded.identity.architecture,
-        dtype=options.dtype,
-        input_size=size,
-        fixed_batch=options.fixed_batch,
-        preprocessing=preprocessing.to_json(),
-        file_bytes=sum(file.stat().st_size for file in files),
-        difference=differences,
-        int8=quantized[0] if quantized else None,
-    )
+    return differences, quantized[0] if quantized else None
+
+
+def _files(target: Path, options: ExportOptions) -> list[Path]:
+    """Return the files that were written."""
+    if options.format == "timm":
+        return [target / name for name in FILES]
+    return [target, weights_file(target)] if options.format == "openvino" else [target]
 
 
 def _check(target: Path, options: ExportOptions, input_path: Path | None) -> None:
     if options.format == "timm":
         check_folder(target, overwrite=options.overwrite, input_path=input_path)
+    elif options.format == "openvino":
+        check_ir(target, overwrite=options.overwrite, input_path=input_path)
     else:
         check_output(target, overwrite=options.overwrite, input_path=input_path)
 
@@ -143,7 +169,9 @@ def _wider_than_the_file(loaded: Checkpoint, options: ExportOptions) -> str | No
         return None
     own = max(stored)
     keeps = (
-        f"; {option_name('dtype', own)} keeps {own}" if (options.format, own) != ("onnx", "bfloat16") else ""
+        f"; {option_name('dtype', own)} keeps {own}"
+        if own != "bfloat16" or options.format in ("pt2", "timm")
+        else ""
     )
     return (
         f"weights are {' and '.join(sorted(stored))} in the file; {options.format} is written in float32, "

@@ -44,7 +44,7 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an INT8 file was made, and what it costs and computes beside float32."""
+    """Manner in which an INT8 file was made, and what it costs and computes beside float32."""
 
     method: Method
     reduce_range: bool
@@ -102,7 +102,7 @@ def quantize(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     model = onnx.load_from_string(content)
-    linear = {node.name for node in linear_nodes(model)} - set(exclude)
+    linear = {node.name for node in linear_nodes(model)}.difference(exclude)
     left = [node.name for node in model.graph.node if node.op_type in _LINEAR and node.name not in linear]
     shared: dict[str, Any] = {
         "op_types_to_quantize": _LINEAR,
@@ -127,18 +127,25 @@ def quantize(
                 str(prepared), str(written), _Reader(calibration), activation_type=unsigned, **shared
             )
         made = onnx.load(str(written))
-    stored = made.graph.initializer
-    if not linear or not any(one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1 for one in stored):
-        raise MhacutError(
-            f"{option_name('int8', True)}: the model has no linear layer that ONNX Runtime can quantize; "
-            "nothing was written. Export it in float32"
-        )
+    _require_int8(made)
     for item in made.metadata_props:
         if item.key == METADATA:
             about = {**json.loads(item.value), "int8": {"activations": method, "reduce_range": reduce_range}}
             item.value = json.dumps(about, sort_keys=True)
     quantized: bytes = made.SerializeToString()
     return quantized
+
+
+def _require_int8(made: Any) -> None:
+    """Raise a :class:`MhacutError` unless an ONNX model has matrices in INT8."""
+    import onnx
+
+    matrices = (one for one in made.graph.initializer if len(one.dims) > 1)
+    if not any(one.data_type == onnx.TensorProto.INT8 for one in matrices):
+        raise MhacutError(
+            f"{option_name('int8', True)}: the model has no linear layer that ONNX Runtime can quantize; "
+            "nothing was written. Export it in float32"
+        )
 
 
 class _Reader:
@@ -195,23 +202,14 @@ def quantize_best(
     expected = torch.cat([model(batch) for batch in held_out])
     tried: dict[Method, tuple[bytes, Runner, Agreement]] = {}
     for method in methods:
-        made = quantize(
-            content,
-            method,
-            calibration=calibration,
-            reduce_range=options.reduce_range,
-            exclude=fragile,
-        )
+        reduce_range = options.reduce_range
+        made = quantize(content, method, calibration=calibration, reduce_range=reduce_range, exclude=fragile)
         run = onnx_file_runner(made, options.threads)
         found = torch.cat([run(batch) for batch in held_out])
         tried[method] = made, run, agreement(expected, found, classes=gives_probabilities(model))
     best = min(tried, key=lambda method: _distance(tried[method][2]))
     made, run, agreed = tried[best]
-    exact = onnx_file_runner(content, options.threads)
-    images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
-    turns = [run_of(exact, images), run_of(run, images)]
-    # CPU time, not wall time: it does not count what other programs do meanwhile.
-    slow, fast = take_turns(turns, seconds=_SECONDS, device=torch.device("cpu"), clock=time.process_time)
+    slow, fast = _times(onnx_file_runner(content, options.threads), run, preprocessing, options)
     result = Quantization(
         method=best,
         reduce_range=options.reduce_range,
@@ -220,14 +218,25 @@ def quantize_best(
         agreement=agreed,
         others={method: one[2] for method, one in tried.items() if method != best},
         float32_bytes=len(content),
-        float32_ms=1000 * statistics.median(slow) / len(images),
-        int8_ms=1000 * statistics.median(fast) / len(images),
+        float32_ms=1000 * statistics.median(slow),
+        int8_ms=1000 * statistics.median(fast),
         speedup=statistics.median(a / b for a, b in zip(slow, fast, strict=True)),
         threads=options.threads or torch.get_num_threads(),
     )
     if result.far:
         log(_advice(result, options))
     return made, run, result
+
+
+def _times(
+    exact: Runner, quantized: Runner, preprocessing: Preprocessing, options: ExportOptions
+) -> list[list[float]]:
+    """Return the CPU seconds per image of both, in turns; unlike wall time, without other programs'."""
+    images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
+    runs = [run_of(exact, images), run_of(quantized, images)]
+    cpu = torch.device("cpu")
+    times = take_turns(runs, seconds=_SECONDS, device=cpu, clock=time.process_time)
+    return [[seconds / len(images) for seconds in own] for own in times]
 
 
 def _distance(found: Agreement) -> float:

@@ -11,9 +11,9 @@ from mhacut.limits import LICENSE
 from mhacut.options.base import CheckpointOptions, ExportDtype, ImageSource, PathLike
 from mhacut.options.option import option, require
 
-ExportFormat = Literal["onnx", "pt2", "timm"]
+ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
 Quantization = Literal["auto", "dynamic", "static"]
-_FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".timm": "timm"}
+_FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class ExportOptions(CheckpointOptions):
 
     format: ExportFormat = option(
         "onnx",
-        "ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub.",
+        "ONNX for ONNX Runtime and others, pt2 for torch.export.load, OpenVINO IR (.xml and .bin), or a "
+        "folder for timm and the hub.",
         panel="Result",
     )
     output: PathLike | None = option(
@@ -105,8 +106,11 @@ class ExportOptions(CheckpointOptions):
             require("license", self.license, is_name, "a name such as apache-2.0, in lower case")
             with_card = f"{option_name('format', 'timm')}, which writes a card"
             require("license", self.license, self.format == "timm", with_card)
-        known = self.format != "onnx" or self.dtype != "bfloat16"
+        known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
         require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+        ir = self.format == "openvino" and self.output is not None
+        named = not ir or os.fspath(self.output or "").lower().endswith(".xml")
+        require("output", self.output, named, "a name that ends in .xml; the weights are in .bin beside it")
         self._check_quantization()
 
     def _check_quantization(self) -> None:

@@ -24,8 +24,10 @@ class DeviceKeywords(TypedDict, total=False):
 
 class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
     """Options of ``mhacut bench``."""
-    runtime: Literal["eager", "compile", "onnx"]
-    """PyTorch without compilation, torch.compile, or ONNX Runtime. Default: 'eager'."""
+    runtime: Literal["eager", "compile", "onnx", "openvino"]
+    """PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO. Default: 'eager'."""
+    int8: bool
+    """Time each checkpoint in INT8 too, as ONNX Runtime quantizes it dynamically. Default: False."""
     batch_sizes: tuple[int, ...]
     """Images per batch. Default: (1, 8)."""
     seconds: float
@@ -102,9 +104,9 @@ class QuantizationImagesKeywords(ImageSourceKeywords, total=False):
 
 class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False):
     """Options of ``mhacut export``."""
-    format: Literal["onnx", "pt2", "timm"]
-    """ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub. Default:
-    'onnx'."""
+    format: Literal["onnx", "pt2", "openvino", "timm"]
+    """ONNX for ONNX Runtime and others, pt2 for torch.export.load, OpenVINO IR (.xml and .bin), or a folder
+    for timm and the hub. Default: 'onnx'."""
     output: str | os.PathLike[str] | None
     """File or folder to write; by default the checkpoint's stem and the format's ending, in the working
     directory."""
