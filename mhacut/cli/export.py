@@ -43,6 +43,7 @@ def _text(result: ExportResult) -> str:
         "difference: from the model, in units of its largest output",
         *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
         f"saved {safe(result.output)}, {result.file_bytes / 1e6:.1f} MB",
+        *([] if result.pushed is None else [f"pushed {safe(result.pushed)}"]),
     ]
     return "\n".join(lines)
 
@@ -80,5 +81,6 @@ def _document(result: ExportResult) -> dict[str, Any]:
         "preprocessing": dict(result.preprocessing),
         "file_bytes": result.file_bytes,
         "difference": {str(count): difference for count, difference in result.difference.items()},
+        **({} if result.pushed is None else {"pushed": result.pushed}),
         **({} if result.int8 is None else {"int8": asdict(result.int8)}),
     }

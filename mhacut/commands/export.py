@@ -19,6 +19,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.openvino_ir import check_ir, require_openvino, weights_file, write_ir
+from mhacut.exporting.push import check_hub, push_folder
 from mhacut.exporting.quantize import Quantization, quantize_best
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
@@ -59,6 +60,8 @@ class ExportResult:
     units of the largest output. For INT8 this is on noise, and unbounded."""
     int8: Quantization | None = None
     """Comparison of INT8 with float32; None for other files."""
+    pushed: str | None = None
+    """Address of the commit on the hub; None where nothing was pushed."""
 
 
 def export(
@@ -72,7 +75,8 @@ def export(
         options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
+        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written, but for a folder that the
+            hub would not take.
     """
     return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), reporter or Silent())
 
@@ -83,6 +87,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         require_onnx(option_name("format", "onnx"))
     if options.format == "openvino":
         require_openvino(option_name("format", "openvino"))
+    if options.push_to_hub is not None:
+        check_hub(options)
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
@@ -95,6 +101,10 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     differences, quantized = _write(target, loaded, preprocessing, options, reporter)
+    pushed = None
+    if options.push_to_hub is not None:
+        reporter.start("pushing")
+        pushed = push_folder(target, FILES, options)
     return ExportResult(
         output=target,
         format=options.format,
@@ -106,6 +116,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         file_bytes=sum(file.stat().st_size for file in _files(target, options)),
         difference=differences,
         int8=quantized,
+        pushed=pushed,
     )
 
 

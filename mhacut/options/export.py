@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mhacut.errors import option_name
-from mhacut.limits import LICENSE
+from mhacut.limits import LICENSE, REPOSITORY
 from mhacut.options.base import CheckpointOptions, ExportDtype, ImageSource, PathLike
 from mhacut.options.option import option, require
 
@@ -64,6 +64,13 @@ class ExportOptions(CheckpointOptions):
         panel="Result",
         metavar="NAME",
     )
+    push_to_hub: str | None = option(
+        None,
+        "Push the folder to this repository of the Hugging Face hub, which is created if there is none.",
+        panel="Result",
+        metavar="OWNER/NAME",
+    )
+    private: bool = option(False, "Create the repository as a private one.", panel="Result")
     opset: int = option(
         18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
     )
@@ -106,6 +113,13 @@ class ExportOptions(CheckpointOptions):
             require("license", self.license, is_name, "a name such as apache-2.0, in lower case")
             with_card = f"{option_name('format', 'timm')}, which writes a card"
             require("license", self.license, self.format == "timm", with_card)
+        if self.push_to_hub is not None:
+            is_name = REPOSITORY.fullmatch(self.push_to_hub) is not None
+            require("push_to_hub", self.push_to_hub, is_name, "OWNER/NAME")
+            folder = option_name("format", "timm")
+            require("push_to_hub", self.push_to_hub, self.format == "timm", f"{folder}, which writes a card")
+        pushes = self.push_to_hub is not None or not self.private
+        require("private", self.private, pushes, f"{option_name('push_to_hub', 'OWNER/NAME')} with it")
         known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
         require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
         ir = self.format == "openvino" and self.output is not None

@@ -119,6 +119,10 @@ class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False
     license: str | None
     """License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the one
     that the file of the weights states, if it states one."""
+    push_to_hub: str | None
+    """Push the folder to this repository of the Hugging Face hub, which is created if there is none."""
+    private: bool
+    """Create the repository as a private one. Default: False."""
     opset: int
     """ONNX opset; 23 and later have an attention operator. Default: 18."""
     int8: bool
