@@ -19,6 +19,9 @@ VOLO at 448 and 512 pixels does."""
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
 """Name of a license on the hub."""
 
+REPOSITORY = re.compile(r"[\w\-]([\w.\-]{0,94}[\w\-])?/[\w\-]([\w.\-]{0,94}[\w\-])?", re.ASCII)
+"""Owner and name of a repository on the hub."""
+
 
 def too_large(size: Sequence[int]) -> str:
     """Return why an image of ``size``, [C, H, W] or [H, W], is too large; empty if it is not.

@@ -147,6 +147,16 @@ def test_onnx_runtime_and_plain_attention(slim_of):
     assert result.models[0].timings[0].median_ms > 0
 
 
+def test_int8_stands_beside_float32(slim_of):
+    result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", int8=True)
+    exact, quantized = result.models
+    assert (exact.int8, quantized.int8) == (False, True)
+    assert (exact.source, exact.flops) == (quantized.source, quantized.flops)
+    assert quantized.file_bytes < exact.file_bytes
+    assert quantized.timings[0].saving_realised is None
+    assert quantized.timings[0].ratio > 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_child")
 def test_odd_widths_are_pointed_out(slim_of):

@@ -53,7 +53,7 @@ def _text(result: BenchResult) -> str:
 
 
 def _name(number: int, model: BenchedModel) -> str:
-    return f"[{number}] {safe(model.source)}"
+    return f"[{number}] {safe(model.source)}{' in INT8' if model.int8 else ''}"
 
 
 def _cells(timing: Timing) -> list[str]:

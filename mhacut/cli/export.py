@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -11,14 +12,16 @@ from mhacut.options.export import ExportOptions
 
 if TYPE_CHECKING:
     from mhacut.commands.export import ExportResult
+    from mhacut.exporting.quantize import Quantization
 
 
 @command(ExportOptions)
 def export(options: ExportOptions, console: Console) -> None:
-    """Write CHECKPOINT for another program: as ONNX or pt2, which need neither mhacut nor timm, or for timm.
+    """Write CHECKPOINT for another program: for timm, or as a file that needs neither mhacut nor timm.
 
-    The file is run again and compared with CHECKPOINT; if they differ, it is not kept. Its metadata states
-    how images are to be prepared. ONNX needs pip install 'mhacut[onnx]'.
+    Those are ONNX, pt2 and OpenVINO IR. What was written is run again and compared with CHECKPOINT; if they
+    differ, it is not kept. Its metadata states how images are to be prepared. ONNX needs pip install
+    'mhacut[onnx]', OpenVINO 'mhacut[openvino]'.
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """
@@ -38,9 +41,31 @@ def _text(result: ExportResult) -> str:
         "",
         f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {result.dtype}",
         "difference: from the model, in units of its largest output",
+        *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
         f"saved {safe(result.output)}, {result.file_bytes / 1e6:.1f} MB",
+        *([] if result.pushed is None else [f"pushed {safe(result.pushed)}"]),
     ]
     return "\n".join(lines)
+
+
+def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
+    rows = [["activations", "KL divergence", "same first class", "cosine"]]
+    for method, found in {int8.method: int8.agreement, **int8.others}.items():
+        kl = "" if found.kl is None else f"{found.kl:.2g} nats"
+        same = "" if found.same_answer is None else f"{100 * found.same_answer:.1f}%"
+        rows.append(
+            [f"{method}, not taken" if method in int8.others else method, kl, same, f"{found.cosine:.4f}"]
+        )
+    return [
+        "",
+        table(rows),
+        "",
+        f"INT8 beside float32, on {safe(int8.compared_on)}",
+        *([f"still float32, for outliers: {safe(', '.join(kept))}"] if (kept := int8.float32_layers) else []),
+        f"{int8.speedup:.2f} times as fast: {int8.int8_ms:.2f} ms of CPU time an image, float32 "
+        f"{int8.float32_ms:.2f} ms, in turns in ONNX Runtime, {int8.threads} thread(s)",
+        f"{int8.float32_bytes / file_bytes:.2f} times as small: float32 {int8.float32_bytes / 1e6:.1f} MB",
+    ]
 
 
 def _document(result: ExportResult) -> dict[str, Any]:
@@ -56,4 +81,6 @@ def _document(result: ExportResult) -> dict[str, Any]:
         "preprocessing": dict(result.preprocessing),
         "file_bytes": result.file_bytes,
         "difference": {str(count): difference for count, difference in result.difference.items()},
+        **({} if result.pushed is None else {"pushed": result.pushed}),
+        **({} if result.int8 is None else {"int8": asdict(result.int8)}),
     }

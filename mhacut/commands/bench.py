@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import part_of_dense, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError, UsageError, option_name
-from mhacut.exporting.runtimes import DTYPES, onnx_runner, require_onnx
+from mhacut.exporting.openvino_ir import openvino_runner, require_openvino
+from mhacut.exporting.quantization_error import layers_with_outliers
+from mhacut.exporting.quantize import quantize
+from mhacut.exporting.runtimes import DTYPES, onnx_content, onnx_file_runner, onnx_runner, require_onnx
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
@@ -68,9 +71,11 @@ class BenchedModel:
     flops: int
     parameters: int
     file_bytes: int | None
-    """Size of the file, or of its shards; None for ``timm:NAME``."""
+    """Size of the file, of its shards, or of an ONNX file in INT8; None for ``timm:NAME``."""
     timings: tuple[Timing, ...]
     """Speed at each batch size."""
+    int8: bool = False
+    """Whether it is the checkpoint in INT8."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class BenchResult:
     """Result of :func:`bench`."""
 
     models: tuple[BenchedModel, ...]
-    """Checkpoints in the order given; ratios are to the first."""
+    """Checkpoints in the order given, then each in INT8 if that was asked for; ratios are to the first."""
     runtime: str
     dtype: str
     fused: bool
@@ -96,6 +101,8 @@ class _Entry:
     flops: int
     program: Callable[[Tensor], object]
     """Takes float32 images on the device."""
+    file_bytes: int | None
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,12 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
         for checkpoint, size in zip(checkpoints, sizes, strict=True):
             reporter.start("preparing")
             flops = measure_flops(checkpoint.model, size)
-            entries.append(_Entry(checkpoint, size, flops, _program(checkpoint.model, size, setup)))
+            program = _program(checkpoint.model, size, setup)
+            entries.append(_Entry(checkpoint, size, flops, program, _file_bytes(checkpoint)))
             reporter.advance(len(entries), len(checkpoints))
+        if options.int8:
+            reporter.start("quantizing")
+            entries += [_in_int8(entry, setup) for entry in entries]
         timings = []
         expect(reporter, [StageShare("timing", 1.0)])
         reporter.start("timing")
@@ -154,8 +165,9 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             architecture=entry.checkpoint.identity.architecture,
             flops=entry.flops,
             parameters=count_parameters(entry.checkpoint.model),
-            file_bytes=_file_bytes(entry.checkpoint),
+            file_bytes=entry.file_bytes,
             timings=own,
+            int8=entry.int8,
         )
         for entry, own in zip(entries, zip(*timings, strict=True), strict=True)
     )
@@ -168,10 +180,10 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
 
 
 def _device(options: BenchOptions) -> torch.device:
-    if options.runtime != "onnx":
+    if options.runtime not in ("onnx", "openvino"):
         return resolve_device(options.device)
-    runtime = option_name("runtime", "onnx")
-    require_onnx(runtime)
+    runtime = option_name("runtime", options.runtime)
+    (require_onnx if options.runtime == "onnx" else require_openvino)(runtime)
     if options.device not in ("auto", "cpu"):
         raise UsageError(f"{option_name('device', options.device)}: {runtime} is measured on the CPU only")
     return torch.device("cpu")
@@ -223,6 +235,8 @@ def _program(model: nn.Module, size: tuple[int, int, int], setup: _Setup) -> Cal
         for layer in layers:
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = False
+    if options.runtime == "openvino":
+        return openvino_runner(model, size, threads=setup.threads)
     if options.runtime == "onnx":
         return onnx_runner(model, size, options.dtype, threads=setup.threads)
     dtype = DTYPES[options.dtype]
@@ -230,6 +244,15 @@ def _program(model: nn.Module, size: tuple[int, int, int], setup: _Setup) -> Cal
     if options.runtime == "compile":
         program = torch.compile(model)
     return lambda images: program(images.to(dtype))
+
+
+def _in_int8(entry: _Entry, setup: _Setup) -> _Entry:
+    """Return a checkpoint with its linear layers in INT8, as ``mhacut export`` makes it without images."""
+    content = onnx_content(entry.checkpoint.model, entry.size)
+    fragile = layers_with_outliers(content, [fixed_images(4, entry.size)])
+    content = quantize(content, "dynamic", exclude=fragile)
+    program = onnx_file_runner(content, setup.threads)
+    return replace(entry, program=program, file_bytes=len(content), int8=True)
 
 
 def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[Timing]:
@@ -242,7 +265,7 @@ def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[
             batch_size,
             own,
             times[0],
-            saved_flops=1 - entry.flops / entries[0].flops,
+            saved_flops=0 if entry.int8 else 1 - entry.flops / entries[0].flops,  # INT8 saves time otherwise
             peak_mib=_peak_mib(entry, run, batch_size, setup),
         )
         for entry, run, own in zip(entries, runs, times, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,11 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
+from mhacut.exporting.openvino_ir import check_ir, require_openvino, weights_file, write_ir
+from mhacut.exporting.push import check_hub, push_folder
+from mhacut.exporting.quantize import Quantization, quantize_best
 from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
@@ -53,7 +58,11 @@ class ExportResult:
     """Size of the file, or of the files written into the folder."""
     difference: Mapping[int, float]
     """Largest difference of the exported program's output from the model's at each batch size compared, in
-    units of the largest output."""
+    units of the largest output. For INT8 this is on noise, and unbounded."""
+    int8: Quantization | None = None
+    """Comparison of INT8 with float32; None for other files."""
+    pushed: str | None = None
+    """Address of the commit on the hub; None where nothing was pushed."""
 
 
 def export(
@@ -72,7 +81,8 @@ def export(
         options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
+        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written, but for a folder that the
+            hub would not take.
     """
     with reporting(reporter, progress) as shown:
         return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), shown)
@@ -82,6 +92,10 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     """Run :func:`export` with its options in one object."""
     if options.format == "onnx":
         require_onnx(option_name("format", "onnx"))
+    if options.format == "openvino":
+        require_openvino(option_name("format", "openvino"))
+    if options.push_to_hub is not None:
+        check_hub(options)
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
@@ -91,43 +105,77 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     wider = _wider_than_the_file(loaded, options)
     if wider is not None:
         reporter.log(wider)
-    model = loaded.model.requires_grad_(False)
+    loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
-    size = preprocessing.input_size
+    differences, quantized = _write(target, loaded, preprocessing, options, reporter)
+    pushed = None
+    if options.push_to_hub is not None:
+        reporter.start("pushing")
+        pushed = push_folder(target, FILES, options)
+    return ExportResult(
+        output=target,
+        format=options.format,
+        architecture=loaded.identity.architecture,
+        dtype=options.dtype,
+        input_size=preprocessing.input_size,
+        fixed_batch=options.fixed_batch,
+        preprocessing=preprocessing.to_json(),
+        file_bytes=sum(file.stat().st_size for file in _files(target, options)),
+        difference=differences,
+        int8=quantized,
+        pushed=pushed,
+    )
+
+
+def _write(
+    target: Path,
+    loaded: Checkpoint,
+    preprocessing: Preprocessing,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> tuple[dict[int, float], Quantization | None]:
+    """Write the file or folder; return its differences from the model, and how INT8 compares."""
+    model, size = loaded.model, preprocessing.input_size
+    about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
     differences: dict[int, float] = {}
+    quantized: list[Quantization] = []
 
     def compare(run: Runner) -> None:
         reporter.start("comparing")
         differences.update(_differences(model, run, size, options))
 
     def write(temporary: Path) -> None:
-        about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
         content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
-        temporary.write_bytes(content)
         compare(run)
+        if options.int8:
+            reporter.start("quantizing")
+            content, run, measured = quantize_best(content, model, preprocessing, options, reporter.log)
+            quantized.append(measured)
+            differences.update(_differences(model, run, size, options, bounded=False))
+        temporary.write_bytes(content)
 
     reporter.start("exporting")
     if options.format == "timm":
         write_folder(target, loaded, preprocessing, options, compare)
+    elif options.format == "openvino":
+        write_ir(target, model, size, about, options, input_path=loaded.path, compare=compare)
     else:
         write_whole(target, write, overwrite=options.overwrite, input_path=loaded.path)
-    files = [target / name for name in FILES] if options.format == "timm" else [target]
-    return ExportResult(
-        output=target,
-        format=options.format,
-        architecture=loaded.identity.architecture,
-        dtype=options.dtype,
-        input_size=size,
-        fixed_batch=options.fixed_batch,
-        preprocessing=preprocessing.to_json(),
-        file_bytes=sum(file.stat().st_size for file in files),
-        difference=differences,
-    )
+    return differences, quantized[0] if quantized else None
+
+
+def _files(target: Path, options: ExportOptions) -> list[Path]:
+    """Return the files that were written."""
+    if options.format == "timm":
+        return [target / name for name in FILES]
+    return [target, weights_file(target)] if options.format == "openvino" else [target]
 
 
 def _check(target: Path, options: ExportOptions, input_path: Path | None) -> None:
     if options.format == "timm":
         check_folder(target, overwrite=options.overwrite, input_path=input_path)
+    elif options.format == "openvino":
+        check_ir(target, overwrite=options.overwrite, input_path=input_path)
     else:
         check_output(target, overwrite=options.overwrite, input_path=input_path)
 
@@ -139,7 +187,9 @@ def _wider_than_the_file(loaded: Checkpoint, options: ExportOptions) -> str | No
         return None
     own = max(stored)
     keeps = (
-        f"; {option_name('dtype', own)} keeps {own}" if (options.format, own) != ("onnx", "bfloat16") else ""
+        f"; {option_name('dtype', own)} keeps {own}"
+        if own != "bfloat16" or options.format in ("pt2", "timm")
+        else ""
     )
     return (
         f"weights are {' and '.join(sorted(stored))} in the file; {options.format} is written in float32, "
@@ -159,12 +209,24 @@ def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, An
 
 @torch.no_grad()
 def _differences(
-    model: nn.Module, run: Runner, size: tuple[int, int, int], options: ExportOptions
+    model: nn.Module,
+    run: Runner,
+    size: tuple[int, int, int],
+    options: ExportOptions,
+    *,
+    bounded: bool = True,
 ) -> dict[int, float]:
     """Return the difference of ``run`` from ``model`` at each batch size, in units of the largest output.
 
+    Args:
+        model: the model that was exported.
+        run: the runner of what was written.
+        size: of the images, [C, H, W].
+        options: of the command.
+        bounded: whether only rounding may make it differ.
+
     Raises:
-        MhacutError: it is more than rounding explains.
+        MhacutError: it is more than rounding explains, or no number.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}
@@ -173,10 +235,11 @@ def _differences(
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
         differences[count] = float((run(images) - expected).abs().max() / largest)
-        if not differences[count] <= TOLERANCE[options.dtype]:
+        bound = TOLERANCE[options.dtype] if bounded else math.inf
+        if not math.isfinite(differences[count]) or differences[count] > bound:
             raise MhacutError(
                 f"what was written for {options.format} differs from the model by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}; at most {TOLERANCE[options.dtype]:g} was "
+                f"of the largest output at batch size {count}; at most {bound:g} was "
                 f"expected in {options.dtype}; nothing was written"
                 + (f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else "")
             )

@@ -17,11 +17,11 @@ from mhacut.surgery.flops import count_parameters, measure_flops
 _MOST = 10**18
 
 
-def model_card(name: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
+def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
     """Return the model card, Markdown with a YAML header.
 
     Args:
-        name: of the folder.
+        source: as timm opens the folder, ``local-dir:NAME`` or ``hf-hub:OWNER/NAME``.
         loaded: the checkpoint, dense or slim.
         preprocessing: of its images.
         license: of the weights; None takes what their file states, and leaves it out if it states none.
@@ -47,7 +47,7 @@ def model_card(name: str, loaded: Checkpoint, preprocessing: Preprocessing, lice
         )
     lines = [
         *_header(classes > 0, record is not None, license or stated_license(loaded)),
-        f"# Model card for {name}",
+        f"# Model card for {source.partition(':')[2]}",
         "",
         text,
         "",
@@ -55,7 +55,7 @@ def model_card(name: str, loaded: Checkpoint, preprocessing: Preprocessing, lice
         *(f"- **{key}:** {value}" for key, value in details.items()),
         "",
         "## Model Usage",
-        *_usage(name, cut=record is not None),
+        *_usage(source, cut=record is not None),
     ]
     return "\n".join(lines) + "\n" + ("" if record is None else _widths(record))
 
@@ -97,12 +97,12 @@ def _share(top1: object, images: object) -> str:
     return f"{top1:.2f} % of {images} images"
 
 
-def _usage(name: str, *, cut: bool) -> list[str]:
+def _usage(source: str, *, cut: bool) -> list[str]:
     return [
         "```python",
         "import timm",
         *(["import mhacut  # registers slim models with timm"] if cut else []),
-        f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()',
+        f'model = timm.create_model("{source}", pretrained=True).eval()',
         "data = timm.data.resolve_model_data_config(model)",
         "transform = timm.data.create_transform(**data, is_training=False)",
         "```",

@@ -18,14 +18,14 @@ from mhacut.options.export import ExportOptions
 METADATA = "mhacut"
 """Key of the JSON in an exported file that describes it."""
 INPUT, OUTPUT = "images", "logits"
-ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "timm": "-timm"}
+ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
 """Endings of default output names."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BATCH = 2**31 - 1
 """Largest batch of an exported file; torch 2.6 fails to export without a bound."""
 
 _OPSET_TO_TIME = 18
-"""ONNX opset of models that are only timed, the default of ``mhacut export``."""
+"""ONNX opset of models that are timed or converted, the default of ``mhacut export``."""
 
 Runner = Callable[[Tensor], Tensor]
 """Runs an exported program: images [B, C, H, W] to outputs [B, classes], float32."""
@@ -85,7 +85,7 @@ def _onnx(
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
     content = _onnx_content(model, images, shapes, about, options.opset)
-    return content, _onnx_runner(content)
+    return content, onnx_file_runner(content)
 
 
 def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, opset: int) -> bytes:
@@ -106,7 +106,8 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
     return content
 
 
-def _onnx_runner(content: bytes, threads: int | None = None) -> Runner:
+def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
+    """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -120,11 +121,14 @@ def _onnx_runner(content: bytes, threads: int | None = None) -> Runner:
     return run
 
 
+def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
+    """Return ``model`` as an ONNX file without metadata."""
+    return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET_TO_TIME)
+
+
 def onnx_runner(model: nn.Module, size: tuple[int, int, int], dtype: str, *, threads: int) -> Runner:
     """Return a runner of ``model`` in ONNX Runtime on the CPU, for any batch size."""
-    images, shapes = _example(size, None)
-    content = _onnx_content(in_dtype(model, dtype), images, shapes, "{}", _OPSET_TO_TIME)
-    return _onnx_runner(content, threads)
+    return onnx_file_runner(onnx_content(in_dtype(model, dtype), size), threads)
 
 
 RUNTIMES: Mapping[str, Callable[..., tuple[bytes, Runner]]] = {"onnx": _onnx, "pt2": _pt2}

@@ -63,7 +63,7 @@ def write_folder(
         target: the folder; in an existing one, only files of the same names are replaced.
         loaded: the checkpoint, dense or slim.
         preprocessing: preprocessing of its images.
-        options: options of the command; ``dtype``, ``license`` and ``overwrite`` are used.
+        options: options of the command; ``dtype``, ``license``, ``overwrite`` and ``push_to_hub`` are used.
         compare: called with a runner of the model as timm opens it; raises if that differs.
 
     Raises:
@@ -85,7 +85,9 @@ def write_folder(
             write_slim(
                 temporary / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None
             )
-        card = model_card(target.name, loaded, preprocessing, options.license)
+        pushed_to = options.push_to_hub
+        source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
+        card = model_card(source, loaded, preprocessing, options.license)
         (temporary / CARD).write_text(card, encoding="utf-8")
         opened = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().requires_grad_(False)
         compare(lambda images: opened(images))

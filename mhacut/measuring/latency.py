@@ -55,7 +55,11 @@ def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Cal
 
 
 def take_turns(
-    runs: Sequence[Callable[[], object]], *, seconds: float, device: torch.device
+    runs: Sequence[Callable[[], object]],
+    *,
+    seconds: float,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Return the seconds of every call of each of ``runs``, in the order given.
 
@@ -66,10 +70,11 @@ def take_turns(
         runs: what to time.
         seconds: for everything, after the warm-up; at least five rounds are run whatever they take.
         device: where they compute; it is waited for before the clock is read.
+        clock: what measures a call, in seconds; ``time.process_time`` for CPU time.
     """
     for run in runs:
         for _ in range(_WARM_UP):
-            _time(run, device)
+            _time(run, device, clock)
     times: list[list[float]] = [[] for _ in runs]
     began = time.perf_counter()
     for number in range(_MAX_ROUNDS):
@@ -77,16 +82,16 @@ def take_turns(
             break
         turns = list(enumerate(runs))
         for index, run in turns if number % 2 == 0 else reversed(turns):
-            times[index].append(_time(run, device))
+            times[index].append(_time(run, device, clock))
     return times
 
 
-def _time(run: Callable[[], object], device: torch.device) -> float:
+def _time(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     """Return the seconds of one call, until a GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began

@@ -7,9 +7,9 @@ from typing import Literal
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import DeviceOptions, ExportDtype, ModelOptions, PathLike
-from mhacut.options.option import REQUIRED, option
+from mhacut.options.option import REQUIRED, option, require
 
-Runtime = Literal["eager", "compile", "onnx"]
+Runtime = Literal["eager", "compile", "onnx", "openvino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,12 @@ class BenchOptions(ModelOptions, DeviceOptions):
         reads="checkpoint",
     )
     runtime: Runtime = option(
-        "eager", "PyTorch without compilation, torch.compile, or ONNX Runtime.", panel="Measuring"
+        "eager", "PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO.", panel="Measuring"
+    )
+    int8: bool = option(
+        False,
+        "Time each checkpoint in INT8 too, as ONNX Runtime quantizes it dynamically.",
+        panel="Measuring",
     )
     batch_sizes: tuple[int, ...] = option(
         (1, 8), "Images per batch.", panel="Measuring", metavar="N,N", at_least=1
@@ -46,3 +51,8 @@ class BenchOptions(ModelOptions, DeviceOptions):
         super().__post_init__()
         if not self.checkpoints:
             raise UsageError(f"{option_name('checkpoints')}: expected at least one")
+        if self.int8:
+            require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
+            require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
+        computes = self.runtime != "openvino" or self.dtype == "float32"
+        require("dtype", self.dtype, computes, f"float32 with {option_name('runtime', 'openvino')}")

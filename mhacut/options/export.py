@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
 from mhacut.errors import option_name
-from mhacut.limits import LICENSE
-from mhacut.options.base import CheckpointOptions, ExportDtype, PathLike
+from mhacut.limits import LICENSE, REPOSITORY
+from mhacut.options.base import CheckpointOptions, ExportDtype, ImageSource, PathLike
 from mhacut.options.option import option, require
 
-ExportFormat = Literal["onnx", "pt2", "timm"]
+ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
+Quantization = Literal["auto", "dynamic", "static"]
+_FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationImages(ImageSource):
+    """Images for INT8; without any, activations are quantized dynamically and noise is compared on."""
+
+    train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
+    calibration_images: int = option(
+        256,
+        "Images to find the ranges of activations on; a quarter is held out to compare on.",
+        panel="Data",
+        metavar="N",
+        at_least=8,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +36,8 @@ class ExportOptions(CheckpointOptions):
 
     format: ExportFormat = option(
         "onnx",
-        "ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub.",
+        "ONNX for ONNX Runtime and others, pt2 for torch.export.load, OpenVINO IR (.xml and .bin), or a "
+        "folder for timm and the hub.",
         panel="Result",
     )
     output: PathLike | None = option(
@@ -47,9 +64,41 @@ class ExportOptions(CheckpointOptions):
         panel="Result",
         metavar="NAME",
     )
+    push_to_hub: str | None = option(
+        None,
+        "Push the folder to this repository of the Hugging Face hub, which is created if there is none.",
+        panel="Result",
+        metavar="OWNER/NAME",
+    )
+    private: bool = option(False, "Create the repository as a private one.", panel="Result")
     opset: int = option(
         18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
     )
+    int8: bool = option(
+        False,
+        "Quantize the weights of linear layers to INT8, and compare speed, size and answers with float32.",
+        panel="Quantization",
+    )
+    quantization: Quantization = option(
+        "auto",
+        "Activations are quantized by their range in each image (dynamic) or by one found on images (static, "
+        "which needs images; other runtimes want it). With images, auto takes the one that is closer to "
+        "float32.",
+        panel="Quantization",
+    )
+    reduce_range: bool = option(
+        False,
+        "Weights of 7 bits: x86 CPUs without VNNI overflow with 8.",
+        panel="Quantization",
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads to time INT8 with; by default torch's own choice.",
+        panel="Quantization",
+        metavar="N",
+        at_least=1,
+    )
+    data: QuantizationImages = field(default_factory=QuantizationImages)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,12 +113,37 @@ class ExportOptions(CheckpointOptions):
             require("license", self.license, is_name, "a name such as apache-2.0, in lower case")
             with_card = f"{option_name('format', 'timm')}, which writes a card"
             require("license", self.license, self.format == "timm", with_card)
-        known = self.format != "onnx" or self.dtype != "bfloat16"
+        if self.push_to_hub is not None:
+            is_name = REPOSITORY.fullmatch(self.push_to_hub) is not None
+            require("push_to_hub", self.push_to_hub, is_name, "OWNER/NAME")
+            folder = option_name("format", "timm")
+            require("push_to_hub", self.push_to_hub, self.format == "timm", f"{folder}, which writes a card")
+        pushes = self.push_to_hub is not None or not self.private
+        require("private", self.private, pushes, f"{option_name('push_to_hub', 'OWNER/NAME')} with it")
+        known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
         require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+        ir = self.format == "openvino" and self.output is not None
+        named = not ir or os.fspath(self.output or "").lower().endswith(".xml")
+        require("output", self.output, named, "a name that ends in .xml; the weights are in .bin beside it")
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        """Raise unless the options of INT8 fit together."""
+        if self.int8:
+            require("int8", True, self.format == "onnx", option_name("format", "onnx"))
+            require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
+            needs_images = self.quantization == "static" and not self.data.has_images
+            with_images = f"{option_name('data_dir')} or {option_name('dataset')} with it"
+            require("quantization", self.quantization, not needs_images, with_images)
+            return
+        own = {name: getattr(self, name) for name in ("quantization", "reduce_range", "threads")}
+        for name, value in (own | self.data.flat()).items():
+            unchanged = value == type(self).options()[name].default
+            require(name, value, unchanged, f"{option_name('int8', True)} with it")
 
     def _require_ending(self, output: str) -> None:
         """Raise unless the file's ending, by which other tools know it, is that of the format."""
-        formats = get_args(ExportFormat)
-        ending = next((name for name in formats if output.lower().endswith(f".{name}")), self.format)
-        expected = f"another name, or {option_name('format', ending)}"
-        require("output", output, ending == self.format, expected)
+        known = (name for ending, name in _FILE_ENDINGS.items() if output.lower().endswith(ending))
+        by_ending = next(known, self.format)
+        expected = f"another name, or {option_name('format', by_ending)}"
+        require("output", output, by_ending == self.format, expected)

@@ -26,8 +26,10 @@ class DeviceKeywords(TypedDict, total=False):
 
 class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
     """Options of ``mhacut bench``."""
-    runtime: Literal["eager", "compile", "onnx"]
-    """PyTorch without compilation, torch.compile, or ONNX Runtime. Default: 'eager'."""
+    runtime: Literal["eager", "compile", "onnx", "openvino"]
+    """PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO. Default: 'eager'."""
+    int8: bool
+    """Time each checkpoint in INT8 too, as ONNX Runtime quantizes it dynamically. Default: False."""
     batch_sizes: tuple[int, ...]
     """Images per batch. Default: (1, 8)."""
     seconds: float
@@ -92,11 +94,19 @@ class EvaluateKeywords(
     """Compute under bfloat16 autocast. Default: False."""
 
 
-class ExportKeywords(CheckpointKeywords, total=False):
+class QuantizationImagesKeywords(ImageSourceKeywords, total=False):
+    """Images for INT8; without any, activations are quantized dynamically and noise is compared on."""
+    train_split: str
+    """Split to take images from. Default: 'train'."""
+    calibration_images: int
+    """Images to find the ranges of activations on; a quarter is held out to compare on. Default: 256."""
+
+
+class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False):
     """Options of ``mhacut export``."""
-    format: Literal["onnx", "pt2", "timm"]
-    """ONNX for ONNX Runtime and others, pt2 for torch.export.load, or a folder for timm and the hub. Default:
-    'onnx'."""
+    format: Literal["onnx", "pt2", "openvino", "timm"]
+    """ONNX for ONNX Runtime and others, pt2 for torch.export.load, OpenVINO IR (.xml and .bin), or a folder
+    for timm and the hub. Default: 'onnx'."""
     output: str | os.PathLike[str] | None
     """File or folder to write; by default the checkpoint's stem and the format's ending, in the working
     directory."""
@@ -109,8 +119,23 @@ class ExportKeywords(CheckpointKeywords, total=False):
     license: str | None
     """License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the one
     that the file of the weights states, if it states one."""
+    push_to_hub: str | None
+    """Push the folder to this repository of the Hugging Face hub, which is created if there is none."""
+    private: bool
+    """Create the repository as a private one. Default: False."""
     opset: int
     """ONNX opset; 23 and later have an attention operator. Default: 18."""
+    int8: bool
+    """Quantize the weights of linear layers to INT8, and compare speed, size and answers with float32.
+    Default: False."""
+    quantization: Literal["auto", "dynamic", "static"]
+    """Activations are quantized by their range in each image (dynamic) or by one found on images (static,
+    which needs images; other runtimes want it). With images, auto takes the one that is closer to float32.
+    Default: 'auto'."""
+    reduce_range: bool
+    """Weights of 7 bits: x86 CPUs without VNNI overflow with 8. Default: False."""
+    threads: int | None
+    """CPU threads to time INT8 with; by default torch's own choice."""
 
 
 class TeacherKeywords(TypedDict, total=False):

@@ -21,6 +21,7 @@ T = TypeVar("T")
 Panel = Literal[
     "Arguments",
     "Result",
+    "Quantization",
     "What is shown",
     "Models",
     "Teacher",

@@ -33,6 +33,8 @@ STAGES: Mapping[str, str] = {
     "building models": "those of timm, without weights",
     "preparing": "counting FLOPs and compiling",
     "exporting": "for another program",
+    "quantizing": "to INT8",
+    "pushing": "to the hub",
 }
 """Every stage of every command, with what is done in it. The same work has the same name in all commands."""
 

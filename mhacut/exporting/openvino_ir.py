@@ -1,0 +1,116 @@
+"""Write OpenVINO IR, a pair of files ``NAME.xml`` and ``NAME.bin``, and run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.errors import MhacutError
+from mhacut.exporting.runtimes import METADATA, Runner, onnx_content
+from mhacut.options.export import ExportOptions
+from mhacut.runtime.files import AnyPath, check_output, write_whole
+
+_F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO would compute in bfloat16 by itself on CPUs that have it."""
+
+
+def require_openvino(option: str) -> None:
+    """Raise a :class:`MhacutError` that says what to install for ``option``, unless it is installed."""
+    missing = [name for name in ("onnx", "onnxscript", "openvino") if not importlib.util.find_spec(name)]
+    if missing:
+        raise MhacutError(
+            f"{option} needs {', '.join(missing)}, not installed here: pip install 'mhacut[openvino]'"
+        )
+
+
+def weights_file(target: AnyPath) -> Path:
+    """Return the second file of the IR whose first is ``target``."""
+    return Path(target).with_suffix(".bin")
+
+
+def check_ir(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
+    """Raise an :class:`OutputError` if one of the two files must not or cannot be written."""
+    for file in (target, weights_file(target)):
+        check_output(file, overwrite=overwrite, input_path=input_path)
+
+
+def write_ir(
+    target: Path,
+    model: nn.Module,
+    size: tuple[int, int, int],
+    about: str,
+    options: ExportOptions,
+    *,
+    input_path: Path | None,
+    compare: Callable[[Runner], None],
+) -> None:
+    """Write ``model`` as OpenVINO IR: both files, or, if they differ from the model, none.
+
+    Args:
+        target: the ``.xml`` file; the ``.bin`` file stands beside it.
+        model: float32, images to outputs.
+        size: of the images, [C, H, W].
+        about: JSON that describes the model, kept as runtime information ``mhacut``.
+        options: of the command; ``dtype`` float16 stores the weights in it, and they compute in float32.
+        input_path: the checkpoint, which is never replaced.
+        compare: called with a runner of the files; raises if that differs.
+
+    Raises:
+        MhacutError: OpenVINO cannot convert the model.
+        OutputError: the files must not or cannot be written.
+    """
+    import openvino
+
+    converted = _converted(model, size, options.fixed_batch)
+    converted.set_rt_info(about, [METADATA])
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "model.xml")
+        # Half precision is its default.
+        openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
+        compare(_runner(openvino.Core().read_model(written), None))
+        # The weights first: a reader looks for the .xml file.
+        for file, source in ((weights_file(target), weights_file(written)), (target, written)):
+            write_whole(file, source.read_bytes(), overwrite=options.overwrite, input_path=input_path)
+
+
+def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: int) -> Runner:
+    """Return a runner of ``model`` in OpenVINO on the CPU in float32, for any batch size."""
+    return _runner(_converted(model, size, None), threads)
+
+
+def _converted(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None) -> Any:
+    # From ONNX: OpenVINO's own conversion of torch programs takes ten times as long, and loses names.
+    import openvino
+
+    content = onnx_content(model, size, fixed_batch)
+    try:
+        return openvino.Core().read_model(content)
+    except RuntimeError as error:
+        raise MhacutError(
+            f"OpenVINO cannot convert {type(model).__name__}: {_reason(error)}; ONNX Runtime may run it"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of OpenVINO's message that names what it cannot convert, else its last line."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    named = [line for line in lines if "operations:" in line]
+    return f"{(named or lines[-1:] or ['no reason given'])[0]:.200}"
+
+
+def _runner(converted: Any, threads: int | None) -> Runner:
+    import openvino
+
+    settings = dict(_F32) if threads is None else {**_F32, "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.compile_model(converted, "CPU", settings)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(x.numpy())[0].copy())
+
+    return run

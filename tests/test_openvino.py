@@ -1,0 +1,129 @@
+"""OpenVINO: an IR that gives the model's numbers, and its speed beside others'."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import mhacut
+from helpers.cli import run
+from mhacut.commands import export as exporting
+from mhacut.errors import MhacutError, OutputError, UsageError
+from mhacut.exporting import openvino_ir
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="openvino, an extra, is not installed"
+)
+
+
+@installed
+def test_the_ir_gives_the_model_s_numbers_at_any_batch(slim_of, tmp_path):
+    import openvino
+
+    result = mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
+    assert set(result.difference) == {1, 2, 5}
+    assert max(result.difference.values()) < 1e-5
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    assert result.file_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    read = openvino.Core().read_model(tmp_path / "model.xml")
+    about = json.loads(read.get_rt_info("mhacut").value)
+    assert about["architecture"] == result.architecture
+    assert about["preprocessing"]["input_size"] == [3, 32, 32]
+    images = torch.randn(3, 3, 32, 32)
+    compiled = openvino.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = torch.from_numpy(compiled({"images": images.numpy()})["logits"])
+    expected = mhacut.load_model(slim_of("vit"))(images).detach()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@installed
+def test_half_precision_halves_the_weights(slim_of, tmp_path):
+    exact = mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "a.xml")
+    half = mhacut.export(slim_of("vit"), format="openvino", dtype="float16", output=tmp_path / "b.xml")
+    weights = [(tmp_path / name).stat().st_size for name in ("a.bin", "b.bin")]
+    assert weights[1] < 0.6 * weights[0]
+    assert max(exact.difference.values()) < max(half.difference.values()) < 1e-2
+
+
+@installed
+def test_files_that_differ_are_not_kept(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting.TOLERANCE, "float32", -1.0)
+    with pytest.raises(MhacutError, match=r"differs from the model by .* nothing was written"):
+        mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@installed
+def test_what_openvino_cannot_convert_is_named(slim_of, tmp_path, monkeypatch):
+    import onnx
+
+    real = openvino_ir.onnx_content
+
+    def with_a_strange_operator(*arguments):
+        model = onnx.load_from_string(real(*arguments))
+        model.graph.node[-1].op_type = "Frobnicate"
+        return model.SerializeToString()
+
+    monkeypatch.setattr(openvino_ir, "onnx_content", with_a_strange_operator)
+    with pytest.raises(MhacutError, match=r"OpenVINO cannot convert VisionTransformer: .*Frobnicate"):
+        mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distilled", "swin", "coat", "flatten"])
+def test_other_architectures(name, slim_of, tmp_path):
+    result = mhacut.export(slim_of(name), format="openvino", output=tmp_path / "model.xml")
+    assert max(result.difference.values()) < 1e-4
+
+
+@installed
+def test_it_is_timed(slim_of):
+    result = mhacut.bench(slim_of("vit"), runtime="openvino", threads=1, batch_sizes=(2,), seconds=0.01)
+    assert (result.runtime, result.device) == ("openvino", "cpu")
+    assert result.models[0].timings[0].median_ms > 0
+
+
+@installed
+def test_the_command(slim_of, tmp_path):
+    file = tmp_path / "model.xml"
+    result = run("export", slim_of("vit"), "--format", "openvino", "-o", file)
+    assert result.exit_code == 0, result.stderr
+    assert f"saved {file}, " in result.stdout
+
+
+def test_neither_file_is_replaced(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "require_openvino", lambda option: None)
+    (tmp_path / "model.bin").write_text("mine")
+    with pytest.raises(OutputError, match=r"model.bin: exists already"):
+        mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("command", [mhacut.export, mhacut.bench])
+def test_openvino_is_an_extra(command, slim_of, monkeypatch):
+    monkeypatch.setattr(openvino_ir.importlib.util, "find_spec", lambda name: None)
+    runtime = {"format": "openvino"} if command is mhacut.export else {"runtime": "openvino"}
+    with pytest.raises(MhacutError, match=r"='openvino' needs onnx, .*openvino.*'mhacut\[openvino\]'"):
+        command(slim_of("vit"), **runtime)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        (mhacut.export, {"format": "openvino", "dtype": "bfloat16"}, "expected float32 or float16"),
+        (mhacut.export, {"format": "openvino", "output": "model.onnx"}, "format='onnx'"),
+        (mhacut.export, {"format": "openvino", "output": "model"}, "a name that ends in .xml"),
+        (mhacut.export, {"format": "openvino", "int8": True}, "int8=True: expected format='onnx'"),
+        (mhacut.bench, {"runtime": "openvino", "dtype": "bfloat16"}, "float32 with runtime='openvino'"),
+        (mhacut.bench, {"runtime": "openvino", "int8": True}, "int8=True: expected runtime='onnx'"),
+        (mhacut.bench, {"int8": True}, "int8=True: expected runtime='onnx'"),
+    ],
+)
+def test_refused_before_any_work(command, options, expected):
+    with pytest.raises(UsageError, match=expected):
+        command("no such file", **options)

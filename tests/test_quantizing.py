@@ -1,0 +1,276 @@
+"""``mhacut export --int8``: weights in INT8, the rest in float32, and an honest comparison of the two."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mhacut
+from helpers.checkpoints import ARGS, NAME, save, tiny
+from helpers.cli import run
+from mhacut.commands.export import ExportResult
+from mhacut.errors import MhacutError, UsageError
+from mhacut.exporting import quantize
+from mhacut.exporting.quantization_error import _error
+from mhacut.measuring.agreement import agreement
+from mhacut.runtime.progress import Silent
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+QUICK = {"int8": True, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(quantize, "_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def exported(slim_of, few_digits, tmp_path_factory) -> Callable[[str], ExportResult]:
+    """An INT8 file by a method; dynamic without images, static with."""
+
+    def export(method: str) -> ExportResult:
+        images = {"data_dir": few_digits, "calibration_images": 24} if method == "static" else {}
+        output = tmp_path_factory.mktemp(method) / "int8.onnx"
+        return mhacut.export(slim_of("vit"), output=output, quantization=method, **QUICK, **images)
+
+    return cache(export)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 7))
+def test_agreement_is_that_of_a_slow_reference(seed, images, classes):
+    expected, found = torch.randn(2, images, classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    divergences, cosines, same = [], [], 0
+    for p, q in zip(expected, found, strict=True):
+        total_p, total_q = sum(map(math.exp, p)), sum(map(math.exp, q))
+        chances = [(math.exp(a) / total_p, math.exp(b) / total_q) for a, b in zip(p, q, strict=True)]
+        divergences.append(sum(a * math.log(a / b) for a, b in chances))
+        product = sum(a * b for a, b in zip(p, q, strict=True))
+        cosines.append(product / math.hypot(*p) / math.hypot(*q))
+        same += p.index(max(p)) == q.index(max(q))
+    measured = agreement(torch.tensor(expected), torch.tensor(found), classes=True)
+    assert measured.kl == pytest.approx(sum(divergences) / images, abs=1e-5)
+    assert measured.cosine == pytest.approx(sum(cosines) / images, abs=1e-5)
+    assert measured.same_answer == same / images
+
+
+def test_features_have_no_divergence():
+    images = torch.randn(3, 2, 4)
+    measured = agreement(images, 2 * images, classes=False)
+    assert (measured.kl, measured.same_answer) == (None, None)
+    assert measured.cosine == pytest.approx(1)
+
+
+def stored(result: ExportResult) -> dict[str, np.ndarray]:
+    initializers = onnx.load(result.output).graph.initializer
+    return {one.name: onnx.numpy_helper.to_array(one) for one in initializers}
+
+
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_weights_are_the_model_s_to_half_a_step_of_each_output_channel(method, exported, slim_of):
+    tensors = stored(exported(method))
+    model = mhacut.load_model(slim_of("vit"))
+    linear = [one.weight.detach().numpy() for one in model.modules() if isinstance(one, torch.nn.Linear)]
+    matched = 0
+    for name, weight in tensors.items():
+        if weight.dtype != np.int8 or weight.ndim != 2:
+            continue
+        scale = tensors[name.removesuffix("_quantized") + "_scale"]
+        by_output = weight if scale.shape == (weight.shape[0],) else weight.T  # Gemm's may be transposed
+        assert scale.shape == (by_output.shape[0],)
+        again = by_output * scale[:, None]
+        same = [one for one in linear if one.shape == again.shape]
+        errors = [float((abs(again - one) / scale[:, None]).max()) for one in same]
+        assert min(errors) < 0.501
+        matched += 1
+    assert matched >= len(linear)  # q, k and v may be several
+
+
+@pytest.mark.parametrize("method", ["dynamic", "static"])
+def test_the_rest_stays_float32(method, exported):
+    nodes = onnx.load(exported(method).output).graph.node
+    readers = {
+        name: {node.op_type for node in nodes if name in node.input}
+        for node in nodes
+        if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")
+        for name in node.output[:1]  # dynamic: then scale and zero point
+    }
+    assert readers
+    for kinds in readers.values():
+        assert kinds <= {"MatMulInteger", "DequantizeLinear"}
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    for node in nodes:
+        if node.op_type in ("Softmax", "LayerNormalization", "Gather", "Conv"):
+            assert made_by.get(node.input[0]) != "DequantizeLinear"
+    quantized = ("DynamicQuantizeLinear",) if method == "dynamic" else ("QuantizeLinear", "DequantizeLinear")
+    assert {node.op_type for node in nodes} >= {"Softmax", "LayerNormalization", *quantized}
+
+
+def test_it_runs_at_any_batch_and_states_what_it_is(exported, slim_of):
+    result = exported("dynamic")
+    session = onnxruntime.InferenceSession(result.output)
+    images, model = torch.randn(3, 3, 32, 32), mhacut.load_model(slim_of("vit")).requires_grad_(False)
+    logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    difference = float((logits - model(images)).abs().max() / model(images).abs().max())
+    assert 0 < difference < 0.2
+    about = json.loads(session.get_modelmeta().custom_metadata_map["mhacut"])
+    assert about["int8"] == {"activations": "dynamic", "reduce_range": False}
+    assert about["preprocessing"]["input_size"] == [3, 32, 32]
+    assert list(result.output.parent.iterdir()) == [result.output]
+
+
+def test_it_is_compared_with_float32(exported):
+    for method, images in (("dynamic", "32 images of noise"), ("static", "6 held-out of 24 of 30 images")):
+        measured = exported(method).int8
+        assert measured.method == method
+        assert measured.compared_on.startswith(images)
+        assert 0 < measured.agreement.kl < quantize.FAR_KL
+        assert measured.agreement.cosine > 0.99
+        assert exported(method).file_bytes < measured.float32_bytes
+        assert min(measured.float32_ms, measured.int8_ms, measured.speedup) > 0
+        assert measured.threads == 1
+
+
+def test_with_images_the_closer_one_is_taken(slim_of, few_digits, tmp_path, monkeypatch):
+    images = {"data_dir": few_digits, "calibration_images": 16}
+    real = quantize.agreement
+
+    def inverted(expected, found, classes):
+        one = real(expected, found, classes=classes)
+        return one.__class__(one.images, 1 / one.kl, one.same_answer, one.cosine)
+
+    first = mhacut.export(slim_of("vit"), output=tmp_path / "a.onnx", **QUICK, **images).int8
+    monkeypatch.setattr(quantize, "agreement", inverted)
+    other = mhacut.export(slim_of("vit"), output=tmp_path / "b.onnx", **QUICK, **images).int8
+    assert {first.method, *first.others} == {"dynamic", "static"}
+    (left,) = first.others.values()
+    assert first.agreement.kl <= left.kl
+    assert other.method != first.method
+
+
+def test_a_model_that_is_far_off_is_said_so(slim_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "FAR_KL", 0.0)
+    lines: list[str] = []
+    reporter = Silent()
+    reporter.log = lines.append
+    mhacut.export(slim_of("vit"), output=tmp_path / "a.onnx", reporter=reporter, **QUICK)
+    (line,) = [line for line in lines if "far from float32" in line]
+    assert "KL divergence" in line
+    assert "compare on images (data_dir): noise is no fair test" in line
+    assert "reduce_range=True if this CPU has no VNNI" in line
+
+
+def test_seven_bits_are_seven_bits(slim_of, tmp_path):
+    result = mhacut.export(slim_of("vit"), output=tmp_path / "a.onnx", reduce_range=True, **QUICK)
+    weights = [one for one in stored(result).values() if one.dtype == np.int8 and one.ndim == 2]
+    assert max(int(abs(one.astype(int)).max()) for one in weights) <= 64
+    assert result.int8.reduce_range
+
+
+def outlying(path):
+    """A ViT one of whose layers, blocks.1.mlp.fc2, reads one value far above the others, and ignores it."""
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[0] = 300
+        model.blocks[1].mlp.fc2.weight[:, 0] = 0
+    return save(model, path)
+
+
+def test_a_layer_whose_inputs_have_outliers_stays_float32(tmp_path, monkeypatch):
+    asked = {"model": NAME, "model_args": ARGS, "overwrite": True, "output": tmp_path / "a.onnx"}
+    source = outlying(tmp_path / "a.safetensors")
+    kept = mhacut.export(source, **asked, **QUICK).int8
+    assert kept.float32_layers == ("blocks.1.mlp.fc2",)
+    monkeypatch.setattr(quantize, "layers_with_outliers", lambda *arguments: {})
+    spoiled = mhacut.export(source, **asked, **QUICK).int8
+    assert spoiled.float32_layers == ()
+    assert kept.agreement.kl < spoiled.agreement.kl / 3
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31), st.floats(1, 1e4))
+def test_the_error_of_a_layer_is_that_of_a_slow_reference(seed, outlier):
+    random = np.random.default_rng(seed)
+    x, weight = random.normal(size=(3, 4)), random.normal(size=(4, 2))
+    x[1, 2] *= outlier
+    values = [0.0, *x.ravel().tolist()]
+    grid = [min(values) + (max(values) - min(values)) / 255 * level for level in range(256)]
+    shift = min(grid, key=abs)  # zero is one of the values
+    grid = [value - shift for value in grid]
+    total = 0.0
+    for row in x.tolist():
+        rounded = [min(grid, key=lambda value: abs(value - one)) for one in row]
+        columns = weight.T.tolist()
+        off = [sum((a - b) * c for a, b, c in zip(rounded, row, column, strict=True)) for column in columns]
+        exact = [sum(b * c for b, c in zip(row, column, strict=True)) for column in columns]
+        total += sum(one**2 for one in off) / sum(one**2 for one in exact)
+    assert _error(x, weight) == pytest.approx(total / 3, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_features_are_compared_by_their_direction(tmp_path):
+    model = {"model": NAME, "model_args": {**ARGS, "num_classes": 0}}
+    save(tiny(num_classes=0), tmp_path / "a.safetensors")
+    result = mhacut.export(tmp_path / "a.safetensors", output=tmp_path / "a.onnx", **model, **QUICK)
+    assert result.int8.agreement.kl is None
+    assert result.int8.agreement.cosine > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "coat", "flatten"])
+def test_other_architectures(name, slim_of, few_digits, tmp_path):
+    images = {"data_dir": few_digits, "calibration_images": 16}
+    result = mhacut.export(slim_of(name), output=tmp_path / "a.onnx", **QUICK, **images)
+    assert result.int8.agreement.kl < quantize.FAR_KL
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"int8": True, "format": "pt2"}, "int8=True: expected format='onnx'"),
+        ({"int8": True, "dtype": "float16"}, "dtype='float16': expected float32 with int8=True"),
+        ({"int8": True, "quantization": "static"}, "expected data_dir or dataset with it"),
+        ({"reduce_range": True}, "expected int8=True with it"),
+        ({"data_dir": "images"}, "expected int8=True with it"),
+        ({"int8": True, "calibration_images": 1}, "expected at least 8"),
+    ],
+)
+def test_refused_before_any_work(options, expected):
+    with pytest.raises(UsageError, match=expected):
+        mhacut.export("no such file", **options)
+
+
+def test_too_few_images_for_a_fixed_batch(slim_of, few_digits, tmp_path):
+    with pytest.raises(MhacutError, match="too few to calibrate on some and compare on others"):
+        mhacut.export(
+            slim_of("vit"), output=tmp_path / "a.onnx", fixed_batch=20, data_dir=few_digits, **QUICK
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(slim_of, few_digits, tmp_path):
+    file = tmp_path / "model.onnx"
+    flags = ["--int8", "--data-dir", few_digits, "--calibration-images", "16", "-o", file]
+    result = run("export", slim_of("vit"), *flags)
+    assert result.exit_code == 0, result.stderr
+    for words in (
+        "dynamic",
+        "static",
+        "INT8 beside float32, on 4 held-out",
+        "times as fast",
+        "times as small",
+    ):
+        assert words in result.stdout
+    assert "WARNING" not in result.stderr
+    document = json.loads(run("export", slim_of("vit"), *flags, "--overwrite", "--json").stdout)
+    assert document["int8"]["method"] in ("dynamic", "static")
+    assert document["int8"]["agreement"]["kl"] > 0
