@@ -42,7 +42,7 @@ class PruneResult:
     output: Path | None
     """The slim file; None after a dry run."""
     architecture: str
-    plan: Plan
+    plan: Plan = field(repr=False)
     """In the indices of the model that was read."""
     budget: int
     """FLOPs; those of the dense model where none were asked for."""
@@ -54,11 +54,11 @@ class PruneResult:
     """Description of the calibration images."""
     preprocessing: Preprocessing
     """Preprocessing of all images, which the slim file states."""
-    provenance: Provenance
+    provenance: Provenance = field(repr=False)
     """Origin of each value in ``preprocessing``."""
-    not_prunable: tuple[str, ...]
+    not_prunable: tuple[str, ...] = field(repr=False)
     """Lines that name what cannot be cut exactly, or is never cut, and why."""
-    repairs: Mapping[UnitKey, UnitRepair]
+    repairs: Mapping[UnitKey, UnitRepair] = field(repr=False)
     """Outcome of the repair of each unit; empty without repair."""
     device: str
     latency_batch_size: int
@@ -69,9 +69,9 @@ class PruneResult:
     count for the first."""
     stage_seconds: Mapping[str, float]
     """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
-    log: tuple[SearchStep, ...]
+    log: tuple[SearchStep, ...] = field(repr=False)
     """Steps of the indicators, where they were trained."""
-    curves: Mapping[UnitKey, Curve]
+    curves: Mapping[UnitKey, Curve] = field(repr=False)
     """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
     report: Path | None
     """Page about the run; None when not asked for."""

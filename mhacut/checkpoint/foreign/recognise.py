@@ -27,6 +27,10 @@ _WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vis
 """Configurations of an image and a text tower: which part is the image tower's."""
 
 
+_SMALL_EPS = 5e-7
+"""Epsilon of norms below which timm's 1e-6 is another one."""
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Conversion of another library's file to a timm model."""
@@ -111,6 +115,9 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         assert family.build is not None
         built = family.build(_of_images(config), shapes)
         cfg, notes = _cfg(processor, config, built, shapes)
+        eps = config.number("layer_norm_eps", 1e-6)
+        if eps < _SMALL_EPS:
+            notes.append(f"layer_norm_eps {eps:g} is taken as timm's 1e-06, which only tiny activations feel")
     elif family.guess is not None:
         built = family.guess(shapes, header.shapes)
         if family.cfg:
