@@ -8,7 +8,7 @@ import torch
 import mhacut
 from helpers.models import ModelCase, build
 from mhacut.cli.prune import _document, _text
-from mhacut.commands import prune as commands
+from mhacut.commands import prune_files as commands
 from mhacut.errors import MhacutError, UnsupportedModelError
 from mhacut.pruning import choose_merges
 from mhacut.surgery.flops import measure_flops

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.models import ModelCase, build, relative
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune as pipeline
+from mhacut.commands import prune_files as pipeline
 from mhacut.errors import UsageError
 from mhacut.options.prune import Allocation, BasisChoice, Effort
 from mhacut.pruning import planner as planning

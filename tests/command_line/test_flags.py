@@ -112,6 +112,7 @@ BOUNDED = PruneOptions.from_flat(
     exclude=("blocks.0.*", "*.mlp"),
     min_width=("*.qk=8", "x=9"),
     equal_qkv=True,
+    preserve="tokens",
 )
 
 
