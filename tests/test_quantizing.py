@@ -140,6 +140,7 @@ def test_it_is_compared_with_float32(exported):
         assert measured.threads == 1
 
 
+@pytest.mark.slow
 def test_with_images_the_closer_one_is_taken(slim_of, few_digits, tmp_path, monkeypatch):
     images = {"data_dir": few_digits, "calibration_images": 16}
     real = quantize.agreement
@@ -257,6 +258,7 @@ def test_too_few_images_for_a_fixed_batch(slim_of, few_digits, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command(slim_of, few_digits, tmp_path):
     file = tmp_path / "model.onnx"
     flags = ["--int8", "--data-dir", few_digits, "--calibration-images", "16", "-o", file]

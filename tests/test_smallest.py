@@ -89,6 +89,7 @@ def prune(tiny_vit, output, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     bound = 1e-4
     found = prune(tiny_vit, tmp_path / "found.safetensors", max_kl=bound)
@@ -262,6 +263,7 @@ def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):
     assert (tmp_path / "m-60pct.safetensors").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path):
     images, checkpoint = digits_vit
     page = tmp_path / "all.html"

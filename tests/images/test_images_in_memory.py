@@ -183,6 +183,7 @@ def digits():
     return found.images, found.labels
 
 
+@pytest.mark.slow
 def test_pruning_on_images_in_memory(digits, tmp_path):
     images, labels = digits
     model = mhacut.load_model(DIGITS / "model")
