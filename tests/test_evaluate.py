@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from mhacut.errors import DataError, MhacutError
-from mhacut.measuring.accuracy import evaluate
+from mhacut.measuring.accuracy import Evaluation, evaluate
 
 CPU = torch.device("cpu")
 
@@ -102,3 +104,21 @@ def test_amp_computes_in_bfloat16() -> None:
     for amp in (False, True):
         evaluate(Linear(12, 3), batches([0] * 4, 4), device=CPU, amp=amp)
     assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("right", "images"), [(6, 6), (0, 20), (450, 500)])
+def test_the_interval_of_few_images_holds_the_accuracy_that_they_were_drawn_with(right, images) -> None:
+    """Of accuracies 0..100 %, those within two standard errors are those that often give such answers."""
+    found = Evaluation(100 * right / images, None, images, 1.0)
+    centre = 100 * (right + 2) / (images + 4)
+    for percent in range(1, 100):
+        p = percent / 100
+        chance = [math.comb(images, k) * p**k * (1 - p) ** (images - k) for k in range(images + 1)]
+        likely = min(sum(chance[: right + 1]), sum(chance[right:])) > 0.025
+        distance = abs(percent - centre) / found.standard_error
+        assert distance < 2.4 if likely else distance > 1.4
+
+
+def test_labels_state_the_standard_error_of_few_images() -> None:
+    assert Evaluation(100.0, None, 6, 1.0).label == "top-1, % of 6 images (± 13)"
+    assert Evaluation(80.0, None, 2000, 1.0).label == "top-1, % of 2000 images"

@@ -22,6 +22,7 @@ from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
+from mhacut.runtime.inputs import stem_of
 from mhacut.surgery.info import model_input_size
 
 _MAX_NAMES = 5
@@ -76,7 +77,7 @@ class Checkpoint:
             CheckpointError: not a readable checkpoint, or what it states makes no sense.
         """
         header = read_file_header(source, None if hints is None else hints.part)
-        stem = Path(source).resolve().name if header.config is not None else _stem(header.path)
+        stem = Path(source).resolve().name if header.config is not None else stem_of(header.path)
         return cls(os.fspath(source), stem, record=_record_of(header), header=header, hints=hints)
 
     @classmethod
@@ -201,12 +202,6 @@ class Checkpoint:
         self._sha256 = sha256_of_file(self.header)  # now, since the file may change while a command works
         model.eval()
         self.has_weights = True
-
-
-def _stem(path: Path) -> str:
-    """Return ``model`` of ``model.safetensors``, and of ``model.pth.tar``."""
-    stem = Path(path.stem)
-    return stem.stem if path.suffix == ".tar" and stem.suffix in (".pth", ".pt") else str(stem)
 
 
 def check_finite(where: str, model: nn.Module) -> None:

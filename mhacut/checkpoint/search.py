@@ -137,7 +137,7 @@ def _preprocessing(one: Identified, other: Identified) -> str:
     ours, theirs = one.identity.pretrained_cfg, other.identity.pretrained_cfg
     crop = ("crop_pct",) if ours.get("input_size") == theirs.get("input_size") else ()
     keys = [key for key in (*_PREPROCESSING, *crop) if ours.get(key) != theirs.get(key)]
-    return ", ".join(f"{key} {_value(ours.get(key))}, not {_value(theirs.get(key))}" for key in keys)
+    return ", ".join(f"{key} {_value(ours.get(key))}" for key in keys)
 
 
 def _value(value: Any) -> str:

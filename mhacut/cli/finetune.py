@@ -51,7 +51,7 @@ def _text(result: FinetuneResult) -> str:
     rows = [[safe(result.architecture), "before", "after", ""]]
     if result.before is not None and result.after is not None:
         best = " (best epoch)" if len(result.epochs) > 1 and result.improved else ""
-        label = f"top-1, % of {result.after.images} images{best}"
+        label = f"{result.after.label}{best}"
         before, after = result.before.top1, result.after.top1
         rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
     flops = format_flops(result.flops)
@@ -61,7 +61,7 @@ def _text(result: FinetuneResult) -> str:
         from mhacut.finetuning.folder import LAST  # imports torch
 
         lines.append(
-            "not better than before: no epoch was; saved are the weights that were read, "
+            "not better than before: no epoch was, so the file holds the weights that training began with; "
             f"those of the last step are in {safe(result.folder / LAST)}"
         )
     lines += [

@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import NOUNS, RESOURCES, Targets, format_amount
+from mhacut.budget import NOUNS, RESOURCES, format_amount
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.commands.prune_names import check_outputs_before_reading
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 
@@ -29,8 +30,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
-    for flops in options.flops_of_each:  # before torch is imported, which takes seconds
-        Targets.parse(flops, options.params, options.size)
+    check_outputs_before_reading(options)  # before torch is imported, which takes seconds
     from mhacut.commands.prune import run_prune
     from mhacut.commands.prune_result import choices_of
     from mhacut.report.pareto import choice_rows

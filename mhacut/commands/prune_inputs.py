@@ -17,9 +17,15 @@ from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_images import LabelledBatches, read_images
+from mhacut.commands.prune_names import (
+    check_outputs,
+    check_outputs_before_reading,
+    options_of_each,
+    parse_targets,
+)
 from mhacut.commands.prune_outputs import outputs_and_tokens
 from mhacut.commands.prune_stages import expected_stages
-from mhacut.commands.prune_targets import Reach, options_of_each, parse_targets, stored_dtypes
+from mhacut.commands.prune_targets import Reach, stored_dtypes
 from mhacut.data import (
     CalibrationImages,
     ImagesInMemory,
@@ -29,7 +35,6 @@ from mhacut.data import (
 from mhacut.data.in_memory import check_one_source
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
-from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
@@ -38,7 +43,6 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import check_output
 from mhacut.runtime.progress import Reporter, expect
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -107,14 +111,13 @@ def read_inputs(
     """
     targets = parse_targets(options)
     check_one_source(given, options.data)
-    if not options.several:
-        _check_outputs(options)
+    check_outputs_before_reading(options)
     reporter.start("reading")
     _log_idle_options(options, processes, reporter, in_memory=given is not None)
     loaded = _open(options, reporter, module)
     each = options_of_each(options, loaded.stem)
     for own in (options, *each) if options.several else each:
-        _check_outputs(own, loaded.path)
+        check_outputs(own, loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     job, limits = _job(options, loaded, preprocessing, targets, reporter)
@@ -183,15 +186,16 @@ def _job(
     )
     reach = Reach(options, loaded, job)
     limits = [reach.limits(asked, fewest) for asked in targets]
-    _log_limits(max(flops for flops, _ in limits), table, prunable, reporter)
-    return job, limits
-
-
-def _log_limits(budget: int, table: CostTable, prunable: PrunableLayers, reporter: Reporter) -> None:
-    if table.flops({}) <= budget < table.dense:
-        reporter.log("without the tokens left out the model is within the budget: no channel need be cut")
+    for asked, (flops, _) in zip(targets, limits, strict=True):
+        budget = asked["flops"]
+        if budget is not None and table.flops({}) <= flops < table.dense:
+            reporter.log(
+                f"{option_name('flops', budget.text)}: without the tokens left out the model is "
+                "within it; no channel need be cut"
+            )
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
+    return job, limits
 
 
 def _evaluated(
@@ -228,20 +232,6 @@ def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -
     for note in rebuilt.notes:
         reporter.log(note)
     return rebuilt
-
-
-def _check_outputs(options: PruneOptions, read: PathLike | None = None) -> None:
-    """Check the files to write; ``read`` is the checkpoint, where it was found."""
-    named = None if options.checkpoint == IN_MEMORY else options.checkpoint
-    kept = options.calibration
-    if kept is not None and Path(kept).exists():
-        kept = None  # and is read
-    if kept is not None:
-        check_output(kept, overwrite=False, input_path=read or named)
-    for path in (options.report, None if options.dry_run else options.output):
-        if path is not None:
-            check_output(path, overwrite=options.overwrite, input_path=read or named)
-            check_output(path, overwrite=options.overwrite, input_path=options.calibration)
 
 
 def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in_memory: bool) -> None:

@@ -100,8 +100,7 @@ class PruneResult:
         rows = [(self.architecture, "dense", "slim", "ratio")]
         if dense.evaluation and slim.evaluation:
             before, after = dense.evaluation.top1, slim.evaluation.top1
-            label = f"top-1, % of {dense.evaluation.images} images"
-            rows.append((label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
+            rows.append((slim.evaluation.label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
         for label, count, kept in (
             ("FLOPs", dense.flops, slim.flops),
             ("parameters", dense.parameters, slim.parameters),

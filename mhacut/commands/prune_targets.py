@@ -1,18 +1,17 @@
-"""Targets of ``mhacut prune``: the options of each file, the amounts they allow, and what was reached."""
+"""Targets of ``mhacut prune``: the amounts they allow, and what was reached."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from mhacut.budget import RESOURCES, Resource, Targets, format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.errors import UsageError, option_name
+from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.options.prune import PruneOptions
 from mhacut.options.targets import TARGETS
@@ -25,8 +24,6 @@ from mhacut.surgery.costs import CostTable
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.storage import Dtypes, byte_table, count_bytes, parameter_table
 
-PLACE = "{}"
-"""Part of an output's name in place of which several files have their budgets."""
 _DESCRIBED = 120
 """Bytes of a file's header per tensor: name, dtype, shape and offsets."""
 _CURVE = 9 * 18 + 120
@@ -58,53 +55,6 @@ class Reached:
             "reached": self.reached,
             **error,
         }
-
-
-def parse_targets(options: PruneOptions) -> tuple[Targets, ...]:
-    """Return the targets of each file to write.
-
-    Raises:
-        UsageError: a budget cannot be understood.
-    """
-    return tuple(Targets.parse(flops, options.params, options.size) for flops in options.flops_of_each)
-
-
-def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
-    """Return the options with which each file would be written alone, its name among them.
-
-    Args:
-        options: of the command, with one budget or several.
-        stem: of default names.
-
-    Raises:
-        UsageError: several files are to have one name.
-    """
-    labels = [_label(options, targets) for targets in parse_targets(options)]
-    if not options.several:
-        output = str(options.output or f"{stem}-{PLACE}.safetensors")
-        name = Path(output).name.replace(PLACE, labels[0])
-        return (replace(options, output=str(Path(output).with_name(name))),)
-    output = str(options.output or f"{stem}-{PLACE}.safetensors")
-    if PLACE not in Path(output).name:
-        raise UsageError(
-            f"{option_name('output', output)}: expected {PLACE} in the name, in whose place the budget of "
-            f"each of {len(labels)} files stands: vit-{PLACE}.safetensors"
-        )
-    found = []
-    for label, flops in zip(labels, options.several, strict=True):
-        page = options.report
-        if page is not None:
-            page = Path(page).with_name(f"{Path(page).stem}-{label}{Path(page).suffix}")
-        found.append(replace(options, flops=flops, output=output.replace(PLACE, label), report=page))
-    return tuple(found)
-
-
-def _label(options: PruneOptions, targets: Targets) -> str:
-    bounds = (("kl", options.max_kl), ("drop", options.max_drop))
-    return "-".join(
-        [budget.label for budget in targets.budgets]
-        + [f"{name}{bound:g}" for name, bound in bounds if bound is not None]
-    )
 
 
 class Reach:

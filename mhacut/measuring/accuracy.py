@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
+_MANY = 1000
+"""Images of which the standard error is about a point; tables state it of fewer."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,21 @@ class Evaluation:
     """Wall time, reading images included."""
     loss: float | None = None
     """Mean cross-entropy, in nats."""
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of ``top1``, in points, with two right and two wrong answers added.
+
+        So Agresti and Coull do: without these, six right answers of six would leave no doubt.
+        """
+        right = (self.top1 / 100 * self.images + 2) / (self.images + 4)
+        return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
+
+    @property
+    def label(self) -> str:
+        """Label of ``top1`` in tables, with its standard error where images are few."""
+        doubt = f" (± {self.standard_error:.2g})" if self.images < _MANY else ""
+        return f"top-1, % of {self.images} images{doubt}"
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:

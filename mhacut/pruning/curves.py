@@ -50,6 +50,7 @@ def sensitivity_curves(
     """
     curves: dict[UnitKey, Curve] = {}
     to_run = []
+    counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:
         module = job.model.get_submodule(layer.name)
         for unit in layer.units:
@@ -58,9 +59,9 @@ def sensitivity_curves(
                 curves[unit.key] = _output_curve(
                     module, candidates[unit.key], moments, fisher, job.choices[unit.key], job.options.repair
                 )
+                counter.add(1)
         if any(_is_run(unit) and unit.key in candidates for unit in layer.units):
             to_run.append(layer)
-    counter = Counter(job.reporter, len(to_run))
 
     def replay(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -71,7 +72,7 @@ def sensitivity_curves(
                 if _is_run(unit) and unit.key in candidates:
                     dense = output if not layer.result else run.result(copy.deepcopy(module))
                     curves[unit.key] = _curve_by_runs(job, calibration, candidates[unit.key], run, dense)
-            counter.add(1)
+                    counter.add(1)
 
         return hook
 

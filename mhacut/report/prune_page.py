@@ -125,7 +125,7 @@ def measured_figures(
     """
     lines = []
     if before.evaluation is not None and after.evaluation is not None:
-        name = f"top-1, % of {before.evaluation.images} images"
+        name = before.evaluation.label
         lines.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
     if before.latency_ms is not None and after.latency_ms is not None:
         name = f"latency, ms (batch {batch_size}, {device})"

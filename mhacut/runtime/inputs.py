@@ -13,6 +13,16 @@ REMOTE = ("timm:", "hf-hub:", "hf_hub:")
 """Beginnings of checkpoints that are no paths."""
 
 
+def stem_of(path: Path) -> str:
+    """Return the beginning of default output names.
+
+    >>> stem_of(Path("runs/vit.safetensors")), stem_of(Path("vit.pth.tar"))
+    ('vit', 'vit')
+    """
+    stem = Path(path.stem)
+    return stem.stem if path.suffix == ".tar" and stem.suffix in (".pth", ".pt") else str(stem)
+
+
 def check_checkpoint(path: AnyPath) -> None:
     """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
     if not is_directory(Path(path)):

@@ -108,6 +108,20 @@ def test_default_name_is_stem_and_budget(tiny_vit, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-700K.safetensors"]
 
 
+@pytest.mark.parametrize("budgets", [("60%",), ("80%", "60%")])
+def test_a_default_name_that_exists_is_refused_before_the_checkpoint_is_read(
+    tiny_vit, tmp_path, monkeypatch, budgets
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-60pct.safetensors").write_bytes(b"precious")
+    monkeypatch.setattr("mhacut.commands.prune.run_prune", None)  # would be called after that
+    flags = [part for budget in budgets for part in ("--flops", budget)]
+    result = run("prune", *tiny_vit.flags, *flags, *FAST)
+    assert result.exit_code == 1
+    assert "tiny-60pct.safetensors: exists" in result.stderr
+    assert (tmp_path / "tiny-60pct.safetensors").read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize(
     ("budget", "code", "message"),
     [
