@@ -105,18 +105,19 @@ def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_pat
     assert widths[wider.key] >= least
     assert result.slim.flops <= result.budget
 
-    def error(one):
-        return sum(free.curves[key][width] for key, width in one.plan.widths().items())
+    def expected(one):  # the law that merges are weighed against channels by
+        return 6.9 * sum(free.curves[key][width] for key, width in one.plan.widths().items()) ** 1.22
 
     assert [(one.name, one.value) for one in result.constraints] == [
         ("exclude", names[0]),
         ("min_width", f"{names[1]}={least}"),
     ]
     # Without the other constraint each saves at most what both cost, but for the last step.
-    both = error(result) - error(free)
+    both = expected(result) - expected(free)
     assert both > 0
-    assert all(0 <= one.nats <= 1.05 * both + 1e-12 for one in result.constraints)
-    assert sum(one.nats for one in result.constraints) > 0
+    nats = [one.nats for one in result.constraints]
+    assert all(0 <= each <= 1.05 * both + 1e-12 for each in nats)
+    assert sum(nats) > 0.2 * both
 
 
 def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):

@@ -20,7 +20,7 @@ from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
 from mhacut.pruning.allocate import total_error
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.curves import Curve
+from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import job_widths
 from mhacut.pruning.merge_law import (
@@ -45,9 +45,6 @@ OVERHEAD = 0.07
 """Time of matching and averaging beside that of the block: of a ViT-Ti at 197 tokens, on a CPU."""
 _PRICES = [10 ** (-3 + step / 8) for step in range(33)]
 """Worth of all FLOPs of the model, in terms of the law."""
-CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
-"""Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
-an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +98,6 @@ class MergeSearch:
         if schedule not in self._tables:
             self._tables[schedule] = _table_with(self.job, schedule)
         return self._tables[schedule]
-
-
-def divergence_by_cut(error: float) -> float:
-    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``."""
-    return float(CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
 def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:

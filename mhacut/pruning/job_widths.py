@@ -8,7 +8,7 @@ from dataclasses import replace
 from mhacut.plan import UnitKey
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.constraints import Constraint
-from mhacut.pruning.curves import Curve
+from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
 from mhacut.surgery.costs import CostTable
 
@@ -31,7 +31,7 @@ def job_widths(
 def costs_of_constraints(
     job: Job, curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int], table: CostTable
 ) -> tuple[Constraint, ...]:
-    """Return the job's constraints, each with the error that would be saved without it.
+    """Return the job's constraints, each with the divergence that would be saved without it.
 
     Args:
         job: what is pruned.
@@ -39,8 +39,9 @@ def costs_of_constraints(
         widths: those that were chosen under all constraints.
         table: FLOPs of its model with the merges that were chosen.
     """
-    found, error = [], total_error(curves, widths)
+    found, expected = [], divergence_by_cut(total_error(curves, widths))
     for name, value, others in job.constraints.without_each():
         freer = job_widths(replace(job, constraints=others), curves, table, exchange=False)
-        found.append(Constraint(name, value, max(error - total_error(curves, freer), 0.0)))
+        without = divergence_by_cut(total_error(curves, freer))
+        found.append(Constraint(name, value, max(expected - without, 0.0)))
     return tuple(found)

@@ -15,9 +15,9 @@ from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
-from mhacut.pruning.choose_merges import MergeSearch, described, divergence_by_cut
+from mhacut.pruning.choose_merges import MergeSearch, described
 from mhacut.pruning.constraints import Constraint
-from mhacut.pruning.curves import Curve, sensitivity_curves
+from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import costs_of_constraints, job_widths
