@@ -61,6 +61,15 @@ def test_a_file_can_be_exported(merged_file, tmp_path, format):
 
 
 @pytest.mark.slow
+def test_a_model_card_states_what_is_merged_and_not_computed(merged_file, tmp_path):
+    tokens = tokens_of(mhacut.load_model(merged_file))
+    mhacut.export(merged_file, format="timm", output=tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    counts = ", ".join(map(str, tokens.merged))
+    assert f"averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..." in card
+    assert ("the first one: no patch features" in card) == (tokens.read == 1)
+
+
 def test_a_file_is_fine_tuned_timed_and_described(merged_file, tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path / "data" / split, classes=tuple("abcde"))

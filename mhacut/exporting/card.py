@@ -12,6 +12,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.limits import is_int, is_number
 from mhacut.options.base import PreprocessingOptions
+from mhacut.plan import TokenPlan
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 _MOST = 10**18
@@ -45,6 +46,7 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
             f"{architecture}, with channels of its attention and MLPs cut away by mhacut: "
             "the matrices are smaller, nothing is masked."
         )
+        text += _tokens(record.plan.tokens)
     lines = [
         *_header(classes > 0, record is not None, license or stated_license(loaded)),
         f"# Model card for {source.partition(':')[2]}",
@@ -58,6 +60,18 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
         *_usage(source, cut=record is not None),
     ]
     return "\n".join(lines) + "\n" + ("" if record is None else _widths(record))
+
+
+def _tokens(tokens: TokenPlan) -> str:
+    """Return sentences on tokens that are merged or not computed; empty if all are computed to the end."""
+    text = ""
+    if tokens.merged:
+        counts = ", ".join(map(str, tokens.merged))
+        text += f" Similar tokens are averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..."
+    if tokens.read is not None:
+        count = "one" if tokens.read == 1 else str(tokens.read)
+        text += f" The last block computes only what the head reads, the first {count}: no patch features."
+    return text
 
 
 def _header(classifies: bool, cut: bool, license: str | None) -> list[str]:
