@@ -6,8 +6,9 @@
 takes a plain timm ViT without its classifier and prints one table: a row per method and budget. Features are
 the patch tokens of the last two blocks, normalised as timm's ``get_intermediate_layers(norm=True)`` does:
 
-- error: squared error over the squared deviation of the dense features from their mean; cosine: between the
-  features of each patch; both on ``--compared`` validation images.
+- error: squared error over the squared deviation of the dense features from their mean; nats: the same
+  whitened, half the squared Mahalanobis distance of each token, the mean; cosine: between the features of
+  each patch; all on ``--compared`` validation images.
 - 5-NN (cosine) and linear probe (ridge regression on one-hot classes, its strength chosen on a fifth of the
   training images): top-1 on all validation images, of the mean of each block's patch tokens. The neighbours
   and the probe come from the same model's features of the training images. Images of both splits are
@@ -49,6 +50,7 @@ class Row:
     flops: float
     """FLOPs kept, in %: counted."""
     error: float
+    nats: float
     cosine: float
     neighbours: float
     """Top-1 in %."""
@@ -79,6 +81,18 @@ class Scorer:
             batches.append(features(model, batch))
         return torch.cat(batches)
 
+    def _nats(self, tokens: Any) -> float:
+        """Mean over tokens and blocks of the divergence that ``--preserve`` keeps small."""
+        from mhacut.linalg.moments import Moments
+        from mhacut.linalg.whitening import Whitening
+
+        found = 0.0
+        for block, dense in enumerate(self.dense_tokens.unbind(1)):
+            whitening = Whitening.of(Moments.of(dense.flatten(0, 1)))
+            error = whitening(tokens[:, block]) - whitening(dense)
+            found += float(error.square().sum(-1).mean()) / 2 / BLOCKS
+        return found
+
     def __call__(self, model: Any) -> dict[str, float]:
         import torch
 
@@ -91,6 +105,7 @@ class Scorer:
         both = (pooled["train"], labels["train"], pooled["val"], labels["val"])
         return {
             "error": float((tokens - dense).square().sum() / (dense - mean).square().sum()),
+            "nats": self._nats(tokens),
             "cosine": float(torch.nn.functional.cosine_similarity(tokens, dense, dim=-1).mean()),
             "neighbours": nearest(*both),
             "probe": probed(*both, self.seed),
@@ -260,6 +275,7 @@ HEADINGS: dict[str, Callable[[Row], str]] = {
     "FLOPs": lambda row: f"{row.flops:.1f} %",
     "method": lambda row: row.method,
     "error": lambda row: f"{row.error:.4f}",
+    "nats": lambda row: f"{row.nats:.3f}",
     "cosine": lambda row: f"{row.cosine:.4f}",
     "5-NN": lambda row: f"{row.neighbours:.1f}",
     "linear probe": lambda row: f"{row.probe:.1f}",

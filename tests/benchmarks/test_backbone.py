@@ -60,8 +60,8 @@ def test_a_table_is_made_and_reused(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "t.json").read_text())
     assert [row["method"] for row in rows] == ["dense", "tokens", "pooled", "last-two"]
-    assert (rows[0]["error"], rows[0]["flops"]) == (0, 100)
+    assert (rows[0]["error"], rows[0]["nats"], rows[0]["flops"]) == (0, 0, 100)
     assert all(60 < row["flops"] <= 70 for row in rows[1:])
-    assert all(row["error"] > 0 and row["cosine"] < 1 for row in rows[1:])
+    assert all(row["error"] > 0 and row["nats"] > 0 and row["cosine"] < 1 for row in rows[1:])
     backbone.main()
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-len(rows) - 3 :]
