@@ -71,7 +71,7 @@ def rank_channels(
     spent = 0.0
     while int(excess.sum()) > 0:
         head = place[left] // width
-        price = weights[:, left].square().sum(0) / inverse.diagonal()[left]
+        price = (weights.square().sum(0) / inverse.diagonal())[left]
         price[excess[head] == 0] = float("inf")
         cheapest = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
         gone = left[cheapest]
