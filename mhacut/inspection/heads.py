@@ -12,8 +12,8 @@ from mhacut.adapters.base import Unit
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.spectrum import effective_rank, falling_eigenvalues, logit_energies, output_energies
 from mhacut.options.prune import SearchOptions
-from mhacut.pruning.calibrate import UnitMoments
 from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.surgery.output import effective_output_weights
 
 SHARES = (75, 50, 25)

@@ -13,24 +13,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import Layer, Unit
+from mhacut.adapters.base import Unit
 from mhacut.errors import MhacutError, option_name
-from mhacut.linalg.attention_difference import (
-    linear_attention_energy,
-    linear_contributions,
-    logit_energy,
-    output_energy,
-)
-from mhacut.linalg.moments import Moments
-from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation, FisherOptions, measure_fisher
 from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.pruning.unit_sums import (
+    SpilledMoments,
+    UnitMoments,
+    UnitStatistics,
+    UnitSums,
+    output_gram_of,
+    spill_for,
+)
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
+from mhacut.runtime.spill import Spill
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
-from mhacut.surgery.output import effective_output_weights
 
 HELD_OUT = 0.25
 """Fraction of the images that judges what was fitted to the others."""
@@ -56,42 +56,6 @@ def fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class UnitMoments:
-    """Moments of one unit's channels, as its output projection sees them.
-
-    - qk: (query, key), [H, d] each, k centred over the keys of each image unless the unit only selects.
-    - linear attention: (parts,), [H, d], what each channel adds to the layer's output.
-    - v and hidden: (channels,), [H * d], all heads at once.
-
-    Rows are weighted by token importance where it is known; but not keys, which serve all queries, nor rows
-    of linear attention.
-    """
-
-    fit: tuple[Moments, ...]
-    """On the images to fit."""
-    held: tuple[Moments, ...]
-    """On held-out images; the same as ``fit`` where there is a single image."""
-
-    @property
-    def every(self) -> tuple[Moments, ...]:
-        """On all images."""
-        return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
-
-
-@dataclass(frozen=True)
-class UnitStatistics:
-    """Initial values of a unit's indicators follow from these.
-
-    Tokens are weighted as in the moments for v's outputs and hidden channels.
-    """
-
-    redundancy: Tensor
-    """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""
-    difference: Tensor
-    """||A - A without the channel||_F, [H, d]: of the logits for qk, of the layer's output otherwise."""
-
-
-@dataclass(frozen=True)
 class Calibration:
     """Statistics from one pass over the calibration images."""
 
@@ -107,132 +71,19 @@ class Calibration:
     """Description of these outputs."""
 
 
-class _Accumulator:
-    """Sums over images for one unit, float64, on the model's device."""
-
-    def __init__(self, unit: Unit, fisher: FisherInformation, output_gram: Tensor | None = None) -> None:
-        """Start from nothing; ``output_gram``, [H, d_v, d_v], is needed for linear attention only."""
-        self.unit, self.fisher, self.output_gram = unit, fisher, output_gram
-        self.parts: dict[tuple[str, bool], Moments] = {}
-        self.grams: dict[str, Tensor] = {}
-        self.energy: Tensor | None = None
-        self._waiting: dict[str, Tensor] = {}
-
-    def feed(self, hook: str, channels: Tensor, images: int, held: bool) -> None:
-        """Add one batch of so many images from one hook, [..., heads, width]."""
-        if self.unit.linear:
-            self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)  # (B, H, N, d)
-            return
-        weights = None
-        if hook != "key":
-            weights = self.fisher.token_importance(self.unit.layer, channels.shape[:-2], images)
-        if self.unit.kind == "qk":
-            x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
-            self._energy(hook, x)
-            if hook == "key" and self.unit.mixing != "select":
-                x = x - x.mean(dim=-2, keepdim=True)  # softmax ignores what is constant over the keys
-            self._gram(hook, x.transpose(0, 1).flatten(1, 2))
-            self._moments(hook, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
-            return
-        if hook != "output":  # values, or hidden channels, which are what the output projection reads
-            self._gram(hook, channels.flatten(0, -3).transpose(0, 1))  # (H, B * N, d)
-        if hook != "value":
-            self._moments(hook, channels.flatten(-2).flatten(0, -2), weights, held)  # (B * N, H * d)
-
-    def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
-        """Add features or values, (B, H, N, d), once query, key and value of a batch are there."""
-        self._waiting[hook] = x
-        if hook != "value":
-            self._gram(hook, x.transpose(0, 1).flatten(1, 2))
-        if len(self._waiting) < 3:
-            return
-        query, key, value = (self._waiting.pop(name) for name in ("query", "key", "value"))
-        energy = linear_attention_energy(query, key)
-        self.energy = energy if self.energy is None else self.energy + energy
-        assert self.output_gram is not None
-        second = linear_contributions(query, key, value, self.output_gram)
-        rows = query.shape[0] * query.shape[2]
-        parts, place = Moments(rows, torch.zeros_like(energy), second), ("parts", held)
-        self.parts[place] = self.parts[place] + parts if place in self.parts else parts
-
-    def _moments(self, hook: str, rows: Tensor, weights: Tensor | None, held: bool) -> None:
-        moments, key = Moments.of(rows, weights), (hook, held)
-        if key in self.parts:
-            self.parts[key] += moments
-        else:
-            self.parts[key] = moments
-
-    def _gram(self, hook: str, rows: Tensor) -> None:
-        """Add unweighted products of rows, [H, rows, d], for similarity; an MLP's moments serve for that."""
-        if self.unit.kind == "hidden":
-            return
-        flat = rows.float()
-        gram = (flat.mT @ flat).double()  # (H, d, d)
-        self.grams[hook] = self.grams[hook] + gram if hook in self.grams else gram
-
-    def _energy(self, hook: str, x: Tensor) -> None:
-        self._waiting[hook] = x
-        if len(self._waiting) == 2:
-            query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
-            if len(query) < len(key):  # queries of an image that all its windows share
-                query = query.repeat_interleave(len(key) // len(query), dim=0)
-            energy = logit_energy(query, key, centre=self.unit.mixing != "select")
-            self.energy = energy.double() if self.energy is None else self.energy + energy.double()
-
-    def sums(self) -> dict[str, Tensor]:
-        """Everything gathered so far, under names that are the same in every process."""
-        found = {f"gram {hook}": gram for hook, gram in self.grams.items()}
-        if self.energy is not None:
-            found["energy"] = self.energy
-        for (hook, held), part in self.parts.items():
-            name = f"{hook} {'held' if held else 'fit'}"
-            rows = torch.tensor(part.rows, dtype=torch.int64, device=part.total.device)
-            found |= {f"rows {name}": rows, f"total {name}": part.total, f"second {name}": part.second}
-        return found
-
-    def take_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Replace everything gathered by ``sums``; the inverse of :meth:`sums`."""
-        self.energy = sums.get("energy")
-        self.grams = {name[5:]: gram for name, gram in sums.items() if name.startswith("gram ")}
-        self.parts = {
-            (name.split()[1], name.endswith(" held")): Moments(
-                int(rows), sums["total" + name[4:]], sums["second" + name[4:]]
-            )
-            for name, rows in sums.items()
-            if name.startswith("rows ")
-        }
-
-    def moments(self) -> UnitMoments:
-        """Moments of everything gathered so far."""
-        hooks = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
-        if self.unit.linear:
-            hooks = ("parts",)
-        fit, held = (
-            tuple(self.parts[hook, part] for hook in hooks if (hook, part) in self.parts)
-            for part in (False, True)
-        )
-        return UnitMoments(fit or held, held or fit)
-
-    def statistics(self, module: nn.Module) -> UnitStatistics:
-        """Statistics of everything gathered so far, on the CPU; ``module`` is the unit's layer."""
-        unit, moments = self.unit, self.moments().every
-        if unit.kind == "qk":
-            assert self.energy is not None
-            similar = redundancy(cosine_similarity(self.grams["query"]), cosine_similarity(self.grams["key"]))
-            return UnitStatistics(similar.cpu(), self.energy.sqrt().cpu())
-        second = moments[0].second
-        gram = second[None] if unit.kind == "hidden" else self.grams["value"]
-        columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
-        energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
-        return UnitStatistics(redundancy(cosine_similarity(gram)).cpu(), energy.sqrt().cpu())
-
-
 class _Pass:
     """Sums and outputs that one pass gathers in this process."""
 
-    def __init__(self, model: nn.Module, prunable: PrunableLayers, fisher: FisherInformation) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prunable: PrunableLayers,
+        fisher: FisherInformation,
+        spill: Spill | None = None,
+    ) -> None:
+        self.spill = spill
         self.accumulators = {
-            unit.key: _Accumulator(unit, fisher, _output_gram(model, layer) if unit.linear else None)
+            unit.key: UnitSums(unit, fisher, output_gram_of(model, layer) if unit.linear else None, spill)
             for layer in prunable.layers
             for unit in layer.units
         }
@@ -270,14 +121,17 @@ class _Pass:
             accumulator.take_sums({name.removeprefix(prefix): part for name, part in own.items()})
         return sums["outputs"].cpu()
 
-    def moments(self) -> dict[UnitKey, UnitMoments]:
-        return {key: accumulator.moments() for key, accumulator in self.accumulators.items()}
+    def moments(self) -> Mapping[UnitKey, UnitMoments]:
+        found = {key: accumulator.moments() for key, accumulator in self.accumulators.items()}
+        return found if self.spill is None else SpilledMoments(found, self.spill)
 
     def statistics(self, model: nn.Module) -> dict[UnitKey, UnitStatistics]:
-        return {
-            key: accumulator.statistics(model.get_submodule(accumulator.unit.layer))
-            for key, accumulator in self.accumulators.items()
-        }
+        found = {}
+        for key, accumulator in self.accumulators.items():
+            found[key] = accumulator.statistics(model.get_submodule(accumulator.unit.layer))
+            if self.spill is not None:
+                self.spill.drop()
+        return found
 
 
 @torch.no_grad()
@@ -327,7 +181,7 @@ def calibrate(
             processes=processes,
         )
     preserved = preserved.thinned(model, images[:1].to(device), count)
-    gathered = _Pass(model, prunable, information)
+    gathered = _Pass(model, prunable, information, spill_for(prunable, device, processes))
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
     with capturing(model, prunable.units(), gathered.feed):
         for number, (start, stop) in enumerate(batches):
@@ -348,15 +202,6 @@ def _finite(outputs: Tensor) -> Tensor:
             f"{option_name('mean')}, {option_name('std')} and the file"
         )
     return outputs
-
-
-def _output_gram(model: nn.Module, layer: Layer) -> Tensor:
-    """W^T W of every head, with W the columns that read its values, [H, d_v, d_v], float64."""
-    values = next(unit for unit in layer.units if unit.kind == "v")
-    columns = effective_output_weights(model.get_submodule(layer.name), values).view(
-        -1, values.heads, values.width
-    )  # (out, H, d_v)
-    return torch.einsum("ohi,ohj->hij", columns, columns)
 
 
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

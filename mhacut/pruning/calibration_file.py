@@ -18,10 +18,11 @@ from mhacut._version import __version__
 from mhacut.errors import DataError, option_name
 from mhacut.linalg.moments import Moments
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration, UnitMoments, UnitStatistics
+from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import Preserved
+from mhacut.pruning.unit_sums import UnitMoments, UnitStatistics
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import write_whole
 from mhacut.surgery.tokens import tokens_of

@@ -21,7 +21,7 @@ from mhacut.linalg.selection import (
 )
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, UnitPlan
-from mhacut.pruning.calibrate import UnitMoments
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.surgery.output import effective_output_weights
 
 FEW_ROWS = 2

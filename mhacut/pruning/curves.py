@@ -23,10 +23,11 @@ from mhacut.adapters.base import Layer, Unit
 from mhacut.linalg.reconstruction import output_error, refit_linear, symmetric_root, weighed_by
 from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration, UnitMoments
+from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, block_diagonal, few_rows, rotated
 from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.output import effective_output_weights
 

@@ -24,6 +24,10 @@ SHRINKAGE = 0.5
 """Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
 are not the small ones that gradients describe, so importance is shrunk towards uniform."""
 
+MOST_BYTES = 2**31
+"""Bounds what a backward pass keeps of the forward pass: of large models, fewer images are differentiated
+at a time."""
+
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
 
@@ -96,7 +100,7 @@ def measure_fisher(
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
         prunable: its prunable layers.
         images: [n, C, H, W], normalised.
-        batch_size: images at a time.
+        batch_size: images at a time, at most; fewer where :data:`MOST_BYTES` does not allow them.
         options: all but the number of images.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
@@ -105,8 +109,10 @@ def measure_fisher(
     device, preserved = next(model.parameters()).device, options.preserved or Preserved.outputs_of(model)
     sums = _Sums()
     drawn_elsewhere: list[int] = []
+    kept = _bytes_kept(model, images[:1].to(device), preserved)
+    size = max(1, min(batch_size, MOST_BYTES // max(kept, 1)))
     with _capturing_gradients(model, prunable.layers, sums):
-        for number, batch in enumerate(torch.split(images, batch_size)):
+        for number, batch in enumerate(torch.split(images, size)):
             if number % processes.size == processes.rank:
                 sums.images = len(batch)
                 _differentiate(model, batch.to(device), generator, preserved, drawn_elsewhere)
@@ -167,6 +173,23 @@ def _importance(squares: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
     if not mean > 0:
         return {}
     return {grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in squares.items()}
+
+
+def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
+    """Size of what a backward pass needs of the forward pass of ``image``, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = preserved.outputs(model, image.detach().requires_grad_(True))
+    del outputs  # until here nothing that was kept is freed, and no address is used twice
+    return sum(sizes.values())
 
 
 def _differentiate(

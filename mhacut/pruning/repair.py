@@ -17,10 +17,11 @@ from mhacut.adapters.base import Unit
 from mhacut.linalg.reconstruction import LinearRefit, LogitRefit, refit_linear, refit_logits
 from mhacut.options.prune import Temperature
 from mhacut.plan import Plan, UnitKey, UnitPlan
-from mhacut.pruning.calibrate import Calibration, UnitMoments
+from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, block_diagonal, rotated
 from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.job import Job
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import kept_channels, scale, set_gate, temperature_factor
 from mhacut.surgery.output import add_constant, effective_output_weights, output_weights

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mhacut.adapters.base import ChannelAxis, Unit
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
-from mhacut.pruning.calibrate import UnitMoments
 from mhacut.pruning.candidates import block_diagonal
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.surgery.axes import channels_of
 
 

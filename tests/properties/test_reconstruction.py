@@ -14,9 +14,10 @@ from helpers.models import double, relative
 from helpers.plans import random_plan
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
-from mhacut.pruning.calibrate import UnitMoments, calibrate
+from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair, shrink
+from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.surgery.axes import channels_of, set_channels
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
