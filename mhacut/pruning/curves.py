@@ -172,7 +172,7 @@ def _curve_by_runs(
 
 def divergence_by_cut(error: float) -> float:
     """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``."""
-    return float(CHANNEL_FACTOR * error**CHANNEL_POWER)
+    return float(CHANNEL_FACTOR * max(error, 0.0) ** CHANNEL_POWER)  # rounding may leave less than nothing
 
 
 def sampled_widths(choices: Sequence[int]) -> list[int]:
