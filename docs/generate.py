@@ -1,0 +1,162 @@
+"""Write the pages of docs/reference/ that follow from the code: commands and options, architectures.
+
+    python docs/generate.py                                                     # commands and options
+    mhacut models --json > models.json && python docs/generate.py models.json   # architectures too; takes minutes
+
+A test compares the pages with what this script writes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from mhacut.cli.app import app
+from mhacut.options.bench import BenchOptions
+from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.export import ExportOptions
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.inspect import InspectOptions
+from mhacut.options.models import ModelsOptions
+from mhacut.options.option import Option, Options, Panel
+from mhacut.options.prune import PruneOptions
+
+REFERENCE = Path(__file__).parent / "reference"
+COMMANDS: Mapping[str, type[Options]] = {
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "inspect": InspectOptions,
+    "bench": BenchOptions,
+    "export": ExportOptions,
+    "models": ModelsOptions,
+}
+_CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
+"""What is set in code: commands, and names of flags."""
+
+
+def pages() -> dict[str, str]:
+    """Return the page of each command, by its path under docs/reference/."""
+    return {f"commands/{name}.md": command_page(name) for name in COMMANDS}
+
+
+def command_page(name: str) -> str:
+    """Return the reference of one command: what it does, then its options by panel."""
+    known = COMMANDS[name].options()
+    arguments = " ".join(stated.metavar or stated.name for stated in known.values() if stated.is_argument)
+    summary, *paragraphs = _documentation(name)
+    body = [f"# mhacut {name}", summary, *paragraphs, f"```text\nmhacut {name} {arguments} [OPTIONS]\n```"]
+    for panel in get_args(Panel):
+        own = [stated for stated in known.values() if stated.panel == panel]
+        if own:
+            body += [f"## {panel}", "\n".join(_table(own))]
+    body.append("`--config`, `--json`, `--quiet` and `--verbose` belong to every command: [Commands](index.md).")
+    return "<!-- Written by docs/generate.py -->\n\n" + "\n\n".join(body) + "\n"
+
+
+def _documentation(name: str) -> list[str]:
+    """Return the paragraphs of the command's help, in Markdown."""
+    (found,) = (one for one in app.registered_commands if one.name == name)
+    text = inspect.cleandoc(found.callback.__doc__ or "")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return [
+        re.sub(r"^Example: (.*)$", r"Example: `\1`", one) if one.startswith("Example") else _with_code(one)
+        for one in paragraphs
+    ]
+
+
+def _table(options: Sequence[Option]) -> Iterator[str]:
+    if options[0].is_argument:
+        yield from ("| argument | meaning |", "|---|---|")
+        yield from (f"| `{one.metavar}` | {_with_code(one.help)} |" for one in options)
+        return
+    yield from ("| flag | value | default | meaning |", "|---|---|---|---|")
+    for one in options:
+        yield f"| {_flags(one)} | {_value(one)} | {_default(one)} | {_with_code(one.help)} |"
+
+
+def _flags(option: Option) -> str:
+    flags = [f"`{option.flag}`"]
+    if option.kind is bool and option.default is True:
+        flags.append(f"`--no-{option.flag.removeprefix('--')}`")
+    return ", ".join([*flags, *([f"`{option.short}`"] if option.short else [])])
+
+
+def _value(option: Option) -> str:
+    if option.kind is bool:
+        return ""
+    shown = [f"`{choice}`" for choice in option.choices or (option.metavar or "").split("|")]
+    bounds = {
+        "at least": option.at_least,
+        "above": option.above,
+        "at most": option.at_most,
+        "below": option.below,
+    }
+    limits = [f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None]
+    return ", ".join([*shown, *limits])
+
+
+def _default(option: Option) -> str:
+    default = option.default
+    if option.kind is bool:
+        return "on" if default else "off"
+    if default is None or default in ((), {}):
+        return ""
+    if isinstance(default, tuple):
+        return "`" + ",".join(f"{part:.4g}" for part in default) + "`"
+    return f"`{default}`"
+
+
+def _with_code(text: str) -> str:
+    """Set commands and flags in code, and escape what Markdown would take for markup."""
+    return _CODE.sub(r"`\1`", text.replace("|", "\\|").replace("*", "\\*"))
+
+
+def architectures_page(document: Mapping[str, Any], timm: str) -> str:
+    """Return the table of what can be cut in which architecture.
+
+    Args:
+        document: output of ``mhacut models --json``.
+        timm: version that it is about.
+    """
+    entries = [entry for entry in document["models"] if entry["transformer"]]
+    cut = [entry for entry in entries if entry["refusal"] is None]
+    head = f"""<!-- Written by docs/generate.py -->
+
+# Architectures
+
+`mhacut models` builds every architecture of timm without weights and lists what can be cut. Of timm {timm} and the FLatten
+Transformers, {len(entries)} architectures have attention; something can be cut in {len(cut)}. `mhacut models PATTERN --json` also
+names the parts that stay, each with its reason; `mhacut models --refused` says why an architecture is refused.
+
+A star marks architectures of which some layers or kinds of channels stay. Tags name the pretrained weights in timm:
+`timm:NAME.TAG` opens them.
+
+| architecture | attention | channels that can be cut | tags |
+|---|---|---|---|
+"""
+    return head + "".join(_architecture_row(entry) + "\n" for entry in entries)
+
+
+def _architecture_row(entry: Mapping[str, Any]) -> str:
+    attention = ", ".join(f"`{name}`" for name in entry["attention"]) or "-"
+    kinds = {"qk": "q/k", "v": "v", "hidden": "MLP"}
+    cut = ", ".join(kinds[kind] for kind in entry["kinds"]) or "refused"
+    star = "\\*" if entry["not_prunable"] else ""
+    tags = ", ".join(f"`{tag}`" for tag in entry["tags"]) or "-"
+    return f"| `{entry['architecture']}` | {attention} | {cut}{star} | {tags} |"
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        (REFERENCE / path).write_text(text)
+    for models in sys.argv[1:]:
+        from importlib.metadata import version
+
+        page = architectures_page(json.loads(Path(models).read_text()), version("timm"))
+        (REFERENCE / "architectures.md").write_text(page)
