@@ -1,7 +1,8 @@
 """Write the pages of docs/reference/ that follow from the code: commands and options, architectures.
 
-    python docs/generate.py                                                     # commands and options
-    mhacut models --json > models.json && python docs/generate.py models.json   # architectures too; takes minutes
+    python docs/generate.py               # commands and options
+    mhacut models --json > models.json    # takes minutes
+    python docs/generate.py models.json   # architectures too
 
 A test compares the pages with what this script writes.
 """
@@ -38,6 +39,8 @@ COMMANDS: Mapping[str, type[Options]] = {
 }
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
 """What is set in code: commands, and names of flags."""
+_WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
+_COMMON = "`--config`, `--json`, `--quiet` and `--verbose` belong to every command: [Commands](index.md)."
 
 
 def pages() -> dict[str, str]:
@@ -55,8 +58,8 @@ def command_page(name: str) -> str:
         own = [stated for stated in known.values() if stated.panel == panel]
         if own:
             body += [f"## {panel}", "\n".join(_table(own))]
-    body.append("`--config`, `--json`, `--quiet` and `--verbose` belong to every command: [Commands](index.md).")
-    return "<!-- Written by docs/generate.py -->\n\n" + "\n\n".join(body) + "\n"
+    body.append(_COMMON)
+    return _WRITTEN + "\n\n".join(body) + "\n"
 
 
 def _documentation(name: str) -> list[str]:
@@ -126,16 +129,15 @@ def architectures_page(document: Mapping[str, Any], timm: str) -> str:
     """
     entries = [entry for entry in document["models"] if entry["transformer"]]
     cut = [entry for entry in entries if entry["refusal"] is None]
-    head = f"""<!-- Written by docs/generate.py -->
+    head = f"""{_WRITTEN}# Architectures
 
-# Architectures
+`mhacut models` builds every architecture of timm without weights and lists what can be cut. Of timm
+{timm} and the FLatten Transformers, {len(entries)} architectures have attention; something can be cut in
+{len(cut)}. `mhacut models PATTERN --json` also names the parts that stay, each with its reason;
+`mhacut models --refused` says why an architecture is refused.
 
-`mhacut models` builds every architecture of timm without weights and lists what can be cut. Of timm {timm} and the FLatten
-Transformers, {len(entries)} architectures have attention; something can be cut in {len(cut)}. `mhacut models PATTERN --json` also
-names the parts that stay, each with its reason; `mhacut models --refused` says why an architecture is refused.
-
-A star marks architectures of which some layers or kinds of channels stay. Tags name the pretrained weights in timm:
-`timm:NAME.TAG` opens them.
+A star marks architectures of which some layers or kinds of channels stay. Tags name the pretrained weights
+in timm: `timm:NAME.TAG` opens them.
 
 | architecture | attention | channels that can be cut | tags |
 |---|---|---|---|
