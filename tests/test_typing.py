@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import typing
@@ -13,25 +12,24 @@ import pytest
 from torch import nn
 
 import mhacut
+from helpers.docs import PAGES, blocks
 from mhacut.options.generate import KEYWORDS, keywords_module
 
 HERE = Path(__file__).parent
 
 
-def python_blocks(path: Path) -> list[str]:
-    """Return the blocks of Python in a page of Markdown."""
-    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def test_good_calls_and_the_readme_pass_mypy_strict_and_mistakes_do_not(tmp_path):
+def test_good_calls_and_the_documentation_pass_mypy_strict_and_mistakes_do_not(tmp_path):
     pytest.importorskip("mypy")
     config, examples = HERE / "typing" / "mypy.ini", HERE / "typing" / "examples.py"
-    blocks = python_blocks(HERE.parent / "README.md")
-    assert len(blocks) >= 4
-    readme = tmp_path / "readme.py"
-    readme.write_text("\n".join(blocks))  # later blocks use names of earlier ones
+    pages = []
+    for page in PAGES:
+        written = "\n".join(block.text for block in blocks(page) if block.language == "python")
+        if written:
+            pages.append(tmp_path / f"page_{page.stem.replace('-', '_').lower()}.py")
+            pages[-1].write_text(written)  # later blocks use names of earlier ones
+    assert len(pages) >= 6
     command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", os.devnull]
-    command += [examples, readme]
+    command += [examples, *pages]
     result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
