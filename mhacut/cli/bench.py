@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def bench(options: BenchOptions, console: Console) -> None:
     """Time checkpoints beside each other, dense or slim.
 
-    They take turns, so that whatever else the machine does falls on all of them alike: trust ratios more
-    than milliseconds. Memory is the peak of a process that reads the checkpoint and runs it.
+    They take turns, so that other load on the machine slows all of them alike. Trust ratios more than
+    milliseconds. Memory is the peak of a process that reads the checkpoint and runs it.
 
     Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
     """

@@ -1,4 +1,4 @@
-"""``mhacut bench`` as a function: time checkpoints beside each other, and measure what else they cost."""
+"""``mhacut bench`` as a function: time checkpoints in turns, and measure their memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def bench(
     reporter: Reporter | None = None,
     **options: Unpack[BenchKeywords],
 ) -> BenchResult:
-    """Time checkpoints in turns, so that what else the machine does falls on all of them alike.
+    """Time checkpoints in turns, so that other load on the machine slows all of them alike.
 
     Args:
         checkpoints: whatever ``mhacut prune`` reads or writes; the others are compared with the first.
@@ -129,7 +129,7 @@ def bench(
         options: those of the command line; see :class:`mhacut.options.keywords.BenchKeywords`.
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`.
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     with reporting(reporter, progress) as shown:
         return run_bench(BenchOptions.from_flat(checkpoints=checkpoints, **options), shown)

@@ -81,8 +81,8 @@ def export(
         options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written, but for a folder that the
-            hub would not take.
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written, except a folder that the
+            hub refused.
     """
     with reporting(reporter, progress) as shown:
         return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), shown)

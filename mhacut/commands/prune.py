@@ -70,7 +70,7 @@ def prune(
     searches and writes, and all return the same result.
 
     Raises:
-        MhacutError: and its kinds, in :mod:`mhacut.errors`; nothing was written.
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written.
     """
     if isinstance(flops, tuple | list):
         raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
