@@ -50,7 +50,8 @@ FLAGS_OF_OTHERS = {
 QUICK = {
     "prune": {
         "--effort": "fast",
-        "--calibration-images": "16",
+        "--calibration-images": "8",
+        "--batch-size": "8",
         "--eval-images": "10",
         "--no-latency": None,
         "--overwrite": None,
