@@ -78,22 +78,25 @@ def _table(options: Sequence[Option]) -> Iterator[str]:
         yield from ("| argument | meaning |", "|---|---|")
         yield from (f"| `{one.metavar}` | {_with_code(one.help)} |" for one in options)
         return
-    yield from ("| flag | value | default | meaning |", "|---|---|---|---|")
+    yield from ("| flag | meaning |", "|---|---|")
     for one in options:
-        yield f"| {_flags(one)} | {_value(one)} | {_default(one)} | {_with_code(one.help)} |"
+        yield f"| {_flags(one)} | {' '.join([_with_code(one.help), *_facts(one)])} |"
 
 
 def _flags(option: Option) -> str:
-    flags = [f"`{option.flag}`"]
-    if option.kind is bool and option.default is True:
+    """Return the flags, the main one with its value."""
+    value = "" if option.kind is bool or option.choices or "|" in (option.metavar or "") else option.metavar
+    flags = [f"`{option.flag} {value}`" if value else f"`{option.flag}`"]
+    if option.kind is bool and option.default is not False:
         flags.append(f"`--no-{option.flag.removeprefix('--')}`")
     return ", ".join([*flags, *([f"`{option.short}`"] if option.short else [])])
 
 
-def _value(option: Option) -> str:
-    if option.kind is bool:
-        return ""
-    shown = [f"`{choice}`" for choice in option.choices or (option.metavar or "").split("|")]
+def _facts(option: Option) -> Iterator[str]:
+    """Yield sentences about choices, bounds and the default."""
+    choices = option.choices or ((option.metavar or "").split("|") if "|" in (option.metavar or "") else ())
+    if choices:
+        yield "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
     bounds = {
         "at least": option.at_least,
         "above": option.above,
@@ -101,18 +104,14 @@ def _value(option: Option) -> str:
         "below": option.below,
     }
     limits = [f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None]
-    return ", ".join([*shown, *limits])
-
-
-def _default(option: Option) -> str:
+    if limits:
+        yield ", ".join(limits).capitalize() + "."
     default = option.default
-    if option.kind is bool:
-        return "on" if default else "off"
-    if default is None or default in ((), {}):
-        return ""
-    if isinstance(default, tuple):
-        return "`" + ",".join(f"{part:.4g}" for part in default) + "`"
-    return f"`{default}`"
+    if default is True:
+        yield "Default: on."
+    elif default is not None and default is not False and default not in ((), {}):
+        text = ",".join(f"{part:.4g}" for part in default) if isinstance(default, tuple) else default
+        yield f"Default: `{text}`."
 
 
 def _with_code(text: str) -> str:
