@@ -9,9 +9,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import GluMlp
 from timm.models.efficientvit_mit import LiteMLA
 from torch import nn
+from torch.nn import functional as F
 
+from helpers.plans import random_plan
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import costs
@@ -90,10 +93,54 @@ def test_costs_that_are_no_such_polynomial_are_an_error(cost):
 def test_layers_that_are_alike_are_counted_once(monkeypatch):
     counts = []
     monkeypatch.setattr(costs, "count_flops", lambda *args: counts.append(args) or count_flops(*args))
+    monkeypatch.setattr(costs, "_FITTED", OrderedDict())
     for depth in (2, 5):
         model = timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=32).eval()
         build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
-    assert len(counts) == 2 * (5 + 3)  # q/k and v: whole, half of each, half of both, and one that checks
+    assert len(counts) == 5 + 3  # q/k and v: whole, half of each, half of both, and one that checks
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"img_size": 48},
+        {"num_heads": 6},
+        {"embed_dim": 96},
+        {"qk_norm": True},
+        {"mlp_layer": GluMlp},
+    ],
+    ids=str,
+)
+def test_layers_that_differ_are_counted_each(other):
+    """By their cost, and whichever model came first."""
+    for args in ({}, other):
+        model = timm.create_model("vit_tiny_patch16_224", **{"depth": 1, "img_size": 32, **args}).eval()
+        prunable = find_prunable_layers(model)
+        size = (3, args.get("img_size", 32), args.get("img_size", 32))
+        table = build_cost_table(model, prunable, size)
+        plan, _ = random_plan(prunable, seed=0)
+        cut(model, plan)
+        assert table.flops(plan.widths()) == measure_flops(model, size)
+
+
+def test_layers_with_other_functions_differ():
+    class Activated(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+    one, same, other = (Activated(function) for function in (F.relu, F.relu, F.silu))
+    assert costs._likeness(one) == costs._likeness(same) != costs._likeness(other)
+
+
+def test_no_more_layers_than_so_many_are_remembered(monkeypatch):
+    remembered = OrderedDict()
+    monkeypatch.setattr(costs, "_FITTED", remembered)
+    monkeypatch.setattr(costs, "_REMEMBERED", 3)
+    for width in (24, 48):
+        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, embed_dim=width).eval()
+        build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
+    assert len(remembered) == 3
 
 
 def test_an_operator_nobody_counts_is_an_error_not_a_zero():

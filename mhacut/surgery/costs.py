@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -86,7 +88,8 @@ def build_cost_table(
     """Count ``model`` once, and copies of its distinct layers at a few widths.
 
     A layer's FLOPs are a polynomial of degree 2 in its widths with whole coefficients, which a few counts
-    determine; one more count at other widths checks them. Layers alike in shapes and inputs are counted once.
+    determine; one more count at other widths checks them. Layers alike in shapes and inputs are counted once,
+    also in later tables.
 
     Args:
         model: in eval mode.
@@ -106,20 +109,30 @@ def build_cost_table(
     finally:
         for handle in handles:
             handle.remove()
-    fitted: dict[Any, Polynomial] = {}
     costs: list[LayerCost] = []
     for layer in prunable.layers:
-        module, runs = model.get_submodule(layer.name), []
-        prefix = prefix_attended(model, layer.name)
-        for call in calls[layer.name]:
-            key = (_likeness(module), repr(call), prefix)
-            if key not in fitted:
-                count = _LayerCounter(module, layer, call, prefix)
-                fitted[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
-            runs.append(fitted[key])
+        module, prefix = model.get_submodule(layer.name), prefix_attended(model, layer.name)
+        runs = tuple(_fitted(module, layer, call, prefix) for call in calls[layer.name])
         if runs:
-            costs.append(LayerCost(layer, tuple(runs)))
+            costs.append(LayerCost(layer, runs))
     return CostTable(dense - sum(int(cost.at({})) for cost in costs), tuple(costs), dense)
+
+
+_FITTED: OrderedDict[tuple[Any, ...], Polynomial] = OrderedDict()
+"""Polynomials of the layers that were counted last, by all that they follow from."""
+_REMEMBERED = 1024
+
+
+def _fitted(module: nn.Module, layer: Layer, call: _Call, prefix: int | None) -> Polynomial:
+    """FLOPs of one run of a layer; counted once for all that are alike."""
+    key = (_likeness(module), repr(call), prefix, next(module.parameters()).is_meta)
+    if key not in _FITTED:
+        count = _LayerCounter(module, layer, call, prefix)
+        _FITTED[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
+    _FITTED.move_to_end(key)
+    while len(_FITTED) > _REMEMBERED:
+        _FITTED.popitem(last=False)
+    return _FITTED[key]
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ class _Replay(nn.Module):
 
 
 def _likeness(module: nn.Module) -> tuple[Any, ...]:
-    """Key of all modules that cost the same for the same inputs: their classes, shapes and switches.
+    """Key of all modules that cost the same for the same inputs: classes, shapes, functions, switches.
 
     Fractions (probabilities of dropout, scales) change no shape and are left out.
     """
@@ -188,7 +201,9 @@ def _likeness(module: nn.Module) -> tuple[Any, ...]:
     for name, part in module.named_modules():
         attributes = vars(part).items()
         switches = [
-            (key, repr(value)) for key, value in attributes if isinstance(value, int | str | tuple | list)
+            (key, value if isinstance(value, FunctionType) else repr(value))
+            for key, value in attributes
+            if isinstance(value, int | str | tuple | list | FunctionType)
         ]
         tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         shapes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
