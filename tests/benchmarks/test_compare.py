@@ -13,7 +13,8 @@ import pytest
 import timm
 import torch
 
-from helpers.benchmarks import DIGITS, paint, script, small_vit, task_of
+from helpers.benchmarks import DIGITS, SMALL_VIT, paint, script, small_vit, task_of
+from helpers.files import save_dense
 
 
 def reread(slim, tmp_path: Path, dense, temperature: str) -> torch.nn.Module:
@@ -372,13 +373,15 @@ def test_the_hessian_is_summed_over_images(methods) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_compares_on_the_digits(compare, tmp_path, capsys) -> None:
+def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -> None:
     flags = (
         f"--checkpoint {DIGITS / 'model'} --data-dir {DIGITS / 'images'} --keep 50 --calibration-images 64"
     )
     flags += f" --merge {tmp_path / 'table.json'} --keep-models {tmp_path / 'models'}"
     assert compare.main([*flags.split(), "--methods", "snp"]) == 0
     first = json.loads((tmp_path / "table.json").read_text())
+    assert first["rows"][1]["peak_mib"] > first["rows"][0]["peak_mib"] > 100  # processes of their own
+    forked(compare)
     assert compare.main([*flags.split(), "--methods", "snp", "mhacut-nodata-auto-fast"]) == 0
     document = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in document["rows"]] == ["dense", "mhacut-nodata-auto-fast", "snp"]
@@ -455,10 +458,14 @@ def test_what_calibrates_alike_does_it_once(methods, tmp_path, monkeypatch) -> N
 
 
 @pytest.mark.slow
-def test_an_ablation_has_a_table_of_all_seeds(tmp_path, capsys) -> None:
+def test_an_ablation_has_a_table_of_all_seeds(forked, tmp_path, capsys) -> None:
     ablation = script("ablation")
-    paint(tmp_path / "images", classes=10, per_class=4, size=32)
-    flags = f"--checkpoint {DIGITS / 'model'} --data-dir {tmp_path / 'images'} --keep 75 --seeds 1 2"
+    forked(ablation.compare)
+    paint(tmp_path / "images", classes=5, per_class=4, size=16)
+    save_dense(small_vit(), tmp_path / "dense.safetensors")
+    flags = f"--checkpoint {tmp_path / 'dense.safetensors'} --model vit_tiny_patch16_224"
+    flags += "".join(f" --model-arg {name}={value}" for name, value in SMALL_VIT.items())
+    flags += f" --data-dir {tmp_path / 'images'} --keep 75 --seeds 1 2"
     flags += f" --calibration-images 8 --merge {tmp_path / 'rows'} --half odd"
     flags += " --methods ablation-full ablation-full-uniform"
     assert ablation.main(flags.split()) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.benchmarks import paint, script, small_vit, task_of
+from helpers.benchmarks import SMALL_VIT, paint, script, small_vit, task_of
 
 
 @pytest.fixture
@@ -39,11 +39,10 @@ def slim_folder(tmp_path_factory) -> Path:
 
 
 def finetune_flags(folder: Path, runs: Path) -> list[str]:
-    args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
     flags = f"--checkpoint {folder / 'dense.safetensors'} --model vit_tiny_patch16_224 --mean 0.5,0.5,0.5"
     flags += f" --std 0.5,0.5,0.5 --data-dir {folder / 'images'} --models {folder / 'models'} --keep 50"
     flags += f" --steps 6 3 --seeds 0 1 --batch 8 --lr 1e-2 --save-every 1 --runs {runs}"
-    return [*flags.split(), *(f"--model-arg={name}={value}" for name, value in args.items())]
+    return [*flags.split(), *(f"--model-arg={name}={value}" for name, value in SMALL_VIT.items())]
 
 
 def results_of(runs: Path) -> list[dict[str, Any]]:

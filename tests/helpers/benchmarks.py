@@ -40,10 +40,16 @@ def paint(folder: Path, *, classes: int = 2, per_class: int = 8, size: int = 32)
     return folder
 
 
+SMALL_VIT = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
 def small_vit(**more: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    args = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
-    model = timm.create_model("vit_tiny_patch16_224", **args, **more).eval().requires_grad_(False)
+    model = (
+        timm.create_model("vit_tiny_patch16_224", num_classes=5, **SMALL_VIT, **more)
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter in model.parameters():
         spread = 0.3 if parameter.dim() == 1 else 2 / parameter[0].numel() ** 0.5
         parameter += spread * torch.randn_like(parameter)
