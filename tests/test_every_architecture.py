@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from helpers.threads import on_a_short_stack
 from mhacut.commands.models import build_weightless
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.flops import measure_flops, weightless
@@ -32,6 +33,7 @@ SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_siz
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", REPRESENTATIVES)
+@on_a_short_stack
 def test_no_architecture_fails(architecture):
     outcome = trial.examine(architecture)
     assert outcome.failures == []

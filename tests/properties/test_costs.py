@@ -1,20 +1,167 @@
-"""The FLOPs that a plan is promised to cost are those of the slim model."""
+"""The FLOPs that a plan is promised to cost are those of the slim model.
+
+On images of a model's own size, and on ones that are not square and, where it takes them, no multiples of its
+windows.
+"""
 
 from __future__ import annotations
 
-from helpers.models import build
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mhacut
+from helpers.models import Case, LayerCase, ModelCase, slow_except
 from helpers.plans import random_plan
+from helpers.threads import on_a_short_stack
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.slice import cut
+from properties.cases import CASES
+
+FAST = {
+    "attention.Attention",
+    "twins.LocallyGroupedAttn",
+    "volo.OutlookAttention",
+    "halo_attn.HaloAttn",
+    "pvt_v2.Attention",
+}
+ONE_SHAPE = {
+    "nest.Attention",
+    "mvitv2.MultiScaleAttention",
+    "convit.GPSA",
+    "convit.GPSA, model",
+    "maxxvit.Attention2d",
+    "maxxvit.Attention2d, wider",
+    "maxxvit.Attention2d, wider behind",
+    "maxxvit.Attention2d, over heads",
+    "maxxvit.AttentionCl",
+    "maxxvit.AttentionCl, over heads",
+    "levit.Attention",
+    "levit.Attention, convolutions",
+    "levit.AttentionDownsample",
+    "levit.AttentionDownsample, convolutions",
+    "efficientformer.Attention",
+    "efficientformer.Attention, model",
+    "tiny_vit.Attention",
+    "attention_pool.AttentionPoolLatent, positions",
+    "efficientformer_v2.Attention2d",
+    "efficientformer_v2.Attention2d, coarser",
+    "efficientformer_v2.Attention2dDownsample",
+    "efficientvit_msra.CascadedGroupAttention",
+    "efficientvit_msra.CascadedGroupAttention, wider values",
+    "efficientvit_msra.CascadedGroupAttention, one head",
+    "bottleneck_attn.BottleneckAttn",
+    "bottleneck_attn.BottleneckAttn, biases",
+    "lambda_layer.LambdaLayer, table",
+    "read_attention.ReadRopeAttention",
+    "read_attention.ReadRopeAttention, half",
+    "read_attention.ReadRopeAttention, shared keys",
+    "read_attention.ReadEvaAttention",
+    "read_attention.ReadEvaAttention, separate",
+    "read_attention.ReadEvaAttention, no biases",
+    "read_attention.ReadEvaAttention, normalised",
+    "read_attention.ReadBeitAttention, biases",
+    "read_attention.ReadRelPosAttention, biases",
+}
+"""Cases that take images of one shape only."""
 
 
-def test_the_cost_table_is_what_fvcore_counts(case):
-    model = build(case)
+def made_for_uneven_images(case: Case) -> tuple[nn.Module, tuple[int, int, int]] | None:
+    """The model of ``case``, and the first uneven size of images that it takes; None if there is none."""
+    channels, *side = case.size
+    # The oddest first.
+    more = (
+        ((1, 3), (0, 2))
+        if isinstance(case, LayerCase)
+        else ((4, 20), (8, 24), (16, 32), (0, 16), (14, 28), (0, 32), (0, side[1]))
+    )
+    for height, width in ((side[0] + down, side[1] + across) for down, across in more):
+        try:
+            model = build(case, (height, width)).eval()
+            with torch.no_grad():
+                model(torch.zeros(1, channels, height, width))
+        except (AssertionError, RuntimeError, ValueError, mhacut.UsageError):
+            continue
+        return model, (channels, height, width)
+    return None
+
+
+def build(case: Case, size: tuple[int, int]) -> nn.Module:
+    if isinstance(case, LayerCase):
+        args = tuple(size if isinstance(part, tuple) else part for part in case.args)
+        return dataclasses.replace(case, args=args).create()
+    assert isinstance(case, ModelCase)
+    sized = {"img_size": size} if "img_size" in case.args else {}
+    return dataclasses.replace(case, args={**case.args, **sized}).create()
+
+
+def assert_the_table_is_what_fvcore_counts(model: nn.Module, size: tuple[int, int, int], seed: int) -> None:
     prunable = find_prunable_layers(model)
-    table = build_cost_table(model, prunable, case.size)
-    assert table.flops({}) == table.dense == measure_flops(model, case.size)
-    plan, _ = random_plan(prunable, seed=0)
+    table = build_cost_table(model, prunable, size)
+    assert table.flops({}) == table.dense
+    plan, _ = random_plan(prunable, seed)
     cut(model, plan)
-    assert table.flops(plan.widths()) == measure_flops(model, case.size)
+    assert table.flops(plan.widths()) == measure_flops(model, size)
+
+
+OWN_SIZE = [
+    pytest.param(name, marks=() if case.fast else pytest.mark.slow)
+    for name, case in CASES.items()
+    if case.fast or isinstance(case, LayerCase) or name in ONE_SHAPE
+]
+"""Other models are held to it by ``test_files``: pruning compares what was promised with the slim model."""
+
+
+@pytest.mark.parametrize("name", OWN_SIZE)
+@on_a_short_stack
+def test_the_cost_table_is_what_fvcore_counts(name):
+    case = CASES[name]
+    assert_the_table_is_what_fvcore_counts(case.create().eval(), case.size, seed=0)
+
+
+@pytest.mark.parametrize("name", slow_except(FAST, CASES))
+@on_a_short_stack
+def test_the_cost_table_is_what_fvcore_counts_on_uneven_images(name):
+    made = made_for_uneven_images(CASES[name])
+    assert (made is None) == (name in ONE_SHAPE)
+    if made is not None:
+        assert_the_table_is_what_fvcore_counts(*made, seed=5)
+
+
+@pytest.mark.parametrize("stated", ["as an argument", pytest.param("by its folder", marks=pytest.mark.slow)])
+def test_twins_are_pruned_on_images_that_are_no_multiples_of_their_windows(stated, tmp_path):
+    args = {"depths": [1, 1, 1, 1], "embed_dims": [16, 24, 32, 32], "num_heads": [1, 2, 4, 4]}
+    model = timm.create_model("twins_svt_small", img_size=(64, 96), num_classes=5, **args)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    source: dict[str, Any] = {"checkpoint": tmp_path}
+    if stated == "by its folder":
+        cfg = {"input_size": [3, 64, 96], "num_classes": 5}
+        stated_there = {"architecture": "twins_svt_small", "model_args": args, "pretrained_cfg": cfg}
+        (tmp_path / "config.json").write_text(json.dumps(stated_there))
+    else:
+        args = {**args, "img_size": [64, 96], "num_classes": 5}
+        source = {
+            "checkpoint": tmp_path / "model.safetensors",
+            "model": "twins_svt_small",
+            "model_args": args,
+        }
+    pruned = mhacut.prune(
+        **source,
+        flops="85%",
+        output=tmp_path / "slim.safetensors",
+        effort="fast",
+        calibration_images=4,
+        latency=False,
+    )
+    assert 0.98 * pruned.budget < pruned.slim.flops <= pruned.budget
+    assert pruned.dense.flops == measure_flops(model.eval(), (3, 64, 96))
+    seen = mhacut.inspect(pruned.output).inspection
+    assert (seen.input_size, seen.flops) == ((3, 64, 96), pruned.slim.flops)
