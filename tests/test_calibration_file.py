@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,13 +62,18 @@ def prune(tiny_vit, output, **options):
     )
 
 
-@pytest.fixture
-def kept(tiny_vit, tmp_path):
-    """A file with the calibration of a run, which a second run uses."""
-    path = tmp_path / "kept.safetensors"
-    first = prune(tiny_vit, tmp_path / "first.safetensors", calibration=path)
+@pytest.fixture(scope="module")
+def kept_once(tiny_vit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    first = prune(tiny_vit, folder / "first.safetensors", calibration=folder / "kept.safetensors")
     assert "calibrating" in first.seconds
-    return path
+    return folder / "kept.safetensors"
+
+
+@pytest.fixture
+def kept(kept_once, tmp_path):
+    """A file with the calibration of a run, which a second run uses."""
+    return Path(shutil.copy(kept_once, tmp_path))
 
 
 def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path):

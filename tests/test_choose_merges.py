@@ -123,11 +123,9 @@ def test_what_is_said_was_measured_at_about_the_budget(model, tmp_path, tried):
 def test_nothing_is_said_where_tokens_cannot_be_merged(model, tmp_path, tried):
     """Not enough of them, or not by this model, or it merges already; features have no divergence in nats."""
     prune(model, tmp_path / "deep.safetensors", "42%")
-    swin = build(
-        ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1)})
-    )
+    args = {"window_size": 4, "depths": (1, 1), "embed_dim": 24}
+    swin = build(ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, **args}))
     options = {"flops": "80%", "calibration_images": 8, "effort": "fast", "latency": False}
-    args = {"window_size": 4, "depths": (1, 1)}
     mhacut.prune(swin, output=tmp_path / "swin.safetensors", model_args=args, **options)
     merged = prune(model, tmp_path / "merged.safetensors", "70%", scope="attention+mlp+tokens")
     mhacut.prune(merged.output, output=tmp_path / "again.safetensors", **options)

@@ -38,7 +38,8 @@ SMALL = {
 VIT = ModelCase("vit_tiny_patch16_224", {**SMALL, "num_classes": 0})
 SWIN_ARGS = {"window_size": 4, "depths": (1, 1)}
 SWIN = ModelCase("swin_tiny_patch4_window7_224", {"img_size": 32, **SWIN_ARGS, "num_classes": 0})
-FLATTEN = ModelCase("flatten_pvt_tiny", {"img_size": 32, "num_classes": 0})
+FLATTEN_ARGS = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}
+FLATTEN = ModelCase("flatten_pvt_tiny", {"img_size": 32, **FLATTEN_ARGS, "num_classes": 0})
 ALONE = Processes(0, 1, torch.device("cpu"))
 QUICK = {"effort": "fast", "calibration_images": 6, "latency": False, "round_to": 1, "batch_size": 3}
 
@@ -272,7 +273,9 @@ def test_what_a_model_does_not_give_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokens", "pyramid", "pooled"])
-@pytest.mark.parametrize(("case", "args"), [(SWIN, SWIN_ARGS), (FLATTEN, None)], ids=["swin", "flatten"])
+@pytest.mark.parametrize(
+    ("case", "args"), [(SWIN, SWIN_ARGS), (FLATTEN, FLATTEN_ARGS)], ids=["swin", "flatten"]
+)
 def test_pyramids_can_be_pruned(tmp_path, case, args, what):
     result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)
     assert result.preserved["what"] == what
