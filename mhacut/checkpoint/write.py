@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mhacut._version import __version__
@@ -22,6 +20,7 @@ from mhacut.checkpoint.header import FLOAT_DTYPES, dtype_name
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.runtime.files import check_output, show, write_whole
+from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.storage import count_bytes
 
 _SPARE_BYTES = 2**20
@@ -169,10 +168,7 @@ def _check_space(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        raise OutputError(f"{show(temporary.parent)}: cannot be written to: {error}") from error
+    save_tensors(tensors, temporary, metadata)
     _sort_metadata(temporary)
 
 

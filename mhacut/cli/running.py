@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
+from mhacut.cli.interrupts import INTERRUPTED, interruptible
 from mhacut.errors import (
     FailedElsewhere,
     Interrupted,
@@ -23,7 +24,7 @@ from mhacut.errors import (
     options_written_by,
 )
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE = 1, 2
 _SECONDS_TO_SAY_WHY = 10
 """torchrun ends all processes when it sees the first one fail: the one that says why must be that one."""
 
@@ -61,7 +62,8 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
     code = 0
     with options_written_by(writer), _library_logs(console):
         try:
-            yield console
+            with interruptible():
+                yield console
         except KeyboardInterrupt:
             if console.rank == 0:
                 console.error("interrupted; nothing was left half written")

@@ -18,7 +18,7 @@ from mhacut.data.preprocessing import Preprocessing
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
-from mhacut.runtime.signals import outlive_first_signal, start_reading
+from mhacut.runtime.signals import outlive_signals, start_reading
 
 
 class EvaluationLoader:
@@ -51,7 +51,7 @@ class EvaluationLoader:
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=outlive_first_signal,
+            worker_init_fn=outlive_signals,
         )
 
     def __len__(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,8 @@ from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import sync, sync_directory, temporary_path
+from mhacut.runtime.files import write_whole_folder
+from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.info import model_input_size
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -69,33 +69,27 @@ def write_folder(
     Raises:
         OutputError: it must not or cannot be written.
     """
+    target = Path(os.path.realpath(target))
     model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
-    target = Path(os.path.realpath(target))
-    temporary = temporary_path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    pushed_to = options.push_to_hub
+    source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
+
+    def fill(folder: Path) -> None:
         # timm's own writer decides what its reader finds. The weights are ours, so that it may write them as
         # a pickle, which unlike safetensors it can where a module has several names.
-        save_for_hf(model, str(temporary), safe_serialization=False)
-        (temporary / "pytorch_model.bin").unlink()
+        save_for_hf(model, str(folder), safe_serialization=False)
+        (folder / "pytorch_model.bin").unlink()
         if loaded.record is None:
-            _save_plain(temporary / WEIGHTS, model, DTYPES[options.dtype])
+            _save_plain(folder / WEIGHTS, model, DTYPES[options.dtype])
         else:
-            write_slim(
-                temporary / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None
-            )
-        pushed_to = options.push_to_hub
-        source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
+            write_slim(folder / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None)
         card = model_card(source, loaded, preprocessing, options.license)
-        (temporary / CARD).write_text(card, encoding="utf-8")
-        opened = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().requires_grad_(False)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
         compare(lambda images: opened(images))
-        _publish(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    write_whole_folder(target, fill)
 
 
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
@@ -132,22 +126,8 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
 
 
 def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
         for name, tensor in model.state_dict().items()  # some share memory
     }
-    save_file(tensors, path, {"format": "pt"})
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    for file in temporary.iterdir():
-        sync(file)
-    try:
-        os.rename(temporary, target)
-    except OSError:  # the name is taken by a folder that has files
-        for file in temporary.iterdir():
-            os.replace(file, target / file.name)
-        sync_directory(target)
-    sync_directory(target.parent)
+    save_tensors(tensors, path, {"format": "pt"})

@@ -24,7 +24,7 @@ from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
-from mhacut.runtime.signals import outlive_first_signal, start_reading
+from mhacut.runtime.signals import outlive_signals, start_reading
 
 _TRIES = 10
 """Number of images after an unreadable one that are tried in its place, the image itself included."""
@@ -266,7 +266,7 @@ def training_loader(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
-        worker_init_fn=outlive_first_signal,
+        worker_init_fn=outlive_signals,
     )
     for stacked, labels, unreadable in start_reading(loader):
         if len(stacked) < len(labels):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mhacut._version import __version__
@@ -25,6 +24,7 @@ from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_sums import UnitMoments, UnitStatistics
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import write_whole
+from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.tokens import tokens_of
 
 METADATA_KEY = "mhacut-calibration"
@@ -108,7 +108,8 @@ def write_calibration(path: Path, calibration: Calibration, fingerprint: Fingerp
     """
     tensors, document = _flat(calibration)
     text = json.dumps({"fingerprint": dict(fingerprint), **document})
-    write_whole(path, lambda temporary: save_file(tensors, temporary, {METADATA_KEY: text}), overwrite=False)
+    metadata = {METADATA_KEY: text}
+    write_whole(path, lambda temporary: save_tensors(tensors, temporary, metadata), overwrite=False)
 
 
 def read_calibration(path: Path, fingerprint: Fingerprint, device: torch.device) -> Calibration:

@@ -6,14 +6,21 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mhacut.errors import OutputError, option_name
 
+if sys.platform != "win32":
+    import fcntl
+
 AnyPath = str | os.PathLike[str]
+_LOCK = "lock"
+"""Name of the file in a temporary folder that is locked as long as its process lives."""
 
 
 def show(path: AnyPath) -> str:
@@ -55,7 +62,7 @@ def write_whole(
 ) -> None:
     """Make the file ``path`` appear complete and flushed to disk, or not at all.
 
-    The content goes to a temporary file in the same directory, which is then renamed. The file's mode
+    The content goes to a file in a temporary folder beside it, which is then renamed. The file's mode
     follows the umask.
 
     Args:
@@ -71,42 +78,141 @@ def write_whole(
     # A link stays a link; its target is replaced.
     target = Path(os.path.realpath(path)) if overwrite else Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(target)
-        try:
+        with temporary_folder(target) as folder:
+            temporary = folder / target.name
             if callable(content):
                 content(temporary)
             else:
                 temporary.write_bytes(content)
-            # Libraries make files only their owner can read; ours are like any other.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
+            _open_to_others(temporary)
             sync(temporary)
             _publish(temporary, target, overwrite)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
     except OSError as error:
         raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
 
 
-def temporary_path(target: Path) -> Path:
-    """Return a hidden, unused name beside ``target`` for its content until that is complete."""
-    return target.parent / f"{_prefix(target)}{secrets.token_hex(6)}.tmp"
+def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
+    """Make the folder ``path`` appear complete and flushed to disk, or not at all.
+
+    In a folder that exists, files of the same names are replaced, each of them whole; others stay.
+
+    Args:
+        path: the folder; its directory is created.
+        fill: writes (and may check) the files in the folder whose name it is given.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = Path(path)
+    try:
+        with temporary_folder(target) as folder:
+            temporary = folder / target.name
+            temporary.mkdir()
+            fill(temporary)
+            for file in temporary.iterdir():
+                _open_to_others(file)
+                sync(file)
+            sync_directory(temporary)
+            if target.is_dir():
+                for file in temporary.iterdir():
+                    os.replace(file, target / file.name)
+                sync_directory(target)
+            else:
+                os.rename(temporary, target)
+            sync_directory(target.parent)
+    except OSError as error:
+        raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
+
+    A folder, because libraries write temporary files of their own beside the file that they are given. Those
+    that killed processes left are removed first.
+    """
+    _make_directory(target.parent)
+    remove_temporaries(target)
+    folder, lock = _locked_folder(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_temporaries(target: Path) -> None:
-    """Remove the temporary files of ``target`` that killed processes left. Nobody may be writing it."""
+    """Remove the temporary folders of ``target`` that killed processes left, not those being written."""
     pattern = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{12}\.tmp")
-    for path in target.parent.glob(".*.tmp"):
-        if pattern.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
+    with suppress(OSError):
+        for name in os.listdir(target.parent):
+            if pattern.fullmatch(name):
+                with suppress(OSError):
+                    _remove_abandoned(target.parent / name)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    lock = _locked(folder)
+    if lock is not None:
+        try:
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """Make a temporary folder; return it, and the descriptor whose lock says that this process lives."""
+    while True:
+        folder = target.parent / f"{_prefix(target)}{secrets.token_hex(6)}.tmp"
+        folder.mkdir(mode=0o700)
+        try:
+            lock = _locked(folder)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for abandoned, before it was locked
+        except OSError:
+            return folder, None  # no locks on this file system, so that nobody takes it for abandoned
+        return folder, lock
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a temporary folder; return the descriptor that holds the lock until it is closed, however that is.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: the folder is gone.
+        OSError: there are no locks here.
+    """
+    if sys.platform == "win32":
+        return None
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _prefix(target: Path) -> str:
     return f".{target.name[:100]}."
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory with its parents, and flush the entry of each that is new to disk."""
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for parent in missing:
+        sync_directory(parent.parent)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the mode that the umask asks for: libraries make files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: work stops after the current step, and processes that read images outlive the first."""
+"""SIGINT and SIGTERM: work stops after the current step, and processes that read images outlive them."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over ``loader``, whose processes outlive a first signal from the moment they start.
+    """Iterate over ``loader``, whose processes outlive signals from the moment they start.
 
     Args:
-        loader: with :func:`outlive_first_signal` as its ``worker_init_fn``. Until a process calls that, its
+        loader: with :func:`outlive_signals` as its ``worker_init_fn``. Until a process calls that, its
             signals wait: they would end it, and with it the run.
     """
     if not loader.num_workers:
@@ -98,18 +98,19 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlive_first_signal(worker: int) -> None:
-    """Make a process that reads images outlive the first signal, which may be meant for its group.
+def outlive_signals(worker: int) -> None:
+    """Make a process that reads images outlive signals, which may be meant for its group.
 
     Ctrl-C, and many a scheduler, signals the process that it reads for as well, which may still need the
-    images. If that one ends, this one does too.
+    images: to it, a second signal that came as it wrote a file is the same as one. If that one ends, this one
+    does too.
 
     Args:
         worker: its number, from ``DataLoader``.
     """
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
@@ -123,7 +124,7 @@ def _end_with(parent: int) -> None:
 
 @atexit.register
 def _kill_readers() -> None:
-    """Kill processes that still read when Python exits: it would send them one signal and wait for ever."""
+    """Kill processes that still read when Python exits: it would send them a signal and wait for ever."""
     readers = list(_readers)
     if readers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in this process

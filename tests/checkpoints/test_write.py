@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 import threading
 from types import SimpleNamespace
@@ -48,6 +49,14 @@ def put(model, tmp_path):
         write_slim(path, model, RECORD, dtypes=dtypes or {}, overwrite=overwrite, input_path=input_path)
 
     return run
+
+
+def abandoned(target):
+    """A temporary folder of ``target`` whose process was killed."""
+    with files.temporary_folder(target) as folder:
+        path = folder.rename(folder.with_name(folder.name[:-16] + secrets.token_hex(6) + ".tmp"))
+        (path / ".tmpHaLf").write_bytes(b"half")
+    return path
 
 
 def names(folder) -> list[str]:
@@ -264,9 +273,13 @@ def test_of_two_writers_one_wins_and_one_is_refused(put, tmp_path, monkeypatch, 
 
 def test_temporary_files_of_a_name_are_found_again_and_no_others(tmp_path):
     target = tmp_path / ("[a-z]*" + "x" * 200)
-    left = [files.temporary_path(target) for _ in range(2)]
-    others = [files.temporary_path(tmp_path / "b"), tmp_path / ".b.tmp", target]
-    for path in (*left, *others):
+    left = [abandoned(target) for _ in range(2)]
+    others = [abandoned(tmp_path / "b"), tmp_path / ".b.tmp", target]
+    for path in others[1:]:
         path.touch()
-    files.remove_temporaries(target)
+    with files.temporary_folder(target) as own:
+        assert set(tmp_path.iterdir()) == {own, *others}
+        files.remove_temporaries(target)
+        (own / "content").touch()  # a living process has it
+    assert not any(path.exists() for path in left)
     assert set(tmp_path.iterdir()) == set(others)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
 import mhacut
 from helpers.cli import run
 from helpers.programs import MAIN
@@ -168,3 +170,24 @@ def test_interrupt(programs, tiny_vit, tmp_path):
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+EARLY = """
+import builtins, signal
+import_ = builtins.__import__
+
+def interrupted(name, *rest, **more):
+    if name == "mhacut.cli.app":
+        signal.raise_signal(signal.SIGINT)
+    return import_(name, *rest, **more)
+
+builtins.__import__ = interrupted
+"""
+LATE_INTERRUPT = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)\n"
+
+
+@pytest.mark.parametrize(("when", "printed"), [(EARLY, False), (LATE_INTERRUPT, True)], ids=["early", "late"])
+def test_interrupts_before_and_after_the_work_are_quiet(programs, when, printed):
+    done = programs.run(when + MAIN, "--version")
+    assert (done.returncode, done.stderr) == (130, "")
+    assert bool(done.stdout) == printed

@@ -62,7 +62,8 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_end(
 @pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
 def test_what_a_killed_write_left_behind_is_removed(tune, finished, options):
     left = finished / ".state.pt.29043ad2701d.tmp"
-    left.write_bytes(b"half")
+    left.mkdir()
+    (left / "state.pt").write_bytes(b"half")
     resume(finished) if "resume" in options else tune(**options)
     assert not left.exists()
 

@@ -1,0 +1,38 @@
+"""Ctrl-C before and after a command's own work, when nothing is there that could be lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+INTERRUPTED = 130
+"""Exit code, as of a program that a shell sees end by SIGINT."""
+
+
+def quit_when_interrupted() -> None:
+    """Let Ctrl-C end the process at once, without a traceback, but within :func:`interruptible`.
+
+    Where SIGINT is ignored (a shell's background job), or somebody else handles it, nothing changes.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _quit)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C within the block, as Python does."""
+    ours = signal.getsignal(signal.SIGINT) is _quit
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, _quit)
+
+
+def _quit(number: int, frame: FrameType | None) -> None:
+    os._exit(INTERRUPTED)  # an exception would be caught, or printed, by whatever library is being imported
