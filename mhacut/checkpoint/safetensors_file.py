@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mhacut.checkpoint.header import DTYPES, TensorInfo
+from mhacut.checkpoint.untrusted_json import check_no_key_twice
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
@@ -28,6 +30,8 @@ def safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], di
     """
     where = show(path)
     header = _bounded_header(path, size)
+    if where != os.fspath(path):
+        raise CheckpointError(f"{where}: its name is not UTF-8, which reading safetensors needs; rename it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -35,6 +39,7 @@ def safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], di
             announced = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: {_explained(error, header, size)}") from None
+    check_no_key_twice(header.decode(), where)  # the library takes the last one
     if not announced:
         raise CheckpointError(f"{where}: holds no tensors")
     for name, (dtype, _) in announced.items():

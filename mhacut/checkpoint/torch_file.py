@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 import zipfile
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ from mhacut.checkpoint.training import statements
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
-_MAX_PICKLE_BYTES = 256 * 2**20
+_MAX_PICKLE_BYTES = 8 * 2**20
+"""Largest pickle. That of a training state of 10,000 tensors has 2 MB; each byte can make an object of 64."""
+_PICKLES_OF_LEGACY = 5
+"""Number of pickles that a file of torch before 1.6 begins with."""
+_MAX_TIMES_CLAIMED = 16
+"""Number of times that the tensors of a file, which may share storages, may claim its bytes."""
 _MAX_LISTED_BYTES = 4 * 2**20
 """Number of bytes of a refused pickle that are searched for names."""
 
@@ -37,6 +44,8 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
     where = show(path)
     if zipfile.is_zipfile(path) or _starts_as_zip(path):
         _check_zip(path, size)
+    elif size > _MAX_PICKLE_BYTES:
+        _check_legacy(path)
     checkpoint = _torch_load(path, "meta")
     part, state_dict = pick_part(where, checkpoint, asked)
     tensors: dict[str, TensorInfo] = {}
@@ -61,6 +70,9 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
         tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if not tensors:
         raise CheckpointError(f"{where}: holds no tensors")
+    claimed = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values())
+    if claimed > _MAX_TIMES_CLAIMED * size:
+        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
     return FileHeader(
         path,
         "torch",
@@ -107,6 +119,25 @@ def _check_zip(path: Path, size: int) -> None:
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(
             f"{where}: its pickle has {pickles[0].file_size} bytes, too many for a state dict"
+        )
+
+
+def _check_legacy(path: Path) -> None:
+    """Refuse a file that is no zip archive if its pickles, which are read as one, are too large.
+
+    They are followed opcode by opcode, without running them.
+    """
+    import pickletools
+
+    with open(path, "rb") as file:
+        start = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    with suppress(Exception):  # a broken pickle fails in every way, here as when it is loaded
+        for _ in range(_PICKLES_OF_LEGACY):
+            for _ in pickletools.genops(start):
+                pass
+    if start.tell() >= _MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{show(path)}: its pickles have more than {_MAX_PICKLE_BYTES} bytes, too many for a state dict"
         )
 
 

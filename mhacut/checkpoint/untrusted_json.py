@@ -30,12 +30,8 @@ def parse_json(text: str, where: str) -> Any:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{where}: key {twice!r:.100} appears twice")
-        return found
+        _check_keys(items, where)
+        return dict(items)
 
     def constant(name: str) -> NoReturn:
         raise CheckpointError(f"{where}: {name} is not JSON")
@@ -46,6 +42,22 @@ def parse_json(text: str, where: str) -> Any:
         raise CheckpointError(f"{where}: nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
         raise CheckpointError(f"{where}: not valid JSON ({error!s:.200})") from None
+
+
+def check_no_key_twice(text: str, where: str) -> None:
+    """Raise a :class:`CheckpointError` if an object in ``text``, which is known to be JSON, has a key twice.
+
+    Nothing of the document is kept.
+    """
+    json.loads(text, object_pairs_hook=lambda items: _check_keys(items, where))
+
+
+def _check_keys(items: list[tuple[str, Any]], where: str) -> None:
+    seen: set[str] = set()
+    for key, _ in items:
+        if key in seen:
+            raise CheckpointError(f"{where}: key {key!r:.100} appears twice")
+        seen.add(key)
 
 
 def plain_json(value: object, depth: int = 0) -> Any:

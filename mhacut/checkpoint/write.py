@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,33 @@ def write_slim(
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
+    write = slim_content(Path(path), model, record, dtypes)
+    write_whole(path, write, overwrite=overwrite, input_path=input_path)
+
+
+def slim_content(
+    target: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]
+) -> Callable[[Path], None]:
+    """Return a function that writes the slim file of ``model`` under the name it is given, and compares it.
+
+    Args:
+        target: name that the file is to get, for messages; in its directory space is needed.
+        model: the slim model.
+        record: the record to write with it.
+        dtypes: per tensor name the dtype to write it in.
+
+    Raises:
+        OutputError: a tensor does not fit its dtype, or is not finite.
+    """
     tensors = _as_stored(model, dtypes)
     metadata = {"format": "pt", METADATA_KEY: record.to_json()}
 
     def write(temporary: Path) -> None:
-        _check_space(Path(path), tensors, metadata)
+        _check_space(target, tensors, metadata)
         _save(temporary, tensors, metadata)
-        _compare(temporary, Path(path), tensors, record)
+        _compare(temporary, target, tensors, record)
 
-    write_whole(path, write, overwrite=overwrite, input_path=input_path)
+    return write
 
 
 def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:

@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from mhacut.errors import DataError
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 """A sample's key, and the part of the sample in the member, as webdataset splits names."""
+
+_MAX_LABEL_BYTES = 2**20
+"""Number of bytes that are read of a label, or of the json that holds it."""
 
 
 class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
@@ -45,14 +49,14 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
         for number, shard in enumerate(shards):
             try:
                 self._index(number, shard, image_endings, label_field)
-            except (tarfile.TarError, OSError) as error:
+            except (tarfile.TarError, OSError, RecursionError) as error:
                 raise DataError(f"{shard}: cannot be read as a tar file: {error}") from error
 
     def _index(self, number: int, shard: Path, image_endings: tuple[str, ...], label_field: str) -> None:
         # Members of one sample stand side by side.
         key, members = "", dict[str, tarfile.TarInfo]()
         with tarfile.open(shard, "r:") as tar:
-            for member in (*tar, None):
+            for member in (*_members(tar), None):
                 parts = None if member is None or not member.isfile() else _MEMBER.fullmatch(member.name)
                 if member is not None and parts is None:
                     continue
@@ -78,7 +82,7 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
         label = -1
         if ending in members:
             held = tar.extractfile(members[ending])
-            text = b"" if held is None else held.read()
+            text = b"" if held is None else held.read(_MAX_LABEL_BYTES)
             try:
                 label = int(json.loads(text)[label_field] if label_field else text)
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -102,6 +106,16 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
         with open(self.shards[number], "rb") as shard:
             shard.seek(offset)
             return io.BytesIO(shard.read(size)), self.targets[index]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a shard, each of which must lie behind the one before, or there is no end."""
+    end = 0
+    for member in tar:
+        if member.size < 0 or member.offset_data < end:
+            raise tarfile.ReadError(f"member {member.name!r:.100} lies before the one that precedes it")
+        end = member.offset_data
+        yield member
 
 
 def by_index(opened: Any) -> ShardedSamples | None:

@@ -15,7 +15,7 @@ from torch import nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
 from mhacut.checkpoint.provenance import stated_license
-from mhacut.checkpoint.write import write_slim
+from mhacut.checkpoint.write import slim_content
 from mhacut.data import Preprocessing
 from mhacut.errors import OutputError, option_name
 from mhacut.exporting.card import model_card
@@ -83,7 +83,7 @@ def write_folder(
         if loaded.record is None:
             _save_plain(folder / WEIGHTS, model, DTYPES[options.dtype])
         else:
-            write_slim(folder / WEIGHTS, model, loaded.record, dtypes=dtypes, overwrite=True, input_path=None)
+            slim_content(target, model, loaded.record, dtypes)(folder / WEIGHTS)
         card = model_card(source, loaded, preprocessing, options.license)
         (folder / CARD).write_text(card, encoding="utf-8")
         opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)

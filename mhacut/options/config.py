@@ -16,7 +16,9 @@ from mhacut.limits import is_int, is_number
 from mhacut.options.base import PathLike
 from mhacut.options.option import Option, unknown_option
 
-_MAX_BYTES = 2**20
+_MAX_BYTES = 2**16
+_MAX_VALUES = 10_000
+"""Largest number of values in a file, those that aliases repeat counted each time."""
 
 
 def read_config(
@@ -42,8 +44,9 @@ def read_config(
         raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
     try:
         document = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: is not YAML: {error}") from None
+    except Exception as error:  # tags that do not fit their values fail in any way
+        raise UsageError(f"{where}: is not YAML: {error!s:.500}") from None
+    _check_size(document, where)
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -65,6 +68,27 @@ def read_config(
             raise UsageError(f"{where}: {name!r} appears twice, in two spellings")
         values[name] = convert(value, options[name].type, f"{where}: {key}")
     return values
+
+
+def _check_size(document: object, where: str) -> None:
+    """Raise a :class:`UsageError` if aliases make a document refer to itself, or large."""
+    sizes: dict[int, int | None] = {}
+
+    def size(value: object) -> int:
+        if not isinstance(value, dict | list | tuple | set):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = None
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size, parts))
+        found = sizes[id(value)]
+        if found is None:
+            raise UsageError(f"{where}: an alias refers to what it stands in")
+        if found > _MAX_VALUES:
+            raise UsageError(f"{where}: aliases make it more than {_MAX_VALUES} values; expected a few lines")
+        return found
+
+    size(document)
 
 
 def convert(value: object, kind: Any, where: str) -> Any:

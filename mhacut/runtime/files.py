@@ -41,6 +41,8 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
     target = Path(path)
     if not target.name or str(path).endswith(("/", os.sep)):
         raise OutputError(f"{show(path)}: expected the name of a file to write, found a directory's")
+    if target.suffix == ".safetensors" and show(path) != os.fspath(path):
+        raise OutputError(f"{show(path)}: is not UTF-8, which safetensors needs; choose another name")
     _check_not_input(target, input_path)
     if os.path.lexists(target):
         _check_replaceable(target, overwrite)

@@ -1,0 +1,474 @@
+"""Bad inputs through the command line: refused with what to do, nothing written, the input untouched.
+
+Numbers are those of docs/bad_inputs.md, which names the tests of all others.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from helpers.cli import FAST, run
+from helpers.data import write_split
+from mhacut.checkpoint.load import open_checkpoint
+from mhacut.checkpoint.record import METADATA_KEY
+from mhacut.runtime import files
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Everything under ``folder``, with the bytes of each file."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        kind = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "other"
+        found[str(path.relative_to(folder))] = kind
+    return found
+
+
+def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
+    """The message of a command that is refused, and that leaves everything under ``folder`` as it is."""
+    before = tree(folder)
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    assert "Traceback" not in result.stderr
+    assert all(char == "\n" or char.isprintable() for char in result.stderr)
+    assert tree(folder) == before
+    return result.stderr
+
+
+def header(document: object, data: bytes = b"") -> bytes:
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def torch_file(value: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def torchscript() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), buffer)
+    return buffer.getvalue()
+
+
+ONE = {"a": entry()}
+TWICE = json.dumps({"a": entry(), "b": entry()}).replace('"b"', '"a"').encode()
+BOMB = {"m/data.pkl": b"\x80\x02N.", "m/data/0": bytes(10**6)}
+TENSOR = torch.ones(2)
+FILES = {
+    "3 empty": (b"", "file is empty (0 bytes)"),
+    "5 cut in the header": (struct.pack("<Q", 5000) + b"{}", "the header says 5000 bytes, the file has 2"),
+    "6 cut in the data": (header(ONE, b"1234"), "truncated: 4 of 8 bytes of weights"),
+    "7 trailing bytes": (header(ONE, b"0" * 11), "3 unexpected bytes after the last tensor"),
+    "8 header of 2^63 bytes": (struct.pack("<Q", 2**63) + b"{}", "would be 9223372036854775808 bytes"),
+    "8 header of 200 MB": (struct.pack("<Q", 2 * 10**8) + b"{}", "at most 100000000 are allowed"),
+    "9 git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+    "10 HTML": (b"\n <!DOCTYPE html><html>", "this is an HTML page, not a checkpoint"),
+    "13 text": (b"just some text, too long to be small", "not a checkpoint: neither safetensors nor"),
+    "14 truncated zip": (torch_file({"a": TENSOR})[:-99], "truncated, or not a torch checkpoint"),
+    "15 plain zip": (zipped({"../evil.txt": b"x"}), "a zip file, but not a torch checkpoint"),
+    "16 TorchScript": (torchscript, "TorchScript archives are not supported; save the state dict"),
+    "16 tar": (bytes(257) + b"ustar" + bytes(250), "this is a tar archive (a very old torch format)"),
+    "18 pickled model": (lambda: torch_file(nn.Linear(2, 2)), "contains a pickled model or other objects"),
+    "19 numpy scalars": (torch_file({"a": TENSOR, "best": np.float64(3)}), "save them as float(x)"),
+    "20 zip bomb": (zipped(BOMB, zipfile.ZIP_DEFLATED), "compressed torch files are not supported"),
+    "20 shared storage": (
+        torch_file({str(n): tensor for n, tensor in enumerate(torch.ones(999).expand(99, 999))}),
+        "its tensors claim 395604 bytes, the whole file has",
+    ),
+    "21 overlap": (header({**ONE, "b": entry(offsets=(4, 12))}, b"0" * 12), "damaged safetensors header"),
+    "21 negative": (header({"a": entry(offsets=(-8, 0))}), "damaged safetensors header"),
+    "21 overflow": (header({"a": entry(shape=(2**40, 2**40))}), "damaged safetensors header"),
+    "21 unknown dtype": (header({"a": entry("X9")}), "damaged safetensors header"),
+    "21 deep": (header(b'{"a":' * 100_000), "damaged safetensors header"),
+    "22 tensor twice": (header(TWICE, b"0" * 8), "key 'a' appears twice"),
+    "22 metadata twice": (
+        header(json.dumps({"__metadata__": {"n": "", "m": ""}}).replace('"m"', '"n"').encode()),
+        "key 'n' appears twice",
+    ),
+    "23 tensors": (header({key: {"dtype": 0} for key in range(100_001)}), "100001 tensors, expected at most"),
+    "24 names": (header({"\x1b[2J\u202e[red]": entry("C64", (1,))}, bytes(8)), r"'\x1b[2J\u202e[red]'"),
+    "34 list": (torch_file([TENSOR]), "expected a dict of tensors, found list"),
+    "34 tensor": (torch_file(TENSOR), "expected a dict of tensors, found Tensor"),
+    "34 nothing": (torch_file({"state_dict": None}), "expected a dict of tensors, found None"),
+    "34 numbers": (torch_file({1: TENSOR}), "expected tensor names, found key 1"),
+    "35 number": (torch_file({"a": TENSOR, "epoch": 3}), "'epoch' is a int, expected a tensor"),
+    "40 float8": (header({"a": entry("F8_E4M3", (8,))}, bytes(8)), "quantised or complex weights"),
+    "40 complex": (torch_file({"a": TENSOR.cfloat()}), "sparse or complex weights are not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_no_checkpoints(tmp_path, case):
+    content, says = FILES[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content() if callable(content) else content)
+    message = refusal(tmp_path, "prune", path, "--flops", "50%", "-o", tmp_path / "out.safetensors")
+    assert message.startswith(f"error: {path}: ")
+    assert says in message
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy"])
+def test_pickles_that_are_much_larger_than_those_of_weights(tmp_path, monkeypatch, how):  # 20
+    monkeypatch.setattr("mhacut.checkpoint.torch_file._MAX_PICKLE_BYTES", 2**10)
+    path, bomb = tmp_path / "model.pth", b"\x80\x02]" + b"]" * 2**11 + b"."
+    path.write_bytes(zipped({"m/data.pkl": bomb}) if how == "zip" else bomb)
+    message = refusal(tmp_path, "inspect", path)
+    assert "bytes, too many for a state dict" in message
+    weights = {str(number): torch.ones(1) for number in range(3)}
+    path.write_bytes(torch_file(weights, _use_new_zipfile_serialization=False) + bytes(2**12))
+    assert "too many" not in refusal(tmp_path, "inspect", path)
+
+
+def test_paths_that_are_no_files(tmp_path, monkeypatch, tiny_vit):  # 1, 2, 4
+    def prune(name):
+        return refusal(tmp_path, "prune", tmp_path / name, "--flops", "50%", "-o", tmp_path / "o.safetensors")
+
+    assert f"no such file: {tmp_path / 'none'}" in prune("none")
+    folder = tmp_path / "dir.safetensors"
+    folder.mkdir()
+    assert "is a directory without a config.json" in prune(folder.name)
+    (folder / "model.safetensors").write_bytes(tiny_vit.path.read_bytes())
+    assert "it holds model.safetensors: give that file, and --model NAME" in prune(folder.name)
+    os.mkfifo(tmp_path / "fifo")
+    assert "is not a regular file (a device, pipe or socket)" in prune("fifo")
+    assert "is not a regular file" in refusal(tmp_path, "inspect", "/dev/null")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot be opened: Too many levels of symbolic links" in prune("loop")
+    (tmp_path / "secret").write_bytes(b"x")
+    (tmp_path / "secret").chmod(0)
+    if os.geteuid() == 0:  # who may read anything
+        monkeypatch.setattr("mhacut.runtime.inputs.os.access", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: b"")  # nor may the test read it
+        assert "no permission to read it" in prune("secret")
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
+def test_code_in_a_pickle_is_listed_not_run(tmp_path, how):  # 17
+    hostile, path = Hostile(str(tmp_path / "ran")), tmp_path / "model.pth"
+    if how == "raw pickle":
+        path.write_bytes(pickle.dumps({"b": hostile}))
+    else:
+        wrapped = {"a": TENSOR, "b": hostile}
+        path.write_bytes(torch_file(wrapped, _use_new_zipfile_serialization=how == "zip"))
+    message = refusal(tmp_path, "inspect", path)
+    assert "mkdir); nothing was run. If you trust where it comes from, convert it" in message
+
+
+def test_names_in_an_index_are_not_followed(tmp_path):  # 25
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    for name in ("../../x", "/etc/passwd"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        assert "the files that model.safetensors.index.json lists are missing" in refusal(
+            tmp_path, "inspect", folder
+        )
+
+
+def stating(slim: Path, path: Path, change) -> Path:
+    """A copy of a slim file that states something else."""
+    document = json.loads(open_checkpoint(slim).header.metadata[METADATA_KEY])
+    change(document)
+    save_file(load_file(slim), path, {METADATA_KEY: json.dumps(document)})
+    return path
+
+
+LIES = {
+    "26 index": (lambda d: d["plan"][0]["kept"][0].append(10**6), "must lie in 0..15"),
+    "26 widths": (lambda d: d["layers"].clear(), "the widths in layers and the plan disagree"),
+    "26 heads": (lambda d: d["model_args"].update(num_heads=10**9), "numbers may reach 1000000"),
+    "26 depth": (lambda d: d["model_args"].update(depth=10**6), "out of all proportion"),
+    "26 nesting": (lambda d: d.update(history=json.loads("[" * 99 + "]" * 99)), "nested too deeply"),
+    "27 module": (lambda d: d.update(architecture="os.system"), "expected the name of a timm model"),
+    "27 class": (lambda d: d["model_args"].update(norm_layer="os.system"), "norm_layer"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_metadata_that_lies(slim, tmp_path, case):
+    change, says = LIES[case]
+    path = stating(slim, tmp_path / "slim.safetensors", change)
+    message = refusal(tmp_path, "prune", path, "--flops", "50%", "-o", tmp_path / "out.safetensors")
+    assert message.startswith(f"error: {path}: ")
+    assert says in message
+
+
+def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
+    def inspect(tensors, *flags):
+        save_file(tensors, tmp_path / "model.safetensors")
+        return refusal(tmp_path, "inspect", tmp_path / "model.safetensors", *flags)
+
+    own, flags = load_file(tiny_vit.path), tiny_vit.flags[1:]
+    message = inspect(own, "--model", "vit_tiny_patch16_225")
+    assert "timm has no model 'vit_tiny_patch16_225'; did you mean vit_tiny_patch16_224" in message
+    convolutions = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    assert "tensors do not fit resnet18" in inspect(convolutions, "--model", "resnet18")
+    missing = dict(own)
+    del missing["norm.weight"]
+    message = inspect({**missing, "extra": TENSOR}, *flags)
+    assert "1 missing, 1 unexpected, 0 of another shape" in message
+    assert "'norm.weight'" in message
+    message = inspect({name: tensor for name, tensor in own.items() if "blocks.1" not in name}, *flags)
+    assert "12 missing" in message
+    smaller = {**own, "blocks.0.attn.qkv.weight": torch.ones(100, 48)}
+    assert "expected [144, 48], found [100, 48]" in inspect(smaller, *flags)
+    assert "img_size" in inspect(own, *flags, "--model-arg", "img_size=64")
+
+
+def test_attention_that_is_not_known(tiny_vit, monkeypatch):  # 29, 30
+    model = ["--model", "resnet18"]
+    result = run("inspect", "timm:resnet18", *model, env={"HF_HUB_OFFLINE": "1"})
+    assert result.exit_code == 1
+    monkeypatch.setattr("mhacut.surgery.find.adapter_for", lambda module: None)
+    result = run("inspect", *tiny_vit.flags)
+    assert result.exit_code == 1
+    assert "attention class not supported: timm.layers.attention.Attention (first at" in result.stderr
+    assert "`mhacut models` lists what can be cut" in result.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(tiny_vit, tmp_path, value):  # 38
+    tensors = load_file(tiny_vit.path)
+    tensors["blocks.1.attn.proj.bias"][3:5] = value
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    message = refusal(
+        tmp_path,
+        "prune",
+        path,
+        *tiny_vit.flags[1:],
+        "--flops",
+        "50%",
+        "-o",
+        tmp_path / "o.safetensors",
+        *FAST,
+    )
+    assert "1 tensors hold NaN or infinite values: 'blocks.1.attn.proj.bias' (2 of 48)" in message
+
+
+def test_integers_for_weights(tiny_vit, tmp_path):  # 40
+    tensors = load_file(tiny_vit.path)
+    path = tmp_path / "model.safetensors"
+    save_file({**tensors, "norm.weight": tensors["norm.weight"].to(torch.int8)}, path)
+    message = refusal(tmp_path, "prune", path, *tiny_vit.flags[1:], "--flops", "50%", *FAST)
+    assert "quantised or complex weights are not supported: 1 tensors are not of the kind" in message
+
+
+def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41, 43
+    """Wrapped, with a prefix, in mixed dtypes, tied, strided, under the wrong suffix; then pruned again."""
+    own = load_file(tiny_vit.path)
+    tied = own["blocks.0.norm1.weight"].half()
+    odd = {f"module.{name}": tensor.half() if "blocks.0" in name else tensor for name, tensor in own.items()}
+    odd |= {"module.blocks.0.norm1.weight": tied, "module.blocks.0.norm2.weight": tied}
+    odd["module.head.weight"] = own["head.weight"].t().contiguous().t().bfloat16()
+    path = tmp_path / "odd.safetensors"
+    torch.save({"state_dict": odd, "epoch": 3}, path)
+    before = path.read_bytes()
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    result = run("prune", path, *tiny_vit.flags[1:], "--flops", "80%", "-o", out, *FAST)
+    assert result.exit_code == 0, result.stderr
+    for note in ("state_dict", "module.", "content is a torch file, in spite of its name", "num_classes 7"):
+        assert note in result.stderr
+    stored = load_file(out)
+    assert stored["blocks.0.attn.qkv.weight"].dtype == torch.float16
+    assert stored["norm.weight"].dtype == torch.float32
+    assert stored["head.weight"].dtype == torch.bfloat16
+    result = run("prune", out, "--flops", "90%", "-o", again, *FAST)
+    assert result.exit_code == 0, result.stderr
+    assert len(open_checkpoint(again).record.history) == 2
+    assert path.read_bytes() == before
+    again.rename(tmp_path / "again.pth")
+    result = run("inspect", tmp_path / "again.pth")
+    assert result.exit_code == 0, result.stderr
+    assert "content is safetensors, in spite of its name" in result.stderr
+
+
+def fail_with(number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def export_of(slim: Path, out: Path) -> list[object]:
+    return ["export", slim, "--format", "timm", "-o", out]
+
+
+def report_of(slim: Path, out: Path) -> list[object]:
+    return ["inspect", slim, "--html", out]
+
+
+WRITERS = {"export": (export_of, "out"), "inspect": (report_of, "out.html")}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("command", WRITERS)
+def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number):  # 48
+    arguments, name = WRITERS[command]
+    monkeypatch.setattr(files, "sync", fail_with(number))
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name))
+    assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
+
+
+def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def vanish(_):
+        for path in sorted(place.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        place.rmdir()
+
+    monkeypatch.setattr(files, "sync", vanish)
+    result = run("inspect", slim, "--html", place / "out.html")
+    assert result.exit_code == 1
+    assert "out.html: cannot be written: No such file or directory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command):  # 49
+    arguments, name = WRITERS[command]
+    monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(signal.SIGINT))
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
+    assert message.endswith("interrupted; nothing was left half written\n")
+
+
+def test_a_name_that_is_taken_meanwhile(slim, tmp_path, monkeypatch):  # 50
+    out = tmp_path / "out.html"
+    monkeypatch.setattr(files, "sync", lambda _: out.write_bytes(b"of another run"))
+    result = run("inspect", slim, "--html", out)
+    assert result.exit_code == 1
+    assert "was created by someone else meanwhile; choose another name, or --overwrite" in result.stderr
+    assert tree(tmp_path) == {"out.html": b"of another run"}
+
+
+def test_the_input_is_no_output(slim, tmp_path):  # 47
+    source = tmp_path / "slim.safetensors"
+    source.write_bytes(slim.read_bytes())
+    os.link(source, tmp_path / "hard.onnx")
+    (tmp_path / "link.html").symlink_to(source)
+    for arguments in (
+        ["export", source, "-o", tmp_path / "hard.onnx", "--overwrite"],
+        ["export", source, "--format", "timm", "-o", source, "--overwrite"],
+        ["inspect", source, "--html", tmp_path / "link.html", "--overwrite"],
+    ):
+        message = refusal(tmp_path, *arguments)
+        assert "is the input" in message or "is a file; --format timm writes a folder" in message
+
+
+def evaluate(slim: Path, folder: Path, *more: object) -> str:
+    return refusal(folder, "evaluate", slim, "--data-dir", folder, "-j", "0", *more)
+
+
+def test_folders_of_images_that_are_not_meant(slim, tmp_path):  # 51 to 53
+    assert "no such directory (--data-dir)" in refusal(
+        tmp_path, "evaluate", slim, "--data-dir", tmp_path / "none"
+    )
+    classes = [f"class{number}" for number in range(7)]
+    write_split(tmp_path / "train", classes, 1)
+    assert "no split 'val'; folders there: train. Choose one with --val-split" in evaluate(slim, tmp_path)
+    write_split(tmp_path / "val", classes[:6], 1)
+    assert "6 class folders" in evaluate(slim, tmp_path)
+    (tmp_path / "val" / "class6").mkdir()
+    message = evaluate(slim, tmp_path)
+    assert "class folders without images: class6; " in message
+    assert "--class-map" in message
+
+
+def test_images_that_cannot_be_read(slim, tmp_path):  # 54
+    classes = [f"class{number}" for number in range(7)]
+    write_split(tmp_path / "val", classes, 1)
+    whole = (tmp_path / "val" / "class0" / "0.png").read_bytes()
+    bad = {
+        "cut.png": whole[: len(whole) // 2],
+        "text.jpg": b"no image",
+        "huge.png": lying_png(60_000, 60_000),
+        "lies.png": lying_png(8_000, 8_000),
+    }
+    for name, content in bad.items():
+        (tmp_path / "val" / "class0" / name).write_bytes(content)
+    message = evaluate(slim, tmp_path)
+    assert "4 of 11 images cannot be read" in message
+    Image.new("CMYK", (40, 40)).save(tmp_path / "val" / "class1" / "cmyk.jpg")
+    Image.new("P", (40, 40)).save(tmp_path / "val" / "class1" / "palette.png")
+    Image.new("I;16", (40, 40)).save(tmp_path / "val" / "class1" / "16 bits.png")
+    for name in bad:
+        (tmp_path / "val" / "class0" / name).unlink()
+    result = run("evaluate", slim, "--data-dir", tmp_path, "-j", "0", "--json")
+    assert json.loads(result.stdout)["images"] == 10
+
+
+def lying_png(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and holds next to nothing."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 30))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + pixels + chunk(b"IEND", b"")
+
+
+def test_a_device_that_is_not_there(slim, images, tmp_path):  # 55
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    message = refusal(tmp_path, "evaluate", slim, "--data-dir", images, "--device", "cuda")
+    assert "--device cuda: this machine has no usable CUDA GPU; use auto or cpu" in message
+
+
+def test_narrow_terminals_and_odd_names(slim, tmp_path):  # 58
+    path = tmp_path / "a [red] \u6f22.safetensors"
+    path.write_bytes(slim.read_bytes())
+    result = run("inspect", path, env={"COLUMNS": "20"})
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == run("inspect", path).stdout
+    missing = refusal(tmp_path, "inspect", tmp_path / os.fsdecode(b"no [red] \xff"))
+    assert "no [red] \ufffd" in missing
+    path.rename(tmp_path / os.fsdecode(b"[red] \xff.safetensors"))
+    message = refusal(tmp_path, "inspect", tmp_path / os.fsdecode(b"[red] \xff.safetensors"))
+    assert "[red] \ufffd.safetensors: its name is not UTF-8, which reading safetensors needs" in message
+    undecodable = tmp_path / os.fsdecode(b"[red] \xff.safetensors")
+    before = ["prune", slim, "--flops", "90%", *FAST, "-o", undecodable, "--overwrite"]
+    assert "is not UTF-8, which safetensors needs; choose another" in refusal(tmp_path, *before)
