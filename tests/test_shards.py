@@ -159,3 +159,43 @@ def test_compressed_shards_stay_a_stream(tmp_path):
     assert isinstance(
         open_named(DataOptions(data_dir=root, dataset=NAME), "val", 7, check_classes=True), IterableDataset
     )
+
+
+def member(name: str, size: int, content: bytes = b"", kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header that may say anything of its size, and content."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = size, kind
+    return entry.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        member("a.png", 512, bytes(512)) + member("b.png", -1024),  # back to itself, for ever
+        member("a.png", -(2**60)),
+        member("a.png", 2**60),
+        member("a.png", 4, b"data") + member("a.cls", 2**62, b"1"),
+        member("a.png", -1024, kind=tarfile.XHDTYPE) * 2,
+        member("a.png", 2**62, kind=tarfile.GNUTYPE_LONGNAME) * 2,
+        member("a.png", 4, b"data") + member("a.cls", 2**30, b"1" * 2**11),
+    ],
+)
+def test_shards_that_lie_about_sizes_are_refused_in_no_time(tmp_path, content):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content + bytes(1024))
+    with pytest.raises(DataError, match=r"a\.tar: "):
+        ShardedSamples([path], ("png",), "")
+
+
+def test_members_outside_and_links_are_neither_followed_nor_unpacked(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "a.tar").write_bytes(
+        member("../evil.png", 4, b"evil") + member("../evil.cls", 1, b"2")
+        + member("/etc/b.png", 0, kind=tarfile.SYMTYPE) + bytes(1024)
+    )  # fmt: skip
+    samples = ShardedSamples([inside / "a.tar"], ("png",), "")
+    assert [(source.read(), label) for source, label in map(samples.__getitem__, range(len(samples)))] == [
+        (b"evil", 2)
+    ]
+    assert list(tmp_path.rglob("*")) == [inside, inside / "a.tar"]

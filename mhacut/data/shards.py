@@ -22,6 +22,8 @@ from mhacut.errors import DataError
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 """A sample's key, and the part of the sample in the member, as webdataset splits names."""
 
+_DAMAGED = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+"""Exceptions of :mod:`tarfile` for files that are damaged, or lie about the sizes of their members."""
 _MAX_LABEL_BYTES = 2**20
 """Number of bytes that are read of a label, or of the json that holds it."""
 
@@ -49,7 +51,7 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
         for number, shard in enumerate(shards):
             try:
                 self._index(number, shard, image_endings, label_field)
-            except (tarfile.TarError, OSError, RecursionError) as error:
+            except _DAMAGED as error:
                 raise DataError(f"{shard}: cannot be read as a tar file: {error}") from error
 
     def _index(self, number: int, shard: Path, image_endings: tuple[str, ...], label_field: str) -> None:

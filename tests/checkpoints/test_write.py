@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mhacut.checkpoint import write
@@ -19,7 +20,7 @@ from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
-from mhacut.runtime import files
+from mhacut.runtime import files, tensor_file
 from mhacut.runtime.files import check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
@@ -211,6 +212,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(put, tmp_path, monkeypa
         assert str(error.value) == f"{path}: cannot be written: No space left on device"
     assert path.read_text() == "old"
     assert names(tmp_path) == ["slim.safetensors"]
+
+
+def test_a_disk_that_the_library_finds_full_is_an_error_like_any_other(put, tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.with_name(".tmpHaLf").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_file, "save_file", fail)
+    with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: No space left on device$"):
+        put(tmp_path / "slim.safetensors")
+    assert names(tmp_path) == []
+
+
+def test_new_directories_are_flushed_too(put, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "sync", flushed.append)
+    put(tmp_path / "new" / "deep" / "slim.safetensors")
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "deep"} < set(flushed)
+    assert [path.name for path in flushed].index("slim.safetensors") < flushed.index(
+        tmp_path / "new" / "deep"
+    )
 
 
 def test_a_full_disk_is_seen_before_writing(put, tmp_path, monkeypatch):

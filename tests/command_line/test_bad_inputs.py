@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.cli import FAST, run
-from helpers.data import write_split
+from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.runtime import files
@@ -437,18 +437,6 @@ def test_images_that_cannot_be_read(slim, tmp_path):  # 54
         (tmp_path / "val" / "class0" / name).unlink()
     result = run("evaluate", slim, "--data-dir", tmp_path, "-j", "0", "--json")
     assert json.loads(result.stdout)["images"] == 10
-
-
-def lying_png(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and holds next to nothing."""
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 30))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + pixels + chunk(b"IEND", b"")
 
 
 def test_a_device_that_is_not_there(slim, images, tmp_path):  # 55

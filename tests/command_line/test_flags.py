@@ -253,6 +253,12 @@ def test_what_only_the_command_line_takes_is_said(tmp_path):
     assert "command line only, --json" in result.stderr
 
 
+def aliases(depth: int) -> str:
+    """A list of lists of lists, each nine times the one before."""
+    levels = [f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(depth)]
+    return f"[{', '.join(levels)}]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -269,6 +275,11 @@ def test_what_only_the_command_line_takes_is_said(tmp_path):
         ("- 1", "expected lines of NAME: VALUE, found list"),
         ("a: [", "is not YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+        ("a: !!timestamp x", "is not YAML"),
+        ("a: " + "[" * 900, "is not YAML"),
+        ("output: " + aliases(12), "aliases make it more than 10000 values; expected a few lines"),
+        ("model-args: &a {b: *a}", "an alias refers to what it stands in"),
+        ("a: " + "x" * 2**16, "is larger than 65536 bytes; expected a few lines of YAML"),
     ],
 )
 def test_config_errors_name_file_and_key(tmp_path, text, message):

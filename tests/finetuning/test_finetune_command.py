@@ -19,6 +19,7 @@ from helpers.finetuning import same, weights
 from helpers.jobs import Recorder
 from mhacut.commands import finetune as run_module
 from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.finetuning.training import Trainer
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
 
@@ -93,6 +94,29 @@ def test_the_command_refuses(slim, images, tmp_path):
     bad = run("finetune", slim, "--config", tmp_path / "bad.yaml")
     assert bad.exit_code == 2
     assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
+
+
+def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda self, number, batches: (float("nan"), 12))
+    given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
+    result = run(*given, "--steps", "2")
+    assert result.exit_code == 1
+    assert "loss became nan at step 1 of 2" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
+
+
+def test_the_command_goes_on_with_its_own_inputs_only(finished, tiny_vit, images, tmp_path):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    for flags, code, message in (
+        (["-b", "6"], 1, "images per step (12, now 6)"),
+        (["--lr", "0.5"], 2, "--lr 0.5: the run in"),
+        (["--epochs", "9"], 2, "was started with 2; leave it out, or start another run"),
+    ):
+        result = run("finetune", "--resume", finished, *flags)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert message in result.stderr
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

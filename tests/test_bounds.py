@@ -1,0 +1,116 @@
+"""Hostile files take bounded memory and time, which a process of their own measures."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from helpers.data import lying_png, write_split
+from mhacut.checkpoint.record import MAX_RECORD_CHARS
+
+MEASURED = """
+import resource, sys
+from contextlib import suppress
+from mhacut.cli.app import app
+
+def usage():
+    found = resource.getrusage(resource.RUSAGE_SELF)
+    return found.ru_maxrss / 1024, found.ru_utime + found.ru_stime
+
+memory, spent = usage()
+code = 0
+try:
+    app(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+after, total = usage()
+print(code, after - memory, total - spent)
+"""
+
+
+def header(text: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def many_tensors(count: int) -> bytes:
+    text = {f"blocks.{n}.attn.qkv.weight": _entry(4 * n) for n in range(count)}
+    return header(json.dumps(text).encode(), bytes(4 * count))
+
+
+def _entry(start: int) -> dict:
+    return {"dtype": "F32", "shape": [1], "data_offsets": [start, start + 4]}
+
+
+def deep_metadata() -> bytes:
+    nested = '{"a":' * (MAX_RECORD_CHARS // 5)
+    return header(json.dumps({"__metadata__": {"mhacut": nested}, "a": _entry(0)}).encode(), bytes(4))
+
+
+def wide_metadata() -> bytes:
+    nothing = f"[{','.join(['[]'] * (MAX_RECORD_CHARS // 3 - 9))}]"
+    return header(json.dumps({"__metadata__": {"mhacut": nothing}, "a": _entry(0)}).encode(), bytes(4))
+
+
+def pickled(count: int) -> bytes:
+    return b"\x80\x02]" + b"]" * count + b"."
+
+
+def inflating() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02N.")
+        archive.writestr("m/data/0", bytes(2**28))
+    return buffer.getvalue()
+
+
+def shared() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({str(n): tensor for n, tensor in enumerate(torch.ones(2**20).expand(2000, 2**20))}, buffer)
+    return buffer.getvalue()
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[], bytes], int, int]] = {
+    "500,000 tensors": (lambda: many_tensors(500_000), 100, 2),
+    "100,000 tensors": (lambda: many_tensors(100_000), 400, 10),
+    "header of 100 MB of spaces": (lambda: header(b"{" + b" " * 99_999_998 + b"}"), 400, 5),
+    "the deepest metadata": (deep_metadata, 200, 5),
+    "the widest metadata": (wide_metadata, 1000, 5),
+    "pickle of 2 MB of lists": (lambda: pickled(2**21), 250, 10),
+    "pickle of 64 MB of lists": (lambda: pickled(64 * 2**20), 100, 10),
+    "zip of 256 MB in 1": (inflating, 50, 2),
+    "2,000 tensors of one storage": (shared, 50, 2),
+}
+"""Content of a checkpoint, the MB that it may take, and the seconds of CPU time."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints(programs, tmp_path, case):
+    make, megabytes, seconds = CHECKPOINTS[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(make())
+    measure(programs, megabytes, seconds, "inspect", path)
+
+
+def measure(programs, megabytes: int, seconds: int, *arguments: object) -> None:
+    done = programs.run(MEASURED, *arguments)
+    code, memory, spent = map(float, done.stdout.split())
+    print(f"{memory:.0f} MB, {spent:.1f} s: {done.stderr.strip():.200}")
+    assert code in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert memory < megabytes
+    assert spent < seconds
+
+
+@pytest.mark.slow
+def test_images_that_say_they_are_large(programs, slim_of, tmp_path):
+    write_split(tmp_path / "val", [str(n) for n in range(5)], 1)
+    (tmp_path / "val" / "0" / "lies.png").write_bytes(lying_png(13_000, 13_000))
+    (tmp_path / "val" / "0" / "huge.png").write_bytes(lying_png(60_000, 60_000))
+    measure(programs, 700, 10, "evaluate", slim_of("vit"), "--data-dir", tmp_path, "-j", "0")
