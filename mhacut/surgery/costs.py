@@ -9,20 +9,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch import nn
 
 from mhacut.adapters.base import Layer
 from mhacut.errors import UnsupportedModelError
-from mhacut.plan import UnitKey, UnitKind, UnitPlan
+from mhacut.plan import UnitKey, UnitKind
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_flops, measure_flops, take_weights
-from mhacut.surgery.merging import class_attention, prefix_attended
-from mhacut.surgery.slice import slice_layer
+from mhacut.surgery.merging import prefix_attended
+from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,8 @@ def build_cost_table(
     Raises:
         UnsupportedModelError: an operator cannot be counted, or the FLOPs are no such polynomial.
     """
-    calls: dict[str, list[_Call]] = {layer.name: [] for layer in prunable.layers}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
-        for name, recorded in calls.items()
-    ]
-    try:
+    with recorded_calls(model, [layer.name for layer in prunable.layers]) as calls:
         dense = measure_flops(model, input_size)
-    finally:
-        for handle in handles:
-            handle.remove()
     costs: list[LayerCost] = []
     for layer in prunable.layers:
         module, prefix = model.get_submodule(layer.name), prefix_attended(model, layer.name)
@@ -123,9 +113,9 @@ _FITTED: OrderedDict[tuple[Any, ...], Polynomial] = OrderedDict()
 _REMEMBERED = 1024
 
 
-def _fitted(module: nn.Module, layer: Layer, call: _Call, prefix: int | None) -> Polynomial:
+def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> Polynomial:
     """FLOPs of one run of a layer; counted once for all that are alike."""
-    key = (_likeness(module), repr(call), prefix, next(module.parameters()).is_meta)
+    key = (likeness(module), repr(call), prefix, next(module.parameters()).is_meta)
     if key not in _FITTED:
         count = _LayerCounter(module, layer, call, prefix)
         _FITTED[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
@@ -135,86 +125,10 @@ def _fitted(module: nn.Module, layer: Layer, call: _Call, prefix: int | None) ->
     return _FITTED[key]
 
 
-@dataclass(frozen=True)
-class _Zeros:
-    """Stand-in for a tensor of which only the shape matters."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of one run of a layer, tensors as :class:`_Zeros`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def _recorder(calls: list[_Call]) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(_Call(*tree_map(_shape_only, (args, kwargs))))
-
-    return hook
-
-
-def _shape_only(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if leaf.dim() == 0 and not leaf.is_floating_point():  # a size, which is a tensor while torch traces
-        return int(leaf)
-    return _Zeros(tuple(int(size) for size in leaf.shape), leaf.dtype)
-
-
-class _Replay(nn.Module):
-    """One recorded call of a layer, as a module whose inputs are the tensors of that call.
-
-    With a ``prefix`` it computes what the block around the layer does with the layer's weights, too.
-    """
-
-    def __init__(self, module: nn.Module, call: _Call, prefix: int | None) -> None:
-        super().__init__()
-        self.module, self.prefix = module, prefix
-        self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
-
-    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        stand_ins = [leaf for leaf in self._leaves if isinstance(leaf, _Zeros)]
-        return tuple(torch.zeros(each.shape, dtype=each.dtype, device=device) for each in stand_ins)
-
-    def forward(self, *tensors: Tensor) -> Any:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, _Zeros) else leaf for leaf in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._structure)
-        output = self.module(*args, **kwargs)
-        if self.prefix is None:
-            return output
-        sizes = torch.ones_like(args[0][..., :1])
-        return output, class_attention(self.module, args[0], sizes, self.prefix)
-
-
-def _likeness(module: nn.Module) -> tuple[Any, ...]:
-    """Key of all modules that cost the same for the same inputs: classes, shapes, functions, switches.
-
-    Fractions (probabilities of dropout, scales) change no shape and are left out.
-    """
-    parts: list[Any] = []
-    for name, part in module.named_modules():
-        attributes = vars(part).items()
-        switches = [
-            (key, value if isinstance(value, FunctionType) else repr(value))
-            for key, value in attributes
-            if isinstance(value, int | str | tuple | list | FunctionType)
-        ]
-        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        shapes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
-        parts.append((name, type(part), *switches, *shapes))
-    return tuple(parts)
-
-
 class _LayerCounter:
     """Counts the FLOPs of one run of a layer at any widths, each once."""
 
-    def __init__(self, module: nn.Module, layer: Layer, call: _Call, prefix: int | None) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> None:
         self.layer, self.call, self.prefix = layer, call, prefix
         self.whole: dict[UnitKind, int] = {unit.kind: unit.width for unit in layer.units}
         # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape checks.
@@ -232,18 +146,11 @@ class _LayerCounter:
         return self._counts[key]
 
     def _count(self, widths: Mapping[UnitKind, int]) -> int:
-        plans = {
-            unit.kind: UnitPlan(
-                unit.layer, unit.kind, unit.width, (tuple(range(widths[unit.kind])),) * unit.heads
-            )
-            for unit in self.layer.units
-        }
-        slim = copy.deepcopy(self._outline)
-        slice_layer(slim, self.layer, plans)
+        slim = cut_to_widths(self._outline, self.layer, widths)
         if self.device.type != "meta":
             take_weights(slim)
-        replay = _Replay(slim, self.call, self.prefix).eval()
-        return count_flops(replay, replay.inputs(self.device))[""]
+        replay = Replay(slim, self.call, self.prefix).eval()
+        return count_flops(replay, replay.zeros(self.device))[""]
 
 
 def fit_polynomial(
