@@ -10,23 +10,28 @@ from typing import Literal, get_args
 
 from mhacut.errors import UsageError, option_name
 
-Resource = Literal["flops", "params", "size"]
-"""Resource that a budget bounds: FLOPs, parameters, or bytes of the file. Names of options, too."""
+Resource = Literal["flops", "params", "size", "max_latency"]
+"""Resource that a budget bounds: FLOPs, parameters, bytes of the file, or nanoseconds per batch. Names of
+options, too."""
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
-NOUNS: Mapping[Resource, str] = {"flops": "FLOPs", "params": "parameters", "size": "bytes"}
-"""Units of the resources."""
+NOUNS: Mapping[Resource, str] = {"flops": "FLOPs", "params": "parameters", "size": "", "max_latency": ""}
+"""Nouns behind amounts of the resources; empty where :func:`format_amount` gives the unit."""
 
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT]i?B|B|[KMGT%]?)")
+_BUDGET = re.compile(
+    r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT]i?B|B|ns|us|ms|s|[KMGT%]?)"
+)
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"": 1.0, "B": 1.0} | {
     f"{prefix}{i}B": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
     for i, base in (("", 1e3), ("i", 1024.0))
 }
+_TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
 _FORMS: Mapping[Resource, str] = {
     "flops": "2.0G, 600M, 2e9 or 50%",
     "params": "2.8M, 900K, 3e6 or 50%",
     "size": "6MB, 800KB, 5.5MiB, 6e6 or 50%",
+    "max_latency": "12ms, 0.012s, 800us or 50% of the dense model's time",
 }
 
 
@@ -43,7 +48,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float, resource: Resource = "flops") -> Budget:
-        """Read ``2.0G``, ``600M``, ``2e9`` or ``50%``; of a size ``6MB``, ``5.5MiB``, ``6e6`` or ``50%``.
+        """Read ``2.0G``, ``2e9`` or ``50%``; a size ``6MB``, ``6e6`` or ``50%``; a time ``12ms`` or ``50%``.
 
         >>> Budget.parse("2.0G").amount(dense=4_608_338_304)
         2000000000
@@ -51,13 +56,16 @@ class Budget:
         2304169152
         >>> Budget.parse("6MB", "size").amount(dense=11_000_000)
         6000000
+        >>> Budget.parse("12ms", "max_latency").amount(dense=20_000_000)
+        12000000
 
         Raises:
             UsageError: anything else.
         """
         text = str(text)
         match = _BUDGET.fullmatch(text)
-        units = {**(_BYTES if resource == "size" else _UNITS), "%": 0.01}
+        own = {"size": _BYTES, "max_latency": _TIMES}.get(resource, _UNITS)
+        units = {**own, "%": 0.01}
         value = 0.0
         if match is not None and match["unit"] in units:
             value = float(match["number"]) * units[match["unit"]]
@@ -76,9 +84,9 @@ class Budget:
 
     @property
     def label(self) -> str:
-        """The text for a file name: ``2.0G``, ``50pct``, ``params60pct``."""
+        """The text for a file name: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
         text = self.text.replace("%", "pct")
-        return text if self.resource == "flops" else self.resource + text
+        return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,24 @@ class Targets:
     budgets: tuple[Budget, ...]
 
     @classmethod
-    def parse(cls, flops: str | None = None, params: str | None = None, size: str | None = None) -> Targets:
+    def parse(
+        cls,
+        flops: str | None = None,
+        params: str | None = None,
+        size: str | None = None,
+        max_latency: str | None = None,
+    ) -> Targets:
         """Read the budgets that are given.
 
         Raises:
             UsageError: one is no budget.
         """
-        given: dict[Resource, str | None] = {"flops": flops, "params": params, "size": size}
+        given: dict[Resource, str | None] = {
+            "flops": flops,
+            "params": params,
+            "size": size,
+            "max_latency": max_latency,
+        }
         return cls(
             tuple(Budget.parse(text, resource) for resource, text in given.items() if text is not None)
         )
@@ -109,11 +128,18 @@ class Targets:
 
 
 def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str:
-    """Three significant digits of an amount, as :func:`format_flops`; of a size with its unit.
+    """Three significant digits of an amount, as :func:`format_flops`; of a size or a time with its unit.
 
     >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
     ('2.80M', '5.72MB')
+    >>> format_amount(12_340_000, "max_latency"), format_amount(12_340_000, "max_latency", up=True)
+    ('12.3 ms', '12.4 ms')
     """
+    if resource == "max_latency":
+        milliseconds = amount / 1e6
+        digits = max(0, 2 - math.floor(math.log10(milliseconds))) if milliseconds > 0 else 0
+        scaled = milliseconds * 10**digits
+        return f"{(math.ceil(scaled - 1e-6) if up else round(scaled)) / 10**digits:.{digits}f} ms"
     return format_flops(amount, up=up) + ("B" if resource == "size" else "")
 
 

@@ -85,10 +85,28 @@ def _target(target: Reached) -> str:
         return f"{asked}: {target.reached:.3g} nats"
     if target.name == "max_drop":
         return f"{asked}: {target.reached:.2f} points lost, standard error {target.standard_error:.2f}"
+    if target.name == "max_latency":
+        return _time(asked, target)
     resource = next(resource for resource in RESOURCES if resource == target.name)
     most, reached = (format_amount(amount, resource) for amount in (target.most, target.reached))
-    noun = "" if resource == "size" else f" {NOUNS[resource]}"
-    return f"{asked}: {reached} of at most {most}{noun}"
+    return f"{asked}: {reached} of at most {most} {NOUNS[resource]}".rstrip()
+
+
+def _time(asked: str, target: Reached) -> str:
+    """Return the lines about a budget of time."""
+    about = target.measured
+    reached, most, predicted, dense = (
+        format_amount(1e6 * amount, "max_latency")
+        for amount in (target.reached, target.most, about["predicted"], about["dense"])
+    )
+    share = 100 * target.reached / about["dense"]
+    where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
+    corrected = f"; corrected {about['corrections']} time(s)" if about["corrections"] else ""
+    return (
+        f"{asked}: {reached} of at most {most}, {share:.1f}% of the dense model's {dense}; predicted "
+        f"{predicted}{corrected}\n"
+        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {safe(about['machine'])}"
+    )
 
 
 def _document(result: PruneResult) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,16 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import part_of_dense, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import MhacutError, UsageError, option_name
-from mhacut.exporting.openvino_ir import openvino_runner, require_openvino
-from mhacut.exporting.quantization_error import layers_with_outliers
-from mhacut.exporting.quantize import quantize
-from mhacut.exporting.runtimes import DTYPES, onnx_content, onnx_file_runner, onnx_runner, require_onnx
+from mhacut.exporting.programs import (
+    Conditions,
+    int8_program,
+    model_program,
+    timing_device,
+    using_threads,
+)
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
-from mhacut.runtime.device import resolve_device
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent, expect
 from mhacut.runtime.progress_bar import reporting
@@ -137,11 +139,11 @@ def bench(
 
 def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     """Run :func:`bench` with its options in one object."""
-    device = _device(options)
+    device = timing_device(options.runtime, options.device)
     reporter.start("reading")
     checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
     sizes = _input_sizes(checkpoints, reporter)
-    with _threads(options.threads) as threads:
+    with using_threads(options.threads) as threads:
         setup = _Setup(options, device, threads)
         entries = []
         for checkpoint, size in zip(checkpoints, sizes, strict=True):
@@ -177,16 +179,6 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
 def _file_bytes(checkpoint: Checkpoint) -> int | None:
     header = checkpoint.header
     return None if header is None else sum(path.stat().st_size for path in header.shards or [header.path])
-
-
-def _device(options: BenchOptions) -> torch.device:
-    if options.runtime not in ("onnx", "openvino"):
-        return resolve_device(options.device)
-    runtime = option_name("runtime", options.runtime)
-    (require_onnx if options.runtime == "onnx" else require_openvino)(runtime)
-    if options.device not in ("auto", "cpu"):
-        raise UsageError(f"{option_name('device', options.device)}: {runtime} is measured on the CPU only")
-    return torch.device("cpu")
 
 
 def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
@@ -235,24 +227,13 @@ def _program(model: nn.Module, size: tuple[int, int, int], setup: _Setup) -> Cal
         for layer in layers:
             if hasattr(layer, "fused_attn"):
                 layer.fused_attn = False
-    if options.runtime == "openvino":
-        return openvino_runner(model, size, threads=setup.threads)
-    if options.runtime == "onnx":
-        return onnx_runner(model, size, options.dtype, threads=setup.threads)
-    dtype = DTYPES[options.dtype]
-    program: Callable[[Tensor], object] = model.to(setup.device, dtype)
-    if options.runtime == "compile":
-        program = torch.compile(model)
-    return lambda images: program(images.to(dtype))
+    return model_program(model, size, Conditions(options.runtime, setup.device, setup.threads, options.dtype))
 
 
 def _in_int8(entry: _Entry, setup: _Setup) -> _Entry:
     """Return a checkpoint with its linear layers in INT8, as ``mhacut export`` makes it without images."""
-    content = onnx_content(entry.checkpoint.model, entry.size)
-    fragile = layers_with_outliers(content, [fixed_images(4, entry.size)])
-    content = quantize(content, "dynamic", exclude=fragile)
-    program = onnx_file_runner(content, setup.threads)
-    return replace(entry, program=program, file_bytes=len(content), int8=True)
+    program, size = int8_program(entry.checkpoint.model, entry.size, setup.threads)
+    return replace(entry, program=program, file_bytes=size, int8=True)
 
 
 def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[Timing]:
@@ -357,14 +338,3 @@ def write_peak_memory() -> None:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     status = dict(line.split(":", 1) for line in lines)
     sys.stdout.write(f"{int(status['VmHWM'].split()[0]) / 1024}\n")
-
-
-@contextmanager
-def _threads(asked: int | None) -> Iterator[int]:
-    before = torch.get_num_threads()
-    if asked is not None:
-        torch.set_num_threads(asked)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)

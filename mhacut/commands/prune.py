@@ -15,12 +15,13 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.commands.prune_cut import CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_files import Measured, final_record, measure, write_again, write_checked
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
+from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_result import PruneResult, choices_of
 from mhacut.commands.prune_targets import target_figure
+from mhacut.commands.prune_timing import missed_by_file, reached_time, time_file, with_less_time
 from mhacut.data import ImagesInMemory
 from mhacut.errors import DataError, UsageError, option_name
-from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibration_file import calibrated
@@ -119,7 +120,8 @@ def _prune_all(
 ) -> tuple[PruneResult, ...]:
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    amounts = {name: str(options[name]) for name in ("params", "size") if options.get(name) is not None}
+    budgets = ("params", "size", "max_latency")
+    amounts = {name: str(options[name]) for name in budgets if options.get(name) is not None}
     given = PruneOptions.from_flat(checkpoint=read, flops=flops, **{**options, **amounts})
     return run_prune(given, reporter, module, images)
 
@@ -173,6 +175,10 @@ def _check_same_images(images: Tensor, processes: Processes) -> None:
             )
 
 
+_SECONDS = 3.0
+"""Time to measure latency in, after the warm-up."""
+
+
 @dataclass(frozen=True)
 class _Written:
     """One file after stage 8."""
@@ -191,18 +197,26 @@ class _Written:
 
 
 def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Written:
-    """Run the stages of one file, up to what is measured on it alone."""
-    options = inputs.options
-    to = cut_within_bound if options.bounds_loss else cut_to_budget
-    found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
-    inputs, slim = replace(inputs, job=found.job), found.model
-    if not options.dry_run:
-        timer.start("writing")
-        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+    """Run the stages of one file, up to what is measured on it alone.
+
+    Raises:
+        BudgetError: the file takes more time than it may, corrected several times.
+    """
+    for corrections in range(CORRECTIONS + 1):
+        found, slim = _cut_and_written(inputs, planner, timer)  # 3. plan to 7. write
+        timed = time_file(inputs, slim, timer)
+        if timed is None or timed.nanoseconds <= timed.most:
+            break
+        if corrections == CORRECTIONS:
+            raise missed_by_file(inputs)
+        inputs = with_less_time(inputs, timed)
+    inputs = replace(inputs, job=found.job)
     seconds = timer.taken()
     measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
+    if timed is not None:
+        measured = measured.with_time(timed, reached_time(inputs, found, timed, corrections))
     record, measured = final_record(inputs, found, slim, measured)
-    if not options.dry_run:
+    if not inputs.options.dry_run:
         timer.start("writing")
         if record != slim_record(inputs, found.planned, found.flops):
             write_again(inputs, slim, record)
@@ -210,15 +224,25 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
 
 
+def _cut_and_written(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> tuple[CutModel, nn.Module]:
+    """Return a cut model, and the model in its file."""
+    options = inputs.options
+    to = cut_within_bound if options.bounds_loss else cut_to_budget
+    found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
+    inputs, slim = replace(inputs, job=found.job), found.model
+    if not options.dry_run:
+        timer.start("writing")
+        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+    return found, slim
+
+
 def _timed(written: Sequence[_Written], timer: StageTimer) -> list[_Written]:
     """Measure latency, where that is asked for: all models take turns with the dense one."""
     shared = written[0].inputs
-    if not shared.options.latency:
+    if not shared.options.timing.latency or shared.time_target is not None:  # it timed them one by one
         return list(written)
     timer.start("timing")
-    models = [shared.loaded.model, *(one.slim for one in written)]
-    batch, device = shared.options.latency_batch_size, shared.job.device
-    dense, *times = compare_latency(models, shared.preprocessing.input_size, batch_size=batch, device=device)
+    dense, *times = shared.stopwatch.beside([one.slim for one in written], seconds=_SECONDS).wall
     return [
         replace(one, measured=one.measured.with_latency(dense, own))
         for one, own in zip(written, times, strict=True)
@@ -253,7 +277,9 @@ def _report(one: _Written) -> Path:
         record=one.record,
         dtypes=inputs.dtypes,
     )
-    figures = measured_figures(measured.dense, measured.slim, options.latency_batch_size, inputs.job.device)
+    figures = measured_figures(
+        measured.dense, measured.slim, options.timing.latency_batch_size, inputs.job.device
+    )
     figures += [target_figure(target) for target in measured.targets]
     both, log = (inputs.job.prunable, found.layers), found.planned.log
     return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
@@ -279,7 +305,7 @@ def _result(
         not_prunable=inputs.job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
-        latency_batch_size=inputs.options.latency_batch_size,
+        latency_batch_size=inputs.options.timing.latency_batch_size,
         seconds=seconds[0],
         stage_seconds=seconds[1],
         log=planned.log,

@@ -13,6 +13,7 @@ from mhacut.budget import format_flops
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size
 from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
 from mhacut.errors import BudgetError, MhacutError, option_name
@@ -30,11 +31,13 @@ from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.slice import cut
 from mhacut.surgery.storage import Dtypes
+from mhacut.surgery.tokens import with_tokens
 
 PROBED = 4
 """Number of images on which the cut and the written model are checked."""
-_ROUNDS = 4
-"""Largest number of plans for one budget of storage: what is stored is known to the byte once it is cut."""
+_ROUNDS = 1 + CORRECTIONS
+"""Largest number of plans for one budget of storage or time: what is stored is known to the byte once it is
+cut, and how fast it is once it runs."""
 _SPARE = 600
 """Bytes of a file's header for what is known last: accuracy, and what of the targets was reached."""
 _KL_PER_POINT = 0.025
@@ -56,6 +59,8 @@ class CutModel:
     """Losses that were bounded, as they were judged."""
     evaluation: Evaluation | None = None
     """Accuracy, where it was judged."""
+    corrections: int = 0
+    """Number of plans before this one, which missed limits of what is known once it is cut."""
 
 
 def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:
@@ -64,16 +69,21 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
     Raises:
         MhacutError: the cut is not as planned.
     """
-    job, slim, planned = _cut_within(inputs, planner, reporter)
+    slim, planned, corrections = _cut_within(inputs, planner, reporter)
+    job = inputs.job
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, job, planned.ready, job.images[:PROBED])
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
-    return CutModel(slim, layers, planned, flops, inputs.job)
+    return CutModel(slim, layers, planned, flops, job, corrections=corrections)
 
 
-def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[Job, nn.Module, Planned]:
-    """Plan and cut until what is stored is within its limits, to the byte, and uses them up."""
+def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[nn.Module, Planned, int]:
+    """Plan and cut until what is stored, to the byte, and the time are within their limits, and use them up.
+
+    Returns:
+        The model, its plan, and the number of plans before it.
+    """
     job, fits = inputs.job, None
     for attempt in range(_ROUNDS):
         planned = planner.plan(job)  # 3. plan
@@ -84,16 +94,18 @@ def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tu
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored = _stored(inputs, planned, slim, asked)
             wrong = int(limit.cost(widths)) - stored
-            kept &= stored <= asked.most
+            kept &= stored <= asked.most / (NEAR if asked.resource == "max_latency" else 1)
             used &= attempt > 0 or limit.most + wrong < asked.most / NEAR
             limits.append(replace(limit, most=asked.most + wrong))
         if kept:
-            fits = job, slim, planned
+            fits = slim, planned, attempt
             if used:
                 return fits
         job = replace(job, storage=tuple(limits))
     if fits is not None:
         return fits
+    if inputs.time_target is not None:
+        raise inputs.time_target.missed()
     raise MhacutError(
         f"no plan was found within {', '.join(str(limit.most) for limit in inputs.job.storage)} stored "
         "numbers or bytes; nothing was written. This is a gap in mhacut: please report the architecture and "
@@ -102,7 +114,10 @@ def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tu
 
 
 def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> int:
-    """Amount that the cut model stores: parameters, or bytes of its file."""
+    """Amount that the cut model has: parameters, bytes of its file, or nanoseconds."""
+    if limit.resource == "max_latency":
+        assert inputs.time_target is not None
+        return inputs.time_target.time(with_tokens(slim, planned.plan.tokens)).nanoseconds
     if limit.resource == "params":
         return count_parameters(slim)
     record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from mhacut.budget import RESOURCES
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_cut import PROBED, CutModel
 from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_latency import TimedCut
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_result import MUCH
 from mhacut.commands.prune_targets import Reached, reached_budgets
@@ -100,9 +102,14 @@ class Measured:
     def with_size(self, size: int, inputs: PruneInputs) -> Measured:
         """Return the same with the file's size, and with the targets that are budgets."""
         slim = replace(self.slim, size=size)
-        bounds = (target for target in self.targets if target.name in ("max_kl", "max_drop"))
-        budgets = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
-        return replace(self, slim=slim, targets=(*budgets, *bounds))
+        counted = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
+        measured = (target for target in self.targets if target.name not in RESOURCES or target.measured)
+        return replace(self, slim=slim, targets=(*counted, *measured))
+
+    def with_time(self, timed: TimedCut, target: Reached) -> Measured:
+        """Return the same with the time of the file, and with the budget of time."""
+        found = self.with_latency(timed.dense / 1e6, timed.nanoseconds / 1e6)
+        return replace(found, targets=(*self.targets, target))
 
 
 def measure(

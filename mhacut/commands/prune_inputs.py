@@ -17,6 +17,7 @@ from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_images import LabelledBatches, read_images
+from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.prune_names import (
     check_outputs,
     check_outputs_before_reading,
@@ -26,6 +27,7 @@ from mhacut.commands.prune_names import (
 from mhacut.commands.prune_outputs import outputs_and_tokens
 from mhacut.commands.prune_stages import expected_stages
 from mhacut.commands.prune_targets import Reach, stored_dtypes
+from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import (
     CalibrationImages,
     ImagesInMemory,
@@ -80,6 +82,10 @@ class PruneInputs:
     """The job, with the limits that the targets set; none where a bound on the loss decides."""
     targets: Targets
     """Budgets of this file."""
+    stopwatch: Stopwatch
+    """Measures times."""
+    time_target: TimeTarget | None
+    """Budget of time, where there is one."""
 
     @property
     def dtypes(self) -> Dtypes:
@@ -110,6 +116,9 @@ def read_inputs(
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
     targets = parse_targets(options)
+    if options.max_latency is not None and processes.size > 1:
+        asked = option_name("max_latency", options.max_latency)
+        raise UsageError(f"{asked}: expected one process, found {processes.size} of torchrun")
     check_one_source(given, options.data)
     check_outputs_before_reading(options)
     reporter.start("reading")
@@ -120,7 +129,10 @@ def read_inputs(
         check_outputs(own, loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    job, limits = _job(options, loaded, preprocessing, targets, reporter)
+    size = preprocessing.input_size
+    stopwatch = Stopwatch(options.timing, dense, size, processes.device, reporter)
+    time_target = None if options.max_latency is None else TimeTarget(options.max_latency, stopwatch)
+    job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
     _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
@@ -142,6 +154,8 @@ def read_inputs(
             Path(str(own.output)),
             replace(job, budget=flops, storage=storage),
             asked,
+            stopwatch,
+            time_target,
         )
         for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
     )
@@ -151,7 +165,7 @@ def _job(
     options: PruneOptions,
     loaded: Checkpoint,
     preprocessing: Preprocessing,
-    targets: Sequence[Targets],
+    asked: tuple[Sequence[Targets], TimeTarget | None],
     reporter: Reporter,
 ) -> tuple[Job, list[tuple[int, Limits]]]:
     """Return the job, as yet without images, and the FLOPs and other limits of each file.
@@ -184,10 +198,12 @@ def _job(
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
-    reach = Reach(options, loaded, job)
-    limits = [reach.limits(asked, fewest) for asked in targets]
-    for asked, (flops, _) in zip(targets, limits, strict=True):
-        budget = asked["flops"]
+    targets, time_target = asked
+    times = None if time_target is None else time_target.table(job, counted)
+    reach = Reach(options, loaded, job, times)
+    limits = [reach.limits(own, fewest) for own in targets]
+    for own, (flops, _) in zip(targets, limits, strict=True):
+        budget = own["flops"]
         if budget is not None and table.flops({}) <= flops < table.dense:
             reporter.log(
                 f"{option_name('flops', budget.text)}: without the tokens left out the model is "

@@ -23,7 +23,10 @@ def parse_targets(options: PruneOptions) -> tuple[Targets, ...]:
     Raises:
         UsageError: a budget cannot be understood.
     """
-    return tuple(Targets.parse(flops, options.params, options.size) for flops in options.flops_of_each)
+    return tuple(
+        Targets.parse(flops, options.params, options.size, options.max_latency)
+        for flops in options.flops_of_each
+    )
 
 
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from mhacut.budget import RESOURCES, Resource, Targets, format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.commands.prune_latency import AIM
 from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.layer_times import TimeTable
 from mhacut.options.prune import PruneOptions
 from mhacut.options.targets import TARGETS
 from mhacut.plan import Plan, UnitKey, UnitPlan
@@ -41,10 +43,12 @@ class Reached:
     asked: str
     """Text as the user wrote it."""
     most: float
-    """Largest amount allowed: FLOPs, parameters, bytes, nats, or points."""
+    """Largest amount allowed: FLOPs, parameters, bytes, milliseconds, nats, or points."""
     reached: float
     standard_error: float | None = None
     """Standard error of ``reached``, where it is estimated on images."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Conditions under which ``reached`` was measured, and what was foreseen, of a time."""
 
     def to_json(self) -> dict[str, Any]:
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
@@ -54,25 +58,29 @@ class Reached:
             "most": self.most,
             "reached": self.reached,
             **error,
+            **self.measured,
         }
 
 
 class Reach:
     """Amounts of a model at any widths, as far as targets need them."""
 
-    def __init__(self, options: PruneOptions, loaded: Checkpoint, job: Job) -> None:
+    def __init__(
+        self, options: PruneOptions, loaded: Checkpoint, job: Job, times: TimeTable | None = None
+    ) -> None:
         """Take what is to be pruned.
 
         Args:
             options: of the command.
             loaded: the checkpoint.
             job: the job, whatever its images and limits.
+            times: where a time is a target.
         """
-        self.options, self.loaded, self.job = options, loaded, job
+        self.options, self.loaded, self.job, self.times = options, loaded, job, times
         self.dtypes = stored_dtypes(loaded, job.model)
 
     def limits(self, targets: Targets, fewest: CostTable | None) -> tuple[int, Limits]:
-        """Return the FLOPs that the targets allow, and the limits on parameters and bytes.
+        """Return the FLOPs that the targets allow, and the limits on parameters, bytes and time.
 
         Args:
             targets: of one file.
@@ -93,12 +101,17 @@ class Reach:
             stored = byte_table(job.model, job.prunable, least, self.dtypes, copies=copies)
             dense["size"] = count_bytes(self.loaded.model, self.dtypes)
             costs["size"] = self._file_size(stored.at, least)
+        if self.times is not None:
+            dense["max_latency"], costs["max_latency"] = self.times.dense, self.times.at
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]
         named += [(name, value) for name, value, _ in job.constraints.without_each()]
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
+        if "max_latency" in amounts:  # a model measured afresh shall meet it, too
+            aim = int(AIM * amounts["max_latency"])
+            amounts["max_latency"] = max(aim, lowest["max_latency"])
         storage = [
             Limit(costs[resource], most, resource)
             for resource, most in amounts.items()
@@ -156,6 +169,7 @@ def reached_budgets(
             used[budget.resource],
         )
         for budget in targets.budgets
+        if budget.resource != "max_latency"  # it was measured before
     )
 
 
@@ -163,7 +177,9 @@ def target_figure(target: Reached) -> tuple[str, str, str]:
     """Return a target as a figure of the report: its name, the amount allowed, the amount reached."""
     resource = next((resource for resource in RESOURCES if resource == target.name), None)
     amounts = (target.most, target.reached)
-    if resource is not None:
+    if resource == "max_latency":
+        most, reached = (format_amount(1e6 * amount, resource) for amount in amounts)
+    elif resource is not None:
         most, reached = (format_amount(amount, resource) for amount in amounts)
     else:
         most, reached = (f"{amount:.3g}" for amount in amounts)
@@ -183,7 +199,7 @@ def stored_dtypes(loaded: Checkpoint, model: nn.Module) -> Dtypes:
 
 def recorded_options(options: PruneOptions) -> dict[str, Any]:
     """Return the options that a slim file states; newer ones only where they were given."""
-    changed = set(options.changed())
+    changed = {*options.changed(), *options.timing.changed()}
     return {
         name: value
         for name, value in options.flat().items()
@@ -205,4 +221,4 @@ _LOCAL = frozenset(
         "workers",
     }
 )
-_NEWER = frozenset({*TARGETS, "preserve"})
+_NEWER = frozenset({*TARGETS, "preserve", "runtime", "int8", "threads"})

@@ -84,16 +84,26 @@ def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: in
     return _runner(_converted(model, size, None), threads)
 
 
+def openvino_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
+    """Return a function that runs an ONNX file of a part of a model once, in OpenVINO on the CPU."""
+    compiled = _compiled(_read(content, "a layer"), threads)
+    given = [tensor.numpy() for tensor in inputs[: len(compiled.inputs)]]
+    return lambda: compiled(given)
+
+
 def _converted(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None) -> Any:
     # From ONNX: OpenVINO's own conversion of torch programs takes ten times as long, and loses names.
+    return _read(onnx_content(model, size, fixed_batch), type(model).__name__)
+
+
+def _read(content: bytes, name: str) -> Any:
     import openvino
 
-    content = onnx_content(model, size, fixed_batch)
     try:
         return openvino.Core().read_model(content)
     except RuntimeError as error:
         raise MhacutError(
-            f"OpenVINO cannot convert {type(model).__name__}: {_reason(error)}; ONNX Runtime may run it"
+            f"OpenVINO cannot convert {name}: {_reason(error)}; ONNX Runtime may run it"
         ) from error
 
 
@@ -104,11 +114,15 @@ def _reason(error: Exception) -> str:
     return f"{(named or lines[-1:] or ['no reason given'])[0]:.200}"
 
 
-def _runner(converted: Any, threads: int | None) -> Runner:
+def _compiled(converted: Any, threads: int | None) -> Any:
     import openvino
 
     settings = dict(_F32) if threads is None else {**_F32, "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.compile_model(converted, "CPU", settings)
+    return openvino.compile_model(converted, "CPU", settings)
+
+
+def _runner(converted: Any, threads: int | None) -> Runner:
+    compiled = _compiled(converted, threads)
 
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(compiled(x.numpy())[0].copy())

@@ -89,31 +89,45 @@ def _onnx(
 
 
 def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, opset: int) -> bytes:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program: Any = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            dynamic_shapes=shapes,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-        )
+    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    program = _exported(model, (images,), opset, dynamic_shapes=shapes, **names)
     program.model.metadata_props[METADATA] = about
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
-def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
-    """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
+def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
+
+
+def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
+    """Return a part of a model, that takes ``inputs`` of fixed shapes, as an ONNX file."""
+    content: bytes = _exported(part, inputs, _OPSET_TO_TIME).model_proto.SerializeToString()
+    return content
+
+
+def _session(content: bytes, threads: int | None) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     if threads is not None:
         settings.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+
+
+def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
+    """Return a function that runs an ONNX file of :func:`part_content` once."""
+    session = _session(content, threads)
+    # Inputs that decide nothing are not in the file.
+    given = {place.name: tensor.numpy() for place, tensor in zip(session.get_inputs(), inputs, strict=False)}
+    return lambda: session.run(None, given)
+
+
+def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
+    """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
+    session = _session(content, threads)
 
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,6 +13,11 @@ from torch import nn
 _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
+_DRIFT = 0.03
+"""Relative change of the first one's time, within one measurement, after which it is repeated."""
+_TRIES = 3
+
+Run = Callable[[], object]
 
 
 def compare_latency(
@@ -72,26 +78,89 @@ def take_turns(
         device: where they compute; it is waited for before the clock is read.
         clock: what measures a call, in seconds; ``time.process_time`` for CPU time.
     """
+    return [[own for (own,) in times] for times in _turns(runs, seconds, device, (clock,))]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Times of several that took turns, beside the first."""
+
+    milliseconds: tuple[float, ...]
+    """Median time of each, by the clock that the ratios are of."""
+    wall: tuple[float, ...]
+    """Median wall time of each, in milliseconds."""
+    ratios: tuple[float, ...]
+    """Median of the ratios to the first in the same round."""
+    drift: float
+    """Relative difference of the first one's medians in the first and the second half of the rounds."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine was as fast at the end as at the beginning."""
+        return self.drift <= _DRIFT
+
+
+def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Beside:
+    """Time ``runs`` in turns; if the machine's speed changes meanwhile, again, at most three times.
+
+    Of one thread on a CPU the ratios are of process time, which leaves out what other programs take.
+
+    Args:
+        runs: the first is what the others are compared with.
+        seconds: for everything, after the warm-up, of each try.
+        device: where they compute.
+        threads: that compute.
+    """
+    by_process = device.type == "cpu" and threads == 1
+    clocks = (time.perf_counter, time.process_time if by_process else time.perf_counter)
+    best: Beside | None = None
+    for _ in range(_TRIES):
+        found = _beside(_turns(runs, seconds, device, clocks))
+        best = found if best is None or found.drift < best.drift else best
+        if best.steady:
+            break
+    assert best is not None
+    return best
+
+
+def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
+    """Summarise seconds by two clocks, of every call of each run: wall time, and the time to compare."""
+    compared = [[second for _, second in own] for own in times]
+    first = compared[0]
+    half = len(first) // 2
+    early, late = statistics.median(first[:half]), statistics.median(first[half:])
+    return Beside(
+        tuple(1000 * statistics.median(own) for own in compared),
+        tuple(1000 * statistics.median(wall for wall, _ in own) for own in times),
+        tuple(statistics.median(a / b for a, b in zip(own, first, strict=True)) for own in compared),
+        abs(late / early - 1),
+    )
+
+
+def _turns(
+    runs: Sequence[Run], seconds: float, device: torch.device, clocks: Sequence[Callable[[], float]]
+) -> list[list[list[float]]]:
+    """Return the seconds of every call of each of ``runs``, by each of ``clocks``."""
     for run in runs:
         for _ in range(_WARM_UP):
-            _time(run, device, clock)
-    times: list[list[float]] = [[] for _ in runs]
+            _time(run, device, clocks)
+    times: list[list[list[float]]] = [[] for _ in runs]
     began = time.perf_counter()
     for number in range(_MAX_ROUNDS):
         if number >= _MIN_ROUNDS and time.perf_counter() - began > seconds:
             break
         turns = list(enumerate(runs))
         for index, run in turns if number % 2 == 0 else reversed(turns):
-            times[index].append(_time(run, device, clock))
+            times[index].append(_time(run, device, clocks))
     return times
 
 
-def _time(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Return the seconds of one call, until a GPU has finished."""
+def _time(run: Run, device: torch.device, clocks: Sequence[Callable[[], float]]) -> list[float]:
+    """Return the seconds of one call, until a GPU has finished, by each of ``clocks``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = clock()
+    began = [clock() for clock in clocks]
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock() - began
+    return [clock() - start for clock, start in zip(clocks, began, strict=True)]

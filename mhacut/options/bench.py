@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import DeviceOptions, ExportDtype, ModelOptions, PathLike
 from mhacut.options.option import REQUIRED, option, require
-
-Runtime = Literal["eager", "compile", "onnx", "openvino"]
+from mhacut.options.timing import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -332,6 +332,9 @@ class TargetKeywords(TypedDict, total=False):
     """Budget of parameters: 2.8M or 50%. Budgets of several kinds are all met."""
     size: str | None
     """Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint."""
+    max_latency: str | None
+    """Budget of time per batch: 12ms, or 50% of the dense model's. The written file is measured beside it;
+    see --runtime, --latency-batch-size and --threads."""
     max_kl: float | None
     """Find the smallest model whose answers have at most this KL divergence, in nats, from the dense model's,
     on the held-out calibration images."""
@@ -416,12 +419,28 @@ class SearchKeywords(TypedDict, total=False):
     """Weight of the cross-entropy with labels relative to the distillation loss. Default: 0.1."""
 
 
+class TimingKeywords(TypedDict, total=False):
+    """Whether latency is measured, and where."""
+    latency: bool
+    """Measure latency before and after. Default: True."""
+    latency_batch_size: int
+    """Images per batch when latency is measured. Default: 8."""
+    runtime: Literal["eager", "compile", "onnx", "openvino"]
+    """Where latency is measured: PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO; the
+    last two on the CPU. Default: 'eager'."""
+    int8: bool
+    """Measure latency in INT8, before and after, as ONNX Runtime quantizes dynamically. Default: False."""
+    threads: int | None
+    """CPU threads when latency is measured; by default torch's own choice."""
+
+
 class PruneKeywords(
     TargetKeywords,
     CheckpointKeywords,
     DeviceKeywords,
     SearchKeywords,
     DataKeywords,
+    TimingKeywords,
     PreprocessingKeywords,
     total=False,
 ):
@@ -455,9 +474,5 @@ class PruneKeywords(
     Default: True."""
     eval_images: int
     """Validation images to measure accuracy on; 0 for none. Default: 2000."""
-    latency: bool
-    """Measure latency before and after. Default: True."""
-    latency_batch_size: int
-    """Images per batch when latency is measured. Default: 8."""
     amp: bool
     """Train under bfloat16 autocast, where anything is trained. Default: False."""

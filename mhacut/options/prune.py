@@ -11,6 +11,7 @@ from mhacut.errors import UsageError, option_name
 from mhacut.options.base import CheckpointOptions, DataOptions, DeviceOptions, PathLike, PreprocessingOptions
 from mhacut.options.option import Options, option, require
 from mhacut.options.targets import TargetOptions
+from mhacut.options.timing import TimingOptions
 
 Scope = Literal["attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
@@ -351,10 +352,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         metavar="N",
         at_least=0,
     )
-    latency: bool = option(True, "Measure latency before and after.", panel="Measuring")
-    latency_batch_size: int = option(
-        8, "Images per batch when latency is measured.", panel="Measuring", metavar="N", at_least=1
-    )
+    timing: TimingOptions = field(default_factory=TimingOptions)
     amp: bool = option(False, "Train under bfloat16 autocast, where anything is trained.", panel="Computing")
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
 
@@ -379,7 +377,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
             in_memory: whether images are given that no option names.
         """
         search = self.search
-        found = search.idle()
+        found = search.idle() | self.timing.idle(bounded=self.max_latency is not None)
         trained = search.trained_gain_steps or search.healed_steps or search.tuned_steps
         if self.amp and not (search.by_indicators or trained):
             found["amp"] = "nothing is trained"

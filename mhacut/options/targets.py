@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mhacut.errors import UsageError, option_name
 from mhacut.options.option import Options, option, require
 
-TARGETS = ("params", "size", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv")
+TARGETS = ("params", "size", "max_latency", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv")
 """Names of targets and constraints other than FLOPs."""
 
 
@@ -34,6 +34,13 @@ class TargetOptions(Options):
         "Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint.",
         panel="Result",
         metavar="BUDGET",
+    )
+    max_latency: str | None = option(
+        None,
+        "Budget of time per batch: 12ms, or 50% of the dense model's. The written file is measured beside "
+        "it; see --runtime, --latency-batch-size and --threads.",
+        panel="Result",
+        metavar="TIME",
     )
     max_kl: float | None = option(
         None,
@@ -84,7 +91,9 @@ class TargetOptions(Options):
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
             for text in several:
                 require("flops", text, several.count(text) == 1, "each budget once")
-        budgets = [name for name in ("flops", "params", "size") if getattr(self, name) is not None]
+        budgets = [
+            name for name in ("flops", "params", "size", "max_latency") if getattr(self, name) is not None
+        ]
         bounds = [name for name in ("max_kl", "max_drop") if getattr(self, name) is not None]
         if not budgets and not bounds:
             raise UsageError(f"{option_name('flops')} is missing. {self.options()['flops'].help}")
@@ -111,6 +120,12 @@ class TargetOptions(Options):
                 raise UsageError(
                     f"{option_name('scope', scope)}: expected {option_name('flops')}; merging tokens changes "
                     "neither the number of parameters nor the size of the file"
+                )
+            if self.max_latency is not None:
+                asked = option_name("max_latency", self.max_latency)
+                raise UsageError(
+                    f"{asked}: expected {option_name('scope', scope.removesuffix('+tokens'))}; the time that "
+                    "merging tokens saves is not foreseen"
                 )
         for name in set(TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")

@@ -31,8 +31,7 @@ def reachable_amounts(
     amounts = {budget.resource: budget.amount(dense[budget.resource]) for budget in asked.budgets}
     if all(amount >= dense[resource] for resource, amount in amounts.items()):
         within = " and ".join(
-            f"{format_amount(dense[budget.resource], budget.resource)} "
-            f"{'' if budget.resource == 'size' else NOUNS[budget.resource]}".rstrip()
+            f"{format_amount(dense[budget.resource], budget.resource)} {NOUNS[budget.resource]}".rstrip()
             + f" are already within {budget.text}"
             for budget in asked.budgets
         )

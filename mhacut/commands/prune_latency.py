@@ -1,0 +1,193 @@
+"""Budget of time of ``mhacut prune``: the times of layers that it is planned by, and cut models timed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut.adapters.base import Layer
+from mhacut.budget import Budget, format_amount
+from mhacut.commands.stopwatch import Stopwatch
+from mhacut.errors import BudgetError, option_name
+from mhacut.measuring.latency import fixed_images
+from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.plan import Plan, UnitKey, UnitPlan
+from mhacut.pruning.job import Job
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.merging import prefix_attended
+from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
+from mhacut.surgery.slice import cut
+
+AIM = 0.98
+"""Fraction of the budget that a plan aims at: measured twice, times differ by a percent or two."""
+CORRECTIONS = 3
+"""Largest number of plans after the first, each corrected by the time of the one before."""
+_WHOLE_SECONDS = 4.0
+"""Time to measure whole models in, after the warm-up."""
+_LAYER_SECONDS = 0.12
+"""Time to measure one width of a layer in, after the warm-up."""
+_CUTS = (0.5, 0.0)
+"""Places, among the allowed widths of every unit, of cut models that are measured whole."""
+_PACKAGES = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
+
+
+@dataclass(frozen=True)
+class TimedCut:
+    """Time of a cut model, measured in turns with the dense one."""
+
+    ratio: float
+    """Time relative to the dense model's."""
+    dense: int
+    """Nanoseconds per batch of the dense model, as it was measured first."""
+    most: int
+    """Nanoseconds that the budget allows."""
+    wall_ms: float
+    """Wall time per batch of the cut model."""
+
+    @property
+    def nanoseconds(self) -> int:
+        """Time per batch where the dense model is as fast as it was at first."""
+        return round(self.ratio * self.dense)
+
+
+class TimeTarget:
+    """A budget of time per batch."""
+
+    def __init__(self, asked: str, stopwatch: Stopwatch) -> None:
+        """Take the text of the option, and what measures.
+
+        Raises:
+            UsageError: the text is no budget.
+        """
+        self.budget, self.stopwatch = Budget.parse(asked, "max_latency"), stopwatch
+        self._dense = 0
+        self._last: TimedCut | None = None
+
+    def time(self, model: nn.Module) -> TimedCut:
+        """Time a cut model in turns with the dense one."""
+        found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS)
+        self._last = TimedCut(found.ratios[1], self._dense, self.budget.amount(self._dense), found.wall[1])
+        return self._last
+
+    def missed(self) -> BudgetError:
+        """Return the error that states by how much the budget was missed last."""
+        assert self._last is not None
+        amounts = self._last.nanoseconds, self._last.most
+        found, most = (format_amount(amount, "max_latency") for amount in amounts)
+        return BudgetError(
+            f"{option_name('max_latency', self.budget.text)}: missed; corrected {CORRECTIONS} times, the cut "
+            f"model takes {found} of at most {most}, measured beside the dense one. On a machine that is "
+            "busy, times differ: try again, or allow a little more"
+        )
+
+    def table(self, job: Job, counted: nn.Module) -> TimeTable:
+        """Return the times of the job's layers, measured or kept, with the dense model's time of today.
+
+        Args:
+            job: what is to be cut.
+            counted: its model with all that the slim model leaves out or merges.
+        """
+        reporter = self.stopwatch.reporter
+        table, kept = kept_table(self._key(job, counted), lambda: self._measured(job, counted), reporter.log)
+        if kept:
+            reporter.log("times of layers: those that this machine keeps of an earlier run")
+            today = self.stopwatch.beside([], seconds=1.0)
+            table = replace(table, dense=round(1e6 * today.milliseconds[0]))
+        self._dense = table.dense
+        return table
+
+    def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:
+        """Everything that the times depend on."""
+        packages = ("torch", "timm", *_PACKAGES.get(self.stopwatch.timing.runtime, ()))
+        parts = [likeness(self.stopwatch.dense), likeness(counted), sorted(job.choices.items())]
+        return {
+            **self.stopwatch.conditions(),
+            "image": list(self.stopwatch.size),
+            "versions": {name: metadata.version(name) for name in packages},
+            # Some modules hold objects whose text names their address.
+            "model": re.sub(r" at 0x[0-9a-f]+", "", repr(parts)),
+        }
+
+    def _measured(self, job: Job, counted: nn.Module) -> TimeTable:
+        self.stopwatch.reporter.start("timing layers")
+        counted = copy.deepcopy(counted).cpu()
+        calls, distinct = self._distinct(job, counted)
+        plans = [
+            {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
+            for place in _CUTS
+        ]
+        models = [counted, *(_cut(counted, job, widths) for widths in plans)]
+        whole = [layer.replay(layer.points[0]) for layer in distinct]
+        found = self.stopwatch.beside(models, whole, seconds=_WHOLE_SECONDS)
+        layers = []
+        for layer, share in zip(distinct, found.ratios[1 + len(models) :], strict=True):
+            layers.append(self._times(layer, share))
+            self.stopwatch.reporter.advance(len(layers), len(distinct))
+        dense = round(1e6 * found.milliseconds[0])
+        table = TimeTable(calls, tuple(layers), found.ratios[1], dense=dense)
+        return table.with_anchors(list(zip(plans, found.ratios[2 : 1 + len(models)], strict=True)))
+
+    def _distinct(self, job: Job, counted: nn.Module) -> tuple[tuple[tuple[str, int], ...], list[_Distinct]]:
+        """Return the runs of layers in one pass, and the layers that differ in shapes or inputs."""
+        by_name: dict[str, dict[str, tuple[int, ...]]] = {}
+        for (name, kind), widths in job.choices.items():
+            by_name.setdefault(name, {})[kind] = widths
+        images = fixed_images(self.stopwatch.timing.latency_batch_size, self.stopwatch.size)
+        with recorded_calls(counted, list(by_name)) as recorded, torch.inference_mode():
+            counted(images)
+        places: dict[Any, int] = {}
+        found: list[_Distinct] = []
+        calls = []
+        for layer in find_prunable_layers(counted).layers:
+            for call in recorded.get(layer.name, ()):
+                module, prefix = counted.get_submodule(layer.name), prefix_attended(counted, layer.name)
+                own = by_name[layer.name]
+                key = (likeness(module), repr(call), prefix, tuple(own.items()))
+                if key not in places:
+                    places[key] = len(found)
+                    found.append(_Distinct(module, layer, call, prefix, points_to_measure(own)))
+                calls.append((layer.name, places[key]))
+        return tuple(calls), found
+
+    def _times(self, layer: _Distinct, share: float) -> LayerTimes:
+        """Time one layer at all its points, in turns."""
+        parts = [layer.replay(widths) for widths in layer.points]
+        found = self.stopwatch.parts(parts, seconds=_LAYER_SECONDS * len(parts))
+        points = [
+            Point(widths, share * ratio) for widths, ratio in zip(layer.points, found.ratios, strict=True)
+        ]
+        return LayerTimes(points[0], tuple(points[1:]))
+
+
+@dataclass(frozen=True)
+class _Distinct:
+    """A layer that stands for all of its shapes and inputs."""
+
+    module: nn.Module
+    layer: Layer
+    call: Call
+    prefix: int | None
+    points: list[dict[str, int]]
+    """Widths to measure, all channels first."""
+
+    def replay(self, widths: Mapping[str, int]) -> Replay:
+        """Return a cut copy, to run alone."""
+        own = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
+        return Replay(cut_to_widths(self.module, self.layer, own), self.call, self.prefix).eval()
+
+
+def _cut(model: nn.Module, job: Job, widths: Mapping[UnitKey, int]) -> nn.Module:
+    """Return a copy of ``model`` with the first channels of each head; what it computes means nothing."""
+    units = (
+        UnitPlan(*unit.key, unit.width, (tuple(range(widths[unit.key])),) * unit.heads) for unit in job.units
+    )
+    slim = copy.deepcopy(model)
+    cut(slim, Plan(tuple(units)))
+    return slim

@@ -1,0 +1,73 @@
+"""Files of ``mhacut prune`` beside their budget of time: measured, corrected, and what was reached."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mhacut.commands.prune_cut import CutModel
+from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_latency import AIM, TimedCut
+from mhacut.commands.prune_targets import Reached
+from mhacut.errors import BudgetError
+from mhacut.pruning.limits import Limit
+from mhacut.runtime.progress import Reporter
+
+
+def time_file(inputs: PruneInputs, slim: nn.Module, reporter: Reporter) -> TimedCut | None:
+    """Time the model in the file in turns with the dense one; None without a budget of time."""
+    if inputs.time_target is None:
+        return None
+    reporter.start("timing")
+    return inputs.time_target.time(slim)
+
+
+def with_less_time(inputs: PruneInputs, missed: TimedCut) -> PruneInputs:
+    """Return the inputs with a limit on time that makes up for a file that missed it, to write it anew."""
+
+    def corrected(limit: Limit) -> Limit:
+        if limit.resource != "max_latency":
+            return limit
+        return replace(limit, most=int(limit.most * AIM * missed.most / missed.nanoseconds))
+
+    job = replace(inputs.job, storage=tuple(map(corrected, inputs.job.storage)))
+    return replace(inputs, job=job, options=replace(inputs.options, overwrite=True))
+
+
+def missed_by_file(inputs: PruneInputs) -> BudgetError:
+    """Return the error that states by how much the file missed its budget of time."""
+    assert inputs.time_target is not None
+    missed = inputs.time_target.missed()
+    return missed if inputs.options.dry_run else BudgetError(f"{missed}. {inputs.target} was written")
+
+
+def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, rewritten: int) -> Reached:
+    """Return the budget of time, and what was reached, in milliseconds.
+
+    Args:
+        inputs: with the limits of the file.
+        found: the model that was cut.
+        timed: the model in the file.
+        rewritten: number of files before this one.
+    """
+    target = inputs.time_target
+    assert target is not None
+    widths = found.planned.plan.widths()
+    limits = [limit for limit in inputs.job.storage if limit.resource == "max_latency"]
+    foreseen = [limit.cost(widths) for limit in limits] or [timed.dense]
+    conditions: dict[str, Any] = target.stopwatch.conditions()
+    return Reached(
+        "max_latency",
+        target.budget.text,
+        timed.most / 1e6,
+        timed.nanoseconds / 1e6,
+        measured={
+            "predicted": foreseen[0] / 1e6,
+            "dense": timed.dense / 1e6,
+            "wall": timed.wall_ms,
+            "corrections": found.corrections + rewritten,
+            **conditions,
+        },
+    )

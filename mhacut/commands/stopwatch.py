@@ -1,0 +1,119 @@
+"""Time models, and layers alone, in turns, where and as options say."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut.exporting.programs import (
+    Conditions,
+    int8_program,
+    many_compiled,
+    model_program,
+    part_run,
+    timing_device,
+    using_threads,
+)
+from mhacut.measuring.latency import Beside, Run, compare_runs, fixed_images, run_of
+from mhacut.options.timing import TimingOptions
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.replay import Replay
+
+
+class Stopwatch:
+    """Times models beside the dense one."""
+
+    def __init__(
+        self,
+        timing: TimingOptions,
+        dense: nn.Module,
+        size: tuple[int, int, int],
+        device: torch.device,
+        reporter: Reporter,
+    ) -> None:
+        """Take the dense model, which is not changed.
+
+        Args:
+            timing: where and how to measure.
+            dense: float32, eval mode.
+            size: of an image, [C, H, W].
+            device: to measure on, unless the runtime computes on the CPU.
+            reporter: receives messages.
+
+        Raises:
+            MhacutError: the runtime is not installed.
+        """
+        self.timing, self.size, self.reporter, self.dense = timing, size, reporter, dense
+        self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
+        self._dense_run: Run | None = None
+
+    def beside(self, models: Sequence[nn.Module], parts: Sequence[Replay] = (), *, seconds: float) -> Beside:
+        """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
+
+        Args:
+            models: not changed.
+            parts: moved to the device.
+            seconds: for all.
+        """
+        with using_threads(self.timing.threads) as threads, many_compiled():
+            if self._dense_run is None:
+                self._dense_run = self._run(self.dense, threads)
+            runs = [self._dense_run, *(self._run(model, threads) for model in models)]
+            return self._compared([*runs, *(self._part(part, threads) for part in parts)], seconds, threads)
+
+    def parts(self, parts: Sequence[Replay], *, seconds: float) -> Beside:
+        """Time ``parts`` of models in turns; they are moved to the device."""
+        with using_threads(self.timing.threads) as threads, many_compiled():
+            return self._compared([self._part(part, threads) for part in parts], seconds, threads)
+
+    def conditions(self) -> dict[str, Any]:
+        """Return what the times are of, for records."""
+        asked = self.timing
+        return {
+            "runtime": asked.runtime,
+            "int8": asked.int8,
+            "batch_size": asked.latency_batch_size,
+            "device": str(self.device),
+            "threads": asked.threads or torch.get_num_threads(),
+            "machine": machine(self.device),
+        }
+
+    def _compared(self, runs: Sequence[Run], seconds: float, threads: int) -> Beside:
+        found = compare_runs(runs, seconds=seconds, device=self.device, threads=threads)
+        if not found.steady:
+            self.reporter.log(
+                f"this machine is busy: the time of one and the same program changed by "
+                f"{100 * found.drift:.0f} % while it was measured"
+            )
+        return found
+
+    def _run(self, model: nn.Module, threads: int) -> Run:
+        images = fixed_images(self.timing.latency_batch_size, self.size)
+        # A copy, because the model may be at work on another device.
+        model = copy.deepcopy(model).to(self.device)
+        if self.timing.int8:
+            return run_of(int8_program(model, self.size, threads)[0], images)
+        conditions = Conditions(self.timing.runtime, self.device, threads)
+        return run_of(model_program(model, self.size, conditions), images.to(self.device))
+
+    def _part(self, part: Replay, threads: int) -> Run:
+        conditions = Conditions(self.timing.runtime, self.device, threads)
+        return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of the processor, or of the GPU, that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = []
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,146 @@
+"""Models, and layers alone, as programs of the runtimes in which latency is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.errors import MhacutError, UsageError, option_name
+from mhacut.exporting.openvino_ir import openvino_program, openvino_runner, require_openvino
+from mhacut.exporting.quantization_error import layers_with_outliers
+from mhacut.exporting.quantize import quantize
+from mhacut.exporting.runtimes import (
+    DTYPES,
+    onnx_content,
+    onnx_file_runner,
+    onnx_program,
+    onnx_runner,
+    part_content,
+    require_onnx,
+)
+from mhacut.measuring.latency import fixed_images, run_of
+from mhacut.options.base import ExportDtype
+from mhacut.options.timing import Runtime
+from mhacut.runtime.device import resolve_device
+
+_MOST_COMPILED = 1000
+"""Largest number of programs that torch.compile keeps of one class. Beyond it, models run eagerly."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions that models are timed under."""
+
+    runtime: Runtime
+    device: torch.device
+    threads: int
+    dtype: ExportDtype = "float32"
+
+
+def timing_device(runtime: Runtime, device: str) -> torch.device:
+    """Return the device on which ``runtime`` computes.
+
+    Raises:
+        MhacutError: a package is missing, with what to install, or the device.
+        UsageError: the runtime is measured on the CPU only.
+    """
+    if runtime not in ("onnx", "openvino"):
+        return resolve_device(device)
+    asked = option_name("runtime", runtime)
+    (require_onnx if runtime == "onnx" else require_openvino)(asked)
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"{option_name('device', device)}: {asked} is measured on the CPU only")
+    return torch.device("cpu")
+
+
+def model_program(
+    model: nn.Module, size: tuple[int, int, int], conditions: Conditions
+) -> Callable[[Tensor], object]:
+    """Return ``model`` as a function of float32 images on the device, of any batch size."""
+    if conditions.runtime == "openvino":
+        return openvino_runner(model, size, threads=conditions.threads)
+    if conditions.runtime == "onnx":
+        return onnx_runner(model, size, conditions.dtype, threads=conditions.threads)
+    dtype = DTYPES[conditions.dtype]
+    program: Callable[[Tensor], object] = model.to(conditions.device, dtype)
+    if conditions.runtime == "compile":
+        program = torch.compile(model)
+    return lambda images: program(images.to(dtype))
+
+
+def int8_program(
+    model: nn.Module, size: tuple[int, int, int], threads: int
+) -> tuple[Callable[[Tensor], object], int]:
+    """Return ``model`` with its linear layers in INT8, as ``mhacut export`` makes it without images.
+
+    Returns:
+        The function of images in ONNX Runtime, and the number of bytes of its file.
+    """
+    content = onnx_content(model, size)
+    fragile = layers_with_outliers(content, [fixed_images(4, size)])
+    content = quantize(content, "dynamic", exclude=fragile)
+    return onnx_file_runner(content, threads), len(content)
+
+
+def part_run(
+    part: nn.Module, inputs: tuple[Tensor, ...], conditions: Conditions, *, int8: bool = False
+) -> Callable[[], object]:
+    """Return a function that runs a part of a model once, on ``inputs`` on the CPU, in float32.
+
+    Args:
+        part: takes the inputs, in eval mode.
+        inputs: of fixed shapes.
+        conditions: to run under.
+        int8: whether its linear layers are quantized, if it has any.
+    """
+    if conditions.runtime in ("onnx", "openvino"):
+        content = part_content(part, inputs)
+        if conditions.runtime == "openvino":
+            return openvino_program(content, inputs, conditions.threads)
+        if int8:
+            content = _in_int8(content)
+        return onnx_program(content, inputs, conditions.threads)
+    placed: Callable[..., object] = part.to(conditions.device)
+    if conditions.runtime == "compile":
+        placed = torch.compile(part)
+    on_device = tuple(tensor.to(conditions.device) for tensor in inputs)
+    return run_of(lambda _: placed(*on_device), on_device[0])
+
+
+def _in_int8(content: bytes) -> bytes:
+    try:
+        return quantize(content, "dynamic")
+    except MhacutError:  # nothing in it can be quantized: it stays as it is in the model, too
+        return content
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """A block in which torch.compile keeps a program for each of many layers of one class."""
+    import torch._dynamo as dynamo
+
+    config: Any = dynamo.config
+    limits = {
+        name: _MOST_COMPILED
+        for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit")
+        if hasattr(config, name)
+    }
+    with config.patch(**limits):
+        yield
+
+
+@contextmanager
+def using_threads(asked: int | None) -> Iterator[int]:
+    """A block in which torch computes with ``asked`` CPU threads; yields their number."""
+    before = torch.get_num_threads()
+    if asked is not None:
+        torch.set_num_threads(asked)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

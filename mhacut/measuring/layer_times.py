@@ -1,0 +1,242 @@
+"""Times of layers at a few widths, the time of a model that follows from them, and the file that keeps them.
+
+The time of a model is a fixed rest and the times of its layers. Layers that run alone are not quite as fast
+as in the model, so that what the model saves is what its layers save, scaled by a line through models that
+were measured whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from mhacut.errors import OutputError
+from mhacut.runtime.files import show, write_whole
+
+_FORMAT = 1
+_PAIR = ("qk", "v")
+"""Kinds whose equal widths run faster than unequal ones."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured time."""
+
+    widths: Mapping[str, int]
+    """Channels per head by kind."""
+    share: float
+    """Time, relative to the whole dense model's."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Times of one run of a layer, measured at a few widths and taken as lines between them.
+
+    The kinds of channels save time independently of each other, but for q/k and v of equal width, which are
+    measured together.
+    """
+
+    dense: Point
+    others: tuple[Point, ...]
+    _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, widths: Mapping[str, int]) -> float:
+        """Return the time at ``widths`` of all kinds, relative to the dense model's."""
+        key = tuple(widths[kind] for kind in self.dense.widths)
+        if key not in self._known:
+            self._known[key] = self._at(widths)
+        return self._known[key]
+
+    def _at(self, widths: Mapping[str, int]) -> float:
+        apart = self._apart(widths)
+        equal = self._curve(_PAIR)
+        if equal is None:
+            return apart
+        q, v = (widths[kind] for kind in _PAIR)
+        if q == v:
+            rest = {**widths, **{kind: self.dense.widths[kind] for kind in _PAIR}}
+            return _between(equal, q) + self._apart(rest) - self.dense.share
+        return max(apart, _between(equal, min(q, v)))
+
+    def _apart(self, widths: Mapping[str, int]) -> float:
+        time = self.dense.share
+        for kind, width in widths.items():
+            curve = self._curve((kind,))
+            if curve is not None:
+                time += _between(curve, width) - self.dense.share
+        return max(time, 0.0)
+
+    def _curve(self, kinds: tuple[str, ...]) -> list[tuple[float, float]] | None:
+        """Return width and time of the points that cut ``kinds`` alone, and equally; None without any."""
+        whole = self.dense.widths
+        if not set(kinds) <= set(whole) or len({whole[kind] for kind in kinds}) > 1:
+            return None
+        rest = {kind: width for kind, width in whole.items() if kind not in kinds}
+        found = [
+            (point.widths[kinds[0]], point.share)
+            for point in self.others
+            if rest.items() <= point.widths.items() and len({point.widths[kind] for kind in kinds}) == 1
+        ]
+        return _rising([*found, (whole[kinds[0]], self.dense.share)]) if found else None
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return points in the order of their first number, the second made to rise too.
+
+    Where it falls, by noise, it is between the largest before and the least behind.
+    """
+    widths, times = zip(*sorted(points), strict=True)
+    above = accumulate(times, max)
+    below = reversed(list(accumulate(reversed(times), min)))
+    return [(width, (high + low) / 2) for width, high, low in zip(widths, above, below, strict=True)]
+
+
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the second number on the line between the neighbours of ``at``, or on the nearest line."""
+    if len(points) == 1:
+        return points[0][1]
+    right = min(max(bisect_right([first for first, _ in points], at), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if x1 > x0 else y1
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """Time of a model at any widths of its layers."""
+
+    calls: tuple[tuple[str, int], ...]
+    """Runs of layers in one pass of the model: name, and index into ``layers``."""
+    layers: tuple[LayerTimes, ...]
+    whole: float
+    """Time of the model with all channels, relative to the dense one's: less where tokens are left out."""
+    anchors: tuple[tuple[float, float], ...] = ()
+    """Time that the layers of a cut model save, and time that it saves as a whole, relative to the dense
+    model's."""
+    dense: int = 10**9
+    """Nanoseconds per batch of the dense model, as measured last."""
+
+    def at(self, widths: Mapping[Any, int]) -> int:
+        """Return the nanoseconds per batch at ``widths``, by layer and kind; others stay whole."""
+        saved = self.saved_by_layers(widths)
+        if self.anchors:
+            saved = _between(_rising([(0.0, 0.0), *self.anchors]), saved)
+        return round(self.dense * max(self.whole - saved, 0.0))
+
+    def saved_by_layers(self, widths: Mapping[Any, int]) -> float:
+        """Return the time that the layers save at ``widths``, relative to the dense model's."""
+        saved = 0.0
+        for name, index in self.calls:
+            times = self.layers[index]
+            own = {kind: widths.get((name, kind), width) for kind, width in times.dense.widths.items()}
+            saved += times.dense.share - times.at(own)
+        return saved
+
+    def with_anchors(self, models: Sequence[tuple[Mapping[Any, int], float]]) -> TimeTable:
+        """Return the table through models that were measured whole.
+
+        Args:
+            models: widths of each, and its time relative to the dense model's.
+        """
+        anchors = [(self.saved_by_layers(widths), max(self.whole - share, 0.0)) for widths, share in models]
+        return replace(self, anchors=tuple((saved, whole) for saved, whole in anchors if saved > 0))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "calls": [list(call) for call in self.calls],
+            "layers": [
+                [[dict(point.widths), point.share] for point in (times.dense, *times.others)]
+                for times in self.layers
+            ],
+            "whole": self.whole,
+            "anchors": [list(anchor) for anchor in self.anchors],
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> TimeTable:
+        """Read what :meth:`to_json` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is something else.
+        """
+        layers = []
+        for dense, *others in document["layers"]:
+            points = [
+                Point({str(kind): int(width) for kind, width in widths.items()}, float(share))
+                for widths, share in (dense, *others)
+            ]
+            layers.append(LayerTimes(points[0], tuple(points[1:])))
+        calls = tuple((str(name), range(len(layers)).index(index)) for name, index in document["calls"])
+        anchors = tuple((float(saved), float(whole)) for saved, whole in document["anchors"])
+        table = cls(calls, tuple(layers), float(document["whole"]), anchors, int(document["dense"]))
+        if not (table.dense > 0 and 0 < table.whole < float("inf")):
+            raise ValueError("expected positive times")
+        return table
+
+
+def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """Return the widths of a layer at which its time is measured, all channels first.
+
+    Args:
+        choices: allowed widths by kind, ascending, the dense one last.
+    """
+    whole = {kind: widths[-1] for kind, widths in choices.items()}
+    found = [whole]
+    paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
+    if paired:
+        found += [{**whole, "qk": width, "v": width} for width in _spread(choices["qk"], 4)]
+    for kind, widths in choices.items():
+        parts = 2 if paired and kind in _PAIR else 4
+        found += [{**whole, kind: width} for width in _spread(widths, parts)]
+    return found
+
+
+def _spread(choices: Sequence[int], parts: int) -> list[int]:
+    """Return the widths nearest to 0/parts, 1/parts, ... of the dense one, which is left out."""
+    dense = choices[-1]
+    found = {min(choices, key=lambda width: abs(width - dense * part / parts)) for part in range(parts)}
+    return sorted(found - {dense})
+
+
+def kept_table(
+    key: Mapping[str, Any], measure: Callable[[], TimeTable], log: Callable[[str], None]
+) -> tuple[TimeTable, bool]:
+    """Return the table that this machine keeps under ``key``; else measure it, and keep it.
+
+    Args:
+        key: everything that times depend on.
+        measure: measures the table.
+        log: receives what is wrong with the file.
+
+    Returns:
+        The table, and whether it was kept before.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = _folder() / f"{digest[:32]}.json"
+    if path.exists():
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] == _FORMAT and document["key"] == json.loads(json.dumps(key)):
+                return TimeTable.from_json(document["table"]), True
+            log(f"{show(path)}: holds other times than its name says; times of layers are measured anew")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            log(f"{show(path)}: cannot be read ({error!s:.80}); times of layers are measured anew")
+    table = measure()
+    text = json.dumps({"format": _FORMAT, "key": key, "table": table.to_json()}, indent=1, sort_keys=True)
+    try:
+        write_whole(path, text.encode(), overwrite=True)
+    except OutputError as error:
+        log(f"times of layers are not kept: {error}")
+    return table, False
+
+
+def _folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mhacut" / "layer-times"
