@@ -133,13 +133,13 @@ def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str
     >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
     ('2.80M', '5.72MB')
     >>> format_amount(12_340_000, "max_latency"), format_amount(12_340_000, "max_latency", up=True)
-    ('12.3 ms', '12.4 ms')
+    ('12.3ms', '12.4ms')
     """
     if resource == "max_latency":
         milliseconds = amount / 1e6
         digits = max(0, 2 - math.floor(math.log10(milliseconds))) if milliseconds > 0 else 0
         scaled = milliseconds * 10**digits
-        return f"{(math.ceil(scaled - 1e-6) if up else round(scaled)) / 10**digits:.{digits}f} ms"
+        return f"{(math.ceil(scaled - 1e-6) if up else round(scaled)) / 10**digits:.{digits}f}ms"
     return format_flops(amount, up=up) + ("B" if resource == "size" else "")
 
 

@@ -116,9 +116,6 @@ def read_inputs(
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
     targets = parse_targets(options)
-    if options.max_latency is not None and processes.size > 1:
-        asked = option_name("max_latency", options.max_latency)
-        raise UsageError(f"{asked}: expected one process, found {processes.size} of torchrun")
     check_one_source(given, options.data)
     check_outputs_before_reading(options)
     reporter.start("reading")
@@ -129,9 +126,8 @@ def read_inputs(
         check_outputs(own, loaded.path)
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    size = preprocessing.input_size
-    stopwatch = Stopwatch(options.timing, dense, size, processes.device, reporter)
-    time_target = None if options.max_latency is None else TimeTarget(options.max_latency, stopwatch)
+    stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
+    time_target = _time_target(options, stopwatch, processes)
     job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
     _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
@@ -159,6 +155,19 @@ def read_inputs(
         )
         for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
     )
+
+
+def _time_target(options: PruneOptions, stopwatch: Stopwatch, processes: Processes) -> TimeTarget | None:
+    """Return the budget of time, where there is one.
+
+    Raises:
+        UsageError: there are several processes, of which each would slow down what the others time.
+    """
+    asked = options.max_latency
+    if asked is not None and processes.size > 1:
+        found = f"found {processes.size} of torchrun"
+        raise UsageError(f"{option_name('max_latency', asked)}: expected one process, {found}")
+    return None if asked is None else TimeTarget(asked, stopwatch)
 
 
 def _job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,14 +105,15 @@ class Reach:
         if self.times is not None:
             dense["max_latency"], costs["max_latency"] = self.times.dense, self.times.at
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
+        if self.times is not None:  # a model measured afresh shall meet it, too
+            lowest["max_latency"] = math.ceil(lowest["max_latency"] / AIM)
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]
         named += [(name, value) for name, value, _ in job.constraints.without_each()]
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
-        if "max_latency" in amounts:  # a model measured afresh shall meet it, too
-            aim = int(AIM * amounts["max_latency"])
-            amounts["max_latency"] = max(aim, lowest["max_latency"])
+        if "max_latency" in amounts:
+            amounts["max_latency"] = math.ceil(AIM * amounts["max_latency"])
         storage = [
             Limit(costs[resource], most, resource)
             for resource, most in amounts.items()

@@ -60,10 +60,9 @@ class LayerTimes:
         if equal is None:
             return apart
         q, v = (widths[kind] for kind in _PAIR)
-        if q == v:
-            rest = {**widths, **{kind: self.dense.widths[kind] for kind in _PAIR}}
-            return _between(equal, q) + self._apart(rest) - self.dense.share
-        return max(apart, _between(equal, min(q, v)))
+        rest = self._apart({**widths, **{kind: self.dense.widths[kind] for kind in _PAIR}})
+        narrowest = rest + _between(equal, min(q, v)) - self.dense.share
+        return narrowest if q == v else max(apart, narrowest)
 
     def _apart(self, widths: Mapping[str, int]) -> float:
         time = self.dense.share

@@ -1,0 +1,273 @@
+"""Times of layers: lines between measured points, the time of a model, and the file that keeps them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhacut.measuring import latency
+from mhacut.measuring.latency import compare_runs
+from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.pruning.allocate import cheapest_widths, total_error
+from mhacut.pruning.limits import Limit
+from mhacut.pruning.widths import width_choices
+
+CPU = torch.device("cpu")
+REST = 100.0
+"""Time that no width changes, so long that any plan uses nearly all of a budget."""
+ATTENTION = {"qk": (8, 16, 24, 32), "v": (8, 16, 24, 32)}
+MLP = {"hidden": tuple(range(8, 129, 8))}
+
+
+def measured(choices, time):
+    """Times of a layer that takes ``time`` of its widths, without noise."""
+    points = [Point(widths, time(widths)) for widths in points_to_measure(choices)]
+    return LayerTimes(points[0], tuple(points[1:]))
+
+
+# --- one layer ---
+
+
+def test_all_channels_are_measured_first_and_every_kind_alone_and_equal():
+    points = points_to_measure(ATTENTION)
+    assert points[0] == {"qk": 32, "v": 32}
+    assert {"qk": 8, "v": 8} in points
+    assert {"qk": 8, "v": 32} in points
+    assert {"qk": 32, "v": 8} in points
+    assert points_to_measure(MLP) == [{"hidden": width} for width in (128, 8, 32, 64, 96)]
+    assert points_to_measure({"hidden": (6,)}) == [{"hidden": 6}]
+    assert len(points) == len({tuple(point.items()) for point in points})
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_a_cost_that_is_linear_in_every_width_is_found_exactly(data):
+    price = {kind: data.draw(st.floats(0, 1)) for kind in ("qk", "v", "hidden")}
+    rest = data.draw(st.floats(0, 100))
+    choices = {**ATTENTION, **MLP}
+
+    def time(widths):
+        return rest + sum(price[kind] * width for kind, width in widths.items())
+
+    times = measured(choices, time)
+    for widths in itertools.product(ATTENTION["qk"], ATTENTION["v"], (8, 48, 128)):
+        own = dict(zip(choices, widths, strict=True))
+        assert times.at(own) == pytest.approx(time(own), abs=1e-9)
+
+
+def test_equal_widths_may_be_faster_than_unequal_ones():
+    def time(widths):
+        return widths["qk"] + widths["v"] + 10 * (widths["qk"] != widths["v"])
+
+    times = measured(ATTENTION, time)
+    for width in ATTENTION["qk"]:
+        assert times.at({"qk": width, "v": width}) == 2 * width
+    assert times.at({"qk": 8, "v": 32}) == 50
+    assert times.at({"qk": 16, "v": 24}) >= times.at({"qk": 16, "v": 16})
+
+
+def test_noise_never_makes_a_narrower_layer_slower():
+    shares = {8: 3.0, 32: 5.0, 64: 4.0, 96: 9.0, 128: 8.0}
+    times = measured(MLP, lambda widths: shares[widths["hidden"]])
+    found = [times.at({"hidden": width}) for width in MLP["hidden"]]
+    assert found == sorted(found)
+    assert times.at({"hidden": 32}) == times.at({"hidden": 64}) == 4.5
+
+
+# --- the whole model ---
+
+
+def table_of(prices, choices, rest=REST, anchors=True):
+    """Times of a model of MLPs: a rest, and a price per channel, of which layers alone show four fifths."""
+    layers = tuple(
+        measured({"hidden": choices[key]}, lambda widths, price=price: 0.8 * price * widths["hidden"])
+        for key, price in prices.items()
+    )
+    calls = tuple((name, number) for number, (name, _) in enumerate(prices))
+    full = rest + sum(price * choices[key][-1] for key, price in prices.items())
+    table = TimeTable(calls, layers, full)
+    least = {key: widths[0] for key, widths in choices.items()}
+    time = rest + sum(price * least[key] for key, price in prices.items())
+    return table.with_anchors([(least, time)]) if anchors else table
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_widths_within_a_budget_of_time_keep_it_and_are_a_step_from_the_best(data):
+    """Against all plans, in the times that the table was made of."""
+    keys = [(f"blocks.{number}.mlp", "hidden") for number in range(data.draw(st.integers(2, 3)))]
+    choices = {key: width_choices(8 * data.draw(st.integers(3, 5)), 8) for key in keys}
+    prices = {key: data.draw(st.floats(1e-4, 5e-3)) for key in keys}
+    curves = {}
+    for key, widths in choices.items():
+        rates = sorted(data.draw(st.floats(0.01, 10)) for _ in widths[1:])
+        curves[key] = dict(zip(widths, reversed(list(itertools.accumulate(rates, initial=0.0))), strict=True))
+    table = table_of(prices, choices)
+
+    def time(widths):
+        return REST + sum(price * widths[key] for key, price in prices.items())
+
+    plans = [dict(zip(keys, widths, strict=True)) for widths in itertools.product(*choices.values())]
+    for plan in plans:
+        assert table.at(plan) == pytest.approx(1e9 * time(plan), rel=1e-6)
+    low, high = (time({key: widths[end] for key, widths in choices.items()}) for end in (0, -1))
+    most = low + data.draw(st.floats(0.01, 0.99)) * (high - low)
+    found = cheapest_widths(curves, choices, [Limit(table.at, round(1e9 * most), "max_latency")])
+    assert time(found) <= most * (1 + 1e-6)
+    best = min(total_error(curves, plan) for plan in plans if time(plan) <= most)
+    step = max(
+        curve[narrow] - curve[wide] for curve in curves.values() for narrow, wide in itertools.pairwise(curve)
+    )
+    assert total_error(curves, found) <= best + step + 1e-9
+
+
+def test_layers_alone_are_scaled_to_what_models_save():
+    keys = {("a", "hidden"): (8, 16, 24, 32), ("b", "hidden"): (8, 16)}
+    prices = dict.fromkeys(keys, 0.01)
+    plain, scaled = table_of(prices, keys, anchors=False), table_of(prices, keys)
+    whole = {key: widths[-1] for key, widths in keys.items()}
+    half = dict.fromkeys(keys, 8)
+    assert plain.at(whole) == scaled.at(whole)
+    assert scaled.at(whole) - scaled.at(half) == pytest.approx(1.25 * (plain.at(whole) - plain.at(half)))
+
+
+def test_a_layer_that_runs_twice_counts_twice():
+    layer = measured({"hidden": (8, 16)}, lambda widths: widths["hidden"] / 100)
+    once, twice = (TimeTable((("a", 0),) * runs, (layer,), 1.0) for runs in (1, 2))
+    cut = {("a", "hidden"): 8}
+    assert once.dense - once.at(cut) == 80_000_000
+    assert twice.dense - twice.at(cut) == 160_000_000
+
+
+# --- measuring ---
+
+
+class Clock:
+    """A clock that runs as programs say."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        for name in ("perf_counter", "process_time"):
+            monkeypatch.setattr(latency.time, name, lambda: self.now)
+        monkeypatch.setattr(latency, "_MAX_ROUNDS", 40)
+
+    def program(self, seconds, until=float("inf"), after=1.0):
+        """Takes ``seconds``, and ``after`` times as long once it is ``until``."""
+
+        def run():
+            self.now += seconds * (after if self.now > until else 1)
+
+        return run
+
+
+def test_ratios_are_to_the_first(monkeypatch):
+    clock = Clock(monkeypatch)
+    runs = [clock.program(0.02), clock.program(0.01)]
+    found = compare_runs(runs, seconds=1, device=CPU, threads=1)
+    assert found.ratios == (1.0, pytest.approx(0.5))
+    assert found.milliseconds == pytest.approx((20, 10))
+    assert found.steady
+
+
+def test_a_machine_that_slows_down_is_measured_again(monkeypatch):
+    clock = Clock(monkeypatch)
+    # The first try ends within its second second; what slows down does so in its midst.
+    found = compare_runs([clock.program(0.02, until=0.6, after=1.5)], seconds=1, device=CPU, threads=1)
+    assert found.steady
+    assert found.milliseconds == pytest.approx((30,))
+
+
+def test_a_machine_that_never_stands_still_is_reported(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def slower_and_slower():
+        clock.now += 0.01 + clock.now / 10
+
+    found = compare_runs([slower_and_slower], seconds=0.1, device=CPU, threads=1)
+    assert not found.steady
+
+
+# --- the file ---
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mhacut" / "layer-times"
+
+
+class Measurements:
+    """Measures a table, and counts how often."""
+
+    def __init__(self):
+        self.times, self.log = 0, []
+
+    def measure(self):
+        self.times += 1
+        choices = {("a", "hidden"): (8, 16, 32), ("b", "hidden"): (8, 16)}
+        return table_of(dict.fromkeys(choices, 0.01), choices)
+
+    def table(self, **key):
+        return kept_table(key, self.measure, self.log.append)
+
+
+def test_a_table_is_measured_once_for_each_machine(cache):
+    of = Measurements()
+    first, kept = of.table(machine="one")
+    assert not kept
+    assert of.table(machine="one") == (first, True)
+    assert of.times == 1
+    assert of.table(machine="other") == (first, False)
+    assert of.times == 2
+    assert not of.log
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "key": {"machine": "one"}, "table": {}}']
+)
+def test_a_damaged_file_is_measured_anew_and_replaced(cache, text):
+    of = Measurements()
+    of.table(machine="one")
+    (file,) = cache.iterdir()
+    file.write_text(text)
+    assert not of.table(machine="one")[1]
+    assert of.times == 2
+    (line,) = of.log
+    assert str(file) in line
+    assert "measured anew" in line
+    assert of.table(machine="one")[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.update(whole=float("nan")),
+        lambda table: table.update(dense=0),
+        lambda table: table["calls"].append(["a", 7]),
+        lambda table: table["layers"][0].__setitem__(0, [{"hidden": "x"}, 1.0]),
+        lambda table: table["layers"].append([]),
+    ],
+)
+def test_times_that_make_no_sense_are_measured_anew(cache, change):
+    of = Measurements()
+    of.table(machine="one")
+    (file,) = cache.iterdir()
+    document = json.loads(file.read_text())
+    change(document["table"])
+    file.write_text(json.dumps(document))
+    assert not of.table(machine="one")[1]
+    assert len(of.log) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    of = Measurements()
+    assert not of.table(machine="one")[1]
+    assert "times of layers are not kept" in of.log[0]

@@ -1,0 +1,323 @@
+"""``prune --max-latency``: targets of time, met by a clock that counts parameters, and by the machine's."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from safetensors import safe_open
+
+import mhacut
+from helpers.cli import run
+from mhacut.budget import Budget, Targets
+from mhacut.checkpoint.load import read_model
+from mhacut.commands.stopwatch import Stopwatch
+from mhacut.errors import BudgetError, MhacutError, UsageError
+from mhacut.measuring.latency import Beside, compare_runs, fixed_images, run_of
+from mhacut.options.prune import PruneOptions
+from mhacut.surgery.flops import count_parameters
+
+QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4}
+
+
+# --- times as people write them ---
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"),
+    [("12ms", 12_000_000), ("0.012s", 12_000_000), ("800us", 800_000), ("50%", 10_000_000), ("7ns", 7)],
+)
+def test_times_are_understood(text, nanoseconds):
+    assert Budget.parse(text, "max_latency").amount(dense=20_000_000) == nanoseconds
+
+
+@pytest.mark.parametrize("text", ["12", "12m", "12 ms", "0ms", "-1ms", "12MB", "2.0G", "ms", "12msms"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(UsageError, match=r"is not a budget; write 12ms, 0\.012s, 800us or 50%"):
+        Budget.parse(text, "max_latency")
+
+
+@pytest.mark.parametrize("resource", ["flops", "params", "size"])
+def test_other_budgets_are_no_times(resource):
+    with pytest.raises(UsageError, match="is not a budget"):
+        Budget.parse("12ms", resource)
+
+
+def test_files_are_named_by_their_time():
+    assert Targets.parse("50%", max_latency="12ms").label == "50pct-latency12ms"
+    assert Targets.parse(max_latency="40%").label == "latency40pct"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"max_latency": "50%", "max_kl": 0.1},
+            "max_kl=0.1 looks for the smallest model itself, max_latency=",
+        ),
+        ({"max_latency": "50%", "max_drop": 1.0}, "max_drop=1.0 looks for the smallest model itself"),
+        ({"max_latency": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or"),
+        (
+            {"max_latency": "50%", "flops": "60%", "scope": "attention+mlp+tokens"},
+            "max_latency='50%': expected scope='attention+mlp'; the time that merging tokens saves",
+        ),
+        ({"max_latency": "50%", "int8": True}, "int8=True: expected runtime='onnx'"),
+        ({"max_latency": "50%", "runtime": "tensorrt"}, "runtime='tensorrt': expected one of eager,"),
+        ({"max_latency": "50%", "threads": 0}, "threads=0: expected at least 1"),
+    ],
+)
+def test_contradictions_are_refused(given, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        PruneOptions.from_flat(checkpoint="a", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"max_latency": "50%", "latency": False}, {"latency": "max_latency measures it"}),
+        ({"max_latency": "50%", "threads": 1}, {}),
+        ({"flops": "50%", "latency": False, "threads": 1}, {"threads": "latency=False measures none"}),
+        ({"flops": "50%", "runtime": "onnx"}, {}),
+    ],
+)
+def test_options_without_effect_are_named(given, idle):
+    assert PruneOptions.from_flat(checkpoint="a", **given).idle() == idle
+
+
+def test_a_runtime_that_is_not_installed_is_named_before_the_work(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(MhacutError, match=r"runtime='openvino' needs onnx, .*mhacut\[openvino\]"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="50%", runtime="openvino")
+
+
+# --- from file to file, by a clock that counts parameters ---
+
+
+class Counting:
+    """A clock by which a model takes 1 ms and 10 ns per parameter, its layers alone 6 ns, a cut one more."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.layers = self.models = 0
+        self.unforeseen = lambda share: 1.0
+        """Factor on the time of a model with a share of the dense one's parameters."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        clock = self  # functions become methods of the stopwatch, bound methods do not
+
+        def beside(stopwatch, models, parts=(), *, seconds):
+            clock.models += len(models)
+            times = [clock.time(model, stopwatch.dense) for model in (stopwatch.dense, *models)]
+            return found([*times, *map(alone, parts)])
+
+        def parts_alone(stopwatch, parts, *, seconds):
+            clock.layers += len(parts)
+            return found([*map(alone, parts)])
+
+        monkeypatch.setattr(Stopwatch, "beside", beside)
+        monkeypatch.setattr(Stopwatch, "parts", parts_alone)
+
+    def time(self, model, dense):
+        count, whole = count_parameters(model), count_parameters(dense)
+        return (1 + 1e-5 * count) * self.unforeseen(count / whole)
+
+
+def alone(part):
+    return 6e-6 * count_parameters(part)
+
+
+def found(times):
+    return Beside(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    return Counting(monkeypatch, tmp_path)
+
+
+def prune(tiny_vit, output, **options):
+    return mhacut.prune(
+        tiny_vit.path,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=output,
+        **{**QUICK, **options},
+    )
+
+
+def stated(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["mhacut"])["history"][-1]
+
+
+@pytest.mark.parametrize("asked", ["80%", "88%", "1.3ms", "0.00135s"])
+def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=asked)
+    (target,) = result.targets
+    dense = read_model(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args).model
+    slim = mhacut.load_model(result.output)
+    assert target.reached == pytest.approx(clock.time(slim, dense), rel=1e-6)
+    assert target.measured["dense"] == pytest.approx(clock.time(dense, dense), rel=1e-6)
+    most = Budget.parse(asked, "max_latency").amount(round(1e6 * clock.time(dense, dense))) / 1e6
+    assert target.most == pytest.approx(most, rel=1e-6)
+    assert 0.9 * most <= target.reached <= most
+    assert target.measured["predicted"] == pytest.approx(target.reached, rel=0.02)
+    assert result.slim.latency_ms == target.reached
+    (entry,) = stated(result.output)["targets"]
+    assert entry == target.to_json()
+    assert entry["target"] == "max_latency"
+    assert entry["threads"] >= 1
+    assert entry["machine"]
+    assert stated(result.output)["options"]["max_latency"] == asked
+    assert "runtime" not in stated(result.output)["options"]
+
+
+def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
+    result = prune(
+        tiny_vit, tmp_path / "s.safetensors", max_latency="85%", flops="70%", params="70%", size="220KB"
+    )
+    assert [target.name for target in result.targets] == ["flops", "params", "size", "max_latency"]
+    assert all(target.reached <= target.most for target in result.targets)
+    assert max(target.reached / target.most for target in result.targets) > 0.9
+    assert result.output.stat().st_size <= 220_000
+
+
+def test_what_layers_do_not_foresee_is_corrected(tiny_vit, tmp_path, clock):
+    clock.unforeseen = lambda share: 1.04 if 0.55 < share < 0.9 else 1.0  # not at half nor at least widths
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
+    (target,) = result.targets
+    assert target.reached <= target.most
+    assert target.measured["corrections"] > 0
+
+
+def test_a_target_that_is_always_missed_fails_and_leaves_nothing(tiny_vit, tmp_path, clock):
+    clock.unforeseen = lambda share: 1.0 if share in (1.0,) or clock.layers == 0 else 1.5
+    out = tmp_path / "slim.safetensors"
+    message = r"max_latency='85%': missed; corrected 3 times, the cut model takes \S+ms of at most \S+ms"
+    with pytest.raises(BudgetError, match=message):
+        prune(tiny_vit, out, max_latency="85%")
+    assert not out.exists()
+
+
+def test_a_file_that_is_slower_than_the_model_in_memory_is_written_anew(
+    tiny_vit, tmp_path, clock, monkeypatch
+):
+    seen = []
+
+    def unforeseen(share):
+        seen.append(share)
+        # Measured whole: dense, dense, half, least; then dense and the cut one; then the first file.
+        return 1.05 if len(seen) == 8 else 1.0
+
+    clock.unforeseen = unforeseen
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
+    (target,) = result.targets
+    assert target.reached <= target.most
+    assert target.measured["corrections"] == 1
+
+
+def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):
+    first = prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
+    assert clock.layers > 0
+    measured = clock.layers
+    second = prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
+    assert clock.layers == measured
+    assert second.plan == first.plan
+    prune(tiny_vit, tmp_path / "three.safetensors", max_latency="85%", latency_batch_size=2)
+    assert clock.layers == 2 * measured
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("1%", r"max_latency='1%' is out of reach: the lowest is \S+ms \(\d+\.\d% of \S+ms\) with scope="),
+        ("0.1ms", r"max_latency='0\.1ms' is out of reach: the lowest is \S+ms"),
+        ("9ms", r"nothing to prune: the model's \S+ms are already within 9ms"),
+        ("100%", r"nothing to prune: the model's \S+ms are already within 100%"),
+    ],
+)
+def test_infeasible_times_are_refused_before_the_work(tiny_vit, tmp_path, clock, asked, message):
+    with pytest.raises(BudgetError, match=message):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=asked)
+    assert not (tmp_path / "slim.safetensors").exists()
+
+
+def test_the_lowest_time_that_is_named_works(tiny_vit, tmp_path, clock):
+    with pytest.raises(BudgetError) as refusal:
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="1%")
+    for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
+        result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=budget, dry_run=True)
+        assert result.targets[0].reached <= result.targets[0].most
+
+
+def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
+    results = mhacut.prune_many(
+        tiny_vit.path,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        flops=["90%", "60%"],
+        max_latency="88%",
+        output=tmp_path / "slim-{}.safetensors",
+        **QUICK,
+    )
+    names = [result.output.name for result in results]
+    assert names == ["slim-90pct-latency88pct.safetensors", "slim-60pct-latency88pct.safetensors"]
+    for result in results:
+        assert all(target.reached <= target.most for target in result.targets)
+
+
+def test_the_time_is_printed(tiny_vit, tmp_path, clock):
+    out, page = tmp_path / "slim.safetensors", tmp_path / "page.html"
+    flags = ["--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--max-latency", "85%"]
+    arguments = ["prune", *tiny_vit.flags, *flags, "-o", out, "--report", page, "--overwrite"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    line = r"^--max-latency 85%: \S+ms of at most \S+ms, 8\d\.\d% of the dense model's \S+ms; predicted \S+ms"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    assert re.search(r"^timed in eager, batch 8, \d+ thread\(s\), cpu: \S", result.stdout, re.MULTILINE)
+    assert "target max_latency 85%" in page.read_text()
+    (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
+    assert target["reached"] <= target["most"] < target["dense"]
+    assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()
+
+
+def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
+    config = tmp_path / "run.yaml"
+    config.write_text("max_latency: 85%\nthreads: 1\neffort: fast\ncalibration_images: 8\nbatch_size: 4\n")
+    result = run("prune", *tiny_vit.flags, "--config", config, "-o", tmp_path / "slim.safetensors", "--json")
+    assert result.exit_code == 0, result.stderr
+    (target,) = json.loads(result.stdout)["targets"]
+    assert target["asked"] == "85%"
+    assert target["threads"] == 1
+
+
+# --- by the machine's clock ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"runtime": "onnx"}, {"runtime": "onnx", "int8": True}])
+def test_a_target_is_met_when_it_is_measured_afresh(tmp_path, monkeypatch, options):
+    """A small ViT, large enough that its matrix products decide; by the machine's own clock."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    if options:
+        pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=256, num_heads=4, num_classes=10)
+    result = mhacut.prune(
+        model.eval(),
+        model="vit_tiny_patch16_224",
+        model_args={"depth": 3, "embed_dim": 256, "num_heads": 4},
+        max_latency="70%",
+        latency_batch_size=2,
+        threads=1,
+        output=tmp_path / "slim.safetensors",
+        **QUICK,
+        **options,
+    )
+    (target,) = result.targets
+    assert target.reached <= target.most
+    if not options:
+        slim, images = mhacut.load_model(result.output), fixed_images(2, (3, 224, 224))
+        runs = [run_of(one, images) for one in (model, slim)]
+        found = compare_runs(runs, seconds=3, device=torch.device("cpu"), threads=1)
+        assert found.ratios[1] <= 0.75
