@@ -134,9 +134,7 @@ def read_inputs(
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
     labels = None if job.preserved is not None and job.preserved.dense else images.labels
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=labels)
-    if not options.bounds_loss:  # else nobody knows how many models it takes
-        measured, budget = 0 if validation is None else len(validation), limits[0][0]
-        expect(reporter, expected_stages(options, replace(job, budget=budget), measured, len(each)))
+    _expect_stages(options, replace(job, budget=limits[0][0]), validation, len(each))
     evaluated = _evaluated(dense, validation, processes, reporter)
     return tuple(
         PruneInputs(
@@ -155,6 +153,12 @@ def read_inputs(
         )
         for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
     )
+
+
+def _expect_stages(options: PruneOptions, job: Job, validation: LabelledBatches | None, files: int) -> None:
+    if not options.bounds_loss:  # else nobody knows how many models it takes
+        measured = 0 if validation is None else len(validation)
+        expect(job.reporter, expected_stages(options, job, measured, files))
 
 
 def _time_target(options: PruneOptions, stopwatch: Stopwatch, processes: Processes) -> TimeTarget | None:

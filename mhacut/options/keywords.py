@@ -333,8 +333,8 @@ class TargetKeywords(TypedDict, total=False):
     size: str | None
     """Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint."""
     max_latency: str | None
-    """Budget of time per batch: 12ms, or 50% of the dense model's. The written file is measured beside it;
-    see --runtime, --latency-batch-size and --threads."""
+    """Budget of time per batch: 12ms, or 50% of the dense model's, as latency is measured. The file is timed
+    beside the dense model."""
     max_kl: float | None
     """Find the smallest model whose answers have at most this KL divergence, in nats, from the dense model's,
     on the held-out calibration images."""

@@ -37,8 +37,8 @@ class TargetOptions(Options):
     )
     max_latency: str | None = option(
         None,
-        "Budget of time per batch: 12ms, or 50% of the dense model's. The written file is measured beside "
-        "it; see --runtime, --latency-batch-size and --threads.",
+        "Budget of time per batch: 12ms, or 50% of the dense model's, as latency is measured. The file is "
+        "timed beside the dense model.",
         panel="Result",
         metavar="TIME",
     )

@@ -104,7 +104,15 @@ FULL = PruneOptions.from_flat(
     seed=5,
     calibration="c.safetensors",
 )
-BUDGETS = PruneOptions.from_flat(checkpoint="a.safetensors", params="1M", size="3MB")
+BUDGETS = PruneOptions.from_flat(
+    checkpoint="a.safetensors",
+    params="1M",
+    size="3MB",
+    max_latency="5ms",
+    runtime="onnx",
+    int8=True,
+    threads=3,
+)
 BOUNDED = PruneOptions.from_flat(
     checkpoint="a.safetensors",
     max_kl=0.5,
@@ -242,7 +250,11 @@ def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
     config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
     run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
     (options,) = captured
-    assert (options.latency, options.search.similarity, options.model_args) == (False, True, {"depth": 2})
+    assert (options.timing.latency, options.search.similarity, options.model_args) == (
+        False,
+        True,
+        {"depth": 2},
+    )
 
 
 def test_what_only_the_command_line_takes_is_said(tmp_path):
