@@ -40,6 +40,8 @@ _ROUNDS = 1 + CORRECTIONS
 cut, and how fast it is once it runs."""
 _SPARE = 600
 """Bytes of a file's header for what is known last: accuracy, and what of the targets was reached."""
+_SPARE_OF_TIME = 500
+"""Bytes more for a budget of time, and the conditions that it was measured under."""
 _KL_PER_POINT = 0.025
 """KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
 
@@ -121,7 +123,8 @@ def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit
     if limit.resource == "params":
         return count_parameters(slim)
     record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)
-    return file_size(slim, record, inputs.dtypes) + _SPARE
+    spare = _SPARE if inputs.time_target is None else _SPARE + _SPARE_OF_TIME
+    return file_size(slim, record, inputs.dtypes) + spare
 
 
 def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:

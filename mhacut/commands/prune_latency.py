@@ -117,22 +117,24 @@ class TimeTarget:
 
     def _measured(self, job: Job, counted: nn.Module) -> TimeTable:
         self.stopwatch.reporter.start("timing layers")
+        shorter = counted is not self.stopwatch.dense
         counted = copy.deepcopy(counted).cpu()
         calls, distinct = self._distinct(job, counted)
         plans = [
             {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
             for place in _CUTS
         ]
-        models = [counted, *(_cut(counted, job, widths) for widths in plans)]
-        whole = [layer.replay(layer.points[0]) for layer in distinct]
-        found = self.stopwatch.beside(models, whole, seconds=_WHOLE_SECONDS)
+        models = [counted] * shorter + [_cut(counted, job, widths) for widths in plans]
+        parts = [layer.replay(layer.points[0]) for layer in distinct]
+        found = self.stopwatch.beside(models, parts, seconds=_WHOLE_SECONDS)
+        whole, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
         layers = []
-        for layer, share in zip(distinct, found.ratios[1 + len(models) :], strict=True):
+        for layer, share in zip(distinct, ratios[len(plans) :], strict=True):
             layers.append(self._times(layer, share))
             self.stopwatch.reporter.advance(len(layers), len(distinct))
         dense = round(1e6 * found.milliseconds[0])
-        table = TimeTable(calls, tuple(layers), found.ratios[1], dense=dense)
-        return table.with_anchors(list(zip(plans, found.ratios[2 : 1 + len(models)], strict=True)))
+        table = TimeTable(calls, tuple(layers), whole, dense=dense)
+        return table.with_anchors(list(zip(plans, ratios[: len(plans)], strict=True)))
 
     def _distinct(self, job: Job, counted: nn.Module) -> tuple[tuple[tuple[str, int], ...], list[_Distinct]]:
         """Return the runs of layers in one pass, and the layers that differ in shapes or inputs."""

@@ -67,7 +67,7 @@ def expected_stages(options: PruneOptions, job: Job, measured: int, files: int =
         "tuning": trained * search.tuned_steps,
         "writing": _WRITTEN * (not options.dry_run),
         "comparing": _FORWARD * max(held, 1) * kept,
-        "timing": _TIMED * options.timing.latency,
+        "timing": _TIMED * (options.timing.latency or options.max_latency is not None),
         "reporting": _REPORTED * (options.report is not None),
     }
     found = []

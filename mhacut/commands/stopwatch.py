@@ -95,8 +95,8 @@ class Stopwatch:
 
     def _run(self, model: nn.Module, threads: int) -> Run:
         images = fixed_images(self.timing.latency_batch_size, self.size)
-        # A copy, because the model may be at work on another device.
-        model = copy.deepcopy(model).to(self.device)
+        if next(model.parameters()).device != self.device:  # where it is, it may be at work
+            model = copy.deepcopy(model).to(self.device)
         if self.timing.int8:
             return run_of(int8_program(model, self.size, threads)[0], images)
         conditions = Conditions(self.timing.runtime, self.device, threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -97,6 +98,8 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
 
 
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
+    for name in ("onnx_ir", "onnxscript"):  # they log every step that simplifies the graph
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
