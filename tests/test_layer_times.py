@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring import latency
 from mhacut.measuring.latency import compare_runs
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.options.timing import TimingOptions
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import width_choices
+from mhacut.runtime.progress import SILENT
 
 CPU = torch.device("cpu")
 REST = 100.0
@@ -190,6 +193,57 @@ def test_a_machine_that_never_stands_still_is_reported(monkeypatch):
 
     found = compare_runs([slower_and_slower], seconds=0.1, device=CPU, threads=1)
     assert not found.steady
+
+
+def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
+    """Half of the wall time is theirs: there are as many rounds, in twice the time."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now)
+    rounds = []
+
+    def run():
+        clock.now += 0.1
+        rounds.append(clock.now)
+
+    found = compare_runs([run], seconds=1.0, device=CPU, threads=1)
+    assert len(rounds) == pytest.approx(3 + 10, abs=1)
+    assert found.milliseconds == pytest.approx((100,))
+    assert found.wall == pytest.approx((200,))
+
+
+class Uneven:
+    """A stopwatch whose comparisons come out as listed."""
+
+    def __init__(self, monkeypatch, ratios):
+        left = iter(ratios)
+        self.made = 0
+
+        def compared(watch, runs, seconds, threads):
+            self.made += 1
+            ratio = next(left)
+            return latency.Beside((1.0, ratio), (1.0, ratio), (1.0, ratio), 0.0)
+
+        monkeypatch.setattr(Stopwatch, "_compared", compared)
+        dense = torch.nn.Conv2d(3, 1, 1)
+        self.watch = Stopwatch(TimingOptions(), dense, (3, 4, 4), CPU, SILENT)
+
+    def beside(self, expected):
+        return self.watch.beside([torch.nn.Conv2d(3, 1, 1)], seconds=0.1, expected=expected).ratios[1]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected", "found", "made"),
+    [
+        ([0.51], 0.5, 0.51, 1),
+        ([0.8, 0.51, 0.5], 0.5, 0.51, 3),
+        ([0.6, 0.61, 0.59], 0.5, 0.6, 3),
+        ([0.8], None, 0.8, 1),
+    ],
+)
+def test_a_surprising_time_is_the_middle_of_three(monkeypatch, ratios, expected, found, made):
+    uneven = Uneven(monkeypatch, ratios)
+    assert uneven.beside(expected) == found
+    assert uneven.made == made
 
 
 # --- the file ---

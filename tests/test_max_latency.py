@@ -104,7 +104,7 @@ class Counting:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         clock = self  # functions become methods of the stopwatch, bound methods do not
 
-        def beside(stopwatch, models, parts=(), *, seconds):
+        def beside(stopwatch, models, parts=(), *, seconds, expected=None):
             clock.models += len(models)
             times = [clock.time(model, stopwatch.dense) for model in (stopwatch.dense, *models)]
             return found([*times, *map(alone, parts)])
@@ -179,6 +179,14 @@ def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
     assert all(target.reached <= target.most for target in result.targets)
     assert max(target.reached / target.most for target in result.targets) > 0.9
     assert result.output.stat().st_size <= 220_000
+
+
+def test_a_time_that_does_not_bind_beside_another_budget_is_stated(tiny_vit, tmp_path, clock):
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", max_latency="9ms")
+    (flops, time) = result.targets
+    assert flops.reached <= flops.most
+    assert time.reached < time.measured["dense"] < time.most == 9
+    assert time.measured["predicted"] == pytest.approx(time.reached, rel=0.02)
 
 
 def test_what_layers_do_not_foresee_is_corrected(tiny_vit, tmp_path, clock):

@@ -204,7 +204,7 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     """
     for corrections in range(CORRECTIONS + 1):
         found, slim = _cut_and_written(inputs, planner, timer)  # 3. plan to 7. write
-        timed = time_file(inputs, slim, timer)
+        timed = time_file(inputs, found, slim, timer)
         if timed is None or timed.nanoseconds <= timed.most:
             break
         if corrections == CORRECTIONS:

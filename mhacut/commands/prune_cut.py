@@ -119,7 +119,8 @@ def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit
     """Amount that the cut model has: parameters, bytes of its file, or nanoseconds."""
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
-        return inputs.time_target.time(with_tokens(slim, planned.plan.tokens)).nanoseconds
+        expected = limit.cost(planned.plan.widths())
+        return inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected).nanoseconds
     if limit.resource == "params":
         return count_parameters(slim)
     record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)

@@ -67,14 +67,30 @@ class TimeTarget:
             UsageError: the text is no budget.
         """
         self.budget, self.stopwatch = Budget.parse(asked, "max_latency"), stopwatch
-        self._dense = 0
+        self.times: TimeTable | None = None
+        """Times that plans are made by, once they were measured."""
         self._last: TimedCut | None = None
 
-    def time(self, model: nn.Module) -> TimedCut:
-        """Time a cut model in turns with the dense one."""
-        found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS)
-        self._last = TimedCut(found.ratios[1], self._dense, self.budget.amount(self._dense), found.wall[1])
+    def time(self, model: nn.Module, expected: int) -> TimedCut:
+        """Time a cut model in turns with the dense one.
+
+        Args:
+            model: the cut model.
+            expected: nanoseconds that it should take.
+        """
+        dense = self._table.dense
+        found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, expected=expected / dense)
+        self._last = TimedCut(found.ratios[1], dense, self.budget.amount(dense), found.wall[1])
         return self._last
+
+    def foreseen(self, widths: Mapping[UnitKey, int]) -> int:
+        """Return the nanoseconds that the table foresees at ``widths``."""
+        return self._table.at(widths)
+
+    @property
+    def _table(self) -> TimeTable:
+        assert self.times is not None
+        return self.times
 
     def missed(self) -> BudgetError:
         """Return the error that states by how much the budget was missed last."""
@@ -100,7 +116,7 @@ class TimeTarget:
             reporter.log("times of layers: those that this machine keeps of an earlier run")
             today = self.stopwatch.beside([], seconds=1.0)
             table = replace(table, dense=round(1e6 * today.milliseconds[0]))
-        self._dense = table.dense
+        self.times = table
         return table
 
     def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:

@@ -16,17 +16,19 @@ from mhacut.pruning.limits import Limit
 from mhacut.runtime.progress import Reporter
 
 
-def time_file(inputs: PruneInputs, slim: nn.Module, reporter: Reporter) -> TimedCut | None:
+def time_file(inputs: PruneInputs, found: CutModel, slim: nn.Module, reporter: Reporter) -> TimedCut | None:
     """Time the model in the file in turns with the dense one, once more if it misses its budget.
 
     Returns:
         None without a budget of time.
     """
-    if inputs.time_target is None:
+    target = inputs.time_target
+    if target is None:
         return None
     reporter.start("timing")
-    timed = inputs.time_target.time(slim)
-    return timed if timed.nanoseconds <= timed.most else inputs.time_target.time(slim)
+    expected = target.foreseen(found.planned.plan.widths())
+    timed = target.time(slim, expected)
+    return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
 
 
 def with_less_time(inputs: PruneInputs, missed: TimedCut) -> PruneInputs:
@@ -59,9 +61,6 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, rewritte
     """
     target = inputs.time_target
     assert target is not None
-    widths = found.planned.plan.widths()
-    limits = [limit for limit in inputs.job.storage if limit.resource == "max_latency"]
-    foreseen = [limit.cost(widths) for limit in limits] or [timed.dense]
     conditions: dict[str, Any] = target.stopwatch.conditions()
     return Reached(
         "max_latency",
@@ -69,7 +68,7 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, rewritte
         timed.most / 1e6,
         timed.nanoseconds / 1e6,
         measured={
-            "predicted": foreseen[0] / 1e6,
+            "predicted": target.foreseen(found.planned.plan.widths()) / 1e6,
             "dense": timed.dense / 1e6,
             "wall": timed.wall_ms,
             "corrections": found.corrections + rewritten,

@@ -16,6 +16,9 @@ _MAX_ROUNDS = 500
 _DRIFT = 0.03
 """Relative change of the first one's time, within one measurement, after which it is repeated."""
 _TRIES = 3
+_PATIENCE = 3.0
+"""Wall time, relative to the time asked for, after which processor time is no longer waited for: other
+programs take the rest."""
 
 Run = Callable[[], object]
 
@@ -107,7 +110,7 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
 
     Args:
         runs: the first is what the others are compared with.
-        seconds: for everything, after the warm-up, of each try.
+        seconds: for everything, after the warm-up, of each try, by the clock that is compared.
         device: where they compute.
         threads: that compute.
     """
@@ -115,7 +118,7 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
     clocks = (time.perf_counter, time.process_time if by_process else time.perf_counter)
     best: Beside | None = None
     for _ in range(_TRIES):
-        found = _beside(_turns(runs, seconds, device, clocks))
+        found = _beside(_turns(runs, seconds, device, clocks, _PATIENCE))
         best = found if best is None or found.drift < best.drift else best
         if best.steady:
             break
@@ -138,16 +141,24 @@ def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
 
 
 def _turns(
-    runs: Sequence[Run], seconds: float, device: torch.device, clocks: Sequence[Callable[[], float]]
+    runs: Sequence[Run],
+    seconds: float,
+    device: torch.device,
+    clocks: Sequence[Callable[[], float]],
+    patience: float = 1.0,
 ) -> list[list[list[float]]]:
-    """Return the seconds of every call of each of ``runs``, by each of ``clocks``."""
+    """Return the seconds of every call of each of ``runs``, by each of ``clocks``.
+
+    It ends after ``seconds`` by the last of the clocks, or ``patience`` times as much of wall time.
+    """
     for run in runs:
         for _ in range(_WARM_UP):
             _time(run, device, clocks)
     times: list[list[list[float]]] = [[] for _ in runs]
-    began = time.perf_counter()
+    began, waiting = clocks[-1](), time.perf_counter()
     for number in range(_MAX_ROUNDS):
-        if number >= _MIN_ROUNDS and time.perf_counter() - began > seconds:
+        late = time.perf_counter() - waiting > patience * seconds
+        if number >= _MIN_ROUNDS and (late or clocks[-1]() - began > seconds):
             break
         turns = list(enumerate(runs))
         for index, run in turns if number % 2 == 0 else reversed(turns):
