@@ -105,7 +105,9 @@ def measure(dense: Path, row: Mapping[str, Any], asked: argparse.Namespace, slim
     try:
         process = run(command, asked.threads)
     except FailedError as error:
-        return {"failed": str(error)}
+        if "--max-latency" not in str(error) or "exit code 1" not in str(error):
+            sys.exit(f"{row['model']}: {error}")
+        return {"failed": str(error)}  # the target was missed, or is out of reach
     found = json.loads(process.stdout)
     (target,) = found["targets"]
     fresh = [sys.executable, "-c", _FRESH, str(dense), str(slim), row["model"], *where, str(asked.seconds)]

@@ -57,8 +57,8 @@ def prune(
             module, which is copied. ``model_args`` then are the arguments that it was built with, except for
             ``num_classes`` and ``img_size``.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
-            ``size``, ``max_kl`` or ``max_drop`` may stand in its place, the first two also beside it; for
-            several budgets see :func:`prune_many`.
+            ``size``, ``max_latency``, ``max_kl`` or ``max_drop`` may stand in its place, the first three also
+            beside it; for several budgets see :func:`prune_many`.
         images: in place of ``data_dir``, images in memory, normalised as the model's are: float
             [N, C, H, W]; a tuple of these and labels, int [N]; or a ``DataLoader``, or any iterable, of such
             batches, which is read until there are enough images (shuffle it). With labels, accuracy is
