@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from helpers.files import ModelFile, make_slim, save_dense
 from helpers.programs import Programs
+from helpers.threads import on_a_short_stack, unless_in_a_mode
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
@@ -25,6 +27,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     share = max((os.cpu_count() or 1) // workers, 1)
     torch.set_num_threads(share)
     os.environ["OMP_NUM_THREADS"] = str(share)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_stacks() -> None:
+    """Let fvcore trace models in threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fvcore.nn import jit_analysis
+    trace = jit_analysis._get_scoped_trace_graph
+    jit_analysis._get_scoped_trace_graph = unless_in_a_mode(on_a_short_stack(trace), trace)
 
 
 @pytest.fixture(scope="session")

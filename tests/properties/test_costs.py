@@ -19,7 +19,6 @@ from torch import nn
 import mhacut
 from helpers.models import Case, LayerCase, ModelCase, slow_except
 from helpers.plans import random_plan
-from helpers.threads import on_a_short_stack
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
@@ -121,14 +120,12 @@ OWN_SIZE = [
 
 
 @pytest.mark.parametrize("name", OWN_SIZE)
-@on_a_short_stack
 def test_the_cost_table_is_what_fvcore_counts(name):
     case = CASES[name]
     assert_the_table_is_what_fvcore_counts(case.create().eval(), case.size, seed=0)
 
 
 @pytest.mark.parametrize("name", slow_except(FAST, CASES))
-@on_a_short_stack
 def test_the_cost_table_is_what_fvcore_counts_on_uneven_images(name):
     made = made_for_uneven_images(CASES[name])
     assert (made is None) == (name in ONE_SHAPE)
