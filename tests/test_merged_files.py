@@ -26,7 +26,7 @@ def prune_to(output, **options):
         "flops": "50%",
         "model": VIT.architecture,
         "model_args": {key: value for key, value in ARGS.items() if key != "img_size"},
-        "calibration_images": 32,
+        "calibration_images": 12,
         "round_to": 4,
     }
     return mhacut.prune(build(VIT), output=output, **{**given, **options})
@@ -42,7 +42,7 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
             flops="80%",
             output=tmp_path / f"{effort}.safetensors",
             effort=effort,
-            calibration_images=32,
+            calibration_images=12,
             tuning_steps=2,
             heal_steps=2,
             round_to=4,
