@@ -120,6 +120,7 @@ def test_what_is_said_was_measured_at_about_the_budget(model, tmp_path, tried):
     assert 0.8 * budget < flops < 1.05 * budget
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_tokens_cannot_be_merged(model, tmp_path, tried):
     """Not enough of them, or not by this model, or it merges already; features have no divergence in nats."""
     prune(model, tmp_path / "deep.safetensors", "42%")

@@ -70,6 +70,7 @@ print(session.get_modelmeta().custom_metadata_map["mhacut"])
 """
 
 
+@pytest.mark.slow
 def test_the_files_need_nothing_of_ours(exported, slim_of, tmp_path):
     images, files = torch.randn(3, 3, 32, 32), [exported("vit", format).output for format in ("pt2", "onnx")]
     save_file({"x": images}, tmp_path / "x.safetensors")

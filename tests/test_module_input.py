@@ -113,6 +113,7 @@ def test_a_module_is_as_accurate_as_its_file(few_digits):
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_slim_module_can_be_evaluated(few_digits, tmp_path):
     slim = tmp_path / "slim.safetensors"
     options = {**QUICK, "effort": "fast", "flops": "50%"}

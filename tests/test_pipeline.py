@@ -332,6 +332,7 @@ def test_what_is_left_whole_is_logged(tmp_path):
     assert result.not_prunable == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
 
 
+@pytest.mark.slow
 def test_the_example_loses_little(tmp_path):
     result = mhacut.prune(
         DIGITS / "model",

@@ -158,6 +158,7 @@ def test_with_images_the_closer_one_is_taken(slim_of, few_digits, tmp_path, monk
     assert other.method != first.method
 
 
+@pytest.mark.slow
 def test_a_model_that_is_far_off_is_said_so(slim_of, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "FAR_KL", 0.0)
     lines: list[str] = []
@@ -170,6 +171,7 @@ def test_a_model_that_is_far_off_is_said_so(slim_of, tmp_path, monkeypatch):
     assert "reduce_range=True if this CPU has no VNNI" in line
 
 
+@pytest.mark.slow
 def test_seven_bits_are_seven_bits(slim_of, tmp_path):
     result = mhacut.export(slim_of("vit"), output=tmp_path / "a.onnx", reduce_range=True, **QUICK)
     weights = [one for one in stored(result).values() if one.dtype == np.int8 and one.ndim == 2]
@@ -186,6 +188,7 @@ def outlying(path):
     return save(model, path)
 
 
+@pytest.mark.slow
 def test_a_layer_whose_inputs_have_outliers_stays_float32(tmp_path, monkeypatch):
     asked = {"model": NAME, "model_args": ARGS, "overwrite": True, "output": tmp_path / "a.onnx"}
     source = outlying(tmp_path / "a.safetensors")

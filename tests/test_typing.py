@@ -18,6 +18,7 @@ from mhacut.options.generate import KEYWORDS, keywords_module
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_good_calls_and_the_documentation_pass_mypy_strict_and_mistakes_do_not(tmp_path):
     pytest.importorskip("mypy")
     config, examples = HERE / "typing" / "mypy.ini", HERE / "typing" / "examples.py"

@@ -192,9 +192,7 @@ list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=print_held_s
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signal masks")
 # A fork server would pass on what it is started with to all processes of the program, for ever.
-@pytest.mark.parametrize(
-    ("method", "held"),
-    [("spawn", ["SIGINT", "SIGTERM"]), pytest.param("forkserver", [], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "held"), [("spawn", ["SIGINT", "SIGTERM"]), ("forkserver", [])])
 def test_signals_wait_for_spawned_processes_too(programs, method, held):
     assert programs.run(STARTING.format(method=method)).stdout.split() == held

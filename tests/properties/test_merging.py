@@ -272,6 +272,7 @@ def test_under_autocast_the_same_tokens_merge():
     assert torch.equal(match.receivers, again.receivers)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_program_computes_the_same():
     model, x = build(merging()), image(merging(), batch=5)
