@@ -169,6 +169,8 @@ def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 def _same_outputs(found: nn.Module, expected: nn.Module, input_size: tuple[int, int, int]) -> bool:
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     outputs, wanted = found(images), expected(images)
+    if not wanted.isfinite().all():
+        raise CheckpointError("the module's outputs are not finite on noise; are its weights sound?")
     if outputs.shape != wanted.shape:
         return False
     largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

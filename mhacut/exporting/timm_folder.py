@@ -76,10 +76,9 @@ def write_folder(
     source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
 
     def fill(folder: Path) -> None:
-        # timm's own writer decides what its reader finds. The weights are ours, so that it may write them as
-        # a pickle, which unlike safetensors it can where a module has several names.
-        save_for_hf(model, str(folder), safe_serialization=False)
-        (folder / "pytorch_model.bin").unlink()
+        # timm's own writer decides what its reader finds. It writes no weights, neither as a pickle (False)
+        # nor as safetensors (True): it cannot where a module has several names, or the disk is full.
+        save_for_hf(model, str(folder), safe_serialization=cast(Any, None))
         if loaded.record is None:
             _save_plain(folder / WEIGHTS, model, DTYPES[options.dtype])
         else:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_SMALL, _LARGE = 1e-15, 1e15
+"""Sizes of activations between which their squares, and sums of 1e8 of them, are numbers of float32."""
+
 
 @dataclass
 class Moments:
@@ -26,9 +29,12 @@ class Moments:
         Over all that is added up, weights must have the mean 1.
 
         Products are taken in float32 about the mean of these rows: about 0, the rounding of a large mean
-        would drown a small variance, and covariances could come out negative.
+        would drown a small variance, and covariances could come out negative. They are taken in float64 where
+        those of float32 would overflow, or all vanish.
         """
         x = activation.detach().float()
+        if x.numel() and not _SMALL < max(-float(x.min()), float(x.max())) < _LARGE:
+            x = x.double()
         rows = x.shape[-2]
         weight: float | Tensor = rows
         if weights is None:
@@ -36,8 +42,8 @@ class Moments:
             x = x - centre.unsqueeze(-2)
         else:
             total, weight = weights.double() @ x.double(), weights.double().sum()
-            centre = (total / weight).float()
-            x = (x - centre.unsqueeze(-2)) * weights.float().sqrt().unsqueeze(-1)
+            centre = (total / weight).to(x)
+            x = (x - centre.unsqueeze(-2)) * weights.to(x).sqrt().unsqueeze(-1)
         middle = centre.double()
         rest = total - weight * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T

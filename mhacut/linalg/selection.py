@@ -61,7 +61,7 @@ def rank_channels(
     """
     size = second.shape[0]
     width = size // heads
-    inverse = torch.linalg.inv(damped(second))
+    inverse = damped_inverse(second)
     weights = columns.to(inverse, copy=True)
     place = torch.arange(size, device=second.device)  # channels of the rows and columns
     left = place  # those of them that are not removed: indices into ``place``
@@ -119,8 +119,8 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
     for _ in range(size - smallest):
         roots = [side.inverse.diagonal(dim1=-2, dim2=-1).clamp_min(TINY).sqrt() for side in sides]
         price = -((sides[0].reach * sides[1].reach).sum(-2) / (roots[0] * roots[1])).square()
-        for side, other, root in zip(sides, crossed, roots, strict=True):
-            price = price + (side.reach * other).sum(-2) / root.square()
+        for side, mixed, root in zip(sides, crossed, roots, strict=True):
+            price = price + (side.reach * mixed).sum(-2) / root.square()
         gone = price.masked_fill(~alive, float("inf")).argmin(-1, keepdim=True)
         alive.scatter_(-1, gone, False)
         removed.append(gone)
@@ -154,7 +154,7 @@ class _Side:
     """q or k, all channels predicted from the channels S that are left."""
 
     def __init__(self, second: Tensor) -> None:
-        self.inverse = torch.linalg.inv(damped(second))
+        self.inverse = damped_inverse(second)
         """G_SS^-1, zero elsewhere, [H, d, d]."""
         self.reach = second @ self.inverse
         """A = G_:S G_SS^-1."""
@@ -205,7 +205,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
         smallest: positions that are never removed; they end up in ascending order at the front.
     """
     width = second.shape[0] // heads
-    inverse = torch.linalg.inv(damped(second))
+    inverse = damped_inverse(second)
     weights = columns.to(inverse).clone()
     alive = torch.ones(width, dtype=torch.bool, device=second.device)
     positions = torch.arange(heads, device=second.device)[:, None] * width + torch.arange(
@@ -253,3 +253,21 @@ def damped(second: Tensor) -> Tensor:
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
     identity = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
     return second + RIDGE * size * identity
+
+
+def damped_inverse(second: Tensor) -> Tensor:
+    """Return the inverse of :func:`damped`.
+
+    Where activations are constant, or the same for all images, ``second`` is nothing but rounding, and what
+    is added by its diagonal may leave it singular. Then negative eigenvalues count as 0, and the ridge is as
+    large as the largest of them.
+    """
+    inverse: Tensor
+    inverse, singular = torch.linalg.inv_ex(damped(second))
+    if not singular.any():
+        return inverse
+    values, vectors = torch.linalg.eigh(second)
+    size = second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
+    ridge = torch.maximum(RIDGE * size, -values[..., :1])
+    inverse = vectors / (values.clamp_min(0) + ridge).unsqueeze(-2) @ vectors.mT
+    return inverse

@@ -92,7 +92,7 @@ class Preserved:
             )
         if self.measure == "dense":
             return (outputs - dense).square().sum(-1).mean() / 2
-        return (outputs - dense).square().mean() / dense.var().clamp_min(1e-12)
+        return (outputs - dense).square().mean() / _variance(dense)
 
     def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return a random projection whose gradient g has E[g g^T] = Hessian of the divergence; a scalar.
@@ -108,7 +108,7 @@ class Preserved:
             return (noise * logs.detach().mul(0.5).exp() * logs).sum()
         if self.measure == "dense":
             return (noise * outputs).sum()
-        scale = outputs.detach().float().var().clamp_min(1e-12) * outputs[0].numel() / 2
+        scale = _variance(outputs.detach().float()) * outputs[0].numel() / 2
         return (noise * outputs.float()).sum() / scale.sqrt()
 
     @torch.no_grad()
@@ -174,3 +174,8 @@ class Preserved:
 
 
 ANSWERS = Preserved("answers", "answers", Features("output"))
+
+
+def _variance(outputs: Tensor) -> Tensor:
+    """Variance of all values, above 0; 1 where there is one value alone, which has none."""
+    return outputs.var().clamp_min(1e-12) if outputs.numel() > 1 else torch.ones_like(outputs).mean()
