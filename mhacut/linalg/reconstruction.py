@@ -18,6 +18,9 @@ from mhacut.linalg.moments import Moments
 RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Relative to the mean variance of the kept channels."""
 
+_NOTHING = 1e-150
+"""Least mean variance; the ridge of a head of zeros still has an inverse."""
+
 
 @dataclass(frozen=True)
 class LinearRefit:
@@ -205,7 +208,7 @@ def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
         ridge: relative.
     """
     diagonal = system.diagonal(dim1=-2, dim2=-1)
-    size = diagonal.mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
+    size = diagonal.mean(-1)[..., None, None].clamp_min(_NOTHING)
     damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
     solution: Tensor
     # A Cholesky factor shows that half the ridge is enough, in far less time than eigenvalues take.

@@ -1,0 +1,289 @@
+"""Models and images at the edge of numerics: a sound result, or a clear refusal, in both bases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import mhacut
+from helpers.models import slow_except
+from mhacut.errors import CheckpointError, DataError, MhacutError
+from mhacut.linalg.moments import Moments
+from mhacut.linalg.reconstruction import refit_logits
+from mhacut.linalg.selection import RIDGE, damped_inverse, rank_channels, rank_logit_channels
+
+ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8}
+
+
+def made(**more: object) -> nn.Module:
+    """A small ViT far from its initial weights, for images of 16 pixels."""
+    torch.manual_seed(0)
+    given = {"img_size": 16, "num_classes": 5, **ARGS, **more}
+    model = timm.create_model("vit_tiny_patch16_224", **given).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        spread = 0.3 if parameter.dim() == 1 else 1.5 / parameter[0].numel() ** 0.5
+        parameter += spread * torch.randn_like(parameter)
+    return model
+
+
+def with_attention(change: Callable[[Tensor, Tensor], None]) -> nn.Module:
+    """The same after ``change`` of its qkv weights [3, H, d, C] and biases [3, H, d]."""
+    model = made()
+    for block in model.blocks:
+        change(block.attn.qkv.weight.view(3, 3, 8, 24), block.attn.qkv.bias.view(3, 3, 8))
+    return model
+
+
+def rank_deficient(weight: Tensor, bias: Tensor) -> None:
+    mix = torch.randn(3, 3, 4, 4)
+    weight[:, :, 4:] = mix @ weight[:, :, :4]
+    bias[:, :, 4:] = (mix @ bias[:, :, :4, None])[..., 0]
+
+
+def constant(weight: Tensor, bias: Tensor) -> None:
+    weight.zero_()
+
+
+def nothing(weight: Tensor, bias: Tensor) -> None:
+    weight.zero_(), bias.zero_()
+
+
+def no_head(weight: Tensor, bias: Tensor) -> None:
+    weight[:, 1], bias[:, 1] = 0, 0
+
+
+def equal_heads(weight: Tensor, bias: Tensor) -> None:
+    weight[:], bias[:] = weight[:, :1].clone(), bias[:, :1].clone()
+
+
+def equal_channels(weight: Tensor, bias: Tensor) -> None:
+    weight[:], bias[:] = weight[:, :, :1].clone(), bias[:, :, :1].clone()
+
+
+def values_times(factor: float) -> nn.Module:
+    """The same function with values that are so much larger."""
+    model = made()
+    for block in model.blocks:
+        block.attn.qkv.weight[48:] *= factor
+        block.attn.qkv.bias[48:] *= factor
+        block.attn.proj.weight /= factor
+    return model
+
+
+def logits_times(factor: float) -> nn.Module:
+    model = made()
+    for block in model.blocks:
+        block.attn.qkv.weight[:48] *= factor
+    return model
+
+
+def outlying_channels() -> nn.Module:
+    """As in a trained ViT-Ti, some channels of the tokens are a hundred times the others."""
+    model = made()
+    for block in model.blocks:
+        block.norm1.weight[:2] *= 100
+        block.norm2.weight[:2] *= 100
+    return model
+
+
+def images(model: nn.Module, count: int = 8) -> Tensor:
+    side = model.patch_embed.img_size[0]
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def of_zeros() -> nn.Module:
+    model = made()
+    for parameter in model.parameters():
+        parameter.zero_()
+    return model
+
+
+LOSSLESS: dict[str, Callable[[], nn.Module]] = {
+    "constant activations": lambda: with_attention(constant),
+    "no attention": lambda: with_attention(nothing),
+    "weights of zero": of_zeros,
+    "equal channels": lambda: with_attention(equal_channels),
+}
+"""Models of which a part says nothing: what is cut of it costs nothing."""
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "rank-deficient": lambda: with_attention(rank_deficient),
+    "one head of zeros": lambda: with_attention(no_head),
+    "equal heads": lambda: with_attention(equal_heads),
+    "values of 1e22": lambda: values_times(1e22),
+    "values of 1e-30": lambda: values_times(1e-30),
+    "logits of 1e12": lambda: logits_times(1e6),
+    "logits of 1e-12": lambda: logits_times(1e-6),
+    "outlying channels": outlying_channels,
+    "one class": lambda: made(num_classes=1),
+    "no classes": lambda: made(num_classes=0),
+    "one token": lambda: made(img_size=8, class_token=False, global_pool="avg"),
+}
+IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "one image": lambda x: x[:1],
+    "the same image": lambda x: x[:1].repeat(8, 1, 1, 1),
+    "black images": torch.zeros_like,
+    "huge images": lambda x: 1e15 * x,
+    "tiny images": lambda x: 1e-20 * x,
+}
+
+
+def pruned(model: nn.Module, given: Tensor, flops: str = "70%", **options) -> tuple[nn.Module, float]:
+    """The model cut, and its divergence on held-out images as it is stated."""
+    side = model.patch_embed.img_size[0]
+    args = {**ARGS, "img_size": side, "class_token": model.cls_token is not None}
+    args["global_pool"] = model.global_pool
+    result = mhacut.prune(
+        model,
+        flops=flops,
+        images=given,
+        model_args=args,
+        effort="fast",
+        calibration_images=8,
+        batch_size=4,
+        latency=False,
+        dry_run=True,
+        round_to=1,
+        **options,
+    )
+    return result.model(), result.divergence
+
+
+def outputs_in_float64(model: nn.Module, given: Tensor) -> Tensor:
+    """What ``model`` computes, in float64; it is float64 then."""
+    return model.double()(given.double())
+
+
+@torch.no_grad()
+def assert_sound(model: nn.Module, given: Tensor, basis: str) -> tuple[Tensor, Tensor]:
+    """Prune, and compare the result's float32 with its float64, and what is stated with what is so."""
+    slim, divergence = pruned(model, given, basis=basis)
+    single = slim(given)
+    found, expected = outputs_in_float64(slim, given), outputs_in_float64(model, given)
+    assert found.isfinite().all()
+    assert (single - found).abs().max() <= 2e-3 * found.abs().max()
+    if model.num_classes > 1:
+        logs, wanted = found.log_softmax(-1), expected.log_softmax(-1)
+        kl = (wanted.exp() * (wanted - logs)).sum(-1)  # of each image; some of them are held out
+        assert 0.99 * float(kl.min()) - 1e-5 <= divergence <= 1.01 * float(kl.max()) + 1e-5
+    else:
+        assert 0 <= divergence < 10
+    return found, expected
+
+
+bases = pytest.mark.parametrize("basis", ["channel", "principal"])
+
+
+@bases
+@pytest.mark.parametrize("case", slow_except({"constant activations"}, LOSSLESS))
+def test_what_says_nothing_is_cut_at_no_cost(case, basis):
+    model = LOSSLESS[case]()
+    found, expected = assert_sound(model, images(model), basis)
+    assert (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+@pytest.mark.slow
+@bases
+@pytest.mark.parametrize("case", MODELS)
+def test_models_at_the_edge(case, basis):
+    model = MODELS[case]()
+    assert_sound(model, images(model), basis)
+
+
+@bases
+@pytest.mark.parametrize("case", slow_except({"black images"}, IMAGES))
+def test_images_at_the_edge(case, basis):
+    model = made()
+    assert_sound(model, IMAGES[case](images(model)), basis)
+
+
+@pytest.mark.slow
+def test_scale_costs_nothing():
+    """Values that are 1e22, or 1e-30, times as large, and read as much less."""
+    model, x = made(), images(made(), 24)
+    _, usual = pruned(model, x, basis="channel")
+    for factor in (1e22, 1e-30):
+        assert pruned(values_times(factor), x, basis="channel")[1] <= 2 * usual + 1e-5
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    model, x = made(), images(made())
+    one = x.clone()
+    one[3, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="image 3 holds NaN or infinite values"):
+        pruned(model, one)
+    model.blocks[1].attn.qkv.bias[50] = float("inf")
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors hold NaN or infinite values: 'blocks.1.attn.qkv.bias'"
+    ):
+        pruned(model, x)
+    model = made()
+    model.blocks[0].attn.proj.bias += 3e38  # finite, and its square is not
+    with pytest.raises(CheckpointError, match="the module's outputs are not finite on noise"):
+        pruned(model, x)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    given = {"model": "vit_tiny_patch16_224", "model_args": {**ARGS, "img_size": 16}, "images": x}
+    with pytest.raises(MhacutError, match="the model's outputs are not finite on the calibration images"):
+        mhacut.prune(tmp_path / "model.pth", flops="70%", dry_run=True, **given)
+
+
+# --- the mathematics ---
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_any_scale_are_those_in_float64(scale, weighted):
+    x = (scale * (torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0)) + 3)).float()
+    weights = torch.linspace(0.5, 1.5, 40) if weighted else None
+    found, counts = Moments.of(x, weights), torch.ones(40) if weights is None else weights
+    exact = x.double()
+    expected = exact.mT @ (counts.double()[:, None] * exact)
+    assert torch.allclose(found.second, expected, rtol=1e-5, atol=0)
+    assert torch.allclose(found.total, (counts.double()[:, None] * exact).sum(-2), rtol=1e-5, atol=0)
+
+
+def rounding(size: int, seed: int) -> Tensor:
+    """A covariance of activations that do not vary: rounding, singular once it is damped."""
+    noise = 1e-17 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()
+    noise = noise + noise.mT
+    noise.fill_diagonal_(0)
+    noise[0], noise[:, 0] = 0, 0
+    noise[0, 1] = noise[1, 0] = 0
+    noise[-1], noise[:, -1] = 0, 0
+    noise[-1, -1] = -RIDGE * 1e-30  # what damping adds makes it zero
+    return noise
+
+
+def test_the_inverse_of_rounding_is_positive():
+    second = torch.stack([rounding(6, seed) for seed in range(3)])
+    found = damped_inverse(second)
+    assert found.isfinite().all()
+    assert torch.linalg.eigvalsh(found).min() > 0
+    proper = torch.diag(torch.arange(1.0, 5.0)).double()
+    expected = torch.linalg.inv(proper + RIDGE * 2.5 * torch.eye(4).double())
+    assert torch.equal(damped_inverse(proper), expected)
+
+
+def test_a_head_of_zeros_beside_others_is_refitted_to_zeros():
+    x = (
+        torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 0.0])[:, None, None]
+    )
+    moments, kept = (Moments.of(x), Moments.of(x.flip(-1))), torch.tensor([[0, 2], [0, 2]])
+    found = refit_logits(moments, moments, kept, 1.0)
+    assert found.ridge < float("inf")
+    assert found.mixing.isfinite().all()
+    alone = tuple(Moments(side.rows, side.total[:1], side.second[:1]) for side in moments)
+    assert torch.allclose(found.mixing[:1], refit_logits(alone, alone, kept[:1], 1.0).mixing)
+    assert torch.equal(found.mixing[1], torch.eye(2).double())
+
+
+def test_equal_channels_go_in_a_fixed_order():
+    second, columns = torch.ones(8, 8).double() + torch.eye(8).double(), torch.ones(3, 8)
+    orders = {str(rank_channels(second, columns, heads=2, smallest=1).order.tolist()) for _ in range(3)}
+    assert len(orders) == 1
+    both = torch.eye(4).double().expand(2, 4, 4)
+    assert rank_logit_channels(both, both, 1).order.tolist() == [[3, 2, 1, 0]] * 2
