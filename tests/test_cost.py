@@ -21,6 +21,7 @@ from mhacut.surgery import costs
 from mhacut.surgery.costs import build_cost_table, fit_polynomial
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_flops, measure_flops
+from mhacut.surgery.replay import likeness
 from mhacut.surgery.slice import cut
 
 
@@ -130,7 +131,7 @@ def test_layers_with_other_functions_differ():
             self.function = function
 
     one, same, other = (Activated(function) for function in (F.relu, F.relu, F.silu))
-    assert costs._likeness(one) == costs._likeness(same) != costs._likeness(other)
+    assert likeness(one) == likeness(same) != likeness(other)
 
 
 def test_no_more_layers_than_so_many_are_remembered(monkeypatch):
