@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +16,10 @@ from safetensors import safe_open
 import mhacut
 from helpers.cli import FAST, run
 from helpers.jobs import Recorder
+from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
+from mhacut.pruning import planner
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 
 QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
@@ -218,6 +222,34 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
         assert result.divergence == alone.divergence
     assert "calibrating" in results[0].seconds
     assert not {"calibrating", "measuring error curves", "reading"} & results[1].seconds.keys()
+
+
+def test_more_budgets_hold_no_more_weights_of_the_dense_shape(tiny_vit, tmp_path, monkeypatch):
+    made = []
+
+    def remembering(job, *others):
+        ready = reconstruct(job, *others)
+        made.append(weakref.ref(ready.model))
+        return ready
+
+    def count(*args, **kwargs):
+        gc.collect()
+        counts.append(sum(model() is not None for model in made))
+        return healed(*args, **kwargs)
+
+    counts, reconstruct, healed = [], planner.reconstruct, prune_cut.recover
+    monkeypatch.setattr(planner, "reconstruct", remembering)
+    monkeypatch.setattr(prune_cut, "recover", count)
+    mhacut.prune_many(
+        tiny_vit.path,
+        flops=("80%", "60%", "900K"),
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=tmp_path / "many-{}.safetensors",
+        **QUICK,
+    )
+    assert len(made) == 3
+    assert counts == [0, 0, 0]
 
 
 def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):

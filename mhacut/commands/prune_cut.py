@@ -76,6 +76,7 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, job, planned.ready, job.images[:PROBED])
+    planned = planned.without_model()
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
     return CutModel(slim, layers, planned, flops, job, corrections=corrections)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhacut.linalg.indicator import THRESHOLD
 from mhacut.plan import Plan, TokenPlan, UnitKey
@@ -56,6 +56,10 @@ class Planned:
         """The plan as the slim file states it."""
         tokens = TokenPlan(self.ready.plan.tokens.read, self.merged)
         return Plan(self.ready.plan.units, tokens)
+
+    def without_model(self) -> Planned:
+        """Return the same without its model, whose weights of the dense shape nobody needs once it is cut."""
+        return replace(self, ready=replace(self.ready, model=nn.Module()))
 
 
 class Planner:
