@@ -141,6 +141,7 @@ def test_threads_are_put_back(slim_of):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_onnx_runtime_and_plain_attention(slim_of):
     result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", fused=False)
     assert (result.runtime, result.fused, result.device) == ("onnx", False, "cpu")

@@ -42,7 +42,8 @@ def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capab
     assert len(notes) == warnings
 
 
-@pytest.mark.parametrize("amp", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [True, False])
 def test_every_command_that_takes_amp_warns(processor, few_digits, tmp_path, amp):
     processor("x86_64", "AVX2")
     slim, reporter = tmp_path / "slim.safetensors", Recorder()

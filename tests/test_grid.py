@@ -76,6 +76,7 @@ def check(dense, folder, monkeypatch, flops="55%", **options):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "basis", "effort", "repair"), SOME)
 def test_some_ways_give_a_file_within_the_budget(
     dense, tmp_path, monkeypatch, allocation, basis, effort, repair
