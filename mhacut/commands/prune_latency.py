@@ -16,7 +16,7 @@ from mhacut.adapters.base import Layer
 from mhacut.budget import Budget, format_amount
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, option_name
-from mhacut.measuring.latency import fixed_images
+from mhacut.measuring.latency import Run, fixed_images
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.job import Job
@@ -34,7 +34,8 @@ _WHOLE_SECONDS = 4.0
 _LAYER_SECONDS = 0.12
 """Time to measure one width of a layer in, after the warm-up."""
 _CUTS = (0.5, 0.0)
-"""Places, among the allowed widths of every unit, of cut models that are measured whole."""
+"""Places, among the allowed widths of every unit, of cut models that are measured whole. Where programs take
+longer to make than to run, the last one must do."""
 _PACKAGES = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 
 
@@ -138,15 +139,15 @@ class TimeTarget:
         calls, distinct = self._distinct(job, counted)
         plans = [
             {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
-            for place in _CUTS
+            for place in (_CUTS if self.stopwatch.timing.runtime == "eager" else _CUTS[-1:])
         ]
         models = [counted] * shorter + [_cut(counted, job, widths) for widths in plans]
-        parts = [layer.replay(layer.points[0]) for layer in distinct]
+        parts = [self.stopwatch.ready(layer.replay(layer.points[0])) for layer in distinct]
         found = self.stopwatch.beside(models, parts, seconds=_WHOLE_SECONDS)
         whole, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
         layers = []
-        for layer, share in zip(distinct, ratios[len(plans) :], strict=True):
-            layers.append(self._times(layer, share))
+        for layer, part, share in zip(distinct, parts, ratios[len(plans) :], strict=True):
+            layers.append(self._times(layer, part, share))
             self.stopwatch.reporter.advance(len(layers), len(distinct))
         dense = round(1e6 * found.milliseconds[0])
         table = TimeTable(calls, tuple(layers), whole, dense=dense)
@@ -174,10 +175,10 @@ class TimeTarget:
                 calls.append((layer.name, places[key]))
         return tuple(calls), found
 
-    def _times(self, layer: _Distinct, share: float) -> LayerTimes:
-        """Time one layer at all its points, in turns."""
-        parts = [layer.replay(widths) for widths in layer.points]
-        found = self.stopwatch.parts(parts, seconds=_LAYER_SECONDS * len(parts))
+    def _times(self, layer: _Distinct, whole: Run, share: float) -> LayerTimes:
+        """Time one layer, whose time with all channels is known, at all its points, in turns."""
+        cut_parts = [self.stopwatch.ready(layer.replay(widths)) for widths in layer.points[1:]]
+        found = self.stopwatch.parts([whole, *cut_parts], seconds=_LAYER_SECONDS * len(layer.points))
         points = [
             Point(widths, share * ratio) for widths, ratio in zip(layer.points, found.ratios, strict=True)
         ]

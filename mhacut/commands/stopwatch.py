@@ -59,7 +59,7 @@ class Stopwatch:
     def beside(
         self,
         models: Sequence[nn.Module],
-        parts: Sequence[Replay] = (),
+        parts: Sequence[Run] = (),
         *,
         seconds: float,
         expected: float | None = None,
@@ -68,7 +68,7 @@ class Stopwatch:
 
         Args:
             models: not changed.
-            parts: moved to the device.
+            parts: of :meth:`ready`.
             seconds: for all.
             expected: ratio of the first of ``models`` to the dense one. What is found, if it is far from
                 that, is the middle one of three measurements.
@@ -77,17 +77,23 @@ class Stopwatch:
             if self._dense_run is None:
                 self._dense_run = self._run(self.dense, threads)
             runs = [self._dense_run, *(self._run(model, threads) for model in models)]
-            runs += [self._part(part, threads) for part in parts]
+            runs += parts
             found = self._compared(runs, seconds, threads)
             if expected is None or abs(found.ratios[1] / expected - 1) < _SURPRISING:
                 return found
             three = [found, *(self._compared(runs, seconds, threads) for _ in range(2))]
             return sorted(three, key=lambda one: one.ratios[1])[1]
 
-    def parts(self, parts: Sequence[Replay], *, seconds: float) -> Beside:
-        """Time ``parts`` of models in turns; they are moved to the device."""
+    def parts(self, parts: Sequence[Run], *, seconds: float) -> Beside:
+        """Time parts of models, of :meth:`ready`, in turns."""
         with using_threads(self.timing.threads) as threads, many_compiled():
-            return self._compared([self._part(part, threads) for part in parts], seconds, threads)
+            return self._compared(parts, seconds, threads)
+
+    def ready(self, part: Replay) -> Run:
+        """Return a part of a model, which is moved to the device, as a program of the runtime."""
+        with using_threads(self.timing.threads) as threads:
+            conditions = Conditions(self.timing.runtime, self.device, threads)
+            return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
 
     def conditions(self) -> dict[str, Any]:
         """Return what the times are of, for records."""
@@ -118,10 +124,6 @@ class Stopwatch:
             return run_of(int8_program(model, self.size, threads)[0], images)
         conditions = Conditions(self.timing.runtime, self.device, threads)
         return run_of(model_program(model, self.size, conditions), images.to(self.device))
-
-    def _part(self, part: Replay, threads: int) -> Run:
-        conditions = Conditions(self.timing.runtime, self.device, threads)
-        return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
 
 
 def machine(device: torch.device) -> str:
