@@ -42,7 +42,7 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
         asked: part of the checkpoint that the user wants, an entry or a module in it.
     """
     where = show(path)
-    if zipfile.is_zipfile(path) or _starts_as_zip(path):
+    if _is_zip(path):
         _check_zip(path, size)
     elif size > _MAX_PICKLE_BYTES:
         _check_legacy(path)
@@ -85,9 +85,15 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
     )
 
 
-def _starts_as_zip(path: Path) -> bool:
+def _is_zip(path: Path) -> bool:
+    """Whether a file is, or says it is, a zip archive: by its first bytes, or a directory at its end."""
     with open(path, "rb") as file:
-        return file.read(2) == b"PK"
+        if file.read(2) == b"PK":
+            return True
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a directory, and a part of several disks
+        return True
 
 
 def _check_zip(path: Path, size: int) -> None:

@@ -171,7 +171,9 @@ def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str,
         fresh = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if fresh.is_floating_point() and not bool(torch.isfinite(fresh).all()):
             too_large = bool(torch.isfinite(tensor).all())
-            reason = f"has values too large for {dtype_name(dtype)}" if too_large else "is not finite"
+            reason = "is not finite"
+            if too_large:
+                reason = f"has values too large for {dtype_name(dtype)}; give float32 or bfloat16 weights"
             raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
         stored[name] = fresh
     return stored
