@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from helpers.jobs import job_of
-from helpers.models import ModelCase, build, image
+from helpers.models import ModelCase, build, image, relative
 from mhacut.pruning import fisher, unit_sums
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.planner import Planner
+from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_sums import SpilledMoments
 from mhacut.runtime import spill as spill_module
 from mhacut.runtime.spill import LEAST_BYTES, Spill
+from mhacut.surgery.features import Features, find_token_map
+from mhacut.surgery.find import find_prunable_layers
 
 CASE = ModelCase(
     "vit_tiny_patch16_224",
@@ -56,12 +61,21 @@ def test_dropped_pages_leave_the_process():
 
 def test_a_full_disk_leaves_tensors_in_memory():
     tensor, spill = torch.ones(LEAST_BYTES), Spill()
-    with patch("mhacut.runtime.spill._reserve", side_effect=OSError(28, "No space left on device")):
+    with patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
         assert spill.keep(tensor) is tensor
     with patch.object(mmap, "mmap", side_effect=OSError(12, "Cannot allocate memory")):
         assert spill.keep(tensor) is tensor
     small = torch.ones(3)
     assert spill.keep(small) is small
+
+
+def test_a_file_goes_with_its_tensor():
+    spill = Spill()
+    kept = spill.keep(torch.ones(LEAST_BYTES))
+    assert len(spill._maps) == 1
+    del kept
+    gc.collect()
+    assert len(spill._maps) == 0
 
 
 def test_plans_are_the_same_from_a_file():
@@ -79,29 +93,39 @@ def test_plans_are_the_same_from_a_file():
     )
 
 
-def test_large_models_are_differentiated_in_smaller_batches():
-    job = job_of(build(CASE), image(CASE, batch=12), share=0.6, round_to=2)
-    batches: list[int] = []
+@pytest.mark.parametrize("what", ["answers", "pooled", "tokens"])
+def test_a_batch_in_parts_gives_the_same_fisher_information(what):
+    model = build(CASE, dtype=torch.float64)
+    images = image(CASE, batch=10, dtype=torch.float64)
+    tokens = find_token_map(model, find_prunable_layers(model), images[:1])
+    preserved = {
+        "answers": None,
+        "pooled": Preserved("pooled", "features", Features("pooled")),
+        "tokens": Preserved("tokens", "dense", tokens),
+    }[what]
+    job = replace(job_of(model, images, share=0.6, round_to=2), preserved=preserved)
+    sizes: list[int] = []
 
     def gather():
         def count(module, args):
             if torch.is_grad_enabled():
-                batches.append(len(args[0]))
+                sizes.append(len(args[0]))
 
-        handle = job.model.register_forward_pre_hook(count)
+        handle = model.patch_embed.register_forward_pre_hook(count)
         try:
-            return calibrate(
-                job.model, job.prunable, job.images, batch_size=4, fisher=job.fisher_options
-            ).fisher.matrices
+            options = {"batch_size": 4, "fisher": job.fisher_options}
+            return calibrate(model, job.prunable, images, **options).fisher
         finally:
             handle.remove()
 
     whole = gather()
-    (one, *sizes), batches[:] = list(batches), []
-    assert one == 1  # whose size is measured
-    assert max(sizes) == 4
+    (one, *rest), sizes[:] = list(sizes), []
+    assert (one, max(rest)) == (1, 4)  # the size of one is measured
     with patch.object(fisher, "MOST_BYTES", 1):
-        single = gather()
-    assert set(batches) == {1}
-    for name, matrix in whole.items():  # other random projections of the same images
-        assert 0.2 < float(single[name].trace() / matrix.trace()) < 5
+        parts = gather()
+    assert set(sizes) == {1}
+    assert whole.matrices.keys() == parts.matrices.keys()
+    for name, matrix in whole.matrices.items():
+        assert relative(parts.matrices[name], matrix) < 1e-5
+        for grid, importance in whole.importance[name].items():
+            assert relative(parts.importance[name][grid], importance) < 1e-5

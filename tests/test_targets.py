@@ -130,7 +130,7 @@ class Problem:
         )
 
 
-@pytest.mark.parametrize("costs", [2, 3])
+@pytest.mark.parametrize("costs", [2, 3, 4])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_several_budgets_are_all_met_at_most_a_step_for_each_from_the_best_plan(costs, data):

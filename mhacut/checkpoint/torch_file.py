@@ -124,7 +124,8 @@ def _check_zip(path: Path, size: int) -> None:
         )
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{where}: its pickle has {pickles[0].file_size} bytes, too many for a state dict"
+            f"{where}: its pickle has {pickles[0].file_size} bytes, expected at most {_MAX_PICKLE_BYTES}; "
+            "save the state dict alone: torch.save(model.state_dict(), ...)"
         )
 
 
@@ -143,7 +144,8 @@ def _check_legacy(path: Path) -> None:
                 pass
     if start.tell() >= _MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{show(path)}: its pickles have more than {_MAX_PICKLE_BYTES} bytes, too many for a state dict"
+            f"{show(path)}: its pickles have too many bytes, expected at most {_MAX_PICKLE_BYTES}; "
+            "save the state dict alone: torch.save(model.state_dict(), ...)"
         )
 
 

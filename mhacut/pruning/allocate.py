@@ -23,7 +23,7 @@ from mhacut.pruning.widths import NEAR, fill_budget
 TIE = 0.01
 """Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where
 they differ run slower."""
-_RATIOS = {2: 16, 3: 8}
+_RATIOS = {2: 16, 3: 8, 4: 6}
 """Number of parts into which several multipliers are divided, by their number."""
 
 

@@ -25,8 +25,7 @@ SHRINKAGE = 0.5
 are not the small ones that gradients describe, so importance is shrunk towards uniform."""
 
 MOST_BYTES = 2**31
-"""Bounds what a backward pass keeps of the forward pass: of large models, fewer images are differentiated
-at a time."""
+"""Bounds what a backward pass keeps of the forward pass: a batch for which that is more goes in parts."""
 
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
@@ -100,7 +99,7 @@ def measure_fisher(
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
         prunable: its prunable layers.
         images: [n, C, H, W], normalised.
-        batch_size: images at a time, at most; fewer where :data:`MOST_BYTES` does not allow them.
+        batch_size: images at a time, in parts where :data:`MOST_BYTES` does not allow all at once.
         options: all but the number of images.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
@@ -110,12 +109,12 @@ def measure_fisher(
     sums = _Sums()
     drawn_elsewhere: list[int] = []
     kept = _bytes_kept(model, images[:1].to(device), preserved)
-    size = max(1, min(batch_size, MOST_BYTES // max(kept, 1)))
+    at_once = max(1, MOST_BYTES // max(kept, 1))
     with _capturing_gradients(model, prunable.layers, sums):
-        for number, batch in enumerate(torch.split(images, size)):
+        for number, batch in enumerate(torch.split(images, batch_size)):
             if number % processes.size == processes.rank:
-                sums.images = len(batch)
-                _differentiate(model, batch.to(device), generator, preserved, drawn_elsewhere)
+                parts = batch.to(device).split(at_once)
+                _differentiate(model, parts, generator, preserved, drawn_elsewhere, sums)
                 drawn_elsewhere.clear()
             else:
                 drawn_elsewhere.append(len(batch))
@@ -194,24 +193,42 @@ def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
 
 def _differentiate(
     model: nn.Module,
-    batch: Tensor,
+    parts: Sequence[Tensor],
     generator: torch.Generator,
     preserved: Preserved,
     drawn_elsewhere: Sequence[int],
+    sums: _Sums,
 ) -> None:
-    """Run ``batch`` forward and backward: the gradient is that of a random projection of the outputs."""
-    with torch.enable_grad():
-        outputs = preserved.outputs(model, batch.detach().requires_grad_(True))
-        for size in drawn_elsewhere:  # by other processes, for their batches in between
-            torch.randn((size, *outputs.shape[1:]), generator=generator)
-        noise = torch.randn(outputs.shape, generator=generator).to(outputs.device)
-        torch.autograd.backward(preserved.projected(outputs, noise))
+    """Run a batch, in parts, forward and backward, from a random projection of the outputs.
+
+    Parts change nothing but the rounding: the projection is that of the whole batch.
+    """
+    batch = None
+    if len(parts) > 1 and preserved.measure == "features":  # whose unit is their variance
+        batch = torch.cat([preserved.outputs(model, part) for part in parts])
+    sizes = [len(part) for part in parts]
+    noise: tuple[Tensor, ...] = ()
+    for number, part in enumerate(parts):
+        sums.images = len(part)
+        with torch.enable_grad():
+            outputs = preserved.outputs(model, part.detach().requires_grad_(True))
+            if not noise:
+                for size in drawn_elsewhere:  # by other processes, for their batches in between
+                    torch.randn((size, *outputs.shape[1:]), generator=generator)
+                drawn = torch.randn((sum(sizes), *outputs.shape[1:]), generator=generator)
+                noise = drawn.to(outputs.device).split(sizes)
+            projected = preserved.projected(
+                outputs, noise[number], outputs.detach() if batch is None else batch
+            )
+            torch.autograd.backward(projected)
 
 
 @contextmanager
 def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
     def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            if not torch.is_grad_enabled():
+                return
             sums.expect(layer.name, output.shape[layer.channel_dim], output.device)
             output.register_hook(
                 lambda gradient: sums.add(

@@ -94,7 +94,7 @@ class Preserved:
             return (outputs - dense).square().sum(-1).mean() / 2
         return (outputs - dense).square().mean() / _variance(dense)
 
-    def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
+    def projected(self, outputs: Tensor, noise: Tensor, batch: Tensor) -> Tensor:
         """Return a random projection whose gradient g has E[g g^T] = Hessian of the divergence; a scalar.
 
         For answers sum_c eps_c sqrt(p_c) log p_c: E[g g^T] is their Fisher information.
@@ -102,13 +102,15 @@ class Preserved:
         Args:
             outputs: [B, ...].
             noise: eps, of unit variance and the shape of ``outputs``.
+            batch: outputs of all images of the batch that ``outputs`` are part of, whose variance is the unit
+                of squared errors of features.
         """
         if self.measure == "answers":
             logs = outputs.float().log_softmax(-1)
             return (noise * logs.detach().mul(0.5).exp() * logs).sum()
         if self.measure == "dense":
             return (noise * outputs).sum()
-        scale = _variance(outputs.detach().float()) * outputs[0].numel() / 2
+        scale = _variance(batch.float()) * outputs[0].numel() / 2
         return (noise * outputs.float()).sum() / scale.sqrt()
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 
 import torch
 from torch import Tensor
@@ -14,26 +15,31 @@ LEAST_BYTES = 2**20
 
 
 class Spill:
-    """Tensors in files without a name, each gone with its tensor; they lie where ``TMPDIR`` says.
+    """Tensors in files without a name, each gone with its tensor.
 
-    Pages of mapped files are no burden: the system writes them back and takes them away when it needs memory.
-    Those that were dropped are read again when they are used.
+    The files lie where ``TMPDIR`` says. On a disk the system writes their pages back and takes them away when
+    it needs memory; in a ``tmpfs`` nothing is saved. Pages that were dropped are read again when used.
     """
 
     def __init__(self) -> None:
-        self._maps: list[mmap.mmap] = []
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy of ``tensor``, on the CPU, in a file; itself if it is small or the disk is full."""
-        if tensor.nbytes < LEAST_BYTES:
+        """Return a copy of ``tensor`` in a file; itself if it is small, or space on the disk cannot be had.
+
+        Args:
+            tensor: on the CPU.
+        """
+        if tensor.nbytes < LEAST_BYTES or not hasattr(os, "posix_fallocate"):
             return tensor
         try:
             with tempfile.TemporaryFile() as file:
-                _reserve(file.fileno(), tensor.nbytes)
+                # Reserved: writing to a page for which the disk has no room would end the process.
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
                 mapped = mmap.mmap(file.fileno(), tensor.nbytes)
         except OSError:
             return tensor
-        self._maps.append(mapped)
+        self._maps.add(mapped)
         return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def drop(self) -> None:
@@ -41,11 +47,3 @@ class Spill:
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _reserve(file: int, length: int) -> None:
-    """Reserve space: writing to a mapped page for which the disk has no room would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, length)
-    else:
-        os.truncate(file, length)
