@@ -268,19 +268,15 @@ def test_timm_lists_them():
     assert not timm.list_models("flatten_*", pretrained=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [
         "import mhacut, importlib.util; assert importlib.util.find_spec('timm'); import timm",
-        *(
-            pytest.param(script, marks=pytest.mark.slow)
-            for script in (
-                "import timm, mhacut",
-                "import mhacut.flatten.flatten_swin, timm",
-                "import mhacut; from timm.layers import Mlp; import timm",
-                "import mhacut, importlib, timm; importlib.reload(timm); importlib.reload(mhacut)",
-            )
-        ),
+        "import timm, mhacut",
+        "import mhacut.flatten.flatten_swin, timm",
+        "import mhacut; from timm.layers import Mlp; import timm",
+        "import mhacut, importlib, timm; importlib.reload(timm); importlib.reload(mhacut)",
     ],
 )
 def test_whatever_is_imported_first(script):

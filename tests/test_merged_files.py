@@ -70,6 +70,7 @@ def test_a_model_card_states_what_is_merged_and_not_computed(merged_file, tmp_pa
     assert ("the first one: no patch features" in card) == (tokens.read == 1)
 
 
+@pytest.mark.slow
 def test_a_file_is_fine_tuned_timed_and_described(merged_file, tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path / "data" / split, classes=tuple("abcde"))
