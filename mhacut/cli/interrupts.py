@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130
 """Exit code, as of a program that a shell sees end by SIGINT."""
@@ -23,15 +25,26 @@ def quit_when_interrupted() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C within the block, as Python does."""
-    ours = signal.getsignal(signal.SIGINT) is _quit
+    """Raise KeyboardInterrupt on Ctrl-C within the block, as Python does.
+
+    One that comes as Python deletes an object, which ends nothing, is not shown.
+    """
+    if signal.getsignal(signal.SIGINT) is not _quit:
+        yield
+        return
+    unraisable = sys.unraisablehook
+
+    def show(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            unraisable(found)
+
     try:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = show
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, _quit)
+        signal.signal(signal.SIGINT, _quit)
+        sys.unraisablehook = unraisable
 
 
 def _quit(number: int, frame: FrameType | None) -> None:

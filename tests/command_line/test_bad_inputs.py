@@ -233,6 +233,26 @@ def test_metadata_that_lies(slim, tmp_path, case):
     assert says in message
 
 
+def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 24
+    hostile = "</script><script>x()</script>\x1b[2J\u202e[a](javascript:x)"
+
+    def change(document):
+        entry = {**document["history"][0], "data": hostile, "seed": hostile, "license": hostile}
+        entry |= {"accuracy": {"top1_before": hostile}, "versions": {"mhacut": hostile}, hostile: hostile}
+        document["history"] = [entry]
+        document["pretrained_cfg"]["license"] = hostile
+
+    path = stating(slim, tmp_path / "hostile.safetensors", change)
+    exported = run("export", path, "--format", "timm", "-o", tmp_path / "out")
+    assert exported.exit_code == 0, exported.stderr
+    reported = run("inspect", path, "--html", tmp_path / "page.html")
+    assert reported.exit_code == 0, reported.stderr
+    for text in ((tmp_path / "out" / "README.md").read_text(), (tmp_path / "page.html").read_text()):
+        assert all(char == "\n" or char.isprintable() for char in text)
+        assert "<script>x()" not in text
+    assert "javascript" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
     def inspect(tensors, *flags):
         save_file(tensors, tmp_path / "model.safetensors")

@@ -183,6 +183,15 @@ def interrupted(name, *rest, **more):
 
 builtins.__import__ = interrupted
 """
+DELETED = """
+from mhacut.cli.console import Console
+
+class Interrupted:
+    def __del__(self):
+        raise {error}
+
+Console.start = lambda self, stage: Interrupted()
+"""
 LATE_INTERRUPT = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)\n"
 
 
@@ -191,3 +200,10 @@ def test_interrupts_before_and_after_the_work_are_quiet(programs, when, printed)
     done = programs.run(when + MAIN, "--version")
     assert (done.returncode, done.stderr) == (130, "")
     assert bool(done.stdout) == printed
+
+
+def test_interrupts_as_an_object_is_deleted_are_not_shown(programs, slim):
+    done = programs.run(DELETED.format(error="KeyboardInterrupt") + MAIN, "inspect", slim, "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    other = programs.run(DELETED.format(error="ValueError") + MAIN, "inspect", slim, "-q")
+    assert "Exception ignored in: <function Interrupted.__del__" in other.stderr
