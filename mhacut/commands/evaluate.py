@@ -56,7 +56,7 @@ class EvaluateResult:
         """Return the figures as a table's cells."""
         top5 = self.evaluation.top5
         return [
-            ("top-1", f"{self.evaluation.top1:.2f}%"),
+            ("top-1", f"{self.evaluation.top1:.2f}%{self.evaluation.doubt}"),
             *([] if top5 is None else [("top-5", f"{top5:.2f}%")]),
             ("images", str(self.evaluation.images)),
             ("FLOPs", format_flops(self.flops)),

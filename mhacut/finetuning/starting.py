@@ -37,7 +37,12 @@ def start(run: Run) -> None:
     if state is not None:
         run.trainer.restore(state["trainer"])
         run.progress = Progress.from_state(state)
-        run.reporter.log(f"going on after step {run.progress.step} of {run.total_steps}")
+        done = run.progress.step >= run.total_steps
+        run.reporter.log(
+            f"all {run.total_steps} steps are done: nothing is trained"
+            if done
+            else f"going on after step {run.progress.step} of {run.total_steps}"
+        )
         return
     if run.options.resume is not None:
         run.reporter.log(f"{run.folder.path}: no step was saved, beginning with the first")

@@ -45,8 +45,12 @@ class Evaluation:
     @property
     def label(self) -> str:
         """Label of ``top1`` in tables, with its standard error where images are few."""
-        doubt = f" (± {self.standard_error:.2g})" if self.images < _MANY else ""
-        return f"top-1, % of {self.images} images{doubt}"
+        return f"top-1, % of {self.images} images{self.doubt}"
+
+    @property
+    def doubt(self) -> str:
+        """Standard error of ``top1`` as tables write it behind the number; empty of many images."""
+        return f" (± {self.standard_error:.2g})" if self.images < _MANY else ""
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:

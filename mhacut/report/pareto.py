@@ -50,7 +50,9 @@ def choice_rows(choices: Sequence[Choice], divergence: str = "KL to dense") -> l
         "file": lambda one: None if one.figures.size is None else format_amount(one.figures.size, "size"),
         "ms": lambda one: None if one.figures.latency_ms is None else f"{one.figures.latency_ms:.2f}",
         "top-1, %": lambda one: (
-            None if one.figures.evaluation is None else f"{one.figures.evaluation.top1:.2f}"
+            None
+            if one.figures.evaluation is None
+            else f"{one.figures.evaluation.top1:.2f}{one.figures.evaluation.doubt}"
         ),
         divergence: lambda one: None if one.divergence is None else f"{one.divergence:.2g}",
     }

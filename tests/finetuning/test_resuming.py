@@ -177,7 +177,9 @@ def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, 
 
 
 def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
-    assert resume(finished).epochs == finished_run.epochs
+    reporter = Recorder()
+    assert resume(finished, reporter=reporter).epochs == finished_run.epochs
+    assert "all 6 steps are done: nothing is trained" in reporter.messages
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, monkeypatch):
