@@ -134,6 +134,7 @@ def test_models_beside_each_other(slim_of):
     assert result.threads == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_child")
 def test_threads_are_put_back(slim_of):
     before = torch.get_num_threads()

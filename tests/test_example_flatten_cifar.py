@@ -40,6 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_at_the_same_bytes(script, folder, monkeypatch, capsys):
     train = script("train")
     monkeypatch.setattr(train, "BATCH", 6)

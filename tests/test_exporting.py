@@ -85,6 +85,7 @@ def test_the_files_need_nothing_of_ours(exported, slim_of, tmp_path):
         assert [entry["command"] for entry in about["history"]] == ["prune"]
 
 
+@pytest.mark.slow
 def test_half_precision_behind_float32_images(exported, slim_of, tmp_path):
     exact = exported("vit", "pt2")
     half = mhacut.export(slim_of("vit"), format="pt2", dtype="bfloat16", output=tmp_path / "half.pt2")

@@ -145,6 +145,7 @@ def test_indicators_are_not_trained_on_what_they_are_judged_by(
     assert [len(images) for images in seen] == [trained_on]
 
 
+@pytest.mark.slow
 def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(
     dense, tmp_path, monkeypatch
 ):
@@ -161,6 +162,7 @@ def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere
     assert far["curves"] < far["uniform"]
 
 
+@pytest.mark.slow
 def test_tokens_can_all_count_alike(dense, tmp_path, monkeypatch):
     slim = {}
     for asked in (True, False):

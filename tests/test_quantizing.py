@@ -253,6 +253,7 @@ def test_refused_before_any_work(options, expected):
         mhacut.export("no such file", **options)
 
 
+@pytest.mark.slow
 def test_too_few_images_for_a_fixed_batch(slim_of, few_digits, tmp_path):
     with pytest.raises(MhacutError, match="too few to calibrate on some and compare on others"):
         mhacut.export(

@@ -201,6 +201,7 @@ def test_a_bound_on_accuracy_needs_labels(digits_vit, tmp_path, options, message
 # --- many budgets ---
 
 
+@pytest.mark.slow
 def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
     budgets = ("80%", "60%", "900K")
     results = mhacut.prune_many(

@@ -52,6 +52,7 @@ def results_of(runs: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_stopped_fine_tuning_ends_with_the_numbers_of_one_that_was_not(
     finetune, slim_folder, tmp_path, monkeypatch, capsys
 ) -> None:
