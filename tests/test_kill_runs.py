@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "robustness" / "kill_runs.py"
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 def test_killed_commands_leave_the_old_file_or_the_new_one():
-    command = [sys.executable, SCRIPT, "--runs", "2", "--only", "prune"]
+    command = [sys.executable, SCRIPT, "--runs", "2", "--only", "inspect"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
