@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -12,6 +13,7 @@ import mhacut
 from helpers.cli import run
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
+from mhacut.commands import prune_files
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, UsageError
 from mhacut.measuring.latency import Beside, compare_runs, fixed_images, run_of
@@ -222,6 +224,43 @@ def test_a_file_that_is_slower_than_the_model_in_memory_is_written_anew(
     (target,) = result.targets
     assert target.reached <= target.most
     assert target.measured["corrections"] == 1
+
+
+def slow_once_it_is_read(clock, monkeypatch, factor=1.5):
+    """Let what is read from a file be slower than what is in memory; list the folders that it is read from."""
+    read, load, time = [], prune_files.load_model, clock.time
+
+    def slow(path):
+        model = load(path)
+        read.append((model, Path(path)))
+        return model
+
+    def timed(model, dense):
+        return time(model, dense) * (factor if any(model is own for own, _ in read) else 1.0)
+
+    monkeypatch.setattr(prune_files, "load_model", slow)
+    clock.time = timed
+    return read
+
+
+def test_a_file_that_misses_the_time_is_never_published(tiny_vit, tmp_path, clock, monkeypatch):
+    read = slow_once_it_is_read(clock, monkeypatch)
+    with pytest.raises(BudgetError, match="missed"):
+        prune(tiny_vit, tmp_path / "new" / "slim.safetensors", max_latency="85%")
+    assert read
+    assert not [path for path in (tmp_path / "new").rglob("*")]
+
+
+def test_a_file_that_misses_the_time_replaces_none(tiny_vit, tmp_path, clock, monkeypatch):
+    """Even where the plan after it is the one that fails, in memory."""
+    read = slow_once_it_is_read(clock, monkeypatch)
+    clock.unforeseen = lambda share: 1.5 if read and share != 1.0 else 1.0
+    out = tmp_path / "slim.safetensors"
+    out.write_bytes(b"of before")
+    with pytest.raises(BudgetError, match="missed"):
+        prune(tiny_vit, out, max_latency="85%", overwrite=True)
+    assert len(read) == 1
+    assert out.read_bytes() == b"of before"
 
 
 def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):

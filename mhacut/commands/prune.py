@@ -19,7 +19,7 @@ from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_result import PruneResult, choices_of
 from mhacut.commands.prune_targets import target_figure
-from mhacut.commands.prune_timing import missed_by_file, reached_time, time_file, with_less_time
+from mhacut.commands.prune_timing import reached_time, time_file, with_less_time
 from mhacut.data import ImagesInMemory
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
@@ -200,17 +200,22 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     """Run the stages of one file, up to what is measured on it alone.
 
     Raises:
-        BudgetError: the file takes more time than it may, corrected several times.
+        BudgetError: the model takes more time than it may, corrected several times; no file was written.
     """
+    cut = cut_within_bound if inputs.options.bounds_loss else cut_to_budget
     for corrections in range(CORRECTIONS + 1):
-        found, slim = _cut_and_written(inputs, planner, timer)  # 3. plan to 7. write
-        timed = time_file(inputs, found, slim, timer)
+        found = cut(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
+        timed = time_file(inputs, found, timer)
         if timed is None or timed.nanoseconds <= timed.most:
             break
         if corrections == CORRECTIONS:
-            raise missed_by_file(inputs)
+            assert inputs.time_target is not None
+            raise inputs.time_target.missed()
         inputs = with_less_time(inputs, timed)
-    inputs = replace(inputs, job=found.job)
+    inputs, slim = replace(inputs, job=found.job), found.model
+    if not inputs.options.dry_run:
+        timer.start("writing")
+        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
     seconds = timer.taken()
     measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
     if timed is not None:
@@ -222,18 +227,6 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
             write_again(inputs, slim, record)
         measured = measured.with_size(inputs.target.stat().st_size, inputs)
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
-
-
-def _cut_and_written(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> tuple[CutModel, nn.Module]:
-    """Return a cut model, and the model in its file."""
-    options = inputs.options
-    to = cut_within_bound if options.bounds_loss else cut_to_budget
-    found = to(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
-    inputs, slim = replace(inputs, job=found.job), found.model
-    if not options.dry_run:
-        timer.start("writing")
-        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
-    return found, slim
 
 
 def _timed(written: Sequence[_Written], timer: StageTimer) -> list[_Written]:

@@ -8,16 +8,20 @@ from typing import Any
 from torch import nn
 
 from mhacut.commands.prune_cut import CutModel
+from mhacut.commands.prune_files import write_checked
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.commands.prune_latency import AIM, TimedCut
+from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
-from mhacut.errors import BudgetError
 from mhacut.pruning.limits import Limit
+from mhacut.runtime.files import temporary_folder
 from mhacut.runtime.progress import Reporter
 
 
-def time_file(inputs: PruneInputs, found: CutModel, slim: nn.Module, reporter: Reporter) -> TimedCut | None:
-    """Time the model in the file in turns with the dense one, once more if it misses its budget.
+def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> TimedCut | None:
+    """Time the model as it is read from a file in turns with the dense one, once more if it misses its budget.
+
+    The file is a temporary one: what misses its budget is never published, and replaces nothing.
 
     Returns:
         None without a budget of time.
@@ -25,39 +29,40 @@ def time_file(inputs: PruneInputs, found: CutModel, slim: nn.Module, reporter: R
     target = inputs.time_target
     if target is None:
         return None
+    slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     reporter.start("timing")
     expected = target.foreseen(found.planned.plan.widths())
     timed = target.time(slim, expected)
     return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
 
 
+def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Module:
+    """Return the model that was cut, written to a temporary file beside the slim file and read again."""
+    reporter.start("writing")
+    with temporary_folder(inputs.target) as folder:
+        draft = replace(inputs, job=found.job, target=folder / inputs.target.name)
+        return write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
+
+
 def with_less_time(inputs: PruneInputs, missed: TimedCut) -> PruneInputs:
-    """Return the inputs with a limit on time that makes up for a file that missed it, to write it anew."""
+    """Return the inputs with a limit on time that makes up for a model that missed it."""
 
     def corrected(limit: Limit) -> Limit:
         if limit.resource != "max_latency":
             return limit
         return replace(limit, most=int(limit.most * AIM * missed.most / missed.nanoseconds))
 
-    job = replace(inputs.job, storage=tuple(map(corrected, inputs.job.storage)))
-    return replace(inputs, job=job, options=replace(inputs.options, overwrite=True))
+    return replace(inputs, job=replace(inputs.job, storage=tuple(map(corrected, inputs.job.storage))))
 
 
-def missed_by_file(inputs: PruneInputs) -> BudgetError:
-    """Return the error that states by how much the file missed its budget of time."""
-    assert inputs.time_target is not None
-    missed = inputs.time_target.missed()
-    return missed if inputs.options.dry_run else BudgetError(f"{missed}. {inputs.target} was written")
-
-
-def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, rewritten: int) -> Reached:
+def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, replanned: int) -> Reached:
     """Return the budget of time, and what was reached, in milliseconds.
 
     Args:
         inputs: with the limits of the file.
         found: the model that was cut.
         timed: the model in the file.
-        rewritten: number of files before this one.
+        replanned: number of models before this one that missed it once they were read from a file.
     """
     target = inputs.time_target
     assert target is not None
@@ -71,7 +76,7 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, rewritte
             "predicted": target.foreseen(found.planned.plan.widths()) / 1e6,
             "dense": timed.dense / 1e6,
             "wall": timed.wall_ms,
-            "corrections": found.corrections + rewritten,
+            "corrections": found.corrections + replanned,
             **conditions,
         },
     )
