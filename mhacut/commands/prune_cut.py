@@ -84,10 +84,12 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
 def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[nn.Module, Planned, int]:
     """Plan and cut until what is stored, to the byte, and the time are within their limits, and use them up.
 
+    Plans aim below a budget of time; what is within the budget itself is kept.
+
     Returns:
         The model, its plan, and the number of plans before it.
     """
-    job, fits = inputs.job, None
+    job, fits = inputs.job, []
     for attempt in range(_ROUNDS):
         planned = planner.plan(job)  # 3. plan
         reporter.start("cutting")
@@ -95,18 +97,18 @@ def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tu
         cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
         widths, limits, kept, used = planned.plan.widths(), [], True, True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
-            stored = _stored(inputs, planned, slim, asked)
+            stored, most = _stored(inputs, planned, slim, asked)
             wrong = int(limit.cost(widths)) - stored
-            kept &= stored <= asked.most / (NEAR if asked.resource == "max_latency" else 1)
+            kept &= stored <= most
             used &= attempt > 0 or limit.most + wrong < asked.most / NEAR
             limits.append(replace(limit, most=asked.most + wrong))
         if kept:
-            fits = slim, planned, attempt
+            fits.append((slim, planned, attempt))
             if used:
-                return fits
+                break
         job = replace(job, storage=tuple(limits))
-    if fits is not None:
-        return fits
+    if fits:  # of two, the first used too little, but so may the second
+        return max(fits, key=lambda found: inputs.job.table.flops(found[1].plan.widths()))
     if inputs.time_target is not None:
         raise inputs.time_target.missed()
     raise MhacutError(
@@ -116,17 +118,18 @@ def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tu
     )
 
 
-def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> int:
-    """Amount that the cut model has: parameters, bytes of its file, or nanoseconds."""
+def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> tuple[int, int]:
+    """Return the parameters, bytes or nanoseconds that the cut model has, and the most that it may have."""
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
         expected = limit.cost(planned.plan.widths())
-        return inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected).nanoseconds
+        timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected)
+        return timed.nanoseconds, timed.most
     if limit.resource == "params":
-        return count_parameters(slim)
+        return count_parameters(slim), limit.most
     record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)
     spare = _SPARE if inputs.time_target is None else _SPARE + _SPARE_OF_TIME
-    return file_size(slim, record, inputs.dtypes) + spare
+    return file_size(slim, record, inputs.dtypes) + spare, limit.most
 
 
 def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:

@@ -19,7 +19,7 @@ from mhacut.runtime.progress import Reporter
 
 
 def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> TimedCut | None:
-    """Time the model as it is read from a file in turns with the dense one, once more if it misses its budget.
+    """Time the model, as it is read from a file, in turns with the dense one; twice if it misses its budget.
 
     The file is a temporary one: what misses its budget is never published, and replaces nothing.
 
