@@ -14,7 +14,7 @@ import mhacut
 from helpers.cli import run
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_files
+from mhacut.commands import prune_cut, prune_files
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, UsageError
@@ -224,6 +224,13 @@ def test_a_model_that_is_just_within_the_budget_is_kept(tiny_vit, tmp_path, cloc
     (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%").targets
     assert target.reached == pytest.approx(0.995 * target.most)
     assert target.measured["corrections"] == 0
+
+
+def test_a_size_that_never_fits_is_not_blamed_on_the_time(tiny_vit, tmp_path, clock, monkeypatch):
+    at_shares_of_the_budget(clock, monkeypatch, [0.9])
+    monkeypatch.setattr(prune_cut, "file_size", lambda *given: 10**6)
+    with pytest.raises(MhacutError, match=r"no plan was found within 220000 stored numbers or bytes"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%", size="220KB")
 
 
 def test_of_models_within_the_budget_the_larger_is_kept(tiny_vit, tmp_path, clock, monkeypatch):
