@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,15 +261,17 @@ class Measurements:
     """Measures a table, and counts how often."""
 
     def __init__(self):
-        self.times, self.log = 0, []
+        self.times, self.log, self.steady = 0, [], True
 
     def measure(self):
         self.times += 1
         choices = {("a", "hidden"): (8, 16, 32), ("b", "hidden"): (8, 16)}
-        return table_of(dict.fromkeys(choices, 0.01), choices)
+        return replace(table_of(dict.fromkeys(choices, 0.01), choices), steady=self.steady)
 
-    def table(self, **key):
-        return kept_table(key, self.measure, self.log.append)
+    def table(self, today=lambda table: table, **key):
+        """The table, and whether it was kept before."""
+        before = self.times
+        return kept_table(key, self.measure, self.log.append, today), self.times == before
 
 
 def test_a_table_is_measured_once_for_each_machine(cache):
@@ -278,8 +282,26 @@ def test_a_table_is_measured_once_for_each_machine(cache):
     assert of.times == 1
     assert of.table(machine="other") == (first, False)
     assert of.times == 2
-    assert not of.log
+    (line,) = of.log
+    assert re.match(r".*/layer-times/\w+\.json: times of layers of an earlier run are used again$", line)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_times_of_a_busy_machine_are_not_kept(cache):
+    of = Measurements()
+    of.steady = False
+    assert not of.table(machine="one")[1]
+    assert of.log == ["times of layers are not kept: this machine was busy while they were measured"]
+    assert not cache.exists()
+    assert not of.table(machine="one")[1]
+
+
+def test_times_that_would_refuse_the_target_are_measured_anew(cache):
+    of = Measurements()
+    of.table(machine="one")
+    assert not of.table(lambda table: None, machine="one")[1]
+    (file,) = cache.iterdir()
+    assert of.log == [f"{file}: by these times the target is out of reach; times of layers are measured anew"]
 
 
 @pytest.mark.parametrize(

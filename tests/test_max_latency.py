@@ -328,6 +328,32 @@ def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):
     assert clock.layers == 2 * measured
 
 
+def test_kept_times_that_refuse_the_target_are_measured_anew_once(tiny_vit, tmp_path, clock):
+    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
+    measured = clock.layers
+    (file,) = (tmp_path / "cache" / "mhacut" / "layer-times").iterdir()
+    document = json.loads(file.read_text())
+    right = document["table"]["anchors"]
+    document["table"]["anchors"] = [[saved, whole / 10] for saved, whole in right]
+    file.write_text(json.dumps(document))
+    result = prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
+    assert result.targets[0].reached <= result.targets[0].most
+    assert clock.layers == 2 * measured
+    assert json.loads(file.read_text())["table"]["anchors"] == right
+    with pytest.raises(BudgetError, match="out of reach"):
+        prune(tiny_vit, tmp_path / "three.safetensors", max_latency="1%")
+    assert clock.layers == 3 * measured
+
+
+def test_times_of_layers_on_a_busy_machine_are_not_kept(tiny_vit, tmp_path, clock, monkeypatch):
+    def parts(stopwatch, parts, *, seconds, steady=Stopwatch.parts):
+        return replace(steady(stopwatch, parts, seconds=seconds), drift=0.1)
+
+    monkeypatch.setattr(Stopwatch, "parts", parts)
+    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

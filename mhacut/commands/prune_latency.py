@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from mhacut.measuring.latency import Run, fixed_images
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.job import Job
+from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.merging import prefix_attended
 from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
@@ -56,6 +58,11 @@ class TimedCut:
     def nanoseconds(self) -> int:
         """Time per batch where the dense model is as fast as it was at first."""
         return round(self.ratio * self.dense)
+
+
+def lowest_time(table: TimeTable, job: Job) -> int:
+    """Return the least budget in nanoseconds that is accepted: a model measured afresh shall meet it, too."""
+    return math.ceil(lowest_flops(job.allowed, table.at) / AIM)
 
 
 class TimeTarget:
@@ -111,14 +118,15 @@ class TimeTarget:
             job: what is to be cut.
             counted: its model with all that the slim model leaves out or merges.
         """
-        reporter = self.stopwatch.reporter
-        table, kept = kept_table(self._key(job, counted), lambda: self._measured(job, counted), reporter.log)
-        if kept:
-            reporter.log("times of layers: those that this machine keeps of an earlier run")
-            today = self.stopwatch.beside([], seconds=1.0)
-            table = replace(table, dense=round(1e6 * today.milliseconds[0]))
-        self.times = table
-        return table
+
+        def today(kept: TimeTable) -> TimeTable | None:
+            dense = self.stopwatch.beside([], seconds=1.0).milliseconds[0]
+            kept = replace(kept, dense=round(1e6 * dense))
+            return kept if lowest_time(kept, job) <= self.budget.amount(kept.dense) else None
+
+        key, log = self._key(job, counted), self.stopwatch.reporter.log
+        self.times = kept_table(key, lambda: self._measured(job, counted), log, today)
+        return self.times
 
     def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:
         """Everything that the times depend on."""
@@ -145,12 +153,14 @@ class TimeTarget:
         parts = [self.stopwatch.ready(layer.replay(layer.points[0])) for layer in distinct]
         found = self.stopwatch.beside(models, parts, seconds=_WHOLE_SECONDS)
         whole, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
-        layers = []
+        layers, steady = [], found.steady
         for layer, part, share in zip(distinct, parts, ratios[len(plans) :], strict=True):
-            layers.append(self._times(layer, part, share))
+            times, still = self._times(layer, part, share)
+            layers.append(times)
+            steady &= still
             self.stopwatch.reporter.advance(len(layers), len(distinct))
         dense = round(1e6 * found.milliseconds[0])
-        table = TimeTable(calls, tuple(layers), whole, dense=dense)
+        table = TimeTable(calls, tuple(layers), whole, dense=dense, steady=steady)
         return table.with_anchors(list(zip(plans, ratios[: len(plans)], strict=True)))
 
     def _distinct(self, job: Job, counted: nn.Module) -> tuple[tuple[tuple[str, int], ...], list[_Distinct]]:
@@ -175,14 +185,18 @@ class TimeTarget:
                 calls.append((layer.name, places[key]))
         return tuple(calls), found
 
-    def _times(self, layer: _Distinct, whole: Run, share: float) -> LayerTimes:
-        """Time one layer, whose time with all channels is known, at all its points, in turns."""
+    def _times(self, layer: _Distinct, whole: Run, share: float) -> tuple[LayerTimes, bool]:
+        """Time one layer, whose time with all channels is known, at all its points, in turns.
+
+        Returns:
+            The times, and whether they are steady.
+        """
         cut_parts = [self.stopwatch.ready(layer.replay(widths)) for widths in layer.points[1:]]
         found = self.stopwatch.parts([whole, *cut_parts], seconds=_LAYER_SECONDS * len(layer.points))
         points = [
             Point(widths, share * ratio) for widths, ratio in zip(layer.points, found.ratios, strict=True)
         ]
-        return LayerTimes(points[0], tuple(points[1:]))
+        return LayerTimes(points[0], tuple(points[1:])), found.steady
 
 
 @dataclass(frozen=True)

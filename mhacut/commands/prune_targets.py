@@ -12,7 +12,7 @@ from torch import nn
 
 from mhacut.budget import RESOURCES, Resource, Targets, format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.commands.prune_latency import AIM
+from mhacut.commands.prune_latency import AIM, lowest_time
 from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.layer_times import TimeTable
@@ -105,8 +105,8 @@ class Reach:
         if self.times is not None:
             dense["max_latency"], costs["max_latency"] = self.times.dense, self.times.at
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
-        if self.times is not None:  # a model measured afresh shall meet it, too
-            lowest["max_latency"] = math.ceil(lowest["max_latency"] / AIM)
+        if self.times is not None:
+            lowest["max_latency"] = lowest_time(self.times, job)
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]

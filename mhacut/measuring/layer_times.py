@@ -120,6 +120,8 @@ class TimeTable:
     model's."""
     dense: int = 10**9
     """Nanoseconds per batch of the dense model, as measured last."""
+    steady: bool = field(default=True, compare=False)
+    """Whether the machine was as fast at the end of each measurement as at its beginning."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
         """Return the nanoseconds per batch at ``widths``, by layer and kind; others stay whole."""
@@ -205,35 +207,48 @@ def _spread(choices: Sequence[int], parts: int) -> list[int]:
 
 
 def kept_table(
-    key: Mapping[str, Any], measure: Callable[[], TimeTable], log: Callable[[str], None]
-) -> tuple[TimeTable, bool]:
-    """Return the table that this machine keeps under ``key``; else measure it, and keep it.
+    key: Mapping[str, Any],
+    measure: Callable[[], TimeTable],
+    log: Callable[[str], None],
+    today: Callable[[TimeTable], TimeTable | None] = lambda table: table,
+) -> TimeTable:
+    """Return the table that this machine keeps under ``key``; else measure it, and keep it if it is steady.
 
     Args:
         key: everything that times depend on.
         measure: measures the table.
-        log: receives what is wrong with the file.
-
-    Returns:
-        The table, and whether it was kept before.
+        log: receives whether the file is used, and what is wrong with it.
+        today: returns a kept table with the dense model's time of today, or None to measure it anew, because
+            by its times the target is out of reach.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = _folder() / f"{digest[:32]}.json"
+    kept: TimeTable | None = None
     if path.exists():
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] == _FORMAT and document["key"] == json.loads(json.dumps(key)):
-                return TimeTable.from_json(document["table"]), True
-            log(f"{show(path)}: holds other times than its name says; times of layers are measured anew")
+                kept = TimeTable.from_json(document["table"])
+            else:
+                log(f"{show(path)}: holds other times than its name says; times of layers are measured anew")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log(f"{show(path)}: cannot be read ({error!s:.80}); times of layers are measured anew")
+    found = None if kept is None else today(kept)
+    if found is not None:
+        log(f"{show(path)}: times of layers of an earlier run are used again")
+        return found
+    if kept is not None:
+        log(f"{show(path)}: by these times the target is out of reach; times of layers are measured anew")
     table = measure()
+    if not table.steady:
+        log("times of layers are not kept: this machine was busy while they were measured")
+        return table
     text = json.dumps({"format": _FORMAT, "key": key, "table": table.to_json()}, indent=1, sort_keys=True)
     try:
         write_whole(path, text.encode(), overwrite=True)
     except OutputError as error:
         log(f"times of layers are not kept: {error}")
-    return table, False
+    return table
 
 
 def _folder() -> Path:
