@@ -14,7 +14,7 @@ import mhacut
 from helpers.cli import run
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_cut, prune_files
+from mhacut.commands import prune_cut, prune_files, prune_latency
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, UsageError
@@ -326,6 +326,18 @@ def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):
     assert second.plan == first.plan
     prune(tiny_vit, tmp_path / "three.safetensors", max_latency="85%", latency_batch_size=2)
     assert clock.layers == 2 * measured
+
+
+def test_times_of_another_version_or_precision_are_not_used(tiny_vit, tmp_path, clock, monkeypatch):
+    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
+    measured = clock.layers
+    with monkeypatch.context() as other:
+        other.setattr(prune_latency, "__version__", "0.0.0")
+        prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
+    assert clock.layers == 2 * measured
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
+    prune(tiny_vit, tmp_path / "three.safetensors", max_latency="85%")
+    assert clock.layers == 3 * measured
 
 
 def test_kept_times_that_refuse_the_target_are_measured_anew_once(tiny_vit, tmp_path, clock):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mhacut._version import __version__
 from mhacut.adapters.base import Layer
 from mhacut.budget import Budget, format_amount
 from mhacut.commands.stopwatch import Stopwatch
@@ -135,7 +136,8 @@ class TimeTarget:
         return {
             **self.stopwatch.conditions(),
             "image": list(self.stopwatch.size),
-            "versions": {name: metadata.version(name) for name in packages},
+            "versions": {"mhacut": __version__, **{name: metadata.version(name) for name in packages}},
+            "matmul_precision": torch.get_float32_matmul_precision(),
             # Some modules hold objects whose text names their address.
             "model": re.sub(r" at 0x[0-9a-f]+", "", repr(parts)),
         }
