@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import mhacut
@@ -20,7 +24,9 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, UsageError
 from mhacut.measuring.latency import Beside, compare_runs, fixed_images, run_of
 from mhacut.options.prune import PruneOptions
+from mhacut.options.timing import TimingOptions
 from mhacut.pruning.planner import Planner
+from mhacut.runtime.progress import SILENT
 from mhacut.surgery.flops import count_parameters
 
 QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4}
@@ -340,6 +346,29 @@ def test_times_of_another_version_or_precision_are_not_used(tiny_vit, tmp_path, 
     assert clock.layers == 3 * measured
 
 
+def test_a_runtime_may_come_from_a_package_of_another_name(monkeypatch):
+    """As onnxruntime does from onnxruntime-gpu."""
+    module = ModuleType("onnxruntime")
+    module.__version__ = "1.99.0"
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    script = ModuleType("onnxscript")
+    script.__version__ = "0.1"
+    monkeypatch.setitem(sys.modules, "onnxscript", script)
+    monkeypatch.setattr(
+        "mhacut.commands.stopwatch.timing_device", lambda runtime, device: torch.device("cpu")
+    )
+    dense = torch.nn.Conv2d(3, 1, 1)
+    watch = Stopwatch(TimingOptions(runtime="onnx"), dense, (3, 4, 4), torch.device("cpu"), SILENT)
+    key = TimeTarget("50%", watch)._key(SimpleNamespace(choices={}), dense)
+    assert key["versions"]["onnxruntime"] == "1.99.0"
+    assert key["versions"]["torch"] == torch.__version__
+
+
 def test_kept_times_that_refuse_the_target_are_measured_anew_once(tiny_vit, tmp_path, clock):
     prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
     measured = clock.layers
@@ -437,7 +466,7 @@ def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
 @pytest.mark.parametrize("options", [{}, {"runtime": "onnx"}, {"runtime": "onnx", "int8": True}])
 def test_a_target_is_met_when_it_is_measured_afresh(tmp_path, monkeypatch, options):
     """A small ViT, large enough that its matrix products decide; by the machine's own clock."""
-    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    timm = pytest.importorskip("timm")
     if options:
         pytest.importorskip("onnxruntime")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class TimeTarget:
         return {
             **self.stopwatch.conditions(),
             "image": list(self.stopwatch.size),
-            "versions": {"mhacut": __version__, **{name: metadata.version(name) for name in packages}},
+            "versions": {"mhacut": __version__, **{name: _version(name) for name in packages}},
             "matmul_precision": torch.get_float32_matmul_precision(),
             # Some modules hold objects whose text names their address.
             "model": re.sub(r" at 0x[0-9a-f]+", "", repr(parts)),
@@ -199,6 +199,11 @@ class TimeTarget:
             Point(widths, share * ratio) for widths, ratio in zip(layer.points, found.ratios, strict=True)
         ]
         return LayerTimes(points[0], tuple(points[1:])), found.steady
+
+
+def _version(module: str) -> str:
+    """Return the version that a module states; its package may have another name, as onnxruntime-gpu has."""
+    return str(getattr(import_module(module), "__version__", "unknown"))
 
 
 @dataclass(frozen=True)
