@@ -449,6 +449,39 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "latency, ms (batch 8, cpu)"),
+        ({"runtime": "onnx", "threads": 3}, "latency, ms (batch 8, onnx, cpu)"),
+        (
+            {"runtime": "onnx", "int8": True, "latency_batch_size": 2},
+            "latency, ms (batch 2, onnx, INT8, cpu)",
+        ),
+    ],
+)
+def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock, monkeypatch, options, label):
+    """Without a budget of time, too, and whatever the device that the rest ran on."""
+    monkeypatch.setattr(
+        "mhacut.commands.stopwatch.timing_device", lambda runtime, device: torch.device("cpu")
+    )
+    page = tmp_path / "page.html"
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", report=page, **options)
+    assert label in [row[0] for row in replace(result, device="cuda").rows()]
+    assert label in page.read_text()
+    asked = {"runtime": "eager", "int8": False, "batch_size": result.latency_batch_size, "device": "cpu"}
+    stated = asked | {name: value for name, value in options.items() if name in result.timing}
+    assert stated.items() <= result.timing.items()
+    assert result.timing["machine"]
+
+
+def test_the_conditions_of_latency_are_printed(tiny_vit, tmp_path, clock):
+    flags = ["--flops", "60%", "--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--json"]
+    arguments = ["prune", *tiny_vit.flags, *flags, "--dry-run", "--threads", "3"]
+    assert json.loads(run(*arguments).stdout)["timing"]["threads"] == 3
+    assert json.loads(run(*arguments, "--no-latency").stdout)["timing"] == {}
+
+
 def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
     config = tmp_path / "run.yaml"
     config.write_text("max_latency: 85%\nthreads: 1\neffort: fast\ncalibration_images: 8\nbatch_size: 4\n")

@@ -145,6 +145,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "plan": result.plan.to_json(),
         "tokens": result.plan.tokens.to_json(),
         "device": result.device,
+        "timing": dict(result.timing),
         "seconds": dict(result.seconds),
         "log": [
             {

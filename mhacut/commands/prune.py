@@ -270,9 +270,7 @@ def _report(one: _Written) -> Path:
         record=one.record,
         dtypes=inputs.dtypes,
     )
-    figures = measured_figures(
-        measured.dense, measured.slim, options.timing.latency_batch_size, inputs.job.device
-    )
+    figures = measured_figures(measured.dense, measured.slim, inputs.stopwatch.conditions())
     figures += [target_figure(target) for target in measured.targets]
     both, log = (inputs.job.prunable, found.layers), found.planned.log
     return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
@@ -299,6 +297,7 @@ def _result(
         repairs=planned.ready.repairs,
         device=str(inputs.job.device),
         latency_batch_size=inputs.options.timing.latency_batch_size,
+        timing={} if measured.slim.latency_ms is None else inputs.stopwatch.conditions(),
         seconds=seconds[0],
         stage_seconds=seconds[1],
         log=planned.log,

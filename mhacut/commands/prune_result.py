@@ -16,6 +16,7 @@ from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
 from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve
@@ -63,6 +64,9 @@ class PruneResult:
     device: str
     latency_batch_size: int
     """Images per batch of ``latency_ms``."""
+    timing: Mapping[str, Any] = field(repr=False)
+    """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
+    ``machine``; empty where no latency was measured."""
     seconds: Mapping[str, float]
     """Wall time of each stage; "evaluating" is that of the dense model, and of the models that a bound on the
     loss tried, "measuring" that of all measurements of the pruned one. Stages that several budgets share
@@ -107,7 +111,7 @@ class PruneResult:
         ):
             rows.append((label, format_flops(count), format_flops(kept), f"{100 * kept / count:.1f}%"))
         if dense.latency_ms is not None and slim.latency_ms is not None:
-            label = f"latency, ms (batch {self.latency_batch_size}, {self.device})"
+            label = latency_label(self.timing)
             ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
             rows.append((label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio))
         if any(target.name == "size" for target in self.targets) and dense.size and slim.size:

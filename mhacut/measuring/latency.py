@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,17 @@ _PATIENCE = 3.0
 programs take the rest."""
 
 Run = Callable[[], object]
+
+
+def latency_label(conditions: Mapping[str, Any]) -> str:
+    """Return the name of a latency in tables.
+
+    Args:
+        conditions: ``runtime``, ``int8``, ``batch_size`` and ``device`` that it was measured with.
+    """
+    runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
+    parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
+    return f"latency, ms ({', '.join([*parts, conditions['device']])})"
 
 
 def compare_latency(

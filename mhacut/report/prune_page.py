@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.provenance import Provenance
@@ -15,6 +14,7 @@ from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.latency import latency_label
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
@@ -113,21 +113,20 @@ def write_overview(
 
 
 def measured_figures(
-    before: ModelFigures, after: ModelFigures, batch_size: int, device: torch.device
+    before: ModelFigures, after: ModelFigures, timing: Mapping[str, Any]
 ) -> list[tuple[str, str, str]]:
     """Return the figures besides FLOPs and parameters, as name, value before and value after.
 
     Args:
         before: of the dense model.
         after: of the pruned model.
-        batch_size: images per batch when latency was measured.
-        device: where it was measured.
+        timing: conditions that latency was measured under.
     """
     lines = []
     if before.evaluation is not None and after.evaluation is not None:
         name = before.evaluation.label
         lines.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
     if before.latency_ms is not None and after.latency_ms is not None:
-        name = f"latency, ms (batch {batch_size}, {device})"
+        name = latency_label(timing)
         lines.append((name, f"{before.latency_ms:.2f}", f"{after.latency_ms:.2f}"))
     return lines
