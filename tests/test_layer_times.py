@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhacut.commands import stopwatch
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring import latency
 from mhacut.measuring.latency import compare_runs
@@ -246,6 +247,36 @@ def test_a_surprising_time_is_the_middle_of_three(monkeypatch, ratios, expected,
     uneven = Uneven(monkeypatch, ratios)
     assert uneven.beside(expected) == found
     assert uneven.made == made
+
+
+@pytest.mark.parametrize(
+    ("device", "at", "copied"),
+    [("cuda", "cuda:1", False), ("cuda:1", "cuda:1", False), ("cuda", "cuda:0", True), ("cuda", "cpu", True)],
+)
+def test_a_model_that_is_on_the_device_is_not_copied(monkeypatch, device, at, copied):
+    """The current GPU is the second."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(stopwatch, "timing_device", lambda runtime, name: torch.device(device))
+    timed = []
+    monkeypatch.setattr(stopwatch, "model_program", lambda model, size, conditions: timed.append(model))
+    monkeypatch.setattr(stopwatch, "fixed_images", lambda number, size: Placed(device))
+    monkeypatch.setattr(stopwatch, "run_of", lambda program, images: program)
+    model = Placed(at)
+    Stopwatch(TimingOptions(), model, (3, 4, 4), CPU, SILENT)._run(model, 1)
+    assert (timed[0] is not model) == copied
+
+
+class Placed:
+    """A model, or images, on a device that this machine may not have."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def parameters(self):
+        return iter([self])
+
+    def to(self, device):
+        return Placed(device)
 
 
 # --- the file ---

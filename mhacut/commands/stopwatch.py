@@ -22,6 +22,7 @@ from mhacut.exporting.programs import (
 )
 from mhacut.measuring.latency import Beside, Run, compare_runs, fixed_images, run_of
 from mhacut.options.timing import TimingOptions
+from mhacut.runtime.device import same_device
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.replay import Replay
 
@@ -118,7 +119,7 @@ class Stopwatch:
 
     def _run(self, model: nn.Module, threads: int) -> Run:
         images = fixed_images(self.timing.latency_batch_size, self.size)
-        if next(model.parameters()).device != self.device:  # where it is, it may be at work
+        if not same_device(next(model.parameters()).device, self.device):  # where it is, it may be at work
             model = copy.deepcopy(model).to(self.device)
         if self.timing.int8:
             return run_of(int8_program(model, self.size, threads)[0], images)

@@ -35,6 +35,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether both are one device; ``cuda`` without a number is the current GPU."""
+
+    def number(device: torch.device) -> int | None:
+        current = device.type == "cuda" and device.index is None
+        return torch.cuda.current_device() if current else device.index
+
+    return one.type == other.type and number(one) == number(other)
+
+
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
     """Warn those who asked for ``--amp`` on a processor without bfloat16, which computes it in software.
 
