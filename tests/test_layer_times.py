@@ -21,7 +21,7 @@ from mhacut.options.timing import TimingOptions
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import width_choices
-from mhacut.runtime.progress import SILENT
+from mhacut.runtime.progress import SILENT, Silent
 
 CPU = torch.device("cpu")
 REST = 100.0
@@ -247,6 +247,27 @@ def test_a_surprising_time_is_the_middle_of_three(monkeypatch, ratios, expected,
     uneven = Uneven(monkeypatch, ratios)
     assert uneven.beside(expected) == found
     assert uneven.made == made
+
+
+def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):
+    busy = latency.Beside((1.0,), (1.0,), (1.0,), drift=0.2)
+    monkeypatch.setattr(stopwatch, "compare_runs", lambda runs, **options: busy)
+    log = Log()
+    watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, log)
+    for stage in ("timing layers", "timing"):
+        watch.start(stage)
+        watch.parts([], seconds=0.1)
+        watch.beside([], seconds=0.1)
+    line = "this machine is busy: the time of one and the same program changed by 20 % while it was measured"
+    assert log.lines == ["timing layers", line, "timing", line]
+
+
+class Log(Silent):
+    """A reporter that keeps stages and messages."""
+
+    def __init__(self):
+        self.lines = []
+        self.start = self.log = self.lines.append
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def run_prune(
 
         def in_first_process() -> tuple[PruneResult, ...]:
             planner = Planner(series[0].job, calibration)
-            written = _timed([_prune_to(inputs, planner, timer) for inputs in series], timer)
+            written = _timed([_prune_to(inputs, planner, timer) for inputs in series])
             results = tuple(_finished(one, timer) for one in written)
             if options.report is not None and options.several:
                 dense, shared = series[0].loaded, series[0]
@@ -229,12 +229,12 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
 
 
-def _timed(written: Sequence[_Written], timer: StageTimer) -> list[_Written]:
+def _timed(written: Sequence[_Written]) -> list[_Written]:
     """Measure latency, where that is asked for: all models take turns with the dense one."""
     shared = written[0].inputs
     if not shared.options.timing.latency or shared.time_target is not None:  # it timed them one by one
         return list(written)
-    timer.start("timing")
+    shared.stopwatch.start("timing")
     dense, *times = shared.stopwatch.beside([one.slim for one in written], seconds=_SECONDS).wall
     return [
         replace(one, measured=one.measured.with_latency(dense, own))

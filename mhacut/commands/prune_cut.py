@@ -71,7 +71,7 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
     Raises:
         MhacutError: the cut is not as planned.
     """
-    slim, planned, corrections = _cut_within(inputs, planner, reporter)
+    slim, planned, corrections = _cut_within(inputs, planner)
     job = inputs.job
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
@@ -81,7 +81,7 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> 
     return CutModel(slim, layers, planned, flops, job, corrections=corrections)
 
 
-def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tuple[nn.Module, Planned, int]:
+def _cut_within(inputs: PruneInputs, planner: Planner) -> tuple[nn.Module, Planned, int]:
     """Plan and cut until what is stored, to the byte, and the time are within their limits, and use them up.
 
     Plans aim below a budget of time; what is within the budget itself is kept.
@@ -93,7 +93,7 @@ def _cut_within(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> tu
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
     for attempt in range(_ROUNDS):
         planned = planner.plan(job)  # 3. plan
-        reporter.start("cutting")
+        inputs.stopwatch.start("cutting")
         slim = copy.deepcopy(planned.ready.model.cpu())
         cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
         widths, limits, missed, used = planned.plan.widths(), [], [], True

@@ -143,7 +143,7 @@ class TimeTarget:
         }
 
     def _measured(self, job: Job, counted: nn.Module) -> TimeTable:
-        self.stopwatch.reporter.start("timing layers")
+        self.stopwatch.start("timing layers")
         shorter = counted is not self.stopwatch.dense
         counted = copy.deepcopy(counted).cpu()
         calls, distinct = self._distinct(job, counted)

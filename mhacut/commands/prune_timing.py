@@ -30,7 +30,7 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
     if target is None:
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
-    reporter.start("timing")
+    target.stopwatch.start("timing")
     expected = target.foreseen(found.planned.plan.widths())
     timed = target.time(slim, expected)
     return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)

@@ -56,6 +56,12 @@ class Stopwatch:
         self.timing, self.size, self.reporter, self.dense = timing, size, reporter, dense
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
         self._dense_run: Run | None = None
+        self._logged_busy = False
+
+    def start(self, stage: str) -> None:
+        """Begin a stage of the command; that the machine is busy is logged once in each."""
+        self._logged_busy = False
+        self.reporter.start(stage)
 
     def beside(
         self,
@@ -110,7 +116,8 @@ class Stopwatch:
 
     def _compared(self, runs: Sequence[Run], seconds: float, threads: int) -> Beside:
         found = compare_runs(runs, seconds=seconds, device=self.device, threads=threads)
-        if not found.steady:
+        if not found.steady and not self._logged_busy:
+            self._logged_busy = True
             self.reporter.log(
                 f"this machine is busy: the time of one and the same program changed by "
                 f"{100 * found.drift:.0f} % while it was measured"
