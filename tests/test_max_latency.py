@@ -225,6 +225,23 @@ def at_shares_of_the_budget(clock, monkeypatch, shares):
     monkeypatch.setattr(TimeTarget, "time", time)
 
 
+def test_there_are_three_corrections_whatever_misses(tiny_vit, tmp_path, clock, monkeypatch):
+    """The first plan misses in memory, the second once it is read from a file, and both once more."""
+    at_shares_of_the_budget(clock, monkeypatch, 4 * [1.1, 0.9, 1.2])
+    planned = []
+
+    def plan(planner, job, plan=Planner.plan):
+        planned.append(job.storage[0].most)
+        return plan(planner, job)
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    with pytest.raises(BudgetError, match="missed; corrected 3 times"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
+    assert len(planned) == 4
+    assert planned[1] < planned[0]
+    assert planned[2] < planned[1]
+
+
 def test_a_model_that_is_just_within_the_budget_is_kept(tiny_vit, tmp_path, clock, monkeypatch):
     at_shares_of_the_budget(clock, monkeypatch, [0.995])
     (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%").targets

@@ -202,16 +202,17 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     Raises:
         BudgetError: the model takes more time than it may, corrected several times; no file was written.
     """
-    cut = cut_within_bound if inputs.options.bounds_loss else cut_to_budget
-    for corrections in range(CORRECTIONS + 1):
-        found = cut(inputs, planner, timer)  # 3. plan, 4. cut, 5. check, 6. recover
+    after = None
+    while True:  # 3. plan, 4. cut, 5. check, 6. recover
+        bounds = inputs.options.bounds_loss
+        found = cut_within_bound(inputs, planner, timer) if bounds else cut_to_budget(inputs, planner, after)
         timed = time_file(inputs, found, timer)
         if timed is None or timed.nanoseconds <= timed.most:
             break
-        if corrections == CORRECTIONS:
+        if found.correction.plans > CORRECTIONS:
             assert inputs.time_target is not None
             raise inputs.time_target.missed()
-        inputs = with_less_time(inputs, timed)
+        after = with_less_time(inputs, found, timed)
     inputs, slim = replace(inputs, job=found.job), found.model
     if not inputs.options.dry_run:
         timer.start("writing")
@@ -219,7 +220,7 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     seconds = timer.taken()
     measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
     if timed is not None:
-        measured = measured.with_time(timed, reached_time(inputs, found, timed, corrections))
+        measured = measured.with_time(timed, reached_time(inputs, found, timed))
     record, measured = final_record(inputs, found, slim, measured)
     if not inputs.options.dry_run:
         timer.start("writing")

@@ -20,7 +20,7 @@ from mhacut.errors import BudgetError, MhacutError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
 from mhacut.pruning.check import check_exact, check_flops
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limit
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
@@ -36,14 +36,23 @@ from mhacut.surgery.tokens import with_tokens
 PROBED = 4
 """Number of images on which the cut and the written model are checked."""
 _ROUNDS = 1 + CORRECTIONS
-"""Largest number of plans for one budget of storage or time: what is stored is known to the byte once it is
-cut, and how fast it is once it runs."""
+"""Largest number of plans for one file with budgets of storage or time: what is stored is known to the byte
+once it is cut, and how fast it is once it runs."""
 _SPARE = 600
 """Bytes of a file's header for what is known last: accuracy, and what of the targets was reached."""
 _SPARE_OF_TIME = 500
 """Bytes more for a budget of time, and the conditions that it was measured under."""
 _KL_PER_POINT = 0.025
 """KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Limits of the next plan, corrected by what the cut model before it has."""
+
+    plans: int
+    """Number of plans so far."""
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -57,41 +66,49 @@ class CutModel:
     flops: int
     job: Job
     """The job, with the limits that it was cut to."""
+    correction: Correction
+    """What a plan after this one would be made with."""
     bounds: tuple[Reached, ...] = ()
     """Losses that were bounded, as they were judged."""
     evaluation: Evaluation | None = None
     """Accuracy, where it was judged."""
-    corrections: int = 0
-    """Number of plans before this one, which missed limits of what is known once it is cut."""
 
 
-def cut_to_budget(inputs: PruneInputs, planner: Planner, reporter: Reporter) -> CutModel:
+def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | None = None) -> CutModel:
     """Return the model cut to the limits of the job.
 
+    Args:
+        inputs: of the command.
+        planner: plans the cut.
+        after: limits to begin with, after plans that missed those of the job; by default those of the job.
+
     Raises:
+        BudgetError: the last of the plans misses the budget of time.
         MhacutError: the cut is not as planned.
     """
-    slim, planned, corrections = _cut_within(inputs, planner)
+    slim, planned, correction = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
     job = inputs.job
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, job, planned.ready, job.images[:PROBED])
     planned = planned.without_model()
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
-    return CutModel(slim, layers, planned, flops, job, corrections=corrections)
+    return CutModel(slim, layers, planned, flops, job, correction)
 
 
-def _cut_within(inputs: PruneInputs, planner: Planner) -> tuple[nn.Module, Planned, int]:
+def _cut_within(
+    inputs: PruneInputs, planner: Planner, after: Correction
+) -> tuple[nn.Module, Planned, Correction]:
     """Plan and cut until what is stored, to the byte, and the time are within their limits, and use them up.
 
     Plans aim below a budget of time; what is within the budget itself is kept.
 
     Returns:
-        The model, its plan, and the number of plans before it.
+        The model, its plan, and what a plan after it would be made with.
     """
-    job, fits = inputs.job, []
+    job, fits, plans = replace(inputs.job, storage=after.limits), list[tuple[nn.Module, Planned, Limits]](), 0
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
-    for attempt in range(_ROUNDS):
+    for plans in range(after.plans + 1, _ROUNDS + 1):
         planned = planner.plan(job)  # 3. plan
         inputs.stopwatch.start("cutting")
         slim = copy.deepcopy(planned.ready.model.cpu())
@@ -101,16 +118,17 @@ def _cut_within(inputs: PruneInputs, planner: Planner) -> tuple[nn.Module, Plann
             stored, most = _stored(inputs, planned, slim, asked)
             wrong = int(limit.cost(widths)) - stored
             missed += [asked] if stored > most else []
-            used &= attempt > 0 or limit.most + wrong < asked.most / NEAR
+            used &= plans > 1 or limit.most + wrong < asked.most / NEAR
             limits.append(replace(limit, most=asked.most + wrong))
         never &= {limit.resource for limit in missed}
         if not missed:
-            fits.append((slim, planned, attempt))
+            fits.append((slim, planned, limits))
             if used:
                 break
         job = replace(job, storage=tuple(limits))
     if fits:  # of two, the first used too little, but so may the second
-        return max(fits, key=lambda found: inputs.job.table.flops(found[1].plan.widths()))
+        best = max(fits, key=lambda found: inputs.job.table.flops(found[1].plan.widths()))
+        return *best[:2], Correction(plans, best[2])
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()
@@ -146,7 +164,7 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
     bracket = Bracket(lowest_flops(job.allowed, job.table.flops), highest, _width_step(job))
 
     def attempt(budget: int) -> Trial[CutModel]:
-        found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner, reporter)
+        found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner)
         _round(found.model, inputs.dtypes)
         bounds, evaluation = judge(found.model)
         found.model.cpu()

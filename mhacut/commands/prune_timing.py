@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from mhacut.commands.prune_cut import CutModel
+from mhacut.commands.prune_cut import Correction, CutModel
 from mhacut.commands.prune_files import write_checked
 from mhacut.commands.prune_inputs import PruneInputs
-from mhacut.commands.prune_latency import AIM, TimedCut
+from mhacut.commands.prune_latency import TimedCut
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
-from mhacut.pruning.limits import Limit
 from mhacut.runtime.files import temporary_folder
 from mhacut.runtime.progress import Reporter
 
@@ -44,25 +43,28 @@ def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Mo
         return write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
 
 
-def with_less_time(inputs: PruneInputs, missed: TimedCut) -> PruneInputs:
-    """Return the inputs with a limit on time that makes up for a model that missed it."""
+def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Correction:
+    """Return what the next plan is made with, after a model that misses its time once it is read from a file.
 
-    def corrected(limit: Limit) -> Limit:
-        if limit.resource != "max_latency":
-            return limit
-        return replace(limit, most=int(limit.most * AIM * missed.most / missed.nanoseconds))
+    Args:
+        inputs: with the limits of the file.
+        found: the model.
+        missed: its time.
+    """
+    widths, limits = found.planned.plan.widths(), []
+    for asked, limit in zip(inputs.job.storage, found.correction.limits, strict=True):
+        wrong = int(limit.cost(widths)) - missed.nanoseconds
+        limits.append(replace(limit, most=asked.most + wrong) if limit.resource == "max_latency" else limit)
+    return replace(found.correction, limits=tuple(limits))
 
-    return replace(inputs, job=replace(inputs.job, storage=tuple(map(corrected, inputs.job.storage))))
 
-
-def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, replanned: int) -> Reached:
+def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut) -> Reached:
     """Return the budget of time, and what was reached, in milliseconds.
 
     Args:
         inputs: with the limits of the file.
         found: the model that was cut.
         timed: the model in the file.
-        replanned: number of models before this one that missed it once they were read from a file.
     """
     target = inputs.time_target
     assert target is not None
@@ -76,7 +78,7 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut, replanne
             "predicted": target.foreseen(found.planned.plan.widths()) / 1e6,
             "dense": timed.dense / 1e6,
             "wall": timed.wall_ms,
-            "corrections": found.corrections + replanned,
+            "corrections": found.correction.plans - 1,
             **conditions,
         },
     )
