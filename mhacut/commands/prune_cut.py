@@ -67,7 +67,7 @@ class CutModel:
     job: Job
     """The job, with the limits that it was cut to."""
     correction: Correction
-    """What a plan after this one would be made with."""
+    """Limits of the plan that would follow if this one were too slow."""
     bounds: tuple[Reached, ...] = ()
     """Losses that were bounded, as they were judged."""
     evaluation: Evaluation | None = None

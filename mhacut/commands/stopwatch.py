@@ -75,10 +75,10 @@ class Stopwatch:
 
         Args:
             models: not changed.
-            parts: of :meth:`ready`.
-            seconds: for all.
-            expected: ratio of the first of ``models`` to the dense one. What is found, if it is far from
-                that, is the middle one of three measurements.
+            parts: functions that :meth:`ready` returned.
+            seconds: of measuring, for all of them together.
+            expected: ratio of the first of ``models`` to the dense one. If the measured ratio is far from
+                it, two more measurements are made, and the one with the middle ratio is returned.
         """
         with using_threads(self.timing.threads) as threads, many_compiled():
             if self._dense_run is None:
@@ -92,18 +92,22 @@ class Stopwatch:
             return sorted(three, key=lambda one: one.ratios[1])[1]
 
     def parts(self, parts: Sequence[Run], *, seconds: float) -> Beside:
-        """Time parts of models, of :meth:`ready`, in turns."""
+        """Time parts of models, functions that :meth:`ready` returned, in turns."""
         with using_threads(self.timing.threads) as threads, many_compiled():
             return self._compared(parts, seconds, threads)
 
     def ready(self, part: Replay) -> Run:
-        """Return a part of a model, which is moved to the device, as a program of the runtime."""
+        """Return a function that runs a part of a model once, in the runtime and on the device.
+
+        Args:
+            part: moved to the device.
+        """
         with using_threads(self.timing.threads) as threads:
             conditions = Conditions(self.timing.runtime, self.device, threads)
             return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
 
     def conditions(self) -> dict[str, Any]:
-        """Return what the times are of, for records."""
+        """Return the conditions that times are measured under, with the names that records give them."""
         asked = self.timing
         return {
             "runtime": asked.runtime,

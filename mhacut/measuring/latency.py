@@ -98,16 +98,16 @@ def take_turns(
 
 @dataclass(frozen=True)
 class Beside:
-    """Times of several that took turns, beside the first."""
+    """Median times of several programs, and their ratios to the first; all ran in turns."""
 
     milliseconds: tuple[float, ...]
-    """Median time of each, by the clock that the ratios are of."""
+    """Median time of each program: processor time of one thread on a CPU, else wall time."""
     wall: tuple[float, ...]
-    """Median wall time of each, in milliseconds."""
+    """Median wall time of each program, in milliseconds."""
     ratios: tuple[float, ...]
-    """Median of the ratios to the first in the same round."""
+    """Median, over the rounds, of each program's time divided by the first one's in the same round."""
     drift: float
-    """Relative difference of the first one's medians in the first and the second half of the rounds."""
+    """Relative difference between the first program's median times in both halves of the rounds."""
 
     @property
     def steady(self) -> bool:
