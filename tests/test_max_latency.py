@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -21,7 +22,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune_cut, prune_files, prune_latency
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
-from mhacut.errors import BudgetError, MhacutError, UsageError
+from mhacut.errors import BudgetError, MhacutError, OutputError, UsageError
 from mhacut.measuring.latency import Beside, compare_runs, fixed_images, run_of
 from mhacut.options.prune import PruneOptions
 from mhacut.options.timing import TimingOptions
@@ -326,6 +327,17 @@ def test_a_file_that_misses_the_time_is_never_published(tiny_vit, tmp_path, cloc
         prune(tiny_vit, tmp_path / "new" / "slim.safetensors", max_latency="85%")
     assert read
     assert not list((tmp_path / "new").rglob("*"))
+
+
+def test_a_folder_that_cannot_be_written_when_the_file_is_timed_is_named(
+    tiny_vit, tmp_path, clock, monkeypatch
+):
+    def full(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mhacut.commands.prune_timing.temporary_folder", full)
+    with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: No space left on device"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
 
 
 def test_a_file_that_misses_the_time_replaces_none(tiny_vit, tmp_path, clock, monkeypatch):

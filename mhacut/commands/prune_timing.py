@@ -13,7 +13,8 @@ from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.commands.prune_latency import TimedCut
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
-from mhacut.runtime.files import temporary_folder
+from mhacut.errors import OutputError
+from mhacut.runtime.files import show, temporary_folder
 from mhacut.runtime.progress import Reporter
 
 
@@ -38,9 +39,12 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
 def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Module:
     """Return the model that was cut, written to a temporary file beside the slim file and read again."""
     reporter.start("writing")
-    with temporary_folder(inputs.target) as folder:
-        draft = replace(inputs, job=found.job, target=folder / inputs.target.name)
-        return write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
+    try:
+        with temporary_folder(inputs.target) as folder:
+            draft = replace(inputs, job=found.job, target=folder / inputs.target.name)
+            return write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
+    except OSError as error:
+        raise OutputError(f"{show(inputs.target)}: cannot be written: {error.strerror or error}") from error
 
 
 def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Correction:
