@@ -380,7 +380,7 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
     flags += f" --merge {tmp_path / 'table.json'} --keep-models {tmp_path / 'models'}"
     assert compare.main([*flags.split(), "--methods", "snp"]) == 0
     first = json.loads((tmp_path / "table.json").read_text())
-    assert first["rows"][1]["peak_mib"] > first["rows"][0]["peak_mib"] > 100  # processes of their own
+    assert all(row["cpu_s"] > 0.5 for row in first["rows"])  # processes of their own import torch anew
     forked(compare)
     assert compare.main([*flags.split(), "--methods", "snp", "mhacut-nodata-auto-fast"]) == 0
     document = json.loads((tmp_path / "table.json").read_text())
