@@ -11,7 +11,7 @@ run() { # run NAME FLAGS...: a quarter of the FLOPs; one JSON file for each seed
   shift
   for seed in $seeds; do
     mhacut prune "$examples/digits/model" --flops 25% --data-dir "$examples/digits/images" --seed "$seed" \
-      --calibration-images 64 --no-latency --dry-run --json --quiet "$@" >"$name-$seed.json"
+      --effort fast --calibration-images 64 --no-latency --dry-run --json --quiet "$@" >"$name-$seed.json"
   done
 }
 

@@ -9,7 +9,7 @@ echo "== What is in it?"
 mhacut inspect "$dense"
 
 echo "== No --data-dir: synthetic images serve, and the command says so."
-mhacut prune "$dense" --flops 75% -o slim.safetensors --overwrite
+mhacut prune "$dense" --flops 75% --effort fast -o slim.safetensors --overwrite
 
 echo "== A folder with a model card, for timm and the hub."
 mhacut export slim.safetensors --format timm -o slim-timm --overwrite

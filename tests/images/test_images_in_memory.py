@@ -216,7 +216,7 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     for text in ("top-1, % of 236 images", "KL to dense (16 images)", "FLOPs", "parameters", "saved "):
         assert text in shown
     assert f"<td>{found.slim.evaluation.top1:.2f}</td>" in shown
-    assert f"<td>{accuracy.evaluation.top1:.2f}%</td>" in accuracy._repr_html_()
+    assert f"<td>{accuracy.evaluation.top1:.2f}% (± " in accuracy._repr_html_()
     hostile = replace(found, architecture="<script>\x1b[2J", output=Path("<b>"))._repr_html_()
     assert r"<th>&lt;script&gt;\x1b[2J</th>" in hostile
     assert "saved &lt;b&gt;" in hostile
