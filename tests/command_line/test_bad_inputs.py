@@ -14,6 +14,7 @@ import signal
 import struct
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,14 @@ FILES = {
 }  # fmt: skip
 
 
+BY_SAFETENSORS_0_5 = {
+    "6 cut in the data": "damaged safetensors header (MetadataIncompleteBuffer)",
+    "7 trailing bytes": "damaged safetensors header (MetadataIncompleteBuffer)",
+    "24 names": "damaged safetensors header (InvalidHeaderDeserialization)",
+}
+"""Where the oldest safetensors says less."""
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_are_no_checkpoints(tmp_path, case):
     content, says = FILES[case]
@@ -135,6 +144,8 @@ def test_files_that_are_no_checkpoints(tmp_path, case):
     path.write_bytes(content() if callable(content) else content)
     message = refusal(tmp_path, "prune", path, "--flops", "50%", "-o", tmp_path / "out.safetensors")
     assert message.startswith(f"error: {path}: ")
+    if metadata.version("safetensors").startswith("0.5."):
+        says = BY_SAFETENSORS_0_5.get(case, says)
     assert says in message
 
 
