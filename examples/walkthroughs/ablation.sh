@@ -9,6 +9,7 @@ seeds=${SEEDS:-1 2}
 run() { # run NAME FLAGS...: a quarter of the FLOPs; one JSON file for each seed
   local name=$1 seed
   shift
+  [[ " ${METHODS:-$name} " == *" $name "* ]] || return 0 # METHODS="full paper" runs those two alone
   for seed in $seeds; do
     mhacut prune "$examples/digits/model" --flops 25% --data-dir "$examples/digits/images" --seed "$seed" \
       --effort fast --calibration-images 64 --no-latency --dry-run --json --quiet "$@" >"$name-$seed.json"

@@ -1,7 +1,4 @@
-"""From file to file: models of every kind are pruned, written, read back and written again.
-
-The first model of each class is exported too.
-"""
+"""From file to file: models of every kind are pruned, written, read back and written again."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import torch
 
 import mhacut
 from helpers.files import save_dense
-from helpers.models import ModelCase, build, image, relative, slow_except
+from helpers.models import ModelCase, build, image, slow_except
 from mhacut.surgery.flops import measure_flops
 from properties.cases import BY_CLASS, CASES
 
@@ -22,7 +19,7 @@ FIRST = [
 ]
 """A model of each class that has one."""
 WIDE = {"nextvit.EfficientAttention, model": 8}
-"""Multiples that widths are rounded to, of models that have no narrow ones."""
+"""Multiples that widths are rounded to, the same share everywhere, of models that have no narrow ones."""
 
 
 @pytest.mark.parametrize("name", slow_except(QUICK, MODELS))
@@ -31,8 +28,7 @@ def test_from_file_to_file(name, tmp_path):
     case = MODELS[name]
     dense = build(case)
     # Classes that have a case of one layer too, and variants, are tried without weights for tokens.
-    first = case in FIRST
-    effort = "balanced" if first and not name.endswith("model") else "fast"
+    effort = "balanced" if case in FIRST and not name.endswith("model") else "fast"
     result = mhacut.prune(
         save_dense(dense, tmp_path / "dense.safetensors"),
         flops=case.flops,
@@ -40,9 +36,11 @@ def test_from_file_to_file(name, tmp_path):
         model_args={"num_classes": 5, **case.args},
         img_size=case.side,
         effort=effort,
+        heal_steps=2 if effort == "balanced" else None,
         keep_dead_tokens=name != "attention.Attention",
         calibration_images=6,
         round_to=WIDE.get(name, 1),
+        allocation="uniform" if name in WIDE else None,
         latency=False,
         output=tmp_path / "slim.safetensors",
     )
@@ -58,9 +56,3 @@ def test_from_file_to_file(name, tmp_path):
     mhacut.save_model(slim, tmp_path / "again.safetensors", like=result.output)
     for path in (result.output, tmp_path / "again.safetensors"):
         assert torch.equal(mhacut.load_model(path)(x), logits)
-    if first:
-        more = image(case, batch=3)
-        program = torch.export.export(
-            slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False
-        )
-        assert relative(program.module()(more), slim(more)) < 1e-5

@@ -11,7 +11,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import mhacut
 from helpers.files import cut_into_file
 from helpers.models import ModelCase, build, image, relative
 from helpers.plans import random_plan
@@ -139,7 +138,7 @@ def test_gradients_can_be_checkpointed(models):
 @torch.no_grad()
 def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tmp_path):
     expected = {}
-    for cls, cases in BY_CLASS.items():
+    for cases in BY_CLASS.values():
         models = (case for case in cases.values() if isinstance(case, ModelCase))
         case = next((case for case in models if not case.architecture.startswith("small_")), None)
         if case is None:  # what starts so is registered by the tests
@@ -148,8 +147,7 @@ def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tm
         plan, _ = random_plan(find_prunable_layers(slim), seed=1)
         path = tmp_path / f"{len(expected)}.safetensors"
         cut_into_file(slim, plan, path, case)
-        expected[path.name] = mhacut.load_model(path)(x)  # LiteMLA's in double is the test's
-        assert relative(expected[path.name], slim(x)) < 1e-5, cls
+        expected[path.name] = slim(x)
         torch.save(x, path.with_suffix(".image"))
     code = (
         "import sys, pathlib, torch, mhacut\n"
@@ -160,4 +158,4 @@ def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tm
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
     for name, logits in expected.items():
         found = torch.load((tmp_path / name).with_suffix(".logits"))
-        torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5, msg=name)
+        assert relative(found, logits) < 1e-5, name
