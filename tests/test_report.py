@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -20,8 +21,9 @@ from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.indicators import SearchStep
-from mhacut.report.charts import COLOURS, HeatMap, Line, LineChart, Waterfall
+from mhacut.report.charts import COLOURS, Bar, Cell, HeatMap, Line, LineChart, Waterfall
 from mhacut.report.contents import Contents
+from mhacut.report.inline_svg import chart_html
 from mhacut.report.page import page
 from mhacut.report.picture import heat_values
 from mhacut.report.sections import sections
@@ -171,6 +173,23 @@ def test_points_lie_where_their_numbers_are():
 # --- curves in a file ---
 
 PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))
+
+
+def test_charts_in_other_pages_bring_their_own_look():
+    """Notebooks have no style sheet of ours, and text from files must not become markup there either."""
+    heat = HeatMap("<b>", [("<i>\x1b[2J", [Cell(0.5, "<u>")])], maximum=1.0)
+    bars = Waterfall("bars", [Bar("one", 0.0, 1.0, "mlp", "<s>")])
+    lines = LineChart("lines", [Line("a", [(0.0, 0.1), (4.0, 1000.0)], "attention", (4.0, 1000.0))], "x", "y")
+    for chart in (heat, bars, lines):
+        shown = chart_html(chart)
+        root = ElementTree.fromstring(shown)
+        assert not re.search(r"<[bius]>|class=|\x1b", shown)
+        drawn = [one for one in root.iter() if one.tag in ("rect", "polyline", "circle", "text")]
+        assert all("fill" in one.attrib for one in drawn)
+        for one in drawn:
+            for name in {"stroke", "fill"} & one.attrib.keys():
+                assert re.fullmatch(r"#[0-9a-f]{6}|currentColor|none", one.get(name))
+    assert [one.get("cx") for one in root.iter("circle")] == ["484"]
 
 
 def test_curves_come_back_from_a_history():

@@ -273,7 +273,7 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
 
 
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
-    (result,) = mhacut.prune_many(
+    (result,) = results = mhacut.prune_many(
         tiny_vit.path,
         flops=["80%"],
         model=tiny_vit.architecture,
@@ -282,6 +282,7 @@ def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
         **QUICK,
     )
     assert result.output == tmp_path / "many-80pct.safetensors"
+    assert "<th>80%</th>" in results._repr_html_()
     with pytest.raises(UsageError, match="expected a list of budgets"):
         mhacut.prune_many(tiny_vit.path, flops="80%")
 

@@ -17,7 +17,7 @@ from mhacut.commands.prune_files import Measured, final_record, measure, write_a
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
-from mhacut.commands.prune_result import PruneResult, choices_of
+from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of
 from mhacut.commands.prune_targets import target_figure
 from mhacut.commands.prune_timing import reached_time, time_file, with_less_time
 from mhacut.data import ImagesInMemory
@@ -92,7 +92,7 @@ def prune_many(
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 
     The files are those that :func:`prune` would write. Budgets after the first cost planning, repair and
-    measuring only.
+    measuring only. Notebooks show the results as a table and charts.
 
     Args:
         checkpoint: as :func:`prune` takes it.
@@ -108,7 +108,7 @@ def prune_many(
     if isinstance(flops, str):
         raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets; one is for prune")
     with reporting(reporter, progress) as shown:
-        return _prune_all(checkpoint, tuple(map(str, flops)), shown, images, options)
+        return PruneResults(_prune_all(checkpoint, tuple(map(str, flops)), shown, images, options))
 
 
 def _prune_all(

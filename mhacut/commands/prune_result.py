@@ -24,7 +24,8 @@ from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.pruning.repair import UnitRepair
 from mhacut.report.html_table import html_table
-from mhacut.report.pareto import Choice
+from mhacut.report.inline_svg import chart_html
+from mhacut.report.pareto import COST_FLOPS, Choice, choice_charts, choice_rows
 
 MUCH = 0.2
 """Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
@@ -135,6 +136,20 @@ class PruneResult:
         if self._model is None:
             return load_model(self.output)
         return copy.deepcopy(self._model).requires_grad_(True)
+
+
+class PruneResults(tuple[PruneResult, ...]):
+    """Results of several budgets, in their order; notebooks show them as a table and charts."""
+
+    __slots__ = ()
+
+    def rows(self) -> list[list[str]]:
+        """Return the dense model and those of all budgets as a table's cells, the headings first."""
+        return choice_rows(choices_of(self), _DIVERGENCE[self[0].divergence_of])
+
+    def _repr_html_(self) -> str:
+        charts = [chart for chart in choice_charts(choices_of(self)) if chart.x_label == COST_FLOPS]
+        return "".join([html_table(self.rows()), *map(chart_html, charts)])
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:

@@ -8,7 +8,10 @@ from typing import Any
 
 from mhacut.budget import format_amount, format_flops
 from mhacut.measuring.figures import ModelFigures
-from mhacut.report.charts import Chart, Line, LineChart
+from mhacut.report.charts import Line, LineChart
+
+COST_FLOPS = "FLOPs, millions"
+"""Name of the axis of FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ def choice_rows(choices: Sequence[Choice], divergence: str = "KL to dense") -> l
     return [list(filled), *([cell(one) or "" for cell in filled.values()] for one in choices)]
 
 
-def choice_charts(choices: Sequence[Choice]) -> list[Chart]:
+def choice_charts(choices: Sequence[Choice]) -> list[LineChart]:
     """Return charts of accuracy and divergence against FLOPs, parameters and milliseconds, where known."""
     costs: dict[str, Callable[[Choice], float | None]] = {
-        "FLOPs, millions": lambda one: one.figures.flops / 1e6,
+        COST_FLOPS: lambda one: one.figures.flops / 1e6,
         "parameters, millions": lambda one: one.figures.parameters / 1e6,
         "latency, ms": lambda one: one.figures.latency_ms,
     }
@@ -71,7 +74,7 @@ def choice_charts(choices: Sequence[Choice]) -> list[Chart]:
         "top-1, %": lambda one: None if one.figures.evaluation is None else one.figures.evaluation.top1,
         "divergence": lambda one: one.divergence,
     }
-    charts: list[Chart] = []
+    charts: list[LineChart] = []
     for value, of_value in values.items():
         for cost, of_cost in costs.items():
             found = [(one.name, of_cost(one), of_value(one)) for one in choices]
