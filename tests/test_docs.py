@@ -22,6 +22,7 @@ from helpers.cli import run
 from helpers.docs import (
     DOCS,
     NOT_RUN,
+    NOTEBOOKS,
     PAGES,
     README,
     ROOT,
@@ -78,12 +79,17 @@ def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def notebook_of(page: Path) -> Path:
+    """The notebook that docs/hooks.py makes a page of; other pages are themselves."""
+    return ROOT / "examples" / f"{page.stem}.ipynb" if page.parent == DOCS / "notebooks" else page
+
+
 def test_links_and_anchors_lead_somewhere():
     dead = []
     for page in PAGES:
         for target in links(page):
             path, _, anchor = target.partition("#")
-            place = (page.parent / path).resolve() if path else page
+            place = notebook_of((page.parent / path).resolve()) if path else page
             if not place.exists() or (anchor and anchor not in anchors(place)):
                 dead.append(f"{named(page)}: {target}")
     assert not dead
@@ -110,7 +116,8 @@ def test_the_navigation_has_every_page_once():
 
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     found = paths(config["nav"])
-    assert sorted(found) == sorted(str(page.relative_to(DOCS)) for page in PAGES if page != README)
+    pages = [str(page.relative_to(DOCS)) for page in PAGES if page != README]
+    assert sorted(found) == sorted([*pages, *(f"notebooks/{path.stem}.md" for path in NOTEBOOKS)])
 
 
 def test_the_readme_is_short():
@@ -159,7 +166,7 @@ def flags_of_scripts() -> set[str]:
     return {flag for path in scripts for flag in re.findall(r"--[a-z][a-z0-9-]+", path.read_text())}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=named)
 def test_flags_exist(page):
     text = re.sub(r"<!--.*?-->", "", page.read_text())
     found = set(re.findall(r"(?<![\w`-])--[a-z][a-z0-9-]*|(?<=`)--[a-z][a-z0-9-]*", text))

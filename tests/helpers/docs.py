@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = (README, *sorted(DOCS.rglob("*.md")))
+NOTEBOOKS = tuple(sorted((ROOT / "examples").glob("*.ipynb")))
 _BLOCK = re.compile(
     r"^(?:[ \t]*<!-- (?P<mark>[^\n]*) -->\n)?"
     r"(?P<indent>[ \t]*)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -75,6 +78,10 @@ def links(page: Path) -> list[str]:
     text = re.sub(r"`[^`\n]*`", "", without_blocks(page.read_text()))
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     return [target for target in found if not target.startswith(("http:", "https:", "mailto:"))]
+
+
+def notebook_cells(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["cells"]
 
 
 def anchors(page: Path) -> set[str]:

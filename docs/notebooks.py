@@ -1,0 +1,70 @@
+"""Execute the notebooks of examples/ and keep their outputs in them; the site shows these.
+
+    python docs/notebooks.py    # needs pip install 'mhacut[dev]'
+
+A test executes them too, and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def notebooks() -> list[Path]:
+    """Return the paths of all notebooks."""
+    return sorted(EXAMPLES.glob("*.ipynb"))
+
+
+def executed(path: Path, on_message: Callable[[dict[str, Any]], None] = lambda message: None) -> Any:
+    """Return the notebook at ``path`` as it is after all of its cells ran, in its own folder.
+
+    Outputs that are of no use to readers are left out: times of execution, warnings, bars that are empty
+    at the end, and the text that stands for a table where tables cannot be shown.
+
+    Args:
+        path: the notebook, which is not changed.
+        on_message: called with every message of the kernel.
+
+    Raises:
+        CellExecutionError: a cell fails.
+    """
+
+    class Client(NotebookClient):
+        def process_message(self, message: Any, cell: Any, cell_index: int) -> Any:
+            on_message(message)
+            return super().process_message(message, cell, cell_index)
+
+    notebook = nbformat.read(path, as_version=4)
+    client = Client(notebook, timeout=300, record_timing=False, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_for_readers(output)]
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}):
+                    del output.data["text/plain"]
+    notebook.metadata.pop("language_info", None)  # the version of Python
+    return notebook
+
+
+def _is_for_readers(output: Any) -> bool:
+    if output.output_type == "stream":
+        return bool(output.name == "stdout")
+    return bool(output.data.get("text/html", "something"))
+
+
+def main() -> None:
+    """Execute all notebooks, and write them."""
+    for path in notebooks():
+        nbformat.write(executed(path), path)
+
+
+if __name__ == "__main__":
+    main()
