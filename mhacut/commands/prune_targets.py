@@ -109,7 +109,7 @@ class Reach:
             lowest["max_latency"] = lowest_time(self.times, job)
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
-        named: list[tuple[str, object]] = [("scope", scope), ("round_to", self.options.round_to)]
+        named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
         named += [(name, value) for name, value, _ in job.constraints.without_each()]
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
         if "max_latency" in amounts:

@@ -457,8 +457,8 @@ class PruneKeywords(
     keep_dead_tokens: bool
     """Compute all tokens in the last block, though the classifier reads the first only: for models whose
     patch features are used. Default: False."""
-    round_to: int
-    """Round widths to multiples of N. Default: 8."""
+    round_to: int | None
+    """Round widths to multiples of N; by default 8, and 16 for a budget of time on a GPU."""
     overwrite: bool
     """Replace an existing file; the checkpoint is never replaced. Default: False."""
     dry_run: bool

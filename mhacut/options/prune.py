@@ -312,7 +312,13 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         "patch features are used.",
         panel="Result",
     )
-    round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
+    round_to: int | None = option(
+        None,
+        "Round widths to multiples of N; by default 8, and 16 for a budget of time on a GPU.",
+        panel="Result",
+        metavar="N",
+        at_least=1,
+    )
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
     )
