@@ -62,7 +62,7 @@ def root(
     ] = 0,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version; with -v those of torch, timm, ... too."),
+        typer.Option("--version", help="Print the version; with -v, also those of torch, timm, ..."),
     ] = False,
 ) -> None:
     """Cut channels out of the attention and the MLPs of trained vision transformers.

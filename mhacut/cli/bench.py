@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @command(BenchOptions)
 def bench(options: BenchOptions, console: Console) -> None:
-    """Time checkpoints beside each other, dense or slim.
+    """Compare the speed of checkpoints, dense or slim.
 
-    They take turns, so that other load on the machine slows all of them alike. Trust ratios more than
-    milliseconds. Memory is the peak of a process that reads the checkpoint and runs it.
+    The checkpoints take turns, so that other load on the machine slows all of them alike. Trust ratios more
+    than milliseconds. Memory is the peak of a process that reads the checkpoint and runs it.
 
     Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def evaluate(options: EvaluateOptions, console: Console) -> None:
     """Measure the accuracy of CHECKPOINT, dense or slim, on labelled images.
 
-    Images are prepared as the file states; flags override that.
+    Images are preprocessed as the checkpoint states; flags override this.
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @command(ExportOptions)
 def export(options: ExportOptions, console: Console) -> None:
-    """Write CHECKPOINT for another program: for timm, or as a file that needs neither mhacut nor timm.
+    """Export CHECKPOINT to ONNX, pt2, OpenVINO IR, or a folder for timm.
 
-    Those are ONNX, pt2 and OpenVINO IR. What was written is run again and compared with CHECKPOINT; if they
-    differ, it is not kept. Its metadata states how images are to be prepared. ONNX needs pip install
-    'mhacut[onnx]', OpenVINO 'mhacut[openvino]'.
+    ONNX, pt2 and OpenVINO IR files run without mhacut and timm. The exported model is run and compared with
+    CHECKPOINT; if they differ, it is discarded. Its metadata states how to preprocess images. ONNX needs pip
+    install 'mhacut[onnx]', OpenVINO 'mhacut[openvino]'.
 
     Example: mhacut export vit-2.0G.safetensors --format onnx
     """

@@ -24,7 +24,7 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     if not Path(values["resume"]).is_dir():
         asked = option_name("resume", values["resume"])
-        raise UsageError(f"{asked}: no run to go on with, there is no such directory")
+        raise UsageError(f"{asked}: no run to continue; the directory does not exist")
     from mhacut.finetuning.resuming import completed  # imports torch
 
     return completed(values)
@@ -32,12 +32,12 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @command(FinetuneOptions, complete=_completed)
 def finetune(options: FinetuneOptions, console: Console) -> None:
-    """Train SLIM on, to win back what the cut lost, and write a better slim file.
+    """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
 
     Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
-    DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from.
-    Names and meanings are those of timm's train.py.
-    Several GPUs: torchrun --nproc-per-node N -m mhacut finetune ... (of several machines, all must see DIR)
+    DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from. Flags
+    have the names and meanings of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut
+    finetune ... (with several machines, all must have access to DIR)
 
     Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
     """

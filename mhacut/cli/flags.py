@@ -19,7 +19,7 @@ from mhacut.options.option import REQUIRED, Option, Options
 
 Body = Callable[[Any, Console], None]
 QUIET = "Show the result and errors only."
-VERBOSE = "Show stages, and warnings and logs of libraries; twice shows more."
+VERBOSE = "Show stages, and the warnings and logs of libraries; -vv shows more."
 PAIR = "KEY=VALUE ..."
 """Placeholder of flags that take pairs."""
 _COMMON = ("config", "json", "quiet", "verbose")
@@ -184,7 +184,7 @@ def _common() -> list[inspect.Parameter]:
         "--config",
         "-c",
         metavar="FILE.yaml",
-        help="Read options from a file; keys are the names of flags. Flags win.",
+        help="Read options from a YAML file whose keys are flag names; flags take precedence.",
     )
     as_json = typer.Option("--json", help="Print one JSON object.")
     quiet = typer.Option("--quiet", "-q", help=QUIET)
@@ -203,7 +203,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 def _shown_default(default: Any) -> str:
     """Return the default as a user types it; typer would show the flag's own, which is None."""
-    if default is None or default == {} or default is REQUIRED:
+    if default is None or default is REQUIRED or default in ({}, ()):
         return ""
     if isinstance(default, bool):
         shown = "on" if default else "off"

@@ -11,9 +11,9 @@ from mhacut.options.inspect import InspectOptions
 
 @command(InspectOptions)
 def inspect(options: InspectOptions, console: Console) -> None:
-    """Show what is in CHECKPOINT, dense or slim: what each layer costs, how redundant its heads are.
+    """Show the layers of CHECKPOINT, dense or slim: what each costs, and how redundant its heads are.
 
-    Widths are channels per head. Heads are judged by the weights alone, or by images with --data-dir.
+    Widths are channels per head. Heads are assessed from the weights alone, or on images with --data-dir.
 
     Example: mhacut inspect vit.safetensors --layer 'blocks.1*.attn'
     """

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @command(ModelsOptions)
 def models(options: ModelsOptions, console: Console) -> None:
-    """Show which models of timm can be cut, and what of them; FLatten Transformers are among them.
+    """Show which channels of which timm models can be pruned; FLatten Transformers are included.
 
-    Each is built without weights and looked at. Models without attention are counted, not listed.
+    Each model is built without weights and examined. Models without attention are counted, not listed.
 
     Example: mhacut models 'swin*'
     """
@@ -32,7 +32,7 @@ def models(options: ModelsOptions, console: Console) -> None:
     if not found:
         hint = f"*{options.pattern.strip('*')}*"
         hint = "" if hint == options.pattern else f"; try {hint!r}"
-        raise UsageError(f"{options.pattern!r}: no model of timm has such a name{hint}")
+        raise UsageError(f"{options.pattern!r}: no model in timm has a name like this{hint}")
     console.result(_text(found, options.refused), _document(found))
 
 

@@ -21,7 +21,7 @@ class ModelOptions(Options):
 
     model: str | None = option(
         None,
-        "timm architecture, for a file that does not state it.",
+        "timm architecture, if the file does not state it.",
         panel="Model",
         metavar="NAME",
         short="-m",
@@ -34,7 +34,7 @@ class ModelOptions(Options):
     )
     part: str | None = option(
         None,
-        "Part of a training checkpoint that is the model: state_dict, student, backbone, ...",
+        "Part of a training checkpoint that holds the model: state_dict, student, backbone, ...",
         panel="Model",
         metavar="NAME",
     )
@@ -52,7 +52,7 @@ class CheckpointOptions(ModelOptions):
         reads="checkpoint",
     )
     num_classes: int | None = option(
-        None, "Refuse a model with another number of classes.", panel="Model", metavar="N", at_least=0
+        None, "Refuse a model whose number of classes is not N.", panel="Model", metavar="N", at_least=0
     )
 
 
@@ -69,7 +69,7 @@ class ImageSource(Options):
 
     data_dir: PathLike | None = option(
         None,
-        "Folder with train/ and val/, or of unlabelled images.",
+        "Folder with train/ and val/, or a folder of unlabelled images.",
         panel="Data",
         metavar="DIR",
         reads="data_dir",

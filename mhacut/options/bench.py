@@ -16,7 +16,7 @@ class BenchOptions(ModelOptions, DeviceOptions):
 
     checkpoints: tuple[PathLike, ...] = option(
         REQUIRED,
-        "One or more checkpoints; the first is the one that the others are compared with.",
+        "One or more checkpoints; the others are compared with the first.",
         panel="Arguments",
         metavar="CHECKPOINT...",
         reads="checkpoint",
@@ -26,7 +26,7 @@ class BenchOptions(ModelOptions, DeviceOptions):
     )
     int8: bool = option(
         False,
-        "Time each checkpoint in INT8 too, as ONNX Runtime quantizes it dynamically.",
+        "Time each checkpoint in INT8 too, with the dynamic quantization of ONNX Runtime.",
         panel="Measuring",
     )
     batch_sizes: tuple[int, ...] = option(

@@ -23,7 +23,8 @@ class QuantizationImages(ImageSource):
     train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
     calibration_images: int = option(
         256,
-        "Images to find the ranges of activations on; a quarter is held out to compare on.",
+        "Number of images to find the ranges of activations on; a quarter of them is held out for the "
+        "comparison with float32.",
         panel="Data",
         metavar="N",
         at_least=8,
@@ -42,8 +43,8 @@ class ExportOptions(CheckpointOptions):
     )
     output: PathLike | None = option(
         None,
-        "File or folder to write; by default the checkpoint's stem and the format's ending, in the "
-        "working directory.",
+        "File or folder to write; by default named after the checkpoint and the format, in the working "
+        "directory.",
         panel="Result",
         metavar="PATH",
         short="-o",
@@ -60,35 +61,36 @@ class ExportOptions(CheckpointOptions):
     license: str | None = option(
         None,
         "License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the "
-        "one that the file of the weights states, if it states one.",
+        "one that the checkpoint states, if any.",
         panel="Result",
         metavar="NAME",
     )
     push_to_hub: str | None = option(
         None,
-        "Push the folder to this repository of the Hugging Face hub, which is created if there is none.",
+        "Push the folder to this repository on the Hugging Face hub; the repository is created if it does "
+        "not exist.",
         panel="Result",
         metavar="OWNER/NAME",
     )
-    private: bool = option(False, "Create the repository as a private one.", panel="Result")
+    private: bool = option(False, "If the repository is created, make it private.", panel="Result")
     opset: int = option(
         18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
     )
     int8: bool = option(
         False,
-        "Quantize the weights of linear layers to INT8, and compare speed, size and answers with float32.",
+        "Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32.",
         panel="Quantization",
     )
     quantization: Quantization = option(
         "auto",
-        "Activations are quantized by their range in each image (dynamic) or by one found on images (static, "
-        "which needs images; other runtimes want it). With images, auto takes the one that is closer to "
-        "float32.",
+        "How activations are quantized: by their range at run time (dynamic), or by a fixed range found on "
+        "images, which other runtimes expect (static; needs images). If images are given, auto takes the one "
+        "closer to float32; otherwise dynamic.",
         panel="Quantization",
     )
     reduce_range: bool = option(
         False,
-        "Weights of 7 bits: x86 CPUs without VNNI overflow with 8.",
+        "Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI.",
         panel="Quantization",
     )
     threads: int | None = option(

@@ -23,15 +23,16 @@ class TeacherOptions(Options):
 
     teacher: PathLike | None = option(
         None,
-        "Checkpoint of the dense model, or of any with the same classes, to learn from; labels are then "
-        "optional.",
+        "Checkpoint of the dense model, or of any model with the same classes, to learn from; labels are "
+        "then optional.",
         panel="Teacher",
         metavar="CHECKPOINT",
         reads="checkpoint",
     )
     teacher_model: str | None = option(
         None,
-        "timm architecture of a teacher file that does not state it; by default that of the dense model.",
+        "timm architecture of the teacher, if its file does not state it; by default that of the dense "
+        "model.",
         panel="Rarer options",
         metavar="NAME",
     )
@@ -40,7 +41,7 @@ class TeacherOptions(Options):
     )
     teacher_part: str | None = option(
         None,
-        "Part of a training checkpoint that is the teacher: state_dict, student, backbone, ...",
+        "Part of a training checkpoint that holds the teacher: state_dict, student, backbone, ...",
         panel="Rarer options",
         metavar="NAME",
     )
@@ -79,7 +80,8 @@ class AugmentationOptions(Options):
 
     aug: bool = option(
         True,
-        "Vary training images; off, they are prepared as for validation, and only mixup and cutmix act.",
+        "Augment training images; off: they are preprocessed as for validation, and only mixup and cutmix "
+        "change them.",
         panel="Augmentation",
     )
     aa: str | None = option(
@@ -109,7 +111,7 @@ class AugmentationOptions(Options):
     )
     hflip: float = option(
         0.5,
-        "Probability of a horizontal flip; 0 where left and right differ.",
+        "Probability of a horizontal flip; use 0 if left and right mean different things.",
         panel="Rarer options",
         metavar="P",
         at_least=0,
@@ -128,13 +130,13 @@ class AugmentationOptions(Options):
     reprob: float = option(
         0.0, "Probability of erasing a rectangle.", panel="Rarer options", metavar="P", at_least=0, at_most=1
     )
-    remode: EraseMode = option("pixel", "Filling of an erased rectangle.", panel="Rarer options")
+    remode: EraseMode = option("pixel", "How an erased rectangle is filled.", panel="Rarer options")
     recount: int = option(
         1, "Largest number of erased rectangles per image.", panel="Rarer options", metavar="N", at_least=1
     )
     mixup_prob: float = option(
         1.0,
-        "Probability that the images of a step are mixed, with mixup or cutmix.",
+        "Probability that mixup or cutmix is applied in a step.",
         panel="Rarer options",
         metavar="P",
         at_least=0,
@@ -142,7 +144,7 @@ class AugmentationOptions(Options):
     )
     mixup_switch_prob: float = option(
         0.5,
-        "Probability of cutmix rather than mixup, with both.",
+        "Probability of cutmix rather than mixup, if both are on.",
         panel="Rarer options",
         metavar="P",
         at_least=0,
@@ -183,26 +185,26 @@ class TrainingOptions(Options):
     lr: float = option(1e-4, "Highest learning rate.", panel="Training", metavar="RATE", above=0)
     weight_decay: float = option(
         0.05,
-        "Weight decay; not applied to biases, norms and what the model exempts.",
+        "Weight decay; not applied to biases, norms and the parameters that the model exempts.",
         panel="Training",
         metavar="RATE",
         at_least=0,
     )
     sched: Schedule = option("cosine", "Learning rate schedule.", panel="Training")
     warmup_epochs: float = option(
-        0.0, "Epochs in which the learning rate rises.", panel="Training", metavar="N", at_least=0
+        0.0, "Epochs of warmup, in which the learning rate rises.", panel="Training", metavar="N", at_least=0
     )
     clip_grad: float | None = option(
         1.0, "Largest norm of the gradient; 0 for no limit.", panel="Training", metavar="NORM", at_least=0
     )
-    model_ema: bool = option(False, "Measure and write a moving average of the weights.", panel="Training")
+    model_ema: bool = option(False, "Evaluate and save a moving average of the weights.", panel="Training")
     seed: int = option(42, "Random seed.", panel="Training", metavar="N", at_least=0, at_most=2**32 - 1)
     momentum: float = option(
-        0.9, "Momentum, of optimisers that have it.", panel="Rarer options", metavar="M", at_least=0
+        0.9, "Momentum, for optimisers that have it.", panel="Rarer options", metavar="M", at_least=0
     )
     layer_decay: float | None = option(
         None,
-        "Factor on the learning rate from each layer to the one before.",
+        "Factor by which the learning rate falls from each layer to the one before it.",
         panel="Rarer options",
         metavar="FACTOR",
         above=0,
@@ -210,7 +212,7 @@ class TrainingOptions(Options):
     )
     drop_path: float = option(
         0.0,
-        "Stochastic depth of the last block; earlier ones have less.",
+        "Stochastic depth rate of the last block; earlier blocks have lower rates.",
         panel="Rarer options",
         metavar="RATE",
         at_least=0,
@@ -220,7 +222,7 @@ class TrainingOptions(Options):
         1e-6, "Learning rate at the start of the warmup.", panel="Rarer options", metavar="RATE", at_least=0
     )
     min_lr: float = option(
-        1e-6, "Learning rate at the end.", panel="Rarer options", metavar="RATE", at_least=0
+        1e-6, "Learning rate at the end of the schedule.", panel="Rarer options", metavar="RATE", at_least=0
     )
     decay_epochs: float = option(
         30.0, "Epochs between decays of the step schedule.", panel="Rarer options", metavar="N", above=0
@@ -263,22 +265,26 @@ class FinetuneOptions(DeviceOptions):
     )
     output: PathLike | None = option(
         None,
-        "Directory of the run; by default the file's stem and -finetuned, in the working directory.",
+        "Directory of the run; by default the file's name without its ending, plus -finetuned, in the "
+        "working directory.",
         panel="Result",
         metavar="DIR",
         short="-o",
     )
     overwrite: bool = option(
         False,
-        "Start anew in a directory that holds a run; the slim file is never replaced.",
+        "Start again in a directory that already holds a run; the slim file is never replaced.",
         panel="Result",
     )
     resume: PathLike | None = option(
-        None, "Go on with the run in a directory, with its own options.", panel="Result", metavar="DIR"
+        None,
+        "Continue the run in this directory, with the options it was started with.",
+        panel="Result",
+        metavar="DIR",
     )
     save_every: int = option(
         0,
-        "Steps between saves within an epoch; 0 saves only at its end.",
+        "Steps between saves within an epoch; 0 saves only at the end of each epoch.",
         panel="Result",
         metavar="N",
         at_least=0,
@@ -287,8 +293,7 @@ class FinetuneOptions(DeviceOptions):
     data: DataOptions = field(default_factory=DataOptions)
     labels: bool = option(
         True,
-        "Learn from labels where there are any; off, from the teacher alone. Accuracy is measured all the "
-        "same.",
+        "Learn from labels if there are any; off: from the teacher alone. Accuracy is measured either way.",
         panel="Data",
     )
     eval_images: int | None = option(
@@ -301,11 +306,11 @@ class FinetuneOptions(DeviceOptions):
     training: TrainingOptions = field(default_factory=TrainingOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    amp: bool = option(False, "Mixed precision.", panel="Computing")
+    amp: bool = option(False, "Train in mixed precision.", panel="Computing")
     compile: bool = option(False, "Compile the model with torch.compile.", panel="Computing")
     log: str | None = option(
         None,
-        "Log to png, tensorboard or wandb, or several with commas between, besides summary.csv.",
+        "Logs to write besides summary.csv: png, tensorboard or wandb, or several, separated by commas.",
         panel="Computing",
         metavar="NAME",
     )
@@ -316,13 +321,15 @@ class FinetuneOptions(DeviceOptions):
         "bfloat16", "Type of mixed precision; float16 needs CUDA.", panel="Rarer options"
     )
     grad_checkpointing: bool = option(
-        False, "Compute activations twice to keep fewer in memory.", panel="Rarer options"
+        False, "Recompute activations in the backward pass to save memory.", panel="Rarer options"
     )
     channels_last: bool = option(
-        False, "Lay images out with channels last, for convolutions.", panel="Rarer options"
+        False, "Use the channels-last memory format, for convolutions.", panel="Rarer options"
     )
     deterministic: bool = option(
-        False, "Refuse CUDA kernels that sum in random order; CPUs always repeat.", panel="Rarer options"
+        False,
+        "Refuse CUDA kernels that sum in random order; runs on the CPU are always repeatable.",
+        panel="Rarer options",
     )
 
     def __post_init__(self) -> None:

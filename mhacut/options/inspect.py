@@ -20,7 +20,7 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
 
     layer: str | None = option(
         None,
-        "Show only layers whose name matches, head by head: 'blocks.1*.attn'.",
+        "Show only layers whose names match, head by head: 'blocks.1*.attn'.",
         panel="What is shown",
         metavar="GLOB",
     )
@@ -30,10 +30,14 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
         panel="What is shown",
     )
     sort: Sort = option(
-        "layer", "Order of the layers; all but the first put the largest on top.", panel="What is shown"
+        "layer",
+        "Order of the layers: as in the model (layer), or by any other figure, the largest first.",
+        panel="What is shown",
     )
     shapes: bool = option(
-        False, "Show widths and costs from the file's header alone; reads no weights.", panel="What is shown"
+        False,
+        "Show widths and costs from the file's header alone, without reading weights.",
+        panel="What is shown",
     )
     html: PathLike | None = option(
         None,
@@ -52,8 +56,8 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
     overwrite: bool = option(False, "Replace existing files.", panel="What is shown")
     compare: PathLike | None = option(
         None,
-        "Compare layer by layer with the dense model this one was made from; without images, on synthetic "
-        "ones.",
+        "Compare layer by layer with the dense model that this one was pruned from; on synthetic images if "
+        "none are given.",
         panel="What is shown",
         metavar="DENSE",
         reads="checkpoint",
@@ -61,7 +65,7 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
     train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
     calibration_images: int | None = option(
         None,
-        f"Number of images to judge heads by; {INSPECTED_IMAGES} by default.",
+        f"Number of images to assess heads on; {INSPECTED_IMAGES} by default.",
         panel="Data",
         metavar="N",
         at_least=1,

@@ -40,22 +40,22 @@ class SearchOptions(Options):
     seed: int = option(42, "Random seed.", panel="Computing", metavar="N")
     allocation: Allocation = option(
         "curves",
-        "Division of the budget among layers: by sensitivity curves, by trained indicators (the paper's "
-        "way), by indicators that start from the curves' plan, where they do better on held-out images, or "
-        "uniformly.",
+        "How the budget is divided among layers: by sensitivity curves (curves), by trained indicators as in "
+        "the paper (indicator), by indicators that start from the curves' plan and are used if they do "
+        "better on held-out images (refined), or uniformly (uniform).",
         panel="Research switches",
     )
     basis: BasisChoice = option(
         "auto",
-        "Channels to choose from: the model's own, principal components where that is exact, or, per layer, "
-        "whichever leave the smaller error on held-out images.",
+        "Channels to choose from: the model's own (channel), principal components where that is exact "
+        "(principal), or, per layer, those that leave the smaller error on held-out images (auto).",
         panel="Research switches",
     )
     positions: Positions = option(
         "auto",
-        "Which v channels are kept by heads that share the filters of a convolution: each head its own, with "
-        "a copy of the filters, the same positions in all heads, or, per layer, whichever leaves the smaller "
-        "error on held-out images.",
+        "Which v channels to keep in heads that share convolution filters: each head its own, with its own "
+        "copy of the filters (own), the same positions in all heads (equal), or, per layer, the choice that "
+        "leaves the smaller error on held-out images (auto).",
         panel="Research switches",
     )
     repair: bool = option(
@@ -65,28 +65,28 @@ class SearchOptions(Options):
     )
     swap_moves: bool | None = option(
         None,
-        "Exchange kept v and hidden channels for others while that lowers the error after the repair; by "
-        "default the effort decides.",
+        "Exchange kept v and hidden channels for removed ones while that lowers the error after the repair; "
+        "by default the effort decides.",
         panel="Research switches",
     )
     repair_in_order: bool | None = option(
         None,
-        "Refit once more, layer by layer, on the outputs of the layers pruned before; by default the "
-        "effort decides, where nothing is healed.",
+        "Refit once more, layer by layer, on the outputs of the pruned layers before; by default the effort "
+        "decides, and layers are not refitted again if blocks are healed.",
         panel="Research switches",
     )
     heal_steps: int | None = option(
         None,
-        "Steps that train each block of the pruned model, in order, to give the output of the dense model's; "
-        "by default the effort decides.",
+        "Training steps per block of the pruned model, in order, to reproduce the output of the dense "
+        "model's block; by default the effort decides.",
         panel="Research switches",
         metavar="N",
         at_least=0,
     )
     tuning_steps: int | None = option(
         None,
-        "Steps that train all weights of the pruned model to match the dense one on the calibration images; "
-        "by default none.",
+        "Training steps for all weights of the pruned model, to match the dense one on the calibration "
+        "images; by default none.",
         panel="Research switches",
         metavar="N",
         at_least=0,
@@ -96,13 +96,13 @@ class SearchOptions(Options):
     )
     token_weights: bool = option(
         True,
-        "Weight each token by its influence on the model's output; off, all count alike.",
+        "Weight each token by its influence on the model's output; off: all tokens count alike.",
         panel="Research switches",
     )
     temperature: Temperature = option(
         "kept",
-        "Softmax scale of a pruned layer where the repair fits none better: 1/sqrt(kept width), or the dense "
-        "model's.",
+        "Softmax scale of a pruned layer if the repair finds no better one: 1/sqrt(kept width) (kept), or "
+        "the dense model's (dense).",
         panel="Research switches",
     )
     reweight: bool = option(
@@ -121,18 +121,18 @@ class SearchOptions(Options):
     )
     selection: Selection = option(
         "repair",
-        "Channels that fill the widths found: those that serve best after the repair, or those with the best "
-        "indicators.",
+        "Channels to keep once the widths are found: those that leave the smallest error after the repair "
+        "(repair), or those with the best indicators (indicator).",
         panel="Research switches",
     )
     similarity: bool = option(
         True,
-        "Weight indicators by how little a channel resembles the others of its head.",
+        "Weight indicators by how little a channel resembles the other channels of its head.",
         panel="Research switches",
     )
     score_adjustment: bool = option(
         True,
-        "Keep the widths of all heads equal while indicators are trained; off, only in the final plan.",
+        "Keep the widths of all heads equal while indicators are trained; off: only in the final plan.",
         panel="Research switches",
     )
     init: Init = option(
@@ -285,7 +285,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
 
     output: PathLike | None = option(
         None,
-        "File to write; by default the checkpoint's stem and the budget, in the working directory.",
+        "File to write; by default named after the checkpoint and the budget, in the working directory.",
         panel="Result",
         metavar="FILE",
         short="-o",
@@ -294,22 +294,22 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     search: SearchOptions = field(default_factory=SearchOptions)
     scope: Scope = option(
         "attention+mlp",
-        "Parts that may be pruned: channels of attention, of MLPs too, and tokens, which blocks of a plain "
-        "ViT then merge.",
+        "What may be pruned: channels of attention; also channels of MLPs; also tokens, which the blocks of "
+        "a plain ViT then merge.",
         panel="Result",
     )
     preserve: str | None = option(
         None,
-        "Outputs to preserve: answers, pooled (what the classifier reads), tokens (the features of all), "
-        "pyramid (those of timm's features_only), or names of layers (blocks.10,blocks.11). By default "
-        "answers, without a classifier tokens.",
+        "Outputs to preserve: answers (the classifier's outputs), pooled (its inputs), tokens (the features "
+        "of all tokens), pyramid (the feature maps of timm's features_only), or names of layers "
+        "(blocks.10,blocks.11). By default answers, or tokens if there is no classifier.",
         panel="Result",
         metavar="answers|pooled|tokens|pyramid|LAYERS",
     )
     keep_dead_tokens: bool = option(
         False,
-        "Compute all tokens in the last block, though the classifier reads the first only: for models whose "
-        "patch features are used.",
+        "Compute all tokens in the last block, although the classifier reads only the first; for models "
+        "whose patch features are used.",
         panel="Result",
     )
     round_to: int | None = option(
@@ -322,10 +322,10 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
     )
-    dry_run: bool = option(False, "Find the plan and show what it gives; write no model.", panel="Result")
+    dry_run: bool = option(False, "Find the plan and show its results; write no model.", panel="Result")
     report: PathLike | None = option(
         None,
-        "Write an HTML page about the run, a dry run included.",
+        "Write an HTML report of the run; dry runs can have one too.",
         panel="Result",
         metavar="FILE",
         endings=(".html", ".htm"),
@@ -340,14 +340,15 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     )
     calibration: PathLike | None = option(
         None,
-        "File that keeps the calibration: taken from it if it is there and fits, else gathered and kept.",
+        "File that keeps the calibration: read if it exists and fits this run, otherwise computed and "
+        "written.",
         panel="Data",
         metavar="FILE",
         endings=(".safetensors",),
     )
     labels: bool = option(
         True,
-        "Use labels where there are any; off, search by the dense model's outputs alone and measure no "
+        "Use labels if there are any; off: search by the dense model's outputs alone and measure no "
         "accuracy.",
         panel="Data",
     )
@@ -359,7 +360,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         at_least=0,
     )
     timing: TimingOptions = field(default_factory=TimingOptions)
-    amp: bool = option(False, "Train under bfloat16 autocast, where anything is trained.", panel="Computing")
+    amp: bool = option(False, "Use bfloat16 autocast in the steps that train.", panel="Computing")
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
 
     def __post_init__(self) -> None:

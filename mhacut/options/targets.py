@@ -17,42 +17,42 @@ class TargetOptions(Options):
 
     flops: str | tuple[str, ...] | None = option(
         None,
-        "Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included. Given "
-        "several times, one file is written for each.",
+        "Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included. If several "
+        "are given, one file is written for each.",
         panel="Result",
         metavar="BUDGET",
         repeats=True,
     )
     params: str | None = option(
         None,
-        "Budget of parameters: 2.8M or 50%. Budgets of several kinds are all met.",
+        "Budget of parameters: 2.8M or 50%. Several kinds of budget can be combined; all are met.",
         panel="Result",
         metavar="BUDGET",
     )
     size: str | None = option(
         None,
-        "Budget of the written file: 6MB, 5.5MiB or 50%, in the dtype of the checkpoint.",
+        "Budget for the size of the written file: 6MB, 5.5MiB or 50%, in the checkpoint's dtype.",
         panel="Result",
         metavar="BUDGET",
     )
     max_latency: str | None = option(
         None,
-        "Budget of time per batch: 12ms, or 50% of the dense model's, as latency is measured. The file is "
-        "timed beside the dense model.",
+        "Budget for the time per batch: 12ms, or 50% of the dense model's time. The pruned model is timed "
+        "beside the dense one, with the batch size, runtime and threads of the latency options.",
         panel="Result",
         metavar="TIME",
     )
     max_kl: float | None = option(
         None,
-        "Find the smallest model whose answers have at most this KL divergence, in nats, from the dense "
-        "model's, on the held-out calibration images.",
+        "Find the smallest model whose outputs have at most this KL divergence, in nats, from those of the "
+        "dense model on the held-out calibration images.",
         panel="Result",
         metavar="NATS",
         above=0,
     )
     max_drop: float | None = option(
         None,
-        "Find the smallest model that loses at most so many points of top-1 accuracy on the labelled "
+        "Find the smallest model that loses at most this many points of top-1 accuracy on the labelled "
         "validation images.",
         panel="Result",
         metavar="POINTS",
@@ -62,22 +62,22 @@ class TargetOptions(Options):
 
     exclude: tuple[str, ...] = option(
         (),
-        "Leave layers or units whole whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated.",
+        "Do not prune layers or units whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated.",
         panel="Rarer options",
         metavar="PATTERN",
         repeats=True,
     )
     min_width: tuple[str, ...] = option(
         (),
-        "Keep at least so many channels per head, or of an MLP, where names match: 'blocks.*.mlp=256'. Can "
-        "be repeated.",
+        "Keep at least N channels per head, or in an MLP, where names match: 'blocks.*.mlp=256'. Can be "
+        "repeated.",
         panel="Rarer options",
         metavar="PATTERN=N",
         repeats=True,
     )
     equal_qkv: bool = option(
         False,
-        "Keep q/k and v of each layer equally wide, for fused attention of TensorRT and ONNX Runtime.",
+        "Keep the q/k and v widths of each layer equal, for fused attention in TensorRT and ONNX Runtime.",
         panel="Rarer options",
     )
 

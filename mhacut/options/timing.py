@@ -21,13 +21,13 @@ class TimingOptions(Options):
     )
     runtime: Runtime = option(
         "eager",
-        "Where latency is measured: PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO; "
-        "the last two on the CPU.",
+        "Runtime to measure latency in: PyTorch without compilation, torch.compile, ONNX Runtime, or "
+        "OpenVINO; the last two run on the CPU.",
         panel="Measuring",
     )
     int8: bool = option(
         False,
-        "Measure latency in INT8, before and after, as ONNX Runtime quantizes dynamically.",
+        "Measure latency in INT8, before and after, with the dynamic quantization of ONNX Runtime.",
         panel="Measuring",
     )
     threads: int | None = option(

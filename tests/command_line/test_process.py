@@ -64,7 +64,7 @@ WRONG = [
     ("prune {file} --flops 50% --report {file}/a.html", 1, "is not a directory"),
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
-    ("finetune --resume nowhere", 2, "--resume nowhere: no run to go on with"),
+    ("finetune --resume nowhere", 2, "--resume nowhere: no run to continue"),
     ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
     ("bench {file} nowhere.pth", 1, "no such file: nowhere.pth"),
     ("export nowhere.pth", 1, "no such file: nowhere.pth"),
