@@ -98,5 +98,5 @@ def looks_like_mlp(module: nn.Module) -> bool:
 def why_not_cut(mlp: str) -> str:
     """Return why an unregistered class that looks like an MLP is skipped, by its name."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
-        return "the hidden channels of a classifier are left alone"
+        return "the hidden channels of a classifier are not pruned"
     return "this MLP class is not supported"

@@ -208,6 +208,6 @@ def _limited(architecture: str, limit: Mapping[str, TensorInfo] | None) -> Itera
 
 def _out_of_proportion(architecture: str) -> str:
     return (
-        f"the model the file describes ({architecture} with its model_args) is out of all "
-        "proportion to the tensors in it; nothing was built"
+        f"the model that the file describes ({architecture} with its model_args) is far too large for the "
+        "tensors in the file; nothing was built"
     )

@@ -214,9 +214,9 @@ def check_finite(where: str, model: nn.Module) -> None:
                 bad.append(f"{name!r:.150} ({wrong} of {tensor.numel()})")
     if bad:
         raise CheckpointError(
-            f"{where}: {len(bad)} tensors hold NaN or infinite values: {', '.join(bad[:_MAX_NAMES])}"
-            f"{', ...' if len(bad) > _MAX_NAMES else ''}; "
-            "the training that made them diverged, take an earlier checkpoint"
+            f"{where}: {len(bad)} tensors hold NaN or infinite values: "
+            f"{', '.join(bad[:_MAX_NAMES])}{', ...' if len(bad) > _MAX_NAMES else ''}; the training that "
+            "made them diverged; use an earlier checkpoint"
         )
 
 
@@ -245,9 +245,9 @@ def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
     notes = [] if found is None else [found]
     suffix = header.path.suffix.lower()
     if header.format == "torch" and suffix == ".safetensors":
-        notes.append("content is a torch file, in spite of its name")
+        notes.append("the content is a torch file, despite the name")
     if header.format == "safetensors" and suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
-        notes.append("content is safetensors, in spite of its name")
+        notes.append("the content is safetensors, despite the name")
     dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
     if dtypes not in ([], ["float32"]):
         notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")

@@ -177,8 +177,8 @@ def _sniff(path: Path, size: int) -> Format:
         )
     if start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{show(path)}: this is a tar archive (a very old torch format); load it with the torch that "
-            "made it and save the state dict again"
+            f"{show(path)}: this is a tar archive (a very old torch format); load it with the torch version "
+            "that made it, and save the state dict again"
         )
     if size < 9:
         raise CheckpointError(f"{show(path)}: {size} bytes are too few for a checkpoint")

@@ -101,7 +101,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         note = f"{_beside(header.naming, features)} leaves it out"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
-        note = "positions were of another image size; resized to the model's"
+        note = "position embeddings were for another image size; they were resized to the model's"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     return found
 
@@ -142,7 +142,8 @@ def _from_names(
         )
         return _with_note(found, f"architecture {name}, as given")
     found = _without_claims(search(header, args))
-    heads = "" if "num_heads" in args else " (the number of heads is that model's own; shapes cannot show it)"
+    default = " (the number of heads is that model's default; tensor shapes cannot show it)"
+    heads = "" if "num_heads" in args else default
     return _with_note(found, f"architecture {found.identity.architecture}, from names and shapes{heads}")
 
 
@@ -211,7 +212,7 @@ def _from_conversion(
     built = foreign.built
     if header.config is not None and built is not None and hints.model not in (None, built.architecture):
         raise CheckpointError(
-            f"{show(header.path.parent)}: by its configuration it is converted to {built.architecture}, "
+            f"{show(header.path.parent)}: its configuration describes {built.architecture}, but "
             f"{option_name('model')} says {hints.model}; leave it out, or give the weights file "
             f"{header.path.name} itself"
         )
@@ -220,7 +221,7 @@ def _from_conversion(
         try:
             found = _from_names(renamed, args, hints, foreign.cfg)
         except CheckpointError as error:
-            folder = "; the folder with its configuration would say more" if foreign.family.build else ""
+            folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
             raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
     else:
         cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
@@ -270,7 +271,7 @@ def _check_hints(where: str, record: SlimRecord, hints: ModelHints, model: nn.Mo
             wrong.append(f"{name}={value!r:.60} (it has {shown:.60})")
     if wrong:
         raise CheckpointError(
-            f"{where}: a slim file says itself which model it is; leave out {', '.join(wrong)}"
+            f"{where}: a slim file states its own architecture and arguments; leave out {', '.join(wrong)}"
         )
 
 

@@ -47,7 +47,7 @@ class LayerReader:
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
                     f"{show(self._path)}: tensor {key!r:.150} holds NaN or infinite values; the training "
-                    "that made it diverged, take an earlier checkpoint, or ask for shapes alone with "
+                    "that made it diverged; use an earlier checkpoint, or show shapes alone with "
                     f"{option_name('shapes', True)}"
                 )
         try:

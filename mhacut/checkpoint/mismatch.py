@@ -16,8 +16,7 @@ from mhacut.errors import CheckpointError, option_name
 _MAX_NAMES = 5
 """Names of tensors in a message, of each kind of difference."""
 _SELF_CONTRADICTION = (
-    "what the file's metadata states and its tensors disagree: it was edited or damaged; "
-    "prune the dense model again"
+    "the file's metadata does not match its tensors: it was edited or damaged; prune the dense model again"
 )
 _ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
 _HEADS_OF_TABLES = {"relative_position_bias_table": -1, "attention_biases": 0}
@@ -65,9 +64,9 @@ def check_tensors(
         if not stated and is_foreign(wanted, found):  # name by name there is nothing to learn
             instead = f", not {missing[0]!r:.150}" if missing else ""
             raise CheckpointError(
-                f"{where}: its tensors do not fit {identity.architecture}: {counts}; most names are not that "
-                f"model's (it has {unexpected[0]!r:.150}{instead}): give "
-                f"{option_name('model')} the one the file is of{f' ({listed})' if listed else ''}"
+                f"{where}: its tensors do not fit {identity.architecture}: {counts}; most tensor names are "
+                f"not that model's (the file has {unexpected[0]!r:.150}{instead}): give "
+                f"{option_name('model')} the architecture of the file{f' ({listed})' if listed else ''}"
             )
         lines = [f"{where}: its tensors do not fit {_named(identity)}: {counts}"]
         lines += _listed("missing", missing)
@@ -147,8 +146,8 @@ def _hints(
             hints.append(f"the patch embedding differs: {_arg(in_chans=channels)}?")
         if rows != expected[0]:
             hints.append(
-                f"the file is {rows} wide, expected {expected[0]}: another "
-                f"{option_name('model')}, or {_arg(embed_dim=rows, num_heads='N')}, which no shape shows?"
+                f"the file is {rows} wide, expected {expected[0]}: another {option_name('model')}, or "
+                f"{_arg(embed_dim=rows, num_heads='N')}(no shape shows num_heads)?"
             )
     elif any(map(_ABOUT_POSITIONS.search, other)):
         hints.append(_hint_of_positions(wanted, found, other))

@@ -81,8 +81,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     size = model_input_size(model, identity.pretrained_cfg, identity.model_args)
     if not _same_outputs(model, original, size):
         raise CheckpointError(
-            f"{source}: built again with {_shown(identified.identity)}, it gives other outputs; give in "
-            f"{option_name('model_args')} the arguments that it was built with"
+            f"{source}: rebuilt with {_shown(identified.identity)}, the module gives different outputs; "
+            f"state in {option_name('model_args')} the arguments that it was built with"
         )
     return Checkpoint.of_model(
         model,
@@ -104,7 +104,8 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]
     if not architecture or not hasattr(module, "forward_features"):
         raise CheckpointError(
-            f"a {type(module).__name__} is not a module of timm.create_model; give that, or a checkpoint file"
+            f"a {type(module).__name__} is not a timm model; give a module made by timm.create_model, or a "
+            "checkpoint file"
         )
     if not known_model(architecture):
         raise CheckpointError(unknown_model(architecture))
@@ -131,8 +132,9 @@ def _identify(
         check_tensors(source, tensors, identified.skeleton, identified.identity)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n  a module is built again from its architecture and arguments: give in "
-            f"{option_name('model_args')} those that are not the defaults; give a slim model as its file"
+            f"{error}\n  mhacut rebuilds a module from its architecture and arguments: state in "
+            f"{option_name('model_args')} all arguments that are not the defaults; of a slim model, give the "
+            "file"
         ) from None
     return identified
 
@@ -170,7 +172,7 @@ def _same_outputs(found: nn.Module, expected: nn.Module, input_size: tuple[int, 
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     outputs, wanted = found(images), expected(images)
     if not wanted.isfinite().all():
-        raise CheckpointError("the module's outputs are not finite on noise; are its weights sound?")
+        raise CheckpointError("the module's outputs on random inputs are not finite; check its weights")
     if outputs.shape != wanted.shape:
         return False
     largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

@@ -28,7 +28,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         CheckpointError: timm has no such model or weights, or they are neither in its cache nor online.
     """
     if hints.model is not None:
-        raise CheckpointError(f"{source}: names its model already; leave {option_name('model')} out")
+        raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
     if hints.part is not None:
         raise CheckpointError(f"{source}: has no parts; leave {option_name('part', hints.part)} out")
     name = source.removeprefix(TIMM_PREFIX)
@@ -43,8 +43,9 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     pretrained_classes = model.pretrained_cfg.get("num_classes")
     if hints.num_classes not in (None, 0, pretrained_classes):
         raise CheckpointError(
-            f"{source}: its classifier has {pretrained_classes} classes; one of {hints.num_classes} would be "
-            f"random: leave {option_name('num_classes')} out, or fine-tune first and give that file"
+            f"{source}: its classifier has {pretrained_classes} classes; a classifier of {hints.num_classes} "
+            f"would have random weights: leave {option_name('num_classes')} out, or fine-tune first and give "
+            "that file"
         )
     identity = identity_of(model, architecture, args)
     set_resolved_preprocessing(model, identity, source)

@@ -68,9 +68,9 @@ class Provenance:
         default = f"timm's default for {self.architecture}"
         texts: dict[Origin, str] = {
             "file": "from the file",
-            "library": "that of the library the file is of",
-            "assumed": f"from the file, which took {default}",
-            "default": f"{default}, the file does not say",
+            "library": "default of the library that wrote the file",
+            "assumed": f"from the file, which used {default}",
+            "default": f"{default}; the file states none",
             "tag": f"timm's, for the tag in {option_name('model')}",
             "pretrained": "of timm's pretrained weights",
             "module": "of the module",
@@ -179,7 +179,7 @@ def with_hint(
     flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
     names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
     hint = (
-        f"images seem to be normalised otherwise than in training: top-1 of {better.images} images is "
+        f"images seem to be normalised differently than in training: top-1 on {better.images} images is "
         f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
     )
     return replace(found, hint=hint)

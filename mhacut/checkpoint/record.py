@@ -104,7 +104,7 @@ def _document(text: str) -> dict[str, Any]:
         raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file is of {version}; "
+            f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file has version {version}; "
             "upgrade mhacut (pip install -U mhacut)"
         )
     keys = _KEYS | {"tokens"} if version > 1 else _KEYS

@@ -129,7 +129,7 @@ def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]
     flags = option_name("model", "NAME" if more or len(names) > 1 else names[0])
     if any(re.search(r"with .*\b(mean|std) ", text) for text in named):
         flags += f", or {option_name('mean')} and {option_name('std')}"
-    return [f"the layers are also those of {'; '.join(lines[:_MOST_NAMED])}: for those give {flags}"]
+    return [f"the layers also fit {'; '.join(lines[:_MOST_NAMED])}; to choose one of them, give {flags}"]
 
 
 def _preprocessing(one: Identified, other: Identified) -> str:

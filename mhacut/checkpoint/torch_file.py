@@ -201,7 +201,7 @@ def _blocked(path: Path, reason: str) -> str:
         return "a pickle, but no torch checkpoint that loads safely; save the state dict with torch.save"
     listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     convert = (
-        "If you trust where it comes from, convert it where it can do no harm: "
+        "If you trust its source, convert it where it can do no harm: "
         'c = torch.load(FILE, weights_only=False); torch.save(c.state_dict(), "weights.pth") '
         '(or c["state_dict"], c["model"])'
     )
@@ -209,8 +209,8 @@ def _blocked(path: Path, reason: str) -> str:
         name.startswith(("numpy", "_codecs")) for name in names
     ):
         return (
-            f"contains numpy values beside the weights ({listed}), which loading could run code through; "
-            f"save them as float(x), or the state dict alone. {convert}"
+            f"contains numpy values beside the weights ({listed}), and loading them could run code; save "
+            f"them as float(x), or the state dict alone. {convert}"
         )
     return (
         f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"

@@ -103,7 +103,7 @@ def _model(stated: Mapping[str, Any], notes: list[str]) -> tuple[str | None, str
             architecture, _, tag = name.partition(".")
             if re.fullmatch(r"\w{1,128}", architecture, re.ASCII) and known_model(architecture):
                 return (f"{architecture}.{tag}" if _has_tag(architecture, tag) else architecture), origin
-            unknown.append(f"its {origin} {value!r:.100} is no model of timm, and was ignored")
+            unknown.append(f"its {origin} {value!r:.100} is not a timm model and was ignored")
     notes += unknown[:1]
     return None, ""
 
@@ -172,5 +172,5 @@ def _cfg(
         try:
             cfg[name] = checked_pretrained_cfg(Preprocessing(**{**sane, name: value}).to_json())[name]
         except (DataError, CheckpointError, TypeError, ValueError, OverflowError):
-            notes.append(f"its {name} {value!r:.60} makes no sense, and was ignored")
+            notes.append(f"its {name} {value!r:.60} is invalid and was ignored")
     return cfg

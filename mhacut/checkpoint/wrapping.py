@@ -79,13 +79,13 @@ class Naming:
         others = (*other_parts, *self.others)
         said = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
         if self.prefixes:
-            said.append(f"took the prefix {''.join(self.prefixes):.150} off the tensor names")
+            said.append(f"removed the prefix {''.join(self.prefixes):.150} from the tensor names")
         if self.left_out:
             listed = [f"{name:.100} ({count})" for name, count in list(self.left_out.items())[:_MAX_NAMES]]
             more = ", ..." if len(self.left_out) > _MAX_NAMES else ""
             said.append(f"left out {', '.join(listed)}{more}")
         if others:
-            said.append(f"{' or '.join(option_name('part', name) for name in others)} takes another")
+            said.append(f"{' or '.join(option_name('part', name) for name in others)} reads another part")
         return "; ".join(said) or None
 
 

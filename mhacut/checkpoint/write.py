@@ -146,8 +146,8 @@ def save_model(
     if set(shapes) != set(header.shapes) or (different and not head_changed):
         named = sorted(set(shapes) ^ set(header.shapes)) + different
         raise CheckpointError(
-            f"{os.fspath(like)}: is not the file this model was opened from; {len(named)} tensors differ, "
-            f"first {named[0]}"
+            f"{os.fspath(like)}: is not the file that this model was opened from; {len(named)} tensors "
+            f"differ, first {named[0]}"
         )
     model_args: dict[str, Any] = {**record.identity.model_args, "num_classes": classes}
     cfg = {**record.identity.pretrained_cfg, "num_classes": classes}
@@ -213,10 +213,10 @@ def _compare(temporary: Path, target: Path, tensors: Mapping[str, Tensor], recor
     except MhacutError as error:
         raise OutputError(f"{show(target)}: what was written could not be read back: {error}") from error
     if written.record != record or set(found) != set(tensors):
-        raise OutputError(f"{show(target)}: what was read back is not what was written; is the disk sound?")
+        raise OutputError(f"{show(target)}: the data read back is not what was written; check the disk")
     for name, tensor in tensors.items():
         if tensor.dtype != found[name].dtype or not _same_bits(tensor, found[name]):
-            raise OutputError(f"{show(target)}: tensor {name!r} read back differs; is the disk sound?")
+            raise OutputError(f"{show(target)}: tensor {name!r} read back differs; check the disk")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

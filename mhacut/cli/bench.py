@@ -47,7 +47,8 @@ def _text(result: BenchResult) -> str:
             table(times),
             "",
             f"{result.runtime}, {result.dtype} on {safe(result.device)}, {result.threads} thread(s){fused}",
-            "ratio: time beside [1] in the same round, median; saved: share of saved FLOPs that became time",
+            "ratio: median time relative to [1] in the same round; saved: share of the saved FLOPs that "
+            "became saved time",
         ]
     )
 

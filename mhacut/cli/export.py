@@ -40,7 +40,7 @@ def _text(result: ExportResult) -> str:
         table(rows),
         "",
         f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {result.dtype}",
-        "difference: from the model, in units of its largest output",
+        "difference: from the model's outputs, relative to the largest of them",
         *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
         f"saved {safe(result.output)}, {result.file_bytes / 1e6:.1f} MB",
         *([] if result.pushed is None else [f"pushed {safe(result.pushed)}"]),
@@ -49,20 +49,24 @@ def _text(result: ExportResult) -> str:
 
 
 def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
-    rows = [["activations", "KL divergence", "same first class", "cosine"]]
+    rows = [["activations", "KL divergence", "same top-1 class", "cosine"]]
     for method, found in {int8.method: int8.agreement, **int8.others}.items():
         kl = "" if found.kl is None else f"{found.kl:.2g} nats"
         same = "" if found.same_answer is None else f"{100 * found.same_answer:.1f}%"
         rows.append(
-            [f"{method}, not taken" if method in int8.others else method, kl, same, f"{found.cosine:.4f}"]
+            [f"{method}, not used" if method in int8.others else method, kl, same, f"{found.cosine:.4f}"]
         )
     return [
         "",
         table(rows),
         "",
-        f"INT8 beside float32, on {safe(int8.compared_on)}",
-        *([f"still float32, for outliers: {safe(', '.join(kept))}"] if (kept := int8.float32_layers) else []),
-        f"{int8.speedup:.2f} times as fast: {int8.int8_ms:.2f} ms of CPU time an image, float32 "
+        f"INT8 compared with float32, on {safe(int8.compared_on)}",
+        *(
+            [f"kept in float32 because of outliers: {safe(', '.join(kept))}"]
+            if (kept := int8.float32_layers)
+            else []
+        ),
+        f"{int8.speedup:.2f} times as fast: {int8.int8_ms:.2f} ms of CPU time per image, float32 "
         f"{int8.float32_ms:.2f} ms, in turns in ONNX Runtime, {int8.threads} thread(s)",
         f"{int8.float32_bytes / file_bytes:.2f} times as small: float32 {int8.float32_bytes / 1e6:.1f} MB",
     ]

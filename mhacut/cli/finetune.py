@@ -61,8 +61,8 @@ def _text(result: FinetuneResult) -> str:
         from mhacut.finetuning.folder import LAST  # imports torch
 
         lines.append(
-            "not better than before: no epoch was, so the file holds the weights that training began with; "
-            f"those of the last step are in {safe(result.folder / LAST)}"
+            "no epoch was better than the start, so the file holds the weights that training began with; the "
+            f"weights of the last step are in {safe(result.folder / LAST)}"
         )
     lines += [
         f"saved {safe(result.output)}",
@@ -73,8 +73,8 @@ def _text(result: FinetuneResult) -> str:
     lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
         lines.append(
-            f"{len(result.unreadable)} images could not be read, others stood in for them; "
-            f"first {safe(result.unreadable[0])}"
+            f"{len(result.unreadable)} images could not be read and were replaced by others; first "
+            f"{safe(result.unreadable[0])}"
         )
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def _channels(unit: UnitReport) -> list[str]:
             gone = sorted(set(range(unit.dense)) - set(kept))
             lines += _wrapped(f"    {head}: ", f"{ranges(kept)} ({ranges(gone)})")
     for share in unit.heads[0].keeps if unit.heads else ():
-        lines.append(f"  {unit.kind}: at {share} % would keep, of the {unit.now} it has")
+        lines.append(f"  {unit.kind}: at {share} % it would keep these of its {unit.now} channels")
         for head, found in enumerate(unit.heads):
             lines += _wrapped(f"    {head}: ", ranges(found.keeps[share]))
     return lines
@@ -171,12 +171,12 @@ def _comparison(found: Comparison, names: Sequence[str]) -> str:
         )
     (dense, slim), (weights, left) = found.flops, found.parameters
     lines = [
-        f"beside {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
+        f"compared with {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
         f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
         f"({_percent(left / weights)})",
-        f"answers on {safe(found.data)}: {_agreement(found)}",
-        "errors are of the layer's output, relative, in its own model (own: given the dense model's input); "
-        "agree: mean cosine of tokens",
+        f"outputs on {safe(found.data)}: {_agreement(found)}",
+        "error: relative error of the layer's output inside the pruned model; own: the same, but with the "
+        "dense model's input; agree: mean cosine similarity of tokens",
     ]
     return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
 
@@ -184,7 +184,7 @@ def _comparison(found: Comparison, names: Sequence[str]) -> str:
 def _agreement(found: Comparison) -> str:
     if found.agreement is None:
         return f"features differ by {found.divergence:.2g} of their variance"
-    return f"{_percent(found.agreement)} the same, KL divergence {found.divergence:.2g} nats"
+    return f"{_percent(found.agreement)} have the same top-1 class, KL divergence {found.divergence:.2g} nats"
 
 
 def _about(inspection: Inspection, heads: bool) -> list[str]:
@@ -199,10 +199,10 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
         lines.append("qk, v, hidden: channels per head (of the MLP) now/before the cut")
     if inspection.judged_by is not None:
         lines += [
-            "sim: mean similarity of a channel to the others of its head, 0 unlike, 1 alike",
+            "sim: mean similarity of a channel to the others of its head, from 0 (unlike) to 1 (alike)",
             ("r90, r99" if heads else "r99")
             + f": principal channels that hold {'90, ' if heads else ''}99 % of the energy",
-            f"judged by: {safe(inspection.judged_by)}",
+            f"assessed on: {safe(inspection.judged_by)}",
         ]
     described = inspection.provenance.describe(inspection.preprocessing)
     lines.append(f"preprocessing: {safe(described)}")

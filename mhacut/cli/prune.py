@@ -58,7 +58,8 @@ def _text(result: PruneResult) -> str:
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
     lines += [
-        f"{option_name(one.name, one.value)}: an estimated {one.nats:.2g} nats" for one in result.constraints
+        f"{option_name(one.name, one.value)}: costs an estimated {one.nats:.2g} nats"
+        for one in result.constraints
     ]
     if result.output is None:
         lines.append("dry run: no model was written")

@@ -193,8 +193,8 @@ def _read(path: PathLike, options: BenchOptions, reporter: Reporter, device: tor
         odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % multiple})
         if odd:
             reporter.log(
-                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are no multiples of {multiple}, "
-                f"where kernels are fast: prune with {option_name('round_to', multiple)}"
+                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {multiple}, for "
+                f"which kernels are fast; prune with {option_name('round_to', multiple)}"
             )
     return checkpoint
 
@@ -214,7 +214,7 @@ def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[
         listed = ", ".join(
             f"{one.source} {size[1]}x{size[2]}" for one, size in zip(checkpoints, sizes, strict=True)
         )
-        reporter.log(f"images are not of one size ({listed}): ratios are of sizes as well as of models")
+        reporter.log(f"image sizes differ ({listed}), so ratios compare sizes as well as models")
     return sizes
 
 

@@ -193,7 +193,7 @@ def _wider_than_the_file(loaded: Checkpoint, options: ExportOptions) -> str | No
     )
     return (
         f"weights are {' and '.join(sorted(stored))} in the file; {options.format} is written in float32, "
-        f"which every runtime computes in{keeps}"
+        f"which every runtime supports{keeps}"
     )
 
 
@@ -238,9 +238,9 @@ def _differences(
         bound = TOLERANCE[options.dtype] if bounded else math.inf
         if not math.isfinite(differences[count]) or differences[count] > bound:
             raise MhacutError(
-                f"what was written for {options.format} differs from the model by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}; at most {bound:g} was "
-                f"expected in {options.dtype}; nothing was written"
+                f"the exported {options.format} model differs from the original by {differences[count]:.1e} "
+                f"of the largest output at batch size {count}; at most {bound:g} was expected in "
+                f"{options.dtype}; no file was kept"
                 + (f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else "")
             )
     return differences

@@ -124,7 +124,7 @@ def _measure_file(run: Run, output: Path, asked_to_stop: bool) -> Evaluation | N
     if run.validation is None:
         return None
     interrupted = Interrupted(
-        f"all {run.total_steps} steps are done and saved; {output} was not measured to the end"
+        f"all {run.total_steps} steps are done and saved, but the evaluation of {output} was interrupted"
     )
     if asked_to_stop:
         raise interrupted

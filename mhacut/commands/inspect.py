@@ -146,8 +146,8 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
     if not wanted:
         shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
         raise UsageError(
-            f"{option_name('layer', pattern)}: no layer of that name; there are {shown} "
-            "(quote patterns: 'blocks.1*.attn')"
+            f"{option_name('layer', pattern)}: no layer has such a name; the model has {shown} (quote "
+            "patterns: 'blocks.1*.attn')"
         )
     return wanted
 

@@ -171,7 +171,8 @@ def _check_same_images(images: Tensor, processes: Processes) -> None:
         digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         if len(processes.union([digest])) > 1:
             raise DataError(
-                "images: not the same in all processes, which share them; give the same, in the same order"
+                "images: processes share them, but were given different ones; give all the same images in "
+                "the same order"
             )
 
 

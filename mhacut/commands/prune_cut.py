@@ -133,9 +133,9 @@ def _cut_within(
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()
     raise MhacutError(
-        f"no plan was found within {', '.join(str(limit.most) for limit in others)} stored "
-        "numbers or bytes; nothing was written. This is a gap in mhacut: please report the architecture and "
-        "its arguments"
+        f"no plan was found that stores at most {', '.join(str(limit.most) for limit in others)} parameters "
+        "or bytes; nothing was written. This is a gap in mhacut: please report the architecture and its "
+        "arguments"
     )
 
 
@@ -179,8 +179,8 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
     if best is None:
         nearest = least.found
         raise BudgetError(
-            f"{', '.join(_asked(bound) for bound in nearest.bounds)}: no cut model is within that; the "
-            f"nearest, with {100 * nearest.flops / job.table.dense:.1f}% of the FLOPs, has "
+            f"{', '.join(_asked(bound) for bound in nearest.bounds)}: no pruned model is within this bound; "
+            f"the nearest, with {100 * nearest.flops / job.table.dense:.1f}% of the FLOPs, has "
             f"{', '.join(_shown(bound) for bound in nearest.bounds)}"
         )
     return best.found

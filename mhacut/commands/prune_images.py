@@ -52,7 +52,7 @@ def read_images(
         found = _from_memory(given, options, preprocessing, classes, reporter)
         if options.max_drop is not None and found[1] is None:
             asked = option_name("max_drop", options.max_drop)
-            raise UsageError(f"{asked}: expected labels with the images, to judge on")
+            raise UsageError(f"{asked}: expected labels with the images, to measure accuracy")
         return *found, provenance(loaded, options.preprocessing)
     images = _calibration_images(options, preprocessing, classes, reporter)
     validation = _validation_images(options, preprocessing, classes, reporter)

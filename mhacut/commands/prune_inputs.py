@@ -220,8 +220,8 @@ def _job(
         budget = own["flops"]
         if budget is not None and table.flops({}) <= flops < table.dense:
             reporter.log(
-                f"{option_name('flops', budget.text)}: without the tokens left out the model is "
-                "within it; no channel need be cut"
+                f"{option_name('flops', budget.text)}: leaving out unused tokens already meets this budget; "
+                "no channels need to be pruned"
             )
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
@@ -286,27 +286,30 @@ def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in
         bound = getattr(options, name)
         if bound is not None and classes < 2:
             raise UsageError(
-                f"{option_name(name, bound)}: expected a classifier; this model has none and gives features"
+                f"{option_name(name, bound)}: expected a classifier; this model has none and outputs features"
             )
     if options.max_kl is not None and options.preserve not in (None, "answers"):
         bound = option_name("max_kl", options.max_kl)
         raise UsageError(
-            f"{bound}: bounds answers, not what {option_name('preserve', options.preserve)} keeps"
+            f"{bound}: bounds the classifier's outputs, not what {option_name('preserve', options.preserve)} "
+            "keeps"
         )
     if options.max_kl is not None and not in_memory and not options.data.has_images:
         bound, better = option_name("max_kl", options.max_kl), option_name("data_dir")
-        reporter.log(f"{bound} is judged on synthetic images, which say little about yours: give {better}")
+        reporter.log(f"{bound} is measured on synthetic images, which say little about yours; give {better}")
     if options.max_drop is None:
         return
     asked, data = option_name("max_drop", options.max_drop), options.data
     if not options.labels:
         raise UsageError(f"{asked}: expected labels, which {option_name('labels', False)} leaves out")
     if options.eval_images == 0:
-        raise UsageError(f"{asked}: expected images to judge on, found {option_name('eval_images', 0)}")
+        raise UsageError(
+            f"{asked}: expected images to measure accuracy on, found {option_name('eval_images', 0)}"
+        )
     if not in_memory and (not data.has_images or not has_split(data, data.val_split)):
         where = f"split {data.val_split!r} ({option_name('val_split')}) of {option_name('data_dir')}"
         raise UsageError(
-            f"{asked}: expected labelled images to judge on, in the {where}; without labels, "
+            f"{asked}: expected labelled images to measure accuracy on, in the {where}; without labels, "
             f"{option_name('max_kl')} bounds the KL divergence"
         )
 

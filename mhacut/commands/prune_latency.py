@@ -107,9 +107,9 @@ class TimeTarget:
         amounts = self._last.nanoseconds, self._last.most
         found, most = (format_amount(amount, "max_latency") for amount in amounts)
         return BudgetError(
-            f"{option_name('max_latency', self.budget.text)}: missed; corrected {CORRECTIONS} times, the cut "
-            f"model takes {found} of at most {most}, measured beside the dense one. On a machine that is "
-            "busy, times differ: try again, or allow a little more"
+            f"{option_name('max_latency', self.budget.text)}: not met: after {CORRECTIONS} "
+            f"corrections the pruned model takes {found}, expected at most {most}, timed beside the dense "
+            "one. Times vary on a busy machine: try again, or allow a little more"
         )
 
     def table(self, job: Job, counted: nn.Module) -> TimeTable:

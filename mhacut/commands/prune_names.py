@@ -46,8 +46,8 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
         return (replace(options, output=str(Path(output).with_name(name))),)
     if PLACE not in Path(output).name:
         raise UsageError(
-            f"{option_name('output', output)}: expected {PLACE} in the name, in whose place the budget of "
-            f"each of {len(labels)} files stands: vit-{PLACE}.safetensors"
+            f"{option_name('output', output)}: expected {PLACE} in the name, as a placeholder for the budget "
+            f"of each of the {len(labels)} files: vit-{PLACE}.safetensors"
         )
     found = []
     for label, flops in zip(labels, options.several, strict=True):

@@ -53,8 +53,8 @@ def _chosen_outputs(
     if asked == "answers":
         if not classifier_size(dense):
             raise UnsupportedModelError(
-                f"{option_name('preserve', asked)}: the model has no classifier and gives no answers; "
-                "expected tokens, pooled, pyramid or names of layers"
+                f"{option_name('preserve', asked)}: the model has no classifier, so there are no answers to "
+                "preserve; expected tokens, pooled, pyramid or names of layers"
             )
         return ANSWERS if gives_probabilities(dense) else Preserved.outputs_of(dense)
     if asked == "pooled":
@@ -80,9 +80,9 @@ def _default(
         _check_tokens(options, dense)
         tokens = _dense_outputs("tokens", dense, torch.zeros(1, *input_size))
     except UnsupportedModelError as reason:
-        reporter.log(f"{without}: preserving {found}, not those of all tokens: {reason}")
+        reporter.log(f"{without}: preserving {found} instead of the features of all tokens: {reason}")
         return found
-    reporter.log(f"{without}: preserving {tokens}; {asked} preserves the pooled ones")
+    reporter.log(f"{without}: preserving {tokens}; {asked} preserves the pooled features instead")
     return tokens
 
 
@@ -109,7 +109,7 @@ def _check_tokens(options: PruneOptions, dense: nn.Module) -> None:
         )
     if applied.merged:
         raise UnsupportedModelError(
-            "the checkpoint merges tokens and gives no features of each; prune the dense one"
+            "the checkpoint merges tokens, so it has no features of each token; prune the dense checkpoint"
         )
     if applied.read is not None:
         raise UnsupportedModelError(
@@ -141,17 +141,17 @@ def _tokens_to_keep(
     applied, asked = tokens_of(dense), option_name("keep_dead_tokens", True)
     if applied.read is not None:
         if options.keep_dead_tokens:
-            reporter.log(f"{asked} has no effect: the checkpoint has no other tokens in its last block")
+            reporter.log(f"{asked} has no effect: the last block of the checkpoint computes no other tokens")
         return applied
     if options.keep_dead_tokens:
         return applied
     if preserved.dense:
         if classifier_size(dense):
-            reporter.log("all tokens of the last block are computed: their features are to be preserved")
+            reporter.log("all tokens of the last block are computed, because their features are preserved")
         return applied
     try:
         if classifier_size(dense) == 0:
-            raise UnsupportedModelError("it has no classifier and gives features")
+            raise UnsupportedModelError("the model has no classifier and outputs features")
         read = tokens_read(dense)
     except UnsupportedModelError as reason:
         reporter.log(f"all tokens of the last block are computed: {reason}")

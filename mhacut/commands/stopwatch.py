@@ -123,8 +123,8 @@ class Stopwatch:
         if not found.steady and not self._logged_busy:
             self._logged_busy = True
             self.reporter.log(
-                f"this machine is busy: the time of one and the same program changed by "
-                f"{100 * found.drift:.0f} % while it was measured"
+                f"this machine is busy: the time of the same program varied by {100 * found.drift:.0f} % "
+                "while it was measured"
             )
         return found
 

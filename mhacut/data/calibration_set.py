@@ -82,8 +82,9 @@ def _from_folder(
     folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
     if not folder.images:
         raise DataError(
-            f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}. "
-            f"Without {option_name('data_dir')}, synthetic images serve"
+            f"{folder.path}: no images found; the names of image files end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Without {option_name('data_dir')}, synthetic images are "
+            "used"
         )
     labelled = use_labels and any(folder.names)
     labels = [-1] * len(folder.images)
@@ -112,8 +113,8 @@ def _choose(
             break
     if 2 * len(images) < min(count, len(groups)):
         raise DataError(
-            f"{len(bad)} of {len(bad) + len(images)} images tried {where} cannot be read, {len(images)} are "
-            f"left of the {min(count, len(groups))} needed. First: {bad[0].file}: {bad[0].reason}"
+            f"{len(bad)} of {len(bad) + len(images)} images {where} cannot be read, which leaves "
+            f"{len(images)} of the {min(count, len(groups))} needed. First: {bad[0].file}: {bad[0].reason}"
         )
     with_labels = "with labels" if labelled else "without labels"
     description = f"{len(images)} of {len(groups)} images {where} ({with_labels})"

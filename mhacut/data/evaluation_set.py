@@ -81,10 +81,11 @@ class EvaluationLoader:
             )
         if self.images and seen != self.images:
             raise DataError(
-                f"{self.description}: {seen} images came of {self.images} announced; no accuracy is given"
+                f"{self.description}: only {seen} of the {self.images} announced images arrived; no accuracy "
+                "is given"
             )
         if not seen:
-            raise DataError(f"{self.description}: no images came")
+            raise DataError(f"{self.description}: no images arrived")
 
 
 def evaluation_loader(

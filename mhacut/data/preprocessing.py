@@ -162,9 +162,9 @@ class Preprocessing:
         """
         if self.input_size[0] not in (1, 3):
             raise DataError(
-                f"the model takes images of {self.input_size[0]} channels; pictures are read with 1 or 3. "
-                f"Leave {option_name('data_dir')} and {option_name('dataset')} out: synthetic images serve "
-                "to prune it"
+                f"the model takes images of {self.input_size[0]} channels, but image files are read with 1 "
+                f"or 3. Leave {option_name('data_dir')} and {option_name('dataset')} out to prune it with "
+                "synthetic images"
             )
         made: Transform = create_transform(
             input_size=self.input_size,

@@ -141,6 +141,6 @@ def by_index(opened: Any) -> ShardedSamples | None:
     if announced and announced != found:
         raise DataError(
             f"{shards[0].parent}: {found} samples in {len(shards)} shards, {announced} announced; a shard is "
-            "cut short or damaged, or _info.json is of other ones"
+            "truncated or damaged, or _info.json belongs to other shards"
         )
     return samples

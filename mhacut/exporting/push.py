@@ -16,7 +16,7 @@ def check_hub(options: ExportOptions) -> None:
     push = option_name("push_to_hub", options.push_to_hub)
     if get_token() is None:
         raise MhacutError(
-            f"{push}: no token of the Hugging Face hub here; run hf auth login, or set HF_TOKEN"
+            f"{push}: no token for the Hugging Face hub was found; run hf auth login, or set HF_TOKEN"
         )
     if not hub_answers():
         raise MhacutError(

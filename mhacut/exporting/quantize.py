@@ -275,7 +275,7 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
     found = result.agreement
     off = f"cosine {found.cosine:.3f}"
     if found.kl is not None and found.same_answer is not None:
-        same = f"the same first class for {100 * found.same_answer:.0f} % of the images"
+        same = f"the same top-1 class for {100 * found.same_answer:.0f} % of the images"
         off = f"KL divergence {found.kl:.3g} nats, {same}"
     ways = []
     if not options.data.has_images:

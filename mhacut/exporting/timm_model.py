@@ -54,8 +54,8 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
     if wanted.get("feature_cls") == "fx":
         raise CheckpointError(
-            f"{NAME}: feature_cls='fx' traces a model, and names what it finds anew; try another "
-            "feature_cls, or forward_intermediates of the model"
+            f"{NAME}: feature_cls='fx' traces a model and renames its layers; try another feature_cls, or "
+            "forward_intermediates of the model"
         )
     cut_to = Plan.from_json(kwargs["plan"], kwargs.get("tokens"))
     used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
@@ -111,8 +111,9 @@ def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Modul
             del tensors[place]
     if tensors:
         raise CheckpointError(
-            f"{NAME}: {type(features).__name__} gives features of {type(slim).__name__} by other names, "
-            f"{next(iter(tensors))!r} for one; try another feature_cls, or forward_intermediates of the model"
+            f"{NAME}: {type(features).__name__} names the features of {type(slim).__name__} differently, "
+            f"for example {next(iter(tensors))!r}; try another feature_cls, or forward_intermediates of the "
+            "model"
         )
     # As timm's pretrained_cfg_for_features.
     of_the_head = ("num_classes", "classifier", "global_pool")

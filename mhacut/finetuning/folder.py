@@ -51,8 +51,8 @@ class RunFolder:
         held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
         if held and not overwrite:
             raise OutputError(
-                f"{self.path}: holds a run already ({', '.join(held)}); go on with it by "
-                f"{option_name('resume', self.path)}, choose another directory, or replace it by "
+                f"{self.path}: already holds a run ({', '.join(held)}); continue it with "
+                f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
         try:
@@ -105,7 +105,7 @@ class RunFolder:
         version = state.get("version") if isinstance(state, dict) else None
         if version != _STATE_VERSION:
             raise CheckpointError(
-                f"{path}: this mhacut goes on from version {_STATE_VERSION}, found {version!r:.50}"
+                f"{path}: this mhacut can resume from version {_STATE_VERSION}, found {version!r:.50}"
             )
         return dict(state)
 
@@ -121,5 +121,5 @@ def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return read_config(path, FinetuneOptions.options(), str(path))
     except OSError as error:
         raise UsageError(
-            f"{option_name('resume', folder)}: no run to go on with, {ARGUMENTS}: {error.strerror or error}"
+            f"{option_name('resume', folder)}: no run to continue, {ARGUMENTS}: {error.strerror or error}"
         ) from None

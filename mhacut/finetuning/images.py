@@ -91,7 +91,8 @@ def training_images(
     folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
     if not folder.images:
         raise DataError(
-            f"{folder.path}: no images; files that count end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{folder.path}: no images found; the names of image files end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     labelled = use_labels and any(folder.names)
     if need_labels and not labelled:
@@ -124,8 +125,8 @@ def _named(
     opened = open_named(data, split, num_classes or None, check_classes=use_labels)
     if isinstance(opened, IterableDataset):
         raise DataError(
-            f"{option_name('dataset', name)}: is a stream, which cannot be resumed at a step; "
-            "bring its shards here as plain tar files, unpack it, or use hfds/"
+            f"{option_name('dataset', name)}: is a stream, which cannot be resumed at a step; download its "
+            "shards as plain tar files, unpack it, or use hfds/"
         )
     count = len(opened)
     if not count:

@@ -82,8 +82,8 @@ class Logs:
         except Exception as error:  # third parties' disks, networks and accounts fail in many ways
             self._open.pop(name, None)
             self._reporter.log(
-                f"{option_name('log', name)}: gave up, training goes on: "
-                f"{type(error).__name__}: {error!s:.200}"
+                f"{option_name('log', name)}: stopped logging, training continues: {type(error).__name__}: "
+                f"{error!s:.200}"
             )
 
 

@@ -161,8 +161,8 @@ def check_matching(student: Blocks, teacher: Blocks) -> None:
     if student.names != teacher.names:
         raise UsageError(
             f"{option_name('feature_weight')}: the teacher's blocks ({len(teacher.names)}, first "
-            f"{teacher.names[0]}) are not the slim model's ({len(student.names)}, first {student.names[0]}); "
-            "leave it out"
+            f"{teacher.names[0]}) do not match the slim model's ({len(student.names)}, first "
+            f"{student.names[0]}); leave it out"
         )
 
 

@@ -45,7 +45,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     began = {**FinetuneOptions.defaults(), **read_arguments(folder)}
     for name, value in given.items():
         if name == "output" and str(value) != str(folder):
-            raise UsageError(f"{option_name('output', value)}: a run goes on in its own directory, {folder}")
+            raise UsageError(
+                f"{option_name('output', value)}: a resumed run writes to its own directory, {folder}"
+            )
         if name in known and name not in _FREE | {"output"} and value != began.get(name):
             raise UsageError(
                 f"{option_name(name, value)}: the run in {folder} was started with {began.get(name)}; "
@@ -63,7 +65,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     ]
     if changed:
         raise CheckpointError(
-            f"{where}: the run cannot go on, for these are not what it was started with: {'; '.join(changed)}"
+            f"{where}: the run cannot be resumed, because these differ from its start: {'; '.join(changed)}"
         )
 
 

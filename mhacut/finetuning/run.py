@@ -94,7 +94,7 @@ class Run:
             self.reporter.advance(done, total)
             if request is not None and request.asked and not request.answered:
                 request.answered = True
-                self.reporter.log("stopping once this is measured and saved; asked again, at once")
+                self.reporter.log("stopping once this is measured and saved; interrupt again to stop at once")
 
         return measure(model, self.validation, self.processes, amp=self.options.amp, progress=progress)
 
@@ -175,7 +175,9 @@ def _checked_provenance(
 def _read_slim(options: FinetuneOptions) -> Checkpoint:
     source = os.fspath(options.checkpoint)
     if source.startswith(REMOTE) or open_checkpoint(source).record is None:
-        raise CheckpointError(f"{source}: is no slim file; cut it first: mhacut prune {source} --flops 50%")
+        raise CheckpointError(
+            f"{source}: is not a slim file; prune it first: mhacut prune {source} --flops 50%"
+        )
     return read_model(source)
 
 
@@ -208,5 +210,7 @@ def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Re
     if processes.device.type == "cuda":
         shared: nn.Module = convert_sync_batchnorm(model)
         return shared
-    reporter.log("batch norms see the images of one process only: CPUs cannot share statistics")
+    reporter.log(
+        "batch norms use only the images of their own process: processes on CPUs cannot share statistics"
+    )
     return model

@@ -67,7 +67,7 @@ def _share_unreadable(run: Run) -> None:
     run.progress.unreadable = dict.fromkeys(run.processes.union(list(own)))
     for file in run.progress.unreadable:
         if file not in own:
-            run.reporter.log(f"unreadable, another image stands in for it: {file}")
+            run.reporter.log(f"unreadable, replaced by another image: {file}")
 
 
 def _write_last(run: Run, evaluation: Evaluation | None) -> None:

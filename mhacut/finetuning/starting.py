@@ -39,13 +39,13 @@ def start(run: Run) -> None:
         run.progress = Progress.from_state(state)
         done = run.progress.step >= run.total_steps
         run.reporter.log(
-            f"all {run.total_steps} steps are done: nothing is trained"
+            f"all {run.total_steps} steps are done; there is nothing left to train"
             if done
-            else f"going on after step {run.progress.step} of {run.total_steps}"
+            else f"continuing after step {run.progress.step} of {run.total_steps}"
         )
         return
     if run.options.resume is not None:
-        run.reporter.log(f"{run.folder.path}: no step was saved, beginning with the first")
+        run.reporter.log(f"{run.folder.path}: no step was saved; starting from the first")
     if run.validation is not None:
         run.reporter.start("evaluating")
         run.progress.before = run.measure(run.trainer.result)

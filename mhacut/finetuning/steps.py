@@ -77,8 +77,8 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequ
             run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
         if stop and progress.step < run.total_steps:
             raise Interrupted(
-                f"stopped after step {progress.step} of {run.total_steps}; all is saved. "
-                f"Go on with: {_launcher(run)}mhacut finetune --resume {quote(str(run.folder.path))}"
+                f"stopped after step {progress.step} of {run.total_steps}; everything is saved. Continue "
+                f"with: {_launcher(run)}mhacut finetune --resume {quote(str(run.folder.path))}"
             )
     return Trained(images / seconds if seconds else 0.0, stop > 0)
 
@@ -90,7 +90,7 @@ def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
         for bad in batch.unreadable:
             if bad.file not in unreadable:
                 unreadable[bad.file] = None
-                run.reporter.log(f"unreadable, another image stands in for it: {bad.file}: {bad.reason}")
+                run.reporter.log(f"unreadable, replaced by another image: {bad.file}: {bad.reason}")
         yield batch
 
 

@@ -84,15 +84,15 @@ def _of_same_tokens(teacher: nn.Module, student: nn.Module) -> nn.Module:
     tokens = tokens_of(student)
     if tokens.merged:
         raise UsageError(
-            f"{option_name('feature_weight')}: blocks of a model that merges tokens match no teacher's; "
-            "leave it out"
+            f"{option_name('feature_weight')}: the blocks of a model that merges tokens match no teacher's "
+            "blocks; leave it out"
         )
     try:
         return with_tokens(teacher, replace(tokens_of(teacher), read=tokens.read))
     except (PlanError, UnsupportedModelError) as error:
         raise UsageError(
             f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "
-            f"that its classifier reads, that of the teacher cannot: {error}; leave it out"
+            f"that its classifier reads, and the teacher's last block cannot do so: {error}; leave it out"
         ) from error
 
 
@@ -129,7 +129,7 @@ def _checked_preprocessing(
     if own.input_size != preprocessing.input_size:
         raise CheckpointError(
             f"{option_name('teacher', loaded.source)}: takes images of {own.input_size}, the slim model of "
-            f"{preprocessing.input_size}; both see the same images"
+            f"{preprocessing.input_size}; both must take the same images"
         )
     return own
 

@@ -208,7 +208,9 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
 
 def _checkpoint_gradients(model: Any) -> None:
     if not hasattr(model, "set_grad_checkpointing"):
-        raise UsageError(f"{option_name('grad_checkpointing', True)}: this model has none; leave it out")
+        raise UsageError(
+            f"{option_name('grad_checkpointing', True)}: this model does not support it; leave it out"
+        )
     model.set_grad_checkpointing(True)
 
 
@@ -218,7 +220,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
         raise UsageError(f"{option_name('opt', options.opt)}: {unknown_option(options.opt, known)}")
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
         asked = option_name("layer_decay", options.layer_decay)
-        raise UsageError(f"{asked}: timm knows no order of this model's layers; leave it out")
+        raise UsageError(f"{asked}: timm does not know the order of this model's layers; leave it out")
     try:
         made: torch.optim.Optimizer = create_optimizer_v2(
             model,
@@ -229,7 +231,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
             layer_decay=options.layer_decay,
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"{option_name('opt', options.opt)}: cannot be made: {error}") from error
+        raise UsageError(f"{option_name('opt', options.opt)}: cannot be created: {error}") from error
     return made
 
 
@@ -240,7 +242,7 @@ def _schedule(
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
-        raise UsageError(f"{asked}: is {warmup} steps, the whole run {total_steps}")
+        raise UsageError(f"{asked}: is {warmup} steps, but the whole run has {total_steps}")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,

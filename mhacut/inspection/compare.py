@@ -123,7 +123,7 @@ def _of_same_tokens(dense: nn.Module, slim: nn.Module, source: str) -> nn.Module
         return with_tokens(dense, tokens_of(slim))
     except (PlanError, UnsupportedModelError) as error:
         raise MhacutError(
-            f"{option_name('compare', source)}: leaves out other tokens than the checkpoint ({error}); "
+            f"{option_name('compare', source)}: leaves out different tokens than the checkpoint ({error}); "
             "give the dense model that the checkpoint was made from"
         ) from error
 

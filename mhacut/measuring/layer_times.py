@@ -230,24 +230,24 @@ def kept_table(
             if document["format"] == _FORMAT and document["key"] == json.loads(json.dumps(key)):
                 kept = TimeTable.from_json(document["table"])
             else:
-                log(f"{show(path)}: holds other times than its name says; times of layers are measured anew")
+                log(f"{show(path)}: its content does not match its name; layer times are measured again")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log(f"{show(path)}: cannot be read ({error!s:.80}); times of layers are measured anew")
+            log(f"{show(path)}: cannot be read ({error!s:.80}); layer times are measured again")
     found = None if kept is None else today(kept)
     if found is not None:
-        log(f"{show(path)}: times of layers of an earlier run are used again")
+        log(f"{show(path)}: layer times of an earlier run are reused")
         return found
     if kept is not None:
-        log(f"{show(path)}: by these times the target is out of reach; times of layers are measured anew")
+        log(f"{show(path)}: with these times the target cannot be reached; layer times are measured again")
     table = measure()
     if not table.steady:
-        log("times of layers are not kept: this machine was busy while they were measured")
+        log("layer times are not saved: this machine was busy while they were measured")
         return table
     text = json.dumps({"format": _FORMAT, "key": key, "table": table.to_json()}, indent=1, sort_keys=True)
     try:
         write_whole(path, text.encode(), overwrite=True)
     except OutputError as error:
-        log(f"times of layers are not kept: {error}")
+        log(f"layer times are not saved: {error}")
     return table
 
 

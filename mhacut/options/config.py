@@ -83,7 +83,7 @@ def _check_size(document: object, where: str) -> None:
             sizes[id(value)] = 1 + sum(map(size, parts))
         found = sizes[id(value)]
         if found is None:
-            raise UsageError(f"{where}: an alias refers to what it stands in")
+            raise UsageError(f"{where}: an alias refers to a value that contains it")
         if found > _MAX_VALUES:
             raise UsageError(f"{where}: aliases make it more than {_MAX_VALUES} values; expected a few lines")
         return found

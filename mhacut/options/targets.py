@@ -100,7 +100,7 @@ class TargetOptions(Options):
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
             raise UsageError(
-                f"{bound} looks for the smallest model itself, {budget} states its size: leave one out"
+                f"{bound} searches for the smallest model, but {budget} fixes its size; leave one out"
             )
 
     def check_others(self, scope: str, allocation: str) -> None:
@@ -114,7 +114,7 @@ class TargetOptions(Options):
             UsageError: they do not.
         """
         if scope.endswith("+tokens"):
-            expected = f"curves with {option_name('scope', scope)}, which compares merges by them"
+            expected = f"curves with {option_name('scope', scope)}, which compares merges by the curves"
             require("allocation", allocation, allocation == "curves", expected)
             if self.flops is None and not self.bounds_loss:
                 raise UsageError(
@@ -125,7 +125,7 @@ class TargetOptions(Options):
                 asked = option_name("max_latency", self.max_latency)
                 raise UsageError(
                     f"{asked}: expected {option_name('scope', scope.removesuffix('+tokens'))}; the time that "
-                    "merging tokens saves is not foreseen"
+                    "merging tokens saves cannot be predicted"
                 )
         for name in set(TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")

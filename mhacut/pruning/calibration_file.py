@@ -53,13 +53,13 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
     with processes.together():
         found = read_calibration(path, fingerprint, job.device) if everywhere else None
     if found is not None:
-        job.reporter.log(f"calibration taken from {path}")
+        job.reporter.log(f"calibration read from {path}")
         return replace(found, preserved=_preserved(job, found.held, processes))
     calibration = job.calibrate(processes)
     with processes.together():
         if processes.first and not path.exists():
             write_calibration(path, calibration, fingerprint)
-            job.reporter.log(f"calibration kept in {path}")
+            job.reporter.log(f"calibration saved in {path}")
     return calibration
 
 
@@ -133,7 +133,7 @@ def read_calibration(path: Path, fingerprint: Fingerprint, device: torch.device)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _restored(tensors, document, device)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is no calibration that mhacut wrote: {error!r:.100}") from error
+        raise DataError(f"{path}: is not a calibration file written by mhacut: {error!r:.100}") from error
 
 
 def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: list[str]) -> str:
@@ -144,8 +144,8 @@ def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: 
         for name in differs
     ]
     return (
-        f"{path}: was gathered under other conditions: {'; '.join(lines)}. Name another file by "
-        f"{option_name('calibration')} to gather anew, or remove this one"
+        f"{path}: was made under other conditions: {'; '.join(lines)}. Name another file by "
+        f"{option_name('calibration')} to calibrate again, or remove this one"
     )
 
 

@@ -34,9 +34,8 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned) -> int:
     expected = int(planned.table.flops(planned.plan.widths()))
     if counted != expected or counted > job.budget:
         raise MhacutError(
-            f"the pruned model costs {counted} FLOPs, planned were {expected} within a budget of "
-            f"{job.budget}; nothing was written. This is a gap in mhacut: please report the architecture and "
-            "its arguments"
+            f"the pruned model costs {counted} FLOPs, not the planned {expected} (budget {job.budget}); "
+            "nothing was written. This is a gap in mhacut: please report the architecture and its arguments"
         )
     return counted
 

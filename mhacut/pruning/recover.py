@@ -79,7 +79,7 @@ def recover(
         if merged:
             set_merged(slim, merged)
         if options.trained_gain_steps or options.healed_steps or options.tuned_steps:
-            reporter.log("nothing was trained: of a single image, none is left to judge by")
+            reporter.log("nothing was trained: with a single image, none is left to check the result on")
         return slim
     judge = job.distillation(calibration).part(0, calibration.held)
     slim = slim.to(job.device)

@@ -55,6 +55,6 @@ def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and "AVX512" not in capability:
         note(
-            f"{option_name('amp', True)}: this processor has no bfloat16 of its own and takes many times "
-            "longer for it; go without"
+            f"{option_name('amp', True)}: this processor has no native bfloat16 and would be many times "
+            "slower with it; leave it out"
         )

@@ -115,7 +115,7 @@ class Processes:
         if failed is not None and failures[self.rank] not in failures[: self.rank]:
             raise failed
         if any(text is not None for text in failures):
-            raise FailedElsewhere("another process failed, and says why")
+            raise FailedElsewhere("another process failed; see its message")
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
     if walk.unknown:
         found = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
         raise UnsupportedModelError(
-            f"attention class not supported: {found}; nothing is cut beside attention that mhacut does not "
-            "know. `mhacut models` lists what can be cut"
+            f"attention class not supported: {found}; mhacut does not prune a model with attention that it "
+            "does not know. `mhacut models` lists what can be cut"
         )
     if not any(layer.adapter.family == "attention" for layer in walk.layers):
         raise UnsupportedModelError(
@@ -104,7 +104,7 @@ class _Walk:
     def visit(self, name: str, module: nn.Module) -> None:
         adapter = adapter_for(module)
         if adapter is None and is_pooling_head(module):
-            self.skipped.append(f"{name} ({type(module).__name__}): a pooling head is left alone")
+            self.skipped.append(f"{name} ({type(module).__name__}): this pooling head is not pruned")
         elif is_position_bias(module):
             pass
         elif adapter is not None:
@@ -145,7 +145,7 @@ def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
             )
         shared = [axis.tensor for axis in unit.axes if axis.shared]
         if shared and not unit_plan.unshared and len(set(unit_plan.kept)) > 1:
-            or_unshared = ", or the plan says unshared" if unit.sharing == "copied" else ""
+            or_unshared = ", or the plan states unshared" if unit.sharing == "copied" else ""
             raise PlanError(
                 f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)}: they keep the "
                 f"same channels{or_unshared}; found different ones"

@@ -155,7 +155,7 @@ class MergedTokens:
             UnsupportedModelError: always: blocks give fewer tokens than there are patches.
         """
         raise UnsupportedModelError(
-            "this model merges tokens, so that its blocks give no features of every patch; for those, prune "
+            "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
             f"with a {option_name('scope')} without tokens"
         )
 
@@ -193,7 +193,7 @@ _ATTENTION = (Attention, ReadAttention)
 def why_not_merged(model: Any) -> str:
     """Return the reason why tokens of ``model`` cannot be merged; empty if they can."""
     if type(model) not in _MODELS and not isinstance(model, MergedTokens):
-        return f"{dense_class(model).__name__} is no plain ViT, whose blocks see all tokens alike"
+        return f"{dense_class(model).__name__} is not a plain ViT, in which every block sees all tokens"
     if model.global_pool not in ("token", "avg") or getattr(model, "attn_pool", None) is not None:
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
     if len(model.blocks) < 2:

@@ -191,7 +191,7 @@ def tokens_read(model: nn.Module) -> int:
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
     found: Any = model
     if found.global_pool != "token" or getattr(found, "attn_pool", None) is not None:
-        raise UnsupportedModelError(f"the head reads all of them (global_pool={found.global_pool!r})")
+        raise UnsupportedModelError(f"the head reads all tokens (global_pool={found.global_pool!r})")
     _check_last(found.blocks[-1])
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
@@ -200,9 +200,9 @@ def _check_last(block: Any) -> None:
     if isinstance(block, ReadFirst):
         return
     if type(block) not in _BLOCKS:
-        raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all")
+        raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all tokens")
     if _dense_class(block.attn) not in _ATTENTION:
-        raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all")
+        raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all tokens")
 
 
 def _dense_class(attention: nn.Module) -> Any:
