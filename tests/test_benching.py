@@ -165,7 +165,7 @@ def test_int8_stands_beside_float32(slim_of):
 def test_odd_widths_are_pointed_out(slim_of):
     result = run("bench", slim_of("vit"), "--batch-sizes", "1", "--seconds", "0.01")
     assert result.exit_code == 0
-    assert "are no multiples of 8" in result.stderr
+    assert "are not multiples of 8" in result.stderr
 
 
 @pytest.mark.slow

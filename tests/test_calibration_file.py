@@ -80,7 +80,7 @@ def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path
     plain = prune(tiny_vit, tmp_path / "plain.safetensors")
     reporter, before = Recorder(), kept.read_bytes()
     second = prune(tiny_vit, tmp_path / "second.safetensors", calibration=kept, reporter=reporter)
-    assert any(line.startswith("calibration taken from") for line in reporter.messages)
+    assert any(line.startswith("calibration read from") for line in reporter.messages)
     assert "calibrating" not in reporter.stages
     assert second.output.read_bytes() == plain.output.read_bytes()
     assert kept.read_bytes() == before
@@ -110,9 +110,7 @@ def test_one_of_other_weights_is_refused(tiny_vit, kept, tmp_path):
     tensors = load_file(tiny_vit.path)
     tensors["head.bias"][0] += 1e-3
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(
-        DataError, match=r"gathered under other conditions: another model\. Name another file"
-    ):
+    with pytest.raises(DataError, match=r"made under other conditions: another model\. Name another file"):
         prune(
             tiny_vit, tmp_path / "x.safetensors", calibration=kept, checkpoint=tmp_path / "other.safetensors"
         )
@@ -134,7 +132,7 @@ def test_a_file_that_is_no_calibration_is_refused(tiny_vit, kept, tmp_path, dama
     else:
         tensors.pop("unit0.redundancy")
         save_file(tensors, kept, metadata)
-    with pytest.raises(DataError, match=r"kept\.safetensors: is no calibration that mhacut wrote"):
+    with pytest.raises(DataError, match=r"kept\.safetensors: is not a calibration file written by mhacut"):
         prune(tiny_vit, tmp_path / "slim.safetensors", calibration=kept)
 
 

@@ -55,7 +55,9 @@ def test_the_command():
     assert entry["transformer"] is False
     nothing = run("models", "nothing_like_it")
     assert nothing.exit_code == 2
-    assert "'nothing_like_it': no model of timm has such a name; try '*nothing_like_it*'" in nothing.stderr
+    assert (
+        "'nothing_like_it': no model in timm has a name like this; try '*nothing_like_it*'" in nothing.stderr
+    )
     assert "try" not in run("models", "*nothing_like_it*").stderr
 
 

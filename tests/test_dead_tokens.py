@@ -105,9 +105,9 @@ def test_without_them_the_format_is_what_it_was(dense, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"global_pool": "avg"}, "head reads all of them"),
+        ({"global_pool": "avg"}, "head reads all tokens"),
         ({"num_classes": 0}, "no classifier"),
-        ({"global_pool": "map"}, "head reads all of them"),
+        ({"global_pool": "map"}, "head reads all tokens"),
     ],
     ids=["averaging", "headless", "pooling head"],
 )
@@ -125,7 +125,7 @@ def test_models_whose_tokens_are_all_read_keep_them_and_the_log_says_why(tmp_pat
 def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
     result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, flops="95%")
     assert all(unit.keeps_all for unit in result.plan)
-    assert "no channel need be cut" in lines[1]
+    assert "no channels need to be pruned" in lines[1]
     model, x = mhacut.load_model(result.output), image(VIT)
     assert relative(model(x), build(VIT)(x)) < 1e-5
 

@@ -137,7 +137,7 @@ def test_one_layer_head_by_head(tiny_vit):
     result = run("inspect", *tiny_vit.flags, "--layer", "*.1.attn")
     assert "blocks.1.attn (Attention), 3 heads: " in result.stdout
     assert "blocks.0" not in result.stdout
-    assert "qk: at 25 % would keep, of the 16 it has" in result.stdout
+    assert "qk: at 25 % it would keep these of its 16 channels" in result.stdout
     document = json.loads(run("inspect", *tiny_vit.flags, "--layer", "*.1.attn", "--json").stdout)
     (layer,) = document["layers"]
     for head in layer["units"]["v"]["heads"]:
@@ -171,7 +171,10 @@ def test_sorted_layers_fall(slim_of, sort):
         ({"shapes": True, "sort": "rank"}, "sort='rank': is not known from shapes alone"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
         ({"calibration_images": 5}, "calibration_images=5: there are no images"),
-        ({"layer": "blocks.7.*"}, r"layer='blocks.7.\*': no layer of that name; there are blocks.0.attn"),
+        (
+            {"layer": "blocks.7.*"},
+            r"layer='blocks.7.\*': no layer has such a name; the model has blocks.0.attn",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(tiny_vit, given, message):

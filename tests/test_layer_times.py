@@ -258,7 +258,7 @@ def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):
         watch.start(stage)
         watch.parts([], seconds=0.1)
         watch.beside([], seconds=0.1)
-    line = "this machine is busy: the time of one and the same program changed by 20 % while it was measured"
+    line = "this machine is busy: the time of the same program varied by 20 % while it was measured"
     assert log.lines == ["timing layers", line, "timing", line]
 
 
@@ -335,7 +335,7 @@ def test_a_table_is_measured_once_for_each_machine(cache):
     assert of.table(machine="other") == (first, False)
     assert of.times == 2
     (line,) = of.log
-    assert re.match(r".*/layer-times/\w+\.json: times of layers of an earlier run are used again$", line)
+    assert re.match(r".*/layer-times/\w+\.json: layer times of an earlier run are reused$", line)
     assert len(list(cache.iterdir())) == 2
 
 
@@ -343,7 +343,7 @@ def test_times_of_a_busy_machine_are_not_kept(cache):
     of = Measurements()
     of.steady = False
     assert not of.table(machine="one")[1]
-    assert of.log == ["times of layers are not kept: this machine was busy while they were measured"]
+    assert of.log == ["layer times are not saved: this machine was busy while they were measured"]
     assert not cache.exists()
     assert not of.table(machine="one")[1]
 
@@ -353,7 +353,9 @@ def test_times_that_would_refuse_the_target_are_measured_anew(cache):
     of.table(machine="one")
     assert not of.table(lambda table: None, machine="one")[1]
     (file,) = cache.iterdir()
-    assert of.log == [f"{file}: by these times the target is out of reach; times of layers are measured anew"]
+    assert of.log == [
+        f"{file}: with these times the target cannot be reached; layer times are measured again"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +370,7 @@ def test_a_damaged_file_is_measured_anew_and_replaced(cache, text):
     assert of.times == 2
     (line,) = of.log
     assert str(file) in line
-    assert "measured anew" in line
+    assert "measured again" in line
     assert of.table(machine="one")[1]
 
 
@@ -398,4 +400,4 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     of = Measurements()
     assert not of.table(machine="one")[1]
-    assert "times of layers are not kept" in of.log[0]
+    assert "layer times are not saved" in of.log[0]

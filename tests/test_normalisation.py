@@ -107,7 +107,7 @@ def test_a_bare_file_does_not_say(tiny_vit):
     assert not found.normalisation_is_sure
     assert found.origins["mean"] == found.origins["interpolation"] == "default"
     assert (found.origins["input_size"], found.origins["crop_pct"]) == ("model", "size")
-    assert f"std 0.5,0.5,0.5 (timm's default for {tiny_vit.architecture}, the file does not say)" in text
+    assert f"std 0.5,0.5,0.5 (timm's default for {tiny_vit.architecture}; the file states none)" in text
     assert "32x32 (the model's); crop 1 center (small images are not cropped)" in text
 
 
@@ -165,7 +165,7 @@ def test_a_slim_file_keeps_what_its_cut_assumed(tiny_vit, tmp_path):
     mhacut.prune(tiny_vit.path, flops="60%", output=out, std=(0.2,) * 3, calibration_images=8, **options)
     found, text = origins(out)
     assert (found.origins["mean"], found.origins["std"]) == ("assumed", "file")
-    assert f"mean 0.5,0.5,0.5 (from the file, which took timm's default for {found.architecture})" in text
+    assert f"mean 0.5,0.5,0.5 (from the file, which used timm's default for {found.architecture})" in text
 
 
 @pytest.mark.parametrize("entry", [{}, {"preprocessing_from": 3}, {"preprocessing_from": {"mean": []}}])

@@ -166,7 +166,7 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     slim = pruned.output
     other = prune(tiny_vit, tmp_path / "other.safetensors", flops="90%").output
     model = mhacut.load_model(slim)
-    with pytest.raises(CheckpointError, match="not the file this model was opened from"):
+    with pytest.raises(CheckpointError, match="not the file that this model was opened from"):
         mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
     with pytest.raises(CheckpointError, match="is no slim file"):
         mhacut.save_model(model, tmp_path / "new.safetensors", like=tiny_vit.path)
@@ -329,7 +329,7 @@ def test_what_is_left_whole_is_logged(tmp_path):
         model_args=args,
         **QUICK,
     )
-    assert result.not_prunable == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
+    assert result.not_prunable == ("attn_pool (AttentionPoolPrr): this pooling head is not pruned",)
 
 
 @pytest.mark.slow
@@ -545,5 +545,7 @@ def test_options_without_effect_are_named_before_any_work(tiny_vit, tmp_path, op
 def test_training_on_a_single_image_is_left_out(tiny_vit, tmp_path):
     reporter, options = Recorder(), {"calibration_images": 1, "tuning_steps": 1, "gain_steps": None}
     prune(tiny_vit, tmp_path / "slim.safetensors", reporter=reporter, **options)
-    assert "nothing was trained: of a single image, none is left to judge by" in reporter.messages
+    assert (
+        "nothing was trained: with a single image, none is left to check the result on" in reporter.messages
+    )
     assert not any("no effect" in note for note in reporter.messages)

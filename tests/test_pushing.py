@@ -157,7 +157,7 @@ def test_a_folder_that_the_hub_refuses_stays(refused, hub, slim_of, tmp_path):
 
 def test_without_a_token(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(MhacutError, match="no token of the Hugging Face hub here; run hf auth login"):
+    with pytest.raises(MhacutError, match="no token for the Hugging Face hub was found; run hf auth login"):
         mhacut.export("no such file", output=tmp_path / "a", format="timm", push_to_hub="some/vit")
 
 

@@ -271,7 +271,7 @@ def test_the_command(slim_of, few_digits, tmp_path):
     for words in (
         "dynamic",
         "static",
-        "INT8 beside float32, on 4 held-out",
+        "INT8 compared with float32, on 4 held-out",
         "times as fast",
         "times as small",
     ):

@@ -110,7 +110,7 @@ def test_what_is_not_a_sample_is_told_or_left_out(tmp_path):
 def test_a_shard_that_is_cut_short_or_says_too_much_is_named(root, tmp_path):
     fewer = write_shards(tmp_path / "fewer", [("9", png(9), 0), ("8", png(8), 1)])
     (root / "any-0001.tar").write_bytes((fewer / "any-0001.tar").read_bytes())
-    with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is cut short"):
+    with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is truncated"):
         open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
 
     def labelled(text):

@@ -158,7 +158,7 @@ def digits_vit():
 def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
     options = {"max_kl": 1e-30, "keep_dead_tokens": True}
     with pytest.raises(
-        BudgetError, match=r"max_kl=1e-30: no cut model is within that; the nearest, with .*KL"
+        BudgetError, match=r"max_kl=1e-30: no pruned model is within this bound; the nearest, with .*KL"
     ):
         prune(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
@@ -181,8 +181,8 @@ def test_a_dense_model_that_knows_nothing_is_refused(tiny_vit, few_digits, tmp_p
     ("options", "message"),
     [
         ({"labels": False}, "expected labels, which labels=False leaves out"),
-        ({"eval_images": 0}, "expected images to judge on, found eval_images=0"),
-        ({"val_split": "nowhere"}, "expected labelled images to judge on, in the split 'nowhere'"),
+        ({"eval_images": 0}, "expected images to measure accuracy on, found eval_images=0"),
+        ({"val_split": "nowhere"}, "expected labelled images to measure accuracy on, in the split 'nowhere'"),
     ],
 )
 def test_a_bound_on_accuracy_needs_labels(digits_vit, tmp_path, options, message):

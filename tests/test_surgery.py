@@ -98,7 +98,7 @@ def test_the_hidden_channels_of_a_classifier_are_left_alone():
     with torch.device("meta"):
         hiera = timm.create_model("hiera_tiny_224")
     assert find_prunable_layers(hiera).skipped == (
-        "head (ClNormMlpClassifierHead): the hidden channels of a classifier are left alone",
+        "head (ClNormMlpClassifierHead): the hidden channels of a classifier are not pruned",
     )
 
 

@@ -71,8 +71,8 @@ def test_labels_name_what_is_bounded():
         ({}, "flops is missing"),
         ({"flops": ()}, "flops is missing"),
         ({"flops": ("50%", "50%")}, "flops='50%': expected each budget once"),
-        ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 looks for the smallest model itself, flops='50%'"),
-        ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 looks for the smallest model itself"),
+        ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 searches for the smallest model, but flops='50%'"),
+        ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 searches for the smallest model"),
         ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
         ({"params": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or uniform"),
         ({"size": "6MB", "scope": "attention+mlp+tokens"}, "expected flops; merging tokens changes neither"),
@@ -284,7 +284,7 @@ def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
         ({"size": "10KB"}, r"size='10KB' is out of reach: the lowest is \S+KB"),
         ({"params": "100%"}, r"nothing to prune: the model's \S+K parameters are already within 100%"),
         ({"flops": "60%", "size": "1KB"}, "size='1KB' is out of reach"),
-        ({"max_drop": 1.0}, r"max_drop=1\.0: expected labelled images to judge on"),
+        ({"max_drop": 1.0}, r"max_drop=1\.0: expected labelled images to measure accuracy on"),
     ],
 )
 def test_infeasible_targets_are_refused_with_the_nearest(tiny_vit, tmp_path, options, message):

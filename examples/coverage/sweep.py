@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = build_parser().parse_args(arguments)
     chosen = architectures(asked.pattern)
     if not chosen:
-        print(f"{asked.pattern!r}: no model of timm has such a name", file=sys.stderr)
+        print(f"{asked.pattern!r}: no model in timm has a name like this", file=sys.stderr)
         return 2
     outcomes = []
     for done, (name, tags) in enumerate(chosen.items(), 1):

@@ -173,7 +173,9 @@ def test_the_classifier_can_be_left_out(folder):
 
 
 def test_another_architecture_than_the_configurations_is_refused(folder):
-    assert "it is converted to vit_base_patch16_224" in refusal(folder(), model="vit_tiny_patch16_224")
+    assert "its configuration describes vit_base_patch16_224" in refusal(
+        folder(), model="vit_tiny_patch16_224"
+    )
     assert read_model(folder(), model="vit_base_patch16_224").has_weights
 
 

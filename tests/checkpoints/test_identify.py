@@ -61,8 +61,8 @@ def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, cro
         ({"architecture": "vit_tiny_patch16_225"}, "did you mean vit_tiny_patch16_224"),
         ({"architecture": "os.system"}, "timm has no model"),
         ({"architecture": None}, "expected timm's config with an architecture"),
-        ({"model_args": {**ARGS, "depth": 10**6}}, "out of all proportion to the tensors in it"),
-        ({"model_args": {**ARGS, "embed_dim": 999_999}}, "out of all proportion to the tensors in it"),
+        ({"model_args": {**ARGS, "depth": 10**6}}, "is far too large for the tensors in the file"),
+        ({"model_args": {**ARGS, "embed_dim": 999_999}}, "is far too large for the tensors in the file"),
         ({"model_args": {**ARGS, "embed_dim": 10**9}}, "numbers may reach 1000000"),
         ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
         ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
@@ -186,7 +186,7 @@ def test_a_file_of_another_library_is_told_so(tmp_path):
     save_file({f"encoder.{i}": torch.ones(1) for i in range(2000)}, path)
     message = refusal(path, model=NAME)
     assert "2000 unexpected" in message
-    assert "most names are not that model's (it has 'encoder.0', not 'cls_token')" in message
+    assert "most tensor names are not that model's (the file has 'encoder.0', not 'cls_token')" in message
     assert "\n" not in message
     assert len(message) < 400
 
@@ -260,7 +260,9 @@ def test_a_training_checkpoint_says_which_part_was_read(tmp_path):
     ema = {"module." + name: tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": {}, "state_dict_ema": ema, "epoch": 3}, path)
     loaded = read_model(path, model=NAME, model_args=ARGS)
-    line = "read the part 'state_dict_ema' of the checkpoint; took the prefix module. off the tensor names"
+    line = (
+        "read the part 'state_dict_ema' of the checkpoint; removed the prefix module. from the tensor names"
+    )
     assert line in loaded.notes
     with torch.no_grad():
         assert torch.equal(loaded.model(IMAGES), model(IMAGES))
@@ -269,7 +271,7 @@ def test_a_training_checkpoint_says_which_part_was_read(tmp_path):
 def test_a_suffix_that_lies_is_noted(dense, tmp_path):
     model, path = dense
     loaded = read_model(path.rename(tmp_path / "dense.pth"), model=NAME, model_args=ARGS)
-    assert "content is safetensors, in spite of its name" in loaded.notes
+    assert "content is safetensors, despite the name" in loaded.notes
     torch.save(model.state_dict(), path)
     loaded = read_model(path, model=NAME, model_args=ARGS)
-    assert "content is a torch file, in spite of its name" in loaded.notes
+    assert "content is a torch file, despite the name" in loaded.notes

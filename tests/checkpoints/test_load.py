@@ -239,4 +239,6 @@ def test_timm_weights_from_the_cache(monkeypatch):
     assert (loaded.stem, loaded.path) == (f"{NAME}.augreg_in21k_ft_in1k", None)
     assert loaded.identity.model_args == {**ARGS, "num_classes": 1000}
     assert len(loaded.sha256) == 64
-    assert "one of 10 would be random" in refusal(f"timm:{NAME}", model_args=ARGS, num_classes=10)
+    assert "a classifier of 10 would have random weights" in refusal(
+        f"timm:{NAME}", model_args=ARGS, num_classes=10
+    )

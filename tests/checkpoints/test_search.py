@@ -89,9 +89,11 @@ def test_models_that_only_preprocess_otherwise_are_named():
     found = search(header_of(build(VIT, num_classes=10)), {})
     assert found.identity.architecture == VIT
     assert found.notes[-1].startswith(
-        "the layers are also those of deit_tiny_patch16_224, preprocessed with mean 0.485,0.456,0.406, "
+        "the layers also fit deit_tiny_patch16_224, preprocessed with mean 0.485,0.456,0.406, "
     )
-    assert found.notes[-1].endswith("for those give model='deit_tiny_patch16_224', or mean and std")
+    assert found.notes[-1].endswith(
+        "to choose one of them, give model='deit_tiny_patch16_224', or mean and std"
+    )
 
 
 def test_models_that_compute_different_things_are_asked_about():
@@ -111,7 +113,7 @@ def test_of_models_that_only_take_other_images_one_is_chosen(tmp_path, side):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     found = read_model(tmp_path / "model.safetensors")
     assert found.identity.architecture == "xcit_nano_12_p16_224"
-    line = "the layers are also those of xcit_nano_12_p16_384, for images of 384x384, not 224x224"
+    line = "the layers also fit xcit_nano_12_p16_384, for images of 384x384, not 224x224"
     assert any(
         note.startswith(line) and note.endswith("give model='xcit_nano_12_p16_384'") for note in found.notes
     ), found.notes

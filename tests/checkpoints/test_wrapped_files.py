@@ -71,13 +71,13 @@ def lightning(w, other, **beside):
 
 
 IN_TORCH_FILES = {
-    "lightning": (lightning, "part 'state_dict' of the checkpoint; took the prefix model. off"),
+    "lightning": (lightning, "part 'state_dict' of the checkpoint; removed the prefix model. from"),
     "left out": (lightning, "left out criterion. (1), loss_fn. (1)"),
     "lightning ema": (
         lambda w, o: lightning(o, w, callbacks={"EMA": {"state_dict_ema": under("model.", w)}}),
         "part 'callbacks.EMA.state_dict_ema'",
     ),
-    "timm": (lambda w, o: {"state_dict": o, "state_dict_ema": w}, "part='state_dict' takes another"),
+    "timm": (lambda w, o: {"state_dict": o, "state_dict_ema": w}, "part='state_dict' reads another part"),
     "timm 2": (lambda w, o: {"model": under("module.", o), "model_ema": under("module.", w)}, "'model_ema'"),
     "mmengine": (
         lambda w, o: {
@@ -85,7 +85,7 @@ IN_TORCH_FILES = {
             "ema_state_dict": {**under("module.", w), "steps": torch.tensor(9)},
             "meta": {"epoch": 3},
         },
-        "'ema_state_dict' of the checkpoint; took the prefix module. off the tensor names; left out steps",
+        "'ema_state_dict' of the checkpoint; removed the prefix module. from the tensor names; left out",
     ),
     "ema": (lambda w, o: {"model": o, "ema": {"decay": 0.999, "shadow": w}}, "read the part 'ema.shadow'"),
     "tutorial": (
@@ -95,26 +95,26 @@ IN_TORCH_FILES = {
     "any name": (lambda w, o: {"my_weights": w, "my_epoch": 4}, "read the part 'my_weights'"),
     "model name": (lambda w, o: {"model": "resnet50", "weights": w}, "read the part 'weights'"),
     "nested": (lambda w, o: {"model": {"state_dict": under("net.", w)}}, "read the part 'model.state_dict'"),
-    "dino": (dino, "part 'teacher' of the checkpoint; took the prefix backbone. off"),
-    "dino's head": (dino, "left out head. (2); part='student' takes another"),
+    "dino": (dino, "part 'teacher' of the checkpoint; removed the prefix backbone. from"),
+    "dino's head": (dino, "left out head. (2); part='student' reads another part"),
     "distilled": (
         lambda w, o: {"student": w, "teacher": {"blocks.0.x": torch.ones(9), "head.y": torch.ones(9)}},
-        "read the part 'student' of the checkpoint; part='teacher' takes another",
+        "read the part 'student' of the checkpoint; part='teacher' reads another part",
     ),
 }
 IN_ANY_FILE = {
-    "module": (lambda w, o: under("module.", w), "took the prefix module. off the tensor names"),
-    "compiled": (lambda w, o: under("_orig_mod.module.", w), "took the prefix _orig_mod.module. off"),
+    "module": (lambda w, o: under("module.", w), "removed the prefix module. from the tensor names"),
+    "compiled": (lambda w, o: under("_orig_mod.module.", w), "removed the prefix _orig_mod.module. from"),
     "compiled blocks": (
         lambda w, o: {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in w.items()},
-        "took the prefix _orig_mod. off",
+        "removed the prefix _orig_mod. from",
     ),
-    "model.module": (lambda w, o: under("model.module.", w), "took the prefix model.module. off"),
-    "module.backbone": (lambda w, o: under("module.backbone.", w), "took the prefix module.backbone. off"),
-    "repeated": (lambda w, o: under("net.model.model.", w), "took the prefix net.model.model. off"),
-    "encoder": (lambda w, o: under("encoder.", w), "took the prefix encoder. off"),
-    "own word": (lambda w, o: under("my_vit.", w), "took the prefix my_vit. off"),
-    "sequential": (lambda w, o: under("1.", w), "took the prefix 1. off"),
+    "model.module": (lambda w, o: under("model.module.", w), "removed the prefix model.module. from"),
+    "module.backbone": (lambda w, o: under("module.backbone.", w), "the prefix module.backbone. from"),
+    "repeated": (lambda w, o: under("net.model.model.", w), "removed the prefix net.model.model. from"),
+    "encoder": (lambda w, o: under("encoder.", w), "removed the prefix encoder. from"),
+    "own word": (lambda w, o: under("my_vit.", w), "removed the prefix my_vit. from"),
+    "sequential": (lambda w, o: under("1.", w), "removed the prefix 1. from"),
     "loss beside": (
         lambda w, o: {**w, "criterion.weight": torch.ones(10)},
         "left out criterion. (1)",
@@ -122,21 +122,21 @@ IN_ANY_FILE = {
     "dinov2": (
         lambda w, o: {**under("teacher.backbone.", w), **under("teacher.dino_head.", HEAD)}
         | {**under("student.backbone.", o), **under("student.dino_head.", HEAD)},
-        "took the prefix teacher.backbone. off the tensor names; left out dino_head. (2), student. ",
+        "removed the prefix teacher.backbone. from the tensor names; left out dino_head. (2), student. ",
     ),
     "lightly": (
         lambda w, o: {**under("teacher_backbone.", w), **under("student_backbone.", o)}
         | {**under("student_head.", HEAD), **under("teacher_head.", HEAD)},
-        "part='student_backbone' takes another",
+        "part='student_backbone' reads another part",
     ),
     "averaged": (
         lambda w, o: {**under("model.", o), **under("ema_model.module.", w)}
         | {"ema_model.n_averaged": torch.tensor(3)},
-        "left out model. (32), n_averaged (1); part='model' takes another",
+        "left out model. (32), n_averaged (1); part='model' reads another part",
     ),
     "distilling": (
         lambda w, o: {**under("model.", w), **under("teacher.", {"stem.weight": torch.ones(2)})},
-        "took the prefix model. off the tensor names; left out teacher. (1); part='teacher' takes another",
+        "the prefix model. from the tensor names; left out teacher. (1); part='teacher' reads another part",
     ),
 }  # fmt: skip
 
@@ -362,17 +362,17 @@ def test_scripts_name_their_model(tmp_path, entry, origin):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ({"model": "my_vit"}, "its args.model 'my_vit' is no model of timm, and was ignored"),
-        ({"model": "../../etc/passwd"}, "is no model of timm, and was ignored"),
+        ({"model": "my_vit"}, "its args.model 'my_vit' is not a timm model and was ignored"),
+        ({"model": "../../etc/passwd"}, "is not a timm model and was ignored"),
         (
             {"model": NAME, "model_kwargs": {"checkpoint_path": "/etc/passwd"}},
             "its args.model_kwargs were ignored",
         ),
         ({"model": NAME, "model_kwargs": {"depth": 10**9}}, "its args.model_kwargs were ignored"),
-        ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] makes no sense"),
-        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] makes no sense"),
-        ({"interpolation": "random"}, "its interpolation 'random' makes no sense"),
-        ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 makes no sense"),
+        ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] is invalid"),
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
+        ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
+        ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
     ],
 )
 def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):

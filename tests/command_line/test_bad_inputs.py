@@ -202,7 +202,7 @@ def test_code_in_a_pickle_is_listed_not_run(tmp_path, how):  # 17
         wrapped = {"a": TENSOR, "b": hostile}
         path.write_bytes(torch_file(wrapped, _use_new_zipfile_serialization=how == "zip"))
     message = refusal(tmp_path, "inspect", path)
-    assert "mkdir); nothing was run. If you trust where it comes from, convert it" in message
+    assert "mkdir); nothing was run. If you trust its source, convert it" in message
 
 
 def test_names_in_an_index_are_not_followed(tmp_path):  # 25
@@ -338,7 +338,7 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     result = run("prune", path, *tiny_vit.flags[1:], "--flops", "80%", "-o", out, *FAST)
     assert result.exit_code == 0, result.stderr
-    for note in ("state_dict", "module.", "content is a torch file, in spite of its name", "num_classes 7"):
+    for note in ("state_dict", "module.", "content is a torch file, despite the name", "num_classes 7"):
         assert note in result.stderr
     stored = load_file(out)
     assert stored["blocks.0.attn.qkv.weight"].dtype == torch.float16
@@ -351,7 +351,7 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     again.rename(tmp_path / "again.pth")
     result = run("inspect", tmp_path / "again.pth")
     assert result.exit_code == 0, result.stderr
-    assert "content is safetensors, in spite of its name" in result.stderr
+    assert "content is safetensors, despite the name" in result.stderr
 
 
 def fail_with(number):

@@ -290,7 +290,7 @@ def aliases(depth: int) -> str:
         ("a: !!timestamp x", "is not YAML"),
         ("a: " + "[" * 900, "is not YAML"),
         ("output: " + aliases(12), "aliases make it more than 10000 values; expected a few lines"),
-        ("model-args: &a {b: *a}", "an alias refers to what it stands in"),
+        ("model-args: &a {b: *a}", "an alias refers to a value that contains it"),
         ("a: " + "x" * 2**16, "is larger than 65536 bytes; expected a few lines of YAML"),
     ],
 )

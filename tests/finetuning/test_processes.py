@@ -101,7 +101,7 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(programs, tune
     held = tune("held", steps=1).folder
     flags = ["-b", "6", "-j", "0", "--steps", "1"]
     for given, message in (
-        (["--data-dir", images, "-o", held], "holds a run already"),
+        (["--data-dir", images, "-o", held], "already holds a run"),
         (["--data-dir", tmp_path / "none", "-o", tmp_path / "new"], "no such directory"),
     ):
         done = programs.run(BY_TWO, free_port(), "finetune", slim, *given, *flags)  # until both have ended
@@ -134,7 +134,7 @@ def test_a_command_that_is_asked_to_stop_can_go_on(programs, slim, images, tmp_p
             os.kill(run.pid, number)
         assert run.end(200) == 130
         stderr = run.stderr.read()
-    assert "all is saved. Go on with: " in stderr
+    assert "everything is saved. Continue with: " in stderr
     assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
     state = RunFolder(tmp_path / "cut").read_state()
     assert f"stopped after step {state['step']} of 1200" in stderr

@@ -131,7 +131,7 @@ def test_who_asks_to_stop_while_accuracy_is_measured_is_answered_at_once(tune, m
     monkeypatch.setattr(measuring_module, "evaluate", asked_in)
     with pytest.raises(Interrupted, match=message):
         tune(reporter=reporter)
-    answer = "stopping once this is measured and saved; asked again, at once"
+    answer = "stopping once this is measured and saved; interrupt again to stop at once"
     assert reporter.messages[calls[at - 1]] == answer
     assert reporter.messages.count(answer) == 1
 
@@ -147,7 +147,9 @@ def test_an_interruption_once_all_is_saved_says_so(tune, monkeypatch):
         return measure(*given, **named)
 
     monkeypatch.setattr(measuring_module, "evaluate", interrupted)
-    with pytest.raises(Interrupted, match=r"all 6 steps are done and saved; .*best\.safetensors was not"):
+    with pytest.raises(
+        Interrupted, match=r"all 6 steps are done and saved, but the evaluation of .*best\.safetensors was"
+    ):
         tune()
 
 
@@ -173,13 +175,13 @@ def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, 
         tune("cut", steps=2)
     reporter = Recorder()
     resume(tmp_path / "cut", reporter=reporter)
-    assert any("no step was saved, beginning with the first" in text for text in reporter.messages)
+    assert any("no step was saved; starting from the first" in text for text in reporter.messages)
 
 
 def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
     reporter = Recorder()
     assert resume(finished, reporter=reporter).epochs == finished_run.epochs
-    assert "all 6 steps are done: nothing is trained" in reporter.messages
+    assert "all 6 steps are done; there is nothing left to train" in reporter.messages
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, monkeypatch):
@@ -201,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp
 
 
 def test_a_run_is_not_written_over(tune, finished, slim, images, tmp_path):
-    with pytest.raises(OutputError, match=r"holds a run already.*resume="):
+    with pytest.raises(OutputError, match=r"already holds a run.*resume="):
         tune()
     assert tune(overwrite=True).steps == 6
     held = tmp_path / "held"
@@ -238,7 +240,7 @@ def test_another_model_or_other_data_are_refused_by_name(tune, slim, images, tin
         resume(result.folder, batch_size=6)
     with pytest.raises(UsageError, match=r"lr=0.5: the run in .* was started with 0.001"):
         resume(result.folder, lr=0.5)
-    with pytest.raises(UsageError, match=r"resume=.*no run to go on with"):
+    with pytest.raises(UsageError, match=r"resume=.*no run to continue"):
         resume(tmp_path / "nothing")
     # Shared out otherwise, the step is the same.
     assert resume(result.folder, batch_size=6, grad_accum_steps=2).steps == 6

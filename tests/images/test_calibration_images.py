@@ -117,7 +117,7 @@ def test_unreadable_images_are_replaced_and_told_until_too_few_are_left(root) ->
     for path in sorted((root / "train").rglob("*.png"))[:7]:
         path.write_bytes(b"no image")
     with pytest.raises(
-        DataError, match=r"7 of 12 images tried under train/ cannot be read, 5 are left of the 12 needed"
+        DataError, match=r"7 of 12 images under train/ cannot be read, which leaves 5 of the 12 needed"
     ):
         calibrated(PLAIN, count=99, seed=0, data_dir=root)
 

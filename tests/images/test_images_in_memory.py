@@ -269,7 +269,7 @@ def test_several_processes_are_given_the_same_images(other, same):
     if same:
         _check_same_images(numbered(4), processes)
     else:
-        with pytest.raises(DataError, match="images: not the same in all processes"):
+        with pytest.raises(DataError, match="images: processes share them, but were given different ones"):
             _check_same_images(numbered(4), processes)
 
 

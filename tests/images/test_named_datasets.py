@@ -72,7 +72,7 @@ def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> 
     assert sum(len(labels) for _, labels in evaluated(PLAIN, **options)) == 12
     assert sum(len(labels) for _, labels in evaluated(PLAIN, limit=7, **options)) == 7
     opens(Stream(lost=1))
-    with pytest.raises(DataError, match="11 images came of 12 announced"):
+    with pytest.raises(DataError, match="only 11 of the 12 announced images arrived"):
         list(evaluated(PLAIN, **options))
 
 
@@ -80,7 +80,7 @@ def test_a_dataset_without_images_is_refused(opens) -> None:
     opens(Pictures(per_class=0))
     with pytest.raises(DataError, match="torch/any', split 'train': holds no images"):
         calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
-    with pytest.raises(DataError, match="no images came"):
+    with pytest.raises(DataError, match="no images arrived"):
         list(evaluated(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3))
 
 

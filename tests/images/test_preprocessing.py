@@ -129,7 +129,7 @@ def test_other_channels_are_synthetic_or_refused(root, channels) -> None:
     assert torch.isfinite(images).all()
     own = Preprocessing.resolve({"mean": range(channels), "std": [1.0] * channels}, (channels, 16, 16))
     assert own.mean == tuple(range(channels))
-    message = f"takes images of {channels} channels; pictures are read with 1 or 3. .*synthetic"
+    message = f"takes images of {channels} channels, but image files are read with 1 or 3. .*synthetic"
     with pytest.raises(DataError, match=message):
         calibrated(many, count=1, seed=0, data_dir=root)
     with pytest.raises(DataError, match=message):

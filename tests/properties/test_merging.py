@@ -243,7 +243,7 @@ def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
 def test_models_that_leave_out_dead_tokens_are_refused_by_their_own_name(architecture):
     class_token = {"class_token": True} if "relpos" in architecture else {}
     model = build(merging(architecture, img_size=28, patch_size=14, global_pool="token", **class_token))
-    reason = f"{type(model).__name__} is no plain ViT"
+    reason = f"{type(model).__name__} is not a plain ViT"
     apply_tokens(model, TokenPlan(1))
     with pytest.raises(UnsupportedModelError, match=f"tokens cannot be merged: {reason}"):
         apply_tokens(model, TokenPlan(1, (1, 0, 0)))

@@ -25,7 +25,7 @@ SIGLIP = VITS["pooling head"]
 def test_a_pooling_head_without_projections_of_its_own_is_left_alone():
     args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}
     prunable = find_prunable_layers(timm.create_model("vit_tiny_patch16_224", global_pool="prr", **args))
-    assert prunable.skipped == ("attn_pool (AttentionPoolPrr): a pooling head is left alone",)
+    assert prunable.skipped == ("attn_pool (AttentionPoolPrr): this pooling head is not pruned",)
     assert not [unit for unit in prunable.units() if unit.layer.startswith("attn_pool")]
 
 
@@ -34,7 +34,7 @@ def test_a_pooling_head_that_is_built_otherwise_is_left_alone_too(built):
     model = build(VITS["plain"])
     model.attn_pool = AttentionPoolLatent(model.embed_dim, num_heads=3, **built)
     assert find_prunable_layers(model).skipped == (
-        "attn_pool (AttentionPoolLatent): a pooling head is left alone",
+        "attn_pool (AttentionPoolLatent): this pooling head is not pruned",
     )
 
 

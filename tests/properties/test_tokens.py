@@ -67,8 +67,8 @@ READING = {
 }
 """Models whose head reads their first tokens only."""
 OTHERS = {
-    "averaging": (reading(global_pool="avg"), "head reads all of them"),
-    "pooling head": (reading(global_pool="map"), "head reads all of them"),
+    "averaging": (reading(global_pool="avg"), "head reads all tokens"),
+    "pooling head": (reading(global_pool="map"), "head reads all tokens"),
     "other attention": (
         reading("vit_dpwee_patch16_reg1_gap_256", class_token=True, global_pool="token"),
         "ParallelScaling",
@@ -78,8 +78,8 @@ OTHERS = {
         "attention of class DiffAttention",
     ),
     "blocks side by side": (reading("vit_base_patch16_18x2_224"), "ParallelThingsBlock"),
-    "averaging eva": (reading("eva02_tiny_patch14_224"), "head reads all of them"),
-    "averaging beit": (reading("beit_base_patch16_224"), "head reads all of them"),
+    "averaging eva": (reading("eva02_tiny_patch14_224"), "head reads all tokens"),
+    "averaging beit": (reading("beit_base_patch16_224"), "head reads all tokens"),
     "another model": (
         ModelCase("cait_xxs24_224", {"depth": 1, "img_size": 32, "embed_dim": 24, "num_heads": 3}),
         "a Cait reads is not known",
