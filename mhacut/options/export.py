@@ -83,7 +83,7 @@ class ExportOptions(CheckpointOptions):
     )
     quantization: Quantization = option(
         "auto",
-        "How activations are quantized: by their range at run time (dynamic), or by a fixed range found on "
+        "Quantization of activations: by their range at run time (dynamic), or by a fixed range found on "
         "images, which other runtimes expect (static; needs images). If images are given, auto takes the one "
         "closer to float32; otherwise dynamic.",
         panel="Quantization",

@@ -130,7 +130,7 @@ class AugmentationOptions(Options):
     reprob: float = option(
         0.0, "Probability of erasing a rectangle.", panel="Rarer options", metavar="P", at_least=0, at_most=1
     )
-    remode: EraseMode = option("pixel", "How an erased rectangle is filled.", panel="Rarer options")
+    remode: EraseMode = option("pixel", "Contents of an erased rectangle.", panel="Rarer options")
     recount: int = option(
         1, "Largest number of erased rectangles per image.", panel="Rarer options", metavar="N", at_least=1
     )

@@ -131,9 +131,9 @@ class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False
     """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32.
     Default: False."""
     quantization: Literal["auto", "dynamic", "static"]
-    """How activations are quantized: by their range at run time (dynamic), or by a fixed range found on
-    images, which other runtimes expect (static; needs images). If images are given, auto takes the one closer
-    to float32; otherwise dynamic. Default: 'auto'."""
+    """Quantization of activations: by their range at run time (dynamic), or by a fixed range found on images,
+    which other runtimes expect (static; needs images). If images are given, auto takes the one closer to
+    float32; otherwise dynamic. Default: 'auto'."""
     reduce_range: bool
     """Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI. Default: False."""
     threads: int | None
@@ -239,7 +239,7 @@ class AugmentationKeywords(TypedDict, total=False):
     reprob: float
     """Probability of erasing a rectangle. Default: 0.0."""
     remode: Literal["const", "rand", "pixel"]
-    """How an erased rectangle is filled. Default: 'pixel'."""
+    """Contents of an erased rectangle. Default: 'pixel'."""
     recount: int
     """Largest number of erased rectangles per image. Default: 1."""
     mixup_prob: float
@@ -367,7 +367,7 @@ class SearchKeywords(TypedDict, total=False):
     seed: int
     """Random seed. Default: 42."""
     allocation: Literal["curves", "indicator", "refined", "uniform"]
-    """How the budget is divided among layers: by sensitivity curves (curves), by trained indicators as in the
+    """Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in the
     paper (indicator), by indicators that start from the curves' plan and are used if they do better on held-
     out images (refined), or uniformly (uniform). Default: 'curves'."""
     basis: Literal["auto", "channel", "principal"]
@@ -375,9 +375,9 @@ class SearchKeywords(TypedDict, total=False):
     (principal), or, per layer, those that leave the smaller error on held-out images (auto). Default:
     'auto'."""
     positions: Literal["auto", "own", "equal"]
-    """Which v channels to keep in heads that share convolution filters: each head its own, with its own copy
-    of the filters (own), the same positions in all heads (equal), or, per layer, the choice that leaves the
-    smaller error on held-out images (auto). Default: 'auto'."""
+    """Kept v channels of heads that share convolution filters: each head its own, with its own copy of the
+    filters (own), the same positions in all heads (equal), or, per layer, the choice that leaves the smaller
+    error on held-out images (auto). Default: 'auto'."""
     repair: bool
     """Refit by least squares the weights that read the output of a pruned layer. Default: True."""
     swap_moves: bool | None
@@ -456,8 +456,8 @@ class PruneKeywords(
     output: str | os.PathLike[str] | None
     """File to write; by default named after the checkpoint and the budget, in the working directory."""
     scope: Literal["attention", "attention+mlp", "attention+mlp+tokens"]
-    """What may be pruned: channels of attention; also channels of MLPs; also tokens, which the blocks of a
-    plain ViT then merge. Default: 'attention+mlp'."""
+    """Parts that may be pruned: channels of attention; also channels of MLPs; also tokens, which the blocks
+    of a plain ViT then merge. Default: 'attention+mlp'."""
     preserve: str | None
     """Outputs to preserve: answers (the classifier's outputs), pooled (its inputs), tokens (the features of
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).

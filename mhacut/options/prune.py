@@ -40,7 +40,7 @@ class SearchOptions(Options):
     seed: int = option(42, "Random seed.", panel="Computing", metavar="N")
     allocation: Allocation = option(
         "curves",
-        "How the budget is divided among layers: by sensitivity curves (curves), by trained indicators as in "
+        "Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in "
         "the paper (indicator), by indicators that start from the curves' plan and are used if they do "
         "better on held-out images (refined), or uniformly (uniform).",
         panel="Research switches",
@@ -53,9 +53,9 @@ class SearchOptions(Options):
     )
     positions: Positions = option(
         "auto",
-        "Which v channels to keep in heads that share convolution filters: each head its own, with its own "
-        "copy of the filters (own), the same positions in all heads (equal), or, per layer, the choice that "
-        "leaves the smaller error on held-out images (auto).",
+        "Kept v channels of heads that share convolution filters: each head its own, with its own copy of "
+        "the filters (own), the same positions in all heads (equal), or, per layer, the choice that leaves "
+        "the smaller error on held-out images (auto).",
         panel="Research switches",
     )
     repair: bool = option(
@@ -294,8 +294,8 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     search: SearchOptions = field(default_factory=SearchOptions)
     scope: Scope = option(
         "attention+mlp",
-        "What may be pruned: channels of attention; also channels of MLPs; also tokens, which the blocks of "
-        "a plain ViT then merge.",
+        "Parts that may be pruned: channels of attention; also channels of MLPs; also tokens, which the "
+        "blocks of a plain ViT then merge.",
         panel="Result",
     )
     preserve: str | None = option(

@@ -85,7 +85,7 @@ IN_TORCH_FILES = {
             "ema_state_dict": {**under("module.", w), "steps": torch.tensor(9)},
             "meta": {"epoch": 3},
         },
-        "'ema_state_dict' of the checkpoint; removed the prefix module. from the tensor names; left out",
+        "ema_state_dict' of the checkpoint; removed the prefix module. from the tensor names; left out steps",
     ),
     "ema": (lambda w, o: {"model": o, "ema": {"decay": 0.999, "shadow": w}}, "read the part 'ema.shadow'"),
     "tutorial": (
