@@ -1,4 +1,4 @@
-"""Cut channels out of the multi-head attention, and the MLP beside it, of trained vision transformers.
+"""Cut channels out of the multi-head attention and the MLPs of trained vision transformers.
 
 import mhacut
 
@@ -94,7 +94,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavy parts when they are first asked for: torch and timm take seconds."""
+    """Import the heavy parts when they are first used: torch and timm take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mhacut' has no attribute {name!r}")
     from importlib import import_module

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class MhacutError(Exception):
-    """A failure mhacut foresaw: the command line shows its message without a traceback and exits 1."""
+    """A failure that mhacut expects: the command line shows the message without a traceback and exits 1."""
 
 
 class UsageError(MhacutError):
@@ -23,11 +23,11 @@ class CheckpointError(MhacutError):
 
 
 class UnsupportedModelError(MhacutError):
-    """A model that holds an attention class mhacut cannot cut, or none at all."""
+    """A model with an attention class that mhacut cannot cut, or without attention."""
 
 
 class PlanError(MhacutError):
-    """A plan that contradicts itself or the model it is meant for."""
+    """A plan that contradicts itself or does not fit the model."""
 
 
 class BudgetError(MhacutError):
@@ -43,11 +43,11 @@ class OutputError(MhacutError):
 
 
 class Interrupted(MhacutError):
-    """Asked to stop, and stopped with all saved: the command line exits 130."""
+    """A run that was asked to stop and saved everything: the command line exits 130."""
 
 
 class FailedElsewhere(MhacutError):
-    """Another process of the run failed and says why; this one only ends."""
+    """The end of this process because another process of the run failed, which reports the reason."""
 
 
 OptionWriter = Callable[..., str]

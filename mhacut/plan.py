@@ -33,7 +33,7 @@ _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 class UnitPlan:
     """The channels of one unit that stay, head by head.
 
-    An MLP counts as one head. Every head keeps the same number of channels, each its own choice of which.
+    An MLP counts as one head. Every head keeps the same number of channels, but may keep different ones.
     """
 
     layer: str
@@ -47,8 +47,8 @@ class UnitPlan:
     basis: Basis = "channel"
     """Basis of the channels: the model's own, or principal components, the strongest first."""
     unshared: bool = False
-    """Tensors that all heads share are copied for each head first. Without that, heads that share them keep
-    the same channels."""
+    """Whether tensors that all heads share are copied for each head first. Otherwise, heads that share them
+    keep the same channels."""
 
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
@@ -100,7 +100,7 @@ class UnitPlan:
         return cls(layer, kind, dense_width, (tuple(range(dense_width)),) * heads)
 
     def after(self, earlier: UnitPlan) -> UnitPlan:
-        """This cut, made on a layer that ``earlier`` had already cut, in the first layer's indices."""
+        """Combine this cut with ``earlier``, which was made before it, in the indices of the dense layer."""
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
             raise PlanError(
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
@@ -120,13 +120,13 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Tokens that a model does not compute, or computes together; by default none.
+    """Tokens that a model leaves out or merges; by default none.
 
     It is applied to the dense model, before channels are cut (:func:`mhacut.surgery.tokens.apply_tokens`).
     """
 
     read: int | None = None
-    """Number of first tokens of the last block that the head reads, and the block computes; None for all."""
+    """Number of leading tokens that the last block computes, those that the head reads; None for all."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block merges into others; empty where no block merges any."""
 
@@ -148,7 +148,10 @@ class TokenPlan:
         return self.read is not None or bool(self.merged)
 
     def after(self, earlier: TokenPlan) -> TokenPlan:
-        """This plan, made for a model to which ``earlier`` was applied: what it states replaces that."""
+        """Combine this plan with ``earlier``, which was applied before it.
+
+        What this plan states replaces what ``earlier`` states.
+        """
         read = earlier.read if self.read is None else self.read
         return TokenPlan(read, self.merged or earlier.merged)
 
@@ -186,11 +189,11 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of a whole model: one :class:`UnitPlan` per unit, none twice. Units not named stay whole."""
+    """The cut of a whole model: at most one :class:`UnitPlan` per unit. Units without one are not cut."""
 
     units: tuple[UnitPlan, ...]
     tokens: TokenPlan = TokenPlan()
-    """Tokens that the model does not compute, or computes together."""
+    """Tokens that the model leaves out or merges."""
 
     def __post_init__(self) -> None:
         seen: set[UnitKey] = set()
@@ -212,7 +215,7 @@ class Plan:
         return {unit.key: unit.width for unit in self.units}
 
     def after(self, earlier: Plan) -> Plan:
-        """This plan, made for a model that ``earlier`` had already cut, in the dense model's indices."""
+        """Combine this plan with ``earlier``, which was made before it, in the indices of the dense model."""
         before = {unit.key: unit for unit in earlier}
         now = {unit.key: unit for unit in self}
         merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]
@@ -220,7 +223,7 @@ class Plan:
         return Plan(tuple(merged), self.tokens.after(earlier.tokens))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of plain objects, the units, that :meth:`from_json` reads back; ``tokens`` has its own.
+        """Return the units as a list of plain objects that :meth:`from_json` reads back, without ``tokens``.
 
         >>> plan = Plan((UnitPlan("blocks.0.mlp", "hidden", 4, ((0, 2),)),))
         >>> plan.to_json()
@@ -242,7 +245,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, document: object, tokens: object = None) -> Plan:
-        """The plan that :meth:`to_json` wrote; the documents may come from an untrusted file.
+        """Return the plan that :meth:`to_json` wrote; the documents may come from an untrusted file.
 
         Args:
             document: the units.

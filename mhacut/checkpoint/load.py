@@ -33,7 +33,7 @@ def open_checkpoint(
         source: a safetensors or torch file, a folder, ``hf-hub:OWNER/NAME`` for a folder of the hub, or
             ``timm:NAME`` for timm's pretrained weights, which are read at once. Content decides the format,
             not the suffix.
-        model: timm's name of the architecture, for files that do not say.
+        model: timm's name of the architecture, for files that do not state it.
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
         num_classes: size of the classifier; read from its shape if None.
         part: entry of a training checkpoint, or module in it, that is the model; found out if None.
@@ -70,7 +70,7 @@ def read_model(
 
 
 def part_of_dense(source: str | os.PathLike[str], part: str | None) -> str | None:
-    """Return the part to read of one of several checkpoints: none of a slim file or ``timm:NAME``.
+    """Return the part to read from one of several checkpoints; None for a slim file or ``timm:NAME``.
 
     Raises:
         CheckpointError: it is not a readable checkpoint.
@@ -82,7 +82,7 @@ def part_of_dense(source: str | os.PathLike[str], part: str | None) -> str | Non
 
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
-    """Whether a checkpoint says itself which model it is: ``timm:NAME``, a slim file or a folder.
+    """Whether a checkpoint states its own architecture: ``timm:NAME``, a slim file or a folder.
 
     Args:
         source: whatever :func:`open_checkpoint` opens.
@@ -136,8 +136,8 @@ def load_model(
 
     Args:
         path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``,
-            ``hf-hub:OWNER/NAME``. None, the output of a dry run, is refused.
-        model: timm's name of the architecture, for dense files that do not say.
+            ``hf-hub:OWNER/NAME``. None, which is the output of a dry run, is refused.
+        model: timm's name of the architecture, for dense files that do not state it.
         part: entry of a training checkpoint, or module in it, that is the model; found out if None.
         model_args: further arguments of ``timm.create_model``, ``img_size=32``.
 

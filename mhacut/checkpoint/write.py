@@ -111,24 +111,24 @@ def save_model(
     like: str | os.PathLike[str] | None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``model``, opened from the slim file ``like`` and trained since, as a slim file of its own.
+    """Write ``model``, which was opened from the slim file ``like`` and trained, as a new slim file.
 
         model = mhacut.load_model("vit-2.0G.safetensors")
         train(model)
         mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
 
-    The new file states the same cut, and one step more in its history. A classifier replaced by
-    ``reset_classifier`` is taken along.
+    The new file states the same cut, with one more step in its history. A classifier replaced by
+    ``reset_classifier`` is saved too.
 
     Args:
         model: the module from :func:`mhacut.load_model`, with other weights.
         path: the file to write; never ``like`` itself.
-        like: the slim file the model came from; tensors are written in the dtypes it has. None, the output of
-            a dry run, is refused.
+        like: the slim file that the model came from; tensors are written in its dtypes. None, which is the
+            output of a dry run, is refused.
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: ``like`` is not a slim file, or not of this model.
+        CheckpointError: ``like`` is not a slim file, or not the file of this model.
         OutputError: the file must not or cannot be written.
     """
     if like is None:

@@ -40,7 +40,7 @@ def _text(result: ExportResult) -> str:
         table(rows),
         "",
         f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {result.dtype}",
-        "difference: from the model's outputs, relative to the largest of them",
+        "difference: largest difference between the outputs of the two, relative to the largest output",
         *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
         f"saved {safe(result.output)}, {result.file_bytes / 1e6:.1f} MB",
         *([] if result.pushed is None else [f"pushed {safe(result.pushed)}"]),

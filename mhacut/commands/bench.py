@@ -52,10 +52,10 @@ class Timing:
     spread_ms: float
     """Half of the range that holds the middle half of the runs."""
     ratio: float
-    """Median of the ratios to the first checkpoint's run of the same round."""
+    """Median over rounds of the time relative to the first checkpoint's in the same round."""
     saving_realised: float | None
-    """Fraction of the FLOPs saved against the first checkpoint that became saved time; None where none were
-    saved."""
+    """Fraction of time saved relative to the first checkpoint, divided by the fraction of FLOPs saved; None
+    if no FLOPs were saved."""
     peak_mib: float | None
     """Peak memory of a process that reads the checkpoint and runs it, or of the GPU while it ran; None where
     it cannot be measured."""
@@ -75,7 +75,7 @@ class BenchedModel:
     timings: tuple[Timing, ...]
     """Speed at each batch size."""
     int8: bool = False
-    """Whether it is the checkpoint in INT8."""
+    """Whether this is the checkpoint in INT8."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class BenchResult:
     """Result of :func:`bench`."""
 
     models: tuple[BenchedModel, ...]
-    """Checkpoints in the order given, then each in INT8 if that was asked for; ratios are to the first."""
+    """Checkpoints in the order given, then each in INT8 if that was asked for; ratios compare with the
+    first."""
     runtime: str
     dtype: str
     fused: bool
@@ -193,8 +194,8 @@ def _read(path: PathLike, options: BenchOptions, reporter: Reporter, device: tor
         odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % multiple})
         if odd:
             reporter.log(
-                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {multiple}, for "
-                f"which kernels are fast; prune with {option_name('round_to', multiple)}"
+                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {multiple}, "
+                f"for which kernels are fast; prune with {option_name('round_to', multiple)}"
             )
     return checkpoint
 

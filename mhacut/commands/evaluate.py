@@ -80,8 +80,9 @@ def evaluate(
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a timm module,
             which is copied.
-        images: in place of ``data_dir``, all images to measure on, normalised as the model's are: a tuple of
-            images, float [N, C, H, W], and labels, int [N]; or a ``DataLoader``, or any iterable, of such.
+        images: in place of ``data_dir``, all images to measure on, normalised as the model expects: a tuple
+            of images, float [N, C, H, W], and labels, int [N]; or a ``DataLoader``, or any iterable, of such
+            tuples.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.EvaluateKeywords`.
@@ -103,7 +104,7 @@ def run_evaluate(
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
 ) -> EvaluateResult:
-    """Run ``mhacut evaluate``, on a copy of ``module`` where there is no checkpoint."""
+    """Run ``mhacut evaluate``, on a copy of ``module`` if there is no checkpoint."""
     data = options.data
     check_one_source(images, data)
     if images is None and not data.has_images:

@@ -1,4 +1,4 @@
-"""``mhacut export`` as a function: write a checkpoint for another program, and compare what that computes."""
+"""``mhacut export`` as a function: write a checkpoint for another program, run it and compare its outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _BATCH_SIZES = (1, 2, 5)
 """Batch sizes at which a file for any batch size is compared."""
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference from the float32 model that rounding explains, in units of the largest output."""
+"""Largest difference from the float32 model that rounding explains, relative to the largest output."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class ExportResult:
     """[C, H, W], normalised as ``preprocessing`` says."""
     fixed_batch: int | None
     preprocessing: Mapping[str, Any]
-    """Preprocessing of images; also stated in what was written."""
+    """Preprocessing of images; the exported file states it too."""
     file_bytes: int
     """Size of the file, or of the files written into the folder."""
     difference: Mapping[int, float]
-    """Largest difference of the exported program's output from the model's at each batch size compared, in
-    units of the largest output. For INT8 this is on noise, and unbounded."""
+    """Largest difference of the exported program's output from the model's at each batch size compared,
+    relative to the largest output. For INT8, it is measured on random images, without a bound."""
     int8: Quantization | None = None
     """Comparison of INT8 with float32; None for other files."""
     pushed: str | None = None
@@ -72,7 +72,7 @@ def export(
     reporter: Reporter | None = None,
     **options: Unpack[ExportKeywords],
 ) -> ExportResult:
-    """Write a checkpoint, dense or slim, for another program, and compare what that computes.
+    """Write a checkpoint, dense or slim, for another program, and compare the outputs of the two.
 
     Args:
         checkpoint: whatever ``mhacut prune`` reads or writes.
@@ -216,7 +216,7 @@ def _differences(
     *,
     bounded: bool = True,
 ) -> dict[int, float]:
-    """Return the difference of ``run`` from ``model`` at each batch size, in units of the largest output.
+    """Return the difference of ``run`` from ``model`` at each batch size, relative to the largest output.
 
     Args:
         model: the model that was exported.
@@ -226,7 +226,7 @@ def _differences(
         bounded: whether only rounding may make it differ.
 
     Raises:
-        MhacutError: it is more than rounding explains, or no number.
+        MhacutError: a difference is larger than rounding explains, or is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}

@@ -40,21 +40,21 @@ def finetune(
     reporter: Reporter | None = None,
     **options: Unpack[FinetuneKeywords],
 ) -> FinetuneResult:
-    """Train a slim file on, and write a better one.
+    """Fine-tune a slim file and write a better one.
 
         result = mhacut.finetune("vit-2.0G.safetensors", teacher="vit.safetensors", data_dir="images/")
         model = mhacut.load_model(result.output)
 
-    Under torchrun every process calls this alike, and shares the work.
+    Under torchrun, every process makes the same call, and the processes share the work.
 
     Args:
-        checkpoint: a slim file; left out to go on with a run (``resume``).
+        checkpoint: a slim file; left out to continue a run (``resume``).
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.FinetuneKeywords`.
 
     Raises:
-        Interrupted: asked to stop; all is saved.
+        Interrupted: the run was asked to stop; everything is saved.
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     given = options if checkpoint is None else {"checkpoint": checkpoint, **options}

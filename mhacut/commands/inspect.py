@@ -63,7 +63,7 @@ def inspect(
     reporter: Reporter | None = None,
     **options: Unpack[InspectKeywords],
 ) -> InspectResult:
-    """Describe every head of ``checkpoint``: its cost, and how similar and how many its useful channels are.
+    """Describe every head of ``checkpoint``: its cost, how similar its channels are, how many are useful.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.

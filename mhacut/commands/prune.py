@@ -54,21 +54,21 @@ def prune(
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
-            module, which is copied. ``model_args`` then are the arguments that it was built with, except for
-            ``num_classes`` and ``img_size``.
+            module, which is copied. For a module, ``model_args`` states the arguments that it was built with,
+            except for ``num_classes`` and ``img_size``.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
-            ``size``, ``max_latency``, ``max_kl`` or ``max_drop`` may stand in its place, the first three also
-            beside it; for several budgets see :func:`prune_many`.
-        images: in place of ``data_dir``, images in memory, normalised as the model's are: float
-            [N, C, H, W]; a tuple of these and labels, int [N]; or a ``DataLoader``, or any iterable, of such
-            batches, which is read until there are enough images (shuffle it). With labels, accuracy is
-            measured on images that were not calibrated on.
+            ``size``, ``max_latency``, ``max_kl`` or ``max_drop`` can replace it; the first three can also be
+            combined with it. For several budgets of FLOPs, see :func:`prune_many`.
+        images: in place of ``data_dir``, images in memory, normalised as the model expects: float
+            [N, C, H, W]; a tuple of images and labels, int [N]; or a shuffled ``DataLoader``, or any
+            iterable, of such batches, which is read until there are enough images. With labels, accuracy is
+            measured on images that were not used to calibrate.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
 
-    Under torchrun every process calls this alike and calibrates on its share of the images; the first then
-    searches and writes, and all return the same result.
+    Under torchrun, every process makes the same call and calibrates on its share of the images; the first
+    process then searches and writes, and all return the same result.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written.
@@ -91,8 +91,9 @@ def prune_many(
 ) -> tuple[PruneResult, ...]:
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 
-    The files are those that :func:`prune` would write. Budgets after the first cost planning, repair and
-    measuring only. Notebooks show the results as a table and charts.
+    The files are those that :func:`prune` would write. For each budget after the first, only planning, repair
+    and measuring are repeated. Notebooks show the results as a table and
+    charts.
 
     Args:
         checkpoint: as :func:`prune` takes it.
@@ -132,7 +133,7 @@ def run_prune(
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
-    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` where there is no checkpoint.
+    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` if there is no checkpoint.
 
     Returns:
         The results of each budget, in their order. What does not depend on budgets is done once.

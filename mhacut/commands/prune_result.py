@@ -28,7 +28,7 @@ from mhacut.report.inline_svg import chart_html
 from mhacut.report.pareto import COST_FLOPS, Choice, choice_charts, choice_rows
 
 MUCH = 0.2
-"""Divergence in nats that is much: a tenth of the answers of an ImageNet ViT-Ti change."""
+"""Large divergence in nats: it changes the top-1 class of an ImageNet ViT-Ti on a tenth of the images."""
 
 _DIVERGENCE: Mapping[Measure, str] = {
     "answers": "KL to dense",
@@ -45,9 +45,9 @@ class PruneResult:
     """The slim file; None after a dry run."""
     architecture: str
     plan: Plan = field(repr=False)
-    """In the indices of the model that was read."""
+    """Plan of the cut, in the indices of the model that was read."""
     budget: int
-    """FLOPs; those of the dense model where none were asked for."""
+    """Budget of FLOPs; the FLOPs of the dense model if none was given."""
     dense: ModelFigures
     """Figures of the model that was read."""
     slim: ModelFigures
@@ -59,7 +59,7 @@ class PruneResult:
     provenance: Provenance = field(repr=False)
     """Origin of each value in ``preprocessing``."""
     not_prunable: tuple[str, ...] = field(repr=False)
-    """Lines that name what cannot be cut exactly, or is never cut, and why."""
+    """Lines that name layers or channels that were not cut, each with the reason."""
     repairs: Mapping[UnitKey, UnitRepair] = field(repr=False)
     """Outcome of the repair of each unit; empty without repair."""
     device: str
@@ -69,17 +69,17 @@ class PruneResult:
     """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
     ``machine``; empty where no latency was measured."""
     seconds: Mapping[str, float]
-    """Wall time of each stage; "evaluating" is that of the dense model, and of the models that a bound on the
-    loss tried, "measuring" that of all measurements of the pruned one. Stages that several budgets share
-    count for the first."""
+    """Wall time of each stage. "evaluating" counts the dense model and the models tried for a bound on the
+    loss; "measuring" counts all measurements of the pruned model. Stages that several budgets share are
+    counted for the first."""
     stage_seconds: Mapping[str, float]
     """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
     log: tuple[SearchStep, ...] = field(repr=False)
-    """Steps of the indicators, where they were trained."""
+    """Training steps of the indicators, if they were trained."""
     curves: Mapping[UnitKey, Curve] = field(repr=False)
     """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
     report: Path | None
-    """Page about the run; None when not asked for."""
+    """HTML page about the run; None if it was not asked for."""
     divergence: float
     """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
     :class:`mhacut.pruning.preserve.Preserved`."""
@@ -89,10 +89,11 @@ class PruneResult:
     preserved: Mapping[str, Any]
     """Preserved outputs, by ``what``; with ``layers`` or ``levels`` where these were chosen."""
     judged_on: int
-    """Number of those images. They chose how strongly to refit: on others, expect a larger divergence."""
+    """Number of held-out images of ``divergence``. They also chose how strongly to refit, so expect a larger
+    divergence on other images."""
     divergence_with_tokens: float | None
-    """Divergence in nats that merges of tokens alone would leave at the same budget, where the cut of
-    channels left more than :data:`MUCH`, and more than twice as much; else None."""
+    """Estimated divergence in nats if only tokens were merged, at the same budget. None unless the cut of
+    channels left more than :data:`MUCH` and more than twice this."""
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
@@ -100,7 +101,7 @@ class PruneResult:
     _model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the dense and the slim model beside each other as a table's cells, the headings first."""
+        """Return the cells of a table that compares the dense and the slim model, headings first."""
         dense, slim = self.dense, self.slim
         rows = [(self.architecture, "dense", "slim", "ratio")]
         if dense.evaluation and slim.evaluation:
@@ -128,10 +129,10 @@ class PruneResult:
         return html_table(self.rows(), [saved, f"searched on {self.data}"])
 
     def model(self) -> nn.Module:
-        """Return the pruned model, after a dry run too: a new copy, in eval mode, float32, on the CPU.
+        """Return a new copy of the pruned model, in eval mode, float32, on the CPU; also after a dry run.
 
         Raises:
-            CheckpointError: of a dry run in several processes, only the first one has it.
+            CheckpointError: after a dry run in several processes, only the first process has the model.
         """
         if self._model is None:
             return load_model(self.output)

@@ -32,13 +32,13 @@ class FinetuneResult:
 
     folder: Path
     output: Path
-    """The slim file to use: the best on validation images where there are any, else the last. The weights
-    that were read are the best where no epoch was better, see :attr:`improved`."""
+    """The slim file to use: the best on validation images, or the last if there are none. If no epoch was
+    better, it holds the weights that were read; see :attr:`improved`."""
     architecture: str
     before: Evaluation | None
     """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
-    """Accuracy of ``output``, as it was read back."""
+    """Accuracy of ``output``, measured on the file as read back."""
     epochs: tuple[EpochSummary, ...]
     improved: bool | None
     """Whether an epoch was better than the file that was read; None without validation images."""
@@ -54,7 +54,7 @@ class FinetuneResult:
     unreadable: tuple[str, ...]
     """Images that could not be read and were replaced by others."""
     images_per_second: float
-    """Speed of the steps of this call, over all processes, without measuring and saving."""
+    """Training speed of this call, over all processes, without measuring and saving."""
     device: str
     processes: int
     seconds: float

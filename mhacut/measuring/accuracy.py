@@ -16,7 +16,7 @@ from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
 _MANY = 1000
-"""Images of which the standard error is about a point; tables state it of fewer."""
+"""Number of images at which the standard error is about a point; tables state it below this number."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Evaluation:
     """Accuracy of a model on labelled images."""
 
     top1: float
-    """Percent of images whose label is the model's first answer."""
+    """Percentage of images whose label is the model's top-1 class."""
     top5: float | None
-    """Percent of images whose label is among the first five; None for 5 classes or fewer."""
+    """Percentage of images whose label is among the model's top five classes; None for 5 classes or fewer."""
     images: int
     seconds: float
     """Wall time, reading images included."""
@@ -37,33 +37,34 @@ class Evaluation:
     def standard_error(self) -> float:
         """Standard error of ``top1``, in points, with two right and two wrong answers added.
 
-        So Agresti and Coull do: without these, six right answers of six would leave no doubt.
+        This is the interval of Agresti and Coull: without the four answers, six right of six would have an
+        error of 0.
         """
         right = (self.top1 / 100 * self.images + 2) / (self.images + 4)
         return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
 
     @property
     def label(self) -> str:
-        """Label of ``top1`` in tables, with its standard error where images are few."""
+        """Label of ``top1`` in tables, with its standard error if there are few images."""
         return f"top-1, % of {self.images} images{self.doubt}"
 
     @property
     def doubt(self) -> str:
-        """Standard error of ``top1`` as tables write it behind the number; empty of many images."""
+        """Standard error of ``top1`` as tables write it after the number; empty if there are many images."""
         return f" (± {self.standard_error:.2g})" if self.images < _MANY else ""
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Return the standard error, in points, of the difference of two top-1 accuracies on the same images.
 
-    It is that of paired answers: images on which both models are right, or both wrong, add nothing to it.
+    The two accuracies are paired: images on which both models are right, or both wrong, do not add to it.
 
     >>> round(standard_error_of_drop([True] * 100, [True] * 99 + [False]), 3)
     1.0
 
     Args:
-        before: whether each image's label is the first answer of one model.
-        after: likewise of the other, in the same order.
+        before: whether each image's label is the top-1 class of the first model.
+        after: the same for the second model, in the same order.
     """
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
     mean = sum(lost) / len(lost)

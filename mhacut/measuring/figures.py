@@ -18,4 +18,4 @@ class ModelFigures:
     evaluation: Evaluation | None = None
     """Accuracy on the validation images; None without any."""
     size: int | None = None
-    """Bytes of the file, in the dtype of the checkpoint; of the dense model, those of its tensors."""
+    """Bytes of the file, in the dtype of the checkpoint; for the dense model, bytes of its tensors."""
