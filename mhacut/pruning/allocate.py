@@ -1,13 +1,13 @@
 """Allocation: the widths that budgets buy, given every unit's error as a function of its width. Ours.
 
-Errors of units are taken to add up, costs to be linear in each unit's width. Then the best widths for one
-budget are those at one common price of error per cost (the Lagrangian relaxation of the knapsack; exact on
-the convex hulls of the curves), and single steps spend what is left.
+Errors of units are assumed to add up, and costs to be linear in each unit's width. Then the best widths for
+one budget are those at one common price of error per cost (the Lagrangian relaxation of the knapsack; exact
+on the convex hulls of the curves). Single steps spend the rest of the budget.
 
-Several budgets have a multiplier each. A budget that does not bind has the multiplier 0: if the best widths
-for some of the budgets keep all of them, they are the best for all. Otherwise the ratios of the multipliers
-are searched on a grid, their level by bisection, as for one budget; of what keeps all budgets the least
-error is taken, and the exact final step counts every cost.
+Each of several budgets has a multiplier. A budget that does not bind has the multiplier 0: if the best widths
+for some of the budgets meet all of them, they are the best for all. Otherwise the ratios of the multipliers
+are searched on a grid, and their level by bisection, as for one budget. Of the widths that meet all budgets,
+those with the least error are taken, and the exact final step counts every cost.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def cheapest_widths(
     exchange: bool = True,
     equal: bool = False,
 ) -> dict[UnitKey, int]:
-    """Return widths of least total error within ``limits``; q/k as wide as v where that costs little.
+    """Return the widths of least total error within ``limits``; q/k are as wide as v if that costs little.
 
     Args:
         curves: error of every unit at each of its choices.
         choices: allowed widths per unit, ascending, the dense one last.
         limits: reachable with the least widths.
         exchange: whether steps may be exchanged to use up the limits, which takes seconds.
-        equal: whether q/k are as wide as v whatever that costs; their choices then are the same.
+        equal: whether q/k must be as wide as v, whatever that costs; their choices must then be the same.
     """
     tied = _solve_tied(curves, choices, limits, exchange)
     if equal and tied is not None:
@@ -119,7 +119,7 @@ def _multipliers(number: int) -> Iterator[tuple[float, ...]]:
 
 
 def _prices(choices: Mapping[UnitKey, Sequence[int]], limit: Limit) -> dict[UnitKey, float]:
-    """Cost per channel of every unit, the others whole."""
+    """Cost per channel of every unit while the other units keep all channels."""
     whole = {key: widths[-1] for key, widths in choices.items()}
     full = limit.cost(whole)
     return {

@@ -1,8 +1,8 @@
 """Calibration: one streaming pass of images through the dense model, which gathers what later stages need.
 
-Of every unit, moments of its channels, apart for images to fit and for held-out images; of every layer, the
-Fisher information of its output (:mod:`mhacut.pruning.fisher`), which also weights tokens in the moments;
-and the model's outputs. All but the outputs takes as much memory for one image as for many.
+It gathers the moments of every unit's channels, separately for images to fit and for held-out images; the
+Fisher information of every layer's output (:mod:`mhacut.pruning.fisher`), which also weights tokens in the
+moments; and the model's outputs. Only the outputs take more memory for more images.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 
 HELD_OUT = 0.25
-"""Fraction of the images that judges what was fitted to the others."""
+"""Fraction of the images that is held out, to measure the error of what was fitted to the others."""
 
 
 def held_out(images: int) -> int:
-    """Number of held-out images among ``images``; 0 of a single one."""
+    """Number of held-out images among ``images``; 0 if there is a single image."""
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
 
@@ -92,7 +92,7 @@ class _Pass:
         self._images, self._held = 0, False
 
     def start_batch(self, images: int, held: bool) -> None:
-        """Expect so many images next, all of them held out or none."""
+        """Announce the size of the next batch, whose images are all held out or all to fit."""
         self._images, self._held = images, held
 
     def feed(self, unit: Unit, hook: str, channels: Tensor) -> None:
@@ -155,8 +155,8 @@ def calibrate(
         prunable: its prunable layers.
         images: normalised; all of them in every process.
         batch_size: images at a time.
-        fisher: how to estimate the Fisher information first, and what outputs to gather; None leaves the
-            former out and gathers what the model gives.
+        fisher: how to estimate the Fisher information first, and what outputs to gather; None estimates none
+            and gathers the model's own outputs.
         reporter: advances with the images, those to differentiate counted twice.
         processes: those that share the images; None for this one alone.
 

@@ -35,7 +35,7 @@ Fingerprint = Mapping[str, str]
 
 
 def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration:
-    """Return the job's calibration: from a file if it is there, else gathered, and kept in that file.
+    """Return the job's calibration: read from a file if it exists, otherwise computed and saved in that file.
 
     Args:
         job: what is pruned.
@@ -43,7 +43,8 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
         processes: those that share the images.
 
     Raises:
-        DataError: the file is of another model, other images or other options, or no calibration.
+        DataError: the file was made with another model, other images or other options, or is not a
+        calibration.
     """
     if path is None:
         return job.calibrate(processes)
@@ -64,7 +65,7 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
 
 
 def _preserved(job: Job, held: int, processes: Processes) -> Preserved:
-    """Return what is preserved as the calibration found it; it is not in the file."""
+    """Return the preserved outputs as the calibration fitted them; the file does not hold them."""
     preserved = job.preserved or Preserved.outputs_of(job.model)
     fitted = preserved.fitted(job.model, job.images[held:], job.options.batch_size, processes)
     return fitted.thinned(job.model, job.images[:1].to(job.device), len(job.images))
@@ -121,7 +122,7 @@ def read_calibration(path: Path, fingerprint: Fingerprint, device: torch.device)
         device: to put the moments on.
 
     Raises:
-        DataError: it is stale, naming what differs, or no calibration.
+        DataError: it is stale (the message names what differs), or not a calibration.
     """
     try:
         with safe_open(path, "pt") as file:

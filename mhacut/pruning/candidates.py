@@ -1,4 +1,4 @@
-"""Candidates for the cut of a unit: in which basis, and in which order its channels go. Ours."""
+"""Candidates for the cut of a unit: the basis, and the order in which channels are removed. Ours."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ there are rows fit those rows exactly. (Class attention and pooling heads have o
 
 @dataclass(frozen=True)
 class Candidate:
-    """One basis for a unit, and the order in which its channels go."""
+    """One basis for a unit, and the order in which its channels are removed."""
 
     unit: Unit
     rotation: Tensor | None
     """Matrix for :func:`mhacut.surgery.rotate.rotate`, [H, d, d]; None for the unit's own channels."""
     ranking: Ranking
-    """Order in which channels stay; of rotated channels where there is a rotation."""
+    """Order of importance of the channels, after the rotation if there is one."""
     unshared: bool = False
-    """Whether each head gets a copy of what heads share, see :attr:`mhacut.plan.UnitPlan.unshared`."""
+    """Whether each head gets its own copy of the tensors that heads share, see
+    :attr:`mhacut.plan.UnitPlan.unshared`."""
 
     @property
     def basis(self) -> Basis:
@@ -69,9 +70,9 @@ def find_candidates(
         module: its layer.
         unit: to be cut.
         moments: of its channels.
-        smallest: least width that will be asked for; nothing is known below it.
-        options: ``basis``, ``positions`` (both take the best of all where they are ``auto``) and ``repair``
-            (without which channels are ranked by what is lost with them) are used.
+        smallest: least width that will be asked for; the candidates are not defined below it.
+        options: ``basis``, ``positions`` (with ``auto``, the best of all choices is taken) and ``repair``
+            (without it, channels are ranked by the error of plain removal) are used.
         fisher: Fisher information of the layer's output, [out, out], to price the removal of channels.
     """
     found, refit = [], options.repair
@@ -98,9 +99,9 @@ def find_candidates(
 def exchanged(
     module: nn.Module, candidate: Candidate, moments: UnitMoments, width: int, fisher: Tensor | None
 ) -> Candidate:
-    """Return ``candidate``, the channels it keeps at ``width`` improved by exchanges, for that width only.
+    """Return ``candidate`` with its channels at ``width`` improved by exchanges; it is valid for that width.
 
-    It is returned unchanged if nothing goes; if its channels are not those that
+    It is returned unchanged if nothing is removed; if its channels are not those that
     :func:`mhacut.linalg.selection.rank_channels` ranks (v and hidden channels in their own basis, each head's
     its own); or if they are seen in few rows, to which exchanges would overfit.
 
@@ -185,7 +186,7 @@ def _ranking(
 def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
     """Second moments of what each channel adds to the logits or to the output, [H, d, H, d].
 
-    q and k are taken as independent; in the logits, channels of different heads do not add up.
+    q and k are assumed to be independent; in the logits, channels of different heads do not add up.
     """
     first = moments.every[0].energy
     if unit.kind == "qk" or unit.linear:

@@ -67,8 +67,8 @@ def check_exact(slim: nn.Module, job: Job, ready: ReconstructedModel, images: Te
 def same_outputs(found: nn.Module, expected: nn.Module, images: Tensor) -> bool:
     """Whether two copies of a model give the same outputs for ``images`` [B, C, H, W], but for rounding.
 
-    The last bits may differ even if all tensors are equal: BLAS sums in another order where a buffer is
-    aligned otherwise.
+    The last bits may differ even if all tensors are equal: BLAS sums in a different order if a buffer is
+    aligned differently.
     """
     return relative_difference(found(images), expected(images)) <= REPEATABILITY
 

@@ -1,8 +1,8 @@
 """Division of one budget between tokens and channels. Ours.
 
-For ever more merges, at the schedules that are best for their FLOPs, channels get what is left of the budget;
-the schedule of least predicted divergence is taken. Merges shrink the price of channels too, so that the cost
-table is counted anew for every schedule that is looked at.
+For a growing number of merges, each with the best schedule for its FLOPs, channels get the rest of the
+budget; the schedule with the least predicted divergence is taken. Merges make channels cheaper too, so the
+cost table is counted again for every schedule that is tried.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mhacut.surgery.read import read_of
 TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""
 OVERHEAD = 0.07
-"""Time of matching and averaging beside that of the block: of a ViT-Ti at 197 tokens, on a CPU."""
+"""Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
 _PRICES = [10 ** (-3 + step / 8) for step in range(33)]
 """Worth of all FLOPs of the model, in terms of the law."""
 
@@ -103,14 +103,15 @@ class MergeSearch:
 def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
     """Measure the divergence that merges alone would leave at about the budget, on held-out images.
 
-    The schedule is that of typical costs, not searched on this model: who asks for tokens gets less.
+    The schedule follows typical costs and is not searched on this model; a search with ``tokens`` in the
+    scope finds a smaller divergence.
 
     Args:
         job: what is pruned, a classifier.
         calibration: of its model.
 
     Returns:
-        Nats; None where tokens cannot be merged, or not as many.
+        Nats; None if the model cannot merge that many tokens.
     """
     if job.merged or calibration.held == 0 or why_not_merged(job.model):
         return None
@@ -130,7 +131,7 @@ def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
 
 
 def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Tokens) -> float:
-    """Return the FLOPs of all blocks under a schedule, nearly."""
+    """Return the approximate FLOPs of all blocks under a schedule."""
     count, total = tokens.total, 0.0
     for cost, merged in zip(costs, schedule, strict=True):
         total += cost.token * count + cost.pair * count**2 + cost.mlp * (count - merged)
@@ -146,7 +147,7 @@ def with_all_merged(model: nn.Module) -> nn.Module:
 
 
 def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
-    """Number of blocks that may merge tokens: not the last one where it computes but the tokens read."""
+    """Number of blocks that may merge tokens; the last may not if it computes only the tokens read."""
     return tokens.depth - (read_of(model) is not None)
 
 
@@ -221,7 +222,7 @@ def _table_with(job: Job, schedule: Schedule) -> CostTable:
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
-    """Return the FLOPs of each block as a function of its tokens, nearly; merges count by their time."""
+    """Return the approximate FLOPs of each block as a function of its tokens; merges count by their time."""
     by_layer, count = job.table.by_layer(), tokens.total
     costs = []
     for block in range(tokens.depth):

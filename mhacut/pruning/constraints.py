@@ -22,7 +22,7 @@ class Constraint:
     value: str | bool
     """Value as the user wrote it."""
     nats: float
-    """Estimated KL divergence of the widths with it beyond that without it, by the sensitivity curves."""
+    """Estimated increase of the KL divergence due to the constraint, by the sensitivity curves."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Constraints:
     def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
         """Return the widths of ``choices`` that are left.
 
-        With equal q/k and v widths, a layer of which one must stay whole keeps the other whole too, and the
-        larger of two least widths holds for both; where only one of the two can be cut, neither is.
+        With equal q/k and v widths, if one of the two must keep all channels, so must the other; the larger
+        of two least widths holds for both; and if only one of the two can be cut, neither is.
 
         Raises:
-            UsageError: a pattern matches nothing, a least width is none, or q/k and v cannot be equal.
+            UsageError: a pattern matches nothing, a least width is malformed, or q/k and v cannot be equal.
         """
         found = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:

@@ -1,11 +1,11 @@
 """Sensitivity curves: how much the model's output changes when one unit alone is cut to each width. Ours.
 
-An error e of a layer's output changes the model's output by a KL divergence of about 1/2 tr(F E[e e^T]),
-with F the layer's Fisher information (:class:`mhacut.pruning.fisher.FisherInformation`). For v and hidden
-channels E[e e^T] follows from the calibration's moments. What a cut of the logits does passes a softmax, and
-v channels may make others, so there the layer is run again at every width. The true divergence is larger, as
-errors of an image's tokens add up, but by much the same factor in all units: they compare rightly
-(:func:`divergence_by_cut` for their sum).
+An error e of a layer's output changes the model's output by a KL divergence of about 1/2 tr(F E[e e^T]), with
+F the layer's Fisher information (:class:`mhacut.pruning.fisher.FisherInformation`). For v and hidden channels
+E[e e^T] follows from the calibration's moments. The effect of a cut of the logits passes through a softmax,
+and v channels may feed other channels, so in these cases the layer is run again at every width. The true
+divergence is larger, because errors of an image's tokens add up, but by nearly the same factor in all units,
+so units compare correctly (:func:`divergence_by_cut` for their sum).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def sensitivity_curves(
 
 
 def _is_run(unit: Unit) -> bool:
-    """Whether the curve of ``unit`` takes runs of its layer."""
+    """Whether the curve of ``unit`` requires runs of its layer."""
     return unit.kind == "qk" or unit.feeds
 
 

@@ -1,4 +1,4 @@
-"""Distillation: the dense model as teacher, and how far another model's outputs are from its own."""
+"""Distillation: the dense model as teacher, and the divergence of another model from it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Fisher information: how strongly the model's output reacts to errors of each layer's output.
 
 An error of a layer's output moves the model's output more in some directions than in others, and at some
-tokens more than at others: with a class token, errors of the last block's other tokens reach nothing. Ours.
+tokens more than at others: with a class token, errors of the last block's other tokens do not reach the
+output. Ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHRINKAGE = 0.5
 are not the small ones that gradients describe, so importance is shrunk towards uniform."""
 
 MOST_BYTES = 2**31
-"""Bounds what a backward pass keeps of the forward pass: a batch for which that is more goes in parts."""
+"""Bounds the memory that a backward pass needs from the forward pass: a larger batch is run in parts."""
 
 Grid = tuple[int, ...]
 """Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
@@ -42,7 +43,7 @@ class FisherOptions:
     token_importance: bool = True
     """Whether to weight tokens by their importance; off, all tokens count alike."""
     preserved: Preserved | None = None
-    """Outputs that the information is about; None for what the model gives."""
+    """Outputs that the information refers to; None for the model's own."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Sums:
         """Squared gradients, [tokens]."""
 
     def expect(self, layer: str, size: int, device: torch.device) -> None:
-        """Begin with nothing for the output of a layer, which may reach nothing that is preserved."""
+        """Begin with zeros for the output of a layer, which may reach no preserved output."""
         if layer not in self.matrices:
             self.matrices[layer] = torch.zeros(size, size, dtype=torch.float64, device=device)
 

@@ -1,10 +1,11 @@
-"""Healing: train each block of a slim model, in order, to give the output of the dense model's.
+"""Healing: train each block of a slim model, in order, to reproduce the output of the dense model's block.
 
-A block takes what the slim model gives so far, and once trained passes on what it gives now. Unlike a refit
-of output projections this also moves the weights before the nonlinearities. Block by block as in STARFISH
-(arXiv 2606.01126); how errors are weighted and judged is ours.
+The input of a block is the output of the healed blocks before it. Unlike a refit of output projections, this
+also changes the weights before the nonlinearities. Block by block as in STARFISH (arXiv 2606.01126); how
+errors are weighted and judged is ours.
 
-Where the slim model merges tokens, the dense one merges the same, so that tokens stand for the same patches.
+If the slim model merges tokens, the dense model merges the same ones, so that tokens stand for the same
+patches.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ LR = 7e-4
 BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
 MOST_BYTES = 5 * 2**29
-"""Bounds the images, and what waits for all of them in both models: inputs and outputs of blocks and of what
-comes before the first one."""
+"""Bounds the memory of the images and of the activations that both models keep for them: inputs and outputs
+of blocks, and of the layers before the first block."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
@@ -47,12 +48,13 @@ class Block:
 
     name: str
     layer: Layer
-    """The last prunable layer in it, whose tokens those of the block's output are."""
+    """The last prunable layer in the block; its tokens are those of the block's output."""
 
 
 def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
-    """Return a copy of ``slim`` whose blocks were trained in order, as far as that helps on held-out images.
+    """Return a copy of ``slim`` with its blocks trained in order.
 
+    A block keeps its weights if training does not help on held-out images.
     Weights that another module uses too are not trained, nor are those outside the blocks.
 
     Args:
@@ -88,7 +90,7 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
 
 
 def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
-    """Run both models to ``block``; return its calls in the slim model, and what they should give."""
+    """Run both models to ``block``; return its calls in the slim model, and their target outputs."""
     given = cut.run_up_to(block.name)
     with cut.paused():
         matches = _matches(cut.model.get_submodule(block.name), given)
@@ -132,7 +134,7 @@ def _matches(block: nn.Module, given: Sequence[tuple[tuple[Any, ...], dict[str, 
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
-    """Let the block of ``model`` merge what ``matches`` says."""
+    """Let the block of ``model`` merge the tokens in ``matches``."""
     if None not in matches:
         model.run_up_to(f"{block.name}.matcher")
         model.answer(matches)
@@ -140,7 +142,7 @@ def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]
 
 @contextmanager
 def _matching(block: Any, found: Match | None) -> Iterator[None]:
-    """Let ``block`` merge what ``found`` says, whatever it finds itself."""
+    """Let ``block`` merge the tokens in ``found`` instead of those it would choose itself."""
     if found is None:
         yield
         return
@@ -213,7 +215,7 @@ def _comparable(
 
 
 def _bytes_before(block: Block, model: nn.Module, image: Tensor) -> int:
-    """Size of what a pass of ``image`` keeps when it comes to the first block, the image included."""
+    """Size of what a pass of ``image`` keeps when it reaches the first block, the image included."""
     with ResumableModel(model, [image]) as one:
         one.run_up_to(block.name)
         return one.nbytes
@@ -249,7 +251,7 @@ class _Call:
     kwargs: Mapping[str, Any]
     aim: Tensor
     found: Match | None
-    """Tokens that it is to merge, if any."""
+    """Tokens that the block must merge, if any."""
 
     def output(self, block: nn.Module) -> Tensor:
         """Return the tokens that ``block`` gives."""
@@ -277,9 +279,9 @@ class _Error:
             calls: those to fit.
             block: the block.
             fisher: with the importance of tokens.
-            last: whether no other block follows. Then tokens that nobody reads do not count at all, because
-                no error spreads from them any more.
-            prefix: number of tokens that are never merged, where others are.
+            last: whether no other block follows. Then tokens that nothing reads do not count, because their
+                errors do not spread further.
+            prefix: number of tokens that are never merged, if others are.
         """
         dim = block.layer.channel_dim
         aims = [_by_token(call.aim, dim) for call in calls]
@@ -333,7 +335,7 @@ def _train(
     Args:
         model: whose block it is.
         name: of the block.
-        parts: calls to judge by, and calls to train on.
+        parts: held-out calls, and calls to train on.
         error: what to minimise.
         job: its steps, and whether to use autocast.
         generator: of the order of the batches.

@@ -54,7 +54,7 @@ class SearchResult:
 
     plan: Plan
     channel_scales: Mapping[UnitKey, Tensor]
-    """[heads, dense width] per unit, trained beside the indicators; without masks and temperature."""
+    """[heads, dense width] per unit, trained together with the indicators; without masks and temperature."""
     log: tuple[SearchStep, ...]
 
 
@@ -113,7 +113,7 @@ def search(
     distillation: Distillation,
     start: Mapping[UnitKey, Start] | None = None,
 ) -> SearchResult:
-    """Train indicators, and channel scales beside them; return the plan they stand for.
+    """Train indicators together with channel scales; return the plan that they define.
 
     The gradients of the task and of the budget are each brought to unit scale before they are added, so that
     the search does not depend on the magnitude of the loss. The target sinks from the dense model's FLOPs to
@@ -180,7 +180,7 @@ def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[st
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
-    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, scaled alike."""
+    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, scaled equally."""
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
     _normalise(grads)
@@ -202,7 +202,7 @@ def _normalise(tensors: list[Tensor]) -> None:
 
 
 def _final_plan(states: list[_UnitState], job: Job) -> Plan:
-    """Return the plan that the indicators stand for, filled up to the budget."""
+    """Return the plan that the indicators define, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
     ranked = {

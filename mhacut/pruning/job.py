@@ -1,4 +1,4 @@
-"""The pruning job: a model, what of it can be cut, and everything that decides how."""
+"""The pruning job: a model, its prunable layers, and everything that decides how they are cut."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Job:
     table: CostTable
     """FLOPs of the model at any widths."""
     budget: int
-    """FLOPs; reachable (:func:`mhacut.pruning.reachable.reachable_amounts`). All of the dense model's where
-    other limits bind."""
+    """FLOPs; reachable (:func:`mhacut.pruning.reachable.reachable_amounts`). The dense model's FLOPs if only
+    other limits apply."""
     images: Tensor
     """Calibration images, [n, C, H, W], normalised."""
     options: SearchOptions
@@ -52,10 +52,10 @@ class Job:
     merges_tokens: bool = False
     """Whether the budget is shared by channels and tokens."""
     preserved: Preserved | None = None
-    """Outputs of the model that are to stay; None for what it gives."""
+    """Outputs of the model to preserve; None for the model's own outputs."""
     merged: tuple[int, ...] = ()
-    """Number of tokens that each block of the slim model merges, where that is settled: ``table`` counts
-    them, ``model`` merges none."""
+    """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
+    merges, but ``model`` does not merge."""
     storage: Limits = ()
     """Limits on parameters and bytes."""
     constraints: Constraints = NO_CONSTRAINTS
@@ -78,7 +78,7 @@ class Job:
 
     @cached_property
     def allowed(self) -> dict[UnitKey, tuple[int, ...]]:
-        """Those of :attr:`choices` that the constraints leave."""
+        """Widths in :attr:`choices` that the constraints allow."""
         return self.constraints.allowed(self.choices)
 
     def limits(self, table: CostTable | None = None) -> Limits:
@@ -89,7 +89,7 @@ class Job:
 
     @property
     def fisher_options(self) -> FisherOptions:
-        """Options of the estimate of the Fisher information: of no images where nothing needs it."""
+        """Options of the estimate of the Fisher information: with no images if nothing needs it."""
         options = self.options
         count = 0
         if options.allocation in ("curves", "refined") or options.repair:

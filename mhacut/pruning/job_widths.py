@@ -1,4 +1,4 @@
-"""Widths that a job's limits and constraints leave, by its curves; and the price of the constraints."""
+"""Best widths within a job's limits and constraints, by its curves, and the cost of the constraints."""
 
 from __future__ import annotations
 

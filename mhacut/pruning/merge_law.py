@@ -1,9 +1,9 @@
 """Cost of merging tokens: a law fitted to a few measured schedules, and the schedules of least cost. Ours.
 
 A schedule is the number of tokens that each block merges. Errors of merges do not add up like those of
-channels: what an early block merges, later ones need not merge again, and few tokens left are dear. The law
-has five numbers for that. On a ViT-Ti, 28 schedules of KL divergences from .0006 to .6 lie within a factor of
-1.23 of it (standard deviation).
+channels: tokens that an early block merges need not be merged later, and merging is costlier when few tokens
+are left. The law has five parameters for this. On a ViT-Ti, 28 schedules with KL divergences from .0006 to .6
+deviate from it by a factor of 1.23 (standard deviation).
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class MergeLaw:
 
 
 TYPICAL = MergeLaw(level=1.4, decay=math.log(8.7), power=0.54, crowding=1.6, coupling=0.16)
-"""The law of an ImageNet ViT-Ti at 197 tokens: where the fit starts, and stays near with few measurements."""
+"""The law of an ImageNet ViT-Ti at 197 tokens: start of the fit, which stays near it if there are few
+measurements."""
 
 
 def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
@@ -125,7 +126,7 @@ def _divergences(numbers: Tensor, schedules: Sequence[Schedule], tokens: Tokens)
 
 
 def largest_merge(count: int, prefix: int) -> int:
-    """Largest number of tokens that a block can merge of ``count``: half of those that are not protected."""
+    """Largest number of the ``count`` tokens that a block can merge: half of the unprotected ones."""
     return max(count - prefix, 0) // 2
 
 
@@ -134,7 +135,7 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
 
     Args:
         tokens: of the model.
-        last: number of blocks that may merge; those behind merge nothing.
+        last: number of blocks that may merge; later blocks merge nothing.
     """
     place = [block / max(last - 1, 1) for block in range(last)]
     shapes = {

@@ -58,7 +58,7 @@ class Planned:
         return Plan(self.ready.plan.units, tokens)
 
     def without_model(self) -> Planned:
-        """Return the same without its model, whose weights of the dense shape nobody needs once it is cut."""
+        """Return the same without its model, whose dense weights are no longer needed after the cut."""
         return replace(self, ready=replace(self.ready, model=nn.Module()))
 
 
@@ -119,8 +119,8 @@ class Planner:
     def _divergence(self, ready: ReconstructedModel) -> float:
         """Divergence of the cut model from the dense one, mean over held-out images.
 
-        Those chose the ridges of the repair, which was then fitted to them too: good for comparing plans,
-        flattering to each.
+        The same images chose the ridges of the repair, so the value is too small, but good for comparing
+        plans.
         """
         scales = {key: scale.to(self.job.device) for key, scale in ready.channel_scales.items()}
         judge = self.job.distillation(self.calibration).part(0, max(self.calibration.held, 1))

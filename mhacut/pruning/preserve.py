@@ -1,8 +1,8 @@
-"""Outputs of the dense model that a pruned one is to preserve, and the divergence of another model's.
+"""Outputs of the dense model that a pruned one is to preserve, and the divergence of another model's outputs.
 
-Fisher information, sensitivity curves, recovery and the judge all see one tensor per image. For answers these
-are logits, for pooled features the features, for dense features all tokens, whitened and scaled so that half
-the squared distance is the divergence.
+Fisher information, sensitivity curves, recovery and the final measurement all use one tensor per image: the
+logits for answers, the features for pooled features, and all tokens for dense features, whitened and scaled
+so that half the squared distance is the divergence.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mhacut.surgery.features import Features
 from mhacut.surgery.info import gives_probabilities
 
 MOST_BYTES = 2**30
-"""Bounds the dense model's features of all calibration images; of more, only every second token is kept, or
-every third and so on."""
+"""Bounds the memory of the dense model's features of all calibration images; if they need more, only every
+second token is kept, or every third, and so on."""
 FITTED_IMAGES = 64
 """Number of images, at most, whose tokens the covariance is estimated on."""
 
@@ -33,7 +33,7 @@ Measure = Literal["answers", "features", "dense"]
 
 @dataclass(frozen=True)
 class Preserved:
-    """Outputs of the dense model that the pruned one is to give too."""
+    """Outputs of the dense model that the pruned model must preserve."""
 
     what: What
     measure: Measure
@@ -44,11 +44,11 @@ class Preserved:
     whitenings: tuple[Whitening, ...] = ()
     """Whitening of each map of tokens, once :meth:`fitted`."""
     steps: int = 1
-    """Every so many tokens are compared."""
+    """Step between the tokens that are compared; 1 for all tokens."""
 
     @classmethod
     def outputs_of(cls, model: nn.Module) -> Preserved:
-        """Return what ``model`` gives: answers, or pooled features without a classifier."""
+        """Return a model's own outputs: answers, or pooled features if it has no classifier."""
         if gives_probabilities(model):
             return ANSWERS
         classes = getattr(model, "num_classes", 0)
@@ -149,7 +149,7 @@ class Preserved:
 
     @torch.no_grad()
     def thinned(self, model: nn.Module, image: Tensor, images: int) -> Preserved:
-        """Return the same with so few tokens that those of ``images`` images take :data:`MOST_BYTES`."""
+        """Return the same with fewer tokens: those of ``images`` images fit into :data:`MOST_BYTES`."""
         if not self.dense:
             return self
         each = sum(found[0].numel() * 4 for found in self.features.of(model, image))

@@ -1,4 +1,4 @@
-"""Budgets that can be reached, and refusal of others before the work, with the nearest that can."""
+"""Check that budgets can be reached, before the work; the refusal names the nearest budget that can."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def reachable_amounts(
     Args:
         asked: as the user wrote them.
         dense: amounts of the model as it was read.
-        lowest: amounts at the least widths, with every token merged that can be where that is asked for.
+        lowest: amounts at the least widths, with all mergeable tokens merged if merging is asked for.
         options: those that decide how low a budget may be, for errors.
 
     Raises:
-        BudgetError: the model is within all of them already, or at the least widths still above one.
+        BudgetError: the model already meets all of them, or exceeds one even at the least widths.
     """
     if not asked.budgets:
         return {}

@@ -21,7 +21,7 @@ from mhacut.surgery.merging import set_merged
 
 @dataclass(frozen=True)
 class Recovery:
-    """Outcome of one step that was to bring a slim model nearer to the dense one."""
+    """Outcome of one step that tries to bring a slim model nearer to the dense one."""
 
     model: nn.Module
     """The changed model where it was kept; else the model before."""
@@ -55,7 +55,7 @@ class _Step:
     sees_merges: bool = False
     """Whether the step works on the model that merges tokens; those before it do not."""
     by_default: bool = False
-    """Whether nobody asked for the step, so that it is mentioned only when it is left out."""
+    """Whether the step is a default, which is mentioned only when it is left out."""
 
 
 def recover(
@@ -63,8 +63,7 @@ def recover(
 ) -> nn.Module:
     """Return ``slim`` after the steps that the job's options ask for, as far as they help on held-out images.
 
-    These images chose the ridges of the repair, which was then fitted to them too: they favour the model as
-    it was.
+    The held-out images chose the ridges of the repair, so they favour the model before the steps.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the CPU; so is the result.

@@ -1,6 +1,6 @@
 """Repair: least-squares reconstruction of what a plan removes, folded into the weights that stay.
 
-The model keeps the dense shape, with removed channels dead, so that the cut afterwards is a mere slice. Ours;
+The model keeps the dense shape, with removed channels dead, so that the cut afterwards only slices. Ours;
 the algebra is in :mod:`mhacut.linalg.reconstruction`.
 """
 
@@ -44,7 +44,7 @@ class UnitRepair:
 
 @dataclass(frozen=True)
 class ReconstructedModel:
-    """A model ready to be cut, its weights making up for the channels that go."""
+    """A model ready to be cut, whose weights compensate for the channels that are removed."""
 
     model: nn.Module
     """Model of the dense shape, on the dense model's device."""
@@ -63,7 +63,7 @@ def reconstruct(
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
 ) -> ReconstructedModel:
-    """Return a copy of the dense model whose weights make up for what ``plan`` removes.
+    """Return a copy of the dense model whose weights compensate for what ``plan`` removes.
 
     Args:
         job: what is pruned; its options ``repair`` and ``temperature`` are used.
@@ -110,7 +110,7 @@ def repair(
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
-    """Refit ``model`` in place for ``plan``: removed channels are dead, kept ones stand in for them.
+    """Refit ``model`` in place for ``plan``: removed channels are zero, and kept ones compensate for them.
 
     Every layer is refitted on the dense model's activations; :mod:`mhacut.pruning.sequential` refits again on
     those of the cut model.

@@ -2,8 +2,8 @@
 
 Python cannot pause a forward pass. Instead, module calls that were cut short are made again, the innermost
 first, with the arguments they had; inside them, calls that had finished return their outputs at once. So one
-block of the model is at work at a time, on cached inputs, as in GPTQ (Frantar et al. 2023), but nobody has to
-say what a block is. Only what happens between the modules of an unfinished one is computed more than once.
+block of the model runs at a time, on cached inputs, as in GPTQ (Frantar et al. 2023), but the blocks need not
+be named. Only computations between the submodules of an unfinished module are repeated.
 """
 
 from __future__ import annotations

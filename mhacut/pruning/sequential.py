@@ -1,4 +1,4 @@
-"""Sequential reconstruction: refit each output projection on what the already refitted cut model gives it.
+"""Sequential reconstruction: refit each output projection on its inputs in the already refitted cut model.
 
 The repair before the cut sees the dense model's activations, one layer at a time. Here the linear output
 projections of the cut model are refitted in the order in which it runs them, each by the ridge regression
@@ -24,8 +24,8 @@ from mhacut.surgery.find import PrunableLayers
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative to the mean energy of the inputs."""
 GUARD = 1.1
-"""Ratio, after to before, below which the whole model's KL divergence on held-out images must stay. Above 1:
-these images have judged every projection already, and are too few to judge the whole model finely."""
+"""Ratio, after to before, below which the whole model's KL divergence on held-out images must stay. Above 1,
+because these images already selected every projection's ridge and are too few for a finer comparison."""
 MOST_IMAGES = 256
 """Bounds the memory: all images wait at each projection."""
 MOST_BYTES = 2**30
@@ -47,14 +47,14 @@ def sequentially_reconstructed(
     calibration: Calibration,
     reporter: Reporter,
 ) -> nn.Module:
-    """Return a copy of ``slim`` with its output projections refitted, each on what those before it became.
+    """Return a copy of ``slim`` with its output projections refitted, each on the refitted ones before it.
 
     Args:
         slim: cut from ``dense``, eval mode, float32; not modified.
         prunable: prunable layers of ``slim``.
         dense: eval mode, on the same device.
-        images: [n, C, H, W], normalised, the held-out ones first, which choose the ridges. Of more than
-            :data:`MOST_IMAGES`, or than :data:`MOST_BYTES` allow, so many are used, in that proportion.
+        images: [n, C, H, W], normalised, the held-out ones first, which choose the ridges. If there are more
+            than :data:`MOST_IMAGES` or :data:`MOST_BYTES` allow, fewer are used, in the same proportion.
         calibration: of ``dense`` on these images: how many are held out, and how much each token counts.
         reporter: advances with every projection.
     """
@@ -160,12 +160,12 @@ def _sums(
     token_importance: Callable[[torch.Size, int], Tensor | None],
     biased: bool,
 ) -> tuple[_Sums, _Sums] | None:
-    """Return the sums of what a projection gives less than the dense model's, on what it takes.
+    """Return the sums for a regression of the difference from the dense projection's output on the inputs.
 
     Args:
         passes: for each batch its images, and the projection's input and output in the cut and in the dense
             model.
-        held: the first so many images are held out.
+        held: number of held-out images, the first ones.
         token_importance: how much each row counts, by the input's shape without channels and the images.
         biased: whether there is a bias to fit: an input that is always 1, the last one.
 
@@ -192,7 +192,7 @@ def _sums(
 
 
 def _refit(projection: nn.Linear, fit: _Sums, unseen: _Sums) -> bool:
-    """Move ``projection`` at the ridge that leaves least of what is ``unseen``; whether one leaves less."""
+    """Refit ``projection`` with the ridge of least ``unseen`` error; return whether the error fell."""
     solve = fit.solver()
     errors = {ridge: unseen.error(solve(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=lambda choice: errors[choice])

@@ -49,10 +49,10 @@ def smallest_within(
 ) -> tuple[Trial[T] | None, Trial[T]]:
     """Return the trial of least cost within the bound, and the one of least loss.
 
-    Losses are taken to fall as budgets grow. Until one trial passes and one fails, the next budget is where
-    the expected loss, brought to the ratio last measured, meets the bound; then it is where the logarithm of
-    the loss, a line between the nearest two, does. A bracket that hardly shrinks is halved. The search ends
-    when passing and failing budgets are at most a step apart.
+    Losses are assumed to fall as budgets grow. Until one trial passes and one fails, the next budget is the
+    one at which the expected loss, scaled to the last measurement, meets the bound. Then it is the one at
+    which the logarithm of the loss, interpolated linearly between the two nearest trials, meets it. A bracket
+    that hardly shrinks is halved. The search ends when passing and failing budgets are at most a step apart.
 
     Args:
         bracket: budgets to look at.

@@ -24,7 +24,7 @@ def tuned(
     seed: int = 0,
     reporter: Reporter = SILENT,
 ) -> nn.Module:
-    """Return a copy of ``slim`` trained to give the outputs of ``dense``.
+    """Return a copy of ``slim`` trained to reproduce the outputs of ``dense``.
 
     Images are varied (:func:`mhacut.pruning.augment.varied`) and the teacher runs on the varied images, so
     that a few hundred images are not learned by heart.

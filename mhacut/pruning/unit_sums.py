@@ -25,7 +25,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.output import effective_output_weights
 
 MOST_BYTES = 2**30
-"""Moments of more than that lie in a temporary file, where they are on the CPU."""
+"""Size above which moments on the CPU are kept in a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class UnitSums:
         self._waiting: dict[str, Tensor] = {}
 
     def feed(self, hook: str, channels: Tensor, images: int, held: bool) -> None:
-        """Add one batch of so many images from one hook, [..., heads, width]."""
+        """Add one batch of ``images`` images from one hook, [..., heads, width]."""
         if self.unit.linear:
             self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)  # (B, H, N, d)
             return
@@ -203,7 +203,7 @@ class UnitSums:
 
 
 class SpilledMoments(Mapping[UnitKey, UnitMoments]):
-    """Moments in a file, of which those of the unit last asked for are in memory."""
+    """Moments in a file; only those of the unit last asked for are in memory."""
 
     def __init__(self, moments: Mapping[UnitKey, UnitMoments], spill: Spill) -> None:
         self._moments, self._spill = moments, spill

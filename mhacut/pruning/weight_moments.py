@@ -19,7 +19,7 @@ from mhacut.surgery.axes import channels_of
 def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
     """Return the moments of the unit's channels for inputs of mean 0 and unit covariance, and a similarity.
 
-    Every head is taken to attend to tokens of its own, so that v channels of different heads are unrelated.
+    Every head is assumed to attend to its own tokens, so that v channels of different heads are unrelated.
     What follows the projections (ReLUs, powers, norms, convolutions) is left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""Allowed widths, and those of them that budgets buy."""
+"""Allowed widths, and the widths that fill a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mhacut.plan import UnitKey
 from mhacut.pruning.limits import Limit, Limits, keeps
 
 NEAR = 0.99
-"""Fraction of the budget that is near enough to it."""
+"""Fraction of the budget above which the budget counts as used up."""
 REACH = 6
 """Largest number of width steps by which closing the last gap changes a unit."""
 MOST_CANDIDATES = 20_000
@@ -136,10 +136,10 @@ def _exchange(
     tightest: Limit,
     limits: Limits,
 ) -> dict[UnitKey, int]:
-    """Return widths a few steps from ``widths`` that leave less of a limit: a knapsack over all units.
+    """Return widths a few steps from ``widths`` that use up more of a limit: a knapsack over all units.
 
-    Steps of different prices leave gaps that no single step fills; a model of a few small layers has nothing
-    finer. Prices of units are taken as independent of each other, so the caller must count the outcome.
+    Steps of different prices leave gaps that no single step fills, above all in models with few small
+    layers. Prices of units are assumed to be independent of each other, so the caller must count the outcome.
 
     Args:
         widths: where to start; within all limits.
