@@ -30,11 +30,11 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
 
     Args:
         identity: what to build.
-        limit: tensors of the file that states the identity; building stops when the model is out of all
-            proportion to them. None for a model that the user named.
+        limit: tensors of the file that states the identity; building stops when the model is far too large
+            for them. None for a model that the user named.
 
     Raises:
-        CheckpointError: timm cannot build it, or it is out of proportion.
+        CheckpointError: timm cannot build it, or it is far too large.
     """
     if limit is not None:
         _check_depth(identity, len(limit))

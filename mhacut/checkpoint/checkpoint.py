@@ -1,4 +1,4 @@
-"""A checkpoint, read as deep as it is asked for."""
+"""A checkpoint, of which each part is read when it is first used."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _sketch(features: Iterable[str]) -> bytes:
 
 
 def _likeness(one: bytes, other: bytes) -> int:
-    """Return a grade from 0 to 8, so coarse that chance does not come before width."""
+    """Return a grade from 0 to 8, coarse enough that the width decides between nearly equal sketches."""
     return sum(a == b for a, b in zip(one, other, strict=True)) // 3
 
 

@@ -74,7 +74,7 @@ def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
 
 
 def _preprocessor(folder: Path) -> dict[str, Any] | None:
-    """Return how images are prepared, which models of text and images state beside how text is."""
+    """Return how images are preprocessed; models of text and images state it beside the same for text."""
     own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
     if own.is_file():
         return read_object(own)

@@ -53,7 +53,7 @@ class FileHeader:
     preprocessor: Mapping[str, Any] | None = None
     """The ``preprocessor_config.json`` of a folder of transformers; untrusted."""
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    """Files that the tensors are spread over, and which, by their names there; empty if ``path`` has all."""
+    """Files over which the tensors are spread, with the tensors of each; empty if ``path`` has all."""
     naming: Naming = field(default_factory=lambda: Naming({}))
     """Names of ``tensors`` in the file."""
     part: str | None = None

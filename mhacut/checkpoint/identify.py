@@ -107,13 +107,13 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
 
 
 def _beside(naming: Naming, features: str = "") -> str:
-    """Return what became of a layer beside the network; which features it is for, no name shows."""
+    """Return the note that a layer beside the network was read as its classifier."""
     part = option_name("part", naming.trunk)
     return f"{naming.classifier}. beside {naming.trunk}. was read as the classifier{features}; {part}"
 
 
 def _without_claims(found: Identified, stated: Iterable[str] = ()) -> Identified:
-    """Drop what timm's default for an architecture says about timm's weights of it: license, tag, labels.
+    """Drop from timm's default for an architecture what describes timm's weights: license, tag, labels.
 
     What is ``stated`` for these weights stays.
     """
@@ -191,7 +191,7 @@ def _from_training(
 
 
 def _with_preprocessing(found: Identified, stated: Mapping[str, Any]) -> Identified:
-    """Lay what a training script states over the preprocessing of the architecture."""
+    """Override the preprocessing of the architecture with what a training script states."""
     cfg = found.identity.pretrained_cfg
     if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
         cfg = {name: value for name, value in cfg.items() if name not in _SIZE_DEPENDENT}
@@ -201,7 +201,7 @@ def _with_preprocessing(found: Identified, stated: Mapping[str, Any]) -> Identif
 
 
 def _origins(header: FileHeader, names: Iterable[str]) -> dict[str, str]:
-    """Return the origin of what is known of another library's file; a bare one states nothing itself."""
+    """Return the origin of the preprocessing of another library's file; a bare file states none."""
     return dict.fromkeys(names, "library" if header.config is None else "file")
 
 

@@ -1,4 +1,4 @@
-"""Which timm model a checkpoint is of: the architecture and its arguments, checked as untrusted values."""
+"""Identity of a checkpoint's timm model: the architecture and its arguments, checked as untrusted values."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _CFG_KEYS = _CFG_OF_BUILD | frozenset((
 # fmt: on
 """Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
 PROVENANCE = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
-"""Keys of a pretrained_cfg that are true of the very weights only, not of what was made of them."""
+"""Keys of a pretrained_cfg that hold for the original weights only, not for weights derived from them."""
 OF_WEIGHTS = PROVENANCE | {"label_names", "label_descriptions"}
-"""Keys of a pretrained_cfg that timm's default for an architecture cannot know about somebody's file."""
+"""Keys of a pretrained_cfg that timm's default for an architecture cannot know about another file."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def check_input_size(size: object, where: str) -> None:
 
 
 def _check_image(size: object, where: str) -> None:
-    """Refuse an image size, [H, W] or [C, H, W], that no memory should be taken for."""
+    """Refuse an image size, [H, W] or [C, H, W], that needs too much memory."""
     if isinstance(size, list) and len(size) in (2, 3) and all(map(is_int, size)):
         fault = too_large(size)
         if fault:

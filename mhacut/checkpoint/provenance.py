@@ -1,4 +1,4 @@
-"""Where the preprocessing of a checkpoint comes from, and whether another normalisation fits its model."""
+"""Origin of the preprocessing of a checkpoint; a check whether another normalisation fits better."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Origin = Literal[
 ]
 """Origin of one value of a preprocessing.
 
-The file; the library that the file is of; a slim file that took timm's default of the architecture; that
-default, where the file does not say; the tag in the option ``model``; timm's pretrained weights; the
+The file; the library that wrote the file; a slim file that used timm's default of the architecture; that
+default, if the file states none; the tag in the option ``model``; timm's pretrained weights; the
 ``pretrained_cfg`` of a module; the model's own image size; a rule for small images; an option.
 """
 _UNSURE = ("assumed", "default", "module")
@@ -134,7 +134,8 @@ def _of_dense(checkpoint: Checkpoint, name: str, side: int | None) -> Origin:
 def stated_license(checkpoint: Checkpoint) -> str | None:
     """Return the license that the weights' own file states, or that of the file they were cut from.
 
-    Not that of timm's weights of the same architecture. The file may be anybody's; the text goes into YAML.
+    The license of timm's weights of the same architecture is not used. The file is untrusted, and the text
+    goes into YAML.
     """
     found: Any = None
     if checkpoint.record is not None:

@@ -20,7 +20,7 @@ _ONLY_TRAINED = ("Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 
 def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
-    """Return what ``other`` computes otherwise, as ``num_heads 6, not 3``; empty if both compute the same.
+    """Return what ``other`` computes differently, as ``num_heads 6, not 3``; empty if both compute the same.
 
     Modules of the same name are compared, which both models have if their tensors have the same names. Models
     that are built for images of another size compute the same if nothing but that size differs.

@@ -1,4 +1,4 @@
-"""Find the architecture whose tensors a file has: by fingerprints, then by building those few."""
+"""Find the architecture whose tensors a file has: by fingerprints, then by building the few that match."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
 def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one; a note names those that are preprocessed for otherwise, or
-    built for images of another size.
+    Several that compute the same count as one; a note names those with other preprocessing, or for another
+    image size.
 
     Args:
         header: header of the file.
@@ -74,7 +74,7 @@ def _similar(header: FileHeader, args: Mapping[str, Any]) -> tuple[list[Identifi
 
 
 def _released(names: Iterable[str]) -> list[str]:
-    """Names of architectures, without those that timm tests itself with: their sizes are nobody's."""
+    """Names of architectures, without timm's own test models."""
     return [name for name in names if not name.startswith("test_")]
 
 
@@ -90,7 +90,7 @@ def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) ->
 
 
 def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified]:
-    """Return, of the models that fit the file, those in which the least was inferred."""
+    """Return those of the fitting models for which the fewest arguments were inferred."""
     fits = [one for one in built if _fits(one, header)]
     least = min(map(_distance, fits), default=0)
     return [fit for fit in fits if _distance(fit) == least]
@@ -113,7 +113,7 @@ def _plainness(name: str) -> tuple[bool, int, str]:
 
 
 def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
-    """Return a note that names the models which compute the same, of images otherwise prepared."""
+    """Return a note that names models that compute the same with other preprocessing."""
     named: dict[str, list[str]] = {}
     for other in others:
         sizes = ["x".join(map(str, _image_size(model))) for model in (other, chosen)]

@@ -32,7 +32,7 @@ _POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
 
 @dataclass(frozen=True)
 class Training:
-    """Statements of a training script about its model; only the sound ones."""
+    """Valid statements of a training script about its model."""
 
     model: str | None
     """timm's name, maybe with the tag of the weights that training began with."""
@@ -62,7 +62,7 @@ def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def read_training(stated: Mapping[str, Any]) -> Training | None:
-    """Return the sound ones of what ``stated`` says; None if it says nothing of use."""
+    """Return the valid statements in ``stated``; None if there are none of use."""
     if not stated:
         return None
     notes: list[str] = []

@@ -34,7 +34,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A model as its defaults build it, beside the file."""
+    """A model built with its defaults, compared with the file."""
 
     model: Any
     expected: Shapes
@@ -49,8 +49,8 @@ class _Comparison:
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[Shown, ...]:
     """Return the arguments in which the file differs from ``model``, as far as its shapes show them.
 
-    Classes and image size aside, which need the model that these arguments build. The number of heads shows
-    in norms of q and k alone, so that a width is inferred only beside it.
+    Classes and image size aside, which need the model that these arguments build. Only norms of q and k show
+    the number of heads, so a width is inferred only together with it.
 
     Args:
         model: built with ``given``, on any device.

@@ -1,4 +1,4 @@
-"""Find the model among the names in a training script's file: take wrappers off, leave the rest out.
+"""Find the model among the names in a training script's file: remove wrappers, leave out the rest.
 
 Names and shapes alone decide, the same way for torch and safetensors files.
 """
@@ -28,7 +28,8 @@ _BESIDE = re.compile(
     r"((student|teacher)_)?(dino_head|ibot_head|head)|projector|predictor|(projection|prediction)_head"
     r"|queue|queue_ptr|center"
 )
-"""What may lie beside a network without being part of it; a plain ``head`` only if it is no classifier."""
+"""Modules that may lie beside a network without being part of it; a plain ``head`` only if it is no
+classifier."""
 _CLASSIFIER = re.compile(
     r"head|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
@@ -36,7 +37,7 @@ _CLASSIFIER = re.compile(
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
 """Tensors of such a layer, maybe with a dropout before it."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
-"""Single numbers of what averages weights."""
+"""Single numbers that weight averaging keeps."""
 _PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
 """Tensors of the projection head of DINO and its like."""
 _KEPT = ("timm_model", "visual", "features", "body")
@@ -48,7 +49,7 @@ _ENCODER_ITSELF = (
 )
 """Modules under ``encoder.`` of models that have this name in timm."""
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
-"""Names by which a whole network is told from a part of one."""
+"""Names that tell a whole network from a part of one."""
 _MAX_NAMES = 5
 
 
@@ -166,7 +167,7 @@ def _canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
-    """Return names without what data parallelism and compilation add, and the prefixes that went."""
+    """Return names without the prefixes of data parallelism and compilation, and the removed prefixes."""
     names: dict[str, str] = {}
     prefixes: dict[str, None] = {}
     for file in shapes:
@@ -200,8 +201,8 @@ def _grouped(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes) -> str | None:
     """Return the module that holds the whole model; None if the names are the model's own.
 
-    Of a network and its average, the average is taken. One of other shapes is no average: it is the teacher
-    that a student of its own architecture learned from.
+    Of a network and its average, the average is taken. A network with other shapes is not an average, but the
+    teacher of the student.
 
     Raises:
         CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.

@@ -67,7 +67,7 @@ def command(
 
 
 def _check_paths(options: Options) -> None:
-    """Check the paths of ``options``; of several processes on one machine, the first says what is wrong."""
+    """Check the paths of ``options``; of several processes on one machine, only the first reports errors."""
     try:
         check_paths(options)
     except MhacutError as error:
@@ -77,7 +77,7 @@ def _check_paths(options: Options) -> None:
 
 
 def _values(options: Mapping[str, Option], config: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values given as flags, laid over those of a file."""
+    """Values of a file, overridden by those given as flags."""
     values = {} if config is None else _read_config(config, options)
     for name, value in given.items():
         option = options[name]

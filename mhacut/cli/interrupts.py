@@ -1,4 +1,4 @@
-"""Ctrl-C before and after a command's own work, when nothing is there that could be lost."""
+"""Ctrl-C before and after a command's own work, when nothing can be lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130
-"""Exit code, as of a program that a shell sees end by SIGINT."""
+"""Exit code of a program that SIGINT ended, as shells report it."""
 
 
 def quit_when_interrupted() -> None:
@@ -27,7 +27,7 @@ def quit_when_interrupted() -> None:
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt on Ctrl-C within the block, as Python does.
 
-    One that comes as Python deletes an object, which ends nothing, is not shown.
+    A KeyboardInterrupt while Python deletes an object has no effect and is not shown.
     """
     if signal.getsignal(signal.SIGINT) is not _quit:
         yield

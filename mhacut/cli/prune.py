@@ -174,5 +174,5 @@ def _figures(figures: ModelFigures) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN; a step of the log that had one is no reason to lose the rest."""
+    """Replace NaN, which JSON does not have, by None, so that the rest of the log is kept."""
     return value if math.isfinite(value) else None

@@ -26,7 +26,8 @@ from mhacut.errors import (
 
 FAILED, USAGE = 1, 2
 _SECONDS_TO_SAY_WHY = 10
-"""torchrun ends all processes when it sees the first one fail: the one that says why must be that one."""
+"""Delay before a process that fails because of another exits: torchrun ends all processes at the first
+failure, and the process that reports the reason must be first."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
 
     Messages name options as ``writer`` writes them.
 
-    Own errors are one message; anything else is a bug and shows its traceback. ``MHACUT_DEBUG=1`` shows every
-    traceback.
+    mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
+    ``MHACUT_DEBUG=1`` shows every traceback.
     """
     rank = os.environ.get("RANK", "0")  # set by torchrun
     console = Console(

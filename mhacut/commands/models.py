@@ -28,7 +28,7 @@ class CatalogueEntry:
     not_prunable: tuple[str, ...]
     """Units that cannot be cut, and why."""
     refusal: str | None
-    """Why nothing can be cut; None where something can."""
+    """Reason why nothing can be cut; None if something can."""
     tags: tuple[str, ...]
     """Tags of timm's pretrained weights."""
     transformer: bool

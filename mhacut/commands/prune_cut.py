@@ -36,10 +36,10 @@ from mhacut.surgery.tokens import with_tokens
 PROBED = 4
 """Number of images on which the cut and the written model are checked."""
 _ROUNDS = 1 + CORRECTIONS
-"""Largest number of plans for one file with budgets of storage or time: what is stored is known to the byte
-once it is cut, and how fast it is once it runs."""
+"""Largest number of plans for one file with budgets of storage or time: the exact size is known only after
+the cut, and the time only after a run."""
 _SPARE = 600
-"""Bytes of a file's header for what is known last: accuracy, and what of the targets was reached."""
+"""Bytes reserved in a file's header for results known at the end: accuracy, and the targets reached."""
 _SPARE_OF_TIME = 500
 """Bytes more for a budget of time, and the conditions that it was measured under."""
 _KL_PER_POINT = 0.025
@@ -48,7 +48,7 @@ _KL_PER_POINT = 0.025
 
 @dataclass(frozen=True)
 class Correction:
-    """Limits of the next plan, corrected by what the cut model before it has."""
+    """Limits of the next plan, corrected by the amounts of the previous cut model."""
 
     plans: int
     """Number of plans so far."""
@@ -69,7 +69,7 @@ class CutModel:
     correction: Correction
     """Limits of the plan that would follow if this one were too slow."""
     bounds: tuple[Reached, ...] = ()
-    """Losses that were bounded, as they were judged."""
+    """Measured losses that the options bound."""
     evaluation: Evaluation | None = None
     """Accuracy, where it was judged."""
 
@@ -80,7 +80,7 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
     Args:
         inputs: of the command.
         planner: plans the cut.
-        after: limits to begin with, after plans that missed those of the job; by default those of the job.
+        after: limits to begin with, if earlier plans missed those of the job; by default those of the job.
 
     Raises:
         BudgetError: the last of the plans misses the budget of time.
@@ -99,9 +99,9 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
 def _cut_within(
     inputs: PruneInputs, planner: Planner, after: Correction
 ) -> tuple[nn.Module, Planned, Correction]:
-    """Plan and cut until what is stored, to the byte, and the time are within their limits, and use them up.
+    """Plan and cut until the exact storage and the time are within their limits, and use them up.
 
-    Plans aim below a budget of time; what is within the budget itself is kept.
+    Plans aim below a budget of time; a model within the budget itself is kept.
 
     Returns:
         The model, its plan, and what a plan after it would be made with.
@@ -187,7 +187,7 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
 
 
 def _width_step(job: Job) -> int:
-    """FLOPs of the dearest single step of a width from the dense model."""
+    """FLOPs of the most expensive single width step from the dense model."""
     whole = {key: widths[-1] for key, widths in job.allowed.items()}
     dense = job.table.flops(whole)
     steps = [
@@ -220,7 +220,7 @@ class _Judge:
     """Measures the losses that are bounded, on a model as it will be written."""
 
     def __init__(self, inputs: PruneInputs, planner: Planner, reporter: Reporter) -> None:
-        """Look at the dense model where labels decide.
+        """Check the dense model's accuracy if labels are used.
 
         Raises:
             BudgetError: it is no better than chance.

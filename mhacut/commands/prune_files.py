@@ -33,7 +33,7 @@ from mhacut.surgery.storage import count_bytes
 
 @torch.no_grad()
 def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file; return the model in it, read as a user will read it and checked."""
+    """Write the slim file; return the model in it, read back from the file and checked."""
     loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
     write_slim(
         target,
@@ -72,7 +72,10 @@ def final_record(
 
 
 def write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
-    """Write the file once more, with the accuracy in it: it was there before that could be interrupted."""
+    """Write the file again with its accuracy.
+
+    The first write makes sure that an interrupted measurement loses no file.
+    """
     write_slim(
         inputs.target,
         copy.deepcopy(slim).cpu(),

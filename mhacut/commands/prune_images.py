@@ -1,4 +1,4 @@
-"""Images of ``mhacut prune``: those to search on, labelled ones to measure on, how they are prepared."""
+"""Images of ``mhacut prune``: those to search on, labelled ones to measure on, and their preprocessing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _labelled_sample(
     images: CalibrationImages,
     measured: bool,
 ) -> Batches | None:
-    """Return labelled images to check the preprocessing by: of those to measure on, else to search on."""
+    """Return labelled images to check the preprocessing on: those to measure on, else to search on."""
     batch_size = options.search.batch_size
     if measured:
         return partial(
@@ -146,7 +146,7 @@ def _from_memory(
 def _validation_images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, reporter: Reporter
 ) -> LabelledBatches | None:
-    """Return the labelled validation images, None without any or where labels are not to be used."""
+    """Return the labelled validation images; None if there are none, or labels may not be used."""
     data = options.data
     if options.eval_images == 0 or classes == 0 or not data.has_images:
         return None

@@ -76,7 +76,7 @@ class PruneInputs:
     evaluation: Evaluation | None
     """Accuracy of the dense model, in the first process."""
     right: tuple[bool, ...]
-    """Whether the dense model's first answer is right, for each image that its accuracy was measured on."""
+    """Whether the dense model's top-1 class is right, for each image that its accuracy was measured on."""
     target: Path
     """Slim file to write."""
     job: Job
@@ -166,7 +166,7 @@ def _time_target(options: PruneOptions, stopwatch: Stopwatch, processes: Process
     """Return the budget of time, where there is one.
 
     Raises:
-        UsageError: there are several processes, of which each would slow down what the others time.
+        UsageError: there are several processes, which would disturb each other's measurements.
     """
     asked = options.max_latency
     if asked is not None and processes.size > 1:
@@ -182,7 +182,7 @@ def _job(
     asked: tuple[Sequence[Targets], TimeTarget | None],
     reporter: Reporter,
 ) -> tuple[Job, list[tuple[int, Limits]]]:
-    """Return the job, as yet without images, and the FLOPs and other limits of each file.
+    """Return the job, still without images, and the FLOPs and other limits of each file.
 
     Raises:
         BudgetError: a target is out of reach, or there is nothing to prune.
@@ -277,7 +277,7 @@ def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -
 
 
 def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in_memory: bool) -> None:
-    """Refuse bounds on the loss that could not be judged, and tell of one that is judged badly.
+    """Refuse bounds on a loss that cannot be measured, and warn of one that is measured badly.
 
     Raises:
         UsageError: there is no classifier, or there are no labelled images.

@@ -1,4 +1,4 @@
-"""Budget of time of ``mhacut prune``: the times of layers that it is planned by, and cut models timed."""
+"""Budget of time of ``mhacut prune``: layer times that plans use, and times of cut models."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _WHOLE_SECONDS = 4.0
 _LAYER_SECONDS = 0.12
 """Time to measure one width of a layer in, after the warm-up."""
 _CUTS = (0.5, 0.0)
-"""Places, among the allowed widths of every unit, of cut models that are measured whole. Where programs take
-longer to make than to run, the last one must do."""
+"""Places, among the allowed widths of every unit, of cut models that are measured whole. If programs take
+longer to build than to run, only the last one is measured."""
 _PACKAGES = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 
 
@@ -57,12 +57,12 @@ class TimedCut:
 
     @property
     def nanoseconds(self) -> int:
-        """Time per batch where the dense model is as fast as it was at first."""
+        """Time per batch, scaled to the dense model's first measurement."""
         return round(self.ratio * self.dense)
 
 
 def lowest_time(table: TimeTable, job: Job) -> int:
-    """Return the least budget in nanoseconds that is accepted: a model measured afresh shall meet it, too."""
+    """Return the least budget in nanoseconds that is accepted, so that a new measurement meets it too."""
     return math.ceil(lowest_flops(job.allowed, table.at) / AIM)
 
 
@@ -77,7 +77,7 @@ class TimeTarget:
         """
         self.budget, self.stopwatch = Budget.parse(asked, "max_latency"), stopwatch
         self.times: TimeTable | None = None
-        """Times that plans are made by, once they were measured."""
+        """Layer times that plans use, once they are measured."""
         self._last: TimedCut | None = None
 
     def time(self, model: nn.Module, expected: int) -> TimedCut:
@@ -93,7 +93,7 @@ class TimeTarget:
         return self._last
 
     def foreseen(self, widths: Mapping[UnitKey, int]) -> int:
-        """Return the nanoseconds that the table foresees at ``widths``."""
+        """Return the nanoseconds that the table predicts at ``widths``."""
         return self._table.at(widths)
 
     @property
@@ -113,7 +113,7 @@ class TimeTarget:
         )
 
     def table(self, job: Job, counted: nn.Module) -> TimeTable:
-        """Return the times of the job's layers, measured or kept, with the dense model's time of today.
+        """Return the times of the job's layers, measured or saved, with the current time of the dense model.
 
         Args:
             job: what is to be cut.
@@ -208,7 +208,7 @@ def _version(module: str) -> str:
 
 @dataclass(frozen=True)
 class _Distinct:
-    """A layer that stands for all of its shapes and inputs."""
+    """A layer that represents all layers with the same shapes and inputs."""
 
     module: nn.Module
     layer: Layer

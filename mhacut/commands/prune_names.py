@@ -14,7 +14,7 @@ from mhacut.runtime.files import check_output
 from mhacut.runtime.inputs import stem_of
 
 PLACE = "{}"
-"""Part of an output's name in place of which several files have their budgets."""
+"""Placeholder in an output's name for the budget of each of several files."""
 
 
 def parse_targets(options: PruneOptions) -> tuple[Targets, ...]:

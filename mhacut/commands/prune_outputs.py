@@ -1,4 +1,4 @@
-"""Outputs that ``mhacut prune`` preserves, and tokens that the pruned model may do without."""
+"""Outputs that ``mhacut prune`` preserves, and tokens that the pruned model may leave out."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mhacut.surgery.tokens import tokens_of
 def outputs_and_tokens(
     options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
 ) -> tuple[Preserved, TokenPlan, bool]:
-    """Decide what the pruned model preserves and which tokens it may do without.
+    """Decide what the pruned model preserves and which tokens it may leave out.
 
     Args:
         options: of the command.
         dense: the model that was read.
         input_size: [C, H, W] of an image.
-        reporter: receives what was decided where that is not usual.
+        reporter: receives decisions that differ from the usual ones.
 
     Returns:
         The outputs to preserve, the plan of tokens, and whether more tokens are to be merged.
@@ -100,7 +100,7 @@ def _check_tokens(options: PruneOptions, dense: nn.Module) -> None:
     """Check that the features of all tokens can be preserved.
 
     Raises:
-        UnsupportedModelError: tokens are merged, or are to be, or were left out.
+        UnsupportedModelError: tokens are merged or will be merged, or were left out.
     """
     applied = tokens_of(dense)
     if options.scope.endswith("+tokens"):

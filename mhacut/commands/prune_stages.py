@@ -10,21 +10,21 @@ from mhacut.runtime.stages import StageShare
 # Seconds on two cores, of plain ViTs of two sizes at two efforts (examples/benchmarks/overhead.py). Their
 # ratios matter: what is left is estimated by the speed of the stages before.
 _FORWARD = 0.008
-"""Of one image, per GFLOP."""
+"""Seconds of a forward pass of one image, per GFLOP."""
 _PASS = 0.02
-"""Of a forward pass with moments, or a backward pass, of one image, per GFLOP."""
+"""Seconds of a forward pass with moments, or of a backward pass, for one image, per GFLOP."""
 _GATHERED = 0.6e-6
-"""Of the moments of one image, per channel, however small it is."""
+"""Seconds of the moments of one image, per channel, at any image size."""
 _READ = 2e-3
-"""Of one image from a file."""
+"""Seconds of reading one image from a file."""
 _RANKED = 0.25e-3
-"""Per channel of a unit that is not wide; about as long as its sensitivity curve takes."""
+"""Seconds of ranking, per channel of a unit that is not wide; its sensitivity curve takes about as long."""
 _WIDE = 1500
-"""Channels that are ranked together of which each takes twice as long."""
+"""Number of channels ranked together at which each takes twice as long."""
 _EXCHANGED = 1e-3
 _REPAIRED = 0.2e-3
 _HEALED = 8e-6
-"""Of one step, per channel, however few images it sees."""
+"""Seconds of one healing step, per channel, at any number of images."""
 _WRITTEN = 0.5
 _TIMED = 3.0
 _REPORTED = 1.0

@@ -37,7 +37,7 @@ _PROSE = 3000
 
 @dataclass(frozen=True)
 class Reached:
-    """One target, and what the slim model has."""
+    """One target, and the amount that the slim model reached."""
 
     name: str
     """Name of the option."""
@@ -49,7 +49,7 @@ class Reached:
     standard_error: float | None = None
     """Standard error of ``reached``, where it is estimated on images."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """Conditions under which ``reached`` was measured, and what was foreseen, of a time."""
+    """For a time: the conditions under which ``reached`` was measured, and the prediction."""
 
     def to_json(self) -> dict[str, Any]:
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
@@ -64,7 +64,7 @@ class Reached:
 
 
 class Reach:
-    """Amounts of a model at any widths, as far as targets need them."""
+    """Amounts of a model at any widths, for the targets given."""
 
     def __init__(
         self, options: PruneOptions, loaded: Checkpoint, job: Job, times: TimeTable | None = None
@@ -85,7 +85,7 @@ class Reach:
 
         Args:
             targets: of one file.
-            fewest: FLOPs with every token merged that can be; None where tokens are left alone.
+            fewest: FLOPs with all mergeable tokens merged; None if tokens are not merged.
 
         Raises:
             BudgetError: a budget is out of reach, or there is nothing to prune.
@@ -132,7 +132,7 @@ class Reach:
         return lambda widths: tensors(widths) + text(widths) + rest
 
     def _header(self, least: Mapping[UnitKey, int]) -> int:
-        """Bytes of the header at the least widths, nearly; it is counted before a file is written."""
+        """Approximate bytes of the header at the least widths; counted exactly before a file is written."""
         loaded, identity = self.loaded, self.loaded.identity
         plan = Plan(
             tuple(
@@ -151,7 +151,7 @@ class Reach:
 def reached_budgets(
     targets: Targets, job: Job, slim: ModelFigures, loaded: Checkpoint
 ) -> tuple[Reached, ...]:
-    """Return what of each budget was used.
+    """Return the amount that the model uses of each budget.
 
     Args:
         targets: of the file.

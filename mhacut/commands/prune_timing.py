@@ -1,4 +1,4 @@
-"""Files of ``mhacut prune`` beside their budget of time: measured, corrected, and what was reached."""
+"""Time of the files of ``mhacut prune``: measured, corrected and compared with their budget."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mhacut.runtime.progress import Reporter
 
 
 def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> TimedCut | None:
-    """Time the model, as it is read from a file, in turns with the dense one; twice if it misses its budget.
+    """Time the model, as read from a file, in turns with the dense one; twice if it misses its budget.
 
-    The file is a temporary one: what misses its budget is never published, and replaces nothing.
+    The file is temporary: a model that misses its budget never gets the output's name.
 
     Returns:
         None without a budget of time.
@@ -48,7 +48,7 @@ def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Mo
 
 
 def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Correction:
-    """Return what the next plan is made with, after a model that misses its time once it is read from a file.
+    """Return the correction for the next plan, after a model that misses its time when read from a file.
 
     Args:
         inputs: with the limits of the file.

@@ -1,4 +1,4 @@
-"""Time models, and layers alone, in turns, where and as options say."""
+"""Time models, and single layers, in turns, under the conditions that options state."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Stopwatch:
         self._logged_busy = False
 
     def start(self, stage: str) -> None:
-        """Begin a stage of the command; that the machine is busy is logged once in each."""
+        """Begin a stage of the command; a busy machine is logged once per stage."""
         self._logged_busy = False
         self.reporter.start(stage)
 

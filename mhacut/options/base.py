@@ -12,12 +12,12 @@ from mhacut.options.option import REQUIRED, Options, option
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 PathLike = str | os.PathLike[str]
 IN_MEMORY = ""
-"""Stands for the checkpoint of a command that is given a module."""
+"""Placeholder for the checkpoint of a command that is given a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """Architecture of checkpoints that do not state theirs, and what in them is the model."""
+    """Architecture of checkpoints that do not state it, and the part of them that holds the model."""
 
     model: str | None = option(
         None,
@@ -111,7 +111,7 @@ class DataOptions(LabelledImages):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions(Options):
-    """Overrides of the checkpoint's own preprocessing; None keeps that."""
+    """Overrides of the checkpoint's own preprocessing; None keeps the checkpoint's value."""
 
     mean: tuple[float, ...] | None = option(
         None,

@@ -18,7 +18,7 @@ from mhacut.options.option import Option, unknown_option
 
 _MAX_BYTES = 2**16
 _MAX_VALUES = 10_000
-"""Largest number of values in a file, those that aliases repeat counted each time."""
+"""Largest number of values in a file; a value that aliases repeat counts each time."""
 
 
 def read_config(

@@ -18,7 +18,7 @@ _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml"
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationImages(ImageSource):
-    """Images for INT8; without any, activations are quantized dynamically and noise is compared on."""
+    """Images for INT8; without any, activations are quantized dynamically and compared on noise."""
 
     train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
     calibration_images: int = option(

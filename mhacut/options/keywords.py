@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 
 class ModelKeywords(TypedDict, total=False):
-    """Architecture of checkpoints that do not state theirs, and what in them is the model."""
+    """Architecture of checkpoints that do not state it, and the part of them that holds the model."""
     model: str | None
     """timm architecture, if the file does not state it."""
     model_args: Mapping[str, Any]
@@ -67,7 +67,7 @@ class LabelledImagesKeywords(ImageSourceKeywords, total=False):
 
 
 class PreprocessingKeywords(TypedDict, total=False):
-    """Overrides of the checkpoint's own preprocessing; None keeps that."""
+    """Overrides of the checkpoint's own preprocessing; None keeps the checkpoint's value."""
     mean: tuple[float, ...] | None
     """Mean per channel, for pixels in 0..1; by default the model's own."""
     std: tuple[float, ...] | None
@@ -95,7 +95,7 @@ class EvaluateKeywords(
 
 
 class QuantizationImagesKeywords(ImageSourceKeywords, total=False):
-    """Images for INT8; without any, activations are quantized dynamically and noise is compared on."""
+    """Images for INT8; without any, activations are quantized dynamically and compared on noise."""
     train_split: str
     """Split to take images from. Default: 'train'."""
     calibration_images: int

@@ -23,8 +23,8 @@ Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of steps that train channel scales where nothing else makes up for the cut. After a repair
-there are none: what few steps win on the calibration images hardly holds on others."""
+"""Default number of steps that train channel scales without a repair. After a repair there are none: the
+small gain on the calibration images hardly transfers to other images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,7 @@ class Work:
 
     calibration_images: int
     fisher_share: float
-    """Fraction of the images to fit that are also differentiated."""
+    """Fraction of the images to fit for which gradients are computed."""
     swap_moves: bool
     repair_in_order: bool
     heal_steps: int

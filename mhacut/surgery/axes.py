@@ -10,7 +10,7 @@ from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Unit
 
 
 def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Axes of ``unit``, those in the batch norms behind them included."""
+    """Axes of ``unit``, including those in the batch norms after them."""
     axes: list[ChannelAxis] = []
     for axis in unit.axes:
         axes.append(axis)

@@ -49,7 +49,7 @@ class LayerCost:
 
     layer: Layer
     runs: tuple[Polynomial, ...]
-    """FLOPs of each time that the layer runs for one image; of what is stored, a single one."""
+    """FLOPs of each run of the layer for one image; for storage, a single polynomial."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
         """Cost of all runs at ``widths`` (channels per head; units not named stay as they are)."""
@@ -66,7 +66,7 @@ class CostTable:
     layers: tuple[LayerCost, ...]
     """Layers that run, in the order of the model's modules."""
     dense: int
-    """FLOPs of the model as it stands, counted by fvcore; in a job, of the one with all tokens."""
+    """FLOPs of the model as it stands, counted by fvcore; in a job, those of the model with all tokens."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
         """Total at ``widths`` (channels per head; units not named stay as they are)."""
@@ -109,7 +109,7 @@ def build_cost_table(
 
 
 _FITTED: OrderedDict[tuple[Any, ...], Polynomial] = OrderedDict()
-"""Polynomials of the layers that were counted last, by all that they follow from."""
+"""Polynomials of the layers that were counted last, by everything that determines them."""
 _REMEMBERED = 1024
 
 
@@ -159,7 +159,7 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Interpolate counts, without squares of widths if that will do, and check the result at other widths.
+    """Interpolate counts, without squares of widths if possible, and check the result at other widths.
 
     Args:
         name: of the layer, for errors.

@@ -17,7 +17,7 @@ from mhacut.surgery.info import classifier_size
 
 Source = Literal["output", "pooled", "tokens", "pyramid", "layers"]
 PLAIN_LEVELS = 3
-"""Number of last blocks that timm's ``features_only`` gives of a model without a pyramid."""
+"""Number of last blocks that timm's ``features_only`` returns for a model without a pyramid."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Features:
     """Description of what is read from a model; the same for the dense and the pruned one."""
 
     source: Source
-    """``output``: what the model gives; ``pooled``: what its classifier reads; ``tokens``: the final
-    normalised map that timm's ``forward_features`` gives; ``pyramid``: the levels of ``features_only``;
+    """``output``: the model's output; ``pooled``: the input of its classifier; ``tokens``: the final
+    normalised map that timm's ``forward_features`` returns; ``pyramid``: the levels of ``features_only``;
     ``layers``: the outputs of modules."""
     layers: tuple[str, ...] = ()
     """Names of these modules."""
@@ -51,7 +51,7 @@ class Features:
             tensors: substitutes for tensors of the model, by name.
 
         Returns:
-            Of dense features one map of tokens each, [B, tokens, channels]; else the one output.
+            For dense features, one map of tokens each, [B, tokens, channels]; otherwise the one output.
         """
         reader = _Reader(model, self)
         found: list[Tensor]
@@ -67,7 +67,7 @@ class Features:
 
 
 class _Reader(nn.Module):
-    """A model that gives features in place of its output."""
+    """A model that returns features instead of its output."""
 
     def __init__(self, model: nn.Module, features: Features) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _capturing(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, lis
 
 @torch.no_grad()
 def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the final map of tokens, of all of them.
+    """Return the final map of all tokens.
 
     Args:
         model: eval mode.

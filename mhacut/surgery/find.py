@@ -89,7 +89,7 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
 
 
 class _Walk:
-    """A walk through the modules of a model, and what it met."""
+    """A walk through the modules of a model, and what it found."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []

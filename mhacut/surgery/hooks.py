@@ -41,7 +41,7 @@ def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iter
 
 
 class _JoinHeads:
-    """Capture of an activation whose heads are made one after the other; passes all of them on at once."""
+    """Capture of an activation whose heads are computed one after the other; passes all heads on at once."""
 
     def __init__(self, unit: Unit, name: str, capture: Capture) -> None:
         self._unit, self._name, self._capture = unit, name, capture

@@ -11,7 +11,7 @@ from torch import nn
 def model_input_size(
     model: nn.Module, pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None = None
 ) -> tuple[int, int, int]:
-    """Return [C, H, W] that ``model`` is built for: as it knows, was made, or timm's record states.
+    """Return [C, H, W] that ``model`` is built for, from the model, its arguments or timm's record.
 
     Args:
         model: a timm model.
@@ -40,7 +40,7 @@ def patch_embedding(model: nn.Module) -> Any:
 
 
 def classifier_size(model: Any) -> int:
-    """Number of classes of the head; 0 for a model that gives features."""
+    """Number of classes of the head; 0 for a model that outputs features."""
     return int(getattr(model, "num_classes", 0) or 0)
 
 

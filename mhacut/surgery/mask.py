@@ -18,8 +18,8 @@ from mhacut.surgery.output import output_weights
 def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis: Basis) -> float:
     """Factor on the logits of the masked model, so that their temperature is that of a cut to ``width``.
 
-    ``kept`` scales logits by 1/sqrt(width) in place of 1/sqrt(dense width), which makes up for the channels
-    that went. In the PCA basis the kept channels hold most of the logits' energy: the factor is 1.
+    ``kept`` scales logits by 1/sqrt(width) instead of 1/sqrt(dense width), which compensates for the removed
+    channels. In the PCA basis the kept channels hold most of the logits' energy: the factor is 1.
     """
     if temperature == "dense" or basis == "principal" or not unit.softmax_scaled:
         return 1.0
@@ -63,7 +63,7 @@ def masked_tensors(
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Run ``model`` with the named tensors substituted; the model is not modified.
 
-    A module under several names needs only one of them, a tensor that several modules share all of them.
+    A module with several names needs only one of them; a tensor that several modules share needs all of them.
     """
     # tie_weights=True leaves a substitute behind in a module of several names.
     outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)

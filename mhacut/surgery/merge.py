@@ -4,14 +4,15 @@ Bipartite soft matching, from "Token Merging: Your ViT But Faster" (arXiv 2210.0
 merges per block, so that every shape is known beforehand, and without scatter, which runtimes lack or run
 slowly. The class token and others before the patches are never merged.
 
-Three things differ from ToMe; on an ImageNet ViT-Ti with half its FLOPs they leave two fifths of the
-divergence:
+Three things differ from ToMe; on an ImageNet ViT-Ti with half its FLOPs, they reduce the divergence to two
+fifths:
 
 - Tokens are compared as they stand in the residual stream, not by their keys: matches then do not depend on
   the basis and the width of q and k, which pruning changes.
 - Tokens have weights: their size, times the root of the attention that the class token pays to each of their
   patches. Cheapest merges come first, by Ward's criterion, and averages are weighted: tokens that stand for
-  much, or matter much, stay as they are. (By size alone where no class token is read, or q and k have norms.)
+  many patches, or get much attention, change little. (The weight is the size alone if no class token is read,
+  or q and k have norms.)
 - Averages keep the mean norm of what is averaged, as in "Token Fusion" (arXiv 2312.01026).
 """
 
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 
 
 class Match(NamedTuple):
-    """Which tokens are merged into which, for a batch of images; tokens are counted behind the prefix.
+    """Which tokens are merged into which, for a batch of images; tokens are counted after the prefix.
 
-    Every second token may be merged: set A. The others, the first among them, may receive: set B.
+    Every second token may be merged: set A. The others, including the first, may receive: set B.
     """
 
     merged: Tensor
@@ -38,11 +39,11 @@ class Match(NamedTuple):
     receivers: Tensor
     """For each merged token, the token of B that receives it, [B, r]."""
     weights: Tensor
-    """Weights of the tokens behind the prefix in an average, [B, N, 1]."""
+    """Weights of the tokens after the prefix in an average, [B, N, 1]."""
 
 
 class SizedTokens(NamedTuple):
-    """Tokens with their sizes, which blocks behind a merge pass on."""
+    """Tokens with their sizes, which the blocks after a merge pass on."""
 
     x: Tensor
     """Tokens, [B, N, C]."""
@@ -55,7 +56,7 @@ class SizedTokens(NamedTuple):
 
 
 FLOOR = 0.1
-"""Attention, 1 on average over tokens, that is added to all, so that no token weighs nothing."""
+"""Attention that is added to all tokens, so that none has weight 0; attention is 1 on average over tokens."""
 
 
 def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
@@ -70,9 +71,9 @@ def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
 
 
 def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
-    """Match the ``count`` tokens of set A that are merged into one of set B at the least cost with that one.
+    """Match the ``count`` tokens of set A whose merge into their best token of set B costs least.
 
-    The cost is Ward's, by which the sum of squares within groups grows, of directions: for tokens of weights
+    The cost is Ward's, the growth of the sum of squares within groups, on directions: for tokens of weights
     v and w, ``v * w / (v + w) * (1 - cosine)``.
 
     Args:
@@ -141,7 +142,7 @@ def full_precision(x: Tensor) -> Any:
 
 
 class Matcher(nn.Module):
-    """The matches of a block, as a module of their own, so that they can be seen and given from outside."""
+    """The matches of a block, as a separate module, so that they can be read and set from outside."""
 
     def __init__(self, count: int, prefix: int, by_attention: bool) -> None:
         """Take the number of tokens to merge, that of protected ones, and whether attention weighs them."""

@@ -1,6 +1,6 @@
 """Models that merge tokens: blocks that do so between attention and MLP, as the last change to a model.
 
-The number of merges per block is fixed; no tensor of the model changes. Attention behind a merge adds the
+The number of merges per block is fixed; no tensor of the model changes. Attention after a merge adds the
 logarithm of a token's size to its logits ("proportional attention", arXiv 2210.09461).
 """
 
@@ -25,7 +25,7 @@ from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock, den
 class Merging:
     """Mixed into a block's class, in front of it: tokens have sizes, and the block may merge some.
 
-    Sizes travel with the tokens, from block to block, so that nothing is left of a forward pass behind it.
+    Sizes travel with the tokens, from block to block, so that a forward pass leaves no state behind.
     """
 
     matcher: Matcher | None
@@ -56,7 +56,7 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
 
 
 class MergedReadBlock(Merging, ReadBlock):
-    """A block of which only the first tokens are read, behind blocks that merge."""
+    """A block whose first tokens alone are read, after blocks that merge."""
 
     def forward(
         self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -70,7 +70,7 @@ class MergedReadBlock(Merging, ReadBlock):
 def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
     """Return the attention that the class token pays to each patch, mean over heads.
 
-    ``m`` need not compute k for it: the query is taken back through the weights of k. A bias of k adds the
+    ``m`` need not compute k for this: the query is multiplied by the weights of k. A bias of k adds the
     same to all logits.
 
     Args:
@@ -107,7 +107,7 @@ def prefix_attended(model: nn.Module, layer: str) -> int | None:
 
 
 def _sized(x: Tensor | SizedTokens) -> tuple[SizedTokens, Tensor | None]:
-    """Return tokens with their sizes, and the bias that these give; none where each stands for one patch."""
+    """Return tokens with their sizes, and the bias from these; None if each token stands for one patch."""
     if isinstance(x, Tensor):
         return SizedTokens(x, x.new_ones(*x.shape[:2], 1)), None
     return x, x.bias()
@@ -119,7 +119,7 @@ def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 class MergedTokens:
-    """Mixed into timm's model, in front of it: few tokens stand for a patch alone."""
+    """Mixed into timm's model, in front of it: most tokens stand for several patches."""
 
     def forward_features(
         self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

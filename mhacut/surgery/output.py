@@ -12,7 +12,7 @@ from mhacut.adapters.base import Unit
 
 
 def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """Output projection of the unit, times the scale or batch norm behind it, [out, heads * width], float64.
+    """Output projection of the unit, times the scale or batch norm after it, [out, heads * width], float64.
 
     It maps errors of the unit's channels to errors of the layer's output. Where a channel is read at several
     places (by a convolution, or for several queries) it is [places * out, heads * width], place by place:
@@ -50,7 +50,7 @@ def output_weights(module: nn.Module, unit: Unit) -> Tensor:
 def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
     """Add ``constant``, [out] or [places * out], to the output of the unit's projection, in place.
 
-    The bias behind the projection takes it up, or the mean of the batch norm; without either it is lost.
+    It goes into the bias after the projection, or the mean of the batch norm; without either, it is lost.
     """
     if unit.output_bias is not None:
         bias = module.get_parameter(unit.output_bias)

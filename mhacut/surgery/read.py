@@ -1,8 +1,8 @@
 """Tokens that no output reads are not computed: a transformation of the dense model, before it is cut.
 
-A class-token classifier reads the first tokens of its last block. What that block writes into the others goes
-nowhere, so that its queries, output projection and MLP need to run for the first tokens only. The logits stay
-what they are.
+A class-token classifier reads the first tokens of its last block. Nothing reads what that block writes into
+the other tokens, so its queries, output projection and MLP need to run for the first tokens only. The logits
+do not change.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     relpos.RelPosBlock: ReadRelPosBlock,
     relpos.ResPostRelPosBlock: ReadResPostRelPosBlock,
 }
-"""Blocks of a residual attention and a residual MLP, and their class of which only first tokens are read."""
+"""Blocks of a residual attention and a residual MLP, each with its class that computes only the first
+tokens."""
 _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
     Attention: ReadAttention,
     AttentionRope: ReadRopeAttention,
@@ -185,7 +186,7 @@ def tokens_read(model: nn.Module) -> int:
     """Return the number of first tokens of the last block that the head of ``model`` reads.
 
     Raises:
-        UnsupportedModelError: it reads others too, or the model is none of which that is known.
+        UnsupportedModelError: it reads others too, or this is not known for the model.
     """
     if type(model) not in _MODELS and not isinstance(model, FewTokens):
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
@@ -214,7 +215,7 @@ def set_read(model: Any, read: int) -> None:
     """Change ``model`` in place so that its last block computes its first ``read`` tokens only.
 
     Raises:
-        PlanError: the head reads others.
+        PlanError: the head reads other tokens.
         UnsupportedModelError: not known of this model.
     """
     expected = tokens_read(model)

@@ -44,7 +44,7 @@ def cut(
 
     Args:
         model: the plan's dense model, with or without its plan of tokens applied.
-        plan: units not named stay whole.
+        plan: units not named are not cut.
         channel_scales: [heads, dense_width] per unit, multiplied into the contribution of the kept channels
             (the logits, for qk); missing means 1. At 1 the softmax temperature is the dense model's.
         prunable: prunable layers of ``model``; found if None.
@@ -91,7 +91,7 @@ def _scale_kept(
     unit_plans: Mapping[UnitKind, UnitPlan],
     channel_scales: Mapping[UnitKey, Tensor],
 ) -> None:
-    """Multiply the contribution of every channel of a layer by its scale, 0 where it is about to go."""
+    """Multiply the contribution of every channel of a layer by its scale, which is 0 for removed channels."""
     for unit in layer.units:
         unit_plan = unit_plans.get(unit.kind)
         if unit_plan is None:

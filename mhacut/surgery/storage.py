@@ -1,8 +1,9 @@
 """Storage: parameters of a model and bytes of its tensors, as functions of its widths.
 
 Fitted to counts of cut layers, as FLOPs are (:mod:`mhacut.surgery.costs`), and compared with the whole model,
-dense and cut to the least widths on the meta device. They are exact where neither heads nor layers share
-tensors; else they are never below the truth: copies that parts get once they are cut count at all widths.
+dense and cut to the least widths on the meta device. They are exact if neither heads nor layers share
+tensors. Otherwise they are never too small: copies that parts get when they are cut are counted at all
+widths.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def tokens_of(model: nn.Module) -> TokenPlan:
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
-    """Return a model of the same weights that leaves out what ``tokens`` says; ``model`` itself if it does.
+    """Return a model with the same weights that leaves out the planned tokens; or ``model`` itself.
 
     Tensors that stay as they are, are shared. Errors are those of :func:`apply_tokens`.
     """
@@ -34,7 +34,7 @@ def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
 
 @torch.no_grad()
 def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
-    """Change ``model`` in place so that it leaves out what ``tokens`` says; a model that does is left alone.
+    """Change ``model`` in place so that it leaves out what ``tokens`` states, unless it does already.
 
     Args:
         model: a timm model, on any device, meta included; its layers may be cut.

@@ -190,7 +190,7 @@ def test_another_architecture_than_the_configurations_is_refused(folder):
         ({"hidden_size": True}, "hidden_size: expected a whole number"),
         ({"hidden_size": 10**30}, "hidden_size: expected a whole number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: expected a whole number"),
-        ({"num_hidden_layers": 60000}, "out of all proportion"),
+        ({"num_hidden_layers": 60000}, "is far too large for the tensors"),
         ({"image_size": [32, 16]}, "image_size: expected the side of a square"),
         ({"image_size": 60000}, "at most 4194304 pixels"),
         ({"qkv_bias": "no"}, "qkv_bias: expected true or false"),

@@ -271,7 +271,7 @@ def test_a_training_checkpoint_says_which_part_was_read(tmp_path):
 def test_a_suffix_that_lies_is_noted(dense, tmp_path):
     model, path = dense
     loaded = read_model(path.rename(tmp_path / "dense.pth"), model=NAME, model_args=ARGS)
-    assert "content is safetensors, despite the name" in loaded.notes
+    assert "the content is safetensors, despite the name" in loaded.notes
     torch.save(model.state_dict(), path)
     loaded = read_model(path, model=NAME, model_args=ARGS)
-    assert "content is a torch file, despite the name" in loaded.notes
+    assert "the content is a torch file, despite the name" in loaded.notes

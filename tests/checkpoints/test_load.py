@@ -224,7 +224,7 @@ def test_timm_names_are_checked_before_anything_is_fetched(monkeypatch):
         "timm:vit_tiny_patch16_224.x"
     )
     assert "no pretrained weights of this model" in refusal("timm:vit_base_patch16_gap_224")
-    assert "names its model already" in refusal("timm:vit_tiny_patch16_224", model=NAME)
+    assert "already names its model" in refusal("timm:vit_tiny_patch16_224", model=NAME)
     assert "timm cannot build" in refusal("timm:vit_tiny_patch16_224", model_args={"surprise": 1})
 
 

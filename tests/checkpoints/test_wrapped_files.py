@@ -389,7 +389,7 @@ def test_a_model_out_of_proportion_is_not_built(tmp_path):
     torch.save(
         {"arch": "vit_giant_patch14_224", "state_dict": {"a.b": torch.ones(1), "c": torch.ones(1)}}, path
     )
-    assert "out of all proportion" in refusal(path)
+    assert "is far too large for the tensors" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ LIES = {
     "26 index": (lambda d: d["plan"][0]["kept"][0].append(10**6), "must lie in 0..15"),
     "26 widths": (lambda d: d["layers"].clear(), "the widths in layers and the plan disagree"),
     "26 heads": (lambda d: d["model_args"].update(num_heads=10**9), "numbers may reach 1000000"),
-    "26 depth": (lambda d: d["model_args"].update(depth=10**6), "out of all proportion"),
+    "26 depth": (lambda d: d["model_args"].update(depth=10**6), "is far too large for the tensors"),
     "26 nesting": (lambda d: d.update(history=json.loads("[" * 99 + "]" * 99)), "nested too deeply"),
     "27 module": (lambda d: d.update(architecture="os.system"), "expected the name of a timm model"),
     "27 class": (lambda d: d["model_args"].update(norm_layer="os.system"), "norm_layer"),

@@ -158,7 +158,7 @@ def test_a_log_that_fails_does_not_end_the_training(tune, monkeypatch):
     monkeypatch.setattr(run_module, "check_logs", lambda names: None)
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     assert tune(log="wandb", reporter=reporter).steps == 6
-    assert any("log='wandb': gave up" in message for message in reporter.messages)
+    assert any("log='wandb': stopped logging" in message for message in reporter.messages)
 
 
 def test_rows_reach_a_log(tune, monkeypatch):
