@@ -283,7 +283,10 @@ def test_of_models_within_the_budget_the_larger_is_kept(tiny_vit, tmp_path, cloc
 def test_a_target_that_is_always_missed_fails_and_leaves_nothing(tiny_vit, tmp_path, clock):
     clock.unforeseen = lambda share: 1.0 if share in (1.0,) or clock.layers == 0 else 1.5
     out = tmp_path / "slim.safetensors"
-    message = r"max_latency='85%': not met: after 3 corrections the pruned model takes \S+ms, expected at most \S+ms"
+    message = (
+        r"max_latency='85%': not met: after 3 corrections the pruned model takes \S+ms, "
+        r"expected at most \S+ms"
+    )
     with pytest.raises(BudgetError, match=message):
         prune(tiny_vit, out, max_latency="85%")
     assert not out.exists()

@@ -43,7 +43,7 @@ def calibration_images(
     """Return ``count`` images to calibrate and search on, or all there are if fewer.
 
     They are a random choice with equally many of each class, drawn with ``seed``: it depends on the names of
-    the files, not on the order in which a file system lists them. Where ``data`` names no images they are
+    the files, not on the order in which a file system lists them. If ``data`` names no images, they are
     :func:`synthetic_images`.
 
     Args:
@@ -53,7 +53,7 @@ def calibration_images(
         count: number of images.
         seed: of the choice, or of the synthesis.
         num_classes: of the model's head, to check the data against.
-        use_labels: False leaves labels out, and needs no class folders.
+        use_labels: False ignores labels, and needs no class folders.
 
     Raises:
         DataError: images or labels that are missing, unreadable, or do not fit the model.

@@ -40,7 +40,7 @@ class EvaluationLoader:
         fingerprint: str,
     ) -> None:
         self.fingerprint = fingerprint
-        """Digest of all images that are measured, whatever part is read here; equal for equal data."""
+        """Digest of all images that are measured, not only of the part read here; equal for equal data."""
         self.description = description
         """Text for readers."""
         self.images = total
@@ -104,12 +104,12 @@ def evaluation_loader(
         data: a folder of splits, one split with a folder per class, or a named dataset.
         num_classes: of the model's head, to check the data against.
         batch_size: images at a time.
-        limit: at most so many images, chosen evenly over the classes and always alike; None for all.
+        limit: largest number of images, the same choice every time, even over the classes; None for all.
         part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
 
     Raises:
-        DataError: images or labels that are missing or do not fit the model. Unreadable images come to light
-            at the end of a pass, as the same error.
+        DataError: images or labels that are missing or do not fit the model. Unreadable images raise the same
+            error at the end of a pass.
         UsageError: ``data`` names no images, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
@@ -201,7 +201,7 @@ def _from_named(
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` images, ascending, chosen evenly over the labels and always alike."""
+    """Indices of at most ``limit`` images, ascending: the same choice every time, even over the labels."""
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
     return sorted(islice(balanced_order(labels, 0), limit))

@@ -83,7 +83,7 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
     """Return the folder to read for ``split``: its own, or ``data_dir`` itself if that holds no splits.
 
     ``data_dir`` itself serves only for ``train`` and ``val``, which are the defaults: any other split was
-    asked for by name, and other images would be read in its place.
+    asked for by name, and must not be replaced by other images.
 
     Args:
         data_dir: folder with splits, or with images.
@@ -164,7 +164,8 @@ def label_images(folder: Folder, class_map: PathLike | None, num_classes: int | 
         hint: advice that ends the message where labels are wrong.
 
     Raises:
-        DataError: images outside class folders, an empty class folder, or classes that are not the head's.
+        DataError: images outside class folders, an empty class folder, or classes that the head does not
+            have.
     """
     if "" in folder.names:
         stray = folder.images[folder.names.index("")]

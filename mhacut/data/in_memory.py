@@ -19,7 +19,7 @@ from mhacut.options.base import LabelledImages
 ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
 """Images [N, C, H, W]; these and labels [N]; or an iterable of such batches, as a ``DataLoader`` is one."""
 _MEASURED = 4
-"""At least one labelled image in so many is not calibrated on, so that accuracy can be measured on it."""
+"""At least one labelled image in this many is left out of the calibration, to measure accuracy on it."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -93,7 +93,7 @@ class Expected:
 class InMemoryBatches:
     """Checked batches of (images [B, C, H, W], labels [B]) to measure accuracy on.
 
-    An iterator can be passed over once, all else more than once.
+    An iterator allows one pass, everything else several.
     """
 
     def __init__(self, given: ImagesInMemory, expected: Expected, batch_size: int) -> None:
@@ -128,7 +128,7 @@ class InMemoryBatches:
 
 
 def check_one_source(images: ImagesInMemory | None, data: LabelledImages) -> None:
-    """Raise a :class:`UsageError` if images are given in memory and elsewhere too."""
+    """Raise a :class:`UsageError` if images are given both in memory and by an option."""
     if images is None or not data.has_images:
         return
     other = "data_dir" if data.data_dir is not None else "dataset"
@@ -146,8 +146,9 @@ def split_in_memory(
 ) -> tuple[CalibrationImages, InMemoryBatches | None]:
     """Divide images into those to calibrate on, and labelled ones to measure accuracy on.
 
-    Both are random choices with equally many of each class, drawn with ``seed``. No image is in both: where
-    they are too few, a quarter is left to measure on. Batches are read only until there are enough images.
+    Both are random choices with equally many of each class, drawn with ``seed``. No image is in both; if
+    there are too few, a quarter of them is used to measure. Batches are read only until there are enough
+    images.
 
     Args:
         given: images, with or without labels.

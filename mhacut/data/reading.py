@@ -103,7 +103,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]
 
 
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
-    """Yield all indices in a random order in which every group comes up equally often while it lasts.
+    """Yield all indices in a random order that draws equally often from every group that is not used up.
 
     >>> order = list(balanced_order(["a"] * 6 + ["b"] * 2, seed=0))
     >>> sorted(order), sum(index >= 6 for index in order[:4])
@@ -120,7 +120,7 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
 
 
 def fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
-    """Return a digest of images by names and labels: equal for equal data, wherever it lies."""
+    """Return a digest of images by names and labels: equal for equal data in any folder."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

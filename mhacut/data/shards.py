@@ -111,7 +111,7 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a shard, each of which must lie behind the one before, or there is no end."""
+    """Yield the members of a shard, each of which must lie after the one before, or reading would not end."""
     end = 0
     for member in tar:
         if member.size < 0 or member.offset_data < end:
@@ -123,7 +123,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def by_index(opened: Any) -> ShardedSamples | None:
     """Return the samples of timm's stream ``opened``; None where they cannot be indexed.
 
-    That is where the shards are no plain tar files on this machine, or the labels more than a number.
+    That is the case if the shards are no plain tar files on this machine, or the labels no single number.
     """
     reader = getattr(opened, "reader", None)
     split: Any = getattr(reader, "split_info", None)

@@ -23,8 +23,8 @@ def synthetic_images(
 ) -> Tensor:
     """Return dead-leaves images: overlapping plain shapes, [count, C, H, W] float32, normalised.
 
-    Discs, rectangles and triangles of any place, direction and colour, many small and few large ones, the
-    later hiding the earlier. Occlusion between objects of all sizes gives pictures the statistics of
+    Discs, rectangles and triangles with random places, directions and colours, many small and few large ones;
+    later shapes hide earlier ones. Occlusion between objects of all sizes gives pictures the statistics of
     photographs (Lee, Mumford & Huang, IJCV 2001), edges included, and networks can be trained on them
     (Baradad et al., NeurIPS 2021). Image i depends on ``seed`` and i, not on ``count``.
 

@@ -1,8 +1,8 @@
 """The directory of a run: every file in it is old or new, never half written.
 
 ``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
-resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last: whatever
-the others hold beyond it is computed again, with the same result.
+resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last: work that
+the other files hold beyond it is done again, with the same result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Record of a fine-tuned file: that of the slim file it came from, and one step more in its history."""
+"""Record of a fine-tuned file: that of the slim file it came from, with one more step in its history."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCAL_OPTIONS = frozenset(
 
 
 def portable(options: FinetuneOptions) -> dict[str, Any]:
-    """Return ``options`` without those that mean something on one machine only."""
+    """Return ``options`` without those that depend on the machine."""
     return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}
 
 

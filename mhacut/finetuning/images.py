@@ -1,8 +1,8 @@
 """Images to train on, augmented by seed, in batches that any number of processes can share.
 
-The augmentation of an image depends on the run's seed, the epoch and the image alone: not on which process or
-worker reads it, nor on what was read before. So a run that is resumed, or continued on other machines, sees
-the same images.
+The augmentation of an image depends on the run's seed, the epoch and the image alone: neither on the process
+or worker that reads it, nor on the images read before. So a run that is resumed, or continued on other
+machines, sees the same images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.signals import outlive_signals, start_reading
 
 _TRIES = 10
-"""Number of images after an unreadable one that are tried in its place, the image itself included."""
+"""Number of images that are tried in place of an unreadable one, including itself."""
 
 Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
 """Image (None if no readable one was found), its label (-1 without), and unreadable images met."""
@@ -73,7 +73,7 @@ def training_images(
     Args:
         data: where they are.
         preprocessing: of the model.
-        augmentation: how they are varied.
+        augmentation: how they are augmented.
         num_classes: of the model's head; 0 for none.
         use_labels: False leaves labels out.
         need_labels: refuse images without class folders.
@@ -201,7 +201,7 @@ class StepBatches:
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
-        """Lay out the order.
+        """Prepare the order.
 
         Args:
             count: images in all.
@@ -259,7 +259,7 @@ def training_loader(
     """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1.
 
     Raises:
-        DataError: so many images in a row cannot be read that none is left to take their place.
+        DataError: too many images in a row cannot be read.
     """
     loader: DataLoader[Drawn] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),

@@ -1,7 +1,7 @@
 """Logs besides ``summary.csv``: a curve as PNG, TensorBoard, Weights & Biases.
 
-All need packages that mhacut does not, so they are imported when asked for. A missing package is an error
-before the work; a log that fails during it is given up with a message, and the training goes on.
+Each needs a package that mhacut itself does not need, so it is imported when asked for. A missing package is
+an error before the work. A log that fails later ends with a message, and training continues.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options and inputs of a resumed run: its own, and no others."""
+"""Options and inputs of a resumed run, which must be those that it was started with."""
 
 from __future__ import annotations
 

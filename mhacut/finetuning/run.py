@@ -42,7 +42,7 @@ from mhacut.surgery.info import classifier_size
 
 @dataclass
 class Run:
-    """Everything that a run works with, and how far it is."""
+    """Everything that a run works with, and its progress."""
 
     options: FinetuneOptions
     processes: Processes
@@ -86,7 +86,7 @@ class Run:
 
         Args:
             model: a classifier.
-            request: answered, while this takes its time, as soon as somebody asks to stop.
+            request: a request to stop, which is acknowledged during the measurement.
         """
         assert self.validation is not None
 

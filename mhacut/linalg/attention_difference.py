@@ -22,7 +22,7 @@ def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
     Args:
         query: [B, H, N, d].
         key: [B, H, M, d].
-        centre: False where something acts on keys before the product, so that their constant part matters.
+        centre: False if something acts on keys before the product, so that their constant part matters.
     """
     if centre:
         key = key - key.mean(dim=-2, keepdim=True)
@@ -42,8 +42,8 @@ def output_energy(second_moment: Tensor, output_projection: Tensor) -> Tensor:
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
     """Return ||A - A without channel i||_F^2 of linear attention, sum over images, [H, d].
 
-    A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are taken as given:
-    where they were normalised over all channels, they are not normalised again without channel i.
+    A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are not recomputed: if
+    they were normalised over all channels, they are not normalised again without channel i.
 
     Args:
         query: non-negative features, [B, H, N, d].

@@ -1,9 +1,9 @@
 """Exchange of kept channels for removed ones while that lowers the error left after the refit. Ours.
 
-Greedy removal never takes a step back. At a given width, exchanging a kept and a removed channel of a head
-may leave less error. What losing the first costs and what the second then saves have closed forms, so that
-all pairs are compared at once, by the quantities of the sweep operator of stepwise regression (Goodnight
-1979). A round costs as much as inverting the moments of the kept channels.
+Greedy removal never undoes a step. At a given width, exchanging a kept and a removed channel of a head may
+leave less error. The cost of losing the first and the gain of the second then have closed forms, so all pairs
+are compared at once, by the quantities of the sweep operator of stepwise regression (Goodnight 1979). A round
+costs as much as inverting the moments of the kept channels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def exchange_channels(second: Tensor, columns: Tensor, kept: Tensor, fisher: Ten
 
 
 class _Choice:
-    """A choice of channels, refitted, and what its exchanges are worth."""
+    """A choice of channels, refitted, and the gain of its exchanges."""
 
     def __init__(self, gram: Tensor, wanted: Tensor, kept: Tensor, channels: int) -> None:
         """Refit.
@@ -76,7 +76,7 @@ class _Choice:
         self.weights = self.inverse @ wanted[kept]
         """Weights of the refit, [kept, out]."""
         self.served = float((self.weights * wanted[kept]).sum())
-        """Energy of the output that the refit gives."""
+        """Energy of the output of the refit."""
 
     @cached_property
     def exchanges(self) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def adjust_scores(score: Tensor, width: int) -> Tensor:
     """Return scores shifted head by head so that exactly ``width`` channels of each lie above 1/2.
 
     tau_h is the midpoint between the width-th and the next largest score of head h; s' = s + (1/2 - tau_h).
-    Ties are broken by channel index, which may need the tied scores moved apart by a hair.
+    Ties are broken by channel index, for which tied scores may be moved apart slightly.
 
     Args:
         score: [H, d].

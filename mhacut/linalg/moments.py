@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _SMALL, _LARGE = 1e-15, 1e15
-"""Sizes of activations between which their squares, and sums of 1e8 of them, are numbers of float32."""
+"""Bounds of activations within which float32 can hold their squares and sums of 1e8 of these."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Moments:
     def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
         """Return the moments of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times.
 
-        Over all that is added up, weights must have the mean 1.
+        Over everything that is added up, weights must have the mean 1.
 
         Products are taken in float32 about the mean of these rows: about 0, the rounding of a large mean
         would drown a small variance, and covariances could come out negative. They are taken in float64 where

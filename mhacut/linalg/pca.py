@@ -1,4 +1,4 @@
-"""PCA bases: a head's channels mixed so that the first few carry as much as any few can.
+"""PCA bases: a head's channels mixed so that the first ones carry as much energy as possible.
 
 Ours. Attention does not change when (W_q, W_k) of a head become (A W_q, A^-T W_k), nor when its value rows
 become A W_v and the columns that read them W_o A^-1. Cutting the tail of the right basis is the best

@@ -1,9 +1,9 @@
 """Least-squares reconstruction: weights behind a cut are refitted so that kept channels replace removed ones.
 
 Ours; the channel scales of arXiv 2405.20867 are the diagonal case. Removed channels x_P are predicted from
-kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x. Of
-:data:`RIDGES` the one is taken that leaves the least error on held-out images. An infinite ridge predicts
-removed channels by their mean alone, where there is a bias to take it up, and not at all elsewhere.
+kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x.
+The ridge in :data:`RIDGES` with the least error on held-out images is taken. An infinite ridge predicts
+removed channels by their mean alone if a bias can absorb it, and otherwise not at all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def refit_linear(
         held: moments on held-out images.
         kept: indices of the kept channels, [kept], ascending.
         columns: weights that read the channels, [out, d].
-        constant: whether there is a bias to take up W_P c.
+        constant: whether a bias can absorb W_P c.
     """
     both = fit + held
     gone = others(kept, fit.total.shape[-1])
@@ -107,7 +107,7 @@ def refit_logits(
     *,
     mixes: bool = True,
 ) -> LogitRefit:
-    """Return the best C for every head, with q and k taken as independent.
+    """Return the best C for every head, with q and k assumed independent.
 
     Args:
         fit: moments of q and of k, [H, d], on images to fit; k centred over the keys of each image, since
@@ -199,8 +199,8 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
 def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
     """Return (system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is 0.
 
-    Where rounding has left ``system`` negative eigenvalues, they count as 0 and the ridge is at least as
-    large: a smaller one could hit upon them, and the solution would be as large as rounding is small.
+    Negative eigenvalues of ``system``, left by rounding, count as 0, and the ridge is at least as large as
+    they are: a smaller one could cancel them, and the solution would explode.
 
     Args:
         system: second moment, [..., n, n].

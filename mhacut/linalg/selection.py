@@ -16,18 +16,19 @@ from mhacut.linalg.reconstruction import weighed_by
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6
-"""Added to the variances before they are inverted, relative to their mean: channels may repeat each other."""
+"""Added to the variances before they are inverted, relative to their mean: channels may be linearly
+dependent."""
 AT_ONCE = 0.02
 """Fraction of the remaining channels that go in one step (one by one below 100), or are exchanged in one
 round. Removal one by one is much slower and leaves hardly less error."""
 
 DENSE_ENOUGH = 0.9
-"""Share of rows that are still in use below which matrices are packed anew."""
+"""Share of rows still in use below which matrices are packed again."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Order of every head's channels, from the last one to go to the first."""
+    """Order of every head's channels, from the last to be removed to the first."""
 
     order: Tensor
     """Indices, [heads, d]."""
@@ -100,7 +101,7 @@ def rank_channels(
 
 
 def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
-    """Rank qk channels, each head for itself.
+    """Rank qk channels, in each head separately.
 
     With both sides predicted from the kept ones, q k^T keeps tr(P_q P_k) of its energy, where
     P = G_:S G_SS^-1 G_S:. Removing a channel takes a rank-1 term u u^T from each P, so that every step costs
@@ -176,7 +177,7 @@ class _Side:
 
 
 def rank_parts(second: Tensor) -> Ranking:
-    """Rank channels that no others can replace, each head for itself.
+    """Rank channels that no others can replace, in each head separately.
 
     Removing a set of them costs the squared length of the sum of their parts in the output; the next to go is
     the one that adds least to it.
@@ -258,9 +259,9 @@ def damped(second: Tensor) -> Tensor:
 def damped_inverse(second: Tensor) -> Tensor:
     """Return the inverse of :func:`damped`.
 
-    Where activations are constant, or the same for all images, ``second`` is nothing but rounding, and what
-    is added by its diagonal may leave it singular. Then negative eigenvalues count as 0, and the ridge is as
-    large as the largest of them.
+    If activations are constant, or the same for all images, ``second`` consists of rounding errors, and the
+    ridge may leave it singular. Then negative eigenvalues count as 0, and the ridge is as large as the
+    largest of them in magnitude.
     """
     inverse: Tensor
     inverse, singular = torch.linalg.inv_ex(damped(second))

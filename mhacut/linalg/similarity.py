@@ -25,8 +25,8 @@ def cosine_similarity(gram: Tensor) -> Tensor:
 def redundancy(*cosines: Tensor) -> Tensor:
     """Return the mean absolute similarity of each channel to the others of its head, in [0, 1], [..., d].
 
-    With several cosine matrices, channels are similar where all of them are: for a rank-1 term q_i k_i^T of
-    the logits, cos(q_i k_i^T, q_j k_j^T) = cos(q_i, q_j) * cos(k_i, k_j).
+    With several cosine matrices, channels are similar if they are similar in all of them: for a rank-1 term
+    q_i k_i^T of the logits, cos(q_i k_i^T, q_j k_j^T) = cos(q_i, q_j) * cos(k_i, k_j).
 
     Args:
         cosines: each [..., d, d].

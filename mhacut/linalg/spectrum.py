@@ -1,4 +1,4 @@
-"""Spectrum of what a head adds to the logits or the output, and its effective rank.
+"""Spectrum of a head's contribution to the logits or the output, and its effective rank.
 
 Ours. The energies are those of the channels of the PCA basis (:mod:`mhacut.linalg.pca`), which a cut loses
 from the tail on: the rank at 99 % is the width that keeps 99 % before anything is refitted.

@@ -22,8 +22,8 @@ class Whitening:
     If the dense model's features are the mean of a normal distribution of covariance S, and the pruned
     model's that of another, KL(N(f, S) || N(f', S)) = 1/2 (f - f')^T S^-1 (f - f'), half the squared
     Mahalanobis distance (Kullback 1959, chapter 9). S is the covariance of the dense features over tokens and
-    images, shrunk towards its diagonal (target D of Schaefer & Strimmer 2005): S^-1 of an estimate
-    exaggerates errors in the directions that vary least, of which few images say little.
+    images, shrunk towards its diagonal (target D of Schaefer & Strimmer 2005): the inverse of an estimate
+    exaggerates errors in the directions that vary least, which few images estimate badly.
     """
 
     mean: Tensor

@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of a program's outputs with those of the model it stands for."""
+    """Agreement of a program's outputs with those of the model that it was made from."""
 
     images: int
     kl: float | None
-    """Mean KL divergence of the program's classes from the model's, in nats; None for outputs that are no
+    """Mean KL divergence of the program's classes from the model's, in nats; None if the outputs are not
     logits."""
     same_answer: float | None
-    """Fraction of images with the same first class; None likewise."""
+    """Fraction of images with the same top-1 class; None if the outputs are not logits."""
     cosine: float
     """Mean cosine between the outputs of an image."""
 
@@ -27,7 +27,7 @@ def agreement(expected: Tensor, found: Tensor, *, classes: bool) -> Agreement:
 
     Args:
         expected: outputs of the model.
-        found: outputs of what stands for it, for the same images.
+        found: outputs of the program, for the same images.
         classes: whether outputs are logits of classes.
     """
     p, q = expected.double().flatten(1), found.double().flatten(1)

@@ -15,11 +15,11 @@ _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 _DRIFT = 0.03
-"""Relative change of the first one's time, within one measurement, after which it is repeated."""
+"""Relative change of the first program's time within one measurement above which it is repeated."""
 _TRIES = 3
 _PATIENCE = 3.0
-"""Wall time, relative to the time asked for, after which processor time is no longer waited for: other
-programs take the rest."""
+"""Wall time, relative to the time asked for, after which a measurement of processor time ends: other programs
+use the rest."""
 
 Run = Callable[[], object]
 
@@ -116,9 +116,9 @@ class Beside:
 
 
 def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Beside:
-    """Time ``runs`` in turns; if the machine's speed changes meanwhile, again, at most three times.
+    """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
-    Of one thread on a CPU the ratios are of process time, which leaves out what other programs take.
+    For one thread on a CPU, ratios compare process time, which excludes other programs.
 
     Args:
         runs: the first is what the others are compared with.

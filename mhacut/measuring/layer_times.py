@@ -1,8 +1,8 @@
-"""Times of layers at a few widths, the time of a model that follows from them, and the file that keeps them.
+"""Times of layers at a few widths, the predicted time of a model, and the file that keeps the times.
 
-The time of a model is a fixed rest and the times of its layers. Layers that run alone are not quite as fast
-as in the model, so that what the model saves is what its layers save, scaled by a line through models that
-were measured whole.
+The time of a model is a fixed part plus the times of its layers. A layer that runs alone is not exactly as
+fast as in the model, so the time that the layers save is scaled by a line through models that were measured
+whole.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Point:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Times of one run of a layer, measured at a few widths and taken as lines between them.
+    """Times of one run of a layer, measured at a few widths and interpolated linearly.
 
-    The kinds of channels save time independently of each other, but for q/k and v of equal width, which are
+    The kinds of channels are assumed to save time independently, except q/k and v of equal width, which are
     measured together.
     """
 
@@ -87,9 +87,9 @@ class LayerTimes:
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points in the order of their first number, the second made to rise too.
+    """Return points in the order of their first number, with the second made to rise.
 
-    Where it falls, by noise, it is between the largest before and the least behind.
+    If noise makes it fall, it is set between the largest before and the least after.
     """
     widths, times = zip(*sorted(points), strict=True)
     above = accumulate(times, max)
@@ -116,8 +116,8 @@ class TimeTable:
     whole: float
     """Time of the model with all channels, relative to the dense one's: less where tokens are left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """Time that the layers of a cut model save, and time that it saves as a whole, relative to the dense
-    model's."""
+    """Time that the layers of a cut model save, and time that the whole model saves, relative to the dense
+    model's time."""
     dense: int = 10**9
     """Nanoseconds per batch of the dense model, as measured last."""
     steady: bool = field(default=True, compare=False)
@@ -212,14 +212,16 @@ def kept_table(
     log: Callable[[str], None],
     today: Callable[[TimeTable], TimeTable | None] = lambda table: table,
 ) -> TimeTable:
-    """Return the table that this machine keeps under ``key``; else measure it, and keep it if it is steady.
+    """Return the table saved on this machine under ``key``; if there is none, measure it.
+
+    A steady table is saved.
 
     Args:
         key: everything that times depend on.
         measure: measures the table.
-        log: receives whether the file is used, and what is wrong with it.
-        today: returns a kept table with the dense model's time of today, or None to measure it anew, because
-            by its times the target is out of reach.
+        log: receives whether the file is used, and problems with it.
+        today: returns a saved table with the current time of the dense model, or None to measure again
+            because the target cannot be reached with the saved times.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = _folder() / f"{digest[:32]}.json"

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 SAMPLE = 256
 """Number of images that are enough to see a wrong normalisation."""
 _SCREENED = 4
-"""One image in so many finds candidates, the others judge them; so that chance does not choose the winner."""
+"""One image in this many finds candidates, and the others compare them, so that the winner is not chosen by
+chance."""
 _STANDARD_ERRORS = 2.0
 _SAME = 0.002
-"""Largest difference of two means or standard deviations that are one, written with fewer digits."""
+"""Largest difference of two means or standard deviations that differ only in rounding."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def better_normalisation(
     """Return the usual normalisations that are better than ``mean`` and ``std`` by two standard errors.
 
     A quarter of the images finds those that may be better; only then, the others compare them with the
-    model's own. So where all is well, the cost is about that of one pass over :data:`SAMPLE` images.
+    model's own. So if the normalisation is right, the cost is about that of one pass over :data:`SAMPLE`
+    images.
 
     Args:
         model: classifier in eval mode, on ``device``.

@@ -11,11 +11,11 @@ from mhacut.errors import MhacutError, UsageError, option_name
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device.
+    """Return the device of this name; ``auto`` is CUDA if there is a GPU, otherwise the CPU.
 
     Raises:
         UsageError: not a device.
-        MhacutError: CUDA was asked for and is not there.
+        MhacutError: CUDA was asked for but is not available.
     """
     asked = option_name("device", name)
     if name == "auto":
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether both are one device; ``cuda`` without a number is the current GPU."""
+    """Whether both are the same device; ``cuda`` without a number is the current GPU."""
 
     def number(device: torch.device) -> int | None:
         current = device.type == "cuda" and device.index is None

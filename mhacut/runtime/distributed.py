@@ -1,4 +1,4 @@
-"""One process or many: who is who, and what they say to each other. Launched by torchrun, or alone."""
+"""The processes of a run, launched by torchrun or alone, and the exchange of data between them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Processes:
     """The processes of a run, seen from one of them."""
 
     rank: int
-    """Which this one is; 0 is the one that writes and prints."""
+    """Number of this process; process 0 writes and prints."""
     size: int
     """Number of processes."""
     device: torch.device
-    """Device of this one."""
+    """Device of this process."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -95,12 +95,13 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that ends well in every process or in none, so that none waits for one that failed.
+        """Context in which a failure in one process ends the block in all, so that none waits for it.
 
-        In the block processes must not speak to each other. Every process must enter it at the same point.
+        Inside it, processes must not exchange data. Every process must enter it at the same point.
 
         Raises:
-            FailedElsewhere: the block failed in another process, or alike in an earlier one.
+            FailedElsewhere: the block failed in another process, or in the same way in one with a lower
+                number.
         """
         if self.size == 1:
             yield
@@ -120,7 +121,7 @@ class Processes:
 
 @contextmanager
 def gathered(device: str) -> Iterator[Processes]:
-    """The processes that torchrun started together, or this one alone; parted again at the end.
+    """Connect the processes that torchrun started, or this one alone, until the block ends.
 
     NCCL connects GPUs, gloo CPUs.
 

@@ -1,4 +1,4 @@
-"""Packages that mhacut can do without, asked for before the work that needs them."""
+"""Check that optional packages are installed, before the work that needs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def need(flag: str, module: str, extra: str) -> None:
     Args:
         flag: what needs it, as on the command line.
         module: its name in Python; nothing of it is imported.
-        extra: of mhacut, that brings it.
+        extra: extra of mhacut that installs it.
     """
     if importlib.util.find_spec(module) is None:
         raise MhacutError(f"{flag}: needs the package {module}; pip install 'mhacut[{extra}]'")

@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 AnyPath = str | os.PathLike[str]
 _LOCK = "lock"
-"""Name of the file in a temporary folder that is locked as long as its process lives."""
+"""Name of the file in a temporary folder that is locked while its process runs."""
 
 
 def show(path: AnyPath) -> str:
@@ -130,8 +130,8 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
 
-    A folder, because libraries write temporary files of their own beside the file that they are given. Those
-    that killed processes left are removed first.
+    A folder, because libraries write temporary files of their own beside the file that they are given.
+    Folders left by killed processes are removed first.
     """
     _make_directory(target.parent)
     remove_temporaries(target)
@@ -164,7 +164,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _locked_folder(target: Path) -> tuple[Path, int | None]:
-    """Make a temporary folder; return it, and the descriptor whose lock says that this process lives."""
+    """Make a temporary folder; return it, and the descriptor whose lock lasts as long as this process."""
     while True:
         folder = target.parent / f"{_prefix(target)}{secrets.token_hex(6)}.tmp"
         folder.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""Check that what is to be read is there, before anything is; imports nothing that takes time."""
+"""Check that all inputs exist before any is read; imports nothing that takes time."""
 
 from __future__ import annotations
 

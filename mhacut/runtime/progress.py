@@ -1,4 +1,4 @@
-"""Progress of commands, passed on to whoever shows it."""
+"""Progress of commands, passed on to the part that shows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Reporter(Protocol):
         """Begin a stage, one of :data:`mhacut.runtime.stages.STAGES`; the one before is over."""
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
-        """Take the state of the current stage: ``done`` of ``total``."""
+        """Receive the state of the current stage: ``done`` of ``total``."""
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ class StageTimer:
 
 
 class Counter:
-    """The state of one stage whose parts are done piece by piece."""
+    """Counter of the parts of one stage that are done."""
 
     def __init__(self, reporter: Reporter, total: int) -> None:
         self.reporter, self.total, self.done = reporter, total, 0

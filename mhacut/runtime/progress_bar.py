@@ -118,7 +118,7 @@ class _Html:
 
 
 class LinesView:
-    """A line every few seconds of a stage that takes longer than these; none of a short one."""
+    """A line every few seconds, for stages that take longer than that."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

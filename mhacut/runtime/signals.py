@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: work stops after the current step, and processes that read images outlive them."""
+"""SIGINT and SIGTERM: work stops after the current step; processes that read images survive them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Make the first signal inside the block set ``asked`` only; a second one acts as it would have.
+    """Make the first signal inside the block only set ``asked``; a second one has its usual effect.
 
     Outside the main thread, where Python delivers no signals, nothing changes.
     """
@@ -99,11 +99,10 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def outlive_signals(worker: int) -> None:
-    """Make a process that reads images outlive signals, which may be meant for its group.
+    """Make a process that reads images survive signals, which may be sent to its process group.
 
-    Ctrl-C, and many a scheduler, signals the process that it reads for as well, which may still need the
-    images: to it, a second signal that came as it wrote a file is the same as one. If that one ends, this one
-    does too.
+    Ctrl-C, and many schedulers, signal the main process too, which may still need images: to it, a second
+    signal that arrives while it writes a file counts as the first. When it ends, this process ends too.
 
     Args:
         worker: its number, from ``DataLoader``.
@@ -124,7 +123,7 @@ def _end_with(parent: int) -> None:
 
 @atexit.register
 def _kill_readers() -> None:
-    """Kill processes that still read when Python exits: it would send them a signal and wait for ever."""
+    """Kill processes that still read when Python exits; Python would signal them and wait for ever."""
     readers = list(_readers)
     if readers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in this process

@@ -15,17 +15,17 @@ LEAST_BYTES = 2**20
 
 
 class Spill:
-    """Tensors in files without a name, each gone with its tensor.
+    """Tensors in unnamed files, each of which is deleted with its tensor.
 
-    The files lie where ``TMPDIR`` says. On a disk the system writes their pages back and takes them away when
-    it needs memory; in a ``tmpfs`` nothing is saved. Pages that were dropped are read again when used.
+    The files lie where ``TMPDIR`` says. On a disk, the system writes their pages back and frees them when it
+    needs memory; in a ``tmpfs``, this saves no memory. Freed pages are read again when used.
     """
 
     def __init__(self) -> None:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy of ``tensor`` in a file; itself if it is small, or space on the disk cannot be had.
+        """Return a copy of ``tensor`` in a file; the tensor itself if it is small, or the disk has no space.
 
         Args:
             tensor: on the CPU.
@@ -43,7 +43,7 @@ class Spill:
         return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def drop(self) -> None:
-        """Take all pages out of this process; their content stays."""
+        """Release all pages from this process's memory; their content stays in the files."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)

@@ -37,11 +37,12 @@ STAGES: Mapping[str, str] = {
     "quantizing": "to INT8",
     "pushing": "to the hub",
 }
-"""Every stage of every command, with what is done in it. The same work has the same name in all commands."""
+"""Every stage of every command, with a description. The same work has the same name in all commands."""
 
 
 _ENOUGH = 0.05
-"""Share of a command that must be done to foretell stages to come; a smaller one may be all overhead."""
+"""Share of a command that must be done before later stages are estimated; a smaller share may be all
+overhead."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StageShare:
     share: float
     """Time of all its visits together; only ratios between stages matter."""
     visits: int = 1
-    """Number of times that the stage is begun anew. Going on where it was left is the same visit."""
+    """Number of times that the stage starts from its beginning; continuing it is not a new visit."""
     done: float = 0.0
     """Fraction that an earlier run did: its progress counts it, its seconds do not."""
 
@@ -103,8 +104,8 @@ def clock(seconds: float) -> str:
 class StageClock:
     """Seconds of each stage, and an estimate of what is left of the command.
 
-    What is left of a stage that has begun follows from its own speed. The time of a stage to come is its
-    share times the seconds per share of those before it.
+    The remaining time of the current stage follows from its own speed. The time of a later stage is its share
+    times the seconds per share of the stages before it.
     """
 
     def __init__(self) -> None:
@@ -156,7 +157,7 @@ class StageClock:
         return Snapshot(self._stage or "", *self._last, elapsed=elapsed, left=self.left())
 
     def left(self) -> float | None:
-        """Estimate the seconds until the command ends; None while there is nothing to estimate by."""
+        """Estimate the seconds until the command ends; None while there is no basis for an estimate."""
         seconds = self.seconds
         order = list(self._shares)
         reached = max((number for number, stage in enumerate(order) if stage in seconds), default=-1)

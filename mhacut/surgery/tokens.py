@@ -22,7 +22,7 @@ def tokens_of(model: nn.Module) -> TokenPlan:
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
     """Return a model with the same weights that leaves out the planned tokens; or ``model`` itself.
 
-    Tensors that stay as they are, are shared. Errors are those of :func:`apply_tokens`.
+    Unchanged tensors are shared. Errors are those of :func:`apply_tokens`.
     """
     if tokens == tokens_of(model):
         return model
