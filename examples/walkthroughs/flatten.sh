@@ -8,7 +8,7 @@ dense=$examples/flatten_cifar/model # official .pth files open as they are
 echo "== What is in it?"
 mhacut inspect "$dense"
 
-echo "== No --data-dir: synthetic images serve, and the command says so."
+echo "== No --data-dir: mhacut uses synthetic images, and says so."
 mhacut prune "$dense" --flops 75% --effort fast -o slim.safetensors --overwrite
 
 echo "== A folder with a model card, for timm and the hub."

@@ -21,7 +21,7 @@ mhacut bench "$dense" run/best.safetensors --runtime onnx --threads 1 --seconds 
 echo "== A file that needs neither mhacut nor PyTorch ..."
 mhacut export run/best.safetensors --format onnx -o slim.onnx --overwrite
 
-echo "== ... and says itself how images are to be prepared."
+echo "== ... and its metadata state how to preprocess images."
 python - "$images/val" <<'PYTHON'
 import json, sys
 from pathlib import Path

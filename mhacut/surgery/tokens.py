@@ -20,7 +20,7 @@ def tokens_of(model: nn.Module) -> TokenPlan:
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
-    """Return a model with the same weights that leaves out the planned tokens; or ``model`` itself.
+    """Return a model with the same weights that leaves out the planned tokens; ``model`` itself if it does.
 
     Unchanged tensors are shared. Errors are those of :func:`apply_tokens`.
     """

@@ -103,6 +103,7 @@ def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
 
 def test_help_groups_flags():
     text = run("prune", "--help").stdout
+    assert "(default: )" not in text
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
         "Arguments:",
