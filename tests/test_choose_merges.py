@@ -50,7 +50,7 @@ def test_models_without_global_attention_are_refused_by_name(tmp_path):
     swin = build(
         ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1)})
     )
-    with pytest.raises(UnsupportedModelError, match=r"SwinTransformer.*no plain ViT"):
+    with pytest.raises(UnsupportedModelError, match=r"SwinTransformer.*not a plain ViT"):
         mhacut.prune(
             swin,
             flops="80%",

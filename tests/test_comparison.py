@@ -109,7 +109,7 @@ def test_a_slim_file_beside_its_dense_one(slim_of):
     assert any(pair["slim"] < pair["dense"] for pair in widths)
     shown = CliRunner().invoke(app, asked).stdout
     assert "own error" in shown
-    assert f"{100 * comparison['agreement']:.1f}% the same" in " ".join(shown.split())
+    assert f"{100 * comparison['agreement']:.1f}% have the same top-1 class" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
 
 

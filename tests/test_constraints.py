@@ -166,8 +166,8 @@ def test_constraints_are_flags(tiny_vit, tmp_path):
         ("min_width", "*.qk=8"),
     ]
     text = run("prune", *tiny_vit.flags, "--flops", "80%", "--dry-run", *flags, "--equal-qkv", *FAST).stdout
-    assert re.search(r"^--exclude blocks.1.mlp: an estimated \S+ nats$", text, re.MULTILINE)
-    assert re.search(r"^--equal-qkv: an estimated \S+ nats$", text, re.MULTILINE)
+    assert re.search(r"^--exclude blocks.1.mlp: costs an estimated \S+ nats$", text, re.MULTILINE)
+    assert re.search(r"^--equal-qkv: costs an estimated \S+ nats$", text, re.MULTILINE)
 
 
 def test_the_lowest_budget_is_that_under_the_constraints(tiny_vit, tmp_path):

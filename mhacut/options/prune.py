@@ -23,8 +23,7 @@ Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of steps that train channel scales without a repair. After a repair there are none: the
-small gain on the calibration images hardly transfers to other images."""
+"""Default number of steps that train channel scales without a repair; after one they help hardly any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def test_from_file_to_file(name, tmp_path):
         keep_dead_tokens=name != "attention.Attention",
         calibration_images=6,
         round_to=WIDE.get(name, 1),
-        allocation="uniform" if name in WIDE else None,
+        allocation="uniform" if name in WIDE else "curves",
         latency=False,
         output=tmp_path / "slim.safetensors",
     )
