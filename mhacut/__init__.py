@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mhacut.commands.finetune import finetune
     from mhacut.commands.inspect import InspectResult, inspect
     from mhacut.commands.prune import prune, prune_many
-    from mhacut.commands.prune_result import PruneResult
+    from mhacut.commands.prune_result import PruneResult, PruneResults
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.plan import Plan
 
@@ -52,6 +52,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PruneResult",
+    "PruneResults",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -74,6 +75,7 @@ _HOMES = {
     "InspectResult": "mhacut.commands.inspect",
     "Plan": "mhacut.plan",
     "PruneResult": "mhacut.commands.prune_result",
+    "PruneResults": "mhacut.commands.prune_result",
     "bench": "mhacut.commands.bench",
     "evaluate": "mhacut.commands.evaluate",
     "export": "mhacut.commands.export",

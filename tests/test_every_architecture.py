@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import timm
 import torch
 from torch import nn
 
+from helpers.models import ModelCase
 from helpers.threads import on_a_short_stack
 from mhacut.commands.models import build_weightless
 from mhacut.surgery.costs import CostTable
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops, weightless
+from properties.cases import CASES
 
 COVERAGE = Path(__file__).parents[1] / "examples" / "coverage"
 sys.path.insert(0, str(COVERAGE))  # the scripts import each other
@@ -27,33 +31,6 @@ pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
     reason="older torch cannot trace convolutions on the meta device, as examples/coverage does",
 )
-NOT_SMALL = {
-    "cait_xxs24_224",
-    "convit_tiny",
-    "davit_base_fl",
-    "davit_tiny",
-    "deepseek_vit_412m",
-    "deepseek_vit_412m_enc",
-    "eca_botnext26ts_256",
-    "efficientvit_l1",
-    "gemma4_vit_167m_enc",
-    "halo2botnet50ts_256",
-    "halonet_h1",
-    "lambda_resnet26t",
-    "lamhalobotnet50ts_256",
-    "mobilenetv5_300m_enc",
-    "mobilenetv5_base",
-    "mobilevit_xxs",
-    "naflexvit_base_patch16_parfac_gap",
-    "naflexvit_base_patch16_siglip",
-    "pit_ti_224",
-    "qwen3_vit_88m",
-    "qwen3_vit_88m_enc",
-    "twins_svt_small",
-    "vit_base_patch16_sapiens2",
-    "volo_d1_224",
-}
-"""Of the others ``properties/test_costs.py`` and ``test_files.py`` compare FLOPs, of small models."""
 REPRESENTATIVES = sweep.REPRESENTATIVES.read_text(encoding="utf-8").split()
 SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
 
@@ -62,14 +39,22 @@ SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_siz
 @pytest.mark.parametrize("architecture", REPRESENTATIVES)
 @on_a_short_stack
 def test_no_architecture_fails(architecture):
-    outcome = trial.examine(architecture, count=architecture in NOT_SMALL)
+    outcome = trial.examine(architecture, count=lambda model: classes_of(model) not in small_models())
     assert outcome.failures == []
-    if architecture in NOT_SMALL:
-        assert outcome.flops[1] < outcome.flops[0]
+    assert outcome.flops is None or outcome.flops[1] < outcome.flops[0]
 
 
-def test_who_has_no_small_model_is_a_representative():
-    assert set(REPRESENTATIVES) >= NOT_SMALL
+def classes_of(model: nn.Module) -> tuple[str, frozenset[str]]:
+    """Names of the class of ``model`` and of those of its layers that are cut."""
+    layers = find_prunable_layers(model).layers
+    return type(model).__name__, frozenset(type(model.get_submodule(one.name)).__name__ for one in layers)
+
+
+@cache
+def small_models() -> set[tuple[str, frozenset[str]]]:
+    """Classes of the models whose FLOPs ``properties/test_costs.py`` and ``test_files.py`` compare."""
+    with torch.device("meta"):
+        return {classes_of(case.create()) for case in CASES.values() if isinstance(case, ModelCase)}
 
 
 def small_vit(monkeypatch, change=None) -> trial.Outcome:

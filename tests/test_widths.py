@@ -1,30 +1,12 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.jobs import Recorder
-from mhacut.commands.prune_inputs import _multiple
-from mhacut.options.prune import PruneOptions
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import fill_budget, lowest_flops, nearest_width, width_choices
-
-
-@pytest.mark.parametrize(
-    ("round_to", "device", "expected"),
-    [(None, None, 8), (None, "cpu", 8), (None, "cuda", 16), (8, "cuda", 8), (3, None, 3)],
-)
-def test_widths_are_rounded_to_what_is_fast_where_the_time_is_limited(round_to, device, expected):
-    reporter = Recorder()
-    timed = device and SimpleNamespace(stopwatch=SimpleNamespace(device=torch.device(device)))
-    options = PruneOptions(checkpoint="model.safetensors", flops="50%", round_to=round_to)
-    assert _multiple(options, timed, reporter) == expected
-    assert bool(reporter.messages) == (expected == 16)
 
 
 @given(dense=st.integers(1, 100), round_to=st.integers(1, 20), count=st.floats(0, 100))

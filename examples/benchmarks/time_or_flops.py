@@ -20,9 +20,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from process import describe_machine, run
 from subjects import add_flags, complete
 
+_SETTINGS = (
+    "times",
+    "flops",
+    "batch",
+    "threads",
+    "effort",
+    "calibration_images",
+    "images",
+    "seed",
+    "model_arg",
+)
 _JUDGE = """
 import json, sys
 import torch
@@ -35,7 +47,7 @@ from mhacut.options.base import DataOptions, PreprocessingOptions
 from mhacut.options.timing import TimingOptions
 from mhacut.runtime.progress import SILENT
 asked = json.loads(sys.argv[1])
-dense = read_model(asked["dense"], model=asked["model"])
+dense = read_model(asked["dense"], model=asked["model"], model_args=asked["model_args"])
 means = {name: tuple(map(float, asked[name].split(","))) for name in ("mean", "std") if asked[name]}
 preprocessing = resolve_preprocessing(dense, PreprocessingOptions(**means))
 models = [load_model(file) for file in asked["files"]]
@@ -76,18 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: dict[str, dict[str, Any]] = {}
     if asked.merge is not None and asked.merge.exists():
         rows = json.loads(asked.merge.read_text(encoding="utf-8"))
-    about = f"{Path(asked.checkpoint).stem} batch {asked.batch} {asked.effort} seed {asked.seed}"
-    missing = [runtime for runtime in asked.runtimes if f"{about} {runtime}" not in rows]
+    settings = {name: value for name, value in vars(asked).items() if name in _SETTINGS}
+    settings["checkpoint"] = Path(asked.checkpoint).name
+    missing = [runtime for runtime in asked.runtimes if rows.get(runtime, {}).get("settings") != settings]
     with tempfile.TemporaryDirectory() as folder:
         if missing:
             by_flops = _by_flops(asked, Path(folder))
         for runtime in missing:
             by_time = [_by_time(asked, runtime, time, Path(folder)) for time in asked.times]
-            rows[f"{about} {runtime}"] = _judged(asked, runtime, by_time, by_flops)
+            rows[runtime] = {"settings": settings, **_judged(asked, runtime, by_time, by_flops)}
             if asked.merge is not None:
                 asked.merge.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print("\n".join(f"{name}: {value}" for name, value in describe_machine(asked.threads).items()))
-    print("\n" + as_text({runtime: rows[f"{about} {runtime}"] for runtime in asked.runtimes}))
+    print("\n" + as_text({runtime: rows[runtime] for runtime in asked.runtimes}))
 
 
 def _prune(asked: argparse.Namespace, *flags: str) -> None:
@@ -105,7 +118,7 @@ def _by_flops(asked: argparse.Namespace, folder: Path) -> list[str]:
     """Files cut to every FLOPs budget, in their order."""
     budgets = [part for flops in asked.flops for part in ("--flops", flops)]
     _prune(asked, *budgets, "--no-latency", "--output", str(folder / "flops-{}.safetensors"))
-    return [str(next(folder.glob(f"flops-*{flops.rstrip('%')}*"))) for flops in asked.flops]
+    return [str(folder / f"flops-{flops.replace('%', 'pct')}.safetensors") for flops in asked.flops]
 
 
 def _by_time(asked: argparse.Namespace, runtime: str, time: str, folder: Path) -> str:
@@ -121,6 +134,8 @@ def _judged(
     names = ("model", "mean", "std", "batch", "threads", "seconds", "images", "data_dir")
     order = {name: getattr(asked, name) for name in names}
     order |= {"dense": asked.checkpoint, "runtime": runtime, "files": [*by_time, *by_flops]}
+    pairs = (argument.partition("=") for argument in asked.model_arg)
+    order["model_args"] = {name: yaml.safe_load(value) for name, _, value in pairs}
     found = json.loads(run([sys.executable, "-c", _JUDGE, json.dumps(order)], asked.threads).stdout)
     points = list(zip(found["time"], found["kl"], strict=True))
     return {
@@ -135,6 +150,8 @@ def _judged(
 def at_time(points: Sequence[tuple[float, float]], time: float) -> float | None:
     """Divergence at ``time``, between the neighbours among ``points``; None outside them.
 
+    What rounds to no divergence, or less, counts as 1e-9.
+
     >>> at_time([(0.5, 4.0), (0.7, 1.0)], 0.6)
     2.0
     """
@@ -142,7 +159,8 @@ def at_time(points: Sequence[tuple[float, float]], time: float) -> float | None:
     for (low, above), (high, below) in itertools.pairwise(ordered):
         if low <= time <= high:
             share = (time - low) / (high - low) if high > low else 0.0
-            return math.exp(math.log(above) * (1 - share) + math.log(below) * share)
+            low_log, high_log = (math.log(max(kl, 1e-9)) for kl in (above, below))
+            return math.exp(low_log * (1 - share) + high_log * share)
     return None
 
 

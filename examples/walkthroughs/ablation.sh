@@ -23,6 +23,7 @@ run uniform-widths --allocation uniform
 run paper --allocation indicator --selection indicator --basis channel --no-repair --steps 20
 run paper-no-similarity --allocation indicator --selection indicator --basis channel --no-repair --steps 20 --no-similarity
 
+ls ./*.json >/dev/null || { echo "METHODS=$METHODS: none of the methods above" >&2; exit 2; }
 python - <<'PYTHON'
 import json
 from pathlib import Path

@@ -147,7 +147,7 @@ def _hints(
         if rows != expected[0]:
             hints.append(
                 f"the file is {rows} wide, expected {expected[0]}: another {option_name('model')}, or "
-                f"{_arg(embed_dim=rows, num_heads='N')}(no shape shows num_heads)?"
+                f"{_arg(embed_dim=rows, num_heads='N')} (no shape shows num_heads)?"
             )
     elif any(map(_ABOUT_POSITIONS.search, other)):
         hints.append(_hint_of_positions(wanted, found, other))

@@ -29,7 +29,6 @@ from mhacut.exporting.programs import (
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
-from mhacut.pruning.widths import fast_multiple
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent, expect
 from mhacut.runtime.progress_bar import reporting
@@ -40,6 +39,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mhacut.options.keywords import BenchKeywords
+
+ALIGNED = 8
+"""Best divisor of widths: kernels are slower if a width is one more than a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     """Run :func:`bench` with its options in one object."""
     device = timing_device(options.runtime, options.device)
     reporter.start("reading")
-    checkpoints = [_read(path, options, reporter, device) for path in options.checkpoints]
+    checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
     sizes = _input_sizes(checkpoints, reporter)
     with using_threads(options.threads) as threads:
         setup = _Setup(options, device, threads)
@@ -180,7 +182,7 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
     return None if header is None else sum(path.stat().st_size for path in header.shards or [header.path])
 
 
-def _read(path: PathLike, options: BenchOptions, reporter: Reporter, device: torch.device) -> Checkpoint:
+def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
     named = str(path).startswith(REMOTE)
     checkpoint = read_model(
         path,
@@ -190,12 +192,11 @@ def _read(path: PathLike, options: BenchOptions, reporter: Reporter, device: tor
     )
     checkpoint.model.requires_grad_(False)
     if checkpoint.record is not None:
-        multiple = fast_multiple(device.type)
-        odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % multiple})
+        odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % ALIGNED})
         if odd:
             reporter.log(
-                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {multiple}, "
-                f"for which kernels are fast; prune with {option_name('round_to', multiple)}"
+                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {ALIGNED}, "
+                f"for which kernels are fast; prune with {option_name('round_to', ALIGNED)}"
             )
     return checkpoint
 
@@ -332,7 +333,7 @@ def write_peak_memory() -> None:
     setup = _Setup(options, torch.device("cpu"), job["threads"])
     (source,) = options.checkpoints
     size = tuple(job["size"])
-    program = _program(_read(source, options, Silent(), setup.device).model, size, setup)
+    program = _program(_read(source, options, Silent()).model, size, setup)
     run_of(program, fixed_images(job["batch_size"], size))()
     # getrusage would do, but a child starts with its parent's peak there.
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

@@ -88,12 +88,11 @@ def prune_many(
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Unpack[PruneKeywords],
-) -> tuple[PruneResult, ...]:
+) -> PruneResults:
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 
     The files are those that :func:`prune` would write. For each budget after the first, only planning, repair
-    and measuring are repeated. Notebooks show the results as a table and
-    charts.
+    and measuring are repeated. The result is a tuple, which notebooks show as a table and charts.
 
     Args:
         checkpoint: as :func:`prune` takes it.

@@ -43,7 +43,6 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits
-from mhacut.pruning.widths import fast_multiple
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter, expect
@@ -204,7 +203,7 @@ def _job(
         budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=_multiple(options, asked[1], reporter),
+        round_to=options.round_to,
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
@@ -226,18 +225,6 @@ def _job(
     for line in prunable.not_prunable:
         reporter.log(f"not prunable: {line}")
     return job, limits
-
-
-def _multiple(options: PruneOptions, time_target: TimeTarget | None, reporter: Reporter) -> int:
-    """Return the multiple that widths are rounded to, and log it where the target of the time decides."""
-    if options.round_to is not None:
-        return options.round_to
-    device = "cpu" if time_target is None else time_target.stopwatch.device.type
-    found = fast_multiple(device)
-    if device != "cpu":
-        named = option_name("round_to", found)
-        reporter.log(f"widths are multiples of {found}, where kernels of a GPU are fast ({named})")
-    return found
 
 
 def _evaluated(

@@ -92,8 +92,8 @@ class PruneResult:
     """Number of held-out images of ``divergence``. They also chose how strongly to refit, so expect a larger
     divergence on other images."""
     divergence_with_tokens: float | None
-    """Estimated divergence in nats if only tokens were merged, at the same budget. None unless the cut of
-    channels left more than :data:`MUCH` and more than twice this."""
+    """Divergence in nats on held-out images if only tokens were merged, at the same budget. None unless the
+    cut of channels left more than :data:`MUCH` and more than twice this."""
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()

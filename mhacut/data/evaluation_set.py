@@ -81,8 +81,8 @@ class EvaluationLoader:
             )
         if self.images and seen != self.images:
             raise DataError(
-                f"{self.description}: only {seen} of the {self.images} announced images arrived; no accuracy "
-                "is given"
+                f"{self.description}: {self.images} images were announced, {seen} arrived; no accuracy is "
+                "given"
             )
         if not seen:
             raise DataError(f"{self.description}: no images arrived")

@@ -339,7 +339,7 @@ class TargetKeywords(TypedDict, total=False):
     """Budget for the size of the written file: 6MB, 5.5MiB or 50%, in the checkpoint's dtype."""
     max_latency: str | None
     """Budget for the time per batch: 12ms, or 50% of the dense model's time. The pruned model is timed beside
-    the dense one, with the batch size, runtime and threads of the latency options."""
+    the dense one, on the device and under the conditions that the options of latency state."""
     max_kl: float | None
     """Find the smallest model whose outputs have at most this KL divergence, in nats, from those of the dense
     model on the held-out calibration images."""
@@ -384,8 +384,8 @@ class SearchKeywords(TypedDict, total=False):
     """Exchange kept v and hidden channels for removed ones while that lowers the error after the repair; by
     default the effort decides."""
     repair_in_order: bool | None
-    """Refit once more, layer by layer, on the outputs of the pruned layers before; by default the effort
-    decides, and layers are not refitted again if blocks are healed."""
+    """Refit once more, layer by layer, on the outputs of the pruned layers before; by default only if the
+    effort asks for it and blocks are not healed."""
     heal_steps: int | None
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
     block; by default the effort decides."""
@@ -465,8 +465,8 @@ class PruneKeywords(
     keep_dead_tokens: bool
     """Compute all tokens in the last block, although the classifier reads only the first; for models whose
     patch features are used. Default: False."""
-    round_to: int | None
-    """Round widths to multiples of N; by default 8, and 16 for a budget of time on a GPU."""
+    round_to: int
+    """Round widths to multiples of N. Default: 8."""
     overwrite: bool
     """Replace an existing file; the checkpoint is never replaced. Default: False."""
     dry_run: bool

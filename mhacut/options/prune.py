@@ -23,7 +23,8 @@ Allocation = Literal["curves", "indicator", "refined", "uniform"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of steps that train channel scales without a repair; after one they help hardly any."""
+"""Default number of steps that train channel scales without a repair. After a repair there are none: the
+small gain on the calibration images hardly transfers to other images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ class SearchOptions(Options):
     )
     repair_in_order: bool | None = option(
         None,
-        "Refit once more, layer by layer, on the outputs of the pruned layers before; by default the effort "
-        "decides, and layers are not refitted again if blocks are healed.",
+        "Refit once more, layer by layer, on the outputs of the pruned layers before; by default only "
+        "if the effort asks for it and blocks are not healed.",
         panel="Research switches",
     )
     heal_steps: int | None = option(
@@ -311,13 +312,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         "whose patch features are used.",
         panel="Result",
     )
-    round_to: int | None = option(
-        None,
-        "Round widths to multiples of N; by default 8, and 16 for a budget of time on a GPU.",
-        panel="Result",
-        metavar="N",
-        at_least=1,
-    )
+    round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
     )

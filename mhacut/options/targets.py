@@ -38,7 +38,7 @@ class TargetOptions(Options):
     max_latency: str | None = option(
         None,
         "Budget for the time per batch: 12ms, or 50% of the dense model's time. The pruned model is timed "
-        "beside the dense one, with the batch size, runtime and threads of the latency options.",
+        "beside the dense one, on the device and under the conditions that the options of latency state.",
         panel="Result",
         metavar="TIME",
     )

@@ -33,9 +33,12 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned) -> int:
     counted = measure_flops(slim, job.input_size)
     expected = int(planned.table.flops(planned.plan.widths()))
     if counted != expected or counted > job.budget:
+        wrong = (
+            f"not the planned {expected}" if counted != expected else f"more than the budget of {job.budget}"
+        )
         raise MhacutError(
-            f"the pruned model costs {counted} FLOPs, not the planned {expected} (budget {job.budget}); "
-            "nothing was written. This is a gap in mhacut: please report the architecture and its arguments"
+            f"the pruned model costs {counted} FLOPs, {wrong}; nothing was written. This is a gap in mhacut: "
+            "please report the architecture and its arguments"
         )
     return counted
 

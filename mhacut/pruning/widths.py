@@ -16,18 +16,6 @@ MOST_CANDIDATES = 20_000
 """Largest number of combinations of widths that closing the last gap keeps in view."""
 
 
-def fast_multiple(device: str) -> int:
-    """Return the multiple of widths at which attention and matrix kernels of a kind of device are fast.
-
-    CPUs fill vectors of 8. On a GPU a head of 17 channels took 1.5 times as long as one of 16, and one of 63
-    2.4 times as long as one of 64 (https://github.com/apple/axlearn/pull/1048).
-
-    >>> fast_multiple("cpu"), fast_multiple("cuda")
-    (8, 16)
-    """
-    return 8 if device == "cpu" else 16
-
-
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
     """Return the multiples of ``round_to`` below the dense width, and the dense width itself.
 

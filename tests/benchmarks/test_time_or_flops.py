@@ -27,6 +27,7 @@ def test_between_two_budgets_the_logarithm_is_read_linearly():
         expected = math.exp((1 - share) * math.log(4.0) + share * math.log(1.0))
         assert at_time(points, 0.5 + 0.2 * share) == pytest.approx(expected)
     assert at_time(points, 0.9) == pytest.approx(0.1)
+    assert at_time([(0.5, 1.0), (0.7, 0.0)], 0.7) == pytest.approx(1e-9)
     assert at_time(points, 0.49) is at_time(points, 0.91) is None
 
 
@@ -73,3 +74,5 @@ def test_files_are_made_once_and_judged_together(tmp_path, capsys, monkeypatch):
     module.main(flags)
     assert not commands  # what is in the file is not run again
     assert capsys.readouterr().out == printed
+    module.main([*flags, "--threads", "2"])
+    assert len(commands) == 3  # of other settings

@@ -168,7 +168,13 @@ def test_a_tag_decides_the_preprocessing(dense):
             ["model_args={'patch_size': 8}?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
         ),
         ({"in_chans": 1}, ["model_args={'in_chans': 3}?"]),
-        ({"embed_dim": 96}, ["another model, or model_args={'embed_dim': 48, 'num_heads': 'N'}", ", ..."]),
+        (
+            {"embed_dim": 96},
+            [
+                "another model, or model_args={'embed_dim': 48, 'num_heads': 'N'} (no shape shows",
+                ", ...",
+            ],
+        ),
         ({"img_size": 64}, ["1 of another shape", "model_args={'img_size': 'SIDE'} of the file?"]),
         ({"num_classes": 5}, ["2 of another shape", "the head differs: num_classes=10?"]),
         ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),

@@ -13,7 +13,7 @@ from properties.cases import BY_CLASS, mlps
 
 
 def smallest(cases: list[Case]) -> Case:
-    """One of one layer, which is all that is ours of a model; else the first."""
+    """One of one layer, whose forward pass is what a cut changes in a model; else the first."""
     return next((case for case in cases if isinstance(case, LayerCase)), cases[0])
 
 
