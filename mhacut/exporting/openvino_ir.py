@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.errors import MhacutError
-from mhacut.exporting.runtimes import METADATA, Runner, onnx_content
+from mhacut.exporting.runtimes import METADATA, Runner, arrays_by_name, onnx_content
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import AnyPath, check_output, write_whole
 
@@ -87,7 +87,7 @@ def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: in
 def openvino_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of a part of a model once, in OpenVINO on the CPU."""
     compiled = _compiled(_read(content, "a layer"), threads)
-    given = [tensor.numpy() for tensor in inputs[: len(compiled.inputs)]]
+    given = arrays_by_name(inputs, [place.any_name for place in compiled.inputs])
     return lambda: compiled(given)
 
 

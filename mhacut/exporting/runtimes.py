@@ -7,13 +7,13 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, option_name
 from mhacut.options.export import ExportOptions
 
 METADATA = "mhacut"
@@ -107,8 +107,34 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **option
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
     """Return a part of a model, that takes ``inputs`` of fixed shapes, as an ONNX file."""
-    content: bytes = _exported(part, inputs, _OPSET_TO_TIME).model_proto.SerializeToString()
+    program = _exported(part, inputs, _OPSET_TO_TIME, input_names=list(_by_name(inputs)))
+    content: bytes = program.model_proto.SerializeToString()
     return content
+
+
+def _by_name(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"input_{number}": tensor for number, tensor in enumerate(inputs)}
+
+
+def arrays_by_name(inputs: tuple[Tensor, ...], names: Collection[str]) -> dict[str, Any]:
+    """Return the NumPy arrays that a program of :func:`part_content` takes, by name.
+
+    Args:
+        inputs: those that the part was exported with.
+        names: inputs of the program, fewer where a runtime leaves out those that decide nothing, as OpenVINO
+            does.
+
+    Raises:
+        MhacutError: the program takes another input.
+    """
+    given = _by_name(inputs)
+    unexpected = [name for name in names if name not in given]
+    if unexpected:
+        raise MhacutError(
+            f"the program of a layer takes an unexpected input, {unexpected[0]!r}; expected only "
+            f"{', '.join(given)}; measure in another runtime ({option_name('runtime')})"
+        )
+    return {name: given[name].numpy() for name in names}
 
 
 def _session(content: bytes, threads: int | None) -> Any:
@@ -123,8 +149,7 @@ def _session(content: bytes, threads: int | None) -> Any:
 def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of :func:`part_content` once."""
     session = _session(content, threads)
-    # Inputs that decide nothing are not in the file.
-    given = {place.name: tensor.numpy() for place, tensor in zip(session.get_inputs(), inputs, strict=False)}
+    given = arrays_by_name(inputs, [place.name for place in session.get_inputs()])
     return lambda: session.run(None, given)
 
 
