@@ -383,8 +383,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         if self.amp and not (search.by_indicators or trained):
             found["amp"] = "nothing is trained"
         if in_memory:
-            reason = "images are in memory"
-            found |= dict.fromkeys(self.data.changed(), reason)
+            found |= dict.fromkeys(self.data.changed(), "images are in memory")
         elif not self.data.has_images:
             reason = f"there are no images without {option_name('data_dir')} or {option_name('dataset')}"
             found |= dict.fromkeys(self.data.changed(), reason)
