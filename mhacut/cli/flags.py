@@ -30,6 +30,7 @@ def command(
     options: type[Options],
     *,
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    check_outputs: Callable[[Any], None] | None = None,
 ) -> Callable[[Body], Callable[..., None]]:
     """Make a command of a function of (options, console); its flags are the fields of ``options``.
 
@@ -38,6 +39,8 @@ def command(
     Args:
         options: the class of what the function takes.
         complete: given the values, returns those to use.
+        check_outputs: given the options, raises an error if a file must not or cannot be written,
+            before torch is imported.
     """
     known = options.options()
 
@@ -50,7 +53,7 @@ def command(
             with running(shared, flag_writer(known)) as console:
                 values = complete(_values(known, given.pop("config"), given))
                 made = options.from_flat(**values)
-                _check_paths(made)
+                _check_paths(made, check_outputs)
                 # Bodies import torch and timm, which takes seconds.
                 console.start("starting")
                 body(made, console)
@@ -66,10 +69,12 @@ def command(
     return decorate
 
 
-def _check_paths(options: Options) -> None:
+def _check_paths(options: Options, check_outputs: Callable[[Any], None] | None) -> None:
     """Check the paths of ``options``; of several processes on one machine, only the first reports errors."""
     try:
         check_paths(options)
+        if check_outputs is not None:
+            check_outputs(options)
     except MhacutError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # set by torchrun
             raise FailedElsewhere from error

@@ -7,9 +7,14 @@ from dataclasses import replace
 from mhacut.cli.console import Console
 from mhacut.cli.flags import command
 from mhacut.options.inspect import InspectOptions
+from mhacut.runtime.files import check_outputs
 
 
-@command(InspectOptions)
+def _check_outputs(options: InspectOptions) -> None:
+    check_outputs((options.html, options.png), overwrite=options.overwrite, input_path=options.checkpoint)
+
+
+@command(InspectOptions, check_outputs=_check_outputs)
 def inspect(options: InspectOptions, console: Console) -> None:
     """Show the layers of CHECKPOINT, dense or slim: what each costs, and how redundant its heads are.
 

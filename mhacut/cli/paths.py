@@ -1,4 +1,4 @@
-"""Check of all paths in a command's options, before torch is imported: that takes seconds."""
+"""Check of all inputs in a command's options, before torch is imported: that takes seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhacut.options.option import Options, Reads
-from mhacut.runtime.files import check_output
 from mhacut.runtime.inputs import REMOTE, check_checkpoint, check_class_map, check_data_dir
 
 _CHECKS: Mapping[Reads, Callable[[Any], None]] = {
@@ -18,22 +17,15 @@ _CHECKS: Mapping[Reads, Callable[[Any], None]] = {
 
 
 def check_paths(options: Options) -> None:
-    """Raise an error, the one that the command itself would give, if a path cannot be read or written.
-
-    Files to write are those whose ending is stated; commands check the others.
+    """Raise an error, the one that the command itself would give, if a path cannot be read.
 
     Raises:
         CheckpointError, DataError: nothing there, or something else.
-        OutputError: the file must not or cannot be written.
     """
     values = options.flat()
     for name, option in type(options).options().items():
         value = values[name]
-        if value is None or (name == "output" and values.get("dry_run")):
-            continue
-        if option.endings:
-            check_output(value, overwrite=bool(values.get("overwrite")), input_path=values.get("checkpoint"))
-        if option.reads is not None:
+        if value is not None and option.reads is not None:
             for path in value if option.element else (value,):
                 if not os.fspath(path).startswith(REMOTE):
                     _CHECKS[option.reads](path)

@@ -10,7 +10,7 @@ from mhacut.budget import NOUNS, RESOURCES, format_amount
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
-from mhacut.commands.prune_names import check_outputs_before_reading
+from mhacut.commands.prune_names import check_files_before_reading
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mhacut.measuring.figures import ModelFigures
 
 
-@command(PruneOptions)
+@command(PruneOptions, check_outputs=check_files_before_reading)
 def prune(options: PruneOptions, console: Console) -> None:
     """Cut CHECKPOINT down to a budget and write a slim safetensors file.
 
@@ -30,7 +30,6 @@ def prune(options: PruneOptions, console: Console) -> None:
 
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
-    check_outputs_before_reading(options)  # before torch is imported, which takes seconds
     from mhacut.commands.prune import run_prune
     from mhacut.commands.prune_result import choices_of
     from mhacut.report.pareto import choice_rows

@@ -26,7 +26,7 @@ from mhacut.report.picture import write_picture
 from mhacut.report.stored_curves import stored_curves
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
-from mhacut.runtime.files import check_output
+from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, expect
 from mhacut.runtime.progress_bar import reporting
 from mhacut.runtime.stages import StageShare
@@ -126,9 +126,7 @@ def _expected_stages(options: InspectOptions) -> list[StageShare]:
 def _check_outputs(options: InspectOptions) -> None:
     if options.png is not None:
         need(option_name("png"), "matplotlib", "plot")
-    for path in (options.html, options.png):
-        if path is not None:
-            check_output(path, overwrite=options.overwrite, input_path=options.checkpoint)
+    check_outputs((options.html, options.png), overwrite=options.overwrite, input_path=options.checkpoint)
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:

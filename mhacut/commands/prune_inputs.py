@@ -19,8 +19,8 @@ from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_images import LabelledBatches, read_images
 from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.prune_names import (
-    check_outputs,
-    check_outputs_before_reading,
+    check_files,
+    check_files_before_reading,
     options_of_each,
     parse_targets,
 )
@@ -117,13 +117,12 @@ def read_inputs(
     """
     targets = parse_targets(options)
     check_one_source(given, options.data)
-    check_outputs_before_reading(options)
+    check_files_before_reading(options)  # the command line did; Python did not
     reporter.start("reading")
     _log_idle_options(options, processes, reporter, in_memory=given is not None)
     loaded = _open(options, reporter, module)
     each = options_of_each(options, loaded.stem)
-    for own in (options, *each) if options.several else each:
-        check_outputs(own, loaded.path)
+    check_files(options, each, loaded.path)  # default names of what is no file are known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)

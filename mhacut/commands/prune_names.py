@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mhacut.budget import Targets
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.runtime.files import check_output
+from mhacut.runtime.files import check_output, check_outputs
 from mhacut.runtime.inputs import stem_of
 
 PLACE = "{}"
@@ -58,26 +59,26 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
     return tuple(found)
 
 
-def check_outputs(options: PruneOptions, read: PathLike | None = None) -> None:
-    """Raise an :class:`OutputError` if a file that ``options`` name must not or cannot be written.
+def check_files(options: PruneOptions, each: Sequence[PruneOptions], read: PathLike | None = None) -> None:
+    """Raise an :class:`OutputError` if a file that the command writes must not or cannot be written.
 
     Args:
-        options: of one file.
+        options: of the command; they name the page about several files.
+        each: of each file, as :func:`options_of_each` returns them.
         read: file that the checkpoint was found in; None before it is read.
     """
     named = None if options.checkpoint == IN_MEMORY else options.checkpoint
     kept = options.calibration
-    if kept is not None and Path(kept).exists():
-        kept = None  # and is read
-    if kept is not None:
+    if kept is not None and not Path(kept).exists():  # else it is read
         check_output(kept, overwrite=False, input_path=read or named)
-    for path in (options.report, None if options.dry_run else options.output):
-        if path is not None:
-            check_output(path, overwrite=options.overwrite, input_path=read or named)
-            check_output(path, overwrite=options.overwrite, input_path=options.calibration)
+    written = [options.report]
+    for own in each:
+        written += [own.report, None if own.dry_run else own.output]
+    for source in (read or named, kept):
+        check_outputs(dict.fromkeys(written), overwrite=options.overwrite, input_path=source)
 
 
-def check_outputs_before_reading(options: PruneOptions) -> None:
+def check_files_before_reading(options: PruneOptions) -> None:
     """Check the files to write as far as their names are known before the checkpoint is read.
 
     Raises:
@@ -85,11 +86,9 @@ def check_outputs_before_reading(options: PruneOptions) -> None:
         OutputError: a file must not or cannot be written.
     """
     parse_targets(options)
-    if os.path.isfile(options.checkpoint):
-        for own in options_of_each(options, stem_of(Path(options.checkpoint))):
-            check_outputs(own)
-    if not options.several:
-        check_outputs(options)
+    stem_is_known = options.output is not None or os.path.isfile(options.checkpoint)
+    stem = stem_of(Path(options.checkpoint))
+    check_files(options, options_of_each(options, stem) if stem_is_known else (options,))
 
 
 def _label(options: PruneOptions, targets: Targets) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mhacut.errors import MhacutError
 from mhacut.exporting.runtimes import METADATA, Runner, arrays_by_name, onnx_content
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import AnyPath, check_output, write_whole
+from mhacut.runtime.files import AnyPath, check_outputs, write_whole
 
 _F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO would compute in bfloat16 by itself on CPUs that have it."""
@@ -36,8 +36,7 @@ def weights_file(target: AnyPath) -> Path:
 
 def check_ir(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
     """Raise an :class:`OutputError` if one of the two files must not or cannot be written."""
-    for file in (target, weights_file(target)):
-        check_output(file, overwrite=overwrite, input_path=input_path)
+    check_outputs((target, weights_file(target)), overwrite=overwrite, input_path=input_path)
 
 
 def write_ir(

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
             if not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(f"{show(target)}: no permission to write in {show(parent)}")
             break
+
+
+def check_outputs(paths: Iterable[AnyPath | None], *, overwrite: bool, input_path: AnyPath | None) -> None:
+    """Call :func:`check_output` for each of ``paths``; None is no file."""
+    for path in paths:
+        if path is not None:
+            check_output(path, overwrite=overwrite, input_path=input_path)
 
 
 def write_whole(
