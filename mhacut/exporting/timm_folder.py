@@ -22,7 +22,7 @@ from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import write_whole_folder
+from mhacut.runtime.files import check_creatable, write_whole_folder
 from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.info import model_input_size
 
@@ -48,6 +48,7 @@ def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> N
         raise OutputError(
             f"{target}: exists already; choose another name, or {option_name('overwrite', True)}"
         )
+    check_creatable(Path(os.path.realpath(target)))
 
 
 def write_folder(

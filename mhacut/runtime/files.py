@@ -29,7 +29,7 @@ def show(path: AnyPath) -> str:
 
 
 def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
-    """Raise an :class:`OutputError` if ``path`` must not or cannot be written. Touches nothing.
+    """Raise an :class:`OutputError` if ``path`` must not or cannot be written. Leaves nothing behind.
 
     Commands call it before they begin to work.
 
@@ -38,6 +38,37 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
         overwrite: whether an existing file may be replaced.
         input_path: the checkpoint it is made from (a file or a timm folder), which is never replaced.
     """
+    _check_allowed(path, overwrite=overwrite, input_path=input_path)
+    check_creatable(_destination(path, overwrite))
+
+
+def check_creatable(target: Path) -> None:
+    """Raise an :class:`OutputError` if a file or folder cannot be made there: make one, and remove it.
+
+    Permissions do not suffice to know: there are file systems that are read-only, full, or like ``/proc``.
+
+    Args:
+        target: its name; what is made has another, and lies in the nearest directory that exists.
+    """
+    nearest = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
+    try:
+        with temporary_folder(nearest / target.name) as folder:
+            (folder / target.name).touch()
+    except OSError as error:
+        raise OutputError(
+            f"{show(target)}: cannot be created in {show(nearest)}: {error.strerror or error}; "
+            "choose another place"
+        ) from error
+
+
+def _destination(path: AnyPath, overwrite: bool) -> Path:
+    """Return the file to write: a link stays a link, and what it points to is replaced."""
+    return Path(os.path.realpath(path)) if overwrite else Path(path)
+
+
+def _check_allowed(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
     target = Path(path)
     if not target.name or str(path).endswith(("/", os.sep)):
         raise OutputError(f"{show(path)}: expected the name of a file to write, found a directory's")
@@ -46,13 +77,6 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
     _check_not_input(target, input_path)
     if os.path.lexists(target):
         _check_replaceable(target, overwrite)
-    for parent in target.absolute().parents:
-        if os.path.lexists(parent):
-            if not parent.is_dir():
-                raise OutputError(f"{show(target)}: cannot be created, {show(parent)} is not a directory")
-            if not os.access(parent, os.W_OK | os.X_OK):
-                raise OutputError(f"{show(target)}: no permission to write in {show(parent)}")
-            break
 
 
 def check_outputs(paths: Iterable[AnyPath | None], *, overwrite: bool, input_path: AnyPath | None) -> None:
@@ -83,9 +107,8 @@ def write_whole(
     Raises:
         OutputError: the file must not or cannot be written; an existing file is untouched.
     """
-    check_output(path, overwrite=overwrite, input_path=input_path)
-    # A link stays a link; its target is replaced.
-    target = Path(os.path.realpath(path)) if overwrite else Path(path)
+    _check_allowed(path, overwrite=overwrite, input_path=input_path)
+    target = _destination(path, overwrite)
     try:
         with temporary_folder(target) as folder:
             temporary = folder / target.name

@@ -152,10 +152,15 @@ def test_places_that_cannot_be_written(tmp_path):
     assert "not a regular file" in refusal("/dev/null")
     (tmp_path / "file").write_text("x")
     assert "is not a directory" in refusal(tmp_path / "file" / "slim.safetensors")
-    assert names(tmp_path) == ["fifo", "file"]
+    # There root may write, says os.access, and nobody can.
+    assert "x: cannot be created in /proc: No such file or directory; choose another" in refusal("/proc/x")
+    (tmp_path / "link").symlink_to("/proc/x")
+    assert "/proc/x: cannot be created in /proc: " in refusal(tmp_path / "link")
+    assert f"cannot be created in {tmp_path}: File name too long" in refusal(tmp_path / "new" / ("x" * 256))
+    assert names(tmp_path) == ["fifo", "file", "link"]
 
 
-def test_the_early_check_touches_nothing(tmp_path):
+def test_the_early_check_leaves_nothing(tmp_path):
     check_output(tmp_path / "new" / "slim.safetensors", overwrite=False, input_path=None)
     assert names(tmp_path) == []
 

@@ -382,6 +382,13 @@ def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number):  # 48
     assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
 
 
+@pytest.mark.parametrize(("format", "target"), [("onnx", "x.onnx"), ("pt2", "new/x.pt2"), ("timm", "folder")])
+def test_a_place_that_takes_no_file_is_found_before_the_work(slim, tmp_path, monkeypatch, format, target):
+    monkeypatch.setattr("mhacut.commands.export._write", None)
+    message = refusal(tmp_path, "export", slim, "--format", format, "-o", f"/proc/{target}")
+    assert f"/proc/{target}: cannot be created in /proc: " in message
+
+
 def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
     place = tmp_path / "place"
     place.mkdir()
