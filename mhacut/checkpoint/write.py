@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from mhacut.surgery.storage import count_bytes
 
 _SPARE_BYTES = 2**20
 """Disk space to leave free."""
+_DESCRIBED = 120
+"""Bytes of a file's header per tensor: name, dtype, shape and offsets."""
+_CURVE = 9 * 18 + 120
+"""Bytes of a file's header per sensitivity curve."""
+_PROSE = 3000
+"""Bytes of a file's header for preprocessing, versions, the description of the images and the like."""
 
 
 def write_slim(
@@ -102,6 +108,18 @@ def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.d
     header = {"__metadata__": {"format": "pt", METADATA_KEY: record.to_json()}, **described}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + len(text) + 8 + tensors  # a length, the header, what aligns it
+
+
+def expected_header(stated: Sequence[Any], *, tensors: int, curves: int) -> int:
+    """Return about as many bytes as the header of a slim file has, before there is a record to write.
+
+    Args:
+        stated: the largest parts of the record, as JSON.
+        tensors: number of tensors.
+        curves: number of sensitivity curves that the record will state.
+    """
+    text = json.dumps(json.dumps(stated, separators=(",", ":")))
+    return len(text) + tensors * _DESCRIBED + curves * _CURVE + _PROSE
 
 
 def save_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import nn
 
 from mhacut.budget import RESOURCES, Resource, Targets, format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.write import expected_header
 from mhacut.commands.prune_latency import AIM, lowest_time
 from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
@@ -26,13 +26,6 @@ from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.storage import Dtypes, byte_table, count_bytes, parameter_table
-
-_DESCRIBED = 120
-"""Bytes of a file's header per tensor: name, dtype, shape and offsets."""
-_CURVE = 9 * 18 + 120
-"""Bytes of a file's header per sensitivity curve."""
-_PROSE = 3000
-"""Bytes of a file's header for preprocessing, versions, the description of the images and the like."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +136,7 @@ class Reach:
         earlier = () if loaded.record is None else loaded.record.history
         stated = [identity.model_args, identity.pretrained_cfg, plan.to_json(), list(earlier)]
         stated.append(recorded_options(self.options))
-        tensors = len(self.job.model.state_dict())
-        text = json.dumps(json.dumps(stated, separators=(",", ":")))
-        return len(text) + tensors * _DESCRIBED + len(self.job.units) * _CURVE + _PROSE
+        return expected_header(stated, tensors=len(self.job.model.state_dict()), curves=len(self.job.units))
 
 
 def reached_budgets(
