@@ -272,6 +272,35 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     assert "--output one.safetensors: expected {} in the name" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("flops", "others", "line"),
+    [
+        (("80%", "79%"), {"size": "60%"}, "flops='80%' and flops='79%' {}: size='60%' decides"),
+        (
+            ("80%", "70%", "90%"),
+            {"size": "55%", "params": "60%"},
+            "flops='80%', flops='70%' and flops='90%' {}: size='55%' decides",
+        ),
+        (("60%", "60.001%"), {}, "flops='60%' and flops='60.001%' {}: no width lies between them"),
+        (("80%", "50%"), {"size": "90%"}, None),
+    ],
+)
+def test_budgets_that_lead_to_one_model_are_named_with_what_decides(tiny_vit, tmp_path, flops, others, line):
+    reporter = Recorder()
+    results = mhacut.prune_many(
+        tiny_vit.path,
+        flops=flops,
+        model=tiny_vit.architecture,
+        model_args=tiny_vit.args,
+        output=tmp_path / "many-{}.safetensors",
+        reporter=reporter,
+        **{**QUICK, **others},
+    )
+    assert len({result.plan for result in results}) == (1 if line else len(flops))
+    found = [message for message in reporter.messages if "same model" in message]
+    assert found == ([line.format("give the same model")] if line else [])
+
+
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
     (result,) = results = mhacut.prune_many(
         tiny_vit.path,

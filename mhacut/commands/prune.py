@@ -17,7 +17,7 @@ from mhacut.commands.prune_files import Measured, final_record, measure, write_a
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
-from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of
+from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of, equal_models
 from mhacut.commands.prune_targets import target_figure
 from mhacut.commands.prune_timing import reached_time, time_file, with_less_time
 from mhacut.data import ImagesInMemory
@@ -151,6 +151,8 @@ def run_prune(
             planner = Planner(series[0].job, calibration)
             written = _timed([_prune_to(inputs, planner, timer) for inputs in series])
             results = tuple(_finished(one, timer) for one in written)
+            for line in equal_models(results):
+                timer.log(line)
             if options.report is not None and options.several:
                 dense, shared = series[0].loaded, series[0]
                 prunable = find_prunable_layers(dense.model)

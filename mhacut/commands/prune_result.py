@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
+from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
@@ -151,6 +152,23 @@ class PruneResults(tuple[PruneResult, ...]):
     def _repr_html_(self) -> str:
         charts = [chart for chart in choice_charts(choices_of(self)) if chart.x_label == COST_FLOPS]
         return "".join([html_table(self.rows()), *map(chart_html, charts)])
+
+
+def equal_models(results: Sequence[PruneResult]) -> Iterator[str]:
+    """Yield a line for each model that several budgets of FLOPs have led to, and what else decided."""
+    alike: dict[Plan, list[PruneResult]] = {}
+    for result in results:
+        alike.setdefault(result.plan, []).append(result)
+    for same in alike.values():
+        if len(same) > 1:
+            asked = [next(target for target in result.targets if target.name == "flops") for result in same]
+            budgets = [option_name("flops", target.asked) for target in asked]
+            others = [target for target in same[0].targets if target.name != "flops"]
+            decides = "no width lies between them"
+            if others:
+                nearest = max(others, key=lambda target: target.reached / target.most)
+                decides = f"{option_name(nearest.name, nearest.asked)} decides"
+            yield f"{', '.join(budgets[:-1])} and {budgets[-1]} give the same model: {decides}"
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
