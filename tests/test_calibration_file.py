@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build
+from helpers.pruning import prune_quickly
 from mhacut.errors import DataError, OutputError
 from mhacut.pruning.calibration_file import fingerprint_of, read_calibration, write_calibration
 
-QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+prune = partial(prune_quickly, flops="60%")
 CASES = [
     ModelCase("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}),
     ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1, 1), "embed_dim": 24}),
@@ -50,16 +52,6 @@ def test_what_is_read_is_what_was_written(case, images, tmp_path):
     write_calibration(tmp_path / "kept.safetensors", calibration, fingerprint)
     found = read_calibration(tmp_path / "kept.safetensors", fingerprint, torch.device("cpu"))
     assert equal(found, calibration)
-
-
-def prune(tiny_vit, output, **options):
-    return mhacut.prune(
-        options.pop("checkpoint", tiny_vit.path),
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=output,
-        **{"flops": "60%", **QUICK, **options},
-    )
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 
 import mhacut
 from helpers.cli import FAST, run
+from helpers.pruning import prune_quickly
 from mhacut.errors import UsageError
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.limits import Limit
 
-QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+prune = partial(prune_quickly, flops="60%")
 CHOICES = {
     ("blocks.0.attn", "qk"): (8, 16, 24),
     ("blocks.0.attn", "v"): (8, 16, 24),
@@ -78,16 +80,6 @@ def test_equal_widths_are_equal_whatever_they_cost():
     limits = [Limit(lambda widths: 10_000 + sum(widths.values()), 10_040)]
     assert cheapest_widths(curves, choices, limits) == {("a", "qk"): 8, ("a", "v"): 32}
     assert cheapest_widths(curves, choices, limits, equal=True) == {("a", "qk"): 16, ("a", "v"): 16}
-
-
-def prune(tiny_vit, output, **options):
-    return mhacut.prune(
-        tiny_vit.path,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=output,
-        **{"flops": "60%", **QUICK, **options},
-    )
 
 
 def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_path):

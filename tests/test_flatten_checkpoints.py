@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import mhacut
+from helpers.checkpoints import Hostile
 from helpers.flatten_official import official_state
 from helpers.models import slow_except
 from mhacut.checkpoint.load import open_checkpoint, read_model
@@ -189,14 +190,6 @@ def test_tensors_that_cannot_be_converted_are_named(name, tensor, tmp_path):
     with pytest.raises(CheckpointError, match="do not fit") as error:
         read_model(tmp_path / "a.safetensors", model="flatten_swin_tiny_224", model_args=args)
     assert repr(name) in str(error.value)
-
-
-class Hostile:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("where", ["model", "config", "optimizer"])

@@ -7,16 +7,17 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import mhacut
 from helpers.cli import run
+from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune_cut, prune_files, prune_latency
@@ -30,7 +31,7 @@ from mhacut.pruning.planner import Planner
 from mhacut.runtime.progress import SILENT
 from mhacut.surgery.flops import count_parameters
 
-QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4}
+prune = partial(prune_quickly, latency=True)
 
 
 # --- times as people write them ---
@@ -147,21 +148,6 @@ def clock(monkeypatch, tmp_path):
     return Counting(monkeypatch, tmp_path)
 
 
-def prune(tiny_vit, output, **options):
-    return mhacut.prune(
-        tiny_vit.path,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=output,
-        **{**QUICK, **options},
-    )
-
-
-def stated(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["mhacut"])["history"][-1]
-
-
 @pytest.mark.parametrize("asked", ["80%", "88%", "1.3ms", "0.00135s"])
 def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=asked)
@@ -175,13 +161,13 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert 0.9 * most <= target.reached <= most
     assert target.measured["predicted"] == pytest.approx(target.reached, rel=0.02)
     assert result.slim.latency_ms == target.reached
-    (entry,) = stated(result.output)["targets"]
+    (entry,) = last_step(result.output)["targets"]
     assert entry == target.to_json()
     assert entry["target"] == "max_latency"
     assert entry["threads"] >= 1
     assert entry["machine"]
-    assert stated(result.output)["options"]["max_latency"] == asked
-    assert "runtime" not in stated(result.output)["options"]
+    assert last_step(result.output)["options"]["max_latency"] == asked
+    assert "runtime" not in last_step(result.output)["options"]
 
 
 def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
@@ -460,7 +446,7 @@ def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
         flops=["90%", "60%"],
         max_latency="88%",
         output=tmp_path / "slim-{}.safetensors",
-        **QUICK,
+        **{**QUICK, "latency": True},
     )
     names = [result.output.name for result in results]
     assert names == ["slim-90pct-latency88pct.safetensors", "slim-60pct-latency88pct.safetensors"]
@@ -547,7 +533,7 @@ def test_a_target_is_met_when_it_is_measured_afresh(tmp_path, monkeypatch, optio
         latency_batch_size=2,
         threads=1,
         output=tmp_path / "slim.safetensors",
-        **QUICK,
+        **{**QUICK, "latency": True},
         **options,
     )
     (target,) = result.targets

@@ -11,19 +11,16 @@ import weakref
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import mhacut
 from helpers.cli import FAST, run
 from helpers.jobs import Recorder
+from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.pruning import planner
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
-
-QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
-
 
 # --- search ---
 
@@ -83,44 +80,29 @@ def test_the_standard_error_is_that_of_paired_answers():
 # --- bounds, from file to file ---
 
 
-def prune(tiny_vit, output, **options):
-    return mhacut.prune(
-        tiny_vit.path,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=output,
-        **{**QUICK, **options},
-    )
-
-
 @pytest.mark.slow
 def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     bound = 1e-4
-    found = prune(tiny_vit, tmp_path / "found.safetensors", max_kl=bound)
+    found = prune_quickly(tiny_vit, tmp_path / "found.safetensors", max_kl=bound)
     (target,) = found.targets
     assert (target.name, target.asked, target.most) == ("max_kl", "0.0001", bound)
     assert target.reached == pytest.approx(found.divergence, rel=1e-4)
     assert found.divergence <= bound
     # The same model as that of the budget that was found; the next ones down, a step at a time, are outside.
-    again = prune(tiny_vit, tmp_path / "again.safetensors", flops=found.budget)
+    again = prune_quickly(tiny_vit, tmp_path / "again.safetensors", flops=found.budget)
     assert again.plan == found.plan
     assert again.divergence == pytest.approx(found.divergence)
     sweep = [
-        prune(tiny_vit, tmp_path / "sweep.safetensors", flops=f"{share}%", dry_run=True)
+        prune_quickly(tiny_vit, tmp_path / "sweep.safetensors", flops=f"{share}%", dry_run=True)
         for share in range(30, 100, 5)
     ]
     smallest = min(one.slim.flops for one in sweep if one.divergence <= bound)
     assert found.slim.flops <= smallest
-    entry = stated(found.output)
+    entry = last_step(found.output)
     assert entry["options"]["max_kl"] == bound
     assert entry["options"]["flops"] is None
     assert entry["budget"] == found.budget
     assert entry["targets"][0]["target"] == "max_kl"
-
-
-def stated(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["mhacut"])["history"][-1]
 
 
 def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
@@ -160,7 +142,7 @@ def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_pat
     with pytest.raises(
         BudgetError, match=r"max_kl=1e-30: no pruned model is within this bound; the nearest, with .*KL"
     ):
-        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+        prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +156,7 @@ def test_a_dense_model_that_knows_nothing_is_refused(tiny_vit, few_digits, tmp_p
     with pytest.raises(
         BudgetError, match=r"max_drop=1\.0: the dense model is right on .* no more than chance"
     ):
-        prune(tiny_vit, tmp_path / "slim.safetensors", max_drop=1.0, data_dir=images, workers=0)
+        prune_quickly(tiny_vit, tmp_path / "slim.safetensors", max_drop=1.0, data_dir=images, workers=0)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +200,7 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
         "many-900K.safetensors",
     ]
     for budget, result in zip(budgets, results, strict=True):
-        alone = prune(tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True)
+        alone = prune_quickly(tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True)
         assert result.output.read_bytes() == alone.output.read_bytes()
         assert result.divergence == alone.divergence
     assert "calibrating" in results[0].seconds

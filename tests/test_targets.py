@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import mhacut
 from helpers.cli import FAST, run
 from helpers.files import SLIM
 from helpers.models import ModelCase, build
 from helpers.plans import random_plan
+from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
@@ -30,9 +30,6 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 from mhacut.surgery.storage import byte_table, count_bytes, parameter_table
-
-QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
-
 
 # --- budgets as people write them ---
 
@@ -206,21 +203,6 @@ def test_storage_follows_from_widths(case, seed):
 # --- from file to file ---
 
 
-def prune(tiny_vit, output, **options):
-    return mhacut.prune(
-        tiny_vit.path,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=output,
-        **{**QUICK, **options},
-    )
-
-
-def stated(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["mhacut"])["history"][-1]
-
-
 @pytest.mark.parametrize(
     "targets",
     [
@@ -233,7 +215,7 @@ def stated(path):
     ],
 )
 def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", **targets)
+    result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **targets)
     model = mhacut.load_model(result.output)
     size = result.output.stat().st_size
     assert count_parameters(model) == result.slim.parameters
@@ -247,7 +229,7 @@ def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
     # A step of a width is a few per cent of so small a model; some budget is nearly used up.
     assert max(target.reached / target.most for target in result.targets) > 0.93
     assert size <= reached["size"].most if "size" in reached else True
-    entry = stated(result.output)
+    entry = last_step(result.output)
     assert {name: entry["options"][name] for name in reached} == {
         name: target.asked for name, target in reached.items()
     }
@@ -271,7 +253,7 @@ def test_a_file_of_half_precision_is_measured_as_it_is_written(tiny_vit, tmp_pat
 
 
 def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
-    entry = stated(prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%").output)
+    entry = last_step(prune_quickly(tiny_vit, tmp_path / "slim.safetensors", flops="60%").output)
     assert "targets" not in entry
     assert entry["options"]["flops"] == "60%"
     assert not {"params", "size", "max_kl", "max_drop"} & entry["options"].keys()
@@ -289,16 +271,16 @@ def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
 )
 def test_infeasible_targets_are_refused_with_the_nearest(tiny_vit, tmp_path, options, message):
     with pytest.raises((BudgetError, UsageError), match=message):
-        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+        prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["params", "size"])
 def test_the_lowest_target_that_is_named_works(tiny_vit, tmp_path, name):
     with pytest.raises(BudgetError) as refusal:
-        prune(tiny_vit, tmp_path / "slim.safetensors", **{name: "1%"})
+        prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **{name: "1%"})
     for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
-        result = prune(tiny_vit, tmp_path / "slim.safetensors", **{name: budget}, dry_run=True)
+        result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **{name: budget}, dry_run=True)
         assert result.targets[0].reached <= result.targets[0].most
 
 
@@ -317,12 +299,12 @@ def test_targets_are_printed(tiny_vit, tmp_path):
 
 def test_history_and_report_state_targets(tiny_vit, tmp_path):
     page = tmp_path / "run.html"
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", params="60%", report=page)
-    entry = stated(result.output)
+    result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", params="60%", report=page)
+    entry = last_step(result.output)
     assert "budget" not in entry
     assert "FLOPs (params 60%), seed 42" in step(entry)
     assert "target params 60%" in page.read_text()
-    both = stated(prune(tiny_vit, tmp_path / "both.safetensors", flops="70%", size="200KB").output)
+    both = last_step(prune_quickly(tiny_vit, tmp_path / "both.safetensors", flops="70%", size="200KB").output)
     assert "FLOPs (budget 815K, size 200KB), seed 42" in step(both)
 
 

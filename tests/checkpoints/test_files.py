@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.checkpoints import Hostile
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
 from mhacut.errors import CheckpointError
 
@@ -218,19 +219,11 @@ def test_torch_files_without_a_state_dict_say_what_they_hold(tmp_path, checkpoin
     assert says in refusal(path)
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
 @pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
 def test_code_in_a_pickle_is_not_run(tmp_path, how):
     target = tmp_path / "side_effect"
     path = tmp_path / "model.pth"
-    checkpoint = {"a": torch.ones(1) if how != "raw pickle" else 1, "b": Hostile(str(target))}
+    checkpoint = {"a": torch.ones(1) if how != "raw pickle" else 1, "b": Hostile(os.mkdir, str(target))}
     if how == "raw pickle":
         path.write_bytes(pickle.dumps(checkpoint))
     else:

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers.checkpoints import Hostile
 from helpers.cli import FAST, run
 from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
@@ -185,17 +186,9 @@ def test_paths_that_are_no_files(tmp_path, monkeypatch, tiny_vit):  # 1, 2, 4
         assert "no permission to read it" in prune("secret")
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
 @pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
 def test_code_in_a_pickle_is_listed_not_run(tmp_path, how):  # 17
-    hostile, path = Hostile(str(tmp_path / "ran")), tmp_path / "model.pth"
+    hostile, path = Hostile(os.mkdir, str(tmp_path / "ran")), tmp_path / "model.pth"
     if how == "raw pickle":
         path.write_bytes(pickle.dumps({"b": hostile}))
     else:

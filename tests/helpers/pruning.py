@@ -1,0 +1,27 @@
+"""A model pruned in a second or two, and what its file states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+import mhacut
+from helpers.files import ModelFile
+
+QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+
+
+def prune_quickly(file: ModelFile, output: object, **options: Any) -> mhacut.PruneResult:
+    """Prune ``file``, or another ``checkpoint`` of the same model."""
+    checkpoint = options.pop("checkpoint", file.path)
+    given = {"model": file.architecture, "model_args": file.args, **QUICK, **options}
+    return mhacut.prune(checkpoint, output=output, **given)
+
+
+def last_step(path: Path) -> dict[str, Any]:
+    """The last entry of the history that a slim file states."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["mhacut"])["history"][-1]
