@@ -18,25 +18,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mhacut.cli.app import app
-from mhacut.options.bench import BenchOptions
-from mhacut.options.evaluate import EvaluateOptions
-from mhacut.options.export import ExportOptions
-from mhacut.options.finetune import FinetuneOptions
-from mhacut.options.inspect import InspectOptions
-from mhacut.options.models import ModelsOptions
-from mhacut.options.option import Option, Options, Panel
-from mhacut.options.prune import PruneOptions
+from mhacut.options.generate import COMMANDS
+from mhacut.options.option import Option, Panel
 
 REFERENCE = Path(__file__).parent / "reference"
-COMMANDS: Mapping[str, type[Options]] = {
-    "prune": PruneOptions,
-    "finetune": FinetuneOptions,
-    "evaluate": EvaluateOptions,
-    "inspect": InspectOptions,
-    "bench": BenchOptions,
-    "export": ExportOptions,
-    "models": ModelsOptions,
-}
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
 """What is set in code: commands, and names of flags."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"

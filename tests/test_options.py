@@ -17,25 +17,12 @@ from mhacut.errors import UsageError, option_name, options_written_by
 from mhacut.options.base import LabelledImages
 from mhacut.options.bench import BenchOptions
 from mhacut.options.config import read_config
-from mhacut.options.evaluate import EvaluateOptions
-from mhacut.options.export import ExportOptions
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.options.generate import source_of
-from mhacut.options.inspect import InspectOptions
-from mhacut.options.models import ModelsOptions
+from mhacut.options.generate import COMMANDS, source_of
 from mhacut.options.option import Option, Options, Panel, option
 from mhacut.options.prune import PruneOptions, SearchOptions
 
-COMMANDS = (
-    BenchOptions,
-    EvaluateOptions,
-    ExportOptions,
-    FinetuneOptions,
-    InspectOptions,
-    ModelsOptions,
-    PruneOptions,
-)
-EVERY: list[Option] = [one for command in COMMANDS for one in command.options().values()]
+EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.options().values()]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +67,7 @@ def test_each_of_several_values_is_checked():
         BenchOptions(checkpoints=())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS.values())
 def test_flat_values_make_the_same_options(command):
     given = {"checkpoint": "a", "checkpoints": ("a", "b"), "flops": "50%"}
     made = command.from_flat(**{name: value for name, value in given.items() if name in command.options()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,18 +14,21 @@ from mhacut.options.evaluate import EvaluateOptions
 from mhacut.options.export import ExportOptions
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.inspect import InspectOptions
+from mhacut.options.models import ModelsOptions
 from mhacut.options.option import Option, Options
 from mhacut.options.prune import PruneOptions
 
 KEYWORDS = Path(__file__).with_name("keywords.py")
-_COMMANDS: tuple[type[Options], ...] = (
-    BenchOptions,
-    EvaluateOptions,
-    ExportOptions,
-    FinetuneOptions,
-    InspectOptions,
-    PruneOptions,
-)
+COMMANDS: Mapping[str, type[Options]] = {
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+    "inspect": InspectOptions,
+    "bench": BenchOptions,
+    "export": ExportOptions,
+    "models": ModelsOptions,
+}
+"""Options of each command, in the order of ``mhacut --help``."""
 _IN_THE_SIGNATURE = {"checkpoint", "checkpoints", "flops"}
 _WIDTH = 110
 _HEAD = '''"""Keyword arguments of mhacut's functions; written by ``python -m mhacut.options.generate``."""
@@ -41,8 +45,8 @@ from typing import Any, Literal, TypedDict
 def keywords_module() -> str:
     """Return the source of ``keywords.py``: a TypedDict for each class of options; groups become bases."""
     written: dict[type[Options], str] = {}
-    for command in _COMMANDS:
-        _write_typed_dict(command, written)
+    for command in sorted(COMMANDS.keys() - {"models"}):  # mhacut.models is no function
+        _write_typed_dict(COMMANDS[command], written)
     return _HEAD + "".join(written.values())
 
 

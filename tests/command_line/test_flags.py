@@ -10,24 +10,11 @@ import typer
 from helpers.cli import run
 from mhacut.cli.app import app
 from mhacut.errors import UsageError
-from mhacut.options.bench import BenchOptions
 from mhacut.options.config import convert, read_config
 from mhacut.options.evaluate import EvaluateOptions
-from mhacut.options.export import ExportOptions
-from mhacut.options.finetune import FinetuneOptions
-from mhacut.options.inspect import InspectOptions
-from mhacut.options.models import ModelsOptions
+from mhacut.options.generate import COMMANDS
 from mhacut.options.prune import PruneOptions
 
-COMMANDS = {
-    "prune": PruneOptions,
-    "finetune": FinetuneOptions,
-    "evaluate": EvaluateOptions,
-    "inspect": InspectOptions,
-    "bench": BenchOptions,
-    "export": ExportOptions,
-    "models": ModelsOptions,
-}
 # Flags of every command that are no options of its function.
 COMMON = {"config", "json", "quiet", "verbose", "help"}
 
