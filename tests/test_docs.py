@@ -45,7 +45,7 @@ FLAGS_OF_OTHERS = {
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",  # torchrun
     "--model-kwargs",  # timm
     "--strict",  # mkdocs
-    "--torch",  # .ci/oldest
+    "--all",  # .ci/oldest
     "--check",  # ruff format
 }  # fmt: skip
 QUICK = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -210,6 +211,25 @@ def test_without_a_terminal_long_stages_give_a_line_every_ten_seconds(time):
     ]
     run_stage(bar, time, "writing", 9, 9)
     assert len(lines) == 4
+
+
+def test_a_stage_without_news_gives_lines_too(monkeypatch):
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_CHECKS", 0.01)
+    lines, written = [], threading.Event()
+
+    def say(line):
+        lines.append(line)
+        if len(lines) == 2:
+            written.set()
+
+    view = LinesView(say)
+    bar = ProgressBar(view)
+    bar.start("repairing")
+    assert written.wait(20)  # nothing is reported meanwhile
+    view.close()
+    view._thread.join()
+    assert set(lines) == {"repairing: 0:00 elapsed"}
 
 
 class Terminal(io.StringIO):

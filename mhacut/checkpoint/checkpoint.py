@@ -176,7 +176,10 @@ class Checkpoint:
         identified, tensors = self._identify(), read_tensors(self.header)
         if identified.conversion is not None:
             tensors = identified.conversion.apply(tensors)
-        return tensors if self.record is not None else to_model_names(tensors, identified.skeleton)
+        if self.record is not None:
+            return tensors
+        named = to_model_names(tensors, identified.skeleton)
+        return {name: tensor for name, tensor in named.items() if name in identified.tensors}  # no classifier
 
     def _identify(self) -> Identified:
         if self._identified is None:

@@ -18,6 +18,7 @@ from mhacut.checkpoint.identity import (
     ModelIdentity,
     checked_model_args,
     checked_pretrained_cfg,
+    identity_of,
 )
 from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
@@ -74,7 +75,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     Files of other libraries are converted to timm's names first.
 
     ``num_classes`` is inferred from the classifier's shape and ``img_size`` from a square ``pos_embed`` where
-    nobody states them; the notes say so.
+    nobody states them; the notes say so. 0 classes leave the file's classifier out.
 
     Raises:
         CheckpointError: no model, or more than one, fits the file.
@@ -82,8 +83,11 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
+    headless = args.get("num_classes") == 0
     try:
-        foreign = recognise(header, headless=hints.num_classes == 0)
+        foreign = recognise(header, headless=headless)
+        if headless and foreign is None:
+            del args["num_classes"]  # the model is known by all of its tensors
         if foreign is not None:
             found = _from_conversion(header, foreign, args, hints)
         elif header.config is not None:
@@ -95,7 +99,9 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         if header.naming.classifier is None:
             raise
         raise CheckpointError(f"{error}\n  {_beside(header.naming)} reads the network without it") from error
-    if header.naming.classifier is not None:
+    if headless and foreign is None:
+        found = _without_classifier(found)
+    elif header.naming.classifier is not None:
         pool = getattr(found.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
         note = f"{_beside(header.naming, features)} leaves it out"
@@ -104,6 +110,23 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         note = "position embeddings were for another image size; they were resized to the model's"
         found = dataclasses.replace(found, notes=(*found.notes, note))
     return found
+
+
+def _without_classifier(found: Identified) -> Identified:
+    """Return the model of 0 classes, as timm builds it, without the tensors that it lacks."""
+    classes = found.identity.model_args["num_classes"]
+    if classes == 0:
+        return found
+    args = {**found.identity.model_args, "num_classes": 0}
+    skeleton = build_skeleton(dataclasses.replace(found.identity, model_args=args))
+    own = skeleton.state_dict().keys()
+    return dataclasses.replace(
+        found,
+        identity=identity_of(skeleton, found.identity.architecture, args),
+        skeleton=skeleton,
+        tensors={name: info for name, info in found.tensors.items() if name in own},
+        notes=(*found.notes, f"its classifier of {classes} classes is left out"),
+    )
 
 
 def _beside(naming: Naming, features: str = "") -> str:

@@ -39,6 +39,8 @@ def _text(result: BenchResult) -> str:
     for index in range(len(result.models[0].timings)):
         for number, model in enumerate(result.models, start=1):
             times.append([f"[{number}]", *_cells(model.timings[index])])
+    if not any(row[-1] for row in times[1:]):
+        times = [row[:-1] for row in times]
     fused = "" if result.fused else ", attention not fused"
     return "\n".join(
         [

@@ -29,6 +29,7 @@ _FREE = frozenset(
     }
 )
 """Options that may differ in a resumed run."""
+_IMAGES = "images per step"
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,16 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     if changed:
         raise CheckpointError(
             f"{where}: the run cannot be resumed, because these differ from its start: {'; '.join(changed)}"
+            + (_of_as_many_images() if before.get(_IMAGES) != now.get(_IMAGES) else "")
         )
+
+
+def _of_as_many_images() -> str:
+    options = f"{option_name('batch_size')} or {option_name('grad_accum_steps')}"
+    return (
+        f"; start as many processes as before (torchrun --nproc-per-node N), or change {options} so that "
+        "a step has as many images"
+    )
 
 
 def _short(value: object) -> str:

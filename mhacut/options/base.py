@@ -52,7 +52,11 @@ class CheckpointOptions(ModelOptions):
         reads="checkpoint",
     )
     num_classes: int | None = option(
-        None, "Refuse a model whose number of classes is not N.", panel="Model", metavar="N", at_least=0
+        None,
+        "Refuse a dense model whose classifier has not N classes; 0 leaves the classifier out.",
+        panel="Model",
+        metavar="N",
+        at_least=0,
     )
 
 

@@ -45,7 +45,7 @@ class BenchKeywords(ModelKeywords, DeviceKeywords, total=False):
 class CheckpointKeywords(ModelKeywords, total=False):
     """Checkpoint, and facts that its file does not state."""
     num_classes: int | None
-    """Refuse a model whose number of classes is not N."""
+    """Refuse a dense model whose classifier has not N classes; 0 leaves the classifier out."""
 
 
 class ImageSourceKeywords(TypedDict, total=False):

@@ -96,7 +96,11 @@ class TargetOptions(Options):
         ]
         bounds = [name for name in ("max_kl", "max_drop") if getattr(self, name) is not None]
         if not budgets and not bounds:
-            raise UsageError(f"{option_name('flops')} is missing. {self.options()['flops'].help}")
+            others = ", ".join(map(option_name, ("params", "size", "max_latency", "max_kl")))
+            raise UsageError(
+                f"{option_name('flops')} is missing. {self.options()['flops'].help} In its place you can "
+                f"give {others} or {option_name('max_drop')}"
+            )
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
             raise UsageError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mhacut.runtime.progress import SILENT, Reporter
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_CHECKS = 1.0
+"""Time after which a thread looks again whether a line is due."""
 _SECONDS_BETWEEN_UPDATES = 0.25
 """Least time between updates of a notebook: each is a message to its page."""
 
@@ -118,23 +122,45 @@ class _Html:
 
 
 class LinesView:
-    """A line every few seconds, for stages that take longer than that."""
+    """A line every few seconds, for stages that take longer than that.
+
+    A thread writes them where a stage has no news for long: silence looks like a hang.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._last = 0.0
+        self._last = self._seen = 0.0
+        self._state: Snapshot | None = None
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self, state: Snapshot) -> None:
-        self._last = time.perf_counter()
+        with self._lock:
+            self._state, self._last = state, time.perf_counter()
+            self._seen = self._last
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_on, daemon=True)
+            self._thread.start()
 
     def show(self, state: Snapshot) -> None:
-        now = time.perf_counter()
-        if now - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = now
-            self._say(safe(state.line))
+        with self._lock:
+            self._state, self._seen = state, time.perf_counter()
+            self._write_when_due()
 
     def close(self) -> None:
-        pass
+        self._closed.set()
+
+    def _write_on(self) -> None:
+        while not self._closed.wait(_SECONDS_BETWEEN_CHECKS):
+            with self._lock:
+                self._write_when_due()
+
+    def _write_when_due(self) -> None:
+        now = time.perf_counter()
+        if self._state is not None and now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last, passed = now, now - self._seen
+            left = None if self._state.left is None else max(self._state.left - passed, 0.0)
+            self._say(safe(replace(self._state, elapsed=self._state.elapsed + passed, left=left).line))
 
 
 class ProgressBar:

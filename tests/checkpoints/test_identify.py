@@ -6,11 +6,13 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
+from helpers.files import save_dense
 from mhacut.checkpoint.identify import completed_cfg
 from mhacut.checkpoint.load import open_checkpoint, read_model
 
@@ -281,3 +283,32 @@ def test_a_suffix_that_lies_is_noted(dense, tmp_path):
     torch.save(model.state_dict(), path)
     loaded = read_model(path, model=NAME, model_args=ARGS)
     assert "the content is a torch file, despite the name" in loaded.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 2)}),
+        ("levit_128s", {}),
+    ],
+)
+@pytest.mark.parametrize(
+    "asked", [{"num_classes": 0}, {"model_args": {"num_classes": 0}}], ids=["flag", "argument"]
+)
+def test_no_classes_leave_the_classifier_of_a_file_out(name, args, asked, tmp_path):
+    dense = timm.create_model(name, num_classes=7, **args).eval()
+    path = save_dense(dense, tmp_path / "dense.safetensors")
+    given = {**asked, "model_args": {**args, **asked.get("model_args", {})}}
+    found = read_model(path, model=name, **given)
+    assert (found.model.num_classes, found.identity.model_args["num_classes"]) == (0, 0)
+    assert "its classifier of 7 classes is left out" in found.notes
+    size = dense.pretrained_cfg["input_size"][-1] if "img_size" not in args else args["img_size"]
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(found.model.forward_features(x), dense.forward_features(x))
+    bare = save_dense(found.model, tmp_path / "bare.safetensors")
+    again = read_model(bare, model=name, **given)  # a file without one
+    assert not any("left out" in note for note in again.notes)
+    assert again.model.state_dict().keys() == found.model.state_dict().keys()

@@ -173,6 +173,7 @@ def test_input_is_never_overwritten(slim, tmp_path, link):
     [
         ([], "CHECKPOINT is missing"),
         (["a"], "--flops is missing. Budget: 2.0G"),
+        (["a"], "--params, --size, --max-latency, --max-kl or --max-drop"),
         (["a", "--flops", "1G", "--scope", "mlp"], "--scope mlp: expected one of attention, attention+mlp"),
         (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
         (["a", "--flops", "1G", "--lr", "nan"], "--lr: expected a number, found nan"),

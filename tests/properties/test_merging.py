@@ -285,8 +285,10 @@ def test_an_exported_program_computes_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["read", "averaging", "distilled"])
 @torch.no_grad()
-def test_onnx_programs_compute_the_same_without_scatter(case):
+def test_onnx_programs_compute_the_same_without_scatter(name):
+    case = MERGING[name]
     model, x = build(case[0]), image(case[0], batch=5)
     apply_tokens(model, case[1])
     content = runtimes.onnx_content(model, case[0].size)
