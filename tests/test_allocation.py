@@ -139,6 +139,24 @@ def test_the_dearer_unit_must_save_more():
     }
 
 
+def test_channels_are_bought_by_the_error_they_save_per_flop():
+    # Each dear channel saves more than a cheap one, but ten cheap ones cost as much and save more.
+    choices = {("a", "v"): tuple(range(1, 12)), ("b", "hidden"): (1, 2, 3)}
+    curves = {
+        ("a", "v"): {width: 11.0 - width for width in choices["a", "v"]},
+        ("b", "hidden"): {width: 3 * (3.0 - width) for width in choices["b", "hidden"]},
+    }
+    price = {("a", "v"): 1, ("b", "hidden"): 10}
+
+    def flops(widths):
+        return sum(price[key] * width for key, width in widths.items())
+
+    limit = Limit(flops, flops({("a", "v"): 11, ("b", "hidden"): 1}))
+    for exchange in (False, True):
+        found = cheapest_widths(curves, choices, [limit], exchange=exchange)
+        assert found == {("a", "v"): 11, ("b", "hidden"): 1}
+
+
 def test_a_bump_is_not_a_reason_to_stop_before_it():
     # The step from 2 to 3 saves nothing by itself, the two from 2 to 4 more than any other.
     choices = {("a", "hidden"): (1, 2, 3, 4), ("b", "hidden"): (1, 2, 3, 4)}

@@ -23,6 +23,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
+from mhacut.surgery.axes import channels_of
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import UNLIKE, VITS
@@ -494,6 +495,28 @@ def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     repair(model, prunable, plan, moments_of(model, prunable, images))
     cut(model, plan)
     assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
+
+
+def test_the_mixing_of_the_logits_is_folded_into_the_queries_as_it_was_solved():
+    """Logits of the refitted layer are q_S C k_S^T, C the best mixing, which is not symmetric."""
+    model = build(VITS["plain"], dtype=torch.float64).requires_grad_(False)
+    prunable = find_prunable_layers(model)
+    unit = next(unit for unit in prunable.units() if unit.kind == "qk")
+    module = model.get_submodule(unit.layer)
+    before = [channels_of(module, unit, axis).double() for axis in unit.scale_axes]
+    seen = moments_of(model, prunable, image(VITS["plain"], batch=8, dtype=torch.float64))[unit.key]
+    plan = Plan((next(each for each in plan_of(prunable, 0) if each.kind == "qk"),))
+    repair(model, prunable, plan, {unit.key: seen})
+    kept = torch.tensor(plan.units[0].kept)
+    mixing = refit_logits(seen.fit, seen.held, kept, plain=1.0).mixing
+    assert relative(mixing, mixing.mT) > 0.01
+    for axis, rows in zip(unit.scale_axes, before, strict=True):
+        after = channels_of(module, unit, axis).double()
+        for head, channels in enumerate(kept):
+            # Rows of the weights are channels of q = x W^T: (q_S C)^T is C^T times them.
+            expected = torch.zeros_like(rows[head])
+            expected[channels] = torch.einsum("ji,j...->i...", mixing[head], rows[head, channels])
+            assert relative(after[head], expected) < 1e-9
 
 
 def test_units_that_keep_everything_are_not_touched():
