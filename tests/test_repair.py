@@ -158,6 +158,16 @@ def test_the_error_of_the_output_is_that_of_explicit_least_squares(seed, metric,
     assert found == pytest.approx(float(expected.mean()), rel=1e-4, abs=1e-8 * float(x.square().sum()))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_error_is_below_zero_where_kept_channels_determine_the_others(seed):
+    """Curves have to fall, also where all that is left of an error is rounding, of either sign."""
+    x = rows(40, 3, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.cat([x, x @ torch.randn(3, 3, generator=generator).double()], 1)
+    columns = torch.randn(2, 6, generator=generator).double()
+    assert 0 <= output_error(exact(x).energy, torch.tensor([0, 1, 2]), columns, None) < 1e-12
+
+
 def test_readers_at_several_places_add_their_errors():
     x, generator = rows(200, 6, 3), torch.Generator().manual_seed(3)
     places, root = torch.randn(3, 4, 6, generator=generator).double(), rows(4, 4, 4)
