@@ -378,10 +378,9 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
         f"--checkpoint {DIGITS / 'model'} --data-dir {DIGITS / 'images'} --keep 50 --calibration-images 64"
     )
     flags += f" --merge {tmp_path / 'table.json'} --keep-models {tmp_path / 'models'}"
+    forked(compare)
     assert compare.main([*flags.split(), "--methods", "snp"]) == 0
     first = json.loads((tmp_path / "table.json").read_text())
-    assert all(row["cpu_s"] > 0.5 for row in first["rows"])  # processes of their own import torch anew
-    forked(compare)
     assert compare.main([*flags.split(), "--methods", "snp", "mhacut-nodata-auto-fast"]) == 0
     document = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in document["rows"]] == ["dense", "mhacut-nodata-auto-fast", "snp"]
