@@ -18,7 +18,7 @@ from helpers.plans import random_plan
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery import costs
-from mhacut.surgery.costs import build_cost_table, fit_polynomial
+from mhacut.surgery.costs import Polynomial, build_cost_table, fit_polynomial
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_flops, measure_flops
 from mhacut.surgery.replay import likeness
@@ -75,6 +75,7 @@ def test_a_polynomial_of_degree_2_is_found_from_few_counts(data):
     def count(changed):
         asked.add(tuple(sorted(changed.items())))
         w = {**whole, **changed}
+        assert min(w.values()) >= 1
         total = 7 + sum(each * w[kind] for kind, each in linear.items())
         return total + sum(each * w[a] * w[b] for (a, b), each in pairs.items())
 
@@ -89,6 +90,20 @@ def test_a_polynomial_of_degree_2_is_found_from_few_counts(data):
 def test_costs_that_are_no_such_polynomial_are_an_error(cost):
     with pytest.raises(UnsupportedModelError, match=r"^attn \(Odd\): .* do not follow .*hidden \d+ of 64"):
         fit_polynomial("attn (Odd)", {"hidden": 64}, lambda changed: cost(changed.get("hidden", 64)))
+
+
+@pytest.mark.parametrize("width", range(5, 70))
+def test_no_width_is_checked_at_one_of_those_that_were_counted(width):
+    """A cubic that is interpolated in three places is met in these three only."""
+    with pytest.raises(UnsupportedModelError, match="do not follow"):
+        fit_polynomial("attn", {"hidden": width}, lambda changed: changed.get("hidden", width) ** 3)
+
+
+def test_a_cost_of_widths_has_no_part_that_no_width_changes():
+    assert Polynomial({"v": 3, "qk": 5}, {("v", "v"): 2, ("qk", "v"): 7}).at({"v": 4, "qk": 10}) == (
+        3 * 4 + 5 * 10 + 2 * 4 * 4 + 7 * 10 * 4
+    )
+    assert Polynomial({}, {}).at({"v": 4}) == 0
 
 
 def test_layers_that_are_alike_are_counted_once(monkeypatch):

@@ -15,8 +15,10 @@ from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.pruning import indicators
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.channel_scales import plan_channel_scales
+from mhacut.pruning.distill import Distillation
 from mhacut.pruning.indicators import Start, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import ANSWERS, Preserved
@@ -81,6 +83,27 @@ def test_the_budget_is_met_and_used(bench, share):
     flops = bench.table.flops(found.plan.widths())
     assert 0.99 * share * bench.table.dense <= flops <= share * bench.table.dense
     assert all(unit.width % 8 == 0 or unit.keeps_all for unit in found.plan)
+
+
+def test_the_budget_weighs_as_much_beside_a_large_loss_as_beside_a_small_one(bench, monkeypatch):
+    options = replace(SHORT, reweight=False)  # scales are trained by the loss alone
+    found = bench.search(0.5, options)
+    once = Distillation.masked_loss
+    monkeypatch.setattr(Distillation, "masked_loss", lambda *args: 4096 * once(*args))
+    again = bench.search(0.5, options)
+    assert [step.flops for step in again.log] == [step.flops for step in found.log]
+    assert again.plan == found.plan
+
+
+def test_the_target_sinks_to_the_budget_over_three_quarters_of_the_steps(bench, monkeypatch):
+    targets = []
+    monkeypatch.setattr(
+        indicators, "_add_budget_gradient", lambda states, flops, target, weight: targets.append(target)
+    )
+    bench.search(0.6, replace(SHORT, steps=8))
+    dense, budget = bench.table.dense, int(0.6 * bench.table.dense)
+    left = [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0, 0]
+    assert targets == pytest.approx([budget + share * (dense - budget) for share in left])
 
 
 def test_what_was_trained_is_what_is_cut(bench):

@@ -48,7 +48,11 @@ def test_trials_protect_the_prefix_and_differ(tokens: Tokens):
 
 def test_the_law_is_what_it_says():
     for schedule in trial_schedules(VIT, 11):
-        assert TYPICAL.divergence(schedule, VIT) == pytest.approx(slow_divergence(TYPICAL, schedule, VIT))
+        expected = slow_divergence(TYPICAL, schedule, VIT)
+        assert TYPICAL.divergence(schedule, VIT) == pytest.approx(expected, rel=1e-12)
+        counts = torch.tensor([VIT.total, *(VIT.total - merged for merged in itertools.accumulate(schedule))])
+        terms = [TYPICAL.terms(b, n, m, VIT) for b, (n, m) in enumerate(itertools.pairwise(counts.double()))]
+        assert float(sum(terms)) ** math.exp(TYPICAL.coupling) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -257,6 +257,13 @@ def test_layers_that_do_not_exist_are_refused_with_their_neighbours(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_of_layers_are_read_without_a_trace():
+    model, x = build(VIT), image(VIT, batch=1)
+    names = ["blocks.0", "blocks.1"]
+    find_layers(model, names, find_prunable_layers(model), x)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_what_a_model_does_not_give_is_refused(tmp_path):
     with pytest.raises(
         UnsupportedModelError, match=re.escape("preserve='answers': the model has no classifier")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from itertools import pairwise
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from helpers.plans import distillation_of
 from mhacut.errors import MhacutError
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.augment import varied
-from mhacut.pruning.distill import Distillation
+from mhacut.pruning.distill import Distillation, minimise
 from mhacut.pruning.recover import Recovery
 from mhacut.pruning.tune import tuned
 
@@ -55,6 +57,19 @@ def test_tuning_comes_nearer_to_the_dense_model_on_images_it_has_not_seen(dense)
     assert found.after == pytest.approx(judge.divergence_of(found.model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
     assert not any(parameter.requires_grad for parameter in found.model.parameters())
+
+
+def test_learning_rates_fall_to_0_along_a_cosine():
+    """Under a gradient that never changes, each step of Adam is as long as its learning rate."""
+    x, seen = torch.zeros((), dtype=torch.float64, requires_grad=True), []
+
+    def loss():
+        seen.append(float(x.detach()))
+        return x * 3
+
+    minimise(loss, [x], steps=8, lr=0.5)
+    taken = [before - after for before, after in pairwise([*seen, float(x.detach())])]
+    assert taken == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 8)) for step in range(8)], rel=1e-6)
 
 
 def test_tuning_that_does_not_help_is_dropped(dense):
