@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,6 @@ from mhacut.checkpoint.identity import (
     ModelIdentity,
     checked_model_args,
     checked_pretrained_cfg,
-    identity_of,
 )
 from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
@@ -83,25 +83,19 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
-    headless = args.get("num_classes") == 0
     try:
-        foreign = recognise(header, headless=headless)
-        if headless and foreign is None:
-            del args["num_classes"]  # the model is known by all of its tensors
+        foreign = recognise(header, headless=hints.num_classes == 0)
         if foreign is not None:
-            found = _from_conversion(header, foreign, args, hints)
-        elif header.config is not None:
-            found = _from_config(header, args, hints)
+            found = _checked(header, _from_conversion(header, foreign, args, hints))
+        elif args.get("num_classes") == 0:
+            found = _from_headless(header, args, hints)
         else:
-            found = _from_file(header, args, hints)
-        check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+            found = _from_timm(header, args, hints)
     except CheckpointError as error:
         if header.naming.classifier is None:
             raise
         raise CheckpointError(f"{error}\n  {_beside(header.naming)} reads the network without it") from error
-    if headless and foreign is None:
-        found = _without_classifier(found)
-    elif header.naming.classifier is not None:
+    if header.naming.classifier is not None and found.identity.model_args["num_classes"]:
         pool = getattr(found.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
         note = f"{_beside(header.naming, features)} leaves it out"
@@ -112,21 +106,38 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     return found
 
 
-def _without_classifier(found: Identified) -> Identified:
-    """Return the model of 0 classes, as timm builds it, without the tensors that it lacks."""
-    classes = found.identity.model_args["num_classes"]
-    if classes == 0:
-        return found
-    args = {**found.identity.model_args, "num_classes": 0}
-    skeleton = build_skeleton(dataclasses.replace(found.identity, model_args=args))
+def _checked(header: FileHeader, found: Identified) -> Identified:
+    """Return ``found`` if its tensors are those of the file."""
+    check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+    return found
+
+
+def _from_timm(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+    """Build the model of a file with timm's names."""
+    from_header = _from_file if header.config is None else _from_config
+    return _checked(header, from_header(header, args, hints))
+
+
+def _from_headless(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+    """Build the model of 0 classes of a file with timm's names, without the file's classifier."""
+    with suppress(CheckpointError):
+        return _from_timm(header, args, hints)
+    found = _from_timm(header, {name: args[name] for name in args if name != "num_classes"}, hints)
+    identity, classes = found.identity, found.identity.model_args["num_classes"]
+    # A training script may have stated the size of its images, which timm would build for.
+    size = model_input_size(found.skeleton, identity.pretrained_cfg, identity.model_args)
+    cfg = {**identity.pretrained_cfg, "num_classes": 0}
+    identity = dataclasses.replace(identity, model_args={**identity.model_args, "num_classes": 0})
+    skeleton = build_skeleton(dataclasses.replace(identity, pretrained_cfg={**cfg, "input_size": list(size)}))
     own = skeleton.state_dict().keys()
-    return dataclasses.replace(
+    found = dataclasses.replace(
         found,
-        identity=identity_of(skeleton, found.identity.architecture, args),
+        identity=dataclasses.replace(identity, pretrained_cfg=cfg),
         skeleton=skeleton,
         tensors={name: info for name, info in found.tensors.items() if name in own},
         notes=(*found.notes, f"its classifier of {classes} classes is left out"),
     )
+    return _checked(header, found)
 
 
 def _beside(naming: Naming, features: str = "") -> str:

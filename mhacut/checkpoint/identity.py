@@ -122,6 +122,14 @@ def identity_of(model: Any, architecture: str, args: Mapping[str, Any]) -> Model
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
 
 
+def dense_args(identity: ModelIdentity) -> dict[str, Any]:
+    """Return the arguments of the dense model of a slim file, to open a file that states none with.
+
+    The number of classes is left to the file, unless the slim one has no classifier.
+    """
+    return {name: value for name, value in identity.model_args.items() if name != "num_classes" or value == 0}
+
+
 def check_input_size(size: object, where: str) -> None:
     """Raise a :class:`CheckpointError` unless ``size`` is [C, H, W] of an image of allowed size."""
     if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):

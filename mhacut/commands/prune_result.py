@@ -165,8 +165,8 @@ def equal_models(results: Sequence[PruneResult]) -> Iterator[str]:
             budgets = [option_name("flops", target.asked) for target in asked]
             others = [target for target in same[0].targets if target.name != "flops"]
             decides = "no width lies between them"
-            if others:
-                nearest = max(others, key=lambda target: target.reached / target.most)
+            nearest = max(others, key=lambda target: target.reached / target.most, default=asked[0])
+            if nearest.reached / nearest.most > max(each.reached / each.most for each in asked):
                 decides = f"{option_name(nearest.name, nearest.asked)} decides"
             yield f"{', '.join(budgets[:-1])} and {budgets[-1]} give the same model: {decides}"
 

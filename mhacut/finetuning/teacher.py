@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.identity import dense_args
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
@@ -141,7 +142,7 @@ def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint)
     part = teaching.teacher_part
     if model is None and not states_its_model(teacher, part):
         model = slim.identity.architecture
-        args = {key: value for key, value in slim.identity.model_args.items() if key != "num_classes"}
+        args = {**dense_args(slim.identity), **args}
     return read_model(teacher, model=model, model_args=args or None, part=part)
 
 

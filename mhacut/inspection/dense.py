@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.identity import dense_args
 from mhacut.checkpoint.load import part_of_dense, read_model, states_its_model
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import PathLike
@@ -33,8 +34,7 @@ def read_dense(
     stated: dict[str, Any] = {}
     part = part_of_dense(source, part)
     if not states_its_model(source, part):
-        args = {name: value for name, value in identity.model_args.items() if name != "num_classes"}
-        stated = {"model": identity.architecture, "model_args": args}
+        stated = {"model": identity.architecture, "model_args": dense_args(identity)}
     dense = read_model(source, part=part, **stated)
     compared = option_name("compare", dense.source)
     if dense.identity.architecture != identity.architecture:

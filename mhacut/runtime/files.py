@@ -50,7 +50,9 @@ def check_creatable(target: Path) -> None:
     Args:
         target: its name; what is made has another, and lies in the nearest directory that exists.
     """
-    nearest = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), None)
+    if nearest is None:
+        raise OutputError(f"{show(target)}: cannot be created, it lies in no directory; choose another place")
     if not nearest.is_dir():
         raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
     try:

@@ -148,12 +148,16 @@ class LinesView:
             self._write_when_due()
 
     def close(self) -> None:
-        self._closed.set()
+        with self._lock:
+            self._closed.set()
+        if self._thread is not None:
+            self._thread.join(_SECONDS_BETWEEN_CHECKS)
 
     def _write_on(self) -> None:
         while not self._closed.wait(_SECONDS_BETWEEN_CHECKS):
             with self._lock:
-                self._write_when_due()
+                if not self._closed.is_set():
+                    self._write_when_due()
 
     def _write_when_due(self) -> None:
         now = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+import mhacut
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from helpers.files import save_dense
 from mhacut.checkpoint.identify import completed_cfg
@@ -312,3 +314,35 @@ def test_no_classes_leave_the_classifier_of_a_file_out(name, args, asked, tmp_pa
     again = read_model(bare, model=name, **given)  # a file without one
     assert not any("left out" in note for note in again.notes)
     assert again.model.state_dict().keys() == found.model.state_dict().keys()
+
+
+def test_a_training_file_of_another_image_size_loses_its_classifier_too(tmp_path):
+    dense = timm.create_model(NAME, num_classes=7, depth=1)
+    args = argparse.Namespace(model=NAME, model_kwargs={"depth": 1}, img_size=384)
+    torch.save({"model": dense.state_dict(), "args": args}, tmp_path / "model.pth")
+    for classes, expected in ((None, 7), (0, 0)):
+        assert read_model(tmp_path / "model.pth", num_classes=classes).model.num_classes == expected
+
+
+def test_a_file_without_a_classifier_need_not_be_built_with_one(tmp_path):
+    given = {"model": "efficientvit_m0", "num_classes": 0, "model_args": {"global_pool": ""}}
+    dense = timm.create_model("efficientvit_m0", num_classes=0, global_pool="")
+    path = save_dense(dense, tmp_path / "dense.safetensors")
+    assert read_model(path, **given).model.num_classes == 0
+
+
+def test_the_dense_file_of_a_headless_slim_one_is_read_without_its_classifier(tmp_path):
+    dense = save_dense(tiny(), tmp_path / "dense.safetensors")
+    slim = mhacut.prune(
+        dense,
+        model=NAME,
+        model_args=ARGS,
+        num_classes=0,
+        flops="90%",
+        effort="fast",
+        calibration_images=4,
+        latency=False,
+        output=tmp_path / "slim.safetensors",
+    )
+    seen = mhacut.inspect(slim.output, compare=dense, calibration_images=4)
+    assert slim.dense.flops in seen.comparison.flops
