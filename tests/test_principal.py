@@ -22,7 +22,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
-from properties.cases import VITS
+from properties.cases import CASES, VITS
 
 WIDE = ModelCase("vit_tiny_patch16_224", SMALL)
 """Heads of 64 channels."""
@@ -82,6 +82,25 @@ def test_a_rotated_layer_computes_what_it_did(case, slim):
     assert turned == sum(
         unit.kind != "hidden" and unit.mixing == "rotate" for unit in find_prunable_layers(model).units()
     )
+
+
+@pytest.mark.parametrize("name", ["levit.Attention", "levit.Attention, convolutions"])
+def test_a_bias_in_front_of_a_batch_norm_is_turned_with_it(name):
+    model, x = build(CASES[name], dtype=torch.float64), image(CASES[name], dtype=torch.float64)
+    turned = 0
+    for unit in find_prunable_layers(model).units():
+        for axis in unit.axes:
+            if axis.norm is not None:
+                linear = model.get_submodule(f"{unit.layer}.{axis.tensor.removesuffix('.weight')}")
+                linear.bias = torch.nn.Parameter(noise(len(linear.weight), seed=1))
+    expected = model(x)
+    for unit in find_prunable_layers(model).units():
+        if unit.mixing == "rotate":
+            basis = noise(unit.heads, unit.width, unit.width, seed=turned)
+            rotate(model.get_submodule(unit.layer), unit, basis)
+            turned += 1
+    assert turned
+    assert relative(model(x), expected) < 1e-8
 
 
 def test_what_acts_on_single_channels_is_not_rotated():

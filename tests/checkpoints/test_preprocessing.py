@@ -68,6 +68,15 @@ def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, cha
 
 
 @pytest.mark.parametrize(
+    ("args", "size"), [({"img_size": 64}, 64), ({"img_size": (64, 64)}, 64), ({}, 224), (None, 224)]
+)
+def test_a_model_that_does_not_keep_its_size_was_built_for_that_in_its_arguments(args, size):
+    with torch.device("meta"):
+        model = timm.create_model("levit_128s")
+    assert model_input_size(model, model.pretrained_cfg, args) == (3, size, size)
+
+
+@pytest.mark.parametrize(
     ("size", "crop"), [(32, 1.0), ([32, 64], 1.0), (128, 0.9), (224, 0.9)], ids=["32", "32x64", "128", "224"]
 )
 def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop):
