@@ -31,9 +31,9 @@ from mhacut.linalg.selection import Ranking, rank_parts, rank_shared_channels
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.repair import repair
+from mhacut.pruning.repair import repair, shrink
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.output import effective_output_weights
@@ -205,6 +205,22 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     assert (masked - dense).norm() < (plain - dense).norm()
     cut(model, plan, channel_scales)
     assert relative(model(images), masked) < 1e-4
+
+
+@torch.no_grad()
+def test_channels_behind_a_gate_are_dead_once_it_is_narrowed():
+    """Curves measure linear q and k by it."""
+    case = FLATTEN["flatten_swin_tiny_224"]
+    dense, x = build(case, dtype=torch.float64), image(case, batch=2, dtype=torch.float64)
+    prunable = find_prunable_layers(dense)
+    unit = next(unit for unit in prunable.units(("qk",)) if unit.gate is not None)
+    order = torch.arange(unit.width).flip(0).expand(unit.heads, -1)
+    candidate, width = Candidate(unit, None, Ranking(order)), unit.width // 2
+    shrunk, slim = copy.deepcopy(dense), copy.deepcopy(dense)
+    shrink(shrunk.get_submodule(unit.layer), unit, candidate, width, None, "kept")
+    cut(slim, Plan((candidate.plan(width),)))
+    assert relative(shrunk(x), slim(x)) < 1e-8
+    assert relative(shrunk(x), dense(x)) > 1e-3
 
 
 @torch.no_grad()

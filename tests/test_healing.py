@@ -240,6 +240,38 @@ def test_memory_bounds_the_number_of_images(monkeypatch, bytes_left):
     assert sum(runs[1:]) == (2 if bytes_left == 1 else 16)  # the first run finds the blocks
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("class token", 10**5), ("windows", 10**6), ("channels first", 10**6)]
+)
+def test_no_more_waits_than_memory_allows(monkeypatch, name, most):
+    monkeypatch.setattr(heal, "MOST_BYTES", most)
+    waiting: dict[int, int] = {}
+    kept = []
+
+    def counted(run):
+        def until(self, module):
+            found = run(self, module)
+            waiting[id(self)] = self.nbytes
+            kept.append(sum(waiting.values()))
+            return found
+
+        return until
+
+    def alone(of_one_image):
+        def measured(*args):
+            found = of_one_image(*args)
+            waiting.clear()
+            return found
+
+        return measured
+
+    for each in ("run_up_to", "run_to"):
+        monkeypatch.setattr(ResumableModel, each, counted(getattr(ResumableModel, each)))
+    monkeypatch.setattr(heal, "_bytes_before", alone(heal._bytes_before))
+    Bench(CASES[name]).healed()
+    assert most / 2 < max(kept) <= most
+
+
 def test_tensors_of_one_block_wait_at_a_time(monkeypatch):
     """Inputs and aims of a block would take as much memory again while the next one's are computed."""
     alive, run_up_to = [], ResumableModel.run_up_to

@@ -152,6 +152,14 @@ def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):
     assert not (plan == other_plan and same_gains)
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"similarity": False}, {"init": "uniform"}, {"similarity": False, "init": "uniform"}]
+)
+def test_the_search_begins_at_the_dense_model(bench, change):
+    (first, *_) = bench.search(options=replace(SHORT, **change)).log
+    assert first.flops == bench.table.dense
+
+
 def test_without_reweight_scales_are_masks_and_temperature(bench):
     plan, channel_scales, _ = bench.slim(0.5, replace(SHORT, reweight=False))
     for unit in plan:

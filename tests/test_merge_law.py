@@ -46,6 +46,14 @@ def test_trials_protect_the_prefix_and_differ(tokens: Tokens):
             left -= merged
 
 
+def test_trials_merge_as_many_tokens_early_as_late():
+    """As long as there are enough, the first two trials differ in where they merge, not in how much."""
+    even, late = trial_schedules(Tokens(100_000, 1, 12), 12)[:2]
+    assert set(even) == {4000}
+    assert sum(late) == pytest.approx(sum(even), rel=1e-3)
+    assert late[0] == 0 < late[1] < late[11]
+
+
 def test_the_law_is_what_it_says():
     for schedule in trial_schedules(VIT, 11):
         expected = slow_divergence(TYPICAL, schedule, VIT)
@@ -73,7 +81,7 @@ def test_a_fit_predicts_schedules_that_were_not_measured(seed: int):
 
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 1e-2, 0.1])
 def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
-    tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 0)]
+    tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 5)]
 
     def cost(schedule: tuple[int, ...]) -> float:
         left, total = tokens.total, 0.0
@@ -93,5 +101,6 @@ def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
 
     every = [s for s in itertools.product(range(5), range(5), (0,)) if possible(s)]
     (found,) = cheapest_schedules(TYPICAL, tokens, costs, 2, [price])
+    assert found[2] == 0
     assert possible(found)
     assert cost(found) == pytest.approx(min(map(cost, every)))

@@ -85,6 +85,7 @@ def test_plans_are_the_same_from_a_file():
     with patch.object(unit_sums, "MOST_BYTES", 0), patch.object(spill_module, "LEAST_BYTES", 0):
         calibration = job.calibrate()
         assert isinstance(calibration.moments, SpilledMoments)
+        assert len(calibration.moments) == len(list(calibration.moments)) == len(job.units)
         spilled = Planner(job, calibration).plan()
     assert spilled.plan == plan.plan
     assert all(

@@ -6,12 +6,15 @@ import pytest
 import timm
 import torch
 
+from helpers.models import build
 from mhacut.inspection.heads import SHARES, describe_heads
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.weight_moments import white_moments
+from mhacut.surgery.axes import channels_of
 from mhacut.surgery.find import find_prunable_layers
+from properties.cases import CASES
 
 SIZE, HEADS = 24, 3
 
@@ -46,6 +49,22 @@ def test_moments_of_white_inputs(attention):
     torch.testing.assert_close(key, k.mT @ k)
     (values,) = white_moments(module, units["v"])[0].every
     torch.testing.assert_close(values.covariance, torch.block_diag(*(v.mT @ v)))
+
+
+@pytest.mark.parametrize("name", ["visformer.Attention", "levit.Attention, convolutions"])
+def test_convolutions_of_single_pixels_are_linear_layers(name):
+    """Others are not: what they read is not white where windows overlap."""
+    model = build(CASES[name], dtype=torch.float64).requires_grad_(False)
+    unit = next(unit for unit in find_prunable_layers(model).units(("qk",)))
+    module = model.get_submodule(unit.layer)
+    moments, _ = white_moments(module, unit)
+    for axis, side in zip((axis for axis in unit.axes if axis.dim == 0), moments.every, strict=False):
+        rows = channels_of(module, unit, axis).flatten(2)
+        torch.testing.assert_close(side.energy, rows @ rows.mT)
+    convolution = module.get_submodule(unit.axes[0].tensor.rpartition(".")[0])
+    for size in ((1, 3), (3, 1), (3, 3)):
+        convolution.kernel_size = size
+        assert white_moments(module, unit) is None
 
 
 def test_redundancy_of_white_inputs(attention):
