@@ -6,11 +6,14 @@ import pytest
 import torch
 
 import mhacut
-from helpers.models import ModelCase, build
+from helpers.jobs import job_of
+from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune_files as commands
 from mhacut.errors import MhacutError, UnsupportedModelError
 from mhacut.pruning import choose_merges
+from mhacut.pruning.choose_merges import MergeSearch
+from mhacut.pruning.merge_law import TYPICAL, most_merged
 from mhacut.surgery.flops import measure_flops
 
 ARGS = {"depth": 3, "img_size": 96, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -44,6 +47,17 @@ def test_tokens_and_channels_share_a_budget(model, tmp_path):
     assert 0.9 * result.budget <= result.slim.flops <= result.budget
     assert measure_flops(slim, (3, 96, 96)) == result.slim.flops
     assert slim(torch.randn(2, 3, 96, 96)).shape == (2, 10)
+
+
+def test_schedules_go_from_no_merges_to_as_many_as_there_can_be(model, monkeypatch):
+    monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
+    search = MergeSearch(job_of(model, image(VIT, batch=2), share=0.5), None)
+    none, *some, most = search.schedules
+    assert none == ()
+    assert most == most_merged(search.tokens, search.last)
+    assert len(some) > 5
+    assert 0 < sum(some[0]) <= sum(some[-1]) <= sum(most)
+    assert all(any(schedule) for schedule in some)
 
 
 def test_models_without_global_attention_are_refused_by_name(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from helpers.jobs import Recorder
 from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
@@ -21,6 +23,7 @@ from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.indicators import Start, search
 from mhacut.pruning.job import Job
+from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
@@ -186,6 +189,23 @@ def test_logits_of_principal_channels_are_not_scaled(bench):
     principal = [unit.key for unit in bench.prunable.units(("qk",))]
     assert loss("kept", principal) == loss("dense", ())
     assert loss("kept", ()) != loss("dense", ())
+
+
+def test_a_refined_plan_is_judged_on_held_out_images_and_the_model_stays():
+    bench = Bench(ModelCase("vit_tiny_patch16_224", {**SMALL, "embed_dim": 48, "num_heads": 3}))
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    reporter = Recorder()
+    options = SearchOptions(allocation="refined", steps=2, batch_size=4, effort="fast")
+    job = replace(bench.job(0.5, options), reporter=reporter)
+    calibration = job.calibrate()
+    planned = Planner(job, calibration).plan()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
+    (judged,) = (message for message in reporter.messages if "held-out" in message)
+    cut(planned.ready.model, planned.plan, planned.ready.channel_scales)
+    held = job.distillation(calibration).part(0, calibration.held)
+    least = min(float(number) for number in re.findall(r"\d+\.\d+", judged))
+    assert least > 0.001
+    assert held.divergence_of(planned.ready.model) == pytest.approx(least, abs=1e-4)
 
 
 def test_scales_are_trained_as_long_as_asked_or_as_the_effort_says():
