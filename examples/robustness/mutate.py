@@ -379,7 +379,7 @@ def in_fork(action: Callable[[], None], seconds: float) -> int | None:
         if ended:
             code = os.waitstatus_to_exitcode(status)
             return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
-        time.sleep(0.01)
+        time.sleep(0.05)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
