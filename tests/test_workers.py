@@ -8,14 +8,17 @@ import select
 import signal
 import sys
 import time
+import warnings
 from contextlib import suppress
 
 import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
+from helpers.data import PLAIN, evaluated, write_split
 from mhacut.data import EvaluationLoader
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
+from mhacut.runtime import workers
 from mhacut.runtime.signals import STOP_SIGNALS, outlive_signals
 
 either_signal = pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -117,6 +120,7 @@ def test_a_signal_to_the_caller_as_reading_starts_leaves_it_open_to_the_next(mon
 
 
 READING = """
+from helpers.data import PLAIN, evaluated, write_split
 from mhacut.data import EvaluationLoader
 
 class Images(list):
@@ -196,3 +200,37 @@ list(start_reading(DataLoader([1, 2], num_workers=1, worker_init_fn=print_held_s
 @pytest.mark.parametrize(("method", "held"), [("spawn", ["SIGINT", "SIGTERM"]), ("forkserver", [])])
 def test_signals_wait_for_spawned_processes_too(programs, method, held):
     assert programs.run(STARTING.format(method=method)).stdout.split() == held
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def test_on_one_cpu_torch_has_nothing_to_warn_of(one_cpu, tmp_path, recwarn):
+    write_split(tmp_path / "val")
+    warnings.simplefilter("always")
+    for _ in range(2):
+        list(evaluated(PLAIN, data_dir=tmp_path, batch_size=5, num_classes=3))
+    assert not recwarn.list
+
+
+def test_more_processes_than_cpus_are_kept_and_warned_of_once(one_cpu, tmp_path, recwarn, monkeypatch):
+    write_split(tmp_path / "val")
+    monkeypatch.setattr(workers, "_warned", set())
+    warnings.simplefilter("always")
+    loader = evaluated(PLAIN, data_dir=tmp_path, batch_size=5, num_classes=3, workers=3)
+    assert loader._loader.num_workers == 3
+    images = TrainingImages(IMAGES, count=12, labelled=True, description="", fingerprint="")
+    batches = StepBatches(12, batch_size=2, parts=1, seed=0)
+    list(training_loader(images, batches, start=0, stop=6, mine=[0], workers=3, pin_memory=False))
+    list(loader)
+    (warning,) = recwarn.list
+    assert "will create 3 worker processes" in str(warning.message)
+
+
+def test_the_usual_number_of_processes_is_two_where_there_are_as_many_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert workers.worker_count(None) == 2
+    assert [workers.worker_count(asked) for asked in (0, 1, 20)] == [0, 1, 20]

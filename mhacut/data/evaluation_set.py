@@ -19,6 +19,7 @@ from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, 
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 from mhacut.runtime.signals import outlive_signals, start_reading
+from mhacut.runtime.workers import warned_once, worker_count
 
 
 class EvaluationLoader:
@@ -46,13 +47,14 @@ class EvaluationLoader:
         self.images = total
         """Number of images of a pass; 0 if a stream does not state it."""
         self._batch_size, self._num_classes = batch_size, num_classes
-        self._loader: DataLoader[Sample] = DataLoader(
-            samples,
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=outlive_signals,
-        )
+        with warned_once(workers):
+            self._loader: DataLoader[Sample] = DataLoader(
+                samples,
+                batch_size=batch_size,
+                num_workers=workers,
+                collate_fn=collate,
+                worker_init_fn=outlive_signals,
+            )
 
     def __len__(self) -> int:
         """Number of batches of a pass; 0 if a stream does not state it."""
@@ -127,7 +129,7 @@ def evaluation_loader(
         total=chosen.total,
         batch_size=batch_size,
         # Shards are divided among workers unevenly, and a stream's images could then not be counted.
-        workers=0 if isinstance(chosen.samples, IterableDataset) else data.workers,
+        workers=0 if isinstance(chosen.samples, IterableDataset) else worker_count(data.workers),
         num_classes=num_classes,
         description=chosen.description,
         fingerprint=chosen.fingerprint,

@@ -25,6 +25,7 @@ from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.signals import outlive_signals, start_reading
+from mhacut.runtime.workers import warned_once
 
 _TRIES = 10
 """Number of images that are tried in place of an unreadable one, including itself."""
@@ -261,14 +262,15 @@ def training_loader(
     Raises:
         DataError: too many images in a row cannot be read.
     """
-    loader: DataLoader[Drawn] = DataLoader(
-        _Seeded(images.samples, images.count, batches.seed),
-        batch_sampler=_Parts(batches, range(start, stop), mine),
-        num_workers=workers,
-        collate_fn=_stack,
-        pin_memory=pin_memory,
-        worker_init_fn=outlive_signals,
-    )
+    with warned_once(workers):
+        loader: DataLoader[Drawn] = DataLoader(
+            _Seeded(images.samples, images.count, batches.seed),
+            batch_sampler=_Parts(batches, range(start, stop), mine),
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
+        )
     for stacked, labels, unreadable in start_reading(loader):
         if len(stacked) < len(labels):
             raise DataError(

@@ -17,6 +17,7 @@ from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import end_epoch, save
 from mhacut.runtime.signals import StopRequest
+from mhacut.runtime.workers import worker_count
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
         start=run.progress.step,
         stop=run.total_steps,
         mine=[micro * processes.size + processes.rank for micro in range(accumulated)],
-        workers=run.options.data.workers,
+        workers=worker_count(run.options.data.workers),
         pin_memory=processes.device.type == "cuda",
     )
     # Closing ends the processes that read images. An exception that is being shown could keep the loader

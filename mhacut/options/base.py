@@ -103,7 +103,14 @@ class LabelledImages(ImageSource):
         reads="class_map",
     )
     val_split: str = option("val", "Split to measure accuracy on.", panel="Data", metavar="NAME")
-    workers: int = option(2, "Processes that load images.", panel="Data", metavar="N", short="-j", at_least=0)
+    workers: int | None = option(
+        None,
+        "Processes that load images; by default 2, or 1 where there is only one CPU.",
+        panel="Data",
+        metavar="N",
+        short="-j",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,8 @@ class LabelledImagesKeywords(ImageSourceKeywords, total=False):
     """Text file with the class names in the order of the model's head."""
     val_split: str
     """Split to measure accuracy on. Default: 'val'."""
-    workers: int
-    """Processes that load images. Default: 2."""
+    workers: int | None
+    """Processes that load images; by default 2, or 1 where there is only one CPU."""
 
 
 class PreprocessingKeywords(TypedDict, total=False):

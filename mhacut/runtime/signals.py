@@ -18,6 +18,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from mhacut.runtime.workers import warned_once
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Sent by Ctrl-C and by schedulers."""
 
@@ -74,7 +76,7 @@ def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
     """
     if not loader.num_workers:
         return iter(loader)
-    with _stop_signals_blocked():
+    with _stop_signals_blocked(), warned_once(loader.num_workers):
         iterator = iter(loader)
         _readers.update(iterator._workers)  # type: ignore[attr-defined]
     return iterator
