@@ -84,7 +84,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
     try:
-        foreign = recognise(header, headless=hints.num_classes == 0)
+        foreign = recognise(header, headless=hints.num_classes == 0, given=hints.preprocessing)
         if foreign is not None:
             found = _checked(header, _from_conversion(header, foreign, args, hints))
         elif args.get("num_classes") == 0:
@@ -175,7 +175,7 @@ def _from_names(
             found, cfg_origins=dict.fromkeys(of_tag, "tag") if tag else _origins(header, cfg or ())
         )
         return _with_note(found, f"architecture {name}, as given")
-    found = _without_claims(search(header, args))
+    found = _without_claims(search(header, args, hints.preprocessing))
     default = " (the number of heads is that model's default; tensor shapes cannot show it)"
     heads = "" if "num_heads" in args else default
     return _with_note(found, f"architecture {found.identity.architecture}, from names and shapes{heads}")

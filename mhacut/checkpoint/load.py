@@ -14,7 +14,7 @@ from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
-from mhacut.options.base import CheckpointOptions
+from mhacut.options.base import CheckpointOptions, PreprocessingOptions
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter
 
@@ -41,7 +41,10 @@ def open_checkpoint(
     Raises:
         CheckpointError: the file cannot be read or trusted; nothing was run from it.
     """
-    hints = ModelHints(model, model_args or {}, num_classes, part)
+    return _open(source, ModelHints(model, model_args or {}, num_classes, part))
+
+
+def _open(source: str | os.PathLike[str], hints: ModelHints) -> Checkpoint:
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, hints)
     if isinstance(source, str) and source.startswith(HUB_PREFIXES):
@@ -97,25 +100,29 @@ def states_its_model(source: str | os.PathLike[str], part: str | None = None) ->
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
 
 
-def open_from_options(options: CheckpointOptions, reporter: Reporter, *, weights: bool = True) -> Checkpoint:
+def open_from_options(
+    options: CheckpointOptions,
+    reporter: Reporter,
+    *,
+    preprocessing: PreprocessingOptions | None = None,
+    weights: bool = True,
+) -> Checkpoint:
     """Open the checkpoint that a command is given, and log what was inferred about it.
 
     Args:
         options: options of the command.
         reporter: log of the command.
+        preprocessing: options that override what the checkpoint states, so that nothing is logged about it.
         weights: read the weights at once.
 
     Raises:
         CheckpointError: as :func:`read_model`.
     """
-    opened = read_model if weights else open_checkpoint
-    checkpoint = opened(
-        options.checkpoint,
-        model=options.model,
-        model_args=options.model_args,
-        num_classes=options.num_classes,
-        part=options.part,
-    )
+    given = frozenset[str]() if preprocessing is None else preprocessing.given
+    hints = ModelHints(options.model, options.model_args, options.num_classes, options.part, given)
+    checkpoint = _open(options.checkpoint, hints)
+    if weights:
+        _ = checkpoint.model
     for note in checkpoint.notes:
         reporter.log(note)
     return checkpoint

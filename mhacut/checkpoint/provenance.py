@@ -102,10 +102,9 @@ def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Proven
         checkpoint: dense or slim.
         override: options of the command.
     """
-    given = {name for name in PreprocessingOptions.options() if getattr(override, name) is not None}
     found: dict[str, Origin] = {}
     for name in Preprocessing.__dataclass_fields__:
-        if _OPTIONS.get(name, name) in given:
+        if _OPTIONS.get(name, name) in override.given:
             found[name] = "option"
         elif checkpoint.record is not None:
             found[name] = _of_slim(checkpoint.record, name)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mhacut.checkpoint.build import known_model, shapes_of
@@ -24,15 +23,16 @@ _MOST_NAMED = 4
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
 
 
-def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
+def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] = ()) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one; a note names those with other preprocessing, or for another
-    image size.
+    Several that compute the same count as one; a note names those with another preprocessing, except for the
+    values that are given, or for another image size.
 
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
+        given: names of the values of the preprocessing that the user gave.
 
     Raises:
         CheckpointError: no model has them, or several that compute different things.
@@ -50,7 +50,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others, given)))
 
 
 def _image_size(fit: Identified) -> tuple[int, int]:
@@ -112,14 +112,16 @@ def _plainness(name: str) -> tuple[bool, int, str]:
     return not name.startswith("vit_"), len(name), name
 
 
-def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
-    """Return a note that names models that compute the same with other preprocessing."""
+def _alternatives(chosen: Identified, others: Sequence[Identified], given: Collection[str]) -> list[str]:
+    """Return a note that names models that compute the same with another preprocessing."""
     named: dict[str, list[str]] = {}
+    normalised: set[str] = set()
     for other in others:
         sizes = ["x".join(map(str, _image_size(model))) for model in (other, chosen)]
-        prepared = _preprocessing(other, chosen)
+        prepared = _preprocessing(other, chosen, given)
+        normalised |= prepared.keys() & {"mean", "std"}
         texts = [f"for images of {sizes[0]}, not {sizes[1]}"] if sizes[0] != sizes[1] else []
-        texts += [f"preprocessed with {prepared}"] if prepared else []
+        texts += [f"preprocessed with {_listed(prepared)}"] if prepared else []
         if texts:
             named.setdefault(", ".join(texts), []).append(other.identity.architecture)
     if not named:
@@ -127,17 +129,21 @@ def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]
     lines = [f"{_some(names)}, {text}" for text, names in named.items()]
     (_, names), *more = named.items()
     flags = option_name("model", "NAME" if more or len(names) > 1 else names[0])
-    if any(re.search(r"with .*\b(mean|std) ", text) for text in named):
-        flags += f", or {option_name('mean')} and {option_name('std')}"
+    if normalised:
+        flags += f", or {' and '.join(map(option_name, sorted(normalised)))}"
     return [f"the layers also fit {'; '.join(lines[:_MOST_NAMED])}; to choose one of them, give {flags}"]
 
 
-def _preprocessing(one: Identified, other: Identified) -> str:
-    """Return where the preprocessing of ``one`` differs; empty if it does not."""
+def _preprocessing(one: Identified, other: Identified, given: Collection[str] = ()) -> dict[str, Any]:
+    """Return the values of the preprocessing of ``one`` that ``other`` has not, except for those given."""
     ours, theirs = one.identity.pretrained_cfg, other.identity.pretrained_cfg
     crop = ("crop_pct",) if ours.get("input_size") == theirs.get("input_size") else ()
-    keys = [key for key in (*_PREPROCESSING, *crop) if ours.get(key) != theirs.get(key)]
-    return ", ".join(f"{key} {_value(ours.get(key))}" for key in keys)
+    keys = [key for key in (*_PREPROCESSING, *crop) if key not in given]
+    return {key: ours.get(key) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_value(value)}" for key, value in values.items())
 
 
 def _value(value: Any) -> str:
@@ -153,7 +159,7 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
     """Return the message for models that compute different things, with what they differ in."""
     differing: dict[str, list[str]] = {}
     for other, settings in others:
-        text = "; ".join(filter(None, ["; ".join(settings[:3]), _preprocessing(other, chosen)]))
+        text = "; ".join(filter(None, ["; ".join(settings[:3]), _listed(_preprocessing(other, chosen))]))
         differing.setdefault(text or "the same", []).append(other.identity.architecture)
     lines = [f"  {_some(names)}: {text}" for text, names in differing.items()]
     more = [f"  and {len(lines) - _MOST_NAMED} more groups"] if len(lines) > _MOST_NAMED else []

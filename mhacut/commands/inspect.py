@@ -134,7 +134,9 @@ def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     if options.compare is not None:
         # Of a slim file and a dense one, the part is the dense one's.
         options = replace(options, part=part_of_dense(options.checkpoint, options.part))
-    return open_from_options(options, reporter, weights=options.sees_images)
+    return open_from_options(
+        options, reporter, preprocessing=options.preprocessing, weights=options.sees_images
+    )
 
 
 def _wanted(names: list[str], pattern: str | None) -> list[str]:

@@ -143,3 +143,8 @@ class PreprocessingOptions(Options):
         None, "Interpolation on resizing: bicubic, bilinear, ...", panel="Preprocessing", metavar="NAME"
     )
     img_size: int | None = option(None, "Height and width in pixels.", panel="Preprocessing", metavar="N")
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that are given."""
+        return frozenset(name for name in self.options() if getattr(self, name) is not None)

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from helpers.cli import run
 from mhacut.checkpoint.build import shapes_of, without_values
 from mhacut.checkpoint.fingerprints import fingerprint, read_table, write_table
 from mhacut.checkpoint.header import FileHeader, TensorInfo
@@ -94,6 +95,30 @@ def test_models_that_only_preprocess_otherwise_are_named():
     assert found.notes[-1].endswith(
         "to choose one of them, give model='deit_tiny_patch16_224', or mean and std"
     )
+
+
+def test_a_normalisation_that_is_given_is_not_named():
+    header = header_of(build(VIT, num_classes=10))
+    assert not any("also fit" in note for note in search(header, {}, {"mean", "std"}).notes)
+    note = search(header, {}, {"mean"}).notes[-1]
+    assert "also fit deit_tiny_patch16_224, preprocessed with std 0.229,0.224,0.225" in note
+    assert note.endswith("to choose one of them, give model='deit_tiny_patch16_224', or std")
+
+
+def test_models_for_other_images_are_named_whatever_normalisation_is_given():
+    header = header_of(build("xcit_nano_12_p16_224", num_classes=5))
+    note = search(header, {}, {"mean", "std"}).notes[-1]
+    assert note.startswith("the layers also fit xcit_nano_12_p16_384, for images of 384x384, not 224x224")
+
+
+@pytest.mark.parametrize("given", [[], ["--mean", "0.5", "--std", "0.5"]])
+@pytest.mark.parametrize("command", ["prune --flops 1", "evaluate --data-dir .", "inspect --shapes"])
+def test_commands_log_other_normalisations_unless_one_is_given(tmp_path, command, given):
+    model = timm.create_model(VIT, num_classes=10, depth=1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    shown = run(*command.split(), tmp_path / "model.safetensors", *given).stderr  # refused once it is open
+    assert "architecture vit_tiny_patch16_224, from names and shapes" in shown
+    assert ("also fit" in shown) == (not given)
 
 
 def test_models_that_compute_different_things_are_asked_about():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,12 +53,15 @@ class Conversion:
         return _converted(self.renaming, tensors, self.headless)
 
 
-def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | None:
+def recognise(
+    header: FileHeader, *, headless: bool = False, given: Collection[str] = ()
+) -> Conversion | None:
     """Return the conversion of another library's file; None if it is not recognised as one.
 
     Args:
         header: header of a dense file, and of its folder's configuration.
         headless: leave the classifier out.
+        given: names of the values of the preprocessing that the user gave.
 
     Raises:
         CheckpointError: it is such a file, and cannot be converted; the message says why.
@@ -69,7 +72,7 @@ def recognise(header: FileHeader, *, headless: bool = False) -> Conversion | Non
     if family is None:
         return None
     try:
-        return _conversion(header, family, config, headless)
+        return _conversion(header, family, config, headless, given)
     except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
@@ -96,7 +99,9 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
     return None, None
 
 
-def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
+def _conversion(
+    header: FileHeader, family: Family, config: Config | None, headless: bool, given: Collection[str]
+) -> Conversion:
     renaming = family.renaming(header.shapes)
     processor = _processor(header)
     if config is not None and flips_channels(processor):
@@ -114,7 +119,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     if config is not None:
         assert family.build is not None
         built = family.build(_of_images(config), shapes)
-        cfg, notes = _cfg(processor, config, built, shapes)
+        cfg, notes = _cfg(processor, config, built, shapes, given)
         eps = config.number("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
             notes.append(f"layer_norm_eps {eps:g} is taken as timm's 1e-06, which only tiny activations feel")
@@ -203,7 +208,7 @@ def _of_images(config: Config) -> Config:
 
 
 def _cfg(
-    processor: Config | None, config: Config, built: Built, shapes: Shapes
+    processor: Config | None, config: Config, built: Built, shapes: Shapes, given: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the pretrained_cfg that the folder states, and what to say about it."""
     channels = int(built.args.get("in_chans", 3))
@@ -220,7 +225,10 @@ def _cfg(
     if built.cfg:
         return cfg, notes
     if processor is None:
-        notes.append(f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}")
+        if not {"mean", "std"} <= set(given):
+            notes.append(
+                f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"
+            )
         return cfg, notes
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
