@@ -1,6 +1,6 @@
-"""Write the pages of docs/reference/ that follow from the code: commands and options, architectures.
+"""Write the pages of docs/reference/ that follow from the code: commands, Python names, architectures.
 
-    python docs/generate.py               # commands and options
+    python docs/generate.py               # commands and options, Python names
     mhacut models --json > models.json    # takes minutes
     python docs/generate.py models.json   # architectures too
 
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import mhacut
 from mhacut.cli.app import app
 from mhacut.options.generate import COMMANDS
 from mhacut.options.option import Option, Panel
@@ -25,12 +26,63 @@ REFERENCE = Path(__file__).parent / "reference"
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
 """What is set in code: commands, and names of flags."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
+NAMES: Mapping[str, Sequence[str]] = {
+    "Verbs": ("prune", "prune_many", "finetune", "evaluate", "inspect", "bench", "export"),
+    "Models": ("load_model", "save_model"),
+    "Results": (
+        *("PruneResult", "PruneResults", "FinetuneResult"),
+        *("EvaluateResult", "InspectResult", "BenchResult", "ExportResult"),
+    ),
+    "Plan": ("Plan",),
+    "Errors": (
+        *("MhacutError", "UsageError", "CheckpointError", "UnsupportedModelError", "PlanError"),
+        *("BudgetError", "DataError", "OutputError", "Interrupted"),
+    ),
+}
+"""Public names of the package, by the headings of their page."""
+_ERRORS = "\n".join(
+    [
+        "::: mhacut.errors",
+        "    options:",
+        "      show_root_heading: false",
+        "      show_root_toc_entry: false",
+        "      members:",
+        *(f"        - {name}" for name in NAMES["Errors"]),
+    ]
+)
+"""Errors as one list without a heading each."""
 _COMMON = "`--config`, `--json`, `--quiet` and `--verbose` belong to every command: [Commands](index.md)."
 
 
 def pages() -> dict[str, str]:
-    """Return the page of each command, by its path under docs/reference/."""
-    return {f"commands/{name}.md": command_page(name) for name in COMMANDS}
+    """Return the pages of the commands and of the Python API, by their paths under docs/reference/."""
+    return {f"commands/{name}.md": command_page(name) for name in COMMANDS} | {"python.md": python_page()}
+
+
+def python_page() -> str:
+    """Return the reference of the Python API: a table of its names, and directives for mkdocstrings."""
+    head = f"""{_WRITTEN}# Python API
+
+Import these names from `mhacut`. Keyword arguments of the verbs are the flags of the
+[commands](commands/index.md), with underscores.
+
+The sections below the table are filled in from the docstrings when the site is built. In Python,
+`help(mhacut.prune)` shows the same text.
+
+| name | meaning |
+|---|---|
+"""
+    rows = [f"| `{name}` | {_first_sentence(name)} |\n" for names in NAMES.values() for name in names]
+    sections = []
+    for title, names in NAMES.items():
+        sections += [f"## {title}", *([_ERRORS] if title == "Errors" else [f"::: mhacut.{n}" for n in names])]
+    return head + "".join(rows) + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _first_sentence(name: str) -> str:
+    """Return the first paragraph of the docstring of a public name, in Markdown."""
+    paragraph, *_ = (inspect.getdoc(getattr(mhacut, name)) or "").split("\n\n")
+    return re.sub(r":\w+:(?=`)", "", " ".join(paragraph.split())).replace("``", "`").replace("|", "\\|")
 
 
 def command_page(name: str) -> str:

@@ -124,12 +124,17 @@ def test_the_readme_is_short():
     assert len(README.read_text().split()) <= LONGEST_README
 
 
-def test_pages_of_commands_are_current():
+def test_pages_that_follow_from_the_code_are_current():
     generate = module(DOCS / "generate.py")
     pages = generate.pages()
-    assert {DOCS / "reference" / path for path in pages} == GENERATED
+    assert {DOCS / "reference" / path for path in pages} == {*GENERATED, DOCS / "reference" / "python.md"}
     for path, text in pages.items():
         assert (DOCS / "reference" / path).read_text() == text, "run python docs/generate.py"
+
+
+def test_the_page_of_the_python_api_has_every_public_name():
+    names = [name for names in module(DOCS / "generate.py").NAMES.values() for name in names]
+    assert sorted([*names, "__version__"]) == sorted(mhacut.__all__)
 
 
 def test_the_page_of_architectures_is_current():

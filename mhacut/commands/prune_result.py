@@ -40,7 +40,7 @@ _DIVERGENCE: Mapping[Measure, str] = {
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Outcome of :func:`prune`."""
+    """Result of :func:`prune`."""
 
     output: Path | None
     """The slim file; None after a dry run."""
