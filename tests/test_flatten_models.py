@@ -240,7 +240,7 @@ def test_fused_and_plain_softmax_agree():
         (
             "flatten_cswin_tiny_224",
             {"img_size": 256},
-            "split_size 7: stripes of it do not tile a map of 16x16",
+            "split_size 7: stripes of this width do not tile a map of 16x16",
         ),
         ("flatten_cswin_tiny_224", {"attn_type": "LLS"}, "attn_type 'LLS'"),
         ("flatten_swin_tiny_224", {"attn_type": "LMSS"}, "attn_type 'LMSS'"),

@@ -36,7 +36,8 @@ def img_size_of(architecture: str, shapes: Mapping[str, tuple[int, ...]], patch_
         patch_size: side in pixels of a token of stage 1.
 
     Returns:
-        Side in pixels; None for other models, or where the checkpoint shows no other size.
+        Side in pixels; None for models that are no FLatten pyramid, and where the checkpoint shows no other
+        size.
     """
     pyramids = [family for family in FAMILIES if family is not flatten_deit]
     config = next((f.default_cfgs[architecture] for f in pyramids if architecture in f.default_cfgs), None)

@@ -5,9 +5,9 @@ position). With phi the focusing of :func:`focus`, a head gives
 
     out_i = phi(q_i) . (1/N sum_j phi(k_j) v_j^T) / (phi(q_i) . 1/N sum_j phi(k_j) + 1e-6)  +  dwc(v)_i
 
-so keys meet values first and the cost is N * d * d per head instead of N * N * d. ``dwc`` is one depthwise
-convolution of d filters that all heads share; it restores the rank that linear attention lacks (paper,
-section 4.2).
+so keys are multiplied by values first: the cost is N * d * d per head, not N * N * d. ``dwc`` is one
+depthwise convolution of d filters that all heads share; it restores the rank that linear attention lacks
+(paper, section 4.2).
 
 Widths are read from the parameters: q/k may have another number of channels per head than v, as long as every
 head of a layer has the same; and ``dwc`` may have a separate filter for every channel of every head.
@@ -30,7 +30,9 @@ Grid = tuple[int, int]
 EPSILON = 1e-6
 """Added after the ReLU, so that no norm is zero, and to the denominator."""
 FOCUSING_FACTOR = 3
+"""Default of the power p."""
 DWC_KERNEL = 5
+"""Default size of the depthwise convolution, in tokens."""
 
 
 def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Tensor | None = None) -> Tensor:
@@ -43,10 +45,10 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
         tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
         scale: [1, 1, C].
         power: focusing factor p.
-        gate: scale of each channel's product of q and k, [C], not negative. It acts on the norms here, as if
-            the channel of both had a factor of gate^(1/2p) before the power; the caller multiplies q or k.
-            So a gate of 0 removes the channel exactly, which no factor before the + 1e-6 does, and gradients
-            do not vanish at 0.
+        gate: factor on each channel's product of q and k, [C], at least 0. Here it changes the norms only, as
+            if q and k each had a factor of gate^(1/2p) before the power; the caller multiplies q or k by it.
+            A gate of 0 removes the channel exactly, which a factor before the + 1e-6 cannot do, and its
+            gradient does not vanish at 0.
     """
     features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
     sharpened = features**power
@@ -67,7 +69,7 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
     size = F.softplus(scale) / _factor(gate, power)
     wanted = torch.where(
         size > 20, size, size + torch.log(-torch.expm1(-size))
-    )  # torch's softplus: x above 20
+    )  # torch's softplus(x) is x above 20
     return torch.where((gate <= 0) | (gate == 1), scale, wanted)
 
 
@@ -100,9 +102,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
-    """Convolve the map of each channel, [B, N, C_v].
+    """Convolve the map of each channel: [B, N, C_v] to the same shape.
 
-    With as many filters as channels of a head, all heads share them; else every channel has its own.
+    If there are as many filters as channels per head, all heads share them; else every channel has its own.
     """
     batch, tokens, channels = v.shape
     sharing = channels // conv.out_channels
@@ -125,6 +127,17 @@ class FocusedLinearAttention(nn.Module):
     """Common part of all families: from q, k, v to the output, without projections.
 
     Families differ in their projections; parameters have the official names.
+
+    Args:
+        dim: channels of q, k and v, of all heads together.
+        num_heads: number of heads.
+        grid_size: height and width of the map, in tokens.
+        focusing_factor: power p.
+        device: as in torch.
+        dtype: as in torch.
+
+    Raises:
+        ValueError: the heads do not divide the channels.
     """
 
     scale: nn.Parameter
@@ -167,7 +180,7 @@ class FocusedLinearAttention(nn.Module):
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Sum the global linear and the local depthwise branch, heads merged, [B, N, C_v]; no projection.
+        """Return the sum of linear attention and depthwise convolution, heads merged, [B, N, C_v].
 
         Computed in at least float32, whatever the inputs and autocast are; the result has the dtype of ``v``.
 
@@ -190,7 +203,7 @@ class FocusedLinearAttention(nn.Module):
         return merge_heads(heads).to(v.dtype) + convolve_channels(v, self.dwc, self.grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
-        """Adapt to maps of another size: the positional encoding is resized (bicubic)."""
+        """Adapt to maps of another size, (height, width): resize the positional encoding (bicubic)."""
         if grid_size != self.grid_size:
             resized = resample_abs_pos_embed(
                 self.positional_encoding.detach(), grid_size, self.grid_size, num_prefix_tokens=0
@@ -276,7 +289,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
             _assert(
                 (feat_size[0], feat_size[1]) == (height, width),
                 f"a map of {feat_size[0]}x{feat_size[1]} tokens, expected {height}x{width}: the positional "
-                "encoding fixes the size of the images; build the model for theirs with img_size=",
+                "encoding fixes the size of the images; build the model for this size with img_size=",
             )
         q, kv = self.q(x), self.kv(x)
         k, v = kv.split((kv.shape[-1] - self.proj.in_features, self.proj.in_features), dim=-1)
@@ -299,14 +312,14 @@ class FocusedBlock(nn.Module):
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output of a fused projection into q, k, v; q and k have equal widths."""
+    """Split the output of a fused projection, [..., q | k | v], into its parts; q and k have equal widths."""
     qk_channels = (qkv.shape[-1] - v_channels) // 2
     q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
     return q, k, v
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Initialise as all families: truncated normal of deviation 0.02, bias 0."""
+    """Initialise a layer as all families do: truncated normal of standard deviation 0.02, bias 0."""
     trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -20,9 +20,9 @@ def unwrap(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return ``state_dict`` with its position tensors resized to the maps and windows of ``model``.
 
-    These are ``positional_encoding`` and ``pos_embed``, [1, N, C], and ``relative_position_bias_table``, [N,
-    h]: bicubic, as the authors do, on the square grid of N positions. Where N is no square, or another
-    dimension differs, ``load_state_dict`` refuses the tensor.
+    ``positional_encoding`` and ``pos_embed``, [1, N, C], and ``relative_position_bias_table``, [N, h], are
+    resized as the authors do: bicubic, the N positions taken as a square grid. A tensor whose N is no square
+    number, or that differs in another dimension, stays as it is, and ``load_state_dict`` refuses it.
     """
     wanted = model.state_dict()
     grids = {**_encoding_grids(model), **_bias_grids(model), **getattr(model, "pos_embed_grids", {})}
@@ -46,7 +46,7 @@ def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4)
 
     Args:
         shapes: shape of each tensor, by official names or timm's.
-        patch_size: side in pixels of a token of stage 1, which is always linear.
+        patch_size: side in pixels of a token of stage 1, whose attention always is linear.
 
     Returns:
         Side in pixels of a square image; None without such encodings, or where no square image fits them.

@@ -8,9 +8,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def config(**own: Any) -> dict[str, Any]:
-    """Return the authors' preprocessing: a resize to a square of 256/224 of the image size, then a crop.
+    """Return a ``pretrained_cfg`` with the authors' preprocessing; ``own`` overrides its values.
 
-    There is no ``license``: the official repository states none for its weights.
+    Images are resized to a square of 256/224 of the image size, then cropped. There is no ``license``: the
+    official repository states none for its weights.
     """
     return {
         "url": "",

@@ -116,9 +116,9 @@ Branch = FocusedLepeAttention | StripeAttention
 
 
 class CswinAttention(nn.Module):
-    """Attention in branches between one pair of projections: tokens [B, N, C] to [B, N, C].
+    """Branches of attention between one input and one output projection: tokens [B, N, C] to [B, N, C].
 
-    The heads are divided equally: branch b of ``attns`` takes the b-th part of q, k and v.
+    Each branch has an equal part of the heads: branch b of ``attns`` takes the b-th part of q, k and v.
     """
 
     def __init__(
@@ -159,7 +159,8 @@ def stripe_branches(
         dim: channels of the block.
         num_heads: heads of the block.
         grid: height and width of the map.
-        split_size: width of the stripes, in tokens; None for one branch over the whole map.
+        split_size: width of the stripes, in tokens; None, or the side of a square map, for one branch over
+            the whole map.
         kwargs: those of :class:`StripeAttention`.
 
     Raises:
@@ -170,8 +171,8 @@ def stripe_branches(
         return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
     if split_size < 1 or height % split_size or width % split_size:
         raise UsageError(
-            f"split_size {split_size}: stripes of it do not tile a map of {height}x{width} tokens; give an "
-            "img_size or a split_size that fits"
+            f"split_size {split_size}: stripes of this width do not tile a map of {height}x{width} tokens; "
+            "give an img_size or a split_size that fits"
         )
     return [
         StripeAttention(dim // 2, num_heads // 2, grid, stripe, **kwargs)

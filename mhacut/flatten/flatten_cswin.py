@@ -28,7 +28,7 @@ from mhacut.flatten.pyramid import Pyramid, make_head
 class ConvStem(nn.Sequential):
     """7x7 convolution of stride 4, then a norm: images to a map, [B, H, W, C].
 
-    The image size has the names of timm's PatchEmbed.
+    Its image size is kept under the names of timm's PatchEmbed, where timm looks it up.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class FlattenCswin(Pyramid):
     Args:
         img_size: height and width of the images; their map in stage 3 must divide into stripes.
         in_chans: channels of the images.
-        num_classes: 0 for a model that gives features.
+        num_classes: number of classes; 0 for a model without a classifier.
         global_pool: ``avg``, or ``""`` for none.
-        embed_dim: channels of stage 1; each stage has twice those of the one before.
+        embed_dim: channels of stage 1; each further stage has twice as many.
         depths: blocks per stage.
-        num_heads: per stage.
+        num_heads: heads per stage.
         split_size: width of the stripes of softmax stages, in tokens. Where that is the whole map, and in
             the last stage, a block has one branch over the whole map instead of two.
         attn_type: a letter per stage, L for focused linear attention, S for softmax in stripes.
-        mlp_ratio: hidden over outer channels of the MLPs.
+        mlp_ratio: ratio of hidden to outer channels of the MLPs.
         qkv_bias: whether q, k and v have biases.
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
@@ -94,6 +94,9 @@ class FlattenCswin(Pyramid):
             The authors train with 0.2 (tiny), 0.4 (small), 0.5 (base) or 0.7 (base, 384).
         device: as in torch.
         dtype: as in torch.
+
+    Raises:
+        UsageError: ``attn_type`` does not fit ``depths``, or stripes do not tile a map.
     """
 
     def __init__(
@@ -209,7 +212,7 @@ def _block(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Translate an official state dict, whose blocks hold the attention's tensors, and resize encodings."""
+    """Rename the attention's tensors of an official state dict, and resize encodings."""
     own = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
     return resize_encodings(own, model)
 

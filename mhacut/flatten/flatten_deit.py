@@ -1,9 +1,9 @@
 """FLatten-DeiT: described by the paper (arXiv 2308.00442), without official code.
 
-This model follows the paper's text: a DeiT-Tiny without a class token, which has no place on the map of the
-depthwise convolution; the classifier reads the mean over tokens, and every block is linear, as in
-FLatten-PVT. The paper reports 6.1M parameters and 1.1G FLOPs. Checkpoints of the authors, should there be
-any, need not fit.
+This model follows the paper's text: a DeiT-Tiny whose blocks all have focused linear attention, as in
+FLatten-PVT. It has no class token, which would have no place on the map of the depthwise convolution; the
+classifier reads the mean over tokens. The paper reports 6.1M parameters and 1.1G FLOPs. A checkpoint of the
+authors, if they publish one, may not fit.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
         kwargs: further arguments of timm's ViT.
+
+    Raises:
+        UsageError: an argument asks for other tokens than those of a map, or for maps of varying size.
     """
 
     def __init__(
@@ -52,8 +55,8 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         for name in ("class_token", "reg_tokens", "dynamic_img_size", "dynamic_img_pad", "qk_norm"):
             if kwargs.get(name):
                 raise UsageError(
-                    f"{name}: focused linear attention needs the tokens of a map of fixed size, no others; "
-                    "leave it out"
+                    f"{name}: focused linear attention takes the tokens of a map of fixed size and no "
+                    "others; leave it out"
                 )
         fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate, **{**fixed, **kwargs})
@@ -72,7 +75,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width of the position embedding."""
+        """Height and width in tokens of the position embedding, by its name."""
         return {"pos_embed": self.patch_embed.grid_size}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +86,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resize the encodings of a state dict with the model's own names."""
+    """Resize the encodings of a state dict, whose names are those of the model."""
     return resize_encodings(unwrap(state_dict), model)
 
 

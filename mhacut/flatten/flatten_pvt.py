@@ -34,14 +34,14 @@ class FlattenPvt(Pyramid):
     """Four stages of patch embedding, position embedding and blocks; 3136, 784, 196, 49 tokens at 224.
 
     Args:
-        img_size: height and width of the images; a multiple of 32 uses every pixel.
+        img_size: height and width of the images. Unless they are multiples of 32, border pixels are not used.
         in_chans: channels of the images.
-        num_classes: 0 for a model that gives features.
+        num_classes: number of classes; 0 for a model without a classifier.
         global_pool: ``avg``, or ``""`` for none.
         depths: blocks per stage.
         embed_dims: channels per stage.
-        num_heads: per stage.
-        mlp_ratios: hidden over outer channels of the MLPs.
+        num_heads: heads per stage.
+        mlp_ratios: ratio of hidden to outer channels of the MLPs, per stage.
         qkv_bias: whether q, k and v have biases.
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
@@ -123,7 +123,7 @@ class FlattenPvt(Pyramid):
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width of every position embedding."""
+        """Height and width in tokens of every position embedding, by its name."""
         return {
             f"pos_embed{index + 1}": getattr(self, f"patch_embed{index + 1}").grid_size
             for index in range(self.num_stages)

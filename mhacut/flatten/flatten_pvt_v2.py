@@ -21,10 +21,13 @@ class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
     """PVTv2 whose attention is :class:`SeparateFocusedAttention` without spatial reduction.
 
     Args:
-        img_size: height and width of the images, which the positional encodings of the keys fix.
+        img_size: height and width of the images; the positional encodings of the keys fix it.
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
         kwargs: further arguments of timm's PVTv2, except those of its own attention.
+
+    Raises:
+        UsageError: an argument of PVTv2's own attention is given.
     """
 
     def __init__(

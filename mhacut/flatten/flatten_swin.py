@@ -44,7 +44,7 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
         attn_type: a letter per stage, L for focused linear attention, S for softmax in windows.
         window_size: side of the windows of softmax stages, in tokens.
         depths: blocks per stage.
-        num_heads: per stage.
+        num_heads: heads per stage.
         qkv_bias: whether q, k and v have biases.
         proj_drop_rate: dropout after the projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
@@ -52,6 +52,9 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
         kwargs: further arguments of timm's Swin.
+
+    Raises:
+        UsageError: ``attn_type`` does not fit ``depths``, or images of varying size are asked for.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
         if kwargs.get("dynamic_img_size") or not kwargs.get("strict_img_size", True):
             raise UsageError(
                 "dynamic_img_size: the positional encoding of focused linear attention fixes the size of the "
-                "images; build the model for theirs with img_size="
+                "images; build the model for their size with img_size="
             )
         super().__init__(
             img_size=img_size,
@@ -112,8 +115,8 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Translate an official state dict by timm's own filter, which also drops buffers, and resize encodings.
 
-    Position biases go past that filter, which resizes them by a function that PyTorch has deprecated, and so
-    do tensors on which it would fail: ``load_state_dict`` names them better.
+    Position biases bypass that filter, which would resize them by a function that PyTorch has deprecated. So
+    do tensors on which it would fail: ``load_state_dict`` then names them in its error.
     """
     state_dict = unwrap(state_dict)
     past = {name: tensor for name, tensor in state_dict.items() if not _for_timm(name, tensor)}
@@ -124,7 +127,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 def _for_timm(name: str, tensor: Tensor) -> bool:
     if "patch_embed.proj.weight" in name:
         return tensor.ndim == 4
-    # "model" and "state_dict" are parts of a file to timm, never tensors.
+    # timm's filter takes "model" and "state_dict" for parts of a file, never for tensors.
     return not name.endswith("relative_position_bias_table") and name not in ("model", "state_dict")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Pyramid(nn.Module):
-    """Model of stages with ever smaller maps, [B, H, W, C]; ``head`` reads the mean over the last one.
+    """Model of stages, each with a smaller map, [B, H, W, C]; ``head`` reads the mean over the last map.
 
     A family implements :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it has a final norm.
     """
@@ -95,6 +95,13 @@ class Pyramid(nn.Module):
             stop_early: do not run stages beyond the last one asked for.
             output_fmt: NCHW, nothing else.
             intermediates_only: leave the final features out.
+
+        Returns:
+            The maps, or, unless ``intermediates_only``, the features of the last stage that was run,
+            [B, H, W, C], and the maps.
+
+        Raises:
+            ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: only NCHW is supported")
@@ -136,7 +143,7 @@ class Pyramid(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a random one of ``num_classes``; by none for 0."""
+        """Replace the classifier by a randomly initialised one of ``num_classes``; 0 removes it."""
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
