@@ -214,7 +214,7 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
     extra = folder(tensors=tensors | {"decode_head.weight": torch.zeros(2)})
     assert "ViT of transformers: 1 tensors are not part of the model: 'decode_head.weight'" in refusal(extra)
     del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
-    assert "is joined of 3 tensors, found 2 of them" in refusal(folder(tensors=tensors))
+    assert "is joined of 3 tensors, found only 2" in refusal(folder(tensors=tensors))
     tensors["vit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(24, 7)
     assert "do not fit together" in refusal(folder(tensors=tensors))
     missing = vit_tensors()

@@ -48,7 +48,7 @@ def _clip_renaming(shapes: Shapes) -> Renaming:
 
 
 def finish_clip(tensors: dict[str, Tensor]) -> None:
-    """Give token and positions the axes that they have in timm, and the projection a bias of zeros."""
+    """Reshape class token and positions as timm has them, in place; give a projection a bias of zeros."""
     tensors["cls_token"] = tensors["cls_token"].reshape(1, 1, -1)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
     head = tensors.get("head.weight")
@@ -114,7 +114,10 @@ def _build_siglip(config: Config, shapes: Shapes) -> Built:
         patches = shapes["pos_embed"][1]  # SigLIP 2 takes images of any aspect ratio; here, the square
         side = math.isqrt(patches)
         if side * side != patches or args["in_chans"] != 3:
-            raise CheckpointError(f"{config.where}: expected a square grid of patches, found {patches}")
+            raise CheckpointError(
+                f"{config.where}: expected a square grid of patches and images of 3 channels, found "
+                f"{patches} patches and {args['in_chans']} channels"
+            )
         args["img_size"] = side * args["patch_size"]
     args.setdefault("act_layer", "gelu")
     args["class_token"] = False

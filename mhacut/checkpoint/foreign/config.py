@@ -16,13 +16,15 @@ _MAX_TEXT = 100
 
 
 class Config:
-    """An untrusted JSON object; a value that is missing, or null, has the other library's default.
+    """An untrusted JSON object of another library.
 
-    Every method raises a :class:`CheckpointError` for a value of another type or out of bounds.
+    A value that is missing, or null, is the ``default`` of a method that takes one: that of the other
+    library. Methods that check a value raise a :class:`CheckpointError` if it has another type or is out of
+    bounds.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        """Keep the object and where it stands, for messages."""
+        """Keep the object, and the name of its file, or of its place there, for messages."""
         self._values = values
         self.where = where
 
@@ -52,7 +54,7 @@ class Config:
         return value
 
     def sizes(self, name: str, default: tuple[int, ...], *, least: int = 1) -> list[int]:
-        """Return a short list of whole numbers, one for each stage."""
+        """Return a list of whole numbers from ``least`` to 65536, one for each of at most 16 stages."""
         value = self._get(name, list(default))
         if not isinstance(value, list) or not 1 <= len(value) <= _MAX_STAGES:
             raise self.fault(name, f"a list of at most {_MAX_STAGES} whole numbers")
@@ -61,14 +63,14 @@ class Config:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a number from 0 to 65536."""
+        """Return a number from 0 to 65536; required if ``default`` is None."""
         value = self._get(name, default)
         if not is_number(value) or not 0 <= value <= _MAX_SIZE:
             raise self.fault(name, f"a number from 0 to {_MAX_SIZE}")
         return float(value)
 
     def numbers(self, name: str, count: int) -> list[float]:
-        """Return a list of ``count`` numbers of at most 65536."""
+        """Return a list of ``count`` numbers, each at most 65536 in size; required."""
         value = self._values.get(name)
         if not isinstance(value, list) or len(value) != count:
             raise self.fault(name, f"a list of {count} numbers")
@@ -84,14 +86,14 @@ class Config:
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """Return a short text."""
+        """Return a text of at most 100 characters; required if ``default`` is None."""
         value = self._get(name, default)
         if not isinstance(value, str) or len(value) > _MAX_TEXT:
             raise self.fault(name, f"a text of at most {_MAX_TEXT} characters")
         return value
 
     def part(self, name: str) -> Config:
-        """Return an object within the object."""
+        """Return an object within this one; required."""
         value = self._values.get(name)
         if not isinstance(value, dict):
             raise self.fault(name, "an object")

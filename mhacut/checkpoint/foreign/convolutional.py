@@ -36,7 +36,7 @@ _PVT_SIZES = {
     (64, 8, 27): "b4",
     (64, 6, 40): "b5",
 }
-"""Names of timm by width of the first stage, depth of the second and third."""
+"""Ends of timm's names, by the width of the first stage and the depths of the second and third."""
 
 
 def _pvt_renaming(shapes: Shapes) -> Renaming:
@@ -45,12 +45,12 @@ def _pvt_renaming(shapes: Shapes) -> Renaming:
 
 def _build_pvt(config: Config, shapes: Shapes) -> Built:
     check_eps(config, 1e-6, 1e-6)
-    fixed = "timm's PVTv2 has this one only"
+    fixed = "timm's PVTv2 has one value only"
     config.require("hidden_act", "gelu", reason=fixed)
     config.require("patch_sizes", [7, 3, 3, 3], reason=fixed)
     config.require("strides", [4, 2, 2, 2], reason=fixed)
     config.require("num_encoder_blocks", 4, reason=fixed)
-    config.require("linear_attention", False, reason="it has not been compared with timm's")
+    config.require("linear_attention", False, reason="mhacut has not compared it with timm's")
     widths, depths = config.sizes("hidden_sizes", (32, 64, 160, 256)), config.sizes("depths", (2, 2, 2, 2))
     args = {
         "in_chans": config.size("num_channels", 3),
@@ -115,7 +115,7 @@ def _levit_renaming(shapes: Shapes) -> Renaming:
 
 
 def _build_levit(config: Config, shapes: Shapes) -> Built:
-    fixed = "timm's LeViT has this one only"
+    fixed = "timm's LeViT has one value only"
     for name, value in {"kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}.items():
         config.require(name, value, reason=fixed)
     widths = config.sizes("hidden_sizes", (128, 256, 384))
@@ -156,7 +156,7 @@ _MOBILE_SIZES = {
     (96, 32, 48, 64, 80, 96, 384): "mobilevit_xs",
     (144, 32, 64, 96, 128, 160, 640): "mobilevit_s",
 }
-"""Names of timm by width of the first transformer, and widths of the convolutions."""
+"""timm's names, by the width of the first transformer and the widths of the convolutions."""
 
 
 def _mobilevit_renaming(shapes: Shapes) -> Renaming:
@@ -198,7 +198,7 @@ def _mobilevit_renaming(shapes: Shapes) -> Renaming:
 
 def _build_mobilevit(config: Config, shapes: Shapes) -> Built:
     check_eps(config, 1e-5, 1e-5)
-    fixed = "timm's MobileViT has this one only"
+    fixed = "timm's MobileViT has one value only"
     fixed_values = {"patch_size": 2, "num_attention_heads": 4, "conv_kernel_size": 3, "mlp_ratio": 2.0}
     for name, value in {**fixed_values, "hidden_act": "silu", "output_stride": 32, "qkv_bias": True}.items():
         config.require(name, value, reason=fixed)

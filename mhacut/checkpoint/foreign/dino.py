@@ -48,7 +48,7 @@ def _dinov2_renaming(shapes: Shapes) -> Renaming:
 
 
 def _place_registers(tensors: dict[str, Tensor]) -> None:
-    """Give registers the position zero: timm adds positions after it puts them behind the class token."""
+    """Give registers positions of zeros: timm puts them behind the class token before it adds positions."""
     registers = tensors.get("reg_token")
     if registers is not None:
         positions = tensors["pos_embed"]
@@ -135,9 +135,9 @@ def _build_dinov3(config: Config, shapes: Shapes) -> Built:
     gated = config.flag("use_gated_mlp", False)
     config.require("hidden_act", "silu" if gated else "gelu", reason="timm's DINOv3 has GELU, or SiLU gates")
     bias = config.flag("query_bias", True)
-    config.require("value_bias", bias, reason="timm's DINOv3 has biases of queries and values, or neither")
-    config.require("proj_bias", True, reason="timm's DINOv3 has it")
-    config.require("mlp_bias", True, reason="timm's DINOv3 has it")
+    config.require("value_bias", bias, reason="timm's DINOv3 has it where it has query_bias")
+    config.require("proj_bias", True, reason="timm's DINOv3 always has it")
+    config.require("mlp_bias", True, reason="timm's DINOv3 always has it")
     args = {
         "img_size": config.side("image_size", 224),
         "patch_size": config.side("patch_size", 16),
@@ -153,7 +153,7 @@ def _build_dinov3(config: Config, shapes: Shapes) -> Built:
         "swiglu_mlp": gated,
     }
     if gated:
-        args["swiglu_align_to"] = 1  # gate and value are matrices of their own
+        args["swiglu_align_to"] = 1  # timm then keeps gate and value in separate matrices, as the file does
     size = size_name(args) or "base"
     name = f"vit_{size}_patch16_dinov3{'_qkvb' if bias else ''}"
     return Built(name if known_model(name) else "vit_base_patch16_dinov3", args)

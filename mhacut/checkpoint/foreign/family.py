@@ -11,6 +11,7 @@ from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of each tensor, by its name."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -23,12 +24,12 @@ ACTIVATIONS = {
 }
 """Activations of transformers by their names in timm."""
 _EPS_TOLERANCE = 1.5e-6
-"""Largest difference of a norm's epsilon that is not refused; at 1e-12 for 1e-6 logits agree within 1e-5."""
+"""Largest difference from timm's epsilon that is accepted. With 1e-6 for 1e-12, logits agree within 1e-5."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """Which timm model it becomes."""
+    """The timm model that a file is converted to."""
 
     architecture: str
     """Name in timm."""
@@ -42,24 +43,26 @@ class Built:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one layout."""
+    """Models whose files name their tensors alike."""
 
     title: str
     """Name for readers: ``ViT of transformers``."""
     signs: tuple[tuple[str, ...], ...]
-    """Ends of tensor names; every file of it has all of one row. A bare file is recognised by them."""
+    """Rows of ends of tensor names. A file of the family has tensors with all the ends of one row; a file
+    without a configuration is recognised by them."""
     renaming: Callable[[Shapes], Renaming]
     """Function from the file's shapes to the table of names."""
     build: Callable[[Config, Shapes], Built] | None = None
     """Function from the configuration and the renamed shapes to timm's model."""
     guess: Callable[[Shapes, Shapes], Built | None] | None = None
-    """The same by shapes alone, renamed and as in the file; None where they do not show it."""
+    """Function from the shapes alone, renamed and as in the file, to timm's model; it returns None where they
+    do not show it."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in ``config.json``."""
     unlike: tuple[str, ...] = field(default=())
-    """Ends of tensor names that no file of it has."""
+    """Ends of tensor names that no file of the family has."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
-    """Preprocessing of all of its files, as timm's pretrained_cfg has it, where none is stated."""
+    """Preprocessing of files that state none, as timm's pretrained_cfg has it."""
     stem: str = "patch_embed.proj.weight"
     """Name in timm of the weight whose second dimension counts the channels of images."""
 
@@ -77,7 +80,11 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def activation(config: Config, name: str = "hidden_act", default: str = "gelu") -> str:
-    """Return timm's name of the activation that the configuration states."""
+    """Return timm's name of the activation that the configuration states.
+
+    Raises:
+        CheckpointError: it is none of :data:`ACTIVATIONS`.
+    """
     stated = config.text(name, default)
     if stated not in ACTIVATIONS:
         raise config.fault(name, f"one of {', '.join(ACTIVATIONS)}")
@@ -85,7 +92,14 @@ def activation(config: Config, name: str = "hidden_act", default: str = "gelu") 
 
 
 def check_eps(config: Config, expected: float, default: float, name: str = "layer_norm_eps") -> None:
-    """Refuse an epsilon of norms that is not about timm's."""
+    """Raise a :class:`CheckpointError` unless the epsilon of norms is close to timm's.
+
+    Args:
+        config: the other library's configuration.
+        expected: epsilon of timm's model.
+        default: epsilon of the other library, if the configuration states none.
+        name: key of the epsilon.
+    """
     stated = config.number(name, default)
     if abs(stated - expected) > _EPS_TOLERANCE:
         raise CheckpointError(
@@ -95,5 +109,9 @@ def check_eps(config: Config, expected: float, default: float, name: str = "laye
 
 
 def depth_of(shapes: Shapes, prefix: str = "blocks.") -> int:
-    """Return the number of different numbers that follow ``prefix`` in the names."""
+    """Return the number of different indices behind ``prefix`` in the names.
+
+    >>> depth_of({"blocks.0.norm.weight": (8,), "blocks.0.norm.bias": (8,), "blocks.1.norm.bias": (8,)})
+    2
+    """
     return len({name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)})

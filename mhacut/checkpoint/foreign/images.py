@@ -12,13 +12,17 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 _MAX_LABEL = 200
 """Largest number of characters of a class name that is kept."""
 _MOBILE = "MobileViT"
-"""Beginning of the processors that, unless they say otherwise, flip channels and do not normalise."""
+"""Beginning of the names of processors that, unless they state otherwise, flip channels, not normalise."""
 _SHORTEST_EDGE = ("CLIP", "Levit", "MobileViT", "ConvNext", "Pvt", "EfficientFormer")
-"""Beginnings of processors for which a ``size`` of one number is the shortest edge, not both."""
+"""Beginnings of the names of processors to which a ``size`` of one number is the shortest edge, not both."""
 
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     """Return the pretrained_cfg of a ``preprocessor_config.json``: mean, std, interpolation, crop.
+
+    Args:
+        processor: the file.
+        channels: number of channels of the images.
 
     Raises:
         CheckpointError: a value is of another type or out of bounds.
@@ -42,13 +46,13 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
 
 
 def image_side(processor: Config) -> int | None:
-    """Return the side in pixels of the images that the processor makes; None if it does not say."""
+    """Return the side in pixels of the images that the processor makes; None if it states no square."""
     crops = processor.flag("do_center_crop", "crop_size" in processor)
     return _side(processor, "crop_size") if crops else _side(processor, "size")
 
 
 def flips_channels(processor: Config | None) -> bool:
-    """Whether images are blue, green, red."""
+    """Whether the channels of images are in the order blue, green, red."""
     if processor is None:
         return False
     return processor.flag("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
@@ -88,7 +92,7 @@ def _side(processor: Config, name: str) -> int | None:
 
 
 def label_names(config: Config, classes: int) -> list[str] | None:
-    """Return the class names of ``id2label`` in order; None unless there is a real one for each class."""
+    """Return the class names of ``id2label`` in order; None if one is missing, or all are ``LABEL_0``, ..."""
     labels = config.raw("id2label")
     if not isinstance(labels, dict) or len(labels) != classes:
         return None

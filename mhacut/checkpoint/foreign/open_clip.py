@@ -25,7 +25,7 @@ NOT_THE_TOWER = {
     "logit_scale": "",
     "logit_bias": "",
 }
-"""Tensors beside the image tower."""
+"""Tensors that are not part of the image tower, and what they are, for the log."""
 _NAMES = {
     "visual.class_embedding": "cls_token",
     "visual.positional_embedding": "pos_embed",
@@ -57,7 +57,7 @@ _STATED: dict[str, Any] = {
     "scale_attn": False,
     "scale_fc": False,
 }
-"""Values of ``vision_cfg`` for which the arithmetic is that of timm's CLIP."""
+"""Values of ``vision_cfg`` with which the model computes what timm's ViT of CLIP does."""
 
 
 def _renaming(shapes: Shapes) -> Renaming:
@@ -73,7 +73,7 @@ def _finish(tensors: dict[str, Tensor]) -> None:
 def _build(config: Config, shapes: Shapes) -> Built:
     tower = config.part("vision_cfg")
     for name, value in _STATED.items():
-        tower.require(name, value, reason="timm's ViT of CLIP has no other")
+        tower.require(name, value, reason="timm's ViT of CLIP has one value only")
     for name in ("act_kwargs", "norm_kwargs", "block_type"):
         if tower.raw(name):
             raise CheckpointError(f"{tower.where}: {name} cannot be converted: timm's ViT of CLIP has none")
@@ -106,7 +106,11 @@ OPEN_CLIP = Family(
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip."""
+    """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip.
+
+    Raises:
+        CheckpointError: a value is of another type or out of bounds, or timm has no such ``resize_mode``.
+    """
     cfg: dict[str, Any] = {"crop_pct": 1.0}
     for name in ("mean", "std"):
         if name in stated:

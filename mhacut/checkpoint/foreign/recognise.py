@@ -24,11 +24,9 @@ _HEADS = ("head.", "head_dist.")
 """Beginnings of the names of classifiers in timm."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
-"""Configurations of an image and a text tower: which part is the image tower's."""
-
-
+"""Part of a configuration that is the image tower's, by the model types of an image and a text tower."""
 _SMALL_EPS = 5e-7
-"""Epsilon of norms below which timm's 1e-6 is another one."""
+"""Epsilon of norms below which a note says that timm's model adds 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ def recognise(
         return _conversion(header, family, config, headless, given)
     except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
-            f"{show(header.path)}: {family.title}: its tensors are not all there ({error!s:.150})"
+            f"{show(header.path)}: {family.title}: a tensor is missing or has an unexpected shape "
+            f"({error!s:.150}); expected all tensors of the model"
         ) from None
     except CheckpointError as error:
         where = show(header.path)
@@ -86,7 +85,7 @@ def recognise(
 
 
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
-    """Return the configuration of another library, and the family that it states; None of timm's."""
+    """Return the configuration of another library, and the family that it states; None, None for timm's."""
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
@@ -122,7 +121,9 @@ def _conversion(
         cfg, notes = _cfg(processor, config, built, shapes, given)
         eps = config.number("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
-            notes.append(f"layer_norm_eps {eps:g} is taken as timm's 1e-06, which only tiny activations feel")
+            notes.append(
+                f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tokens of tiny activations"
+            )
     elif family.guess is not None:
         built = family.guess(shapes, header.shapes)
         if family.cfg:
@@ -210,7 +211,7 @@ def _of_images(config: Config) -> Config:
 def _cfg(
     processor: Config | None, config: Config, built: Built, shapes: Shapes, given: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the pretrained_cfg that the folder states, and what to say about it."""
+    """Return the pretrained_cfg that the folder states, and notes for the user about it."""
     channels = int(built.args.get("in_chans", 3))
     side = built.side or built.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
@@ -234,6 +235,6 @@ def _cfg(
     stated = image_side(processor)
     if stated is not None and side is not None and stated != side:
         notes.append(
-            f"preprocessor_config.json has images of {stated}x{stated}, the model is built for {side}x{side}"
+            f"preprocessor_config.json makes images of {stated}x{stated}, the model is for {side}x{side}"
         )
     return cfg, notes

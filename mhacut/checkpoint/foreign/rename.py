@@ -19,7 +19,7 @@ _PART = re.compile(r"(.+)#(\d)(.*)")
 
 @dataclass(frozen=True)
 class Renaming:
-    """Table of names. ``*`` stands for a number; what follows a name (``.weight``) is kept.
+    """Table of tensor names. ``*`` stands for a number; what follows a name (``.weight``) is kept.
 
     >>> table = Renaming({"encoder.layer.*.norm": "blocks.*.norm1"})
     >>> sorted(table.apply({"encoder.layer.7.norm.bias": torch.zeros(2)}))
@@ -27,14 +27,15 @@ class Renaming:
     """
 
     names: Mapping[str, str]
-    """The other library's name: timm's name. The first that fits counts. ``attn.qkv#1`` is the second of the
+    """The other library's names to timm's; the first that fits counts. ``attn.qkv#1`` is the second of the
     parts that are joined, along their first dimension, to ``attn.qkv``."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors that the classifier does not read, and what they are, for the log; no text, no log."""
+    """Names of tensors that the model in timm does not need, and what they are, for the log; those with an
+    empty text are not logged."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors for which timm has no place, and why the file is refused for them."""
+    """Names of tensors for which timm has no place, and the reason why the file is refused."""
     refused_classifier: Mapping[str, str] = field(default_factory=dict)
-    """The same of classifiers, without which the rest can be converted."""
+    """The same for classifiers; the rest can be converted without them."""
     prefixes: tuple[str, ...] = ()
     """Prefixes that names may have in front; the first that fits is taken off."""
     finish: Callable[[dict[str, Tensor]], None] | None = None
@@ -95,13 +96,13 @@ class Renaming:
         return None
 
     def what_is_left_out(self, names: Mapping[str, object]) -> list[str]:
-        """Return what the tensors are that :meth:`apply` leaves out, each once."""
+        """Return the descriptions of the tensors that :meth:`apply` leaves out, each once."""
         bases = [self._without_prefix(name) for name in names]
         labels = [text for pattern, text in self._left_out if any(map(pattern.fullmatch, bases))]
         return [text for text in dict.fromkeys(labels) if text]
 
     def without_classifier(self) -> Renaming:
-        """Return the table that leaves out the classifier it refuses."""
+        """Return a table that leaves out the classifier that this one refuses."""
         left_out = {**self.left_out, **dict.fromkeys(self.refused_classifier, "")}
         return replace(self, left_out=left_out, refused_classifier={})
 
@@ -116,7 +117,7 @@ class Renaming:
         count = max(count, self._parts_of.get(_without_numbers(name), count))
         missing = [index for index in range(count) if index not in parts]
         if missing:
-            raise CheckpointError(f"{name!r:.150} is joined of {count} tensors, found {len(parts)} of them")
+            raise CheckpointError(f"{name!r:.150} is joined of {count} tensors, found only {len(parts)}")
         return torch.cat([parts[index] for index in range(count)])
 
     @cached_property

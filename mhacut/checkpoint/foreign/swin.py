@@ -12,10 +12,10 @@ from mhacut.errors import CheckpointError
 
 _MAX_STAGES = 8
 _SIZES = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
-"""Names of timm by width of the first stage and depth of the third."""
+"""Sizes in timm's names, by the width of the first stage and the depth of the third."""
 _ATTENTION = "encoder.layers.*.blocks.*.attention.self"
 _MODULE = "encoder.layers.*.blocks.*.attention"
-"""The same module in names since version 5 of transformers, which its files have not."""
+"""The same module under the names of transformers 5, which differ from those in its files."""
 _BLOCK = "layers.*.blocks.*.attn"
 _NAMES = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
@@ -43,7 +43,7 @@ _NAMES = {
     "layernorm": "norm",
     "classifier": "head.fc",
 }
-"""The downsampling that ends a stage of transformers begins the next of timm."""
+"""A stage ends with its downsampling in transformers; in timm the next stage begins with it."""
 _LEFT_OUT = {
     f"{_ATTENTION}.relative_position_index": "",
     f"{_ATTENTION}.relative_coords_table": "",
@@ -96,7 +96,7 @@ def _check_windows(config: Config, grid: int, depths: list[int], window: int) ->
 
 
 def swin_size(args: dict[str, Any]) -> str:
-    """Return timm's word for a Swin's width and depth, ``tiny`` for any other."""
+    """Return the size in timm's name for a Swin of this width and depth; ``tiny`` if timm has none."""
     return _SIZES.get((args["embed_dim"], args["depths"][2] if len(args["depths"]) > 2 else 0), "tiny")
 
 

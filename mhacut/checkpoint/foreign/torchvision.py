@@ -1,4 +1,4 @@
-"""ViT, Swin and Swin V2 of torchvision."""
+"""ViT, Swin and Swin V2 of torchvision; its MaxViT is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _vit_renaming(shapes: Shapes) -> Renaming:
 
 
 def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
-    """Return the ViT of the published sizes, whose heads are known; shapes show no others'."""
+    """Return the ViT of one of the published sizes; shapes do not show the number of heads of others."""
     width, depth = shapes["norm.weight"][0], depth_of(shapes)
     known = {(size[0], size[1]): (size[2], name) for size, name in SIZES.items()}
     patch, tokens = shapes["patch_embed.proj.weight"][-1], shapes["pos_embed"][1]
@@ -58,7 +58,7 @@ def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
         "num_heads": heads,
         "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
     }
-    crop = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of weights that SWAG began, as those of ViT-H
+    crop = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of weights pretrained by SWAG, as all of ViT-H are
     if side == 224 and size != "huge":
         resized = 242 if (size, patch) == ("large", 16) else 256
         crop = {"crop_pct": 224 / resized, "interpolation": "bilinear"}
@@ -95,7 +95,7 @@ def _swin_renaming(shapes: Shapes) -> Renaming:
 
 
 def _split_biases(tensors: dict[str, Tensor]) -> None:
-    """Split the biases of Swin V2's attention; those of keys are set to zero before they are used."""
+    """Split the biases of Swin V2's attention. Those of keys go: torchvision uses zeros in their place."""
     for name in [name for name in tensors if name.endswith(".logit_scale")]:
         prefix = name.removesuffix("logit_scale")
         queries, _, values = tensors.pop(f"{prefix}qkv.bias").chunk(3)

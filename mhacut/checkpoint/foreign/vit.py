@@ -16,7 +16,7 @@ SIZES = {
     (1024, 24, 16): "large",
     (1280, 32, 16): "huge",
 }
-"""Names of timm by width, depth and heads."""
+"""Sizes in timm's names, by width, depth and heads."""
 EMBEDDINGS = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -40,7 +40,7 @@ BLOCK = {
     "layers.*.mlp.fc1": "blocks.*.mlp.fc1",
     "layers.*.mlp.fc2": "blocks.*.mlp.fc2",
 }
-"""Names in files that transformers writes, then those of its modules since version 5."""
+"""Names in files that transformers writes, then those of its modules from version 5 on."""
 _UNUSED = {
     "pooler": "the pooler",
     "embeddings.mask_token": "",
@@ -50,7 +50,17 @@ _UNUSED = {
 
 
 def vit_name(size: str | None, patch: int, side: int, suffix: str = "") -> str:
-    """Return timm's name of a ViT of this size, of the nearest image size it has one for."""
+    """Return the name of timm's ViT of this size, for images of ``side`` pixels or else of 224.
+
+    Args:
+        size: size in timm's names; None if it has none.
+        patch: side of a patch in pixels.
+        side: side of the images in pixels.
+        suffix: part of the name behind the patch, ``_clip``.
+
+    Returns:
+        The name; that of ViT-B/16 for images of 224 if timm has neither.
+    """
     for name in (f"vit_{size}_patch{patch}{suffix}_{side}", f"vit_{size}_patch{patch}{suffix}_224"):
         if size is not None and known_model(name):
             return name
@@ -74,7 +84,7 @@ def vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, An
 
 
 def size_name(args: dict[str, Any]) -> str | None:
-    """Return timm's word for a ViT's width, depth and heads, ``base``, if it has one."""
+    """Return the size in timm's name for a ViT of this width, depth and heads, ``base``; None without one."""
     return SIZES.get((args["embed_dim"], args["depth"], args["num_heads"]))
 
 

@@ -1,4 +1,4 @@
-"""Models of timm inside of other libraries' files: timm's names behind a prefix."""
+"""Models of timm in other libraries' files, which put a prefix in front of timm's names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _build_trunk(config: Config, shapes: Shapes) -> Built:
         raise CheckpointError(f"{tower.where}: timm_model_name: {unknown_model(architecture)}")
     if pool not in _POOLS:
         raise tower.fault("timm_pool", f"one of {', '.join(filter(None, _POOLS))}, which timm has")
-    # The image size is that of the name, or shows in the table of positions.
+    # The name states the image size, or the shape of the position embedding shows it.
     args: dict[str, Any] = {"num_classes": 0}
     if pool:
         args["global_pool"] = pool
