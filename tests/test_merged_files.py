@@ -66,7 +66,7 @@ def test_a_model_card_states_what_is_merged_and_not_computed(merged_file, tmp_pa
     card = (tmp_path / "exported" / "README.md").read_text()
     counts = ", ".join(map(str, tokens.merged))
     assert f"averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..." in card
-    assert ("the first one: no patch features" in card) == (tokens.read == 1)
+    assert ("the head reads, the first one: the model has no patch features" in card) == (tokens.read == 1)
 
 
 @pytest.mark.slow

@@ -21,10 +21,14 @@ from helpers.checkpoints import make_slim
 from helpers.data import write_split
 from helpers.files import SLIM
 from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
+from mhacut.exporting.card import model_card
+from mhacut.options.base import PreprocessingOptions
+from mhacut.plan import UnitPlan
 
 
 def opened(folder, **arguments):
@@ -191,12 +195,36 @@ def test_the_card_says_what_was_cut(exported):
     plan = read_model(folder).record.plan
     whole = [unit for unit in plan if unit.keeps_all]
     assert whole
-    assert f"{len(whole)} more keep all their channels." in card
+    assert f"{len(whole)} more pairs of layer and kind keep all their channels." in card
     for unit in plan:
         assert (f"| `{unit.layer}` | {unit.kind} |" in card) != unit.keeps_all
         assert unit.keeps_all or f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
     assert ", dense " in card
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in card
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (("qk", "v", "hidden"), "with channels of its attention and MLPs cut away by mhacut"),
+        (("hidden",), "with channels of its MLPs cut away by mhacut"),
+        (("v",), "with channels of its attention cut away by mhacut"),
+        ((), "pruned by mhacut."),
+    ],
+)
+def test_the_card_claims_no_cut_that_was_not_made(exported, kinds, said):
+    loaded = read_model(exported("vit").output)
+    plan = loaded.record.plan
+    units = [
+        unit if unit.kind in kinds else UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.dense_width)
+        for unit in plan
+    ]
+    plan = dataclasses.replace(plan, units=tuple(units))
+    loaded.record = dataclasses.replace(loaded.record, plan=plan)
+    preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
+    card = model_card("local-dir:any", loaded, preprocessing, None)
+    assert said in card
+    assert ("## What was cut" in card) == bool(kinds)
 
 
 def carded(checkpoint, folder, **options):

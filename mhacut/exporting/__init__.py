@@ -1,1 +1,1 @@
-"""Checkpoints for other programs: ONNX Runtime, ``torch.export``, timm."""
+"""Checkpoints for other programs: ONNX Runtime, OpenVINO, ``torch.export``, timm, the hub."""

@@ -1,4 +1,4 @@
-"""Model card of a folder for timm and the hub: it states what is known, and claims nothing else."""
+"""Model card of a folder for timm and the hub. It states only what the checkpoint shows or records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.limits import is_int, is_number
 from mhacut.options.base import PreprocessingOptions
-from mhacut.plan import TokenPlan
+from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 _MOST = 10**18
@@ -22,10 +22,10 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
     """Return the model card, Markdown with a YAML header.
 
     Args:
-        source: as timm opens the folder, ``local-dir:NAME`` or ``hf-hub:OWNER/NAME``.
+        source: name by which timm opens the folder, ``local-dir:NAME`` or ``hf-hub:OWNER/NAME``.
         loaded: the checkpoint, dense or slim.
-        preprocessing: of its images.
-        license: of the weights; None takes what their file states, and leaves it out if it states none.
+        preprocessing: preprocessing of its images.
+        license: license of the weights; None for what their file states, which may be none.
     """
     record, architecture = loaded.record, loaded.identity.architecture
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
@@ -40,13 +40,9 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
         "Parameters": format_flops(count_parameters(loaded.model)),
         **_accuracy(record),
     }
-    text = f"{architecture}, uncut."
+    text = f"{architecture}, not pruned."
     if record is not None:
-        text = (
-            f"{architecture}, with channels of its attention and MLPs cut away by mhacut: "
-            "the matrices are smaller, nothing is masked."
-        )
-        text += _tokens(record.plan.tokens)
+        text = f"{architecture}, {_cut(record.plan)}." + _tokens(record.plan.tokens)
     lines = [
         *_header(classes > 0, record is not None, license or stated_license(loaded)),
         f"# Model card for {source.partition(':')[2]}",
@@ -62,6 +58,16 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
     return "\n".join(lines) + "\n" + ("" if record is None else _widths(record))
 
 
+def _cut(plan: Plan) -> str:
+    """Return which parts lost channels."""
+    kinds = {unit.kind for unit in plan if not unit.keeps_all}
+    parts = ["attention"] * bool(kinds - {"hidden"}) + ["MLPs"] * ("hidden" in kinds)
+    if not parts:
+        return "pruned by mhacut"
+    lost = " and ".join(parts)
+    return f"with channels of its {lost} cut away by mhacut: the matrices are smaller, nothing is masked"
+
+
 def _tokens(tokens: TokenPlan) -> str:
     """Return sentences on tokens that are merged or not computed; empty if all are computed to the end."""
     text = ""
@@ -70,13 +76,14 @@ def _tokens(tokens: TokenPlan) -> str:
         text += f" Similar tokens are averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..."
     if tokens.read is not None:
         count = "one" if tokens.read == 1 else str(tokens.read)
-        text += f" The last block computes only what the head reads, the first {count}: no patch features."
+        text += f" The last block computes only the tokens that the head reads, the first {count}: the model "
+        text += "has no patch features."
     return text
 
 
 def _header(classifies: bool, cut: bool, license: str | None) -> list[str]:
     task = "image-classification" if classifies else "image-feature-extraction"
-    # What is cut opens in timm only after mhacut is imported; what is not has nothing of mhacut.
+    # timm opens a pruned model only after mhacut is imported; a dense one is timm's alone.
     tags = [task, "timm", "mhacut"] if cut else [task, "timm"]
     lines = ["---", "tags:", *(f"- {tag}" for tag in tags), f"pipeline_tag: {task}"]
     lines.append(f"library_name: {'mhacut' if cut else 'timm'}")
@@ -124,10 +131,12 @@ def _usage(source: str, *, cut: bool) -> list[str]:
 
 
 def _widths(record: SlimRecord) -> str:
-    """Return a table of the widths of every layer that was cut, Markdown."""
+    """Return a table of the widths of every layer that was cut, Markdown; empty if none was."""
+    cut = [unit for unit in record.plan if not unit.keeps_all]
+    if not cut:
+        return ""
     lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
     lines.append("|---|---|---|---|---|---|")
-    cut = [unit for unit in record.plan if not unit.keeps_all]
     for unit in cut:
         heads = "" if unit.kind == "hidden" else str(unit.heads)
         lines.append(
@@ -135,5 +144,5 @@ def _widths(record: SlimRecord) -> str:
         )
     whole = sum(unit.keeps_all for unit in record.plan)
     if whole:
-        lines += ["", f"{whole} more keep all their channels."]
+        lines += ["", f"{whole} more pairs of layer and kind keep all their channels."]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import AnyPath, check_outputs, write_whole
 
 _F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO would compute in bfloat16 by itself on CPUs that have it."""
+"""Precision of inference. By default OpenVINO computes in bfloat16 on CPUs that have it."""
 
 
 def require_openvino(option: str) -> None:
@@ -49,16 +49,16 @@ def write_ir(
     input_path: Path | None,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write ``model`` as OpenVINO IR: both files, or, if they differ from the model, none.
+    """Write ``model`` as OpenVINO IR: both files, or none if ``compare`` raises.
 
     Args:
         target: the ``.xml`` file; the ``.bin`` file stands beside it.
         model: float32, images to outputs.
-        size: of the images, [C, H, W].
+        size: size of the images, [C, H, W].
         about: JSON that describes the model, kept as runtime information ``mhacut``.
-        options: of the command; ``dtype`` float16 stores the weights in it, and they compute in float32.
+        options: options of the command; with ``dtype`` float16 only the storage of the weights is float16.
         input_path: the checkpoint, which is never replaced.
-        compare: called with a runner of the files; raises if that differs.
+        compare: called with a runner of the files; raises if its outputs differ from the model's.
 
     Raises:
         MhacutError: OpenVINO cannot convert the model.
@@ -70,7 +70,7 @@ def write_ir(
     converted.set_rt_info(about, [METADATA])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "model.xml")
-        # Half precision is its default.
+        # Stated, because OpenVINO stores float16 by default.
         openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
         compare(_runner(openvino.Core().read_model(written), None))
         # The weights first: a reader looks for the .xml file.

@@ -1,4 +1,4 @@
-"""Models, and layers alone, as programs of the runtimes in which latency is measured."""
+"""Models, and single layers, as programs of the runtimes in which latency is measured."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ class Conditions:
     runtime: Runtime
     device: torch.device
     threads: int
+    """Number of CPU threads."""
     dtype: ExportDtype = "float32"
+    """Type that whole models compute in; OpenVINO and single layers compute in float32."""
 
 
 def timing_device(runtime: Runtime, device: str) -> torch.device:
     """Return the device on which ``runtime`` computes.
 
     Raises:
-        MhacutError: a package is missing, with what to install, or the device.
+        MhacutError: a package is missing (the message names what to install), or the device is.
         UsageError: the runtime is measured on the CPU only.
     """
     if runtime not in ("onnx", "openvino"):
@@ -76,10 +78,15 @@ def model_program(
 def int8_program(
     model: nn.Module, size: tuple[int, int, int], threads: int
 ) -> tuple[Callable[[Tensor], object], int]:
-    """Return ``model`` with its linear layers in INT8, as ``mhacut export`` makes it without images.
+    """Return ``model`` with its linear layers in INT8, as ``mhacut export --int8`` quantizes without images.
+
+    Quantization is dynamic; layers whose inputs have outliers for images of noise stay float32.
 
     Returns:
-        The function of images in ONNX Runtime, and the number of bytes of its file.
+        The function of images in ONNX Runtime, and the size of its file in bytes.
+
+    Raises:
+        MhacutError: the model has no linear layer that can be quantized.
     """
     content = onnx_content(model, size)
     fragile = layers_with_outliers(content, [fixed_images(4, size)])
@@ -93,10 +100,10 @@ def part_run(
     """Return a function that runs a part of a model once, on ``inputs`` on the CPU, in float32.
 
     Args:
-        part: takes the inputs, in eval mode.
-        inputs: of fixed shapes.
-        conditions: to run under.
-        int8: whether its linear layers are quantized, if it has any.
+        part: module that takes the inputs, in eval mode.
+        inputs: tensors on the CPU; the program takes inputs of these shapes only.
+        conditions: conditions to run under.
+        int8: quantize its linear layers, if it has any; in ONNX Runtime only.
     """
     if conditions.runtime in ("onnx", "openvino"):
         content = part_content(part, inputs)
@@ -115,7 +122,7 @@ def part_run(
 def _in_int8(content: bytes) -> bytes:
     try:
         return quantize(content, "dynamic")
-    except MhacutError:  # nothing in it can be quantized: it stays as it is in the model, too
+    except MhacutError:  # nothing in it can be quantized, so that it stays float32 in the model too
         return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from mhacut.checkpoint.hub import hub_answers
 from mhacut.errors import MhacutError, option_name
@@ -10,7 +11,7 @@ from mhacut.options.export import ExportOptions
 
 
 def check_hub(options: ExportOptions) -> None:
-    """Raise a :class:`MhacutError` unless the hub answers and knows who pushes; nothing is sent yet."""
+    """Raise a :class:`MhacutError` unless the hub answers and accepts the token; nothing is uploaded."""
     from huggingface_hub import constants, get_token, whoami
 
     push = option_name("push_to_hub", options.push_to_hub)
@@ -34,14 +35,14 @@ def push_folder(folder: Path, files: tuple[str, ...], options: ExportOptions) ->
 
     Args:
         folder: what :func:`mhacut.exporting.timm_folder.write_folder` wrote.
-        files: names of the files to push; whatever else lies in the folder stays.
-        options: of the command; ``push_to_hub`` and ``private`` are used.
+        files: names of the files to push; other files in the folder are not pushed.
+        options: options of the command; ``push_to_hub`` and ``private`` are used.
 
     Returns:
         The address of the commit.
 
     Raises:
-        MhacutError: the hub refuses, or went away; the folder stays.
+        MhacutError: the hub refuses, or cannot be reached; the folder stays.
     """
     from huggingface_hub import create_repo, upload_folder
 
@@ -52,12 +53,12 @@ def push_folder(folder: Path, files: tuple[str, ...], options: ExportOptions) ->
             repo_id=repository,
             folder_path=folder,
             allow_patterns=list(files),
-            commit_message="Add model pruned by mhacut",
+            commit_message="Add model exported by mhacut",
         )
     except Exception as error:  # as above
         raise MhacutError(
             f"{option_name('push_to_hub', repository)}: failed ({_reason(error)}); {folder} was written and "
-            f"stays: try again with hf upload {repository} and it"
+            f"stays: try again with hf upload {repository} {quote(str(folder))}"
         ) from error
     return str(pushed.commit_url)
 

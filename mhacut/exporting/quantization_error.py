@@ -17,7 +17,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 TOO_MUCH = 0.01
 """Relative squared error of a layer's outputs above which it stays float32. ViTs have massive activations
 (Sun et al., arXiv 2402.17762): one value of a token, hundreds of times the others, sets the step for all.
-Layers without are two orders of magnitude below this, those with an order above."""
+The errors of layers without such outliers are two orders of magnitude below this, of those with them one
+above."""
 
 
 def linear_nodes(model: Any) -> list[Any]:
@@ -77,11 +78,11 @@ def _error(x: Any, weight: Any) -> float:
 
 
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return the layers that should stay float32: names of nodes, and of their modules.
+    """Return the layers that should stay float32: the name of the module of each, by that of its node.
 
     Args:
         content: a float32 ONNX file.
-        batches: images, [B, C, H, W] each; the largest error of any counts.
+        batches: images, [B, C, H, W] each; a layer's largest error over the batches counts.
     """
     import onnx
 

@@ -44,24 +44,25 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Quantization:
-    """Manner in which an INT8 file was made, and what it costs and computes beside float32."""
+    """Manner in which an INT8 file was made, and its comparison with float32."""
 
     method: Method
     reduce_range: bool
     float32_layers: tuple[str, ...]
     """Linear layers that stay float32, because outliers of their inputs would take up the range of INT8."""
     compared_on: str
-    """Description of the images, which the ranges of activations were not found on."""
+    """Description of the images of the comparison; ranges of activations were found on others."""
     agreement: Agreement
     """Agreement with the float32 model."""
     others: dict[str, Agreement]
-    """Agreement of the methods that were tried and not taken."""
+    """Agreement of each other method that was tried, by its name."""
     float32_bytes: int
     """Size of the float32 file."""
     float32_ms: float
     """Median CPU time for one image in ONNX Runtime, interleaved with the INT8 file; with several threads,
     the time of all."""
     int8_ms: float
+    """The same for the INT8 file."""
     speedup: float
     """Median ratio of the float32 file's time to the INT8 file's in the same round."""
     threads: int
@@ -73,7 +74,7 @@ class Quantization:
 
 
 def is_far(found: Agreement) -> bool:
-    """Whether a model's outputs are too far from those of the model it stands for to be of use."""
+    """Whether outputs differ too much from those of the original model to be of use."""
     return not (found.cosine >= FAR_COSINE if found.kl is None else found.kl <= FAR_KL)
 
 
@@ -89,9 +90,9 @@ def quantize(
 
     Args:
         content: a float32 ONNX file.
-        method: ``dynamic`` finds the range of activations as the file runs, ``static`` beforehand.
-        calibration: batches of images to find it on, [B, C, H, W] float32, for ``static``.
-        reduce_range: weights of 7 bits.
+        method: ``dynamic`` finds the ranges of activations as the file runs, ``static`` beforehand.
+        calibration: batches of images to find them on, [B, C, H, W] float32, for ``static``.
+        reduce_range: round weights to 7 bits, for CPUs without VNNI, where products of 8 bits overflow.
         exclude: names of nodes that stay float32.
 
     Raises:
@@ -162,7 +163,7 @@ class _Reader:
 
 @contextmanager
 def _quiet_quantizer() -> Iterator[None]:
-    """Keep the quantizer's advice off stderr: it is about steps that are taken here."""
+    """Keep the quantizer's advice off stderr: it is about steps that are taken anyway."""
     root = logging.getLogger()
     handler = logging.NullHandler()  # without any, logging.warning() would install one for good
     root.addHandler(handler)
@@ -182,17 +183,20 @@ def quantize_best(
     options: ExportOptions,
     log: Callable[[str], None],
 ) -> tuple[bytes, Runner, Quantization]:
-    """Quantize by the method asked for, or by the closer one, and measure the result beside float32.
+    """Quantize by the method asked for, or by the one closer to float32, and compare the result with float32.
 
     Args:
         content: the float32 ONNX file.
-        model: what it was made from.
-        preprocessing: of the images.
-        options: of the command.
-        log: receives what the user should know.
+        model: the model that it was made from.
+        preprocessing: preprocessing of the images.
+        options: options of the command.
+        log: receives a message if the result is far from float32.
 
     Returns:
         The INT8 file, a runner of it, and what was measured.
+
+    Raises:
+        MhacutError: nothing in the file can be quantized, or there are too few images.
     """
     calibration, held_out, description = _images(preprocessing, options)
     methods: list[Method] = ["dynamic", "static"] if calibration else ["dynamic"]
@@ -231,7 +235,7 @@ def quantize_best(
 def _times(
     exact: Runner, quantized: Runner, preprocessing: Preprocessing, options: ExportOptions
 ) -> list[list[float]]:
-    """Return the CPU seconds per image of both, in turns; unlike wall time, without other programs'."""
+    """Return the CPU seconds per image of both, in turns. Other programs add to wall time, not to these."""
     images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
     runs = [run_of(exact, images), run_of(quantized, images)]
     cpu = torch.device("cpu")

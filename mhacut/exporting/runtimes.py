@@ -19,6 +19,7 @@ from mhacut.options.export import ExportOptions
 METADATA = "mhacut"
 """Key of the JSON in an exported file that describes it."""
 INPUT, OUTPUT = "images", "logits"
+"""Names of the input and the output of an exported file."""
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
 """Endings of default output names."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -106,7 +107,7 @@ def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **option
 
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    """Return a part of a model, that takes ``inputs`` of fixed shapes, as an ONNX file."""
+    """Return a part of a model as an ONNX file, which takes inputs of the shapes of ``inputs`` only."""
     program = _exported(part, inputs, _OPSET_TO_TIME, input_names=list(_by_name(inputs)))
     content: bytes = program.model_proto.SerializeToString()
     return content
@@ -121,8 +122,8 @@ def arrays_by_name(inputs: tuple[Tensor, ...], names: Collection[str]) -> dict[s
 
     Args:
         inputs: those that the part was exported with.
-        names: inputs of the program, fewer where a runtime leaves out those that decide nothing, as OpenVINO
-            does.
+        names: inputs of the program; fewer if the runtime leaves out those that do not change the result, as
+            OpenVINO does.
 
     Raises:
         MhacutError: the program takes another input.
@@ -164,7 +165,7 @@ def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
 
 
 def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
-    """Return ``model`` as an ONNX file without metadata."""
+    """Return ``model`` as an ONNX file that describes nothing, for any batch size unless one is fixed."""
     return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET_TO_TIME)
 
 

@@ -65,7 +65,7 @@ def write_folder(
         loaded: the checkpoint, dense or slim.
         preprocessing: preprocessing of its images.
         options: options of the command; ``dtype``, ``license``, ``overwrite`` and ``push_to_hub`` are used.
-        compare: called with a runner of the model as timm opens it; raises if that differs.
+        compare: called with a runner of the model as timm opens it; raises if its outputs differ.
 
     Raises:
         OutputError: it must not or cannot be written.
@@ -96,7 +96,8 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
     """Build the model by timm's factory, which keeps the arguments that timm's writer needs."""
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
     for name in OF_WEIGHTS:
-        # timm fills in what its own weights of the architecture are; slim ones are nobody's but the user's.
+        # timm fills in labels, license and origin of its own weights of the architecture: not of these. Those
+        # of slim weights are never those of the dense ones.
         if name not in identity.pretrained_cfg or (name in PROVENANCE and loaded.record is not None):
             given.pop(name, None)
     given["license"] = license

@@ -1,8 +1,8 @@
 """Slim models in timm: ``timm.create_model("local-dir:DIR", pretrained=True)`` after ``import mhacut``.
 
-No architecture of timm has free widths. The one registered here has: its arguments name a dense architecture,
-which it builds, and a cut, which it makes. timm imports this module, maybe in the middle of an import of
-mhacut's, so modules of mhacut are imported when a model is made.
+No architecture of timm takes a width for each layer. The one registered here does: its arguments are a dense
+architecture, which it builds, and a plan, by which it cuts that. timm may import this module while mhacut is
+being imported; so modules of mhacut are imported only when a model is made.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             :meth:`mhacut.plan.TokenPlan.to_json` gives them; the rest as for that architecture.
 
     Raises:
-        CheckpointError: timm has no such architecture.
-        PlanError: the plan is not for it.
-        UnsupportedModelError: it leaves out tokens that are features.
+        CheckpointError: ``base_architecture`` or ``plan`` is missing, timm has no such architecture, or the
+            asked ``feature_cls`` does not work with it.
+        PlanError: the plan does not fit the architecture.
+        UnsupportedModelError: features are asked for that the model does not compute for all tokens.
     """
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
@@ -49,7 +50,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
     if base == NAME or not known_model(base):
         raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
-    # timm wraps a slim model as it would the dense one; only the dense one's factory knows how.
+    # Only the factory of the dense architecture knows how timm makes a feature extractor of its model.
     as_features = kwargs.get("features_only", False)
     wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
     if wanted.get("feature_cls") == "fx":
@@ -91,7 +92,7 @@ def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Modul
         layers: names of the layers that were cut.
 
     Raises:
-        CheckpointError: ``features`` has modules whose names are not known.
+        CheckpointError: tensors of ``features`` have names that the slim model does not have.
     """
     from mhacut.errors import CheckpointError
 
