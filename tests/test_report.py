@@ -254,7 +254,7 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert result.report == page_file
     read = Reader(page_file.read_text(encoding="utf-8"))
     titles = [data for element, data in read.texts if element == "h2"]
-    parts = ["In numbers", "Heads", "FLOPs", "Beside the dense model", "Sensitivity", "Search"]
+    parts = ["In numbers", "Heads", "FLOPs", "Compared with the dense model", "Sensitivity", "Search"]
     assert titles == [*parts, "All heads", "History"]
     assert str(tmp_path / "slim.safetensors") in read.text("h1")
     assert [set(step.kept) for step in result.log] == [{"qk", "v", "hidden"}] * 3

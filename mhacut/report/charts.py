@@ -20,7 +20,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "depth-3": ("#a96d00", "#e0b04a"),
     "depth-4": ("#b3430f", "#ff9a5c"),
 }
-"""Name of each colour, a class of the style sheet, to its value on light and on dark paper."""
+"""Name of each colour, a class of the style sheet, to its values on a light and on a dark background."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cell:
 
     value: float
     description: str
-    """Shown to whoever points at the cell."""
+    """Text that is shown where the mouse points at the cell."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class LineChart:
     x_label: str
     y_label: str
     logarithmic: bool = False
-    """Scale of the vertical axis; points at or below 0 are then left out."""
+    """Whether the vertical axis is logarithmic; points at or below 0 are then left out."""
 
     def drawable(self) -> list[Line]:
-        """Lines without the points that a logarithmic axis has no place for, and only those with points."""
+        """Lines that have points to draw, without those that a logarithmic axis has no place for."""
         if not self.logarithmic:
             return [line for line in self.lines if line.points]
         lines = []
@@ -114,7 +114,7 @@ Chart = HeatMap | Waterfall | LineChart
 
 
 def depth_colour(fraction: float) -> str:
-    """Colour of something that lies at ``fraction`` of the model's depth, 0..1."""
+    """Name of the colour of a layer at ``fraction`` of the model's depth, in 0..1."""
     return f"depth-{round(fraction * 4)}"
 
 

@@ -17,13 +17,14 @@ class Contents:
 
     inspection: Inspection
     summary: str
-    """One line."""
+    """Summary of the inspection in one line."""
     layers: tuple[LayerReport, ...]
     """Layers to show, in the order to show them."""
     comparison: Comparison | None = None
     curves: tuple[StoredCurve, ...] = ()
+    """Sensitivity curves of the last cut."""
     budget: int | None = None
-    """FLOPs allowed to the cut that the curves belong to."""
+    """Budget in FLOPs of the cut that the curves belong to."""
     steps: tuple[SearchStep, ...] = ()
     """Log of the search, where indicators were trained."""
     figures: tuple[tuple[str, str, str], ...] = ()

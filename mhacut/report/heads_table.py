@@ -17,22 +17,22 @@ HEADINGS = (
     ("similarity", "Mean similarity of a channel to the others of its head"),
     ("rank 90 %", "Principal channels that hold 90 % of the energy"),
     ("rank 99 %", "Principal channels that hold 99 % of the energy"),
-    ("FLOPs %", "Share of the model's FLOPs, of the whole layer or head"),
-    ("parameters %", "Share of the model's parameters, of the whole layer or head"),
-    ("channels", "Kept and removed, and what a cut would keep"),
+    ("FLOPs %", "Share of the model's FLOPs that the whole head, or MLP, takes"),
+    ("parameters %", "Share of the model's parameters that the whole head, or MLP, has"),
+    ("channels", "Channels that were kept and removed, and those that a cut would keep"),
 )
 """Name of each column and its explanation."""
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head and kind, or one MLP."""
+    """Row for one kind of channels of one head, or for one MLP."""
 
     layer: str
     cells: tuple[str, ...]
     """Columns between the first and the last of :data:`HEADINGS`."""
     channels: tuple[tuple[str, str], ...]
-    """Last column: which channels, and their indices."""
+    """Last column: names of groups of channels, and the indices of each."""
 
 
 def head_rows(layers: Sequence[LayerReport]) -> list[HeadRow]:

@@ -1,4 +1,4 @@
-"""History of a slim file in words."""
+"""Description of a slim file's history."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_TARGETS = 8
 
 
 def step(entry: Mapping[str, Any]) -> str:
-    """Return one line for one command of a slim file's history; the file may hold anything there."""
+    """Return one line about one command of a slim file's history, whose values are untrusted."""
     command, version = _text(entry.get("command")), _text(_version(entry))
     seed, data = _text(entry.get("seed")), _text(entry.get("data"))
     if command == "finetune":
@@ -44,7 +44,7 @@ def _targets(entry: Mapping[str, Any]) -> str:
 
 
 def _preserving(preserved: object) -> str:
-    """Text about what was preserved; empty for answers, as in files of before."""
+    """Return a text about what was preserved; empty if the entry states nothing, as for the answers."""
     if not isinstance(preserved, Mapping):
         return ""
     what, layers = preserved.get("what"), preserved.get("layers")

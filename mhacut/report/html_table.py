@@ -17,8 +17,8 @@ def html_table(rows: Rows, notes: Sequence[str] = ()) -> str:
     '<table><tr><th>&lt;vit&gt;</th><th>dense</th></tr><tr><th>FLOPs</th><td>1.26G</td></tr></table>'
 
     Args:
-        rows: cells as text, which may be anybody's.
-        notes: likewise.
+        rows: cells as text, which is escaped.
+        notes: lines below the table, likewise.
     """
     lines = []
     for number, row in enumerate(rows):

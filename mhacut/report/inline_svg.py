@@ -1,4 +1,4 @@
-"""Charts as SVG for pages of others, such as notebooks: no style sheet, readable on light and dark."""
+"""Charts as SVG for notebooks and other pages: without style sheet, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mhacut.text import safe
 def chart_html(chart: Chart) -> str:
     """Return ``chart``, which is not empty, as a figure; on narrow screens it shrinks.
 
-    Text and grid have the colour of the page's text. Lines have one between those of
-    :data:`mhacut.report.charts.COLOURS`, since nothing says whether the page is light or dark.
+    Text and grid have the colour of the page's text. It is not known whether the page is light or dark, so
+    lines have the mean of the two values in :data:`mhacut.report.charts.COLOURS`.
     """
     drawing = draw(chart)
     title = escape(safe(drawing.title))
@@ -33,7 +33,7 @@ def _element(shape: Shape) -> str:
 
 
 def _look(shape: Shape) -> dict[str, object]:
-    """Return the attributes that stand for what the style sheet of the report says of the shape's class."""
+    """Return attributes in place of the rules for the shape's class in the report's style sheet."""
     kind, _, colour = str(shape.attributes.get("class", "")).partition(" ")
     if kind == "grid":
         return {"stroke": "currentColor", "stroke-opacity": "0.2"}

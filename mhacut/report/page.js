@@ -1,9 +1,9 @@
 "use strict";
-// Search and sorting of the table of heads; without a script it is all there, in the model's order.
+// Search and sorting of the table of heads. Without a script, all rows are there, in the model's order.
 const table = document.getElementById("every-head");
 const body = table.tBodies[0];
 const rows = Array.from(body.rows);
-// Not the channels, whose text has every word.
+// Without the last column: its texts have the same words in every row.
 const words = rows.map((row) => Array.from(row.cells).slice(0, -1).map((cell) => cell.textContent).join(" ").toLowerCase());
 const found = document.getElementById("found");
 

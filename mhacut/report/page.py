@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no other file."""
+"""The report as one HTML page, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def page(contents: Contents) -> str:
     return str(
         _template().render(
             policy=policy,
-            style=Markup(style),  # ours, and not to be escaped
+            style=Markup(style),  # trusted: it must not be escaped
             script=Markup(script),
             inspection=contents.inspection,
             summary=contents.summary,
@@ -81,7 +81,7 @@ def _template() -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Text with invisible characters shown, numbers as coordinates; the template escapes the rest."""
+    """Make invisible characters of text visible and format coordinates; the template escapes the rest."""
     if hasattr(value, "__html__"):
         return value
     if isinstance(value, float):
@@ -90,7 +90,7 @@ def _shown(value: Any) -> Any:
 
 
 def _colour_classes() -> str:
-    """Style sheet with one class per colour, which sets ``--colour`` on light and on dark paper."""
+    """Style sheet with one class per colour, which sets ``--colour`` for light and dark backgrounds."""
     light, dark = (
         "\n".join(f".{name} {{ --colour: {values[side]}; }}" for name, values in COLOURS.items())
         for side in (0, 1)

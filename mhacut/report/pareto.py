@@ -1,4 +1,4 @@
-"""Several budgets side by side: a table, and charts of what each costs against what it keeps."""
+"""Several budgets side by side: a table, and charts of accuracy and divergence against cost."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Choice:
     """Budget as the user wrote it; ``dense`` for the dense model."""
     figures: ModelFigures
     divergence: float | None
-    """Divergence from the dense model, on held-out images; None for that itself."""
+    """Divergence from the dense model on held-out images: KL divergence in nats, or, for features, squared
+    error over variance. None for the dense model itself."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values; ``size`` is in bytes, ``top1`` in percent."""
         evaluation = self.figures.evaluation
         return {
             "budget": self.name,
@@ -42,7 +44,7 @@ def choice_rows(choices: Sequence[Choice], divergence: str = "KL to dense") -> l
 
     Args:
         choices: the dense model first.
-        divergence: name of the divergence.
+        divergence: heading of the column of divergences.
     """
     dense = choices[0].figures
     columns: dict[str, Callable[[Choice], str | None]] = {
@@ -64,7 +66,7 @@ def choice_rows(choices: Sequence[Choice], divergence: str = "KL to dense") -> l
 
 
 def choice_charts(choices: Sequence[Choice]) -> list[LineChart]:
-    """Return charts of accuracy and divergence against FLOPs, parameters and milliseconds, where known."""
+    """Return charts of accuracy and divergence against each cost that is known."""
     costs: dict[str, Callable[[Choice], float | None]] = {
         COST_FLOPS: lambda one: one.figures.flops / 1e6,
         "parameters, millions": lambda one: one.figures.parameters / 1e6,
@@ -82,7 +84,7 @@ def choice_charts(choices: Sequence[Choice]) -> list[LineChart]:
             if len(points) < 2:
                 continue
             line = Line("budgets", [(x, y) for x, y, _ in points], "attention")
-            # A line of a single point for each budget, so that it can be pointed at.
+            # A line of a single point for each budget, so that pointing at it shows its name.
             dots = [Line(name, [(x, y)], "attention", (x, y)) for x, y, name in points]
             logarithmic = value == "divergence"
             title = f"{value} against {cost.partition(',')[0]}"

@@ -1,4 +1,4 @@
-"""The report's charts as one PNG, drawn by matplotlib, which is imported when a picture is asked for."""
+"""The report's charts as one PNG, drawn by matplotlib, which is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 def write_picture(
     path: PathLike, contents: Contents, overwrite: bool, input_path: str | os.PathLike[str] | None
 ) -> Path:
-    """Draw all charts of the report, section by section.
+    """Draw all charts of the report, section by section, as a PNG; it is written whole or not at all.
 
     Args:
         path: the file; its directory is created.
@@ -107,7 +107,7 @@ def heat_values(chart: HeatMap) -> list[list[float]]:
 
 def _draw_waterfall(axes: Any, chart: Waterfall) -> None:
     bars = chart.bars
-    places = range(len(bars))  # not the names, which need not differ
+    places = range(len(bars))  # not the names, which may be equal
     starts, ends = [bar.start for bar in bars], [bar.end for bar in bars]
     widths = [end - start for start, end in zip(starts, ends, strict=True)]
     axes.barh(places, widths, left=starts, color=[_LIGHT[bar.colour] for bar in bars])
@@ -132,7 +132,7 @@ def _draw_lines(axes: Any, chart: LineChart) -> None:
 
 
 def _rows(charts: Sequence[Chart]) -> list[list[Chart]]:
-    """Charts two by two; a waterfall has a row of its own."""
+    """Rows of two charts each; a waterfall has a row of its own."""
     rows: list[list[Chart]] = []
     for chart in charts:
         alone = isinstance(chart, Waterfall)
@@ -154,5 +154,5 @@ def _height(chart: Chart) -> float:
 
 
 def _plain(text: str) -> str:
-    """Text in which dollar signs do not begin a formula."""
+    """Text whose dollar signs do not begin a formula."""
     return safe(text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The page of a cut that was just made."""
+"""Pages that ``mhacut prune --report`` writes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def write_report(
     figures: Sequence[tuple[str, str, str]],
     provenance: Provenance,
 ) -> Path:
-    """Look at the pruned model as ``mhacut inspect --compare --data-dir`` would, and write the page.
+    """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page.
 
     Args:
-        options: of the command; ``report`` is the page.
+        options: options of the command; ``report`` is the page.
         dense: the checkpoint that was read, its model in eval mode, without gradients.
         pruned: the pruned model with its record, on the same device.
-        layers: prunable layers of both models.
+        layers: prunable layers of the dense and of the pruned model.
         images: images of the search; the first of them are used.
         steps: log of the search, where indicators were trained.
         figures: measurements: name, value before, value after.
@@ -94,10 +94,10 @@ def write_overview(
     """Write the page about a run with several budgets.
 
     Args:
-        options: of the command; ``report`` is the page.
+        options: options of the command; ``report`` is the page.
         dense: the checkpoint that was read.
         prunable: its prunable layers.
-        choices: the dense model and those of each budget.
+        choices: the dense model, then the model of each budget.
         provenance: origins of the run's preprocessing.
 
     Raises:
@@ -118,8 +118,8 @@ def measured_figures(
     """Return the figures besides FLOPs and parameters, as name, value before and value after.
 
     Args:
-        before: of the dense model.
-        after: of the pruned model.
+        before: figures of the dense model.
+        after: figures of the pruned model.
         timing: conditions that latency was measured under.
     """
     lines = []

@@ -63,11 +63,11 @@ def sections(contents: Contents) -> list[Section]:
 
 
 def _choices(choices: Sequence[Choice]) -> Section | None:
-    """Models of several budgets side by side."""
+    """Compare the models of several budgets."""
     if not choices:
         return None
     headings, *rows = choice_rows(choices, "divergence")
-    text = "Each budget has a file of its own, all from one calibration. Point at a dot for its numbers."
+    text = "Each budget has its own file; all share one calibration. Point at a dot to see its numbers."
     return Section("Budgets", text, charts=choice_charts(choices), table=Table(headings, rows))
 
 
@@ -87,13 +87,13 @@ def _numbers(contents: Contents) -> Section:
 
 def _answers(comparison: Comparison) -> str:
     if comparison.agreement is None:
-        found = f"features differ by {comparison.divergence:.2g} of their variance"
+        found = f"squared error of the features {comparison.divergence:.2g} of their variance"
     else:
         found = (
-            f"{100 * comparison.agreement:.1f} % of answers agree, "
+            f"{100 * comparison.agreement:.1f} % of images have the same top-1 class, "
             f"KL divergence {comparison.divergence:.2g} nats"
         )
-    return f"Beside {comparison.dense}, on {comparison.data}: {found}."
+    return f"Compared with {comparison.dense}, on {comparison.data}: {found}."
 
 
 def _heads(contents: Contents) -> Section | None:
@@ -108,8 +108,8 @@ def _heads(contents: Contents) -> Section | None:
     if contents.inspection.judged_by is not None:
         charts += [_redundancy(attention, kind) for kind in _ATTENTION_KINDS]
     text = (
-        "Rows are layers, columns are heads; the stronger the colour, the more. "
-        "Point at a cell for its numbers; the table below has all of them."
+        "Rows are layers, columns are heads; the stronger the colour, the larger the value. "
+        "Point at a cell to see its numbers; the table of all heads has them too."
     )
     return Section("Heads", text, charts=charts)
 
@@ -154,7 +154,7 @@ def _similarity(layer: LayerReport, unit: UnitReport, head: int) -> Cell | None:
 
 
 def _flops(contents: Contents) -> Section:
-    """FLOPs of each layer, or, beside a dense model, those that each layer saves."""
+    """FLOPs of each layer, or, compared with a dense model, those that each layer saves."""
     legend = {"attention": "attention", "mlp": "MLP", "total": "the whole model"}
     if contents.comparison is not None:
         return Section("FLOPs", legend=legend, charts=[_saved_flops(contents.comparison)])
@@ -189,13 +189,15 @@ def _spent_flops(inspection: Inspection) -> Waterfall:
 
 
 def _errors(comparison: Comparison | None) -> Section | None:
-    """Error of each layer's output beside the dense model."""
+    """Error of each layer's output, compared with the dense model."""
     if comparison is None:
         return None
     layers = comparison.layers
     lines = [
         Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], "depth-0"),
-        Line("error in its own model", [(i, layer.error) for i, layer in enumerate(layers)], "depth-4"),
+        Line(
+            "error inside the pruned model", [(i, layer.error) for i, layer in enumerate(layers)], "depth-4"
+        ),
     ]
     rows = [
         [
@@ -210,8 +212,9 @@ def _errors(comparison: Comparison | None) -> Section | None:
     ]
     headings = ["layer", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
     return Section(
-        "Beside the dense model",
-        "Own error: with the dense model's input. Agreement: mean cosine of the two outputs of a token.",
+        "Compared with the dense model",
+        "Error: relative error of the layer's output inside the pruned model. Own error: the same, but with "
+        "the dense model's input. Agreement: mean cosine similarity of the two outputs of a token.",
         legend={line.colour: line.label for line in lines},
         charts=[
             LineChart("Relative error of each layer's output", lines, "layer, in the model's order", "error")
@@ -221,7 +224,7 @@ def _errors(comparison: Comparison | None) -> Section | None:
 
 
 def _curves(contents: Contents) -> Section | None:
-    """Sensitivity curves, and where the budget cut them."""
+    """Sensitivity curves, and the widths that were chosen."""
     if not contents.curves:
         return None
     charts: list[Chart] = []
@@ -230,9 +233,9 @@ def _curves(contents: Contents) -> Section | None:
         lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
         title = f"{name}: error against width"
         charts.append(LineChart(title, lines, "share of width", "KL divergence, nats", logarithmic=True))
-    text = "Estimated KL divergence of the answers when one unit alone is cut to a width and repaired."
+    text = "Estimated KL divergence from the dense model if one unit alone is cut to a width and repaired."
     if contents.budget is not None:
-        text += f" Dots: widths that {format_flops(contents.budget)} bought."
+        text += f" Dots: widths that were chosen for a budget of {format_flops(contents.budget)} FLOPs."
     legend = {"depth-0": "first layers", "depth-2": "middle", "depth-4": "last layers"}
     return Section("Sensitivity", text, legend, [chart for chart in charts if not is_empty(chart)])
 

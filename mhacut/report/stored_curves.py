@@ -12,7 +12,7 @@ from mhacut.limits import is_int, is_number
 from mhacut.plan import UNIT_KINDS, Plan, UnitKey
 from mhacut.pruning.curves import Curve, sampled_widths
 
-# Bounds on what is read: the file is anyone's.
+# Bounds on what is read: the file is untrusted.
 _MOST_CURVES = 4096
 _MOST_POINTS = 64
 _LONGEST_NAME = 256
@@ -22,22 +22,24 @@ _LARGEST_NUMBER = 1e18
 
 @dataclass(frozen=True)
 class StoredCurve:
-    """Error of the answers against the width of one unit, and the width that the cut left it."""
+    """Sensitivity curve of one unit, and the width that it was cut to."""
 
     layer: str
     kind: str
     points: tuple[tuple[int, float], ...]
-    """Width, ascending, and estimated KL divergence in nats; the last width is that before the cut."""
+    """Widths, ascending, each with its estimated KL divergence in nats; the last is that before the cut."""
     chosen: int
-    """Width that the budget bought."""
+    """Width that was chosen."""
 
 
 def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
-    """Return the curves of a search as JSON: a few points each, four digits.
+    """Return the curves of a search as JSON: a few points each, with four digits.
+
+    Curves with a value that is not finite are left out.
 
     Args:
-        curves: per unit, KL divergence by width.
-        plan: widths that were chosen.
+        curves: KL divergence in nats by width, for each unit.
+        plan: plan with the widths that were chosen.
     """
     chosen = plan.widths()
     documents = []

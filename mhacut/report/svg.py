@@ -24,7 +24,7 @@ class Shape:
     attributes: Mapping[str, object]
     text: str = ""
     title: str = ""
-    """Shown to whoever points at the element."""
+    """Text that is shown where the mouse points at the element."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Drawing:
 
 
 def draw(chart: Chart) -> Drawing:
-    """Place the elements of ``chart``, which is not empty."""
+    """Return the elements of ``chart``, which must not be empty, each in its place."""
     if isinstance(chart, HeatMap):
         return _heat_map(chart)
     if isinstance(chart, Waterfall):
@@ -152,5 +152,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> Shape:
 
 
 def _short(name: str) -> str:
-    """Return the end of a name, where layers differ; the table has the whole name."""
+    """Shorten a name to its end, in which layers differ; the table has the whole name."""
     return name if len(name) <= _NAME else "…" + name[1 - _NAME :]
