@@ -84,9 +84,12 @@ def test_no_hook_is_left():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"depth": 1}, "compare='other': .*has 2 of 4 .the first that only one has is blocks.1.attn"),
-        ({"num_heads": 6}, "compare='other': blocks.0.attn has 6 heads there, 3 in the checkpoint"),
-        ({"num_classes": 3}, "compare='other': it gives 3 numbers an image, the checkpoint 7"),
+        (
+            {"depth": 1},
+            "compare='other': .*found 2 of 4 .the first that only one of them has is blocks.1",
+        ),
+        ({"num_heads": 6}, "compare='other': its blocks.0.attn has 6 heads, that of the checkpoint 3"),
+        ({"num_classes": 3}, "its output has 3 numbers per image, that of the checkpoint 7"),
     ],
 )
 def test_another_model_is_refused(args, message):
@@ -147,9 +150,16 @@ def test_another_architecture_is_refused(slim_of, tmp_path):
         inspect(slim_of("flatten"), compare=tmp_path)
 
 
+def test_a_dense_file_is_not_called_cut(tiny_vit):
+    asked = ["inspect", *tiny_vit.flags, "--compare", tiny_vit.path, "--calibration-images", "2"]
+    result = CliRunner().invoke(app, list(map(str, asked)))
+    assert result.exit_code == 0, result.stderr
+    assert "cut from" not in result.stderr
+
+
 def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
     dense = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
-    with pytest.raises(UsageError, match=r"is a slim file and .* is dense; give the slim one first"):
+    with pytest.raises(UsageError, match=r"is a slim file and .* is dense; inspect the slim one"):
         inspect(tiny_vit.path, compare=slim_of("vit"), **dense)
     large = tmp_path / "large"
     timm.models.save_for_hf(

@@ -1,4 +1,4 @@
-"""Comparison of a dense model with the one pruned from it, by layer and by answers."""
+"""Comparison of a dense model with the one pruned from it, by layer and by output."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mhacut.surgery.tokens import tokens_of, with_tokens
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """One layer of both models."""
+    """Comparison of one layer in both models."""
 
     name: str
     widths: Mapping[UnitKind, tuple[int, int]]
     """Channels per head, dense and slim, of every unit that both have."""
     flops: tuple[int, int]
-    """Dense and slim."""
+    """FLOPs of the layer, dense and slim."""
     own_error: float
     """||slim - dense|| / ||dense|| of the layer's output, both given the input of the dense layer."""
     error: float
@@ -39,17 +39,19 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images."""
+    """Comparison of a dense and a slim model on the same images."""
 
     dense: str
     """Source of the dense model: a path, or ``timm:NAME``."""
     flops: tuple[int, int]
+    """FLOPs, dense and slim."""
     parameters: tuple[int, int]
+    """Numbers of parameters, dense and slim."""
     layers: tuple[LayerComparison, ...]
     agreement: float | None
-    """Share of images with the same top-1 answer from both; None for models that give features."""
+    """Share of images with the same top-1 class, in 0..1; None for models that give features."""
     divergence: float
-    """KL(dense || slim) of the answers in nats; for features the squared error over their variance."""
+    """KL(dense || slim) of the class probabilities in nats; for features squared error over variance."""
     images: int
     data: str
     """Description of the images."""
@@ -72,17 +74,17 @@ def compare(
     The outputs of all layers for one batch are held in memory.
 
     Args:
-        dense: eval mode, float32. Its layers are compared as they are with the tokens of ``slim``.
+        dense: in eval mode, float32. Its layers are given the tokens that those of ``slim`` are given.
         slim: likewise, on the same device.
         images: normalised.
-        source: of ``dense``, for readers.
+        source: name of ``dense``, for readers.
         data: description of the images, for readers.
         batch_size: images at a time.
         prunable: prunable layers of both models; found if None.
         progress: called with (images done, images in all).
 
     Raises:
-        MhacutError: the two have different architectures, or their answers are not finite.
+        MhacutError: the two have different layers, heads or classes, or their outputs are not finite.
     """
     same_tokens = _of_same_tokens(dense, slim, source)
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
@@ -118,7 +120,7 @@ def compare(
 
 
 def _of_same_tokens(dense: nn.Module, slim: nn.Module, source: str) -> nn.Module:
-    """Return the dense model with the tokens of the slim one, whose layers are compared with its layers."""
+    """Return the dense model with the tokens of the slim one: layers can be compared on equal tokens only."""
     try:
         return with_tokens(dense, tokens_of(slim))
     except (PlanError, UnsupportedModelError) as error:
@@ -229,8 +231,8 @@ class _LayerHooks:
 def _check_same_classes(dense: Tensor, slim: Tensor, source: str) -> None:
     if dense.shape != slim.shape:
         raise MhacutError(
-            f"{option_name('compare', source)}: it gives {dense.shape[-1]} numbers an image, the checkpoint "
-            f"{slim.shape[-1]}; they were not trained for the same classes"
+            f"{option_name('compare', source)}: its output has {dense.shape[-1]} numbers per image, that of "
+            f"the checkpoint {slim.shape[-1]}; give the dense model that the checkpoint was made from"
         )
 
 
@@ -240,14 +242,14 @@ def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> No
     if mine != theirs:
         odd = sorted(mine ^ theirs)[0]
         raise MhacutError(
-            f"{option_name('compare', source)}: expected the layers of the checkpoint, of which it has "
-            f"{len(mine & theirs)} of {len(mine)} (the first that only one has is {odd}): "
+            f"{option_name('compare', source)}: expected the layers of the checkpoint, found "
+            f"{len(mine & theirs)} of {len(mine)} (the first that only one of them has is {odd}); "
             "give the dense model that the checkpoint was made from"
         )
     heads = {unit.key: unit.heads for unit in dense.units()}
     for unit in slim.units():
         if heads.get(unit.key, unit.heads) != unit.heads:
             raise MhacutError(
-                f"{option_name('compare', source)}: {unit.layer} has {heads[unit.key]} heads there, "
-                f"{unit.heads} in the checkpoint: give the dense model that it was made from"
+                f"{option_name('compare', source)}: its {unit.layer} has {heads[unit.key]} heads, that of "
+                f"the checkpoint {unit.heads}; give the dense model that the checkpoint was made from"
             )

@@ -27,7 +27,8 @@ def read_dense(
         part: entry of a training checkpoint, or module in it, that is the model; slim files have none.
 
     Raises:
-        UsageError: the two have different architectures or input sizes, or only the other one is slim.
+        UsageError: the two have different architectures or input sizes, or ``source`` is slim and ``opened``
+            dense.
         CheckpointError: it cannot be read.
     """
     identity = opened.identity
@@ -43,7 +44,10 @@ def read_dense(
             f"found {dense.identity.architecture}; give the dense model that it was made from"
         )
     if opened.record is None and dense.record is not None:
-        raise UsageError(f"{compared}: is a slim file and {opened.source} is dense; give the slim one first")
+        raise UsageError(
+            f"{compared}: is a slim file and {opened.source} is dense; inspect the slim one, and compare it "
+            "with the dense one"
+        )
     size, expected = (
         model_input_size(one.skeleton, one.identity.pretrained_cfg, one.identity.model_args)
         for one in (dense, opened)
@@ -54,7 +58,8 @@ def read_dense(
             f"{compared}: takes images of {shown}, the checkpoint of {wanted}; give the "
             "dense model that it was made from"
         )
-    history = () if opened.record is None else opened.record.history
-    if dense.sha256 not in {entry.get("source_sha256") for entry in history}:
+    if opened.record is not None and dense.sha256 not in {
+        entry.get("source_sha256") for entry in opened.record.history
+    }:
         reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
     return dense

@@ -22,17 +22,17 @@ SHARES = (75, 50, 25)
 
 @dataclass(frozen=True)
 class HeadFindings:
-    """One head's channels of one kind."""
+    """Findings about the channels of one kind of one head."""
 
     similarity: float
-    """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 is all unlike."""
+    """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 if none are similar."""
     rank90: int
     """Number of principal channels with 90 % of the energy of the logits (qk) or of the head's output (v)."""
     rank99: int
     """The same at 99 %."""
     keeps: Mapping[int, tuple[int, ...]]
-    """Per percentage of :data:`SHARES` the channels that a cut to it would keep, numbered as in the file and
-    chosen by the error left after repair. Empty where channels were not ranked."""
+    """For each percentage of :data:`SHARES`, the channels that a cut of the width to it would keep: their
+    indices in the file, chosen by the error that is left after repair. Empty if channels were not ranked."""
 
 
 def describe_heads(
@@ -43,8 +43,8 @@ def describe_heads(
     Args:
         module: the layer.
         unit: qk or v of that layer.
-        moments: of the unit's channels.
-        similarity: of each channel to the others of its head, [H, d].
+        moments: moments of the unit's channels.
+        similarity: mean similarity of each channel to the others of its head, [H, d].
         ranked: rank channels too, which takes most of the time.
     """
     energies = _energies(module, unit, moments)  # (H, d)

@@ -26,43 +26,44 @@ from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weig
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.tokens import tokens_of
 
-BY_WEIGHTS = "weights alone, inputs taken as white"
-"""Basis of findings where there were no images."""
+BY_WEIGHTS = "weights alone, inputs assumed uncorrelated (white)"
+"""Basis of findings if there are no images."""
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """q/k or v of one attention layer, or the hidden channels of one MLP."""
+    """Description of the q/k or v channels of one attention layer, or of the hidden channels of one MLP."""
 
     kind: UnitKind
     head_count: int
-    """1 for ``hidden``; less than the layer's where channels of several heads are tied."""
+    """Number of heads; 1 for ``hidden``, and fewer than the layer has if channels of several are tied."""
     now: int
-    """Channels per head (of the whole MLP for ``hidden``)."""
+    """Channels per head, or of the whole MLP."""
     dense: int
     """The same before any cut; equal to ``now`` in a dense file."""
     basis: Basis
-    """Basis whose channels ``kept`` numbers."""
+    """Basis of the channels whose indices ``kept`` holds."""
     kept: tuple[tuple[int, ...], ...] | None
     """Per head, the dense channels that a slim file still has; None where nothing was cut."""
     heads: tuple[HeadFindings, ...]
-    """Empty for hidden channels, and where only shapes were read."""
+    """Findings about each head. Empty for hidden channels, if only shapes were read, and if there is no
+    evidence: no images, and inputs that must not be assumed white."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention or MLP that can be cut."""
+    """Description of one attention or MLP, of which something can be cut or is refused with a reason."""
 
     name: str
     """Module name, ``blocks.0.attn``."""
     module: str
     """Name of its class."""
     heads: int | None
-    """Number of heads; None for an MLP."""
+    """Number of heads; None for an MLP, or if it is not known."""
     units: Mapping[UnitKind, UnitReport]
     """Units that can be cut."""
     not_prunable: Mapping[UnitKind, str]
-    """Units that cannot, and why."""
+    """Kinds of channels that cannot be cut, and why."""
     coupled_with: Mapping[UnitKind, UnitKind]
     """Kinds whose channels are tied to those of another kind."""
     flops: int
@@ -82,16 +83,16 @@ class Inspection:
     source: str
     architecture: str
     input_size: tuple[int, int, int]
-    """[C, H, W], for which FLOPs are counted."""
+    """[C, H, W] of the images that FLOPs are counted for."""
     classes: int
-    """0 for a model that gives features."""
+    """Number of classes; 0 for a model that gives features."""
     flops: int
     parameters: int
     dtypes: tuple[str, ...]
     """Types of the file's floating-point tensors."""
     layers: tuple[LayerReport, ...]
     not_prunable: tuple[str, ...]
-    """One line per reason for what cannot be cut exactly, or is never touched."""
+    """Lines that name what is not prunable, one for each reason."""
     preprocessing: Preprocessing
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
@@ -100,14 +101,15 @@ class Inspection:
     slim: bool
     """Whether the file was cut by mhacut."""
     tokens: TokenPlan
-    """Tokens that the model leaves out."""
+    """Tokens that the model merges or leaves out."""
     judged_by: str | None
-    """Basis of the findings of heads: images, or :data:`BY_WEIGHTS`; None where only shapes were read."""
+    """Basis of the findings about heads: a description of images, or :data:`BY_WEIGHTS`; None if only shapes
+    were read."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Activations of the very model that is inspected."""
+    """Activations of the model that is inspected."""
 
     calibration: Calibration
     description: str
@@ -127,16 +129,16 @@ def inspect_model(
     """Describe ``opened``.
 
     Args:
-        opened: a checkpoint; the weights of an outline are read one layer at a time.
-        shapes_only: read no weights; of single heads only the widths are then known.
-        evidence: activations to judge heads by; None judges by the weights alone.
-        ranked: whether to rank the channels of the layer of a name, which takes most of the time.
+        opened: a checkpoint. If its weights were not read yet, they are read one layer at a time.
+        shapes_only: read no weights; only the widths of heads are then known.
+        evidence: activations to judge heads by; None to judge by the weights alone.
+        ranked: whether to rank the channels of the layer of this name, which takes most of the time.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
         prunable: prunable layers of the model; found if None.
         progress: called with (layers done, layers in all).
 
     Raises:
-        UnsupportedModelError: the model has no attention that can be cut, or one that is not known.
+        UnsupportedModelError: the model has no attention that can be cut, or an unknown class of attention.
         CheckpointError: weights cannot be read.
     """
     model, record = opened.skeleton, opened.record
@@ -213,7 +215,7 @@ def _findings(
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
     found = {}
     for unit in layer.units:
-        if unit.kind == "hidden":  # the MLP inside a block that holds both
+        if unit.kind == "hidden":  # the MLP of a block that holds attention too
             continue
         if evidence is None:
             by_weights = white_moments(module, unit)

@@ -10,7 +10,7 @@ from mhacut.inspection.layers import BY_WEIGHTS, Inspection, LayerReport
 from mhacut.plan import UNIT_KINDS, TokenPlan, UnitKind
 
 LEAST = 0.2
-"""Share of redundant channels from which on a layer is mentioned."""
+"""Smallest share of redundant channels of a layer that is mentioned."""
 _FRACTIONS = (
     (0.28, "a quarter"),
     (0.42, "a third"),
@@ -39,7 +39,7 @@ def summary(inspection: Inspection) -> str:
 
 
 def _tokens(tokens: TokenPlan) -> list[str]:
-    """Describe the tokens that are left out."""
+    """Describe the tokens that are merged or left out."""
     parts = []
     if tokens.merged:
         parts.append(f"tokens merged per block: {', '.join(map(str, tokens.merged))}")
@@ -50,7 +50,10 @@ def _tokens(tokens: TokenPlan) -> list[str]:
 
 
 def redundant_share(layer: LayerReport, kind: UnitKind) -> float | None:
-    """Mean over heads of the share of channels beyond the rank at 99 % of the energy; None if not known."""
+    """Share of channels, in 0..1, that 99 % of the energy does not need: 1 - rank / width, a mean over heads.
+
+    None if it is not known.
+    """
     unit = layer.units.get(kind)
     if unit is None or not unit.heads:
         return None
@@ -58,7 +61,7 @@ def redundant_share(layer: LayerReport, kind: UnitKind) -> float | None:
 
 
 def kept_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of the dense model's channels of one kind that are left; None where it has none of that kind."""
+    """Share of the dense model's channels of one kind that are left, in 0..1; None if it has none of them."""
     units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
     dense = sum(unit.dense for unit in units)
     return sum(unit.now for unit in units) / dense if dense else None
@@ -106,7 +109,7 @@ def _alike(shares: Mapping[str, float], one: LayerReport, other: LayerReport) ->
 
 
 def _place(layers: Sequence[LayerReport], attention: Sequence[LayerReport]) -> str:
-    """``blocks 7-11``."""
+    """Name of a run of layers, ``blocks 7-11``."""
     if len(layers) == len(attention):
         return "all layers" if len(layers) > 1 else layers[0].name
     if len(layers) == 1:
