@@ -1,8 +1,8 @@
-"""The directory of a run: every file in it is old or new, never half written.
+"""Directory of a run, whose files are replaced whole: no reader finds one half written.
 
 ``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
-resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last: work that
-the other files hold beyond it is done again, with the same result.
+resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last. If the run
+is killed before that, the steps since the previous ``state.pt`` are repeated, with the same result.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ class RunFolder:
     path: Path
 
     def file(self, name: str) -> Path:
-        """Return the path of one of the files."""
+        """Return the path of the file of this name."""
         return self.path / name
 
     def open_new(self, *, overwrite: bool) -> None:
         """Make the directory of a new run.
+
+        Args:
+            overwrite: remove the files of a run that it holds.
 
         Raises:
             OutputError: it holds a run, or cannot be made.
@@ -64,12 +67,12 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def sweep(self) -> None:
-        """Remove temporary files of a process that was killed as it wrote."""
+        """Remove temporary files of a process that was killed while it wrote."""
         for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY):
             remove_temporaries(self.file(name))
 
     def write_arguments(self, values: Mapping[str, Any]) -> None:
-        """Write the options of the run, in a form that ``--config`` reads."""
+        """Write the options of the run as YAML that ``--config`` reads."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 

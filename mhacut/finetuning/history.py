@@ -1,4 +1,4 @@
-"""Record of a fine-tuned file: that of the slim file it came from, with one more step in its history."""
+"""Record of a fine-tuned file: that of the slim file it came from, with one more entry in its history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 
-# Where files lie on the machine that made a slim file is nobody else's business.
+# A slim file is passed on: it does not reveal where files lie on the machine that made it.
 _LOCAL_OPTIONS = frozenset(
     {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
 )
@@ -49,12 +49,12 @@ def record_after(
 
     Args:
         loaded: the slim file it came from.
-        options: of the run.
-        preprocessing: of its images.
-        provenance: origin of each value of that.
-        accuracy: of the slim file, and of the model now; None where it was not measured.
+        options: options of the run.
+        preprocessing: preprocessing of its images.
+        provenance: origin of each value in ``preprocessing``.
+        accuracy: accuracy of the slim file, and of the model now; None where it was not measured.
         steps: number of steps so far.
-        images_per_step: over all processes.
+        images_per_step: number of images, over all processes.
         teacher_sha256: digest of the teacher's file; None without one.
         data: description of the training images.
     """

@@ -28,10 +28,10 @@ from mhacut.runtime.signals import outlive_signals, start_reading
 from mhacut.runtime.workers import warned_once
 
 _TRIES = 10
-"""Number of images that are tried in place of an unreadable one, including itself."""
+"""Largest number of images that are tried for one place in a batch, the intended one included."""
 
 Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
-"""Image (None if no readable one was found), its label (-1 without), and unreadable images met."""
+"""Image (None if no readable one was found), its label (-1 without), and the unreadable images tried."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class TrainingImages:
     samples: Dataset[Sample]
     """Augmented images by index."""
     count: int
+    """Number of images."""
     labelled: bool
+    """Whether they have labels."""
     description: str
     """Text for readers."""
     fingerprint: str
@@ -72,15 +74,15 @@ def training_images(
     """Return the images of the training split, listed and checked, none of them opened.
 
     Args:
-        data: where they are.
-        preprocessing: of the model.
-        augmentation: how they are augmented.
-        num_classes: of the model's head; 0 for none.
-        use_labels: False leaves labels out.
-        need_labels: refuse images without class folders.
+        data: options that name them.
+        preprocessing: preprocessing of the model.
+        augmentation: options of the augmentation.
+        num_classes: number of classes of the model's head; 0 for none.
+        use_labels: False to leave labels out.
+        need_labels: refuse a folder of images without class folders.
 
     Raises:
-        DataError: images or labels that are missing, or do not fit the model.
+        DataError: images or labels are missing, or do not fit the model.
         UsageError: ``data`` names no images.
     """
     transform = training_transform(preprocessing, augmentation)
@@ -145,6 +147,8 @@ def _named(
 def training_transform(preprocessing: Preprocessing, options: AugmentationOptions) -> Transform:
     """Return timm's training transform: picture to augmented, normalised [C, H, W] float32.
 
+    Without augmentation, it is the transform of the evaluation.
+
     Raises:
         UsageError: timm does not know a name in ``options``.
     """
@@ -197,21 +201,22 @@ class _Seeded(Dataset[Drawn]):
 class StepBatches:
     """Images of each step: an order per epoch, cut into global batches, each divided into parts.
 
-    A part holds images from both ends of its global batch, so that the partner of an image in mixup (the one
-    as far from the other end) is in the same part.
+    timm's mixup mixes image i of a batch with image i from its end. So a part of even size takes images from
+    both ends of its global batch, and mixes the pairs that the global batch would. A last incomplete batch of
+    an epoch is left out.
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
         """Prepare the order.
 
         Args:
-            count: images in all.
-            batch_size: images of a part.
-            parts: of a global batch, over processes and accumulated batches.
-            seed: of the order.
+            count: number of images in all.
+            batch_size: number of images of a part.
+            parts: number of parts of a global batch: processes times accumulated batches.
+            seed: seed of the order.
 
         Raises:
-            DataError: fewer images than a global batch.
+            DataError: there are fewer images than in a global batch.
         """
         self.count, self.batch_size, self.parts, self.seed = count, batch_size, parts, seed
         self.steps_per_epoch = count // (batch_size * parts)
@@ -258,6 +263,15 @@ def training_loader(
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
     """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1.
+
+    Args:
+        images: images to train on.
+        batches: images of each step.
+        start: first step, from 0.
+        stop: step behind the last.
+        mine: numbers of the parts that this process trains on, from 0.
+        workers: number of processes that load images.
+        pin_memory: as in ``DataLoader``.
 
     Raises:
         DataError: too many images in a row cannot be read.

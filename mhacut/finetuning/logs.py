@@ -1,7 +1,7 @@
 """Logs besides ``summary.csv``: a curve as PNG, TensorBoard, Weights & Biases.
 
-Each needs a package that mhacut itself does not need, so it is imported when asked for. A missing package is
-an error before the work. A log that fails later ends with a message, and training continues.
+Each needs a package that mhacut does not install by itself and imports only for that log. If it is missing,
+the run is refused before the work. A log that fails later ends with a message, and training continues.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Logs:
         Args:
             names: keys of :data:`_NEEDS`.
             folder: directory of the run.
-            options: of the run, for logs that keep them.
+            options: options of the run, for logs that store them.
             reporter: receives a message where a log fails.
         """
         self._reporter = reporter

@@ -24,10 +24,10 @@ def validation_images(
     """Return this process's share of the labelled validation images; None where there are none.
 
     Args:
-        options: of the run.
-        preprocessing: of the model.
+        options: options of the run.
+        preprocessing: preprocessing of the model.
         classes: number of classes; 0 for a model without classifier, which has no accuracy.
-        processes: that share the images.
+        processes: processes that share the images.
         reporter: receives a message where the split is missing.
     """
     data = options.data
@@ -62,8 +62,8 @@ def measure(
     Args:
         model: a classifier, moved to the processes' device.
         images: this process's share.
-        processes: that share them.
-        amp: bfloat16 autocast.
+        processes: processes that share them.
+        amp: compute under autocast, in bfloat16.
         progress: called after each batch with (batches done, batches in all).
     """
     with processes.together():

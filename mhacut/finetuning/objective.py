@@ -37,7 +37,7 @@ class Blocks:
 
     @contextmanager
     def taken(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the outputs, and drop them at the end of the block so that they keep no graph alive."""
+        """Yield the outputs, by block; drop them when the context ends, so that they keep no graph alive."""
         try:
             yield self.outputs
         finally:
@@ -45,7 +45,7 @@ class Blocks:
 
 
 class Teacher:
-    """Frozen model whose outputs for the same images the student learns."""
+    """Frozen model whose outputs the student learns to reproduce for the same images."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Teacher:
         """Freeze ``model``.
 
         Args:
-            model: in eval mode, on the device.
-            mean: per channel, of the student's images and of the teacher's.
-            std: likewise.
-            matched: whether the outputs of its blocks are wanted too.
+            model: the teacher, on the device.
+            mean: means per channel, [C], of the student's images and of the teacher's.
+            std: standard deviations, likewise.
+            matched: whether the outputs of its blocks are needed too.
             sha256: digest of its file.
         """
         self.sha256 = sha256
@@ -75,7 +75,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the outputs for images that are normalised for the student."""
+        """Return the outputs for images [B, C, H, W] that are normalised for the student."""
         outputs: Tensor = self.model(images if self._same else images * self._scale + self._shift)
         return outputs
 
@@ -94,15 +94,18 @@ class Objective:
         smoothing: float,
         classes: int,
     ) -> None:
-        """Weigh the parts of the loss.
+        """Set the parts of the loss and their weights.
+
+        With a teacher, the loss is temperature^2 times the divergence of the outputs (Hinton et al.,
+        arXiv 1503.02531), plus the weighted cross-entropy and the weighted error of the blocks.
 
         Args:
-            teacher: None for labels alone.
-            student: the student's blocks, to match with the teacher's.
-            label_weight: of the cross-entropy.
-            temperature: both outputs are divided by it before they are compared.
-            feature_weight: of the blocks' errors.
-            smoothing: of labels.
+            teacher: the teacher; None for labels alone.
+            student: the student's blocks, to match with the teacher's; None to leave them out.
+            label_weight: weight of the cross-entropy.
+            temperature: divisor of both outputs before they are compared.
+            feature_weight: weight of the blocks' errors.
+            smoothing: label smoothing.
             classes: number of classes; 0 for a model that gives features.
         """
         self.teacher, self.student = teacher, student
@@ -118,8 +121,8 @@ class Objective:
         """Return the loss.
 
         Args:
-            outputs: of the student, [B, classes].
-            labels: classes [B], or shares of classes [B, classes]; None without labels.
+            outputs: outputs of the student, [B, classes].
+            labels: classes [B], or probabilities of classes [B, classes]; None without labels.
             teacher_targets: outputs of the teacher, [B, classes]; None without one.
         """
         outputs = outputs.float()
@@ -128,7 +131,7 @@ class Objective:
             t = self.temperature
             loss = loss + t * t * self.divergence(outputs / t, teacher_targets.float() / t)
         if labels is not None and self.label_weight > 0:
-            # Shares of classes are smoothed where they are mixed.
+            # Probabilities come from timm's mixup, which has smoothed them.
             smoothing = self.smoothing if labels.dim() == 1 else 0.0
             loss = loss + self.label_weight * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
         if self.student is not None and self.teacher is not None and self.teacher.blocks is not None:
@@ -167,7 +170,7 @@ def check_matching(student: Blocks, teacher: Blocks) -> None:
 
 
 class Mixing:
-    """timm's mixup and cutmix with one draw per step, so that all parts of a step are mixed alike."""
+    """timm's mixup and cutmix, drawn once per step, so that all parts of a step are mixed alike."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
@@ -183,7 +186,12 @@ class Mixing:
         )
 
     def __call__(self, images: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Mix images in place, as ``seed`` draws; return them and their labels, as given if both are off."""
+        """Mix images [B, C, H, W] in place, drawing from ``seed``, unless mixup and cutmix are off.
+
+        Returns:
+            The images, and the labels: classes [B] as given, or, if images are mixed, [B, classes]; None
+            without labels.
+        """
         if not self.on:
             return images, labels
         before = np.random.get_state()  # timm draws from numpy's generator

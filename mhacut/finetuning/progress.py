@@ -1,4 +1,4 @@
-"""Progress of a run: what changes from step to step besides the weights."""
+"""Progress of a run: the values that change from step to step, besides the weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from mhacut.measuring.accuracy import Evaluation
 
 @dataclass
 class Progress:
-    """Progress of a run, alike in every process except ``unreadable``."""
+    """Progress of a run, the same in every process except for ``unreadable``."""
 
     step: int = 0
     """Number of steps taken."""
     saved: int | None = None
     """Step of the last save; None before the first."""
     best: float | None = None
-    """Best top-1 so far, of the start or of an epoch, %; None before the first measurement."""
+    """Best top-1 so far in percent, before training or after an epoch; None before the first measurement."""
     before: Evaluation | None = None
     """Accuracy of the slim file that was read."""
     epoch_loss: float = 0.0
-    """Sum over the images of this epoch."""
+    """Sum of the losses of this epoch's images."""
     epoch_images: int = 0
+    """Number of images trained on in this epoch."""
     rows: list[EpochSummary] = field(default_factory=list)
-    """One per finished epoch."""
+    """Summary of each finished epoch."""
     unreadable: dict[str, None] = field(default_factory=dict)
     """Names of images that could not be read, in order; those of all processes after a save."""
 
@@ -46,7 +47,7 @@ class Progress:
 
     @property
     def improved(self) -> bool | None:
-        """Whether an epoch was better than the start; None where nothing is measured."""
+        """Whether accuracy after an epoch was better than before training; None if it is not measured."""
         return None if self.before is None or self.best is None else self.best > self.before.top1
 
     def to_state(self) -> dict[str, Any]:

@@ -17,32 +17,38 @@ class EpochSummary:
     epoch: int
     """Number of the epoch, from 0."""
     train_loss: float
-    """Mean over the images of the epoch, each with the weights of its step."""
+    """Mean loss over the images of the epoch, each computed in its step."""
     eval_loss: float | None
-    """Cross-entropy on the validation images."""
+    """Cross-entropy on the validation images; None, as the accuracies, without them."""
     eval_top1: float | None
+    """Top-1 accuracy on them, %."""
     eval_top5: float | None
+    """Top-5 accuracy on them, %."""
     lr: float
     """Learning rate of the epoch's last step."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Result of :func:`mhacut.finetune`."""
+    """Result of :func:`mhacut.finetune`: the file to use, accuracy before and after, and speed."""
 
     folder: Path
+    """Directory of the run."""
     output: Path
-    """The slim file to use: the best on validation images, or the last if there are none. If no epoch was
-    better, it holds the weights that were read; see :attr:`improved`."""
+    """The slim file to use: the best on validation images, or the last if there are none. If no epoch
+    improved the accuracy, it holds the weights that were read; see :attr:`improved`."""
     architecture: str
+    """timm's name of the dense model."""
     before: Evaluation | None
     """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
     """Accuracy of ``output``, measured on the file as read back."""
     epochs: tuple[EpochSummary, ...]
+    """Summary of each epoch."""
     improved: bool | None
     """Whether an epoch was better than the file that was read; None without validation images."""
     steps: int
+    """Number of steps, those before the run was resumed included."""
     flops: int
     """FLOPs of the model, which training does not change."""
     data: str
@@ -57,4 +63,6 @@ class FinetuneResult:
     """Training speed of this call, over all processes, without measuring and saving."""
     device: str
     processes: int
+    """Number of processes."""
     seconds: float
+    """Time that this call took."""

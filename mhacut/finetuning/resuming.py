@@ -1,4 +1,4 @@
-"""Options and inputs of a resumed run, which must be those that it was started with."""
+"""Options and inputs of a resumed run, which must be the same as when it was started."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FREE = frozenset(
         "teacher",
         "data_dir",
         "class_map",
-        # how the work is shared out; the images of a step are compared
+        # how the work is divided; the number of images of a step is compared
         "batch_size",
         "grad_accum_steps",
         "workers",
@@ -33,10 +33,10 @@ _IMAGES = "images per step"
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` as given, over the options of the run that ``resume`` names, if it names one.
+    """Return ``values``, completed by the options of the run that ``resume`` names, if it names one.
 
     Raises:
-        UsageError: no such run, or a value contradicts what it was started with.
+        UsageError: there is no such run, or a value contradicts the options that it was started with.
     """
     given = dict(values)
     folder = given.get("resume")
@@ -58,7 +58,13 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise a :class:`CheckpointError` that names what changed since the run was started."""
+    """Raise a :class:`CheckpointError` that names the inputs that changed since the run was started.
+
+    Args:
+        before: inputs when the run was started, as :meth:`mhacut.finetuning.run.Run.inputs` gives them.
+        now: inputs now.
+        where: directory of the run, for the message.
+    """
     changed = [
         f"{name} ({_short(before.get(name))}, now {_short(now[name])})"
         for name in now

@@ -42,7 +42,7 @@ from mhacut.surgery.info import classifier_size
 
 @dataclass
 class Run:
-    """Everything that a run works with, and its progress."""
+    """Everything that a run needs, and its progress."""
 
     options: FinetuneOptions
     processes: Processes
@@ -54,6 +54,7 @@ class Run:
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     flops: int
+    """FLOPs of the model."""
     images: TrainingImages
     batches: StepBatches
     total_steps: int
@@ -70,7 +71,7 @@ class Run:
         return self.batches.batch_size * self.batches.parts
 
     def inputs(self) -> dict[str, Any]:
-        """Return digests of all that a resumed run must find unchanged."""
+        """Return digests and numbers that must be the same when the run is resumed."""
         plan = json.dumps(record_of(self.loaded).plan.to_json(), sort_keys=True)
         return {
             "plan": hashlib.sha256(plan.encode()).hexdigest(),
@@ -103,7 +104,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     """Read the slim file, the teacher and the lists of images, and check that they fit together.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
+        MhacutError: an option, a file or the images do not fit; one of its kinds, in :mod:`mhacut.errors`.
     """
     if options.amp:
         warn_of_slow_amp(processes.device, reporter.log)
@@ -157,7 +158,7 @@ def _checked_provenance(
     validation: EvaluationLoader | None,
     processes: Processes,
 ) -> Provenance:
-    """Return the origins of the preprocessing; where there are labels, a new run's is checked by them."""
+    """Return the origins of the preprocessing; a new run checks it on labelled images, if there are any."""
     origins = provenance(loaded, options.preprocessing)
     if validation is None or not processes.first or options.resume is not None:
         return origins

@@ -19,7 +19,19 @@ _MOST_UNREADABLE = 0.1
 
 
 def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
-    """Measure, write the best and the last weights, and add a line to the summary."""
+    """Measure, write the best and the last weights, and add a line to the summary.
+
+    Every process must call this.
+
+    Args:
+        run: the run.
+        logs: logs that receive the line.
+        request: a request to stop, which is acknowledged during the measurement.
+
+    Raises:
+        DataError: too many images cannot be read.
+        OutputError: a file cannot be written.
+    """
     progress, evaluation = run.progress, None
     if run.validation is not None:
         run.reporter.start("evaluating")
@@ -53,7 +65,7 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
 
     Raises:
         DataError: too many images cannot be read.
-        OutputError: a file cannot be written; the files of the save before are whole.
+        OutputError: a file cannot be written; the files of the previous save stay whole.
     """
     _share_unreadable(run)
     with run.processes.together():
@@ -85,9 +97,17 @@ def _write_last(run: Run, evaluation: Evaluation | None) -> None:
 
 
 def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
-    """Write the weights that are measured, and their accuracy, to the file of that name.
+    """Write the run's weights, or their moving average if there is one, to a slim file.
 
     Only the first process writes.
+
+    Args:
+        run: the run.
+        name: name of the file in the run's directory.
+        evaluation: accuracy of the weights; None if it was not measured.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     if not run.processes.first:
         return

@@ -12,7 +12,7 @@ import torch
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Return a seed in 0..2**63 that depends on every number and their order.
+    """Return a seed in 0..2**63 - 1 that depends on every number and on their order.
 
     >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
     (True, False)
@@ -22,7 +22,7 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Start the generators of Python, numpy and torch's CPU at ``seed``."""
+    """Seed the generators of Python, numpy and, on the CPU, torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -30,7 +30,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the random generators of Python, numpy and torch at the end of the block."""
+    """Restore the random generators of Python, numpy and torch, GPUs included, when the context ends."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:

@@ -20,7 +20,7 @@ _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 
 
 def start(run: Run) -> None:
-    """Make the directory of ``run``, or restore what it saved there; without such, measure accuracy first.
+    """Make the directory of ``run``, or restore the state saved there; without one, measure accuracy first.
 
     Every process must call this.
 
@@ -49,7 +49,7 @@ def start(run: Run) -> None:
     if run.validation is not None:
         run.reporter.start("evaluating")
         run.progress.before = run.measure(run.trainer.result)
-        # The start is a candidate too: the best file never is worse than the one that was read.
+        # The weights that were read are a candidate too, so that the best file is never worse than they are.
         run.progress.best = run.progress.before.top1
         with run.processes.together():
             write_weights(run, BEST, run.progress.before)

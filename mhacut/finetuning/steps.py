@@ -1,4 +1,4 @@
-"""The steps of a run, one after another, until all are done or somebody asks to stop."""
+"""The steps of a run, one after another, until all are done or a signal asks to stop."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from mhacut.runtime.workers import worker_count
 
 @dataclass(frozen=True)
 class Trained:
-    """Result of the steps of one call."""
+    """Result of :func:`train`."""
 
     images_per_second: float
     """Speed over all processes, without measuring and saving."""
     asked_to_stop: bool
-    """Whether somebody asked to stop during the last step."""
+    """Whether a signal asked to stop during the last step."""
 
 
 def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
     """Take all steps that are left; every process must call this.
 
     Raises:
-        Interrupted: somebody asked to stop before the last step; all is saved.
-        MhacutError: the loss is not finite, or one of its kinds: images cannot be read, files not written.
+        Interrupted: a signal asked to stop before the last step; everything is saved.
+        MhacutError: the loss is not finite.
+        DataError: too many images cannot be read.
+        OutputError: a file cannot be written.
     """
     accumulated, processes = run.options.training.grad_accum_steps, run.processes
     loader = training_loader(

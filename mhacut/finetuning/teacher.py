@@ -32,15 +32,16 @@ def make_objective(
     """Open the teacher, if there is one, and return the loss of the run.
 
     Args:
-        options: of the run.
+        options: options of the run.
         slim: the slim file.
-        student: its model, where it is trained.
-        preprocessing: of its images.
+        student: its model, on the device that trains it.
+        preprocessing: preprocessing of its images.
         reporter: receives a message where the teacher is not the slim file's dense model.
 
     Raises:
-        CheckpointError: the teacher has other classes, or takes images of another size.
-        UsageError: features are to be matched, and the teacher has other blocks.
+        CheckpointError: the teacher cannot be read, has another number of classes, or takes images of another
+            size.
+        UsageError: features are to be matched, and the blocks of the two do not match.
     """
     teaching, classes = options.teaching, classifier_size(student)
     blocks = Blocks(student) if teaching.feature_weight > 0 else None
@@ -81,7 +82,7 @@ def _open_teacher(
 
 
 def _of_same_tokens(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """Return a teacher of the same outputs whose blocks compute the tokens of the student's."""
+    """Return a teacher of equal outputs, whose last block computes the tokens that the student's does."""
     tokens = tokens_of(student)
     if tokens.merged:
         raise UsageError(
@@ -121,18 +122,23 @@ def _checked_preprocessing(
     found = classifier_size(loaded.model)
     if found != classes:
         raise CheckpointError(
-            f"{option_name('teacher', loaded.source)}: has {found} classes, the slim model {classes}"
+            f"{option_name('teacher', loaded.source)}: has {found} classes, the slim model {classes}; give a "
+            "teacher of the same classes"
         )
-    # A file that does not state its preprocessing had that of the slim file.
+    # A file that does not state its preprocessing is taken to have that of the slim file.
     own = preprocessing if _is_bare(loaded) else resolve_preprocessing(loaded, options.preprocessing)
     if loaded.header is not None and loaded.header.config is not None:
         own = replace(own, input_size=preprocessing.input_size)  # a folder's model may take other sizes too
     if own.input_size != preprocessing.input_size:
         raise CheckpointError(
-            f"{option_name('teacher', loaded.source)}: takes images of {own.input_size}, the slim model of "
-            f"{preprocessing.input_size}; both must take the same images"
+            f"{option_name('teacher', loaded.source)}: takes images of {_shape(own)}, the slim model of "
+            f"{_shape(preprocessing)}; give a teacher for images of that size"
         )
     return own
+
+
+def _shape(images: Preprocessing) -> str:
+    return "x".join(map(str, images.input_size))
 
 
 def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:

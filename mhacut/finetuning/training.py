@@ -30,7 +30,7 @@ _MODEL_STREAM, _MIXING_STREAM = 1, 2
 
 
 class Trainer:
-    """A model, and everything that moves with it from step to step."""
+    """A model with its optimiser, schedule and moving average."""
 
     def __init__(
         self,
@@ -47,17 +47,18 @@ class Trainer:
         """Make optimiser and schedule for ``model``.
 
         Args:
-            model: float32, on the device.
+            model: model to train, float32, on the device.
             objective: the loss.
             mixing: mixup and cutmix.
-            options: of the run.
-            processes: that share the work.
+            options: options of the run.
+            processes: processes that share the work.
             labelled: whether images have labels.
-            total_steps: length of the schedule.
-            steps_per_epoch: of the schedule.
+            total_steps: number of steps of the schedule.
+            steps_per_epoch: number of steps per epoch, in which ``options`` count.
 
         Raises:
-            UsageError: timm has no such optimiser, or the model lacks something that ``options`` ask for.
+            UsageError: timm has no such optimiser, warm-up takes the whole run, or the model lacks something
+                that ``options`` ask for.
         """
         training = options.training
         self.model, self.objective, self.mixing = model, objective, mixing
@@ -83,10 +84,10 @@ class Trainer:
         self.network = _network(self.model, self.options, self.processes)
 
     def disconnect(self) -> None:
-        """Undo :meth:`connect`, before processes part.
+        """Undo :meth:`connect`, before the group of processes is destroyed.
 
-        The wrapper holds the group of processes. If it is freed last, Python waits, with its lock in hand,
-        for a thread of the group that waits for that lock: now and then one process never ended.
+        The wrapper holds that group. If it were freed last, Python would hold its global lock and wait for a
+        thread of the group, which may itself wait for the lock: now and then one process never ended.
         """
         self.network = self.model
 
@@ -101,11 +102,11 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Take one step on this process's batches of it.
+        """Take one step on this process's part of its images.
 
         Args:
-            number: of the step, from 0.
-            batches: ``grad_accum_steps`` of them.
+            number: number of the step, from 0.
+            batches: batches of the step, ``grad_accum_steps`` of them.
 
         Returns:
             Sum of the losses of this process's images, and their number.
@@ -137,7 +138,7 @@ class Trainer:
         return float(torch.stack(losses).sum()), images
 
     def _seed(self, seed: int) -> None:
-        """Seed the GPU too, or stochastic depth would change in a resumed run."""
+        """Seed all generators; without the GPU's, stochastic depth would differ in a resumed run."""
         seed_everything(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -145,7 +146,7 @@ class Trainer:
     def _loss(self, number: int, batch: Batch) -> Tensor:
         moved = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True) if self.labelled else None
-        # One draw per step: its parts, wherever they are computed, are mixed alike.
+        # One draw per step, so that its parts are mixed alike in every process.
         seed = mixed_seed(self.options.training.seed, _MIXING_STREAM, number)
         moved, labels = self.mixing(moved, labels, seed)
         if self.options.channels_last:
@@ -183,6 +184,8 @@ class Trainer:
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """Give ``model`` stochastic depth that grows linearly from 0 to ``rate`` over its blocks.
+
+    Source: Huang et al., ECCV 2016, arXiv 1603.09382.
 
     Raises:
         UsageError: no block of the model has a place for it.
