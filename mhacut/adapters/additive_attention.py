@@ -1,13 +1,13 @@
 """Attention without a matrix of weights: SwiftFormer's and MobileViTv2's. timm's own forwards take any width.
 
-SwiftFormer: one query for all, of the queries' weighted sum, times every key. Channel i of that sum meets
-channel i of the keys; what the projection of it gives at i is added to channel i of the queries and read. So
-channel i of queries, keys and projection are one, called qk; there is no v. Queries and keys have unit length
-over all channels: to go unnoticed a channel is zero in both, and is not read, since the projection writes
-there what it reads elsewhere.
+SwiftFormer multiplies every key by the weighted sum of all queries. Channel i of the sum meets channel i of
+the keys; output i of a projection of the products is added to channel i of the queries, and read. So channel
+i of queries, keys and projection are cut together, as qk; there is no v. Queries and keys have unit length
+over all channels. So a channel is removed exactly if it is zero in both and not read either, because the
+projection writes to it what it reads from others.
 
-MobileViTv2: one score per point, and a sum of keys weighted by it that scales every value. Channel i of k, of
-v and of the result are one, called v.
+MobileViTv2 weighs keys by one score per point and multiplies every value by their sum. Channel i of k, of v
+and of the result are cut together, as v.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mhacut.plan import UnitKind
 
 
 class AdditiveAdapter(Adapter):
-    """SwiftFormer's."""
+    """Adapter of SwiftFormer's attention."""
 
     family = "attention"
     module_classes = (EfficientAdditiveAttention,)
@@ -55,7 +55,7 @@ class AdditiveAdapter(Adapter):
 
 
 class SeparableAdapter(Adapter):
-    """MobileViTv2's: rows of ``qkv_proj`` are [score | k | v]."""
+    """Adapter of MobileViTv2's attention: rows of ``qkv_proj`` are [score | k | v]."""
 
     family = "attention"
     module_classes = (LinearSelfAttention,)

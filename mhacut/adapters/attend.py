@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale) v where q/k and v may differ in width, by the fastest way to the same numbers."""
+"""softmax(q k^T * scale) v, where q/k and v may differ in width, by the fastest of several computations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor
 
 EXPLICIT_MAX_LOGITS = 500_000
-"""Up to so many logits (batch * heads * tokens^2), three explicit kernels beat padding on a CPU."""
+"""Number of logits (batch * heads * tokens^2) up to which explicit products beat padding on a CPU."""
 
 
 def attend(
@@ -23,7 +23,7 @@ def attend(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Attention output, [B, H, N, d_v].
+    """Return the attention output, [B, H, N, d_v].
 
     With d_qk != d_v, PyTorch's CPU kernel takes a slow path, so small inputs take explicit products and large
     ones zero-pad the smaller width.
@@ -51,7 +51,7 @@ def attend(
 
 
 def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """:func:`attend` with the scale, kernel and dropout that ``module`` is set to, [B, H, N, d_v].
+    """Return the output of :func:`attend` with scale, kernel and dropout of ``module``, [B, H, N, d_v].
 
     A module without a ``scale`` has scaled q itself. Where k and v have fewer heads than q, each serves
     several heads of q that follow one another.

@@ -1,4 +1,4 @@
-"""The description of a prunable layer: where its channels lie, and what an adapter does when they go.
+"""Description of a prunable layer: where its channels are, and what an adapter does when some are cut.
 
 Slicing, masking, merging channel scales and reading activations are done once, in :mod:`mhacut.surgery` and
 :mod:`mhacut.pruning.calibrate`, by walking what is described here.
@@ -115,7 +115,7 @@ class Unit:
     width: int
     """Channels per head."""
     axes: tuple[ChannelAxis, ...]
-    """All axes that are sliced when channels go."""
+    """All axes that are sliced when channels are cut."""
     scale_axes: tuple[ChannelAxis, ...]
     """Axes along which a factor per channel scales that channel's contribution exactly: 0 removes it (mask),
     any other number is a channel scale. A subset of ``axes``, with biases; empty if there is a ``gate``."""
@@ -143,11 +143,11 @@ class Unit:
     white_inputs: bool = True
     """Without images, inputs may be taken as white (:mod:`mhacut.pruning.weight_moments`)."""
     gate: str | None = None
-    """Buffer for a scale per channel, [heads * width], not negative; None in a model at rest. For channels
-    that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges channel scales."""
+    """Buffer for a scale per channel, [heads * width], at least 0; None except in a masked model. It is for
+    channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges its scales."""
     constants: tuple[ChannelAxis, ...] = ()
     """Biases, one per channel, that reach the output projection as they are: the value of a channel whose
-    input is zero. The output bias takes it up when the channel goes."""
+    input is zero. When the channel is cut, its effect is added to the output bias."""
 
     def __post_init__(self) -> None:
         assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
@@ -175,7 +175,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention or MLP of a model, as its adapter sees it."""
+    """One attention or MLP of a model, as its adapter describes it."""
 
     name: str
     """Module name in the model, ``blocks.0.attn``."""
@@ -186,7 +186,7 @@ class Layer:
     channel_dim: int = -1
     """Dimension of the layer's output that holds its channels."""
     result: str = ""
-    """Submodule that ends with the output projection, where more of the layer follows; errors are of that."""
+    """Submodule that ends with the output projection, if more follows; errors are those of its output."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
     """Kinds without a unit of their own, whose channels are tied to those of another."""
 
@@ -219,11 +219,11 @@ class Adapter(ABC):
         return module.num_heads
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record the kept channels of ``unit``, [heads, kept], if the layer needs them; before slicing."""
+        """Record the kept channels of ``unit``, [heads, kept], if the layer needs them, before slicing."""
         return
 
     def settle(self, model: nn.Module) -> None:
-        """Mend names of modules that cut layers of ``model`` no longer share."""
+        """Repair references of ``model`` to modules that its cut layers no longer share."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
@@ -232,7 +232,7 @@ class Adapter(ABC):
         Args:
             module: the layer, not yet cut.
             unit: of that layer, with a gate.
-            channel_scale: [heads, width], float64; 0 only where the channel is about to go.
+            channel_scale: [heads, width], float64; 0 only for channels that are cut next.
         """
         raise NotImplementedError
 

@@ -1,9 +1,9 @@
-"""Heads in a row: ``CascadedGroupAttention`` of EfficientViT (Microsoft).
+"""Heads that feed one another: ``CascadedGroupAttention`` of EfficientViT (Microsoft).
 
-Every head has a ``qkvs`` of its own, which reads a share of the map's channels and, added to it, what the
-head before gave. q passes a depthwise convolution: q/k channels are selected, never mixed, and scaled behind
-it. A channel of v leaves by a column of the projection and by the channel of the next head's input that it is
-added to.
+Every head has a ``qkvs`` of its own, which reads the sum of a part of the map's channels and of the output of
+the head before. q passes a depthwise convolution, so that q/k channels are selected, never mixed; they are
+scaled behind it. A v channel is read by a column of the projection, and by the next head, through the channel
+of its input to which it is added.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PLACES = "places_of_values"
 
 
 class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: ignore[misc]
-    """EfficientViT's, at any widths. Made by ``resize``, never constructed."""
+    """EfficientViT's attention, at any widths. Made by ``resize``, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same."""
@@ -43,7 +43,7 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
         return self.proj(torch.cat(outputs, dim=1))
 
     def passed_on(self, output: Tensor, head: int) -> Tensor:
-        """Return the output of ``head``, [B, kept, H, W], with zeros for channels that are gone."""
+        """Return the output of ``head``, [B, kept, H, W], with zeros for channels that were cut."""
         places = getattr(self, _PLACES, None)
         if places is None:
             return output
@@ -51,7 +51,7 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
 
 
 class CascadedAdapter(Adapter):
-    """Rows of each of ``qkvs`` are [q | k | v]; all that makes channels has a batch norm."""
+    """Rows of each of ``qkvs`` are [q | k | v]; every layer that writes channels has a batch norm."""
 
     family = "attention"
     module_classes = (CascadedGroupAttention, SlimCascadedGroupAttention)
@@ -80,7 +80,7 @@ class CascadedAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record where the next head's input finds what it adds."""
+        """Record which kept channel is added to each channel of the next head's input."""
         if unit.kind != "v":
             return
         kept = kept.to(table_device(module.attention_biases))
@@ -99,7 +99,7 @@ class CascadedAdapter(Adapter):
 
 
 def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """Rows from ``offset`` on of every head's own."""
+    """Rows from ``offset`` on of the layers ``part``, one for each head."""
     return tuple(
         replace(axis, heads=(head, head + 1))
         for head in range(module.num_heads)

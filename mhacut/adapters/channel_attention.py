@@ -1,8 +1,8 @@
 """Attention among the channels of a head instead of among tokens: XCiT's, EdgeNeXt's and DaViT's.
 
-softmax over channels (x y^T) z, with x, y and z of [channels, tokens]. A channel of x is a row of the result,
-so that it goes with its column of the projection, exactly. Channels of y and z share the softmax: without one
-of them the others would weigh more, so that they stay.
+softmax over channels (x y^T) z, with x, y and z of [channels, tokens]. A channel of x is a row of the result:
+it is cut exactly, with its column of the projection. Channels of y and z share the softmax: without one of
+them the others would weigh more, so that they are not cut.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ChannelAttention(Adapter):
     similarity: Callable[[Any, Tensor, Tensor], Tensor]
     """(module, x [B, H, kept, N], y [B, H, d, N]) -> logits of the softmax, [B, H, kept, d]."""
     order: str = "xyz"
-    """Rows of ``qkv``."""
+    """Order of the rows of ``qkv``."""
     heads_in: str = "num_heads"
     """Attribute with the number of heads."""
 
@@ -82,14 +82,14 @@ def cross_covariance(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Florence-2: by the width before the cut, which does not change the other channels."""
+    """Florence-2: logits over the root of the number of tokens, or of the width before the cut."""
     return (x * (x.shape[-1] if m.dynamic_scale else m.head_dim) ** -0.5) @ y.mT
 
 
 CHANNEL_ATTENTION = (
     ChannelAttention(xcit.XCA, cross_covariance),
     ChannelAttention(edgenext.CrossCovarianceAttn, cross_covariance),
-    # Its k makes the rows of the result, of q.
+    # Its k is x, its v is y and its q is z.
     ChannelAttention(davit.ChannelAttention, lambda m, x, y: (x * m.scale) @ y.mT, order="zxy"),
     ChannelAttention(davit.ChannelAttentionV2, scaled_by_width, heads_in="groups"),
 )

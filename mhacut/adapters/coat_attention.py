@@ -1,9 +1,9 @@
 """CoaT's factorised attention: q (softmax(k)^T v), and q times a depthwise convolution of v.
 
-Channel i of q reads what channel i of k gathered and weighs the convolved channel i of v, which leaves as
-channel i; so q, k and v keep the same channels. What a channel gathered reaches all others of its head: with
-it goes more than what the projection reads. Layers of a stage share the convolutions; a layer that is cut
-gets its own, of the channels that it kept.
+Channel i of q multiplies row i of softmax(k)^T v, and the convolved channel i of v; so q, k and v keep the
+same channels. That row is added to all channels of the head: without channel i, more changes than the column
+of the projection that reads it. Layers of a stage share the convolutions; a layer that is cut gets its own,
+with the channels that it kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mhacut.plan import UnitKind
 
 
 class SlimFactorAttention(FactorAttnConvRelPosEnc):  # type: ignore[misc]
-    """CoaT's, at any width. Made by ``resize``, never constructed."""
+    """CoaT's attention, at any width. Made by ``resize``, never constructed."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, 1 + H * W, C] to the same, with ``size`` (H, W)."""
@@ -58,7 +58,7 @@ class FactorAttentionAdapter(Adapter):
         module.crpe.channel_splits = [split * widths["v"] for split in module.crpe.head_splits]
 
     def settle(self, model: nn.Module) -> None:
-        """Let the model's own name for shared convolutions be those of the first layer that shared them."""
+        """Let the model refer to the convolutions of the first layer of those that shared them."""
         coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
         for coat in coats:
             for stage in range(1, 5):

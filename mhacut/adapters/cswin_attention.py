@@ -1,6 +1,6 @@
 """FLatten-CSWin's attention: one pair of projections around branches, linear over the map or in stripes.
 
-LePE is a convolution of every v channel by itself: v channels are selected, each head its own.
+LePE convolves every v channel by itself, so that v channels are selected, each head its own.
 """
 
 from __future__ import annotations

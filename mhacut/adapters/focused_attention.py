@@ -1,4 +1,4 @@
-"""Focused linear attention, as the FLatten Transformers have it: :mod:`mhacut.flatten.attention`.
+"""Focused linear attention of the FLatten Transformers, :mod:`mhacut.flatten.attention`.
 
 q/k channels end in a ReLU and a power over all heads, so that they are selected, never mixed; a gate on their
 features removes them exactly. v channels pass a depthwise convolution: they are selected too, and where heads

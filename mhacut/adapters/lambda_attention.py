@@ -3,7 +3,7 @@
 A q/k channel is a row of that matrix, made of a key that is a softmax over positions and of a convolution of
 v, or a table of positions. It meets one channel of every head's queries: they are tied, and count as one
 head. Each key has a softmax of its own, so that channels are selected. timm's own forward takes any number of
-them. There is no projection behind v, which stays whole.
+them. v is not prunable, because no projection reads it.
 """
 
 from __future__ import annotations

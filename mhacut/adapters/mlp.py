@@ -22,7 +22,7 @@ class Mlp(Adapter):
 
     cls: type[nn.Module]
     writers: tuple[str, ...] = ("fc1",)
-    """Linear layers that make the hidden channels; of several, channels of equal number meet in a product."""
+    """Linear layers that write the hidden channels; the outputs of several are multiplied."""
     reader: str = "fc2"
     """The linear layer that reads them."""
     between: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Mlp(Adapter):
     behind: str = ""
     """A norm behind the reader, where it is not part of that."""
     within: str = ""
-    """Submodule that holds them, where the module adds its input to what they give."""
+    """Submodule that holds these layers, if the module adds its input to their output."""
     halves: bool = False
     """Both factors of a product come from one writer: channel i is rows i and i + hidden."""
 
@@ -65,7 +65,7 @@ class Mlp(Adapter):
 
 
 def _why_not_prunable(between: Mapping[str, nn.Module]) -> str | None:
-    """Why the hidden channels must stay."""
+    """Return why the hidden channels are not prunable; None if they are."""
     for part in between.values():
         if isinstance(part, _BatchNorm):
             continue

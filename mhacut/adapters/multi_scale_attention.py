@@ -1,10 +1,10 @@
 """Linear attention at several scales: ``LiteMLA`` of EfficientViT (MIT).
 
-Every scale has heads of its own: those of the first are what ``qkv`` gives, those of the others what a
-depthwise convolution and then one within the q, the k and the v of each head make of them. So a channel of
-the first scale feeds its own head and, beside others, all channels of that head at the other scales. All
-heads keep as many channels, each its own; q and k end in a ReLU and v in the depthwise convolution, so that
-they are selected, never mixed. What scales their rows scales all that they feed.
+Every scale has heads of its own. ``qkv`` writes those of the first scale; a depthwise convolution, and then
+one within the q, the k and the v of each head, make those of another scale of them. So a channel of the first
+scale feeds its own head and, with others, all channels of that head at the other scales. All heads keep the
+same number of channels, each its own. q and k pass a ReLU and v the depthwise convolution, so that channels
+are selected, never mixed. A factor on the rows of a channel scales everything that it feeds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mhacut.plan import UnitKind
 
 
 class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
-    """EfficientViT's, with other widths for q/k than for v. Made by ``resize``, never constructed.
+    """EfficientViT's attention, with q/k wider or narrower than v. Made by ``resize``, never constructed.
 
-    The convolution within q, k and v reads as many channels as it writes, fewer of one kind than of the
-    other: its weight has room for the wider, and zeros there that are not read.
+    One weight holds the convolutions within q, k and v, which read as many channels as they write. It has
+    room for the widest; what the others do not need is zero and not read.
     """
 
     num_heads: int
@@ -102,7 +102,7 @@ class MultiScaleAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Move what the other scales read of the first in front of what they no longer do."""
+        """Move the weights that read kept channels of the first scale to the front; zero the others."""
         heads, qk_width, _ = _sizes(module)
         width = kept.shape[1]
         for _, pointwise in module.aggreg:
@@ -152,7 +152,7 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
 
 
 def _hook(part: int, width: int) -> ActivationHook:
-    """q, k or v of all scales as attention sees it: no module makes it, the layer does, of its input."""
+    """Hook on q, k or v of all scales: no module outputs it, so it is computed from the layer's input."""
 
     def features(module: Any, x: Tensor) -> Tensor:
         made = heads_of_all_scales(module, x)[part]

@@ -16,7 +16,7 @@ from mhacut.plan import UnitKind
 
 
 class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
-    """VOLO's, at any width. Made by ``resize``, never constructed."""
+    """VOLO's attention, at any width. Made by ``resize``, never constructed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] to [B, H, W, C_out]."""

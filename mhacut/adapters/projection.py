@@ -108,7 +108,7 @@ class Projection:
             kind: ``v`` or ``hidden``.
             size: heads, and channels of each.
             written: all other axes of the channels.
-            hooks: all but that on what is read.
+            hooks: hooks of the unit, except for the one on what is read.
             further: fields of :class:`~mhacut.adapters.base.Unit`.
         """
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"

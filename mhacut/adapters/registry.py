@@ -1,4 +1,4 @@
-"""Which adapter serves which class, and which attention classes are refused by name.
+"""Adapters by the classes that they serve, and what is recognised of other classes by name.
 
 A new class of softmax attention is a row of :mod:`mhacut.adapters.softmax_table`, a new MLP one of
 :mod:`mhacut.adapters.mlp`; other attention is an :class:`~mhacut.adapters.base.Adapter` in a file of its own.
@@ -62,11 +62,11 @@ _KNOWN_ATTENTION = {
     for cls, adapter in _BY_CLASS.items()
     if adapter.family == "attention" and not _ATTENTION_NAME.search(cls.__name__)
 }
-"""Registered attention without attention in its class name; other code has its own under these names."""
+"""Names of registered classes without attention in their name; classes of other code share these names."""
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter registered for exactly this class, if it serves a module so built, or None."""
+    """Return the adapter of exactly this class; None without one, or if it cannot describe ``module``."""
     adapter = _BY_CLASS.get(type(module))
     return adapter if adapter is not None and adapter.serves(module) else None
 

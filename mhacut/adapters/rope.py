@@ -2,10 +2,10 @@
 
 A q/k channel is a pair of rows that rotate together: neighbours, or one from each half of a head. Pairs
 rotate at different speeds, so that they are selected, each head its own, and never mixed; a cut layer keeps
-the numbers of its pairs to look up their angles. v channels do not rotate and are free.
+the numbers of its pairs to look up their angles. v channels do not rotate and can be mixed.
 
-Where several heads of q share keys and values, v is of the heads of those: a channel is read once for each
-head of q.
+If several heads of q share keys and values, v has as many heads as the keys, and a v channel is read once for
+each head of q.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rotated(
 
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
-    """Rotate all but the first tokens, which have no position; queries may be of some of those alone."""
+    """Rotate all but the prefix tokens, which have no position; there may be queries of those only."""
     if x.shape[2] <= m.num_prefix_tokens:
         return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
@@ -68,7 +68,7 @@ def _angles(rope: Tensor, channels: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class Rope(Softmax):
-    """One ``qkv``, with its bias in parts or not, or a projection each."""
+    """Rotary attention with one ``qkv``, whose bias may be in parts, or with a projection each."""
 
     written_by: Mapping[str, str] = field(
         default_factory=lambda: {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"}
@@ -137,7 +137,7 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """Return ``hook`` with the two of a pair apart: [..., 2, heads * pairs]."""
+    """Return ``hook`` with the two channels of each pair apart: [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)
@@ -150,7 +150,7 @@ def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> Activ
 
 
 def _queries_per_key(module: Any) -> int:
-    """Heads of q that share one of keys and values; EVA's attention has no such groups."""
+    """Number of heads of q that share one head of keys and values; 1 for EVA's attention."""
     return getattr(module, "num_kv_groups", 1)
 
 

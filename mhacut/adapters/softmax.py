@@ -1,4 +1,4 @@
-"""Softmax attention of any class, from one description: what writes q, k and v, and what happens between.
+"""Softmax attention of any class, from one description of its projections and of what lies between them.
 
 A class is a :class:`Softmax`, a row of :mod:`mhacut.adapters.softmax_table`. Its units follow from the row,
 and so does the forward pass of a cut layer, whose q and k may have another width than v.
@@ -85,7 +85,7 @@ class FreshBiases:
     """
 
     def get_attention_biases(self: Any, device: torch.device) -> Tensor:
-        """[H, N, M]."""
+        """Return the biases, [H, N, M]."""
         return self.attention_biases[:, self.attention_bias_idxs]
 
     def train(self: Any, mode: bool = True) -> Any:
@@ -123,10 +123,10 @@ class Softmax(Adapter):
     """Projections, where the module has them, and what their rows are, in order: ``q``, ``k``, ``v``; ``g``
     for rows that go with those of v."""
     per_head: bool = False
-    """Rows are q, k, v of the first head, then of the second, where the module's ``head_first`` does not deny
-    it; else q of all heads, then k, then v."""
+    """Rows are q, k, v of the first head, then of the second, unless the module's ``head_first`` is False;
+    else q of all heads, then k, then v."""
     read_by: str | Callable[[Any], str] = "proj"
-    """The projection that reads v."""
+    """Name of the projection that reads v."""
     read_beside: Callable[[Any], int] = lambda m: 0
     """Number of other channels that it reads."""
     query_heads: int = 1
@@ -142,7 +142,7 @@ class Softmax(Adapter):
     finish: Hook = to_tokens
     """(m, y [B, N, H * d], what q was made of, x, ...) -> the layer's output."""
     mixins: tuple[type, ...] = (Twin,)
-    """In front of ``cls`` for cut layers; without :class:`Twin` they run the forward pass of the class."""
+    """Classes in front of ``cls`` for cut layers; without :class:`Twin` those run the forward of ``cls``."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
     """(m, width of q/k, width of v) -> whether the forward pass of ``cls`` itself will do."""
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -269,13 +269,13 @@ class Softmax(Adapter):
         axes = part.projection.rows(part.offset, part.stride)
         if not _has_split_bias(module):
             return axes
-        # The bias of k is a constant zero, of which resize makes another.
+        # The bias of k is a constant zero; resize makes a new one.
         return axes[:1] if letter == "k" else (axes[0], ChannelAxis(f"{letter}_bias", 0))
 
     def hook(self, module: Any, letter: str) -> ActivationHook:
         """Return the hook on ``letter``, one of ``q``, ``k`` and ``v``."""
         part, spread = self.parts(module)[letter], self.spread or (lambda m, x: x)
-        if _has_split_bias(module):  # no module makes it: the layer does, of its input
+        if _has_split_bias(module):  # no module outputs it: it is computed from the layer's input
             return ActivationHook(
                 "", "input", part.offset, then=lambda m, x: spread(m, fused_projection(m, x))
             )

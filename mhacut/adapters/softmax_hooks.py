@@ -1,4 +1,4 @@
-"""Hooks of single classes of softmax attention: their own way from the input to the output.
+"""Hooks of single classes of softmax attention: the steps in which they differ from a plain ViT.
 
 Fields of :class:`~mhacut.adapters.softmax.Softmax`; ``m`` is the module.
 """
@@ -39,7 +39,7 @@ def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
-    """Keys and values of a map, of ``size`` if the class needs it, that a layer has made coarser."""
+    """Keys and values of a map that a layer has made coarser; some classes need the map's ``size``."""
     if m.sr is None:
         return x, x
     source = x.mT if size is None else as_map(x, size)
@@ -56,7 +56,7 @@ def latents(m: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def windows(m: Any, x: Tensor, size: Any) -> tuple[Tensor, Tensor]:
-    """Twins: a map filled up with zeros to whole windows, [B, rows, columns, side, side, C]."""
+    """Twins: a map padded with zeros to whole windows, [B, rows, columns, side, side, C]."""
     (height, width), side = size, m.ws
     grid = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
     grid = grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
@@ -77,7 +77,7 @@ def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """SHViT: some of the channels; the others go along to the projection."""
+    """SHViT: the first channels; the projection reads the others as they are."""
     x = m.pre_norm(x[:, : m.pdim])
     return x, x
 
@@ -97,7 +97,7 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
 
 
 def of_first(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """``logits`` for queries of the tokens that are read: of a mask or bias, the rows of those."""
+    """Return ``logits`` for queries of the tokens that are read, with their rows of a mask or bias."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
@@ -167,7 +167,7 @@ def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 KEPT_GLOBAL = "global_channels"
-"""Buffer with where the q channels of a cut layer are among those of the stage, [H * d]."""
+"""Buffer with the indices of a cut layer's q channels among those of the stage, [H * d]."""
 
 
 def own_queries(m: Any, q_global: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _over_heads(mixing: Any, x: Tensor) -> Tensor:
 
 
 def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
-    """ConViT: by what tokens hold and by where they are, in a share that each head has learnt."""
+    """ConViT: by content and by position, with a learnt weight of the two for each head."""
     if m.rel_indices.shape[1] != q.shape[-2]:
         m.rel_indices = m.get_rel_indices(q.shape[-2])
     content = ((q @ k.mT) * m.scale).softmax(dim=-1)  # (B, H, N, N)
@@ -233,7 +233,7 @@ def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     return m.sub_norm(first - m._compute_lambda().type_as(q) * second) * (1 - m.lambda_init)
 
 
-# How what was weighed becomes the output.
+# From the weighted sum of v to the output.
 
 
 def gated(m: Any, y: Tensor, query: Tensor, x: Tensor, *_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classes of softmax attention that are more than a row: what their units are beside those of the others."""
+"""Classes of softmax attention whose units a row of the table cannot describe."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CHEAP = "in a pooling head it costs next to nothing"
 class GlobalContext(Softmax):
     """Global Context ViT, where every second layer has queries of its stage, made once for all its layers.
 
-    Such a layer drops q/k channels from its keys and keeps which of the stage's queries are left to it. With
-    no queries of its own to mix, it can only select.
+    Such a layer cuts q/k channels of its keys, and records the channels of the stage's queries that remain.
+    Its channels are selected, because it has no queries of its own to mix.
     """
 
     def writers(self, module: Any) -> Mapping[str, str]:
@@ -49,7 +49,7 @@ class GlobalContext(Softmax):
         )
 
     def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record which of the stage's queries are left."""
+        """Record the channels of the stage's queries that remain."""
         if unit.kind != "qk" or not module.use_global:
             return
         kept = kept.to(table_device(module.proj.weight))
@@ -79,10 +79,10 @@ class Sam(Softmax):
 
 
 class PoolingHead(Softmax):
-    """A pooling head: learnt queries look at all tokens once.
+    """A pooling head: learnt queries attend to all tokens once.
 
     Queries are the same for every image, so that a single PCA channel of q and k of a head is exact where the
-    head has one query. The MLP behind ``proj`` sees next to no tokens and is left whole.
+    head has one query. The MLP behind ``proj`` runs on very few tokens and is not pruned.
     """
 
     def serves(self, module: Any) -> bool:
@@ -109,10 +109,10 @@ class Interleaved(Softmax):
 
 
 class TiedHeads(Softmax):
-    """Heads whose q channels meet one and the same tensor keep the same channels, and count as one head."""
+    """Heads whose q channels all meet the same tensor: they keep the same channels and count as one head."""
 
     def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
-        """Axes of q or k, each channel once for each head; and a hook to which heads are observations."""
+        """Axes of q or k, each channel once for each head, and a hook that gives heads as observations."""
         part = self.parts(module)[letter]
         stride = part.stride or part.width
         copies = tuple(head * stride for head in range(part.heads))

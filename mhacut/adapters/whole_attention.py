@@ -1,8 +1,8 @@
-"""Attention that is not prunable: no channel can go by itself. The MLPs beside it are cut.
+"""Attention that is not prunable: no channel can be cut by itself. The MLPs beside it are pruned.
 
 MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and adds
-q to the output; Gemma 4 normalises them too. CSATv2 weighs maps by what a block with a single channel, MLP
-and all, makes of them.
+q to the output; Gemma 4 normalises them too. CSATv2 weighs maps by the output of a block whose attention and
+MLP have a single channel.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mhacut.adapters.base import Adapter, Layer
 
 
 class WholeAdapter(Adapter):
-    """Attention classes without a unit, and the reason."""
+    """Attention classes of which nothing is prunable, for one reason."""
 
     family = "attention"
 
     def __init__(self, classes: tuple[type[nn.Module], ...], reason: str) -> None:
-        """Leave ``classes`` as they are, and say why."""
+        """Refuse the units of ``classes`` for ``reason``, which the user reads."""
         self.module_classes = classes
         self.reason = reason
 
