@@ -45,7 +45,6 @@ FLAGS_OF_OTHERS = {
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",  # torchrun
     "--model-kwargs",  # timm
     "--strict",  # mkdocs
-    "--all",  # .ci/oldest
     "--check",  # ruff format
 }  # fmt: skip
 QUICK = {
@@ -264,6 +263,10 @@ def running_pages() -> list[Path]:
 def test_blocks_run(page, clone, done, monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs pip install 'mhacut[dev]'")
     monkeypatch.chdir(clone)
+    quick = {"effort": "fast", "calibration_images": 8, "eval_images": 10, "latency": False}
+    monkeypatch.setattr(
+        mhacut, "prune", lambda *given, prune=mhacut.prune, **more: prune(*given, **quick | more)
+    )
     names: dict[str, object] = {}
     for block in blocks(page):
         if block.runs and block.mark != "tests":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.shell import mhacut_in_path
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "walkthroughs"
 ENDS = {
@@ -25,14 +26,14 @@ def test_each_is_in_the_table():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
-def test_it_runs(name, tmp_path):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run(
-        ["bash", SCRIPTS / f"{name}.sh", tmp_path / "out"],
-        env={**os.environ, "PATH": path, "SEEDS": "1", "METHODS": "full paper-no-similarity"},
-        capture_output=True,
-        text=True,
-    )
+def test_it_runs(name, programs, tmp_path):
+    with mhacut_in_path(programs, tmp_path) as path:
+        ran = subprocess.run(
+            ["bash", SCRIPTS / f"{name}.sh", tmp_path / "out"],
+            env={**os.environ, "PATH": path, "SEEDS": "1", "METHODS": "full paper-no-similarity"},
+            capture_output=True,
+            text=True,
+        )
     assert ran.returncode == 0, ran.stderr
     assert ENDS[name] in ran.stdout
     if name == "vit_to_onnx_runtime":

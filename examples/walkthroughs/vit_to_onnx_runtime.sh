@@ -16,7 +16,7 @@ echo "== Win back what was lost, with the dense model as teacher."
 mhacut finetune slim.safetensors --teacher "$dense" --data-dir "$images" --epochs 2 -o run --overwrite
 
 echo "== Is it faster here?"
-mhacut bench "$dense" run/best.safetensors --runtime onnx --threads 1 --seconds 2
+mhacut bench "$dense" run/best.safetensors --runtime onnx --threads 1 --seconds 1
 
 echo "== A file that needs neither mhacut nor PyTorch ..."
 mhacut export run/best.safetensors --format onnx -o slim.onnx --overwrite

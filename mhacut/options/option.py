@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from functools import cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -228,7 +230,8 @@ class Options:
         return found
 
     @classmethod
-    def groups(cls) -> dict[str, type[Options]]:
+    @cache  # reading annotations takes milliseconds
+    def groups(cls) -> Mapping[str, type[Options]]:
         """Fields that hold options themselves, with their class."""
         return {
             name: kind
@@ -237,7 +240,8 @@ class Options:
         }
 
     @classmethod
-    def own_options(cls) -> dict[str, Option]:
+    @cache
+    def own_options(cls) -> Mapping[str, Option]:
         """Options that belong to no group, by name."""
         types = get_type_hints(cls)
         return {
@@ -254,7 +258,9 @@ class Options:
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Values of the options that are not given; those that must be given are left out."""
-        return {name: stated.default for name, stated in cls.options().items() if not stated.required}
+        return {
+            name: copy.copy(stated.default) for name, stated in cls.options().items() if not stated.required
+        }
 
     @classmethod
     def from_flat(cls, **values: Any) -> Self:
