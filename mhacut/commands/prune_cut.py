@@ -113,10 +113,10 @@ def _cut_within(
         inputs.stopwatch.start("cutting")
         slim = copy.deepcopy(planned.ready.model.cpu())
         cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
-        widths, limits, missed, used = planned.plan.widths(), [], [], True
+        limits, missed, used = [], [], True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim, asked)
-            wrong = int(limit.cost(widths)) - stored
+            wrong = int(planned.cost(limit)) - stored
             missed += [asked] if stored > most else []
             used &= plans > 1 or limit.most + wrong < asked.most / NEAR
             limits.append(replace(limit, most=asked.most + wrong))
@@ -127,7 +127,7 @@ def _cut_within(
                 break
         job = replace(job, storage=tuple(limits))
     if fits:  # of two, the first used too little, but so may the second
-        best = max(fits, key=lambda found: inputs.job.table.flops(found[1].plan.widths()))
+        best = max(fits, key=lambda found: found[1].table.flops(found[1].plan.widths()))
         return *best[:2], Correction(plans, best[2])
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
@@ -143,7 +143,7 @@ def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit
     """Return the parameters, bytes or nanoseconds that the cut model has, and the most that it may have."""
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
-        expected = limit.cost(planned.plan.widths())
+        expected = inputs.time_target.foreseen(planned)
         timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected)
         return timed.nanoseconds, timed.most
     if limit.resource == "params":

@@ -37,6 +37,8 @@ from mhacut.data import (
 from mhacut.data.in_memory import check_one_source
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
+from mhacut.measuring.layer_times import TimeTable
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
@@ -211,7 +213,9 @@ def _job(
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
     targets, time_target = asked
-    times = None if time_target is None else time_target.table(job, counted)
+    times: TimeTable | TimeCurve | None = None
+    if time_target is not None:
+        times = time_target.table(job, counted) if fewest is None else time_target.curve(job, fewest)
     reach = Reach(options, loaded, job, times)
     limits = [reach.limits(own, fewest) for own in targets]
     for own, (flops, _) in zip(targets, limits, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -20,9 +20,13 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, option_name
 from mhacut.measuring.latency import Run, fixed_images
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, UnitKey, UnitPlan
+from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
+from mhacut.pruning.planner import Planned
 from mhacut.pruning.widths import lowest_flops
+from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.merging import prefix_attended
 from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
@@ -61,9 +65,14 @@ class TimedCut:
         return round(self.ratio * self.dense)
 
 
-def lowest_time(table: TimeTable, job: Job) -> int:
-    """Return the least budget in nanoseconds that is accepted, so that a new measurement meets it too."""
-    return math.ceil(lowest_flops(job.allowed, table.at) / AIM)
+def lowest_time(cost: Callable[[Mapping[UnitKey, int]], int], job: Job) -> int:
+    """Return the least budget in nanoseconds that is accepted, so that a new measurement meets it too.
+
+    Args:
+        cost: nanoseconds at given widths.
+        job: whose widths they are.
+    """
+    return math.ceil(lowest_flops(job.allowed, cost) / AIM)
 
 
 class TimeTarget:
@@ -76,8 +85,8 @@ class TimeTarget:
             UsageError: the text is no budget.
         """
         self.budget, self.stopwatch = Budget.parse(asked, "max_latency"), stopwatch
-        self.times: TimeTable | None = None
-        """Layer times that plans use, once they are measured."""
+        self.times: TimeTable | TimeCurve | None = None
+        """Layer times that plans use, once they are measured; if tokens may be merged, times by FLOPs."""
         self._last: TimedCut | None = None
 
     def time(self, model: nn.Module, expected: int) -> TimedCut:
@@ -87,17 +96,20 @@ class TimeTarget:
             model: the cut model.
             expected: nanoseconds that it should take.
         """
-        dense = self._table.dense
+        dense = self._known.dense
         found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, expected=expected / dense)
         self._last = TimedCut(found.ratios[1], dense, self.budget.amount(dense), found.wall[1])
         return self._last
 
-    def foreseen(self, widths: Mapping[UnitKey, int]) -> int:
-        """Return the nanoseconds that the table predicts at ``widths``."""
-        return self._table.at(widths)
+    def foreseen(self, planned: Planned) -> int:
+        """Return the nanoseconds that are predicted of the cut model."""
+        widths = planned.plan.widths()
+        if isinstance(self._known, TimeCurve):
+            return self._known.at(planned.table.flops(widths))
+        return self._known.at(widths)
 
     @property
-    def _table(self) -> TimeTable:
+    def _known(self) -> TimeTable | TimeCurve:
         assert self.times is not None
         return self.times
 
@@ -123,11 +135,29 @@ class TimeTarget:
         def today(kept: TimeTable) -> TimeTable | None:
             dense = self.stopwatch.beside([], seconds=1.0).milliseconds[0]
             kept = replace(kept, dense=round(1e6 * dense))
-            return kept if lowest_time(kept, job) <= self.budget.amount(kept.dense) else None
+            return kept if lowest_time(kept.at, job) <= self.budget.amount(kept.dense) else None
 
         key, log = self._key(job, counted), self.stopwatch.reporter.log
-        self.times = kept_table(key, lambda: self._measured(job, counted), log, today)
-        return self.times
+        table = kept_table(key, lambda: self._measured(job, counted), log, today)
+        self.times = table
+        return table
+
+    def curve(self, job: Job, fewest: CostTable) -> TimeCurve:
+        """Return times by FLOPs: of the dense model, of one that merges all tokens it can, and of that cut.
+
+        Args:
+            job: what is to be cut, where tokens may be merged.
+            fewest: FLOPs with all mergeable tokens merged.
+        """
+        self.stopwatch.start("timing layers")
+        least = {key: widths[0] for key, widths in job.allowed.items()}
+        uncut, narrow = with_all_merged(job.model), with_all_merged(_cut(job.model, job, least))
+        found = self.stopwatch.beside([uncut, narrow], seconds=_WHOLE_SECONDS)
+        flops = job.table.dense, int(fewest.flops({})), int(fewest.flops(least))
+        models = list(zip(flops, found.ratios, strict=True))
+        curve = TimeCurve.through(models, dense=round(1e6 * found.milliseconds[0]))
+        self.times = curve
+        return curve
 
     def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:
         """Everything that the times depend on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from mhacut.commands.prune_latency import AIM, lowest_time
 from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.layer_times import TimeTable
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.options.prune import PruneOptions
 from mhacut.options.targets import TARGETS
 from mhacut.plan import Plan, UnitKey, UnitPlan
@@ -60,7 +61,11 @@ class Reach:
     """Amounts of a model at any widths, for the targets given."""
 
     def __init__(
-        self, options: PruneOptions, loaded: Checkpoint, job: Job, times: TimeTable | None = None
+        self,
+        options: PruneOptions,
+        loaded: Checkpoint,
+        job: Job,
+        times: TimeTable | TimeCurve | None = None,
     ) -> None:
         """Take what is to be pruned.
 
@@ -96,10 +101,10 @@ class Reach:
             dense["size"] = count_bytes(self.loaded.model, self.dtypes)
             costs["size"] = self._file_size(stored.at, least)
         if self.times is not None:
-            dense["max_latency"], costs["max_latency"] = self.times.dense, self.times.at
+            dense["max_latency"], costs["max_latency"] = self.times.dense, self._time(fewest)
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
         if self.times is not None:
-            lowest["max_latency"] = lowest_time(self.times, job)
+            lowest["max_latency"] = lowest_time(costs["max_latency"], job)
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
@@ -107,12 +112,22 @@ class Reach:
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
         if "max_latency" in amounts:
             amounts["max_latency"] = math.ceil(AIM * amounts["max_latency"])
+        curve = self.times if isinstance(self.times, TimeCurve) else None
         storage = [
-            Limit(costs[resource], most, resource)
+            Limit(costs[resource], most, resource, curve if resource == "max_latency" else None)
             for resource, most in amounts.items()
             if resource != "flops" and most < dense[resource]
         ]
         return min(amounts.get("flops", table.dense), table.dense), tuple(storage)
+
+    def _time(self, fewest: CostTable | None) -> Callable[[Mapping[UnitKey, int]], int]:
+        """Return the nanoseconds per batch as a function of widths; if tokens may be merged, all are."""
+        times = self.times
+        if not isinstance(times, TimeCurve):
+            assert times is not None
+            return times.at
+        assert fewest is not None
+        return lambda widths: times.at(fewest.flops(widths))
 
     def _file_size(self, tensors: Any, least: Mapping[UnitKey, int]) -> Any:
         """Return the bytes of the file as a function of widths: tensors, and a header that names channels."""

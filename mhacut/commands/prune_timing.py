@@ -31,7 +31,7 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     target.stopwatch.start("timing")
-    expected = target.foreseen(found.planned.plan.widths())
+    expected = target.foreseen(found.planned)
     timed = target.time(slim, expected)
     return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
 
@@ -55,9 +55,9 @@ def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Co
         found: the model.
         missed: its time.
     """
-    widths, limits = found.planned.plan.widths(), []
+    limits = []
     for asked, limit in zip(inputs.job.storage, found.correction.limits, strict=True):
-        wrong = int(limit.cost(widths)) - missed.nanoseconds
+        wrong = int(found.planned.cost(limit)) - missed.nanoseconds
         limits.append(replace(limit, most=asked.most + wrong) if limit.resource == "max_latency" else limit)
     return replace(found.correction, limits=tuple(limits))
 
@@ -79,7 +79,7 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut) -> Reach
         timed.most / 1e6,
         timed.nanoseconds / 1e6,
         measured={
-            "predicted": target.foreseen(found.planned.plan.widths()) / 1e6,
+            "predicted": target.foreseen(found.planned) / 1e6,
             "dense": timed.dense / 1e6,
             "wall": timed.wall_ms,
             "corrections": found.correction.plans - 1,

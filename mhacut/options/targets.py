@@ -120,16 +120,11 @@ class TargetOptions(Options):
         if scope.endswith("+tokens"):
             expected = f"curves with {option_name('scope', scope)}, which compares merges by the curves"
             require("allocation", allocation, allocation == "curves", expected)
-            if self.flops is None and not self.bounds_loss:
+            if self.flops is None and self.max_latency is None and not self.bounds_loss:
                 raise UsageError(
-                    f"{option_name('scope', scope)}: expected {option_name('flops')}; merging tokens changes "
-                    "neither the number of parameters nor the size of the file"
-                )
-            if self.max_latency is not None:
-                asked = option_name("max_latency", self.max_latency)
-                raise UsageError(
-                    f"{asked}: expected {option_name('scope', scope.removesuffix('+tokens'))}; the time that "
-                    "merging tokens saves cannot be predicted"
+                    f"{option_name('scope', scope)}: expected {option_name('flops')} or "
+                    f"{option_name('max_latency')}; merging tokens changes neither the number of parameters "
+                    "nor the size of the file"
                 )
         for name in set(TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")

@@ -176,7 +176,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> Mer
     @cache
     def choice(index: int) -> MergeChoice | None:
         table = search.table(schedules[index])
-        if lowest_flops(job.allowed, table.flops) > job.budget:
+        if any(lowest_flops(job.allowed, limit.cost) > limit.most for limit in job.limits(table)):
             return None
         widths = job_widths(job, curves, table, exchange=False)
         predicted = divergence_by_cut(total_error(curves, widths))

@@ -57,7 +57,7 @@ class Job:
     """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
     merges, but ``model`` does not merge."""
     storage: Limits = ()
-    """Limits on parameters and bytes."""
+    """Limits on parameters, bytes and time."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
 
@@ -85,7 +85,8 @@ class Job:
         """Return the limits on widths; that of FLOPs, by ``table`` or the job's own, unless it is slack."""
         table = table or self.table
         flops = Limit(table.flops, self.budget)
-        return self.storage if self.storage and flops.holds({}) else (flops, *self.storage)
+        others = tuple(limit.with_merges(table.flops) for limit in self.storage)
+        return others if others and flops.holds({}) else (flops, *others)
 
     @property
     def fisher_options(self) -> FisherOptions:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mhacut.budget import Resource
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import UnitKey
 
 
@@ -17,6 +18,16 @@ class Limit:
     """Cost of the model at given widths."""
     most: int
     resource: Resource = "flops"
+    curve: TimeCurve | None = None
+    """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
+
+    def with_merges(self, flops: Callable[[Mapping[UnitKey, int]], int]) -> Limit:
+        """Return the same limit on the widths of a model whose merges are decided.
+
+        Args:
+            flops: of that model, at given widths.
+        """
+        return self if self.curve is None else Limit(flops, self.curve.flops(self.most), self.resource)
 
     def holds(self, widths: Mapping[UnitKey, int]) -> bool:
         return self.cost(widths) <= self.most

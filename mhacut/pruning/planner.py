@@ -21,6 +21,7 @@ from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, Start, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import costs_of_constraints, job_widths
+from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
 from mhacut.surgery.costs import CostTable
@@ -56,6 +57,11 @@ class Planned:
         """The plan as the slim file states it."""
         tokens = TokenPlan(self.ready.plan.tokens.read, self.merged)
         return Plan(self.ready.plan.units, tokens)
+
+    def cost(self, limit: Limit) -> int:
+        """Return what the cut model is expected to cost of what ``limit`` bounds."""
+        widths = self.plan.widths()
+        return limit.cost(widths) if limit.curve is None else limit.curve.at(self.table.flops(widths))
 
     def without_model(self) -> Planned:
         """Return the same without its model, whose dense weights are no longer needed after the cut."""
