@@ -68,6 +68,7 @@ def kept(kept_once, tmp_path):
     return Path(shutil.copy(kept_once, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path):
     plain = prune(tiny_vit, tmp_path / "plain.safetensors")
     reporter, before = Recorder(), kept.read_bytes()

@@ -89,6 +89,7 @@ def test_a_budget_out_of_reach_is_refused_before_the_work(model, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("left", "said"), [(0.1, True), (0.6, False)])
 def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
     model, tmp_path, monkeypatch, left, said

@@ -15,6 +15,7 @@ from torch import nn
 from helpers.models import ModelCase
 from helpers.threads import on_a_short_stack
 from mhacut.commands.models import build_weightless
+from mhacut.errors import UnsupportedModelError
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops, weightless
@@ -39,9 +40,18 @@ SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_siz
 @pytest.mark.parametrize("architecture", REPRESENTATIVES)
 @on_a_short_stack
 def test_no_architecture_fails(architecture):
-    outcome = trial.examine(architecture, count=lambda model: classes_of(model) not in small_models())
+    if has_small_model(architecture):
+        pytest.skip("small models of the same classes are pruned, file to file, in properties/")
+    outcome = trial.examine(architecture)
     assert outcome.failures == []
     assert outcome.flops is None or outcome.flops[1] < outcome.flops[0]
+
+
+def has_small_model(architecture: str) -> bool:
+    try:
+        return classes_of(build_weightless(architecture)) in small_models()
+    except UnsupportedModelError:
+        return False
 
 
 def classes_of(model: nn.Module) -> tuple[str, frozenset[str]]:
@@ -52,7 +62,7 @@ def classes_of(model: nn.Module) -> tuple[str, frozenset[str]]:
 
 @cache
 def small_models() -> set[tuple[str, frozenset[str]]]:
-    """Classes of the models whose FLOPs ``properties/test_costs.py`` and ``test_files.py`` compare."""
+    """Classes of the models that ``properties/`` prunes."""
     with torch.device("meta"):
         return {classes_of(case.create()) for case in CASES.values() if isinstance(case, ModelCase)}
 

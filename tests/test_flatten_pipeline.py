@@ -315,6 +315,7 @@ def test_from_file_to_file_and_again(name, tmp_path):
     assert timm.data.resolve_data_config(model=again)["input_size"] == (3, 64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["curves", pytest.param("indicator", marks=pytest.mark.slow)])
 def test_positions_as_asked_and_on_record(allocation, tmp_path):
     path, given = checkpoint(DEIT, tmp_path)

@@ -62,8 +62,8 @@ def test_the_file_is_named_after_the_architecture(tiny_vit, tmp_path, monkeypatc
     [
         ("vit_tiny_patch16_224", {"img_size": 32, "num_classes": 3}),
         ("vit_tiny_patch16_224", {"img_size": (32, 48), "num_classes": 0}),
-        ("swin_tiny_patch4_window7_224", {"img_size": 112}),
-        ("flatten_deit_tiny", {"num_classes": 4}),
+        pytest.param("swin_tiny_patch4_window7_224", {"img_size": 112}, marks=pytest.mark.slow),
+        pytest.param("flatten_deit_tiny", {"num_classes": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_classes_and_image_size_are_read_off_the_module(architecture, args):
@@ -99,6 +99,7 @@ def test_what_cannot_be_built_again_is_refused(slim_of):
         rebuilt_module(timm.create_model("vit_tiny_patch16_224", **TINY), ModelHints(num_classes=9))
 
 
+@pytest.mark.slow
 def test_a_module_is_as_accurate_as_its_file(few_digits):
     data = {"data_dir": few_digits}
     expected = mhacut.evaluate(DIGITS / "model", **data)

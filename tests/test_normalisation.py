@@ -220,6 +220,7 @@ def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):
     assert origins(tmp_path / "run" / "last.safetensors")[0].origins["std"] == "assumed"
 
 
+@pytest.mark.slow
 def test_a_flag_or_no_labels_ask_no_question(tiny_vit, photos, always_better):
     begun = ["prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *FAST]
     given = ["--data-dir", photos, "--workers", "0", "--mean", "0.5"]

@@ -67,6 +67,7 @@ def test_prune_writes_what_load_model_opens(pruned):
     assert record["preprocessing"]["input_size"] == [3, 32, 32]
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same_model(programs, pruned, tmp_path):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x.safetensors")

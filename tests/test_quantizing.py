@@ -75,6 +75,7 @@ def stored(result: ExportResult) -> dict[str, np.ndarray]:
     return {one.name: onnx.numpy_helper.to_array(one) for one in initializers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamic", "static"])
 def test_weights_are_the_model_s_to_half_a_step_of_each_output_channel(method, exported, slim_of):
     tensors = stored(exported(method))

@@ -483,6 +483,7 @@ def test_repair_is_never_worse_than_removing_where_it_was_not_fitted(case):
     assert all(unit.error <= 1 + 1e-9 for unit in report.values())
 
 
+@pytest.mark.slow
 def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
     digits = Path(__file__).parent.parent / "examples" / "digits"
     loaded = read_model(digits / "model")

@@ -105,6 +105,7 @@ def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     assert entry["targets"][0]["target"] == "max_kl"
 
 
+@pytest.mark.slow
 def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
     images, checkpoint = digits_vit
     reporter = Recorder()
@@ -207,6 +208,7 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
     assert not {"calibrating", "measuring error curves", "reading"} & results[1].seconds.keys()
 
 
+@pytest.mark.slow
 def test_more_budgets_hold_no_more_weights_of_the_dense_shape(tiny_vit, tmp_path, monkeypatch):
     made = []
 

@@ -275,6 +275,7 @@ def test_infeasible_targets_are_refused_with_the_nearest(tiny_vit, tmp_path, opt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["params", "size"])
 def test_the_lowest_target_that_is_named_works(tiny_vit, tmp_path, name):
     with pytest.raises(BudgetError) as refusal:
@@ -284,6 +285,7 @@ def test_the_lowest_target_that_is_named_works(tiny_vit, tmp_path, name):
         assert result.targets[0].reached <= result.targets[0].most
 
 
+@pytest.mark.slow
 def test_targets_are_printed(tiny_vit, tmp_path):
     out = tmp_path / "slim.safetensors"
     arguments = ["--flops", "70%", "--params", "60%", "--size", "200KB", "-o", out, *FAST]
@@ -297,6 +299,7 @@ def test_targets_are_printed(tiny_vit, tmp_path):
     assert re.search(r"^--size 200KB: \S+KB of at most 200KB$", result.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_history_and_report_state_targets(tiny_vit, tmp_path):
     page = tmp_path / "run.html"
     result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", params="60%", report=page)

@@ -254,6 +254,7 @@ def test_a_bare_file_has_no_license_and_no_tag_but_what_is_given(tiny_vit, tmp_p
     assert "tag" not in config["pretrained_cfg"]
 
 
+@pytest.mark.slow
 def test_the_card_states_accuracy_where_it_is_known(tiny_vit, tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path / split, map(str, range(7)), per_class=2)

@@ -137,6 +137,7 @@ next(batches)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_stops_reading_half_way_ends(programs):
     ended = programs.run(READING.format(then=""))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -165,6 +166,7 @@ def test_processes_end_with_a_program_that_a_signal_to_all_of_them_ends(programs
                 os.killpg(running.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
 def test_a_child_that_exits_leaves_the_processes_to_its_parent(programs):
     forking = """

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,16 +83,12 @@ def reason_of(not_prunable: str) -> str:
     return re.sub(r"^\S+ \(", "(", re.sub(r" \(\S+\)$| \(\d+ layers[^)]*\)$", "", not_prunable))
 
 
-def examine(
-    architecture: str, tags: Sequence[str] = (), *, count: Callable[[nn.Module], bool] = lambda model: True
-) -> Outcome:
+def examine(architecture: str, tags: Sequence[str] = ()) -> Outcome:
     """Cut ``architecture`` in every way that needs no weights; what goes wrong is in the outcome.
 
     Args:
         architecture: timm's name.
         tags: of timm's pretrained weights, for the outcome.
-        count: whether to compare the FLOPs that fvcore counts with those promised, which takes two thirds
-            of the time, too; asked with the dense model.
     """
     outcome = Outcome(architecture, tuple(tags))
     began = time.perf_counter()
@@ -103,7 +99,7 @@ def examine(
         outcome.parameters = count_parameters(model)
         outcome.entry = entry_of(architecture, model, outcome.tags)
         if outcome.entry.refusal is None:
-            _examine_cut(outcome, model, count)
+            _examine_cut(outcome, model)
         elif not outcome.entry.transformer:
             _examine_without_attention(outcome, model)
     outcome.seconds = time.perf_counter() - began
@@ -128,7 +124,7 @@ def half_plan(prunable: PrunableLayers, seed: int) -> Plan:
     return Plan(tuple(units))
 
 
-def _examine_cut(outcome: Outcome, model: nn.Module, count: Callable[[nn.Module], bool]) -> None:
+def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
     prunable = find_prunable_layers(model)
     outcome.mlps = _classes(model, prunable, "mlp")
     for layer in prunable.layers:
@@ -159,8 +155,7 @@ def _examine_cut(outcome: Outcome, model: nn.Module, count: Callable[[nn.Module]
         _check_narrower(outcome, model, slim, prunable, plan)
         with _told(outcome, "forward and FLOPs"):
             ran = _check_run(outcome, model, slim, prunable)
-            if count(model):
-                _check_flops(outcome, *ran, prunable, plan)
+            _check_flops(outcome, *ran, prunable, plan)
         with _told(outcome, "the file"):
             _check_file(outcome, model, slim, plan)
 

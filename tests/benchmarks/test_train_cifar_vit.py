@@ -31,6 +31,7 @@ def train_flags(images: Path, output: Path) -> list[str]:
     return [*flags.split(), "--save-every", "1", "--lr", "1e-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_training_ends_with_the_bytes_of_one_that_was_not(
     train, images, tmp_path, monkeypatch, optimizer

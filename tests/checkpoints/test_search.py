@@ -220,6 +220,7 @@ def test_an_argument_that_is_given_is_not_inferred():
     assert found.identity.model_args["depth"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ["blocks." + "9" * 5000 + ".x", "blocks.9.x", "", "blocks.0.\n x"])
 def test_odd_names_do_no_harm(odd):
     header = header_of(build(VIT, depth=1))

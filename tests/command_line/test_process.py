@@ -141,6 +141,7 @@ def test_no_command_is_a_usage_error():
     assert "Missing command" in result.stderr
 
 
+@pytest.mark.slow
 def test_broken_pipe_ends_quietly(programs, slim):
     program = programs.start(MAIN, "inspect", slim, "-q")
     program.stdout.close()
@@ -206,6 +207,7 @@ def test_interrupts_before_and_after_the_work_are_quiet(programs, when, printed)
     assert bool(done.stdout) == printed
 
 
+@pytest.mark.slow
 def test_interrupts_as_an_object_is_deleted_are_not_shown(programs, slim):
     done = programs.run(DELETED.format(error="KeyboardInterrupt") + MAIN, "inspect", slim, "-q")
     assert (done.returncode, done.stderr) == (0, "")

@@ -83,6 +83,7 @@ def test_the_result_is_a_slim_file_with_a_longer_history(tune, slim):
     assert "step 2: finetune, 6 steps of 12 images, no teacher, seed 42" in shown.stdout
 
 
+@pytest.mark.slow
 def test_features_are_matched_block_by_block(tune, tiny_vit):
     """With the weight on features alone, block outputs approach the teacher's."""
     result = tune(teacher=tiny_vit.path, label_weight=0, feature_weight=1.0, epochs=8, lr=3e-3, aug=False)
@@ -148,6 +149,7 @@ def test_every_step_starts_the_random_numbers_of_the_gpu_too(tune, monkeypatch):
     assert len(set(seeds)) == 2
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(tune):
     """Mixing included: a step's images are mixed alike however they are shared out."""
     mixed = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.5}

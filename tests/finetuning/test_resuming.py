@@ -222,6 +222,7 @@ def test_a_place_that_takes_no_run_is_found_before_the_work(tune, monkeypatch):
         tune(output="/proc/new/run")
 
 
+@pytest.mark.slow
 def test_another_model_or_other_data_are_refused_by_name(tune, slim, images, tiny_vit, tmp_path, monkeypatch):
     result = tune()
     fewer = tmp_path / "fewer"

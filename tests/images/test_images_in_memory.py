@@ -222,6 +222,7 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     assert "saved &lt;b&gt;" in hostile
 
 
+@pytest.mark.slow
 def test_without_labels_no_accuracy_is_measured(digits):
     images, labels = digits
     for given_images, more, reason in (
@@ -250,6 +251,7 @@ def test_images_are_given_once(digits, few_digits):
             verb(DIGITS / "model", images=digits, data_dir=few_digits, **more)
 
 
+@pytest.mark.slow
 def test_options_of_folders_have_no_effect(digits):
     recorder = Recorder()
     options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 8}

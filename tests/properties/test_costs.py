@@ -140,6 +140,7 @@ def test_the_cost_table_is_what_fvcore_counts_on_uneven_images(name):
         assert_the_table_is_what_fvcore_counts(*made, seed=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stated", ["as an argument", pytest.param("by its folder", marks=pytest.mark.slow)])
 def test_twins_are_pruned_on_images_that_are_no_multiples_of_their_windows(stated, tmp_path):
     args = {"depths": [1, 1, 1, 1], "embed_dims": [16, 24, 32, 32], "num_heads": [1, 2, 4, 4]}

@@ -199,9 +199,7 @@ CASES: Cases = {
             64,
             fast=True,
         ),
-        "pooled": ModelCase(
-            "pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}, 64, fast=True
-        ),
+        "pooled": ModelCase("pvt_v2_b2_li", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}, 64),
     },
     MultiQueryAttention2d: {
         "": LayerCase(lambda: MultiQueryAttention2d(12, num_heads=3, use_bias=True), tokens=False),
