@@ -29,6 +29,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ["OMP_NUM_THREADS"] = str(share)
 
 
+LONG = {"test_docs.py", "test_notebook.py", "test_walkthroughs.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests: at the end, one worker would run them while the other waits."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_stacks() -> None:
     """Let fvcore trace models in threads."""
