@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune_files as commands
 from mhacut.errors import MhacutError, UnsupportedModelError
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.pruning import choose_merges
 from mhacut.pruning.choose_merges import MergeSearch
+from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, most_merged
 from mhacut.surgery.flops import measure_flops
 
@@ -161,3 +165,25 @@ def test_a_vit_of_one_block_is_refused(tmp_path):
             scope="attention+mlp+tokens",
             model_args={"depth": 1, "embed_dim": 48, "num_heads": 3},
         )
+
+
+def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model, monkeypatch):
+    monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
+    job = job_of(model, image(VIT, batch=2), share=1.0)
+    search = MergeSearch(job, None)
+    # No model without merges meets half the time, however narrow; those that merge take the time of their
+    # FLOPs.
+    dense, most = job.table.dense, search.table(search.schedules[-1])
+    curve = TimeCurve.through([(1, 0.6), (dense, 1.0)], [(1, 1 / dense), (dense, 1.0)], 10**6)
+    timed = replace(job, storage=(Limit(lambda widths: 0, 500_000, "max_latency", curve),))
+    curves = {
+        unit.key: {width: (1 - width / unit.width) ** 2 for width in job.choices[unit.key]}
+        for unit in job.units
+    }
+    choice = search.choose(timed, curves)
+    assert any(choice.merged)
+    assert 0.4 * dense < choice.table.flops(choice.widths) <= 0.5 * dense
+    least = {key: widths[0] for key, widths in job.allowed.items()}
+    late = replace(job, storage=(Limit(lambda widths: 0, 1, "max_latency", curve),))
+    assert search.choose(late, curves).widths == least
+    assert search.choose(late, curves).table.flops(least) == most.flops(least)

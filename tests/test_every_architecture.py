@@ -1,4 +1,7 @@
-"""One architecture of every kind that timm has is cut on paper, and what checks that sees what is wrong."""
+"""Every kind of architecture that timm has is cut on paper, and what checks that sees what is wrong.
+
+One of each kind, but for those that a small model in ``properties/`` is like: that is pruned with weights.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_siz
 @on_a_short_stack
 def test_no_architecture_fails(architecture):
     if has_small_model(architecture):
-        pytest.skip("small models of the same classes are pruned, file to file, in properties/")
+        pytest.skip("a small model of the same classes is pruned, from file to file, in properties/")
     outcome = trial.examine(architecture)
     assert outcome.failures == []
     assert outcome.flops is None or outcome.flops[1] < outcome.flops[0]
@@ -54,14 +57,21 @@ def has_small_model(architecture: str) -> bool:
         return False
 
 
-def classes_of(model: nn.Module) -> tuple[str, frozenset[str]]:
-    """Names of the class of ``model`` and of those of its layers that are cut."""
-    layers = find_prunable_layers(model).layers
-    return type(model).__name__, frozenset(type(model.get_submodule(one.name)).__name__ for one in layers)
+def classes_of(model: nn.Module) -> tuple[str, frozenset[object]]:
+    """Class of ``model``, and of its layers with what of them is cut, and why something is not."""
+    layers = (
+        (
+            type(model.get_submodule(layer.name)).__name__,
+            frozenset((unit.kind, unit.sharing, unit.mixing) for unit in layer.units),
+            frozenset(layer.not_prunable.items()),
+        )
+        for layer in find_prunable_layers(model).layers
+    )
+    return type(model).__name__, frozenset(layers)
 
 
 @cache
-def small_models() -> set[tuple[str, frozenset[str]]]:
+def small_models() -> set[tuple[str, frozenset[object]]]:
     """Classes of the models that ``properties/`` prunes."""
     with torch.device("meta"):
         return {classes_of(case.create()) for case in CASES.values() if isinstance(case, ModelCase)}

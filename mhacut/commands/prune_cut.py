@@ -38,6 +38,8 @@ PROBED = 4
 _ROUNDS = 1 + CORRECTIONS
 """Largest number of plans for one file with budgets of storage or time: the exact size is known only after
 the cut, and the time only after a run."""
+_USED = 0.9
+"""Fraction of a time that is used up if tokens may be merged: their times are predicted less well."""
 _SPARE = 600
 """Bytes reserved in a file's header for results known at the end: accuracy, and the targets reached."""
 _SPARE_OF_TIME = 500
@@ -116,9 +118,11 @@ def _cut_within(
         limits, missed, used = [], [], True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim, asked)
-            wrong = int(planned.cost(limit)) - stored
+            wrong = planned.cost(limit) - stored
             missed += [asked] if stored > most else []
             used &= plans > 1 or limit.most + wrong < asked.most / NEAR
+            if asked.curve is not None and planned.cost(limit) > NEAR * limit.most:  # it is what decides
+                used &= stored > _USED * most
             limits.append(replace(limit, most=asked.most + wrong))
         never &= {limit.resource for limit in missed}
         if not missed:

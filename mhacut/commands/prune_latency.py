@@ -103,10 +103,7 @@ class TimeTarget:
 
     def foreseen(self, planned: Planned) -> int:
         """Return the nanoseconds that are predicted of the cut model."""
-        widths = planned.plan.widths()
-        if isinstance(self._known, TimeCurve):
-            return self._known.at(planned.table.flops(widths))
-        return self._known.at(widths)
+        return planned.time(self._known)
 
     @property
     def _known(self) -> TimeTable | TimeCurve:
@@ -143,7 +140,7 @@ class TimeTarget:
         return table
 
     def curve(self, job: Job, fewest: CostTable) -> TimeCurve:
-        """Return times by FLOPs: of the dense model, of one that merges all tokens it can, and of that cut.
+        """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
 
         Args:
             job: what is to be cut, where tokens may be merged.
@@ -151,11 +148,13 @@ class TimeTarget:
         """
         self.stopwatch.start("timing layers")
         least = {key: widths[0] for key, widths in job.allowed.items()}
-        uncut, narrow = with_all_merged(job.model), with_all_merged(_cut(job.model, job, least))
-        found = self.stopwatch.beside([uncut, narrow], seconds=_WHOLE_SECONDS)
-        flops = job.table.dense, int(fewest.flops({})), int(fewest.flops(least))
-        models = list(zip(flops, found.ratios, strict=True))
-        curve = TimeCurve.through(models, dense=round(1e6 * found.milliseconds[0]))
+        alone = [job.model, _cut(job.model, job, least)]
+        found = self.stopwatch.beside([*alone, *map(with_all_merged, alone)], seconds=_WHOLE_SECONDS)
+        flops = [int(table.flops(widths)) for table in (job.table, fewest) for widths in ({}, least)]
+        models = list(zip(flops, found.ratios[1:], strict=True))
+        dense = round(1e6 * found.milliseconds[0])
+        cut = [model for model in models[:2] if model[0] < job.table.dense]
+        curve = TimeCurve.through([*cut, (job.table.dense, 1.0)], models[2:], dense)
         self.times = curve
         return curve
 

@@ -121,13 +121,14 @@ class Reach:
         return min(amounts.get("flops", table.dense), table.dense), tuple(storage)
 
     def _time(self, fewest: CostTable | None) -> Callable[[Mapping[UnitKey, int]], int]:
-        """Return the nanoseconds per batch as a function of widths; if tokens may be merged, all are."""
+        """Return the nanoseconds per batch at widths; if tokens may be merged, with all of them or none."""
         times = self.times
         if not isinstance(times, TimeCurve):
             assert times is not None
             return times.at
         assert fewest is not None
-        return lambda widths: times.at(fewest.flops(widths))
+        tables = ((self.job.table, False), (fewest, True))
+        return lambda widths: min(times.at(int(t.flops(widths)), merges=merges) for t, merges in tables)
 
     def _file_size(self, tensors: Any, least: Mapping[UnitKey, int]) -> Any:
         """Return the bytes of the file as a function of widths: tensors, and a header that names channels."""

@@ -57,7 +57,7 @@ def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Co
     """
     limits = []
     for asked, limit in zip(inputs.job.storage, found.correction.limits, strict=True):
-        wrong = int(found.planned.cost(limit)) - missed.nanoseconds
+        wrong = found.planned.cost(limit) - missed.nanoseconds
         limits.append(replace(limit, most=asked.most + wrong) if limit.resource == "max_latency" else limit)
     return replace(found.correction, limits=tuple(limits))
 

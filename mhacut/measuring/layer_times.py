@@ -61,7 +61,7 @@ class LayerTimes:
             return apart
         q, v = (widths[kind] for kind in _PAIR)
         rest = self._apart({**widths, **{kind: self.dense.widths[kind] for kind in _PAIR}})
-        narrowest = rest + between(equal, min(q, v)) - self.dense.share
+        narrowest = rest + _between(equal, min(q, v)) - self.dense.share
         return narrowest if q == v else max(apart, narrowest)
 
     def _apart(self, widths: Mapping[str, int]) -> float:
@@ -69,7 +69,7 @@ class LayerTimes:
         for kind, width in widths.items():
             curve = self._curve((kind,))
             if curve is not None:
-                time += between(curve, width) - self.dense.share
+                time += _between(curve, width) - self.dense.share
         return max(time, 0.0)
 
     def _curve(self, kinds: tuple[str, ...]) -> list[tuple[float, float]] | None:
@@ -83,10 +83,10 @@ class LayerTimes:
             for point in self.others
             if rest.items() <= point.widths.items() and len({point.widths[kind] for kind in kinds}) == 1
         ]
-        return rising([*found, (whole[kinds[0]], self.dense.share)]) if found else None
+        return _rising([*found, (whole[kinds[0]], self.dense.share)]) if found else None
 
 
-def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return points in the order of their first number, with the second made to rise.
 
     If noise makes it fall, it is set between the largest before and the least after.
@@ -97,7 +97,7 @@ def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(width, (high + low) / 2) for width, high, low in zip(widths, above, below, strict=True)]
 
 
-def between(points: Sequence[tuple[float, float]], at: float) -> float:
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
     """Return the second number on the line between the neighbours of ``at``, or on the nearest line."""
     if len(points) == 1:
         return points[0][1]
@@ -127,7 +127,7 @@ class TimeTable:
         """Return the nanoseconds per batch at ``widths``, by layer and kind; others stay whole."""
         saved = self.saved_by_layers(widths)
         if self.anchors:
-            saved = between(rising([(0.0, 0.0), *self.anchors]), saved)
+            saved = _between(_rising([(0.0, 0.0), *self.anchors]), saved)
         return round(self.dense * max(self.whole - saved, 0.0))
 
     def saved_by_layers(self, widths: Mapping[Any, int]) -> float:

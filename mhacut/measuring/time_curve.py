@@ -5,41 +5,72 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mhacut.measuring.layer_times import between, rising
+Line = tuple[tuple[int, float], ...]
+"""FLOPs and time of a few models, relative to the dense model's time; both rise."""
 
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """Times of a few measured models, and between them a line.
+    """Times of a few measured models, and lines between them.
 
     Merged tokens make every layer faster, so times of single layers at their dense number of tokens, as
-    :class:`mhacut.measuring.layer_times.TimeTable` has them, do not add up. FLOPs count both.
+    :class:`mhacut.measuring.layer_times.TimeTable` has them, do not add up. FLOPs count both. They do not
+    count what matching tokens takes, so models that merge have a line of their own.
     """
 
-    points: tuple[tuple[int, float], ...]
-    """FLOPs and time of each model, relative to the dense model's time; the dense model is one of them."""
+    cut: Line
+    """Through models that merge no tokens, the dense one among them."""
+    merged: Line
+    """Through models that merge tokens."""
     dense: int
     """Nanoseconds per batch of the dense model."""
 
     @classmethod
-    def through(cls, models: Sequence[tuple[int, float]], dense: int) -> TimeCurve:
-        """Return the curve through models, whose times are made to rise with their FLOPs.
+    def through(
+        cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
+    ) -> TimeCurve:
+        """Return the curve through models; one that is faster than another of fewer FLOPs replaces it.
 
         Args:
-            models: FLOPs and relative time of each; the dense model among them.
+            cut: FLOPs and relative time of models that merge no tokens, the dense model among them.
+            merged: of models that merge tokens.
             dense: nanoseconds per batch of the dense model.
         """
-        return cls(tuple((int(flops), share) for flops, share in rising(models)), dense)
+        return cls(_rising(cut), _rising(merged), dense)
 
-    def at(self, flops: int) -> int:
+    def at(self, flops: int, *, merges: bool) -> int:
         """Return the nanoseconds per batch that a model of so many FLOPs is expected to take."""
-        return max(round(self.dense * between(self.points, flops)), 0)
+        line = self.merged if merges else self.cut
+        if len(line) == 1:
+            return round(self.dense * line[0][1])
+        (x0, y0), (x1, y1) = _part(line, sum(x < flops for x, _ in line))
+        return max(round(self.dense * _on_line((x0, y0), (x1, y1), flops)), 0)
 
-    def flops(self, nanoseconds: int) -> int:
-        """Return the most FLOPs that are expected to take no longer, within those of the models measured."""
-        share = nanoseconds / self.dense
-        within = [flops for flops, time in self.points if time <= share]
-        if not within or len(within) == len(self.points):
-            return within[-1] if within else self.points[0][0]
-        (low, before), (high, after) = self.points[len(within) - 1 : len(within) + 1]
-        return low + int((high - low) * (share - before) / (after - before))
+    def flops(self, nanoseconds: int, *, merges: bool) -> int:
+        """Return the most FLOPs that are expected to take no longer; below 0 if none are."""
+        share, line = nanoseconds / self.dense, self.merged if merges else self.cut
+        if len(line) == 1:
+            return line[0][0] if line[0][1] <= share else -1
+        (x0, y0), (x1, y1) = _part(line, sum(y <= share for _, y in line))
+        return int(_on_line((y0, x0), (y1, x1), share))
+
+
+def _rising(models: Sequence[tuple[int, float]]) -> Line:
+    found: list[tuple[int, float]] = []
+    for flops, share in sorted(models):
+        while found and found[-1][1] >= share:
+            found.pop()
+        if not found or flops > found[-1][0]:
+            found.append((flops, share))
+    return tuple(found)
+
+
+def _part(line: Line, place: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the neighbours before and at ``place``, or the nearest two."""
+    high = min(max(place, 1), len(line) - 1)
+    return line[high - 1], line[high]
+
+
+def _on_line(one: tuple[float, float], other: tuple[float, float], at: float) -> float:
+    (x0, y0), (x1, y1) = one, other
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)

@@ -196,9 +196,27 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> Mer
             low = left + 1
         else:
             high = right - 1 if right > left + 1 else right
-    found = [each for each in map(choice, range(low, high + 1)) if each is not None]
+    # No merges are no part of the valley where merging takes time that its FLOPs do not show.
+    found = [each for each in map(choice, {0, *range(low, high + 1)}) if each is not None]
+    if not found:
+        return _least(job, curves, search)
     best = min(found, key=lambda each: each.predicted)
     return replace(best, widths=job_widths(job, curves, best.table))
+
+
+def _least(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
+    """Return the narrowest layers, with the merges that miss the limits least: no choice keeps them."""
+
+    def excess(schedule: Schedule) -> int:
+        limits = job.limits(search.table(schedule))
+        return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in limits)
+
+    schedule = min((search.schedules[0], search.schedules[-1]), key=excess)
+    widths = {key: choices[0] for key, choices in job.allowed.items()}
+    predicted = divergence_by_cut(total_error(curves, widths))
+    if schedule:
+        predicted += search.law.divergence(schedule, search.tokens)
+    return MergeChoice(schedule, search.table(schedule), widths, predicted)
 
 
 def described(choice: MergeChoice) -> str:

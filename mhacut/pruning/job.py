@@ -83,9 +83,10 @@ class Job:
 
     def limits(self, table: CostTable | None = None) -> Limits:
         """Return the limits on widths; that of FLOPs, by ``table`` or the job's own, unless it is slack."""
+        merges = table is not None and table is not self.table
         table = table or self.table
         flops = Limit(table.flops, self.budget)
-        others = tuple(limit.with_merges(table.flops) for limit in self.storage)
+        others = tuple(limit.decided(table.flops, merges=merges) for limit in self.storage)
         return others if others and flops.holds({}) else (flops, *others)
 
     @property

@@ -21,13 +21,16 @@ class Limit:
     curve: TimeCurve | None = None
     """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
 
-    def with_merges(self, flops: Callable[[Mapping[UnitKey, int]], int]) -> Limit:
+    def decided(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
         """Return the same limit on the widths of a model whose merges are decided.
 
         Args:
             flops: of that model, at given widths.
+            merges: whether it merges tokens.
         """
-        return self if self.curve is None else Limit(flops, self.curve.flops(self.most), self.resource)
+        if self.curve is None:
+            return self
+        return Limit(flops, self.curve.flops(self.most, merges=merges), self.resource)
 
     def holds(self, widths: Mapping[UnitKey, int]) -> bool:
         return self.cost(widths) <= self.most

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.linalg.indicator import THRESHOLD
+from mhacut.measuring.layer_times import TimeTable
+from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
@@ -59,9 +61,15 @@ class Planned:
         return Plan(self.ready.plan.units, tokens)
 
     def cost(self, limit: Limit) -> int:
-        """Return what the cut model is expected to cost of what ``limit`` bounds."""
+        """Return the amount that the cut model is expected to have of what ``limit`` bounds."""
+        return int(limit.cost(self.plan.widths())) if limit.curve is None else self.time(limit.curve)
+
+    def time(self, times: TimeTable | TimeCurve) -> int:
+        """Return the nanoseconds per batch that the cut model is expected to take."""
         widths = self.plan.widths()
-        return limit.cost(widths) if limit.curve is None else limit.curve.at(self.table.flops(widths))
+        if isinstance(times, TimeTable):
+            return times.at(widths)
+        return times.at(int(self.table.flops(widths)), merges=any(self.merged))
 
     def without_model(self) -> Planned:
         """Return the same without its model, whose dense weights are no longer needed after the cut."""

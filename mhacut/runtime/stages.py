@@ -9,7 +9,7 @@ from dataclasses import dataclass
 STAGES: Mapping[str, str] = {
     "starting": "importing torch and timm",
     "reading": "the checkpoint, and finding what of it can be cut",
-    "timing layers": "or models, where tokens may be merged, at a few widths; for a budget of time",
+    "timing layers": "of each shape; of whole models if tokens may be merged; for a budget of time",
     "loading images": "to calibrate on",
     "checking the preprocessing": "whether another usual normalisation is clearly more accurate",
     "evaluating": "accuracy on labelled images",
