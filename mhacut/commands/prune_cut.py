@@ -38,8 +38,8 @@ PROBED = 4
 _ROUNDS = 1 + CORRECTIONS
 """Largest number of plans for one file with budgets of storage or time: the exact size is known only after
 the cut, and the time only after a run."""
-_USED = 0.9
-"""Fraction of a time that is used up if tokens may be merged: their times are predicted less well."""
+_USED = 0.93
+"""Fraction of a time above which it counts as used up if tokens may be merged."""
 _SPARE = 600
 """Bytes reserved in a file's header for results known at the end: accuracy, and the targets reached."""
 _SPARE_OF_TIME = 500
@@ -117,21 +117,23 @@ def _cut_within(
         cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
         limits, missed, used = [], [], True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
-            stored, most = _stored(inputs, planned, slim, asked)
-            wrong = planned.cost(limit) - stored
+            stored, most = _stored(inputs, planned, slim, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
-            used &= plans > 1 or limit.most + wrong < asked.most / NEAR
-            if asked.curve is not None and planned.cost(limit) > NEAR * limit.most:  # it is what decides
+            limits.append(planned.corrected(limit, asked, stored))
+            if limit.curve is None:
+                used &= plans > 1 or limits[-1].most < asked.most / NEAR
+            elif planned.cost(limit) > NEAR * limit.most:  # else another limit decides
                 used &= stored > _USED * most
-            limits.append(replace(limit, most=asked.most + wrong))
         never &= {limit.resource for limit in missed}
         if not missed:
             fits.append((slim, planned, limits))
             if used:
                 break
+        if inputs.time_target is not None and plans < _ROUNDS:
+            inputs.stopwatch.reporter.log(inputs.time_target.told())
         job = replace(job, storage=tuple(limits))
     if fits:  # of two, the first used too little, but so may the second
-        best = max(fits, key=lambda found: found[1].table.flops(found[1].plan.widths()))
+        best = max(fits, key=lambda found: found[1].flops)
         return *best[:2], Correction(plans, best[2])
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
@@ -143,11 +145,13 @@ def _cut_within(
     )
 
 
-def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> tuple[int, int]:
+def _stored(
+    inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit, expected: int
+) -> tuple[int, int]:
     """Return the parameters, bytes or nanoseconds that the cut model has, and the most that it may have."""
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
-        expected = inputs.time_target.foreseen(planned)
+        inputs.stopwatch.start("timing")
         timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected)
         return timed.nanoseconds, timed.most
     if limit.resource == "params":

@@ -110,6 +110,17 @@ class TimeTarget:
         assert self.times is not None
         return self.times
 
+    @property
+    def last(self) -> int:
+        """Nanoseconds of the cut model that was timed last; 0 before the first."""
+        return 0 if self._last is None else self._last.nanoseconds
+
+    def told(self) -> str:
+        """Return the line about a cut model that another plan follows."""
+        assert self._last is not None
+        found, most = (format_amount(amount, "max_latency") for amount in (self.last, self._last.most))
+        return f"this plan takes {found} of at most {most}: another is made"
+
     def missed(self) -> BudgetError:
         """Return the error that states by how much the budget was missed last."""
         assert self._last is not None

@@ -31,7 +31,7 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     target.stopwatch.start("timing")
-    expected = target.foreseen(found.planned)
+    expected = target.last or target.foreseen(found.planned)
     timed = target.time(slim, expected)
     return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
 
@@ -57,8 +57,8 @@ def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Co
     """
     limits = []
     for asked, limit in zip(inputs.job.storage, found.correction.limits, strict=True):
-        wrong = found.planned.cost(limit) - missed.nanoseconds
-        limits.append(replace(limit, most=asked.most + wrong) if limit.resource == "max_latency" else limit)
+        late = limit.resource == "max_latency"
+        limits.append(found.planned.corrected(limit, asked, missed.nanoseconds) if late else limit)
     return replace(found.correction, limits=tuple(limits))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Line = tuple[tuple[int, float], ...]
 """FLOPs and time of a few models, relative to the dense model's time; both rise."""
@@ -24,6 +24,8 @@ class TimeCurve:
     """Through models that merge tokens."""
     dense: int
     """Nanoseconds per batch of the dense model."""
+    factors: tuple[float, float] = (1.0, 1.0)
+    """Corrections of the two lines, by models that were measured later."""
 
     @classmethod
     def through(
@@ -38,17 +40,23 @@ class TimeCurve:
         """
         return cls(_rising(cut), _rising(merged), dense)
 
+    def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
+        """Return the curve with one line scaled so that it goes through one more model."""
+        plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
+        factor = nanoseconds / max(plain, 1)
+        return replace(self, factors=(self.factors[0], factor) if merges else (factor, self.factors[1]))
+
     def at(self, flops: int, *, merges: bool) -> int:
         """Return the nanoseconds per batch that a model of so many FLOPs is expected to take."""
-        line = self.merged if merges else self.cut
+        line, dense = self.merged if merges else self.cut, self.factors[merges] * self.dense
         if len(line) == 1:
-            return round(self.dense * line[0][1])
+            return round(dense * line[0][1])
         (x0, y0), (x1, y1) = _part(line, sum(x < flops for x, _ in line))
-        return max(round(self.dense * _on_line((x0, y0), (x1, y1), flops)), 0)
+        return max(round(dense * _on_line((x0, y0), (x1, y1), flops)), 0)
 
     def flops(self, nanoseconds: int, *, merges: bool) -> int:
         """Return the most FLOPs that are expected to take no longer; below 0 if none are."""
-        share, line = nanoseconds / self.dense, self.merged if merges else self.cut
+        line, share = self.merged if merges else self.cut, nanoseconds / (self.factors[merges] * self.dense)
         if len(line) == 1:
             return line[0][0] if line[0][1] <= share else -1
         (x0, y0), (x1, y1) = _part(line, sum(y <= share for _, y in line))

@@ -66,10 +66,26 @@ class Planned:
 
     def time(self, times: TimeTable | TimeCurve) -> int:
         """Return the nanoseconds per batch that the cut model is expected to take."""
-        widths = self.plan.widths()
         if isinstance(times, TimeTable):
-            return times.at(widths)
-        return times.at(int(self.table.flops(widths)), merges=any(self.merged))
+            return times.at(self.plan.widths())
+        return times.at(self.flops, merges=any(self.merged))
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the cut model."""
+        return int(self.table.flops(self.plan.widths()))
+
+    def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
+        """Return ``limit``, which this was planned with, corrected by what the cut model has of it.
+
+        Args:
+            limit: of the plan.
+            asked: before any correction.
+            found: amount of the cut model.
+        """
+        if limit.curve is None:
+            return replace(limit, most=asked.most + self.cost(limit) - found)
+        return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))
 
     def without_model(self) -> Planned:
         """Return the same without its model, whose dense weights are no longer needed after the cut."""
