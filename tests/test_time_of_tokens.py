@@ -148,6 +148,21 @@ def test_a_file_of_the_command_line_is_opened_with_its_merges(model, tmp_path, c
     assert tuple(merged_of(slim)) == result.plan.tokens.merged
 
 
+@pytest.mark.slow
+def test_a_time_goes_with_several_budgets_a_size_and_a_dry_run(model, tmp_path, clock):
+    clock.matching = 1.02
+    options = {"model_args": SMALL, "scope": "attention+mlp+tokens", "effort": "fast", "round_to": 1}
+    options |= {"calibration_images": 12}
+    given = {"flops": ["60%", "40%"], "max_latency": "50%", "size": "150KB"}
+    results = mhacut.prune_many(model, output=tmp_path / "slim-{}.safetensors", **given, **options)
+    for result in results:
+        assert [target.name for target in result.targets] == ["flops", "size", "max_latency"]
+        assert all(target.reached <= target.most for target in result.targets)
+    tried = prune(model, tmp_path / "no.safetensors", max_latency="50%", dry_run=True)
+    assert tried.targets[0].reached <= tried.targets[0].most
+    assert not (tmp_path / "no.safetensors").exists()
+
+
 shares = st.lists(st.floats(0.05, 1.2), min_size=1, max_size=5)
 
 
