@@ -239,7 +239,7 @@ def test_inspect_writes_the_page(slim_of, tmp_path):
     assert found.written == (target,)
     text = target.read_text(encoding="utf-8")
     assert summary(found.inspection).replace("'", "&#39;") in text
-    assert "at 50 % would keep" in text
+    assert "a cut to 50 % would keep" in text
     with pytest.raises(OutputError, match=r"report\.html.*exists"):
         inspect(slim_of("vit"), html=target)
     inspect(slim_of("vit"), html=target, overwrite=True)

@@ -70,5 +70,5 @@ def _channels(unit: UnitReport, head: int) -> list[tuple[str, str]]:
         listed += [(f"kept ({unit.basis})", ranges(kept)), ("removed", ranges(removed))]
     if unit.heads:
         keeps = unit.heads[head].keeps
-        listed += [(f"at {share} % would keep", ranges(channels)) for share, channels in keeps.items()]
+        listed += [(f"a cut to {share} % would keep", ranges(channels)) for share, channels in keeps.items()]
     return listed

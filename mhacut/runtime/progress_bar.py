@@ -163,7 +163,8 @@ class LinesView:
         now = time.perf_counter()
         if self._state is not None and now - self._last >= SECONDS_BETWEEN_LINES:
             self._last, passed = now, now - self._seen
-            left = None if self._state.left is None else max(self._state.left - passed, 0.0)
+            left = None if self._state.left is None else self._state.left - passed
+            left = None if left is None or left < 1 else left  # it takes longer than was estimated
             self._say(safe(replace(self._state, elapsed=self._state.elapsed + passed, left=left).line))
 
 
