@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mhacut
 from helpers.models import slow_except
 from mhacut.errors import CheckpointError, DataError, MhacutError
+from mhacut.linalg.exchange import exchange_channels
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import refit_logits
 from mhacut.linalg.selection import RIDGE, damped_inverse, rank_channels, rank_logit_channels
@@ -296,3 +297,12 @@ def test_equal_channels_go_in_a_fixed_order():
     assert len(orders) == 1
     both = torch.eye(4).double().expand(2, 4, 4)
     assert rank_logit_channels(both, both, 1).order.tolist() == [[3, 2, 1, 0]] * 2
+
+
+def test_of_many_equal_channels_the_first_go():
+    """torch sorts up to 16 numbers stably even if it is not asked to."""
+    second, columns = torch.eye(40).double(), torch.ones(3, 40).double()
+    assert rank_channels(second, columns, heads=1, smallest=1).order[0].tolist() == list(range(40))[::-1]
+    columns[:, 37:] = 2
+    kept = exchange_channels(second, columns, torch.arange(37)[None])
+    assert kept[0].tolist() == list(range(3, 40))

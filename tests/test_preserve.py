@@ -114,6 +114,7 @@ def test_whitened_features_of_any_scale_are_the_same():
     a, b = rows[:20], rows[20:40]
     distance = (plain(a) - plain(b)).square().sum(-1)
     assert torch.allclose((scaled(a * scale) - scaled(b * scale)).square().sum(-1), distance, rtol=1e-3)
+    assert torch.allclose(plain(rows).mean(0), torch.zeros(5).double(), atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["tokens", "blocks.0,blocks.1"])

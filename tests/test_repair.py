@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import RIDGES, output_error, refit_linear, refit_logits
-from mhacut.linalg.selection import rank_channels, rank_logit_channels
+from mhacut.linalg.selection import damped, rank_channels, rank_logit_channels
 from mhacut.options.base import DataOptions
 from mhacut.options.prune import BasisChoice, SearchOptions
 from mhacut.plan import Plan, UnitPlan
@@ -363,17 +364,25 @@ def test_logit_selection_is_greedy_by_the_error_after_the_refit(seed):
             assert found.kept(width)[head].tolist() == slow_greedy(error, range(6), width)
 
 
+@pytest.mark.parametrize("least", [1, 1e-9])
 @pytest.mark.parametrize("seed", range(6))
-def test_logit_selection_follows_the_prices_of_whole_inverses(seed):
-    """What it keeps up to date by rank-1 terms, here from scratch for every removal; none is cheap."""
+def test_logit_selection_follows_the_prices_of_whole_inverses(seed, least):
+    """What it keeps up to date by rank-1 terms, here from scratch for every removal.
+
+    Without directions of little variance none is cheap; with them, the ridge decides.
+    """
     generator = torch.Generator().manual_seed(seed)
-    query, key = (
-        x.mT @ x / 30 for x in (torch.randn(1, 30, 14, generator=generator).double() for _ in range(2))
-    )
+
+    def second_moment():
+        x, mix = (torch.randn(size, 14, generator=generator).double() for size in (30, 14))
+        x = x * torch.logspace(0, math.log10(least) / 2, 14) @ torch.linalg.qr(mix).Q
+        return (x.mT @ x / 30)[None]
+
+    query, key = second_moment(), second_moment()
 
     def kept_energy(left):
         projections = [
-            side[0][:, left] @ torch.linalg.solve(side[0][left][:, left], side[0][left])
+            side[0][:, left] @ torch.linalg.solve(damped(side)[0][left][:, left], side[0][left])
             for side in (query, key)
         ]
         return float((projections[0] * projections[1]).sum())

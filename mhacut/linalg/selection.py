@@ -207,7 +207,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
     """
     width = second.shape[0] // heads
     inverse = damped_inverse(second)
-    weights = columns.to(inverse).clone()
+    weights = columns.to(inverse)
     alive = torch.ones(width, dtype=torch.bool, device=second.device)
     positions = torch.arange(heads, device=second.device)[:, None] * width + torch.arange(
         width, device=second.device
@@ -225,10 +225,6 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
         share = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])
         weights = weights - weights[:, rows] @ share
         inverse = inverse - inverse[:, rows] @ share
-        inverse[rows] = 0
-        inverse[:, rows] = 0
-        inverse[rows, rows] = 1
-        weights[:, rows] = 0
         alive[gone] = False
         removed.append(gone[None])
     order = torch.cat([alive.nonzero()[:, 0], *removed[::-1]])
