@@ -54,6 +54,12 @@ def test_what_is_read_is_what_was_written(case, images, tmp_path):
     assert equal(found, calibration)
 
 
+def test_equal_bytes_of_another_shape_are_other_images():
+    model = build(CASES[0])
+    wide, high = (fingerprint_of(job_of(model, torch.zeros(2, 3, *sides))) for sides in ((32, 64), (64, 32)))
+    assert [name for name in wide if wide[name] != high[name]] == ["images"]
+
+
 @pytest.fixture(scope="module")
 def kept_once(tiny_vit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")

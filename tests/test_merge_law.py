@@ -48,10 +48,11 @@ def test_trials_protect_the_prefix_and_differ(tokens: Tokens):
 
 def test_trials_merge_as_many_tokens_early_as_late():
     """As long as there are enough, the first two trials differ in where they merge, not in how much."""
-    even, late = trial_schedules(Tokens(100_000, 1, 12), 12)[:2]
+    even, late, twice = trial_schedules(Tokens(100_000, 1, 12), 12)[:3]
     assert set(even) == {4000}
     assert sum(late) == pytest.approx(sum(even), rel=1e-3)
     assert late[0] == 0 < late[1] < late[11]
+    assert set(twice[:-1]) == {8000}  # the last has fewer left
 
 
 def test_the_law_is_what_it_says():

@@ -195,7 +195,7 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> Mer
         if worth(left) == float("inf") or worth(left) > worth(right):
             low = left + 1
         else:
-            high = right - 1 if right > left + 1 else right
+            high = right - 1
     # No merges are no part of the valley where merging takes time that its FLOPs do not show.
     found = [each for each in map(choice, {0, *range(low, high + 1)}) if each is not None]
     if not found:
