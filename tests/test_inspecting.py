@@ -52,6 +52,7 @@ def test_flops_without_weights_are_flops(case):
     size = (3, case.args["img_size"], case.args["img_size"])
     counted = measure_flops_by_module(weightless(model.to("meta")), size)
     assert counted == measure_flops_by_module(build(case), size)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "flatten"])

@@ -11,6 +11,7 @@ from helpers.models import SMALL, ModelCase, build, image, relative
 from helpers.plans import random_plan
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
@@ -143,15 +144,20 @@ def test_linear_layers_know_their_new_size():
         assert tuple(layer.weight.shape) == (layer.out_features, layer.in_features)
 
 
+def output_with(model, tensors, images):
+    return Features("output").of(model, images, tensors)[0]
+
+
+@pytest.mark.parametrize("run", [run_with, output_with])
 @torch.no_grad()
-def test_a_run_with_other_tensors_leaves_the_model_as_it_was():
+def test_a_run_with_other_tensors_leaves_the_model_as_it_was(run):
     # CoaT's parallel blocks call one MLP by three names, in two of which torch would leave the other tensors.
     case = CASES["coat.FactorAttnConvRelPosEnc, parallel"]
     model, x = build(case, dtype=torch.float64), image(case, dtype=torch.float64)
     own, expected = dict(model.named_parameters()), model(x)
     prunable = find_prunable_layers(model)
     _, channel_scales = random_plan(prunable, 0)
-    masked = run_with(model, masked_tensors(model, prunable, channel_scales), x)
+    masked = run(model, masked_tensors(model, prunable, channel_scales), x)
     assert relative(masked, expected) > 1e-3
     assert all(parameter is own[name] for name, parameter in model.named_parameters())
     assert torch.equal(model(x), expected)

@@ -22,6 +22,7 @@ from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
+from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps
 from mhacut.pruning.widths import width_choices
@@ -30,6 +31,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 from mhacut.surgery.storage import byte_table, count_bytes, parameter_table
+from properties.cases import CASES
 
 # --- budgets as people write them ---
 
@@ -198,6 +200,18 @@ def test_storage_follows_from_widths(case, seed):
         # What heads, or layers of CoaT, share until they are cut is counted as if it were cut.
         shared = "coat" in case.architecture or any(unit.sharing != "own" for unit in prunable.units())
         assert found <= expected if shared else found == expected
+
+
+@pytest.mark.parametrize("kind", ["qk", "v"])
+def test_storage_of_one_kind_follows_where_that_of_two_would_not(kind):
+    # A weight of LiteMLA has room for the wider of q/k and v: with both cut, its size is no polynomial.
+    model = build(CASES["efficientvit_mit.LiteMLA"])
+    prunable = find_prunable_layers(model)
+    (unit,) = prunable.units([kind])
+    table = parameter_table(model, prunable, {unit.key: 1}, copies=True)
+    kept = (tuple(range(unit.width - 1)),) * unit.heads
+    cut(model, Plan((UnitPlan(*unit.key, unit.width, kept),)))
+    assert table.at({unit.key: unit.width - 1}) == count_parameters(model)
 
 
 # --- from file to file ---

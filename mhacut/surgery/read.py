@@ -178,7 +178,7 @@ def dense_class(model: nn.Module) -> type[nn.Module]:
 def read_of(model: nn.Module) -> int | None:
     """Return the number of tokens that the last block of ``model`` computes; None for all."""
     blocks: Any = getattr(model, "blocks", ())
-    last = blocks[-1] if isinstance(model, FewTokens) and len(blocks) else None
+    last = blocks[-1] if isinstance(model, FewTokens) else None
     return last.attn.read if isinstance(last, ReadFirst) else None
 
 

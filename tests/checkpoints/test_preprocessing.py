@@ -74,6 +74,7 @@ def test_a_model_that_does_not_keep_its_size_was_built_for_that_in_its_arguments
     with torch.device("meta"):
         model = timm.create_model("levit_128s")
     assert model_input_size(model, model.pretrained_cfg, args) == (3, size, size)
+    assert model_input_size(model, {}, args) == (3, size, size)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from timm.models.cpubone import ConvAttention
+from torch import Tensor, nn
 
 from helpers.models import double, relative
 from helpers.plans import kill
@@ -58,6 +59,21 @@ def test_a_channel_that_is_made_of_nothing_is_captured_as_nothing(name):
         assert captured[hook].shape[-2:] == (unit.heads, unit.width) or unit.heads == 1
         assert not captured[hook][..., 0].any()
         assert captured[hook][..., 1:].flatten(0, -2).any(0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@torch.no_grad()
+def test_the_output_weights_of_a_transposed_convolution_are_those_of_one_place(stride):
+    layer = ConvAttention(12, att_stride=stride, fuse_out_proj=True).double()
+    (unit,) = find_prunable_layers(nn.ModuleDict({"layer": layer})).units(("v",))
+    assert unit.output_projection.tensor == "upsampling.weight"
+    found = effective_output_weights(layer, unit).square().sum(0)
+    for channel in range(unit.heads * unit.width):
+        x = torch.zeros(1, unit.heads * unit.width, 5, 5, dtype=torch.float64)
+        x[0, channel, 2, 2] = 1
+        moved = layer.upsampling(x) - layer.upsampling(torch.zeros_like(x))
+        # There are stride ** 2 places of the output for each of the input.
+        assert float(found[channel]) == pytest.approx(float(moved.square().sum()) / stride**2)
 
 
 @pytest.mark.parametrize(
