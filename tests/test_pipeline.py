@@ -161,6 +161,9 @@ def test_a_new_classifier_is_saved_with_the_model(pruned, tmp_path):
     model.reset_classifier(3)
     mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
     assert mhacut.load_model(tmp_path / "other.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(OutputError, match="exists"):
+        mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim, overwrite=True)
 
 
 def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):

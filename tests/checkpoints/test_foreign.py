@@ -15,10 +15,12 @@ import mhacut
 from helpers.checkpoints import ARGS, tiny
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.dino import DINOV2
 from mhacut.checkpoint.foreign.family import mlp_ratio
-from mhacut.checkpoint.foreign.images import transformers_cfg
+from mhacut.checkpoint.foreign.images import image_side, transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
-from mhacut.checkpoint.foreign.swin import SWIN
+from mhacut.checkpoint.foreign.swin import SWIN, SWINV2
+from mhacut.checkpoint.foreign.vit import BEIT, VIT
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.errors import CheckpointError, MhacutError
@@ -396,6 +398,50 @@ def test_windows_that_do_not_tile_the_image_are_refused():
     with pytest.raises(CheckpointError, match=r"the 16x16 grid of stage 0 is no multiple of it"):
         SWIN.build(config, {})
     assert SWIN.build(Config({}, "here"), {}).architecture == "swin_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "architecture"),
+    [
+        (VIT, {}, "vit_base_patch16_224"),
+        (BEIT, {}, "beit_base_patch16_224"),
+        (BEIT, {"image_size": 384}, "beit_base_patch16_384"),
+        (BEIT, {"image_size": 256}, "beit_base_patch16_224"),  # timm has none for 256 pixels
+        (BEIT, {"num_hidden_layers": 7}, "beit_base_patch16_224"),
+    ],
+)
+def test_what_a_configuration_leaves_out_is_that_of_the_base_size(family, config, architecture):
+    built = family.build(Config(config, "here"), {})
+    assert built.architecture == architecture
+    assert (built.args["embed_dim"], built.args["num_heads"], built.args["mlp_ratio"]) == (768, 12, 4)
+    assert built.args["depth"] == config.get("num_hidden_layers", 12)
+    assert built.args["img_size"] == config.get("image_size", 224)
+
+
+def test_biases_of_swin_are_joined_and_those_of_swin_v2_are_not():
+    tensors = {
+        f"encoder.layers.0.blocks.1.attention.self.{part}.bias": torch.full((2,), float(value))
+        for value, part in enumerate(("query", "key", "value"))
+    }
+    joined = SWIN.renaming({}).apply({f"swin.{name}": tensor for name, tensor in tensors.items()})
+    assert {name: tensor.tolist() for name, tensor in joined.items()} == {
+        "layers.0.blocks.1.attn.qkv.bias": [0, 0, 1, 1, 2, 2]
+    }
+    del tensors["encoder.layers.0.blocks.1.attention.self.key.bias"]
+    found = SWINV2.renaming({}).apply(tensors)
+    assert set(found) == {f"layers.0.blocks.1.attn.{part}_bias" for part in ("q", "v")}
+
+
+def test_the_classifier_of_dinov2_is_refused_or_left_out():
+    renaming, tensors = DINOV2.renaming({}), {"classifier.bias": torch.ones(1)}
+    with pytest.raises(CheckpointError, match="reads the class token and the mean of the patches"):
+        renaming.apply(tensors)
+    assert renaming.without_classifier().apply(tensors) == {}
+
+
+def test_images_that_are_not_square_have_no_side():
+    sizes = {"height": 200, "width": 200}, {"height": 200, "width": 300}, {}
+    assert [image_side(Config({"size": size}, "here")) for size in sizes] == [200, None, None]
 
 
 def test_names_with_several_numbers_and_parts():

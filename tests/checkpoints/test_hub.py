@@ -94,6 +94,14 @@ def test_shards_in_the_cache_are_opened_as_one(cache):
         assert torch.equal(loaded.model(IMAGES), tiny()(IMAGES))
 
 
+def test_an_index_may_list_a_single_file(cache):
+    folder, name = cache(CONFIG, weights=False), "model-00001-of-00001.safetensors"
+    save(tiny(), folder / name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tiny().state_dict(), name)}))
+    with torch.no_grad():
+        assert torch.equal(read_model("hf-hub:some/vit").model(IMAGES), tiny()(IMAGES))
+
+
 def test_shards_are_fetched_whole(cache, tmp_path, monkeypatch):
     """A hub that has everything, and a cache that has nothing."""
     remote = cache(CONFIG, weights=False, shards=(1, 2, 3))

@@ -324,6 +324,15 @@ def test_timms_script_states_model_arguments_and_preprocessing(tmp_path, states)
     plain = opened(path, timm_script(states[0]))
     assert provenance(plain, PreprocessingOptions()).origins["mean"] == "default"
     assert "license" not in plain.identity.pretrained_cfg
+    # Of the architecture's own, all but what goes with 224 pixels.
+    assert plain.identity.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+    assert "crop_pct" not in plain.identity.pretrained_cfg
+
+
+def test_timms_script_states_how_outputs_are_pooled(tmp_path):
+    model = tiny(global_pool="avg")
+    found = opened(tmp_path / "last.pth", timm_script(model.state_dict(), gp="avg"))
+    assert found.identity.model_args["global_pool"] == "avg"
 
 
 def test_the_user_knows_better_than_the_script(tmp_path, states):

@@ -179,9 +179,8 @@ def _build_beit(config: Config, shapes: Shapes) -> Built:
         "global_pool": "avg" if mean_pooling else "token",
         "use_fc_norm": "fc_norm.weight" in shapes,
     }
-    size = size_name(args)
-    name = f"beit_{size}_patch{args['patch_size']}_{args['img_size']}"
-    return Built(name if size and known_model(name) else "beit_base_patch16_224", args)
+    name = f"beit_{size_name(args)}_patch{args['patch_size']}_{args['img_size']}"
+    return Built(name if known_model(name) else "beit_base_patch16_224", args)
 
 
 BEIT = Family(
