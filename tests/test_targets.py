@@ -202,16 +202,18 @@ def test_storage_follows_from_widths(case, seed):
         assert found <= expected if shared else found == expected
 
 
-@pytest.mark.parametrize("kind", ["qk", "v"])
-def test_storage_of_one_kind_follows_where_that_of_two_would_not(kind):
-    # A weight of LiteMLA has room for the wider of q/k and v: with both cut, its size is no polynomial.
+@pytest.mark.parametrize("kinds", [["qk"], ["v"], ["qk", "v"]])
+@pytest.mark.parametrize("gone", [(1, 1), (2, 1), (1, 2)])
+def test_storage_that_is_no_polynomial_is_counted(kinds, gone):
+    # A weight of LiteMLA has room for the wider of q/k and v.
     model = build(CASES["efficientvit_mit.LiteMLA"])
     prunable = find_prunable_layers(model)
-    (unit,) = prunable.units([kind])
-    table = parameter_table(model, prunable, {unit.key: 1}, copies=True)
-    kept = (tuple(range(unit.width - 1)),) * unit.heads
-    cut(model, Plan((UnitPlan(*unit.key, unit.width, kept),)))
-    assert table.at({unit.key: unit.width - 1}) == count_parameters(model)
+    units = prunable.units(kinds)
+    table = parameter_table(model, prunable, {unit.key: 1 for unit in units}, copies=True)
+    widths = {unit.key: unit.width - less for unit, less in zip(units, gone, strict=False)}
+    kept = {unit.key: (tuple(range(widths[unit.key])),) * unit.heads for unit in units}
+    cut(model, Plan(tuple(UnitPlan(*unit.key, unit.width, kept[unit.key]) for unit in units)))
+    assert table.at(widths) == count_parameters(model)
 
 
 # --- from file to file ---

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,13 +43,19 @@ class Polynomial:
         return total
 
 
+class Cost(Protocol):
+    """Cost of a layer at widths, channels per head by kind."""
+
+    def at(self, widths: Mapping[UnitKind, Any]) -> Any: ...
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """Cost of one layer that depends on its widths."""
 
     layer: Layer
-    runs: tuple[Polynomial, ...]
-    """FLOPs of each run of the layer for one image; for storage, a single polynomial."""
+    runs: tuple[Cost, ...]
+    """FLOPs of each run of the layer for one image; for storage, a single cost."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
         """Cost of all runs at ``widths`` (channels per head; units not named stay as they are)."""

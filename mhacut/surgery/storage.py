@@ -1,9 +1,9 @@
 """Storage: parameters of a model and bytes of its tensors, as functions of its widths.
 
-Fitted to counts of cut layers, as FLOPs are (:mod:`mhacut.surgery.costs`), and compared with the whole model,
-dense and cut to the least widths on the meta device. They are exact if neither heads nor layers share
-tensors. Otherwise they are never too small: copies that parts get when they are cut are counted at all
-widths.
+Fitted to counts of cut layers, as FLOPs are (:mod:`mhacut.surgery.costs`), or counted where no polynomial
+fits; and compared with the whole model, dense and cut to the least widths on the meta device. They are exact
+if neither heads nor layers share tensors. Otherwise they are never too small: copies that parts get when they
+are cut are counted at all widths.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitKey, UnitKind, UnitPlan
-from mhacut.surgery.costs import LayerCost, fit_polynomial
+from mhacut.surgery.costs import Cost, LayerCost, fit_polynomial
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut, slice_layer
@@ -108,7 +109,12 @@ def _table(
             module = outline.get_submodule(layer.name)
             name = f"{layer.name} ({type(module).__name__})"
             counter = _counter(module, layer, kinds, count, copies)
-            layers.append(LayerCost(layer, (fit_polynomial(name, kinds, counter, counted),)))
+            cost: Cost
+            try:
+                cost = fit_polynomial(name, kinds, counter, counted)
+            except UnsupportedModelError:  # such as a weight with room for the wider of q/k and v
+                cost = _Counts(counter)
+            layers.append(LayerCost(layer, (cost,)))
     smallest = copy.deepcopy(outline)
     units = [unit for unit in prunable.units() if unit.key in least]
     cut(smallest, Plan(tuple(_first(unit, least[unit.key], copies) for unit in units)), prunable=prunable)
@@ -118,6 +124,20 @@ def _table(
         for amount, widths in ((count(smallest, ""), least), (dense, whole))
     )
     return StorageTable(max(rests), tuple(layers), dense)
+
+
+class _Counts:
+    """Amount of a layer that is no polynomial of its widths: counted, at each of them once."""
+
+    def __init__(self, count: Callable[[Mapping[UnitKind, int]], int]) -> None:
+        self._count = count
+        self._known: dict[tuple[tuple[UnitKind, int], ...], int] = {}
+
+    def at(self, widths: Mapping[UnitKind, int]) -> int:
+        key = tuple(widths.items())
+        if key not in self._known:
+            self._known[key] = self._count(widths)
+        return self._known[key]
 
 
 def _counter(
