@@ -90,6 +90,7 @@ def test_a_time_is_met_by_merging_used_and_recorded(model, tmp_path, clock):
     assert entry == target.to_json()
 
 
+@pytest.mark.slow
 def test_what_is_not_foreseen_is_corrected(model, tmp_path, clock):
     clock.unforeseen = lambda share: 1 + share * (1 - share)  # of the dense model's FLOPs
     result = prune(model, tmp_path / "slim.safetensors", max_latency="65%")
@@ -106,6 +107,7 @@ def test_a_time_that_is_used_too_little_is_corrected_again(model, tmp_path, cloc
     assert 0.9 * target.most <= target.reached <= target.most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("matching", "asked"), [(1.5, "40%"), (3.0, "95%"), (2.0, "80%")])
 def test_where_merging_takes_longer_than_it_saves_channels_go(model, tmp_path, clock, matching, asked):
     clock.matching = matching
@@ -117,6 +119,7 @@ def test_where_merging_takes_longer_than_it_saves_channels_go(model, tmp_path, c
     assert target.reached > 0.9 * min(target.most, uncut)
 
 
+@pytest.mark.slow
 def test_flops_and_time_are_both_met(model, tmp_path, clock):
     clock.matching = 1.0
     both = prune(model, tmp_path / "both.safetensors", max_latency="80%", flops="45%")
@@ -129,6 +132,7 @@ def test_flops_and_time_are_both_met(model, tmp_path, clock):
     assert 0.9 * time.most <= time.reached <= time.most
 
 
+@pytest.mark.slow
 def test_times_out_of_reach_name_the_lowest_which_works(model, tmp_path, clock):
     with pytest.raises(
         BudgetError, match=r"max_latency='5%' is out of reach: the lowest is (\S+)ms"
@@ -140,6 +144,7 @@ def test_times_out_of_reach_name_the_lowest_which_works(model, tmp_path, clock):
     assert all(target.reached <= target.most for target in result.targets)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_command_line_is_opened_with_its_merges(model, tmp_path, clock):
     clock.matching = 1.02
     result = prune(model, tmp_path / "slim.safetensors", max_latency="40%")
