@@ -267,7 +267,7 @@ def _from_conversion(
         )
         origin = "its configuration" if header.config is not None else "names and shapes"
         found = _with_note(found, f"architecture {built.architecture}, from {origin}")
-    note = f"converted from {foreign.family.title}; {', '.join(foreign.notes)}".rstrip("; ")
+    note = f"converted from {foreign.family.title}; {'; '.join(foreign.notes)}".rstrip("; ")
     return dataclasses.replace(_with_note(found, note), conversion=foreign)
 
 
