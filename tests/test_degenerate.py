@@ -274,7 +274,16 @@ def test_the_inverse_of_rounding_is_positive():
     assert torch.linalg.eigvalsh(found).min() > 0
     proper = torch.diag(torch.arange(1.0, 5.0)).double()
     expected = torch.linalg.inv(proper + RIDGE * 2.5 * torch.eye(4).double())
-    assert torch.equal(damped_inverse(proper), expected)
+    torch.testing.assert_close(damped_inverse(proper), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_the_inverse_of_an_indefinite_matrix_is_positive():
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double()).Q
+    values = torch.tensor([-1e-3, 1e-3, 1.0, 2.0, 3.0]).double()
+    found = damped_inverse(basis * values @ basis.T)
+    assert torch.linalg.eigvalsh((found + found.T) / 2).min() > 0
+    expected = basis / (values.clamp_min(0) + 1e-3) @ basis.T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_of_zeros_beside_others_is_refitted_to_zeros():

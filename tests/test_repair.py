@@ -16,7 +16,7 @@ from helpers.models import build, image, relative
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.moments import Moments
-from mhacut.linalg.reconstruction import RIDGES, output_error, refit_linear, refit_logits
+from mhacut.linalg.reconstruction import RIDGES, LinearProblem, output_error, refit_linear, refit_logits
 from mhacut.linalg.selection import damped, rank_channels, rank_logit_channels
 from mhacut.options.base import DataOptions
 from mhacut.options.prune import BasisChoice, SearchOptions
@@ -122,6 +122,27 @@ def test_few_images_never_make_it_worse_than_removing(seed, fitted):
     )
     assert found.error <= 1 + 1e-9
     assert found.prediction.isfinite().all()
+
+
+@given(seed=st.integers(0, 2**31), constant=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_many_choices_of_one_problem_have_the_errors_of_their_rows(seed, constant):
+    x = rows(40, 7, seed)
+    columns = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)).double()
+    fit, held = x[:25], x[25:]
+    problem = LinearProblem(exact(fit), exact(held), columns, constant=constant)
+    for kept in ([0], [1, 4], [0, 2, 3, 5, 6]):
+        gone = [channel for channel in range(7) if channel not in kept]
+        mean = fit.mean(0) if constant else torch.zeros(7).double()
+        inputs, targets = (fit - mean)[:, kept], (fit - mean)[:, gone]
+        second, errors = inputs.T @ inputs / len(fit), []
+        for ridge in (*RIDGES, 1e15):
+            damped = second + ridge * second.diagonal().mean() * torch.eye(len(kept)).double()
+            predicted = (held - mean)[:, kept] @ torch.linalg.solve(damped, inputs.T @ targets / len(fit))
+            left = ((held - mean)[:, gone] - predicted) @ columns[:, gone].T
+            errors.append(float(left.square().sum() / len(held)))
+        assert problem.error(torch.tensor(kept)) == pytest.approx(min(errors), rel=1e-6)
+        assert problem.solve(torch.tensor(kept)).left == pytest.approx(min(errors), rel=1e-6)
 
 
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), width=st.integers(1, 6))

@@ -51,52 +51,81 @@ class LogitRefit:
     """Squared error of the logits on held-out images, per pair of rows."""
 
 
+class LinearProblem:
+    """Ridge regression of removed channels from kept ones, for a layer that is read through columns.
+
+    What does not depend on the choice of channels is computed once, so that many choices can be tried.
+    """
+
+    def __init__(self, fit: Moments, held: Moments, columns: Tensor, *, constant: bool) -> None:
+        """State the problem.
+
+        Args:
+            fit: moments of the channels, [d], on images to fit.
+            held: moments on held-out images.
+            columns: weights that read the channels, [out, d].
+            constant: whether a bias can absorb W_P c.
+        """
+        self._fit, self._held, self._columns, self._constant = fit, held, columns.double(), constant
+        self._seen, self._unseen = self._centred(fit, fit), self._centred(held, fit)
+
+    def error(self, kept: Tensor) -> float:
+        """Return the squared error of the output on held-out images, per row, with the best ridge.
+
+        Args:
+            kept: indices of the kept channels, [kept], ascending.
+        """
+        return min(self._errors(kept, others(kept, len(self._seen))).values())
+
+    def solve(self, kept: Tensor) -> LinearRefit:
+        """Return the best B and c.
+
+        Args:
+            kept: indices of the kept channels, [kept], ascending.
+        """
+        gone = others(kept, len(self._seen))
+        errors = self._errors(kept, gone)
+        ridge = min(errors, key=lambda choice: errors[choice])
+        both = self._fit + self._held
+        prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
+        if ridge < float("inf"):
+            every = self._centred(both, both)
+            prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
+        offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
+        if self._constant:
+            offset = both.mean[gone] - prediction @ both.mean[kept]
+        lost = self._columns[:, gone]
+        baseline = float((lost @ _part(self._held.second, gone, gone) * lost).sum()) / self._held.rows
+        return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+    def _centred(self, moments: Moments, about: Moments) -> Tensor:
+        return moments.about(about.mean) if self._constant else moments.energy
+
+    def _errors(self, kept: Tensor, gone: Tensor) -> dict[float, float]:
+        """Return the squared error of the output on held-out images, per row, for every ridge."""
+        lost = self._columns[:, gone]  # (out, P)
+        errors = {float("inf"): float((lost @ _part(self._unseen, gone, gone) * lost).sum())}
+        values, vectors = torch.linalg.eigh(_part(self._seen, kept, kept))
+        size = float(values.clamp_min(0).mean())
+        rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
+        # With W_P B = predicted D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
+        predicted = lost @ _part(self._seen, gone, kept) @ vectors  # (out, K)
+        linear = (predicted * (lost @ _part(self._unseen, gone, kept) @ vectors)).sum(0)
+        quadratic = (predicted.T @ predicted) * (vectors.T @ _part(self._unseen, kept, kept) @ vectors)
+        for ridge in RIDGES:
+            if size <= 0:
+                break
+            shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
+            saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
+            errors[ridge] = max(0.0, errors[float("inf")] - saved)
+        return errors
+
+
 def refit_linear(
     fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
 ) -> LinearRefit:
-    """Return the best B and c for a layer that is read through ``columns``.
-
-    Args:
-        fit: moments of the channels, [d], on images to fit.
-        held: moments on held-out images.
-        kept: indices of the kept channels, [kept], ascending.
-        columns: weights that read the channels, [out, d].
-        constant: whether a bias can absorb W_P c.
-    """
-    both = fit + held
-    gone = others(kept, fit.total.shape[-1])
-    lost = columns.double()[:, gone]
-    gram = lost.T @ lost  # squared error of the output per error of the removed channels, (P, P)
-
-    def centred(moments: Moments, about: Moments) -> Tensor:
-        return moments.about(about.mean) if constant else moments.energy
-
-    seen, unseen = centred(fit, fit), centred(held, fit)
-    baseline = float((gram * held.energy[gone][:, gone]).sum())
-    errors = {float("inf"): float((gram * unseen[gone][:, gone]).sum())}
-    values, vectors = torch.linalg.eigh(seen[kept][:, kept])
-    size = float(values.clamp_min(0).mean())
-    rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
-    # With B = projected D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
-    projected = seen[gone][:, kept] @ vectors
-    weighed = gram @ projected
-    linear = (weighed * (unseen[gone][:, kept] @ vectors)).sum(0)
-    quadratic = (projected.T @ weighed) * (vectors.T @ unseen[kept][:, kept] @ vectors)
-    for ridge in RIDGES:
-        if size <= 0:
-            break
-        shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
-        saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
-        errors[ridge] = max(0.0, errors[float("inf")] - saved)
-    ridge = min(errors, key=lambda choice: errors[choice])
-    prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
-    if ridge < float("inf"):
-        every = centred(both, both)
-        prediction = _ridge_solve(every[kept][:, kept], every[kept][:, gone], ridge).T
-    offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
-    if constant:
-        offset = both.mean[gone] - prediction @ both.mean[kept]
-    return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+    """Return the best B and c for one choice of channels; arguments as for :class:`LinearProblem`."""
+    return LinearProblem(fit, held, columns, constant=constant).solve(kept)
 
 
 def refit_logits(
@@ -179,6 +208,12 @@ def others(kept: Tensor, size: int) -> Tensor:
     rest = torch.ones(size, dtype=torch.bool, device=kept.device)
     rest[kept] = False
     return rest.nonzero()[:, 0]
+
+
+def _part(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the entries of ``matrix`` [d, d] in ``rows`` [r] and ``columns`` [c], [r, c]."""
+    picked: Tensor = matrix[rows[:, None], columns]
+    return picked
 
 
 def _share(error: float, baseline: float) -> float:

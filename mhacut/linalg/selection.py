@@ -256,12 +256,13 @@ def damped_inverse(second: Tensor) -> Tensor:
     """Return the inverse of :func:`damped`.
 
     If activations are constant, or the same for all images, ``second`` consists of rounding errors, and the
-    ridge may leave it singular. Then negative eigenvalues count as 0, and the ridge is as large as the
-    largest of them in magnitude.
+    ridge may leave it singular or indefinite. Then negative eigenvalues count as 0, and the ridge is as large
+    as the largest of them in magnitude.
     """
     inverse: Tensor
-    inverse, singular = torch.linalg.inv_ex(damped(second))
-    if not singular.any():
+    factor, indefinite = torch.linalg.cholesky_ex(damped(second))
+    if not indefinite.any():
+        inverse = torch.cholesky_inverse(factor)
         return inverse
     values, vectors = torch.linalg.eigh(second)
     size = second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)

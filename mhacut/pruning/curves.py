@@ -14,13 +14,14 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
-from mhacut.linalg.reconstruction import output_error, refit_linear, symmetric_root, weighed_by
+from mhacut.linalg.reconstruction import LinearProblem, output_error, symmetric_root, weighed_by
 from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration
@@ -115,18 +116,20 @@ def _output_curve(
     in_basis, columns = rotated(moments, unit, candidate.rotation), effective_output_weights(module, unit)
     if candidate.rotation is not None:
         columns = columns @ block_diagonal(candidate.rotation).mT
-    fit, held, every = in_basis.fit[0], in_basis.held[0], in_basis.every[0]
-    second = every.covariance if constant else every.energy
-    weighed = weighed_by(symmetric_root(fisher), columns) if few else columns
-
-    def error(width: int) -> float:
-        kept = (ranking.kept(width) + heads).reshape(-1)
-        if few and width < unit.width:
-            return refit_linear(fit, held, kept, weighed, constant=constant).left
-        return output_error(second, kept, columns, fisher, refit=refit)
-
-    heads = unit.width * torch.arange(unit.heads, device=second.device)[:, None]
-    return _interpolated({width: error(width) / 2 for width in sampled_widths(choices)}, choices)
+    heads = unit.width * torch.arange(unit.heads, device=columns.device)[:, None]
+    error: Callable[[Tensor], float]
+    if few:
+        weighed = weighed_by(symmetric_root(fisher), columns)
+        error = LinearProblem(in_basis.fit[0], in_basis.held[0], weighed, constant=constant).error
+    else:
+        every = in_basis.every[0]
+        second = every.covariance if constant else every.energy
+        error = partial(output_error, second, columns=columns, fisher=fisher, refit=refit)
+    sampled = {unit.width: 0.0}
+    for width in sampled_widths(choices):
+        if width < unit.width:
+            sampled[width] = error((ranking.kept(width) + heads).reshape(-1)) / 2
+    return _interpolated(sampled, choices)
 
 
 @dataclass(frozen=True)
