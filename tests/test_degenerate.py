@@ -279,11 +279,19 @@ def test_the_inverse_of_rounding_is_positive():
 
 def test_the_inverse_of_an_indefinite_matrix_is_positive():
     basis = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)).double()).Q
-    values = torch.tensor([-1e-3, 1e-3, 1.0, 2.0, 3.0]).double()
-    found = damped_inverse(basis * values @ basis.T)
-    assert torch.linalg.eigvalsh((found + found.T) / 2).min() > 0
-    expected = basis / (values.clamp_min(0) + 1e-3) @ basis.T
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    values = torch.tensor([-1e-3, 1e-3, 1.0, 2.0, 3.0]).double()  # mean 1.2
+    second = basis * values @ basis.T
+    found = damped_inverse(torch.stack([second, torch.eye(5).double()]))
+    expected = (
+        basis / (values + 1.2e4 * RIDGE) @ basis.T
+    )  # at 1.2e3 the ridge is less than twice the negative one
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1], torch.eye(5).double() / (1 + RIDGE))  # the other head's is its own
+
+
+def test_a_matrix_that_is_not_finite_has_no_inverse():
+    with pytest.raises(torch.linalg.LinAlgError):
+        damped_inverse(torch.full((3, 3), torch.nan).double())
 
 
 def test_a_head_of_zeros_beside_others_is_refitted_to_zeros():

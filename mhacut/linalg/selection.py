@@ -246,26 +246,29 @@ def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor
 
 
 def damped(second: Tensor) -> Tensor:
-    """Return ``second`` [..., d, d] with :data:`RIDGE` added to its diagonal."""
-    size = second.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
-    identity = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-    return second + RIDGE * size * identity
+    """Return ``second`` [..., d, d] with a ridge on its diagonal; it is positive definite.
+
+    The ridge is :data:`RIDGE` of the mean variance. What rounding leaves of activations that are constant, or
+    of fewer rows than channels, may have negative eigenvalues. Then the ridge is powers of ten larger, until
+    it is at least twice as large as they are.
+    """
+
+    def with_ridge(ridge: Tensor) -> Tensor:
+        found = second.clone()
+        found.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        return found
+
+    ridge = RIDGE * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
+    enough = 20 * second.abs().sum(-1).max()  # not for ever, should there be a NaN
+    while ridge.max() < enough:
+        indefinite = torch.linalg.cholesky_ex(with_ridge(ridge / 2)).info > 0
+        if not indefinite.any():
+            break
+        ridge = torch.where(indefinite[..., None], 10 * ridge, ridge)
+    return with_ridge(ridge)
 
 
 def damped_inverse(second: Tensor) -> Tensor:
-    """Return the inverse of :func:`damped`.
-
-    If activations are constant, or the same for all images, ``second`` consists of rounding errors, and the
-    ridge may leave it singular or indefinite. Then negative eigenvalues count as 0, and the ridge is as large
-    as the largest of them in magnitude.
-    """
-    inverse: Tensor
-    factor, indefinite = torch.linalg.cholesky_ex(damped(second))
-    if not indefinite.any():
-        inverse = torch.cholesky_inverse(factor)
-        return inverse
-    values, vectors = torch.linalg.eigh(second)
-    size = second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
-    ridge = torch.maximum(RIDGE * size, -values[..., :1])
-    inverse = vectors / (values.clamp_min(0) + ridge).unsqueeze(-2) @ vectors.mT
+    """Return the inverse of :func:`damped`."""
+    inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))
     return inverse
