@@ -21,6 +21,7 @@ from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.pruning import planner
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
+from mhacut.surgery.flops import count_parameters
 
 # --- search ---
 
@@ -86,7 +87,7 @@ def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     found = prune_quickly(tiny_vit, tmp_path / "found.safetensors", max_kl=bound)
     (target,) = found.targets
     assert (target.name, target.asked, target.most) == ("max_kl", "0.0001", bound)
-    assert target.reached == pytest.approx(found.divergence, rel=1e-4)
+    assert target.reached == pytest.approx(found.divergence, abs=1e-7)  # what float32 resolves of logarithms
     assert found.divergence <= bound
     # The same model as that of the budget that was found; the next ones down, a step at a time, are outside.
     again = prune_quickly(tiny_vit, tmp_path / "again.safetensors", flops=found.budget)
@@ -139,7 +140,8 @@ def digits_vit():
 
 
 def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
-    options = {"max_kl": 1e-30, "keep_dead_tokens": True}
+    # Repaired, the smallest cut of this untrained model may lose less than float32 resolves.
+    options = {"max_kl": 1e-30, "keep_dead_tokens": True, "repair": False}
     with pytest.raises(
         BudgetError, match=r"max_kl=1e-30: no pruned model is within this bound; the nearest, with .*KL"
     ):
@@ -219,9 +221,12 @@ def test_more_budgets_hold_no_more_weights_of_the_dense_shape(tiny_vit, tmp_path
 
     def count(*args, **kwargs):
         gc.collect()
-        counts.append(sum(model() is not None for model in made))
+        alive = [model() for model in made if model() is not None]  # cut in place, for the results to hold
+        counts.append(sum(count_parameters(model) == dense for model in alive))
         return healed(*args, **kwargs)
 
+    model = mhacut.load_model(tiny_vit.path, model=tiny_vit.architecture, **tiny_vit.args)
+    dense = count_parameters(model)
     counts, reconstruct, healed = [], planner.reconstruct, prune_cut.recover
     monkeypatch.setattr(planner, "reconstruct", remembering)
     monkeypatch.setattr(prune_cut, "recover", count)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.budget import format_flops
 from mhacut.checkpoint.record import SlimRecord
@@ -18,7 +17,7 @@ from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
 from mhacut.errors import BudgetError, MhacutError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
-from mhacut.pruning.check import check_exact, check_flops
+from mhacut.pruning.check import check_exact, check_flops, masked_outputs
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.planner import Planned, Planner
@@ -88,36 +87,52 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
         BudgetError: the last of the plans misses the budget of time.
         MhacutError: the cut is not as planned.
     """
-    slim, planned, correction = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
-    job = inputs.job
+    found, correction = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
+    slim, planned, job = found.model, found.planned, inputs.job
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
-    check_exact(slim, job, planned.ready, job.images[:PROBED])
-    planned = planned.without_model()
+    check_exact(slim, found.masked, job.images[:PROBED])
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
     return CutModel(slim, layers, planned, flops, job, correction)
 
 
-def _cut_within(
-    inputs: PruneInputs, planner: Planner, after: Correction
-) -> tuple[nn.Module, Planned, Correction]:
+@dataclass(frozen=True)
+class _Cut:
+    """A model that was cut."""
+
+    model: nn.Module
+    planned: Planned
+    masked: Tensor
+    """What the masked model of the dense shape computes for the probed images."""
+
+    @classmethod
+    def of(cls, planned: Planned, job: Job) -> _Cut:
+        """Cut the model of ``planned`` in place: a copy would take as much memory as the dense model."""
+        ready = planned.ready
+        model = ready.model.cpu()
+        masked = masked_outputs(job, ready, job.images[:PROBED])
+        cut(model, ready.plan, ready.channel_scales, job.prunable)  # 4. cut
+        return cls(model, planned.without_model(), masked)
+
+
+def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Cut, Correction]:
     """Plan and cut until the exact storage and the time are within their limits, and use them up.
 
     Plans aim below a budget of time; a model within the budget itself is kept.
 
     Returns:
-        The model, its plan, and what a plan after it would be made with.
+        The cut model, and what a plan after it would be made with.
     """
-    job, fits, plans = replace(inputs.job, storage=after.limits), list[tuple[nn.Module, Planned, Limits]](), 0
+    job, fits, plans = replace(inputs.job, storage=after.limits), list[tuple[_Cut, Limits]](), 0
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
     for plans in range(after.plans + 1, _ROUNDS + 1):
         planned = planner.plan(job)  # 3. plan
         inputs.stopwatch.start("cutting")
-        slim = copy.deepcopy(planned.ready.model.cpu())
-        cut(slim, planned.ready.plan, planned.ready.channel_scales, job.prunable)  # 4. cut
+        slim = _Cut.of(planned, job)
+        planned = slim.planned  # without the model
         limits, missed, used = [], [], True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
-            stored, most = _stored(inputs, planned, slim, asked, planned.cost(limit))
+            stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
             limits.append(planned.corrected(limit, asked, stored))
             if limit.curve is None:
@@ -126,15 +141,15 @@ def _cut_within(
                 used &= stored > _USED * most
         never &= {limit.resource for limit in missed}
         if not missed:
-            fits.append((slim, planned, limits))
+            fits.append((slim, limits))
             if used:
                 break
         if inputs.time_target is not None and plans < _ROUNDS:
             inputs.stopwatch.reporter.log(inputs.time_target.told())
         job = replace(job, storage=tuple(limits))
     if fits:  # of two, the first used too little, but so may the second
-        best = max(fits, key=lambda found: found[1].flops)
-        return *best[:2], Correction(plans, best[2])
+        best, corrected = max(fits, key=lambda found: found[0].planned.flops)
+        return best, Correction(plans, corrected)
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()

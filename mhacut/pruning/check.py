@@ -44,19 +44,29 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned) -> int:
 
 
 @torch.no_grad()
-def check_exact(slim: nn.Module, job: Job, ready: ReconstructedModel, images: Tensor) -> None:
+def masked_outputs(job: Job, ready: ReconstructedModel, images: Tensor) -> Tensor:
+    """Return what the model of the dense shape, with removed channels masked, computes for ``images``.
+
+    Args:
+        job: what is pruned.
+        ready: the model that will be cut, on the CPU.
+        images: [B, C, H, W].
+    """
+    return run_with(ready.model, masked_tensors(ready.model, job.prunable, ready.channel_scales), images)
+
+
+@torch.no_grad()
+def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
     """Check that the cut model computes what the masked model of the dense shape computes.
 
     Args:
         slim: the cut model, on the CPU.
-        job: what was pruned.
-        ready: the model that was cut, on the CPU.
+        masked: :func:`masked_outputs` of the model that was cut, for the same images.
         images: [B, C, H, W].
 
     Raises:
         MhacutError: it does not.
     """
-    masked = run_with(ready.model, masked_tensors(ready.model, job.prunable, ready.channel_scales), images)
     difference = relative_difference(slim(images), masked)
     if not difference <= EXACTNESS:
         raise MhacutError(
