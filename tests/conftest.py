@@ -47,6 +47,15 @@ def short_stacks() -> None:
     jit_analysis._get_scoped_trace_graph = unless_in_a_mode(on_a_short_stack(trace), trace)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def brief_times() -> Iterator[None]:
+    """Let ``prune`` and the quantizer time models for a moment: no test here depends on how steady it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mhacut.commands.prune._SECONDS", 0.1)
+        patch.setattr("mhacut.exporting.quantize._SECONDS", 0.1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory) -> ModelFile:
     """A ViT of two blocks with 7 classes for images of 32 pixels; 1.2 MFLOPs."""

@@ -30,7 +30,8 @@ from mhacut.surgery.flops import count_parameters, measure_flops
 
 FAST = {"flatten_pvt_v2_b0", "flatten_swin_tiny_224"}
 ONE_OF_A_FAMILY = FAST | {"flatten_cswin_tiny_224", "flatten_pvt_tiny"}
-RUN = ONE_OF_A_FAMILY | {"flatten_swin_base_384"}
+LARGEST = "flatten_swin_base_384"
+RUN = ONE_OF_A_FAMILY | {LARGEST}
 """Those that are run at full size, one of them on images of another size; of the others, parameters count."""
 
 
@@ -57,15 +58,16 @@ def filled(name: str) -> nn.Module:
 @torch.no_grad()
 def test_logits_are_those_of_the_official_model(name):
     facts, model = OFFICIAL[name], filled(name)
-    batch = images(facts["img_size"])
+    count = 1 if name == LARGEST else len(facts["logits"])
+    batch = images(facts["img_size"])[:count]
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         logits = model.to(dtype)(batch.to(dtype)).double()
         torch.testing.assert_close(
-            logits[:, :8], torch.tensor(facts["logits"], dtype=torch.float64), rtol=0, atol=tolerance
+            logits[:, :8], torch.tensor(facts["logits"][:count], dtype=torch.float64), rtol=0, atol=tolerance
         )
         # Of a thousand numbers, each of which may be off by the tolerance.
         for found, expected in ((logits.sum(1), facts["sums"]), (logits.norm(dim=1), facts["norms"])):
-            expected = torch.tensor(expected, dtype=torch.float64)
+            expected = torch.tensor(expected[:count], dtype=torch.float64)
             torch.testing.assert_close(found, expected, rtol=0, atol=30 * tolerance)
 
 

@@ -28,6 +28,7 @@ def prune_to(output, **options):
         "model_args": {key: value for key, value in ARGS.items() if key != "img_size"},
         "calibration_images": 12,
         "round_to": 4,
+        "latency": False,
     }
     return mhacut.prune(build(VIT), output=output, **{**given, **options})
 
@@ -45,6 +46,7 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
         tuning_steps=2,
         heal_steps=2,
         round_to=4,
+        latency=False,
     )
     second = mhacut.load_model(again.output)
     assert tokens_of(second) == tokens_of(first)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.jobs import Recorder
 from helpers.models import build, image, relative
+from helpers.programs import BY_TWO, free_port
 from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import (
@@ -364,7 +365,7 @@ def test_the_example_loses_little(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(tiny_vit, tmp_path):
+def test_two_processes_write_what_one_writes(tiny_vit, tmp_path, programs):
     """Each calibrates on half of the images; the first one searches, writes and prints."""
     alone = prune(tiny_vit, tmp_path / "alone.safetensors", calibration_images=24)
     flags = [
@@ -391,7 +392,7 @@ def test_two_processes_write_what_one_writes(tiny_vit, tmp_path):
     with torch.no_grad():
         found, expected = both.model(images), mhacut.load_model(alone.output)(images)
     assert relative(found, expected) < 1e-3
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = programs.run(BY_TWO, free_port(), "prune", *tiny_vit.flags, *flags)
     assert again.returncode != 0
     assert again.stderr.count("exists") == 1, again.stderr
     assert "did not foresee" not in again.stderr

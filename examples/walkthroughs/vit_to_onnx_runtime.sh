@@ -10,13 +10,13 @@ echo "== What is in it, and what could go?"
 mhacut inspect "$dense"
 
 echo "== Cut to half the FLOPs. Images of your own kind make it better; labels are not needed."
-mhacut prune "$dense" --flops 50% --data-dir "$images" -o slim.safetensors --overwrite
+mhacut prune "$dense" --flops 50% --data-dir "$images" -o slim.safetensors --no-latency --overwrite
 
 echo "== Win back what was lost, with the dense model as teacher."
 mhacut finetune slim.safetensors --teacher "$dense" --data-dir "$images" --epochs 2 -o run --overwrite
 
 echo "== Is it faster here?"
-mhacut bench "$dense" run/best.safetensors --runtime onnx --threads 1 --seconds 1
+mhacut bench "$dense" run/best.safetensors --runtime onnx --threads 1 --batch-sizes 1 --seconds 1
 
 echo "== A file that needs neither mhacut nor PyTorch ..."
 mhacut export run/best.safetensors --format onnx -o slim.onnx --overwrite

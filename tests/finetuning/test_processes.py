@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from helpers.finetuning import resume, same, weights
-from helpers.programs import BY_TWO, MAIN
+from helpers.programs import BY_TWO, MAIN, free_port
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
 from mhacut.options.finetune import FinetuneOptions
@@ -88,11 +87,6 @@ def test_two_processes_are_one(tune, slim, images, tiny_vit, tmp_path):
     # What two began, one can end.
     resumed = resume(tmp_path / "both", batch_size=12)
     assert resumed.steps == 6
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.mark.slow

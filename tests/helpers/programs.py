@@ -116,3 +116,8 @@ def serve(descriptor: int) -> str:
     asked = json.loads(request)
     sys.argv[1:] = asked["arguments"]
     return asked["script"]
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
