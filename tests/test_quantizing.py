@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from helpers.checkpoints import ARGS, NAME, save, tiny
 from helpers.cli import run
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, UsageError
-from mhacut.exporting import quantize
+from mhacut.exporting import quantize, runtimes
 from mhacut.exporting.quantization_error import _error
 from mhacut.measuring.agreement import agreement
 from mhacut.runtime.progress import Silent
@@ -28,8 +29,25 @@ onnxruntime = pytest.importorskip("onnxruntime")
 QUICK = {"int8": True, "threads": 1}
 
 
+@pytest.fixture(scope="module")
+def programs_of_models() -> dict[tuple[str, ...], object]:
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, programs_of_models):
+    """Times are taken for a moment, and a model is translated to float32 ONNX once: INT8 is made of that."""
+
+    def translated(model, inputs, opset, *, translate=runtimes._exported, **options):
+        state = hashlib.sha256()
+        for tensor in model.state_dict().values():
+            state.update(tensor.contiguous().numpy().tobytes())
+        key = (repr(model), state.hexdigest(), *map(str, ([x.shape for x in inputs], opset, options)))
+        if key not in programs_of_models:
+            programs_of_models[key] = translate(model, inputs, opset, **options)
+        return programs_of_models[key]
+
+    monkeypatch.setattr(runtimes, "_exported", translated)
     monkeypatch.setattr(quantize, "_SECONDS", 0.01)
 
 
