@@ -7,6 +7,7 @@ channels. For qk it is the same idea on logits, with q and k taken as independen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,39 +66,66 @@ def rank_channels(
     inverse = damped_inverse(second)
     weights = columns.to(inverse, copy=True)
     place = torch.arange(size, device=second.device)  # channels of the rows and columns
-    left = place  # those of them that are not removed: indices into ``place``
-    excess = torch.full((heads,), width - smallest, device=second.device)
-    error = second.new_zeros(size + 1)
-    removed: list[Tensor] = []
-    spent = 0.0
-    while int(excess.sum()) > 0:
-        head = place[left] // width
-        price = (weights.square().sum(0) / inverse.diagonal())[left]
-        price[excess[head] == 0] = float("inf")
-        cheapest = _cheapest(price, head, excess, max(1, int(AT_ONCE * len(left))))
-        gone = left[cheapest]
-        lost, row = weights[:, gone], inverse[gone]
-        share = torch.linalg.solve(row[:, gone], row)
-        weighed = weighed_by(fisher, lost)
-        spent_now = float((torch.linalg.solve(row[:, gone], lost.mT @ weighed)).trace())
-        count = torch.arange(1, len(gone) + 1, device=second.device)
-        error[len(left) - count] = spent + spent_now * count.to(error) / len(gone)
-        excess -= torch.bincount(head[cheapest], minlength=heads)
-        removed.append(place[gone])
+    stays = torch.ones_like(place, dtype=torch.bool)  # those of them that are not removed
+    closed = torch.zeros_like(stays)  # those that may not go: they have, or no more of their head may
+    excess, remaining = [width - smallest] * heads, size
+    owner = (place // width).tolist()
+    steps = [_Removed(place[:0], weights[:, :0], weights[:, :0])]
+    while any(excess):
+        price = (weights.square().sum(0) / inverse.diagonal()).masked_fill(closed, float("inf"))
+        gone = _cheapest(price, owner, excess, max(1, int(AT_ONCE * remaining)))
+        row, lost = inverse[gone], weights[:, gone]
+        solved = _solve(row[:, gone], torch.cat([row, lost.mT], dim=1))
+        share = solved[:, : len(place)]
+        steps.append(_Removed(place[gone], lost, solved[:, len(place) :].mT))
         weights.addmm_(lost, share, alpha=-1)
         inverse.addmm_(row.mT, share, alpha=-1)  # leaves 0 in the rows and columns of those that go
-        stays = torch.ones_like(left, dtype=torch.bool)
-        stays[cheapest] = False
-        left, spent = left[stays], spent + spent_now
-        if len(left) < DENSE_ENOUGH * len(place):  # copies take longer than sums
-            inverse, weights, place = inverse[left][:, left], weights[:, left], place[left]
-            left = torch.arange(len(place), device=second.device)
-    left = place[left]
-    error[: len(left)] = spent  # not known below
-    sequence = torch.cat([*removed, left.flip(0)]).flip(0)
-    owner = sequence // width
-    order = torch.stack([sequence[owner == number] - number * width for number in range(heads)])
+        remaining -= len(gone)
+        stays[gone], closed[gone] = False, True
+        for head in {owner[channel] for channel in gone.tolist()}:
+            if excess[head] == 0:
+                closed |= place // width == head
+        if remaining < DENSE_ENOUGH * len(place):  # copies take longer than sums
+            inverse, weights = inverse[stays][:, stays], weights[:, stays]
+            place, closed, stays = place[stays], closed[stays], stays[stays]
+            owner = (place // width).tolist()
+    removed = torch.cat([step.channels for step in steps])
+    error = second.new_zeros(size + 1)
+    error[remaining:size] = _spent(steps, fisher).cumsum(0).flip(0)
+    error[:remaining] = error[remaining].clone()  # not known below
+    sequence = torch.cat([removed, place[stays].flip(0)]).flip(0)
+    owners = sequence // width
+    order = torch.stack([sequence[owners == number] - number * width for number in range(heads)])
     return Removal(order, error)
+
+
+@dataclass(frozen=True)
+class _Removed:
+    """Channels that were removed at once."""
+
+    channels: Tensor
+    """Their indices, [k]."""
+    lost: Tensor
+    """Columns that read them, W_P, refitted on what was left before, [out, k]."""
+    priced: Tensor
+    """W_P [G^-1]_PP^-1, [out, k]: its product with W_P^T is the error that the outputs get."""
+
+
+def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
+    """Return the error that each channel adds, in order of removal; those of a step share theirs equally."""
+    lost, priced = (
+        torch.cat(parts, 1) for parts in zip(*((step.lost, step.priced) for step in steps), strict=True)
+    )
+    each = (weighed_by(fisher, lost) * priced).sum(0)
+    sizes = torch.tensor([len(step.channels) for step in steps], device=each.device)
+    number = torch.arange(len(steps), device=each.device).repeat_interleave(sizes)
+    return (each.new_zeros(len(steps)).index_add(0, number, each) / sizes)[number]
+
+
+def _solve(system: Tensor, target: Tensor) -> Tensor:
+    """Return system^-1 target; most systems are of one channel."""
+    solution: Tensor = target / system if len(system) == 1 else torch.linalg.solve(system, target)
+    return solution
 
 
 def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
@@ -231,17 +259,26 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
     return Ranking(order.expand(heads, -1))
 
 
-def _cheapest(price: Tensor, head: Tensor, excess: Tensor, count: int) -> Tensor:
-    """Return up to ``count`` channels of least price, at most ``excess`` per head; of equals the first."""
-    left, owners = excess.tolist(), head.tolist()
-    chosen: list[int] = []
-    for channel in price.sort(stable=True).indices.tolist():
-        owner = owners[channel]
-        if left[owner] > 0:
-            left[owner] -= 1
-            chosen.append(channel)
-            if len(chosen) == count:
-                break
+def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
+    """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``.
+
+    Args:
+        price: of each channel.
+        owner: head of each channel.
+        excess: channels that each head has too many; no more of it are returned.
+        count: number of channels.
+    """
+    if count == 1:
+        chosen = [int(price.argmin())]
+        excess[owner[chosen[0]]] -= 1
+    else:
+        chosen = []
+        for channel in price.sort(stable=True).indices.tolist():
+            if excess[owner[channel]] > 0:
+                excess[owner[channel]] -= 1
+                chosen.append(channel)
+                if len(chosen) == count:
+                    break
     return torch.tensor(chosen, device=price.device)
 
 
