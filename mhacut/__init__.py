@@ -8,23 +8,14 @@ model = mhacut.load_model(result.output)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# No other imports: until mhacut.cli.main() runs, Ctrl-C ends in Python's own traceback.
 from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
-from mhacut.errors import (
-    BudgetError,
-    CheckpointError,
-    DataError,
-    Interrupted,
-    MhacutError,
-    OutputError,
-    PlanError,
-    UnsupportedModelError,
-    UsageError,
-)
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.write import save_model
     from mhacut.commands.bench import BenchResult, bench
@@ -34,6 +25,17 @@ if TYPE_CHECKING:
     from mhacut.commands.inspect import InspectResult, inspect
     from mhacut.commands.prune import prune, prune_many
     from mhacut.commands.prune_result import PruneResult, PruneResults
+    from mhacut.errors import (
+        BudgetError,
+        CheckpointError,
+        DataError,
+        Interrupted,
+        MhacutError,
+        OutputError,
+        PlanError,
+        UnsupportedModelError,
+        UsageError,
+    )
     from mhacut.finetuning.result import FinetuneResult
     from mhacut.plan import Plan
 
@@ -69,13 +71,22 @@ __all__ = [
 
 _HOMES = {
     "BenchResult": "mhacut.commands.bench",
+    "BudgetError": "mhacut.errors",
+    "CheckpointError": "mhacut.errors",
+    "DataError": "mhacut.errors",
     "EvaluateResult": "mhacut.commands.evaluate",
     "ExportResult": "mhacut.commands.export",
     "FinetuneResult": "mhacut.finetuning.result",
     "InspectResult": "mhacut.commands.inspect",
+    "Interrupted": "mhacut.errors",
+    "MhacutError": "mhacut.errors",
+    "OutputError": "mhacut.errors",
     "Plan": "mhacut.plan",
+    "PlanError": "mhacut.errors",
     "PruneResult": "mhacut.commands.prune_result",
     "PruneResults": "mhacut.commands.prune_result",
+    "UnsupportedModelError": "mhacut.errors",
+    "UsageError": "mhacut.errors",
     "bench": "mhacut.commands.bench",
     "evaluate": "mhacut.commands.evaluate",
     "export": "mhacut.commands.export",
@@ -96,7 +107,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavy parts when they are first used: torch and timm take seconds."""
+    """Import what is first used: torch and timm take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mhacut' has no attribute {name!r}")
     from importlib import import_module

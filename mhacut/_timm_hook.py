@@ -7,11 +7,12 @@ mhacut, finds our models there; whoever does not, does not pay for it.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
-from importlib import import_module
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # imports at run time would delay the handler of Ctrl-C
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _MODELS = ("mhacut.flatten", "mhacut.exporting.timm_model")
 
@@ -25,6 +26,8 @@ def register_with_timm() -> None:
 
 
 def _import_models() -> None:
+    from importlib import import_module
+
     for name in _MODELS:
         import_module(name)
 
@@ -53,7 +56,7 @@ class _TimmFinder:
         def execute_and_register(module: ModuleType) -> None:
             del loader.exec_module  # the class's own again
             execute(module)
-            with suppress(ValueError):
+            if self in sys.meta_path:
                 sys.meta_path.remove(self)
             _import_models()
 

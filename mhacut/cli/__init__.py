@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the console script. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted."""
-    from mhacut.cli.interrupts import quit_when_interrupted
+    from mhacut.cli.quitting import quit_when_interrupted
 
     quit_when_interrupted()
     from mhacut.cli.app import app  # imports for 0.2 s

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import typer
 
 from mhacut.cli.console import Console, safe_lines
-from mhacut.cli.interrupts import INTERRUPTED, interruptible
+from mhacut.cli.interrupts import interruptible
+from mhacut.cli.quitting import INTERRUPTED
 from mhacut.errors import (
     FailedElsewhere,
     Interrupted,

@@ -207,6 +207,31 @@ def test_interrupts_before_and_after_the_work_are_quiet(programs, when, printed)
     assert bool(done.stdout) == printed
 
 
+FIRST = """
+import signal, sys
+
+class Here(Exception):
+    pass
+
+def arrived(number, handler):
+    raise Here
+
+signal.signal, before = arrived, set(sys.modules)
+from mhacut.cli import main
+try:
+    main()
+except Here:
+    print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_nothing_is_imported_before_interrupts_are_quiet():
+    """Until then Ctrl-C ends in Python's own traceback."""
+    result = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
+    ours = {"mhacut", "mhacut._timm_hook", "mhacut._version", "mhacut.cli", "mhacut.cli.quitting"}
+    assert set(result.stdout.split()) - {"__future__"} == ours, result.stderr
+
+
 @pytest.mark.slow
 def test_interrupts_as_an_object_is_deleted_are_not_shown(programs, slim):
     done = programs.run(DELETED.format(error="KeyboardInterrupt") + MAIN, "inspect", slim, "-q")
