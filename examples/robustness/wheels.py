@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--python", action="append", help="interpreter, may be repeated (default: this one)")
     parser.add_argument("--sdist", action="store_true", help="install the sdist, too")
     parser.add_argument("--tests", nargs="*", metavar="FILE", help="run these tests; without names, all")
-    parser.add_argument("--cache", type=Path, help="pip's cache; torch from PyPI brings 3 GB of CUDA")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mhacut-wheels-") as folder:
         work = Path(folder)
@@ -58,9 +57,7 @@ def main() -> None:
             for package in (wheel, sdist) if arguments.sdist else (wheel,):
                 tests = arguments.tests if package is wheel else None
                 with_sources = sdist if tests is not None else None
-                print(
-                    json.dumps(tried(python, package, with_sources, tests, arguments.cache, work)), flush=True
-                )
+                try_package(python, package, with_sources, tests, work)
 
 
 def build(work: Path) -> tuple[Path, Path]:
@@ -81,15 +78,14 @@ def git_files() -> Iterator[str]:
             yield name
 
 
-def tried(
+def try_package(
     python: str,
     package: Path,
     sdist: Path | None,
     tests: Sequence[str] | None,
-    cache: Path | None,
     work: Path,
-) -> dict[str, object]:
-    """Install ``package``, check it, run ``tests`` of ``sdist`` if that is given; return what was seen."""
+) -> None:
+    """Install ``package``, check it, run ``tests`` of ``sdist`` if that is given; print what was seen."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         place = Path(folder)
         environment = place / "environment"
@@ -97,14 +93,13 @@ def tried(
         extra = "[onnx,wds]" if sdist else ""
         more = ["hypothesis", "pytest", "pytest-xdist"] if sdist else []
         began = time.perf_counter()
-        options = ["--cache-dir", cache] if cache else []
-        output([environment / "bin/pip", "install", "-q", *options, f"{package}{extra}", *more], place)
+        output([environment / "bin/pip", "install", "-q", f"{package}{extra}", *more], place)
         installed = time.perf_counter() - began
         report = main_command(environment, place / "run")
         report |= {"package": package.name, "install, s": round(installed)}
         if sdist is not None:
             report["tests"] = run_tests(environment, sdist, tests or (), place / "sdist")
-        return report
+        print(json.dumps(report), flush=True)  # removing the environment takes a while
 
 
 def main_command(environment: Path, place: Path) -> dict[str, object]:

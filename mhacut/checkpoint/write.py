@@ -41,7 +41,7 @@ def write_slim(
     dtypes: Mapping[str, torch.dtype],
     overwrite: bool,
     input_path: str | os.PathLike[str] | None,
-) -> None:
+) -> os.stat_result:
     """Write ``model`` and its record to ``path`` as one safetensors file.
 
     The file appears under its name complete, flushed and compared with the model bit for bit, or not at
@@ -55,12 +55,15 @@ def write_slim(
         overwrite: replace an existing file (what a link points to, if it is a link).
         input_path: the checkpoint it was made from, never replaced.
 
+    Returns:
+        Status of the file, for :func:`mhacut.runtime.files.check_still`.
+
     Raises:
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
     write = slim_content(Path(path), model, record, dtypes)
-    write_whole(path, write, overwrite=overwrite, input_path=input_path)
+    return write_whole(path, write, overwrite=overwrite, input_path=input_path)
 
 
 def slim_content(

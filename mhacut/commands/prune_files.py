@@ -26,6 +26,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.preserve import Preserved
+from mhacut.runtime.files import check_still
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.storage import count_bytes
@@ -35,7 +36,7 @@ from mhacut.surgery.storage import count_bytes
 def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
     """Write the slim file; return the model in it, read back from the file and checked."""
     loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
-    write_slim(
+    written = write_slim(
         target,
         slim,
         record,
@@ -48,6 +49,7 @@ def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> n
     reloaded = load_model(target)
     # The tensors were compared bit for bit when they were written.
     if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
+        check_still(target, written)
         raise MhacutError(
             f"{target}: was written but gives other logits than the model in memory; do not use it"
         )

@@ -11,7 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +21,65 @@ import yaml
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.runtime.files import remove_temporaries, write_whole
+from mhacut.runtime.files import lock_directory, remove_temporaries, unlock, write_whole
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
 _STATE_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """Files of a run."""
 
     path: Path
+    _lock: int | None = field(default=None, init=False, repr=False)
+
+    def claim(self) -> None:
+        """Lock the directory, so that no other process writes a run there before :meth:`release`.
+
+        Raises:
+            OutputError: another process does.
+        """
+        try:
+            self._lock = lock_directory(self.path)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.path}: another process is writing a run there; wait until it has ended, or choose "
+                f"another directory ({option_name('output')})"
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes have the directory."""
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
 
     def file(self, name: str) -> Path:
         """Return the path of the file of this name."""
         return self.path / name
 
     def open_new(self, *, overwrite: bool) -> None:
-        """Make the directory of a new run.
+        """Make the directory of a new run, and :meth:`claim` it.
 
         Args:
             overwrite: remove the files of a run that it holds.
 
         Raises:
-            OutputError: it holds a run, or cannot be made.
+            OutputError: it holds a run, another process is writing one, or it cannot be made.
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(
                 f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
             )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.claim()
+            self._empty(overwrite)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def _empty(self, overwrite: bool) -> None:
         held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
         if held and not overwrite:
             raise OutputError(
@@ -58,13 +87,9 @@ class RunFolder:
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in held:
-                self.file(name).unlink()
-            self.sweep()
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        for name in held:
+            self.file(name).unlink()
+        self.sweep()
 
     def sweep(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""

@@ -25,7 +25,7 @@ def start(run: Run) -> None:
     Every process must call this.
 
     Raises:
-        OutputError: the directory holds a run, or cannot be written.
+        OutputError: the directory holds a run, another process writes one there, or it cannot be written.
         CheckpointError: the saved state is damaged, or the run now has other inputs.
     """
     state = None
@@ -57,6 +57,7 @@ def start(run: Run) -> None:
 
 def _saved_state(run: Run) -> dict[str, Any] | None:
     if run.processes.first:
+        run.folder.claim()
         run.folder.sweep()
     state = run.folder.read_state()
     if state is not None:

@@ -94,7 +94,7 @@ def write_whole(
     *,
     overwrite: bool,
     input_path: AnyPath | None = None,
-) -> None:
+) -> os.stat_result:
     """Make the file ``path`` appear complete and flushed to disk, or not at all.
 
     The content goes to a file in a temporary folder beside it, which is then renamed. The file's mode
@@ -105,6 +105,9 @@ def write_whole(
         content: the bytes, or a function that writes (and may check) the file whose name it is given.
         overwrite: replace an existing file (the file that a link points to, if it is a link).
         input_path: the checkpoint the content is made from, which is never replaced.
+
+    Returns:
+        Status of the file, by which :func:`check_still` knows it again.
 
     Raises:
         OutputError: the file must not or cannot be written; an existing file is untouched.
@@ -120,9 +123,17 @@ def write_whole(
                 temporary.write_bytes(content)
             _open_to_others(temporary)
             sync(temporary)
+            status = os.stat(temporary)
             _publish(temporary, target, overwrite)
     except OSError as error:
         raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
+    return status
+
+
+def check_still(path: AnyPath, written: os.stat_result) -> None:
+    """Raise an :class:`OutputError` if ``path`` is not the file that :func:`write_whole` wrote."""
+    if not os.path.samestat(os.stat(path), written):
+        raise OutputError(f"{show(path)}: was replaced by another process meanwhile; choose another name")
 
 
 def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
@@ -228,6 +239,52 @@ def _locked(folder: Path) -> int | None:
         os.close(lock)
         raise
     return lock
+
+
+_held: set[int] = set()
+"""Descriptors of :func:`lock_directory`."""
+
+
+def lock_directory(path: Path) -> int | None:
+    """Lock a directory for this process; return the descriptor for :func:`unlock`.
+
+    Processes that this one forks do not share the lock, so that it ends with this one.
+
+    Returns:
+        None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    _held.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Release what :func:`lock_directory` locked."""
+    assert sys.platform != "win32"
+    _held.remove(descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may not have closed its own yet
+    os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _prefix(target: Path) -> str:

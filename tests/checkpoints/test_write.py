@@ -47,7 +47,8 @@ def model():
 @pytest.fixture
 def put(model, tmp_path):
     def run(path, *, overwrite=False, input_path=None, dtypes=None):
-        write_slim(path, model, RECORD, dtypes=dtypes or {}, overwrite=overwrite, input_path=input_path)
+        given = {"dtypes": dtypes or {}, "overwrite": overwrite, "input_path": input_path}
+        return write_slim(path, model, RECORD, **given)
 
     return run
 
@@ -296,6 +297,15 @@ def test_of_two_writers_one_wins_and_one_is_refused(put, tmp_path, monkeypatch, 
     assert "created by someone else meanwhile" in sorted(outcomes, key=len)[1]
     assert names(tmp_path) == ["slim.safetensors"]
     assert "head.weight" in load_file(path)
+
+
+def test_a_file_that_another_process_replaced_is_noticed(put, tmp_path):
+    path = tmp_path / "slim.safetensors"
+    written = put(path)
+    files.check_still(path, written)
+    put(path, overwrite=True)
+    with pytest.raises(OutputError, match="was replaced by another process meanwhile"):
+        files.check_still(path, written)
 
 
 def test_temporary_files_of_a_name_are_found_again_and_no_others(tmp_path):

@@ -269,3 +269,38 @@ def test_a_state_runs_nothing(finished, tmp_path):
     with pytest.raises(CheckpointError, match=r"state.pt"):
         resume(finished)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
+    running = RunFolder(finished)
+    running.claim()
+    for start in (lambda: resume(finished), lambda: tune(overwrite=True)):
+        with pytest.raises(OutputError, match="run: another process is writing a run there"):
+            start()
+    running.release()
+    assert resume(finished).steps == 6
+
+
+FORKED = """
+import os, signal, sys
+from mhacut.runtime.files import lock_directory
+
+lock = lock_directory(sys.argv[1])
+runs, running = os.pipe()
+child = os.fork()
+if not child:
+    os.write(running, b"!")
+    signal.pause()
+os.read(runs, 1)
+os.close(lock)  # as the end of the process does
+try:
+    lock_directory(sys.argv[1])
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_a_lock_ends_with_its_process_whatever_that_forked(programs, tmp_path):
+    """Processes that load images may outlive their parent by a moment."""
+    done = programs.run(FORKED, tmp_path)
+    assert done.returncode == 0, done.stderr
