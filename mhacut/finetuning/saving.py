@@ -16,6 +16,8 @@ from mhacut.runtime.signals import StopRequest
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""
+_NAMED = 10
+"""Number of unreadable images that are logged by name; the result counts and lists all."""
 
 
 def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
@@ -77,9 +79,23 @@ def _share_unreadable(run: Run) -> None:
     """Collect the unreadable images of all processes; the first process logs those that are new to it."""
     own = run.progress.unreadable
     run.progress.unreadable = dict.fromkeys(run.processes.union(list(own)))
-    for file in run.progress.unreadable:
+    for number, file in enumerate(run.progress.unreadable, start=1):
         if file not in own:
-            run.reporter.log(f"unreadable, replaced by another image: {file}")
+            log_unreadable(run, number, file)
+
+
+def log_unreadable(run: Run, number: int, image: str) -> None:
+    """Log one of the first unreadable images of a run, and that there are more.
+
+    Args:
+        run: the run.
+        number: number of the image among the unreadable ones, from 1.
+        image: its file, and the reason if that is known.
+    """
+    if number <= _NAMED:
+        run.reporter.log(f"unreadable, replaced by another image: {image}")
+    elif number == _NAMED + 1:
+        run.reporter.log("more images are unreadable; they are counted at the end")
 
 
 def _write_last(run: Run, evaluation: Evaluation | None) -> None:

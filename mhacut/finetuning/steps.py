@@ -15,7 +15,7 @@ from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.images import Batch, training_loader
 from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.run import Run
-from mhacut.finetuning.saving import end_epoch, save
+from mhacut.finetuning.saving import end_epoch, log_unreadable, save
 from mhacut.runtime.signals import StopRequest
 from mhacut.runtime.workers import worker_count
 
@@ -87,13 +87,13 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequ
 
 
 def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pass on ``batches``, and log each image that another one had to replace."""
+    """Pass on ``batches``, and collect the images that others had to replace."""
     unreadable = run.progress.unreadable
     for batch in batches:
         for bad in batch.unreadable:
             if bad.file not in unreadable:
                 unreadable[bad.file] = None
-                run.reporter.log(f"unreadable, replaced by another image: {bad.file}: {bad.reason}")
+                log_unreadable(run, len(unreadable), f"{bad.file}: {bad.reason}")
         yield batch
 
 

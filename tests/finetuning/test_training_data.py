@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from helpers.cli import FAST, run
 from helpers.finetuning import CLASSES
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
@@ -67,6 +68,28 @@ def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_pat
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match="one batch cannot be read, first"):
         tune("all", data_dir=broken)
+
+
+def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, images, tmp_path):
+    root, source = tmp_path / "many", images / "train" / "c0" / "0.png"
+    broken = [source.read_bytes()[:60], b"", b"not found"]
+    for number in range(1300):
+        path = root / "train" / f"c{number % CLASSES}" / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number % 100 == 50:
+            path.write_bytes(broken[number // 100 % 3])
+        else:
+            path.hardlink_to(source)
+    command = ["finetune", slim, "--data-dir", root, "-o", tmp_path / "run", "-b", "100", "--epochs", "1"]
+    done = run(*command, "-j", "0")
+    assert done.exit_code == 0, done.stderr
+    assert "13 images could not be read and were replaced by others; first " in done.stdout
+    assert done.stderr.count("unreadable, replaced by another image: ") == 10
+    assert done.stderr.count("more images are unreadable; they are counted at the end") == 1
+    command = ["prune", slim, "--data-dir", root, "--flops", "50%", "-o", tmp_path / "smaller.safetensors"]
+    done = run(*command, *FAST, "--calibration-images", "1300")
+    assert done.exit_code == 0, done.stderr
+    assert "1287 of 1300 images under train/ (with labels), 13 unreadable left out (first " in done.stderr
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
