@@ -7,7 +7,9 @@
 ``images`` links one small JPEG so often, into 1,000 class folders, and prunes and fine-tunes a model of two
 blocks with them. ``corrupt`` breaks 1 % of 2,000 images (cut short, empty, or text) and sees that both
 commands finish and count them. ``classes`` prunes vit_tiny_patch16_224 at random weights with heads of so
-many classes. Prints a line of JSON for each command; memory is the resident set of its largest process.
+many classes, and the model of two blocks on 4,096 synthetic images.
+
+Prints a line of JSON for each command; memory is the resident set of its largest process.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ model = timm.create_model("vit_tiny_patch16_224", **json.loads(sys.argv[2]))
 save_file(model.state_dict(), sys.argv[1])
 """
 """In a process of its own: a child's peak memory is counted from that of the process that starts it."""
-PRUNE = ["prune", "--model", "vit_tiny_patch16_224", "--effort", "fast", "--no-latency", "--flops", "50%"]
+PRUNE = ["prune", "--model", "vit_tiny_patch16_224", "--effort", "fast", "--no-latency", "--flops"]
 FINETUNE = ["finetune", "-b", "64", "-j", "0"]
 
 
@@ -64,7 +66,7 @@ def images(folder: Path, counts: Sequence[int]) -> None:
         paint(place / "data" / "train", count)
         data = ["--data-dir", place / "data"]
         slim = place / "slim.safetensors"
-        show(count, measured([*PRUNE, file, *small_model(), *data, "-o", slim])[0])
+        show(count, measured([*PRUNE, "50%", file, *small_model(), *data, "-o", slim])[0])
         steps = [*FINETUNE, slim, *data, "--steps", "1", "-o", place / "run"]
         show(count, measured(steps)[0])
 
@@ -80,7 +82,7 @@ def corrupt(folder: Path, generator: random.Random, count: int = 2000) -> None:
         cut = content[: generator.randrange(1, len(content) // 2)]
         path.write_bytes([cut, b"", b"not found\n"][number % 3])
     data, slim = ["--data-dir", folder / "data"], folder / "slim.safetensors"
-    command = [*PRUNE, file, *small_model(), *data, "--calibration-images", str(count), "-o", slim]
+    command = [*PRUNE, "50%", file, *small_model(), *data, "--calibration-images", str(count), "-o", slim]
     spent, document = measured(command)
     assert f"{len(broken)} unreadable left out" in document["data"], document["data"]
     show(document["data"], spent)
@@ -92,10 +94,14 @@ def corrupt(folder: Path, generator: random.Random, count: int = 2000) -> None:
 
 
 def classes(folder: Path, counts: Sequence[int]) -> None:
-    """Prune vit_tiny_patch16_224 with so many classes."""
+    """Prune both models with so many classes, the small one on many images, whose logits are kept."""
     for count in counts:
         file = dense(folder, {"num_classes": count})
-        show(count, measured([*PRUNE, file, "-o", folder / f"slim{count}.safetensors"])[0])
+        show(count, measured([*PRUNE, "50%", file, "-o", folder / f"slim{count}.safetensors"])[0])
+        file = dense(folder, SMALL | {"num_classes": count})
+        small = [file, *small_model(), "--calibration-images", "4096"]
+        spent = measured([*PRUNE, "75%", *small, "-o", folder / f"small{count}.safetensors"])[0]
+        show(f"{count}, small model, 4,096 images", spent)
 
 
 def dense(folder: Path, arguments: dict[str, int]) -> Path:

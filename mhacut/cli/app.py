@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from mhacut.cli.bench import bench
 from mhacut.cli.evaluate import evaluate
@@ -19,9 +21,39 @@ from mhacut.cli.running import Globals
 from mhacut.cli.versions import versions
 from mhacut.options.option import Panel
 
+
+class _Program(TyperGroup):
+    """A group whose refusals of flags and commands take one line, as all others do."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _refused_in_one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _refused_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _refused_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # By name: typer has brought its own copy of click since 0.26, and used click's before.
+        if hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError":
+            message = error.format_message()
+            text = f"error: {message[:1].lower()}{message[1:].removesuffix('.')}"
+            context = getattr(error, "ctx", None)
+            advice = f"see {'mhacut' if context is None else context.command_path} --help"
+            text += f" ({advice})" if text.endswith("?") else f"; {advice}"
+            error.show = lambda file=None: typer.echo(text, err=True)  # type: ignore[attr-defined]
+        raise
+
+
 # Markup would eat brackets in help; tracebacks are shown by mhacut.cli.running, without the values of locals.
 app = typer.Typer(
     name="mhacut",
+    cls=_Program,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -74,7 +106,7 @@ def root(
         typer.echo("\n".join(versions(everything=verbose > 0)))
         raise typer.Exit()
     if context.invoked_subcommand is None:
-        context.fail("Missing command.")
+        context.fail("Missing command")
     context.obj = Globals(quiet=quiet, verbose=verbose)
 
 

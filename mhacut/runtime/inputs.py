@@ -25,6 +25,8 @@ def stem_of(path: Path) -> str:
 
 def check_checkpoint(path: AnyPath) -> None:
     """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
+    if os.fspath(path).endswith(os.sep) and not os.path.lexists(Path(path)):
+        raise CheckpointError(f"no such folder: {show(path)}")
     if not is_directory(Path(path)):
         regular_size(Path(path))
 

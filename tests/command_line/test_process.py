@@ -55,6 +55,7 @@ WRONG = [
     ("prune {file} --flops 2,0G", 2, "--flops 2,0G is not a budget"),
     ("prune {file} --flops 500%", 2, "a share is at most 100%"),
     ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
+    ("prune nowhere/ --flops 50%", 1, "no such folder: nowhere/"),
     ("prune {empty} --flops 50%", 1, "file is empty"),
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
     ("prune {file} --flops 50% --data-dir {file}", 1, "is a file; --data-dir expects a directory"),
@@ -138,7 +139,33 @@ def test_version_with_what_it_stands_on():
 def test_no_command_is_a_usage_error():
     result = run("-q")
     assert result.exit_code == 2
-    assert "Missing command" in result.stderr
+    assert result.stderr == "error: missing command; see mhacut --help\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "end"),
+    [
+        (["prune", "a.pth", "--flop", "50%"], "error: no such option: --flop", "; see mhacut prune --help"),
+        (["prune", "--flops"], "error: option '--flops' requires an argument", "; see mhacut"),
+        (
+            ["prune", "-b", "two"],
+            "error: invalid value for '--batch-size' / '-b'",
+            "; see mhacut prune --help",
+        ),
+        (["pruen"], "error: no such command 'pruen'", "see mhacut --help"),
+        (["--flops"], "error: no such option: --flops", "; see mhacut --help"),
+    ],
+)
+def test_what_cannot_be_parsed_takes_one_line(arguments, start, end):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(start)
+    assert end in line
+
+
+def test_no_arguments_at_all_are_answered_by_help():
+    assert "Cut channels out of the attention" in run().output
 
 
 @pytest.mark.slow
