@@ -1,4 +1,4 @@
-"""Text for people: unsafe characters escaped, runs of indices shortened."""
+"""Text for people: unsafe characters escaped, runs of indices shortened, cells in columns."""
 
 from __future__ import annotations
 
@@ -38,3 +38,35 @@ def ranges(indices: Sequence[int]) -> str:
         else:
             runs.append((index, index))
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs) or "none"
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return rows in aligned columns; never cut to a width, so that a pipe gets whole names.
+
+    >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
+           dense   slim
+    FLOPs  4.61G  2.00G
+
+    Args:
+        rows: cells, the same number in each; a first row of headings is a row like any other.
+        left: so many columns are aligned left, the others right.
+    """
+    widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            room = " " * (width - _cells(cell))
+            cells.append(cell + room if number < left else room + cell)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def table_with_notes(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Return a :func:`table` and lines below it, all text made safe."""
+    return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])
+
+
+def _cells(text: str) -> int:
+    """Number of columns that ``text`` takes on a terminal."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

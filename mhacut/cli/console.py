@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from mhacut.runtime.progress_bar import LinesView, TerminalView, View
 from mhacut.runtime.stages import StageClock, StageShare
-from mhacut.text import safe
+from mhacut.text import safe, table
 
 __all__ = ["SCHEMA_VERSION", "Console", "safe", "safe_lines", "table"]
 
@@ -22,33 +21,6 @@ SCHEMA_VERSION = 1
 def safe_lines(text: object) -> str:
     """Return ``text`` with each of its lines made safe by :func:`safe`."""
     return "\n".join(map(safe, str(text).split("\n")))
-
-
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows in aligned columns; never cut to a width, so that a pipe gets whole names.
-
-    >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
-           dense   slim
-    FLOPs  4.61G  2.00G
-
-    Args:
-        rows: cells, the same number in each; a first row of headings is a row like any other.
-        left: so many columns are aligned left, the others right.
-    """
-    widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = []
-        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            room = " " * (width - _cells(cell))
-            cells.append(cell + room if number < left else room + cell)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _cells(text: str) -> int:
-    """Number of columns that ``text`` takes on a terminal."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 class Console:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import format_flops
 from mhacut.cli.console import Console, safe, table
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
@@ -48,15 +47,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
 
 def _text(result: FinetuneResult) -> str:
-    rows = [[safe(result.architecture), "before", "after", ""]]
-    if result.before is not None and result.after is not None:
-        best = " (best epoch)" if len(result.epochs) > 1 and result.improved else ""
-        label = f"{result.after.label}{best}"
-        before, after = result.before.top1, result.after.top1
-        rows.append([label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
-    flops = format_flops(result.flops)
-    rows.append(["FLOPs", flops, flops, ""])
-    lines = [table(rows), ""]
+    lines = [table([list(map(safe, row)) for row in result.rows()]), ""]
     if result.improved is False:
         from mhacut.finetuning.folder import LAST  # imports torch
 

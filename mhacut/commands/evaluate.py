@@ -29,6 +29,7 @@ from mhacut.runtime.progress_bar import reporting
 from mhacut.runtime.stages import StageShare
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
+from mhacut.text import table_with_notes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,8 +64,14 @@ class EvaluateResult:
             ("parameters", format_flops(self.parameters)),
         ]
 
+    def __repr__(self) -> str:
+        return table_with_notes(*self._shown())
+
     def _repr_html_(self) -> str:
-        return html_table([(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"])
+        return html_table(*self._shown())
+
+    def _shown(self) -> tuple[list[tuple[str, str]], list[str]]:
+        return [(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"]
 
 
 def evaluate(

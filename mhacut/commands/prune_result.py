@@ -27,6 +27,7 @@ from mhacut.pruning.repair import UnitRepair
 from mhacut.report.html_table import html_table
 from mhacut.report.inline_svg import chart_html
 from mhacut.report.pareto import COST_FLOPS, Choice, choice_charts, choice_rows
+from mhacut.text import table_with_notes
 
 MUCH = 0.2
 """Large divergence in nats: it changes the top-1 class of an ImageNet ViT-Ti on a tenth of the images."""
@@ -45,7 +46,7 @@ class PruneResult:
     output: Path | None
     """The slim file; None after a dry run."""
     architecture: str
-    plan: Plan = field(repr=False)
+    plan: Plan
     """Plan of the cut, in the indices of the model that was read."""
     budget: int
     """Budget of FLOPs; the FLOPs of the dense model if none was given."""
@@ -57,16 +58,16 @@ class PruneResult:
     """Description of the calibration images."""
     preprocessing: Preprocessing
     """Preprocessing of all images, which the slim file states."""
-    provenance: Provenance = field(repr=False)
+    provenance: Provenance
     """Origin of each value in ``preprocessing``."""
-    not_prunable: tuple[str, ...] = field(repr=False)
+    not_prunable: tuple[str, ...]
     """Lines that name layers or channels that were not cut, each with the reason."""
-    repairs: Mapping[UnitKey, UnitRepair] = field(repr=False)
+    repairs: Mapping[UnitKey, UnitRepair]
     """Outcome of the repair of each unit; empty without repair."""
     device: str
     latency_batch_size: int
     """Images per batch of ``latency_ms``."""
-    timing: Mapping[str, Any] = field(repr=False)
+    timing: Mapping[str, Any]
     """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
     ``machine``; empty where no latency was measured."""
     seconds: Mapping[str, float]
@@ -75,9 +76,9 @@ class PruneResult:
     counted for the first."""
     stage_seconds: Mapping[str, float]
     """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
-    log: tuple[SearchStep, ...] = field(repr=False)
+    log: tuple[SearchStep, ...]
     """Training steps of the indicators, if they were trained."""
-    curves: Mapping[UnitKey, Curve] = field(repr=False)
+    curves: Mapping[UnitKey, Curve]
     """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
     report: Path | None
     """HTML page about the run; None if it was not asked for."""
@@ -99,7 +100,7 @@ class PruneResult:
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, and what each is expected to cost; empty where no curve was needed."""
-    _model: nn.Module | None = field(default=None, repr=False, compare=False)
+    _model: nn.Module | None = field(default=None, compare=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return the cells of a table that compares the dense and the slim model, headings first."""
@@ -125,9 +126,15 @@ class PruneResult:
         rows.append((f"{label} ({self.judged_on} images)", "", f"{self.divergence:.2g}", ""))
         return rows
 
+    def __repr__(self) -> str:
+        return table_with_notes(self.rows(), self._notes())
+
     def _repr_html_(self) -> str:
+        return html_table(self.rows(), self._notes())
+
+    def _notes(self) -> list[str]:
         saved = "dry run: no model was written" if self.output is None else f"saved {self.output}"
-        return html_table(self.rows(), [saved, f"searched on {self.data}"])
+        return [saved, f"searched on {self.data}"]
 
     def model(self) -> nn.Module:
         """Return a new copy of the pruned model, in eval mode, float32, on the CPU; also after a dry run.
@@ -148,6 +155,9 @@ class PruneResults(tuple[PruneResult, ...]):
     def rows(self) -> list[list[str]]:
         """Return the dense model and those of all budgets as a table's cells, the headings first."""
         return choice_rows(choices_of(self), _DIVERGENCE[self[0].divergence_of])
+
+    def __repr__(self) -> str:
+        return table_with_notes(self.rows()) if self else "no results"
 
     def _repr_html_(self) -> str:
         charts = [chart for chart in choice_charts(choices_of(self)) if chart.x_label == COST_FLOPS]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mhacut.budget import format_flops
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation
+from mhacut.text import table_with_notes
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,17 @@ class FinetuneResult:
     """Number of processes."""
     seconds: float
     """Time that this call took."""
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return the cells of a table that compares the model before and after, headings first."""
+        rows = [(self.architecture, "before", "after", "")]
+        if self.before is not None and self.after is not None:
+            best = " (best epoch)" if len(self.epochs) > 1 and self.improved else ""
+            before, after = self.before.top1, self.after.top1
+            change = f"{after - before:+.2f}"
+            rows.append((f"{self.after.label}{best}", f"{before:.2f}", f"{after:.2f}", change))
+        flops = format_flops(self.flops)
+        return [*rows, ("FLOPs", flops, flops, "")]
+
+    def __repr__(self) -> str:
+        return table_with_notes(self.rows(), [f"saved {self.output}", f"trained on {self.data}"])

@@ -60,6 +60,7 @@ def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_pat
     result = tune(data_dir=broken, workers=2)
     assert [path.endswith("c2/3.png") for path in result.unreadable] == [True]
     assert result.steps == 6
+    assert repr(result).splitlines()[-1] == f"trained on {result.data}"
     for label in range(CLASSES):
         (broken / "train" / f"c{label}" / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"\d of 42 images cannot be read, first"):

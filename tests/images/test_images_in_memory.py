@@ -211,15 +211,20 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     accuracy = mhacut.evaluate(found.model(), images=(images, labels))
     assert accuracy.evaluation.top1 == mhacut.evaluate(found.output, images=loader).evaluation.top1
     assert accuracy.data == "300 images in memory"
-    # Notebooks show both as tables.
+    # Python prints both as tables, and notebooks show them.
+    assert repr(found).splitlines()[0].split() == [found.architecture, "dense", "slim", "ratio"]
+    assert f"searched on {found.data}" in repr(found).splitlines()
+    assert repr(accuracy).splitlines()[1].split()[:2] == ["top-1", f"{accuracy.evaluation.top1:.2f}%"]
     shown = found._repr_html_()
     for text in ("top-1, % of 236 images", "KL to dense (16 images)", "FLOPs", "parameters", "saved "):
         assert text in shown
     assert f"<td>{found.slim.evaluation.top1:.2f}</td>" in shown
     assert f"<td>{accuracy.evaluation.top1:.2f}% (± " in accuracy._repr_html_()
-    hostile = replace(found, architecture="<script>\x1b[2J", output=Path("<b>"))._repr_html_()
-    assert r"<th>&lt;script&gt;\x1b[2J</th>" in hostile
-    assert "saved &lt;b&gt;" in hostile
+    hostile = replace(found, architecture="<script>\x1b[2J", output=Path("<b>"))
+    assert "\x1b" not in repr(hostile)
+    shown = hostile._repr_html_()
+    assert r"<th>&lt;script&gt;\x1b[2J</th>" in shown
+    assert "saved &lt;b&gt;" in shown
 
 
 @pytest.mark.slow
