@@ -210,9 +210,15 @@ def one_cpu(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
+def show_warnings():
+    warnings.simplefilter("always")
+    # Of Python 3.12 and later, where the tests themselves run in threads.
+    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+
+
 def test_on_one_cpu_torch_has_nothing_to_warn_of(one_cpu, tmp_path, recwarn):
     write_split(tmp_path / "val")
-    warnings.simplefilter("always")
+    show_warnings()
     for _ in range(2):
         list(evaluated(PLAIN, data_dir=tmp_path, batch_size=5, num_classes=3))
     assert not recwarn.list
@@ -221,7 +227,7 @@ def test_on_one_cpu_torch_has_nothing_to_warn_of(one_cpu, tmp_path, recwarn):
 def test_more_processes_than_cpus_are_kept_and_warned_of_once(one_cpu, tmp_path, recwarn, monkeypatch):
     write_split(tmp_path / "val")
     monkeypatch.setattr(workers, "_warned", set())
-    warnings.simplefilter("always")
+    show_warnings()
     loader = evaluated(PLAIN, data_dir=tmp_path, batch_size=5, num_classes=3, workers=3)
     assert loader._loader.num_workers == 3
     images = TrainingImages(IMAGES, count=12, labelled=True, description="", fingerprint="")

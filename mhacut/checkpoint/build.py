@@ -64,8 +64,9 @@ class _Uninitialised(TorchFunctionMode):
 
     _INITIALISES = frozenset(
         {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
-        | {Tensor.fill_, Tensor.zero_}
-        | {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
+        | {Tensor.fill_, Tensor.zero_, Tensor.__setitem__}
+        # All of them: within one that asks for its __torch_function__, this mode is not in force.
+        | {getattr(nn.init, name) for name in dir(nn.init) if name[0] != "_" and name[-1] == "_"}
     )
 
     def __torch_function__(
