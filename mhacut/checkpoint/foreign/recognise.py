@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.families import FAMILIES
@@ -21,7 +21,7 @@ from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
 _HEADS = ("head.", "head_dist.")
-"""Beginnings of the names of classifiers in timm."""
+"""Beginnings of the names of classifiers, and of norms before them, in timm."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
 """Part of a configuration that is the image tower's, by the model types of an image and a text tower."""
@@ -39,6 +39,8 @@ class Conversion:
     """Whether the classifier is left out, as the user asked."""
     tensors: Mapping[str, TensorInfo]
     """Tensors of the file under timm's names."""
+    heads: Mapping[str, TensorInfo]
+    """Tensors of heads among those left out; a head's norm may belong to the model without classes too."""
     built: Built | None
     """The timm model; None where a file without a configuration does not show it."""
     cfg: Mapping[str, Any]
@@ -48,7 +50,14 @@ class Conversion:
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the file's tensors under timm's names, in their dtypes."""
-        return _converted(self.renaming, tensors, self.headless)
+        renamed = _converted(self.renaming, tensors, self.headless)
+        return {name: tensor for name, tensor in renamed.items() if name in self.tensors}
+
+    def with_heads_of(self, model: nn.Module) -> Conversion:
+        """Return the same with those :attr:`heads` that ``model`` has."""
+        own = model.state_dict().keys()
+        kept = {name: info for name, info in self.heads.items() if name in own}
+        return replace(self, tensors={**self.tensors, **kept}, heads={})
 
 
 def recognise(
@@ -110,7 +119,9 @@ def _conversion(
         for name, info in header.tensors.items()
     }
     renamed = _converted(renaming, meta, headless)
-    tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
+    found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
+    heads = {name: info for name, info in found.items() if headless and name.startswith(_HEADS)}
+    tensors = {name: info for name, info in found.items() if name not in heads}
     shapes = {name: info.shape for name, info in tensors.items()}
     built: Built | None = None
     cfg: dict[str, Any] = dict(family.cfg)
@@ -134,14 +145,11 @@ def _conversion(
     left_out = renaming.what_is_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
-    return Conversion(family, renaming, headless, tensors, built, cfg, tuple(notes))
+    return Conversion(family, renaming, headless, tensors, heads, built, cfg, tuple(notes))
 
 
 def _converted(renaming: Renaming, tensors: Mapping[str, Tensor], headless: bool) -> dict[str, Tensor]:
-    if not headless:
-        return renaming.apply(tensors)
-    renamed = renaming.without_classifier().apply(tensors)
-    return {name: tensor for name, tensor in renamed.items() if not name.startswith(_HEADS)}
+    return (renaming.without_classifier() if headless else renaming).apply(tensors)
 
 
 def _processor(header: FileHeader) -> Config | None:
