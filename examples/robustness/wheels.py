@@ -97,9 +97,9 @@ def try_package(
         installed = time.perf_counter() - began
         report = main_command(environment, place / "run")
         report |= {"package": package.name, "install, s": round(installed)}
+        print(json.dumps(report), flush=True)
         if sdist is not None:
-            report["tests"] = run_tests(environment, sdist, tests or (), place / "sdist")
-        print(json.dumps(report), flush=True)  # removing the environment takes a while
+            print(run_tests(environment, sdist, tests or (), place / "sdist"), flush=True)
 
 
 def main_command(environment: Path, place: Path) -> dict[str, object]:

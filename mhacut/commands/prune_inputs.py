@@ -60,6 +60,8 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention+mlp": ("qk", "v", "hidden"),
     "attention+mlp+tokens": ("qk", "v", "hidden"),
 }
+_USUAL, _LARGE = 224, 448
+"""Usual size of images, in pixels, and the largest about which nothing is logged."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def read_inputs(
     check_files(options, each, loaded.path)  # default names of what is no file are known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    _log_large_images(options, dense, preprocessing.input_size, reporter)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
     time_target = _time_target(options, stopwatch, processes)
     job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
@@ -154,6 +157,21 @@ def read_inputs(
         )
         for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
     )
+
+
+def _log_large_images(
+    options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
+) -> None:
+    """Log what images of a large default size cost, where the model can take smaller ones."""
+    _, height, width = input_size
+    chosen = options.preprocessing.img_size is not None or "img_size" in options.model_args
+    if height * width > _LARGE**2 and getattr(dense, "dynamic_img_size", None) is False and not chosen:
+        smaller = option_name("model_args", {"dynamic_img_size": True})
+        reporter.log(
+            f"images have {height}x{width} pixels, {height * width / _USUAL**2:.1f} times those of "
+            f"{_USUAL}x{_USUAL}, and take as much longer at least; {smaller} with "
+            f"{option_name('img_size', _USUAL)} prunes for those"
+        )
 
 
 def _expect_stages(options: PruneOptions, job: Job, validation: LabelledBatches | None, files: int) -> None:
