@@ -299,3 +299,19 @@ def test_the_command(slim_of, few_digits, tmp_path):
     document = json.loads(run("export", slim_of("vit"), *flags, "--overwrite", "--json").stdout)
     assert document["int8"]["method"] in ("dynamic", "static")
     assert document["int8"]["agreement"]["kl"] > 0
+
+
+def test_no_shape_is_stated_twice_of_weights_that_the_quantizer_transposes(tmp_path):
+    floats, path = onnx.TensorProto.FLOAT, tmp_path / "a.onnx"
+    weight = onnx.numpy_helper.from_array(np.ones((5, 48), np.float32), "weight")
+    info = {name: onnx.helper.make_tensor_value_info(name, floats, shape)
+            for name, shape in (("x", (1, 48)), ("y", (1, 5)), ("weight", (5, 48)), ("inner", (1, 5)))}  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "weight"], ["inner"], transB=1),
+        onnx.helper.make_node("Relu", ["inner"], ["y"]),
+    ]
+    stated = [info["weight"], info["inner"]]
+    graph = onnx.helper.make_graph(nodes, "a", [info["x"]], [info["y"]], [weight], value_info=stated)
+    onnx.save(onnx.helper.make_model(graph), path)
+    quantize._forget_shapes_of_weights(path)
+    assert [info.name for info in onnx.load(path).graph.value_info] == ["inner"]

@@ -120,6 +120,7 @@ def quantize(
         exact.write_bytes(content)
         # Shapes of the batch are symbols, which its other pass would need names for.
         quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
+        _forget_shapes_of_weights(prepared)
         if method == "dynamic":
             quantize_dynamic(str(prepared), str(written), **shared)
         else:
@@ -159,6 +160,21 @@ class _Reader:
         """Return the next batch by the name of the input; None after the last."""
         batch = next(self._left, None)
         return None if batch is None else {INPUT: batch.numpy()}
+
+
+def _forget_shapes_of_weights(path: Path) -> None:
+    """Remove the shapes that the file states of its weights a second time.
+
+    onnxruntime 1.23, the last for Python 3.10, transposes weights but not those, which onnx 1.23 refuses.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    kept = [info for info in model.graph.value_info if info.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+    onnx.save(model, str(path))
 
 
 @contextmanager
