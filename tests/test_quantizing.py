@@ -304,8 +304,8 @@ def test_the_command(slim_of, few_digits, tmp_path):
 def test_no_shape_is_stated_twice_of_weights_that_the_quantizer_transposes(tmp_path):
     floats, path = onnx.TensorProto.FLOAT, tmp_path / "a.onnx"
     weight = onnx.numpy_helper.from_array(np.ones((5, 48), np.float32), "weight")
-    info = {name: onnx.helper.make_tensor_value_info(name, floats, shape)
-            for name, shape in (("x", (1, 48)), ("y", (1, 5)), ("weight", (5, 48)), ("inner", (1, 5)))}  # fmt: skip
+    shapes = {"x": (1, 48), "y": (1, 5), "weight": (5, 48), "inner": (1, 5)}
+    info = {name: onnx.helper.make_tensor_value_info(name, floats, shape) for name, shape in shapes.items()}
     nodes = [
         onnx.helper.make_node("Gemm", ["x", "weight"], ["inner"], transB=1),
         onnx.helper.make_node("Relu", ["inner"], ["y"]),
