@@ -124,6 +124,13 @@ def test_few_images_never_make_it_worse_than_removing(seed, fitted):
     assert found.prediction.isfinite().all()
 
 
+def test_a_unit_that_may_not_lose_channels_has_a_ranking_without_errors():
+    second = exact(rows(30, 6, 0)).second
+    found = rank_channels(second, torch.ones(4, 6).double(), 2, 3, torch.eye(4).double())
+    assert found.order.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert found.error.tolist() == [0] * 7
+
+
 @given(seed=st.integers(0, 2**31), constant=st.booleans())
 @settings(deadline=None, max_examples=20)
 def test_many_choices_of_one_problem_have_the_errors_of_their_rows(seed, constant):

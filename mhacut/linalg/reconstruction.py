@@ -200,7 +200,7 @@ def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
     """Return ``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
     if fisher is None:
         return columns
-    return (fisher @ columns.reshape(-1, len(fisher), columns.shape[-1])).flatten(0, 1)
+    return (fisher @ columns.unflatten(0, (-1, len(fisher)))).flatten(0, 1)
 
 
 def others(kept: Tensor, size: int) -> Tensor:
