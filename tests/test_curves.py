@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build, image
-from mhacut.linalg.reconstruction import RIDGES
+from mhacut.linalg.reconstruction import RIDGES, LinearProblem
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.channel_scales import plan_channel_scales
-from mhacut.pruning.curves import MOST_WIDTHS, sensitivity_curves
+from mhacut.pruning.curves import FEW_WIDTHS, MOST_WIDTHS, sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.widths import width_choices
@@ -187,6 +187,18 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
             each = (moved @ it.calibration.fisher.matrices[unit.layer] * moved).sum(-1)
             errors.append(float(weights[:held] @ each) / held / 2)
         assert it.curves[unit.key][width] == pytest.approx(min(errors), rel=2e-3)
+
+
+@pytest.mark.parametrize(("wide", "most"), [(1, FEW_WIDTHS), (2048, MOST_WIDTHS)])
+def test_wide_units_seen_in_few_rows_are_solved_at_few_widths(monkeypatch, wide, most):
+    monkeypatch.setattr("mhacut.pruning.candidates.FEW_ROWS", 1000)
+    monkeypatch.setattr(module_under_test, "WIDE", wide)
+    solved, error = [], LinearProblem.error
+    monkeypatch.setattr(LinearProblem, "error", lambda self, kept: solved.append(kept) or error(self, kept))
+    it = Curved(CASES[0], "channel")
+    units = it.prunable.units(["v", "hidden"])
+    assert len(solved) == sum(min(most, len(it.choices[unit.key])) - 1 for unit in units)
+    assert any(len(it.choices[unit.key]) > most for unit in units)
 
 
 def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():

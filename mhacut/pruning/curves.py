@@ -36,6 +36,8 @@ Curve = Mapping[int, float]
 """Estimated KL divergence in nats at each width; 0 at the dense width."""
 MOST_WIDTHS = 8
 """Widths at which a layer is run; between them the logarithm of the error is interpolated."""
+FEW_WIDTHS, WIDE = 5, 2048
+"""The same for more channels than the second number, seen in few rows: each takes seconds of a ViT-L."""
 REPLAYED = 32
 """Calibration images on which layers are run again."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
@@ -126,7 +128,8 @@ def _output_curve(
         second = every.covariance if constant else every.energy
         error = partial(output_error, second, columns=columns, fisher=fisher, refit=refit)
     sampled = {unit.width: 0.0}
-    for width in sampled_widths(choices):
+    slow = few and unit.heads * unit.width > WIDE
+    for width in sampled_widths(choices, FEW_WIDTHS if slow else MOST_WIDTHS):
         if width < unit.width:
             sampled[width] = error((ranking.kept(width) + heads).reshape(-1)) / 2
     return _interpolated(sampled, choices)
@@ -178,12 +181,12 @@ def divergence_by_cut(error: float) -> float:
     return float(CHANNEL_FACTOR * max(error, 0.0) ** CHANNEL_POWER)  # rounding may leave less than nothing
 
 
-def sampled_widths(choices: Sequence[int]) -> list[int]:
-    """Return at most :data:`MOST_WIDTHS` of ``choices``, ascending, ends included, spread logarithmically."""
-    if len(choices) <= MOST_WIDTHS:
+def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:
+    """Return at most ``most`` of ``choices``, ascending, ends included, spread logarithmically."""
+    if len(choices) <= most:
         return list(choices)
     low, high = math.log(choices[0]), math.log(choices[-1])
-    wanted = [math.exp(low + (high - low) * step / (MOST_WIDTHS - 1)) for step in range(MOST_WIDTHS)]
+    wanted = [math.exp(low + (high - low) * step / (most - 1)) for step in range(most)]
     return sorted({min(choices, key=lambda width: abs(width - target)) for target in wanted})
 
 
