@@ -30,6 +30,7 @@ _SETTINGS = (
     "batch",
     "threads",
     "effort",
+    "scope",
     "calibration_images",
     "images",
     "seed",
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at once while timing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--effort", default="balanced")
+    parser.add_argument("--scope", default="attention+mlp", help="attention+mlp+tokens merges tokens too")
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--images", type=int, default=500, help="validation images to compare on")
     parser.add_argument("--seed", type=int, default=42)
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = json.loads(asked.merge.read_text(encoding="utf-8"))
     settings = {name: value for name, value in vars(asked).items() if name in _SETTINGS}
     settings["checkpoint"] = Path(asked.checkpoint).name
+    for row in rows.values():
+        row["settings"].setdefault("scope", "attention+mlp")  # rows of before this was a setting
     missing = [runtime for runtime in asked.runtimes if rows.get(runtime, {}).get("settings") != settings]
     with tempfile.TemporaryDirectory() as folder:
         if missing:
@@ -106,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _prune(asked: argparse.Namespace, *flags: str) -> None:
     command = [sys.executable, "-m", "mhacut", "prune", asked.checkpoint, "--data-dir", asked.data_dir]
     command += ["--no-labels", "--effort", asked.effort, "--seed", str(asked.seed), "--quiet", "--overwrite"]
+    command += ["--scope", asked.scope]
     command += ["--calibration-images", str(asked.calibration_images), "--eval-images", "0"]
     command += [] if asked.model is None else ["--model", asked.model]
     command += [part for argument in asked.model_arg for part in ("--model-arg", argument)]
