@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm's")
     parser.add_argument("--depths", nargs="+", type=int, default=[None], help="blocks, not the model's own")
     parser.add_argument("--images", nargs="*", type=int, default=[64, 256], help="to calibrate on")
+    parser.add_argument("--effort", default="balanced", help="of the rows by --images")
     parser.add_argument("--efforts", nargs="+", default=[], help="rows with the images of an effort")
     parser.add_argument("--flops", default="50%")
     parser.add_argument("--threads", type=int, default=2)
@@ -65,9 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = asked.device
     if device.startswith("cuda"):
         device = told(device, [sys.executable, "-c", _NAME, device], 1).stdout.strip()
-    candidates = [("balanced", images) for images in asked.images] + [
-        (effort, None) for effort in asked.efforts
-    ]
+    candidates = [(asked.effort, images) for images in asked.images]
+    candidates += [(effort, None) for effort in asked.efforts]
     rows: dict[str, dict[str, Any]] = {}
     if asked.merge is not None and asked.merge.exists():
         rows = json.loads(asked.merge.read_text(encoding="utf-8"))

@@ -200,7 +200,8 @@ def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
     """Return ``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
     if fisher is None:
         return columns
-    return (fisher @ columns.unflatten(0, (-1, len(fisher)))).flatten(0, 1)
+    weighed: Tensor = fisher @ columns.unflatten(0, (-1, len(fisher)))
+    return weighed.flatten(0, 1)
 
 
 def others(kept: Tensor, size: int) -> Tensor:
