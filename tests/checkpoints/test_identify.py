@@ -32,6 +32,16 @@ def test_a_timm_folder(tmp_path):
     )
 
 
+def test_the_weights_of_a_timm_folder_may_be_those_of_a_training_script(tmp_path):
+    model, folder = tiny(), tmp_path / "folder"
+    save_for_hf(model, folder, model_args=ARGS, safe_serialization=True)
+    wrapped = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(wrapped, folder / "model.safetensors")
+    loaded = read_model(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
+
+
 @pytest.mark.parametrize(
     ("stated", "crop"),
     [
@@ -305,6 +315,7 @@ def test_no_classes_leave_the_classifier_of_a_file_out(name, args, asked, tmp_pa
     given = {**asked, "model_args": {**args, **asked.get("model_args", {})}}
     found = read_model(path, model=name, **given)
     assert (found.model.num_classes, found.identity.model_args["num_classes"]) == (0, 0)
+    assert found.identity.pretrained_cfg["num_classes"] == 0
     assert "its classifier of 7 classes is left out" in found.notes
     size = dense.pretrained_cfg["input_size"][-1] if "img_size" not in args else args["img_size"]
     x = torch.randn(2, 3, size, size)

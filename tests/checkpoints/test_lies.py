@@ -85,6 +85,14 @@ def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, ch
     assert message.startswith(str(path))
 
 
+def test_a_depth_beyond_the_tensors_is_refused_before_timm_is_busy_with_it(dense, tmp_path, monkeypatch):
+    path = tmp_path / "slim.safetensors"
+    make_slim(dense[1], path, model=NAME, model_args=ARGS)
+    relabel(path, model_args={**ARGS, "depth": 10**6})
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    assert "is far too large for the tensors in the file" in refusal(path)
+
+
 def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
     args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 7, "num_classes": 5}
     name = "swin_tiny_patch4_window7_224"

@@ -12,6 +12,7 @@ from torch import nn
 from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
 from mhacut.checkpoint import identify, pretrained
 from mhacut.checkpoint.build import allocate
+from mhacut.checkpoint.checkpoint import sha256_of_tensors
 from mhacut.checkpoint.load import load_model, open_checkpoint, part_of_dense, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
@@ -240,13 +241,16 @@ def test_timm_weights_from_the_cache(monkeypatch):
     assert loaded.identity.model_args == {**ARGS, "num_classes": 1000}
     assert set(loaded.cfg_origins) == set(loaded.identity.pretrained_cfg)
     assert set(loaded.cfg_origins.values()) == {"pretrained"}
-    assert len(loaded.sha256) == 64
+    digest = sha256_of_tensors(loaded.model.state_dict())
+    loaded.model.norm.bias.data.zero_()
+    assert loaded.sha256 == digest  # of the weights as they were read, whatever became of them
     assert "a classifier of 10 would have random weights" in refusal(
         f"timm:{NAME}", model_args=ARGS, num_classes=10
     )
 
 
-def test_a_part_is_asked_of_files_that_may_have_some(dense):
+def test_a_part_is_asked_of_files_that_may_have_some(dense, tmp_path):
     assert part_of_dense(dense[1], "model_ema") == "model_ema"
+    assert part_of_dense(tmp_path, "model_ema") == "model_ema"  # a folder
     assert part_of_dense("hf-hub:some/vit", "model_ema") == "model_ema"
     assert part_of_dense(f"timm:{NAME}", "model_ema") is None
