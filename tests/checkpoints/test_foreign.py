@@ -16,7 +16,8 @@ import mhacut
 from helpers.checkpoints import ARGS, tiny
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.dino import DINOV2
+from mhacut.checkpoint.foreign.convolutional import MOBILEVIT, PVT_V2
+from mhacut.checkpoint.foreign.dino import DINOV2, DINOV3
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.images import image_side, transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
@@ -435,6 +436,46 @@ def test_what_a_configuration_leaves_out_is_that_of_the_base_size(family, config
     assert (built.args["embed_dim"], built.args["num_heads"], built.args["mlp_ratio"]) == (768, 12, 4)
     assert built.args["depth"] == config.get("num_hidden_layers", 12)
     assert built.args["img_size"] == config.get("image_size", 224)
+
+
+@pytest.mark.parametrize(
+    ("family", "args"),
+    [
+        (DINOV3, {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}),
+        (SWIN, {"img_size": 224, "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
+        (PVT_V2, {"embed_dims": [32, 64, 160, 256], "depths": [2, 2, 2, 2], "num_heads": [1, 2, 5, 8]}),
+    ],
+    ids=["dinov3", "swin", "pvt_v2"],
+)
+def test_what_a_configuration_leaves_out_is_as_in_transformers(family, args):
+    assert family.build(Config({}, "here"), {}).args.items() >= args.items()
+
+
+def test_the_norms_of_a_vit_may_add_as_much_as_those_of_clip():
+    built = VIT.build(Config({"layer_norm_eps": 1e-5}, "here"), {})
+    assert (built.architecture, built.args["pre_norm"]) == ("vit_base_patch16_clip_224", False)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "expected"),
+    [
+        (BEIT, "beit.layernorm.weight", "norm.weight"),
+        (BEIT, "data2vec_vision.layernorm.weight", "norm.weight"),
+        (
+            MOBILEVIT,
+            "mobilevit.encoder.layer.2.downsampling_layer.reduce_1x1.convolution.weight",
+            "stages.2.0.conv3_1x1.conv.weight",
+        ),
+    ],
+)
+def test_tensors_have_other_names_in_timm(family, name, expected):
+    assert family.renaming({}).target(name) == expected
+
+
+@pytest.mark.parametrize(("registers", "expected"), [(4, "reg_token"), (0, "")])
+def test_registers_of_dinov3_are_left_out_where_there_are_none(registers, expected):
+    shapes = {"embeddings.register_tokens": (1, registers, 24), "norm.weight": (24,)}
+    assert DINOV3.renaming(shapes).target("embeddings.register_tokens") == expected
 
 
 def test_biases_of_swin_are_joined_and_those_of_swin_v2_are_not():
