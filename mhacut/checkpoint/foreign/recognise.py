@@ -49,9 +49,8 @@ class Conversion:
     """Lines for the user."""
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the file's tensors under timm's names, in their dtypes."""
-        renamed = _converted(self.renaming, tensors, self.headless)
-        return {name: tensor for name, tensor in renamed.items() if name in self.tensors}
+        """Return the file's tensors under timm's names, in their dtypes, those of heads included."""
+        return _converted(self.renaming, tensors, self.headless)
 
     def with_heads_of(self, model: nn.Module) -> Conversion:
         """Return the same with those :attr:`heads` that ``model`` has."""
