@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -143,25 +144,21 @@ def test_no_command_is_a_usage_error():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "start", "end"),
-    [
-        (["prune", "a.pth", "--flop", "50%"], "error: no such option: --flop", "; see mhacut prune --help"),
-        (["prune", "--flops"], "error: option '--flops' requires an argument", "; see mhacut"),
-        (
-            ["prune", "-b", "two"],
-            "error: invalid value for '--batch-size' / '-b'",
-            "; see mhacut prune --help",
-        ),
-        (["pruen"], "error: no such command 'pruen'", "see mhacut --help"),
-        (["--flops"], "error: no such option: --flops", "; see mhacut --help"),
+    ("arguments", "start", "help"),
+    [  # versions of click word it with and without the colon, and quotes
+        (["prune", "a.pth", "--flop", "50%"], "error: no such option:? '?--flop'?[. ]", "mhacut prune"),
+        (["prune", "--flops"], "error: option '--flops' requires an argument", "mhacut"),
+        (["prune", "-b", "two"], "error: invalid value for '--batch-size' / '-b'", "mhacut prune"),
+        (["pruen"], "error: no such command 'pruen'", "mhacut"),
+        (["--flops"], "error: no such option:? '?--flops'?[.; ]", "mhacut"),
     ],
 )
-def test_what_cannot_be_parsed_takes_one_line(arguments, start, end):
+def test_what_cannot_be_parsed_takes_one_line(arguments, start, help):
     result = run(*arguments)
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(start)
-    assert end in line
+    assert re.match(start, line)
+    assert f"see {help} --help" in line
 
 
 def test_no_arguments_at_all_are_answered_by_help():
