@@ -124,6 +124,11 @@ def test_few_images_never_make_it_worse_than_removing(seed, fitted):
     assert found.prediction.isfinite().all()
 
 
+def test_channels_whose_price_overflows_are_removed_once():
+    found = rank_channels(torch.eye(6).double(), torch.full((2, 6), 1e200, dtype=torch.float64), 2, 1)
+    assert found.order.sort(-1).values.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_a_unit_that_may_not_lose_channels_has_a_ranking_without_errors():
     second = exact(rows(30, 6, 0)).second
     found = rank_channels(second, torch.ones(4, 6).double(), 2, 3, torch.eye(4).double())

@@ -72,7 +72,8 @@ def rank_channels(
     owner = (place // width).tolist()
     steps = [_Removed(place[:0], weights[:, :0], weights[:, :0])]
     while any(excess):
-        price = (weights.square().sum(0) / inverse.diagonal()).masked_fill(closed, float("inf"))
+        price = (weights.square().sum(0) / inverse.diagonal()).nan_to_num()  # below that of the closed ones
+        price = price.masked_fill(closed, float("inf"))
         gone = _cheapest(price, owner, excess, max(1, int(AT_ONCE * remaining)))
         row, lost = inverse[gone], weights[:, gone]
         solved = _solve(row[:, gone], torch.cat([row, lost.mT], dim=1))
