@@ -29,6 +29,7 @@ from mhacut.errors import (
 )
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.indicators import search
+from mhacut.pruning.recover import Recovery
 from mhacut.pruning.repair import shrink
 from properties.cases import UNLIKE, VITS
 
@@ -105,14 +106,23 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1e3])
-def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr):
+def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr, monkeypatch):
+    outcomes = []  # of scales, healing and tuning, in this order
+
+    def recorded(*arguments):
+        outcomes.append(judged(*arguments))
+        return outcomes[-1]
+
+    judged = Recovery.of
+    monkeypatch.setattr(Recovery, "of", recorded)
     reporter = Recorder()
-    options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr, "reporter": reporter}
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", **options)
-    for what in ("tuning", "training channel scales"):
+    options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr}
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", **options, reporter=reporter)
+    for what, outcome in zip(("training channel scales", "tuning"), outcomes[::2], strict=True):
         (note,) = (note for note in reporter.messages if note.startswith(what))
-        without, then = map(float, re.search(r"images (\S+) without, (\S+) with", note).groups())
-        assert note.startswith(f"{what} was left out") == (not then <= without)  # it may be no number
+        helped = outcome.after < outcome.before  # neither where it is no number, nor where both are 0
+        assert note.startswith(f"{what} was left out") == (not helped)
+        assert note.endswith(f"images {outcome.before:.2g} without, {outcome.after:.2g} with")
     assert result.divergence < 1
     assert result.judged_on == 2
 
