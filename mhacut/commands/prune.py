@@ -219,7 +219,8 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     inputs, slim = replace(inputs, job=found.job), found.model
     if not inputs.options.dry_run:
         timer.start("writing")
-        slim = write_checked(inputs, slim, slim_record(inputs, found.planned, found.flops))  # 7. write
+        record = slim_record(inputs, found.planned, found.flops)
+        slim, written = write_checked(inputs, slim, record)  # 7. write
     seconds = timer.taken()
     measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
     if timed is not None:
@@ -228,8 +229,8 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     if not inputs.options.dry_run:
         timer.start("writing")
         if record != slim_record(inputs, found.planned, found.flops):
-            write_again(inputs, slim, record)
-        measured = measured.with_size(inputs.target.stat().st_size, inputs)
+            written = write_again(inputs, slim, record, written)
+        measured = measured.with_size(written.st_size, inputs)
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,8 +34,15 @@ from mhacut.surgery.storage import count_bytes
 
 
 @torch.no_grad()
-def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file; return the model in it, read back from the file and checked."""
+def write_checked(
+    inputs: PruneInputs, slim: nn.Module, record: SlimRecord
+) -> tuple[nn.Module, os.stat_result]:
+    """Write the slim file; return the model in it, read back from the file and checked, and its status.
+
+    Raises:
+        OutputError: the file cannot be written, or is no longer the one that was.
+        MhacutError: the model in it gives other outputs.
+    """
     loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
     written = write_slim(
         target,
@@ -46,14 +54,17 @@ def write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> n
     )
     for name, parameter in slim.named_parameters():
         parameter.copy_(parameter.to(dtypes[name]))
-    reloaded = load_model(target)
-    # The tensors were compared bit for bit when they were written.
-    if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
+    try:
+        reloaded = load_model(target)
+        # The tensors were compared bit for bit when they were written.
+        if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
+            raise MhacutError(
+                f"{target}: was written but gives other logits than the model in memory; do not use it"
+            )
+    except Exception:  # another file may be none, or of a model that fails in many ways on these images
         check_still(target, written)
-        raise MhacutError(
-            f"{target}: was written but gives other logits than the model in memory; do not use it"
-        )
-    return reloaded
+        raise
+    return reloaded, written
 
 
 def final_record(
@@ -73,12 +84,24 @@ def final_record(
     return record(measured.targets), measured
 
 
-def write_again(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> None:
-    """Write the file again with its accuracy.
+def write_again(
+    inputs: PruneInputs, slim: nn.Module, record: SlimRecord, written: os.stat_result
+) -> os.stat_result:
+    """Write the file again with its accuracy; return its status.
 
     The first write makes sure that an interrupted measurement loses no file.
+
+    Args:
+        inputs: whose target is written.
+        slim: the model.
+        record: the record with the accuracy.
+        written: status of the first file.
+
+    Raises:
+        OutputError: the file is no longer the first one, or cannot be written.
     """
-    write_slim(
+    check_still(inputs.target, written)  # another's, made during the measurement, is not ours to replace
+    return write_slim(
         inputs.target,
         copy.deepcopy(slim).cpu(),
         record,

@@ -42,7 +42,8 @@ def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Mo
     try:
         with temporary_folder(inputs.target) as folder:
             draft = replace(inputs, job=found.job, target=folder / inputs.target.name)
-            return write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
+            slim, _ = write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
+            return slim
     except OSError as error:
         raise OutputError(f"{show(inputs.target)}: cannot be written: {error.strerror or error}") from error
 

@@ -132,7 +132,14 @@ def write_whole(
 
 def check_still(path: AnyPath, written: os.stat_result) -> None:
     """Raise an :class:`OutputError` if ``path`` is not the file that :func:`write_whole` wrote."""
-    if not os.path.samestat(os.stat(path), written):
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise OutputError(
+            f"{show(path)}: was removed by another process meanwhile; choose another name"
+        ) from None
+    # Not by its inode: that of a removed file is used again, and some network file systems change it.
+    if (found.st_size, found.st_mtime_ns) != (written.st_size, written.st_mtime_ns):
         raise OutputError(f"{show(path)}: was replaced by another process meanwhile; choose another name")
 
 

@@ -304,7 +304,11 @@ def test_a_file_that_another_process_replaced_is_noticed(put, tmp_path):
     written = put(path)
     files.check_still(path, written)
     put(path, overwrite=True)
+    os.utime(path, ns=(written.st_mtime_ns + 1,) * 2)  # clocks of files may tick slowly
     with pytest.raises(OutputError, match="was replaced by another process meanwhile"):
+        files.check_still(path, written)
+    path.unlink()
+    with pytest.raises(OutputError, match="was removed by another process meanwhile"):
         files.check_still(path, written)
 
 

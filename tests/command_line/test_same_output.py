@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import FAST
+from helpers.cli import FAST, run
+from helpers.files import ModelFile, cut_into_file
+from helpers.models import ModelCase
+from helpers.plans import random_plan
 from helpers.programs import MAIN
-
-pytestmark = pytest.mark.slow
+from mhacut.commands import prune as prune_command
+from mhacut.commands import prune_files
+from mhacut.surgery.find import find_prunable_layers
 
 PAIR = f"""
 import multiprocessing, os, sys
@@ -55,8 +59,42 @@ def pair(programs, place: str, own: tuple[str, str], *command: object) -> tuple[
     return sorted(map(int, codes.split()[1:])), done.stderr
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_two_that_prune_leave_one_whole_file(programs, tiny_vit, tmp_path, overwrite):
+def replaced(path: Path, tiny_vit: ModelFile, other: str) -> None:
+    """Do what another process might do to the file ``path``: replace it by a model's, or remove it."""
+    path.unlink()
+    if other in ("gone", "garbage"):
+        if other == "garbage":
+            path.write_bytes(b"garbage")
+        return
+    args = {**tiny_vit.args, **({"img_size": 64} if other == "other size" else {})}
+    case = ModelCase(tiny_vit.architecture, {**args, "num_classes": 5 if other == "other classes" else 7})
+    model = case.create().eval()
+    cut_into_file(model, random_plan(find_prunable_layers(model), seed=0)[0], path, case)
+
+
+@pytest.mark.parametrize("other", ["same shape", "other classes", "other size", "garbage", "gone"])
+@pytest.mark.parametrize("after", ["writing", "measuring"])
+def test_a_file_that_another_process_changes_is_left_to_it(tiny_vit, tmp_path, monkeypatch, after, other):
+    """With another model in it, even one that takes other images."""
+    target = tmp_path / "slim.safetensors"
+    module, name = (prune_files, "load_model") if after == "writing" else (prune_command, "measure")
+    original, left = getattr(module, name), []
+
+    def late(*args):
+        replaced(target, tiny_vit, other)
+        left.append(contents(tmp_path))
+        return original(*args)
+
+    monkeypatch.setattr(module, name, late)
+    result = run("prune", *tiny_vit.flags, *FAST, "--params", "60%", "-o", target)
+    word = "removed" if other == "gone" else "replaced"
+    error = f"error: {target}: was {word} by another process meanwhile; choose another name"
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, error)
+    assert contents(tmp_path) == left[0]
+
+
+@pytest.mark.slow
+def test_two_that_prune_leave_one_whole_file(programs, tiny_vit, tmp_path):
     command = ["prune", *tiny_vit.flags, *FAST, "--flops", "OWN", "-o"]
     budgets, whole = ("60%", "70%"), []
     for own in budgets:
@@ -65,13 +103,13 @@ def test_two_that_prune_leave_one_whole_file(programs, tiny_vit, tmp_path, overw
         assert programs.run(MAIN, *words, alone).returncode == 0
         whole.append(contents(alone))
     target = tmp_path / "both" / "slim.safetensors"
-    codes, said = pair(programs, "file", budgets, *command, target, *["--overwrite"] * overwrite)
-    refusal = "was replaced by another process" if overwrite else "was created by someone else"
-    assert codes == [0, 1] or (overwrite and codes == [0, 0]), said
-    assert (f"{target}: {refusal} meanwhile; choose another name" in said) == (1 in codes), said
+    codes, said = pair(programs, "file", budgets, *command, target)
+    assert codes == [0, 1], said
+    assert f"{target}: was created by someone else meanwhile; choose another name" in said
     assert contents(target.parent) in whole
 
 
+@pytest.mark.slow
 def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
     command = ["export", slim, "--format", "timm", "-o"]
     assert programs.run(MAIN, *command, tmp_path / "alone" / "folder").returncode == 0
@@ -82,6 +120,7 @@ def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
     assert contents(tmp_path / "both" / "folder") == contents(tmp_path / "alone" / "folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_of_two_that_finetune_one_is_refused(programs, slim, images, tmp_path, overwrite):
     command = ["finetune", slim, "--data-dir", images, "--train-split", "val", "-b", "7", "-j", "0"]
