@@ -129,7 +129,7 @@ def read_inputs(
     check_files(options, each, loaded.path)  # default names of what is no file are known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    _log_large_images(options, dense, preprocessing.input_size, reporter)
+    _log_large_images(options, loaded, preprocessing.input_size, reporter)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
     time_target = _time_target(options, stopwatch, processes)
     job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
@@ -160,12 +160,14 @@ def read_inputs(
 
 
 def _log_large_images(
-    options: PruneOptions, dense: nn.Module, input_size: tuple[int, int, int], reporter: Reporter
+    options: PruneOptions, loaded: Checkpoint, input_size: tuple[int, int, int], reporter: Reporter
 ) -> None:
     """Log what images of a large default size cost, where the model can take smaller ones."""
     _, height, width = input_size
     chosen = options.preprocessing.img_size is not None or "img_size" in options.model_args
-    if height * width > _LARGE**2 and getattr(dense, "dynamic_img_size", None) is False and not chosen:
+    # A slim file states its own arguments, and takes no others.
+    fixed = loaded.record is not None or getattr(loaded.model, "dynamic_img_size", None) is not False
+    if height * width > _LARGE**2 and not fixed and not chosen:
         smaller = option_name("model_args", {"dynamic_img_size": True})
         reporter.log(
             f"images have {height}x{width} pixels, {height * width / _USUAL**2:.1f} times those of "
