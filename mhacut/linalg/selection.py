@@ -70,7 +70,8 @@ def rank_channels(
     closed = torch.zeros_like(stays)  # those that may not go: they have, or no more of their head may
     excess, remaining = [width - smallest] * heads, size
     owner = (place // width).tolist()
-    steps = [_Removed(place[:0], weights[:, :0], weights[:, :0])]
+    none = weights.new_empty(len(weights), 0)
+    steps = [_Removed(place[:0], none, none)]
     while any(excess):
         price = (weights.square().sum(0) / inverse.diagonal()).nan_to_num()  # below that of the closed ones
         price = price.masked_fill(closed, float("inf"))
@@ -78,7 +79,8 @@ def rank_channels(
         row, lost = inverse[gone], weights[:, gone]
         solved = _solve(row[:, gone], torch.cat([row, lost.mT], dim=1))
         share = solved[:, : len(place)]
-        steps.append(_Removed(place[gone], lost, solved[:, len(place) :].mT))
+        # A view would keep all of what was solved, as wide as the layer, until the last step.
+        steps.append(_Removed(place[gone], lost, solved[:, len(place) :].mT.clone()))
         weights.addmm_(lost, share, alpha=-1)
         inverse.addmm_(row.mT, share, alpha=-1)  # leaves 0 in the rows and columns of those that go
         remaining -= len(gone)
@@ -119,8 +121,8 @@ def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
     )
     each = (weighed_by(fisher, lost) * priced).sum(0)
     sizes = torch.tensor([len(step.channels) for step in steps], device=each.device)
-    number = torch.arange(len(steps), device=each.device).repeat_interleave(sizes)
-    return (each.new_zeros(len(steps)).index_add(0, number, each) / sizes)[number]
+    # index_add sums in no fixed order on GPUs.
+    return torch.segment_reduce(each, "mean", lengths=sizes).repeat_interleave(sizes)
 
 
 def _solve(system: Tensor, target: Tensor) -> Tensor:
@@ -264,9 +266,9 @@ def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int
     """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``.
 
     Args:
-        price: of each channel.
+        price: of each channel; infinite where it may not go, as those of a head that has none too many.
         owner: head of each channel.
-        excess: channels that each head has too many; no more of it are returned.
+        excess: channels that each head has too many; no more of it are returned. Not all of it is 0.
         count: number of channels.
     """
     if count == 1:
