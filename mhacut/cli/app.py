@@ -30,12 +30,12 @@ class _Program(TyperGroup):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with _refused_in_one_line():
+        with _refused_in_one_line(ctx):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _refused_in_one_line() -> Iterator[None]:
+def _refused_in_one_line(group: Any = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -44,7 +44,13 @@ def _refused_in_one_line() -> Iterator[None]:
             message = error.format_message()
             text = f"error: {message[:1].lower()}{message[1:].removesuffix('.')}"
             context = getattr(error, "ctx", None)
-            advice = f"see {'mhacut' if context is None else context.command_path} --help"
+            if context is not None:
+                command = context.command_path
+            elif group is not None and group.invoked_subcommand:  # click's parser does not say where it was
+                command = f"{group.command_path} {group.invoked_subcommand}"
+            else:
+                command = "mhacut"
+            advice = f"see {command} --help"
             text += f" ({advice})" if text.endswith("?") else f"; {advice}"
             error.show = lambda file=None: typer.echo(text, err=True)  # type: ignore[attr-defined]
         raise

@@ -147,7 +147,7 @@ def test_no_command_is_a_usage_error():
     ("arguments", "start", "help"),
     [  # versions of click word it with and without the colon, and quotes
         (["prune", "a.pth", "--flop", "50%"], "error: no such option:? '?--flop'?[. ]", "mhacut prune"),
-        (["prune", "--flops"], "error: option '--flops' requires an argument", "mhacut"),
+        (["prune", "--flops"], "error: option '--flops' requires an argument", "mhacut prune"),
         (["prune", "-b", "two"], "error: invalid value for '--batch-size' / '-b'", "mhacut prune"),
         (["pruen"], "error: no such command 'pruen'", "mhacut"),
         (["--flops"], "error: no such option:? '?--flops'?[.; ]", "mhacut"),
