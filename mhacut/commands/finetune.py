@@ -72,7 +72,7 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
         try:
             return _finetune(run)
         finally:
-            run.folder.release()
+            run.release()
             run.trainer.disconnect()
 
 

@@ -11,7 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +28,40 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 _STATE_VERSION = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunFolder:
     """Files of a run."""
 
     path: Path
-    _lock: int | None = field(default=None, init=False, repr=False)
 
-    def claim(self) -> None:
-        """Lock the directory, so that no other process writes a run there before :meth:`release`.
+    def claim(self) -> int | None:
+        """Lock the directory, so that no other process writes a run there.
+
+        Returns:
+            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks.
 
         Raises:
-            OutputError: another process does.
+            OutputError: another process does, or there is no such directory.
         """
         try:
-            self._lock = lock_directory(self.path)
+            return lock_directory(self.path)
         except BlockingIOError:
             raise OutputError(
                 f"{self.path}: another process is writing a run there; wait until it has ended, or choose "
                 f"another directory ({option_name('output')})"
             ) from None
+        except OSError as error:
+            raise self._cannot_be_written(error) from error
 
-    def release(self) -> None:
-        """Let other processes have the directory."""
-        if self._lock is not None:
-            unlock(self._lock)
-            self._lock = None
+    def _cannot_be_written(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path}: cannot be written: {error.strerror or error}")
 
     def file(self, name: str) -> Path:
         """Return the path of the file of this name."""
         return self.path / name
 
-    def open_new(self, *, overwrite: bool) -> None:
-        """Make the directory of a new run, and :meth:`claim` it.
+    def open_new(self, *, overwrite: bool) -> int | None:
+        """Make the directory of a new run, :meth:`claim` it, and return the lock.
 
         Args:
             overwrite: remove the files of a run that it holds.
@@ -74,10 +75,15 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.claim()
-            self._empty(overwrite)
+            lock = self.claim()
+            try:
+                self._empty(overwrite)
+            except BaseException:
+                unlock(lock)
+                raise
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            raise self._cannot_be_written(error) from error
+        return lock
 
     def _empty(self, overwrite: bool) -> None:
         held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]

@@ -33,6 +33,7 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.files import unlock
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter
 from mhacut.runtime.signals import StopRequest
@@ -64,11 +65,18 @@ class Run:
     teacher_sha256: str | None
     """Digest of the teacher's file; None without a teacher."""
     progress: Progress = field(default_factory=Progress)
+    lock: int | None = None
+    """Lock of the folder, in the first process, where there is one."""
 
     @property
     def images_per_step(self) -> int:
         """Number of images of a step, over all processes."""
         return self.batches.batch_size * self.batches.parts
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        unlock(self.lock)
+        self.lock = None
 
     def inputs(self) -> dict[str, Any]:
         """Return digests and numbers that must be the same when the run is resumed."""

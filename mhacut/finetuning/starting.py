@@ -57,7 +57,7 @@ def start(run: Run) -> None:
 
 def _saved_state(run: Run) -> dict[str, Any] | None:
     if run.processes.first:
-        run.folder.claim()
+        run.lock = run.folder.claim()
         run.folder.sweep()
     state = run.folder.read_state()
     if state is not None:
@@ -73,7 +73,7 @@ def _make_directory(run: Run) -> None:
     for name in (LAST, BEST):
         for path in read:
             check_output(run.folder.file(name), overwrite=True, input_path=path)
-    run.folder.open_new(overwrite=run.options.overwrite)
+    run.lock = run.folder.open_new(overwrite=run.options.overwrite)
     run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
 
 

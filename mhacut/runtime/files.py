@@ -258,14 +258,18 @@ def lock_directory(path: Path) -> int | None:
     Processes that this one forks do not share the lock, so that it ends with this one.
 
     Returns:
-        None where there are no locks.
+        None where there are no locks, and of a directory that this process may not list.
 
     Raises:
         BlockingIOError: another process has locked it.
+        OSError: there is no such directory, or it cannot be opened.
     """
     if sys.platform == "win32":
         return None
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return None  # files can be made in it all the same, where its mode is 0300
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -277,8 +281,10 @@ def lock_directory(path: Path) -> int | None:
     return descriptor
 
 
-def unlock(descriptor: int) -> None:
-    """Release what :func:`lock_directory` locked."""
+def unlock(descriptor: int | None) -> None:
+    """Release what :func:`lock_directory` locked, if it did."""
+    if descriptor is None:
+        return
     assert sys.platform != "win32"
     _held.remove(descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may not have closed its own yet

@@ -19,7 +19,7 @@ from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import saving
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
-from mhacut.runtime.files import write_whole
+from mhacut.runtime.files import unlock, write_whole
 
 LONGER = {"epochs": 2, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
 
@@ -272,13 +272,47 @@ def test_a_state_runs_nothing(finished, tmp_path):
 
 
 def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
-    running = RunFolder(finished)
-    running.claim()
+    lock = RunFolder(finished).claim()
     for start in (lambda: resume(finished), lambda: tune(overwrite=True)):
         with pytest.raises(OutputError, match="run: another process is writing a run there"):
             start()
-    running.release()
+    unlock(lock)
     assert resume(finished).steps == 6
+
+
+def test_a_directory_that_is_refused_is_free_again(finished):
+    with pytest.raises(OutputError, match="already holds a run"):
+        RunFolder(finished).open_new(overwrite=False)
+    unlock(RunFolder(finished).claim())
+
+
+def test_a_directory_that_is_gone_when_it_is_claimed_is_refused(finished, monkeypatch):
+    original = RunFolder.claim
+
+    def late(folder):
+        shutil.rmtree(folder.path)
+        return original(folder)
+
+    monkeypatch.setattr(RunFolder, "claim", late)
+    with pytest.raises(OutputError, match=r"run: cannot be written: No such file or directory"):
+        resume(finished)
+    assert not finished.exists()
+
+
+def test_a_directory_that_may_not_be_listed_holds_runs_without_a_lock(tmp_path, monkeypatch):
+    """Root may list all directories, so that a mode does not tell."""
+    original = os.open
+
+    def refused(path, *args, **options):
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refused)
+    folder = RunFolder(tmp_path)
+    assert folder.open_new(overwrite=False) is None
+    folder.write_arguments({"epochs": 2})
+    assert (tmp_path / "args.yaml").read_text() == "epochs: 2\n"
 
 
 FORKED = """
