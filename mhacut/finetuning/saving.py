@@ -79,22 +79,22 @@ def _share_unreadable(run: Run) -> None:
     """Collect the unreadable images of all processes; the first process logs those that are new to it."""
     own = run.progress.unreadable
     run.progress.unreadable = dict.fromkeys(run.processes.union(list(own)))
-    for number, file in enumerate(run.progress.unreadable, start=1):
+    for file in run.progress.unreadable:
         if file not in own:
-            log_unreadable(run, number, file)
+            log_unreadable(run, file)
 
 
-def log_unreadable(run: Run, number: int, image: str) -> None:
-    """Log one of the first unreadable images of a run, and that there are more.
+def log_unreadable(run: Run, image: str) -> None:
+    """Log one of the first unreadable images that this process finds, and that there are more.
 
     Args:
         run: the run.
-        number: number of the image among the unreadable ones, from 1.
         image: its file, and the reason if that is known.
     """
-    if number <= _NAMED:
+    run.unreadable_logged += 1
+    if run.unreadable_logged <= _NAMED:
         run.reporter.log(f"unreadable, replaced by another image: {image}")
-    elif number == _NAMED + 1:
+    elif run.unreadable_logged == _NAMED + 1:
         run.reporter.log("more images are unreadable; they are counted at the end")
 
 

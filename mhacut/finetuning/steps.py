@@ -93,7 +93,7 @@ def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
         for bad in batch.unreadable:
             if bad.file not in unreadable:
                 unreadable[bad.file] = None
-                log_unreadable(run, len(unreadable), f"{bad.file}: {bad.reason}")
+                log_unreadable(run, f"{bad.file}: {bad.reason}")
         yield batch
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,10 +11,13 @@ from safetensors.torch import load_file
 
 from helpers.cli import FAST, run
 from helpers.finetuning import CLASSES
+from helpers.jobs import Recorder
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
+from mhacut.finetuning.progress import Progress
+from mhacut.finetuning.steps import _logging_unreadable
 from mhacut.finetuning.teacher import make_objective
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
@@ -91,6 +96,18 @@ def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, i
     done = run(*command, *FAST, "--calibration-images", "1300")
     assert done.exit_code == 0, done.stderr
     assert "1287 of 1300 images under train/ (with labels), 13 unreadable left out (first " in done.stderr
+
+
+def test_a_resumed_run_names_the_first_of_the_unreadable_images_that_it_finds():
+    reporter = Recorder()
+    before = Progress(unreadable=dict.fromkeys(f"old{number}" for number in range(12)))
+    run_of_it = SimpleNamespace(progress=before, reporter=reporter, unreadable_logged=0)
+    names = ["old3", *(f"new{number}" for number in range(12))]
+    batches = [SimpleNamespace(unreadable=[SimpleNamespace(file=name, reason="empty")]) for name in names]
+    assert list(_logging_unreadable(run_of_it, iter(batches))) == batches
+    named = [f"unreadable, replaced by another image: new{number}: empty" for number in range(10)]
+    assert reporter.messages == [*named, "more images are unreadable; they are counted at the end"]
+    assert len(before.unreadable) == 24
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
