@@ -205,13 +205,41 @@ def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
     rounds = []
 
     def run():
-        clock.now += 0.1
+        clock.now += 0.1 + 1e-5 * (len(rounds) % 2)  # a clock that is always the same would be coarse
         rounds.append(clock.now)
 
     found = compare_runs([run], seconds=1.0, device=CPU, threads=1)
     assert len(rounds) == pytest.approx(3 + 10, abs=1)
-    assert found.milliseconds == pytest.approx((100,))
-    assert found.wall == pytest.approx((200,))
+    assert found.milliseconds == pytest.approx((100,), rel=1e-3)
+    assert found.wall == pytest.approx((200,), rel=1e-3)
+
+
+@pytest.mark.parametrize("times", [(0.017, 0.030), (0.002, 0.001), (0.017, 0.100)])
+def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(monkeypatch, times):
+    """It has run for some days, so that differences of whole ticks are rounded."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(latency.time, "process_time", lambda: 4e5 / 3 + clock.now // 0.015625 * 0.015625)
+    found = compare_runs([clock.program(own) for own in times], seconds=1, device=CPU, threads=1)
+    assert found.ratios == (1, pytest.approx(times[1] / times[0]))
+    assert found.milliseconds == found.wall
+
+
+def test_tries_by_different_clocks_are_not_compared(monkeypatch):
+    """The clock of the process turns coarse once the first try has drifted by a tenth."""
+    clock = Clock(monkeypatch)
+    ticks = {False: 1e-6, True: 0.25}
+
+    def coarser_and_coarser():
+        tick = ticks[clock.now > 1.2]
+        return clock.now // tick * tick
+
+    def run():
+        clock.now += 0.02 * (1 + clock.now / 10)
+
+    monkeypatch.setattr(latency.time, "process_time", coarser_and_coarser)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now)
+    found = compare_runs([run], seconds=1, device=CPU, threads=1)
+    assert found.milliseconds == found.wall
 
 
 class Uneven:

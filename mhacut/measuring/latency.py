@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ _MAX_ROUNDS = 500
 _DRIFT = 0.03
 """Relative change of the first program's time within one measurement above which it is repeated."""
 _TRIES = 3
+_TICK = 0.01
+"""Tick of a clock, relative to the fastest program's time, above which it is too coarse."""
 _PATIENCE = 3.0
 """Wall time, relative to the time asked for, after which a measurement of processor time ends: other programs
 use the rest."""
@@ -101,7 +105,8 @@ class Beside:
     """Median times of several programs, and their ratios to the first; all ran in turns."""
 
     milliseconds: tuple[float, ...]
-    """Median time of each program: processor time of one thread on a CPU, else wall time."""
+    """Median time of each program: processor time of one thread on a CPU whose clock is fine enough for the
+    programs, else wall time."""
     wall: tuple[float, ...]
     """Median wall time of each program, in milliseconds."""
     ratios: tuple[float, ...]
@@ -118,7 +123,8 @@ class Beside:
 def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Beside:
     """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
-    For one thread on a CPU, ratios compare process time, which excludes other programs.
+    For one thread on a CPU, ratios compare process time, which excludes other programs, unless its clock is
+    too coarse: some systems count the time of a process in ticks of 16 ms.
 
     Args:
         runs: the first is what the others are compared with.
@@ -130,7 +136,12 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
     clocks = (time.perf_counter, time.process_time if by_process else time.perf_counter)
     best: Beside | None = None
     for _ in range(_TRIES):
-        found = _beside(_turns(runs, seconds, device, clocks, _PATIENCE))
+        times = _turns(runs, seconds, device, clocks, _PATIENCE)
+        if by_process and _coarse(times):  # from here on; the drift of other clocks tells nothing
+            by_process, best = False, None
+            clocks = (time.perf_counter, time.perf_counter)
+            times = [[[wall, wall] for wall, _ in own] for own in times]
+        found = _beside(times)
         best = found if best is None or found.drift < best.drift else best
         if best.steady:
             break
@@ -139,13 +150,8 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
 
 
 def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
-    """Summarise seconds by two clocks, of every call of each run: wall time, and the time to compare.
-
-    Where a call takes less than a tick of the second clock, wall time is compared: some systems count the
-    time of a process in ticks of 16 ms.
-    """
-    clock = 1 if all(second > 0 for own in times for _, second in own) else 0
-    compared = [[call[clock] for call in own] for own in times]
+    """Summarise seconds by two clocks, of every call of each run: wall time, and the time to compare."""
+    compared = [[second for _, second in own] for own in times]
     first = compared[0]
     half = len(first) // 2
     early, late = statistics.median(first[:half]), statistics.median(first[half:])
@@ -155,6 +161,15 @@ def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
         tuple(statistics.median(a / b for a, b in zip(own, first, strict=True)) for own in compared),
         abs(late / early - 1),
     )
+
+
+def _coarse(times: Sequence[Sequence[Sequence[float]]]) -> bool:
+    """Whether the second clock's ticks are too long for these calls: their seconds show its least step."""
+    compared = [[second for _, second in own] for own in times]
+    # Differences of a clock that has run for long are rounded.
+    seen = sorted({0.0, *(round(second, 9) for own in compared for second in own)})
+    tick = min((late - early for early, late in pairwise(seen)), default=math.inf)
+    return tick > _TICK * min(map(statistics.median, compared))
 
 
 def _turns(
