@@ -267,9 +267,9 @@ def _from_conversion(
         )
         origin = "its configuration" if header.config is not None else "names and shapes"
         found = _with_note(found, f"architecture {built.architecture}, from {origin}")
-    if foreign.heads:
-        foreign = foreign.with_heads_of(found.skeleton)
-        found = dataclasses.replace(found, tensors={**foreign.tensors, **found.tensors})
+    own = found.skeleton.state_dict()
+    heads = {name: info for name, info in foreign.heads.items() if name in own}
+    found = dataclasses.replace(found, tensors={**found.tensors, **heads})
     note = f"converted from {foreign.family.title}; {'; '.join(foreign.notes)}".rstrip("; ")
     return dataclasses.replace(_with_note(found, note), conversion=foreign)
 

@@ -407,6 +407,17 @@ def test_without_a_classifier_the_norm_before_it_stays(tmp_path):
         assert torch.equal(found(images), model(images))
 
 
+def test_without_a_classifier_the_names_of_authors_do_not_come_back(tmp_path):
+    args = {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4}
+    model = timm.create_model("flatten_swin_tiny_224", num_classes=5, **args).eval()
+    config = {"model_type": "timm_wrapper", "architecture": "flatten_swin_tiny_224", "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {f"timm_model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["timm_model.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_model(tmp_path, num_classes=0).identity.model_args["num_classes"] == 0
+
+
 def test_no_module_imports_a_library_that_it_converts_from():
     for path in Path(mhacut.__file__).parent.rglob("*.py"):
         found = re.search(r"^\s*(?:import|from) (transformers|open_clip)\b", path.read_text(), re.MULTILINE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.families import FAMILIES
@@ -38,7 +38,7 @@ class Conversion:
     headless: bool
     """Whether the classifier is left out, as the user asked."""
     tensors: Mapping[str, TensorInfo]
-    """Tensors of the file under timm's names."""
+    """Tensors of the file under timm's names, without :attr:`heads`."""
     heads: Mapping[str, TensorInfo]
     """Tensors of heads among those left out; a head's norm may belong to the model without classes too."""
     built: Built | None
@@ -51,12 +51,6 @@ class Conversion:
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the file's tensors under timm's names, in their dtypes, those of heads included."""
         return _converted(self.renaming, tensors, self.headless)
-
-    def with_heads_of(self, model: nn.Module) -> Conversion:
-        """Return the same with those :attr:`heads` that ``model`` has."""
-        own = model.state_dict().keys()
-        kept = {name: info for name, info in self.heads.items() if name in own}
-        return replace(self, tensors={**self.tensors, **kept}, heads={})
 
 
 def recognise(
