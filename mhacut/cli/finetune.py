@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.cli.console import Console, safe, table
+from mhacut.cli.console import Console, safe
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.text import table_with_notes
 
 if TYPE_CHECKING:
     from mhacut.finetuning.result import FinetuneResult
@@ -47,7 +48,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
 
 def _text(result: FinetuneResult) -> str:
-    lines = [table([list(map(safe, row)) for row in result.rows()]), ""]
+    lines = [table_with_notes(result.rows()), ""]
     if result.improved is False:
         from mhacut.finetuning.folder import LAST  # imports torch
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.budget import NOUNS, RESOURCES, format_amount
-from mhacut.cli.console import Console, safe, table
+from mhacut.cli.console import Console, safe
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.commands.prune_names import check_files_before_reading
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
+from mhacut.text import table_with_notes
 
 if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
@@ -39,8 +40,7 @@ def prune(options: PruneOptions, console: Console) -> None:
         console.result(_text(results[0]), _document(results[0]))
         return
     choices = choices_of(results)
-    rows = [[safe(cell) for cell in row] for row in choice_rows(choices)]
-    texts = [table(rows), *map(_text, results)]
+    texts = [table_with_notes(choice_rows(choices)), *map(_text, results)]
     if options.report is not None:
         texts.append(f"overview {safe(options.report)}")
     document = {
@@ -53,7 +53,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
 
 def _text(result: PruneResult) -> str:
-    lines = [table([list(map(safe, row)) for row in result.rows()]), ""]
+    lines = [table_with_notes(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
     lines += [
