@@ -54,7 +54,7 @@ class LogitRefit:
 class LinearProblem:
     """Ridge regression of removed channels from kept ones, for a layer that is read through columns.
 
-    What does not depend on the choice of channels is computed once, so that many choices can be tried.
+    What :meth:`error` needs of all channels is computed once, so that many choices can be tried.
     """
 
     def __init__(self, fit: Moments, held: Moments, columns: Tensor, *, constant: bool) -> None:
@@ -178,9 +178,9 @@ def output_error(
     gone = others(kept, second.shape[-1])
     if len(gone) == 0:
         return 0.0
-    left = second[gone][:, gone]
+    left = _part(second, gone, gone)
     if refit:
-        system, target = second[kept][:, kept], second[kept][:, gone]
+        system, target = _part(second, kept, kept), _part(second, kept, gone)
         solved = _ridge_solve(system, target, RIDGES[0])
         # |x_P - B x_S|^2 in full. The short form, second_PP - second_PS B, holds without a ridge only: with
         # one it adds ridge |B|^2, which is large where kept channels hardly vary along some direction.
