@@ -224,6 +224,19 @@ def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(mon
     assert found.milliseconds == found.wall
 
 
+def test_few_calls_that_are_far_apart_are_no_coarse_clock(monkeypatch):
+    """The least step between ten readings of a busy machine may be hundredths of a call."""
+    clock, calls = Clock(monkeypatch), []
+
+    def run():
+        calls.append(None)
+        clock.now += 1 + 0.05 * len(calls)
+
+    monkeypatch.setattr(latency.time, "process_time", lambda: clock.now / 2)
+    found = compare_runs([run, run], seconds=0, device=CPU, threads=1)
+    assert found.milliseconds[0] == pytest.approx(found.wall[0] / 2)
+
+
 def test_tries_by_different_clocks_are_not_compared(monkeypatch):
     """The clock of the process turns coarse once the first try has drifted by a tenth."""
     clock = Clock(monkeypatch)
