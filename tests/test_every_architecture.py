@@ -39,7 +39,7 @@ REPRESENTATIVES = sweep.REPRESENTATIVES.read_text(encoding="utf-8").split()
 SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", REPRESENTATIVES)
 @on_a_short_stack
 def test_no_architecture_fails(architecture):

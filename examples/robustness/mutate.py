@@ -508,7 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 mutants[:] = [mutant for mutant in mutants if (mutant.file, mutant.number) in left]
         os.chdir(ROOT)
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-        how = ["-q", "--no-header", "-p", "no:cacheprovider", "-n", "0", "-o", "addopts=", "-m", "not slow"]
+        how = ["-q", "--no-header", "-p", "no:cacheprovider", "-n", "0", "-o", "addopts="]
+        how += ["-m", "not slow and not exhaustive"]
         how += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
         pytest.main([*how, *(options.tests or tests_of(options.packages))], plugins=[trial])
 

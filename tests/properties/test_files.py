@@ -7,7 +7,7 @@ import torch
 
 import mhacut
 from helpers.files import save_dense
-from helpers.models import ModelCase, build, image, slow_except
+from helpers.models import ModelCase, build, image
 from mhacut.surgery.flops import measure_flops
 from properties.cases import BY_CLASS, CASES
 
@@ -22,7 +22,15 @@ WIDE = {"nextvit.EfficientAttention, model": 8}
 """Multiples that widths are rounded to, the same share everywhere, of models that have no narrow ones."""
 
 
-@pytest.mark.parametrize("name", slow_except(QUICK, MODELS))
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Fast: one; slow: one model of each class; exhaustive: the others, and one that takes as long as ten."""
+    if name in QUICK:
+        return []
+    one = MODELS[name] in FIRST and name not in WIDE
+    return [pytest.mark.slow if one else pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MODELS])
 @torch.no_grad()
 def test_from_file_to_file(name, tmp_path):
     case = MODELS[name]
