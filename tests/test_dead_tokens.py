@@ -15,7 +15,7 @@ import mhacut
 from helpers.cli import FAST, run
 from helpers.data import write_split
 from helpers.files import save_dense
-from helpers.models import ModelCase, build, image, relative, slow_except
+from helpers.models import ModelCase, build, image, relative
 from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError
 from mhacut.finetuning.training import Trainer
 from mhacut.options.prune import PruneOptions
@@ -153,7 +153,8 @@ def test_a_slim_file_can_be_pruned_again(dense, tmp_path, keep_dead_tokens):
     assert "has no effect" in lines[0]
 
 
-@pytest.mark.parametrize("name", slow_except({}, OTHERS))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_other_models_from_file_to_file(name, tmp_path):
     case = OTHERS[name]
