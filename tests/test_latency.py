@@ -70,14 +70,3 @@ def test_rounds_are_bounded(monkeypatch) -> None:
     diary: list[str] = []
     compare_latency([Sleeper("a", 0, diary)], (3, 4, 4), seconds=60, device=CPU)
     assert len(diary) == 3 + 7
-
-
-def test_calls_that_take_less_than_a_tick_of_the_process_clock_are_compared_by_wall_time(monkeypatch) -> None:
-    monkeypatch.setattr(time, "process_time", lambda: 0.015625 * (time.perf_counter() // 0.015625))
-    slow, fast = Sleeper("slow", 2, []), Sleeper("fast", 1, [])
-    images = torch.zeros(1)
-    runs = [lambda model=model: model(images) for model in (slow, fast)]
-    with torch.inference_mode():
-        found = latency.compare_runs(runs, seconds=0.1, device=CPU, threads=1)
-    assert found.milliseconds == found.wall
-    assert 0 < found.ratios[1] < 1

@@ -250,7 +250,8 @@ def test_tries_by_different_clocks_are_not_compared(monkeypatch):
         clock.now += 0.02 * (1 + clock.now / 10)
 
     monkeypatch.setattr(latency.time, "process_time", coarser_and_coarser)
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now)
+    readings = itertools.count()  # each takes a microsecond
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now + 1e-6 * next(readings))
     found = compare_runs([run], seconds=1, device=CPU, threads=1)
     assert found.milliseconds == found.wall
 

@@ -133,14 +133,14 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
         threads: that compute.
     """
     by_process = device.type == "cpu" and threads == 1
-    clocks = (time.perf_counter, time.process_time if by_process else time.perf_counter)
+    clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
     best: Beside | None = None
     for _ in range(_TRIES):
         times = _turns(runs, seconds, device, clocks, _PATIENCE)
         if by_process and _coarse(times):  # from here on; the drift of other clocks tells nothing
             by_process, best = False, None
-            clocks = (time.perf_counter, time.perf_counter)
-            times = [[[wall, wall] for wall, _ in own] for own in times]
+            clocks = clocks[:1]
+            times = [[[wall] for wall, _ in own] for own in times]
         found = _beside(times)
         best = found if best is None or found.drift < best.drift else best
         if best.steady:
@@ -150,14 +150,14 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
 
 
 def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
-    """Summarise seconds by two clocks, of every call of each run: wall time, and the time to compare."""
-    compared = [[second for _, second in own] for own in times]
+    """Summarise seconds of every call of each run: by the wall's clock, then by that to compare, if another."""
+    compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
     half = len(first) // 2
     early, late = statistics.median(first[:half]), statistics.median(first[half:])
     return Beside(
         tuple(1000 * statistics.median(own) for own in compared),
-        tuple(1000 * statistics.median(wall for wall, _ in own) for own in times),
+        tuple(1000 * statistics.median(call[0] for call in own) for own in times),
         tuple(statistics.median(a / b for a, b in zip(own, first, strict=True)) for own in compared),
         abs(late / early - 1),
     )
