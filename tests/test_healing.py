@@ -385,7 +385,7 @@ def test_a_run_keeps_what_helps(monkeypatch, case):
 
     def prune(reporter, steps):
         return mhacut.prune(
-            module, flops="60%", round_to=1, heal_steps=steps, reporter=reporter, dry_run=True, **options
+            module, flops="40%", round_to=1, heal_steps=steps, reporter=reporter, dry_run=True, **options
         )
 
     without = prune(Recorder(), 0)

@@ -150,7 +150,7 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
 
 
 def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
-    """Summarise seconds of every call of each run: by the wall's clock, then by that to compare, if another."""
+    """Summarise seconds of every call of each run, by the wall's clock and then by any other to compare."""
     compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
     half = len(first) // 2
