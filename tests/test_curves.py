@@ -175,7 +175,7 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
         fit, share = x[held:], weights[held:, None]
         mean = (share * fit).mean(0)
         covariance = (share * (fit - mean)).mT @ (fit - mean) / len(fit)
-        width = module_under_test.sampled_widths(it.choices[unit.key])[1]
+        width = it.choices[unit.key][1]
         heads = unit.width * torch.arange(unit.heads)[:, None]
         kept = (it.candidates[unit.key].ranking.kept(width) + heads).flatten()
         block, errors = covariance[kept][:, kept], []
@@ -199,17 +199,6 @@ def test_wide_units_seen_in_few_rows_are_solved_at_few_widths(monkeypatch, wide,
     units = it.prunable.units(["v", "hidden"])
     assert len(solved) == sum(min(most, len(it.choices[unit.key])) - 1 for unit in units)
     assert any(len(it.choices[unit.key]) > most for unit in units)
-
-
-def test_what_is_interpolated_is_near_what_was_left_out():
-    """Each unit above some 15 % of its width is cut along an interpolated curve."""
-    choices = list(range(8, 769, 8))
-    errors = {width: (1 - width / 768) ** 2 / (0.05 + width / 768) for width in choices}
-    few = module_under_test.sampled_widths(choices, FEW_WIDTHS)
-    found = module_under_test._interpolated({width: errors[width] for width in few}, choices)
-    for width in choices:
-        if 0.15 * 768 <= width <= 0.75 * 768:
-            assert 0.85 < found[width] / errors[width] < 1.35
 
 
 def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
