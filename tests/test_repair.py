@@ -113,16 +113,18 @@ def test_what_kept_channels_determine_is_recovered_whole():
     assert found.prediction[0].tolist() == pytest.approx([2, -1, 0, 0], abs=1e-4)
 
 
-@given(seed=st.integers(0, 2**31), fitted=st.integers(1, 12))
-@settings(deadline=None, max_examples=40)
-def test_few_images_never_make_it_worse_than_removing(seed, fitted):
-    x = rows(60 + fitted, 8, seed)
+@given(seed=st.integers(0, 2**31), fitted=st.integers(1, 12), held=st.sampled_from([1, 60]), constant=...)
+@settings(deadline=None, max_examples=80)
+def test_few_images_never_make_it_worse_than_removing(seed: int, fitted: int, held: int, constant: bool):
+    x = rows(held + fitted, 8, seed)
     columns = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).double()
-    found = refit_linear(
-        exact(x[:fitted]), exact(x[fitted:]), torch.tensor([1, 2, 6]), columns, constant=False
-    )
+    seen, unseen, kept = exact(x[:fitted]), exact(x[fitted:]), torch.tensor([1, 2, 6])
+    found = refit_linear(seen, unseen, kept, columns, constant=constant)
     assert found.error <= 1 + 1e-9
     assert found.prediction.isfinite().all()
+    assert LinearProblem(seen, unseen, columns, constant=constant).error(kept) == pytest.approx(found.left)
+    if found.error == 1.0:
+        assert found.constant.count_nonzero() == found.prediction.count_nonzero() == 0
 
 
 def test_channels_whose_price_overflows_are_removed_once():

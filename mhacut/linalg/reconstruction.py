@@ -3,7 +3,8 @@
 Ours; the channel scales of arXiv 2405.20867 are the diagonal case. Removed channels x_P are predicted from
 kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x.
 The ridge in :data:`RIDGES` with the least error on held-out images is taken. An infinite ridge predicts
-removed channels by their mean alone if a bias can absorb it, and otherwise not at all.
+removed channels by their mean alone if a bias can absorb it, and otherwise not at all. Nor is their mean, if
+held-out images are nearer to zero than to it, as one image may be.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class LinearProblem:
         Args:
             kept: indices of the kept channels, [kept], ascending.
         """
-        return min(self._errors(kept, others(kept, len(self._seen))).values())
+        gone = others(kept, len(self._seen))
+        return min(self._removal(gone), *self._errors(kept, gone).values())
 
     def solve(self, kept: Tensor) -> LinearRefit:
         """Return the best B and c.
@@ -88,15 +90,21 @@ class LinearProblem:
         ridge = min(errors, key=lambda choice: errors[choice])
         both = self._fit + self._held
         prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
+        offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
+        baseline = self._removal(gone)
+        if errors[ridge] > baseline:
+            return LinearRefit(prediction, offset, float("inf"), 1.0, baseline)
         if ridge < float("inf"):
             every = self._centred(both, both)
             prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
-        offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
         if self._constant:
             offset = both.mean[gone] - prediction @ both.mean[kept]
-        lost = self._columns[:, gone]
-        baseline = float((lost @ _part(self._held.second, gone, gone) * lost).sum()) / self._held.rows
         return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+    def _removal(self, gone: Tensor) -> float:
+        """Return the squared error of the output on held-out images, per row, if ``gone`` are taken as 0."""
+        lost = self._columns[:, gone]
+        return float((lost @ _part(self._held.second, gone, gone) * lost).sum()) / self._held.rows
 
     def _centred(self, moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if self._constant else moments.energy
