@@ -84,10 +84,10 @@ def final_record(
     return record(measured.targets), measured
 
 
-def write_again(
-    inputs: PruneInputs, slim: nn.Module, record: SlimRecord, written: os.stat_result
+def completed(
+    inputs: PruneInputs, slim: nn.Module, record: SlimRecord, first: tuple[SlimRecord, os.stat_result]
 ) -> os.stat_result:
-    """Write the file again with its accuracy; return its status.
+    """Write the file again where it lacks what was measured, or was removed meanwhile; return its status.
 
     The first write makes sure that an interrupted measurement loses no file.
 
@@ -95,18 +95,23 @@ def write_again(
         inputs: whose target is written.
         slim: the model.
         record: the record with the accuracy.
-        written: status of the first file.
+        first: the record in the first file, and that file's status.
 
     Raises:
-        OutputError: the file is no longer the first one, or cannot be written.
+        OutputError: another file is in the place of the first one, or it cannot be written.
     """
-    check_still(inputs.target, written)  # another's, made during the measurement, is not ours to replace
+    stated, status = first
+    there = inputs.target.exists()
+    if there:
+        check_still(inputs.target, status)  # another's, made during the measurement, is not ours to replace
+        if record == stated:
+            return status
     return write_slim(
         inputs.target,
         copy.deepcopy(slim).cpu(),
         record,
         dtypes=inputs.dtypes,
-        overwrite=True,
+        overwrite=there or inputs.options.overwrite,
         input_path=inputs.loaded.path,
     )
 

@@ -38,7 +38,8 @@ class RunFolder:
         """Lock the directory, so that no other process writes a run there.
 
         Returns:
-            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks.
+            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks, and of a
+            directory that may not be listed: nothing guards these.
 
         Raises:
             OutputError: another process does, or there is no such directory.

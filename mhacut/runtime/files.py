@@ -134,7 +134,7 @@ def check_still(path: AnyPath, written: os.stat_result) -> None:
     """Raise an :class:`OutputError` if ``path`` is not the file that :func:`write_whole` wrote."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise OutputError(
             f"{show(path)}: was removed by another process meanwhile; choose another name"
         ) from None
@@ -269,7 +269,7 @@ def lock_directory(path: Path) -> int | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return None  # files can be made in it all the same, where its mode is 0300
+        return None  # files can be made in one of mode 0300 all the same
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -72,9 +72,23 @@ def replaced(path: Path, tiny_vit: ModelFile, other: str) -> None:
     cut_into_file(model, random_plan(find_prunable_layers(model), seed=0)[0], path, case)
 
 
-@pytest.mark.parametrize("other", ["same shape", "other classes", "other size", "garbage", "gone"])
-@pytest.mark.parametrize("after", ["writing", "measuring"])
-def test_a_file_that_another_process_changes_is_left_to_it(tiny_vit, tmp_path, monkeypatch, after, other):
+TO_FLOPS, TO_PARAMETERS = ("--flops", "60%"), ("--params", "60%")
+"""Budgets of a file that is written once, and of one that is written again after the measurement."""
+
+
+@pytest.mark.parametrize(
+    ("after", "other", "flags"),
+    [
+        *(("writing", other, TO_FLOPS) for other in ("same shape", "other classes", "other size", "gone")),
+        ("measuring", "same shape", TO_PARAMETERS),
+        ("measuring", "same shape", (*TO_PARAMETERS, "--overwrite")),
+        ("measuring", "garbage", TO_FLOPS),
+        ("measuring", "other size", (*TO_FLOPS, "--overwrite")),
+    ],
+)
+def test_a_file_that_another_process_changes_is_left_to_it(
+    tiny_vit, tmp_path, monkeypatch, after, other, flags
+):
     """With another model in it, even one that takes other images."""
     target = tmp_path / "slim.safetensors"
     module, name = (prune_files, "load_model") if after == "writing" else (prune_command, "measure")
@@ -86,11 +100,26 @@ def test_a_file_that_another_process_changes_is_left_to_it(tiny_vit, tmp_path, m
         return original(*args)
 
     monkeypatch.setattr(module, name, late)
-    result = run("prune", *tiny_vit.flags, *FAST, "--params", "60%", "-o", target)
+    result = run("prune", *tiny_vit.flags, *FAST, *flags, "-o", target)
     word = "removed" if other == "gone" else "replaced"
     error = f"error: {target}: was {word} by another process meanwhile; choose another name"
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, error)
     assert contents(tmp_path) == left[0]
+
+
+@pytest.mark.parametrize("flags", [TO_FLOPS, TO_PARAMETERS])
+def test_a_file_that_is_removed_is_written_again(tiny_vit, tmp_path, monkeypatch, flags):
+    command = ["prune", *tiny_vit.flags, *FAST, *flags, "-o"]
+    assert run(*command, tmp_path / "kept" / "slim.safetensors").exit_code == 0
+    target, original = tmp_path / "removed" / "slim.safetensors", prune_command.measure
+
+    def late(*args):
+        target.unlink()
+        return original(*args)
+
+    monkeypatch.setattr(prune_command, "measure", late)
+    assert run(*command, target).exit_code == 0
+    assert contents(target.parent) == contents(tmp_path / "kept")
 
 
 @pytest.mark.slow
