@@ -214,12 +214,13 @@ def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
     assert found.wall == pytest.approx((200,), rel=1e-3)
 
 
-@pytest.mark.parametrize("times", [(0.017, 0.030), (0.002, 0.001), (0.017, 0.100)])
+@pytest.mark.parametrize("times", [(0.017, 0.030), (0.002, 0.001), (0.017, 0.100), (2.0, 0.5)])
 def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(monkeypatch, times):
-    """It has run for some days, so that differences of whole ticks are rounded."""
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(latency.time, "process_time", lambda: 4e5 / 3 + clock.now // 0.015625 * 0.015625)
-    found = compare_runs([clock.program(own) for own in times], seconds=1, device=CPU, threads=1)
+    """It has run for some days, so that differences of whole ticks are rounded; one call may take 100."""
+    clock, tick = Clock(monkeypatch), 0.0156001
+    monkeypatch.setattr(latency.time, "process_time", lambda: 4e5 / 3 + clock.now // tick * tick)
+    seconds = 40 * max(times)
+    found = compare_runs([clock.program(own) for own in times], seconds=seconds, device=CPU, threads=1)
     assert found.ratios == (1, pytest.approx(times[1] / times[0]))
     assert found.milliseconds == found.wall
 
@@ -238,21 +239,22 @@ def test_few_calls_that_are_far_apart_are_no_coarse_clock(monkeypatch):
 
 
 def test_tries_by_different_clocks_are_not_compared(monkeypatch):
-    """The clock of the process turns coarse once the first try has drifted by a tenth."""
-    clock = Clock(monkeypatch)
-    ticks = {False: 1e-6, True: 0.25}
-
-    def coarser_and_coarser():
-        tick = ticks[clock.now > 1.2]
-        return clock.now // tick * tick
+    """The clock of the process turns coarse after the first try, which has drifted less than the others."""
+    clock, tries, original = Clock(monkeypatch), [], latency._turns
+    monkeypatch.setattr(latency, "_turns", lambda *given: tries.append(clock.now) or original(*given))
 
     def run():
-        clock.now += 0.02 * (1 + clock.now / 10)
+        clock.now += 0.02 + (0.002 if len(tries) == 1 else 0.01) * clock.now
 
-    monkeypatch.setattr(latency.time, "process_time", coarser_and_coarser)
+    def process_time():
+        tick = 1e-6 if len(tries) == 1 else 0.25
+        return clock.now // tick * tick
+
+    monkeypatch.setattr(latency.time, "process_time", process_time)
     readings = itertools.count()  # each takes a microsecond
     monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now + 1e-6 * next(readings))
-    found = compare_runs([run], seconds=1, device=CPU, threads=1)
+    found = compare_runs([run], seconds=1.5, device=CPU, threads=1)
+    assert (len(tries), found.steady) == (3, False)
     assert found.milliseconds == found.wall
 
 
