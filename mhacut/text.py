@@ -62,8 +62,8 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def table_with_notes(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Return a :func:`table` and lines below it, all text made safe."""
+def safe_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Return a :func:`table`, and any lines below it, of text made safe."""
     return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])
 
 

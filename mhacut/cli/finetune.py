@@ -12,7 +12,7 @@ from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.text import table_with_notes
+from mhacut.text import safe_table
 
 if TYPE_CHECKING:
     from mhacut.finetuning.result import FinetuneResult
@@ -48,7 +48,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
 
 def _text(result: FinetuneResult) -> str:
-    lines = [table_with_notes(result.rows()), ""]
+    lines = [safe_table(result.rows()), ""]
     if result.improved is False:
         from mhacut.finetuning.folder import LAST  # imports torch
 

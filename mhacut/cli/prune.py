@@ -13,7 +13,7 @@ from mhacut.cli.flags import command
 from mhacut.commands.prune_names import check_files_before_reading
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
-from mhacut.text import table_with_notes
+from mhacut.text import safe_table
 
 if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
@@ -40,7 +40,7 @@ def prune(options: PruneOptions, console: Console) -> None:
         console.result(_text(results[0]), _document(results[0]))
         return
     choices = choices_of(results)
-    texts = [table_with_notes(choice_rows(choices)), *map(_text, results)]
+    texts = [safe_table(choice_rows(choices)), *map(_text, results)]
     if options.report is not None:
         texts.append(f"overview {safe(options.report)}")
     document = {
@@ -53,7 +53,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
 
 def _text(result: PruneResult) -> str:
-    lines = [table_with_notes(result.rows()), ""]
+    lines = [safe_table(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
     lines += [

@@ -29,7 +29,7 @@ from mhacut.runtime.progress_bar import reporting
 from mhacut.runtime.stages import StageShare
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
-from mhacut.text import table_with_notes
+from mhacut.text import safe_table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,7 +65,7 @@ class EvaluateResult:
         ]
 
     def __repr__(self) -> str:
-        return table_with_notes(*self._shown())
+        return safe_table(*self._shown())
 
     def _repr_html_(self) -> str:
         return html_table(*self._shown())

@@ -27,7 +27,7 @@ from mhacut.pruning.repair import UnitRepair
 from mhacut.report.html_table import html_table
 from mhacut.report.inline_svg import chart_html
 from mhacut.report.pareto import COST_FLOPS, Choice, choice_charts, choice_rows
-from mhacut.text import table_with_notes
+from mhacut.text import safe_table
 
 MUCH = 0.2
 """Large divergence in nats: it changes the top-1 class of an ImageNet ViT-Ti on a tenth of the images."""
@@ -127,7 +127,7 @@ class PruneResult:
         return rows
 
     def __repr__(self) -> str:
-        return table_with_notes(self.rows(), self._notes())
+        return safe_table(self.rows(), self._notes())
 
     def _repr_html_(self) -> str:
         return html_table(self.rows(), self._notes())
@@ -157,7 +157,7 @@ class PruneResults(tuple[PruneResult, ...]):
         return choice_rows(choices_of(self), _DIVERGENCE[self[0].divergence_of])
 
     def __repr__(self) -> str:
-        return table_with_notes(self.rows()) if self else "no results"
+        return safe_table(self.rows()) if self else "no results"
 
     def _repr_html_(self) -> str:
         charts = [chart for chart in choice_charts(choices_of(self)) if chart.x_label == COST_FLOPS]

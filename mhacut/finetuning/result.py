@@ -9,7 +9,7 @@ from mhacut.budget import format_flops
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation
-from mhacut.text import table_with_notes
+from mhacut.text import safe_table
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,4 @@ class FinetuneResult:
         return [*rows, ("FLOPs", flops, flops, "")]
 
     def __repr__(self) -> str:
-        return table_with_notes(self.rows(), [f"saved {self.output}", f"trained on {self.data}"])
+        return safe_table(self.rows(), [f"saved {self.output}", f"trained on {self.data}"])

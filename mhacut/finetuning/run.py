@@ -67,7 +67,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     lock: int | None = None
     """Lock of the folder, in the first process, where there is one."""
-    unreadable_logged: int = 0
+    unreadable_found: int = 0
     """Number of unreadable images found since this process began; a resumed run knows others from before."""
 
     @property

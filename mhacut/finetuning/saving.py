@@ -91,10 +91,10 @@ def log_unreadable(run: Run, image: str) -> None:
         run: the run.
         image: its file, and the reason if that is known.
     """
-    run.unreadable_logged += 1
-    if run.unreadable_logged <= _NAMED:
+    run.unreadable_found += 1
+    if run.unreadable_found <= _NAMED:
         run.reporter.log(f"unreadable, replaced by another image: {image}")
-    elif run.unreadable_logged == _NAMED + 1:
+    elif run.unreadable_found == _NAMED + 1:
         run.reporter.log("more images are unreadable; they are counted at the end")
 
 

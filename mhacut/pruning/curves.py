@@ -36,8 +36,10 @@ Curve = Mapping[int, float]
 """Estimated KL divergence in nats at each width; 0 at the dense width."""
 MOST_WIDTHS = 8
 """Widths at which a layer is run; between them the logarithm of the error is interpolated."""
-FEW_WIDTHS, WIDE = 5, 2048
-"""The same for more channels than the second number, seen in few rows: each takes seconds of a ViT-L."""
+FEW_WIDTHS = 5
+"""The same of more than :data:`WIDE` channels that were seen in few rows."""
+WIDE = 2048
+"""Channels above which each of these widths takes seconds."""
 REPLAYED = 32
 """Calibration images on which layers are run again."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22

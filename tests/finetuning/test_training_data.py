@@ -101,7 +101,7 @@ def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, i
 def test_a_resumed_run_names_the_first_of_the_unreadable_images_that_it_finds():
     reporter = Recorder()
     before = Progress(unreadable=dict.fromkeys(f"old{number}" for number in range(12)))
-    run_of_it = SimpleNamespace(progress=before, reporter=reporter, unreadable_logged=0)
+    run_of_it = SimpleNamespace(progress=before, reporter=reporter, unreadable_found=0)
     names = ["old3", *(f"new{number}" for number in range(12))]
     batches = [SimpleNamespace(unreadable=[SimpleNamespace(file=name, reason="empty")]) for name in names]
     assert list(_logging_unreadable(run_of_it, iter(batches))) == batches
