@@ -153,8 +153,13 @@ def test_a_slim_file_can_be_pruned_again(dense, tmp_path, keep_dead_tokens):
     assert "has no effect" in lines[0]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "distilled" else pytest.mark.exhaustive)
+        for name in OTHERS
+    ],
+)
 @torch.no_grad()
 def test_other_models_from_file_to_file(name, tmp_path):
     case = OTHERS[name]

@@ -39,8 +39,13 @@ REPRESENTATIVES = sweep.REPRESENTATIVES.read_text(encoding="utf-8").split()
 SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("architecture", REPRESENTATIVES)
+QUICK = {"bat_resnext26ts", "eca_botnext26ts_256"}
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in REPRESENTATIVES],
+)
 @on_a_short_stack
 def test_no_architecture_fails(architecture):
     if has_small_model(architecture):

@@ -466,12 +466,14 @@ def test_an_ablation_has_a_table_of_all_seeds(forked, tmp_path, capsys) -> None:
     flags += "".join(f" --model-arg {name}={value}" for name, value in SMALL_VIT.items())
     flags += f" --data-dir {tmp_path / 'images'} --keep 75 --seeds 1 2"
     flags += f" --calibration-images 8 --merge {tmp_path / 'rows'} --half odd"
-    flags += " --methods ablation-full"
+    flags += " --methods ablation-full ablation-full-uniform"
     assert ablation.main(flags.split()) == 0
-    assert "| 75 % | the full method |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| 75 % | the full method |" in table
+    assert "| 75 % | uniform widths |" in table
     for seed in (1, 2):
         rows = json.loads((tmp_path / f"rows-{seed}.json").read_text())["rows"]
-        assert [row["method"] for row in rows] == ["dense", "ablation-full"]
+        assert [row["method"] for row in rows] == ["dense", "ablation-full", "ablation-full-uniform"]
 
 
 def test_of_one_seed_there_is_no_spread() -> None:

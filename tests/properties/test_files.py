@@ -18,16 +18,23 @@ FIRST = [
     for cases in BY_CLASS.values()
 ]
 """A model of each class that has one."""
+UNLIKE = {
+    "attention.Attention, distilled",
+    "attention.Attention, gated mlp",
+    "eva.EvaAttention, separate",
+    "attention.SeparateFocusedAttention, pvt v2",
+}
+"""Models of other classes around them, or with another MLP."""
 WIDE = {"nextvit.EfficientAttention, model": 8}
 """Multiples that widths are rounded to, the same share everywhere, of models that have no narrow ones."""
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    """Fast: one; slow: one model of each class; exhaustive: the others, and one that takes as long as ten."""
+    """Fast: one; slow: one model of each class; exhaustive: the others, and what takes as long as ten."""
     if name in QUICK:
         return []
-    one = MODELS[name] in FIRST and name not in WIDE
-    return [pytest.mark.slow if one else pytest.mark.exhaustive]
+    slow = name in UNLIKE or (MODELS[name] in FIRST and name not in WIDE)
+    return [pytest.mark.slow if slow else pytest.mark.exhaustive]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MODELS])
