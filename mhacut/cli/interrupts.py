@@ -1,9 +1,11 @@
-"""Ctrl-C during a command's own work; :mod:`mhacut.cli.quitting` has it before and after."""
+"""Ctrl-C and SIGTERM during a command's own work; :mod:`mhacut.cli.quitting` has Ctrl-C before and after."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +15,17 @@ from mhacut.cli.quitting import quit_at_once
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C within the block, as Python does.
+    """Raise KeyboardInterrupt within the block on Ctrl-C, as Python does, and on SIGTERM, to end as tidily.
 
-    A KeyboardInterrupt while Python deletes an object has no effect and is not shown.
+    Signals that are ignored, or that somebody else handles, stay so. Under torchrun SIGTERM ends a process at
+    once: one that waits for the others would not see an exception. A KeyboardInterrupt while Python deletes
+    an object has no effect and is not shown.
     """
-    if signal.getsignal(signal.SIGINT) is not quit_at_once:
+    ours = {signal.SIGINT: quit_at_once, signal.SIGTERM: signal.SIG_DFL}
+    if "RANK" in os.environ:
+        del ours[signal.SIGTERM]
+    before = {number: handler for number, handler in ours.items() if signal.getsignal(number) is handler}
+    if not before or threading.current_thread() is not threading.main_thread():
         yield
         return
     unraisable = sys.unraisablehook
@@ -28,8 +36,10 @@ def interruptible() -> Iterator[None]:
 
     try:
         sys.unraisablehook = show
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
         yield
     finally:
-        signal.signal(signal.SIGINT, quit_at_once)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         sys.unraisablehook = unraisable

@@ -398,10 +398,11 @@ def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", WRITERS)
-def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command):  # 49
+def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):  # 49
     arguments, name = WRITERS[command]
-    monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
     message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
     assert message.endswith("interrupted; nothing was left half written\n")
 

@@ -183,7 +183,8 @@ def test_ascii_terminal(programs, slim, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_interrupt(programs, tiny_vit, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(programs, tiny_vit, tmp_path, number):
     out = tmp_path / "out.safetensors"
     endless = ["--allocation", "indicator", "--steps", "1000000"]
     flags = ["--flops", "50%", "-o", out, *endless, "--calibration-images", "8", "-v"]
@@ -192,7 +193,7 @@ def test_interrupt(programs, tiny_vit, tmp_path):
         for line in program.stderr:
             if line == "searching\n":
                 break
-        os.kill(program.pid, signal.SIGINT)
+        os.kill(program.pid, number)
         assert program.end() == 130
         stderr = program.stderr.read()
         assert program.stdout.read() == ""
