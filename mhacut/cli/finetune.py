@@ -59,8 +59,7 @@ def _text(result: FinetuneResult) -> str:
     lines += [
         f"saved {safe(result.output)}",
         f"loads with: mhacut.load_model({str(result.output)!r})",
-        f"trained {result.steps} steps on {safe(result.data)}, {result.images_per_second:.0f} images/s on "
-        f"{'' if result.processes == 1 else f'{result.processes} x '}{safe(result.device)}",
+        f"trained {result.steps} steps on {safe(result.data)}{_speed(result)}",
     ]
     lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
@@ -69,6 +68,13 @@ def _text(result: FinetuneResult) -> str:
             f"{safe(result.unreadable[0])}"
         )
     return "\n".join(lines)
+
+
+def _speed(result: FinetuneResult) -> str:
+    if not result.images_per_second:
+        return ", all of them before"
+    processes = "" if result.processes == 1 else f"{result.processes} x "
+    return f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
 
 
 def _document(result: FinetuneResult) -> dict[str, Any]:

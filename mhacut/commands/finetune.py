@@ -81,7 +81,8 @@ def _finetune(run: Run) -> FinetuneResult:
     start(run)
     expect(run.reporter, _expected_stages(run))
     run.trainer.connect()
-    run.reporter.log(f"training on {run.images.description}")
+    if run.progress.step < run.total_steps:
+        run.reporter.log(f"training on {run.images.description}")
     names = run.options.logs if run.processes.first else ()
     with Logs(names, run.folder.path, portable(run.options), run.reporter) as logs, stop_request() as request:
         trained = train(run, logs, request)

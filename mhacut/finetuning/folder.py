@@ -118,25 +118,51 @@ class RunFolder:
         writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
         write_whole(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
 
+    def _epochs(self) -> int:
+        """Return how many epochs the summary has; 0 if there is none."""
+        try:
+            return max(self.file(SUMMARY).read_bytes().count(b"\n") - 1, 0)
+        except OSError:
+            return 0
+
+    def check_whole(self) -> None:
+        """Raise an :class:`OutputError` if the options of the run were removed, as with the directory."""
+        if not self.file(ARGUMENTS).exists():
+            raise OutputError(
+                f"{self.file(ARGUMENTS)}: was removed meanwhile, and the run cannot be resumed without it; "
+                f"{LAST} there holds its weights so far"
+            )
+
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
         write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
 
+    def _not_resumable(self, why: str) -> CheckpointError:
+        again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"
+        return CheckpointError(
+            f"{self.file(STATE)}: {why}, and the run cannot be resumed without it; {LAST} holds its weights, "
+            f"and {again} starts again"
+        )
+
     def read_state(self) -> dict[str, Any] | None:
         """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.
 
         Raises:
-            CheckpointError: the file is damaged, or of another version.
+            CheckpointError: the file is damaged, removed, or of another version.
         """
         path = self.file(STATE)
         if not path.exists():
+            if self._epochs() > 1:  # one that was killed before its first state has no more
+                raise self._not_resumable("is gone")
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
         except Exception as error:  # a damaged zip or pickle fails in many ways
-            raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error!s:.200}") from None
+            raise self._not_resumable(f"is damaged ({type(error).__name__})") from None
         version = state.get("version") if isinstance(state, dict) else None
         if version != _STATE_VERSION:
             raise CheckpointError(

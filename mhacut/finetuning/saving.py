@@ -107,6 +107,7 @@ def _write_last(run: Run, evaluation: Evaluation | None) -> None:
         )
     write_weights(run, LAST, evaluation)
     if run.processes.first:
+        run.folder.check_whole()
         run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
         run.folder.write_state(state)

@@ -26,7 +26,7 @@ def start(run: Run) -> None:
 
     Raises:
         OutputError: the directory holds a run, another process writes one there, or it cannot be written.
-        CheckpointError: the saved state is damaged, or the run now has other inputs.
+        CheckpointError: the saved state is damaged or gone, or the run now has other inputs.
     """
     state = None
     with run.processes.together():
@@ -37,6 +37,9 @@ def start(run: Run) -> None:
     if state is not None:
         run.trainer.restore(state["trainer"])
         run.progress = Progress.from_state(state)
+        if run.progress.best is not None and not run.folder.file(BEST).exists():
+            run.progress.best = None
+            run.reporter.log(f"{run.folder.file(BEST)} is gone; the best weights from here on take its place")
         done = run.progress.step >= run.total_steps
         run.reporter.log(
             f"all {run.total_steps} steps are done; there is nothing left to train"

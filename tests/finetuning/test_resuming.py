@@ -182,6 +182,7 @@ def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
     reporter = Recorder()
     assert resume(finished, reporter=reporter).epochs == finished_run.epochs
     assert "all 6 steps are done; there is nothing left to train" in reporter.messages
+    assert not any(message.startswith("training on") for message in reporter.messages)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, monkeypatch):
@@ -253,11 +254,44 @@ def test_another_model_or_other_data_are_refused_by_name(tune, slim, images, tin
     assert resume(result.folder, batch_size=6, grad_accum_steps=2).steps == 6
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"\x80\x04K."])
-def test_a_damaged_state_is_refused(finished, content):
-    (finished / "state.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"state.pt"):
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 not really", b"\x80\x04K."])
+def test_a_damaged_or_missing_state_is_refused(finished, content):
+    (finished / "state.pt").unlink()
+    if content is not None:
+        (finished / "state.pt").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    how = "is gone" if content is None else "is damaged"
+    with pytest.raises(CheckpointError, match=rf"state.pt: {how}.*last.safetensors holds .* overwrite=True"):
         resume(finished)
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_without_the_best_weights_so_far_a_run_goes_on(tune, kill, finished, monkeypatch, tmp_path):
+    (finished / "best.safetensors").unlink()
+    assert resume(finished).output == finished / "last.safetensors"
+    kill(Trainer, "step", 5)
+    with pytest.raises(Killed):
+        tune("cut")
+    monkeypatch.undo()
+    (tmp_path / "cut" / "best.safetensors").unlink()
+    reporter = Recorder()
+    result = resume(tmp_path / "cut", reporter=reporter)
+    assert result.output == tmp_path / "cut" / "best.safetensors"
+    assert any("best.safetensors is gone" in message for message in reporter.messages)
+
+
+def test_a_run_whose_directory_is_removed_ends_with_its_weights(tune, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def late(*args, **options):
+        if (tmp_path / "run" / "args.yaml").exists():
+            shutil.rmtree(tmp_path / "run")
+        return step(*args, **options)
+
+    monkeypatch.setattr(Trainer, "step", late)
+    with pytest.raises(OutputError, match=r"args.yaml: was removed meanwhile.*last.safetensors there"):
+        tune()
+    assert mhacut.load_model(tmp_path / "run" / "last.safetensors")
 
 
 def test_a_state_runs_nothing(finished, tmp_path):
