@@ -6,6 +6,7 @@ import json
 import math
 import os
 from ast import literal_eval
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
@@ -44,6 +45,7 @@ def read_config(
         raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
     try:
         document = yaml.safe_load(data)
+        written = yaml.compose(data, yaml.SafeLoader)  # has all that a mapping holds the last of
     except Exception as error:  # tags that do not fit their values fail in any way
         raise UsageError(f"{where}: is not YAML: {error!s:.500}") from None
     _check_size(document, where)
@@ -51,6 +53,10 @@ def read_config(
         return {}
     if not isinstance(document, dict):
         raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    assert isinstance(written, yaml.MappingNode)
+    for name, count in Counter(str(key.value) for key, _ in written.value).items():
+        if count > 1:
+            raise UsageError(f"{where}: {name!r} appears twice")
     spelled = {option.flag.removeprefix("--").replace("-", "_"): name for name, option in options.items()}
     values: dict[str, Any] = {}
     for key, value in document.items():
