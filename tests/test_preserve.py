@@ -251,7 +251,7 @@ def test_merges_of_tokens_whose_features_are_preserved_are_refused(tmp_path):
 
 
 def test_layers_that_do_not_exist_are_refused_with_their_neighbours(tmp_path):
-    with pytest.raises(UsageError, match=r"no layer 'blocks\.7' in the model.*blocks\.[01]"):
+    with pytest.raises(UsageError, match=r"preserve='blocks\.7': expected answers.*none.*blocks\.[01]"):
         pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0,blocks.7")
     with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' may change its shape.*'blocks\.0\.mlp'"):
         pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0.mlp.fc1")

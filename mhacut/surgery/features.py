@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mhacut.errors import UnsupportedModelError, UsageError
+from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.info import classifier_size
 
@@ -167,8 +167,8 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
         if name not in known or not name:
             near = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.5)
             raise UsageError(
-                f"no layer {name!r} in the model"
-                + (f"; the nearest names: {', '.join(near)}" if near else "")
+                f"{option_name('preserve', name)}: expected answers, pooled, tokens, pyramid, or layers; the "
+                "model has none of this name" + (f"; the nearest: {', '.join(near)}" if near else "")
             )
         within = next((each for each in prunable.layers if name.startswith(f"{each.name}.")), None)
         if within is not None and name != f"{within.name}.{within.result}":
