@@ -72,7 +72,7 @@ def _text(result: FinetuneResult) -> str:
 
 def _speed(result: FinetuneResult) -> str:
     if not result.images_per_second:
-        return ", all of them before"
+        return "; nothing was left to train"
     processes = "" if result.processes == 1 else f"{result.processes} x "
     return f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
 

@@ -8,21 +8,31 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhacut.cli.quitting import quit_at_once
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_AGAIN_AFTER = 0.05
+"""Seconds."""
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt within the block on Ctrl-C, as Python does, and on SIGTERM, to end as tidily.
 
-    Signals that are ignored, or that somebody else handles, stay so. Under torchrun SIGTERM ends a process at
-    once: one that waits for the others would not see an exception. A KeyboardInterrupt while Python deletes
-    an object has no effect and is not shown.
+    Signals that are ignored, or that somebody else handles, stay so. Of several processes, SIGTERM ends each
+    at once: one that waits for the others would not see an exception. A KeyboardInterrupt while Python
+    deletes an object has no effect and is not shown; SIGTERM, which nobody sends twice, comes again.
     """
-    ours = {signal.SIGINT: quit_at_once, signal.SIGTERM: signal.SIG_DFL}
-    if "RANK" in os.environ:
+    ours: dict[signal.Signals, Any] = {signal.SIGINT: quit_at_once, signal.SIGTERM: signal.SIG_DFL}
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun
         del ours[signal.SIGTERM]
     before = {number: handler for number, handler in ours.items() if signal.getsignal(number) is handler}
     if not before or threading.current_thread() is not threading.main_thread():
@@ -31,15 +41,23 @@ def interruptible() -> Iterator[None]:
     unraisable = sys.unraisablehook
 
     def show(found: Any) -> None:
-        if not issubclass(found.exc_type, KeyboardInterrupt):
+        if issubclass(found.exc_type, _Ended):
+            again = threading.Timer(_AGAIN_AFTER, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
+        elif not issubclass(found.exc_type, KeyboardInterrupt):
             unraisable(found)
 
     try:
         sys.unraisablehook = show
         for number in before:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _end)
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = unraisable
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended

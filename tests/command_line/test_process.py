@@ -16,6 +16,7 @@ import pytest
 import mhacut
 from helpers.cli import run
 from helpers.programs import MAIN
+from mhacut.cli.interrupts import interruptible
 
 ASCII = """
 import sys
@@ -218,7 +219,7 @@ from mhacut.cli.console import Console
 
 class Interrupted:
     def __del__(self):
-        raise {error}
+        {act}
 
 Console.start = lambda self, stage: Interrupted()
 """
@@ -259,7 +260,26 @@ def test_nothing_is_imported_before_interrupts_are_quiet():
 
 @pytest.mark.slow
 def test_interrupts_as_an_object_is_deleted_are_not_shown(programs, slim):
-    done = programs.run(DELETED.format(error="KeyboardInterrupt") + MAIN, "inspect", slim, "-q")
+    done = programs.run(DELETED.format(act="raise KeyboardInterrupt") + MAIN, "inspect", slim, "-q")
     assert (done.returncode, done.stderr) == (0, "")
-    other = programs.run(DELETED.format(error="ValueError") + MAIN, "inspect", slim, "-q")
+    other = programs.run(DELETED.format(act="raise ValueError") + MAIN, "inspect", slim, "-q")
     assert "Exception ignored in: <function Interrupted.__del__" in other.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_as_an_object_is_deleted_ends_the_command(programs, slim):
+    act = "import signal; signal.raise_signal(signal.SIGTERM)"
+    wait = "import time; from mhacut.cli import inspect_text as i; i.table = lambda *_: time.sleep(60)\n"
+    done = programs.run(DELETED.format(act=act) + wait + MAIN, "inspect", slim)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("interrupted; nothing was left half written\n")
+
+
+def test_sigterm_is_left_alone_where_several_processes_work(monkeypatch):
+    default = signal.getsignal(signal.SIGTERM)
+    for size in (None, "1", "2"):
+        if size is not None:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        with interruptible():
+            assert (signal.getsignal(signal.SIGTERM) is default) == (size == "2")
+        assert signal.getsignal(signal.SIGTERM) is default
