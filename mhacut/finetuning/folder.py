@@ -125,13 +125,19 @@ class RunFolder:
         except OSError:
             return 0
 
-    def check_whole(self) -> None:
-        """Raise an :class:`OutputError` if the options of the run were removed, as with the directory."""
-        if not self.file(ARGUMENTS).exists():
-            raise OutputError(
-                f"{self.file(ARGUMENTS)}: was removed meanwhile, and the run cannot be resumed without it; "
-                f"{LAST} there holds its weights so far"
-            )
+    def still_there(self, lock: int | None) -> bool:
+        """Whether the directory was not removed since :meth:`claim` gave ``lock``.
+
+        Raises:
+            OutputError: another directory is in its place.
+        """
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        if lock is not None and not os.path.samestat(os.fstat(lock), found):
+            raise OutputError(f"{self.path}: was replaced by another directory meanwhile; it is left to it")
+        return True
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""
@@ -161,8 +167,11 @@ class RunFolder:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged zip or pickle fails in many ways
-            raise self._not_resumable(f"is damaged ({type(error).__name__})") from None
+            why = f"cannot be read ({type(error).__name__}: {str(error).partition('. ')[0]:.100})"
+            raise self._not_resumable(why) from None
         version = state.get("version") if isinstance(state, dict) else None
         if version != _STATE_VERSION:
             raise CheckpointError(

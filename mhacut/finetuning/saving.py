@@ -107,7 +107,6 @@ def _write_last(run: Run, evaluation: Evaluation | None) -> None:
         )
     write_weights(run, LAST, evaluation)
     if run.processes.first:
-        run.folder.check_whole()
         run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
         run.folder.write_state(state)
@@ -124,10 +123,11 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
         evaluation: accuracy of the weights; None if it was not measured.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or the run's directory was removed or replaced.
     """
     if not run.processes.first:
         return
+    there = run.folder.still_there(run.lock)
     dtypes = dict(run.loaded.dtypes)
     if run.options.dtype is not None:
         chosen = getattr(torch, run.options.dtype)
@@ -154,3 +154,8 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
         )
     except OutputError as error:
         raise OutputError(f"after step {run.progress.step}: {error}") from error
+    if not there:
+        raise OutputError(
+            f"{run.folder.path}: was removed meanwhile, and what the run is resumed from with it; {name} "
+            "there holds its weights"
+        )

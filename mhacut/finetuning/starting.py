@@ -12,6 +12,7 @@ from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.resuming import check_same
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import write_weights
+from mhacut.measuring.accuracy import Evaluation
 from mhacut.runtime.files import check_output
 from mhacut.runtime.inputs import REMOTE
 
@@ -35,11 +36,11 @@ def start(run: Run) -> None:
         elif run.processes.first:
             _make_directory(run)
     if state is not None:
+        progress = Progress.from_state(state)
+        if progress.best is not None and progress.before is not None:
+            _restore_best(run, progress, progress.before)
         run.trainer.restore(state["trainer"])
-        run.progress = Progress.from_state(state)
-        if run.progress.best is not None and not run.folder.file(BEST).exists():
-            run.progress.best = None
-            run.reporter.log(f"{run.folder.file(BEST)} is gone; the best weights from here on take its place")
+        run.progress = progress
         done = run.progress.step >= run.total_steps
         run.reporter.log(
             f"all {run.total_steps} steps are done; there is nothing left to train"
@@ -56,6 +57,16 @@ def start(run: Run) -> None:
         run.progress.best = run.progress.before.top1
         with run.processes.together():
             write_weights(run, BEST, run.progress.before)
+
+
+def _restore_best(run: Run, progress: Progress, before: Evaluation) -> None:
+    """Put the weights that training began with in the place of the best ones, if these were removed."""
+    if run.processes.from_first(run.folder.file(BEST).exists):
+        return
+    run.reporter.log(f"{run.folder.file(BEST)} is gone; the weights that training began with take its place")
+    progress.best, run.progress.before = before.top1, before
+    with run.processes.together():
+        write_weights(run, BEST, before)
 
 
 def _saved_state(run: Run) -> dict[str, Any] | None:

@@ -260,38 +260,48 @@ def test_a_damaged_or_missing_state_is_refused(finished, content):
     if content is not None:
         (finished / "state.pt").write_bytes(content)
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    how = "is gone" if content is None else "is damaged"
+    how = "is gone" if content is None else r"cannot be read \("
     with pytest.raises(CheckpointError, match=rf"state.pt: {how}.*last.safetensors holds .* overwrite=True"):
         resume(finished)
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_without_the_best_weights_so_far_a_run_goes_on(tune, kill, finished, monkeypatch, tmp_path):
+def test_without_the_best_weights_a_run_goes_on(tune, kill, finished, slim, monkeypatch, tmp_path):
+    """As if no epoch until then had been better than the start."""
     (finished / "best.safetensors").unlink()
-    assert resume(finished).output == finished / "last.safetensors"
+    result = resume(finished)
+    assert (result.improved, result.after.loss) == (False, result.before.loss)
+    assert same(weights(finished, "best.safetensors"), weights(slim.parent, slim.name))
     kill(Trainer, "step", 5)
     with pytest.raises(Killed):
         tune("cut")
     monkeypatch.undo()
+    whole = weights(tmp_path / "cut", "last.safetensors")
     (tmp_path / "cut" / "best.safetensors").unlink()
     reporter = Recorder()
     result = resume(tmp_path / "cut", reporter=reporter)
-    assert result.output == tmp_path / "cut" / "best.safetensors"
+    assert result.improved == (result.epochs[1].eval_top1 > result.before.top1)
+    assert result.after.top1 == max(result.epochs[1].eval_top1, result.before.top1)
+    assert not same(weights(tmp_path / "cut", "last.safetensors"), whole)
     assert any("best.safetensors is gone" in message for message in reporter.messages)
 
 
-def test_a_run_whose_directory_is_removed_ends_with_its_weights(tune, tmp_path, monkeypatch):
-    step = Trainer.step
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_directory_goes_away_ends(tune, tmp_path, monkeypatch, replaced):
+    step, folder = Trainer.step, tmp_path / "run"
 
     def late(*args, **options):
-        if (tmp_path / "run" / "args.yaml").exists():
-            shutil.rmtree(tmp_path / "run")
+        if (folder / "args.yaml").exists():
+            shutil.rmtree(folder)
+            if replaced:
+                folder.mkdir()
         return step(*args, **options)
 
     monkeypatch.setattr(Trainer, "step", late)
-    with pytest.raises(OutputError, match=r"args.yaml: was removed meanwhile.*last.safetensors there"):
+    how = "replaced by another directory" if replaced else r"removed meanwhile.*\w+.safetensors there"
+    with pytest.raises(OutputError, match=f"was {how}"):
         tune()
-    assert mhacut.load_model(tmp_path / "run" / "last.safetensors")
+    assert len(list(folder.iterdir())) == (not replaced)
 
 
 def test_a_state_runs_nothing(finished, tmp_path):
