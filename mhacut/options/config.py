@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from mhacut.errors import UsageError
 from mhacut.limits import is_int, is_number
 from mhacut.options.base import PathLike
 from mhacut.options.option import Option, unknown_option
+
+if TYPE_CHECKING:
+    import yaml
 
 _MAX_BYTES = 2**16
 _MAX_VALUES = 10_000
@@ -45,18 +48,16 @@ def read_config(
         raise UsageError(f"{where}: is larger than {_MAX_BYTES} bytes; expected a few lines of YAML")
     try:
         document = yaml.safe_load(data)
-        written = yaml.compose(data, yaml.SafeLoader)  # has all that a mapping holds the last of
+        twice = _repeated_key(yaml.compose(data, yaml.SafeLoader))
     except Exception as error:  # tags that do not fit their values fail in any way
         raise UsageError(f"{where}: is not YAML: {error!s:.500}") from None
     _check_size(document, where)
+    if twice is not None:
+        raise UsageError(f"{where}: {twice!r} appears twice")
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
-    assert isinstance(written, yaml.MappingNode)
-    for name, count in Counter(str(key.value) for key, _ in written.value).items():
-        if count > 1:
-            raise UsageError(f"{where}: {name!r} appears twice")
     spelled = {option.flag.removeprefix("--").replace("-", "_"): name for name, option in options.items()}
     values: dict[str, Any] = {}
     for key, value in document.items():
@@ -74,6 +75,27 @@ def read_config(
             raise UsageError(f"{where}: {name!r} appears twice, in two spellings")
         values[name] = convert(value, options[name].type, f"{where}: {key}")
     return values
+
+
+def _repeated_key(root: yaml.Node | None) -> str | None:
+    """Return a key that a mapping has twice, of which ``safe_load`` keeps the last; None if there is none."""
+    import yaml
+
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:  # by an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, count in counts.items():
+                if count > 1:
+                    return str(key)
+            todo += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+    return None
 
 
 def _check_size(document: object, where: str) -> None:

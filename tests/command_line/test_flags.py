@@ -272,6 +272,7 @@ def aliases(depth: int) -> str:
         ("model-args: 3", "expected NAME: VALUE pairs, or a list of KEY=VALUE, found 3"),
         ("data-dir: a\ndata_dir: b", "'data_dir' appears twice"),
         ("flops: 45%\nflops: 60%", "'flops' appears twice"),
+        ("model-arg: {depth: 2, depth: 3}", "'depth' appears twice"),
         ("- 1", "expected lines of NAME: VALUE, found list"),
         ("a: [", "is not YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
