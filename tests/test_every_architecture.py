@@ -40,6 +40,7 @@ SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_siz
 
 
 QUICK = {"bat_resnext26ts", "eca_botnext26ts_256"}
+assert set(REPRESENTATIVES) >= QUICK
 
 
 @pytest.mark.parametrize(

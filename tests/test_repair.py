@@ -104,6 +104,15 @@ def test_linear_refit_is_least_squares(constant):
     assert found.error == pytest.approx(float(left.square().sum() / plain.square().sum()), rel=1e-4)
 
 
+def test_channels_that_are_zero_on_held_out_images_leave_nothing():
+    x = rows(12, 4, 0)
+    x[8:, 3] = 0
+    columns, kept = torch.ones(2, 4).double(), torch.tensor([0, 1, 2])
+    for constant in (False, True):
+        found = refit_linear(exact(x[:8]), exact(x[8:]), kept, columns, constant=constant)
+        assert (found.error, found.left) == (0, 0)
+
+
 def test_what_kept_channels_determine_is_recovered_whole():
     x = rows(50, 5, 3)
     x[:, 3] = 2 * x[:, 0] - x[:, 1] + 7

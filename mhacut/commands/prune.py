@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.commands.prune_cut import CutModel, cut_to_budget, cut_within_bound
-from mhacut.commands.prune_files import Measured, completed, final_record, measure, write_checked
+from mhacut.commands.prune_files import Measured, final_record, finish_file, measure, write_checked
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import CORRECTIONS
 from mhacut.commands.prune_record import slim_record
@@ -228,8 +228,9 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
     record, measured = final_record(inputs, found, slim, measured)
     if not inputs.options.dry_run:
         timer.start("writing")
-        first = slim_record(inputs, found.planned, found.flops), written
-        measured = measured.with_size(completed(inputs, slim, record, first).st_size, inputs)
+        stated = slim_record(inputs, found.planned, found.flops)
+        written = finish_file(inputs, slim, record, stated, written)
+        measured = measured.with_size(written.st_size, inputs)
     return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
 
 

@@ -84,8 +84,8 @@ def final_record(
     return record(measured.targets), measured
 
 
-def completed(
-    inputs: PruneInputs, slim: nn.Module, record: SlimRecord, first: tuple[SlimRecord, os.stat_result]
+def finish_file(
+    inputs: PruneInputs, slim: nn.Module, record: SlimRecord, stated: SlimRecord, written: os.stat_result
 ) -> os.stat_result:
     """Write the file again where it lacks what was measured, or was removed meanwhile; return its status.
 
@@ -95,17 +95,17 @@ def completed(
         inputs: whose target is written.
         slim: the model.
         record: the record with the accuracy.
-        first: the record in the first file, and that file's status.
+        stated: the record in the first file.
+        written: status of the first file.
 
     Raises:
         OutputError: another file is in the place of the first one, or it cannot be written.
     """
-    stated, status = first
     there = inputs.target.exists()
     if there:
-        check_still(inputs.target, status)  # another's, made during the measurement, is not ours to replace
+        check_still(inputs.target, written)  # another's, made during the measurement, is not ours to replace
         if record == stated:
-            return status
+            return written
     return write_slim(
         inputs.target,
         copy.deepcopy(slim).cpu(),

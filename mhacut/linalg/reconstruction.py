@@ -93,7 +93,7 @@ class LinearProblem:
         offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
         baseline = self._removal(gone)
         if errors[ridge] > baseline:
-            return LinearRefit(prediction, offset, float("inf"), 1.0, baseline)
+            return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
         if ridge < float("inf"):
             every = self._centred(both, both)
             prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T

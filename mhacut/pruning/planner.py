@@ -135,7 +135,7 @@ class Planner:
         refined = self._reconstructed(self._exchanged(candidates, widths), widths)
         before, after = self._divergence(ready), self._divergence(refined)
         self.reporter.log(
-            f"divergence on held-out images: {before:.2g} by curves, {after:.2g} refined by indicators"
+            f"divergence on held-out images: {before:.3g} by curves, {after:.3g} refined by indicators"
         )
         return Planned(refined if after < before else ready, curves, log, table, merged)
 

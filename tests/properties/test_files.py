@@ -27,6 +27,7 @@ UNLIKE = {
 """Models of other classes around them, or with another MLP."""
 WIDE = {"nextvit.EfficientAttention, model": 8}
 """Multiples that widths are rounded to, the same share everywhere, of models that have no narrow ones."""
+assert QUICK | UNLIKE | set(WIDE) <= set(MODELS)
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
