@@ -24,8 +24,16 @@ def test_each_is_in_the_table():
     assert all(f"`{name}.sh" in readme for name in ENDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENDS)
+LONGEST = "vit_to_onnx_runtime"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name == LONGEST else pytest.mark.slow)
+        for name in ENDS
+    ],
+)
 def test_it_runs(name, programs, tmp_path):
     with mhacut_in_path(programs, tmp_path) as path:
         ran = subprocess.run(
@@ -36,6 +44,6 @@ def test_it_runs(name, programs, tmp_path):
         )
     assert ran.returncode == 0, ran.stderr
     assert ENDS[name] in ran.stdout
-    if name == "vit_to_onnx_runtime":
+    if name == LONGEST:
         right = next(line for line in ran.stdout.splitlines() if ENDS[name] in line)
         assert int(right.split()[0]) >= 285

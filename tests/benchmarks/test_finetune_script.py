@@ -148,7 +148,7 @@ def test_the_table_of_runs_has_mean_and_spread(finetune) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_cost_of_pruning_is_told_per_stage(monkeypatch, tmp_path, capsys) -> None:
     overhead = script("overhead")
     file = tmp_path / "rows.json"

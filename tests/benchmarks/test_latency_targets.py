@@ -86,7 +86,7 @@ def test_a_missed_target_is_a_row_and_another_error_ends_the_script(targets, mon
         targets.main(FLAGS)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_model_is_cut_and_timed_afresh(programs, tmp_path, monkeypatch):
     targets = script("latency_targets")
     quickly = f"""
