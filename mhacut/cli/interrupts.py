@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _AGAIN_AFTER = 0.05
-"""Seconds."""
+"""Seconds until a SIGTERM that had no effect is sent again."""
 
 
 class _Ended(KeyboardInterrupt):
-    """SIGTERM."""
+    """The process was sent SIGTERM."""
 
 
 @contextmanager

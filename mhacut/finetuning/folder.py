@@ -135,8 +135,11 @@ class RunFolder:
             found = os.stat(self.path)
         except OSError:
             return False
-        if lock is not None and not os.path.samestat(os.fstat(lock), found):
-            raise OutputError(f"{self.path}: was replaced by another directory meanwhile; it is left to it")
+        if lock is not None:
+            locked = os.fstat(lock)
+            # Of network file systems some change the first, and some do not count the second.
+            if not os.path.samestat(locked, found) and locked.st_nlink == 0:
+                raise OutputError(f"{self.path}: was replaced meanwhile; what is there now is left as it is")
         return True
 
     def write_state(self, state: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 Ours; the channel scales of arXiv 2405.20867 are the diagonal case. Removed channels x_P are predicted from
 kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x.
 The ridge in :data:`RIDGES` with the least error on held-out images is taken. An infinite ridge predicts
-removed channels by their mean alone if a bias can absorb it, and otherwise not at all. Nor is their mean, if
-held-out images are nearer to zero than to it, as one image may be.
+removed channels by their mean alone if a bias can absorb it, and otherwise not at all. Where held-out images
+are nearer to zero than to that mean, as one image may be, nothing is predicted either.
 """
 
 from __future__ import annotations

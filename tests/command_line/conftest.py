@@ -9,6 +9,12 @@ from helpers.cli import FAST, run
 from mhacut.errors import MhacutError
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path_factory):
+    """An empty working directory: one's own may hold what the README's command has written."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture
 def captured(monkeypatch):
     """The options objects that ``prune`` would have run with."""

@@ -42,13 +42,13 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 
 
 def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
-    """The message of a command that is refused, and that leaves everything under ``folder`` as it is."""
-    before = tree(folder)
+    """The message of a command that is refused, and that leaves everything under ``folder``, and here, as it is."""
+    before, here = tree(folder), tree(Path.cwd())
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     assert all(char == "\n" or char.isprintable() for char in result.stderr)
-    assert tree(folder) == before
+    assert (tree(folder), tree(Path.cwd())) == (before, here)
     return result.stderr
 
 
