@@ -162,6 +162,7 @@ def test_a_unit_that_may_not_lose_channels_has_a_ranking_without_errors():
 
 
 @given(seed=st.integers(0, 2**31), constant=st.booleans())
+@example(seed=759, constant=True)  # the least error is that of channels taken as 0, not as their mean
 @settings(deadline=None, max_examples=20)
 def test_many_choices_of_one_problem_have_the_errors_of_their_rows(seed, constant):
     x = rows(40, 7, seed)
@@ -172,7 +173,8 @@ def test_many_choices_of_one_problem_have_the_errors_of_their_rows(seed, constan
         gone = [channel for channel in range(7) if channel not in kept]
         mean = fit.mean(0) if constant else torch.zeros(7).double()
         inputs, targets = (fit - mean)[:, kept], (fit - mean)[:, gone]
-        second, errors = inputs.T @ inputs / len(fit), []
+        second = inputs.T @ inputs / len(fit)
+        errors = [float((held[:, gone] @ columns[:, gone].T).square().sum() / len(held))]  # taken as 0
         for ridge in (*RIDGES, 1e15):
             damped = second + ridge * second.diagonal().mean() * torch.eye(len(kept)).double()
             predicted = (held - mean)[:, kept] @ torch.linalg.solve(damped, inputs.T @ targets / len(fit))
