@@ -174,8 +174,14 @@ def test_other_models_from_file_to_file(name, tmp_path):
     assert max(found.difference.values()) < 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["pt2", "onnx", "timm"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param("pt2", marks=pytest.mark.slow),
+        pytest.param("onnx", marks=pytest.mark.exhaustive),
+        pytest.param("timm", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_can_be_exported(slim, tmp_path, format):
     found = mhacut.export(slim, format=format, output=tmp_path / "exported")
     assert max(found.difference.values()) < 1e-4

@@ -39,7 +39,11 @@ def exported(slim_of, tmp_path_factory) -> Callable[[str, str], ExportResult]:
     [
         ("pt2", "vit"),
         pytest.param("pt2", "distilled", marks=pytest.mark.slow),
-        *(pytest.param("onnx", name, marks=pytest.mark.slow) for name in SLIM if name != "coat"),
+        *(
+            pytest.param("onnx", name, marks=pytest.mark.exhaustive if name == "swin" else pytest.mark.slow)
+            for name in SLIM
+            if name != "coat"
+        ),
     ],
 )
 def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, exported):

@@ -236,6 +236,7 @@ def test_a_model_that_is_just_within_the_budget_is_kept(tiny_vit, tmp_path, cloc
     assert target.measured["corrections"] == 0
 
 
+@pytest.mark.slow
 def test_a_size_that_never_fits_is_not_blamed_on_the_time(tiny_vit, tmp_path, clock, monkeypatch):
     at_shares_of_the_budget(clock, monkeypatch, [0.9])
     monkeypatch.setattr(prune_cut, "file_size", lambda *given: 10**6)

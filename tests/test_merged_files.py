@@ -54,8 +54,14 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
     assert widths[1] < widths[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["pt2", "onnx", "timm"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param("pt2", marks=pytest.mark.exhaustive),
+        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("timm", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_can_be_exported(merged_file, tmp_path, format):
     found = mhacut.export(merged_file, format=format, output=tmp_path / "exported")
     assert max(found.difference.values()) < 1e-4

@@ -37,8 +37,17 @@ BRIEF_TIMES = "import mhacut.commands.prune as pruning; pruning._SECONDS = 0.1"
 """What the kernel runs first: notebooks show times, and nothing here depends on how steady they are."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONGEST = "choose_a_budget"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.exhaustive if path.stem == LONGEST else pytest.mark.slow)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_it_runs(path, tmp_path, monkeypatch):
     for needed in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(needed, reason="needs pip install 'mhacut[dev]'")

@@ -248,8 +248,13 @@ def test_features_are_compared_by_their_direction(tmp_path):
     assert result.int8.agreement.cosine > 0.99
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin", "flatten"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("swin", marks=pytest.mark.slow),
+        pytest.param("flatten", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_other_architectures(name, slim_of, few_digits, tmp_path):
     images = {"data_dir": few_digits, "calibration_images": 16}
     result = mhacut.export(slim_of(name), output=tmp_path / "a.onnx", **QUICK, **images)

@@ -99,6 +99,7 @@ def test_what_is_not_foreseen_is_corrected(model, tmp_path, clock):
     assert 0.9 * target.most <= target.reached <= target.most
 
 
+@pytest.mark.slow
 def test_a_time_that_is_used_too_little_is_corrected_again(model, tmp_path, clock):
     clock.faster = 0.7
     result = prune(model, tmp_path / "slim.safetensors", max_latency="50%")

@@ -456,7 +456,7 @@ def test_what_calibrates_alike_does_it_once(methods, tmp_path, monkeypatch) -> N
     assert len(calls) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_ablation_has_a_table_of_all_seeds(forked, tmp_path, capsys) -> None:
     ablation = script("ablation")
     forked(ablation.compare)

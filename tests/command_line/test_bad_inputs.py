@@ -42,7 +42,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 
 
 def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
-    """The message of a command that is refused, and that leaves everything under ``folder``, and here, as it is."""
+    """The message of a command that is refused, and that leaves all under ``folder``, and here, as it is."""
     before, here = tree(folder), tree(Path.cwd())
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr

@@ -228,6 +228,7 @@ def test_a_large_default_size_is_logged_with_what_takes_less_time(tmp_path, size
     assert (line in result.stderr.splitlines()) == logged
 
 
+@pytest.mark.slow
 def test_what_a_large_default_size_is_answered_with_works_and_is_not_said_of_slim_files(tmp_path):
     dense, slim = folder_for_images_of(480, tmp_path), tmp_path / "slim.safetensors"
     large = run("prune", dense, "--flops", "80%", *FAST, "-o", slim)

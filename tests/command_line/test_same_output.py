@@ -138,7 +138,7 @@ def test_two_that_prune_leave_one_whole_file(programs, tiny_vit, tmp_path):
     assert contents(target.parent) in whole
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
     command = ["export", slim, "--format", "timm", "-o"]
     assert programs.run(MAIN, *command, tmp_path / "alone" / "folder").returncode == 0
@@ -149,8 +149,13 @@ def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
     assert contents(tmp_path / "both" / "folder") == contents(tmp_path / "alone" / "folder")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="new"),
+        pytest.param(True, marks=pytest.mark.exhaustive, id="overwrite"),
+    ],
+)
 def test_of_two_that_finetune_one_is_refused(programs, slim, images, tmp_path, overwrite):
     command = ["finetune", slim, "--data-dir", images, "--train-split", "val", "-b", "7", "-j", "0"]
     command += ["--epochs", "OWN", "-o", tmp_path / "run", *["--overwrite"] * overwrite]

@@ -76,6 +76,7 @@ def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_pat
         tune("all", data_dir=broken)
 
 
+@pytest.mark.slow
 def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, images, tmp_path):
     root, source = tmp_path / "many", images / "train" / "c0" / "0.png"
     broken = [source.read_bytes()[:60], b"", b"not found"]

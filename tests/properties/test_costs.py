@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mhacut
-from helpers.models import Case, LayerCase, ModelCase, slow_except
+from helpers.models import Case, LayerCase, ModelCase
 from helpers.plans import random_plan
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
@@ -129,7 +129,14 @@ def test_the_cost_table_is_what_fvcore_counts(name):
     assert_the_table_is_what_fvcore_counts(case.create().eval(), case.size, seed=0)
 
 
-@pytest.mark.parametrize("name", slow_except(FAST, UNEVEN))
+def uneven_marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Slow: one of each class; exhaustive: whole models of classes that have a layer of their own."""
+    if name in FAST:
+        return ()
+    return (pytest.mark.exhaustive if name.endswith(", model") else pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=uneven_marks(name)) for name in UNEVEN])
 def test_the_cost_table_is_what_fvcore_counts_on_uneven_images(name):
     made = made_for_uneven_images(CASES[name])
     one_shape = (

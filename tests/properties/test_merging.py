@@ -284,8 +284,14 @@ def test_an_exported_program_computes_the_same():
         assert relative(program.module()(x[:count]), model(x[:count])) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["read", "averaging", "distilled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("read", marks=pytest.mark.slow),
+        pytest.param("averaging", marks=pytest.mark.exhaustive),
+        pytest.param("distilled", marks=pytest.mark.exhaustive),
+    ],
+)
 @torch.no_grad()
 def test_onnx_programs_compute_the_same_without_scatter(name):
     case = MERGING[name]

@@ -134,7 +134,7 @@ def test_gradients_can_be_checkpointed(models):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_a_process_that_knows_nothing_of_them_reads_slim_models_of_every_kind(tmp_path):
     expected = {}
