@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hypothesis import settings
 
 from helpers.files import ModelFile, make_slim, save_dense
 from helpers.programs import Programs
@@ -22,6 +23,9 @@ from helpers.threads import on_a_short_stack, unless_in_a_mode
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("by hand", deadline=None)  # machines are slow at times
+settings.load_profile("by hand")  # CI asks for "ci", which tries the same examples in every run
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Each worker gets its share of the cores, and what it starts too: threads that fight for cores crawl.
@@ -39,10 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what torch, timm and the tests are made of: a tenth of the time."""
+    """Keep the garbage collector from walking through torch, timm and the tests again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(50_000, 20, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -149,7 +149,7 @@ def test_onnx_runtime_and_plain_attention(slim_of):
     assert result.models[0].timings[0].median_ms > 0
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_int8_stands_beside_float32(slim_of):
     result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", int8=True)
     exact, quantized = result.models

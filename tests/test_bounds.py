@@ -30,15 +30,8 @@ try:
 except SystemExit as error:
     code = error.code
 after, total = usage()
-for _ in range(10**7):
-    pass
-counted = usage()[1] - total
-print(code, after - memory, total - spent, counted)
+print(code, after - memory, total - spent)
 """
-
-
-COUNTED = 0.2
-"""Seconds in which a machine counts to ten million where the bounds hold; a slower one has longer."""
 
 
 def header(text: bytes, data: bytes = b"") -> bytes:
@@ -80,10 +73,10 @@ def shared() -> bytes:
 
 CHECKPOINTS: dict[str, tuple[Callable[[], bytes], int, int]] = {
     "500,000 tensors": (lambda: many_tensors(500_000), 100, 2),
-    "100,000 tensors": (lambda: many_tensors(100_000), 400, 10),
+    "100,000 tensors": (lambda: many_tensors(100_000), 400, 20),
     "header of 100 MB of spaces": (lambda: header(b"{" + b" " * 99_999_998 + b"}"), 400, 5),
     "the deepest metadata": (deep_metadata, 200, 5),
-    "pickle of 1 MB of lists": (lambda: pickled(2**20), 150, 8),
+    "pickle of 1 MB of lists": (lambda: pickled(2**20), 150, 15),
     "pickle of 64 MB of lists": (lambda: pickled(64 * 2**20), 100, 10),
     "zip of 256 MB in 1": (inflating, 50, 2),
     "2,000 tensors of one storage": (shared, 50, 2),
@@ -102,12 +95,12 @@ def test_checkpoints(programs, tmp_path, case):
 
 def measure(programs, megabytes: int, seconds: int, *arguments: object) -> None:
     done = programs.run(MEASURED, *arguments)
-    code, memory, spent, counted = map(float, done.stdout.split())
-    print(f"{memory:.0f} MB, {spent:.1f} s, {counted:.2f} s to count: {done.stderr.strip():.200}")
+    code, memory, spent = map(float, done.stdout.split())
+    print(f"{memory:.0f} MB, {spent:.1f} s: {done.stderr.strip():.200}")
     assert code in (1, 2), done.stderr
     assert "Traceback" not in done.stderr
     assert memory < megabytes
-    assert spent < seconds * max(1, counted / COUNTED)
+    assert spent < seconds
 
 
 @pytest.mark.slow

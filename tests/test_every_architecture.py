@@ -39,14 +39,14 @@ REPRESENTATIVES = sweep.REPRESENTATIVES.read_text(encoding="utf-8").split()
 SMALL = {"depth": 1, "img_size": 32, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
 
 
-QUICK = {"bat_resnext26ts": (), "eca_botnext26ts_256": pytest.mark.slow}
-"""Those that CI tries, and their marks."""
-assert set(REPRESENTATIVES) >= set(QUICK)
+IN_CI = {"bat_resnext26ts": (), "eca_botnext26ts_256": pytest.mark.slow}
+"""Marks of those that CI tries."""
+assert set(REPRESENTATIVES) >= set(IN_CI)
 
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(name, marks=QUICK.get(name, pytest.mark.exhaustive)) for name in REPRESENTATIVES],
+    [pytest.param(name, marks=IN_CI.get(name, pytest.mark.exhaustive)) for name in REPRESENTATIVES],
 )
 @on_a_short_stack
 def test_no_architecture_fails(architecture):

@@ -135,12 +135,19 @@ class RunFolder:
             found = os.stat(self.path)
         except OSError:
             return False
-        if lock is not None:
-            locked = os.fstat(lock)
-            # Of network file systems some change the first, and some do not count the second.
-            if not os.path.samestat(locked, found) and locked.st_nlink == 0:
-                raise OutputError(f"{self.path}: was replaced meanwhile; what is there now is left as it is")
+        if lock is not None and not self._is_locked(lock, found):
+            raise OutputError(f"{self.path}: was replaced meanwhile; what is there now is left as it is")
         return True
+
+    def _is_locked(self, lock: int, found: os.stat_result) -> bool:
+        """Whether the directory ``found`` is the locked one, whose inode some network file systems change."""
+        try:
+            if os.path.samestat(os.fstat(lock), found):
+                return True
+            ours, there = os.stat(ARGUMENTS, dir_fd=lock), os.stat(self.file(ARGUMENTS))
+        except OSError:  # no such file in one of them; NFS: the locked one is gone
+            return False
+        return (ours.st_size, ours.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""

@@ -269,7 +269,7 @@ def lock_directory(path: Path) -> int | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
-        return None  # a directory of mode 0300 may be written, and not opened
+        return None  # a directory of mode 0300 may be written, but not opened
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

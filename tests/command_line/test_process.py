@@ -175,7 +175,6 @@ def test_broken_pipe_ends_quietly(programs, slim):
         assert program.end() == 0
 
 
-@pytest.mark.slow
 def test_ascii_terminal(programs, slim, tmp_path):
     path = tmp_path / "mod\u00e8le \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())

@@ -13,6 +13,7 @@ from helpers.plans import random_plan
 from helpers.programs import MAIN
 from mhacut.commands import prune as prune_command
 from mhacut.commands import prune_files
+from mhacut.runtime.files import write_whole_folder
 from mhacut.surgery.find import find_prunable_layers
 
 PAIR = f"""
@@ -136,6 +137,23 @@ def test_two_that_prune_leave_one_whole_file(programs, tiny_vit, tmp_path):
     assert codes == [0, 1], said
     assert f"{target}: was created by someone else meanwhile; choose another name" in said
     assert contents(target.parent) in whole
+
+
+def test_a_folder_that_another_writes_meanwhile_is_one_whole_folder(tmp_path):
+    def fill(folder: Path, content: str) -> None:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(content)
+
+    def late(folder: Path) -> None:
+        fill(folder, "late")
+        write_whole_folder(tmp_path / "model", lambda other: fill(other, "early"))
+
+    write_whole_folder(tmp_path / "model", late)
+    assert {file.name: file.read_text() for file in (tmp_path / "model").iterdir()} == {
+        "config.json": "late",
+        "model.safetensors": "late",
+    }
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.exhaustive

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,22 +288,58 @@ def test_without_the_best_weights_a_run_goes_on(tune, kill, finished, slim, monk
     assert any("best.safetensors is gone" in message for message in reporter.messages)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_run_whose_directory_goes_away_ends(tune, tmp_path, monkeypatch, replaced):
-    step, folder = Trainer.step, tmp_path / "run"
+def removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def replaced(folder: Path) -> None:
+    removed(folder)
+    folder.mkdir()
+
+
+def moved_away(folder: Path) -> None:
+    folder.rename(folder.with_name("old"))
+    folder.mkdir()
+
+
+def another_run(folder: Path) -> None:
+    moved_away(folder)
+    (folder / "args.yaml").write_text("lr: 1")
+
+
+@pytest.mark.parametrize("happens", [removed, replaced, moved_away, another_run])
+def test_a_run_whose_directory_goes_away_ends(tune, tmp_path, monkeypatch, happens):
+    step, folder, once = Trainer.step, tmp_path / "run", iter([happens])
 
     def late(*args, **options):
         if (folder / "args.yaml").exists():
-            shutil.rmtree(folder)
-            if replaced:
-                folder.mkdir()
+            next(once, lambda _: None)(folder)
         return step(*args, **options)
 
     monkeypatch.setattr(Trainer, "step", late)
-    how = "replaced meanwhile" if replaced else r"removed meanwhile.*\w+.safetensors there"
+    how = r"removed meanwhile.*\w+.safetensors there" if happens is removed else "replaced meanwhile"
     with pytest.raises(OutputError, match=f"was {how}"):
         tune()
-    assert len(list(folder.iterdir())) == (not replaced)
+    assert len(list(folder.iterdir())) == (happens in (removed, another_run))
+
+
+def test_a_directory_that_has_another_inode_is_the_locked_one(finished, monkeypatch):
+    monkeypatch.setattr("os.path.samestat", lambda *found: False)
+    lock = RunFolder(finished).claim()
+    assert RunFolder(finished).still_there(lock)
+    unlock(lock)
+
+
+def test_a_lock_whose_directory_is_stale_is_of_one_that_was_replaced(finished, monkeypatch):
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    lock = RunFolder(finished).claim()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fstat", stale)
+        with pytest.raises(OutputError, match="was replaced meanwhile"):
+            RunFolder(finished).still_there(lock)
+    unlock(lock)
 
 
 def test_a_state_runs_nothing(finished, tmp_path):

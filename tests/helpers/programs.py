@@ -71,7 +71,8 @@ class Programs:
                 [sys.executable, "-c", code], pass_fds=[self._theirs.fileno()], env=environment
             )
         (stdout, their_stdout), (stderr, their_stderr) = os.pipe(), os.pipe()
-        request = json.dumps({"script": script, "arguments": list(map(str, arguments))}).encode()
+        asked = {"script": script, "arguments": list(map(str, arguments)), "folder": os.getcwd()}
+        request = json.dumps(asked).encode()
         socket.send_fds(self._socket, [request], [their_stdout, their_stderr])
         os.close(their_stdout)
         os.close(their_stderr)
@@ -114,6 +115,7 @@ def serve(descriptor: int) -> str:
         os.dup2(ours, number)
         os.close(ours)
     asked = json.loads(request)
+    os.chdir(asked["folder"])
     sys.argv[1:] = asked["arguments"]
     return asked["script"]
 

@@ -130,10 +130,11 @@ def test_the_cost_table_is_what_fvcore_counts(name):
 
 
 def uneven_marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Slow: one of each class; exhaustive: whole models of classes that have a layer of their own."""
+    """Exhaustive: whole models whose layer alone takes uneven images."""
     if name in FAST:
         return ()
-    return (pytest.mark.exhaustive if name.endswith(", model") else pytest.mark.slow,)
+    layer = name.removesuffix(", model")
+    return (pytest.mark.slow if layer == name or layer in ONE_SHAPE else pytest.mark.exhaustive,)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=uneven_marks(name)) for name in UNEVEN])
