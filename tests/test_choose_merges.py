@@ -106,7 +106,7 @@ def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
     monkeypatch.setattr(commands, "divergence_by_merging", lambda *given: left * silent.divergence)
     result = prune(model, tmp_path / "slim.safetensors", "50%")
     assert (result.divergence_with_tokens is not None) == said
-    assert ("attention+mlp+tokens' the same budget would leave a KL of about" in _text(result)) == said
+    assert ("attention+mlp+tokens' the same FLOPs would leave a KL of about" in _text(result)) == said
     assert _document(result)["divergence_with_tokens"] == result.divergence_with_tokens
 
 
@@ -137,6 +137,12 @@ def test_what_is_said_was_measured_at_about_the_budget(model, tmp_path, tried):
     ((divergence, (flops,), budget),) = tried
     assert divergence > 0
     assert 0.8 * budget < flops < 1.05 * budget
+
+
+def test_nothing_is_said_of_tokens_where_parameters_count(model, tmp_path, tried):
+    prune(model, tmp_path / "slim.safetensors", "80%", params="70%")
+    prune(model, tmp_path / "small.safetensors", None, size="70%")
+    assert tried == []
 
 
 @pytest.mark.slow

@@ -170,6 +170,14 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert "runtime" not in last_step(result.output)["options"]
 
 
+def test_what_tokens_would_leave_is_of_the_flops_that_are_left(tiny_vit, tmp_path, clock, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(prune_files, "MUCH", -1.0)
+    monkeypatch.setattr(prune_files, "divergence_by_merging", lambda job, _: budgets.append(job.budget))
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
+    assert budgets == [result.slim.flops]
+
+
 def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
     result = prune(
         tiny_vit, tmp_path / "s.safetensors", max_latency="85%", flops="70%", params="70%", size="220KB"

@@ -67,7 +67,7 @@ def _text(result: PruneResult) -> str:
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
     if result.divergence_with_tokens is not None:
         lines.append(
-            f"with {option_name('scope', 'attention+mlp+tokens')} the same budget would leave a KL of "
+            f"with {option_name('scope', 'attention+mlp+tokens')} the same FLOPs would leave a KL of "
             f"about {result.divergence_with_tokens:.2g}"
         )
     if result.report is not None:

@@ -159,8 +159,10 @@ def measure(
     judge = job.distillation(calibration).part(0, max(calibration.held, 1))
     divergence = judge.divergence_of(slim)
     with_tokens = None
-    if divergence > MUCH and judge.preserved.measure == "answers" and not job.merges_tokens:
-        with_tokens = divergence_by_merging(job, calibration)
+    stored = any(inputs.targets[resource] is not None for resource in ("params", "size"))
+    in_nats = judge.preserved.measure == "answers"
+    if divergence > MUCH and in_nats and not job.merges_tokens and not stored:  # merging stores no less
+        with_tokens = divergence_by_merging(replace(job, budget=found.flops), calibration)
     size = count_bytes(dense, inputs.dtypes)
     before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
     after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)

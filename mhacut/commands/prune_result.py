@@ -94,7 +94,7 @@ class PruneResult:
     """Number of held-out images of ``divergence``. They also chose how strongly to refit, so expect a larger
     divergence on other images."""
     divergence_with_tokens: float | None
-    """Divergence in nats on held-out images if only tokens were merged, at the same budget. None unless the
+    """Divergence in nats on held-out images if only tokens were merged, to the same FLOPs. None unless the
     cut of channels left more than :data:`MUCH` and more than twice this."""
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
