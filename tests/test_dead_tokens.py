@@ -15,7 +15,7 @@ import mhacut
 from helpers.cli import FAST, run
 from helpers.data import write_split
 from helpers.files import save_dense
-from helpers.models import ModelCase, build, image, relative
+from helpers.models import ModelCase, build, image, relative, slow_but
 from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError
 from mhacut.finetuning.training import Trainer
 from mhacut.options.prune import PruneOptions
@@ -174,14 +174,7 @@ def test_other_models_from_file_to_file(name, tmp_path):
     assert max(found.difference.values()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "format",
-    [
-        pytest.param("pt2", marks=pytest.mark.slow),
-        pytest.param("onnx", marks=pytest.mark.exhaustive),
-        pytest.param("timm", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("format", slow_but({"onnx"}, ["pt2", "onnx", "timm"]))
 def test_a_file_can_be_exported(slim, tmp_path, format):
     found = mhacut.export(slim, format=format, output=tmp_path / "exported")
     assert max(found.difference.values()) < 1e-4

@@ -6,7 +6,7 @@ import pytest
 
 import mhacut
 from helpers.data import write_split
-from helpers.models import ModelCase, build
+from helpers.models import ModelCase, build, slow_but
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import tokens_of
@@ -54,14 +54,7 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
     assert widths[1] < widths[0]
 
 
-@pytest.mark.parametrize(
-    "format",
-    [
-        pytest.param("pt2", marks=pytest.mark.exhaustive),
-        pytest.param("onnx", marks=pytest.mark.slow),
-        pytest.param("timm", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("format", slow_but({"pt2"}, ["pt2", "onnx", "timm"]))
 def test_a_file_can_be_exported(merged_file, tmp_path, format):
     found = mhacut.export(merged_file, format=format, output=tmp_path / "exported")
     assert max(found.difference.values()) < 1e-4

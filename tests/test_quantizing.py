@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import mhacut
 from helpers.checkpoints import ARGS, NAME, save, tiny
 from helpers.cli import run
+from helpers.models import slow_but
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, UsageError
 from mhacut.exporting import quantize, runtimes
@@ -248,13 +249,7 @@ def test_features_are_compared_by_their_direction(tmp_path):
     assert result.int8.agreement.cosine > 0.99
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("swin", marks=pytest.mark.slow),
-        pytest.param("flatten", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but({"flatten"}, ["swin", "flatten"]))
 def test_other_architectures(name, slim_of, few_digits, tmp_path):
     images = {"data_dir": few_digits, "calibration_images": 16}
     result = mhacut.export(slim_of(name), output=tmp_path / "a.onnx", **QUICK, **images)

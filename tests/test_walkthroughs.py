@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.models import slow_but
 from helpers.shell import mhacut_in_path
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "walkthroughs"
@@ -27,10 +28,7 @@ def test_each_is_in_the_table():
 LONG = {"vit_to_onnx_runtime", "ablation"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.exhaustive if name in LONG else pytest.mark.slow) for name in ENDS],
-)
+@pytest.mark.parametrize("name", slow_but(LONG, ENDS))
 def test_it_runs(name, programs, tmp_path):
     with mhacut_in_path(programs, tmp_path) as path:
         ran = subprocess.run(

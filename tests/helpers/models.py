@@ -172,6 +172,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
+def slow_but(exhaustive: Collection[str], names: Iterable[str]) -> list:
+    """``names`` to parametrize a test with, marked slow; those in ``exhaustive`` are marked so instead."""
+    return [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in exhaustive else pytest.mark.slow)
+        for name in names
+    ]
+
+
 def slow_except(fast: Collection[str], names: Iterable[str]) -> list:
     """``names`` to parametrize a test with; those that are not in ``fast`` are marked slow."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.models import ModelCase, build, double, image, relative, slow_except
+from helpers.models import ModelCase, build, double, image, relative, slow_but, slow_except
 from helpers.plans import random_plan
 from mhacut.checkpoint.build import allocate
 from mhacut.errors import PlanError, UnsupportedModelError
@@ -284,14 +284,7 @@ def test_an_exported_program_computes_the_same():
         assert relative(program.module()(x[:count]), model(x[:count])) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("read", marks=pytest.mark.slow),
-        pytest.param("averaging", marks=pytest.mark.exhaustive),
-        pytest.param("distilled", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but({"averaging", "distilled"}, ["read", "averaging", "distilled"]))
 @torch.no_grad()
 def test_onnx_programs_compute_the_same_without_scatter(name):
     case = MERGING[name]
