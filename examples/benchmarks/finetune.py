@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     complete(parser, asked)
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % and changes no number
     setup = Setup(
         checkpoint=os.path.abspath(asked.checkpoint),
         model=asked.model,
