@@ -7,17 +7,11 @@ import torch
 
 import mhacut
 from helpers.files import save_dense
-from helpers.models import ModelCase, build, image
+from helpers.models import build, image
 from mhacut.surgery.flops import measure_flops
-from properties.cases import BY_CLASS, CASES
+from properties.cases import FIRST_MODEL, IN_CI, MODELS
 
 QUICK = {"attention.Attention"}
-MODELS = {name: case for name, case in CASES.items() if isinstance(case, ModelCase)}
-FIRST = [
-    next((case for case in cases.values() if isinstance(case, ModelCase)), None)
-    for cases in BY_CLASS.values()
-]
-"""A model of each class that has one."""
 UNLIKE = {
     "attention.Attention, distilled",
     "attention.Attention, gated mlp",
@@ -31,10 +25,10 @@ assert QUICK | UNLIKE | set(WIDE) <= set(MODELS)
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    """Fast: one; slow: one model of each class; exhaustive: the others, and what takes as long as ten."""
+    """Fast: one; slow: one model of each class that CI tries; exhaustive: the others."""
     if name in QUICK:
         return []
-    slow = name in UNLIKE or (MODELS[name] in FIRST and name not in WIDE)
+    slow = name in UNLIKE or any(MODELS[name] is FIRST_MODEL.get(cls) for cls in IN_CI)
     return [pytest.mark.slow if slow else pytest.mark.exhaustive]
 
 
@@ -44,7 +38,7 @@ def test_from_file_to_file(name, tmp_path):
     case = MODELS[name]
     dense = build(case)
     # Classes that have a case of one layer too, and variants, are tried without weights for tokens.
-    effort = "balanced" if case in FIRST and not name.endswith("model") else "fast"
+    effort = "balanced" if case in FIRST_MODEL.values() and not name.endswith("model") else "fast"
     result = mhacut.prune(
         save_dense(dense, tmp_path / "dense.safetensors"),
         flops=case.flops,

@@ -9,7 +9,7 @@ from helpers.models import Case, LayerCase, build, image, relative
 from helpers.plans import random_plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import BY_CLASS, mlps
+from properties.cases import BY_CLASS, FIRST_MODEL, IN_CI, mlps
 
 
 def smallest(cases: list[Case]) -> Case:
@@ -17,11 +17,14 @@ def smallest(cases: list[Case]) -> Case:
     return next((case for case in cases if isinstance(case, LayerCase)), cases[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(smallest(list(cases.values())), id=f"{cls.__module__}.{cls.__name__}")
+        pytest.param(
+            smallest(list(cases.values())),
+            id=f"{cls.__module__}.{cls.__name__}",
+            marks=pytest.mark.slow if cls in IN_CI or cls not in FIRST_MODEL else pytest.mark.exhaustive,
+        )
         for cls, cases in BY_CLASS.items()
         if cls not in mlps.CASES
     ],

@@ -16,18 +16,19 @@ from helpers.models import ModelCase, build, image, relative
 from helpers.plans import random_plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import BY_CLASS, CASES, VITS
+from properties.cases import BY_CLASS, FIRST_MODEL, MODELS, VITS
 
 QUICK = {"attention.AttentionRope, half", "swin_transformer_v2.WindowAttention"}
-MODELS = {name: case for name, case in CASES.items() if isinstance(case, ModelCase)}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
-        for name, case in MODELS.items()
-    ]
-)
+def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Fast: two; slow: one model of each class; exhaustive: the others."""
+    if name in QUICK:
+        return ()
+    return (pytest.mark.slow if MODELS[name] in FIRST_MODEL.values() else pytest.mark.exhaustive,)
+
+
+@pytest.fixture(params=[pytest.param(case, id=name, marks=marks(name)) for name, case in MODELS.items()])
 def models(request):
     """The dense model, the slim one, images for both."""
     dense, slim = (build(request.param) for _ in range(2))

@@ -6,9 +6,11 @@ A new class is one entry here; ``test_registry.py`` fails for a registered class
 from __future__ import annotations
 
 from timm.layers.attention import Attention
+from timm.models import convit, levit, maxxvit, metaformer, pvt_v2, swin_transformer
 from torch import nn
 
-from helpers.models import Case
+from helpers.models import Case, ModelCase
+from mhacut.adapters.registry import ADAPTERS
 from properties.cases import flatten, mlps, other_attention, pyramid_attention, vit_attention
 
 BY_CLASS: dict[type[nn.Module], dict[str, Case]] = {
@@ -25,6 +27,38 @@ CASES: dict[str, Case] = {
     for note, case in cases.items()
 }
 """The same by names such as ``levit.Attention, convolutions``."""
+
+MODELS = {name: case for name, case in CASES.items() if isinstance(case, ModelCase)}
+"""Those that are whole models."""
+
+FIRST_MODEL: dict[type[nn.Module], ModelCase] = {
+    cls: models[0]
+    for cls, cases in BY_CLASS.items()
+    if (models := [case for case in cases.values() if isinstance(case, ModelCase)])
+}
+"""The first model of each class that has one."""
+
+UNLIKE_ATTENTION = {
+    swin_transformer.WindowAttention,
+    pvt_v2.Attention,
+    levit.Attention,
+    maxxvit.Attention2d,
+    metaformer.Attention,
+    convit.GPSA,
+}
+"""Classes of softmax attention that differ most from the ViT's."""
+
+
+def _one_per_adapter() -> set[type[nn.Module]]:
+    served = {cls: type(adapter) for adapter in ADAPTERS for cls in adapter.module_classes}
+    first: dict[type, type[nn.Module]] = {}
+    for cls in FIRST_MODEL:
+        first.setdefault(served[cls], cls)
+    return set(first.values())
+
+
+IN_CI = _one_per_adapter() | UNLIKE_ATTENTION
+"""Classes that CI tries what takes seconds for each on; the others are tried before a release."""
 
 VITS = {note or "plain": case for note, case in BY_CLASS[Attention].items() if note != "vitamin"}
 """Plain ViTs in all their variety; ``VITS["plain"]`` is the plainest."""
