@@ -22,6 +22,7 @@ from typing import Any
 
 import compare
 from methods import METHODS, chosen
+from scores import HALVES, of_half
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--merge", required=True, metavar="STEM")
     parser.add_argument("--methods", nargs="+", default=["ablation-*"], metavar="GLOB")
-    parser.add_argument("--half", choices=("all", *compare.HALVES), default="all")
+    parser.add_argument("--half", choices=("all", *HALVES), default="all")
     asked, others = parser.parse_known_args(arguments)
     failed = 0
     tables: list[dict[str, Any]] = []
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not Path(file).exists():
             return failed  # nothing was begun; compare.py has said why
         table = json.loads(Path(file).read_text(encoding="utf-8"))
-        tables.append({**table, "rows": [compare.of_half(row, asked.half) for row in table["rows"]]})
+        tables.append({**table, "rows": [of_half(row, asked.half) for row in table["rows"]]})
     about = {**tables[0]["machine"], "seeds": asked.seeds, "checkpoint": tables[0]["setup"]["checkpoint"]}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     print(f"\n{tables[0]['validation_images']} validation images ({asked.half} of them in the table)\n")

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import HALVES, Setup, of_half, read, scores_of
 from methods import chosen
 from methods.common import read_slim, temperatures_of
 from PIL import Image
 from process import describe_machine
+from scores import HALVES, of_half, scores_of
+from setups import Setup, read
 from subjects import add_flags, complete
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler

@@ -13,16 +13,30 @@ from helpers.programs import MAIN
 PART = """
 import json, sys
 sys.path.insert(0, sys.argv.pop(1))
-import compare
-compare.LATENCY_SECONDS = 0.1
-sys.exit(compare.PARTS[sys.argv[1]](json.load(open(sys.argv[2]))))
+import compare_parts
+compare_parts.LATENCY_SECONDS = 0.1
+sys.exit(compare_parts.PARTS[sys.argv[1]](json.load(open(sys.argv[2]))))
 """
-"""A part of ``compare.py``, by its folder, the name of the part and its job."""
+"""A part of ``compare_parts.py``, by its folder, the name of the part and its job."""
 
 
 @pytest.fixture(scope="session")
 def compare():
     return script("compare")
+
+
+@pytest.fixture(scope="session")
+def compare_table():
+    import compare_table
+
+    return compare_table
+
+
+@pytest.fixture(scope="session")
+def scores():
+    import scores
+
+    return scores
 
 
 @pytest.fixture
@@ -33,10 +47,8 @@ def forked(programs, monkeypatch) -> Callable[[Any], None]:
         from process import Process
 
         _, first, second, *rest = command
-        if first == "-m":
-            ended = programs.run(MAIN, *rest)
-        else:
-            ended = programs.run(PART, BENCHMARKS, second.removeprefix("--part="), *rest)
+        program = (MAIN, *rest) if first == "-m" else (PART, BENCHMARKS, second, *rest)
+        ended = programs.run(*program)
         assert ended.returncode == 0, ended.stderr
         return Process(wall_s=1.0, cpu_s=1.0, peak_mib=1.0, stdout=ended.stdout)
 

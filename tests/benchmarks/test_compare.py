@@ -38,10 +38,10 @@ def test_methods_are_chosen_by_glob(methods) -> None:
         methods.chosen(["tp-l3"])
 
 
-def test_scores_equal_their_definition(compare) -> None:
+def test_scores_equal_their_definition(scores) -> None:
     torch.manual_seed(0)
     reference, logits, labels = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
-    found = compare.score(reference, logits, labels)
+    found = scores.score(reference, logits, labels)
     right = agree = kl = 0.0
     for dense, slim, label in zip(reference.tolist(), logits.tolist(), labels.tolist(), strict=True):
         p, q = np.exp(dense) / np.exp(dense).sum(), np.exp(slim) / np.exp(slim).sum()
@@ -50,20 +50,20 @@ def test_scores_equal_their_definition(compare) -> None:
         agree += 100 / 9 * (np.argmax(slim) == np.argmax(dense))
     expected = {"top1": right, "agreement": agree, "kl": kl, "images": 9}
     assert found == {name: pytest.approx(value) for name, value in expected.items()}
-    assert compare.score(reference, reference, labels)["kl"] == 0
+    assert scores.score(reference, reference, labels)["kl"] == 0
 
 
-def test_halves_are_scored_beside_the_whole(compare) -> None:
+def test_halves_are_scored_beside_the_whole(scores, compare_table) -> None:
     torch.manual_seed(0)
     reference, logits, labels = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
-    row = {**compare.scores_of(reference, logits, labels), "title": "x", "ratio": 0.5, "cpu_s": 3.0}
-    assert compare.of_half(row, "all") == row
-    odd = compare.of_half(row, "odd")
+    row = {**scores.scores_of(reference, logits, labels), "title": "x", "ratio": 0.5, "cpu_s": 3.0}
+    assert scores.of_half(row, "all") == row
+    odd = scores.of_half(row, "odd")
     places = torch.tensor([1, 3, 5, 7])
-    expected = compare.score(reference[places], logits[places], labels[places])
+    expected = scores.score(reference[places], logits[places], labels[places])
     assert {name: odd[name] for name in expected} == expected
-    assert compare.of_half(row, "even")["images"] == 5
-    line = compare.as_markdown([{**odd, "latency_ratio": 0.7}]).splitlines()[-1]
+    assert scores.of_half(row, "even")["images"] == 5
+    line = compare_table.as_markdown([{**odd, "latency_ratio": 0.7}]).splitlines()[-1]
     scores = f"{odd['top1']:.2f} | {odd['agreement']:.2f} | {odd['kl']:.4f}"
     assert line == f"| x | 50.0 % | {scores} | 0.70 | 3 |"
 
@@ -83,42 +83,45 @@ def test_a_subject_stands_for_its_flags(compare, capsys) -> None:
     assert "--subject" in capsys.readouterr().err
 
 
-def make_setup(compare, checkpoint: Path, **other: Any) -> Any:
+def make_setup(checkpoint: Path, **other: Any) -> Any:
+    from setups import Setup
+
     about = {"model": None, "model_args": (), "data_dir": "d", "mean": None, "std": None}
-    return compare.Setup(
-        **{"checkpoint": str(checkpoint), **about, "calibration_images": 8, "seed": 1, **other}
-    )
+    return Setup(**{"checkpoint": str(checkpoint), **about, "calibration_images": 8, "seed": 1, **other})
 
 
-def make_row(compare, method: str, keep: float | None, top1: float, **scores: float) -> dict[str, Any]:
+def make_row(method: str, keep: float | None, top1: float, **kls: float) -> dict[str, Any]:
+    from compare_table import filled_row
     from methods import METHODS
+    from process import Process
+    from scores import best_of
 
     found = {
         "flops": 500,
         "scores": {
             name: {"top1": top1, "agreement": 50.0, "kl": kl, "images": 9}
-            for name, kl in (scores or {"own": 0.5}).items()
+            for name, kl in (kls or {"own": 0.5}).items()
         },
-        "best": compare.best_of({name: {"kl": kl} for name, kl in (scores or {"own": 0.5}).items()}),
+        "best": best_of({name: {"kl": kl} for name, kl in (kls or {"own": 0.5}).items()}),
         "checks": {},
     }
-    process = compare.Process(wall_s=1.0, cpu_s=2.0, peak_mib=3.0, stdout="")
-    return compare._row(METHODS.get(method), keep, found, 1000, process, {})
+    process = Process(wall_s=1.0, cpu_s=2.0, peak_mib=3.0, stdout="")
+    return filled_row(METHODS.get(method), keep, found, 1000, process, {})
 
 
-def test_a_table_is_made_in_parts(compare, tmp_path) -> None:
+def test_a_table_is_made_in_parts(compare_table, tmp_path) -> None:
     checkpoint = tmp_path / "model.safetensors"
     checkpoint.write_bytes(b"weights")
-    setup, machine, file = make_setup(compare, checkpoint), {"cpu": "one"}, str(tmp_path / "table.json")
-    table = compare.Table.open(file, machine, setup)
-    table.put(make_row(compare, "vbp", 50.0, 40.0))
-    table.put(make_row(compare, "dense", None, 90.0))
-    again = compare.Table.open(file, machine, setup)
+    setup, machine, file = make_setup(checkpoint), {"cpu": "one"}, str(tmp_path / "table.json")
+    table = compare_table.Table.open(file, machine, setup)
+    table.put(make_row("vbp", 50.0, 40.0))
+    table.put(make_row("dense", None, 90.0))
+    again = compare_table.Table.open(file, machine, setup)
     assert again.has("vbp", 50.0)
     assert not again.has("vbp", 37.5)
-    again.put(make_row(compare, "corp", 37.5, 30.0))
-    again.put(make_row(compare, "corp", 90.0, 80.0))
-    again.put(make_row(compare, "vbp", 50.0, 41.0))  # made anew
+    again.put(make_row("corp", 37.5, 30.0))
+    again.put(make_row("corp", 90.0, 80.0))
+    again.put(make_row("vbp", 50.0, 41.0))  # made anew
     found = json.loads(Path(file).read_text())["rows"]
     assert [(row["method"], row["keep"], row["top1"]) for row in found] == [
         ("dense", None, 90.0),
@@ -128,44 +131,44 @@ def test_a_table_is_made_in_parts(compare, tmp_path) -> None:
     ]
 
 
-def test_rows_of_other_things_are_not_mixed(compare, tmp_path) -> None:
+def test_rows_of_other_things_are_not_mixed(compare_table, tmp_path) -> None:
     checkpoint, file = tmp_path / "model.safetensors", str(tmp_path / "table.json")
     checkpoint.write_bytes(b"weights")
-    compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint)).write(file)
+    compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint)).write(file)
     with pytest.raises(SystemExit, match="cpu 'one', this is 'two'"):
-        compare.Table.open(file, {"cpu": "two"}, make_setup(compare, checkpoint))
+        compare_table.Table.open(file, {"cpu": "two"}, make_setup(checkpoint))
     with pytest.raises(SystemExit, match="seed 1, this is 2"):
-        compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint, seed=2))
+        compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint, seed=2))
     checkpoint.write_bytes(b"other")
     with pytest.raises(SystemExit, match="checkpoint_sha256"):
-        compare.Table.open(file, {"cpu": "one"}, make_setup(compare, checkpoint))
+        compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint))
 
 
-def test_the_better_temperature_is_reported(compare) -> None:
-    row = make_row(compare, "tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
+def test_the_better_temperature_is_reported(compare_table, methods) -> None:
+    row = make_row("tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
     assert (row["temperature"], row["kl"]) == ("kept", 0.6)
-    text = compare.as_text([row, compare._empty_row(compare.METHODS["vbp"], 12.5, "37.0 % stay")])
+    text = compare_table.as_text([row, compare_table.empty_row(methods.METHODS["vbp"], 12.5, "37.0 % stay")])
     assert "scored at temperature kept (dense: 40.00 / 0.7000)" in text
     assert "VBP (own reference) 12.5%: out of reach, 37.0 % stay" in text
     assert "50.00%" in text
 
 
-def test_rows_of_different_code_are_marked(compare) -> None:
-    rows = [make_row(compare, "corp", keep, 40.0) for keep in (50.0, 25.0)]
-    assert "states of the code" not in compare.as_text(rows)
-    assert "made by 2 states of the code" in compare.as_text([rows[0], {**rows[1], "code": "another"}])
+def test_rows_of_different_code_are_marked(compare_table) -> None:
+    rows = [make_row("corp", keep, 40.0) for keep in (50.0, 25.0)]
+    assert "states of the code" not in compare_table.as_text(rows)
+    assert "made by 2 states of the code" in compare_table.as_text([rows[0], {**rows[1], "code": "another"}])
 
 
-def test_mhacut_is_run_as_a_user_would(compare, tmp_path) -> None:
-    setup = make_setup(compare, Path("m.pth"), model="vit", model_args=("depth=6",), mean="0,0,0")
-    method = compare.METHODS["mhacut-unlabelled-principal-fast"]
+def test_mhacut_is_run_as_a_user_would(compare, methods, tmp_path) -> None:
+    setup = make_setup(Path("m.pth"), model="vit", model_args=("depth=6",), mean="0,0,0")
+    method = methods.METHODS["mhacut-unlabelled-principal-fast"]
     command = " ".join(compare.mhacut_command(setup, method, 37.5, tmp_path / "o"))
     assert "prune m.pth --flops 37.5% " in command
     assert command.endswith(
         "--seed 1 --calibration-images 8 --model vit --model-arg depth=6 --mean 0,0,0 "
         "--no-labels --basis principal --effort fast --calibration-images 128 --data-dir d"
     )
-    bare = compare.mhacut_command(setup, compare.METHODS["mhacut-nodata-auto-balanced"], 50.0, tmp_path / "o")
+    bare = compare.mhacut_command(setup, methods.METHODS["mhacut-nodata-auto-balanced"], 50.0, tmp_path / "o")
     assert "--data-dir" not in bare
 
 
@@ -398,11 +401,13 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
     assert "mhacut, no data, auto, fast" in capsys.readouterr().out
 
 
-def test_the_setup_is_recorded_without_paths(compare, tmp_path) -> None:
+def test_the_setup_is_recorded_without_paths(tmp_path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"x")
-    setup = make_setup(compare, tmp_path / "m.safetensors", data_dir=str(tmp_path / "images"))
+    from setups import setup_of
+
+    setup = make_setup(tmp_path / "m.safetensors", data_dir=str(tmp_path / "images"))
     assert str(tmp_path) not in json.dumps(setup.told())
-    assert compare.setup_of({"setup": json.loads(json.dumps(asdict(setup)))}) == setup
+    assert setup_of({"setup": json.loads(json.dumps(asdict(setup)))}) == setup
 
 
 def test_an_ablation_that_cannot_begin_says_why_and_ends(tmp_path, capsys) -> None:

@@ -1,0 +1,113 @@
+"""What the cells of a comparison have in common, and how it is read.
+
+This module imports the standard library only; what its functions need they import themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mhacut.checkpoint.checkpoint import Checkpoint
+    from mhacut.data import CalibrationImages, Preprocessing
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells have in common."""
+
+    checkpoint: str
+    model: str | None
+    model_args: tuple[str, ...]
+    """``key=value``, as the command line of mhacut takes them."""
+    data_dir: str
+    mean: str | None
+    """``A,B,C``"""
+    std: str | None
+    """``A,B,C``"""
+    calibration_images: int
+    seed: int
+
+    def flags(self) -> list[str]:
+        """Flags of ``mhacut prune`` that say the same, all but the checkpoint and the data."""
+        flags = ["--seed", str(self.seed), "--calibration-images", str(self.calibration_images)]
+        if self.model is not None:
+            flags += ["--model", self.model]
+        for argument in self.model_args:
+            flags += ["--model-arg", argument]
+        for name, value in (("--mean", self.mean), ("--std", self.std)):
+            flags += [] if value is None else [name, value]
+        return flags
+
+    def told(self) -> dict[str, Any]:
+        """For the table's file: names instead of paths, and a digest that tells checkpoints apart."""
+        told = asdict(self) | {"model_args": list(self.model_args)}
+        told |= {"checkpoint": Path(self.checkpoint).name, "data_dir": Path(self.data_dir).name}
+        return told | {"checkpoint_sha256": digest(self.checkpoint)}
+
+
+def setup_of(job: Mapping[str, Any]) -> Setup:
+    return Setup(**{**job["setup"], "model_args": tuple(job["setup"]["model_args"])})
+
+
+def digest(checkpoint: str) -> str:
+    """sha256 of a file, or of a folder's files; empty for what is neither."""
+    path = Path(checkpoint)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest() if files else ""
+
+
+def read(setup: Setup) -> tuple[Checkpoint, Preprocessing]:
+    """Model and preprocessing, as ``mhacut prune`` reads them."""
+    import yaml
+
+    from mhacut.checkpoint.load import read_model
+    from mhacut.checkpoint.preprocessing import resolve_preprocessing
+    from mhacut.options.base import PreprocessingOptions
+
+    pairs = (argument.partition("=") for argument in setup.model_args)
+    model_args = {name: yaml.safe_load(value) for name, _, value in pairs}
+    loaded = read_model(setup.checkpoint, model=setup.model, model_args=model_args or None)
+    mean, std = (
+        None if text is None else tuple(float(part) for part in text.split(","))
+        for text in (setup.mean, setup.std)
+    )
+    return loaded, resolve_preprocessing(loaded, PreprocessingOptions(mean=mean, std=std))
+
+
+def read_all(setup: Setup) -> tuple[Checkpoint, Preprocessing, CalibrationImages]:
+    """The same and the labelled calibration images."""
+    from mhacut.data import calibration_images
+    from mhacut.options.base import DataOptions
+
+    loaded, preprocessing = read(setup)
+    seen = calibration_images(
+        preprocessing,
+        DataOptions(data_dir=setup.data_dir),
+        count=setup.calibration_images,
+        seed=setup.seed,
+        num_classes=loaded.model.num_classes,
+    )
+    return loaded, preprocessing, seen
+
+
+def evaluation_images(setup: Setup, preprocessing: Preprocessing, num_classes: int) -> Any:
+    """Batches of images and labels of val/."""
+    from mhacut.data import evaluation_loader
+    from mhacut.options.base import LabelledImages
+
+    return evaluation_loader(
+        preprocessing,
+        LabelledImages(data_dir=setup.data_dir, workers=0),
+        num_classes=num_classes,
+        batch_size=EVALUATION_BATCH,
+    )
