@@ -80,7 +80,8 @@ class Budget:
 
     def amount(self, dense: int) -> int:
         """The budget in units of its resource for a model that has ``dense``."""
-        return int(self.value * dense) if self.relative else int(self.value)
+        exact = self.value * dense if self.relative else self.value
+        return math.floor(round(exact, 3))  # 8.20G is a little below 8200000000 as a product of floats
 
     @property
     def label(self) -> str:
@@ -128,7 +129,7 @@ class Targets:
 
 
 def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str:
-    """Three significant digits of an amount, as :func:`format_flops`; of a size or a time with its unit.
+    """Three digits of an amount or more, as :func:`format_flops`; of a size or a time with its unit.
 
     >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
     ('2.80M', '5.72MB')

@@ -30,6 +30,14 @@ def test_anything_else_is_refused_with_the_forms_that_work(text):
         Budget.parse(text)
 
 
+def test_a_budget_is_the_number_that_was_written():
+    for hundredths in range(1, 1000):
+        text = f"{hundredths // 100}.{hundredths % 100:02}"
+        assert Budget.parse(f"{text}G").amount(1) == hundredths * 10**7
+        assert Budget.parse(f"{text}%").amount(10**4) == hundredths
+        assert Budget.parse(format_flops(hundredths * 10**7, up=True)).amount(1) == hundredths * 10**7
+
+
 def test_labels_fit_file_names():
     assert [Budget.parse(text).label for text in ("2.0G", "50%")] == ["2.0G", "50pct"]
 
