@@ -64,7 +64,10 @@ def python_page() -> str:
     head = f"""{_WRITTEN}# Python API
 
 Import these names from `mhacut`. Keyword arguments of the verbs are the flags of the
-[commands](commands/index.md), with underscores.
+[commands](commands/index.md), with underscores: `--round-to 16` is `round_to=16`, `--no-labels` is
+`labels=False`. `--model-arg` and `--teacher-model-arg` are the mappings `model_args` and
+`teacher_model_args`. `--config`, `--json`, `--quiet` and `--verbose` are no keywords, and `mhacut models`
+is no function.
 
 The sections below the table are filled in from the docstrings when the site is built. In Python,
 `help(mhacut.prune)` shows the same text.
