@@ -4,9 +4,10 @@
     python examples/benchmarks/train_cifar_vit.py --data-dir cifar10 --init vit.safetensors \
         --teachers teacher/model.safetensors --output base
 
-The second trains a vit_tiny_patch16_224 of 6 blocks on 32x32 pixels in patches of 4. On so few images it
-learns more from a convolutional network than from labels (DeiT, arXiv 2012.12877); the first trains one, in
-less time than the ViT takes. Either writes into its output folder
+The second trains a vit_tiny_patch16_224 of 6 blocks on 32x32 pixels in patches of 4. In DeiT (arXiv
+2012.12877) a ViT learns more from a convolutional network than from labels; the first trains one, in less
+time than the ViT takes. For the ViT of the benchmarks, such teachers were no gain in its first four epochs.
+Either writes into its output folder
 
     log.txt             one line per epoch: loss, top-1 on val/ of the weights and of their moving average
     state.pt            everything a run needs to go on; the same command goes on from it
