@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -177,6 +178,25 @@ def test_a_new_classifier_is_saved_with_the_model(pruned, tmp_path):
     mhacut.save_model(model, tmp_path / "other.safetensors", like=slim, overwrite=True)
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+def test_names_of_other_classes_are_not_kept(pruned, tmp_path, classes):
+    slim, before, tensors = tmp_path / "slim.safetensors", read_model(pruned.output), load_file(pruned.output)
+    cfg = {**before.identity.pretrained_cfg, "label_names": list("abcdefg"), "label_descriptions": {"a": "A"}}
+    record = dataclasses.replace(
+        before.record, identity=dataclasses.replace(before.identity, pretrained_cfg=cfg)
+    )
+    save_file(tensors, slim, {"mhacut": record.to_json()})
+    model = mhacut.load_model(slim)
+    mhacut.save_model(model, tmp_path / "same.safetensors", like=slim)
+    assert cfg.items() <= read_model(tmp_path / "same.safetensors").record.identity.pretrained_cfg.items()
+    model.reset_classifier(classes)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    other = read_model(tmp_path / "other.safetensors")
+    assert not {"label_names", "label_descriptions"} & other.record.identity.pretrained_cfg.keys()
+    x = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(other.model(x), model.eval()(x))
+
+
 def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     slim = pruned.output
     other = prune(tiny_vit, tmp_path / "other.safetensors", flops="90%").output
@@ -187,6 +207,9 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
         mhacut.save_model(model, tmp_path / "new.safetensors", like=tiny_vit.path)
     with pytest.raises(OutputError):
         mhacut.save_model(model, slim, like=slim, overwrite=True)
+    model.reset_classifier(3)
+    with pytest.raises(CheckpointError, match="not the file that this model was opened from"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
     assert not (tmp_path / "new.safetensors").exists()
 
 

@@ -35,7 +35,9 @@ _CFG_KEYS = _CFG_OF_BUILD | frozenset((
 """Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
 PROVENANCE = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
 """Keys of a pretrained_cfg that hold for the original weights only, not for weights derived from them."""
-OF_WEIGHTS = PROVENANCE | {"label_names", "label_descriptions"}
+LABELS = frozenset({"label_names", "label_descriptions"})
+"""Keys of a pretrained_cfg that name the classes."""
+OF_WEIGHTS = PROVENANCE | LABELS
 """Keys of a pretrained_cfg that timm's default for an architecture cannot know about another file."""
 
 

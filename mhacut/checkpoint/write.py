@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mhacut._version import __version__
+from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import read_tensors, sha256_of
-from mhacut.checkpoint.header import FLOAT_DTYPES, dtype_name
+from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, dtype_name
+from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.runtime.files import check_output, show, write_whole
 from mhacut.runtime.tensor_file import save_tensors
+from mhacut.surgery.slice import cut
 from mhacut.surgery.storage import count_bytes
 
 _SPARE_BYTES = 2**20
@@ -138,8 +141,9 @@ def save_model(
         train(model)
         mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
 
-    The new file states the same cut, with one more step in its history. A classifier replaced by
-    ``reset_classifier`` is saved too.
+    The new file states the same cut, with one more step in its history. A classifier that
+    ``reset_classifier`` replaced is saved too, or removed where it left none; names of the classes are
+    dropped if their number changed.
 
     Args:
         model: the module from :func:`mhacut.load_model`, with other weights.
@@ -160,26 +164,43 @@ def save_model(
         raise CheckpointError(
             f"{os.fspath(like)}: is no slim file; save a dense model with timm or safetensors"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    classes = int(getattr(model, "num_classes", 0) or 0)
-    head_changed = classes != record.identity.model_args.get("num_classes", classes)
-    different = [name for name, shape in header.shapes.items() if shapes.get(name) != shape]
-    if set(shapes) != set(header.shapes) or (different and not head_changed):
-        named = sorted(set(shapes) ^ set(header.shapes)) + different
+    identity = _with_classes(record.identity, int(getattr(model, "num_classes", 0) or 0))
+    record = dataclasses.replace(record, identity=identity)
+    shapes, expected = shapes_of(model), _expected_shapes(header, record)
+    different = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+    if different:
         raise CheckpointError(
-            f"{os.fspath(like)}: is not the file that this model was opened from; {len(named)} tensors "
-            f"differ, first {named[0]}"
+            f"{os.fspath(like)}: is not the file that this model was opened from; {len(different)} tensors "
+            f"differ, first {different[0]}"
         )
-    model_args: dict[str, Any] = {**record.identity.model_args, "num_classes": classes}
-    cfg = {**record.identity.pretrained_cfg, "num_classes": classes}
-    identity = dataclasses.replace(record.identity, model_args=model_args, pretrained_cfg=cfg)
     step = {
         "command": "save",
         "source_sha256": sha256_of(header.path),
         "versions": {"mhacut": __version__},
     }
-    record = dataclasses.replace(record, identity=identity, history=(*record.history, step))
+    record = dataclasses.replace(record, history=(*record.history, step))
     write_slim(path, model, record, dtypes=header.dtypes, overwrite=overwrite, input_path=like)
+
+
+def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:
+    """Return ``identity`` with that many classes; of other classes, the names are not known."""
+    dropped = LABELS if classes != identity.model_args.get("num_classes", classes) else frozenset()
+    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
+    return dataclasses.replace(
+        identity,
+        model_args={**identity.model_args, "num_classes": classes},
+        pretrained_cfg={**cfg, "num_classes": classes},
+    )
+
+
+def _expected_shapes(header: FileHeader, record: SlimRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a later reader expects of a file with ``record``."""
+    try:
+        skeleton = build_skeleton(record.identity, limit=header.tensors)
+        cut(skeleton, record.plan)
+    except MhacutError as error:
+        raise CheckpointError(f"{show(header.path)}: metadata: {error}") from error
+    return shapes_of(skeleton)
 
 
 def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
