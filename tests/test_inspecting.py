@@ -69,6 +69,13 @@ def test_torch_files_are_read_too(tiny_vit, tmp_path):
     assert found.inspection.layers == inspect(tiny_vit.path, **opened(tiny_vit)).inspection.layers
 
 
+def test_names_under_a_wrapper_are_read_too(tiny_vit, tmp_path):
+    wrapped = {f"module.{name}": tensor for name, tensor in load_file(tiny_vit.path).items()}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    found = inspect(tmp_path / "wrapped.safetensors", **opened(tiny_vit))
+    assert found.inspection.layers == inspect(tiny_vit.path, **opened(tiny_vit)).inspection.layers
+
+
 def test_shapes_alone_need_no_weights(tiny_vit, tmp_path):
     """Of a file whose numbers are all NaN only the header is worth anything."""
     tensors = {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(tiny_vit.path).items()}

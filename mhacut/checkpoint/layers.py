@@ -27,7 +27,8 @@ class LayerReader:
         assert header is not None
         self._skeleton = checkpoint.skeleton
         self._path = header.path
-        same_names = set(self._skeleton.state_dict()) <= set(header.tensors)
+        names = header.naming.names
+        same_names = all(names.get(name) == name for name in self._skeleton.state_dict())
         self._whole: Mapping[str, Tensor] | None = None
         if header.format != "safetensors" or header.shards or not same_names:
             self._whole = checkpoint.read_tensors()
