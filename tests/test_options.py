@@ -202,6 +202,15 @@ def test_a_flag_s_spelling_is_a_key(tmp_path):
     assert values == {"teacher_model_args": {"depth": 2}, "scale": (0.5, 1.0), "aug": False}
 
 
+def test_every_switch_can_be_off_as_its_flag_is_spelled(tmp_path):
+    for command in COMMANDS.values():
+        switches = [one for one in command.options().values() if one.kind is bool]
+        lines = [f"no-{one.flag.removeprefix('--')}: true\n" for one in switches]
+        (tmp_path / "run.yaml").write_text("".join(lines))
+        values = read_config(tmp_path / "run.yaml", command.options(), "run.yaml")
+        assert values == dict.fromkeys((one.name for one in switches), False)
+
+
 def test_sources_of_types():
     shown = {one.name: source_of(one.type) for one in PruneOptions.options().values()}
     assert shown["data_dir"] == "str | os.PathLike[str] | None"

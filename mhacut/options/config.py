@@ -64,7 +64,7 @@ def read_config(
         name = str(key).replace("-", "_")
         name = spelled.get(name, name)
         positive = name.removeprefix("no_")
-        if name not in options and positive in options and options[positive].type is bool:
+        if name not in options and positive in options and options[positive].kind is bool:
             # `no-latency: true`, as the flag is spelled.
             name, value = positive, not convert(value, bool, f"{where}: {key}")
         if name in flags_only:
