@@ -77,7 +77,7 @@ def training_images(
         data: options that name them.
         preprocessing: preprocessing of the model.
         augmentation: options of the augmentation.
-        num_classes: number of classes of the model's head; 0 for none.
+        num_classes: number of classes of the model's head; labels count from two on.
         use_labels: False to leave labels out.
         need_labels: refuse a folder of images without class folders.
 
@@ -86,7 +86,7 @@ def training_images(
         UsageError: ``data`` names no images.
     """
     transform = training_transform(preprocessing, augmentation)
-    use_labels = use_labels and num_classes > 0
+    use_labels = use_labels and num_classes > 1
     if data.dataset is not None:
         return _named(data, preprocessing, transform, num_classes, use_labels)
     if data.data_dir is None:

@@ -26,12 +26,12 @@ def validation_images(
     Args:
         options: options of the run.
         preprocessing: preprocessing of the model.
-        classes: number of classes; 0 for a model without classifier, which has no accuracy.
+        classes: number of classes; with fewer than two there is no accuracy that could fall.
         processes: processes that share the images.
         reporter: receives a message where the split is missing.
     """
     data = options.data
-    if options.eval_images == 0 or classes == 0:
+    if options.eval_images == 0 or classes < 2:
         return None
     if not has_split(data, data.val_split):
         reporter.log(

@@ -106,12 +106,12 @@ class Objective:
             temperature: divisor of both outputs before they are compared.
             feature_weight: weight of the blocks' errors.
             smoothing: label smoothing.
-            classes: number of classes; 0 for a model that gives features.
+            classes: number of classes; with fewer than two, outputs are compared by their squared error.
         """
         self.teacher, self.student = teacher, student
         self.label_weight, self.feature_weight = label_weight, feature_weight
         self.temperature, self.smoothing = temperature, smoothing
-        self.divergence = ANSWERS.divergence if classes > 0 else _relative_error
+        self.divergence = ANSWERS.divergence if classes > 1 else _relative_error
 
     def teacher_targets(self, images: Tensor) -> Tensor | None:
         """Return the teacher's outputs for ``images``; None without a teacher."""
@@ -149,14 +149,16 @@ class Objective:
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
     """Mean over images of the squared error in units of the teacher's variance of the same image.
 
-    With the variance of the whole batch the loss would depend on how processes share a step's images.
+    With the variance of the whole batch the loss would depend on how processes share a step's images. A
+    single value has no variance within its image; its error has the unit of the output.
 
     Args:
         outputs: [B, ...].
         teacher: [B, ...].
     """
     error = (outputs - teacher).flatten(1).square().mean(1)
-    return (error / teacher.flatten(1).var(1).clamp_min(1e-12)).mean()
+    values = teacher.flatten(1)
+    return (error / values.var(1).clamp_min(1e-12) if values.shape[1] > 1 else error).mean()
 
 
 def check_matching(student: Blocks, teacher: Blocks) -> None:

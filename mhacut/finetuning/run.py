@@ -19,7 +19,7 @@ from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
@@ -197,6 +197,11 @@ def _training_images(
 ) -> tuple[TrainingImages, StepBatches]:
     training, teaching = options.training, options.teaching
     has_teacher = teaching.teacher is not None
+    if classes < 2 and not has_teacher:
+        found = "has no classifier" if classes == 0 else "has a single output"
+        raise UsageError(
+            f"{options.checkpoint}: {found}, so labels teach it nothing; give a {option_name('teacher')}"
+        )
     images = training_images(
         options.data,
         preprocessing,

@@ -6,13 +6,17 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import mhacut
+from helpers.checkpoints import make_slim
 from helpers.cli import run
+from helpers.files import save_dense
 from helpers.finetuning import same, weights
 from mhacut.checkpoint.load import open_checkpoint
+from mhacut.errors import UsageError
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches
@@ -207,3 +211,18 @@ def test_every_image_comes_once_an_epoch_and_partners_share_a_part(batch_size, p
                 if batch_size % 2 == 0:
                     assert [partner[index] for index in indices] == indices[::-1]
         assert len(seen) == len(set(seen)) == 47 // (batch_size * parts) * batch_size * parts
+
+
+def test_a_single_output_is_learnt_from_the_teacher_and_not_from_labels(tiny_vit, images, tmp_path):
+    dense, slim = tmp_path / "dense.safetensors", tmp_path / "slim.safetensors"
+    args = {**tiny_vit.args, "num_classes": 1}
+    torch.manual_seed(0)
+    save_dense(timm.create_model(tiny_vit.architecture, **args), dense)
+    make_slim(dense, slim, model=tiny_vit.architecture, model_args=args)
+    given = {"data_dir": images, "batch_size": 12, "lr": 1e-3, "aug": False, "workers": 0}
+    result = mhacut.finetune(slim, teacher=dense, epochs=4, output=tmp_path / "run", **given)
+    losses = [row.train_loss for row in result.epochs]
+    assert 0 < losses[-1] < 0.7 * losses[0]
+    assert result.after is None  # all images are of the only class
+    with pytest.raises(UsageError, match="has a single output, so labels teach it nothing; give a teacher"):
+        mhacut.finetune(slim, output=tmp_path / "labels", **given)
