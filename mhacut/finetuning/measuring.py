@@ -54,20 +54,21 @@ def measure(
     images: EvaluationLoader,
     processes: Processes,
     *,
-    amp: bool,
     progress: Callable[[int, int], None],
 ) -> Evaluation:
     """Return the accuracy of ``model`` over the images of all processes, each of which must call this.
+
+    It is measured in float32 also where training is in mixed precision, so that it compares with what
+    ``prune`` and ``evaluate`` report.
 
     Args:
         model: a classifier, moved to the processes' device.
         images: this process's share.
         processes: processes that share them.
-        amp: compute under autocast, in bfloat16.
         progress: called after each batch with (batches done, batches in all).
     """
     with processes.together():
-        found = evaluate(model, images, device=processes.device, amp=amp, progress=progress)
+        found = evaluate(model, images, device=processes.device, progress=progress)
     if processes.size == 1:
         return found
     top5, loss = found.top5 or 0.0, found.loss or 0.0

@@ -107,7 +107,7 @@ class Run:
                 request.answered = True
                 self.reporter.log("stopping once this is measured and saved; interrupt again to stop at once")
 
-        return measure(model, self.validation, self.processes, amp=self.options.amp, progress=progress)
+        return measure(model, self.validation, self.processes, progress=progress)
 
 
 def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:

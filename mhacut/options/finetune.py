@@ -306,7 +306,7 @@ class FinetuneOptions(DeviceOptions):
     training: TrainingOptions = field(default_factory=TrainingOptions)
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    amp: bool = option(False, "Train in mixed precision.", panel="Computing")
+    amp: bool = option(False, "Train in mixed precision; accuracy is measured in float32.", panel="Computing")
     compile: bool = option(False, "Compile the model with torch.compile.", panel="Computing")
     log: str | None = option(
         None,

@@ -278,7 +278,7 @@ class FinetuneKeywords(
     eval_images: int | None
     """Validation images to measure accuracy on; all by default, 0 for none."""
     amp: bool
-    """Train in mixed precision. Default: False."""
+    """Train in mixed precision; accuracy is measured in float32. Default: False."""
     compile: bool
     """Compile the model with torch.compile. Default: False."""
     log: str | None

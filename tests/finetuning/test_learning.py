@@ -123,6 +123,13 @@ def test_the_average_is_what_is_written(tune):
     assert same(state["model"], weights(folder.parent / "plain"))
 
 
+def test_accuracy_of_mixed_precision_is_what_evaluate_measures(tune, slim, images):
+    result = tune(amp=True, epochs=1)
+    for measured, file in ((result.before, slim), (result.after, result.output)):
+        expected = mhacut.evaluate(file, data_dir=images, workers=0).evaluation
+        assert (measured.top1, measured.loss) == (expected.top1, expected.loss)
+
+
 def test_clipping_by_agc_leaves_the_head_alone_as_timm_does(tune, monkeypatch):
     clipped = []
     monkeypatch.setattr(
