@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,10 +43,15 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     folder = given.get("resume")
     if folder is None:
         return given
+    if given.get("overwrite"):
+        raise UsageError(
+            f"{option_name('overwrite', True)}: would remove the run that {option_name('resume', folder)} "
+            "continues; give one of them"
+        )
     known = FinetuneOptions.options()
     began = {**FinetuneOptions.defaults(), **read_arguments(folder)}
     for name, value in given.items():
-        if name == "output" and str(value) != str(folder):
+        if name == "output" and value is not None and os.path.realpath(value) != os.path.realpath(folder):
             raise UsageError(
                 f"{option_name('output', value)}: a resumed run writes to its own directory, {folder}"
             )

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import mhacut
+from helpers.cli import run as cli
 from helpers.finetuning import CLASSES, Killed, resume, same, weights
 from helpers.jobs import Recorder
 from mhacut.errors import CheckpointError, Interrupted, MhacutError, OutputError, UsageError
 from mhacut.finetuning import measuring as measuring_module
 from mhacut.finetuning import saving
-from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.folder import RunFolder, read_arguments
+from mhacut.finetuning.resuming import completed
 from mhacut.finetuning.training import Trainer
 from mhacut.runtime.files import unlock, write_whole
 
@@ -185,6 +187,25 @@ def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
     assert resume(finished, reporter=reporter).epochs == finished_run.epochs
     assert "all 6 steps are done; there is nothing left to train" in reporter.messages
     assert not any(message.startswith("training on") for message in reporter.messages)
+
+
+def test_a_resumed_run_writes_to_its_own_directory_whatever_its_name(finished_run, tmp_path, monkeypatch):
+    folder = finished_run.folder
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    for output in ("./run", "run/", folder, tmp_path / "link", None):
+        assert completed({"resume": "run", "output": output})["output"] == "run"
+    with pytest.raises(UsageError, match="output='other': a resumed run writes to its own directory, run"):
+        completed({"resume": "run", "output": "other"})
+    own = read_arguments("run")  # as --config run/args.yaml gives them
+    assert completed({**own, "resume": "run"}) == {**own, "resume": "run", "output": "run"}
+
+
+def test_no_run_is_both_continued_and_started_again(finished):
+    result = cli("finetune", "--resume", finished, "--overwrite")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"--overwrite: would remove the run that --resume {finished} continues" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, monkeypatch):
