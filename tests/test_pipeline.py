@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mhacut
+from helpers.data import write_image
 from helpers.jobs import Recorder
 from helpers.models import build, image, relative
 from helpers.programs import BY_TWO, free_port
@@ -225,6 +226,23 @@ def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=reporter)
     assert result.slim.evaluation is None
     assert any("accuracy is not measured: no labelled split 'val'" in note for note in reporter.messages)
+
+
+def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_for(tiny_vit, tmp_path):
+    root, slim = tmp_path / "images", tmp_path / "slim.safetensors"
+    for split in ("train", "val"):
+        for number in range(8):
+            write_image(root / split / f"{number}.png", 20 * number)
+    reporter = Recorder()
+    result = prune(tiny_vit, slim, data_dir=root, workers=0, reporter=reporter)
+    assert result.slim.evaluation is None
+    assert [note for note in reporter.messages if note.startswith("accuracy is not measured")] == [
+        f"accuracy is not measured: {root / 'val'}: images without class folders; accuracy needs "
+        f"val/<class>/<image>. Folders in {root}: train, val"
+    ]
+    for asked in ({"eval_images": 5}, {"max_drop": 1.0, "flops": None}):
+        with pytest.raises(DataError, match="accuracy needs val/<class>/<image>"):
+            prune(tiny_vit, slim, data_dir=root, workers=0, overwrite=True, **asked)
 
 
 def test_budgets_may_be_numbers(tiny_vit, tmp_path):

@@ -1,7 +1,7 @@
 """Images for calibration and evaluation: folders, timm's named datasets, in memory, or synthetic ones."""
 
 from mhacut.data.calibration_set import CalibrationImages, calibration_images
-from mhacut.data.evaluation_set import EvaluationLoader, evaluation_loader
+from mhacut.data.evaluation_set import EvaluationLoader, WithoutLabels, evaluation_loader
 from mhacut.data.folders import IMAGE_SUFFIXES, SPLIT_NAMES, has_split
 from mhacut.data.in_memory import ImagesInMemory
 from mhacut.data.preprocessing import Preprocessing
@@ -14,6 +14,7 @@ __all__ = [
     "EvaluationLoader",
     "ImagesInMemory",
     "Preprocessing",
+    "WithoutLabels",
     "calibration_images",
     "evaluation_loader",
     "has_split",

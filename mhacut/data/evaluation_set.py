@@ -22,6 +22,10 @@ from mhacut.runtime.signals import outlive_signals, start_reading
 from mhacut.runtime.workers import warned_once, worker_count
 
 
+class WithoutLabels(DataError):
+    """Images to measure accuracy on that lie in no class folders."""
+
+
 class EvaluationLoader:
     """Batches of (images [B, C, H, W], labels [B]) that never drop an image silently.
 
@@ -110,6 +114,7 @@ def evaluation_loader(
         part: (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
 
     Raises:
+        WithoutLabels: a folder of images without class folders.
         DataError: images or labels that are missing or do not fit the model. Unreadable images raise the same
             error at the end of a pass.
         UsageError: ``data`` names no images, or ``limit`` is below 1.
@@ -161,7 +166,7 @@ def _from_folder(
     if not folder.images:
         raise DataError(f"{folder.path}: no images; folders there: {listed(folder.classes)}")
     if not any(folder.names):
-        raise DataError(
+        raise WithoutLabels(
             f"{folder.path}: images without class folders; accuracy needs {data.val_split}/<class>/<image>. "
             f"Folders in {os.fspath(data.data_dir)}: {listed(subfolders(Path(data.data_dir)))}"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader, has_split
+from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluation_loader, has_split
 from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.options.finetune import FinetuneOptions
@@ -28,7 +28,10 @@ def validation_images(
         preprocessing: preprocessing of the model.
         classes: number of classes; with fewer than two there is no accuracy that could fall.
         processes: processes that share the images.
-        reporter: receives a message where the split is missing.
+        reporter: receives a message where the split is missing, or has no labels.
+
+    Raises:
+        DataError: the images do not fit the model; accuracy is asked for and they have no labels.
     """
     data = options.data
     if options.eval_images == 0 or classes < 2:
@@ -39,14 +42,20 @@ def validation_images(
             f"({option_name('val_split')})"
         )
         return None
-    return evaluation_loader(
-        preprocessing,
-        data,
-        num_classes=classes,
-        batch_size=max(options.training.batch_size, 64),
-        limit=options.eval_images,
-        part=(processes.rank, processes.size),
-    )
+    try:
+        return evaluation_loader(
+            preprocessing,
+            data,
+            num_classes=classes,
+            batch_size=max(options.training.batch_size, 64),
+            limit=options.eval_images,
+            part=(processes.rank, processes.size),
+        )
+    except WithoutLabels as error:
+        if options.eval_images is not None:
+            raise  # somebody asked for accuracy
+        reporter.log(f"accuracy is not measured: {error}")
+        return None
 
 
 def measure(

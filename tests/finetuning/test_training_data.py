@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.cli import FAST, run
+from helpers.data import write_image
 from helpers.finetuning import CLASSES
 from helpers.jobs import Recorder
 from mhacut.checkpoint.load import read_model
@@ -40,6 +41,21 @@ def test_missing_data_is_refused(tune, images, slim, tmp_path):
         tune(data_dir=tmp_path / "flat")
     with pytest.raises(DataError, match=r"42 images .* fewer than the 64"):
         tune(batch_size=64)
+
+
+def test_validation_images_without_labels_are_left_out_unless_accuracy_is_asked_for(tune, tiny_vit, tmp_path):
+    for split in ("train", "val"):
+        for number in range(12):
+            write_image(tmp_path / "flat" / split / f"{number}.png", 20 * number)
+    given, reporter = {"teacher": tiny_vit.path, "data_dir": tmp_path / "flat", "epochs": 1}, Recorder()
+    result = tune(reporter=reporter, **given)
+    assert (result.steps, result.after) == (1, None)
+    assert any(
+        "accuracy is not measured" in note and "images without class folders" in note
+        for note in reporter.messages
+    )
+    with pytest.raises(DataError, match="accuracy needs val/<class>/<image>"):
+        tune("asked", eval_images=5, **given)
 
 
 def test_classes_that_are_not_the_heads_are_refused(tune, images, tmp_path):
