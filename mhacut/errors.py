@@ -71,12 +71,15 @@ def option_name(name: str, *value: object) -> str:
 
 
 @contextmanager
-def options_written_by(writer: OptionWriter) -> Iterator[None]:
-    """Let ``writer`` do what :func:`option_name` does, in all threads, until the block is left."""
+def options_written_by(writer: OptionWriter) -> Iterator[OptionWriter]:
+    """Let ``writer`` do what :func:`option_name` does, in all threads, until the block is left.
+
+    Yields the writer of before, which ``writer`` may call.
+    """
     global _write
     before, _write = _write, writer
     try:
-        yield
+        yield before
     finally:
         _write = before
 

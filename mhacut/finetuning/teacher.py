@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,7 +14,14 @@ from mhacut.checkpoint.identity import dense_args
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, PlanError, UnsupportedModelError, UsageError, option_name
+from mhacut.errors import (
+    CheckpointError,
+    PlanError,
+    UnsupportedModelError,
+    UsageError,
+    option_name,
+    options_written_by,
+)
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matching
 from mhacut.options.base import PathLike
@@ -20,6 +29,14 @@ from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.tokens import tokens_of, with_tokens
+
+_OPTIONS = {
+    "checkpoint": "teacher",
+    "model": "teacher_model",
+    "model_args": "teacher_model_args",
+    "part": "teacher_part",
+}
+"""Options of a checkpoint, and those of the teacher."""
 
 
 def make_objective(
@@ -126,7 +143,10 @@ def _checked_preprocessing(
             "teacher of the same classes"
         )
     # A file that does not state its preprocessing is taken to have that of the slim file.
-    own = preprocessing if _is_bare(loaded) else resolve_preprocessing(loaded, options.preprocessing)
+    own = preprocessing
+    if not _is_bare(loaded):
+        with _options_of_teacher():
+            own = resolve_preprocessing(loaded, options.preprocessing)
     if loaded.header is not None and loaded.header.config is not None:
         own = replace(own, input_size=preprocessing.input_size)  # a folder's model may take other sizes too
     if own.input_size != preprocessing.input_size:
@@ -141,6 +161,20 @@ def _shape(images: Preprocessing) -> str:
     return "x".join(map(str, images.input_size))
 
 
+@contextmanager
+def _options_of_teacher() -> Iterator[None]:
+    """Let messages about a checkpoint name the options of the teacher, until the block is left."""
+
+    def write(name: str, *value: object) -> str:
+        if name == "num_classes":  # an argument of the model: the teacher has no option for it
+            return before(_OPTIONS["model_args"], {name: value[0] if value else "N"})
+        return before(_OPTIONS.get(name, name), *value)
+
+    with options_written_by(write) as before:
+        yield
+
+
+@_options_of_teacher()
 def _read_teacher(teacher: PathLike, options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
     """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
     teaching = options.teaching

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.cli import FAST, run
 from helpers.data import write_image
+from helpers.files import save_dense
 from helpers.finetuning import CLASSES
 from helpers.jobs import Recorder
 from mhacut.checkpoint.load import read_model
@@ -138,6 +139,22 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
         tune(teacher=tmp_path / "other.safetensors", **given)
 
 
+def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_path):
+    deeper = timm.create_model(tiny_vit.architecture, num_classes=CLASSES, **{**tiny_vit.args, "depth": 3})
+    wider = timm.create_model(tiny_vit.architecture, num_classes=9, **tiny_vit.args)
+    given = ["finetune", slim, "--data-dir", images, "-b", "12", "-j", "0", "-o", tmp_path / "run"]
+    seven = ["--teacher-model-arg", "num_classes=7"]
+    for teacher, flags, message in (
+        (save_dense(deeper, tmp_path / "3.safetensors"), [], "expected 2: --teacher-model-arg depth=3?"),
+        (save_dense(wider, tmp_path / "9.safetensors"), seven, ": --teacher-model-arg num_classes=9?"),
+        (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: there is no such part"),
+        ("timm:resnet18", ["--teacher-model", "x"], "already names its model; leave --teacher-model out"),
+    ):
+        result = run(*given, "--teacher", teacher, *flags)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert message in result.stderr
+
+
 def test_the_teacher_is_the_part_that_is_named(tune, tiny_vit, tmp_path):
     state = load_file(tiny_vit.path)
     fewer = {name: tensor[:3] if name.startswith("head.") else tensor for name, tensor in state.items()}
@@ -146,7 +163,7 @@ def test_the_teacher_is_the_part_that_is_named(tune, tiny_vit, tmp_path):
     with pytest.raises(CheckpointError, match="has 3 classes, the slim model 7"):
         tune(teacher=path)
     assert tune("student", teacher=path, teacher_part="student", steps=1).steps == 1
-    with pytest.raises(CheckpointError, match="part='pupil': there is no such part"):
+    with pytest.raises(CheckpointError, match=": teacher_part='pupil': there is no such part"):
         tune("pupil", teacher=path, teacher_part="pupil")
 
 
