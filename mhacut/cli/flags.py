@@ -50,7 +50,7 @@ def command(
             shared = Globals(
                 quiet=given.pop("quiet"), verbose=given.pop("verbose"), as_json=given.pop("json")
             ).joined(context.obj)
-            with running(shared, flag_writer(known)) as console:
+            with running(shared, flag_writer(known), known) as console:
                 values = complete(_values(known, given.pop("config"), given))
                 made = options.from_flat(**values)
                 _check_paths(made, check_outputs)

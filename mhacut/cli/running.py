@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,10 +45,10 @@ class Globals:
 
 
 @contextmanager
-def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
+def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Iterator[Console]:
     """Give a command's body a console, and turn its errors into messages and exit codes.
 
-    Messages name options as ``writer`` writes them.
+    Messages name options as ``writer`` writes them, and of those that save memory only ``known`` ones.
 
     mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
     ``MHACUT_DEBUG=1`` shows every traceback.
@@ -84,8 +84,7 @@ def running(flags: Globals, writer: OptionWriter) -> Iterator[Console]:
             code = USAGE if isinstance(error, UsageError) else FAILED
         except Exception as error:
             if _out_of_memory(error) and not debug:
-                smaller = f"use a smaller {option_name('batch_size')}, or {option_name('device', 'cpu')}"
-                console.error(f"error: out of memory; {smaller}")
+                console.error(f"error: out of memory{_advice(known)}")
                 code = FAILED
             else:
                 code = _unforeseen(console, error)
@@ -101,6 +100,14 @@ def _unforeseen(console: Console, error: Exception) -> int:
         f"error: mhacut did not foresee this {type(error).__name__}; please report it with the lines above"
     )
     return FAILED
+
+
+def _advice(known: Collection[str]) -> str:
+    """Return what to do where memory is short, with the options of the command."""
+    ways = [f"a smaller {option_name('batch_size')}"] if "batch_size" in known else []
+    ways += [f"smaller {option_name('batch_sizes')}"] if "batch_sizes" in known else []
+    ways += [option_name("device", "cpu")] if "device" in known else []
+    return f"; use {', or '.join(ways)}" if ways else ""
 
 
 def _out_of_memory(error: Exception) -> bool:

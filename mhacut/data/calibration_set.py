@@ -61,6 +61,9 @@ def calibration_images(
     """
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
+    if data.has_images:
+        given = f"{option_name('data_dir')} and {option_name('dataset')}"
+        preprocessing.check_channels(f"; leave {given} out, no images are needed")
     if data.dataset is not None:
         return _from_named(preprocessing, data, count, seed, num_classes, use_labels)
     if data.data_dir is not None:
@@ -83,8 +86,7 @@ def _from_folder(
     if not folder.images:
         raise DataError(
             f"{folder.path}: no images found; the names of image files end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Without {option_name('data_dir')}, synthetic images are "
-            "used"
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}; without {option_name('data_dir')}, none are needed"
         )
     labelled = use_labels and any(folder.names)
     labels = [-1] * len(folder.images)

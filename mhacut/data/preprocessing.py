@@ -154,18 +154,21 @@ class Preprocessing:
         except (TypeError, ValueError) as error:
             raise DataError(f"preprocessing: {error}") from None
 
+    def check_channels(self, hint: str = "") -> None:
+        """Raise a :class:`DataError` that ends with ``hint`` if no picture is an image of the model."""
+        if self.input_size[0] not in (1, 3):
+            raise DataError(
+                f"the model takes images of {self.input_size[0]} channels, but image files are read with 1 "
+                f"or 3{hint}"
+            )
+
     def transform(self) -> Transform:
         """Return timm's evaluation transform: picture to normalised [C, H, W] float32.
 
         Raises:
             DataError: the model's images have neither one nor three channels, so no picture is one of them.
         """
-        if self.input_size[0] not in (1, 3):
-            raise DataError(
-                f"the model takes images of {self.input_size[0]} channels, but image files are read with 1 "
-                f"or 3. Leave {option_name('data_dir')} and {option_name('dataset')} out to prune it with "
-                "synthetic images"
-            )
+        self.check_channels()
         made: Transform = create_transform(
             input_size=self.input_size,
             is_training=False,

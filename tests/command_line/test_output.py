@@ -178,16 +178,26 @@ def test_own_errors_show_a_traceback_on_demand(captured):
     assert result.exit_code == 1
 
 
-def test_out_of_memory_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["prune", "--flops", "1G"], "; use a smaller --batch-size, or --device cpu"),
+        (["bench"], "; use smaller --batch-sizes, or --device cpu"),
+        (["export"], ""),  # it has neither
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_out_of_memory_says_what_to_do(monkeypatch, command, advice):
     import torch
 
     def fail(options, reporter):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mhacut.commands.prune.run_prune", fail)
-    result = run("prune", __file__, "--flops", "1G")
+    name = command[0]
+    monkeypatch.setattr(f"mhacut.commands.{name}.run_{name}", fail)
+    result = run(*command, __file__)
     assert result.exit_code == 1
-    assert result.stderr == "error: out of memory; use a smaller --batch-size, or --device cpu\n"
+    assert result.stderr == f"error: out of memory{advice}\n"
 
 
 def test_libraries_are_shown_with_v_only(monkeypatch):

@@ -18,7 +18,7 @@ def test_missing_places_are_named(tmp_path) -> None:
     with pytest.raises(DataError, match="is a file"):
         calibrated(PLAIN, count=1, seed=0, data_dir=file)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match=r"no images found; .*; without data_dir, none are needed$"):
         calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "empty")
     with pytest.raises(UsageError, match="data_dir or dataset"):
         evaluated(PLAIN, batch_size=1, workers=0, num_classes=3)
