@@ -262,6 +262,14 @@ def test_shapes_of_a_converted_file_read_no_weights(folder):
             {"mean": [0.0] * 3, "std": [1.0] * 3},
         ),
         (
+            {"image_mean": [127.5] * 3, "image_std": [127.5] * 3, "do_rescale": False},
+            {"mean": [0.5] * 3, "std": [0.5] * 3},
+        ),
+        (
+            {"do_rescale": False, "do_normalize": False, "rescale_factor": 1 / 255},
+            {"mean": [0.0] * 3, "std": [1 / 255] * 3},
+        ),
+        (
             {"image_mean": [1, 1, 1], "image_std": [2, 2, 2], "do_normalize": False},
             {"mean": [0.0] * 3, "std": [1.0] * 3},
         ),

@@ -27,9 +27,9 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     Raises:
         CheckpointError: a value is of another type or out of bounds.
     """
-    scale = 1.0
-    if processor.flag("do_rescale", True) and "rescale_factor" in processor:
-        scale = 255 * processor.number("rescale_factor") or 1.0
+    scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
+    if processor.flag("do_rescale", True):
+        scale *= processor.number("rescale_factor", 1 / 255) or 1 / 255
     mean, std = [0.0] * channels, [1.0] * channels
     normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
     if processor.flag("do_normalize", normalises):
