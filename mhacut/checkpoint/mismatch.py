@@ -132,7 +132,7 @@ def _hints(
     if "fc_norm.weight" in unexpected and "norm.weight" in missing:
         hints.append(f"the file has fc_norm instead of norm: {_arg(global_pool='avg')}?")
     if any(re.match(r"head", name) for name in missing + unexpected + other):
-        rows = found["head.weight"].shape[0] if "head.weight" in other else None
+        rows = next(iter(found["head.weight"].shape), None) if "head.weight" in other else None
         if rows is None:
             hints.append(f"the head differs: {option_name('num_classes')} (0 for no classifier)?")
         elif rows != wanted["head.weight"].shape[0]:

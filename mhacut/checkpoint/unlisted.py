@@ -39,13 +39,13 @@ def unlisted_models(shapes: Shapes, args: Mapping[str, Any]) -> Iterator[str]:
     import timm
 
     another_timm = timm.__version__ != read_table().timm
-    patch = shapes.get("patch_embed.proj.weight", shapes.get("embeds.proj.weight", (0,)))[-1]
+    patch = shapes.get("patch_embed.proj.weight", shapes.get("embeds.proj.weight", ()))[-1:]
     for family, telltale in {**_FLATTEN, **(_OF_TIMM if another_timm else {})}.items():
         if not any(name.startswith(telltale) for name in shapes):
             continue
         for name in timm.list_models(module=family):
             named_patch = re.search(r"patch(\d+)", name)
-            if patch and "patch_size" not in args and named_patch and int(named_patch[1]) != patch:
+            if patch and "patch_size" not in args and named_patch and (int(named_patch[1]),) != patch:
                 continue
             try:
                 probe = build_skeleton(ModelIdentity(name, {"depth": 1, **args}))

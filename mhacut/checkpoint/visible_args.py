@@ -111,15 +111,20 @@ def _count(pattern: str, names: Iterable[str]) -> int:
 
 
 def _width(pair: _Comparison) -> Iterator[Shown]:
-    width = pair.found.get("patch_embed.proj.weight", (0,))[0]
-    if not width or width == pair.expected.get("patch_embed.proj.weight", (0,))[0]:
+    width, expected = (_rows(shapes, "patch_embed.proj.weight") for shapes in (pair.found, pair.expected))
+    if width in (0, expected):
         return
-    head = pair.found.get("blocks.0.attn.q_norm.weight", (0,))[0]
+    head = _rows(pair.found, "blocks.0.attn.q_norm.weight")
     heads = width // head if head and head < width and width % head == 0 else None
     if heads is not None:
         yield Shown("num_heads", heads, "the shape of blocks.0.attn.q_norm.weight")
     if heads is not None or "num_heads" in pair.given:
         yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
+
+
+def _rows(shapes: Shapes, name: str) -> int:
+    """First dimension of a tensor; 0 if there is no such tensor, or it has no dimensions."""
+    return next(iter(shapes.get(name, ())), 0)
 
 
 def _hidden(pair: _Comparison) -> Iterator[Shown]:

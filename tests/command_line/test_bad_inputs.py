@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import warnings
@@ -277,6 +278,15 @@ def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
     smaller = {**own, "blocks.0.attn.qkv.weight": torch.ones(100, 48)}
     assert "expected [144, 48], found [100, 48]" in inspect(smaller, *flags)
     assert "img_size" in inspect(own, *flags, "--model-arg", "img_size=64")
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "head.weight"])
+def test_one_number_for_a_weight(tiny_vit, tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(tiny_vit.path), name: torch.zeros(())}, path)
+    assert "the model cannot be identified" in refusal(tmp_path, "inspect", path)
+    message = refusal(tmp_path, "inspect", path, *tiny_vit.flags[1:], "--num-classes", "7")
+    assert re.search(rf"another shape: '{name}' expected \[[\d, ]+\], found \[\]\n", message)
 
 
 def test_attention_that_is_not_known(tiny_vit, monkeypatch):  # 29, 30
