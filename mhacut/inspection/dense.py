@@ -58,8 +58,9 @@ def read_dense(
             f"{compared}: takes images of {shown}, the checkpoint of {wanted}; give the "
             "dense model that it was made from"
         )
-    if opened.record is not None and dense.sha256 not in {
+    # A list: an untrusted history may hold what cannot be in a set.
+    if opened.record is not None and dense.sha256 not in [
         entry.get("source_sha256") for entry in opened.record.history
-    }:
+    ]:
         reporter.log(f"{dense.source} is not the file that {opened.source} was cut from")
     return dense

@@ -258,6 +258,16 @@ def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 2
     assert "javascript" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_a_history_says_was_cut_may_be_no_text(slim, tiny_vit, tmp_path):
+    def change(document):
+        document["history"][0]["source_sha256"] = ["x"]
+
+    path = stating(slim, tmp_path / "odd.safetensors", change)
+    result = run("inspect", path, "--compare", tiny_vit.path, "--calibration-images", "2")
+    assert result.exit_code == 0, result.stderr
+    assert f"is not the file that {path} was cut from" in " ".join(result.stderr.split())
+
+
 def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
     def inspect(tensors, *flags):
         save_file(tensors, tmp_path / "model.safetensors")
