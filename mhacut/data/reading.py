@@ -17,8 +17,12 @@ from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""Exceptions of Pillow for files that are no images, cut short, or absurdly large."""
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+    *(RuntimeError, AttributeError),
+)
+"""Exceptions of Pillow for files that are no images, cut short, or absurdly large; the last two are those of
+damaged AVIF, of kinds of DDS that it does not know, and of damaged SPIDER."""
 
 
 def open_image(file: Any, channels: int) -> Image.Image:

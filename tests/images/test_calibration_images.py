@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import struct
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from helpers.data import PLAIN, calibrated, evaluation, levels, write_image, write_split
 from mhacut.data import Preprocessing, has_split, synthetic_images
@@ -120,6 +121,28 @@ def test_unreadable_images_are_replaced_and_told_until_too_few_are_left(root) ->
         DataError, match=r"7 of 12 images under train/ cannot be read, which leaves 5 of the 12 needed"
     ):
         calibrated(PLAIN, count=99, seed=0, data_dir=root)
+
+
+SPIDER = struct.pack(">27f", *(1, 1, 0, 0, 1, *[0] * 6, 1, 1, *[0] * 8, 4, 4, 0, 0, 0, 1))
+DDS = b"DDS " + struct.pack("<20I4s10I", 124, 0, 16, 16, *[0] * 14, 32, 4, b"none", *[0] * 10)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(SPIDER, AttributeError), (DDS, NotImplementedError), (None, RuntimeError)]
+)
+def test_whatever_pillow_raises_is_of_one_image(root, content, kind) -> None:
+    bad = root / "train" / "ant" / "0.png"  # Pillow goes by what is in a file
+    if content is None:
+        if not features.check("avif"):
+            pytest.skip("this Pillow reads no AVIF")
+        Image.new("RGB", (16, 16)).save(bad, "AVIF")
+        whole = bad.read_bytes()
+        content = whole[:-20] + bytes(255 - byte for byte in whole[-20:])
+    bad.write_bytes(content)
+    with pytest.raises(kind), Image.open(bad) as opened:
+        opened.load()
+    chosen = calibrated(PLAIN, count=99, seed=0, data_dir=root)
+    assert "1 unreadable left out (first ant/0.png: " in chosen.description
 
 
 @pytest.mark.parametrize("count", [0, -3])
