@@ -221,6 +221,17 @@ def test_pooled_features_can_be_preserved_instead(tmp_path):
     assert not any("preserving" in each for each in messages)
 
 
+@pytest.mark.parametrize("classes", [5, 100], ids=["fewer classes than features", "more"])
+def test_pooled_features_do_not_learn_from_labels(tmp_path, classes):
+    model = build(ModelCase(VIT.architecture, {**SMALL, "num_classes": classes}))
+    images = image(VIT, batch=8), torch.arange(8) * 11 % classes
+    given = {"preserve": "pooled", "allocation": "indicator", "steps": 2, "images": images, "eval_images": 0}
+    much, none = (
+        pruned(model, tmp_path, ARGS, label_weight=weight, dry_run=True, **given)[0] for weight in (9, 0)
+    )
+    assert [step.loss for step in much.log] == [step.loss for step in none.log]
+
+
 def test_a_classifier_preserves_its_answers(tmp_path):
     model = build(ModelCase(VIT.architecture, SMALL))
     result, _ = pruned(model, tmp_path, ARGS)

@@ -136,8 +136,7 @@ def read_inputs(
     _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
-    labels = None if job.preserved is not None and job.preserved.dense else images.labels
-    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=labels)
+    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
     _expect_stages(options, replace(job, budget=limits[0][0]), validation, len(each))
     evaluated = _evaluated(dense, validation, processes, reporter)
     return tuple(

@@ -43,7 +43,7 @@ class Job:
     """Calibration images, [n, C, H, W], normalised."""
     options: SearchOptions
     labels: Tensor | None = None
-    """Classes of the images, [n], where they are known and may be used."""
+    """Classes of the images, [n], where they are known and may be used; answers alone learn from them."""
     round_to: int = 8
     """Widths are multiples of it, or the dense width."""
     amp: bool = False
@@ -114,11 +114,8 @@ class Job:
 
     def distillation(self, calibration: Calibration) -> Distillation:
         """Return the calibration images with the dense model's outputs, held-out images first."""
+        preserved = calibration.preserved
+        labels = self.labels if preserved.measure == "answers" else None  # features are no classes
         return Distillation(
-            self.images,
-            calibration.teacher,
-            self.labels,
-            self.options,
-            preserved=calibration.preserved,
-            amp=self.amp,
+            self.images, calibration.teacher, labels, self.options, preserved=preserved, amp=self.amp
         )
