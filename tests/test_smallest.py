@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 import mhacut
 from helpers.cli import FAST, run
 from helpers.jobs import Recorder
+from helpers.models import ModelCase, build
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.pruning import planner
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
+from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.merging import set_merged
 
 # --- search ---
 
@@ -180,6 +184,57 @@ def test_a_bound_on_accuracy_needs_labels(digits_vit, tmp_path, options, message
             **QUICK,
             **options,
         )
+
+
+@pytest.fixture
+def averaging():
+    """A ViT that pools all tokens, so that none is dead, and arguments to prune it as a module."""
+    args = {"depth": 2, "embed_dim": 64, "num_heads": 2, "patch_size": 8}
+    args |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
+    return build(ModelCase("vit_tiny_patch16_224", {**args, "img_size": 32})), args
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "attention", "round_to": 32}, "scope='attention' and round_to=32: the model's .* FLOPs"),
+        ({"exclude": ("*",)}, r"scope='attention\+mlp', round_to=8 and exclude='\*': the model's .* FLOPs"),
+    ],
+)
+def test_a_bound_is_refused_before_the_work_where_no_width_can_change(
+    averaging, tmp_path, monkeypatch, options, message
+):
+    model, args = averaging
+    monkeypatch.setattr("mhacut.pruning.job.calibrate", lambda *args, **options: pytest.fail("calibrated"))
+    with pytest.raises(BudgetError, match=f"nothing to prune with {message} are the lowest"):
+        mhacut.prune(
+            model, model_args=args, max_kl=0.1, output=tmp_path / "slim.safetensors", **QUICK, **options
+        )
+
+
+def test_the_search_goes_down_to_the_model_that_merges_every_token(averaging, monkeypatch):
+    model, args = averaging
+    lowest = copy.deepcopy(model)
+    set_merged(lowest, (8, 4))  # half of 16 patches, and half of what is left
+
+    def stop(bracket, *others):
+        raise BudgetError(f"from {bracket.low}")
+
+    monkeypatch.setattr(prune_cut, "smallest_within", stop)
+    options = {"scope": "attention+mlp+tokens", "exclude": ("*",), "dry_run": True, **QUICK}
+    with pytest.raises(BudgetError, match=f"from {measure_flops(lowest, (3, 32, 32))}"):
+        mhacut.prune(model, model_args=args, max_kl=1.0, **options)
+
+
+@pytest.mark.slow
+def test_the_smallest_model_merges_as_many_tokens_as_the_bound_allows(averaging):
+    model, args = averaging
+    options = {"scope": "attention+mlp+tokens", "exclude": ("*.mlp",), "dry_run": True, **QUICK}
+    found = mhacut.prune(model, model_args=args, max_kl=1e6, **options)
+    assert found.plan.tokens.merged == (8, 4)
+    lowest = math.ceil(1000 * found.slim.flops / found.dense.flops) / 10
+    with pytest.raises(BudgetError, match=rf"the lowest is .*\({lowest}% of"):
+        mhacut.prune(model, model_args=args, flops="5%", **options)
 
 
 # --- many budgets ---

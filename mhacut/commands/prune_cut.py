@@ -184,7 +184,8 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
     """
     job, judge = inputs.job, _Judge(inputs, planner, reporter)
     highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
-    bracket = Bracket(lowest_flops(job.allowed, job.table.flops), highest, _width_step(job))
+    lowest = lowest_flops(job.allowed, (job.fewest or job.table).flops)
+    bracket = Bracket(lowest, highest, _step(job))
 
     def attempt(budget: int) -> Trial[CutModel]:
         found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner)
@@ -209,8 +210,8 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
     return best.found
 
 
-def _width_step(job: Job) -> int:
-    """FLOPs of the most expensive single width step from the dense model."""
+def _step(job: Job) -> int:
+    """FLOPs of the most expensive single width step from the dense model; 1 % of all if widths are fixed."""
     whole = {key: widths[-1] for key, widths in job.allowed.items()}
     dense = job.table.flops(whole)
     steps = [
@@ -218,7 +219,7 @@ def _width_step(job: Job) -> int:
         for key, widths in job.allowed.items()
         if len(widths) > 1
     ]
-    return max(int(max(steps, default=1)), 1)
+    return max(int(max(steps, default=dense // 100)), 1)
 
 
 def _expected(planner: Planner) -> Callable[[int], float]:

@@ -227,6 +227,7 @@ def _job(
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
+        fewest=fewest,
         preserved=preserved,
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
@@ -234,9 +235,9 @@ def _job(
     targets, time_target = asked
     times: TimeTable | TimeCurve | None = None
     if time_target is not None:
-        times = time_target.table(job, counted) if fewest is None else time_target.curve(job, fewest)
+        times = time_target.curve(job) if merges else time_target.table(job, counted)
     reach = Reach(options, loaded, job, times)
-    limits = [reach.limits(own, fewest) for own in targets]
+    limits = [reach.limits(own) for own in targets]
     for own, (flops, _) in zip(targets, limits, strict=True):
         budget = own["flops"]
         if budget is not None and table.flops({}) <= flops < table.dense:

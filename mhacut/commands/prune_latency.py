@@ -26,7 +26,6 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.widths import lowest_flops
-from mhacut.surgery.costs import CostTable
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.merging import prefix_attended
 from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
@@ -150,18 +149,18 @@ class TimeTarget:
         self.times = table
         return table
 
-    def curve(self, job: Job, fewest: CostTable) -> TimeCurve:
+    def curve(self, job: Job) -> TimeCurve:
         """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
 
         Args:
             job: what is to be cut, where tokens may be merged.
-            fewest: FLOPs with all mergeable tokens merged.
         """
+        assert job.fewest is not None
         self.stopwatch.start("timing layers")
         least = {key: widths[0] for key, widths in job.allowed.items()}
         alone = [job.model, _cut(job.model, job, least)]
         found = self.stopwatch.beside([*alone, *map(with_all_merged, alone)], seconds=_WHOLE_SECONDS)
-        flops = [int(table.flops(widths)) for table in (job.table, fewest) for widths in ({}, least)]
+        flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
         models = list(zip(flops, found.ratios[1:], strict=True))
         dense = round(1e6 * found.milliseconds[0])
         cut = [model for model in models[:2] if model[0] < job.table.dense]

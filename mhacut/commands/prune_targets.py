@@ -24,7 +24,6 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.reachable import reachable_amounts
 from mhacut.pruning.widths import lowest_flops
-from mhacut.surgery.costs import CostTable
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.storage import Dtypes, byte_table, count_bytes, parameter_table
 
@@ -78,12 +77,11 @@ class Reach:
         self.options, self.loaded, self.job, self.times = options, loaded, job, times
         self.dtypes = stored_dtypes(loaded, job.model)
 
-    def limits(self, targets: Targets, fewest: CostTable | None) -> tuple[int, Limits]:
+    def limits(self, targets: Targets) -> tuple[int, Limits]:
         """Return the FLOPs that the targets allow, and the limits on parameters, bytes and time.
 
         Args:
-            targets: of one file.
-            fewest: FLOPs with all mergeable tokens merged; None if tokens are not merged.
+            targets: of one file; none where a bound on the loss decides.
 
         Raises:
             BudgetError: a budget is out of reach, or there is nothing to prune.
@@ -91,7 +89,7 @@ class Reach:
         job, table, choices = self.job, self.job.table, self.job.allowed
         least = {key: widths[0] for key, widths in choices.items()}
         dense: dict[Resource, int] = {"flops": table.dense}
-        costs: dict[Resource, Any] = {"flops": (fewest or table).flops}
+        costs: dict[Resource, Any] = {"flops": (job.fewest or table).flops}
         copies = self.options.search.positions != "equal"
         if targets["params"] is not None:
             stored = parameter_table(job.model, job.prunable, least, copies=copies)
@@ -101,12 +99,12 @@ class Reach:
             dense["size"] = count_bytes(self.loaded.model, self.dtypes)
             costs["size"] = self._file_size(stored.at, least)
         if self.times is not None:
-            dense["max_latency"], costs["max_latency"] = self.times.dense, self._time(fewest)
+            dense["max_latency"], costs["max_latency"] = self.times.dense, self._time()
         lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
         if self.times is not None:
             lowest["max_latency"] = lowest_time(costs["max_latency"], job)
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
-        scope += "+tokens" if fewest else ""
+        scope += "+tokens" if job.fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
         named += [(name, value) for name, value, _ in job.constraints.without_each()]
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
@@ -120,14 +118,14 @@ class Reach:
         ]
         return min(amounts.get("flops", table.dense), table.dense), tuple(storage)
 
-    def _time(self, fewest: CostTable | None) -> Callable[[Mapping[UnitKey, int]], int]:
+    def _time(self) -> Callable[[Mapping[UnitKey, int]], int]:
         """Return the nanoseconds per batch at widths; if tokens may be merged, with all of them or none."""
         times = self.times
         if not isinstance(times, TimeCurve):
             assert times is not None
             return times.at
-        assert fewest is not None
-        tables = ((self.job.table, False), (fewest, True))
+        assert self.job.fewest is not None
+        tables = ((self.job.table, False), (self.job.fewest, True))
         return lambda widths: min(times.at(int(t.flops(widths)), merges=merges) for t, merges in tables)
 
     def _file_size(self, tensors: Any, least: Mapping[UnitKey, int]) -> Any:

@@ -51,6 +51,8 @@ class Job:
     reporter: Reporter = SILENT
     merges_tokens: bool = False
     """Whether the budget is shared by channels and tokens."""
+    fewest: CostTable | None = None
+    """FLOPs with all mergeable tokens merged, where the budget is shared; None otherwise."""
     preserved: Preserved | None = None
     """Outputs of the model to preserve; None for the model's own outputs."""
     merged: tuple[int, ...] = ()

@@ -18,15 +18,19 @@ def reachable_amounts(
     Costs grow with every width, so that budgets which can each be reached can be reached together.
 
     Args:
-        asked: as the user wrote them.
+        asked: as the user wrote them; none where a bound on the loss decides.
         dense: amounts of the model as it was read.
         lowest: amounts at the least widths, with all mergeable tokens merged if merging is asked for.
         options: those that decide how low a budget may be, for errors.
 
     Raises:
-        BudgetError: the model already meets all of them, or exceeds one even at the least widths.
+        BudgetError: the model already meets all of them, or exceeds one even at the least widths; without
+            budgets, no model has fewer FLOPs.
     """
     if not asked.budgets:
+        if lowest["flops"] >= dense["flops"]:
+            have = f"the model's {format_amount(dense['flops'], 'flops')} FLOPs"
+            raise BudgetError(f"nothing to prune with {_listed(options)}: {have} are the lowest")
         return {}
     amounts = {budget.resource: budget.amount(dense[budget.resource]) for budget in asked.budgets}
     if all(amount >= dense[resource] for resource, amount in amounts.items()):
@@ -49,5 +53,9 @@ def _out_of_reach(asked: Budget, dense: int, lowest: int, options: Sequence[str]
     return (
         f"{option_name(asked.resource, asked.text)} is out of reach: the lowest is "
         f"{format_amount(lowest, asked.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
-        f"{format_amount(dense, asked.resource)}) with {', '.join(options[:-1])} and {options[-1]}{meant}"
+        f"{format_amount(dense, asked.resource)}) with {_listed(options)}{meant}"
     )
+
+
+def _listed(options: Sequence[str]) -> str:
+    return f"{', '.join(options[:-1])} and {options[-1]}"
