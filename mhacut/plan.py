@@ -147,14 +147,6 @@ class TokenPlan:
         """Whether the plan changes anything."""
         return self.read is not None or bool(self.merged)
 
-    def after(self, earlier: TokenPlan) -> TokenPlan:
-        """Combine this plan with ``earlier``, which was applied before it.
-
-        What this plan states replaces what ``earlier`` states.
-        """
-        read = earlier.read if self.read is None else self.read
-        return TokenPlan(read, self.merged or earlier.merged)
-
     def to_json(self) -> dict[str, Any]:
         """Return a plain object that :meth:`from_json` reads back.
 
@@ -215,12 +207,15 @@ class Plan:
         return {unit.key: unit.width for unit in self.units}
 
     def after(self, earlier: Plan) -> Plan:
-        """Combine this plan with ``earlier``, which was made before it, in the indices of the dense model."""
+        """Combine this plan with ``earlier``, which was made before it, in the indices of the dense model.
+
+        Units that this plan does not name stay as ``earlier`` left them; its tokens replace the earlier ones.
+        """
         before = {unit.key: unit for unit in earlier}
         now = {unit.key: unit for unit in self}
         merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]
         merged += [unit for key, unit in now.items() if key not in before]
-        return Plan(tuple(merged), self.tokens.after(earlier.tokens))
+        return Plan(tuple(merged), self.tokens)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the units as a list of plain objects that :meth:`from_json` reads back, without ``tokens``.

@@ -7,6 +7,8 @@ import pytest
 import mhacut
 from helpers.data import write_split
 from helpers.models import ModelCase, build, slow_but
+from mhacut.plan import TokenPlan
+from mhacut.pruning.choose_merges import MergeSearch
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import tokens_of
@@ -52,6 +54,22 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
     assert tokens_of(second) == tokens_of(first)
     widths = [sum(unit.width for unit in find_prunable_layers(m).units()) for m in (first, second)]
     assert widths[1] < widths[0]
+
+
+@pytest.mark.slow
+def test_a_file_can_be_pruned_again_to_merge_nothing(merged_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(MergeSearch, "schedules", [()])  # channels alone are expected to cost less
+    again = mhacut.prune(
+        merged_file,
+        flops="90%",
+        scope="attention+mlp+tokens",
+        output=tmp_path / "again.safetensors",
+        effort="fast",
+        calibration_images=12,
+        round_to=4,
+        latency=False,
+    )
+    assert tokens_of(mhacut.load_model(again.output)) == again.plan.tokens == TokenPlan(read=1)
 
 
 @pytest.mark.parametrize("format", slow_but({"pt2"}, ["pt2", "onnx", "timm"]))

@@ -108,12 +108,16 @@ def test_documents_from_elsewhere_are_refused(document):
         Plan.from_json(document)
 
 
-def test_plans_of_tokens_go_through_json_and_add_up():
+def test_a_later_plan_states_all_tokens_that_are_left_out_or_merged():
+    first = Plan((), TokenPlan(read=1, merged=(1, 1)))
+    for later in (TokenPlan(read=1), TokenPlan(read=1, merged=(2, 0))):
+        assert Plan((), later).after(first).tokens == later
+
+
+def test_plans_of_tokens_go_through_json():
     for plan in (TokenPlan(), TokenPlan(read=2), TokenPlan(merged=(0, 3)), TokenPlan(1, (4,))):
         assert TokenPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert bool(plan) == (plan != TokenPlan(merged=(0, 0)))
-    both = Plan((), TokenPlan(merged=(2, 0))).after(Plan((), TokenPlan(read=1, merged=(1, 1))))
-    assert both.tokens == TokenPlan(read=1, merged=(2, 0))
     assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(read=1)
 
 
