@@ -26,6 +26,7 @@ from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
+from properties.cases import CASES
 
 SMALL = {
     "depth": 2,
@@ -267,6 +268,50 @@ def test_layers_that_do_not_exist_are_refused_with_their_neighbours(tmp_path):
     with pytest.raises(UsageError, match=r"'blocks\.0\.mlp\.fc1' may change its shape.*'blocks\.0\.mlp'"):
         pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0.mlp.fc1")
     assert not list(tmp_path.iterdir())
+
+
+PYRAMIDS = {
+    **{
+        name: CASES[name]
+        for name in (
+            "davit.WindowAttention",
+            "gcvit.WindowAttentionGlobal",
+            "tiny_vit.Attention, model",
+            "edgenext.CrossCovarianceAttn, model",
+            "maxxvit.AttentionCl, maxvit_rmlp_pico_rw_256",
+            "metaformer.Attention",
+            "swin_transformer.WindowAttention",
+        )
+    },
+    # Its first stage has as many channels as rows and columns.
+    "pvt_v2": CASES["pvt_v2.Attention"],
+    "pvt_v2, of odd sizes": ModelCase(
+        "pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}, (50, 84)
+    ),
+    "mobilevit": ModelCase("mobilevit_xxs", {}, 64),
+}
+"""Their stages give [B, C, H, W] around layers on other layouts, but for swin's."""
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+@torch.no_grad()
+def test_stages_give_the_channels_of_features_only(name):
+    case = PYRAMIDS[name]
+    model, x = build(case), image(case)
+    modules = [each["module"] for each in model.feature_info]
+    stages = find_layers(model, modules, find_prunable_layers(model), x[:1]).of(model, x)
+    levels = find_pyramid(model, x[:1]).of(model, x)
+    for number, (stage, level) in enumerate(zip(stages, levels, strict=True)):
+        assert torch.equal(stage, level), number
+
+
+@torch.no_grad()
+def test_windows_of_as_many_tokens_as_channels_are_not_taken_for_rows():
+    nest = CASES["nest.Attention"]
+    model, x = build(nest), image(nest, batch=1)
+    names = [f"levels.{level}{within}" for level in range(3) for within in ("", ".transformer_encoder.0")]
+    dims = find_layers(model, names, find_prunable_layers(model), x).channel_dims
+    assert dims == (1, -1) * 3
 
 
 def test_outputs_of_layers_are_read_without_a_trace():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.info import classifier_size
+from mhacut.surgery.layout import channel_dims
 
 Source = Literal["output", "pooled", "tokens", "pyramid", "layers"]
 PLAIN_LEVELS = 3
@@ -128,8 +129,11 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
     """
     if not hasattr(model, "forward_features"):
         raise UnsupportedModelError("it has no forward_features, which would give its tokens")
-    (found,) = _Reader(model, Features("tokens"))(image)
-    return Features("tokens", channel_dims=(_channel_dim(found, "forward_features", model, prunable, image),))
+    run = _Reader(model, Features("tokens"))
+    (found,) = run(image)
+    _check_map(found, "forward_features", image)
+    dims = channel_dims(model, run, prunable.layers[-1:], image)
+    return Features("tokens", channel_dims=tuple(dims))
 
 
 @torch.no_grad()
@@ -176,16 +180,21 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
                 f"the output of {name!r} may change its shape when {within.name!r}, which holds it, is cut; "
                 f"name {within.name!r} or a block"
             )
-    maps = _outputs_of_layers(model, names, image)
-    dims = [_channel_dim(each, name, model, prunable, image) for name, each in zip(names, maps, strict=True)]
+    for name, each in zip(names, _outputs_of_layers(model, names, image), strict=True):
+        _check_map(each, name, image)
+    last = []
+    for name in names:
+        inside = [layer for layer in prunable.layers if f"{layer.name}.".startswith(f"{name}.")]
+        last.append((inside or prunable.layers)[-1])
+    dims = channel_dims(model, lambda images: _outputs_of_layers(model, names, images), last, image)
     return Features("layers", layers=tuple(names), channel_dims=tuple(dims))
 
 
-def _channel_dim(found: object, name: str, model: Any, prunable: PrunableLayers, image: Tensor) -> int:
-    """Return the dimension of the channels in a map of tokens.
+def _check_map(found: object, name: str, image: Tensor) -> None:
+    """Check that ``found``, which ``name`` gives for ``image``, is a map of tokens.
 
     Raises:
-        UnsupportedModelError: ``found`` is no such map.
+        UnsupportedModelError: it is none.
     """
     if not isinstance(found, Tensor) or found.ndim not in (3, 4):
         shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -197,11 +206,3 @@ def _channel_dim(found: object, name: str, model: Any, prunable: PrunableLayers,
             f"{name} gives {len(found)} windows for {len(image)} images; name a block, whose output is one "
             "map per image"
         )
-    if found.ndim == 3:
-        return -1
-    inside = [layer for layer in prunable.layers if f"{layer.name}.".startswith(f"{name}.")]
-    if name == "forward_features":
-        sizes, width = (found.shape[1], found.shape[-1]), getattr(model, "num_features", None)
-        if sizes.count(width) == 1:
-            return (1, -1)[sizes.index(width)]
-    return (inside or list(prunable.layers))[-1].channel_dim
