@@ -26,6 +26,7 @@ from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.merging import set_merged
 from mhacut.surgery.slice import cut
+from properties.cases import MODELS
 
 VIT = ModelCase(
     "vit_tiny_patch16_224",
@@ -166,6 +167,27 @@ def test_each_block_is_nearer_to_the_dense_one_on_held_out_images_or_as_it_was(c
         assert "forward" not in vars(module)
         assert not module._forward_hooks
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "by_token"),
+    [
+        ("davit.WindowAttention", ["stages.0.blocks.0.0", "stages.1.blocks.0.0"], True),
+        ("edgenext.CrossCovarianceAttn, model", ["stages.1.blocks.1", "stages.3.blocks.1"], False),
+    ],
+)
+def test_errors_are_weighted_by_channel_where_a_block_gives_maps_around_layers_on_tokens(
+    monkeypatch, name, blocks, by_token
+):
+    errors = {}
+    monkeypatch.setattr(heal, "_train", lambda model, name, parts, error, *_: errors.update({name: error}))
+    bench = Bench(MODELS[name])
+    bench.healed()
+    for block in blocks:
+        _, _, aim = calls_of(bench.dense, block, bench.images)  # (B, C, H, W)
+        variance = aim[HELD:].var((0, 2, 3), correction=0)
+        torch.testing.assert_close(errors[block].channels, 1 / variance)
+        assert (errors[block].tokens is not None) == by_token
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.layout import channel_dims
 from mhacut.surgery.merge import Match, SizedTokens
 from mhacut.surgery.merging import merged_of, set_merged
 
@@ -49,6 +50,8 @@ class Block:
     name: str
     layer: Layer
     """The last prunable layer in the block; its tokens are those of the block's output."""
+    channel_dim: int = -1
+    """Dimension of the channels in the block's output, once it has run; it may not be the layer's."""
 
 
 def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
@@ -211,7 +214,15 @@ def _comparable(
     for block in found:
         within = slim.get_submodule(block.name.rpartition(".")[0])
         (passed_on if isinstance(within, nn.Sequential) else kept).append(in_slim[block.name][0].nbytes)
-    return tuple(found), 2 * (2 * max(passed_on + kept) + sum(kept))
+    return _with_channel_dims(slim, found, image), 2 * (2 * max(passed_on + kept) + sum(kept))
+
+
+def _with_channel_dims(model: nn.Module, blocks: Sequence[Block], image: Tensor) -> tuple[Block, ...]:
+    def run(images: Tensor) -> list[Tensor]:
+        return [output for (output,) in _calls(model, [block.name for block in blocks], images).values()]
+
+    dims = channel_dims(model, run, [block.layer for block in blocks], image)
+    return tuple(replace(block, channel_dim=dim) for block, dim in zip(blocks, dims, strict=True))
 
 
 def _bytes_before(block: Block, model: nn.Module, image: Tensor) -> int:
@@ -283,8 +294,7 @@ class _Error:
                 errors do not spread further.
             prefix: number of tokens that are never merged, if others are.
         """
-        dim = block.layer.channel_dim
-        aims = [_by_token(call.aim, dim) for call in calls]
+        aims = [_by_token(call.aim, block.channel_dim) for call in calls]
         count = sum(aim[..., 0].numel() for aim in aims)
         mean = torch.stack([aim.double().sum((0, 1)) for aim in aims]).sum(0) / count
         variance = torch.stack([(aim - mean).square().sum((0, 1)) for aim in aims]).sum(0) / count
@@ -295,7 +305,7 @@ class _Error:
             if last:
                 tokens = (tokens - SHRINKAGE).clamp_min(0)
             tokens = (tokens / tokens.mean()).to(aims[0])
-        return cls(dim, variance.reciprocal().to(aims[0]), tokens)
+        return cls(block.channel_dim, variance.reciprocal().to(aims[0]), tokens)
 
     def __call__(self, output: Tensor, aim: Tensor) -> Tensor:
         """Return the error, a scalar."""
