@@ -15,10 +15,11 @@ from mhacut.commands import prune_files as commands
 from mhacut.errors import MhacutError, UnsupportedModelError
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.pruning import choose_merges
-from mhacut.pruning.choose_merges import MergeSearch
+from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
 from mhacut.pruning.limits import Limit
-from mhacut.pruning.merge_law import TYPICAL, most_merged
+from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.merging import merged_of
 
 ARGS = {"depth": 3, "img_size": 96, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 VIT = ModelCase("vit_tiny_patch16_224", ARGS)
@@ -62,6 +63,42 @@ def test_schedules_go_from_no_merges_to_as_many_as_there_can_be(model, monkeypat
     assert len(some) > 5
     assert 0 < sum(some[0]) <= sum(some[-1]) <= sum(most)
     assert all(any(schedule) for schedule in some)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "most"), [(48, (4, 2, 1)), (96, (18, 9, 4)), (192, (72, 36, 18))])
+def test_tokens_are_those_of_the_images(side, most):
+    """Which are not always of the size that the model is built for."""
+    model, size = build(ModelCase(VIT.architecture, {**ARGS, "dynamic_img_size": True})), (3, side, side)
+    assert tokens_of_model(model, size) == Tokens((side // 16) ** 2 + 1, 1, 3)
+    merging = with_all_merged(model, size)
+    assert merged_of(merging) == most
+    assert merging.forward_features(torch.zeros(1, *size)).shape[1] == (side // 16) ** 2 + 1 - sum(most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [48, 192])
+def test_models_merge_tokens_of_images_that_they_are_not_built_for(tmp_path, side):
+    args = {**ARGS, "dynamic_img_size": True}
+    result = mhacut.prune(
+        build(ModelCase(VIT.architecture, args)),
+        flops="45%",
+        scope="attention+mlp+tokens",
+        output=tmp_path / "slim.safetensors",
+        model_args={key: value for key, value in args.items() if key not in ("img_size", "num_classes")},
+        img_size=side,
+        calibration_images=8,
+        latency=False,
+        effort="fast",
+    )
+    slim, size = mhacut.load_model(result.output), (3, side, side)
+    assert measure_flops(slim, size) == result.slim.flops <= result.budget
+    counts = []
+    slim.blocks[-1].register_forward_pre_hook(lambda block, args: counts.append(args[0].x.shape[1]))
+    slim(torch.zeros(1, *size))
+    merged = sum(result.plan.tokens.merged[:-1])
+    assert merged > 0
+    assert counts == [(side // 16) ** 2 + 1 - merged]
 
 
 def test_models_without_global_attention_are_refused_by_name(tmp_path):

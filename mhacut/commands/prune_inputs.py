@@ -213,7 +213,7 @@ def _job(
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(model)
     counted = with_tokens(model, replace(tokens, merged=merged))
     table = _cost_table(dense, counted, prunable, size)
-    fewest = _cost_table(dense, with_all_merged(model), prunable, size) if merges else None
+    fewest = _cost_table(dense, with_all_merged(model, size), prunable, size) if merges else None
     units = prunable.units(_KINDS[options.scope])
     job = Job(
         model=model,

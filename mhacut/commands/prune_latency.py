@@ -159,7 +159,8 @@ class TimeTarget:
         self.stopwatch.start("timing layers")
         least = {key: widths[0] for key, widths in job.allowed.items()}
         alone = [job.model, _cut(job.model, job, least)]
-        found = self.stopwatch.beside([*alone, *map(with_all_merged, alone)], seconds=_WHOLE_SECONDS)
+        alone += [with_all_merged(model, job.input_size) for model in alone]
+        found = self.stopwatch.beside(alone, seconds=_WHOLE_SECONDS)
         flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
         models = list(zip(flops, found.ratios[1:], strict=True))
         dense = round(1e6 * found.milliseconds[0])

@@ -38,6 +38,7 @@ from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.merging import set_merged, why_not_merged
 from mhacut.surgery.read import read_of
+from mhacut.surgery.replay import recorded_calls
 
 TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""
@@ -70,7 +71,7 @@ class MergeSearch:
             job: what is pruned; its model merges no tokens, and can.
             calibration: of its model.
         """
-        self.job, self.tokens = job, tokens_of_model(job.model)
+        self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
         self.last = merging_blocks(job.model, self.tokens)
         self.law = measured_law(job, calibration, self.tokens, self.last)
         self._tables: dict[Schedule, CostTable] = {}
@@ -115,7 +116,7 @@ def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
     """
     if job.merged or calibration.held == 0 or why_not_merged(job.model):
         return None
-    tokens = tokens_of_model(job.model)
+    tokens = tokens_of_model(job.model, job.input_size)
     costs, last = block_costs(job, tokens), merging_blocks(job.model, tokens)
     saved = job.table.flops({}) - job.budget
     dense = flops_of_blocks(costs, (0,) * tokens.depth, tokens)
@@ -139,9 +140,9 @@ def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Toke
     return total
 
 
-def with_all_merged(model: nn.Module) -> nn.Module:
-    """Return a copy of a plain ViT that merges every token it can: the one of the lowest FLOPs."""
-    tokens, copied = tokens_of_model(model), copy.deepcopy(model)
+def with_all_merged(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can."""
+    tokens, copied = tokens_of_model(model, size), copy.deepcopy(model)
     set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
     return copied
 
@@ -151,10 +152,13 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
     return tokens.depth - (read_of(model) is not None)
 
 
-def tokens_of_model(model: Any) -> Tokens:
-    """Return the tokens of a plain ViT."""
-    prefix = model.num_prefix_tokens
-    return Tokens(model.patch_embed.num_patches + prefix, prefix, len(model.blocks))
+@torch.no_grad()
+def tokens_of_model(model: Any, size: tuple[int, int, int]) -> Tokens:
+    """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
+    with recorded_calls(model, ["blocks.0"]) as calls:
+        model(torch.zeros(1, *size, device=next(model.parameters()).device))
+    total = calls["blocks.0"][0].args[0].shape[1]
+    return Tokens(total, model.num_prefix_tokens, len(model.blocks))
 
 
 @torch.no_grad()

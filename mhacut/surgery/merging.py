@@ -252,14 +252,16 @@ def set_merged(model: Any, merged: tuple[int, ...]) -> None:
 def check_merges(model: Any, merged: tuple[int, ...]) -> None:
     """Check that each block has the tokens that it is to merge.
 
+    How many a model has that takes images of any size depends on the image: its blocks merge at most half.
+
     Raises:
         PlanError: it does not, or the number of blocks is another.
     """
     if len(merged) != len(model.blocks):
         raise PlanError(f"plan of tokens: the model has {len(model.blocks)} blocks, the plan {len(merged)}")
-    left = model.patch_embed.num_patches
+    left, fixed = model.patch_embed.num_patches, getattr(model.patch_embed, "strict_img_size", True)
     for number, (block, count) in enumerate(zip(model.blocks, merged, strict=True)):
-        if count > left // 2:
+        if fixed and count > left // 2:
             raise PlanError(
                 f"plan of tokens: block {number} merges at most {left // 2} of the {left} patches left, "
                 f"found {count}"
