@@ -25,12 +25,18 @@ def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not Path(values["resume"]).is_dir():
         asked = option_name("resume", values["resume"])
         raise UsageError(f"{asked}: no run to continue; the directory does not exist")
-    from mhacut.finetuning.resuming import completed  # imports torch
+    from mhacut.finetuning.resuming import completed  # imports yaml, as below
 
     return completed(values)
 
 
-@command(FinetuneOptions, complete=_completed)
+def _check_folder(options: FinetuneOptions) -> None:
+    from mhacut.finetuning.folder import check_folder_before_reading
+
+    check_folder_before_reading(options)
+
+
+@command(FinetuneOptions, complete=_completed, check_outputs=_check_folder)
 def finetune(options: FinetuneOptions, console: Console) -> None:
     """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
 
@@ -50,7 +56,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     lines = [safe_table(result.rows()), ""]
     if result.improved is False:
-        from mhacut.finetuning.folder import LAST  # imports torch
+        from mhacut.finetuning.folder import LAST
 
         lines.append(
             "no epoch was better than the start, so the file holds the weights that training began with; the "

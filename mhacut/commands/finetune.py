@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.load import load_model
 from mhacut.errors import Interrupted
-from mhacut.finetuning.folder import BEST, LAST
+from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading
 from mhacut.finetuning.history import portable
 from mhacut.finetuning.logs import Logs, check_logs
 from mhacut.finetuning.result import FinetuneResult
@@ -68,6 +68,8 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
     with gathered(options.device) as processes, random_state_kept(), repeatable(options):
         check_precision(options, processes.device)
         with processes.together():
+            if processes.first:
+                check_folder_before_reading(options)  # the command line did; Python did not
             run = read_run(options, processes, reporter if processes.first else Silent())
         try:
             return _finetune(run)

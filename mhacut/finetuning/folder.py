@@ -3,6 +3,8 @@
 ``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
 resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last. If the run
 is killed before that, the steps since the previous ``state.pt`` are repeated, with the same result.
+
+Imports torch only to read and write ``state.pt``, so that a directory is checked without waiting for it.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
+from mhacut.options.base import PathLike
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.runtime.files import lock_directory, remove_temporaries, unlock, write_whole
+from mhacut.runtime.files import check_output, lock_directory, remove_temporaries, unlock, write_whole
+from mhacut.runtime.inputs import REMOTE, stem_of
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -61,6 +64,22 @@ class RunFolder:
         """Return the path of the file of this name."""
         return self.path / name
 
+    def check_new(self, read: Iterable[PathLike], *, overwrite: bool) -> None:
+        """Raise an :class:`OutputError` if no new run can be written there. Leaves nothing behind.
+
+        Args:
+            read: files that the run reads, which are never replaced.
+            overwrite: whether the files of a run that it holds may be removed.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(
+                f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
+            )
+        for name in (LAST, BEST):
+            for path in read:
+                check_output(self.file(name), overwrite=True, input_path=path)
+        self._held(overwrite)
+
     def open_new(self, *, overwrite: bool) -> int | None:
         """Make the directory of a new run, :meth:`claim` it, and return the lock.
 
@@ -70,10 +89,6 @@ class RunFolder:
         Raises:
             OutputError: it holds a run, another process is writing one, or it cannot be made.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError(
-                f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
-            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.claim()
@@ -86,7 +101,8 @@ class RunFolder:
             raise self._cannot_be_written(error) from error
         return lock
 
-    def _empty(self, overwrite: bool) -> None:
+    def _held(self, overwrite: bool) -> list[str]:
+        """Names of the files of a run that it holds; there may be some only if ``overwrite``."""
         held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
         if held and not overwrite:
             raise OutputError(
@@ -94,7 +110,10 @@ class RunFolder:
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
-        for name in held:
+        return held
+
+    def _empty(self, overwrite: bool) -> None:
+        for name in self._held(overwrite):
             self.file(name).unlink()
         self.sweep()
 
@@ -151,6 +170,8 @@ class RunFolder:
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""
+        import torch
+
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
         write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
@@ -168,6 +189,8 @@ class RunFolder:
         Raises:
             CheckpointError: the file is damaged, removed, or of another version.
         """
+        import torch
+
         path = self.file(STATE)
         if not path.exists():
             if self._epochs() > 1:  # one that was killed before its first state has no more
@@ -188,6 +211,25 @@ class RunFolder:
                 f"{path}: this mhacut can resume from version {_STATE_VERSION}, found {version!r:.50}"
             )
         return dict(state)
+
+
+def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
+    """Return the directory of the run; ``stem`` is the beginning of its default name."""
+    return RunFolder(Path(options.resume or options.output or f"{stem}-finetuned"))
+
+
+def files_read(options: FinetuneOptions) -> list[PathLike]:
+    """Return the files that a run is made from and must not replace."""
+    named = (options.checkpoint, options.teaching.teacher)
+    return [path for path in named if path is not None and not os.fspath(path).startswith(REMOTE)]
+
+
+def check_folder_before_reading(options: FinetuneOptions) -> None:
+    """Raise an :class:`OutputError` if no new run can be written, as far as its directory is known by now."""
+    if options.resume is not None or (options.output is None and not os.path.isfile(options.checkpoint)):
+        return
+    folder = folder_of(options, stem_of(Path(options.checkpoint)))
+    folder.check_new(files_read(options), overwrite=options.overwrite)
 
 
 def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from timm.layers import convert_sync_batchnorm
@@ -20,7 +19,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader
 from mhacut.errors import CheckpointError, UsageError, option_name
-from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.folder import RunFolder, folder_of
 from mhacut.finetuning.history import record_of
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
 from mhacut.finetuning.measuring import measure, validation_images
@@ -148,7 +147,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         processes=processes,
         reporter=reporter,
         loaded=loaded,
-        folder=RunFolder(Path(options.resume or options.output or f"{loaded.stem}-finetuned")),
+        folder=folder_of(options, loaded.stem),
         preprocessing=preprocessing,
         provenance=origins,
         flops=flops,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from mhacut.finetuning.folder import BEST, LAST
+from mhacut.finetuning.folder import BEST, files_read
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.resuming import check_same
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import write_weights
 from mhacut.measuring.accuracy import Evaluation
-from mhacut.runtime.files import check_output
 from mhacut.runtime.inputs import REMOTE
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
@@ -80,13 +78,7 @@ def _saved_state(run: Run) -> dict[str, Any] | None:
 
 
 def _make_directory(run: Run) -> None:
-    teacher = run.options.teaching.teacher
-    read = [run.loaded.path]
-    if teacher is not None and not str(teacher).startswith(REMOTE):
-        read.append(Path(teacher))
-    for name in (LAST, BEST):
-        for path in read:
-            check_output(run.folder.file(name), overwrite=True, input_path=path)
+    run.folder.check_new(files_read(run.options), overwrite=run.options.overwrite)
     run.lock = run.folder.open_new(overwrite=run.options.overwrite)
     run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
 

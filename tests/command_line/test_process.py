@@ -70,6 +70,10 @@ WRONG = [
     ("inspect {file} --html /proc/a.html", 1, "/proc/a.html: cannot be created in /proc: "),
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
+    ("finetune {file} -o {slim}", 1, "is a file; expected a directory for the run (--output)"),
+    ("finetune {file} -o {run}", 1, "already holds a run (args.yaml); continue it with --resume"),
+    ("finetune {file} -o /proc/new/run", 1, "cannot be created in /proc: "),
+    ("finetune --resume {run} --overwrite", 2, "--overwrite: would remove the run"),
     ("finetune --resume nowhere", 2, "--resume nowhere: no run to continue"),
     ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
     ("bench {file} nowhere.pth", 1, "no such file: nowhere.pth"),
@@ -82,6 +86,9 @@ def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
     files = {name: tmp_path / f"{name}.safetensors" for name in ("file", "slim", "empty")}
     for name, file in files.items():
         file.write_text("" if name == "empty" else "x")
+    files["run"] = tmp_path / "run"
+    files["run"].mkdir()
+    (files["run"] / "args.yaml").write_text("epochs: 2\n")
     code = (
         "import json, sys\n"
         "from mhacut.cli.app import app\n"
