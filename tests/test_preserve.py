@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_the_divergence_is_that_of_normal_distributions(case, what):
     found = float(preserved.divergence(preserved.outputs(other, x), preserved.outputs(model, x)))
     assert found == pytest.approx(expected, rel=1e-3)
     assert float(preserved.divergence(preserved.outputs(model, x), preserved.outputs(model, x))) == 0
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+@torch.no_grad()
+def test_the_divergence_of_features_does_not_depend_on_batches(classes):
+    case = ModelCase(VIT.architecture, {**SMALL, "num_classes": classes})
+    model, other = (build(case, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    x = image(case, batch=6, dtype=torch.float64)
+    job = replace(
+        job_of(model, x, options=SearchOptions(batch_size=4)), preserved=Preserved.outputs_of(model)
+    )
+    calibration = job.calibrate()
+    dense, found = model(x), other(x)
+    unit = model(x[calibration.held :]).var()
+    expected = float((found - dense).square().mean() / unit)
+    for batch_size in (1, 2, 6):
+        options = replace(job.options, batch_size=batch_size)
+        judge = replace(job, options=options).distillation(calibration)
+        assert judge.divergence_of(other) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_channel_that_never_varies_has_a_finite_weight():

@@ -14,6 +14,7 @@ from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_name
 from mhacut.plan import UnitKind
 from mhacut.pruning.preserve import Preserved
+from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.info import gives_probabilities
@@ -90,8 +91,8 @@ def compare(
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
-    measure = Preserved.outputs_of(dense).divergence
     device = next(dense.parameters()).device
+    measured = Preserved.outputs_of(dense).fitted(dense, images, batch_size, Processes(0, 1, device))
     divergence = same = 0.0
     with _LayerHooks(same_tokens, slim, tallies):
         for start in range(0, len(images), batch_size):
@@ -99,7 +100,7 @@ def compare(
             seen, found = same_tokens(batch).float(), slim(batch).float()
             expected = seen if same_tokens is dense else dense(batch).float()
             _check_same_classes(expected, found, source)
-            divergence += float(measure(found, expected)) * len(batch)
+            divergence += float(measured.divergence(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):

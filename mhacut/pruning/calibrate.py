@@ -167,9 +167,9 @@ def calibrate(
     count, held, device = len(images), held_out(len(images)), next(model.parameters()).device
     differentiated = images[held:][: 0 if fisher is None else fisher.images]
     counter = Counter(reporter, len(differentiated) + count)
-    information, preserved = FisherInformation(), Preserved.outputs_of(model)
-    if fisher is not None and fisher.preserved is not None:
-        preserved = fisher.preserved.fitted(model, images[held:], batch_size, processes)
+    asked = None if fisher is None else fisher.preserved
+    preserved = (asked or Preserved.outputs_of(model)).fitted(model, images[held:], batch_size, processes)
+    information = FisherInformation()
     if fisher is not None and len(differentiated) > 0:
         information = measure_fisher(
             model,

@@ -204,9 +204,6 @@ def _differentiate(
 
     Parts change nothing but the rounding: the projection is that of the whole batch.
     """
-    batch = None
-    if len(parts) > 1 and preserved.measure == "features":  # whose unit is their variance
-        batch = torch.cat([preserved.outputs(model, part) for part in parts])
     sizes = [len(part) for part in parts]
     noise: tuple[Tensor, ...] = ()
     for number, part in enumerate(parts):
@@ -218,10 +215,7 @@ def _differentiate(
                     torch.randn((size, *outputs.shape[1:]), generator=generator)
                 drawn = torch.randn((sum(sizes), *outputs.shape[1:]), generator=generator)
                 noise = drawn.to(outputs.device).split(sizes)
-            projected = preserved.projected(
-                outputs, noise[number], outputs.detach() if batch is None else batch
-            )
-            torch.autograd.backward(projected)
+            torch.autograd.backward(preserved.projected(outputs, noise[number]))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ so that half the squared distance is the divergence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,7 +26,7 @@ MOST_BYTES = 2**30
 """Bounds the memory of the dense model's features of all calibration images; if they need more, only every
 second token is kept, or every third, and so on."""
 FITTED_IMAGES = 64
-"""Number of images, at most, whose tokens the covariance is estimated on."""
+"""Number of images, at most, that covariances and variances are estimated on."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers"]
 Measure = Literal["answers", "features", "dense"]
@@ -43,6 +44,8 @@ class Preserved:
     features: Features
     whitenings: tuple[Whitening, ...] = ()
     """Whitening of each map of tokens, once :meth:`fitted`."""
+    variance: float = 1.0
+    """Variance of the values of all outputs, the unit of squared errors of features, once :meth:`fitted`."""
     steps: int = 1
     """Step between the tokens that are compared; 1 for all tokens."""
 
@@ -92,9 +95,9 @@ class Preserved:
             )
         if self.measure == "dense":
             return (outputs - dense).square().sum(-1).mean() / 2
-        return (outputs - dense).square().mean() / _variance(dense)
+        return (outputs - dense).square().mean() / self.variance
 
-    def projected(self, outputs: Tensor, noise: Tensor, batch: Tensor) -> Tensor:
+    def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return a random projection whose gradient g has E[g g^T] = Hessian of the divergence; a scalar.
 
         For answers sum_c eps_c sqrt(p_c) log p_c: E[g g^T] is their Fisher information.
@@ -102,20 +105,17 @@ class Preserved:
         Args:
             outputs: [B, ...].
             noise: eps, of unit variance and the shape of ``outputs``.
-            batch: outputs of all images of the batch that ``outputs`` are part of, whose variance is the unit
-                of squared errors of features.
         """
         if self.measure == "answers":
             logs = outputs.float().log_softmax(-1)
             return (noise * logs.detach().mul(0.5).exp() * logs).sum()
         if self.measure == "dense":
             return (noise * outputs).sum()
-        scale = _variance(batch.float()) * outputs[0].numel() / 2
-        return (noise * outputs.float()).sum() / scale.sqrt()
+        return (noise * outputs.float()).sum() / math.sqrt(self.variance * outputs[0].numel() / 2)
 
     @torch.no_grad()
     def fitted(self, model: nn.Module, images: Tensor, batch_size: int, processes: Processes) -> Preserved:
-        """Return the same with the whitening of the dense model's features.
+        """Return the same with the whitening, or the variance, of the dense model's features.
 
         Args:
             model: dense, eval mode.
@@ -123,29 +123,31 @@ class Preserved:
             batch_size: images at a time.
             processes: take turns batch by batch, and add up their sums.
         """
-        if not self.dense:
+        if self.measure == "answers":
             return self
         device = next(model.parameters()).device
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(images[:FITTED_IMAGES].split(batch_size)):
             if number % processes.size != processes.rank:
                 continue
-            for index, tokens in enumerate(self.features.of(model, batch.to(device))):
-                moments = Moments.of(tokens.flatten(0, 1))
+            for index, found in enumerate(self.features.of(model, batch.to(device))):
+                moments = Moments.of(found.flatten(0, 1) if self.dense else found.reshape(-1, 1))
                 rows = torch.tensor(float(moments.rows), dtype=torch.float64, device=device)
                 for name, part in (("rows", rows), ("total", moments.total), ("second", moments.second)):
                     key = f"{index} {name}"
                     sums[key] = sums[key] + part if key in sums else part
         sums = processes.summed(sums)
-        return replace(
-            self,
-            whitenings=tuple(
-                Whitening.of(
-                    Moments(int(sums[f"{index} rows"]), sums[f"{index} total"], sums[f"{index} second"])
-                )
-                for index in range(len(sums) // 3)
-            ),
-        )
+        fitted = [
+            Moments(int(sums[f"{index} rows"]), sums[f"{index} total"], sums[f"{index} second"])
+            for index in range(len(sums) // 3)
+        ]
+        if self.dense:
+            return replace(self, whitenings=tuple(map(Whitening.of, fitted)))
+        (values,) = fitted
+        if values.rows == 1:  # one value alone has no variance
+            return self
+        variance = float(values.covariance) * values.rows / (values.rows - 1)
+        return replace(self, variance=max(variance, 1e-12))
 
     @torch.no_grad()
     def thinned(self, model: nn.Module, image: Tensor, images: int) -> Preserved:
@@ -176,8 +178,3 @@ class Preserved:
 
 
 ANSWERS = Preserved("answers", "answers", Features("output"))
-
-
-def _variance(outputs: Tensor) -> Tensor:
-    """Variance of all values, above 0; 1 where there is one value alone, which has none."""
-    return outputs.var().clamp_min(1e-12) if outputs.numel() > 1 else torch.ones_like(outputs).mean()
