@@ -210,6 +210,15 @@ def test_a_vit_of_one_block_is_refused(tmp_path):
         )
 
 
+def test_of_a_single_patch_nothing_is_merged():
+    args = {"depth": 2, "embed_dim": 24, "num_heads": 3}
+    one = build(ModelCase(VIT.architecture, {**args, "img_size": 16}))
+    options = {"scope": "attention+mlp+tokens", "calibration_images": 4, "effort": "fast", "latency": False}
+    result = mhacut.prune(one, flops="80%", model_args=args, dry_run=True, **options)
+    assert result.plan.tokens.merged == ()
+    assert result.slim.flops <= result.budget
+
+
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model, monkeypatch):
     monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
     job = job_of(model, image(VIT, batch=2), share=1.0)

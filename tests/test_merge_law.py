@@ -80,6 +80,13 @@ def test_a_fit_predicts_schedules_that_were_not_measured(seed: int):
         assert 1 / 1.35 < ratio < 1.35
 
 
+@pytest.mark.parametrize("tokens", [Tokens(2, 1, 12), Tokens(5, 1, 40)], ids=["one patch", "many blocks"])
+def test_without_trials_the_law_is_the_typical_one(tokens: Tokens):
+    trials = trial_schedules(tokens, tokens.depth - 1)
+    assert trials == []
+    assert MergeLaw.fit(trials, [], tokens) == TYPICAL
+
+
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 1e-2, 0.1])
 def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
     tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 5)]

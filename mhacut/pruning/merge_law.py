@@ -75,10 +75,12 @@ class MergeLaw:
         """Return the law nearest to the logarithms of ``measured`` divergences, and to :data:`TYPICAL`.
 
         Args:
-            schedules: what was tried; each merges something.
+            schedules: what was tried; each merges something. Empty where tokens are too few for any.
             measured: their divergences from the model without merges, in nats.
             tokens: of the model.
         """
+        if not schedules:
+            return TYPICAL
         typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
         deviations = torch.tensor(_DEVIATIONS, dtype=torch.float64)
         target = torch.tensor(measured, dtype=torch.float64).clamp_min(_LEAST).log()
