@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,25 @@ def test_onnx_is_an_extra(slim_of, monkeypatch):
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MhacutError, match=r"onnxruntime.*pip install 'mhacut\[onnx\]'"):
         mhacut.export(slim_of("vit"), format="onnx")
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "says"),
+    [
+        (26, 18, r"opset=26: the installed onnxscript writes opset 18 instead; try a lower one, or opset=18"),
+        (999, 999, r"opset=999: onnxscript or ONNX Runtime fails \(.*; try a lower one, or opset=18"),
+    ],
+)
+def test_an_opset_that_nobody_here_knows_is_refused(asked, written, says, slim_of, tmp_path, monkeypatch):
+    from onnx import helper
+
+    of_model = [helper.make_opsetid("", written)]
+    proto = helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=of_model)
+    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}), model_proto=proto)
+    monkeypatch.setattr(runtimes, "_exported", lambda *_, **__: program)
+    with pytest.raises(MhacutError, match=says):
+        mhacut.export(slim_of("vit"), opset=asked, output=tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,30 @@ def _onnx(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
-    content = _onnx_content(model, images, shapes, about, options.opset)
-    return content, onnx_file_runner(content)
+    try:
+        content = _onnx_content(model, images, shapes, about, options.opset)
+        return content, onnx_file_runner(content)
+    except Exception as error:  # whatever translator and runtime make of versions that they do not know
+        if isinstance(error, MhacutError) or options.opset == _OPSET_TO_TIME:
+            raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise _refused(options.opset, f"onnxscript or ONNX Runtime fails ({reason:.150})") from error
+
+
+def _refused(opset: int, reason: str) -> MhacutError:
+    lower = option_name("opset", _OPSET_TO_TIME)
+    return MhacutError(f"{option_name('opset', opset)}: {reason}; try a lower one, or {lower}, the default")
 
 
 def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, opset: int) -> bytes:
     names = {"input_names": [INPUT], "output_names": [OUTPUT]}
     program = _exported(model, (images,), opset, dynamic_shapes=shapes, **names)
     program.model.metadata_props[METADATA] = about
-    content: bytes = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    written = max(entry.version for entry in proto.opset_import if entry.domain == "")
+    if written != opset:  # an opset beyond those that it can convert to leaves the model as it was
+        raise _refused(opset, f"the installed onnxscript writes opset {written} instead")
+    content: bytes = proto.SerializeToString()
     return content
 
 
