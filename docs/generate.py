@@ -137,15 +137,8 @@ def _facts(option: Option) -> Iterator[str]:
     choices = option.choices or ((option.metavar or "").split("|") if "|" in (option.metavar or "") else ())
     if choices:
         yield "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
-    bounds = {
-        "at least": option.at_least,
-        "above": option.above,
-        "at most": option.at_most,
-        "below": option.below,
-    }
-    limits = [f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None]
-    if limits:
-        yield ", ".join(limits).capitalize() + "."
+    if option.limits:
+        yield option.limits.capitalize() + "."
     default = option.default
     if default is True:
         yield "Default: on."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 import mhacut
 from mhacut.cli.flags import flag_writer
@@ -39,6 +41,17 @@ EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.o
         ({"effort": "fastt"}, "effort='fastt': expected one of fast, balanced, best"),
         ({"output": "x.pth"}, "output='x.pth': expected a name that ends in .safetensors"),
         ({"output": Path("x.pth")}, "output='x.pth': expected a name"),
+        ({"exclude": 3}, "exclude=3: expected text, or a list of texts"),
+        ({"exclude": ("a", 3)}, "exclude=3: expected text"),
+        ({"preserve": ["blocks.1"]}, "preserve=['blocks.1']: expected text"),
+        ({"mean": 0.5}, "mean=0.5: expected a list of numbers"),
+        ({"mean": "0.5"}, "mean='0.5': expected a list of numbers"),
+        ({"mean": ("a",)}, "mean='a': expected a number"),
+        ({"model_args": "depth=2"}, "model_args='depth=2': expected a mapping"),
+        ({"data_dir": 3}, "data_dir=3: expected a path"),
+        ({"repair": "yes"}, "repair='yes': expected True or False"),
+        ({"img_size": 32.0}, "img_size=32.0: expected a whole number"),
+        ({"checkpoint": [0] * 100}, "checkpoint: expected a path"),
         ({"data_dirr": "x"}, "no option 'data_dirr'; did you mean 'data_dir'?"),
         ({"flops": None}, "flops is missing. Budget: 2.0G"),
     ],
@@ -53,11 +66,32 @@ def test_what_must_be_given_is_asked_for():
         PruneOptions.from_flat(checkpoint="a")
 
 
-def test_numbers_of_numpy_and_none_are_values():
+def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
     made = PruneOptions.from_flat(
-        checkpoint="a", flops="50%", round_to=np.int64(4), lr=np.float32(0.5), gain_steps=None
-    )
-    assert made.round_to == 4
+        checkpoint="a",
+        flops="50%",
+        round_to=np.int64(4),
+        seed=np.int64(3),
+        lr=np.float32(0.5),
+        label_weight=1,
+        repair=np.bool_(False),
+        mean=np.full(3, 0.5, np.float32),
+        std=[np.float64(0.5)],
+        gain_steps=None,
+    ).flat()
+    assert json.loads(json.dumps(made)) == {
+        **made,
+        "mean": [0.5] * 3,
+        "std": [0.5],
+        "exclude": [],
+        "min_width": [],
+    }
+    assert (made["round_to"], made["seed"], made["lr"], made["repair"]) == (4, 3, 0.5, False)
+    assert (made["mean"], made["std"]) == ((0.5,) * 3, (0.5,))
+
+
+def test_a_device_of_torch_is_its_name():
+    assert BenchOptions(checkpoints="a", device=torch.device("cpu")).flat()["device"] == "cpu"
 
 
 def test_each_of_several_values_is_checked():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def prune_many(
     Raises:
         MhacutError: as :func:`prune`; files of earlier budgets may have been written.
     """
-    if isinstance(flops, str):
+    if isinstance(flops, str) or not isinstance(flops, Iterable):
         raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets; one is for prune")
     with reporting(reporter, progress) as shown:
         return PruneResults(_prune_all(checkpoint, tuple(map(str, flops)), shown, images, options))

@@ -66,6 +66,10 @@ class DeviceOptions(Options):
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel="Computing", metavar="NAME")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(self.device))  # torch.device("cpu") is one, too
+        super().__post_init__()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Options):

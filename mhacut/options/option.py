@@ -7,11 +7,22 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from mhacut.errors import UsageError, option_name
 
@@ -45,6 +56,17 @@ Reads = Literal["checkpoint", "data_dir", "class_map"]
 
 REQUIRED: Any = MISSING
 """Default of an option that must be given."""
+
+_NOUNS: Mapping[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    os.PathLike: "a path",
+    Mapping: "a mapping",
+}
+_LONGEST = 200
+"""Longest value, in characters, that a message about its type shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,47 +137,71 @@ class Option:
         """Possible values, where they can be listed."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
-    def check(self, value: Any) -> None:
-        """Raise a :class:`UsageError` that names the option unless ``value`` is one of its values."""
-        if value is None:
-            require(self.name, value, self.takes_none, "a value")
-            return
-        if self.choices:
-            require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
-        for ending in self.endings[:1]:
-            name = os.fspath(value)
-            require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
-        if self._bounds():
-            for part in value if self.element else (value,):
-                require(self.name, part, self._holds(part), self._expected())
-
-    def _bounds(self) -> dict[str, float]:
+    @property
+    def limits(self) -> str:
+        """Bounds in words; empty if there are none."""
         bounds = {
             "at least": self.at_least,
             "above": self.above,
             "at most": self.at_most,
             "below": self.below,
         }
-        return {words: bound for words, bound in bounds.items() if bound is not None}
+        known = {words: bound for words, bound in bounds.items() if bound is not None}
+        return ", ".join(
+            f"{words} {bound}" if isinstance(bound, int) else f"{words} {bound:.10g}"
+            for words, bound in known.items()
+        )
 
-    def _expected(self) -> str:
-        return ", ".join(f"{words} {bound:.10g}" for words, bound in self._bounds().items())
+    def check(self, value: Any) -> Any:
+        """Return ``value`` in the option's type; numbers of NumPy become Python's, which JSON can hold.
 
-    def _holds(self, value: Any) -> bool:
-        """Whether a number is within the bounds; raise a :class:`UsageError` unless it is a number."""
-        number = Integral if int in (self.kind, self.element) else Real
-        if not isinstance(value, number) or isinstance(value, bool):
-            raise UsageError(
-                f"{option_name(self.name, value)}: expected "
-                f"{'a whole number' if number is Integral else 'a number'}, {self._expected()}"
-            )
-        amount = float(value)
+        Raises:
+            UsageError: it is none of the option's values; the message names the option.
+        """
+        value = _plain(value)
+        if value is None:
+            require(self.name, value, self.takes_none, "a value")
+            return None
+        if self.choices:
+            require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
+            return value
+        if self.element is None:
+            return self._checked(value, self.kind)
+        numbers = self.element in (int, float)
+        if isinstance(value, str) and not numbers:
+            value = (value,)  # one text is one of several
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            expected = "a list of numbers" if numbers else "text, or a list of texts"
+            raise UsageError(f"{self._shown(value)}: expected {expected}")
+        return tuple(self._checked(_plain(part), self.element) for part in value)
+
+    def _checked(self, value: Any, kind: Any) -> Any:
+        """Return one value in its type, within the bounds."""
+        types = _types(kind)
+        if tuple in types:
+            return value  # one budget, or several
+        if not _is_one(value, types):
+            limits = f", {self.limits}" if self.limits else ""
+            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[types[-1]]}{limits}")
+        for ending in self.endings[:1]:
+            name = os.fspath(value)
+            require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
+        if kind not in (bool, int, float):
+            return value
+        require(self.name, value, self._holds(kind(value)), self.limits)
+        return kind(value)
+
+    def _shown(self, value: Any) -> str:
+        """Return the option with its value, or without a long one, such as a whole model."""
+        return option_name(self.name, value) if len(repr(value)) <= _LONGEST else option_name(self.name)
+
+    def _holds(self, amount: float) -> bool:
         return (
-            math.isfinite(amount)
-            and (self.at_least is None or amount >= self.at_least)
+            (self.at_least is None or amount >= self.at_least)
             and (self.above is None or amount > self.above)
             and (self.at_most is None or amount <= self.at_most)
             and (self.below is None or amount < self.below)
+            and (not self.limits or -math.inf < amount < math.inf)
         )
 
 
@@ -211,14 +257,14 @@ class Options:
     """Options of a command, in groups or on one level; flags, YAML keys and keywords are flat names.
 
     A subclass is a frozen dataclass. Its fields are made by :func:`option`, or are groups, which are
-    :class:`Options` themselves. Bounds are checked when an object is made.
+    :class:`Options` themselves. Types and bounds are checked when an object is made.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         for name, stated in self.own_options().items():
-            stated.check(getattr(self, name))
+            object.__setattr__(self, name, stated.check(getattr(self, name)))
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -301,6 +347,26 @@ class Options:
     def changed(self) -> list[str]:
         """Names of the options, those of groups excepted, that differ from their defaults."""
         return [name for name, stated in self.own_options().items() if getattr(self, name) != stated.default]
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or an array of NumPy or torch as Python's own numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _types(kind: Any) -> tuple[Any, ...]:
+    """Return the classes of which one must be the value's; None is left out."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(get_origin(part) or part for part in parts if part is not type(None))
+
+
+def _is_one(value: object, types: tuple[Any, ...]) -> bool:
+    """Whether ``value`` is of one of ``types``; whole numbers are numbers, and True is none."""
+    if types == (bool,):
+        return isinstance(value, int) and value in (0, 1)
+    if types in ((int,), (float,)):
+        return isinstance(value, Integral if int in types else Real) and not isinstance(value, bool)
+    return isinstance(value, types)
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:

@@ -83,9 +83,6 @@ class TargetOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("exclude", "min_width"):  # one pattern is one, however it was given
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         if isinstance(self.flops, tuple | list):  # one budget is one, however it was given
             several = tuple(map(str, self.flops))
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
