@@ -61,6 +61,18 @@ def test_errors_name_the_argument(values, message):
         PruneOptions.from_flat(**{"checkpoint": "a", "flops": "50%", **values})
 
 
+@pytest.mark.parametrize("command", ["prune", "inspect", "finetune"])
+def test_seeds_are_what_torch_takes(command):
+    stated = COMMANDS[command].options()["seed"]
+    for seed in (-(2**63), -1, 2**64 - 1):
+        torch.Generator().manual_seed(stated.check(seed))
+    for seed in (-(2**63) - 1, 2**64, 10**400):
+        with pytest.raises(
+            UsageError, match="expected at least -9223372036854775808, at most 18446744073709551615"
+        ):
+            stated.check(seed)
+
+
 def test_what_must_be_given_is_asked_for():
     with pytest.raises(UsageError, match=r"^flops is missing\. Budget: 2\.0G"):
         PruneOptions.from_flat(checkpoint="a")

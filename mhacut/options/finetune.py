@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mhacut.errors import option_name
 from mhacut.options.base import DataOptions, DeviceOptions, PathLike, PreprocessingOptions
-from mhacut.options.option import REQUIRED, Options, option, require
+from mhacut.options.option import REQUIRED, Options, option, require, seed_option
 
 Schedule = Literal["cosine", "poly", "step", "tanh", "constant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -198,7 +198,7 @@ class TrainingOptions(Options):
         1.0, "Largest norm of the gradient; 0 for no limit.", panel="Training", metavar="NORM", at_least=0
     )
     model_ema: bool = option(False, "Evaluate and save a moving average of the weights.", panel="Training")
-    seed: int = option(42, "Random seed.", panel="Training", metavar="N", at_least=0, at_most=2**32 - 1)
+    seed: int = seed_option("Random seed.", panel="Training")
     momentum: float = option(
         0.9, "Momentum, for optimisers that have it.", panel="Rarer options", metavar="M", at_least=0
     )

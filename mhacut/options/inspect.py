@@ -7,7 +7,7 @@ from typing import Literal
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import CheckpointOptions, DeviceOptions, ImageSource, PathLike, PreprocessingOptions
-from mhacut.options.option import option
+from mhacut.options.option import option, seed_option
 
 Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 INSPECTED_IMAGES = 64
@@ -70,7 +70,7 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
         metavar="N",
         at_least=1,
     )
-    seed: int = option(42, "Random seed of the choice of images.", panel="Data", metavar="N")
+    seed: int = seed_option("Random seed of the choice of images.", panel="Data")
     batch_size: int = option(16, "Images per batch.", panel="Computing", metavar="N", short="-b", at_least=1)
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import CheckpointOptions, DataOptions, DeviceOptions, PathLike, PreprocessingOptions
-from mhacut.options.option import Options, option, require
+from mhacut.options.option import Options, option, require, seed_option
 from mhacut.options.targets import TargetOptions
 from mhacut.options.timing import TimingOptions
 
@@ -37,7 +37,7 @@ class SearchOptions(Options):
         panel="Result",
     )
     batch_size: int = option(16, "Images per batch.", panel="Computing", metavar="N", short="-b", at_least=1)
-    seed: int = option(42, "Random seed.", panel="Computing", metavar="N")
+    seed: int = seed_option("Random seed.", panel="Computing")
     allocation: Allocation = option(
         "curves",
         "Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in "
