@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_the_process_that_measures_memory_reads_the_same_part(slim_of, monkeypat
     monkeypatch.setattr(benching.subprocess, "run", run_child)
     mhacut.bench(slim_of("vit"), part="student", **QUICK)
     assert [job["options"]["part"] for job in jobs] == ["student"]
+
+
+def test_memory_of_a_gpu_is_that_of_one_model(monkeypatch):
+    """Without a GPU: in front of its counters, which count the other models too."""
+    model = torch.nn.BatchNorm2d(2**18)  # 4 MiB, and a counter of 8 bytes
+    entry = SimpleNamespace(checkpoint=SimpleNamespace(model=model), size=(1, 512, 512))
+    setup = SimpleNamespace(device=torch.device("cuda"))
+    others = 100 * 2**20
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: others)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: others + 3 * 2**20)
+    assert benching._peak_mib(entry, lambda: None, 2, setup) == pytest.approx(4 + 2 + 3, abs=1e-4)
 
 
 def test_shards_count_as_one_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -59,8 +60,8 @@ class Timing:
     """Fraction of time saved relative to the first checkpoint, divided by the fraction of FLOPs saved; None
     if no FLOPs were saved."""
     peak_mib: float | None
-    """Peak memory of a process that reads the checkpoint and runs it, or of the GPU while it ran; None where
-    it cannot be measured."""
+    """Peak memory of a process that reads the checkpoint and runs it, or on a GPU of its weights, its images
+    and what a run takes; None where it cannot be measured."""
     runs: int
 
 
@@ -298,9 +299,14 @@ def timing_of(
 
 def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, setup: _Setup) -> float | None:
     if setup.device.type == "cuda":
+        held = torch.cuda.memory_allocated(setup.device)  # by all checkpoints, and their images
         torch.cuda.reset_peak_memory_stats(setup.device)
         run()
-        return torch.cuda.max_memory_allocated(setup.device) / 2**20
+        taken = torch.cuda.max_memory_allocated(setup.device) - held
+        model = entry.checkpoint.model
+        weights = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+        images = torch.float32.itemsize * batch_size * math.prod(entry.size)
+        return (weights + images + taken) / 2**20
     options = setup.options
     if options.runtime != "eager" or not sys.platform.startswith("linux"):
         return None
