@@ -16,6 +16,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.commands.idle import log_idle_options
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.openvino_ir import check_ir, require_openvino, weights_file, write_ir
@@ -99,6 +100,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
+    log_idle_options(options, options.idle(), reporter)
     loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhacut.checkpoint.load import load_model
+from mhacut.commands.idle import log_idle_options
 from mhacut.errors import Interrupted
 from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading
 from mhacut.finetuning.history import portable
@@ -70,6 +71,8 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
         with processes.together():
             if processes.first:
                 check_folder_before_reading(options)  # the command line did; Python did not
+                if options.resume is None:  # else it was said when the run began
+                    log_idle_options(options, options.idle(), reporter)
             run = read_run(options, processes, reporter if processes.first else Silent())
         try:
             return _finetune(run)

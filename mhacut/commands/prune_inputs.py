@@ -16,6 +16,7 @@ from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance
+from mhacut.commands.idle import log_idle_options
 from mhacut.commands.prune_images import LabelledBatches, read_images
 from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.prune_names import (
@@ -327,10 +328,8 @@ def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in
 def _log_idle_options(
     options: PruneOptions, processes: Processes, reporter: Reporter, *, in_memory: bool
 ) -> None:
-    """Name the options that were changed to no effect."""
-    given, idle = options.flat(), options.idle(in_memory=in_memory)
-    for name, reason in idle.items():
-        shown = option_name(name, given[name]) if isinstance(given[name], bool) else option_name(name)
-        reporter.log(f"{shown} has no effect: {reason}")
+    """Name the options that were changed to no effect; warn of mixed precision that is slow here."""
+    idle = options.idle(in_memory=in_memory)
+    log_idle_options(options, idle, reporter)
     if options.amp and "amp" not in idle:
         warn_of_slow_amp(processes.device, reporter.log)

@@ -129,6 +129,16 @@ class ExportOptions(CheckpointOptions):
         require("output", self.output, named, "a name that ends in .xml; the weights are in .bin beside it")
         self._check_quantization()
 
+    def idle(self) -> dict[str, str]:
+        """Names of options that were changed to no effect, each with the reason."""
+        found: dict[str, str] = {}
+        if self.format != "onnx" and "opset" in self.changed():
+            found["opset"] = f"{option_name('format', self.format)} has none"
+        if not self.data.has_images:
+            reason = f"there are no images without {option_name('data_dir')} or {option_name('dataset')}"
+            found |= dict.fromkeys(self.data.changed(), reason)
+        return found
+
     def _check_quantization(self) -> None:
         """Raise unless the options of INT8 fit together."""
         if self.int8:

@@ -345,6 +345,37 @@ class FinetuneOptions(DeviceOptions):
         expected = f"an even number with {option_name('mixup')} or {option_name('cutmix')}"
         require("batch_size", self.training.batch_size, even, expected)
 
+    def idle(self) -> dict[str, str]:
+        """Names of options that were changed to no effect, each with the reason."""
+        training, varied = self.training, self.augmentation
+        found: dict[str, str] = {}
+        if self.teaching.teacher is None:
+            found |= dict.fromkeys(self.teaching.options(), "there is no teacher")
+        elif not self.labels:
+            found |= dict.fromkeys(("label_weight", "smoothing"), f"{option_name('labels', False)} uses none")
+        if training.steps is not None:
+            found["epochs"] = f"{option_name('steps')} says how long to train"
+        if varied.reprob == 0:
+            found |= dict.fromkeys(("remode", "recount"), f"{option_name('reprob', 0)} erases nothing")
+        if not (varied.mixup and varied.cutmix):
+            found["mixup_switch_prob"] = f"{option_name('mixup')} and {option_name('cutmix')} are not both on"
+        if not (varied.mixup or varied.cutmix):
+            found["mixup_prob"] = f"neither {option_name('mixup')} nor {option_name('cutmix')} is on"
+        if not varied.aug:
+            kept = ("aug", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "smoothing")
+            off = f"{option_name('aug', False)} leaves images as they are"
+            found |= dict.fromkeys([name for name in varied.options() if name not in kept], off)
+        if not training.clip_grad:
+            found["clip_mode"] = f"{option_name('clip_grad', training.clip_grad)} clips nothing"
+        if not training.model_ema:
+            averaged = f"there is no average without {option_name('model_ema', True)}"
+            found |= dict.fromkeys(("model_ema_decay", "model_ema_warmup"), averaged)
+        if training.warmup_epochs == 0:
+            found["warmup_lr"] = f"there is no warmup without {option_name('warmup_epochs')}"
+        if not self.amp:
+            found["amp_dtype"] = f"precision is mixed with {option_name('amp', True)} only"
+        return {name: reason for name, reason in found.items() if name in self.all_changed()}
+
     @property
     def logs(self) -> tuple[str, ...]:
         """Names in ``log``."""

@@ -353,6 +353,11 @@ class Options:
         """Names of the options, those of groups excepted, that differ from their defaults."""
         return [name for name, stated in self.own_options().items() if getattr(self, name) != stated.default]
 
+    def all_changed(self) -> set[str]:
+        """Names of the options, those of groups included, that differ from their defaults."""
+        groups = [getattr(self, name).all_changed() for name in self.groups()]
+        return set(self.changed()).union(*groups)
+
 
 def _plain(value: Any) -> Any:
     """Return a number or an array of NumPy or torch as Python's own numbers; anything else as it is."""

@@ -47,6 +47,43 @@ def test_what_makes_no_sense_is_refused(tune, options, message):
         tune(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "reasons"),
+    [
+        ({}, {}),
+        ({"teacher": "b", "label_weight": 0.5, "kd_temperature": 2.0, "teacher_model": "c"}, {}),
+        (
+            {"label_weight": 0.5, "kd_temperature": 2.0},
+            {"label_weight": "there is no teacher", "kd_temperature": "there is no teacher"},
+        ),
+        ({"teacher": "b", "labels": False, "smoothing": 0.1}, {"smoothing": "labels=False uses none"}),
+        ({"steps": 5, "epochs": 3}, {"epochs": "steps says how long to train"}),
+        ({"reprob": 0.1, "recount": 2, "aa": "rand-m9", "mixup": 1.0, "mixup_prob": 0.5}, {}),
+        ({"recount": 2}, {"recount": "reprob=0 erases nothing"}),
+        ({"aug": False, "mixup": 0.5, "aa": "rand-m9"}, {"aa": "aug=False leaves images as they are"}),
+        (
+            {"cutmix": 1.0, "mixup_switch_prob": 0.2},
+            {"mixup_switch_prob": "mixup and cutmix are not both on"},
+        ),
+        ({"mixup_prob": 0.5}, {"mixup_prob": "neither mixup nor cutmix is on"}),
+        ({"clip_grad": None, "clip_mode": "agc"}, {"clip_mode": "clip_grad=None clips nothing"}),
+        ({"model_ema_warmup": False}, {"model_ema_warmup": "there is no average without model_ema=True"}),
+        ({"warmup_lr": 1e-5}, {"warmup_lr": "there is no warmup without warmup_epochs"}),
+        ({"amp_dtype": "float16"}, {"amp_dtype": "precision is mixed with amp=True only"}),
+    ],
+)
+def test_options_without_effect_are_found(options, reasons):
+    assert FinetuneOptions.from_flat(checkpoint="a", **options).idle() == reasons
+
+
+def test_options_without_effect_are_named_when_a_run_begins(slim, images, tmp_path):
+    given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
+    result = run(*given, "--steps", "1", "--no-model-ema-warmup")
+    said = "--no-model-ema-warmup has no effect: there is no average without --model-ema"
+    assert (result.exit_code, said in result.stderr) == (0, True)
+    assert "no effect" not in run("finetune", "--resume", tmp_path / "out").stderr
+
+
 def test_a_dense_file_is_sent_to_prune(tiny_vit, images):
     with pytest.raises(CheckpointError, match="is not a slim file; prune it first: mhacut prune"):
         mhacut.finetune(tiny_vit.path, data_dir=images)
@@ -125,6 +162,7 @@ def test_recipes_are_options(recipe):
     options = FinetuneOptions.from_flat(checkpoint="a", **values)
     assert {key: options.flat()[key] for key in values} == values
     assert "Cost: " in recipe.read_text()
+    assert FinetuneOptions.from_flat(checkpoint="a", teacher="b", **values).idle() == {}
 
 
 def test_help_shows_rarer_options_last():
