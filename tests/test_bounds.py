@@ -93,6 +93,39 @@ def test_checkpoints(programs, tmp_path, case):
     measure(programs, megabytes, seconds, "inspect", path)
 
 
+def nested(times: int, depth: int) -> list:
+    """A list of lists of lists, each of which occurs ``times`` times in the next."""
+    value: list = []
+    for _ in range(depth):
+        value = [value] * times
+    return value
+
+
+def of_dicts(levels: int) -> dict:
+    value: dict = {}
+    for _ in range(levels):
+        value = {f"k{number}": value for number in range(2000)}
+    return value
+
+
+STATES = {"state_dict": {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}}
+SHARING: dict[str, dict] = {
+    "mean and std": {**STATES, "args": {"mean": nested(2, 60), "std": nested(2, 60)}},
+    "an argument": {**STATES, "args": {"model_kwargs": {"x": nested(100, 8)}}},
+    "arguments": {**STATES, "args": {"model_kwargs": {f"x{n}": nested(20, 4) for n in range(500)}}},
+    "an entry": {"epoch": 1, "x": of_dicts(3)},
+    "entries": {f"x{number}": value for value in [of_dicts(3)] for number in range(500)},
+}
+
+
+@pytest.mark.parametrize("case", SHARING)
+def test_values_of_a_pickle_that_share_others(programs, tmp_path, case):
+    path = tmp_path / "model.pth"
+    torch.save(SHARING[case], path)
+    assert path.stat().st_size < 300_000
+    measure(programs, 100, 5, "inspect", path)
+
+
 def measure(programs, megabytes: int, seconds: int, *arguments: object) -> None:
     done = programs.run(MEASURED, *arguments)
     code, memory, spent = map(float, done.stdout.split())

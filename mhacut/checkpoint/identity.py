@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json
+from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json, shown
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
@@ -84,15 +84,16 @@ def checked_model_args(args: object) -> dict[str, Any]:
     """
     if not isinstance(args, Mapping):
         raise CheckpointError(f"model_args: expected an object, found {kind_of(args)}")
-    checked: dict[str, Any] = {}
-    for name, value in args.items():
+    for name in args:
         if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
-            raise CheckpointError(f"model_args: {name!r:.100} is not an argument name")
+            raise CheckpointError(f"model_args: {shown(name):.100} is not an argument name")
         if name in _RESERVED_ARGS:
             raise CheckpointError(
                 f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
             )
-        checked[name] = bounded(plain_json(value), f"model_args {name!r}")
+    checked: dict[str, Any] = plain_json(args)
+    for name, value in checked.items():
+        bounded(value, f"model_args {name!r}")
     side = checked.get("img_size")
     # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
     _check_image([side, side] if is_int(side) else side, "model_args 'img_size'")
@@ -107,7 +108,9 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     """
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {kind_of(cfg)}")
-    kept = {name: plain_json(value) for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
+    kept: dict[str, Any] = plain_json(
+        {name: value for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
+    )
     for name in kept.keys() & _CFG_OF_BUILD:
         bounded(kept[name], f"pretrained_cfg {name!r}")
     for name in kept.keys() & _CFG_SIZES:

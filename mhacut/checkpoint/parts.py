@@ -66,57 +66,78 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
     if part is None or not isinstance(checkpoint, dict):
         return ()
     known = (*_TIMM_AVERAGES, *_AVERAGES, *_TIMM_MODELS, "teacher", "student", *_MODELS)
-    return tuple(name for name in known if name != part and _is_state(checkpoint.get(name)))
+    states = _States()
+    return tuple(name for name in known if name != part and checkpoint.get(name) in states)
 
 
 def _entry(checkpoint: Mapping[Any, Any]) -> Entry | None:
     """Return the entry with the state dict; None if the checkpoint itself is one."""
     if yacs.holds_config(checkpoint) and "model" in checkpoint:
         return ("model",)  # what these scripts evaluate, and publish the accuracy of
-    average = _of_callback(checkpoint)
+    states = _States()
+    average = _of_callback(checkpoint, states)
     if average is not None:
         return average
     for name in _TIMM_AVERAGES:
         if checkpoint.get(name) is not None:
             return (name,)
     for name in _AVERAGES:
-        if _is_state(checkpoint.get(name)):
+        if checkpoint.get(name) in states:
             return (name,)
     for name in _TIMM_MODELS:
         if isinstance(checkpoint.get(name), Mapping):
             return (name,)
     student, teacher = (checkpoint.get(name) for name in ("student", "teacher"))
-    if _is_state(teacher) and (not _is_state(student) or same_network(_shapes(teacher), _shapes(student))):
+    if teacher in states and (student not in states or same_network(_shapes(teacher), _shapes(student))):
         return ("teacher",)
-    if _is_state(student):
+    if student in states:
         return ("student",)
     for name in _MODELS:
-        if _is_state(checkpoint.get(name)):
+        if checkpoint.get(name) in states:
             return (name,)
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):
-        states = [name for name, value in checkpoint.items() if isinstance(name, str) and _is_state(value)]
-        if len(states) == 1:
-            return (states[0],)
+        named = [name for name, value in checkpoint.items() if isinstance(name, str) and value in states]
+        if len(named) == 1:
+            return (named[0],)
     return next(((name,) for name in _TIMM_MODELS if name in checkpoint), None)
 
 
-def _of_callback(checkpoint: Mapping[Any, Any]) -> Entry | None:
+def _of_callback(checkpoint: Mapping[Any, Any], states: _States) -> Entry | None:
     """Return the average that a callback of Lightning keeps, if one does."""
     callbacks = checkpoint.get("callbacks") if _LIGHTNING in checkpoint else None
     if isinstance(callbacks, Mapping):
         for callback, state in callbacks.items():
             for name in (*_TIMM_AVERAGES, *_AVERAGES):
-                if isinstance(state, Mapping) and _is_state(state.get(name)):
+                if isinstance(state, Mapping) and state.get(name) in states:
                     return ("callbacks", callback, name)
     return None
 
 
-def _is_state(value: object, depth: int = 2) -> bool:
-    """Whether ``value`` is a state dict, or holds one; the state of an optimiser has numbers for names."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        return False
-    named = [key for key, item in value.items() if isinstance(item, Tensor) and "." in key]
-    return len(named) > 1 or (depth > 0 and any(_is_state(item, depth - 1) for item in value.values()))
+class _States:
+    """The values that are a state dict, or hold one; the state of an optimiser has numbers for names.
+
+    Each is looked at once, since entries of a pickle may share what they hold. All must outlive this object.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def __contains__(self, value: object) -> bool:
+        return self._holds(value, 2)
+
+    def _holds(self, value: object, depth: int) -> bool:
+        if not isinstance(value, Mapping):
+            return False
+        key = id(value), depth
+        if key not in self._known:
+            self._known[key] = self._is_state(value, depth)
+        return self._known[key]
+
+    def _is_state(self, value: Mapping[Any, Any], depth: int) -> bool:
+        if not all(isinstance(key, str) for key in value):
+            return False
+        named = [key for key, item in value.items() if isinstance(item, Tensor) and "." in key]
+        return len(named) > 1 or (depth > 0 and any(self._holds(item, depth - 1) for item in value.values()))
 
 
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from mhacut.checkpoint import yacs
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo, dtype_name
 from mhacut.checkpoint.parts import other_parts, pick_part
 from mhacut.checkpoint.training import statements
+from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 
@@ -51,7 +52,7 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
+            raise CheckpointError(f"{where}: expected tensor names, found key {shown(name):.100}")
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
                 f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; "

@@ -14,6 +14,7 @@ from typing import Any
 
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
+from mhacut.checkpoint.untrusted_json import plain_json, shown
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, is_number, too_large
@@ -170,7 +171,9 @@ def _cfg(
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
     for name, value in ({**given, "crop_pct": crop} if crop is not None else given).items():
         try:
-            cfg[name] = checked_pretrained_cfg(Preprocessing(**{**sane, name: value}).to_json())[name]
+            cfg[name] = checked_pretrained_cfg(Preprocessing(**{**sane, name: plain_json(value)}).to_json())[
+                name
+            ]
         except (DataError, CheckpointError, TypeError, ValueError, OverflowError):
-            notes.append(f"its {name} {value!r:.60} is invalid and was ignored")
+            notes.append(f"its {name} {shown(value):.60} is invalid and was ignored")
     return cfg

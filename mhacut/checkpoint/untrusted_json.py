@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NoReturn
 
 from mhacut.errors import CheckpointError
@@ -13,6 +15,8 @@ from mhacut.limits import is_number
 MAX_NUMBER = 10**6
 """Largest number among a model's arguments; larger ones are refused before a model is built."""
 _MAX_NESTING = 16
+_MAX_VALUES = 200_000
+"""Largest number of values in one; a value counts as often as it occurs, since a pickle names it once."""
 _MAX_ARGUMENT_NESTING = 4
 _MAX_ITEMS = 4096
 _MAX_TEXT = 4096
@@ -60,12 +64,18 @@ def _check_keys(items: list[tuple[str, Any]], where: str) -> None:
         seen.add(key)
 
 
-def plain_json(value: object, depth: int = 0) -> Any:
+def plain_json(value: object) -> Any:
     """Return ``value`` as JSON gives it back, tuples as lists.
 
     Raises:
-        CheckpointError: it holds anything that JSON has not, NaN and infinity included.
+        CheckpointError: it holds anything that JSON has not, NaN and infinity included, or too many values.
     """
+    return _plain(value, 0, count(1))
+
+
+def _plain(value: object, depth: int, numbers: Iterator[int]) -> Any:
+    if next(numbers) > _MAX_VALUES:
+        raise CheckpointError(f"the model's description holds more than {_MAX_VALUES} values")
     if depth > _MAX_NESTING:
         raise CheckpointError("a value of the model's description is nested too deeply")
     if value is None or isinstance(value, bool | int | str):
@@ -75,9 +85,9 @@ def plain_json(value: object, depth: int = 0) -> Any:
             raise CheckpointError(f"a value of the model's description is {value}")
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: plain_json(item, depth + 1) for key, item in value.items()}
+        return {key: _plain(item, depth + 1, numbers) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain_json(item, depth + 1) for item in value]
+        return [_plain(item, depth + 1, numbers) for item in value]
     raise CheckpointError(
         f"a value of the model's description is a {kind_of(value)}; only text, numbers, true, false, none, "
         "lists and objects can be stored"
@@ -95,13 +105,38 @@ def bounded(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, str) and len(value) > _MAX_TEXT:
         raise CheckpointError(f"{where}: text of {len(value)} characters, at most {_MAX_TEXT} are allowed")
     if is_number(value) and not abs(value) <= MAX_NUMBER:
-        raise CheckpointError(f"{where}: numbers may reach {MAX_NUMBER}, found {value!r:.50}")
+        raise CheckpointError(f"{where}: numbers may reach {MAX_NUMBER}, found {shown(value):.50}")
     if isinstance(value, list | dict):
         if len(value) > _MAX_ITEMS:
             raise CheckpointError(f"{where}: {len(value)} items, at most {_MAX_ITEMS} are allowed")
         for item in value.values() if isinstance(value, dict) else value:
             bounded(item, where, depth + 1)
     return value
+
+
+class _Shown(reprlib.Repr):
+    """Text of the first values of any value, whatever it holds and however often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 3, 1000
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < self.maxstring else f"a number of {x.bit_length()} bits"
+
+    def repr_instance(self, x: object, level: int) -> str:
+        return repr(x) if x is None or isinstance(x, bool | float) else type(x).__name__
+
+
+def shown(value: object) -> str:
+    """Return the text of an untrusted value of any type, for a message; what is nested deep is left out.
+
+    Values of a pickle may hold each other many times, so that ``repr`` would not end.
+
+    >>> shown([1, (2.5, [None, ["deep"]])])
+    '[1, (2.5, [None, [...]])]'
+    """
+    return _Shown().repr(value)
 
 
 def kind_of(value: object) -> str:

@@ -382,6 +382,9 @@ def test_scripts_name_their_model(tmp_path, entry, origin):
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
         ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
         ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
+        ({"mean": [torch.ones(1)] * 3, "std": [0.1] * 3}, "its mean [Tensor, Tensor, Tensor] is invalid"),
+        ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[...]]]] is invalid"),
+        ({"model": NAME, "model_kwargs": {"x": [[0] * 999] * 999}}, "holds more than 200000 values"),
     ],
 )
 def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
