@@ -23,6 +23,11 @@ def safe(text: object) -> str:
     )
 
 
+def dtype_name(dtype: object) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def ranges(indices: Sequence[int]) -> str:
     """Ascending indices with neighbours drawn together.
 

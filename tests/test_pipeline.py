@@ -407,7 +407,7 @@ def test_the_example_loses_little(tmp_path):
 
     loaded = read_model(result.output)
     loader = evaluation_loader(
-        Preprocessing.from_json(loaded.record.preprocessing),
+        Preprocessing(**loaded.record.preprocessing),
         LabelledImages(data_dir=DIGITS / "images", workers=0),
         num_classes=10,
         batch_size=50,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_file
-from mhacut.checkpoint.header import FileHeader, TensorInfo, dtype_name
+from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
 from mhacut.checkpoint.infer import Identified
@@ -24,6 +24,7 @@ from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import stem_of
 from mhacut.surgery.info import model_input_size
+from mhacut.text import dtype_name
 
 _MAX_NAMES = 5
 """Names of tensors in a message."""

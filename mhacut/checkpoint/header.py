@@ -65,8 +65,6 @@ class FileHeader:
     training: Mapping[str, Any] = field(default_factory=dict)
     """Entries of a training checkpoint that may state its model, untrusted values of any type; see
     :mod:`mhacut.checkpoint.training`."""
-    has_yacs_config: bool = False
-    """Whether it is a training checkpoint with a yacs configuration beside the weights, as those of Swin."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,8 +75,3 @@ class FileHeader:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Dtype of each tensor."""
         return {name: info.dtype for name, info in self.tensors.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.fingerprints import read_table
-from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo, dtype_name
+from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.errors import CheckpointError, option_name
+from mhacut.text import dtype_name
 
 _MAX_NAMES = 5
 """Names of tensors in a message, of each kind of difference."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
-from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo, dtype_name
+from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
 from mhacut.checkpoint.parts import other_parts, pick_part
 from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
+from mhacut.text import dtype_name
 
 _MAX_PICKLE_BYTES = 8 * 2**20
 """Largest pickle. That of a training state of 10,000 tensors has 2 MB; each byte can make an object of 64."""
@@ -82,7 +83,6 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
         other_parts=other_parts(checkpoint, part),
         asked=asked,
         training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
-        has_yacs_config=yacs.holds_config(checkpoint),
     )
 
 

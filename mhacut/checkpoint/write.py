@@ -17,7 +17,7 @@ from mhacut._version import __version__
 from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import read_tensors, sha256_of
-from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader, dtype_name
+from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
@@ -25,6 +25,7 @@ from mhacut.runtime.files import check_output, show, write_whole
 from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.slice import cut
 from mhacut.surgery.storage import count_bytes
+from mhacut.text import dtype_name
 
 _SPARE_BYTES = 2**20
 """Disk space to leave free."""

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.header import dtype_name
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.commands.idle import log_idle_options
@@ -29,6 +28,7 @@ from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.progress import Reporter
 from mhacut.runtime.progress_bar import reporting
+from mhacut.text import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

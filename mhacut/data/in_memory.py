@@ -15,6 +15,7 @@ from mhacut.data.calibration_set import CalibrationImages
 from mhacut.data.reading import balanced_order
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
+from mhacut.text import dtype_name
 
 ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
 """Images [N, C, H, W]; these and labels [N]; or an iterable of such batches, as a ``DataLoader`` is one."""
@@ -71,7 +72,7 @@ class Expected:
         if not images.is_floating_point():
             raise DataError(
                 f"{where}: expected floating-point images, normalised for the model, found "
-                f"{_name(images.dtype)}; for bytes that is (images / 255 - mean) / std"
+                f"{dtype_name(images.dtype)}; for bytes that is (images / 255 - mean) / std"
             )
 
     def _check_labels(self, labels: Any, count: int, classes: int, where: str) -> Tensor:
@@ -240,11 +241,7 @@ def _check_finite(images: Tensor, chosen: Iterable[int], where: str) -> None:
 
 def _shown(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {_name(value.dtype)}"
+        return f"a tensor {list(value.shape)} of {dtype_name(value.dtype)}"
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

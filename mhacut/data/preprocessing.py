@@ -130,7 +130,7 @@ class Preprocessing:
             raise
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values under the names of timm's ``pretrained_cfg``, for :meth:`from_json`."""
+        """Return plain values under the names of timm's ``pretrained_cfg``, for :meth:`resolve`."""
         return {
             "input_size": list(self.input_size),
             "mean": list(self.mean),
@@ -139,20 +139,6 @@ class Preprocessing:
             "crop_pct": self.crop_pct,
             "crop_mode": self.crop_mode,
         }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Preprocessing:
-        """Return the inverse of :meth:`to_json`; the document may come from an untrusted file.
-
-        Raises:
-            DataError: it is no such document.
-        """
-        if not isinstance(document, Mapping) or set(document) != set(cls.__dataclass_fields__):
-            raise DataError(f"preprocessing: expected {', '.join(cls.__dataclass_fields__)}")
-        try:
-            return cls(**document)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"preprocessing: {error}") from None
 
     def check_channels(self, hint: str = "") -> None:
         """Raise a :class:`DataError` that ends with ``hint`` if no picture is an image of the model."""

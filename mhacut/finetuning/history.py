@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from typing import Any
 
-import torch
-
-from mhacut._version import __version__
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.versions import software_versions
 
 # A slim file is passed on: it does not reveal where files lie on the machine that made it.
 _LOCAL_OPTIONS = frozenset(
@@ -58,8 +55,6 @@ def record_after(
         teacher_sha256: digest of the teacher's file; None without one.
         data: description of the training images.
     """
-    import timm
-
     earlier = record_of(loaded)
     entry = {
         "command": "finetune",
@@ -72,12 +67,7 @@ def record_after(
         "data": data,
         **provenance.to_history(),
         **accuracy_for_history(*accuracy),
-        "versions": {
-            "mhacut": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
+        "versions": software_versions(),
     }
     return dataclasses.replace(
         earlier, preprocessing=preprocessing.to_json(), history=(*earlier.history, entry)

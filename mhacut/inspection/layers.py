@@ -25,6 +25,7 @@ from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.tokens import tokens_of
+from mhacut.text import dtype_name
 
 BY_WEIGHTS = "weights alone, inputs assumed uncorrelated (white)"
 """Basis of findings if there are no images."""
@@ -166,7 +167,7 @@ def inspect_model(
         classes=classifier_size(model),
         flops=flops[""],
         parameters=parameters,
-        dtypes=tuple(sorted({_name(dtype) for dtype in opened.dtypes.values() if dtype.is_floating_point})),
+        dtypes=tuple(sorted({dtype_name(one) for one in opened.dtypes.values() if one.is_floating_point})),
         layers=tuple(layers),
         not_prunable=prunable.not_prunable,
         preprocessing=resolved,
@@ -241,7 +242,3 @@ def _heads(layer: Layer, module: nn.Module) -> int | None:
         return max(unit.heads for unit in layer.units)
     heads = getattr(module, "num_heads", None)
     return heads if isinstance(heads, int) else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
