@@ -19,7 +19,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
 from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
-from mhacut.measuring.normalisation import USUAL, Better, better_normalisation
+from mhacut.measuring.normalisation import USUAL, Better, _right, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 
 CPU = torch.device("cpu")
@@ -84,6 +84,11 @@ def test_what_may_be_chance_is_not_told(wrong, told):
     batches = [(images, torch.zeros(256, dtype=torch.long))]
     better = better_normalisation(WrongAboutOnes(), lambda: batches, INCEPTION.mean, INCEPTION.std, CPU)
     assert (better is not None) == told
+
+
+def test_no_images_are_on_the_device_of_others():
+    device = torch.device("meta")  # one image finds candidates, and none is left to compare them
+    assert _right(nn.Identity(), list, INCEPTION, USUAL, device, screening=False).device == device
 
 
 def test_few_images_or_other_channels_say_nothing():

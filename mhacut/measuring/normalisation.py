@@ -122,7 +122,7 @@ def _right(
         images, labels = images.to(device), labels.to(device)
         answers = [model(_renormalised(images, own, one)).argmax(dim=1) for one in tried]
         found.append(torch.stack(answers) == labels)
-    return torch.cat(found, dim=1) if found else torch.zeros(len(tried), 0, dtype=torch.bool)
+    return torch.cat(found, dim=1) if found else torch.zeros(len(tried), 0, dtype=torch.bool, device=device)
 
 
 def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -51,7 +51,7 @@ an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curv
 def sensitivity_curves(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate]
 ) -> dict[UnitKey, Curve]:
-    """Return the curve of every unit in ``candidates``, at the allowed widths.
+    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.choices`.
 
     Args:
         job: what is pruned.
