@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mhacut.plan import UnitKey, UnitKind
+from mhacut.plan import UnitKey, UnitKind, UnitPlan
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm, with an entry for each channel."""
@@ -155,6 +155,11 @@ class Unit:
     @property
     def key(self) -> UnitKey:
         return self.layer, self.kind
+
+    def keep_first(self, width: int, *, unshared: bool = False) -> UnitPlan:
+        """Return the cut to the first ``width`` channels of each head."""
+        kept = (tuple(range(width)),) * self.heads
+        return UnitPlan(*self.key, self.width, kept, unshared=unshared)
 
     def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
         """Return the unit with other columns of the output projection, and the hook on what they read."""

@@ -21,7 +21,7 @@ from mhacut.errors import BudgetError, option_name
 from mhacut.measuring.latency import Run, fixed_images
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
 from mhacut.measuring.time_curve import TimeCurve
-from mhacut.plan import Plan, UnitKey, UnitPlan
+from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planned
@@ -265,9 +265,6 @@ class _Distinct:
 
 def _cut(model: nn.Module, job: Job, widths: Mapping[UnitKey, int]) -> nn.Module:
     """Return a copy of ``model`` with the first channels of each head; what it computes means nothing."""
-    units = (
-        UnitPlan(*unit.key, unit.width, (tuple(range(widths[unit.key])),) * unit.heads) for unit in job.units
-    )
     slim = copy.deepcopy(model)
-    cut(slim, Plan(tuple(units)))
+    cut(slim, Plan(tuple(unit.keep_first(widths[unit.key]) for unit in job.units)))
     return slim

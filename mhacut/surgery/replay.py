@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mhacut.adapters.base import Layer
-from mhacut.plan import UnitKind, UnitPlan
+from mhacut.plan import UnitKind
 from mhacut.surgery.merging import class_attention
 from mhacut.surgery.slice import slice_layer
 
@@ -135,12 +135,7 @@ def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int
         layer: its description.
         widths: of all its units, channels per head.
     """
-    plans = {
-        unit.kind: UnitPlan(
-            unit.layer, unit.kind, unit.width, (tuple(range(widths[unit.kind])),) * unit.heads
-        )
-        for unit in layer.units
-    }
+    plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
     slim = copy.deepcopy(module)
     slice_layer(slim, layer, plans)
     return slim

@@ -158,6 +158,4 @@ def _counter(
 
 
 def _first(unit: Unit, width: int, copies: bool) -> UnitPlan:
-    """Return the cut to the first ``width`` channels of each head."""
-    kept = (tuple(range(width)),) * unit.heads
-    return UnitPlan(*unit.key, unit.width, kept, unshared=copies and unit.sharing == "copied")
+    return unit.keep_first(width, unshared=copies and unit.sharing == "copied")
