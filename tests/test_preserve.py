@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import mhacut
 from helpers.jobs import Recorder, job_of
@@ -27,6 +29,7 @@ from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.layout import channel_dims
 from properties.cases import CASES
 
 SMALL = {
@@ -323,6 +326,22 @@ def test_stages_give_the_channels_of_features_only(name):
     levels = find_pyramid(model, x[:1]).of(model, x)
     for number, (stage, level) in enumerate(zip(stages, levels, strict=True)):
         assert torch.equal(stage, level), number
+
+
+def test_a_token_tells_channels_where_rounded_sizes_do_not():
+    """Channels and rows of the map are in the ratio of the image, rows and columns only nearly."""
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, images):
+            tokens = self.layer(images[:, :, ::2, 1::2][..., :7].flatten(2).mT)  # (B, 4 * 7, 2)
+            return [tokens.mT.unflatten(2, (4, 7)), tokens.unflatten(1, (4, 7))]
+
+    model, layer = Maps(), SimpleNamespace(name="layer", result="", channel_dim=-1)
+    assert channel_dims(model, model, [layer, layer], torch.rand(1, 2, 8, 16)) == [1, -1]
 
 
 @torch.no_grad()
