@@ -49,6 +49,19 @@ def test_a_module_gives_the_file_that_its_checkpoint_gives(tiny_vit, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_load_model_gives_needs_no_arguments(tiny_vit, tmp_path):
+    model = mhacut.load_model(tiny_vit.path, tiny_vit.architecture, **tiny_vit.args)
+    found = mhacut.prune(model, output=tmp_path / "module.safetensors", **QUICK)
+    slim = mhacut.load_model(found.output)
+    assert slim(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    # timm's own changes are seen, also on a copy.
+    changed = copy.deepcopy(model)
+    changed.reset_classifier(5)
+    changed.set_input_size(img_size=64)
+    args = rebuilt_module(changed).identity.model_args
+    assert args == {**tiny_vit.args, "num_classes": 5, "img_size": 64}
+
+
 def test_the_file_is_named_after_the_architecture(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = mhacut.prune(module_of(tiny_vit).half(), model_args=tiny_vit.args, **QUICK)

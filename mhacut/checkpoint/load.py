@@ -12,6 +12,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import is_slim
 from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
+from mhacut.checkpoint.module import with_args
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions, PreprocessingOptions
@@ -154,4 +155,5 @@ def load_model(
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
     num_classes = model_args.pop("num_classes", None)
-    return read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part).model
+    found = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
+    return with_args(found.model, found.identity)

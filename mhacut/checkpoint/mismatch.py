@@ -147,7 +147,7 @@ def _hints(
             hints.append(f"the patch embedding differs: {_arg(in_chans=channels)}?")
         if rows != expected[0]:
             hints.append(
-                f"the file is {rows} wide, expected {expected[0]}: another {option_name('model')}, or "
+                f"the model found is {rows} wide, expected {expected[0]}: another {option_name('model')}, or "
                 f"{_arg(embed_dim=rows, num_heads='N')} (no shape shows num_heads)?"
             )
     elif any(map(_ABOUT_POSITIONS.search, other)):

@@ -26,8 +26,21 @@ from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
 from mhacut.surgery.info import classifier_size, model_input_size, patch_embedding
 
+_ARGS = "mhacut_model_args"
+"""Attribute of a loaded module: the arguments that it was built with."""
 _SAME = 1e-5
 """Largest relative difference of outputs that two builds of one model may have in float32."""
+
+
+def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
+    """Return ``module``, which now states what it was built with, so that it can be built again."""
+    module.__dict__[_ARGS] = {
+        # The module itself shows these, also after timm's reset_classifier and set_input_size.
+        name: value
+        for name, value in identity.model_args.items()
+        if name not in ("num_classes", "img_size")
+    }
+    return module
 
 
 def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
@@ -58,7 +71,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     """Return the checkpoint of a dense timm module, built again from its architecture and arguments.
 
     What is written of it can then be opened from these. ``num_classes`` and ``img_size`` are read off the
-    module; other arguments that differ from the architecture's defaults have to be given.
+    module; other arguments that differ from the architecture's defaults have to be given, unless
+    ``load_model`` made the module.
 
     Args:
         module: on any device, in any mode and dtype; not modified.
@@ -118,7 +132,7 @@ def _identify(
     module: nn.Module, architecture: str, cfg: Mapping[str, Any], hints: ModelHints, source: str
 ) -> Identified:
     """Build the module again on the meta device, and compare its tensors."""
-    args = checked_model_args(hints.model_args)
+    args = checked_model_args({**getattr(module, _ARGS, {}), **hints.model_args})
     args["num_classes"] = _check_classes(module, hints, source)
     if "img_size" not in args:
         plain = build_skeleton(ModelIdentity(architecture, args, dict(cfg)))
