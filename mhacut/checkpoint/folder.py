@@ -23,6 +23,8 @@ WEIGHT_FILES = (
     "model.pt",
 )
 """Names of files with weights, in the order in which they are sought."""
+_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin")
+"""Endings of other files that may be meant."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 INDEX = "model.safetensors.index.json"
 """Name of the list of the files that a model is spread over."""
@@ -53,7 +55,9 @@ def open_folder(folder: Path) -> Folder:
     config = _config(folder, one)
     if config is None:
         hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
-        raise CheckpointError(f"{show(folder)}: is a directory without a config.json{hint}")
+        raise CheckpointError(
+            f"{show(folder)}: is a directory without a config.json{hint or _other_files(folder)}"
+        )
     weights = [one] if one is not None else _shards(folder)
     if not weights:
         raise CheckpointError(
@@ -61,6 +65,13 @@ def open_folder(folder: Path) -> Folder:
         )
     of_timm = "architecture" in config
     return Folder(weights, config, None if of_timm else _preprocessor(folder))
+
+
+def _other_files(folder: Path) -> str:
+    """Return a hint at the checkpoints of a folder, by their names; a run of finetune leaves such files."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in _CHECKPOINTS and path.is_file())
+    names = ", ".join(show(path.name) for path in found[:3]) + ", ..." * (len(found) > 3)
+    return f"; give one of the files that it holds: {names}" if found else ""
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:

@@ -136,7 +136,10 @@ def test_what_is_not_a_file_is_refused_without_opening_it(tmp_path):
 def test_a_folder_needs_timms_config(tmp_path, good):
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert "without a config.json" in refusal(folder)
+    assert refusal(folder).endswith("without a config.json")
+    for name in ("best.safetensors", "last.safetensors", "summary.csv"):
+        (folder / name).touch()
+    assert refusal(folder).endswith("give one of the files that it holds: best.safetensors, last.safetensors")
     good.rename(folder / "model.safetensors")
     assert "it holds model.safetensors: give that file, and model='NAME'" in refusal(folder)
     config = folder / "config.json"
