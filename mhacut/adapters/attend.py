@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale) v, where q/k and v may differ in width, by the fastest of several computations."""
+"""softmax(q k^T * scale) v, where q/k and v may differ in width, by the faster of two computations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 from torch import Tensor
-
-EXPLICIT_MAX_LOGITS = 500_000
-"""Number of logits (batch * heads * tokens^2) up to which explicit products beat padding on a CPU."""
 
 
 def attend(
@@ -25,8 +22,7 @@ def attend(
 ) -> Tensor:
     """Return the attention output, [B, H, N, d_v].
 
-    With d_qk != d_v, PyTorch's CPU kernel takes a slow path, so small inputs take explicit products and large
-    ones zero-pad the smaller width.
+    PyTorch's fast CPU kernel knows one width only, so the smaller of d_qk and d_v is padded with zeros.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.
@@ -39,13 +35,15 @@ def attend(
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
-    if not fused or (unequal_on_cpu and _explicit_is_faster(q, k)):
+    if not fused or (unequal_on_cpu and _exporting_or_compiling()):
         logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
         logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
         return F.dropout(logits.softmax(dim=-1), dropout_p) @ v
     if unequal_on_cpu:
-        width = max(d_qk, d_v)
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        if d_qk < d_v:
+            q, k = (F.pad(x, (0, d_v - d_qk)) for x in (q, k))
+        else:
+            v = F.pad(v, (0, d_qk - d_v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :d_v]
 
@@ -69,7 +67,6 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
     )
 
 
-def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True  # the batch may be symbolic; exporters decompose SDPA anyway
-    return q[..., 0].numel() * k.shape[-2] <= EXPLICIT_MAX_LOGITS
+def _exporting_or_compiling() -> bool:
+    """Whether a graph is recorded: padding would stay in it, and exporters decompose SDPA anyway."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
