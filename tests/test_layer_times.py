@@ -39,12 +39,12 @@ def measured(choices, time):
 # --- one layer ---
 
 
-def test_all_channels_are_measured_first_and_every_kind_alone_and_equal():
+def test_all_channels_are_measured_first_then_equal_widths_and_unequal_ones_both_ways_round():
     points = points_to_measure(ATTENTION)
     assert points[0] == {"qk": 32, "v": 32}
-    assert {"qk": 8, "v": 8} in points
-    assert {"qk": 8, "v": 32} in points
-    assert {"qk": 32, "v": 8} in points
+    equal = [(8, 8), (16, 16), (24, 24)]
+    unequal = [(16, 8), (8, 16), (32, 16), (16, 32)]
+    assert [tuple(point.values()) for point in points[1:]] == equal + unequal
     assert points_to_measure(MLP) == [{"hidden": width} for width in (128, 8, 32, 64, 96)]
     assert points_to_measure({"hidden": (6,)}) == [{"hidden": 6}]
     assert len(points) == len({tuple(point.items()) for point in points})
@@ -71,9 +71,27 @@ def test_equal_widths_may_be_faster_than_unequal_ones():
         return widths["qk"] + widths["v"] + 10 * (widths["qk"] != widths["v"])
 
     times = measured(ATTENTION, time)
-    for width in ATTENTION["qk"]:
-        assert times.at({"qk": width, "v": width}) == 2 * width
-    assert times.at({"qk": 8, "v": 32}) == 50
+    for widths in itertools.product(*ATTENTION.values()):
+        own = dict(zip(ATTENTION, widths, strict=True))
+        assert times.at(own) == pytest.approx(time(own))
+
+
+def test_what_unequal_widths_cost_may_depend_on_them_and_on_which_is_wider():
+    def time(widths):
+        qk, v = widths["qk"], widths["v"]
+        return 3 * qk + v + (5 + 0.1 * (qk + v)) * (qk != v)
+
+    times = measured(ATTENTION, time)
+    for widths in itertools.product(*ATTENTION.values()):
+        own = dict(zip(ATTENTION, widths, strict=True))
+        assert times.at(own) == pytest.approx(time(own))
+
+
+def test_unequal_widths_never_seem_faster_than_both_at_the_lesser():
+    def noisy(widths):
+        return widths["qk"] + widths["v"] - 30 * (widths["qk"] != widths["v"])
+
+    times = measured(ATTENTION, noisy)
     assert times.at({"qk": 16, "v": 24}) >= times.at({"qk": 16, "v": 16})
 
 
@@ -130,6 +148,56 @@ def test_widths_within_a_budget_of_time_keep_it_and_are_a_step_from_the_best(dat
         curve[narrow] - curve[wide] for curve in curves.values() for narrow, wide in itertools.pairwise(curve)
     )
     assert total_error(curves, found) <= best + step + 1e-9
+
+
+PAIRS = [("one", "qk"), ("one", "v"), ("two", "qk"), ("two", "v")]
+
+
+def rounded(time):
+    return Limit(lambda widths: round(1000 * time(widths)), 0, "max_latency")
+
+
+def test_layers_get_equal_widths_where_that_is_worth_it_and_only_there():
+    """One layer loses nothing by equal widths, the other all it has."""
+    choices = dict.fromkeys(PAIRS, (8, 16, 24, 32))
+    line = {8: 3.0, 16: 2.0, 24: 1.0, 32: 0.0}
+    steep = {8: 60.0, 16: 40.0, 24: 20.0, 32: 0.0}
+    flat = dict.fromkeys(line, 0.0)
+    curves = dict(zip(PAIRS, (line, line, flat, steep), strict=True))
+
+    def time(widths):
+        unequal = sum(widths[layer, "qk"] != widths[layer, "v"] for layer in ("one", "two"))
+        return REST + sum(widths.values()) + 9 * unequal
+
+    limit = replace(rounded(time), most=round(1000 * (REST + 81)))
+    found = cheapest_widths(curves, choices, [limit])
+    assert found == {("one", "qk"): 16, ("one", "v"): 16, ("two", "qk"): 8, ("two", "v"): 32}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_unequal_widths_cost_is_weighed_in_every_layer(data):
+    """Against all plans: within two steps of the best, one of which is of q/k and v together."""
+    choices = dict.fromkeys(PAIRS, (8, 16, 24, 32))
+    curves = {}
+    for key, widths in choices.items():
+        rates = sorted(data.draw(st.floats(0.1, 10)) for _ in widths[1:])
+        curves[key] = dict(zip(widths, reversed(list(itertools.accumulate(rates, initial=0.0))), strict=True))
+    extra = data.draw(st.floats(0, 20))
+
+    def time(widths):
+        unequal = sum(widths[layer, "qk"] != widths[layer, "v"] for layer in ("one", "two"))
+        return REST + sum(widths.values()) + extra * unequal
+
+    most = REST + extra + data.draw(st.floats(48, 120))
+    found = cheapest_widths(curves, choices, [replace(rounded(time), most=round(1000 * most))])
+    assert time(found) <= most + 1e-3
+    plans = [dict(zip(PAIRS, widths, strict=True)) for widths in itertools.product(*choices.values())]
+    step = max(
+        curve[narrow] - curve[wide] for curve in curves.values() for narrow, wide in itertools.pairwise(curve)
+    )
+    least = min(total_error(curves, plan) for plan in plans if time(plan) + 16 <= most)
+    assert total_error(curves, found) <= least + step + 1e-9
 
 
 def test_layers_alone_are_scaled_to_what_models_save():

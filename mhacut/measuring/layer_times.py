@@ -11,18 +11,19 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from mhacut.errors import OutputError
 from mhacut.runtime.files import show, write_whole
 
-_FORMAT = 1
+_FORMAT = 2
 _PAIR = ("qk", "v")
-"""Kinds whose equal widths run faster than unequal ones."""
+"""Kinds that run faster at equal widths than at unequal ones."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Point:
 class LayerTimes:
     """Times of one run of a layer, measured at a few widths and interpolated linearly.
 
-    The kinds of channels are assumed to save time independently, except q/k and v of equal width, which are
-    measured together.
+    The kinds of channels are assumed to save time independently, except that q/k and v take longer where
+    their widths differ, by an amount that depends on their mean.
     """
 
     dense: Point
@@ -55,35 +56,65 @@ class LayerTimes:
         return self._known[key]
 
     def _at(self, widths: Mapping[str, int]) -> float:
-        apart = self._apart(widths)
-        equal = self._curve(_PAIR)
-        if equal is None:
-            return apart
-        q, v = (widths[kind] for kind in _PAIR)
-        rest = self._apart({**widths, **{kind: self.dense.widths[kind] for kind in _PAIR}})
-        narrowest = rest + _between(equal, min(q, v)) - self.dense.share
-        return narrowest if q == v else max(apart, narrowest)
-
-    def _apart(self, widths: Mapping[str, int]) -> float:
-        time = self.dense.share
-        for kind, width in widths.items():
-            curve = self._curve((kind,))
-            if curve is not None:
-                time += _between(curve, width) - self.dense.share
+        pair = self._pair
+        time = self.dense.share if pair is None else pair.at(*(widths[kind] for kind in _PAIR))
+        for kind in self.dense.widths:
+            if pair is None or kind not in _PAIR:
+                time += _between(self._alone(kind), widths[kind]) - self.dense.share
         return max(time, 0.0)
 
-    def _curve(self, kinds: tuple[str, ...]) -> list[tuple[float, float]] | None:
-        """Return width and time of the points that cut ``kinds`` alone, and equally; None without any."""
-        whole = self.dense.widths
-        if not set(kinds) <= set(whole) or len({whole[kind] for kind in kinds}) > 1:
-            return None
-        rest = {kind: width for kind, width in whole.items() if kind not in kinds}
-        found = [
-            (point.widths[kinds[0]], point.share)
-            for point in self.others
-            if rest.items() <= point.widths.items() and len({point.widths[kind] for kind in kinds}) == 1
-        ]
-        return _rising([*found, (whole[kinds[0]], self.dense.share)]) if found else None
+    def _alone(self, kind: str) -> list[tuple[float, float]]:
+        """Return width and time of the points that cut ``kind`` alone."""
+        found = [(point.widths[kind], point.share) for point in self.others if self._cuts(point) == {kind}]
+        return _rising([*found, (self.dense.widths[kind], self.dense.share)])
+
+    @cached_property
+    def _pair(self) -> _PairTimes | None:
+        """Times by the widths of q/k and v, all else dense; None where they were not measured together."""
+        found = {
+            (point.widths["qk"], point.widths["v"]): point.share
+            for point in (self.dense, *self.others)
+            if set(_PAIR) <= set(point.widths) and self._cuts(point) <= set(_PAIR)
+        }
+        return _PairTimes.of(found) if any(qk == v < max(found)[0] for qk, v in found) else None
+
+    def _cuts(self, point: Point) -> set[str]:
+        return {kind for kind, width in point.widths.items() if width < self.dense.widths[kind]}
+
+
+@dataclass(frozen=True)
+class _PairTimes:
+    """Times of a layer by the widths of its q/k and its v."""
+
+    equal: list[tuple[float, float]]
+    """Width of both, and the time."""
+    skew: list[tuple[float, float]]
+    """Width, and how much more time q/k of it take than v of it, but for a constant."""
+    extra: list[tuple[float, float]]
+    """Mean width, and the time that unequal widths add to that of equal ones."""
+
+    @classmethod
+    def of(cls, times: Mapping[tuple[int, int], float]) -> _PairTimes:
+        """Take times by widths: of equal widths, and of some unequal ones, each also the other way round."""
+        equal = _rising([(qk, time) for (qk, v), time in times.items() if qk == v])
+        unequal = sorted((pair for pair in times if pair[0] > pair[1]), reverse=True)
+        skew, extra = [(equal[-1][0], 0.0)], []
+        for wide, narrow in unequal:
+            one, other = times[wide, narrow], times[narrow, wide]
+            skew.append((narrow, _between(skew[::-1], wide) - (one - other)))
+            as_equal = (_between(equal, wide) + _between(equal, narrow)) / 2
+            extra.append(((wide + narrow) / 2, max((one + other) / 2 - as_equal, 0.0)))
+        return cls(equal, skew[::-1], extra[::-1])
+
+    def at(self, qk: int, v: int) -> float:
+        """Return the time at these widths."""
+        if qk == v:
+            return _between(self.equal, qk)
+        time = (_between(self.equal, qk) + _between(self.equal, v)) / 2
+        time += (_between(self.skew, qk) - _between(self.skew, v)) / 2
+        if self.extra:
+            time += max(_between(self.extra, (qk + v) / 2), 0.0)
+        return max(time, _between(self.equal, min(qk, v)))
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -192,17 +223,20 @@ def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, in
     found = [whole]
     paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
     if paired:
-        found += [{**whole, "qk": width, "v": width} for width in _spread(choices["qk"], 4)]
+        widths, dense = choices["qk"], whole["qk"]
+        found += [{**whole, "qk": width, "v": width} for width in _spread(widths, range(4))]
+        for narrow, wide in pairwise([*_spread(widths, (1, 2)), dense]):
+            found += [{**whole, "qk": wide, "v": narrow}, {**whole, "qk": narrow, "v": wide}]
     for kind, widths in choices.items():
-        parts = 2 if paired and kind in _PAIR else 4
-        found += [{**whole, kind: width} for width in _spread(widths, parts)]
+        if not (paired and kind in _PAIR):
+            found += [{**whole, kind: width} for width in _spread(widths, range(4))]
     return found
 
 
-def _spread(choices: Sequence[int], parts: int) -> list[int]:
-    """Return the widths nearest to 0/parts, 1/parts, ... of the dense one, which is left out."""
+def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
+    """Return the widths nearest to some quarters of the dense one, which is left out."""
     dense = choices[-1]
-    found = {min(choices, key=lambda width: abs(width - dense * part / parts)) for part in range(parts)}
+    found = {min(choices, key=lambda width: abs(width - dense * part / 4)) for part in quarters}
     return sorted(found - {dense})
 
 
@@ -223,7 +257,7 @@ def kept_table(
         today: returns a saved table with the current time of the dense model, or None to measure again
             because the target cannot be reached with the saved times.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()
     path = _folder() / f"{digest[:32]}.json"
     kept: TimeTable | None = None
     if path.exists():

@@ -13,16 +13,19 @@ those with the least error are taken, and the exact final step counts every cost
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 from mhacut.plan import UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Limit, Limits, keeps
-from mhacut.pruning.widths import NEAR, fill_budget
+from mhacut.pruning.widths import NEAR, REACH, fill_budget
 
 TIE = 0.01
 """Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where
 they differ run slower."""
+_LESS = 0.03
+"""Part of a limit that is taken away to find what it is worth."""
 _RATIOS = {2: 16, 3: 8, 4: 6}
 """Number of parts into which several multipliers are divided, by their number."""
 
@@ -50,16 +53,21 @@ def cheapest_widths(
         exchange: whether steps may be exchanged to use up the limits, which takes seconds.
         equal: whether q/k must be as wide as v, whatever that costs; their choices must then be the same.
     """
-    tied = _solve_tied(curves, choices, limits, exchange)
-    if equal and tied is not None:
-        return tied
-    free = _solve(curves, choices, limits, exchange)
-    if tied is None:
-        return free
-    used = any(limit.cost(tied) >= min(limit.cost(free), NEAR * limit.most) for limit in limits)
+    pairs = _pairs(choices)
+    if equal and pairs:
+        return _solve_tied(curves, choices, limits, pairs, exchange)
+    found = _solve(curves, choices, limits, exchange)
+    if not pairs:
+        return found
+    tied = _solve_tied(curves, choices, limits, pairs, exchange)
+    if any(limit.resource == "max_latency" for limit in limits):  # where ties are not only nice to have
+        some = _worth_tying(curves, choices, limits, pairs, tied)
+        mixed = _solve_tied(curves, choices, limits, some, exchange)
+        found = min(found, mixed, key=lambda widths: total_error(curves, widths))
+    used = any(limit.cost(tied) >= min(limit.cost(found), NEAR * limit.most) for limit in limits)
     if not used:  # a budget is there to be used
-        return free
-    return tied if total_error(curves, tied) <= (1 + TIE) * total_error(curves, free) else free
+        return found
+    return tied if total_error(curves, tied) <= (1 + TIE) * total_error(curves, found) else found
 
 
 def total_error(curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int]) -> float:
@@ -119,39 +127,83 @@ def _multipliers(number: int) -> Iterator[tuple[float, ...]]:
 
 
 def _prices(choices: Mapping[UnitKey, Sequence[int]], limit: Limit) -> dict[UnitKey, float]:
-    """Cost per channel of every unit while the other units keep all channels."""
-    whole = {key: widths[-1] for key, widths in choices.items()}
-    full = limit.cost(whole)
-    return {
-        key: (full - limit.cost({**whole, key: widths[0]})) / max(widths[-1] - widths[0], 1)
-        for key, widths in choices.items()
+    """Cost per channel of every unit, while the other units keep all channels, and the fewest.
+
+    The mean of both counts nothing of what unequal widths of q/k and v cost beside their channels.
+    """
+    most = {key: widths[-1] for key, widths in choices.items()}
+    least = {key: widths[0] for key, widths in choices.items()}
+    full, bare = limit.cost(most), limit.cost(least)
+    prices = {}
+    for key, widths in choices.items():
+        cost = full - limit.cost({**most, key: widths[0]}) + limit.cost({**least, key: widths[-1]}) - bare
+        prices[key] = cost / 2 / max(widths[-1] - widths[0], 1)
+    return prices
+
+
+def _pairs(choices: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, UnitKey]:
+    """Return the q/k of all layers with their v; empty where the allowed widths of some differ."""
+    pairs: dict[UnitKey, UnitKey] = {
+        (layer, "qk"): (layer, "v") for layer, kind in choices if kind == "v" and (layer, "qk") in choices
     }
+    return pairs if all(choices[qk] == choices[v] for qk, v in pairs.items()) else {}
 
 
 def _solve_tied(
     curves: Mapping[UnitKey, Curve],
     choices: Mapping[UnitKey, Sequence[int]],
     limits: Limits,
+    pairs: Mapping[UnitKey, UnitKey],
     exchange: bool,
-) -> dict[UnitKey, int] | None:
-    """Solve with q/k and v of every layer as one unit; None where their allowed widths differ."""
-    partner: dict[UnitKey, UnitKey] = {
-        (layer, "qk"): (layer, "v") for layer, kind in choices if kind == "v" and (layer, "qk") in choices
-    }
-    if not partner or any(choices[qk] != choices[v] for qk, v in partner.items()):
-        return None
+) -> dict[UnitKey, int]:
+    """Solve with each of ``pairs``, q/k and v of a layer, as one unit."""
 
     def apart(widths: Mapping[UnitKey, int]) -> dict[UnitKey, int]:
-        return dict(widths) | {v: widths[qk] for qk, v in partner.items() if qk in widths}
+        return dict(widths) | {v: widths[qk] for qk, v in pairs.items() if qk in widths}
 
     def of_both(limit: Limit) -> Limit:
         return Limit(lambda widths: limit.cost(apart(widths)), limit.most, limit.resource)
 
-    joint = {key: curve for key, curve in curves.items() if key not in partner.values()}
-    for qk, v in partner.items():
+    joint = {key: curve for key, curve in curves.items() if key not in pairs.values()}
+    for qk, v in pairs.items():
         joint[qk] = {width: curves[qk][width] + curves[v][width] for width in choices[qk]}
     own = {key: choices[key] for key in joint}
     return apart(_solve(joint, own, [of_both(limit) for limit in limits], exchange))
+
+
+def _worth_tying(
+    curves: Mapping[UnitKey, Curve],
+    choices: Mapping[UnitKey, Sequence[int]],
+    limits: Limits,
+    pairs: Mapping[UnitKey, UnitKey],
+    tied: Mapping[UnitKey, int],
+) -> dict[UnitKey, UnitKey]:
+    """Return those of ``pairs`` that should stay tied: equal widths save more cost than unequal ones error.
+
+    Costs are converted into errors at the price that the limits have around ``tied``.
+    """
+    error = total_error(curves, tied)
+    prices = []
+    for limit in limits:
+        less = replace(limit, most=int((1 - _LESS) * limit.most))
+        others = [each for each in limits if each is not limit]
+        narrower = _solve_tied(curves, choices, [less, *others], pairs, False)
+        saved = limit.cost(tied) - limit.cost(narrower)
+        prices.append(max(total_error(curves, narrower) - error, 0.0) / saved if saved > 0 else 0.0)
+
+    def loss(qk: UnitKey, widths: tuple[int, int]) -> float:
+        own = dict(zip((qk, pairs[qk]), widths, strict=True))
+        cost = sum(price * limit.cost({**tied, **own}) for price, limit in zip(prices, limits, strict=True))
+        return cost + total_error({key: curves[key] for key in own}, own)
+
+    found = {}
+    for qk, v in pairs.items():
+        at = choices[qk].index(tied[qk])
+        near = choices[qk][max(0, at - REACH) : at + REACH + 1]
+        _, best = min((loss(qk, widths), widths) for widths in product(near, near))
+        if best[0] == best[1]:
+            found[qk] = v
+    return found
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
