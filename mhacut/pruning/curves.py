@@ -30,6 +30,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.runtime.progress import Counter
+from mhacut.surgery.hooks import outputs_of
 from mhacut.surgery.output import effective_output_weights
 
 Curve = Mapping[int, float]
@@ -148,14 +149,11 @@ class _Run:
 
     def result(self, module: nn.Module) -> Tensor:
         """Run ``module`` in place of the layer; return what its output projections give."""
-        found: list[Tensor] = []
-        submodule = module.get_submodule(self.layer.result)  # the module itself, by an empty name
-        handle = submodule.register_forward_hook(lambda _, args, output: found.append(output))
-        try:
+        result = self.layer.result  # the module itself, by an empty name
+        with outputs_of(module, [result]) as found:
             module(*self.args, **self.kwargs)
-        finally:
-            handle.remove()
-        return found[-1]
+        output: Tensor = found[result][-1]
+        return output
 
 
 def _curve_by_runs(

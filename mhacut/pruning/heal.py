@@ -28,6 +28,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.hooks import outputs_of
 from mhacut.surgery.layout import channel_dims
 from mhacut.surgery.merge import Match, SizedTokens
 from mhacut.surgery.merging import merged_of, set_merged
@@ -123,17 +124,12 @@ def _prefix(model: Any) -> int:
 
 def _matches(block: nn.Module, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Match | None]:
     """Match the tokens of each call of ``block``, None where it merges none."""
-    matcher, found = getattr(block, "matcher", None), list[Match | None]()
-    if not isinstance(matcher, nn.Module):
+    if not isinstance(getattr(block, "matcher", None), nn.Module):
         return [None] * len(given)
-    handle = matcher.register_forward_hook(lambda module, args, output: found.append(output))
-    try:
-        with torch.no_grad():
-            for args, kwargs in given:
-                _run(block, args, kwargs)
-    finally:
-        handle.remove()
-    return found
+    with torch.no_grad(), outputs_of(block, ["matcher"]) as found:
+        for args, kwargs in given:
+            _run(block, args, kwargs)
+    return found.get("matcher", [])
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
@@ -237,20 +233,10 @@ def _shape(output: object) -> torch.Size | None:
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list[Any]]:
+def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
     """Outputs of each call of these modules, in the order of their first calls."""
-    outputs: dict[str, list[Any]] = {}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: outputs.setdefault(name, []).append(_tokens(output))
-        )
-        for name in names
-    ]
-    try:
+    with outputs_of(model, names, lambda args, output: _tokens(output)) as outputs:
         model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 

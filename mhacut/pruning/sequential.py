@@ -8,7 +8,7 @@ that brings its output nearest to the dense model's. Ours; the order is that of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -20,6 +20,7 @@ from mhacut.pruning.calibrate import Calibration, fewer
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.hooks import outputs_of
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative to the mean energy of the inputs."""
@@ -102,19 +103,10 @@ def _projections(
     return {name: layers[name] for name in once}, widest
 
 
-def _bytes_of_calls(model: nn.Module, names: Iterable[str], image: Tensor) -> dict[str, list[int]]:
+def _bytes_of_calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[int]]:
     """Bytes of input and output at each call of these modules, in the order of their first calls."""
-    calls: dict[str, list[int]] = {}
-
-    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.setdefault(name, []).append(args[0].nbytes + output.nbytes)
-
-    handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in names]
-    try:
+    with outputs_of(model, names, lambda args, output: args[0].nbytes + output.nbytes) as calls:
         model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.hooks import outputs_of
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.layout import channel_dims
 
@@ -91,28 +91,13 @@ class _Reader(nn.Module):
 
 def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
     """Run ``model``; return what the modules of these names give."""
-    with _capturing(model, names) as found:
+    with outputs_of(model, names) as found:
         model(images)
     once = [name for name in names if len(found.get(name, ())) != 1]
     if once:
         times = len(found.get(once[0], ()))
         raise UnsupportedModelError(f"the model runs {once[0]!r} {times} times per image, expected once")
     return [found[name][0] for name in names]
-
-
-@contextmanager
-def _capturing(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-    found: dict[str, list[Any]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.setdefault(name, []).append(output)
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

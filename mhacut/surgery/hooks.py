@@ -1,10 +1,12 @@
-"""Capture the activations of units while a model runs."""
+"""Capture activations of units and outputs of modules while a model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,40 @@ from mhacut.adapters.base import ActivationHook, Unit
 
 Capture = Callable[[Unit, str, Tensor], None]
 """Called with a unit, the name of one of its hooks, and the activation, [..., heads, width]."""
+
+
+@contextmanager
+def outputs_of(
+    model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
+) -> Iterator[Mapping[str, list[Any]]]:
+    """Keep the outputs of the named modules while ``model`` runs in the block.
+
+    Args:
+        model: which has the modules.
+        names: of the modules; "" is the model itself.
+        take: (arguments by position, output) -> what to keep of a call.
+
+    Yields:
+        What was kept of each call by name, names in the order of their first calls.
+    """
+    found: dict[str, list[Any]] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        found.setdefault(name, []).append(take(args, output))
+
+    with _registered(model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names):
+        yield found
+
+
+@contextmanager
+def _registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks when the block ends."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
 
 
 @contextmanager
@@ -33,11 +69,8 @@ def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iter
             for head in range(unit.heads):
                 submodule = model.get_submodule(path.replace("*", str(head)))
                 handles.append(_register(submodule, one_head, name, hook, join))
-    try:
+    with _registered(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _JoinHeads:
