@@ -336,7 +336,7 @@ class Uneven:
         def compared(watch, runs, seconds, threads):
             self.made += 1
             ratio = next(left)
-            return latency.Beside((1.0, ratio), (1.0, ratio), (1.0, ratio), 0.0)
+            return latency.Comparison((1.0, ratio), (1.0, ratio), (1.0, ratio), 0.0)
 
         monkeypatch.setattr(Stopwatch, "_compared", compared)
         dense = torch.nn.Conv2d(3, 1, 1)
@@ -362,7 +362,7 @@ def test_a_surprising_time_is_the_middle_of_three(monkeypatch, ratios, expected,
 
 
 def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):
-    busy = latency.Beside((1.0,), (1.0,), (1.0,), drift=0.2)
+    busy = latency.Comparison((1.0,), (1.0,), (1.0,), drift=0.2)
     monkeypatch.setattr(stopwatch, "compare_runs", lambda runs, **options: busy)
     log = Log()
     watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, log)

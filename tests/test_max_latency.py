@@ -28,7 +28,7 @@ from mhacut.commands import prune_cut, prune_files, prune_latency
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, OutputError, UsageError
-from mhacut.measuring.latency import Beside
+from mhacut.measuring.latency import Comparison
 from mhacut.options.prune import PruneOptions
 from mhacut.options.timing import TimingOptions
 from mhacut.pruning.planner import Planner
@@ -140,7 +140,7 @@ def alone(part):
 
 
 def found(times):
-    return Beside(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)
+    return Comparison(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)
 
 
 @pytest.fixture

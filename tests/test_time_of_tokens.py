@@ -13,7 +13,7 @@ from helpers.pruning import last_step
 from mhacut.checkpoint.load import read_model
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError
-from mhacut.measuring.latency import Beside
+from mhacut.measuring.latency import Comparison
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.merging import merged_of
@@ -40,7 +40,7 @@ class Clock:
 
         def beside(stopwatch, models, parts=(), *, seconds, expected=None):
             times = tuple(map(clock.time, (stopwatch.dense, *models)))
-            return Beside(times, times, tuple(time / times[0] for time in times), 0.0)
+            return Comparison(times, times, tuple(time / times[0] for time in times), 0.0)
 
         monkeypatch.setattr(Stopwatch, "beside", beside)
 

@@ -20,7 +20,7 @@ from mhacut.exporting.programs import (
     timing_device,
     using_threads,
 )
-from mhacut.measuring.latency import Beside, Run, compare_runs, fixed_images, run_of
+from mhacut.measuring.latency import Comparison, Run, compare_runs, fixed_images, run_of
 from mhacut.options.timing import TimingOptions
 from mhacut.runtime.device import same_device
 from mhacut.runtime.progress import Reporter
@@ -70,7 +70,7 @@ class Stopwatch:
         *,
         seconds: float,
         expected: float | None = None,
-    ) -> Beside:
+    ) -> Comparison:
         """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
 
         Args:
@@ -91,7 +91,7 @@ class Stopwatch:
             three = [found, *(self._compared(runs, seconds, threads) for _ in range(2))]
             return sorted(three, key=lambda one: one.ratios[1])[1]
 
-    def parts(self, parts: Sequence[Run], *, seconds: float) -> Beside:
+    def parts(self, parts: Sequence[Run], *, seconds: float) -> Comparison:
         """Time parts of models, functions that :meth:`ready` returned, in turns."""
         with using_threads(self.timing.threads) as threads, many_compiled():
             return self._compared(parts, seconds, threads)
@@ -118,7 +118,7 @@ class Stopwatch:
             "machine": machine(self.device),
         }
 
-    def _compared(self, runs: Sequence[Run], seconds: float, threads: int) -> Beside:
+    def _compared(self, runs: Sequence[Run], seconds: float, threads: int) -> Comparison:
         found = compare_runs(runs, seconds=seconds, device=self.device, threads=threads)
         if not found.steady and not self._logged_busy:
             self._logged_busy = True

@@ -101,7 +101,7 @@ def take_turns(
 
 
 @dataclass(frozen=True)
-class Beside:
+class Comparison:
     """Median times of several programs, and their ratios to the first; all ran in turns."""
 
     milliseconds: tuple[float, ...]
@@ -120,7 +120,7 @@ class Beside:
         return self.drift <= _DRIFT
 
 
-def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Beside:
+def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Comparison:
     """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
     For one thread on a CPU, ratios compare process time, which excludes other programs, unless its clock is
@@ -134,14 +134,14 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
     """
     by_process = device.type == "cpu" and threads == 1
     clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
-    best: Beside | None = None
+    best: Comparison | None = None
     for _ in range(_TRIES):
         times = _turns(runs, seconds, device, clocks, _PATIENCE)
         if by_process and _coarse(times):  # from here on; the drift of other clocks tells nothing
             by_process, best = False, None
             clocks = clocks[:1]
             times = [[[wall] for wall, _ in own] for own in times]
-        found = _beside(times)
+        found = _compared(times)
         best = found if best is None or found.drift < best.drift else best
         if best.steady:
             break
@@ -149,13 +149,13 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
     return best
 
 
-def _beside(times: Sequence[Sequence[Sequence[float]]]) -> Beside:
+def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
     """Summarise seconds of every call of each run, by the wall's clock and then by any other to compare."""
     compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
     half = len(first) // 2
     early, late = statistics.median(first[:half]), statistics.median(first[half:])
-    return Beside(
+    return Comparison(
         tuple(1000 * statistics.median(own) for own in compared),
         tuple(1000 * statistics.median(call[0] for call in own) for own in times),
         tuple(statistics.median(a / b for a, b in zip(own, first, strict=True)) for own in compared),
