@@ -45,6 +45,7 @@ def prune(model, path, flops, **options):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_tokens_and_channels_share_a_budget(model, tmp_path):
     result = prune(model, tmp_path / "slim.safetensors", "50%", scope="attention+mlp+tokens")
     slim = mhacut.load_model(result.output)

@@ -98,6 +98,7 @@ def test_another_model_is_refused(args, message):
         compare(other, build(CASE), image(CASE), source="other", data="b", batch_size=2)
 
 
+@pytest.mark.slow
 def test_a_slim_file_beside_its_dense_one(slim_of):
     slim = slim_of("flatten")
     dense = slim.parent / "dense.safetensors"  # says nothing of itself: the slim file does

@@ -190,6 +190,7 @@ def test_the_best_effort_exchanges():
     assert efforts == {"fast": False, "balanced": False, "best": True}
 
 
+@pytest.mark.slow
 def test_prune_exchanges_where_it_is_asked_to(tiny_vit):
     options = {
         "flops": "60%",

@@ -137,6 +137,7 @@ def test_a_dense_file_can_be_exported(tiny_vit, tmp_path, monkeypatch):
     torch.testing.assert_close(torch.export.load("tiny.pt2").module()(x), dense(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(slim_of, tmp_path, monkeypatch):
     monkeypatch.setitem(exporting.TOLERANCE, "float32", -1.0)
     with pytest.raises(MhacutError, match=r"differs from the original by .* no file was kept"):

@@ -56,6 +56,7 @@ def filled(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", slow_except(FAST, [name for name in REFERENCED if name in RUN]))
 @torch.no_grad()
+@pytest.mark.slow
 def test_logits_are_those_of_the_official_model(name):
     facts, model = OFFICIAL[name], filled(name)
     count = 1 if name == LARGEST else len(facts["logits"])

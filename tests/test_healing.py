@@ -144,6 +144,7 @@ def test_what_a_block_is(layers, expected):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
+@pytest.mark.slow
 def test_each_block_is_nearer_to_the_dense_one_on_held_out_images_or_as_it_was(case):
     bench = Bench(CASES[case])
     model = bench.healed()
@@ -394,6 +395,7 @@ def test_the_effort_decides_unless_steps_are_given():
 
 
 @pytest.mark.parametrize("case", slow_except(["class token"], ["class token", "windows", "sizes"]))
+@pytest.mark.slow
 def test_a_run_keeps_what_helps(monkeypatch, case):
     module, args = build(CASES[case]), dict(CASES[case].args)
     del args["img_size"]

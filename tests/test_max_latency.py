@@ -352,6 +352,7 @@ def test_a_file_that_misses_the_time_replaces_none(tiny_vit, tmp_path, clock, mo
     assert out.read_bytes() == b"of before"
 
 
+@pytest.mark.slow
 def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):
     first = prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
     assert clock.layers > 0

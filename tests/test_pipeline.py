@@ -449,6 +449,7 @@ def test_two_processes_write_what_one_writes(tiny_vit, tmp_path, programs):
     assert "did not foresee" not in again.stderr
 
 
+@pytest.mark.slow
 def test_a_single_image_does_not_break_the_model(few_digits):
     # There is nothing to judge refits by, and fewer tokens than channels to fit them to.
     result = mhacut.prune(
@@ -497,6 +498,7 @@ def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monke
     assert rotated[1] == set()
 
 
+@pytest.mark.slow
 def test_a_repair_in_order_that_is_left_out_is_logged(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.setattr("mhacut.pruning.recover.GUARD", 0.0)
     reporter = Recorder()

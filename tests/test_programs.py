@@ -29,6 +29,7 @@ def inputs():
     return tuple(torch.full((2, 3), float(number)) for number in (5, 7, 1))
 
 
+@pytest.mark.slow
 def test_inputs_of_another_order_are_paired_by_name(inputs):
     import onnx
 

@@ -116,6 +116,7 @@ def test_weights_are_the_model_s_to_half_a_step_of_each_output_channel(method, e
 
 
 @pytest.mark.parametrize("method", ["dynamic", "static"])
+@pytest.mark.slow
 def test_the_rest_stays_float32(method, exported):
     nodes = onnx.load(exported(method).output).graph.node
     readers = {

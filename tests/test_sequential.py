@@ -151,6 +151,7 @@ def reconstruct_slowly(bench, names):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
+@pytest.mark.slow
 def test_each_projection_is_refitted_on_what_those_before_it_give(case):
     bench = Bench(CASES[case])
     names, reporter = projections(bench), Counting()

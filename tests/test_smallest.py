@@ -327,6 +327,7 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
         (("80%", "50%"), {"size": "90%"}, None),
     ],
 )
+@pytest.mark.slow
 def test_budgets_that_lead_to_one_model_are_named_with_what_decides(tiny_vit, tmp_path, flops, others, line):
     reporter = Recorder()
     results = mhacut.prune_many(

@@ -77,6 +77,7 @@ def prune(model, output, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_time_is_met_by_merging_used_and_recorded(model, tmp_path, clock):
     clock.matching = 1.02
     result = prune(model, tmp_path / "slim.safetensors", max_latency="40%")

@@ -51,6 +51,7 @@ def folder(exported) -> Path:
 
 
 @pytest.mark.parametrize("name", SLIM)
+@pytest.mark.slow
 def test_timm_opens_it_to_the_same_numbers(name, slim_of, exported):
     result = exported(name)
     assert max(result.difference.values()) == 0
@@ -144,6 +145,7 @@ def test_a_model_that_was_cut_for_images_of_another_size(architecture, args, tmp
 @pytest.mark.parametrize(
     "asked", [{}, {"feature_cls": "getter"}, {"feature_cls": "dict"}, {"out_indices": (1,)}]
 )
+@pytest.mark.slow
 def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, exported):
     case, folder = SLIM[name], exported(name).output
     try:

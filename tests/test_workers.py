@@ -150,6 +150,7 @@ worker.MP_STATUS_CHECK_INTERVAL = 1000  # seconds between torch's own looks whet
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches what is forked")
+@pytest.mark.slow
 def test_processes_end_with_a_program_that_a_signal_to_all_of_them_ends(programs):
     waiting = "print(flush=True)\n__import__('time').sleep(1000)\n"
     running = programs.start(PATIENT + READING.format(then="") + waiting)

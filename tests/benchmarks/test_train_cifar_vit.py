@@ -91,6 +91,7 @@ def test_training_starts_from_given_weights(train, images, tmp_path) -> None:
         torch.testing.assert_close(after[name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_a_vit_learns_from_a_network_trained_before(train, images, tmp_path) -> None:
     train.main([*train_flags(images, tmp_path / "teacher"), "--network", "resnet"])
     teacher = tmp_path / "teacher" / "model.safetensors"

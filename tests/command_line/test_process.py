@@ -182,6 +182,7 @@ def test_broken_pipe_ends_quietly(programs, slim):
         assert program.end() == 0
 
 
+@pytest.mark.slow
 def test_ascii_terminal(programs, slim, tmp_path):
     path = tmp_path / "mod\u00e8le \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
@@ -192,6 +193,7 @@ def test_ascii_terminal(programs, slim, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_interrupt(programs, tiny_vit, tmp_path, number):
     out = tmp_path / "out.safetensors"
     endless = ["--allocation", "indicator", "--steps", "1000000"]

@@ -216,6 +216,7 @@ def folder_for_images_of(size: int, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("size", "chosen", "logged"), [(480, False, True), (480, True, False), (224, False, False)]
 )
+@pytest.mark.slow
 def test_a_large_default_size_is_logged_with_what_takes_less_time(tmp_path, size, chosen, logged):
     flags = ["--flops", "80%", "--dry-run", *FAST]
     flags += ["--model-arg", f"img_size={size}"] if chosen else []

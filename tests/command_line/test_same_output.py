@@ -87,6 +87,7 @@ TO_FLOPS, TO_PARAMETERS = ("--flops", "60%"), ("--params", "60%")
         ("measuring", "other size", (*TO_FLOPS, "--overwrite")),
     ],
 )
+@pytest.mark.slow
 def test_a_file_that_another_process_changes_is_left_to_it(
     tiny_vit, tmp_path, monkeypatch, after, other, flags
 ):
@@ -109,6 +110,7 @@ def test_a_file_that_another_process_changes_is_left_to_it(
 
 
 @pytest.mark.parametrize("flags", [TO_FLOPS, TO_PARAMETERS])
+@pytest.mark.slow
 def test_a_file_that_is_removed_is_written_again(tiny_vit, tmp_path, monkeypatch, flags):
     command = ["prune", *tiny_vit.flags, *FAST, *flags, "-o"]
     assert run(*command, tmp_path / "kept" / "slim.safetensors").exit_code == 0

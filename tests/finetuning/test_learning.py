@@ -44,6 +44,7 @@ def test_the_start_is_the_best_where_no_epoch_is_better(tune, slim):
     assert open_checkpoint(result.output).record.history[-1]["steps"] == 0
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -181,6 +182,7 @@ def test_matched_features_are_the_same_loss_however_a_step_is_shared_out(tune, t
     assert parts.epochs[0].train_loss == pytest.approx(whole.epochs[0].train_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tune):
     alone, helped = tune("alone", workers=0, reprob=0.5), tune("helped", workers=2, reprob=0.5)
     assert same(weights(alone.folder), weights(helped.folder))

@@ -47,6 +47,7 @@ def uncut(tune_in, tmp_path_factory):
         (measuring_module, "evaluate", 2, 0),
     ],
 )
+@pytest.mark.slow
 def test_a_run_cut_off_anywhere_goes_on_to_the_same_end(
     tune, uncut, tmp_path, kill, monkeypatch, target, name, call, save_every
 ):

@@ -79,6 +79,7 @@ def test_layers_that_shared_a_convolution_are_cut_each_by_itself(depths, whole):
     ],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_slim_layer_is_exported_for_any_batch(name):
     case = CASES[name]
     (model, x), more = double(case), image(case, batch=3, dtype=torch.float64)
