@@ -17,6 +17,7 @@ import mhacut
 from helpers.cli import run
 from helpers.programs import MAIN
 from mhacut.cli.interrupts import interruptible
+from mhacut.cli.threads import wait_briefly
 
 ASCII = """
 import sys
@@ -265,6 +266,33 @@ def test_nothing_is_imported_before_interrupts_are_quiet():
     result = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
     ours = {"mhacut", "mhacut._timm_hook", "mhacut._version", "mhacut.cli", "mhacut.cli.quitting"}
     assert set(result.stdout.split()) - {"__future__"} == ours, result.stderr
+
+
+def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(monkeypatch):
+    for given, after in (
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        monkeypatch.setattr(os, "environ", dict(given))
+        wait_briefly()
+        assert os.environ.get("GOMP_SPINCOUNT") == after
+
+
+WAITS = """
+import sys
+from mhacut import cli
+from mhacut.cli import threads
+original = threads.wait_briefly
+threads.wait_briefly = lambda: (original(), print("torch" in sys.modules))
+sys.argv = ["mhacut", "--version"]
+cli.main()
+"""
+
+
+def test_how_threads_wait_is_set_before_torch_reads_it():
+    result = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[0] == "False", result.stderr
 
 
 @pytest.mark.slow
