@@ -89,10 +89,26 @@ def test_what_unequal_widths_cost_may_depend_on_them_and_on_which_is_wider():
 
 def test_unequal_widths_never_seem_faster_than_both_at_the_lesser():
     def noisy(widths):
-        return widths["qk"] + widths["v"] - 30 * (widths["qk"] != widths["v"])
+        return widths["qk"] + widths["v"] - 40 * (widths["qk"] > widths["v"])
 
     times = measured(ATTENTION, noisy)
-    assert times.at({"qk": 16, "v": 24}) >= times.at({"qk": 16, "v": 16})
+    for qk, v in itertools.product(*ATTENTION.values()):
+        lesser = min(qk, v)
+        assert times.at({"qk": qk, "v": v}) >= times.at({"qk": lesser, "v": lesser})
+
+
+@pytest.mark.parametrize("dense", [(32, 24), (24, 32), (32, 16), (16, 32)])
+def test_layers_whose_dense_widths_differ_have_times(dense):
+    """As a layer of a slim file has; one of its widths alone can be cut to the other."""
+    choices = {kind: tuple(range(8, width + 1, 8)) for kind, width in zip(ATTENTION, dense, strict=True)}
+
+    def time(widths):
+        return 3 * widths["qk"] + widths["v"] + 7
+
+    times = measured(choices, time)
+    for widths in itertools.product(*choices.values()):
+        own = dict(zip(ATTENTION, widths, strict=True))
+        assert times.at(own) == pytest.approx(time(own))
 
 
 def test_noise_never_makes_a_narrower_layer_slower():
@@ -157,21 +173,37 @@ def rounded(time):
     return Limit(lambda widths: round(1000 * time(widths)), 0, "max_latency")
 
 
-def test_layers_get_equal_widths_where_that_is_worth_it_and_only_there():
-    """One layer loses nothing by equal widths, the other all it has."""
+@pytest.mark.parametrize(("extra", "widths"), [(9, (16, 16, 8, 32)), (40, (8, 8, 32, 32))])
+def test_layers_get_equal_widths_where_that_is_worth_it_and_only_there(extra, widths):
+    """One layer loses little by equal widths, the other nearly all it has, unless time is dearer still."""
     choices = dict.fromkeys(PAIRS, (8, 16, 24, 32))
     line = {8: 3.0, 16: 2.0, 24: 1.0, 32: 0.0}
     steep = {8: 60.0, 16: 40.0, 24: 20.0, 32: 0.0}
-    flat = dict.fromkeys(line, 0.0)
-    curves = dict(zip(PAIRS, (line, line, flat, steep), strict=True))
+    nearly_flat = {width: error / 100 for width, error in line.items()}
+    curves = dict(zip(PAIRS, (line, line, nearly_flat, steep), strict=True))
 
     def time(widths):
         unequal = sum(widths[layer, "qk"] != widths[layer, "v"] for layer in ("one", "two"))
-        return REST + sum(widths.values()) + 9 * unequal
+        return REST + sum(widths.values()) + extra * unequal
 
     limit = replace(rounded(time), most=round(1000 * (REST + 81)))
-    found = cheapest_widths(curves, choices, [limit])
-    assert found == {("one", "qk"): 16, ("one", "v"): 16, ("two", "qk"): 8, ("two", "v"): 32}
+    assert cheapest_widths(curves, choices, [limit]) == dict(zip(PAIRS, widths, strict=True))
+
+
+def test_the_price_of_a_channel_has_nothing_of_what_unequal_widths_cost():
+    """Else q/k would seem nearly free, and stay wide at the cost of the MLP."""
+    choices = {PAIRS[0]: (8, 16, 24, 32), PAIRS[1]: (16, 32), ("mlp", "hidden"): (8, 16, 24, 32)}
+    curves = {
+        PAIRS[0]: {8: 3.0, 16: 2.0, 24: 1.0, 32: 0.0},
+        PAIRS[1]: {16: 90.0, 32: 0.0},
+        ("mlp", "hidden"): {8: 6.0, 16: 4.0, 24: 2.0, 32: 0.0},
+    }
+
+    def time(widths):
+        return REST + sum(widths.values()) + 20 * (widths[PAIRS[0]] != widths[PAIRS[1]])
+
+    limit = replace(rounded(time), most=round(1000 * (REST + 92)))
+    assert cheapest_widths(curves, choices, [limit]) == {PAIRS[0]: 8, PAIRS[1]: 32, ("mlp", "hidden"): 32}
 
 
 @settings(deadline=None, max_examples=60)

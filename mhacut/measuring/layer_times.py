@@ -71,12 +71,15 @@ class LayerTimes:
     @cached_property
     def _pair(self) -> _PairTimes | None:
         """Times by the widths of q/k and v, all else dense; None where they were not measured together."""
+        whole = [self.dense.widths.get(kind) for kind in _PAIR]
+        if whole[0] is None or whole[0] != whole[1]:
+            return None
         found = {
             (point.widths["qk"], point.widths["v"]): point.share
             for point in (self.dense, *self.others)
-            if set(_PAIR) <= set(point.widths) and self._cuts(point) <= set(_PAIR)
+            if self._cuts(point) <= set(_PAIR)
         }
-        return _PairTimes.of(found) if any(qk == v < max(found)[0] for qk, v in found) else None
+        return _PairTimes.of(found) if any(qk == v < whole[0] for qk, v in found) else None
 
     def _cuts(self, point: Point) -> set[str]:
         return {kind for kind, width in point.widths.items() if width < self.dense.widths[kind]}

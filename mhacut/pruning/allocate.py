@@ -46,6 +46,8 @@ def cheapest_widths(
 ) -> dict[UnitKey, int]:
     """Return the widths of least total error within ``limits``; q/k are as wide as v if that costs little.
 
+    Layers whose q/k and v have other choices are left out of that.
+
     Args:
         curves: error of every unit at each of its choices.
         choices: allowed widths per unit, ascending, the dense one last.
@@ -142,11 +144,12 @@ def _prices(choices: Mapping[UnitKey, Sequence[int]], limit: Limit) -> dict[Unit
 
 
 def _pairs(choices: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, UnitKey]:
-    """Return the q/k of all layers with their v; empty where the allowed widths of some differ."""
-    pairs: dict[UnitKey, UnitKey] = {
-        (layer, "qk"): (layer, "v") for layer, kind in choices if kind == "v" and (layer, "qk") in choices
+    """Return the q/k of layers with their v, where both may have the same widths."""
+    return {
+        (layer, "qk"): (layer, kind)
+        for layer, kind in choices
+        if kind == "v" and choices.get((layer, "qk")) == choices[layer, kind]
     }
-    return pairs if all(choices[qk] == choices[v] for qk, v in pairs.items()) else {}
 
 
 def _solve_tied(

@@ -12,7 +12,7 @@ from mhacut.plan import UnitKey
 
 @dataclass(frozen=True)
 class Limit:
-    """Upper bound on one cost, which grows with every width."""
+    """Upper bound on one cost, which grows with every width; a time may fall where q/k and v become equal."""
 
     cost: Callable[[Mapping[UnitKey, int]], int]
     """Cost of the model at given widths."""
@@ -30,7 +30,7 @@ class Limit:
         """
         if self.curve is None:
             return self
-        return Limit(flops, self.curve.flops(self.most, merges=merges), self.resource)
+        return Limit(flops, self.curve.flops(self.most, merges=merges))
 
     def holds(self, widths: Mapping[UnitKey, int]) -> bool:
         return self.cost(widths) <= self.most

@@ -15,7 +15,8 @@ def reachable_amounts(
 ) -> dict[Resource, int]:
     """Return the amount that each budget allows.
 
-    Costs grow with every width, so that budgets which can each be reached can be reached together.
+    Costs grow with every width (times nearly so: see :class:`mhacut.pruning.limits.Limit`), so that budgets
+    which can each be reached can be reached together.
 
     Args:
         asked: as the user wrote them; none where a bound on the loss decides.
