@@ -23,8 +23,10 @@ WEIGHT_FILES = (
     "model.pt",
 )
 """Names of files with weights, in the order in which they are sought."""
-_CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin")
+_CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 """Endings of other files that may be meant."""
+_NO_MODEL = re.compile(r"(state|optimizer|scheduler|rng_state|training_args)\b|.*-of-\d+\.")
+"""Beginnings of the names of files beside a model's, and of parts of one."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 INDEX = "model.safetensors.index.json"
 """Name of the list of the files that a model is spread over."""
@@ -69,8 +71,9 @@ def open_folder(folder: Path) -> Folder:
 
 def _other_files(folder: Path) -> str:
     """Return a hint at the checkpoints of a folder, by their names; a run of finetune leaves such files."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in _CHECKPOINTS and path.is_file())
-    names = ", ".join(show(path.name) for path in found[:3]) + ", ..." * (len(found) > 3)
+    named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
+    found = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
+    names = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
     return f"; give one of the files that it holds: {names}" if found else ""
 
 

@@ -137,9 +137,12 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     folder = tmp_path / "folder"
     folder.mkdir()
     assert refusal(folder).endswith("without a config.json")
-    for name in ("best.safetensors", "last.safetensors", "summary.csv"):
+    beside = ("state.pt", "summary.csv", "optimizer.bin", "model-00001-of-00002.safetensors")
+    for name in (*beside, "best.safetensors", "last.safetensors"):
         (folder / name).touch()
     assert refusal(folder).endswith("give one of the files that it holds: best.safetensors, last.safetensors")
+    (folder / "checkpoint.pth.tar").touch()
+    assert "best.safetensors, checkpoint.pth.tar, last.safetensors" in refusal(folder)
     good.rename(folder / "model.safetensors")
     assert "it holds model.safetensors: give that file, and model='NAME'" in refusal(folder)
     config = folder / "config.json"
@@ -148,7 +151,8 @@ def test_a_folder_needs_timms_config(tmp_path, good):
         read_file_header(folder)
     config.write_text('{"architecture": "vit_tiny_patch16_224"}')
     assert read_file_header(folder).config == {"architecture": "vit_tiny_patch16_224"}
-    (folder / "model.safetensors").unlink()
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        (folder / name).unlink()
     assert "holds no weights" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     assert "the files that model.safetensors.index.json lists are missing" in refusal(folder)
