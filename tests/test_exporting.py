@@ -161,6 +161,15 @@ def test_onnx_is_an_extra(slim_of, monkeypatch):
         mhacut.export(slim_of("vit"), format="onnx")
 
 
+def test_what_no_opset_is_to_blame_for_is_not_put_on_it(slim_of, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(runtimes, "_exported", full)
+    with pytest.raises(MemoryError):
+        mhacut.export(slim_of("vit"), opset=20, output=tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     ("asked", "written", "says"),
     [

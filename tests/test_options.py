@@ -37,6 +37,8 @@ EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.o
         ({"round_to": None}, "round_to=None: expected a value"),
         ({"lr": float("nan")}, "lr=nan: expected above 0"),
         ({"lr": float("inf")}, "lr=inf: expected above 0"),
+        ({"lr": 10**400}, "lr: expected a number"),
+        ({"device": None}, "device=None: expected a value"),
         ({"workers": -1}, "workers=-1: expected at least 0"),
         ({"effort": "fastt"}, "effort='fastt': expected one of fast, balanced, best"),
         ({"output": "x.pth"}, "output='x.pth': expected a name that ends in .safetensors"),
@@ -104,6 +106,10 @@ def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
 
 def test_a_device_of_torch_is_its_name():
     assert BenchOptions(checkpoints="a", device=torch.device("cpu")).flat()["device"] == "cpu"
+
+
+def test_one_path_is_one_of_several():
+    assert BenchOptions(checkpoints=Path("a")).checkpoints == (Path("a"),)
 
 
 def test_each_of_several_values_is_checked():

@@ -25,6 +25,7 @@ from mhacut.errors import (
     BudgetError,
     CheckpointError,
     DataError,
+    MhacutError,
     OutputError,
     UnsupportedModelError,
     UsageError,
@@ -105,6 +106,14 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
     assert float(re.search(r"images (\S+) without", tuning)[1]) > 0
     assert result.divergence_of == "features"
     assert result.divergence > 0
+    # Nor have labels a meaning for it, whatever classes a folder has.
+    folder = tmp_path / "images"
+    for number in range(24):
+        write_image(folder / f"{number % 2}" / f"{number}.png", 10 * number)
+    result = prune(tiny_vit, tmp_path / "of_images.safetensors", checkpoint=checkpoint, data_dir=folder)
+    assert result.slim.evaluation is None
+    with pytest.raises(MhacutError, match="the model has one output, so it has no accuracy"):
+        mhacut.evaluate(result.output, data_dir=folder)
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1e3])

@@ -129,8 +129,9 @@ def run_evaluate(
             module, ModelHints(options.model, options.model_args, options.num_classes, options.part)
         )
     classes = classifier_size(loaded.model)
-    if classes == 0:
-        raise MhacutError(f"{loaded.source}: the model has no classifier, so it has no accuracy")
+    if classes < 2:
+        what = "one output" if classes else "no classifier"
+        raise MhacutError(f"{loaded.source}: the model has {what}, so it has no accuracy")
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     origins = provenance(loaded, options.preprocessing)

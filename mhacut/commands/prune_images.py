@@ -112,8 +112,8 @@ def _calibration_images(
         options.data,
         count=options.images_wanted,
         seed=options.search.seed,
-        num_classes=classes or None,
-        use_labels=options.labels and classes > 0,
+        num_classes=classes if classes > 1 else None,
+        use_labels=options.labels and classes > 1,
     )
     reporter.log(f"searching on {images.description}")
     return images
@@ -127,7 +127,7 @@ def _from_memory(
     reporter: Reporter,
 ) -> tuple[CalibrationImages, LabelledBatches | None]:
     """Return the images to search on, and labelled ones besides, where there are any."""
-    use_labels = options.labels and classes > 0
+    use_labels = options.labels and classes > 1
     images, validation = split_in_memory(
         given,
         Expected(preprocessing.input_size, classes if use_labels else None),
@@ -137,7 +137,7 @@ def _from_memory(
         batch_size=options.search.batch_size,
     )
     reporter.log(f"searching on {images.description}")
-    if options.eval_images and classes and validation is None:
+    if options.eval_images and classes > 1 and validation is None:
         reason = "no labels" if images.labels is None else "too few images"
         reason = reason if options.labels else option_name("labels", False)
         reporter.log(f"accuracy is not measured: {reason}")
@@ -149,7 +149,7 @@ def _validation_images(
 ) -> LabelledBatches | None:
     """Return the labelled validation images; None if there are none, or labels may not be used."""
     data = options.data
-    if options.eval_images == 0 or classes == 0 or not data.has_images:
+    if options.eval_images == 0 or classes < 2 or not data.has_images:
         return None
     if not options.labels:
         reporter.log(f"accuracy is not measured: {option_name('labels', False)}")

@@ -114,7 +114,9 @@ def open_named(
     if kind == "torch" and mapped is not None:
         raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
     root = None if data.data_dir is None else os.fspath(data.data_dir)
-    streamed = {} if kind in ("torch", "hfds") else {"seed": seed or 0, "is_training": seed is not None}
+    streamed: dict[str, Any] = {}
+    if kind not in ("torch", "hfds"):  # seeds of NumPy and TensorFlow, which are never negative
+        streamed = {"seed": (seed or 0) % 2**32, "is_training": seed is not None}
     try:
         opened = create_dataset(name, root=root, split=split, class_map=mapped, **streamed)
     # Third parties' loaders raise anything, from a refused connection to an assertion.

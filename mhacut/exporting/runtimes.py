@@ -90,7 +90,8 @@ def _onnx(
         content = _onnx_content(model, images, shapes, about, options.opset)
         return content, onnx_file_runner(content)
     except Exception as error:  # whatever translator and runtime make of versions that they do not know
-        if isinstance(error, MhacutError) or options.opset == _OPSET_TO_TIME:
+        others = isinstance(error, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError))
+        if others or options.opset == _OPSET_TO_TIME:
             raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise _refused(options.opset, f"onnxscript or ONNX Runtime fails ({reason:.150})") from error

@@ -78,7 +78,11 @@ class RunFolder:
         for name in (LAST, BEST):
             for path in read:
                 check_output(self.file(name), overwrite=True, input_path=path)
-        self._held(overwrite)
+        try:
+            self._held(overwrite)
+        except OutputError:
+            unlock(self.claim())  # where another process is still writing the run, that is what to say
+            raise
 
     def open_new(self, *, overwrite: bool) -> int | None:
         """Make the directory of a new run, :meth:`claim` it, and return the lock.

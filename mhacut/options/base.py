@@ -67,7 +67,8 @@ class DeviceOptions(Options):
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel="Computing", metavar="NAME")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "device", str(self.device))  # torch.device("cpu") is one, too
+        if self.device is not None:
+            object.__setattr__(self, "device", str(self.device))  # torch.device("cpu") is one, too
         super().__post_init__()
 
 

@@ -168,7 +168,7 @@ class Option:
         if self.element is None:
             return self._checked(value, self.kind)
         numbers = self.element in (int, float)
-        if isinstance(value, str) and not numbers:
+        if isinstance(value, str | os.PathLike) and not numbers:
             value = (value,)  # one text is one of several
         if isinstance(value, str) or not isinstance(value, Iterable):
             expected = "a list of numbers" if numbers else "text, or a list of texts"
@@ -188,8 +188,12 @@ class Option:
             require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
         if kind not in (bool, int, float):
             return value
-        require(self.name, value, self._holds(kind(value)), self.limits)
-        return kind(value)
+        try:
+            number = kind(value)
+        except OverflowError:  # a whole number beyond all others
+            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[kind]}") from None
+        require(self.name, value, self._holds(number), self.limits)
+        return number
 
     def _shown(self, value: Any) -> str:
         """Return the option with its value, or without a long one, such as a whole model."""

@@ -377,7 +377,7 @@ def test_a_state_runs_nothing(finished, tmp_path):
 
 def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
     lock = RunFolder(finished).claim()
-    for start in (lambda: resume(finished), lambda: tune(overwrite=True)):
+    for start in (lambda: resume(finished), lambda: tune(overwrite=True), tune):
         with pytest.raises(OutputError, match="run: another process is writing a run there"):
             start()
     unlock(lock)

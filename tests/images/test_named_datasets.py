@@ -63,6 +63,17 @@ def test_a_dataset_by_index_gives_a_balanced_choice_and_every_image(opens) -> No
     assert torch.cat([labels for _, labels in loader]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_a_negative_seed_reaches_a_stream_as_one_that_all_generators_take(opens, monkeypatch) -> None:
+    opens(Stream())
+    create, seeds = named.create_dataset, []
+    monkeypatch.setattr(
+        named, "create_dataset", lambda *args, **given: seeds.append(given["seed"]) or create(*args, **given)
+    )
+    for seed in (-1, 7):
+        calibrated(PLAIN, count=5, seed=seed, dataset="wds/any", num_classes=3)
+    assert seeds == [2**32 - 1, 7]
+
+
 def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> None:
     opens(Stream())
     assert calibrated(PLAIN, count=5, seed=0, dataset="wds/any", num_classes=3).labels.tolist() == [0] * 4 + [

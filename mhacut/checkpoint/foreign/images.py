@@ -28,12 +28,15 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
         CheckpointError: a value is of another type or out of bounds.
     """
     scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
-    if processor.flag("do_rescale", True):
+    rescales = processor.flag("do_rescale", True)
+    if rescales:
         scale *= processor.number("rescale_factor", 1 / 255) or 1 / 255
     mean, std = [0.0] * channels, [1.0] * channels
     normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
     if processor.flag("do_normalize", normalises):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
+        if not rescales and max(*mean, *std) <= 1:
+            scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
     cfg: dict[str, Any] = {
         "mean": [value / scale for value in mean],
         "std": [value / scale for value in std],
