@@ -7,7 +7,8 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,9 +118,26 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
     for name in ("onnx_ir", "onnxscript"):  # they log every step that simplifies the graph
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _explicit_attention(model):
         warnings.simplefilter("ignore", FutureWarning)
         return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
+
+
+@contextmanager
+def _explicit_attention(model: nn.Module) -> Iterator[None]:
+    """Let attention in ``model`` compute products and a softmax, which is what ONNX gets in any case.
+
+    torch's own translation of ``scaled_dot_product_attention`` fails on tensors of five dimensions (Twins,
+    Hiera, SAM) and, while gradients are recorded, on biases (BEiT, MaxViT, merged tokens).
+    """
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:

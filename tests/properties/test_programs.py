@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models import hiera, twins
 
-from helpers.models import Case, LayerCase, build, image, relative
+from helpers.models import Case, LayerCase, ModelCase, build, image, relative
 from helpers.plans import random_plan
+from mhacut.exporting.runtimes import onnx_content, onnx_file_runner
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import BY_CLASS, FIRST_MODEL, IN_CI, mlps
+
+FIVE_DIMENSIONS = {twins.LocallyGroupedAttn, hiera.MaskUnitAttention}
+"""Classes whose fused attention torch's own translation to ONNX fails on."""
+BIAS = ModelCase("beit_base_patch16_224", {"depth": 1, "img_size": 64, "embed_dim": 48, "num_heads": 3})
+"""One with a bias, on which it fails while gradients are recorded."""
 
 
 def smallest(cases: list[Case]) -> Case:
@@ -38,3 +45,25 @@ def test_a_slim_model_is_a_program_of_any_batch(case):
     x, more = image(case), image(case, batch=3)
     program = torch.export.export(slim, (x,), dynamic_shapes=({0: batch},), strict=False)
     assert relative(program.module()(more), slim(more)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(BIAS, id="a bias", marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                case,
+                id=f"{cls.__module__}.{cls.__name__}",
+                marks=pytest.mark.slow if cls in FIVE_DIMENSIONS else pytest.mark.exhaustive,
+            )
+            for cls, case in FIRST_MODEL.items()
+            if cls not in mlps.CASES
+        ),
+    ],
+)
+def test_a_dense_model_is_an_onnx_program_of_any_batch(case):
+    """As one is whose q/k and v have equal widths: timm's own attention runs in it. With gradients, too."""
+    model, more = build(case).requires_grad_(True), image(case, batch=3)
+    assert relative(onnx_file_runner(onnx_content(model, case.size))(more), model(more)) < 1e-4
+    assert all(getattr(module, "fused_attn", True) for module in model.modules())
