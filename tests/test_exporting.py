@@ -161,6 +161,20 @@ def test_onnx_is_an_extra(slim_of, monkeypatch):
         mhacut.export(slim_of("vit"), format="onnx")
 
 
+def test_what_cannot_be_translated_is_refused_in_one_line(slim_of, tmp_path, monkeypatch):
+    def wrapped(*_, **__):
+        try:
+            raise ValueError("the reason\nand more")
+        except ValueError as error:
+            raise RuntimeError("advice to developers") from error
+
+    monkeypatch.setattr(runtimes, "_exported", wrapped)
+    with pytest.raises(MhacutError) as found:
+        mhacut.export(slim_of("vit"), output=tmp_path / "model.onnx")
+    reason = "onnxscript or ONNX Runtime fails (ValueError: the reason)"
+    assert str(found.value) == f"format='onnx': {reason}; try format='pt2'"
+
+
 def test_what_no_opset_is_to_blame_for_is_not_put_on_it(slim_of, tmp_path, monkeypatch):
     def full(*_, **__):
         raise MemoryError

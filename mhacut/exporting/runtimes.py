@@ -91,11 +91,20 @@ def _onnx(
         content = _onnx_content(model, images, shapes, about, options.opset)
         return content, onnx_file_runner(content)
     except Exception as error:  # whatever translator and runtime make of versions that they do not know
-        others = isinstance(error, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError))
-        if others or options.opset == _OPSET_TO_TIME:
+        if isinstance(error, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError)):
             raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise _refused(options.opset, f"onnxscript or ONNX Runtime fails ({reason:.150})") from error
+        reason = f"onnxscript or ONNX Runtime fails ({_root(error):.200})"
+        if options.opset == _OPSET_TO_TIME:
+            other = option_name("format", "pt2")
+            raise MhacutError(f"{option_name('format', 'onnx')}: {reason}; try {other}") from error
+        raise _refused(options.opset, reason) from error
+
+
+def _root(error: BaseException) -> str:
+    """Return the first line of what caused ``error`` in the end; translators add advice to developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def _refused(opset: int, reason: str) -> MhacutError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.models import hiera, twins
+from timm.models import gemma4_vit, hiera, twins
 
 from helpers.models import Case, LayerCase, ModelCase, build, image, relative
 from helpers.plans import random_plan
@@ -58,12 +58,17 @@ def test_a_slim_model_is_a_program_of_any_batch(case):
                 marks=pytest.mark.slow if cls in FIVE_DIMENSIONS else pytest.mark.exhaustive,
             )
             for cls, case in FIRST_MODEL.items()
-            if cls not in mlps.CASES
+            if cls not in mlps.CASES and cls is not gemma4_vit.Gemma4Attention
         ),
     ],
 )
 def test_a_dense_model_is_an_onnx_program_of_any_batch(case):
-    """As one is whose q/k and v have equal widths: timm's own attention runs in it. With gradients, too."""
+    """As one is whose q/k and v have equal widths: timm's own attention runs in it. With gradients, too.
+
+    Of Gemma 4, onnxscript makes a program that ONNX Runtime refuses.
+    """
     model, more = build(case).requires_grad_(True), image(case, batch=3)
-    assert relative(onnx_file_runner(onnx_content(model, case.size))(more), model(more)) < 1e-4
+    with torch.no_grad():
+        expected = model(more)  # and caches of positions are filled, which torch warns of in an export
+    assert relative(onnx_file_runner(onnx_content(model, case.size))(more), expected) < 1e-4
     assert all(getattr(module, "fused_attn", True) for module in model.modules())
