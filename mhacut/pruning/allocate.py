@@ -62,10 +62,10 @@ def cheapest_widths(
     if not pairs:
         return found
     tied = _solve_tied(curves, choices, limits, pairs, exchange)
-    if any(limit.resource == "max_latency" for limit in limits):  # where ties are not only nice to have
+    if any(limit.resource == "max_latency" for limit in limits):  # which counts what ties save
         some = _worth_tying(curves, choices, limits, pairs, tied)
         mixed = _solve_tied(curves, choices, limits, some, exchange)
-        found = min(found, mixed, key=lambda widths: total_error(curves, widths))
+        return min(found, tied, mixed, key=lambda widths: total_error(curves, widths))
     used = any(limit.cost(tied) >= min(limit.cost(found), NEAR * limit.most) for limit in limits)
     if not used:  # a budget is there to be used
         return found
