@@ -50,25 +50,31 @@ def test_every_unit_matters_and_every_kind_is_cut_or_left_whole_for_a_reason(cas
             assert relative(masked, dense) > 1e-6
 
 
-def difference_of_mask_and_cut(model: nn.Module, x: Tensor, seed: int) -> float:
-    """Compare channels that count nothing with channels that are gone, the others weighed by scales."""
+def masked_and_sliced(model: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Outputs where channels count nothing, and where they are gone; the others are weighed by scales."""
     prunable = find_prunable_layers(model)
     plan, channel_scales = random_plan(prunable, seed)
     masked = run_with(model, masked_tensors(model, prunable, channel_scales), x)
     cut(model, plan, channel_scales)
-    return relative(model(x), masked)
+    return masked, model(x)
 
 
 @few
 @given(seed=seeds)
 @torch.no_grad()
 def test_masked_equals_sliced(case, seed):
-    assert difference_of_mask_and_cut(*double(case), seed) < 1e-9
+    masked, sliced = masked_and_sliced(*double(case), seed)
+    assert relative(sliced, masked) < 1e-9
 
 
 @torch.no_grad()
-def test_masked_equals_sliced_in_single_precision(case):
-    assert difference_of_mask_and_cut(build(case), image(case), seed=0) < 1e-4
+def test_sliced_is_as_exact_as_masked_in_single_precision(case):
+    """A deep model of random weights may take rounding to 1e-4, masked or sliced."""
+    exact, _ = masked_and_sliced(*double(case), seed=0)
+    masked, sliced = (
+        relative(found.double(), exact) for found in masked_and_sliced(build(case), image(case), 0)
+    )
+    assert sliced < max(1e-4, 2 * masked)
 
 
 @few
