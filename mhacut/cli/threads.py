@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 
 _SPINS = "10000"
-"""Rounds for which an idle thread looks for work before it sleeps: some ten microseconds. libgomp's own
-number is 30 times that, and each round is slow while another process has the core."""
+"""Rounds for which an idle thread looks for work before it sleeps; libgomp's own number is 30 times that."""
 
 
 def wait_briefly() -> None:
     """Let idle threads of OpenMP sleep soon, unless the environment says how they are to wait.
 
-    By default they keep a core busy for milliseconds. Where another process runs, that is the core that the
-    thread they wait for needs: on two cores, one such process makes a ViT-Ti take 40 times as long.
+    By default they keep a core busy, which the thread that they wait for needs where another process runs: on
+    two cores, one such process makes a ViT-Ti take 40 times as long.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
