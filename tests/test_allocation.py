@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.pruning.allocate import TIE, cheapest_widths, uniform_widths
+from mhacut.pruning.allocate import TIE, cheapest_widths, total_error, uniform_widths
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import NEAR, width_choices
 
@@ -220,3 +220,66 @@ def test_uniform_widths_are_the_same_share_of_every_unit_but_for_one_step(data):
         if found[key] != choices[-1]
     ]
     assert all(problem.flops(plan) > budget for plan in wider)
+
+
+# --- budgets of time, in which equal widths of q/k and v are faster ---
+
+PAIRS = [("one", "qk"), ("one", "v"), ("two", "qk"), ("two", "v")]
+
+
+def time_at(widths, extra):
+    """1 for each channel, and ``extra`` for each layer whose q/k and v differ in width."""
+    unequal = sum(widths[layer, "qk"] != widths[layer, "v"] for layer, kind in widths if kind == "v")
+    return 1000 + sum(widths.values()) + extra * unequal
+
+
+def time_limit(extra, most):
+    return Limit(lambda widths: round(1000 * time_at(widths, extra)), round(1000 * most), "max_latency")
+
+
+@pytest.mark.parametrize(("extra", "widths"), [(9, (16, 16, 8, 32)), (40, (8, 8, 32, 32))])
+def test_layers_get_equal_widths_where_that_is_worth_it_and_only_there(extra, widths):
+    """One layer loses little by equal widths, the other nearly all it has, unless time is dearer still."""
+    choices = dict.fromkeys(PAIRS, (8, 16, 24, 32))
+    line = {8: 3.0, 16: 2.0, 24: 1.0, 32: 0.0}
+    steep = {8: 60.0, 16: 40.0, 24: 20.0, 32: 0.0}
+    nearly_flat = {width: error / 100 for width, error in line.items()}
+    curves = dict(zip(PAIRS, (line, line, nearly_flat, steep), strict=True))
+
+    limit = time_limit(extra, 1000 + 81)
+    assert cheapest_widths(curves, choices, [limit]) == dict(zip(PAIRS, widths, strict=True))
+
+
+def test_the_price_of_a_channel_has_nothing_of_what_unequal_widths_cost():
+    """Else q/k would seem nearly free, and stay wide at the cost of the MLP."""
+    choices = {PAIRS[0]: (8, 16, 24, 32), PAIRS[1]: (16, 32), ("mlp", "hidden"): (8, 16, 24, 32)}
+    curves = {
+        PAIRS[0]: {8: 3.0, 16: 2.0, 24: 1.0, 32: 0.0},
+        PAIRS[1]: {16: 90.0, 32: 0.0},
+        ("mlp", "hidden"): {8: 6.0, 16: 4.0, 24: 2.0, 32: 0.0},
+    }
+
+    limit = time_limit(20, 1000 + 92)
+    assert cheapest_widths(curves, choices, [limit]) == {PAIRS[0]: 8, PAIRS[1]: 32, ("mlp", "hidden"): 32}
+
+
+@quick
+@given(st.data())
+def test_what_unequal_widths_cost_is_weighed_in_every_layer(data):
+    """Against all plans: within two steps of the best, one of which is of q/k and v together."""
+    choices = dict.fromkeys(PAIRS, (8, 16, 24, 32))
+    curves = {}
+    for key, widths in choices.items():
+        rates = sorted(data.draw(st.floats(0.1, 10)) for _ in widths[1:])
+        curves[key] = dict(zip(widths, reversed(list(itertools.accumulate(rates, initial=0.0))), strict=True))
+    extra = data.draw(st.floats(0, 20))
+
+    most = 1000 + extra + data.draw(st.floats(48, 120))
+    found = cheapest_widths(curves, choices, [time_limit(extra, most)])
+    assert time_at(found, extra) <= most + 1e-3
+    plans = [dict(zip(PAIRS, widths, strict=True)) for widths in itertools.product(*choices.values())]
+    step = max(
+        curve[narrow] - curve[wide] for curve in curves.values() for narrow, wide in itertools.pairwise(curve)
+    )
+    least = min(total_error(curves, plan) for plan in plans if time_at(plan, extra) + 16 <= most)
+    assert total_error(curves, found) <= least + step + 1e-9
