@@ -39,6 +39,8 @@ _ROUNDS = 1 + CORRECTIONS
 the cut, and the time only after a run."""
 _USED = 0.93
 """Fraction of a time above which it counts as used up if tokens may be merged."""
+_SURE = 0.99
+"""Fraction of a time up to which a new measurement is likely to be within it too."""
 _SPARE = 600
 """Bytes reserved in a file's header for results known at the end: accuracy, and the targets reached."""
 _SPARE_OF_TIME = 500
@@ -118,22 +120,24 @@ class _Cut:
 def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Cut, Correction]:
     """Plan and cut until the exact storage and the time are within their limits, and use them up.
 
-    Plans aim below a budget of time; a model within the budget itself is kept.
+    A model that uses a budget of time to the last percent is kept only if no later one leaves that percent.
 
     Returns:
         The cut model, and what a plan after it would be made with.
     """
-    job, fits, plans = replace(inputs.job, storage=after.limits), list[tuple[_Cut, Limits]](), 0
+    job, plans = replace(inputs.job, storage=after.limits), 0
+    fits, barely = list[tuple[_Cut, Limits]](), list[tuple[_Cut, Limits]]()
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
     for plans in range(after.plans + 1, _ROUNDS + 1):
         planned = planner.plan(job)  # 3. plan
         inputs.stopwatch.start("cutting")
         slim = _Cut.of(planned, job)
         planned = slim.planned  # without the model
-        limits, missed, used = [], [], True
+        limits, missed, used, sure = [], [], True, True
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
+            sure &= limit.resource != "max_latency" or stored <= _SURE * most
             limits.append(planned.corrected(limit, asked, stored))
             if limit.curve is None:
                 used &= plans > 1 or limits[-1].most < asked.most / NEAR
@@ -141,14 +145,14 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
                 used &= stored > _USED * most
         never &= {limit.resource for limit in missed}
         if not missed:
-            fits.append((slim, limits))
-            if used:
+            (fits if sure else barely).append((slim, limits))
+            if used and sure:
                 break
         if inputs.time_target is not None and plans < _ROUNDS:
             inputs.stopwatch.reporter.log(inputs.time_target.told())
         job = replace(job, storage=tuple(limits))
-    if fits:  # of two, the first used too little, but so may the second
-        best, corrected = max(fits, key=lambda found: found[0].planned.flops)
+    if fits or barely:  # of two, the first used too little, but so may the second
+        best, corrected = max(fits or barely, key=lambda found: found[0].planned.flops)
         return best, Correction(plans, corrected)
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class LayerTimes:
     """Times of one run of a layer, measured at a few widths and interpolated linearly.
 
     The kinds of channels are assumed to save time independently, except that q/k and v take longer where
-    their widths differ, by an amount that depends on their mean.
+    their widths differ, by an amount that depends on the difference.
     """
 
     dense: Point
@@ -94,20 +94,23 @@ class _PairTimes:
     skew: list[tuple[float, float]]
     """Width, and how much more time q/k of it take than v of it, but for a constant."""
     extra: list[tuple[float, float]]
-    """Mean width, and the time that unequal widths add to that of equal ones."""
+    """Difference of the widths, and the time that it adds to the mean time of either width for both."""
 
     @classmethod
     def of(cls, times: Mapping[tuple[int, int], float]) -> _PairTimes:
         """Take times by widths: of equal widths, and of some unequal ones, each also the other way round."""
         equal = _rising([(qk, time) for (qk, v), time in times.items() if qk == v])
         unequal = sorted((pair for pair in times if pair[0] > pair[1]), reverse=True)
-        skew, extra = [(equal[-1][0], 0.0)], []
+        skew, extra = {equal[-1][0]: 0.0}, []
         for wide, narrow in unequal:
             one, other = times[wide, narrow], times[narrow, wide]
-            skew.append((narrow, _between(skew[::-1], wide) - (one - other)))
+            if narrow in skew:
+                skew[wide] = skew[narrow] + one - other
+            else:
+                skew[narrow] = _between(sorted(skew.items()), wide) - (one - other)
             as_equal = (_between(equal, wide) + _between(equal, narrow)) / 2
-            extra.append(((wide + narrow) / 2, max((one + other) / 2 - as_equal, 0.0)))
-        return cls(equal, skew[::-1], extra[::-1])
+            extra.append((float(wide - narrow), max((one + other) / 2 - as_equal, 0.0)))
+        return cls(equal, sorted(skew.items()), sorted(extra))
 
     def at(self, qk: int, v: int) -> float:
         """Return the time at these widths."""
@@ -116,7 +119,7 @@ class _PairTimes:
         time = (_between(self.equal, qk) + _between(self.equal, v)) / 2
         time += (_between(self.skew, qk) - _between(self.skew, v)) / 2
         if self.extra:
-            time += max(_between(self.extra, (qk + v) / 2), 0.0)
+            time += max(_between(self.extra, abs(qk - v)), 0.0)
         return max(time, _between(self.equal, min(qk, v)))
 
 
@@ -228,7 +231,9 @@ def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, in
     if paired:
         widths, dense = choices["qk"], whole["qk"]
         found += [{**whole, "qk": width, "v": width} for width in _spread(widths, range(4))]
-        for narrow, wide in pairwise([*_spread(widths, (1, 2)), dense]):
+        middle = _spread(widths, (1, 2))  # widths that differ a little, and as much as they can
+        unequal = {(middle[0], middle[-1]), (widths[0], dense)} if middle else set[tuple[int, int]]()
+        for narrow, wide in sorted((narrow, wide) for narrow, wide in unequal if narrow < wide):
             found += [{**whole, "qk": wide, "v": narrow}, {**whole, "qk": narrow, "v": wide}]
     for kind, widths in choices.items():
         if not (paired and kind in _PAIR):

@@ -19,11 +19,13 @@ from itertools import pairwise, product
 from mhacut.plan import UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Limit, Limits, keeps
-from mhacut.pruning.widths import NEAR, REACH, fill_budget
+from mhacut.pruning.widths import NEAR, fill_budget
 
 TIE = 0.01
-"""Largest relative increase of the predicted error that is accepted for equal q/k and v widths: layers where
-they differ run slower."""
+"""Largest relative increase of the predicted error that is accepted for equal q/k and v widths where time is
+no limit: layers where they differ run slower."""
+_TRIED = 13
+"""Most widths of q/k, and of v, that are tried for a layer that need not have equal ones."""
 _LESS = 0.03
 """Part of a limit that is taken away to find what it is worth."""
 _RATIOS = {2: 16, 3: 8, 4: 6}
@@ -44,9 +46,10 @@ def cheapest_widths(
     exchange: bool = True,
     equal: bool = False,
 ) -> dict[UnitKey, int]:
-    """Return the widths of least total error within ``limits``; q/k are as wide as v if that costs little.
+    """Return the widths of least total error within ``limits``, with q/k as wide as v if that costs little.
 
-    Layers whose q/k and v have other choices are left out of that.
+    A limit on time counts what unequal widths cost, so that there the least error alone decides. Layers whose
+    q/k and v have other choices are never tied.
 
     Args:
         curves: error of every unit at each of its choices.
@@ -63,9 +66,10 @@ def cheapest_widths(
         return found
     tied = _solve_tied(curves, choices, limits, pairs, exchange)
     if any(limit.resource == "max_latency" for limit in limits):  # which counts what ties save
-        some = _worth_tying(curves, choices, limits, pairs, tied)
-        mixed = _solve_tied(curves, choices, limits, some, exchange)
-        return min(found, tied, mixed, key=lambda widths: total_error(curves, widths))
+        some, plans = _worth_tying(curves, choices, limits, pairs, tied), [tied, found]
+        if 0 < len(some) < len(pairs):
+            plans.insert(1, _solve_tied(curves, choices, limits, some, exchange))
+        return min(plans, key=lambda widths: total_error(curves, widths))  # the first of equals
     used = any(limit.cost(tied) >= min(limit.cost(found), NEAR * limit.most) for limit in limits)
     if not used:  # a budget is there to be used
         return found
@@ -201,9 +205,8 @@ def _worth_tying(
 
     found = {}
     for qk, v in pairs.items():
-        at = choices[qk].index(tied[qk])
-        near = choices[qk][max(0, at - REACH) : at + REACH + 1]
-        _, best = min((loss(qk, widths), widths) for widths in product(near, near))
+        tried = {*choices[qk][:: -(-len(choices[qk]) // _TRIED)], choices[qk][-1], tied[qk]}
+        _, best = min((loss(qk, widths), widths) for widths in product(tried, tried))
         if best[0] == best[1]:
             found[qk] = v
     return found
