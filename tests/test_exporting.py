@@ -175,13 +175,52 @@ def test_what_cannot_be_translated_is_refused_in_one_line(slim_of, tmp_path, mon
     assert str(found.value) == f"format='onnx': {reason}; try format='pt2'"
 
 
-def test_what_no_opset_is_to_blame_for_is_not_put_on_it(slim_of, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise MemoryError
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [(MemoryError("no space left"), MemoryError), (OSError(28, "no space left"), OutputError)],
+)
+def test_what_no_opset_is_to_blame_for_is_not_put_on_it(cause, error, slim_of, tmp_path, monkeypatch):
+    def wrapped(*_, **__):
+        raise RuntimeError("advice to developers") from cause
 
-    monkeypatch.setattr(runtimes, "_exported", full)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(runtimes, "_exported", wrapped)
+    with pytest.raises(error, match="no space left"):
         mhacut.export(slim_of("vit"), opset=20, output=tmp_path / "model.onnx")
+
+
+def test_a_reason_without_text_is_one_of_the_reasons_around_it(monkeypatch):
+    def wrapped(*_, **__):
+        raise RuntimeError("outer") from AssertionError()
+
+    monkeypatch.setattr(runtimes, "_exported", wrapped)
+    with pytest.raises(MhacutError, match=r"fails \(RuntimeError: outer\); PyTorch may run it"):
+        runtimes.onnx_content(torch.nn.Identity(), (3, 8, 8))
+
+
+def test_what_cannot_be_run_as_onnx_is_refused_wherever_it_is_to_run(monkeypatch):
+    with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*; PyTorch may run it"):
+        runtimes.onnx_file_runner(b"no model")
+    with pytest.raises(MhacutError, match="cannot be run as ONNX"):
+        runtimes.onnx_program(b"no model", (torch.ones(1),), 1)
+
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(runtimes, "_exported", fail)
+    for content in (runtimes.onnx_content, runtimes.part_content):
+        with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*fails \(AssertionError\)"):
+            content(torch.nn.Identity(), (1, 1, 1))
+
+
+@pytest.mark.slow
+def test_attention_is_one_operator_from_opset_23_on(tiny_vit, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    for opset, expected in ((22, 0), (23, 2)):
+        file = tmp_path / f"{opset}.onnx"
+        mhacut.export(tiny_vit.path, **model, opset=opset, output=file)
+        operators = [node.op_type for node in onnx.load(file).graph.node]
+        assert operators.count("Attention") == expected
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ LARGEST_BATCH = 2**31 - 1
 
 _OPSET_TO_TIME = 18
 """ONNX opset of models that are timed or converted, the default of ``mhacut export``."""
+_OPSET_OF_ATTENTION = 23
+"""First ONNX opset with an operator for attention."""
 
 Runner = Callable[[Tensor], Tensor]
 """Runs an exported program: images [B, C, H, W] to outputs [B, classes], float32."""
@@ -87,27 +89,40 @@ def _onnx(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
-    try:
+    with _refusing(lambda reason: _refused(options.opset, reason)):
         content = _onnx_content(model, images, shapes, about, options.opset)
-        return content, onnx_file_runner(content)
-    except Exception as error:  # whatever translator and runtime make of versions that they do not know
-        if isinstance(error, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError)):
-            raise
-        reason = f"onnxscript or ONNX Runtime fails ({_root(error):.200})"
-        if options.opset == _OPSET_TO_TIME:
-            other = option_name("format", "pt2")
-            raise MhacutError(f"{option_name('format', 'onnx')}: {reason}; try {other}") from error
-        raise _refused(options.opset, reason) from error
+        return content, _runner(_session(content, None))
 
 
-def _root(error: BaseException) -> str:
-    """Return the first line of what caused ``error`` in the end; translators add advice to developers."""
-    while error.__cause__ is not None:
+@contextmanager
+def _refusing(refused: Callable[[str], MhacutError]) -> Iterator[None]:
+    """Raise ``refused(reason)`` where translator or runtime fail, in whatever way, on a model."""
+    try:
+        yield
+    except Exception as error:
+        causes = [*_causes(error)]
+        for cause in causes:
+            if isinstance(cause, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError)):
+                raise cause from None  # the translator wraps these, too
+        told = next((cause for cause in reversed(causes) if str(cause).strip()), causes[-1])
+        # The first line alone: translators add advice to developers.
+        reason = ": ".join([type(told).__name__, *str(told).strip().split("\n")[:1]])
+        raise refused(f"onnxscript or ONNX Runtime fails ({reason.removesuffix(': '):.200})") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+
+
+def _no_onnx(reason: str) -> MhacutError:
+    return MhacutError(f"the model cannot be run as ONNX: {reason}; PyTorch may run it")
 
 
 def _refused(opset: int, reason: str) -> MhacutError:
+    if opset == _OPSET_TO_TIME:
+        return MhacutError(f"{option_name('format', 'onnx')}: {reason}; try {option_name('format', 'pt2')}")
     lower = option_name("opset", _OPSET_TO_TIME)
     return MhacutError(f"{option_name('opset', opset)}: {reason}; try a lower one, or {lower}, the default")
 
@@ -127,14 +142,15 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
     for name in ("onnx_ir", "onnxscript"):  # they log every step that simplifies the graph
         logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings(), _explicit_attention(model):
+    explicit = _explicit_attention(model) if opset < _OPSET_OF_ATTENTION else nullcontext()
+    with warnings.catch_warnings(), explicit:
         warnings.simplefilter("ignore", FutureWarning)
         return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
 
 
 @contextmanager
 def _explicit_attention(model: nn.Module) -> Iterator[None]:
-    """Let attention in ``model`` compute products and a softmax, which is what ONNX gets in any case.
+    """Let attention in ``model`` compute products and a softmax, which is what old opsets get in any case.
 
     torch's own translation of ``scaled_dot_product_attention`` fails on tensors of five dimensions (Twins,
     Hiera, SAM) and, while gradients are recorded, on biases (BEiT, MaxViT, merged tokens).
@@ -151,9 +167,10 @@ def _explicit_attention(model: nn.Module) -> Iterator[None]:
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
     """Return a part of a model as an ONNX file, which takes inputs of the shapes of ``inputs`` only."""
-    program = _exported(part, inputs, _OPSET_TO_TIME, input_names=list(_by_name(inputs)))
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    with _refusing(_no_onnx):
+        program = _exported(part, inputs, _OPSET_TO_TIME, input_names=list(_by_name(inputs)))
+        content: bytes = program.model_proto.SerializeToString()
+        return content
 
 
 def _by_name(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -192,15 +209,19 @@ def _session(content: bytes, threads: int | None) -> Any:
 
 def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of :func:`part_content` once."""
-    session = _session(content, threads)
+    with _refusing(_no_onnx):
+        session = _session(content, threads)
     given = arrays_by_name(inputs, [place.name for place in session.get_inputs()])
     return lambda: session.run(None, given)
 
 
 def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
     """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
-    session = _session(content, threads)
+    with _refusing(_no_onnx):
+        return _runner(_session(content, threads))
 
+
+def _runner(session: Any) -> Runner:
     def run(x: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
@@ -209,7 +230,8 @@ def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
 
 def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
     """Return ``model`` as an ONNX file that describes nothing, for any batch size unless one is fixed."""
-    return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET_TO_TIME)
+    with _refusing(_no_onnx):
+        return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET_TO_TIME)
 
 
 def onnx_runner(model: nn.Module, size: tuple[int, int, int], dtype: str, *, threads: int) -> Runner:
