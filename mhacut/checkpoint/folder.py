@@ -25,7 +25,9 @@ WEIGHT_FILES = (
 """Names of files with weights, in the order in which they are sought."""
 _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 """Endings of other files that may be meant."""
-_NO_MODEL = re.compile(r"(state|optimizer|scheduler|rng_state|training_args)\b|.*-of-\d+\.")
+_NO_MODEL = re.compile(
+    r"(state|optimizer|scheduler|scaler|rng_state|training_args)([._-]\d+|_state)*\.|.*-of-\d+\."
+)
 """Beginnings of the names of files beside a model's, and of parts of one."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 INDEX = "model.safetensors.index.json"

@@ -137,7 +137,8 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     folder = tmp_path / "folder"
     folder.mkdir()
     assert refusal(folder).endswith("without a config.json")
-    beside = ("state.pt", "summary.csv", "optimizer.bin", "model-00001-of-00002.safetensors")
+    shard = "model-00001-of-00002.safetensors"
+    beside = ("state.pt", "summary.csv", "optimizer_1.bin", "rng_state_0.pth", "scaler.pt", shard)
     for name in (*beside, "best.safetensors", "last.safetensors"):
         (folder / name).touch()
     assert refusal(folder).endswith("give one of the files that it holds: best.safetensors, last.safetensors")
@@ -151,7 +152,7 @@ def test_a_folder_needs_timms_config(tmp_path, good):
         read_file_header(folder)
     config.write_text('{"architecture": "vit_tiny_patch16_224"}')
     assert read_file_header(folder).config == {"architecture": "vit_tiny_patch16_224"}
-    for name in ("model.safetensors", "model-00001-of-00002.safetensors"):
+    for name in ("model.safetensors", shard):
         (folder / name).unlink()
     assert "holds no weights" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
