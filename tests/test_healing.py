@@ -13,7 +13,7 @@ from torch import nn
 import mhacut
 from helpers.flatten import FLATTEN
 from helpers.jobs import Recorder, job_of
-from helpers.models import ModelCase, build, image, slow_except
+from helpers.models import ModelCase, build, image
 from helpers.plans import distillation_of
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
@@ -394,7 +394,7 @@ def test_the_effort_decides_unless_steps_are_given():
     assert shown(effort="best", heal_steps=0, repair=False) == (False, False)
 
 
-@pytest.mark.parametrize("case", slow_except(["class token"], ["class token", "windows", "sizes"]))
+@pytest.mark.parametrize("case", ["class token", "windows", "sizes"])
 @pytest.mark.slow
 def test_a_run_keeps_what_helps(monkeypatch, case):
     module, args = build(CASES[case]), dict(CASES[case].args)

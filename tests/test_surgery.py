@@ -13,6 +13,7 @@ from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
 from properties.cases import CASES
@@ -161,3 +162,10 @@ def test_a_run_with_other_tensors_leaves_the_model_as_it_was(run):
     assert relative(masked, expected) > 1e-3
     assert all(parameter is own[name] for name, parameter in model.named_parameters())
     assert torch.equal(model(x), expected)
+
+
+def test_no_hook_stays_if_one_cannot_be_registered():
+    model = nn.Sequential(nn.Identity())
+    with pytest.raises(AttributeError, match="missing"), captured_outputs(model, ["0", "missing"]):
+        pass
+    assert not model[0]._forward_hooks

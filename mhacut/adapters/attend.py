@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale) v, where q/k and v may differ in width, by the faster of two computations."""
+"""softmax(q k^T * scale) v, where q/k and v may differ in width, fused or as products and a softmax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def attend(
 ) -> Tensor:
     """Return the attention output, [B, H, N, d_v].
 
-    PyTorch's fast CPU kernel knows one width only, so the smaller of d_qk and d_v is padded with zeros.
+    PyTorch's fused CPU kernel is fast for one width only, so there the smaller of d_qk and d_v is padded with
+    zeros, unless a graph is recorded.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.

@@ -11,8 +11,7 @@ _SPINS = "10000"
 def wait_briefly() -> None:
     """Let idle threads of OpenMP sleep soon, unless the environment says how they are to wait.
 
-    By default they keep a core busy, which the thread that they wait for needs where another process runs: on
-    two cores, one such process makes a ViT-Ti take 40 times as long.
+    By default they keep a core busy, which the thread that they wait for needs where another process runs.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -30,7 +30,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.runtime.progress import Counter
-from mhacut.surgery.hooks import outputs_of
+from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.output import effective_output_weights
 
 Curve = Mapping[int, float]
@@ -150,7 +150,7 @@ class _Run:
     def result(self, module: nn.Module) -> Tensor:
         """Run ``module`` in place of the layer; return what its output projections give."""
         result = self.layer.result  # the module itself, by an empty name
-        with outputs_of(module, [result]) as found:
+        with captured_outputs(module, [result]) as found:
             module(*self.args, **self.kwargs)
         output: Tensor = found[result][-1]
         return output

@@ -28,7 +28,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.hooks import outputs_of
+from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.layout import channel_dims
 from mhacut.surgery.merge import Match, SizedTokens
 from mhacut.surgery.merging import merged_of, set_merged
@@ -126,7 +126,7 @@ def _matches(block: nn.Module, given: Sequence[tuple[tuple[Any, ...], dict[str, 
     """Match the tokens of each call of ``block``, None where it merges none."""
     if not isinstance(getattr(block, "matcher", None), nn.Module):
         return [None] * len(given)
-    with torch.no_grad(), outputs_of(block, ["matcher"]) as found:
+    with torch.no_grad(), captured_outputs(block, ["matcher"]) as found:
         for args, kwargs in given:
             _run(block, args, kwargs)
     return found.get("matcher", [])
@@ -235,7 +235,7 @@ def _shape(output: object) -> torch.Size | None:
 @torch.no_grad()
 def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
     """Outputs of each call of these modules, in the order of their first calls."""
-    with outputs_of(model, names, lambda args, output: _tokens(output)) as outputs:
+    with captured_outputs(model, names, lambda args, output: _tokens(output)) as outputs:
         model(image)
     return outputs
 

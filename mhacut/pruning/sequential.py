@@ -20,7 +20,7 @@ from mhacut.pruning.calibrate import Calibration, fewer
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.hooks import outputs_of
+from mhacut.surgery.hooks import captured_outputs
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative to the mean energy of the inputs."""
@@ -105,7 +105,7 @@ def _projections(
 
 def _bytes_of_calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[int]]:
     """Bytes of input and output at each call of these modules, in the order of their first calls."""
-    with outputs_of(model, names, lambda args, output: args[0].nbytes + output.nbytes) as calls:
+    with captured_outputs(model, names, lambda args, output: args[0].nbytes + output.nbytes) as calls:
         model(image)
     return calls
 

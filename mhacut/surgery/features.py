@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.hooks import outputs_of
+from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.layout import channel_dims
 
@@ -91,7 +91,7 @@ class _Reader(nn.Module):
 
 def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
     """Run ``model``; return what the modules of these names give."""
-    with outputs_of(model, names) as found:
+    with captured_outputs(model, names) as found:
         model(images)
     once = [name for name in names if len(found.get(name, ())) != 1]
     if once:

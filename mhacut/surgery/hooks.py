@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ Capture = Callable[[Unit, str, Tensor], None]
 
 
 @contextmanager
-def outputs_of(
+def captured_outputs(
     model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
 ) -> Iterator[Mapping[str, list[Any]]]:
-    """Keep the outputs of the named modules while ``model`` runs in the block.
+    """Capture the outputs of the named modules while ``model`` runs in the block.
 
     Args:
         model: which has the modules.
@@ -43,13 +43,11 @@ def outputs_of(
 
 @contextmanager
 def _registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks when the block ends."""
-    registered = list(handles)
-    try:
+    """Remove hooks when the block ends, or if one of them cannot be registered."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in registered:
-            handle.remove()
 
 
 @contextmanager
@@ -58,19 +56,19 @@ def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iter
 
     Activations are detached, with channels moved last and split by head.
     """
-    handles = []
-    for unit in units:
-        for name, hook in unit.hooks.items():
-            path = f"{unit.layer}.{hook.module}".rstrip(".")
-            if "*" not in hook.module:
-                handles.append(_register(model.get_submodule(path), unit, name, hook, capture))
-                continue
-            one_head, join = replace(unit, heads=1), _JoinHeads(unit, name, capture)
-            for head in range(unit.heads):
-                submodule = model.get_submodule(path.replace("*", str(head)))
-                handles.append(_register(submodule, one_head, name, hook, join))
-    with _registered(handles):
+    with _registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
+
+
+def _hooks_of(model: nn.Module, unit: Unit, capture: Capture) -> Iterator[RemovableHandle]:
+    for name, hook in unit.hooks.items():
+        path = f"{unit.layer}.{hook.module}".rstrip(".")
+        if "*" not in hook.module:
+            yield _register(model.get_submodule(path), unit, name, hook, capture)
+            continue
+        one_head, join = replace(unit, heads=1), _JoinHeads(unit, name, capture)
+        for head in range(unit.heads):
+            yield _register(model.get_submodule(path.replace("*", str(head))), one_head, name, hook, join)
 
 
 class _JoinHeads:
