@@ -39,7 +39,7 @@ _ROUNDS = 1 + CORRECTIONS
 the cut, and the time only after a run."""
 _USED = 0.93
 """Fraction of a time above which it counts as used up if tokens may be merged."""
-_SURE = 0.99
+_SURE = 0.98
 """Fraction of a time up to which a new measurement is likely to be within it too."""
 _SPARE = 600
 """Bytes reserved in a file's header for results known at the end: accuracy, and the targets reached."""
