@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import twins, vision_transformer
 
 import mhacut
 from helpers.cli import run
 from helpers.files import SLIM
+from helpers.models import build, image
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
@@ -23,6 +25,7 @@ from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.exporting import runtimes
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.progress import Silent
+from properties.cases import FIRST_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +216,23 @@ def test_what_cannot_be_run_as_onnx_is_refused_wherever_it_is_to_run(monkeypatch
 
 
 @pytest.mark.slow
-def test_attention_is_one_operator_from_opset_23_on(tiny_vit, tmp_path):
+@pytest.mark.parametrize(
+    ("cls", "opset", "expected"),
+    [
+        (vision_transformer.Attention, 22, 0),
+        (vision_transformer.Attention, 23, 2),
+        (twins.LocallyGroupedAttn, 23, 0),
+    ],
+)
+def test_attention_is_one_operator_from_opset_23_on(cls, opset, expected):
+    """Twins' has five dimensions, which torch does not translate into it."""
     onnx = pytest.importorskip("onnx")
-    model = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
-    for opset, expected in ((22, 0), (23, 2)):
-        file = tmp_path / f"{opset}.onnx"
-        mhacut.export(tiny_vit.path, **model, opset=opset, output=file)
-        operators = [node.op_type for node in onnx.load(file).graph.node]
-        assert operators.count("Attention") == expected
+    case = FIRST_MODEL[cls]
+    options = ExportOptions(checkpoint="model", opset=opset)
+    content, program = runtimes.RUNTIMES["onnx"](build(case).requires_grad_(False), case.size, "{}", options)
+    operators = [node.op_type for node in onnx.load_from_string(content).graph.node]
+    assert operators.count("Attention") == expected
+    assert program(image(case, batch=3)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,20 @@ def test_the_narrower_of_unequal_widths_may_be_padded_to_the_wider():
         assert times.at(own) == pytest.approx(time(own))
 
 
+def test_measured_times_are_those_measured():
+    """Also where q/k wider than v and v wider than q/k differ by no line."""
+    choices = {kind: tuple(range(8, 65, 8)) for kind in ATTENTION}
+    shares = {(64, 8): 60.0, (8, 64): 52.0}
+
+    def time(widths):
+        qk, v = widths["qk"], widths["v"]
+        return shares.get((qk, v), 0.5 * (qk + v) + 5 * (qk != v))
+
+    times = measured(choices, time)
+    for widths in points_to_measure(choices):
+        assert times.at(widths) == pytest.approx(time(widths)), widths
+
+
 def test_unequal_widths_never_seem_faster_than_both_at_the_lesser():
     def noisy(widths):
         return widths["qk"] + widths["v"] - 40 * (widths["qk"] > widths["v"])

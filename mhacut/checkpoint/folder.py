@@ -26,7 +26,7 @@ WEIGHT_FILES = (
 _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 """Endings of other files that may be meant."""
 _NO_MODEL = re.compile(
-    r"(state|optimizer|scheduler|scaler|rng_state|training_args)([._-]\d+|_state)*\.|.*-of-\d+\."
+    r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)([._-].*)?\.|.*-of-\d+\."
 )
 """Beginnings of the names of files beside a model's, and of parts of one."""
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")

@@ -117,27 +117,47 @@ class _Cut:
         return cls(model, planned.without_model(), masked)
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """A cut model within all limits."""
+
+    found: _Cut
+    after: Correction
+    """What a plan after it would be made with."""
+    time: float
+    """Part of the budget of time that it takes; 0 if there is none."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is likely to be within the budget of time when it is timed again."""
+        return self.time <= _SURE
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Place among fits: the largest that is sure to fit comes first; the fastest, if none is."""
+        return self.sure, self.found.planned.flops if self.sure else -self.time
+
+
 def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Cut, Correction]:
     """Plan and cut until the exact storage and the time are within their limits, and use them up.
-
-    A model that uses a budget of time to the last percent is kept only if no later one leaves that percent.
 
     Returns:
         The cut model, and what a plan after it would be made with.
     """
-    job, plans = replace(inputs.job, storage=after.limits), 0
-    fits, barely = list[tuple[_Cut, Limits]](), list[tuple[_Cut, Limits]]()
+    job, fits, plans = replace(inputs.job, storage=after.limits), list[_Fit](), 0
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
     for plans in range(after.plans + 1, _ROUNDS + 1):
         planned = planner.plan(job)  # 3. plan
+        if fits and planned.plan == fits[-1].found.planned.plan:
+            break
         inputs.stopwatch.start("cutting")
         slim = _Cut.of(planned, job)
         planned = slim.planned  # without the model
-        limits, missed, used, sure = [], [], True, True
+        limits, missed, used, time = [], [], True, 0.0
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
-            sure &= limit.resource != "max_latency" or stored <= _SURE * most
+            time = stored / most if limit.resource == "max_latency" else time
             limits.append(planned.corrected(limit, asked, stored))
             if limit.curve is None:
                 used &= plans > 1 or limits[-1].most < asked.most / NEAR
@@ -145,15 +165,15 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
                 used &= stored > _USED * most
         never &= {limit.resource for limit in missed}
         if not missed:
-            (fits if sure else barely).append((slim, limits))
-            if used and sure:
+            fits.append(_Fit(slim, Correction(plans, tuple(limits)), time))
+            if used and fits[-1].sure:
                 break
         if inputs.time_target is not None and plans < _ROUNDS:
             inputs.stopwatch.reporter.log(inputs.time_target.told())
         job = replace(job, storage=tuple(limits))
-    if fits or barely:  # of two, the first used too little, but so may the second
-        best, corrected = max(fits or barely, key=lambda found: found[0].planned.flops)
-        return best, Correction(plans, corrected)
+    if fits:
+        best = max(fits, key=lambda fit: fit.rank)  # the first may use too little, but so may the second
+        return best.found, replace(best.after, plans=plans)
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()

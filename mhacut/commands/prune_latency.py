@@ -32,7 +32,7 @@ from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorde
 from mhacut.surgery.slice import cut
 
 AIM = 0.97
-"""Fraction of the budget that a plan aims at: in another process, times differ by two percent or three."""
+"""Fraction of the budget that a plan aims at: in another process, times differ a little."""
 CORRECTIONS = 3
 """Largest number of plans after the first, each corrected by the time of the one before."""
 _WHOLE_SECONDS = 4.0

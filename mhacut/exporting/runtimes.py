@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -102,8 +102,10 @@ def _refusing(refused: Callable[[str], MhacutError]) -> Iterator[None]:
     except Exception as error:
         causes = [*_causes(error)]
         for cause in causes:
-            if isinstance(cause, (MhacutError, MemoryError, OSError, torch.OutOfMemoryError)):
+            if isinstance(cause, (MhacutError, MemoryError, torch.OutOfMemoryError)):
                 raise cause from None  # the translator wraps these, too
+            if isinstance(cause, OSError) and cause.errno is not None:  # of the system, not of inspect
+                raise cause from None
         told = next((cause for cause in reversed(causes) if str(cause).strip()), causes[-1])
         # The first line alone: translators add advice to developers.
         reason = ": ".join([type(told).__name__, *str(told).strip().split("\n")[:1]])
@@ -116,8 +118,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _no_onnx(reason: str) -> MhacutError:
-    return MhacutError(f"the model cannot be run as ONNX: {reason}; PyTorch may run it")
+def refusing_onnx() -> AbstractContextManager[None]:
+    """Return a context that raises a :class:`MhacutError` where the model cannot be run as ONNX."""
+    return _refusing(
+        lambda reason: MhacutError(f"the model cannot be run as ONNX: {reason}; PyTorch may run it")
+    )
 
 
 def _refused(opset: int, reason: str) -> MhacutError:
@@ -142,10 +147,18 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
     for name in ("onnx_ir", "onnxscript"):  # they log every step that simplifies the graph
         logging.getLogger(name).setLevel(logging.WARNING)
-    explicit = _explicit_attention(model) if opset < _OPSET_OF_ATTENTION else nullcontext()
-    with warnings.catch_warnings(), explicit:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
+        if opset >= _OPSET_OF_ATTENTION:
+            # torch translates into it neither five dimensions nor keys that several heads share.
+            with suppress(Exception):
+                return _translated(model, inputs, opset, options)
+        with _explicit_attention(model):
+            return _translated(model, inputs, opset, options)
+
+
+def _translated(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, options: dict[str, Any]) -> Any:
+    return torch.onnx.export(model, inputs, dynamo=True, verbose=False, opset_version=opset, **options)
 
 
 @contextmanager
@@ -167,7 +180,7 @@ def _explicit_attention(model: nn.Module) -> Iterator[None]:
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
     """Return a part of a model as an ONNX file, which takes inputs of the shapes of ``inputs`` only."""
-    with _refusing(_no_onnx):
+    with refusing_onnx():
         program = _exported(part, inputs, _OPSET_TO_TIME, input_names=list(_by_name(inputs)))
         content: bytes = program.model_proto.SerializeToString()
         return content
@@ -209,7 +222,7 @@ def _session(content: bytes, threads: int | None) -> Any:
 
 def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of :func:`part_content` once."""
-    with _refusing(_no_onnx):
+    with refusing_onnx():
         session = _session(content, threads)
     given = arrays_by_name(inputs, [place.name for place in session.get_inputs()])
     return lambda: session.run(None, given)
@@ -217,20 +230,21 @@ def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Ca
 
 def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
     """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
-    with _refusing(_no_onnx):
+    with refusing_onnx():
         return _runner(_session(content, threads))
 
 
 def _runner(session: Any) -> Runner:
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+        with refusing_onnx():
+            return torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
     return run
 
 
 def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
     """Return ``model`` as an ONNX file that describes nothing, for any batch size unless one is fixed."""
-    with _refusing(_no_onnx):
+    with refusing_onnx():
         return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET_TO_TIME)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from mhacut.errors import OutputError
 from mhacut.runtime.files import show, write_whole
 
-_FORMAT = 2
+_FORMAT = 3
 _PAIR = ("qk", "v")
 """Kinds that run faster at equal widths than at unequal ones."""
 
@@ -107,7 +107,8 @@ class _PairTimes:
             if narrow in skew:
                 skew[wide] = skew[narrow] + one - other
             else:
-                skew[narrow] = _between(sorted(skew.items()), wide) - (one - other)
+                at_wide = skew.setdefault(wide, _between(sorted(skew.items()), wide))
+                skew[narrow] = at_wide - (one - other)
             as_equal = (_between(equal, wide) + _between(equal, narrow)) / 2
             extra.append((float(wide - narrow), max((one + other) / 2 - as_equal, 0.0)))
         return cls(equal, sorted(skew.items()), sorted(extra))

@@ -74,7 +74,11 @@ class ExportOptions(CheckpointOptions):
     )
     private: bool = option(False, "If the repository is created, make it private.", panel="Result")
     opset: int = option(
-        18, "ONNX opset; 23 and later have an attention operator.", panel="Result", metavar="N", at_least=18
+        18,
+        "ONNX opset; 23 and later have an operator for attention with q/k as wide as v.",
+        panel="Result",
+        metavar="N",
+        at_least=18,
     )
     int8: bool = option(
         False,

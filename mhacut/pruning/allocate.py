@@ -19,13 +19,13 @@ from itertools import pairwise, product
 from mhacut.plan import UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Limit, Limits, keeps
-from mhacut.pruning.widths import NEAR, fill_budget
+from mhacut.pruning.widths import NEAR, REACH, fill_budget
 
 TIE = 0.01
 """Largest relative increase of the predicted error that is accepted for equal q/k and v widths where time is
 no limit: layers where they differ run slower."""
-_TRIED = 13
-"""Most widths of q/k, and of v, that are tried for a layer that need not have equal ones."""
+_PARTS = 12
+"""Number of parts into which the widths of q/k, and of v, are divided to try unequal ones in a layer."""
 _LESS = 0.03
 """Part of a limit that is taken away to find what it is worth."""
 _RATIOS = {2: 16, 3: 8, 4: 6}
@@ -205,7 +205,12 @@ def _worth_tying(
 
     found = {}
     for qk, v in pairs.items():
-        tried = {*choices[qk][:: -(-len(choices[qk]) // _TRIED)], choices[qk][-1], tied[qk]}
+        allowed, at = choices[qk], choices[qk].index(tied[qk])
+        tried = {
+            *allowed[:: -(-len(allowed) // _PARTS)],
+            allowed[-1],
+            *allowed[max(0, at - REACH) : at + REACH + 1],
+        }
         _, best = min((loss(qk, widths), widths) for widths in product(tried, tried))
         if best[0] == best[1]:
             found[qk] = v

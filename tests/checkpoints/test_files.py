@@ -138,7 +138,15 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     folder.mkdir()
     assert refusal(folder).endswith("without a config.json")
     shard = "model-00001-of-00002.safetensors"
-    beside = ("state.pt", "summary.csv", "optimizer_1.bin", "rng_state_0.pth", "scaler.pt", shard)
+    beside = [
+        "state.pt",
+        "state-best.pt",
+        "summary.csv",
+        "scaler.pt",
+        "sampler_1.bin",
+        "rng_state_0.pth",
+        shard,
+    ]
     for name in (*beside, "best.safetensors", "last.safetensors"):
         (folder / name).touch()
     assert refusal(folder).endswith("give one of the files that it holds: best.safetensors, last.safetensors")

@@ -270,6 +270,10 @@ def test_shapes_of_a_converted_file_read_no_weights(folder):
             {"mean": [0.5] * 3, "std": [0.25] * 3},
         ),
         (
+            {"image_mean": [0] * 3, "image_std": [0.25] * 3, "do_rescale": False},
+            {"mean": [0.0] * 3, "std": [0.25] * 3},
+        ),
+        (
             {"image_mean": [0] * 3, "image_std": [1] * 3, "do_rescale": False},
             {"mean": [0.0] * 3, "std": [1 / 255] * 3},
         ),

@@ -63,7 +63,7 @@ def test_a_slim_model_is_a_program_of_any_batch(case):
     ],
 )
 def test_a_dense_model_is_an_onnx_program_of_any_batch(case):
-    """Of timm's own attention, which slim models with equal q/k and v widths have too; with gradients on.
+    """Slim models with equal q/k and v widths have timm's own attention, too; gradients are on.
 
     Of Gemma 4, onnxscript makes a program that ONNX Runtime refuses.
     """

@@ -35,7 +35,7 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
     if processor.flag("do_normalize", normalises):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
-        if not rescales and any(mean) and max(*mean, *std) <= 1:
+        if not rescales and max(*mean, *std) <= 1 and (any(mean) or set(std) != {1.0}):
             scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
     cfg: dict[str, Any] = {
         "mean": [value / scale for value in mean],
