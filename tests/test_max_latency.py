@@ -242,8 +242,8 @@ def test_there_are_three_corrections_whatever_misses(tiny_vit, tmp_path, clock, 
     [
         ([0.975], 0.975, 1),
         ([0.99, 0.975], 0.975, 2),
-        ([0.99, 1.1, 1.1, 1.1, 0.99], 0.99, 4),
-        ([0.997, 0.985, 0.99, 0.99, 0.985], 0.985, 4),  # the fastest
+        ([0.99, 1.1], 0.99, 4),
+        ([0.997, 0.985, 0.99], 0.985, 4),  # the fastest
     ],
 )
 def test_a_model_that_is_just_within_the_budget_is_kept_if_no_other_is_safer(
@@ -252,7 +252,7 @@ def test_a_model_that_is_just_within_the_budget_is_kept_if_no_other_is_safer(
     at_shares_of_the_budget(clock, monkeypatch, shares)
     planned = []
     monkeypatch.setattr(Planner, "plan", lambda *given, plan=Planner.plan: planned.append(0) or plan(*given))
-    (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%").targets
+    (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%", dry_run=True).targets
     assert target.reached == pytest.approx(kept * target.most)
     assert len(planned) == plans
 
