@@ -22,7 +22,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.exporting import runtimes
+from mhacut.exporting import programs, runtimes
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.progress import Silent
 from properties.cases import FIRST_MODEL
@@ -213,6 +213,27 @@ def test_what_cannot_be_run_as_onnx_is_refused_wherever_it_is_to_run(monkeypatch
     for content in (runtimes.onnx_content, runtimes.part_content):
         with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*fails \(AssertionError\)"):
             content(torch.nn.Identity(), (1, 1, 1))
+
+
+def test_what_fails_only_when_it_runs_is_refused_too(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("bad allocation")
+
+    program = runtimes._runner(SimpleNamespace(run=fail))
+    with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*\(RuntimeError: bad allocation\)"):
+        program(torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(programs, "onnx_content", lambda *_: b"no model")
+    with pytest.raises(MhacutError, match="cannot be run as ONNX"):
+        programs.int8_program(torch.nn.Identity(), (3, 8, 8), threads=1)
+
+
+def test_sources_that_cannot_be_read_are_no_full_disk(monkeypatch):
+    def wrapped(*_, **__):
+        raise RuntimeError("advice") from OSError("could not get source code")
+
+    monkeypatch.setattr(runtimes, "_exported", wrapped)
+    with pytest.raises(MhacutError, match=r"\(OSError: could not get source code\)"):
+        runtimes.onnx_content(torch.nn.Identity(), (3, 8, 8))
 
 
 @pytest.mark.slow
