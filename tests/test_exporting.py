@@ -23,6 +23,7 @@ from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, OutputError, UsageError
 from mhacut.exporting import programs, runtimes
+from mhacut.exporting.quantize import quantize
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.progress import Silent
 from properties.cases import FIRST_MODEL
@@ -219,11 +220,33 @@ def test_what_fails_only_when_it_runs_is_refused_too(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("bad allocation")
 
-    program = runtimes._runner(SimpleNamespace(run=fail))
-    with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*\(RuntimeError: bad allocation\)"):
-        program(torch.zeros(1, 3, 8, 8))
+    session = SimpleNamespace(run=fail, get_inputs=list)
+    monkeypatch.setattr(runtimes, "_session", lambda *_: session)
+    reason = r".*\(RuntimeError: bad allocation\)"
+    images = torch.zeros(1, 3, 8, 8)
+    for program in (lambda: runtimes.onnx_file_runner(b"")(images), runtimes.onnx_program(b"", (), 1)):
+        with pytest.raises(MhacutError, match="cannot be run as ONNX: " + reason):
+            program()
+    monkeypatch.setattr(runtimes, "_onnx_content", lambda *_: b"")
+    options = ExportOptions(checkpoint="model", opset=20)
+    _, export = runtimes.RUNTIMES["onnx"](torch.nn.Identity(), (3, 8, 8), "{}", options)
+    with pytest.raises(MhacutError, match="opset=20: " + reason):
+        export(images)
+
+
+def test_what_cannot_be_quantized_is_refused_in_one_line(monkeypatch):
+    """As what has nothing to quantize is; a layer of which that is so stays float32, as in the model."""
+    onnx = pytest.importorskip("onnx")
+
+    def fail(*_, **__):
+        raise onnx.checker.ValidationError("the reason")
+
+    content = runtimes.part_content(torch.nn.Linear(4, 4).eval(), (torch.zeros(2, 4),))
+    monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", fail)
+    with pytest.raises(MhacutError, match=r"int8=True: .*\(ValidationError: the reason\); without it"):
+        quantize(content, "dynamic")
     monkeypatch.setattr(programs, "onnx_content", lambda *_: b"no model")
-    with pytest.raises(MhacutError, match="cannot be run as ONNX"):
+    with pytest.raises(MhacutError, match=r"int8=True: .*; without it"):
         programs.int8_program(torch.nn.Identity(), (3, 8, 8), threads=1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mhacut.exporting.runtimes import INPUT
+from mhacut.exporting.runtimes import INPUT, refusing_int8
 
 _LEVELS = 255
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -88,7 +88,9 @@ def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str,
 
     worst: dict[str, float] = {}
     for batch in batches:
-        for name, error in quantization_errors(content, batch).items():
+        with refusing_int8():
+            errors = quantization_errors(content, batch)
+        for name, error in errors.items():
             worst[name] = max(error, worst.get(name, 0.0))
     nodes = {node.name: node for node in linear_nodes(onnx.load_from_string(content))}
     return {name: module_name(nodes[name]) for name, error in worst.items() if not error <= TOO_MUCH}

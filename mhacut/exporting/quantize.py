@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mhacut.data import CalibrationImages, Preprocessing, calibration_images
 from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.quantization_error import layers_with_outliers, linear_nodes
-from mhacut.exporting.runtimes import INPUT, METADATA, Runner, onnx_file_runner
+from mhacut.exporting.runtimes import INPUT, METADATA, Runner, onnx_file_runner, refusing_int8
 from mhacut.measuring.agreement import Agreement, agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions
@@ -96,7 +96,7 @@ def quantize(
         exclude: names of nodes that stay float32.
 
     Raises:
-        MhacutError: nothing in the file can be quantized.
+        MhacutError: nothing in the file can be quantized, or the quantizer fails.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
@@ -115,7 +115,7 @@ def quantize(
         # Without the second, a static file rounds what goes into the residual stream too.
         "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": _LINEAR},
     }
-    with tempfile.TemporaryDirectory() as folder, _quiet_quantizer():
+    with tempfile.TemporaryDirectory() as folder, _quiet_quantizer(), refusing_int8():
         exact, prepared, written = (Path(folder, f"{name}.onnx") for name in ("exact", "prepared", "int8"))
         exact.write_bytes(content)
         # Shapes of the batch are symbols, which its other pass would need names for.

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,9 +90,10 @@ def _onnx(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
-    with _refusing(lambda reason: _refused(options.opset, reason)):
+    refusing = partial(_refusing, lambda reason: _refused(options.opset, reason))
+    with refusing():
         content = _onnx_content(model, images, shapes, about, options.opset)
-        return content, _runner(_session(content, None))
+        return content, _runner(_session(content, None), refusing)
 
 
 @contextmanager
@@ -123,6 +125,12 @@ def refusing_onnx() -> AbstractContextManager[None]:
     return _refusing(
         lambda reason: MhacutError(f"the model cannot be run as ONNX: {reason}; PyTorch may run it")
     )
+
+
+def refusing_int8() -> AbstractContextManager[None]:
+    """Return a context that raises a :class:`MhacutError` where an ONNX file cannot be quantized."""
+    option = option_name("int8", True)
+    return _refusing(lambda reason: MhacutError(f"{option}: {reason}; without it, the model stays float32"))
 
 
 def _refused(opset: int, reason: str) -> MhacutError:
@@ -225,7 +233,12 @@ def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Ca
     with refusing_onnx():
         session = _session(content, threads)
     given = arrays_by_name(inputs, [place.name for place in session.get_inputs()])
-    return lambda: session.run(None, given)
+
+    def run() -> object:
+        with refusing_onnx():
+            return session.run(None, given)
+
+    return run
 
 
 def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
@@ -234,9 +247,9 @@ def onnx_file_runner(content: bytes, threads: int | None = None) -> Runner:
         return _runner(_session(content, threads))
 
 
-def _runner(session: Any) -> Runner:
+def _runner(session: Any, refusing: Callable[[], AbstractContextManager[None]] = refusing_onnx) -> Runner:
     def run(x: Tensor) -> Tensor:
-        with refusing_onnx():
+        with refusing():
             return torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
     return run

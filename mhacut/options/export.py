@@ -75,7 +75,8 @@ class ExportOptions(CheckpointOptions):
     private: bool = option(False, "If the repository is created, make it private.", panel="Result")
     opset: int = option(
         18,
-        "ONNX opset; 23 and later have an operator for attention with q/k as wide as v.",
+        "ONNX opset; 23 and later have an operator for attention with q/k as wide as v, used where torch can "
+        "write it.",
         panel="Result",
         metavar="N",
         at_least=18,

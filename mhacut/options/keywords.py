@@ -126,7 +126,8 @@ class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False
     private: bool
     """If the repository is created, make it private. Default: False."""
     opset: int
-    """ONNX opset; 23 and later have an operator for attention with q/k as wide as v. Default: 18."""
+    """ONNX opset; 23 and later have an operator for attention with q/k as wide as v, used where torch can
+    write it. Default: 18."""
     int8: bool
     """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32.
     Default: False."""
