@@ -71,6 +71,10 @@ class CutModel:
     """The job, with the limits that it was cut to."""
     correction: Correction
     """Limits of the plan that would follow if this one were too slow."""
+    corrections: int
+    """Number of corrections that led to its plan."""
+    time: int
+    """Nanoseconds per batch that it took in memory; 0 if it was not timed."""
     bounds: tuple[Reached, ...] = ()
     """Measured losses that the options bound."""
     evaluation: Evaluation | None = None
@@ -89,13 +93,14 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
         BudgetError: the last of the plans misses the budget of time.
         MhacutError: the cut is not as planned.
     """
-    found, correction = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
-    slim, planned, job = found.model, found.planned, inputs.job
+    fit, plans = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
+    found, slim, planned, job = fit.found, fit.found.model, fit.found.planned, inputs.job
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, found.masked, job.images[:PROBED])
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
-    return CutModel(slim, layers, planned, flops, job, correction)
+    correction = Correction(plans, fit.limits)
+    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1, fit.time)
 
 
 @dataclass(frozen=True)
@@ -122,42 +127,50 @@ class _Fit:
     """A cut model within all limits."""
 
     found: _Cut
-    after: Correction
-    """What a plan after it would be made with."""
-    time: float
-    """Part of the budget of time that it takes; 0 if there is none."""
+    plans: int
+    """Number of plans up to this one."""
+    limits: Limits
+    """Limits that a plan after it would be made with."""
+    time: int
+    """Nanoseconds per batch; 0 without a budget of time."""
+    part: float
+    """Part of the budget of time that it takes; 0 without one."""
 
     @property
     def sure(self) -> bool:
         """Whether it is likely to be within the budget of time when it is timed again."""
-        return self.time <= _SURE
+        return self.part <= _SURE
 
     @property
     def rank(self) -> tuple[bool, float]:
         """Place among fits: the largest that is sure to fit comes first; the fastest, if none is."""
-        return self.sure, self.found.planned.flops if self.sure else -self.time
+        return self.sure, self.found.planned.flops if self.sure else -self.part
 
 
-def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Cut, Correction]:
+def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Fit, int]:
     """Plan and cut until the exact storage and the time are within their limits, and use them up.
 
     Returns:
-        The cut model, and what a plan after it would be made with.
+        The cut model, and the number of plans that were made.
     """
-    job, fits, plans = replace(inputs.job, storage=after.limits), list[_Fit](), 0
+    job, fits, plans, told = replace(inputs.job, storage=after.limits), list[_Fit](), after.plans, ""
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
-    for plans in range(after.plans + 1, _ROUNDS + 1):
+    while plans < _ROUNDS:
         planned = planner.plan(job)  # 3. plan
         if fits and planned.plan == fits[-1].found.planned.plan:
             break
+        if told:
+            inputs.stopwatch.reporter.log(told)
+        plans += 1
         inputs.stopwatch.start("cutting")
         slim = _Cut.of(planned, job)
         planned = slim.planned  # without the model
-        limits, missed, used, time = [], [], True, 0.0
+        limits, missed, used, time, part = [], [], True, 0, 0.0
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
-            time = stored / most if limit.resource == "max_latency" else time
+            if limit.resource == "max_latency":
+                time, part = stored, stored / most
             limits.append(planned.corrected(limit, asked, stored))
             if limit.curve is None:
                 used &= plans > 1 or limits[-1].most < asked.most / NEAR
@@ -165,15 +178,17 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
                 used &= stored > _USED * most
         never &= {limit.resource for limit in missed}
         if not missed:
-            fits.append(_Fit(slim, Correction(plans, tuple(limits)), time))
+            fits.append(_Fit(slim, plans, tuple(limits), time, part))
             if used and fits[-1].sure:
                 break
-        if inputs.time_target is not None and plans < _ROUNDS:
-            inputs.stopwatch.reporter.log(inputs.time_target.told())
+        if fits and time and plans >= CORRECTIONS:
+            break  # the last plan is for a model that is slower when it is read from its file
+        if inputs.time_target is not None and part:
+            told = inputs.time_target.told(_SURE) if part > 1 or not missed else ""
         job = replace(job, storage=tuple(limits))
     if fits:
-        best = max(fits, key=lambda fit: fit.rank)  # the first may use too little, but so may the second
-        return best.found, replace(best.after, plans=plans)
+        # The first may use too little, but so may the second.
+        return max(fits, key=lambda fit: fit.rank), plans
     others = [limit for limit in missed if limit.resource != "max_latency"]
     if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()

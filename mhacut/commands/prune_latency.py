@@ -109,16 +109,18 @@ class TimeTarget:
         assert self.times is not None
         return self.times
 
-    @property
-    def last(self) -> int:
-        """Nanoseconds of the cut model that was timed last; 0 before the first."""
-        return 0 if self._last is None else self._last.nanoseconds
+    def told(self, sure: float) -> str:
+        """Return the line about a cut model that another plan follows.
 
-    def told(self) -> str:
-        """Return the line about a cut model that another plan follows."""
+        Args:
+            sure: part of the budget up to which the model is likely to be within it when it is timed again.
+        """
         assert self._last is not None
-        found, most = (format_amount(amount, "max_latency") for amount in (self.last, self._last.most))
-        return f"this plan takes {found} of at most {most}: another is made"
+        amounts = self._last.nanoseconds, self._last.most
+        found, most = (format_amount(amount, "max_latency") for amount in amounts)
+        part = amounts[0] / amounts[1]
+        why = "too much" if part > 1 else "too near to be sure" if part > sure else "less than it may"
+        return f"this plan takes {found} of at most {most}, {why}: another is made"
 
     def missed(self) -> BudgetError:
         """Return the error that states by how much the budget was missed last."""

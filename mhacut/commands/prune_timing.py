@@ -31,7 +31,7 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     target.stopwatch.start("timing")
-    expected = target.last or target.foreseen(found.planned)
+    expected = found.time or target.foreseen(found.planned)
     timed = target.time(slim, expected)
     return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
 
@@ -83,7 +83,7 @@ def reached_time(inputs: PruneInputs, found: CutModel, timed: TimedCut) -> Reach
             "predicted": target.foreseen(found.planned) / 1e6,
             "dense": timed.dense / 1e6,
             "wall": timed.wall_ms,
-            "corrections": found.correction.plans - 1,
+            "corrections": found.corrections,
             **conditions,
         },
     )
