@@ -11,7 +11,8 @@ from mhacut.pruning.limits import Limit, Limits, keeps
 NEAR = 0.99
 """Fraction of the budget above which the budget counts as used up."""
 REACH = 6
-"""Largest number of width steps by which closing the last gap changes a unit."""
+"""Number of width steps to either side of a width that are tried: to close the last gap, and around tied
+widths of queries and values."""
 MOST_CANDIDATES = 20_000
 """Largest number of combinations of widths that closing the last gap keeps in view."""
 

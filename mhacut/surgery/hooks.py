@@ -37,12 +37,12 @@ def captured_outputs(
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
         found.setdefault(name, []).append(take(args, output))
 
-    with _registered(model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names):
+    with registered(model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names):
         yield found
 
 
 @contextmanager
-def _registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks when the block ends, or if one of them cannot be registered."""
     with ExitStack() as stack:
         for handle in handles:
@@ -56,7 +56,7 @@ def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iter
 
     Activations are detached, with channels moved last and split by head.
     """
-    with _registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
+    with registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
 
 

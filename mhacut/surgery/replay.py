@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mhacut.adapters.base import Layer
 from mhacut.plan import UnitKind
+from mhacut.surgery.hooks import registered
 from mhacut.surgery.merging import class_attention
 from mhacut.surgery.slice import slice_layer
 
@@ -43,15 +44,11 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
         The calls by name, which fill up as the model runs.
     """
     calls: dict[str, list[Call]] = {name: [] for name in names}
-    handles = [
+    with registered(
         model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
         for name, recorded in calls.items()
-    ]
-    try:
+    ):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
