@@ -16,8 +16,10 @@ import timm
 import torch
 from hypothesis import settings
 
+import mhacut
 from helpers.files import ModelFile, make_slim, save_dense
 from helpers.programs import Programs
+from helpers.pruning import BALANCED, prune_quickly
 from helpers.threads import on_a_short_stack, unless_in_a_mode
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -77,6 +79,13 @@ def tiny_vit(tmp_path_factory) -> ModelFile:
         model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
     path = save_dense(model, tmp_path_factory.mktemp("models") / "tiny.safetensors")
     return ModelFile(path, "vit_tiny_patch16_224", args)
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny_vit, tmp_path_factory) -> mhacut.PruneResult:
+    """What pruning ``tiny_vit`` to 60% of its FLOPs gives; its file is only read."""
+    output = tmp_path_factory.mktemp("pruned") / "slim.safetensors"
+    return prune_quickly(tiny_vit, output, flops="60%", **BALANCED)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import mhacut
 from helpers.files import ModelFile
 
 QUICK = {"effort": "fast", "calibration_images": 8, "batch_size": 4, "latency": False}
+BALANCED = {**QUICK, "effort": "balanced", "gain_steps": 2}
+"""The default effort, with few steps."""
 
 
 def prune_quickly(file: ModelFile, output: object, **options: Any) -> mhacut.PruneResult:

@@ -1,0 +1,268 @@
+"""Messages of ``prune``: what it logs, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mhacut
+from helpers.data import write_image
+from helpers.jobs import Recorder
+from helpers.pruning import BALANCED, prune_quickly
+from mhacut.errors import BudgetError, DataError, OutputError, UnsupportedModelError, UsageError
+from mhacut.pruning.recover import Recovery
+
+prune = partial(prune_quickly, flops="60%", **BALANCED)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e3])
+def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr, monkeypatch):
+    outcomes = []  # of scales, healing and tuning, in this order
+
+    def recorded(*arguments):
+        outcomes.append(judged(*arguments))
+        return outcomes[-1]
+
+    judged = Recovery.of
+    monkeypatch.setattr(Recovery, "of", recorded)
+    reporter = Recorder()
+    options = {"tuning_steps": 2, "tuning_lr": lr, "gain_steps": 2, "gain_lr": lr}
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", **options, reporter=reporter)
+    for what, outcome in zip(("training channel scales", "tuning"), outcomes[::2], strict=True):
+        (note,) = (note for note in reporter.messages if note.startswith(what))
+        helped = outcome.after < outcome.before  # neither where it is no number, nor where both are 0
+        assert note.startswith(f"{what} was left out") == (not helped)
+        assert note.endswith(f"images {outcome.before:.2g} without, {outcome.after:.2g} with")
+    assert result.divergence < 1
+    assert result.judged_on == 2
+
+
+def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
+    from PIL import Image
+
+    for label in range(7):
+        folder = tmp_path / "images" / "train" / str(label)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (label * 30, 0, 0)).save(folder / "0.png")
+
+    reporter = Recorder()
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images", reporter=reporter)
+    assert result.slim.evaluation is None
+    assert any("accuracy is not measured: no labelled split 'val'" in note for note in reporter.messages)
+
+
+def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_for(tiny_vit, tmp_path):
+    root, slim = tmp_path / "images", tmp_path / "slim.safetensors"
+    for split in ("train", "val"):
+        for number in range(8):
+            write_image(root / split / f"{number}.png", 20 * number)
+    reporter = Recorder()
+    result = prune(tiny_vit, slim, data_dir=root, workers=0, reporter=reporter)
+    assert result.slim.evaluation is None
+    assert [note for note in reporter.messages if note.startswith("accuracy is not measured")] == [
+        f"accuracy is not measured: {root / 'val'}: images without class folders; accuracy needs "
+        f"val/<class>/<image>. Folders in {root}: train, val"
+    ]
+    for asked in ({"eval_images": 5}, {"max_drop": 1.0, "flops": None}):
+        with pytest.raises(DataError, match="accuracy needs val/<class>/<image>"):
+            prune(tiny_vit, slim, data_dir=root, workers=0, overwrite=True, **asked)
+
+
+def test_budgets_may_be_numbers(tiny_vit, tmp_path):
+    flops = 900_000
+    assert prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops, dry_run=True).budget == flops
+    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+        prune(tiny_vit, tmp_path / "other.safetensors", flops=50)
+    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+        prune(tiny_vit, tmp_path / "other.safetensors", flops=0.5)
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
+        prune(tiny_vit, tmp_path / "slim.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"flops": "100%"}, BudgetError, "nothing to prune: .* already within 100%"),
+        ({"flops": "1G"}, BudgetError, "nothing to prune"),
+        ({"flops": "1%"}, BudgetError, r"out of reach: the lowest is .*round_to=8"),
+        ({"flops": "50%", "scope": "attention"}, BudgetError, "out of reach.*scope='attention' "),
+        ({"flops": "2,0G"}, UsageError, "2,0G"),
+        ({"init": "magic"}, UsageError, "attention-difference, uniform"),
+        ({"steps": 0}, UsageError, "steps=0"),
+        ({"stepz": 1}, UsageError, "did you mean 'steps'"),
+        ({"device": "tpu9"}, UsageError, "not a device"),
+        ({"model": "swin_tiny_patch4_window7_224", "model_args": {}}, Exception, "swin_tiny"),
+    ],
+)
+def test_refusals_leave_nothing_behind(tiny_vit, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        prune(tiny_vit, tmp_path / "slim.safetensors", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unsupported_attention_is_refused_by_class(tmp_path):
+    import timm
+
+    path = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("bat_resnext26ts", num_classes=5).state_dict(), path)
+    with pytest.raises(UnsupportedModelError, match="BilinearAttnTransform"):
+        mhacut.prune(
+            path, flops="50%", model="bat_resnext26ts", output=tmp_path / "slim.safetensors", **BALANCED
+        )
+    assert not (tmp_path / "slim.safetensors").exists()
+
+
+def test_the_lowest_budget_that_is_named_works(tiny_vit, tmp_path):
+    with pytest.raises(BudgetError) as refusal:
+        prune(tiny_vit, tmp_path / "slim.safetensors", flops="1%")
+    flops, share = re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups()
+    for budget in (flops, share):
+        result = prune(tiny_vit, tmp_path / "slim.safetensors", flops=budget, effort="fast", dry_run=True)
+        assert result.slim.flops <= result.budget
+
+
+def test_bad_validation_images_are_found_before_anything_is_written(tiny_vit, tmp_path):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label in range(7):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (label * 30, 0, 0)).save(folder / "0.png")
+    (tmp_path / "images" / "val" / "3" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"0\.png"):
+        prune(tiny_vit, tmp_path / "slim.safetensors", data_dir=tmp_path / "images")
+    assert not (tmp_path / "slim.safetensors").exists()
+
+
+def test_the_output_is_checked_before_any_work(tiny_vit, tmp_path):
+    (tmp_path / "there.safetensors").write_bytes(b"precious")
+    with pytest.raises(OutputError, match="overwrite=True"):
+        prune(tiny_vit, tmp_path / "there.safetensors", checkpoint=tmp_path / "no-such-file")
+    assert (tmp_path / "there.safetensors").read_bytes() == b"precious"
+
+
+def test_what_is_left_whole_is_logged(tmp_path):
+    import timm
+
+    args = {
+        "depth": 1,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "img_size": 32,
+        "patch_size": 8,
+        "global_pool": "prr",
+    }
+    path = tmp_path / "prr.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).state_dict(), path)
+    result = mhacut.prune(
+        path,
+        flops="80%",
+        output=tmp_path / "slim.safetensors",
+        model="vit_tiny_patch16_224",
+        model_args=args,
+        **BALANCED,
+    )
+    assert result.not_prunable == ("attn_pool (AttentionPoolPrr): this pooling head is not pruned",)
+
+
+@pytest.mark.slow
+def test_a_repair_in_order_that_is_left_out_is_logged(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr("mhacut.pruning.recover.GUARD", 0.0)
+    reporter = Recorder()
+    vetoed = prune(tiny_vit, tmp_path / "vetoed.safetensors", heal_steps=0, reporter=reporter)
+    assert any(note.startswith("repair in order was left out: divergence") for note in reporter.messages)
+    without = prune(tiny_vit, tmp_path / "without.safetensors", heal_steps=0, repair_in_order=False)
+    fast = prune(tiny_vit, tmp_path / "fast.safetensors", effort="fast", repair_in_order=True)
+    tensors = [load_file(result.output) for result in (vetoed, without)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert "repairing in order" in vetoed.seconds
+    assert "repairing in order" in fast.seconds
+    assert "repairing in order" not in without.seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        (
+            {"steps": 100, "similarity": False},
+            [
+                "similarity=False has no effect: allocation='curves' trains no indicators",
+                "steps has no effect: allocation='curves' trains no indicators",
+            ],
+        ),
+        ({"allocation": "indicator", "steps": 1, "similarity": False}, []),
+        (
+            {"allocation": "refined", "steps": 1, "init": "uniform"},
+            ["init has no effect: allocation='refined' starts from the plan of the curves"],
+        ),
+        (
+            {"repair": False, "swap_moves": True},
+            ["swap_moves=True has no effect: repair=False refits nothing"],
+        ),
+        (
+            {
+                "allocation": "indicator",
+                "steps": 1,
+                "selection": "indicator",
+                "basis": "channel",
+                "swap_moves": True,
+            },
+            ["swap_moves=True has no effect: selection='indicator' keeps the indicators' choice"],
+        ),
+        ({"allocation": "refined", "steps": 1, "swap_moves": True}, []),
+        (
+            {"allocation": "refined", "steps": 1, "selection": "indicator", "basis": "channel"},
+            ["selection has no effect: allocation='refined' keeps what serves best once repaired"],
+        ),
+        ({"amp": True, "heal_steps": 0}, ["amp=True has no effect: nothing is trained"]),
+        ({"amp": True, "gain_steps": 1}, []),
+        (
+            {"labels": False, "val_split": "held"},
+            [
+                "val_split has no effect: there are no images without data_dir or dataset",
+                "labels=False has no effect: there are no images without data_dir or dataset",
+            ],
+        ),
+        (
+            {"labels": False, "data_dir": "nowhere", "eval_images": 5},
+            ["eval_images has no effect: labels=False measures no accuracy"],
+        ),
+        ({"labels": False, "data_dir": "nowhere", "eval_images": 0}, []),
+        ({"repair": False, "gain_steps": None, "gain_lr": 0.01}, []),
+        (
+            {"repair": False, "repair_in_order": True},
+            ["repair_in_order=True has no effect: repair=False refits nothing"],
+        ),
+        ({"gain_lr": 0.01}, ["gain_lr has no effect: no channel scales are trained; see gain_steps"]),
+        ({"tuning_lr": 0.01}, ["tuning_lr has no effect: nothing is tuned; see tuning_steps"]),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_named_before_any_work(tiny_vit, tmp_path, options, expected):
+    class Stopped(Exception):
+        pass
+
+    class Stopping(Recorder):
+        def start(self, stage):
+            if stage == "loading images":
+                raise Stopped
+
+    reporter = Stopping()
+    with pytest.raises(Stopped):
+        prune(tiny_vit, tmp_path / "slim.safetensors", reporter=reporter, **{"gain_steps": None, **options})
+    assert [note for note in reporter.messages if "no effect" in note] == expected
+
+
+def test_training_on_a_single_image_is_left_out(tiny_vit, tmp_path):
+    reporter, options = Recorder(), {"calibration_images": 1, "tuning_steps": 1, "gain_steps": None}
+    prune(tiny_vit, tmp_path / "slim.safetensors", reporter=reporter, **options)
+    assert (
+        "nothing was trained: with a single image, none is left to check the result on" in reporter.messages
+    )
+    assert not any("no effect" in note for note in reporter.messages)

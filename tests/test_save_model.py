@@ -1,0 +1,76 @@
+"""Slim models that were changed and saved: ``save_model``, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mhacut
+from helpers.pruning import BALANCED, prune_quickly
+from mhacut.checkpoint.load import read_model
+from mhacut.errors import CheckpointError, OutputError
+
+
+def test_a_trained_slim_model_goes_back_into_a_file(pruned, tmp_path):
+    slim = pruned.output
+    model = mhacut.load_model(slim)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.train()(x).square().mean().backward()
+    optimiser.step()
+    mhacut.save_model(model.eval(), tmp_path / "tuned.safetensors", like=slim)
+    again = mhacut.load_model(tmp_path / "tuned.safetensors")
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(again(x), mhacut.load_model(slim)(x))
+    record = read_model(tmp_path / "tuned.safetensors").record
+    assert [step["command"] for step in record.history] == ["prune", "save"]
+    assert mhacut.prune(tmp_path / "tuned.safetensors", flops="80%", dry_run=True, **BALANCED).slim.flops > 0
+
+
+def test_a_new_classifier_is_saved_with_the_model(pruned, tmp_path):
+    slim = pruned.output
+    model = mhacut.load_model(slim)
+    model.reset_classifier(3)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    assert mhacut.load_model(tmp_path / "other.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(OutputError, match="exists"):
+        mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim, overwrite=True)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_names_of_other_classes_are_not_kept(pruned, tmp_path, classes):
+    slim, before, tensors = tmp_path / "slim.safetensors", read_model(pruned.output), load_file(pruned.output)
+    cfg = {**before.identity.pretrained_cfg, "label_names": list("abcdefg"), "label_descriptions": {"a": "A"}}
+    record = dataclasses.replace(
+        before.record, identity=dataclasses.replace(before.identity, pretrained_cfg=cfg)
+    )
+    save_file(tensors, slim, {"mhacut": record.to_json()})
+    model = mhacut.load_model(slim)
+    mhacut.save_model(model, tmp_path / "same.safetensors", like=slim)
+    assert cfg.items() <= read_model(tmp_path / "same.safetensors").record.identity.pretrained_cfg.items()
+    model.reset_classifier(classes)
+    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    other = read_model(tmp_path / "other.safetensors")
+    assert not {"label_names", "label_descriptions"} & other.record.identity.pretrained_cfg.keys()
+    x = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(other.model(x), model.eval()(x))
+
+
+def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
+    slim = pruned.output
+    other = prune_quickly(tiny_vit, tmp_path / "other.safetensors", flops="90%", **BALANCED).output
+    model = mhacut.load_model(slim)
+    with pytest.raises(CheckpointError, match="not the file that this model was opened from"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
+    with pytest.raises(CheckpointError, match="is no slim file"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=tiny_vit.path)
+    with pytest.raises(OutputError):
+        mhacut.save_model(model, slim, like=slim, overwrite=True)
+    model.reset_classifier(3)
+    with pytest.raises(CheckpointError, match="not the file that this model was opened from"):
+        mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
+    assert not (tmp_path / "new.safetensors").exists()
