@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 import mhacut
+from helpers.clocks import Counting
 from helpers.files import ModelFile, make_slim, save_dense
 from helpers.programs import Programs
 from helpers.pruning import BALANCED, prune_quickly
@@ -111,3 +112,9 @@ def programs() -> Iterator[Programs]:
     server = Programs()
     yield server
     server.close()
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path) -> Counting:
+    """A clock of models and layers that goes by their parameters."""
+    return Counting(monkeypatch, tmp_path)

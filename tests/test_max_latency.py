@@ -6,35 +6,24 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
-import sys
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 
 import mhacut
-from helpers.cli import run
 from helpers.jobs import Recorder
 from helpers.models import slow_except
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_cut, prune_files, prune_latency
+from mhacut.commands import prune_cut, prune_files
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
-from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, OutputError, UsageError
-from mhacut.measuring.latency import Comparison
 from mhacut.options.prune import PruneOptions
-from mhacut.options.timing import TimingOptions
 from mhacut.pruning.planner import Planner
-from mhacut.runtime.progress import SILENT
-from mhacut.surgery.flops import count_parameters
 
 prune = partial(prune_quickly, latency=True)
 
@@ -106,47 +95,6 @@ def test_a_runtime_that_is_not_installed_is_named_before_the_work(tiny_vit, tmp_
 
 
 # --- from file to file, by a clock that counts parameters ---
-
-
-class Counting:
-    """A clock by which a model takes 1 ms and 10 ns per parameter, its layers alone 6 ns, a cut one more."""
-
-    def __init__(self, monkeypatch, tmp_path):
-        self.layers = self.models = 0
-        self.unforeseen = lambda share: 1.0
-        """Factor on the time of a model with a share of the dense one's parameters."""
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        clock = self  # functions become methods of the stopwatch, bound methods do not
-
-        def beside(stopwatch, models, parts=(), *, seconds, expected=None):
-            clock.models += len(models)
-            times = [clock.time(model, stopwatch.dense) for model in (stopwatch.dense, *models)]
-            return found([*times, *map(alone, parts)])
-
-        def parts_alone(stopwatch, parts, *, seconds):
-            clock.layers += len(parts)
-            return found([*map(alone, parts)])
-
-        monkeypatch.setattr(Stopwatch, "ready", lambda stopwatch, part: part)
-        monkeypatch.setattr(Stopwatch, "beside", beside)
-        monkeypatch.setattr(Stopwatch, "parts", parts_alone)
-
-    def time(self, model, dense):
-        count, whole = count_parameters(model), count_parameters(dense)
-        return (1 + 1e-5 * count) * self.unforeseen(count / whole)
-
-
-def alone(part):
-    return 6e-6 * count_parameters(part)
-
-
-def found(times):
-    return Comparison(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)
-
-
-@pytest.fixture
-def clock(monkeypatch, tmp_path):
-    return Counting(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("asked", ["80%", "1.3ms", *slow_except((), ["88%", "0.00135s"])])
@@ -398,81 +346,6 @@ def test_a_file_that_misses_the_time_replaces_none(tiny_vit, tmp_path, clock, mo
     assert out.read_bytes() == b"of before"
 
 
-@pytest.mark.slow
-def test_times_are_measured_once_for_each_machine(tiny_vit, tmp_path, clock):
-    first = prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
-    assert clock.layers > 0
-    measured = clock.layers
-    second = prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
-    assert clock.layers == measured
-    assert second.plan == first.plan
-    prune(tiny_vit, tmp_path / "three.safetensors", max_latency="85%", latency_batch_size=2)
-    assert clock.layers == 2 * measured
-
-
-@pytest.mark.slow
-def test_times_of_another_version_or_precision_are_not_used(tiny_vit, tmp_path, clock, monkeypatch):
-    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
-    measured = clock.layers
-    with monkeypatch.context() as other:
-        other.setattr(prune_latency, "__version__", "0.0.0")
-        prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
-    assert clock.layers == 2 * measured
-    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
-    prune(tiny_vit, tmp_path / "three.safetensors", max_latency="85%")
-    assert clock.layers == 3 * measured
-
-
-def test_a_runtime_may_come_from_a_package_of_another_name(monkeypatch):
-    """As onnxruntime does from onnxruntime-gpu."""
-    module = ModuleType("onnxruntime")
-    module.__version__ = "1.99.0"
-    monkeypatch.setitem(sys.modules, "onnxruntime", module)
-
-    def version(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", version)
-    script = ModuleType("onnxscript")
-    script.__version__ = "0.1"
-    monkeypatch.setitem(sys.modules, "onnxscript", script)
-    monkeypatch.setattr(
-        "mhacut.commands.stopwatch.timing_device", lambda runtime, device: torch.device("cpu")
-    )
-    dense = torch.nn.Conv2d(3, 1, 1)
-    watch = Stopwatch(TimingOptions(runtime="onnx"), dense, (3, 4, 4), torch.device("cpu"), SILENT)
-    key = TimeTarget("50%", watch)._key(SimpleNamespace(choices={}), dense)
-    assert key["versions"]["onnxruntime"] == "1.99.0"
-    assert key["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.slow
-def test_kept_times_that_refuse_the_target_are_measured_anew_once(tiny_vit, tmp_path, clock):
-    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
-    measured = clock.layers
-    (file,) = (tmp_path / "cache" / "mhacut" / "layer-times").iterdir()
-    document = json.loads(file.read_text())
-    right = document["table"]["anchors"]
-    document["table"]["anchors"] = [[saved, whole / 10] for saved, whole in right]
-    file.write_text(json.dumps(document))
-    result = prune(tiny_vit, tmp_path / "two.safetensors", max_latency="85%")
-    assert result.targets[0].reached <= result.targets[0].most
-    assert clock.layers == 2 * measured
-    assert json.loads(file.read_text())["table"]["anchors"] == right
-    with pytest.raises(BudgetError, match="out of reach"):
-        prune(tiny_vit, tmp_path / "three.safetensors", max_latency="1%")
-    assert clock.layers == 3 * measured
-
-
-def test_times_of_layers_on_a_busy_machine_are_not_kept(tiny_vit, tmp_path, clock, monkeypatch):
-    def parts(stopwatch, parts, *, seconds, steady=Stopwatch.parts):
-        return replace(steady(stopwatch, parts, seconds=seconds), drift=0.1)
-
-    monkeypatch.setattr(Stopwatch, "parts", parts)
-    prune(tiny_vit, tmp_path / "one.safetensors", max_latency="85%")
-    assert not (tmp_path / "cache").exists()
-
-
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -512,64 +385,3 @@ def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
     assert names == ["slim-90pct-latency88pct.safetensors", "slim-60pct-latency88pct.safetensors"]
     for result in results:
         assert all(target.reached <= target.most for target in result.targets)
-
-
-def test_the_time_is_printed(tiny_vit, tmp_path, clock):
-    out, page = tmp_path / "slim.safetensors", tmp_path / "page.html"
-    flags = ["--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--max-latency", "85%"]
-    arguments = ["prune", *tiny_vit.flags, *flags, "-o", out, "--report", page, "--overwrite"]
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    line = r"^--max-latency 85%: \S+ms of at most \S+ms, 8\d\.\d% of the dense model's \S+ms; predicted \S+ms"
-    assert re.search(line, result.stdout, re.MULTILINE)
-    assert re.search(r"^timed in eager, batch 8, \d+ thread\(s\), cpu: \S", result.stdout, re.MULTILINE)
-    assert "target max_latency 85%" in page.read_text()
-    (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
-    assert target["reached"] <= target["most"] < target["dense"]
-    assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "label"),
-    [
-        ({}, "latency, ms (batch 8, cpu)"),
-        ({"runtime": "onnx", "threads": 3}, "latency, ms (batch 8, onnx, cpu)"),
-        (
-            {"runtime": "onnx", "int8": True, "latency_batch_size": 2},
-            "latency, ms (batch 2, onnx, INT8, cpu)",
-        ),
-    ],
-)
-def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock, monkeypatch, options, label):
-    """Without a budget of time, too, and whatever the device that the rest ran on."""
-    monkeypatch.setattr(
-        "mhacut.commands.stopwatch.timing_device", lambda runtime, device: torch.device("cpu")
-    )
-    page = tmp_path / "page.html"
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", report=page, **options)
-    assert label in [row[0] for row in replace(result, device="cuda").rows()]
-    assert label in page.read_text()
-    asked = {"runtime": "eager", "int8": False, "batch_size": result.latency_batch_size, "device": "cpu"}
-    stated = asked | {name: value for name, value in options.items() if name in result.timing}
-    assert stated.items() <= result.timing.items()
-    assert result.timing["machine"]
-
-
-@pytest.mark.slow
-def test_the_conditions_of_latency_are_printed(tiny_vit, tmp_path, clock):
-    flags = ["--flops", "60%", "--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--json"]
-    arguments = ["prune", *tiny_vit.flags, *flags, "--dry-run", "--threads", "3"]
-    assert json.loads(run(*arguments).stdout)["timing"]["threads"] == 3
-    assert json.loads(run(*arguments, "--no-latency").stdout)["timing"] == {}
-
-
-@pytest.mark.slow
-def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
-    config = tmp_path / "run.yaml"
-    config.write_text("max_latency: 85%\nthreads: 1\neffort: fast\ncalibration_images: 8\nbatch_size: 4\n")
-    result = run("prune", *tiny_vit.flags, "--config", config, "-o", tmp_path / "slim.safetensors", "--json")
-    assert result.exit_code == 0, result.stderr
-    (target,) = json.loads(result.stdout)["targets"]
-    assert target["asked"] == "85%"
-    assert target["threads"] == 1

@@ -1,0 +1,77 @@
+"""Latency as it is printed and stated, whether a budget or only measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from helpers.cli import run
+from helpers.pruning import prune_quickly
+
+prune = partial(prune_quickly, latency=True)
+
+
+def test_the_time_is_printed(tiny_vit, tmp_path, clock):
+    out, page = tmp_path / "slim.safetensors", tmp_path / "page.html"
+    flags = ["--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--max-latency", "85%"]
+    arguments = ["prune", *tiny_vit.flags, *flags, "-o", out, "--report", page, "--overwrite"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    line = r"^--max-latency 85%: \S+ms of at most \S+ms, 8\d\.\d% of the dense model's \S+ms; predicted \S+ms"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    assert re.search(r"^timed in eager, batch 8, \d+ thread\(s\), cpu: \S", result.stdout, re.MULTILINE)
+    assert "target max_latency 85%" in page.read_text()
+    (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
+    assert target["reached"] <= target["most"] < target["dense"]
+    assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "latency, ms (batch 8, cpu)"),
+        ({"runtime": "onnx", "threads": 3}, "latency, ms (batch 8, onnx, cpu)"),
+        (
+            {"runtime": "onnx", "int8": True, "latency_batch_size": 2},
+            "latency, ms (batch 2, onnx, INT8, cpu)",
+        ),
+    ],
+)
+def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock, monkeypatch, options, label):
+    """Without a budget of time, too, and whatever the device that the rest ran on."""
+    monkeypatch.setattr(
+        "mhacut.commands.stopwatch.timing_device", lambda runtime, device: torch.device("cpu")
+    )
+    page = tmp_path / "page.html"
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", report=page, **options)
+    assert label in [row[0] for row in replace(result, device="cuda").rows()]
+    assert label in page.read_text()
+    asked = {"runtime": "eager", "int8": False, "batch_size": result.latency_batch_size, "device": "cpu"}
+    stated = asked | {name: value for name, value in options.items() if name in result.timing}
+    assert stated.items() <= result.timing.items()
+    assert result.timing["machine"]
+
+
+@pytest.mark.slow
+def test_the_conditions_of_latency_are_printed(tiny_vit, tmp_path, clock):
+    flags = ["--flops", "60%", "--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--json"]
+    arguments = ["prune", *tiny_vit.flags, *flags, "--dry-run", "--threads", "3"]
+    assert json.loads(run(*arguments).stdout)["timing"]["threads"] == 3
+    assert json.loads(run(*arguments, "--no-latency").stdout)["timing"] == {}
+
+
+@pytest.mark.slow
+def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
+    config = tmp_path / "run.yaml"
+    config.write_text("max_latency: 85%\nthreads: 1\neffort: fast\ncalibration_images: 8\nbatch_size: 4\n")
+    result = run("prune", *tiny_vit.flags, "--config", config, "-o", tmp_path / "slim.safetensors", "--json")
+    assert result.exit_code == 0, result.stderr
+    (target,) = json.loads(result.stdout)["targets"]
+    assert target["asked"] == "85%"
+    assert target["threads"] == 1
