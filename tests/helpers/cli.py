@@ -1,8 +1,10 @@
-"""The command line without a process of its own."""
+"""The command line without a process of its own, and what a refusal is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from click.testing import Result
 from typer.testing import CliRunner
@@ -19,3 +21,23 @@ def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def tree(folder: Path) -> dict[str, bytes | str]:
+    """Everything under ``folder``, with the bytes of each file."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(folder.rglob("*")):
+        kind = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "other"
+        found[str(path.relative_to(folder))] = kind
+    return found
+
+
+def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
+    """The message of a command that is refused, and that leaves all under ``folder``, and here, as it is."""
+    before, here = tree(folder), tree(Path.cwd())
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    assert "Traceback" not in result.stderr
+    assert all(char == "\n" or char.isprintable() for char in result.stderr)
+    assert (tree(folder), tree(Path.cwd())) == (before, here)
+    return result.stderr

@@ -1,0 +1,99 @@
+"""Outputs that cannot be written: refused with what to do, nothing left behind, the input untouched.
+
+Numbers are those of docs/reference/bad-inputs.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from helpers.cli import refusal, run, tree
+from mhacut.runtime import files
+
+
+def fail_with(number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def export_of(slim: Path, out: Path) -> list[object]:
+    return ["export", slim, "--format", "timm", "-o", out]
+
+
+def report_of(slim: Path, out: Path) -> list[object]:
+    return ["inspect", slim, "--html", out]
+
+
+WRITERS = {"export": (export_of, "out"), "inspect": (report_of, "out.html")}
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [("export", errno.ENOSPC), ("inspect", errno.EROFS), ("inspect", errno.EIO)]
+)
+def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number):  # 48
+    arguments, name = WRITERS[command]
+    monkeypatch.setattr(files, "sync", fail_with(number))
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name))
+    assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
+
+
+@pytest.mark.parametrize(("format", "target"), [("onnx", "x.onnx"), ("pt2", "new/x.pt2"), ("timm", "folder")])
+def test_a_place_that_takes_no_file_is_found_before_the_work(slim, tmp_path, monkeypatch, format, target):
+    monkeypatch.setattr("mhacut.commands.export._write", None)
+    message = refusal(tmp_path, "export", slim, "--format", format, "-o", f"/proc/{target}")
+    assert f"/proc/{target}: cannot be created in /proc: " in message
+
+
+def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def vanish(_):
+        for path in sorted(place.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        place.rmdir()
+
+    monkeypatch.setattr(files, "sync", vanish)
+    result = run("inspect", slim, "--html", place / "out.html")
+    assert result.exit_code == 1
+    assert "out.html: cannot be written: No such file or directory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", WRITERS)
+def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):  # 49
+    arguments, name = WRITERS[command]
+    monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
+    assert message.endswith("interrupted; nothing was left half written\n")
+
+
+def test_a_name_that_is_taken_meanwhile(slim, tmp_path, monkeypatch):  # 50
+    out = tmp_path / "out.html"
+    monkeypatch.setattr(files, "sync", lambda _: out.write_bytes(b"of another run"))
+    result = run("inspect", slim, "--html", out)
+    assert result.exit_code == 1
+    assert "was created by someone else meanwhile; choose another name, or --overwrite" in result.stderr
+    assert tree(tmp_path) == {"out.html": b"of another run"}
+
+
+def test_the_input_is_no_output(slim, tmp_path):  # 47
+    source = tmp_path / "slim.safetensors"
+    source.write_bytes(slim.read_bytes())
+    os.link(source, tmp_path / "hard.onnx")
+    (tmp_path / "link.html").symlink_to(source)
+    for arguments in (
+        ["export", source, "-o", tmp_path / "hard.onnx", "--overwrite"],
+        ["export", source, "--format", "timm", "-o", source, "--overwrite"],
+        ["inspect", source, "--html", tmp_path / "link.html", "--overwrite"],
+    ):
+        message = refusal(tmp_path, *arguments)
+        assert "is the input" in message or "is a file; --format timm writes a folder" in message
