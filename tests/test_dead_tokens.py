@@ -15,12 +15,11 @@ import mhacut
 from helpers.cli import FAST, run
 from helpers.data import write_split
 from helpers.files import save_dense
+from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image, relative, slow_but
 from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError
 from mhacut.finetuning.training import Trainer
-from mhacut.options.prune import PruneOptions
 from mhacut.plan import TokenPlan
-from mhacut.runtime.progress import Silent
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import tokens_of
 
@@ -38,25 +37,15 @@ EXPORTED = {"eva": "onnx", "rotary": "timm", "beit": "timm"}
 """Formats other than ``pt2`` that they are exported to."""
 
 
-class Log(Silent):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def prune(source: object, output: object, case: ModelCase | None = None, **options: Any):
     """Returns the result, and the lines of the log about tokens."""
     stated = (
         {} if case is None else {"model": case.architecture, "model_args": {"num_classes": 5, **case.args}}
     )
     given = {"flops": "60%", "effort": "fast", "calibration_images": 8, "round_to": 4, "latency": False}
-    reporter = Log()
+    reporter = Recorder()
     result = mhacut.prune(source, output=output, reporter=reporter, **{**given, **stated, **options})
-    return result, [line for line in reporter.lines if "token" in line]
+    return result, [line for line in reporter.messages if "token" in line]
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +117,6 @@ def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
     assert "no channels need to be pruned" in lines[1]
     model, x = mhacut.load_model(result.output), image(VIT)
     assert relative(model(x), build(VIT)(x)) < 1e-5
-
-
-@torch.no_grad()
-def test_half_precision_stays(tmp_path):
-    source = save_dense(build(VIT).half(), tmp_path / "dense.safetensors")
-    result, _ = prune(source, tmp_path / "slim.safetensors", VIT)
-    assert {tensor.dtype for tensor in load_file(result.output).values()} == {torch.float16}
 
 
 @pytest.mark.slow
@@ -272,7 +254,3 @@ def test_files_that_lie_about_tokens_are_refused(slim, tmp_path, tokens, message
     save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(record)})
     with pytest.raises(CheckpointError, match=message):
         mhacut.load_model(path)
-
-
-def test_the_default_leaves_them_out():
-    assert PruneOptions.defaults()["keep_dead_tokens"] is False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 import mhacut
 from helpers.jobs import Recorder
+from helpers.terminals import terminal
 from mhacut.runtime import progress_bar, stages
 from mhacut.runtime.progress import SILENT, Counter, StageTimer, expect
 from mhacut.runtime.progress_bar import LinesView, NotebookView, ProgressBar, TerminalView, reporting
@@ -232,17 +232,8 @@ def test_a_stage_without_news_gives_lines_too(monkeypatch):
     assert set(lines) == {"repairing: 0:00 elapsed"}
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
-
-
 def test_on_a_terminal_there_is_one_bar_for_all_stages(monkeypatch, time):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", Terminal())
-        patch.setenv("TERM", "xterm")
+    with terminal(monkeypatch) as stream:
         view = TerminalView()
         bar = ProgressBar(view)
         bar.expect([StageShare("calibrating", 1), StageShare("healing", 3)])
@@ -253,7 +244,7 @@ def test_on_a_terminal_there_is_one_bar_for_all_stages(monkeypatch, time):
         assert task.completed / task.total == pytest.approx(0.25)
         assert task.fields["left"] == "about 0:30 left"
         view.close()
-        assert "healing" in sys.stderr.getvalue()
+        assert "healing" in stream.getvalue()
 
 
 class Page:

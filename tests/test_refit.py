@@ -226,7 +226,6 @@ def test_fewer_rows_than_channels_do_not_blow_up_what_rounding_left_of_the_rest(
     heads = Moments(50, heads.total[None], heads.second[None])
     logits = refit_logits((heads, heads), (heads, heads), torch.arange(0, 64, 1)[None, :56], plain=1.0)
     assert logits.mixing.norm() < 100
-    assert logits.left >= 0
 
 
 def test_every_head_is_refitted_for_itself():

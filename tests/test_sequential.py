@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image
 from helpers.plans import distillation_of
 from mhacut.plan import Plan, UnitPlan
@@ -18,7 +19,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.pruning.sequential import RIDGES, sequentially_reconstructed
-from mhacut.runtime.progress import SILENT, Silent
+from mhacut.runtime.progress import SILENT
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
@@ -85,14 +86,6 @@ class Bench:
         return distillation_of(self.dense, self.images).divergence_of(model)
 
 
-class Counting(Silent):
-    def __init__(self):
-        self.steps = []
-
-    def advance(self, done, total, detail=""):
-        self.steps.append((done, total))
-
-
 def runs_of(model, names, images):
     """Name, input and output of each call of these modules."""
     calls = []
@@ -154,7 +147,7 @@ def reconstruct_slowly(bench, names):
 @pytest.mark.slow
 def test_each_projection_is_refitted_on_what_those_before_it_give(case):
     bench = Bench(CASES[case])
-    names, reporter = projections(bench), Counting()
+    names, reporter = projections(bench), Recorder()
     expected = reconstruct_slowly(bench, names)
     found = bench.reconstructed(reporter=reporter)
     assert reporter.steps == [(number + 1, len(names)) for number in range(len(names))]
@@ -207,7 +200,7 @@ def test_a_projection_that_runs_more_than_once_is_skipped(in_both):
 
     for model in (bench.dense, bench.slim) if in_both else (bench.dense,):
         model.blocks[1].mlp.register_forward_pre_hook(run_before)
-    reporter = Counting()
+    reporter = Recorder()
     found = bench.reconstructed(reporter=reporter)
     assert reporter.steps[-1] == (3, 3)
     assert torch.equal(found.blocks[1].mlp.fc2.weight, bench.slim.blocks[1].mlp.fc2.weight)

@@ -156,10 +156,12 @@ def test_features_are_those_that_timm_gives_of_the_dense_model(name, asked, expo
     assert type(features) is type(dense)
     assert features.feature_info.channels() == dense.feature_info.channels()
     assert list(features.state_dict()) == list(dense.state_dict())
-    tensors = features.state_dict()
+    tensors, found = features.state_dict(), set()
     for tensor_name, tensor in opened(folder).state_dict().items():
-        names = tensor_name, f"model.{tensor_name}", tensor_name.replace(".", "_", 1)
-        assert all(torch.equal(tensors[name], tensor) for name in names if name in tensors)
+        names = {tensor_name, f"model.{tensor_name}", tensor_name.replace(".", "_", 1)} & tensors.keys()
+        assert all(torch.equal(tensors[name], tensor) for name in names)
+        found |= names
+    assert found == tensors.keys()
 
 
 def test_modules_of_several_names_stay_one_where_features_are_taken(exported):

@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(put, tmp_path, monkeypa
     def fail(_):
         raise failure
 
-    monkeypatch.setattr(files, "sync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         put(path, overwrite=True)
     if isinstance(failure, OSError):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
-from contextlib import contextmanager
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers.cli import run
+from helpers.terminals import terminal
 from mhacut.cli.console import Console, safe, table
 from mhacut.errors import MhacutError
 from mhacut.runtime.stages import StageShare
@@ -69,23 +67,6 @@ def test_hostile_architecture(slim, tmp_path):
     assert result.exit_code == 1
     assert_harmless(result.stderr)
     assert "expected the name of a timm model" in result.stderr
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
-
-
-@contextmanager
-def terminal(monkeypatch):
-    """Stderr as a terminal; not a fixture, since pytest puts its own stderr back before the test runs."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", Terminal())
-        patch.setenv("TERM", "xterm")
-        patch.delenv("NO_COLOR", raising=False)
-        yield sys.stderr
 
 
 def test_progress_on_a_terminal(monkeypatch):
