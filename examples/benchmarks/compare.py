@@ -62,17 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    exists = os.path.exists(asked.checkpoint)
-    setup = Setup(
-        checkpoint=os.path.abspath(asked.checkpoint) if exists else asked.checkpoint,
-        model=asked.model,
-        model_args=tuple(asked.model_arg),
-        data_dir=os.path.abspath(asked.data_dir),
-        mean=asked.mean,
-        std=asked.std,
-        calibration_images=asked.calibration_images,
-        seed=asked.seed,
-    )
+    setup = Setup.of(asked, calibration_images=asked.calibration_images, seed=asked.seed)
     machine = describe_machine(asked.threads)
     table = Table.open(asked.merge, machine, setup)
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:

@@ -95,16 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs 7 % and changes no number
-    setup = Setup(
-        checkpoint=os.path.abspath(asked.checkpoint),
-        model=asked.model,
-        model_args=tuple(asked.model_arg),
-        data_dir=os.path.abspath(asked.data_dir),
-        mean=asked.mean,
-        std=asked.std,
-        calibration_images=0,
-        seed=0,
-    )
+    setup = Setup.of(asked, calibration_images=0, seed=0)
     recipe = Recipe(asked.lr, asked.batch, asked.weight_decay, asked.teacher_weight, asked.amp)
     machine = describe_machine(asked.threads)
     log = Log(asked.runs, {"machine": machine, "setup": setup.told(), "recipe": asdict(recipe)})

@@ -5,7 +5,9 @@ This module imports the standard library only; what its functions need they impo
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,21 @@ class Setup:
     """``A,B,C``"""
     calibration_images: int
     seed: int
+
+    @classmethod
+    def of(cls, asked: argparse.Namespace, *, calibration_images: int, seed: int) -> Setup:
+        """Take what the flags of ``subjects.add_flags`` say."""
+        exists = os.path.exists(asked.checkpoint)  # else a name of timm's
+        return cls(
+            checkpoint=os.path.abspath(asked.checkpoint) if exists else asked.checkpoint,
+            model=asked.model,
+            model_args=tuple(asked.model_arg),
+            data_dir=os.path.abspath(asked.data_dir),
+            mean=asked.mean,
+            std=asked.std,
+            calibration_images=calibration_images,
+            seed=seed,
+        )
 
     def flags(self) -> list[str]:
         """Flags of ``mhacut prune`` that say the same, all but the checkpoint and the data."""

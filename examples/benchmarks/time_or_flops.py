@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 from process import describe_machine, run
+from setups import Setup
 from subjects import add_flags, complete
 
 _SETTINGS = (
@@ -108,15 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _prune(asked: argparse.Namespace, *flags: str) -> None:
-    command = [sys.executable, "-m", "mhacut", "prune", asked.checkpoint, "--data-dir", asked.data_dir]
-    command += ["--no-labels", "--effort", asked.effort, "--seed", str(asked.seed), "--quiet", "--overwrite"]
-    command += ["--scope", asked.scope]
-    command += ["--calibration-images", str(asked.calibration_images), "--eval-images", "0"]
-    command += [] if asked.model is None else ["--model", asked.model]
-    command += [part for argument in asked.model_arg for part in ("--model-arg", argument)]
-    for name in ("mean", "std"):
-        command += [f"--{name}", getattr(asked, name)] if getattr(asked, name) else []
-    run([*command, *flags], asked.threads)
+    setup = Setup.of(asked, calibration_images=asked.calibration_images, seed=asked.seed)
+    command = [sys.executable, "-m", "mhacut", "prune", setup.checkpoint, "--data-dir", setup.data_dir]
+    command += [*setup.flags(), "--no-labels", "--effort", asked.effort, "--scope", asked.scope]
+    run([*command, "--eval-images", "0", "--quiet", "--overwrite", *flags], asked.threads)
 
 
 def _by_flops(asked: argparse.Namespace, folder: Path) -> list[str]:
