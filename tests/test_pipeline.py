@@ -13,20 +13,22 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import levit
 
 import mhacut
 from helpers.data import write_image
 from helpers.jobs import Recorder
 from helpers.models import build, relative
 from helpers.programs import BY_TWO, free_port
-from helpers.pruning import BALANCED, prune_quickly
+from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
+from mhacut.commands import prune_files
 from mhacut.errors import MhacutError
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.indicators import search
 from mhacut.pruning.repair import shrink
-from properties.cases import UNLIKE, VITS
+from properties.cases import FIRST_MODEL, UNLIKE, VITS
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 prune = partial(prune_quickly, flops="60%", **BALANCED)
@@ -114,6 +116,23 @@ def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
     save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
     result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
     assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path):
+    """Repair changes those of batch norms, in single precision."""
+    case = FIRST_MODEL[levit.Attention]
+    output = tmp_path / "slim.safetensors"
+    result = mhacut.prune(build(case).to(dtype), flops="70%", output=output, model_args=case.args, **QUICK)
+    stored = {tensor.dtype for tensor in load_file(result.output).values() if tensor.is_floating_point()}
+    assert stored == {dtype}
+
+
+def test_a_file_whose_model_gives_other_outputs_never_appears(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_files, "same_outputs", lambda *_: False)
+    with pytest.raises(MhacutError, match=r"slim.safetensors: the model in the file gives other outputs .*"):
+        prune(tiny_vit, tmp_path / "slim.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_same_seed_same_file(tiny_vit, pruned, tmp_path):

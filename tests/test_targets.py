@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import mhacut
 from helpers.cli import FAST, run
@@ -253,8 +254,6 @@ def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
 
 
 def test_a_file_of_half_precision_is_measured_as_it_is_written(tiny_vit, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     half = tmp_path / "half.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, half)
     result = mhacut.prune(
@@ -266,6 +265,17 @@ def test_a_file_of_half_precision_is_measured_as_it_is_written(tiny_vit, tmp_pat
         **QUICK,
     )
     assert 0.9 * 120_000 <= result.output.stat().st_size <= 120_000
+    # The job's model has other tensors where it computes the class token alone; none of them is dense.
+    assert result.dense.size == sum(tensor.nbytes for tensor in load_file(half).values())
+
+
+def test_a_share_of_the_size_is_one_of_the_file_in_half_precision(tiny_vit, tmp_path):
+    half = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, half)
+    size = sum(tensor.nbytes for tensor in load_file(half).values())
+    output = tmp_path / "slim.safetensors"
+    (target,) = prune_quickly(tiny_vit, output, checkpoint=half, size="90%", dry_run=True).targets
+    assert target.most == int(0.9 * size)
 
 
 def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):

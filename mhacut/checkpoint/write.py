@@ -45,6 +45,7 @@ def write_slim(
     dtypes: Mapping[str, torch.dtype],
     overwrite: bool,
     input_path: str | os.PathLike[str] | None,
+    check: Callable[[Path], None] | None = None,
 ) -> os.stat_result:
     """Write ``model`` and its record to ``path`` as one safetensors file.
 
@@ -58,6 +59,7 @@ def write_slim(
         dtypes: per tensor name the dtype to write it in; tensors not named keep their own.
         overwrite: replace an existing file (what a link points to, if it is a link).
         input_path: the checkpoint it was made from, never replaced.
+        check: takes the name of the complete file before it appears; nothing does if it raises.
 
     Returns:
         Status of the file, for :func:`mhacut.runtime.files.check_still`.
@@ -66,7 +68,13 @@ def write_slim(
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
-    write = slim_content(Path(path), model, record, dtypes)
+    content = slim_content(Path(path), model, record, dtypes)
+
+    def write(temporary: Path) -> None:
+        content(temporary)
+        if check is not None:
+            check(temporary)
+
     return write_whole(path, write, overwrite=overwrite, input_path=input_path)
 
 

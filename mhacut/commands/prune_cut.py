@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from mhacut.budget import format_flops
@@ -29,7 +28,7 @@ from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.info import classifier_size
 from mhacut.surgery.slice import cut
-from mhacut.surgery.storage import Dtypes
+from mhacut.surgery.storage import round_to_stored
 from mhacut.surgery.tokens import with_tokens
 
 PROBED = 4
@@ -228,7 +227,7 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
 
     def attempt(budget: int) -> Trial[CutModel]:
         found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner)
-        _round(found.model, inputs.dtypes)
+        round_to_stored(found.model, inputs.dtypes)
         bounds, evaluation = judge(found.model)
         found.model.cpu()
         found = replace(found, job=replace(job, budget=budget), bounds=bounds, evaluation=evaluation)
@@ -313,13 +312,6 @@ class _Judge:
             error = standard_error_of_drop(before, right)
             found.append(Reached("max_drop", f"{options.max_drop:g}", options.max_drop, drop, error))
         return tuple(found), evaluation
-
-
-@torch.no_grad()
-def _round(model: nn.Module, dtypes: Dtypes) -> None:
-    """Round the parameters in place to what the file will hold."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(parameter.to(dtypes.get(name, parameter.dtype)))
 
 
 def _check_dense(inputs: PruneInputs) -> None:

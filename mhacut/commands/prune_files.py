@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,44 +28,46 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.preserve import Preserved
-from mhacut.runtime.files import check_still
+from mhacut.runtime.files import check_still, show
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.storage import count_bytes
+from mhacut.surgery.storage import count_bytes, round_to_stored
 
 
 @torch.no_grad()
 def write_checked(
     inputs: PruneInputs, slim: nn.Module, record: SlimRecord
 ) -> tuple[nn.Module, os.stat_result]:
-    """Write the slim file; return the model in it, read back from the file and checked, and its status.
+    """Write the slim file if the model in it is that in memory; return the former, and the file's status.
+
+    What the file rounds is rounded in memory too.
 
     Raises:
-        OutputError: the file cannot be written, or is no longer the one that was.
+        OutputError: the file cannot be written.
         MhacutError: the model in it gives other outputs.
     """
-    loaded, target, dtypes = inputs.loaded, inputs.target, inputs.dtypes
+    target, reloaded = inputs.target, list[nn.Module]()
+
+    def check(file: Path) -> None:
+        round_to_stored(slim, inputs.dtypes)
+        reloaded.append(load_model(file))
+        # The tensors were compared bit for bit when they were written.
+        if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
+            raise MhacutError(
+                f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "
+                "was written. This is a gap in mhacut: please report the architecture and its arguments"
+            )
+
     written = write_slim(
         target,
         slim,
         record,
-        dtypes=dtypes,
+        dtypes=inputs.dtypes,
         overwrite=inputs.options.overwrite,
-        input_path=loaded.path,
+        input_path=inputs.loaded.path,
+        check=check,
     )
-    for name, parameter in slim.named_parameters():
-        parameter.copy_(parameter.to(dtypes[name]))
-    try:
-        reloaded = load_model(target)
-        # The tensors were compared bit for bit when they were written.
-        if not same_outputs(reloaded, slim, inputs.images.images[:PROBED]):
-            raise MhacutError(
-                f"{target}: was written but gives other logits than the model in memory; do not use it"
-            )
-    except Exception:  # another file may be none, or of a model that fails in many ways on these images
-        check_still(target, written)
-        raise
-    return reloaded, written
+    return reloaded[0], written
 
 
 def final_record(
@@ -163,7 +166,7 @@ def measure(
     in_nats = judge.preserved.measure == "answers"
     if divergence > MUCH and in_nats and not job.merges_tokens and not stored:  # merging stores no less
         with_tokens = divergence_by_merging(replace(job, budget=found.flops), calibration)
-    size = count_bytes(dense, inputs.dtypes)
+    size = count_bytes(dense, inputs.loaded.dtypes)
     before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
     after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
     return Measured(

@@ -96,7 +96,7 @@ class Reach:
             dense["params"], costs["params"] = count_parameters(self.loaded.model), stored.at
         if targets["size"] is not None:
             stored = byte_table(job.model, job.prunable, least, self.dtypes, copies=copies)
-            dense["size"] = count_bytes(self.loaded.model, self.dtypes)
+            dense["size"] = count_bytes(self.loaded.model, self.loaded.dtypes)
             costs["size"] = self._file_size(stored.at, least)
         if self.times is not None:
             dense["max_latency"], costs["max_latency"] = self.times.dense, self._time()

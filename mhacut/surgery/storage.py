@@ -50,6 +50,13 @@ def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
     return dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
 
 
+@torch.no_grad()
+def round_to_stored(model: nn.Module, dtypes: Dtypes) -> None:
+    """Round the tensors of ``model`` in place to what a file in ``dtypes`` holds of them."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(tensor.to(stored_dtype(name, tensor, dtypes)))
+
+
 def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
     """Return the bytes of the tensors of ``module`` in a file, without the file's header.
 
