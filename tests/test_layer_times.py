@@ -1,11 +1,8 @@
-"""Times of layers: lines between measured points, the time of a model, and the file that keeps them."""
+"""Times of layers: lines between measured points, and the time of a model."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from mhacut.commands import stopwatch
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring import latency
 from mhacut.measuring.latency import compare_runs
-from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
 from mhacut.options.timing import TimingOptions
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit
@@ -390,106 +387,3 @@ class Placed:
 
     def to(self, device):
         return Placed(device)
-
-
-# --- the file ---
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "mhacut" / "layer-times"
-
-
-class Measurements:
-    """Measures a table, and counts how often."""
-
-    def __init__(self):
-        self.times, self.log, self.steady = 0, [], True
-
-    def measure(self):
-        self.times += 1
-        choices = {("a", "hidden"): (8, 16, 32), ("b", "hidden"): (8, 16)}
-        return replace(table_of(dict.fromkeys(choices, 0.01), choices), steady=self.steady)
-
-    def table(self, today=lambda table: table, **key):
-        """The table, and whether it was kept before."""
-        before = self.times
-        return kept_table(key, self.measure, self.log.append, today), self.times == before
-
-
-def test_a_table_is_measured_once_for_each_machine(cache):
-    of = Measurements()
-    first, kept = of.table(machine="one")
-    assert not kept
-    assert of.table(machine="one") == (first, True)
-    assert of.times == 1
-    assert of.table(machine="other") == (first, False)
-    assert of.times == 2
-    (line,) = of.log
-    assert re.match(r".*/layer-times/\w+\.json: layer times of an earlier run are reused$", line)
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_times_of_a_busy_machine_are_not_kept(cache):
-    of = Measurements()
-    of.steady = False
-    assert not of.table(machine="one")[1]
-    assert of.log == ["layer times are not saved: this machine was busy while they were measured"]
-    assert not cache.exists()
-    assert not of.table(machine="one")[1]
-
-
-def test_times_that_would_refuse_the_target_are_measured_anew(cache):
-    of = Measurements()
-    of.table(machine="one")
-    assert not of.table(lambda table: None, machine="one")[1]
-    (file,) = cache.iterdir()
-    assert of.log == [
-        f"{file}: with these times the target cannot be reached; layer times are measured again"
-    ]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "key": {"machine": "one"}, "table": {}}']
-)
-def test_a_damaged_file_is_measured_anew_and_replaced(cache, text):
-    of = Measurements()
-    of.table(machine="one")
-    (file,) = cache.iterdir()
-    file.write_text(text)
-    assert not of.table(machine="one")[1]
-    assert of.times == 2
-    (line,) = of.log
-    assert str(file) in line
-    assert "measured again" in line
-    assert of.table(machine="one")[1]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda table: table.update(whole=float("nan")),
-        lambda table: table.update(dense=0),
-        lambda table: table["calls"].append(["a", 7]),
-        lambda table: table["layers"][0].__setitem__(0, [{"hidden": "x"}, 1.0]),
-        lambda table: table["layers"].append([]),
-    ],
-)
-def test_times_that_make_no_sense_are_measured_anew(cache, change):
-    of = Measurements()
-    of.table(machine="one")
-    (file,) = cache.iterdir()
-    document = json.loads(file.read_text())
-    change(document["table"])
-    file.write_text(json.dumps(document))
-    assert not of.table(machine="one")[1]
-    assert len(of.log) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    of = Measurements()
-    assert not of.table(machine="one")[1]
-    assert "layer times are not saved" in of.log[0]

@@ -57,7 +57,13 @@ ROUND_TO = 4  # by eights, 28 % of the FLOPs would be the least: heads have 16 c
 BATCH = 16
 LATENCY_SECONDS = 3.0
 
-_PAPER = {"allocation": "indicator", "selection": "indicator", "repair": False, "heal_steps": 0, "gain_steps": 40}
+_PAPER = {
+    "allocation": "indicator",
+    "selection": "indicator",
+    "repair": False,
+    "heal_steps": 0,
+    "gain_steps": 40,
+}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "mhacut": {},
     "mhacut, own": {"positions": "own"},

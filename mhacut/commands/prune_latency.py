@@ -18,8 +18,9 @@ from mhacut.adapters.base import Layer
 from mhacut.budget import Budget, format_amount
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, option_name
+from mhacut.measuring.kept_times import kept_table
 from mhacut.measuring.latency import Run, fixed_images
-from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, kept_table, points_to_measure
+from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.choose_merges import with_all_merged

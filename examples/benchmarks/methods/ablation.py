@@ -6,7 +6,17 @@ from collections.abc import Iterable
 
 from methods.method import Method
 
-PAPER = ("--allocation", "indicator", "--selection", "indicator", "--basis", "channel", "--no-repair", "--heal-steps", "0")
+PAPER = (
+    "--allocation",
+    "indicator",
+    "--selection",
+    "indicator",
+    "--basis",
+    "channel",
+    "--no-repair",
+    "--heal-steps",
+    "0",
+)
 """The ingredients of arXiv 2405.20867 and nothing else; scales are trained where there is no repair."""
 PLAIN = ("--allocation", "uniform", "--basis", "channel", "--no-repair", "--no-reweight", "--heal-steps", "0")
 """Widths the same everywhere, and of each head the channels without which least goes."""
