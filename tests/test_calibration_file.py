@@ -16,6 +16,7 @@ from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build
 from helpers.pruning import prune_quickly
 from mhacut.errors import DataError, OutputError
+from mhacut.pruning import calibration_file
 from mhacut.pruning.calibration_file import fingerprint_of, read_calibration, write_calibration
 
 prune = partial(prune_quickly, flops="60%")
@@ -52,6 +53,16 @@ def test_what_is_read_is_what_was_written(case, images, tmp_path):
     write_calibration(tmp_path / "kept.safetensors", calibration, fingerprint)
     found = read_calibration(tmp_path / "kept.safetensors", fingerprint, torch.device("cpu"))
     assert equal(found, calibration)
+
+
+def test_tensors_are_copied_only_where_they_share_memory():
+    model = build(CASES[0])
+    calibration = job_of(model, torch.randn(1, *CASES[0].size)).calibrate()  # to fit is to hold out
+    tensors, _ = calibration_file._flat(calibration)
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    assert len(set(places)) == len(places)
+    (side, *_) = calibration.moments[next(iter(calibration.moments))].fit
+    assert side.second.untyped_storage().data_ptr() in places
 
 
 def test_equal_bytes_of_another_shape_are_other_images():

@@ -173,7 +173,13 @@ def _flat(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"importance{len(grids)}"] = values
             grids.append({"layer": layer, "grid": list(grid)})
     bare = [layer for layer, importance in calibration.fisher.importance.items() if not importance]
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        alone = tensor.detach().cpu().contiguous()
+        place = alone.untyped_storage().data_ptr()
+        # The file may share no memory, as moments of few images do; moments of large models are not copied.
+        own[name] = alone.clone() if place in seen else alone
+        seen.add(place)
     return own, {"held": calibration.held, "units": units, "fisher": layers, "grids": grids, "bare": bare}
 
 
