@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
     from mhacut.commands.prune_targets import Reached
     from mhacut.measuring.figures import ModelFigures
+    from mhacut.pruning.preserve import Measure
+
+_UNITS: Mapping[Measure, str] = {
+    "answers": "nats",
+    "features": "of the features' variance",
+    "dense": "nats per token",
+}
 
 
 @command(PruneOptions, check_outputs=check_files_before_reading)
@@ -32,21 +40,19 @@ def prune(options: PruneOptions, console: Console) -> None:
     Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
     """
     from mhacut.commands.prune import run_prune
-    from mhacut.commands.prune_result import choices_of
-    from mhacut.report.pareto import choice_rows
+    from mhacut.commands.prune_result import PruneResults, choices_of
 
     results = run_prune(options, console)
     if len(results) == 1:
         console.result(_text(results[0]), _document(results[0]))
         return
-    choices = choices_of(results)
-    texts = [safe_table(choice_rows(choices)), *map(_text, results)]
+    texts = [safe_table(PruneResults(results).rows()), *map(_text, results)]
     if options.report is not None:
         texts.append(f"overview {safe(options.report)}")
     document = {
         "command": "prune",
         "mhacut": __version__,
-        "pareto": [choice.to_json() for choice in choices],
+        "pareto": [choice.to_json() for choice in choices_of(results)],
         "results": [_document(result) for result in results],
     }
     console.result("\n\n".join(texts), document)
@@ -56,8 +62,9 @@ def _text(result: PruneResult) -> str:
     lines = [safe_table(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
+    unit = _UNITS[result.divergence_of]
     lines += [
-        f"{option_name(one.name, one.value)}: costs an estimated {one.nats:.2g} nats"
+        f"{option_name(one.name, one.value)}: costs an estimated {one.nats:.2g} {unit}"
         for one in result.constraints
     ]
     if result.output is None:

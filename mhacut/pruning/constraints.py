@@ -22,7 +22,8 @@ class Constraint:
     value: str | bool
     """Value as the user wrote it."""
     nats: float
-    """Estimated increase of the KL divergence due to the constraint, by the sensitivity curves."""
+    """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
+    answers are preserved, in the unit of ``PruneResult.divergence_of`` otherwise."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Choice:
         }
 
 
-def choice_rows(choices: Sequence[Choice], divergence: str = "KL to dense") -> list[list[str]]:
+def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
     """Return a table of ``choices``, its headings first; columns that nothing fills are left out.
 
     Args:

@@ -37,6 +37,24 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert mhacut.load_model(out).num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("flags", "heading", "unit"),
+    [
+        (["--num-classes", "0"], "divergence of features, nats per token", "nats per token"),
+        (["--preserve", "pooled"], "error of features, of their variance", "of the features' variance"),
+    ],
+    ids=["dense", "pooled"],
+)
+def test_divergences_of_features_are_called_what_they_are(tiny_vit, flags, heading, unit):
+    given = ["--flops", "90%", "--flops", "80%", "--exclude", "blocks.1.mlp", "--dry-run", *flags]
+    result = run("prune", *tiny_vit.flags, *given, "--no-repair", "--heal-steps", "0", *FAST)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].endswith(f"  {heading}")
+    costs = [line for line in lines if line.startswith("--exclude blocks.1.mlp: costs an estimated ")]
+    assert [line.split(maxsplit=6)[6] for line in costs] == [unit, unit]
+
+
 def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", *FAST]
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
