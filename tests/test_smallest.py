@@ -357,9 +357,12 @@ def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
     assert "<th>80%</th>" in results._repr_html_()
     assert [line.split()[0] for line in repr(results).splitlines()[1:]] == ["dense", "80%"]
     assert repr(result).splitlines()[-2] == f"saved {result.output}"
-    for flops in ("80%", 2e9):
-        with pytest.raises(UsageError, match="expected a list of budgets"):
-            mhacut.prune_many(tiny_vit.path, flops=flops)
+
+
+@pytest.mark.parametrize("flops", ["80%", 2e9, (), []])
+def test_prune_many_needs_a_list_of_budgets(tiny_vit, flops):
+    with pytest.raises(UsageError, match="expected a list of budgets"):
+        mhacut.prune_many(tiny_vit.path, flops=flops, params="60%")
 
 
 def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):

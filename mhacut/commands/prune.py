@@ -105,10 +105,11 @@ def prune_many(
     Raises:
         MhacutError: as :func:`prune`; files of earlier budgets may have been written.
     """
-    if isinstance(flops, str) or not isinstance(flops, Iterable):
+    budgets = () if isinstance(flops, str) or not isinstance(flops, Iterable) else tuple(map(str, flops))
+    if not budgets:
         raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets; one is for prune")
     with reporting(reporter, progress) as shown:
-        return PruneResults(_prune_all(checkpoint, tuple(map(str, flops)), shown, images, options))
+        return PruneResults(_prune_all(checkpoint, budgets, shown, images, options))
 
 
 def _prune_all(
