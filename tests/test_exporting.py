@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import twins, vision_transformer
+from torch import nn
 
 import mhacut
 from helpers.cli import run
@@ -147,6 +148,14 @@ def test_a_file_that_differs_is_not_kept(slim_of, tmp_path, monkeypatch):
     with pytest.raises(MhacutError, match=r"differs from the original by .* no file was kept"):
         mhacut.export(slim_of("vit"), format="pt2", output=tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_what_is_not_finite_differs_by_no_number(bounded):
+    options = ExportOptions(checkpoint="slim.safetensors", format="onnx")
+    model, run = nn.Identity(), lambda images: images * float("nan")
+    with pytest.raises(MhacutError, match=r"not finite at batch size 1; no file was kept$"):
+        exporting._differences(model, run, (3, 2, 2), options, bounded=bounded)
 
 
 def test_what_is_there_is_not_replaced(slim_of, tmp_path):

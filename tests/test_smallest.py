@@ -212,6 +212,16 @@ def test_a_bound_is_refused_before_the_work_where_no_width_can_change(
         )
 
 
+@pytest.mark.parametrize(("classes", "found"), [(0, "no classifier"), (1, "one output")])
+@pytest.mark.parametrize("bound", ["max_kl", "max_drop"])
+def test_a_bound_needs_classes(averaging, classes, found, bound):
+    model, args = averaging
+    model = copy.deepcopy(model)
+    model.reset_classifier(classes)
+    with pytest.raises(UsageError, match=f"^{bound}=0.1: expected .* classes; the model has {found}$"):
+        mhacut.prune(model, model_args=args, **{bound: 0.1}, dry_run=True, **QUICK)
+
+
 def test_the_search_goes_down_to_the_model_that_merges_every_token(averaging, monkeypatch):
     model, args = averaging
     lowest = copy.deepcopy(model)

@@ -237,12 +237,16 @@ def _differences(
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
         differences[count] = float((run(images) - expected).abs().max() / largest)
-        bound = TOLERANCE[options.dtype] if bounded else math.inf
-        if not math.isfinite(differences[count]) or differences[count] > bound:
-            raise MhacutError(
-                f"the exported {options.format} model differs from the original by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}; at most {bound:g} was expected in "
-                f"{options.dtype}; no file was kept"
-                + (f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else "")
+        bound = TOLERANCE[options.dtype]
+        if not math.isfinite(differences[count]):
+            wrong = f"or the original gives outputs that are not finite at batch size {count}"
+        elif bounded and differences[count] > bound:
+            wrong = (
+                f"differs from the original by {differences[count]:.1e} of the largest output at batch size "
+                f"{count}; at most {bound:g} was expected in {options.dtype}"
             )
+        else:
+            continue
+        hint = f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else ""
+        raise MhacutError(f"the exported {options.format} model {wrong}; no file was kept{hint}")
     return differences

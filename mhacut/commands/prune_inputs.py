@@ -296,8 +296,9 @@ def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in
     for name in ("max_kl", "max_drop"):
         bound = getattr(options, name)
         if bound is not None and classes < 2:
+            what = "one output" if classes else "no classifier"
             raise UsageError(
-                f"{option_name(name, bound)}: expected a classifier; this model has none and outputs features"
+                f"{option_name(name, bound)}: expected two or more classes; the model has {what}"
             )
     if options.max_kl is not None and options.preserve not in (None, "answers"):
         bound = option_name("max_kl", options.max_kl)

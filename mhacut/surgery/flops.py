@@ -7,7 +7,6 @@ DeiT-T/S/B are 1.26 / 4.61 / 17.58 G.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import warnings
 from typing import Any
@@ -75,7 +74,6 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
         for name, (per_input, per_output) in _PER_ELEMENT.items():
             analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
         with torch.no_grad():
             counted = {name: int(count) for name, count in analysis.by_module().items()}
         uncounted = sorted(set(analysis.unsupported_ops()) - _NEGLIGIBLE)
