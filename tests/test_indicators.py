@@ -293,11 +293,11 @@ def test_calibration_is_the_same_in_any_batches_and_equals_hooks_by_hand():
         assert torch.allclose(statistics.difference, pieces.statistics[key].difference, rtol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_an_error():
-    bench = Bench()
-    bench.images[3] = float("nan")
-    with pytest.raises(MhacutError, match=r"not finite.*mean"):
-        bench.search(0.5)
+def test_a_search_that_diverges_is_an_error(bench):
+    options = replace(SHORT, gain_lr=1e36)
+    with pytest.raises(MhacutError, match=r"step 2: .*not finite.* smaller lr=0.01 or gain_lr=1e\+36$"):
+        bench.search(0.5, options)
+    bench.search(0.5, replace(options, reweight=False))
 
 
 def test_cross_entropy_uses_the_labels_of_the_batch(bench):

@@ -13,12 +13,13 @@ import torch
 
 from helpers.jobs import Recorder
 from helpers.plans import distillation_of
-from mhacut.errors import MhacutError
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.augment import varied
+from mhacut.pruning.channel_scales import with_trained_scales
 from mhacut.pruning.distill import Distillation, minimise
 from mhacut.pruning.recover import Recovery
 from mhacut.pruning.tune import tuned
+from mhacut.surgery.find import find_prunable_layers
 
 
 @pytest.fixture
@@ -133,8 +134,22 @@ def test_a_variation_is_made_of_the_images_of_its_batch():
     assert 0.1 < float(left.float().mean()) < 0.9  # mirrored or not
 
 
-def test_a_loss_that_is_not_finite_is_refused(dense):
-    distillation = distillation_of(dense, torch.randn(4, 3, 16, 16))
-    dense.head.bias += float("nan")
-    with pytest.raises(MhacutError, match="not finite"):
-        distillation.varied_loss(dense, dense, generator(0))
+def test_training_ends_at_a_loss_that_is_not_finite():
+    x, losses = torch.zeros((), requires_grad=True), iter((1.0, 1.0, math.inf))
+    reporter = Recorder()
+    minimise(lambda: x * next(losses), [x], steps=8, lr=0.5, reporter=reporter)
+    assert reporter.steps == [(1, 8), (2, 8)]
+    assert x.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["all weights", "channel scales"])
+def test_training_that_diverges_is_left_out(dense, kind):
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    slim, distillation = damaged(dense), distillation_of(dense, images, batch_size=4)
+    if kind == "all weights":
+        model = tuned(slim, dense, distillation, steps=3, lr=1e30)
+    else:
+        model = with_trained_scales(slim, find_prunable_layers(slim), distillation, steps=3, lr=1e36)
+    found = Recovery.of(slim, model, distillation)
+    assert found.model is slim
+    assert math.isnan(found.after)

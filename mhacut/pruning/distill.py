@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mhacut.errors import MhacutError, option_name
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.augment import varied
@@ -86,9 +85,6 @@ class Distillation:
         """Return the loss of ``model`` on the next batch, its channels scaled; only scales get gradients.
 
         The divergence, plus the cross-entropy with labels where there are any.
-
-        Raises:
-            MhacutError: it is not finite.
         """
         device = next(model.parameters()).device
         chosen = next(self._batches)
@@ -100,7 +96,7 @@ class Distillation:
         weight = self.options.label_weight
         if self.labels is not None and weight > 0:
             loss = loss + weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
-        return self._checked(loss)
+        return loss
 
     def varied_loss(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
         """Return the divergence of ``model`` on variations of the next batch; all its weights get gradients.
@@ -110,9 +106,6 @@ class Distillation:
             dense: the teacher, which runs on the varied images too. Labels, which are not theirs, are left
                 out.
             generator: of :func:`mhacut.pruning.augment.varied`, on the CPU.
-
-        Raises:
-            MhacutError: it is not finite.
         """
         device = next(model.parameters()).device
         images = varied(self.images[next(self._batches)], generator).to(device)
@@ -120,16 +113,7 @@ class Distillation:
             with torch.no_grad():
                 teacher = self.preserved.outputs(dense, images).float()
             outputs = self.preserved.outputs(model, images).float()
-        return self._checked(self.divergence(outputs, teacher))
-
-    def _checked(self, loss: Tensor) -> Tensor:
-        if not torch.isfinite(loss):
-            raise MhacutError(
-                "the model's outputs are not finite on the images of the search; check "
-                f"{option_name('mean')} and {option_name('std')}"
-                + (f", or go without {option_name('amp')}" if self.amp else "")
-            )
-        return loss
+        return self.divergence(outputs, teacher)
 
 
 @torch.enable_grad()
@@ -141,19 +125,23 @@ def minimise(
     lr: float,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Minimise ``loss`` over ``parameters`` in place, by Adam.
+    """Minimise ``loss`` over ``parameters`` in place, by Adam, until it is no longer finite.
+
+    Callers judge the result on held-out images, and so leave out what diverged.
 
     Args:
         loss: returns the loss of the next batch, a scalar.
         parameters: leaves that require gradients.
         steps: number of steps; the learning rate falls to 0 over them along a cosine.
         lr: learning rate of the first step.
-        reporter: advances after every step.
+        reporter: advances after every step that was taken.
     """
     optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
     for step in range(steps):
         value = loss()
+        if not torch.isfinite(value):
+            return
         optimiser.zero_grad()
         torch.autograd.backward(value)
         optimiser.step()

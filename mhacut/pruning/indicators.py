@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.budget import format_flops
+from mhacut.errors import MhacutError, option_name
 from mhacut.linalg.indicator import (
     THRESHOLD,
     adjust_scores,
@@ -124,6 +125,9 @@ def search(
         calibration: of that model.
         distillation: images to train on.
         start: for every unit; the target is then the budget from the first step on.
+
+    Raises:
+        MhacutError: the loss is not finite.
     """
     options, budget = job.options, job.budget
     states = [
@@ -140,6 +144,12 @@ def search(
         channel_scales, widths = _soft_scales(states, job)
         flops = job.table.flops(widths)
         loss = distillation.masked_loss(job.model, job.prunable, channel_scales)
+        if not torch.isfinite(loss):
+            rates = ("lr", "gain_lr") if options.reweight else ("lr",)
+            smaller = " or ".join(option_name(rate, getattr(options, rate)) for rate in rates)
+            raise MhacutError(
+                f"the search diverged at step {step + 1}: the loss is not finite; try a smaller {smaller}"
+            )
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         _add_budget_gradient(states, flops, target, options.budget_weight)
