@@ -200,11 +200,8 @@ def _limited(architecture: str, limit: Mapping[str, TensorInfo] | None) -> Itera
         if tensors_left < 0 or parameters_left < 0:
             raise CheckpointError(_out_of_proportion(architecture))
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
+    with nn.modules.module.register_module_parameter_registration_hook(count):
         yield
-    finally:
-        handle.remove()
 
 
 def _out_of_proportion(architecture: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_name
@@ -17,6 +18,7 @@ from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
+from mhacut.surgery.hooks import registered
 from mhacut.surgery.info import gives_probabilities
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
@@ -94,7 +96,7 @@ def compare(
     device = next(dense.parameters()).device
     measured = Preserved.outputs_of(dense).fitted(dense, images, batch_size, Processes(0, 1, device))
     divergence = same = 0.0
-    with _LayerHooks(same_tokens, slim, tallies):
+    with registered(_LayerHooks(same_tokens, slim, tallies).register()):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
             seen, found = same_tokens(batch).float(), slim(batch).float()
@@ -191,24 +193,18 @@ def _relative(square_error: float, square: float) -> float:
 
 
 class _LayerHooks:
-    """Hooks on the layers of both models while the context is entered; the dense model must run first."""
+    """Hooks on the layers of both models; the dense model must run first."""
 
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies
         self._dense_outputs: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
         self._on_dense_input = False
         """Whether a slim layer runs by itself, on the input of the dense one."""
 
-    def __enter__(self) -> None:
+    def register(self) -> Iterator[RemovableHandle]:
         for name in self.tallies:
             for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
-                module = model.get_submodule(name)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+                yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 
     def _dense_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:

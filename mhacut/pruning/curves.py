@@ -30,7 +30,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.runtime.progress import Counter
-from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.hooks import captured_outputs, registered
 from mhacut.surgery.output import effective_output_weights
 
 Curve = Mapping[int, float]
@@ -87,16 +87,12 @@ def sensitivity_curves(
 
         return hook
 
-    handles = [
+    with registered(
         job.model.get_submodule(layer.name).register_forward_hook(replay(layer), with_kwargs=True)
         for layer in to_run
-    ]
-    try:
+    ):
         if to_run:
             job.model(job.images[:REPLAYED].to(job.device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return curves
 
 

@@ -8,8 +8,8 @@ output. Ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
+from mhacut.surgery.hooks import registered
 
 SHRINKAGE = 0.5
 """Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
@@ -218,8 +219,9 @@ def _differentiate(
             torch.autograd.backward(preserved.projected(outputs, noise[number]))
 
 
-@contextmanager
-def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sums) -> Iterator[None]:
+def _capturing_gradients(
+    model: nn.Module, layers: tuple[Layer, ...], sums: _Sums
+) -> AbstractContextManager[None]:
     def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             if not torch.is_grad_enabled():
@@ -233,13 +235,8 @@ def _capturing_gradients(model: nn.Module, layers: tuple[Layer, ...], sums: _Sum
 
         return hook
 
-    handles = [
+    return registered(
         model.get_submodule(f"{layer.name}.{layer.result}".rstrip(".")).register_forward_hook(watch(layer))
         for layer in layers
         if layer.units
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )

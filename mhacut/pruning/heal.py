@@ -145,11 +145,8 @@ def _matching(block: Any, found: Match | None) -> Iterator[None]:
     if found is None:
         yield
         return
-    handle = block.matcher.register_forward_hook(lambda module, args, output: found)
-    try:
+    with block.matcher.register_forward_hook(lambda module, args, output: found):
         yield
-    finally:
-        handle.remove()
 
 
 def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

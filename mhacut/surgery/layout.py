@@ -49,11 +49,8 @@ def _dim_of_one_token(model: nn.Module, run: Run, number: int, layer: Layer, ima
         return output
 
     name = f"{layer.name}.{layer.result}".rstrip(".")
-    handle = model.get_submodule(name).register_forward_hook(spoil)
-    try:
+    with model.get_submodule(name).register_forward_hook(spoil):
         spoilt = run(image)[number].isnan()
-    finally:
-        handle.remove()
     lines = {dim: spoilt.movedim(dim, 0).flatten(1).any(1) for dim in (1, 2, 3)}
     whole = [dim for dim, line in lines.items() if len(line) > 1 and line.all()]
     if whole == [1]:
