@@ -95,10 +95,6 @@ class UnitPlan:
     def keeps_all(self) -> bool:
         return self.width == self.dense_width
 
-    @classmethod
-    def keep_all(cls, layer: str, kind: UnitKind, heads: int, dense_width: int) -> UnitPlan:
-        return cls(layer, kind, dense_width, (tuple(range(dense_width)),) * heads)
-
     def after(self, earlier: UnitPlan) -> UnitPlan:
         """Combine this cut with ``earlier``, which was made before it, in the indices of the dense layer."""
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:

@@ -104,7 +104,7 @@ def test_merging_scales_of_one_changes_no_bit():
     model = build(FLATTEN["flatten_pvt_v2_b0"])
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     prunable = find_prunable_layers(model)
-    units = [UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units()]
+    units = [u.keep_first(u.width) for u in prunable.units()]
     cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in prunable.units()})
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 

@@ -202,7 +202,7 @@ def test_a_refined_plan_is_judged_on_held_out_images_and_the_model_stays():
     assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
     (judged,) = (message for message in reporter.messages if "held-out" in message)
     cut(planned.ready.model, planned.plan, planned.ready.channel_scales)
-    held = job.distillation(calibration).part(0, calibration.held)
+    held = job.judge(calibration)
     least = min(float(number) for number in re.findall(r"\d+\.\d+", judged))
     assert least > 0.001
     assert held.divergence_of(planned.ready.model) == pytest.approx(least, abs=1e-4)

@@ -12,7 +12,7 @@ from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build, image, relative
 from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
 from mhacut.pruning.channel_scales import with_trained_scales
@@ -175,7 +175,7 @@ def test_merged_scales_keep_the_softmax_temperature(bench):
     assert any(unit.width not in width_choices(8, 8) for unit in prunable.units(["qk"]))
     ones = {unit.key: torch.ones(unit.heads, unit.width) for unit in prunable.units()}
     merged = copy.deepcopy(slim)
-    whole = [UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in prunable.units()]
+    whole = [unit.keep_first(unit.width) for unit in prunable.units()]
     cut(merged, Plan(tuple(whole)), ones)
     assert relative(merged(bench.images), slim(bench.images)) < 1e-6
 

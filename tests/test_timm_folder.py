@@ -28,7 +28,6 @@ from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
 from mhacut.exporting.card import model_card
 from mhacut.options.base import PreprocessingOptions
-from mhacut.plan import UnitPlan
 
 
 def opened(folder, **arguments):
@@ -220,7 +219,9 @@ def test_the_card_claims_no_cut_that_was_not_made(exported, kinds, said):
     loaded = read_model(exported("vit").output)
     plan = loaded.record.plan
     units = [
-        unit if unit.kind in kinds else UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.dense_width)
+        unit
+        if unit.kind in kinds
+        else dataclasses.replace(unit, kept=(tuple(range(unit.dense_width)),) * unit.heads)
         for unit in plan
     ]
     plan = dataclasses.replace(plan, units=tuple(units))

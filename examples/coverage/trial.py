@@ -144,7 +144,7 @@ def _examine_cut(outcome: Outcome, model: nn.Module) -> None:
         untouched = copy.deepcopy(model)
         cut(
             untouched,
-            Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units())),
+            Plan(tuple(u.keep_first(u.width) for u in prunable.units())),
         )
         if shapes_of(untouched) != shapes_of(model):
             outcome.failures.append("keeping everything: names or shapes changed")

@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import pairwise, product
 
 from mhacut.plan import UnitKey
+from mhacut.pruning.constraints import qk_and_v
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Limit, Limits, keeps
 from mhacut.pruning.widths import NEAR, REACH, fill_budget
@@ -58,7 +59,7 @@ def cheapest_widths(
         exchange: whether steps may be exchanged to use up the limits, which takes seconds.
         equal: whether q/k must be as wide as v, whatever that costs; their choices must then be the same.
     """
-    pairs = _pairs(choices)
+    pairs = {qk: v for qk, v in qk_and_v(choices) if choices[qk] == choices[v]}
     if equal and pairs:
         return _solve_tied(curves, choices, limits, pairs, exchange)
     found = _solve(curves, choices, limits, exchange)
@@ -145,15 +146,6 @@ def _prices(choices: Mapping[UnitKey, Sequence[int]], limit: Limit) -> dict[Unit
         cost = full - limit.cost({**most, key: widths[0]}) + limit.cost({**least, key: widths[-1]}) - bare
         prices[key] = cost / 2 / max(widths[-1] - widths[0], 1)
     return prices
-
-
-def _pairs(choices: Mapping[UnitKey, Sequence[int]]) -> dict[UnitKey, UnitKey]:
-    """Return the q/k of layers with their v, where both may have the same widths."""
-    return {
-        (layer, "qk"): (layer, kind)
-        for layer, kind in choices
-        if kind == "v" and choices.get((layer, "qk")) == choices[layer, kind]
-    }
 
 
 def _solve_tied(

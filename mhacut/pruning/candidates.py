@@ -50,7 +50,7 @@ class Candidate:
         """Return the cut to ``width`` channels per head."""
         unit = self.unit
         if width == unit.width:
-            return UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width)
+            return unit.keep_first(width)
         kept = self.ranking.kept(width).tolist()
         rows = tuple(map(tuple, kept))
         return UnitPlan(unit.layer, unit.kind, unit.width, rows, self.basis, self.unshared)

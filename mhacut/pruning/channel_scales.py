@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.options.prune import Temperature
-from mhacut.plan import Plan, UnitKey, UnitPlan
+from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.distill import Distillation, minimise
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers
@@ -78,9 +78,6 @@ def with_trained_scales(
         reporter=reporter,
     )
     scaled = copy.deepcopy(slim)
-    units = prunable.units()
-    everything = Plan(
-        tuple(UnitPlan.keep_all(unit.layer, unit.kind, unit.heads, unit.width) for unit in units)
-    )
+    everything = Plan(tuple(unit.keep_first(unit.width) for unit in prunable.units()))
     cut(scaled, everything, {key: scale.detach().cpu() for key, scale in scales.items()}, prunable)
     return scaled

@@ -128,7 +128,7 @@ def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
         return None
     model = copy.deepcopy(job.model)
     set_merged(model, schedule)
-    return job.distillation(calibration).part(0, calibration.held).divergence_of(model)
+    return job.judge(calibration).divergence_of(model)
 
 
 def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Tokens) -> float:

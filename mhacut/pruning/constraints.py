@@ -59,7 +59,7 @@ class Constraints:
             for key in _matching("min_width", text, pattern, choices):
                 found[key] = tuple(width for width in found[key] if width >= least) or found[key][-1:]
         if self.equal_qkv:
-            for qk, v in pairs(choices):
+            for qk, v in qk_and_v(choices):
                 if choices[qk][-1] != choices[v][-1]:
                     raise UsageError(
                         f"{option_name('equal_qkv', True)}: expected q/k and v of one width, found "
@@ -67,7 +67,7 @@ class Constraints:
                     )
                 both = set(found[qk]) & set(found[v])
                 found[qk] = found[v] = tuple(width for width in found[qk] if width in both)
-            paired = {key for pair in pairs(choices) for key in pair}
+            paired = {key for pair in qk_and_v(choices) for key in pair}
             for key in found:
                 if key[1] != "hidden" and key not in paired:
                     found[key] = found[key][-1:]
@@ -90,7 +90,7 @@ class Constraints:
 NO_CONSTRAINTS = Constraints()
 
 
-def pairs(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
+def qk_and_v(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
     """Return the q/k and v units of each layer that has both."""
     return [
         ((layer, "qk"), (layer, "v")) for layer, kind in choices if kind == "v" and (layer, "qk") in choices

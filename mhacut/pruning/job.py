@@ -121,3 +121,11 @@ class Job:
         return Distillation(
             self.images, calibration.teacher, labels, self.options, preserved=preserved, amp=self.amp
         )
+
+    def judge(self, calibration: Calibration) -> Distillation:
+        """Return the held-out part of :meth:`distillation`; with a single image, that one."""
+        return self.distillation(calibration).part(0, max(calibration.held, 1))
+
+    def learning(self, calibration: Calibration) -> Distillation:
+        """Return the part of :meth:`distillation` that is not held out."""
+        return self.distillation(calibration).part(calibration.held, None)

@@ -153,8 +153,8 @@ class Planner:
         plans.
         """
         scales = {key: scale.to(self.job.device) for key, scale in ready.channel_scales.items()}
-        judge = self.job.distillation(self.calibration).part(0, max(self.calibration.held, 1))
-        return judge.divergence_of(ready.model, masked_tensors(ready.model, self.job.prunable, scales))
+        masked = masked_tensors(ready.model, self.job.prunable, scales)
+        return self.job.judge(self.calibration).divergence_of(ready.model, masked)
 
     def _by_indicators(self, job: Job) -> Planned:
         self.reporter.start("searching")
@@ -236,7 +236,7 @@ class Planner:
             start[unit.key] = Start(scores, candidate.basis)
         self.reporter.start("searching")
         # Held-out images will judge what comes out.
-        learning = self.job.distillation(self.calibration).part(self.calibration.held, None)
+        learning = self.job.learning(self.calibration)
         found = search(replace(job, model=model), self.calibration, learning, start)
         return found.plan.widths(), found.log
 

@@ -80,7 +80,7 @@ def recover(
         if options.trained_gain_steps or options.healed_steps or options.tuned_steps:
             reporter.log("nothing was trained: with a single image, none is left to check the result on")
         return slim
-    judge = job.distillation(calibration).part(0, calibration.held)
+    judge = job.judge(calibration)
     slim = slim.to(job.device)
     for step in _steps(prunable, job, calibration):
         if step.sees_merges and merged:
@@ -101,7 +101,7 @@ def recover(
 
 def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tuple[_Step, ...]:
     options, reporter, dense = job.options, job.reporter, job.model
-    learning = job.distillation(calibration).part(calibration.held, None)
+    learning = job.learning(calibration)
 
     def reconstruct(slim: nn.Module) -> nn.Module:
         return sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)

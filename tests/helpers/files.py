@@ -16,7 +16,7 @@ from mhacut.checkpoint.identity import identity_of
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.slice import cut
@@ -99,6 +99,7 @@ def make_slim(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         model = case.create().eval()
     save_dense(model, folder / "dense.safetensors")
-    *plans, last = random_plan(find_prunable_layers(model), seed=0)[0]
-    whole = UnitPlan.keep_all(last.layer, last.kind, last.heads, last.dense_width)
+    prunable = find_prunable_layers(model)
+    *plans, last = random_plan(prunable, seed=0)[0]
+    whole = prunable.unit(last.key).keep_first(last.dense_width)
     return cut_into_file(model, Plan((*plans, whole)), folder / "slim.safetensors", case)

@@ -37,7 +37,7 @@ def random_plan(prunable: PrunableLayers, seed: int) -> tuple[Plan, dict]:
 
 
 def keep_everything(prunable: PrunableLayers) -> Plan:
-    return Plan(tuple(UnitPlan.keep_all(u.layer, u.kind, u.heads, u.width) for u in prunable.units()))
+    return Plan(tuple(u.keep_first(u.width) for u in prunable.units()))
 
 
 @torch.no_grad()
