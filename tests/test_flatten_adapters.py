@@ -130,8 +130,6 @@ def test_a_gate_is_open_in_a_model_at_rest():
     assert layer.feature_gate is None
     set_gate(layer, qk, torch.ones(qk.heads, qk.width))
     assert layer.feature_gate.shape == (qk.heads * qk.width,)
-    set_gate(layer, qk, None)
-    assert layer.feature_gate is None
     assert not [key for key in model.state_dict() if "gate" in key]
 
 

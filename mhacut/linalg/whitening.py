@@ -32,19 +32,18 @@ class Whitening:
     """W, [C, C], with W W^T = S^-1: the inverse transposed Cholesky factor of S."""
 
     @classmethod
-    def of(cls, moments: Moments, shrinkage: float = SHRINKAGE) -> Whitening:
+    def of(cls, moments: Moments) -> Whitening:
         """Return the whitening of features with these moments, in float32.
 
         Args:
             moments: of the features of all tokens, [C].
-            shrinkage: share of the diagonal, in (0, 1].
         """
         covariance = moments.covariance
         variance = covariance.diagonal()
         # Where nothing varies, what is left is rounding, in proportion to the features' energy.
         usual = torch.maximum(variance.mean(), 1e-6 * moments.energy.diagonal().mean())
         floor = (FLOOR * usual).clamp_min(torch.finfo(torch.float32).tiny)
-        shrunk = (1 - shrinkage) * covariance
+        shrunk = (1 - SHRINKAGE) * covariance
         shrunk.diagonal().copy_(variance.clamp_min(floor))
         factor = torch.linalg.cholesky(shrunk)
         eye = torch.eye(len(variance), dtype=factor.dtype, device=factor.device)

@@ -1,1 +1,1 @@
-"""Accuracy and latency."""
+"""Measurements of models: accuracy, agreement, normalisation, latency, and figures of all of them."""

@@ -59,10 +59,6 @@ class Distillation:
         part._batches = _batches(len(part.images), self.options.batch_size, self.options.seed)
         return part
 
-    def divergence(self, outputs: Tensor, teacher: Tensor) -> Tensor:
-        """Return :meth:`Preserved.divergence` of a model's outputs from the teacher's."""
-        return self.preserved.divergence(outputs, teacher)
-
     @torch.no_grad()
     def divergence_of(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float:
         """Return the divergence of ``model`` from the teacher, mean over all images.
@@ -76,7 +72,7 @@ class Distillation:
         for start in range(0, len(self.images), size):
             images, teacher = (part[start : start + size] for part in (self.images, self.teacher))
             outputs = self.preserved.outputs(model, images.to(device), tensors).float()
-            total += float(self.divergence(outputs, teacher.to(device))) * len(images)
+            total += float(self.preserved.divergence(outputs, teacher.to(device))) * len(images)
         return max(total, 0.0) / len(self.images)  # rounding makes equal outputs less than 0
 
     def masked_loss(
@@ -92,7 +88,7 @@ class Distillation:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
             outputs = self.preserved.outputs(model, self.images[chosen].to(device), tensors).float()
-        loss = self.divergence(outputs, self.teacher[chosen].to(device))
+        loss = self.preserved.divergence(outputs, self.teacher[chosen].to(device))
         weight = self.options.label_weight
         if self.labels is not None and weight > 0:
             loss = loss + weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
@@ -113,7 +109,7 @@ class Distillation:
             with torch.no_grad():
                 teacher = self.preserved.outputs(dense, images).float()
             outputs = self.preserved.outputs(model, images).float()
-        return self.divergence(outputs, teacher)
+        return self.preserved.divergence(outputs, teacher)
 
 
 @torch.enable_grad()

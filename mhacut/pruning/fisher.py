@@ -102,12 +102,13 @@ def measure_fisher(
         prunable: its prunable layers.
         images: [n, C, H, W], normalised.
         batch_size: images at a time, in parts where :data:`MOST_BYTES` does not allow all at once.
-        options: all but the number of images.
+        options: all but the number of images; what is preserved must be stated, and fitted.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    device, preserved = next(model.parameters()).device, options.preserved or Preserved.outputs_of(model)
+    device, preserved = next(model.parameters()).device, options.preserved
+    assert preserved is not None
     sums = _Sums()
     drawn_elsewhere: list[int] = []
     kept = _bytes_kept(model, images[:1].to(device), preserved)

@@ -367,7 +367,7 @@ def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> floa
 
 
 def _own_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Floating-point parameters of a module of ``model`` that no module outside of it uses."""
+    """Parameters of a module of ``model`` that no module outside of it uses."""
     everywhere = list(model.named_parameters(remove_duplicate=False))
     elsewhere = {id(parameter) for path, parameter in everywhere if not path.startswith(f"{name}.")}
     return [p for p in model.get_submodule(name).parameters() if id(p) not in elsewhere]

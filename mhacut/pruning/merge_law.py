@@ -56,7 +56,7 @@ class MergeLaw:
     coupling: float
 
     def terms(self, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
-        """Return ``c ** (1 / g)`` of one block, as :attr:`before` and ``after`` broadcast.
+        """Return ``c ** (1 / g)`` of one block, as ``before`` and ``after`` broadcast.
 
         Args:
             block: its number.

@@ -80,11 +80,11 @@ def scale(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
         parameter.copy_(scaled.to(parameter.dtype))
 
 
-def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor | None) -> None:
-    """Put ``channel_scale`` [heads, width] into the unit's gate; None opens it."""
+def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
+    """Put ``channel_scale`` [heads, width] into the unit's gate."""
     assert unit.gate is not None
     owner, _, name = unit.gate.rpartition(".")
-    setattr(module.get_submodule(owner), name, None if channel_scale is None else channel_scale.reshape(-1))
+    setattr(module.get_submodule(owner), name, channel_scale.reshape(-1))
 
 
 def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
