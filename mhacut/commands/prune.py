@@ -185,7 +185,7 @@ _SECONDS = 3.0
 
 @dataclass(frozen=True)
 class _Written:
-    """One file after stage 8."""
+    """One file that was written and measured."""
 
     inputs: PruneInputs
     """Inputs, with the limits that the model was cut to."""
@@ -195,9 +195,9 @@ class _Written:
     measured: Measured
     record: SlimRecord
     seconds: Mapping[str, float]
-    """Of the stages up to 7."""
+    """Seconds of the stages before the measurement, by name."""
     measuring: Mapping[str, float]
-    """Seconds of stage 8, by what is measured."""
+    """Seconds of the measurement, by what is measured."""
 
 
 def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Written:
@@ -313,7 +313,7 @@ def _result(
         preserved=measured.preserved.to_json(),
         divergence_of=measured.preserved.measure,
         judged_on=measured.judged_on,
-        divergence_with_tokens=measured.with_tokens,
+        divergence_with_tokens=measured.divergence_with_tokens,
         targets=measured.targets,
         constraints=planned.constraints,
     )

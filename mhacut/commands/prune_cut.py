@@ -296,7 +296,7 @@ class _Judge:
         options, job, found = self.inputs.options, self.inputs.job, []
         model.to(job.device)
         if options.max_kl is not None:
-            judge = job.distillation(self.planner.calibration).part(0, max(self.planner.calibration.held, 1))
+            judge = job.judge(self.planner.calibration)
             kl = judge.divergence_of(model)
             found.append(Reached("max_kl", f"{options.max_kl:g}", options.max_kl, kl))
         evaluation = None

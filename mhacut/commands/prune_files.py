@@ -121,12 +121,18 @@ def finish_file(
 
 @dataclass(frozen=True)
 class Measured:
+    """Figures of one slim file, and of the dense model beside it."""
+
     dense: ModelFigures
     slim: ModelFigures
     divergence: float
+    """Divergence of the slim model from the dense one, on held-out images."""
     preserved: Preserved
+    """Outputs that the divergence is of."""
     judged_on: int
-    with_tokens: float | None
+    """Number of held-out images."""
+    divergence_with_tokens: float | None
+    """Divergence that the same FLOPs would leave if tokens were merged; None if it is not far less."""
     targets: tuple[Reached, ...]
 
     def with_latency(self, dense: float, slim: float) -> Measured:
@@ -159,13 +165,13 @@ def measure(
         reporter.start("evaluating")
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
     reporter.start("comparing")
-    judge = job.distillation(calibration).part(0, max(calibration.held, 1))
+    judge = job.judge(calibration)
     divergence = judge.divergence_of(slim)
-    with_tokens = None
+    merging = None
     stored = any(inputs.targets[resource] is not None for resource in ("params", "size"))
     in_nats = judge.preserved.measure == "answers"
     if divergence > MUCH and in_nats and not job.merges_tokens and not stored:  # merging stores no less
-        with_tokens = divergence_by_merging(replace(job, budget=found.flops), calibration)
+        merging = divergence_by_merging(replace(job, budget=found.flops), calibration)
     size = count_bytes(dense, inputs.loaded.dtypes)
     before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
     after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)
@@ -175,6 +181,6 @@ def measure(
         divergence,
         judge.preserved,
         len(judge.images),
-        with_tokens if with_tokens is not None and with_tokens < divergence / 2 else None,
+        merging if merging is not None and merging < divergence / 2 else None,
         found.bounds,
     )
