@@ -244,7 +244,7 @@ def test_what_fails_only_when_it_runs_is_refused_too(monkeypatch):
 
 
 def test_what_cannot_be_quantized_is_refused_in_one_line(monkeypatch):
-    """As what has nothing to quantize is; a layer of which that is so stays float32, as in the model."""
+    """A model, and a layer alone: one that has nothing to quantize is timed in float32, as in the model."""
     onnx = pytest.importorskip("onnx")
 
     def fail(*_, **__):
@@ -254,6 +254,9 @@ def test_what_cannot_be_quantized_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", fail)
     with pytest.raises(MhacutError, match=r"int8=True: .*\(ValidationError: the reason\); without it"):
         quantize(content, "dynamic")
+    conditions = programs.Conditions("onnx", torch.device("cpu"), threads=1)
+    with pytest.raises(MhacutError, match=r"int8=True: .*; without it"):
+        programs.part_run(torch.nn.Linear(4, 4).eval(), (torch.zeros(2, 4),), conditions, int8=True)
     monkeypatch.setattr(programs, "onnx_content", lambda *_: b"no model")
     with pytest.raises(MhacutError, match=r"int8=True: .*; without it"):
         programs.int8_program(torch.nn.Identity(), (3, 8, 8), threads=1)

@@ -219,6 +219,15 @@ def test_what_does_not_help_is_put_back(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_block_whose_training_diverges_is_put_back_and_counted_whole(monkeypatch):
+    monkeypatch.setattr("mhacut.pruning.heal.LR", 1e200)
+    bench = Bench(VIT)
+    before, after = bench.slim.state_dict(), bench.healed().state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert bench.reporter.steps[-1] == (8, 8)
+
+
+@torch.no_grad()
 def test_a_block_that_already_gives_what_the_dense_one_gives_is_not_trained():
     bench = Bench(VIT)
     before, after = bench.dense.state_dict(), bench.healed(bench.dense).state_dict()

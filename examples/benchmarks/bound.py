@@ -97,7 +97,7 @@ def _costs(asked: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
 
 def bound_as_text(bound: dict[str, Any], most: float) -> str:
     """Markdown, a line per model of the sweep, the smallest within the bound and the found one marked."""
-    within = [flops for flops, drop in bound["sweep"] if drop <= most]
+    within = [flops for flops, drop in bound["sweep"] if round(drop, 6) <= most]
     lines = ["| FLOPs, M | percent | points lost | |", "|---" * 4 + "|"]
     for flops, drop in sorted(map(tuple, bound["sweep"])):
         marks = ["smallest of the sweep within the bound"] * bool(within and flops == min(within))

@@ -107,7 +107,7 @@ def prune_many(
     """
     budgets = () if isinstance(flops, str) or not isinstance(flops, Iterable) else tuple(map(str, flops))
     if not budgets:
-        raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets; one is for prune")
+        raise UsageError(f"{option_name('flops', flops)}: expected one or more budgets in a list")
     with reporting(reporter, progress) as shown:
         return PruneResults(_prune_all(checkpoint, budgets, shown, images, options))
 

@@ -164,7 +164,7 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
         inputs.stopwatch.start("cutting")
         slim = _Cut.of(planned, job)
         planned = slim.planned  # without the model
-        limits, missed, used, time, part = [], [], True, 0, 0.0
+        limits, missed, unused, time, part = [], [], set[str](), 0, 0.0
         for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
             stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
             missed += [asked] if stored > most else []
@@ -172,18 +172,19 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
                 time, part = stored, stored / most
             limits.append(planned.corrected(limit, asked, stored))
             if limit.curve is None:
-                used &= plans > 1 or limits[-1].most < asked.most / NEAR
-            elif planned.cost(limit) > NEAR * limit.most:  # else another limit decides
-                used &= stored > _USED * most
+                more = plans == 1 and limits[-1].most >= asked.most / NEAR
+            else:  # unless another limit decides
+                more = planned.cost(limit) > NEAR * limit.most and stored <= _USED * most
+            unused |= {limit.resource} if more else set()
         never &= {limit.resource for limit in missed}
         if not missed:
             fits.append(_Fit(slim, plans, tuple(limits), time, part))
-            if used and fits[-1].sure:
+            if not unused and fits[-1].sure:
                 break
         if fits and time and plans >= CORRECTIONS:
             break  # the last plan is for a model that is slower when it is read from its file
-        if inputs.time_target is not None and part:
-            told = inputs.time_target.told(_SURE) if part > 1 or not missed else ""
+        why = part > 1 or (not missed and (part > _SURE or "max_latency" in unused))
+        told = inputs.time_target.told(_SURE) if inputs.time_target and why else ""
         job = replace(job, storage=tuple(limits))
     if fits:
         # The first may use too little, but so may the second.

@@ -21,7 +21,7 @@ from mhacut.commands.prune_latency import TimedCut
 from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_result import MUCH
 from mhacut.commands.prune_targets import Reached, reached_budgets
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, OutputError
 from mhacut.measuring.accuracy import evaluate
 from mhacut.measuring.figures import ModelFigures
 from mhacut.pruning.calibrate import Calibration
@@ -43,14 +43,17 @@ def write_checked(
     What the file rounds is rounded in memory too.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or opened again.
         MhacutError: the model in it gives other outputs.
     """
     target, reloaded = inputs.target, list[nn.Module]()
 
     def check(file: Path) -> None:
         round_to_stored(slim, inputs.dtypes)
-        reloaded.append(load_model(file))
+        try:
+            reloaded.append(load_model(file))
+        except MhacutError as error:
+            raise OutputError(f"{show(target)}: what was written cannot be opened: {error}") from error
         # The tensors were compared bit for bit when they were written.
         if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
             raise MhacutError(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.errors import MhacutError, UsageError, option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.exporting.openvino_ir import openvino_program, openvino_runner, require_openvino
 from mhacut.exporting.quantization_error import layers_with_outliers
-from mhacut.exporting.quantize import quantize
+from mhacut.exporting.quantize import NothingToQuantizeError, quantize
 from mhacut.exporting.runtimes import (
     DTYPES,
     onnx_content,
@@ -122,7 +122,7 @@ def part_run(
 def _in_int8(content: bytes) -> bytes:
     try:
         return quantize(content, "dynamic")
-    except MhacutError:  # nothing in it can be quantized, so that it stays float32 in the model too
+    except NothingToQuantizeError:  # it stays float32 in the model too
         return content
 
 

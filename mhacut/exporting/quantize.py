@@ -96,7 +96,8 @@ def quantize(
         exclude: names of nodes that stay float32.
 
     Raises:
-        MhacutError: nothing in the file can be quantized, or the quantizer fails.
+        NothingToQuantizeError: nothing in the file can be quantized.
+        MhacutError: the quantizer fails.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
@@ -138,13 +139,17 @@ def quantize(
     return quantized
 
 
+class NothingToQuantizeError(MhacutError):
+    """An ONNX model without a linear layer that ONNX Runtime can quantize."""
+
+
 def _require_int8(made: Any) -> None:
-    """Raise a :class:`MhacutError` unless an ONNX model has matrices in INT8."""
+    """Raise a :class:`NothingToQuantizeError` unless an ONNX model has matrices in INT8."""
     import onnx
 
     matrices = (one for one in made.graph.initializer if len(one.dims) > 1)
     if not any(one.data_type == onnx.TensorProto.INT8 for one in matrices):
-        raise MhacutError(
+        raise NothingToQuantizeError(
             f"{option_name('int8', True)}: the model has no linear layer that ONNX Runtime can quantize; "
             "nothing was written. Export it in float32"
         )

@@ -340,18 +340,21 @@ def _train(
     if not trained:
         counter.add(steps)
         return
-    order = _shuffled(len(fit), generator)
+    order, left = _shuffled(len(fit), generator), steps
 
     def loss() -> Tensor:
+        nonlocal left
         call = fit[next(order)]
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), repeatable(job.device):
             output = call.output(block)
         counter.add(1)
+        left -= 1
         return error(output, call.aim)
 
     for parameter in trained:
         parameter.requires_grad_(True)
     minimise(loss, trained, steps=steps, lr=LR)
+    counter.add(left)  # of training that diverged
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
