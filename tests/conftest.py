@@ -90,6 +90,13 @@ def pruned(tiny_vit, tmp_path_factory) -> mhacut.PruneResult:
 
 
 @pytest.fixture(scope="session")
+def digits_vit() -> tuple[Path, Path]:
+    """Images and model of the example in the repository."""
+    folder = Path(__file__).parents[1] / "examples" / "digits"
+    return folder / "images", folder / "model"
+
+
+@pytest.fixture(scope="session")
 def few_digits(tmp_path_factory) -> Path:
     """Three training and three validation images of each digit."""
     root = tmp_path_factory.mktemp("digits")

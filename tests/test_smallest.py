@@ -1,27 +1,22 @@
-"""The smallest model within a bound on the loss, and many budgets from one calibration."""
+"""The smallest model within a bound on the loss."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import json
 import math
 import re
-import weakref
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mhacut
-from helpers.cli import FAST, run
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
-from mhacut.pruning import planner
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.merging import set_merged
@@ -134,14 +129,6 @@ def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
     assert found.slim.flops < 0.6 * found.dense.flops
 
 
-@pytest.fixture(scope="module")
-def digits_vit():
-    from pathlib import Path
-
-    folder = Path(__file__).parents[1] / "examples" / "digits"
-    return folder / "images", folder / "model"
-
-
 def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
     # Repaired, the smallest cut of this untrained model may lose less than float32 resolves.
     options = {"max_kl": 1e-30, "keep_dead_tokens": True, "repair": False}
@@ -245,181 +232,3 @@ def test_the_smallest_model_merges_as_many_tokens_as_the_bound_allows(averaging)
     lowest = math.ceil(1000 * found.slim.flops / found.dense.flops) / 10
     with pytest.raises(BudgetError, match=rf"the lowest is .*\({lowest}% of"):
         mhacut.prune(model, model_args=args, flops="5%", **options)
-
-
-# --- many budgets ---
-
-
-@pytest.mark.slow
-def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
-    budgets = ("80%", "60%", "900K")
-    results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=budgets,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **QUICK,
-    )
-    assert [result.output.name for result in results] == [
-        "many-80pct.safetensors",
-        "many-60pct.safetensors",
-        "many-900K.safetensors",
-    ]
-    for budget, result in zip(budgets, results, strict=True):
-        alone = prune_quickly(tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True)
-        assert result.output.read_bytes() == alone.output.read_bytes()
-        assert result.divergence == alone.divergence
-    assert "calibrating" in results[0].seconds
-    assert not {"calibrating", "measuring error curves", "reading"} & results[1].seconds.keys()
-
-
-@pytest.mark.slow
-def test_a_budget_holds_no_weights_but_those_of_its_slim_model(tiny_vit, tmp_path, monkeypatch):
-    made = []
-
-    def remembering(job, *others):
-        ready = reconstruct(job, *others)
-        made.append(weakref.ref(ready.model))
-        return ready
-
-    def count(slim, *args, **kwargs):
-        gc.collect()
-        alive = [model() for model in made if model() is not None]
-        assert alive[-1] is slim  # cut in place; those before it are the results
-        counts.append(len(alive))
-        return healed(slim, *args, **kwargs)
-
-    counts, reconstruct, healed = [], planner.reconstruct, prune_cut.recover
-    monkeypatch.setattr(planner, "reconstruct", remembering)
-    monkeypatch.setattr(prune_cut, "recover", count)
-    mhacut.prune_many(
-        tiny_vit.path,
-        flops=("80%", "60%", "900K"),
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **QUICK,
-    )
-    assert len(made) == 3
-    assert counts == [1, 2, 3]
-
-
-def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--flops", "80%", "--flops", "60%", *FAST]
-    result = run("prune", *tiny_vit.flags, *arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert [one["output"] for one in document["results"]] == [
-        "tiny-80pct.safetensors",
-        "tiny-60pct.safetensors",
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tiny-60pct.safetensors",
-        "tiny-80pct.safetensors",
-    ]
-    result = run("prune", *tiny_vit.flags, *arguments, "-o", "one.safetensors")
-    assert result.exit_code == 2
-    assert "--output one.safetensors: expected {} in the name" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("flops", "others", "line"),
-    [
-        (("80%", "79%"), {"size": "60%"}, "flops='80%' and flops='79%' {}: size='60%' decides"),
-        (
-            ("80%", "70%", "90%"),
-            {"size": "55%", "params": "60%"},
-            "flops='80%', flops='70%' and flops='90%' {}: size='55%' decides",
-        ),
-        (("60%", "60.001%"), {}, "flops='60%' and flops='60.001%' {}: no width lies between them"),
-        (("80%", "50%"), {"size": "90%"}, None),
-    ],
-)
-@pytest.mark.slow
-def test_budgets_that_lead_to_one_model_are_named_with_what_decides(tiny_vit, tmp_path, flops, others, line):
-    reporter = Recorder()
-    results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=flops,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        reporter=reporter,
-        **{**QUICK, **others},
-    )
-    assert len({result.plan for result in results}) == (1 if line else len(flops))
-    found = [message for message in reporter.messages if "same model" in message]
-    assert found == ([line.format("give the same model")] if line else [])
-
-
-def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
-    (result,) = results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=["80%"],
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **QUICK,
-    )
-    assert result.output == tmp_path / "many-80pct.safetensors"
-    assert "<th>80%</th>" in results._repr_html_()
-    assert [line.split()[0] for line in repr(results).splitlines()[1:]] == ["dense", "80%"]
-    assert repr(result).splitlines()[-2] == f"saved {result.output}"
-
-
-@pytest.mark.parametrize("flops", ["80%", 2e9, (), []])
-def test_prune_many_needs_a_list_of_budgets(tiny_vit, flops):
-    with pytest.raises(UsageError, match="expected one or more budgets in a list"):
-        mhacut.prune_many(tiny_vit.path, flops=flops, params="60%")
-
-
-def test_an_existing_file_of_many_is_found_before_the_work(tiny_vit, tmp_path):
-    (tmp_path / "m-60pct.safetensors").write_bytes(b"precious")
-    out = tmp_path / "m-{}.safetensors"
-    result = run("prune", *tiny_vit.flags, "--flops", "80%", "--flops", "60%", "-o", out, *FAST)
-    assert result.exit_code == 1
-    assert "m-60pct.safetensors" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["m-60pct.safetensors"]
-    assert (tmp_path / "m-60pct.safetensors").read_bytes() == b"precious"
-
-
-@pytest.mark.slow
-def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path):
-    images, checkpoint = digits_vit
-    page = tmp_path / "all.html"
-    arguments = ["--data-dir", images, "--workers", "0", "--effort", "fast", "--calibration-images", "8"]
-    budgets = ["--flops", "75%", "--flops", "50%"]
-    out = tmp_path / "slim-{}.safetensors"
-    result = run("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
-    assert result.exit_code == 0, result.stderr
-    rows = [line.split() for line in result.stdout.splitlines()[:4]]
-    assert rows[0][:3] == ["budget", "FLOPs", "of"]
-    assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]
-    assert f"overview {page}" in result.stdout
-    assert {path.name for path in tmp_path.glob("*.html")} == {
-        "all.html",
-        "all-75pct.html",
-        "all-50pct.html",
-    }
-    text = page.read_text()
-    for value in ("top-1, %", "divergence"):
-        for cost in ("FLOPs", "parameters", "latency"):
-            assert f"{value} against {cost}" in text
-    # A line and a dot per model; the dense one has no divergence.
-    assert text.count("<circle") == 3 * 3 + 3 * 2
-    assert "http" not in text.replace("http-equiv", "")
-    assert re.findall(r'<th scope="row">(dense|\d\d%)</th>', text) == ["dense", "75%", "50%"]
-
-
-def test_pareto_rows_are_in_json(tiny_vit, tmp_path):
-    arguments = ["--flops", "80%", "--flops", "60%", "--dry-run", "--json", *FAST]
-    result = run("prune", *tiny_vit.flags, *arguments)
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert [row["budget"] for row in document["pareto"]] == ["dense", "80%", "60%"]
-    for row, one in zip(document["pareto"][1:], document["results"], strict=True):
-        figures = {key: row[key] for key in ("flops", "parameters", "size", "latency_ms", "top1")}
-        assert figures == {key: one["slim"][key] for key in figures}
-        assert row["divergence"] == one["divergence"]
