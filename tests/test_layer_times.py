@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 
 import pytest
 import torch
@@ -243,6 +245,25 @@ def test_a_machine_that_never_stands_still_is_reported(monkeypatch):
     assert not found.steady
 
 
+@pytest.mark.parametrize(("spread", "tries"), [(0.0, 1), (0.02, 1), (0.08, 2), (0.5, 5)])
+def test_ratios_that_scatter_are_measured_for_longer(monkeypatch, spread, tries):
+    """Their standard error is that of the median of all rounds of all tries."""
+    clock, count, original = Clock(monkeypatch), [], latency._turns
+    monkeypatch.setattr(latency, "_turns", lambda *given: count.append(None) or original(*given))
+    generator = random.Random(0)
+
+    def run():
+        clock.now += 0.01 * math.exp(spread * generator.gauss(0, 1))
+
+    runs, precision = [clock.program(0.02), run], 0.015
+    found = compare_runs(runs, seconds=1, device=CPU, threads=1, precision=precision)
+    assert len(count) == tries
+    assert found.ratios[1] == pytest.approx(0.5, rel=4 * precision)
+    per_try = 34
+    assert found.error == pytest.approx(1.2533 * spread / (per_try * tries) ** 0.5, rel=0.4, abs=1e-9)
+    assert (found.error <= precision) == (tries < 5)
+
+
 def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
     """Half of the wall time is theirs: there are as many rounds, in twice the time."""
     clock = Clock(monkeypatch)
@@ -310,7 +331,7 @@ class Uneven:
         left = iter(ratios)
         self.made = 0
 
-        def compared(watch, runs, seconds, threads):
+        def compared(watch, runs, seconds, threads, precision):
             self.made += 1
             ratio = next(left)
             return latency.Comparison((1.0, ratio), (1.0, ratio), (1.0, ratio), 0.0)

@@ -38,6 +38,8 @@ CORRECTIONS = 3
 """Largest number of plans after the first, each corrected by the time of the one before."""
 _WHOLE_SECONDS = 4.0
 """Time to measure whole models in, after the warm-up."""
+_PRECISION = 0.005
+"""Relative standard error of the time of a cut model; a noisy machine is measured on for longer."""
 _LAYER_SECONDS = 0.12
 """Time to measure one width of a layer in, after the warm-up."""
 _CUTS = (0.5, 0.0)
@@ -97,7 +99,9 @@ class TimeTarget:
             expected: nanoseconds that it should take.
         """
         dense = self._known.dense
-        found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, expected=expected / dense)
+        found = self.stopwatch.beside(
+            [model], seconds=_WHOLE_SECONDS, precision=_PRECISION, expected=expected / dense
+        )
         self._last = TimedCut(found.ratios[1], dense, self.budget.amount(dense), found.wall[1])
         return self._last
 
@@ -110,8 +114,8 @@ class TimeTarget:
         assert self.times is not None
         return self.times
 
-    def told(self, sure: float) -> str:
-        """Return the line about a cut model that another plan follows.
+    def reason_to_go_on(self, sure: float) -> str:
+        """Return the line that says why another plan follows the model that was timed last.
 
         Args:
             sure: part of the budget up to which the model is likely to be within it when it is timed again.

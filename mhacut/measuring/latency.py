@@ -19,6 +19,9 @@ _MAX_ROUNDS = 500
 _DRIFT = 0.03
 """Relative change of the first program's time within one measurement above which it is repeated."""
 _TRIES = 3
+_MOST_TRIES = 5
+_DEVIATION = 1.4826 * 1.2533
+"""Standard error of a Gaussian's median, times the square root of the count, over its median deviation."""
 _TICK = 0.01
 """Tick of a clock, relative to the fastest program's time, above which it is too coarse."""
 _PATIENCE = 3.0
@@ -113,6 +116,8 @@ class Comparison:
     """Median, over the rounds, of each program's time divided by the first one's in the same round."""
     drift: float
     """Relative difference between the first program's median times in both halves of the rounds."""
+    error: float = 0.0
+    """Largest relative standard error of a ratio, of rounds that vary independently."""
 
     @property
     def steady(self) -> bool:
@@ -120,7 +125,14 @@ class Comparison:
         return self.drift <= _DRIFT
 
 
-def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, threads: int) -> Comparison:
+def compare_runs(
+    runs: Sequence[Run],
+    *,
+    seconds: float,
+    device: torch.device,
+    threads: int,
+    precision: float | None = None,
+) -> Comparison:
     """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
     For one thread on a CPU, ratios compare process time, which excludes other programs, unless its clock is
@@ -131,19 +143,25 @@ def compare_runs(runs: Sequence[Run], *, seconds: float, device: torch.device, t
         seconds: for everything, after the warm-up, of each try, by the clock that is compared.
         device: where they compute.
         threads: that compute.
+        precision: go on, at most five times as long, until the relative standard error of every ratio is
+            below it; the rounds of all tries then count. None to take the steadiest try as it is.
     """
     by_process = device.type == "cpu" and threads == 1
     clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
     best: Comparison | None = None
-    for _ in range(_TRIES):
+    before: list[list[list[float]]] = [[] for _ in runs]
+    for number in range(_TRIES if precision is None else _MOST_TRIES):
         times = _turns(runs, seconds, device, clocks, _PATIENCE)
         if by_process and _coarse(times):  # from here on; the drift of other clocks tells nothing
             by_process, best = False, None
             clocks = clocks[:1]
-            times = [[[wall] for wall, _ in own] for own in times]
+            before, times = ([[call[:1] for call in own] for own in part] for part in (before, times))
+        if precision is not None:
+            before = times = [[*own, *more] for own, more in zip(before, times, strict=True)]
         found = _compared(times)
-        best = found if best is None or found.drift < best.drift else best
-        if best.steady:
+        best = found if precision is not None or best is None or found.drift < best.drift else best
+        steady = best.steady or number + 1 >= _TRIES
+        if steady and (precision is None or best.error <= precision):
             break
     assert best is not None
     return best
@@ -160,7 +178,15 @@ def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
         tuple(1000 * statistics.median(call[0] for call in own) for own in times),
         tuple(statistics.median(a / b for a, b in zip(own, first, strict=True)) for own in compared),
         abs(late / early - 1),
+        max(_relative_error([a / b for a, b in zip(own, first, strict=True)]) for own in compared),
     )
+
+
+def _relative_error(values: Sequence[float]) -> float:
+    """Relative standard error of the median of ``values``, from their median deviation as of a Gaussian."""
+    middle = statistics.median(values)
+    deviation = statistics.median(abs(value - middle) for value in values)
+    return _DEVIATION * deviation / middle / math.sqrt(len(values))
 
 
 def _coarse(times: Sequence[Sequence[Sequence[float]]]) -> bool:
