@@ -12,6 +12,7 @@ from mhacut.errors import PlanError
 from mhacut.limits import is_int
 
 Basis = Literal["channel", "principal"]
+LayerFamily = Literal["attention", "mlp"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 UnitKey = tuple[str, UnitKind]

@@ -195,16 +195,54 @@ def test_the_command(slim_of):
     assert "attention not fused" in text
 
 
-def test_what_cannot_be_compiled_is_one_sentence(slim_of, monkeypatch):
-    def fail(model):
-        def program(images):
-            raise RuntimeError("no compiler")
+@pytest.fixture
+def compiles_by(monkeypatch):
+    """Lets torch.compile take the given function as its compiler."""
+    real = torch.compile
 
-        return program
+    def set_to(compiler):
+        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=compiler))
 
-    monkeypatch.setattr(benching.torch, "compile", fail)
-    with pytest.raises(MhacutError, match=r"torch.compile failed \(RuntimeError: no compiler\)"):
+    yield set_to
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_compiled_is_one_sentence(slim_of, compiles_by):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compiles_by(fail)
+    with pytest.raises(
+        MhacutError, match=r"^runtime='compile': torch.compile fails \(RuntimeError: no compiler"
+    ):
         mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
+
+
+def test_a_full_memory_is_no_matter_of_the_compiler(slim_of, compiles_by):
+    def fill(graph, inputs):
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    compiles_by(fill)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^the GPU is full$"):
+        mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
+
+
+@pytest.mark.slow
+def test_all_of_many_models_are_compiled(compiles_by, tmp_path):
+    """torch itself keeps eight programs of one class, and runs the ninth model eagerly."""
+    compiled, files = [], []
+    args = {"depth": 1, "num_heads": 1, "img_size": 32}
+    for width in range(8, 80, 8):
+        case = ModelCase("vit_tiny_patch16_224", {**args, "embed_dim": width})
+        files.append(save_dense(case.create(), tmp_path / f"{width}.safetensors"))
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiles_by(compiler)
+    mhacut.bench(*files, **QUICK, model="vit_tiny_patch16_224", model_args=args, runtime="compile")
+    assert len(compiled) == 9
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,18 @@ def test_onnx_is_an_extra(slim_of, monkeypatch):
         mhacut.export(slim_of("vit"), format="onnx")
 
 
+def test_what_torch_export_cannot_trace_is_refused_in_one_line(slim_of, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no such operator\nwith advice to developers")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(
+        MhacutError, match=r"^format='pt2': torch.export fails \(RuntimeError: no such operator\)$"
+    ):
+        mhacut.export(slim_of("vit"), format="pt2", output=tmp_path / "file.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_translated_is_refused_in_one_line(slim_of, tmp_path, monkeypatch):
     def wrapped(*_, **__):
         try:

@@ -232,7 +232,7 @@ def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path)
     assert (result.divergence_of, dict(result.preserved)) == ("dense", {"what": "tokens"})
     with safe_open(result.output, "pt") as file:
         (entry,) = json.loads(file.metadata()["mhacut"])["history"]
-    assert entry["preserved"] == {"what": "tokens"}
+    assert (entry["preserved"], entry["divergence_of"]) == ({"what": "tokens"}, "dense")
     assert any("divergence of features, nats per token" in row[0] for row in result.rows())
     asked, _ = pruned(build(VIT), tmp_path, ARGS, preserve="tokens", overwrite=True)
     same = load_file(result.output), load_file(asked.output)

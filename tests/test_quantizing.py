@@ -161,6 +161,22 @@ def test_it_is_compared_with_float32(exported):
         assert measured.threads == 1
 
 
+def test_the_threads_that_are_reported_are_those_that_ran(slim_of, tmp_path, monkeypatch):
+    real, passed = quantize.onnx_file_runner, []
+
+    def counted(content, threads):
+        passed.append(threads)
+        return real(content, threads)
+
+    monkeypatch.setattr(quantize, "onnx_file_runner", counted)
+    for threads in (1, None):
+        result = mhacut.export(
+            slim_of("vit"), output=tmp_path / f"{threads}.onnx", int8=True, threads=threads
+        )
+        assert {*passed} == {result.int8.threads} == {threads or torch.get_num_threads()}
+        passed.clear()
+
+
 @pytest.mark.slow
 def test_with_images_the_closer_one_is_taken(slim_of, few_digits, tmp_path, monkeypatch):
     images = {"data_dir": few_digits, "calibration_images": 16}

@@ -17,17 +17,20 @@ import mhacut
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.commands.inspect import inspect
 from mhacut.errors import MhacutError, OutputError, UsageError
+from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
+from mhacut.measuring.figures import ModelFigures
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.indicators import SearchStep
 from mhacut.report.charts import COLOURS, Bar, Cell, HeatMap, Line, LineChart, Waterfall
 from mhacut.report.contents import Contents
 from mhacut.report.inline_svg import chart_html
 from mhacut.report.page import page
+from mhacut.report.pareto import Choice, choice_charts
 from mhacut.report.picture import heat_values
 from mhacut.report.sections import sections
-from mhacut.report.stored_curves import StoredCurve, curves_to_json, stored_curves
+from mhacut.report.stored_curves import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.svg import draw
 
 HOSTILE = "</title><script>alert(1)</script>\"'&\x1b[2J\u202e"
@@ -74,7 +77,8 @@ def contents(slim_of):
     )
     curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
     steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
-    return Contents(found, HOSTILE, layers, None, (curve,), 2_000_000, steps, ((HOSTILE, HOSTILE, HOSTILE),))
+    sensitivity = StoredCurves((curve,), 2_000_000)
+    return Contents(found, HOSTILE, layers, None, sensitivity, steps, ((HOSTILE, HOSTILE, HOSTILE),))
 
 
 def test_text_never_becomes_markup(contents):
@@ -134,7 +138,7 @@ def test_sections_appear_where_there_is_something(contents):
     read = Reader(page(contents))
     titles = [data for element, data in read.texts if element == "h2"]
     assert titles == ["In numbers", "Heads", "FLOPs", "Sensitivity", "Search", "All heads", "History"]
-    plain = dataclasses.replace(contents, curves=(), steps=(), figures=())
+    plain = dataclasses.replace(contents, sensitivity=StoredCurves(), steps=(), figures=())
     titles = [data for element, data in Reader(page(plain)).texts if element == "h2"]
     assert titles == ["In numbers", "Heads", "FLOPs", "All heads", "History"]
 
@@ -155,6 +159,30 @@ def test_colours_of_charts_are_in_the_style_sheet(contents):
             assert f".{name} {{ --colour: {value}; }}" in style
     for mark in ("cell", "bar", "line", "mark", "swatch"):
         assert re.search(rf"\.{mark} {{[^}}]*var\(--colour\)", style)
+
+
+def test_layers_have_the_colour_of_their_family(contents):
+    layers = [
+        LayerComparison("a", "attention", {"v": (8, 4), "hidden": (9, 3)}, (5, 3), 0.1, 0.2, 0.9),
+        LayerComparison("b", "mlp", {}, (5, 5), 0.1, 0.2, 0.9),
+    ]
+    comparison = Comparison("dense", (10, 8), (4, 3), tuple(layers), 1.0, 0.1, 8, "images")
+    for shown in (contents, dataclasses.replace(contents, comparison=comparison)):
+        (section,) = (one for one in sections(shown) if one.title == "FLOPs")
+        colours = {bar.label: bar.colour for bar in section.charts[0].bars}
+        families = {layer.name: layer.family for layer in (shown.comparison or shown).layers}
+        assert {*families.values()} == {"attention", "mlp"}
+        assert {name: colours[name] for name in families} == families
+
+
+def test_budgets_that_lose_nothing_have_no_logarithm():
+    choices = [
+        Choice(f"{number}", ModelFigures(number, number), 0.0 if number < 3 else None) for number in (1, 2, 3)
+    ]
+    assert choice_charts(choices) == []
+    some = choice_charts([*choices, Choice("4", ModelFigures(4, 4), 0.1)])
+    assert [chart.x_label for chart in some] == ["FLOPs, millions", "parameters, millions"]
+    assert all(draw(chart).shapes for chart in some)
 
 
 def test_points_lie_where_their_numbers_are():
@@ -197,8 +225,10 @@ def test_curves_come_back_from_a_history():
     entry = json.loads(
         json.dumps({"budget": 7, "curves": curves_to_json({("blocks.0.attn", "v"): curve}, PLAN)})
     )
-    (found,), budget = stored_curves([{"command": "older"}, entry, {"command": "finetune"}])
-    assert (found.layer, found.kind, found.chosen, budget) == ("blocks.0.attn", "v", 3, 7)
+    sensitivity = stored_curves([{"command": "older"}, entry, {"command": "finetune"}])
+    (found,) = sensitivity.curves
+    assert (sensitivity.budget, sensitivity.measure) == (7, "answers")
+    assert (found.layer, found.kind, found.chosen) == ("blocks.0.attn", "v", 3)
     assert dict(found.points) == {width: pytest.approx(curve[width], rel=1e-3) for width, _ in found.points}
     assert {3, 8} <= dict(found.points).keys()
 
@@ -225,9 +255,29 @@ GOOD = {"layer": "a", "kind": "v", "points": [[2, 0.5], [4, 0.0]], "chosen": 2}
     ],
 )
 def test_curves_that_make_no_sense_are_left_out(wrong):
-    assert stored_curves([{"curves": [GOOD]}])[0] != ()
-    assert stored_curves([{"curves": [{**GOOD, **wrong}]}]) == ((), None)
-    assert stored_curves([{"curves": 5, "budget": 3}, {"curves": [7]}]) == ((), None)
+    assert stored_curves([{"curves": [GOOD]}]).curves != ()
+    assert stored_curves([{"curves": [{**GOOD, **wrong}]}]) == StoredCurves()
+    assert stored_curves([{"curves": 5, "budget": 3}, {"curves": [7]}]) == StoredCurves()
+
+
+@pytest.mark.parametrize(
+    ("entry", "measure", "axis"),
+    [
+        ({}, "answers", "KL divergence, nats"),
+        ({"preserved": {"what": "pooled"}, "divergence_of": "features"}, "features", "over variance"),
+        ({"preserved": {"what": "tokens"}, "divergence_of": "dense"}, "dense", "nats per token"),
+        ({"preserved": {"what": "tokens"}}, None, "divergence"),
+        ({"divergence_of": HOSTILE}, None, "divergence"),
+        ({"divergence_of": ["dense"]}, None, "divergence"),
+    ],
+)
+def test_curves_are_named_by_what_they_measure(contents, entry, measure, axis):
+    sensitivity = stored_curves([{"curves": [GOOD], **entry}])
+    assert sensitivity.measure == measure
+    shown = page(dataclasses.replace(contents, sensitivity=sensitivity))
+    text = Reader(shown).text("text")
+    assert axis in text
+    assert ("KL divergence" in text) == (measure == "answers")
 
 
 # --- the file ---
@@ -260,10 +310,10 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert [set(step.kept) for step in result.log] == [{"qk", "v", "hidden"}] * 3
     record = open_checkpoint(tmp_path / "slim.safetensors").record
     assert "report" not in record.history[-1]["options"]
-    curves, budget = stored_curves(record.history)
-    assert budget == result.budget
-    assert {(curve.layer, curve.kind): curve.chosen for curve in curves} == result.plan.widths()
-    for curve in curves:
+    sensitivity = stored_curves(record.history)
+    assert (sensitivity.budget, sensitivity.measure) == (result.budget, "answers")
+    assert {(curve.layer, curve.kind): curve.chosen for curve in sensitivity.curves} == result.plan.widths()
+    for curve in sensitivity.curves:
         known = result.curves[curve.layer, curve.kind]
         assert dict(curve.points) == {w: pytest.approx(known[w], rel=1e-3) for w, _ in curve.points}
     # What the file carries is in the page that inspect makes of it.

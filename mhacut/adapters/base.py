@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mhacut.plan import UnitKey, UnitKind, UnitPlan
+from mhacut.plan import LayerFamily, UnitKey, UnitKind, UnitPlan
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Tensors of a batch norm, with an entry for each channel."""
@@ -199,7 +199,7 @@ class Layer:
 class Adapter(ABC):
     """Describes one attention or MLP class. Stateless; one instance serves all layers of the class."""
 
-    family: Literal["attention", "mlp"]
+    family: LayerFamily
     module_classes: tuple[type[nn.Module], ...]
     """Exactly these classes; a subclass may compute something else and needs an adapter of its own."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import part_of_dense, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.errors import MhacutError, UsageError, option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.exporting.programs import (
     Conditions,
     int8_program,
@@ -30,6 +30,7 @@ from mhacut.exporting.programs import (
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
+from mhacut.runtime.compiling import many_compiled, refusing_compile
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent, expect
 from mhacut.runtime.progress_bar import reporting
@@ -145,7 +146,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     reporter.start("reading")
     checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
     sizes = _input_sizes(checkpoints, reporter)
-    with using_threads(options.threads) as threads:
+    with using_threads(options.threads) as threads, many_compiled():
         setup = _Setup(options, device, threads)
         entries = []
         for checkpoint, size in zip(checkpoints, sizes, strict=True):
@@ -256,15 +257,8 @@ def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[
 
 
 def _times(runs: Sequence[Callable[[], object]], setup: _Setup) -> list[list[float]]:
-    try:
+    with refusing_compile(option_name("runtime", "compile")):
         return take_turns(runs, seconds=setup.options.seconds, device=setup.device)
-    except Exception as error:
-        if setup.options.runtime != "compile":
-            raise
-        raise MhacutError(
-            f"{option_name('runtime', 'compile')}: torch.compile failed ({type(error).__name__}: "
-            f"{error!s:.200}); on CPUs it needs a C++ compiler"
-        ) from error
 
 
 def timing_of(

@@ -107,8 +107,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
     chosen.sort(key=_order(options.sort))
     line = summary(inspection)
-    curves, budget = stored_curves(inspection.history)
-    contents = Contents(inspection, line, tuple(chosen), comparison, curves, budget)
+    contents = Contents(inspection, line, tuple(chosen), comparison, stored_curves(inspection.history))
     written = tuple(
         write(path, contents, options.overwrite, opened.path)
         for path, write in ((options.html, write_page), (options.png, write_picture))

@@ -98,8 +98,8 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, found.masked, job.images[:PROBED])
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
-    correction = Correction(plans, fit.limits)
-    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1, fit.time)
+    correction = Correction(plans, fit.amounts.corrected)
+    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1, fit.amounts.time)
 
 
 @dataclass(frozen=True)
@@ -122,28 +122,45 @@ class _Cut:
 
 
 @dataclass(frozen=True)
+class _Amounts:
+    """Exact storage and time of a cut model, compared with the limits."""
+
+    corrected: Limits
+    """Limits that the next plan would be made with."""
+    missed: tuple[Limit, ...]
+    """Limits that it exceeds."""
+    unused: frozenset[str]
+    """Resources of which it could use more."""
+    time: int = 0
+    """Nanoseconds per batch; 0 without a budget of time."""
+    share: float = 0.0
+    """Share of the budget of time that it takes; 0 without one."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is likely to be within the budget of time when it is timed again."""
+        return self.share <= _SURE
+
+    @property
+    def time_decides(self) -> bool:
+        """Whether the budget of time is a reason for another plan."""
+        return self.share > 1 or (not self.missed and (not self.sure or "max_latency" in self.unused))
+
+
+@dataclass(frozen=True)
 class _Fit:
     """A cut model within all limits."""
 
     found: _Cut
     plans: int
     """Number of plans up to this one."""
-    limits: Limits
-    """Limits that a plan after it would be made with."""
-    time: int
-    """Nanoseconds per batch; 0 without a budget of time."""
-    part: float
-    """Part of the budget of time that it takes; 0 without one."""
-
-    @property
-    def sure(self) -> bool:
-        """Whether it is likely to be within the budget of time when it is timed again."""
-        return self.part <= _SURE
+    amounts: _Amounts
 
     @property
     def rank(self) -> tuple[bool, float]:
         """Place among fits: the largest that is sure to fit comes first; the fastest, if none is."""
-        return self.sure, self.found.planned.flops if self.sure else -self.part
+        sure = self.amounts.sure
+        return sure, self.found.planned.flops if sure else -self.amounts.share
 
 
 def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tuple[_Fit, int]:
@@ -152,51 +169,65 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
     Returns:
         The cut model, and the number of plans that were made.
     """
-    job, fits, plans, told = replace(inputs.job, storage=after.limits), list[_Fit](), after.plans, ""
+    job, fits, plans, reason = replace(inputs.job, storage=after.limits), list[_Fit](), after.plans, ""
     never = {limit.resource for limit in job.storage}  # limits that no plan kept
     while plans < _ROUNDS:
         planned = planner.plan(job)  # 3. plan
         if fits and planned.plan == fits[-1].found.planned.plan:
             break
-        if told:
-            inputs.stopwatch.reporter.log(told)
+        if reason:
+            inputs.stopwatch.reporter.log(reason)
         plans += 1
         inputs.stopwatch.start("cutting")
         slim = _Cut.of(planned, job)
-        planned = slim.planned  # without the model
-        limits, missed, unused, time, part = [], [], set[str](), 0, 0.0
-        for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
-            stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
-            missed += [asked] if stored > most else []
-            if limit.resource == "max_latency":
-                time, part = stored, stored / most
-            limits.append(planned.corrected(limit, asked, stored))
-            if limit.curve is None:
-                more = plans == 1 and limits[-1].most >= asked.most / NEAR
-            else:  # unless another limit decides
-                more = planned.cost(limit) > NEAR * limit.most and stored <= _USED * most
-            unused |= {limit.resource} if more else set()
-        never &= {limit.resource for limit in missed}
-        if not missed:
-            fits.append(_Fit(slim, plans, tuple(limits), time, part))
-            if not unused and fits[-1].sure:
+        del planned  # the model
+        amounts = _amounts(inputs, slim, job, first=plans == 1)
+        never &= {limit.resource for limit in amounts.missed}
+        if not amounts.missed:
+            fits.append(_Fit(slim, plans, amounts))
+            if not amounts.unused and amounts.sure:
                 break
-        if fits and time and plans >= CORRECTIONS:
+        if fits and amounts.time and plans >= CORRECTIONS:
             break  # the last plan is for a model that is slower when it is read from its file
-        why = part > 1 or (not missed and (part > _SURE or "max_latency" in unused))
-        told = inputs.time_target.told(_SURE) if inputs.time_target and why else ""
-        job = replace(job, storage=tuple(limits))
+        target = inputs.time_target
+        reason = target.reason_to_go_on(_SURE) if target is not None and amounts.time_decides else ""
+        job = replace(job, storage=amounts.corrected)
     if fits:
         # The first may use too little, but so may the second.
         return max(fits, key=lambda fit: fit.rank), plans
-    others = [limit for limit in missed if limit.resource != "max_latency"]
-    if inputs.time_target is not None and len(others) < len(missed) and never <= {"max_latency"}:
+    others = [limit for limit in amounts.missed if limit.resource != "max_latency"]
+    if inputs.time_target is not None and len(others) < len(amounts.missed) and never <= {"max_latency"}:
         raise inputs.time_target.missed()
     raise MhacutError(
         f"no plan was found that stores at most {', '.join(str(limit.most) for limit in others)} parameters "
         "or bytes; nothing was written. This is a gap in mhacut: please report the architecture and its "
         "arguments"
     )
+
+
+def _amounts(inputs: PruneInputs, slim: _Cut, job: Job, *, first: bool) -> _Amounts:
+    """Measure a cut model.
+
+    Args:
+        inputs: of the command, with the limits that were asked for.
+        slim: the cut model.
+        job: with the limits that it was planned by.
+        first: whether it is of the first plan.
+    """
+    planned = slim.planned
+    corrected, missed, unused, time, share = [], [], set[str](), 0, 0.0
+    for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
+        stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
+        missed += [asked] if stored > most else []
+        if limit.resource == "max_latency":
+            time, share = stored, stored / most
+        corrected.append(planned.corrected(limit, asked, stored))
+        if limit.curve is None:
+            more = first and corrected[-1].most >= asked.most / NEAR
+        else:  # unless another limit decides
+            more = planned.cost(limit) > NEAR * limit.most and stored <= _USED * most
+        unused |= {limit.resource} if more else set()
+    return _Amounts(tuple(corrected), tuple(missed), frozenset(unused), time, share)
 
 
 def _stored(

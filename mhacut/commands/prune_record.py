@@ -66,4 +66,4 @@ def _preserved(preserved: Preserved | None) -> dict[str, Any]:
     """Return what was preserved, where it was not the answers, as always before."""
     if preserved is None or preserved.what == "answers":
         return {}
-    return {"preserved": preserved.to_json()}
+    return {"preserved": preserved.to_json(), "divergence_of": preserved.measure}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mhacut.errors import option_name
 from mhacut.exporting.programs import (
     Conditions,
     int8_program,
-    many_compiled,
     model_program,
     part_run,
     timing_device,
@@ -22,6 +22,7 @@ from mhacut.exporting.programs import (
 )
 from mhacut.measuring.latency import Comparison, Run, compare_runs, fixed_images, run_of
 from mhacut.options.timing import TimingOptions
+from mhacut.runtime.compiling import many_compiled, refusing_compile
 from mhacut.runtime.device import same_device
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.replay import Replay
@@ -69,6 +70,7 @@ class Stopwatch:
         parts: Sequence[Run] = (),
         *,
         seconds: float,
+        precision: float | None = None,
         expected: float | None = None,
     ) -> Comparison:
         """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
@@ -77,6 +79,7 @@ class Stopwatch:
             models: not changed.
             parts: functions that :meth:`ready` returned.
             seconds: of measuring, for all of them together.
+            precision: relative standard error of the ratios until which it goes on, up to five times as long.
             expected: ratio of the first of ``models`` to the dense one. If the measured ratio is far from
                 it, two more measurements are made, and the one with the middle ratio is returned.
         """
@@ -85,10 +88,10 @@ class Stopwatch:
                 self._dense_run = self._run(self.dense, threads)
             runs = [self._dense_run, *(self._run(model, threads) for model in models)]
             runs += parts
-            found = self._compared(runs, seconds, threads)
+            found = self._compared(runs, seconds, threads, precision)
             if expected is None or abs(found.ratios[1] / expected - 1) < _SURPRISING:
                 return found
-            three = [found, *(self._compared(runs, seconds, threads) for _ in range(2))]
+            three = [found, *(self._compared(runs, seconds, threads, precision) for _ in range(2))]
             return sorted(three, key=lambda one: one.ratios[1])[1]
 
     def parts(self, parts: Sequence[Run], *, seconds: float) -> Comparison:
@@ -118,8 +121,13 @@ class Stopwatch:
             "machine": machine(self.device),
         }
 
-    def _compared(self, runs: Sequence[Run], seconds: float, threads: int) -> Comparison:
-        found = compare_runs(runs, seconds=seconds, device=self.device, threads=threads)
+    def _compared(
+        self, runs: Sequence[Run], seconds: float, threads: int, precision: float | None = None
+    ) -> Comparison:
+        with refusing_compile(option_name("runtime", "compile")):
+            found = compare_runs(
+                runs, seconds=seconds, device=self.device, threads=threads, precision=precision
+            )
         if not found.steady and not self._logged_busy:
             self._logged_busy = True
             self.reporter.log(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate
+from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, label_outside
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions
@@ -154,10 +154,10 @@ def _from_named(
         chosen = _choose(everything, targets_of(opened), count, seed, where, use_labels)
     if not use_labels or chosen.labels is None:
         return CalibrationImages(chosen.images, None, chosen.description)
-    low, high = int(chosen.labels.min()), int(chosen.labels.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
+    wrong = label_outside(chosen.labels, num_classes)
+    if wrong is not None:
         raise DataError(
-            f"{option_name('dataset', name)}: label {low if low < 0 else high} is not a class of the model's "
+            f"{option_name('dataset', name)}: label {wrong} is not a class of the model's "
             f"head ({num_classes} classes). Map them with {option_name('class_map')}, or leave labels out "
             f"with {option_name('labels', False)}"
         )

@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mhacut.data.folders import find_folder, label_images, listed, scan, subfolders
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing
-from mhacut.data.reading import ImageFiles, Sample, Unreadable, balanced_order, collate, fingerprint
+from mhacut.data.reading import (
+    ImageFiles,
+    Sample,
+    Unreadable,
+    balanced_order,
+    collate,
+    fingerprint,
+    label_outside,
+)
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 from mhacut.runtime.signals import outlive_signals, start_reading
@@ -72,10 +80,10 @@ class EvaluationLoader:
             seen += len(labels)
             if not len(labels):
                 continue
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or (self._num_classes is not None and high >= self._num_classes):
+            wrong = label_outside(labels, self._num_classes)
+            if wrong is not None:
                 raise DataError(
-                    f"{self.description}: found label {low if low < 0 else high}, the model's head has "
+                    f"{self.description}: found label {wrong}, the model's head has "
                     f"{self._num_classes} classes, counted from 0. Map the classes with "
                     f"{option_name('class_map')}"
                 )
@@ -173,7 +181,7 @@ def _from_folder(
     labels = label_images(folder, data.class_map, num_classes, "")
     indices = _spread(labels, limit)
     images, labels = [folder.images[index] for index in indices], [labels[index] for index in indices]
-    first, step = part
+    first, step = _checked_part(part, len(images))
     files = ImageFiles(folder.path, images[first::step], labels[first::step], preprocessing)
     description = f"{len(images)} of {len(folder.images)} images under {folder.path.name}/"
     return _Chosen(files, len(files), description, fingerprint(images, labels))
@@ -188,9 +196,8 @@ def _from_named(
 ) -> _Chosen:
     name, split = str(data.dataset), data.val_split
     opened = open_named(data, split, num_classes, check_classes=True)
-    first, step = part
     if isinstance(opened, IterableDataset):
-        if step > 1:
+        if part[1] > 1:
             raise DataError(
                 f"{option_name('dataset', name)}: is a stream, which several processes cannot share"
             )
@@ -201,10 +208,21 @@ def _from_named(
         return _Chosen(stream, total, description, fingerprint([name, split], [total]))
     targets = targets_of(opened)
     indices = _spread(targets, limit)
+    first, step = _checked_part(part, len(indices))
     images = NamedImages(name, opened, indices[first::step], preprocessing)
     description = f"{len(indices) or 'all'} images of {name} {split}"
     whole = fingerprint([name, split], [targets[index] for index in indices])
     return _Chosen(images, len(images), description, whole)
+
+
+def _checked_part(part: tuple[int, int], images: int) -> tuple[int, int]:
+    """Return ``part`` unless some of the parts would be empty."""
+    if 1 < part[1] > images:
+        raise DataError(
+            f"{images} images to measure accuracy on are fewer than the {part[1]} processes that share them; "
+            f"measure on more ({option_name('eval_images')}) or on none, or start fewer processes"
+        )
+    return part
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:

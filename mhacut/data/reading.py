@@ -106,6 +106,19 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]
     return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
 
 
+def label_outside(labels: Tensor, num_classes: int | None) -> int | None:
+    """Return a label that is not a class of the model's head, if there is one.
+
+    Args:
+        labels: [n], not empty; -1 stands for a missing one.
+        num_classes: number of classes; None if it is not known.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        return low
+    return high if num_classes is not None and high >= num_classes else None
+
+
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
     """Yield all indices in a random order that draws equally often from every group that is not used up.
 

@@ -51,6 +51,9 @@ def write_ir(
 ) -> None:
     """Write ``model`` as OpenVINO IR: both files, or none if ``compare`` raises.
 
+    Each file is replaced whole, the weights first. A process that is killed between the two leaves new
+    weights beside an old graph; where that matters, write to a new name.
+
     Args:
         target: the ``.xml`` file; the ``.bin`` file stands beside it.
         model: float32, images to outputs.

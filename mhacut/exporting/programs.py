@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,6 @@ from mhacut.measuring.latency import fixed_images, run_of
 from mhacut.options.base import ExportDtype
 from mhacut.options.timing import Runtime
 from mhacut.runtime.device import resolve_device
-
-_MOST_COMPILED = 1000
-"""Largest number of programs that torch.compile keeps of one class. Beyond it, models run eagerly."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +120,6 @@ def _in_int8(content: bytes) -> bytes:
         return quantize(content, "dynamic")
     except NothingToQuantizeError:  # it stays float32 in the model too
         return content
-
-
-@contextmanager
-def many_compiled() -> Iterator[None]:
-    """A block in which torch.compile keeps a program for each of many layers of one class."""
-    import torch._dynamo as dynamo
-
-    config: Any = dynamo.config
-    limits = {
-        name: _MOST_COMPILED
-        for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit")
-        if hasattr(config, name)
-    }
-    with config.patch(**limits):
-        yield
 
 
 @contextmanager

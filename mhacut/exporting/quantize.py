@@ -220,6 +220,7 @@ def quantize_best(
         MhacutError: nothing in the file can be quantized, or there are too few images.
     """
     calibration, held_out, description = _images(preprocessing, options)
+    threads = options.threads or torch.get_num_threads()
     methods: list[Method] = ["dynamic", "static"] if calibration else ["dynamic"]
     if options.quantization != "auto":
         methods = [options.quantization]
@@ -229,12 +230,12 @@ def quantize_best(
     for method in methods:
         reduce_range = options.reduce_range
         made = quantize(content, method, calibration=calibration, reduce_range=reduce_range, exclude=fragile)
-        run = onnx_file_runner(made, options.threads)
+        run = onnx_file_runner(made, threads)
         found = torch.cat([run(batch) for batch in held_out])
         tried[method] = made, run, agreement(expected, found, classes=gives_probabilities(model))
     best = min(tried, key=lambda method: _distance(tried[method][2]))
     made, run, agreed = tried[best]
-    slow, fast = _times(onnx_file_runner(content, options.threads), run, preprocessing, options)
+    slow, fast = _times(onnx_file_runner(content, threads), run, preprocessing, options)
     result = Quantization(
         method=best,
         reduce_range=options.reduce_range,
@@ -246,7 +247,7 @@ def quantize_best(
         float32_ms=1000 * statistics.median(slow),
         int8_ms=1000 * statistics.median(fast),
         speedup=statistics.median(a / b for a, b in zip(slow, fast, strict=True)),
-        threads=options.threads or torch.get_num_threads(),
+        threads=threads,
     )
     if result.far:
         log(_advice(result, options))

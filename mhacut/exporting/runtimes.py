@@ -77,7 +77,9 @@ def _pt2(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
     images, shapes = _example(size, options.fixed_batch)
-    with warnings.catch_warnings():
+    option = option_name("format", "pt2")
+    refused = _refusing(lambda reason: MhacutError(f"{option}: {reason}"), by="torch.export")
+    with refused, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
         written = io.BytesIO()
@@ -97,8 +99,10 @@ def _onnx(
 
 
 @contextmanager
-def _refusing(refused: Callable[[str], MhacutError]) -> Iterator[None]:
-    """Raise ``refused(reason)`` where translator or runtime fail, in whatever way, on a model."""
+def _refusing(
+    refused: Callable[[str], MhacutError], *, by: str = "onnxscript or ONNX Runtime"
+) -> Iterator[None]:
+    """Raise ``refused(reason)`` where translator or runtime, ``by``, fail in whatever way on a model."""
     try:
         yield
     except Exception as error:
@@ -108,10 +112,10 @@ def _refusing(refused: Callable[[str], MhacutError]) -> Iterator[None]:
                 raise cause from None  # the translator wraps these, too
             if isinstance(cause, OSError) and cause.errno is not None:  # of the system, not of inspect
                 raise cause from None
-        told = next((cause for cause in reversed(causes) if str(cause).strip()), causes[-1])
+        root = next((cause for cause in reversed(causes) if str(cause).strip()), causes[-1])
         # The first line alone: translators add advice to developers.
-        reason = ": ".join([type(told).__name__, *str(told).strip().split("\n")[:1]])
-        raise refused(f"onnxscript or ONNX Runtime fails ({reason.removesuffix(': '):.200})") from error
+        reason = ": ".join([type(root).__name__, *str(root).strip().split("\n")[:1]])
+        raise refused(f"{by} fails ({reason.removesuffix(': '):.200})") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

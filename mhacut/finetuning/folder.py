@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
+from mhacut.finetuning.logs import remove_logs
 from mhacut.options.base import PathLike
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
@@ -117,8 +118,11 @@ class RunFolder:
         return held
 
     def _empty(self, overwrite: bool) -> None:
-        for name in self._held(overwrite):
+        held = self._held(overwrite)
+        for name in held:
             self.file(name).unlink()
+        if held:
+            remove_logs(self.path)
         self.sweep()
 
     def sweep(self) -> None:

@@ -19,11 +19,11 @@ from mhacut.data import Preprocessing
 from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
 from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
-from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint
+from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint, label_outside
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
+from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
-from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.signals import outlive_signals, start_reading
 from mhacut.runtime.workers import warned_once
 
@@ -60,6 +60,8 @@ class TrainingImages:
     """Text for readers."""
     fingerprint: str
     """Digest of names and labels: equal for equal data, wherever it lies."""
+    num_classes: int | None = None
+    """Number of classes that each label is checked against when its image is read; None if it was before."""
 
 
 def training_images(
@@ -141,6 +143,7 @@ def _named(
         labelled=use_labels,
         description=f"{count} images of {name} {split} ({with_labels})",
         fingerprint=fingerprint([name, split], targets_of(opened)),
+        num_classes=num_classes if use_labels else None,
     )
 
 
@@ -274,7 +277,7 @@ def training_loader(
         pin_memory: as in ``DataLoader``.
 
     Raises:
-        DataError: too many images in a row cannot be read.
+        DataError: too many images in a row cannot be read, or a label is not a class of the model's head.
     """
     with warned_once(workers):
         loader: DataLoader[Drawn] = DataLoader(
@@ -290,6 +293,13 @@ def training_loader(
             raise DataError(
                 f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "
                 f"{unreadable[0].reason}. Repair or remove them"
+            )
+        wrong = None if images.num_classes is None else label_outside(labels, images.num_classes)
+        if wrong is not None:
+            raise DataError(
+                f"{images.description}: found label {wrong}, the model's head has {images.num_classes} "
+                f"classes, counted from 0. Map the classes with {option_name('class_map')}, or leave labels "
+                f"out with {option_name('labels', False)}"
             )
         yield Batch(stacked, labels, tuple(unreadable))
 

@@ -25,6 +25,8 @@ _NEEDS = {
     "wandb": ("wandb", "wandb"),
 }
 """Module that each log needs, and the extra of mhacut that installs it."""
+_CURVE, _EVENTS = "curve.png", "tensorboard"
+"""Names of logs in the directory of a run."""
 
 
 def check_logs(names: Sequence[str]) -> None:
@@ -32,6 +34,12 @@ def check_logs(names: Sequence[str]) -> None:
     for name in names:
         module, extra = _NEEDS[name]
         need(option_name("log", name), module, extra)
+
+
+def remove_logs(folder: Path) -> None:
+    """Remove the logs of an earlier run in ``folder``, so that nobody takes its curves for another's."""
+    for path in (folder / _CURVE, *(folder / _EVENTS).glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)
 
 
 class _Log(Protocol):
@@ -89,7 +97,7 @@ class Logs:
 
 def _opened(name: str, folder: Path, options: Mapping[str, Any]) -> _Log:
     if name == "png":
-        return _Curve(folder / "curve.png")
+        return _Curve(folder / _CURVE)
     return _TensorBoard(folder) if name == "tensorboard" else _WandB(folder, options)
 
 
@@ -129,7 +137,7 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(folder / _EVENTS))
 
     def write(self, rows: Sequence[Row]) -> None:
         for name, value in rows[-1].items():

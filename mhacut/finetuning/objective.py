@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError, option_name
-from mhacut.options.finetune import AugmentationOptions
+from mhacut.options.augmentation import AugmentationOptions
 from mhacut.pruning.preserve import ANSWERS
 from mhacut.surgery.find import find_prunable_layers
 
@@ -42,6 +42,15 @@ class Blocks:
             yield self.outputs
         finally:
             self.outputs = {}
+
+    @torch.no_grad()
+    def shapes(self, model: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
+        """Run the blocks' ``model`` on an image [1, C, H, W]; return the shape of each block's output."""
+        training = model.training
+        model.eval()(image)
+        model.train(training)
+        with self.taken() as found:
+            return {name: tuple(output.shape) for name, output in found.items()}
 
 
 class Teacher:
@@ -161,14 +170,25 @@ def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
     return (error / values.var(1).clamp_min(1e-12) if values.shape[1] > 1 else error).mean()
 
 
-def check_matching(student: Blocks, teacher: Blocks) -> None:
-    """Raise a :class:`UsageError` unless both have the same blocks."""
-    if student.names != teacher.names:
+def check_matching(student: Mapping[str, tuple[int, ...]], teacher: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a :class:`UsageError` unless both have the same blocks, with outputs of the same shapes.
+
+    Args:
+        student: shape of each block's output for one image.
+        teacher: the same of the teacher.
+    """
+    if not student or student != teacher:
         raise UsageError(
-            f"{option_name('feature_weight')}: the teacher's blocks ({len(teacher.names)}, first "
-            f"{teacher.names[0]}) do not match the slim model's ({len(student.names)}, first "
-            f"{student.names[0]}); leave it out"
+            f"{option_name('feature_weight')}: the teacher's blocks ({_described(teacher)}) do not match the "
+            f"slim model's ({_described(student)}); leave it out"
         )
+
+
+def _described(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "none with a single output"
+    (first, shape), *_ = shapes.items()
+    return f"{len(shapes)}, the first {first} of shape {'x'.join(map(str, shape[1:]))}"
 
 
 class Mixing:

@@ -39,28 +39,37 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: there is no such run, or a value contradicts the options that it was started with.
     """
+    known = FinetuneOptions.options()
     given = dict(values)
-    folder = given.get("resume")
-    if folder is None:
+    if given.get("resume") is None:
         return given
+    folder = given["resume"] = known["resume"].check(given["resume"])
     if given.get("overwrite"):
         raise UsageError(
             f"{option_name('overwrite', True)}: would remove the run that {option_name('resume', folder)} "
             "continues; give one of them"
         )
-    known = FinetuneOptions.options()
     began = {**FinetuneOptions.defaults(), **read_arguments(folder)}
     for name, value in given.items():
         if name == "output" and value is not None and os.path.realpath(value) != os.path.realpath(folder):
             raise UsageError(
                 f"{option_name('output', value)}: a resumed run writes to its own directory, {folder}"
             )
-        if name in known and name not in _FREE | {"output"} and value != began.get(name):
+        if name not in known or name in _FREE | {"output"}:
+            continue
+        if _plain(known[name].check(value)) != _plain(began.get(name)):
             raise UsageError(
                 f"{option_name(name, value)}: the run in {folder} was started with {began.get(name)}; "
                 f"leave it out, or start another run"
             )
     return {**began, **given, "output": folder}
+
+
+def _plain(value: object) -> object:
+    """Return a value of an option as YAML gives it back: with lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

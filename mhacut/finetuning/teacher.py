@@ -68,7 +68,8 @@ def make_objective(
         if teacher.sha256 != _first_source(slim):
             reporter.log("the teacher is not the file that the slim model was cut from")
         if blocks is not None and teacher.blocks is not None:
-            check_matching(blocks, teacher.blocks)
+            image = torch.zeros(1, *preprocessing.input_size, device=next(student.parameters()).device)
+            check_matching(blocks.shapes(student, image), teacher.blocks.shapes(teacher.model, image))
     return Objective(
         teacher=teacher,
         student=blocks,

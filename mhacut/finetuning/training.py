@@ -23,6 +23,7 @@ from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.finetune import FinetuneOptions, TrainingOptions
 from mhacut.options.option import unknown_option
+from mhacut.runtime.compiling import refusing_compile
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
@@ -120,7 +121,7 @@ class Trainer:
         for position, batch in enumerate(batches):
             last = position == training.grad_accum_steps - 1
             self._seed(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
-            with self._gradients_shared(last):
+            with self._gradients_shared(last), refusing_compile(option_name("compile", True)):
                 loss = self._loss(number, batch)
                 scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
                 scaled.backward()
@@ -210,11 +211,12 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
 
 
 def _checkpoint_gradients(model: Any) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm's answers where a model lacks it
         raise UsageError(
             f"{option_name('grad_checkpointing', True)}: this model does not support it; leave it out"
-        )
-    model.set_grad_checkpointing(True)
+        ) from error
 
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -235,6 +237,10 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"{option_name('opt', options.opt)}: cannot be created: {error}") from error
+    if getattr(made, "is_second_order", False):
+        raise UsageError(
+            f"{option_name('opt', options.opt)}: needs second derivatives; use another optimiser"
+        )
     return made
 
 

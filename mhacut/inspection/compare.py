@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_name
-from mhacut.plan import UnitKind
+from mhacut.plan import LayerFamily, UnitKind
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -28,6 +28,7 @@ class LayerComparison:
     """Comparison of one layer in both models."""
 
     name: str
+    family: LayerFamily
     widths: Mapping[UnitKind, tuple[int, int]]
     """Channels per head, dense and slim, of every unit that both have."""
     flops: tuple[int, int]
@@ -149,7 +150,13 @@ def _compare_layer(
     }
     dense_flops, slim_flops = (by_module.get(layer.name, 0) for by_module in flops)
     return LayerComparison(
-        layer.name, widths, (dense_flops, slim_flops), tally.own_error, tally.error, tally.agreement
+        layer.name,
+        layer.adapter.family,
+        widths,
+        (dense_flops, slim_flops),
+        tally.own_error,
+        tally.error,
+        tally.agreement,
     )
 
 

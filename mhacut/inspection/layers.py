@@ -18,7 +18,7 @@ from mhacut.checkpoint.provenance import Provenance, provenance
 from mhacut.data import Preprocessing
 from mhacut.inspection.heads import HeadFindings, describe_heads
 from mhacut.options.base import PreprocessingOptions
-from mhacut.plan import Basis, TokenPlan, UnitKey, UnitKind, UnitPlan
+from mhacut.plan import Basis, LayerFamily, TokenPlan, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -59,6 +59,7 @@ class LayerReport:
     """Module name, ``blocks.0.attn``."""
     module: str
     """Name of its class."""
+    family: LayerFamily
     heads: int | None
     """Number of heads; None for an MLP, or if it is not known."""
     units: Mapping[UnitKind, UnitReport]
@@ -192,6 +193,7 @@ def _layer_report(
     return LayerReport(
         name=layer.name,
         module=type(module).__name__,
+        family=layer.adapter.family,
         heads=_heads(layer, module) if layer.adapter.family == "attention" else None,
         units=units,
         not_prunable=dict(layer.not_prunable),

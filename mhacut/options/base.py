@@ -7,12 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mhacut.options.option import REQUIRED, Options, option
+from mhacut.options.option import REQUIRED, Options, Panel, option
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 PathLike = str | os.PathLike[str]
 IN_MEMORY = ""
 """Placeholder for the checkpoint of a command that is given a module."""
+_HIGHEST_RATE = 1e36
+"""Learning rates above it overflow float32 in Adam's first step, which divides them by 0.1."""
+
+
+def seed_option(help: str, *, panel: Panel) -> int:
+    """State a random seed; torch takes the numbers within these bounds."""
+    return option(42, help, panel=panel, metavar="N", at_least=-(2**63), at_most=2**64 - 1)
+
+
+def rate_option(default: float, help: str, *, panel: Panel, or_zero: bool = False) -> float:
+    """State a learning rate, above 0 unless it may be 0 too."""
+    least, above = (0, None) if or_zero else (None, 0)
+    return option(
+        default, help, panel=panel, metavar="RATE", at_least=least, above=above, at_most=_HIGHEST_RATE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

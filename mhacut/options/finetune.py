@@ -7,14 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mhacut.errors import option_name
-from mhacut.options.base import DataOptions, DeviceOptions, PathLike, PreprocessingOptions
-from mhacut.options.option import REQUIRED, Options, option, require, seed_option
+from mhacut.options.augmentation import AugmentationOptions
+from mhacut.options.base import (
+    DataOptions,
+    DeviceOptions,
+    PathLike,
+    PreprocessingOptions,
+    rate_option,
+    seed_option,
+)
+from mhacut.options.option import REQUIRED, Options, option, require
 
 Schedule = Literal["cosine", "poly", "step", "tanh", "constant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 AmpDtype = Literal["bfloat16", "float16"]
 ClipMode = Literal["norm", "value", "agc"]
-EraseMode = Literal["const", "rand", "pixel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,99 +82,6 @@ class TeacherOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationOptions(Options):
-    """Variation of training images by timm's transforms; validation images are never varied."""
-
-    aug: bool = option(
-        True,
-        "Augment training images; off: they are preprocessed as for validation, and only mixup and cutmix "
-        "change them.",
-        panel="Augmentation",
-    )
-    aa: str | None = option(
-        None, "AutoAugment policy, rand-m9-mstd0.5-inc1.", panel="Augmentation", metavar="POLICY"
-    )
-    mixup: float = option(
-        0.0, "Alpha of mixup; 0 for none.", panel="Augmentation", metavar="ALPHA", at_least=0
-    )
-    cutmix: float = option(
-        0.0, "Alpha of cutmix; 0 for none.", panel="Augmentation", metavar="ALPHA", at_least=0
-    )
-    scale: tuple[float, ...] = option(
-        (0.5, 1.0),
-        "Smallest and largest share of the area that a random crop keeps.",
-        panel="Rarer options",
-        metavar="A,B",
-        above=0,
-        at_most=1,
-    )
-    ratio: tuple[float, ...] = option(
-        (0.75, 4 / 3),
-        "Smallest and largest aspect ratio of a random crop.",
-        panel="Rarer options",
-        metavar="A,B",
-        above=0,
-        at_most=100,
-    )
-    hflip: float = option(
-        0.5,
-        "Probability of a horizontal flip; use 0 if left and right mean different things.",
-        panel="Rarer options",
-        metavar="P",
-        at_least=0,
-        at_most=1,
-    )
-    vflip: float = option(
-        0.0, "Probability of a vertical flip.", panel="Rarer options", metavar="P", at_least=0, at_most=1
-    )
-    color_jitter: float = option(
-        0.0,
-        "Strength of changes of brightness, contrast and saturation; unused with an AutoAugment policy.",
-        panel="Rarer options",
-        metavar="STRENGTH",
-        at_least=0,
-    )
-    reprob: float = option(
-        0.0, "Probability of erasing a rectangle.", panel="Rarer options", metavar="P", at_least=0, at_most=1
-    )
-    remode: EraseMode = option("pixel", "Contents of an erased rectangle.", panel="Rarer options")
-    recount: int = option(
-        1, "Largest number of erased rectangles per image.", panel="Rarer options", metavar="N", at_least=1
-    )
-    mixup_prob: float = option(
-        1.0,
-        "Probability that mixup or cutmix is applied in a step.",
-        panel="Rarer options",
-        metavar="P",
-        at_least=0,
-        at_most=1,
-    )
-    mixup_switch_prob: float = option(
-        0.5,
-        "Probability of cutmix rather than mixup, if both are on.",
-        panel="Rarer options",
-        metavar="P",
-        at_least=0,
-        at_most=1,
-    )
-    smoothing: float = option(
-        0.0, "Label smoothing.", panel="Rarer options", metavar="SHARE", at_least=0, below=1
-    )
-    train_interpolation: str | None = option(
-        None,
-        "Interpolation of random crops; by default the model's own.",
-        panel="Rarer options",
-        metavar="NAME",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("scale", "ratio"):
-            value = getattr(self, name)
-            require(name, value, len(value) == 2 and value[0] <= value[1], "the smallest, then the largest")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
     """Training of the weights."""
 
@@ -182,7 +96,7 @@ class TrainingOptions(Options):
         1, "Batches per optimiser step.", panel="Training", metavar="N", at_least=1
     )
     opt: str = option("adamw", "Optimiser, by its name in timm.", panel="Training", metavar="NAME")
-    lr: float = option(1e-4, "Highest learning rate.", panel="Training", metavar="RATE", above=0)
+    lr: float = rate_option(1e-4, "Highest learning rate.", panel="Training")
     weight_decay: float = option(
         0.05,
         "Weight decay; not applied to biases, norms and the parameters that the model exempts.",
@@ -218,11 +132,11 @@ class TrainingOptions(Options):
         at_least=0,
         below=1,
     )
-    warmup_lr: float = option(
-        1e-6, "Learning rate at the start of the warmup.", panel="Rarer options", metavar="RATE", at_least=0
+    warmup_lr: float = rate_option(
+        1e-6, "Learning rate at the start of the warmup.", panel="Rarer options", or_zero=True
     )
-    min_lr: float = option(
-        1e-6, "Learning rate at the end of the schedule.", panel="Rarer options", metavar="RATE", at_least=0
+    min_lr: float = rate_option(
+        1e-6, "Learning rate at the end of the schedule.", panel="Rarer options", or_zero=True
     )
     decay_epochs: float = option(
         30.0, "Epochs between decays of the step schedule.", panel="Rarer options", metavar="N", above=0
@@ -250,6 +164,27 @@ class TrainingOptions(Options):
     model_ema_warmup: bool = option(
         True, "Let the moving average forget faster at the start.", panel="Rarer options"
     )
+
+    def idle(self) -> dict[str, str]:
+        """Names of options that would have no effect if they were changed, each with the reason."""
+        found: dict[str, str] = {}
+        shape = option_name("sched", self.sched)
+        if self.sched != "step":
+            found["decay_epochs"] = f"{shape} does not decay in steps"
+        if self.sched not in ("step", "poly"):
+            found["decay_rate"] = f"{shape} has no such factor"
+        if self.sched in ("step", "constant"):
+            found["min_lr"] = f"{shape} has no lowest rate"
+        if self.warmup_epochs == 0:
+            found["warmup_lr"] = f"there is no warmup without {option_name('warmup_epochs')}"
+        if self.opt == "adamw":
+            found["momentum"] = f"{option_name('opt', self.opt)} has none"
+        if not self.clip_grad:
+            found["clip_mode"] = f"{option_name('clip_grad', self.clip_grad)} clips nothing"
+        if not self.model_ema:
+            averaged = f"there is no average without {option_name('model_ema', True)}"
+            found |= dict.fromkeys(("model_ema_decay", "model_ema_warmup"), averaged)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,31 +282,17 @@ class FinetuneOptions(DeviceOptions):
 
     def idle(self) -> dict[str, str]:
         """Names of options that were changed to no effect, each with the reason."""
-        training, varied = self.training, self.augmentation
+        training = self.training
         found: dict[str, str] = {}
         if self.teaching.teacher is None:
             found |= dict.fromkeys(self.teaching.options(), "there is no teacher")
         elif not self.labels:
             found |= dict.fromkeys(("label_weight", "smoothing"), f"{option_name('labels', False)} uses none")
+        elif self.teaching.label_weight == 0:
+            found["smoothing"] = f"{option_name('label_weight', 0)} uses no labels"
         if training.steps is not None:
             found["epochs"] = f"{option_name('steps')} says how long to train"
-        if varied.reprob == 0:
-            found |= dict.fromkeys(("remode", "recount"), f"{option_name('reprob', 0)} erases nothing")
-        if not (varied.mixup and varied.cutmix):
-            found["mixup_switch_prob"] = f"{option_name('mixup')} and {option_name('cutmix')} are not both on"
-        if not (varied.mixup or varied.cutmix):
-            found["mixup_prob"] = f"neither {option_name('mixup')} nor {option_name('cutmix')} is on"
-        if not varied.aug:
-            kept = ("aug", "mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "smoothing")
-            off = f"{option_name('aug', False)} leaves images as they are"
-            found |= dict.fromkeys([name for name in varied.options() if name not in kept], off)
-        if not training.clip_grad:
-            found["clip_mode"] = f"{option_name('clip_grad', training.clip_grad)} clips nothing"
-        if not training.model_ema:
-            averaged = f"there is no average without {option_name('model_ema', True)}"
-            found |= dict.fromkeys(("model_ema_decay", "model_ema_warmup"), averaged)
-        if training.warmup_epochs == 0:
-            found["warmup_lr"] = f"there is no warmup without {option_name('warmup_epochs')}"
+        found |= self.augmentation.idle() | training.idle()
         if not self.amp:
             found["amp_dtype"] = f"precision is mixed with {option_name('amp', True)} only"
         return {name: reason for name, reason in found.items() if name in self.all_changed()}

@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mhacut.errors import UsageError, option_name
-from mhacut.options.base import CheckpointOptions, DeviceOptions, ImageSource, PathLike, PreprocessingOptions
-from mhacut.options.option import option, seed_option
+from mhacut.options.base import (
+    CheckpointOptions,
+    DeviceOptions,
+    ImageSource,
+    PathLike,
+    PreprocessingOptions,
+    seed_option,
+)
+from mhacut.options.option import option
 
 Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 INSPECTED_IMAGES = 64

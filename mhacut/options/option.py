@@ -257,11 +257,6 @@ def option(
     return made  # type: ignore[no-any-return]
 
 
-def seed_option(help: str, *, panel: Panel) -> int:
-    """State a random seed; torch takes the numbers within these bounds."""
-    return option(42, help, panel=panel, metavar="N", at_least=-(2**63), at_most=2**64 - 1)
-
-
 class Options:
     """Options of a command, in groups or on one level; flags, YAML keys and keywords are flat names.
 

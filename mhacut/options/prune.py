@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from mhacut.errors import UsageError, option_name
-from mhacut.options.base import CheckpointOptions, DataOptions, DeviceOptions, PathLike, PreprocessingOptions
-from mhacut.options.option import Options, option, require, seed_option
+from mhacut.options.base import (
+    CheckpointOptions,
+    DataOptions,
+    DeviceOptions,
+    PathLike,
+    PreprocessingOptions,
+    rate_option,
+    seed_option,
+)
+from mhacut.options.option import Options, option, require
 from mhacut.options.targets import TargetOptions
 from mhacut.options.timing import TimingOptions
 
@@ -91,9 +99,7 @@ class SearchOptions(Options):
         metavar="N",
         at_least=0,
     )
-    tuning_lr: float = option(
-        3e-5, "Learning rate of the tuning steps.", panel="Research switches", metavar="RATE", above=0
-    )
+    tuning_lr: float = rate_option(3e-5, "Learning rate of the tuning steps.", panel="Research switches")
     token_weights: bool = option(
         True,
         "Weight each token by its influence on the model's output; off: all tokens count alike.",
@@ -116,9 +122,7 @@ class SearchOptions(Options):
         metavar="N",
         at_least=0,
     )
-    gain_lr: float = option(
-        0.003, "Learning rate of the channel scales.", panel="Research switches", metavar="RATE", above=0
-    )
+    gain_lr: float = rate_option(0.003, "Learning rate of the channel scales.", panel="Research switches")
     selection: Selection = option(
         "repair",
         "Channels to keep once the widths are found: those that leave the smallest error after the repair "
@@ -141,9 +145,7 @@ class SearchOptions(Options):
     steps: int = option(
         60, "Optimiser steps of the indicators.", panel="Research switches", metavar="N", at_least=1
     )
-    lr: float = option(
-        0.01, "Learning rate of the indicators.", panel="Research switches", metavar="RATE", above=0
-    )
+    lr: float = rate_option(0.01, "Learning rate of the indicators.", panel="Research switches")
     budget_weight: float = option(
         1.0,
         "Weight of the budget's gradient relative to the task's.",

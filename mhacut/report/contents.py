@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport
 from mhacut.pruning.indicators import SearchStep
 from mhacut.report.pareto import Choice
-from mhacut.report.stored_curves import StoredCurve
+from mhacut.report.stored_curves import StoredCurves
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,8 @@ class Contents:
     layers: tuple[LayerReport, ...]
     """Layers to show, in the order to show them."""
     comparison: Comparison | None = None
-    curves: tuple[StoredCurve, ...] = ()
+    sensitivity: StoredCurves = field(default_factory=StoredCurves)
     """Sensitivity curves of the last cut."""
-    budget: int | None = None
-    """Budget in FLOPs of the cut that the curves belong to."""
     steps: tuple[SearchStep, ...] = ()
     """Log of the search, where indicators were trained."""
     figures: tuple[tuple[str, str, str], ...] = ()

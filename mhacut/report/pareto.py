@@ -8,7 +8,7 @@ from typing import Any
 
 from mhacut.budget import format_amount, format_flops
 from mhacut.measuring.figures import ModelFigures
-from mhacut.report.charts import Line, LineChart
+from mhacut.report.charts import Line, LineChart, is_empty
 
 COST_FLOPS = "FLOPs, millions"
 """Name of the axis of FLOPs."""
@@ -89,4 +89,4 @@ def choice_charts(choices: Sequence[Choice]) -> list[LineChart]:
             logarithmic = value == "divergence"
             title = f"{value} against {cost.partition(',')[0]}"
             charts.append(LineChart(title, [line, *dots], cost, value, logarithmic))
-    return charts
+    return [chart for chart in charts if not is_empty(chart)]  # a logarithm has no place for 0

@@ -69,15 +69,13 @@ def write_report(
         batch_size=batch_size,
         prunable=layers,
     )
-    curves, budget = stored_curves(pruned.record.history[-1:])
     inspection = replace(inspection, provenance=provenance)
     contents = Contents(
         inspection,
         summary(inspection),
         inspection.layers,
         comparison,
-        curves,
-        budget,
+        stored_curves(pruned.record.history[-1:]),
         tuple(steps),
         tuple(figures),
     )

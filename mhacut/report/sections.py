@@ -9,6 +9,7 @@ from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.plan import UnitKind
+from mhacut.pruning.preserve import Measure
 from mhacut.report.charts import (
     Bar,
     Cell,
@@ -26,6 +27,13 @@ from mhacut.report.stored_curves import StoredCurve
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
+_DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
+    "answers": ("KL divergence, nats", "KL divergence from"),
+    "features": ("squared error over variance", "error of the features of"),
+    "dense": ("divergence, nats per token", "divergence of all tokens' features from those of"),
+    None: ("divergence", "divergence from"),
+}
+"""Name of a sensitivity curve's axis, and words before "the dense model"."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +176,7 @@ def _saved_flops(comparison: Comparison) -> Waterfall:
     left = dense
     for layer in comparison.layers:
         saved = layer.flops[0] - layer.flops[1]
-        colour = "mlp" if "hidden" in layer.widths else "attention"
-        bars.append(Bar(layer.name, left, left - saved, colour, f"-{format_flops(saved)}"))
+        bars.append(Bar(layer.name, left, left - saved, layer.family, f"-{format_flops(saved)}"))
         left -= saved
     bars.append(Bar("slim", 0, slim, "total", format_flops(slim)))
     return Waterfall("FLOPs that each layer saves", bars)
@@ -180,9 +187,8 @@ def _spent_flops(inspection: Inspection) -> Waterfall:
     so_far = inspection.flops - sum(layer.flops for layer in layers)
     bars = [Bar("outside these layers", 0, so_far, "rest", format_flops(so_far))]
     for layer in layers:
-        colour = "attention" if layer.heads else "mlp"
         description = f"{format_flops(layer.flops)} ({100 * layer.share:.1f} %)"
-        bars.append(Bar(layer.name, so_far, so_far + layer.flops, colour, description))
+        bars.append(Bar(layer.name, so_far, so_far + layer.flops, layer.family, description))
         so_far += layer.flops
     bars.append(Bar("total", 0, so_far, "total", format_flops(so_far)))
     return Waterfall("FLOPs of each layer", bars)
@@ -225,26 +231,28 @@ def _errors(comparison: Comparison | None) -> Section | None:
 
 def _curves(contents: Contents) -> Section | None:
     """Sensitivity curves, and the widths that were chosen."""
-    if not contents.curves:
+    sensitivity = contents.sensitivity
+    if not sensitivity.curves:
         return None
+    axis, divergence = _DIVERGENCE[sensitivity.measure]
     charts: list[Chart] = []
     for kind, name in _NAMES.items():
-        curves = [curve for curve in contents.curves if curve.kind == kind]
+        curves = [curve for curve in sensitivity.curves if curve.kind == kind]
         lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
         title = f"{name}: error against width"
-        charts.append(LineChart(title, lines, "share of width", "KL divergence, nats", logarithmic=True))
-    text = "Estimated KL divergence from the dense model if one unit alone is cut to a width and repaired."
-    if contents.budget is not None:
-        text += f" Dots: widths that were chosen for a budget of {format_flops(contents.budget)} FLOPs."
+        charts.append(LineChart(title, lines, "share of width", axis, logarithmic=True))
+    text = f"Estimated {divergence} the dense model if one unit alone is cut to a width and repaired."
+    if sensitivity.budget is not None:
+        text += f" Dots: widths that were chosen for a budget of {format_flops(sensitivity.budget)} FLOPs."
     legend = {"depth-0": "first layers", "depth-2": "middle", "depth-4": "last layers"}
     return Section("Sensitivity", text, legend, [chart for chart in charts if not is_empty(chart)])
 
 
 def _curve_line(curve: StoredCurve, depth: float) -> Line:
     full = curve.points[-1][0]
-    nats = dict(curve.points).get(curve.chosen)
-    marked = None if nats is None else (curve.chosen / full, nats)
-    points = [(width / full, nats) for width, nats in curve.points]
+    error = dict(curve.points).get(curve.chosen)
+    marked = None if error is None else (curve.chosen / full, error)
+    points = [(width / full, error) for width, error in curve.points]
     return Line(curve.layer, points, depth_colour(depth), marked)
 
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 from mhacut.limits import is_int, is_number
 from mhacut.plan import UNIT_KINDS, Plan, UnitKey
 from mhacut.pruning.curves import Curve, sampled_widths
+from mhacut.pruning.preserve import Measure
 
 # Bounds on what is read: the file is untrusted.
 _MOST_CURVES = 4096
@@ -27,9 +28,20 @@ class StoredCurve:
     layer: str
     kind: str
     points: tuple[tuple[int, float], ...]
-    """Widths, ascending, each with its estimated KL divergence in nats; the last is that before the cut."""
+    """Widths, ascending, each with its estimated divergence; the last is that before the cut."""
     chosen: int
     """Width that was chosen."""
+
+
+@dataclass(frozen=True)
+class StoredCurves:
+    """Sensitivity curves of one cut."""
+
+    curves: tuple[StoredCurve, ...] = ()
+    budget: int | None = None
+    """Budget in FLOPs of the cut, where it had one."""
+    measure: Measure | None = "answers"
+    """Divergence that the curves are of; None where the file does not say."""
 
 
 def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
@@ -38,7 +50,7 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     Curves with a value that is not finite are left out.
 
     Args:
-        curves: KL divergence in nats by width, for each unit.
+        curves: divergence by width, for each unit.
         plan: plan with the widths that were chosen.
     """
     chosen = plan.widths()
@@ -52,20 +64,26 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     return documents
 
 
-def stored_curves(history: Iterable[Mapping[str, Any]]) -> tuple[tuple[StoredCurve, ...], int | None]:
-    """Return the curves of the last cut in a slim file's history, and its budget in FLOPs.
+def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
+    """Return the curves of the last cut in a slim file's history.
 
     The history is untrusted: entries that :func:`curves_to_json` would not have written are left out.
     """
-    found: tuple[StoredCurve, ...] = ()
-    budget = None
+    found = StoredCurves()
     for entry in history:
         listed = entry.get("curves")
         if isinstance(listed, list):
-            found = tuple(filter(None, map(_curve, listed[:_MOST_CURVES])))
+            curves = tuple(filter(None, map(_curve, listed[:_MOST_CURVES])))
             stated: Any = entry.get("budget")
             budget = int(stated) if _is_amount(stated) else None
-    return found, budget if found else None
+            found = StoredCurves(curves, budget, _measure(entry)) if curves else StoredCurves()
+    return found
+
+
+def _measure(entry: Mapping[str, Any]) -> Measure | None:
+    """Divergence that a cut was judged by; files whose cut preserved answers do not state it."""
+    stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
+    return next((measure for measure in get_args(Measure) if measure == stated), None)
 
 
 def _curve(entry: object) -> StoredCurve | None:

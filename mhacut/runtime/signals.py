@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.answered = False
-        """Whether the user was told that this takes a while."""
+        """Whether the log says that this takes a while."""
 
 
 @contextmanager

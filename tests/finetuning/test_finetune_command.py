@@ -30,6 +30,8 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
     ("options", "message"),
     [
         ({"opt": "adamv"}, "opt='adamv': no option 'adamv'; did you mean"),
+        ({"opt": "adahessian"}, "opt='adahessian': needs second derivatives"),
+        ({"lr": 1e38}, r"lr=1e\+38: expected above 0, at most 1e\+36"),
         ({"epochs": 0}, "epochs=0"),
         ({"mixup": 1.0, "batch_size": 7}, "batch_size=7: expected an even number with mixup or cutmix"),
         ({"labels": False}, "labels=False: expected a teacher"),
@@ -66,6 +68,23 @@ def test_what_makes_no_sense_is_refused(tune, options, message):
             {"mixup_switch_prob": "mixup and cutmix are not both on"},
         ),
         ({"mixup_prob": 0.5}, {"mixup_prob": "neither mixup nor cutmix is on"}),
+        ({"aa": "rand-m9", "color_jitter": 0.2}, {"color_jitter": "aa='rand-m9' varies colours itself"}),
+        ({"aa": "3a", "color_jitter": 0.2}, {}),
+        (
+            {"teacher": "b", "label_weight": 0.0, "smoothing": 0.1},
+            {"smoothing": "label_weight=0 uses no labels"},
+        ),
+        ({"sched": "step", "decay_epochs": 3.0, "decay_rate": 0.5, "opt": "sgd", "momentum": 0.8}, {}),
+        ({"sched": "poly", "decay_rate": 0.5, "min_lr": 1e-5}, {}),
+        (
+            {"decay_epochs": 3.0, "decay_rate": 0.5, "momentum": 0.8},
+            {
+                "decay_epochs": "sched='cosine' does not decay in steps",
+                "decay_rate": "sched='cosine' has no such factor",
+                "momentum": "opt='adamw' has none",
+            },
+        ),
+        ({"sched": "constant", "min_lr": 1e-5}, {"min_lr": "sched='constant' has no lowest rate"}),
         ({"clip_grad": None, "clip_mode": "agc"}, {"clip_mode": "clip_grad=None clips nothing"}),
         ({"model_ema_warmup": False}, {"model_ema_warmup": "there is no average without model_ema=True"}),
         ({"warmup_lr": 1e-5}, {"warmup_lr": "there is no warmup without warmup_epochs"}),

@@ -20,7 +20,7 @@ from mhacut.errors import UsageError
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches
-from mhacut.finetuning.training import Trainer
+from mhacut.finetuning.training import Trainer, _checkpoint_gradients
 
 
 def test_labels_alone_are_learnt(tune, slim):
@@ -112,6 +112,12 @@ def test_what_timm_has_can_be_asked_for(tune, options):
     result = tune(**options)
     assert result.steps == 6
     assert all(np.isfinite(row.train_loss) for row in result.epochs)
+
+
+def test_a_model_without_grad_checkpointing_says_so():
+    model = timm.create_model("convit_tiny", img_size=32, embed_dim=12, depth=1)
+    with pytest.raises(UsageError, match="grad_checkpointing=True: this model does not support it"):
+        _checkpoint_gradients(model)
 
 
 def test_the_average_is_what_is_written(tune):

@@ -185,6 +185,11 @@ def test_a_resumed_run_writes_to_its_own_directory_whatever_its_name(finished_ru
         assert completed({"resume": "run", "output": output})["output"] == "run"
     with pytest.raises(UsageError, match="output='other': a resumed run writes to its own directory, run"):
         completed({"resume": "run", "output": "other"})
+    assert completed({"resume": "run", "scale": [0.5, 1.0]})["scale"] == [0.5, 1.0]
+    with pytest.raises(UsageError, match=r"scale=\[0.6, 1.0\]: the run in run was started with"):
+        completed({"resume": "run", "scale": [0.6, 1.0]})
+    with pytest.raises(UsageError, match="resume=True: expected a path"):
+        completed({"resume": True})
     own = read_arguments("run")  # as --config run/args.yaml gives them
     assert completed({**own, "resume": "run"}) == {**own, "resume": "run", "output": "run"}
 
@@ -217,7 +222,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp
 def test_a_run_is_not_written_over(tune, finished, slim, images, tmp_path):
     with pytest.raises(OutputError, match=r"already holds a run.*resume="):
         tune()
+    events = finished / "tensorboard" / "events.out.tfevents.1"
+    events.parent.mkdir()
+    mine = [finished / "notes.txt", events.with_name("notes.txt")]
+    for file in (finished / "curve.png", events, *mine):
+        file.write_text("of the earlier run")
     assert tune(overwrite=True).steps == 6
+    assert not (finished / "curve.png").exists()
+    assert not events.exists()
+    assert all(file.exists() for file in mine)
     held = tmp_path / "held"
     held.mkdir()
     (held / "last.safetensors").write_bytes(slim.read_bytes())

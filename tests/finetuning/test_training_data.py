@@ -21,8 +21,9 @@ from mhacut.finetuning.images import StepBatches, training_images, training_load
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.steps import _logging_unreadable
 from mhacut.finetuning.teacher import make_objective
+from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
-from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.progress import Silent
 
 SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": CLASSES}
@@ -137,6 +138,26 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
     given = {"teacher_model": "vit_tiny_patch16_224", "teacher_model_args": {"depth": 1, "img_size": 32}}
     with pytest.raises(CheckpointError, match="has 3 classes, the slim model 7"):
         tune(teacher=tmp_path / "other.safetensors", **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"embed_dim": 24}, "2, the first blocks.0 of shape 17x24"), ({"depth": 3}, "3, the first blocks.0 of")],
+)
+def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_path, change, shown):
+    args = {**tiny_vit.args, **change}
+    other = timm.create_model(tiny_vit.architecture, num_classes=CLASSES, **args)
+    teacher = save_dense(other, tmp_path / "other.safetensors")
+    given = {
+        "teacher": teacher,
+        "teacher_model": tiny_vit.architecture,
+        "teacher_model_args": args,
+        "steps": 1,
+    }
+    with pytest.raises(UsageError, match=rf"feature_weight: the teacher's blocks \({shown}.* leave it out"):
+        tune("matched", **given, feature_weight=1.0)
+    assert not (tmp_path / "matched").exists()
+    assert tune(**given).steps == 1
 
 
 def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_path):

@@ -9,6 +9,9 @@ from PIL import Image
 from helpers.data import PLAIN, calibrated, evaluated, levels
 from mhacut.data import named
 from mhacut.errors import DataError, UsageError
+from mhacut.finetuning.images import StepBatches, training_images, training_loader
+from mhacut.options.augmentation import AugmentationOptions
+from mhacut.options.base import DataOptions
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -109,6 +112,33 @@ def test_labels_outside_the_head_are_refused(opens) -> None:
     loader = evaluated(PLAIN, dataset="torch/any", batch_size=50, workers=0, num_classes=3)
     with pytest.raises(DataError, match="found label 4, the model's head has 3 classes"):
         list(loader)
+
+
+def test_labels_outside_the_head_are_refused_while_training(opens) -> None:
+    silent = Pictures(classes=5)
+    silent.classes = []
+    opens(silent)
+    options = {"num_classes": 3, "need_labels": True}
+    for use_labels in (False, True):
+        found = training_images(
+            DataOptions(dataset="torch/any"), PLAIN, AugmentationOptions(), use_labels=use_labels, **options
+        )
+        batches = StepBatches(found.count, batch_size=20, parts=1, seed=0)
+        parts = training_loader(found, batches, start=0, stop=1, mine=[0], workers=0, pin_memory=False)
+        if not use_labels:
+            assert len(next(parts).images) == 20
+    with pytest.raises(DataError, match=r"found label 4, the model's head has 3 classes.*labels=False"):
+        next(parts)
+
+
+@pytest.mark.parametrize("options", [{"limit": 3}, {}])
+def test_fewer_images_than_processes_are_refused(opens, options) -> None:
+    opens(Pictures())
+    given = {"dataset": "torch/any", "batch_size": 5, "workers": 0, "num_classes": 3, **options}
+    for number in (0, 12):
+        with pytest.raises(DataError, match=r"(3|12) images .* fewer than the 13 processes .*eval_images"):
+            evaluated(PLAIN, part=(number, 13), **given)
+    assert evaluated(PLAIN, part=(2, 3), **given).images > 0
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
