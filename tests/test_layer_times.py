@@ -324,41 +324,6 @@ def test_tries_by_different_clocks_are_not_compared(monkeypatch):
     assert found.milliseconds == found.wall
 
 
-class Uneven:
-    """A stopwatch whose comparisons come out as listed."""
-
-    def __init__(self, monkeypatch, ratios):
-        left = iter(ratios)
-        self.made = 0
-
-        def compared(watch, runs, seconds, threads, precision):
-            self.made += 1
-            ratio = next(left)
-            return latency.Comparison((1.0, ratio), (1.0, ratio), (1.0, ratio), 0.0)
-
-        monkeypatch.setattr(Stopwatch, "_compared", compared)
-        dense = torch.nn.Conv2d(3, 1, 1)
-        self.watch = Stopwatch(TimingOptions(), dense, (3, 4, 4), CPU, SILENT)
-
-    def beside(self, expected):
-        return self.watch.beside([torch.nn.Conv2d(3, 1, 1)], seconds=0.1, expected=expected).ratios[1]
-
-
-@pytest.mark.parametrize(
-    ("ratios", "expected", "found", "made"),
-    [
-        ([0.51], 0.5, 0.51, 1),
-        ([0.8, 0.51, 0.5], 0.5, 0.51, 3),
-        ([0.6, 0.61, 0.59], 0.5, 0.6, 3),
-        ([0.8], None, 0.8, 1),
-    ],
-)
-def test_a_surprising_time_is_the_middle_of_three(monkeypatch, ratios, expected, found, made):
-    uneven = Uneven(monkeypatch, ratios)
-    assert uneven.beside(expected) == found
-    assert uneven.made == made
-
-
 def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):
     busy = latency.Comparison((1.0,), (1.0,), (1.0,), drift=0.2)
     monkeypatch.setattr(stopwatch, "compare_runs", lambda runs, **options: busy)

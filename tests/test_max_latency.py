@@ -171,7 +171,7 @@ def at_shares_of_the_budget(clock, monkeypatch, shares):
     """Let cut models take these shares of the budget, one after the other, and the last one ever after."""
     left, took = iter(shares), []
 
-    def time(target, model, expected):
+    def time(target, model):
         dense = target.times.dense
         most = target.budget.amount(dense)
         if not hasattr(model, "took"):

@@ -38,7 +38,7 @@ class Clock:
         self.unforeseen = lambda share: 1.0
         clock = self  # functions become methods of the stopwatch, bound methods do not
 
-        def beside(stopwatch, models, parts=(), *, seconds, precision=None, expected=None):
+        def beside(stopwatch, models, parts=(), *, seconds, precision=None):
             times = tuple(map(clock.time, (stopwatch.dense, *models)))
             return Comparison(times, times, tuple(time / times[0] for time in times), 0.0)
 

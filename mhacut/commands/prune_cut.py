@@ -72,8 +72,6 @@ class CutModel:
     """Limits of the plan that would follow if this one were too slow."""
     corrections: int
     """Number of corrections that led to its plan."""
-    time: int
-    """Nanoseconds per batch that it took in memory; 0 if it was not timed."""
     bounds: tuple[Reached, ...] = ()
     """Measured losses that the options bound."""
     evaluation: Evaluation | None = None
@@ -99,7 +97,7 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
     check_exact(slim, found.masked, job.images[:PROBED])
     slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
     correction = Correction(plans, fit.amounts.corrected)
-    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1, fit.amounts.time)
+    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1)
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,6 @@ class _Amounts:
     """Limits that it exceeds."""
     unused: frozenset[str]
     """Resources of which it could use more."""
-    time: int = 0
-    """Nanoseconds per batch; 0 without a budget of time."""
     share: float = 0.0
     """Share of the budget of time that it takes; 0 without one."""
 
@@ -187,7 +183,7 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
             fits.append(_Fit(slim, plans, amounts))
             if not amounts.unused and amounts.sure:
                 break
-        if fits and amounts.time and plans >= CORRECTIONS:
+        if fits and amounts.share and plans >= CORRECTIONS:
             break  # the last plan is for a model that is slower when it is read from its file
         target = inputs.time_target
         reason = target.reason_to_go_on(_SURE) if target is not None and amounts.time_decides else ""
@@ -215,29 +211,27 @@ def _amounts(inputs: PruneInputs, slim: _Cut, job: Job, *, first: bool) -> _Amou
         first: whether it is of the first plan.
     """
     planned = slim.planned
-    corrected, missed, unused, time, share = [], [], set[str](), 0, 0.0
+    corrected, missed, unused, share = [], [], set[str](), 0.0
     for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
-        stored, most = _stored(inputs, planned, slim.model, asked, planned.cost(limit))
+        stored, most = _stored(inputs, planned, slim.model, asked)
         missed += [asked] if stored > most else []
         if limit.resource == "max_latency":
-            time, share = stored, stored / most
+            share = stored / most
         corrected.append(planned.corrected(limit, asked, stored))
         if limit.curve is None:
             more = first and corrected[-1].most >= asked.most / NEAR
         else:  # unless another limit decides
             more = planned.cost(limit) > NEAR * limit.most and stored <= _USED * most
         unused |= {limit.resource} if more else set()
-    return _Amounts(tuple(corrected), tuple(missed), frozenset(unused), time, share)
+    return _Amounts(tuple(corrected), tuple(missed), frozenset(unused), share)
 
 
-def _stored(
-    inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit, expected: int
-) -> tuple[int, int]:
+def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit) -> tuple[int, int]:
     """Return the parameters, bytes or nanoseconds that the cut model has, and the most that it may have."""
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
         inputs.stopwatch.start("timing")
-        timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens), expected)
+        timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens))
         return timed.nanoseconds, timed.most
     if limit.resource == "params":
         return count_parameters(slim), limit.most

@@ -91,17 +91,10 @@ class TimeTarget:
         """Layer times that plans use, once they are measured; if tokens may be merged, times by FLOPs."""
         self._last: TimedCut | None = None
 
-    def time(self, model: nn.Module, expected: int) -> TimedCut:
-        """Time a cut model in turns with the dense one.
-
-        Args:
-            model: the cut model.
-            expected: nanoseconds that it should take.
-        """
+    def time(self, model: nn.Module) -> TimedCut:
+        """Time a cut model in turns with the dense one."""
         dense = self._known.dense
-        found = self.stopwatch.beside(
-            [model], seconds=_WHOLE_SECONDS, precision=_PRECISION, expected=expected / dense
-        )
+        found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, precision=_PRECISION)
         self._last = TimedCut(found.ratios[1], dense, self.budget.amount(dense), found.wall[1])
         return self._last
 

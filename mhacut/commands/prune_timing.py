@@ -31,9 +31,8 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     target.stopwatch.start("timing")
-    expected = found.time or target.foreseen(found.planned)
-    timed = target.time(slim, expected)
-    return timed if timed.nanoseconds <= timed.most else target.time(slim, expected)
+    timed = target.time(slim)
+    return timed if timed.nanoseconds <= timed.most else target.time(slim)
 
 
 def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Module:

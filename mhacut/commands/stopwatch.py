@@ -27,9 +27,6 @@ from mhacut.runtime.device import same_device
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.replay import Replay
 
-_SURPRISING = 0.03
-"""Relative difference from what was expected after which a time is measured again."""
-
 
 class Stopwatch:
     """Times models beside the dense one."""
@@ -71,7 +68,6 @@ class Stopwatch:
         *,
         seconds: float,
         precision: float | None = None,
-        expected: float | None = None,
     ) -> Comparison:
         """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
 
@@ -80,19 +76,12 @@ class Stopwatch:
             parts: functions that :meth:`ready` returned.
             seconds: of measuring, for all of them together.
             precision: relative standard error of the ratios until which it goes on, up to five times as long.
-            expected: ratio of the first of ``models`` to the dense one. If the measured ratio is far from
-                it, two more measurements are made, and the one with the middle ratio is returned.
         """
         with using_threads(self.timing.threads) as threads, many_compiled():
             if self._dense_run is None:
                 self._dense_run = self._run(self.dense, threads)
             runs = [self._dense_run, *(self._run(model, threads) for model in models)]
-            runs += parts
-            found = self._compared(runs, seconds, threads, precision)
-            if expected is None or abs(found.ratios[1] / expected - 1) < _SURPRISING:
-                return found
-            three = [found, *(self._compared(runs, seconds, threads, precision) for _ in range(2))]
-            return sorted(three, key=lambda one: one.ratios[1])[1]
+            return self._compared([*runs, *parts], seconds, threads, precision)
 
     def parts(self, parts: Sequence[Run], *, seconds: float) -> Comparison:
         """Time parts of models, functions that :meth:`ready` returned, in turns."""

@@ -17,7 +17,7 @@ class Counting:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         clock = self  # functions become methods of the stopwatch, bound methods do not
 
-        def beside(stopwatch, models, parts=(), *, seconds, precision=None, expected=None):
+        def beside(stopwatch, models, parts=(), *, seconds, precision=None):
             clock.models += len(models)
             times = [clock.time(model, stopwatch.dense) for model in (stopwatch.dense, *models)]
             return found([*times, *map(alone, parts)])
