@@ -173,20 +173,29 @@ def test_a_slim_file_keeps_what_its_cut_assumed(tiny_vit, tmp_path):
     assert f"mean 0.5,0.5,0.5 (from the file, which used timm's default for {found.architecture})" in text
 
 
+@pytest.fixture
+def origin_of_mean(tiny_vit, tmp_path):
+    """Origin of the mean of a slim file whose history has the given entry, and whether it is sure."""
+
+    def found(entry):
+        path = tmp_path / "slim.safetensors"
+        model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)
+        record = dataclasses.replace(record, history=(entry,))
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        write_slim(path, model, record, dtypes=dtypes, overwrite=True, input_path=None)
+        given = provenance(open_checkpoint(path), PreprocessingOptions())
+        return given.origins["mean"], given.normalisation_is_sure
+
+    return found
+
+
 @pytest.mark.parametrize("entry", [{}, {"preprocessing_from": 3}, {"preprocessing_from": {"mean": []}}])
-def test_any_history_is_read(tiny_vit, tmp_path, entry):
-    path = tmp_path / "slim.safetensors"
-    model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)
-    record = dataclasses.replace(record, history=(entry,))
-    write_slim(
-        path,
-        model,
-        record,
-        dtypes={name: tensor.dtype for name, tensor in model.state_dict().items()},
-        overwrite=True,
-        input_path=None,
-    )
-    assert provenance(open_checkpoint(path), PreprocessingOptions()).origins["mean"] == "file"
+def test_any_history_is_read(origin_of_mean, entry):
+    assert origin_of_mean(entry) == ("file", True)
+
+
+def test_a_module_s_normalisation_stays_unsure_in_the_files_cut_from_it(origin_of_mean):
+    assert origin_of_mean({"preprocessing_from": {"mean": "module", "std": "module"}}) == ("module", False)
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return the hex digest of names, shapes, dtypes and bytes of ``tensors``, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sys.byteorder}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
 
 TIMM_PREFIX = "timm:"
+_MISFIT = "Error(s) in loading state_dict"
+"""Beginning of torch's message about weights that are not those of the model."""
 
 
 def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
@@ -40,13 +43,6 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     build_skeleton(ModelIdentity(architecture, args))  # arguments that do not fit fail here, by name
     _check_within_reach(source, name)
     model = _create(source, name, args)
-    pretrained_classes = model.pretrained_cfg.get("num_classes")
-    if hints.num_classes not in (None, 0, pretrained_classes):
-        raise CheckpointError(
-            f"{source}: its classifier has {pretrained_classes} classes; a classifier of {hints.num_classes} "
-            f"would have random weights: leave {option_name('num_classes')} out, or fine-tune first and give "
-            "that file"
-        )
     identity = identity_of(model, architecture, args)
     set_resolved_preprocessing(model, identity, source)
     tensors = model.state_dict()
@@ -106,12 +102,41 @@ def _out_of_reach(source: str, reason: str) -> str:
     )
 
 
-def _create(source: str, name: str, args: dict[str, Any]) -> Any:
+def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
+    """Return the model with all its weights; without its classifier if there are to be 0 classes.
+
+    Where ``num_classes`` is not that of the weights, timm itself would leave whatever lacks weights random.
+    """
     import timm
 
+    own = {key: value for key, value in args.items() if key != "num_classes"}
     try:
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True, **args)
+            model: Any = timm.create_model(name, pretrained=True, **own)
     except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(_out_of_reach(source, reason)) from error
+        lines = str(error).strip().split("\n")
+        if lines[0].startswith(_MISFIT):
+            raise CheckpointError(_misfit(source, own, lines[1:])) from error
+        raise CheckpointError(_out_of_reach(source, lines[0] or type(error).__name__)) from error
+    asked = args.get("num_classes", model.num_classes)
+    if asked == model.num_classes:
+        return model
+    if asked != 0:
+        raise CheckpointError(
+            f"{source}: its classifier has {model.num_classes} classes; a classifier of {asked} "
+            f"would have random weights: leave {option_name('num_classes')} out, or fine-tune first and give "
+            "that file"
+        )
+    with torch.random.fork_rng(devices=[]):
+        headless: Any = timm.create_model(name, **args)
+    weights = model.state_dict()
+    missing = [key for key in headless.state_dict() if key not in weights]
+    if missing:
+        raise CheckpointError(_misfit(source, args, [f"no weights of {missing[0]}"]))
+    headless.load_state_dict({key: weights[key] for key in headless.state_dict()})
+    return headless
+
+
+def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str:
+    hint = f"; leave {option_name('model_args', args)} out" if args else ""
+    return f"{source}: its weights do not fit the model ({' '.join(details).strip():.150}){hint}"

@@ -117,6 +117,8 @@ def _of_slim(record: SlimRecord, name: str) -> Origin:
     """Return the origin of a value that a slim file states; its history may be anybody's."""
     stated = [entry[_HISTORY_KEY] for entry in record.history if _HISTORY_KEY in entry]
     last = stated[-1].get(name) if stated and isinstance(stated[-1], dict) else None
+    if last == "module":  # which says nothing about the training of its weights
+        return "module"
     return "assumed" if last in ("assumed", "default") else "file"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if values.get("resume") is None:
         return values
-    if not Path(values["resume"]).is_dir():
+    if not os.path.isdir(values["resume"]):
         asked = option_name("resume", values["resume"])
         raise UsageError(f"{asked}: no run to continue; the directory does not exist")
     from mhacut.finetuning.resuming import completed  # imports yaml, as below

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options, part_of_dense
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.commands.idle import log_idle_options
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare
@@ -81,6 +82,7 @@ def inspect(
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """Run :func:`inspect` with its options in one object."""
     _check_outputs(options)
+    log_idle_options(options, options.idle(), reporter)
     reporter.start("reading")
     opened = _open(options, reporter)
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]

@@ -69,7 +69,7 @@ def check_files(options: PruneOptions, each: Sequence[PruneOptions], read: PathL
     """
     named = None if options.checkpoint == IN_MEMORY else options.checkpoint
     kept = options.calibration
-    if kept is not None and not Path(kept).exists():  # else it is read
+    if kept is not None and not os.path.exists(kept):  # else it is read
         check_output(kept, overwrite=False, input_path=read or named)
     written = [options.report]
     for own in each:

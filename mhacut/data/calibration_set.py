@@ -94,7 +94,7 @@ def _from_folder(
         hint = f", or leave labels out with {option_name('labels', False)}"
         labels = label_images(folder, data.class_map, num_classes, hint)
     files = ImageFiles(folder.path, folder.images, labels, preprocessing)
-    return _choose(files, folder.names, count, seed, f"under {folder.path.name}/", labelled)
+    return _choose(files, folder.names, count, seed, f"under {folder.name}/", labelled)
 
 
 def _choose(
@@ -140,7 +140,7 @@ def _from_named(
     opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
     where = f"of {name} {split}"
     if isinstance(opened, IterableDataset):
-        samples = list(NamedStream(opened, count, preprocessing))
+        samples = list(NamedStream(name, opened, count, preprocessing))
         if not samples:
             raise DataError(f"{option_name('dataset', name)}, split {split!r}: gave no images")
         images, labels, _ = collate(samples)
@@ -151,7 +151,7 @@ def _from_named(
         if not len(opened):
             raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
         everything = NamedImages(name, opened, range(len(opened)), preprocessing)
-        chosen = _choose(everything, targets_of(opened), count, seed, where, use_labels)
+        chosen = _choose(everything, targets_of(name, opened), count, seed, where, use_labels)
     if not use_labels or chosen.labels is None:
         return CalibrationImages(chosen.images, None, chosen.description)
     wrong = label_outside(chosen.labels, num_classes)

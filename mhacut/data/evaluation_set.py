@@ -183,7 +183,7 @@ def _from_folder(
     images, labels = [folder.images[index] for index in indices], [labels[index] for index in indices]
     first, step = _checked_part(part, len(images))
     files = ImageFiles(folder.path, images[first::step], labels[first::step], preprocessing)
-    description = f"{len(images)} of {len(folder.images)} images under {folder.path.name}/"
+    description = f"{len(images)} of {len(folder.images)} images under {folder.name}/"
     return _Chosen(files, len(files), description, fingerprint(images, labels))
 
 
@@ -204,9 +204,9 @@ def _from_named(
         total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images of {name} {split}"
-        stream = NamedStream(opened, limit, preprocessing)
+        stream = NamedStream(name, opened, limit, preprocessing)
         return _Chosen(stream, total, description, fingerprint([name, split], [total]))
-    targets = targets_of(opened)
+    targets = targets_of(name, opened)
     indices = _spread(targets, limit)
     first, step = _checked_part(part, len(indices))
     images = NamedImages(name, opened, indices[first::step], preprocessing)

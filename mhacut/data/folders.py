@@ -40,6 +40,11 @@ class Folder:
     """Class folders in timm's order (2 before 10), empty ones included."""
 
     @property
+    def name(self) -> str:
+        """Name of the folder itself, also where the path is ``.``."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    @property
     def empty(self) -> tuple[str, ...]:
         """Class folders without an image."""
         held = set(self.names)
@@ -134,7 +139,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     """
     path = Path(file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
     while lines and not lines[-1].strip():

@@ -110,7 +110,8 @@ class InMemoryBatches:
     def __len__(self) -> int:
         """Number of batches of a pass; 0 if nobody knows."""
         if _is_whole(self._given):
-            images = self._given[0] if isinstance(self._given, tuple) else self._given
+            whole: Any = self._given
+            images = whole if isinstance(whole, Tensor) else whole[0]
             return math.ceil(len(images) / self._batch_size) if isinstance(images, Sized) else 0
         return len(self._given) if isinstance(self._given, Sized) else 0
 
@@ -209,7 +210,10 @@ def _collected(
 
 
 def _is_whole(given: ImagesInMemory) -> bool:
-    """Whether all images are one batch."""
+    """Whether all images are one batch; a ``DataLoader`` makes a list of its images and labels."""
+    if isinstance(given, list) and len(given) == 2:
+        images, labels = given
+        return isinstance(images, Tensor) and isinstance(labels, Tensor) and labels.ndim < images.ndim
     return isinstance(given, Tensor | tuple)
 
 

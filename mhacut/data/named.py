@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -73,12 +73,12 @@ class NamedImages(Dataset[Sample]):
 class NamedStream(IterableDataset[Sample]):
     """Images of a dataset of timm's that can only be read from its beginning."""
 
-    def __init__(self, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
-        self.opened, self.limit = opened, limit
+    def __init__(self, name: str, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
+        self.name, self.opened, self.limit = name, opened, limit
         self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
 
     def __iter__(self) -> Iterator[Sample]:
-        for number, (picture, target) in enumerate(self.opened):
+        for number, (picture, target) in enumerate(_with_labels(self.name, self.opened)):
             if self.limit is not None and number == self.limit:
                 return
             mode = "RGB" if self._channels == 3 else "L"
@@ -155,6 +155,17 @@ def _kind(name: str) -> str:
     return prefix
 
 
+def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
+    """Give the items of a reader of timm's, which looks labels up as it goes."""
+    try:
+        yield from items
+    except KeyError as error:
+        raise DataError(
+            f"{option_name('dataset', name)}: its labels cannot be read: there is no {error!s:.80}; "
+            f"expected a column 'label', and with {option_name('class_map')} a line for every class"
+        ) from error
+
+
 def _class_count(opened: Any) -> int | None:
     classes = getattr(opened, "classes", None) or getattr(
         getattr(opened, "reader", None), "class_to_idx", None
@@ -162,11 +173,15 @@ def _class_count(opened: Any) -> int | None:
     return len(classes) if classes else None
 
 
-def targets_of(opened: Any) -> list[object]:
-    """Return a label per image where labels are known without reading images; else 0 for all."""
+def targets_of(name: str, opened: Any) -> list[object]:
+    """Return a label per image where labels are known without reading images; else 0 for all.
+
+    Raises:
+        DataError: the labels of the dataset ``name`` cannot be read.
+    """
     reader: Any = getattr(opened, "reader", None)
     if hasattr(reader, "iter_targets"):
-        return list(reader.iter_targets())
+        return list(_with_labels(name, reader.iter_targets()))
     targets = getattr(opened, "targets", None)
     if targets is not None and len(targets) == len(opened):
         return [int(target) for target in targets]

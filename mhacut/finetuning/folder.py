@@ -72,7 +72,7 @@ class RunFolder:
             read: files that the run reads, which are never replaced.
             overwrite: whether the files of a run that it holds may be removed.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(
                 f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
             )

@@ -114,7 +114,7 @@ def training_images(
         samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
         count=len(labels),
         labelled=labelled,
-        description=f"{len(labels)} images under {folder.path.name}/ ({with_labels})",
+        description=f"{len(labels)} images under {folder.name}/ ({with_labels})",
         fingerprint=fingerprint(folder.images, labels),
     )
 
@@ -142,7 +142,7 @@ def _named(
         count=count,
         labelled=use_labels,
         description=f"{count} images of {name} {split} ({with_labels})",
-        fingerprint=fingerprint([name, split], targets_of(opened)),
+        fingerprint=fingerprint([name, split], targets_of(name, opened)),
         num_classes=num_classes if use_labels else None,
     )
 

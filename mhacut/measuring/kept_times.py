@@ -36,7 +36,7 @@ def kept_table(
     digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True).encode()).hexdigest()
     path = _folder() / f"{digest[:32]}.json"
     kept: TimeTable | None = None
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where it may not look
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] == _FORMAT and document["key"] == json.loads(json.dumps(key)):
@@ -64,5 +64,5 @@ def kept_table(
 
 
 def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(cache) / "mhacut" / "layer-times"

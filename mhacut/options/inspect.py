@@ -96,6 +96,15 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
                 f"where they are with {option_name('data_dir')} or {option_name('dataset')}"
             )
 
+    def idle(self) -> dict[str, str]:
+        """Names of options that were changed to no effect, each with the reason."""
+        found: dict[str, str] = {}
+        if not self.has_images:
+            found = dict.fromkeys(("train_split", "seed"), "there are no images to choose from")
+        if not self.sees_images:
+            found |= dict.fromkeys(("batch_size", "device"), "the model is run on no images")
+        return {name: reason for name, reason in found.items() if name in self.all_changed()}
+
     @property
     def sees_images(self) -> bool:
         """Whether the model is run on images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
         return job.calibrate(processes)
     fingerprint = fingerprint_of(job)
     # All look before the first writes; where disks are not shared, it may not be there for all.
-    everywhere = processes.union([str(path.exists())]) == ["True"]
+    everywhere = processes.union([str(os.path.exists(path))]) == ["True"]
     with processes.together():
         found = read_calibration(path, fingerprint, job.device) if everywhere else None
     if found is not None:
@@ -58,7 +59,7 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
         return replace(found, preserved=_preserved(job, found.held, processes))
     calibration = job.calibrate(processes)
     with processes.together():
-        if processes.first and not path.exists():
+        if processes.first and not os.path.exists(path):
             write_calibration(path, calibration, fingerprint)
             job.reporter.log(f"calibration saved in {path}")
     return calibration

@@ -19,6 +19,10 @@ if sys.platform != "win32":
     import fcntl
 
 AnyPath = str | os.PathLike[str]
+READ_IN_FOLDERS = re.compile(
+    r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
+)
+"""Names of the files of a folder that are read as one checkpoint."""
 _LOCK = "lock"
 """Name of the file in a temporary folder that is locked while its process runs."""
 
@@ -53,7 +57,7 @@ def check_creatable(target: Path) -> None:
     nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), None)
     if nearest is None:
         raise OutputError(f"{show(target)}: cannot be created, it lies in no directory; choose another place")
-    if not nearest.is_dir():
+    if not os.path.isdir(nearest):
         raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
     try:
         with temporary_folder(nearest / target.name) as folder:
@@ -165,7 +169,7 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
                 _open_to_others(file)
                 sync(file)
             sync_directory(temporary)
-            if target.is_dir():
+            if os.path.isdir(target):
                 for file in temporary.iterdir():
                     os.replace(file, target / file.name)
                 sync_directory(target)
@@ -306,7 +310,7 @@ def _prefix(target: Path) -> str:
 
 def _make_directory(path: Path) -> None:
     """Make a directory with its parents, and flush the entry of each that is new to disk."""
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    missing = [parent for parent in (path, *path.parents) if not os.path.exists(parent)]
     path.mkdir(parents=True, exist_ok=True)
     for parent in missing:
         sync_directory(parent.parent)
@@ -338,7 +342,10 @@ def _check_not_input(target: Path, input_path: AnyPath | None) -> None:
     if input_path is None:
         return
     source = Path(input_path)
-    inputs = [source, *(source.iterdir() if source.is_dir() else ())]
+    inputs = [source]
+    with suppress(OSError):  # may not be looked at
+        if os.path.isdir(source):
+            inputs += [file for file in source.iterdir() if READ_IN_FOLDERS.fullmatch(file.name)]
     for existing in inputs:
         with suppress(OSError):
             if os.path.realpath(target) == os.path.realpath(existing) or os.path.samefile(target, existing):
@@ -349,13 +356,13 @@ def _check_not_input(target: Path, input_path: AnyPath | None) -> None:
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
+    if os.path.isdir(target):
         raise OutputError(f"{show(target)}: is a directory; give the name of a file in it")
     if not overwrite:
         raise OutputError(
             f"{show(target)}: exists already; choose another name, or {option_name('overwrite', True)}"
         )
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+    if os.path.exists(target) and not stat.S_ISREG(target.stat().st_mode):
         raise OutputError(
             f"{show(target)}: is not a regular file (a device, pipe or socket); choose another name"
         )

@@ -29,6 +29,8 @@ def check_checkpoint(path: AnyPath) -> None:
         raise CheckpointError(f"no such folder: {show(path)}")
     if not is_directory(Path(path)):
         regular_size(Path(path))
+    elif not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{show(path)}: no permission to read the folder")
 
 
 def is_directory(path: Path) -> bool:
@@ -70,12 +72,18 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def check_data_dir(path: AnyPath) -> None:
-    """Raise a :class:`DataError` unless ``path`` is a directory."""
-    root = Path(path)
-    if not root.exists():
-        raise DataError(f"{root}: no such directory ({option_name('data_dir')})")
-    if not root.is_dir():
-        raise DataError(f"{root}: is a file; {option_name('data_dir')} expects a directory with images")
+    """Raise a :class:`DataError` unless ``path`` is a directory that may be read."""
+    root, option = Path(path), option_name("data_dir")
+    try:
+        mode = os.stat(root).st_mode
+    except PermissionError:
+        raise DataError(f"{root}: no permission to read it ({option})") from None
+    except (OSError, ValueError):
+        raise DataError(f"{root}: no such directory ({option})") from None
+    if not stat.S_ISDIR(mode):
+        raise DataError(f"{root}: is a file; {option} expects a directory with images")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise DataError(f"{root}: no permission to read it ({option})")
 
 
 def check_class_map(path: AnyPath) -> None:

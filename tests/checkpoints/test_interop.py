@@ -236,6 +236,17 @@ def test_transformers_answers_are_timms(built, name):
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
 
 
+@pytest.mark.parametrize("width", [192, 1280])
+def test_a_dinov2_of_a_size_that_timm_lacks_is_one_of_timm_s_with_other_arguments(width):
+    """That of ViT-Ti, and of ViT-H."""
+    depth, heads = {192: (12, 3), 1280: (32, 16)}[width]
+    config = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": depth}
+    (family,) = (one for one in TRANSFORMERS if "dinov2" in one.model_types)
+    built = family.build(Config({**config, "num_attention_heads": heads}, "here"), {})
+    assert built.architecture == "vit_base_patch14_dinov2"
+    assert (built.args["embed_dim"], built.args["depth"], built.args["num_heads"]) == (width, depth, heads)
+
+
 def test_images_of_blue_green_and_red_become_red_green_and_blue(built):
     folder, original = built(CASES["mobilevit"])
     (folder / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))

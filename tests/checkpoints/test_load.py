@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -247,6 +249,40 @@ def test_timm_weights_from_the_cache(monkeypatch):
     assert "a classifier of 10 would have random weights" in refusal(
         f"timm:{NAME}", model_args=ARGS, num_classes=10
     )
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Weights that timm's own loader gets from the hub, those of a small ViT of 1000 classes."""
+    weights = timm.create_model(NAME, **ARGS).state_dict()
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: dict(weights))
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
+    return weights
+
+
+def test_timm_weights_without_their_classifier(fetched):
+    whole = read_model(f"timm:{NAME}", model_args=ARGS)
+    headless = read_model(f"timm:{NAME}", model_args=ARGS, num_classes=0)
+    assert headless.identity.model_args == {**ARGS, "num_classes": 0}
+    body = {key: tensor for key, tensor in fetched.items() if not key.startswith("head.")}
+    for loaded, expected in ((whole, fetched), (headless, body)):
+        found = loaded.model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "hints", "shown"),
+    [
+        ({"depth": 1}, {}, "Unexpected key"),
+        ({"depth": 3}, {"num_classes": 0}, "Missing key"),
+        ({"global_pool": "avg"}, {"num_classes": 0}, "Missing key.*fc_norm"),
+        ({"global_pool": "avg", "num_classes": 0}, {}, "Missing key.*fc_norm"),
+    ],
+)
+def test_timm_weights_never_leave_a_layer_random(fetched, change, hints, shown):
+    message = refusal(f"timm:{NAME}", model_args={**ARGS, **change}, **hints)
+    assert re.search(rf"its weights do not fit the model \({shown}.*; leave model_args=.* out", message)
 
 
 def test_a_part_is_asked_of_files_that_may_have_some(dense, tmp_path):

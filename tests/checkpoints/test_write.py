@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mhacut.checkpoint import write
+from mhacut.checkpoint.folder import INDEX, WEIGHT_FILES
 from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
 from mhacut.runtime import files, tensor_file
-from mhacut.runtime.files import check_output
+from mhacut.runtime.files import READ_IN_FOLDERS, check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
 RECORD = SlimRecord(
@@ -125,8 +126,23 @@ def test_weights_of_an_input_folder_are_never_overwritten(put, tmp_path):
     weights.write_text("precious")
     with pytest.raises(OutputError, match="which is never overwritten"):
         put(weights, overwrite=True, input_path=tmp_path)
-    put(tmp_path / "slim.safetensors", input_path=tmp_path)
+    for overwrite in (False, True):  # what was written there before is no input
+        put(tmp_path / "slim.safetensors", overwrite=overwrite, input_path=tmp_path)
     assert weights.read_text() == "precious"
+
+
+def test_every_file_that_is_read_from_a_folder_is_an_input():
+    configurations = [
+        "config.json",
+        "open_clip_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ]
+    shards = [INDEX, "model-00002-of-00003.safetensors"]
+    assert all(map(READ_IN_FOLDERS.fullmatch, [*WEIGHT_FILES, *configurations, *shards]))
+    assert not any(
+        map(READ_IN_FOLDERS.fullmatch, ["slim.safetensors", "report.html", "model-2.0G.safetensors"])
+    )
 
 
 def test_overwriting_a_link_replaces_what_it_points_to(put, tmp_path):

@@ -111,6 +111,19 @@ def test_labels_that_nobody_reads_may_be_anything():
     assert (found.labels, validation) == (None, None)
 
 
+def test_a_list_of_images_and_labels_is_a_batch_of_them():
+    """As ``next(iter(loader))`` gives it; two batches in a list are two batches."""
+    pair = [numbered(6), torch.arange(6) % 4]
+    listed, measuring = split(pair, count=4)
+    expected, also = split(tuple(pair), count=4)
+    assert torch.equal(listed.images, expected.images)
+    assert torch.equal(listed.labels, expected.labels)
+    assert measured(measuring) == measured(also) != []
+    assert len(measuring) == len(also)
+    batches, _ = split([numbered(3), numbered(3)], count=6)
+    assert (len(batches.images), batches.labels) == (6, None)
+
+
 NAN = numbered(4)
 NAN[2, 1, 0, 0] = float("nan")
 LABELS = torch.tensor([0, 1, 2, 3])

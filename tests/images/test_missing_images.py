@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers.data import PLAIN, calibrated, evaluated, evaluation, levels, write_image
-from mhacut.errors import DataError, UsageError
+from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.runtime import inputs
 
 
 def test_missing_places_are_named(tmp_path) -> None:
@@ -22,6 +23,29 @@ def test_missing_places_are_named(tmp_path) -> None:
         calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "empty")
     with pytest.raises(UsageError, match="data_dir or dataset"):
         evaluated(PLAIN, batch_size=1, workers=0, num_classes=3)
+
+
+@pytest.mark.parametrize("where", ["stat", "access"])
+def test_a_place_that_may_not_be_read_is_named(tmp_path, monkeypatch, where) -> None:
+    """Of the folder itself, or of one above it."""
+
+    def refuse(path, *_, **__):
+        if where == "access":
+            return False
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs.os, where, refuse)
+        with pytest.raises(DataError, match=r"no permission to read it \(data_dir\)$"):
+            inputs.check_data_dir(tmp_path)
+        with pytest.raises(CheckpointError, match=r"no permission|cannot be opened: Permission denied"):
+            inputs.check_checkpoint(tmp_path)
+
+
+def test_the_folder_that_one_is_in_has_a_name(root, monkeypatch) -> None:
+    monkeypatch.chdir(root / "val")
+    assert "under val/" in calibrated(PLAIN, count=1, seed=0, data_dir=".").description
+    assert "under val/" in evaluation(".").description
 
 
 def test_a_missing_split_is_not_the_whole_root(root) -> None:
@@ -73,6 +97,9 @@ def test_a_class_map_gives_the_heads_order(root, tmp_path) -> None:
         1: 3,
         2: 0,
     }
+    names.write_text("\ufeffcat\nzebra\nant\nbee\n", encoding="utf-8")  # as editors on Windows write it
+    again = calibrated(PLAIN, count=12, seed=0, data_dir=root, class_map=names, num_classes=4)
+    assert torch.equal(again.labels, chosen.labels)
     for text, message in (
         ("cat\nant\n", "names 2 classes, the model's head has 4"),
         ("cat\ncat\nant\nbee\n", "'cat' twice"),

@@ -141,6 +141,37 @@ def test_fewer_images_than_processes_are_refused(opens, options) -> None:
     assert evaluated(PLAIN, part=(2, 3), **given).images > 0
 
 
+class Columns:
+    """A reader of timm's, whose dataset has no column of labels."""
+
+    def iter_targets(self):
+        yield {"labels": 1}["label"]
+
+
+def test_a_dataset_without_a_column_of_labels_is_refused(opens) -> None:
+    pictures = Pictures()
+    pictures.reader = Columns()
+    opens(pictures)
+    given = {"dataset": "hfds/any", "num_classes": 3}
+    message = "^dataset='hfds/any': its labels cannot be read: there is no 'label'; expected a column"
+    with pytest.raises(DataError, match=message):
+        calibrated(PLAIN, count=6, seed=0, **given)
+    with pytest.raises(DataError, match=message):
+        evaluated(PLAIN, batch_size=5, workers=0, **given)
+
+
+def test_a_class_that_no_line_names_is_refused_in_a_stream_too(opens) -> None:
+    class Unnamed(Stream):
+        def __iter__(self):
+            yield from super().__iter__()
+            raise KeyError("zebra")
+
+    opens(Unnamed())
+    loader = evaluated(PLAIN, dataset="wds/any", batch_size=5, workers=0, num_classes=3)
+    with pytest.raises(DataError, match=r"there is no 'zebra'; .* with class_map a line for every class"):
+        list(loader)
+
+
 def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: None)
     for name, package in (("hfds/cifar10", r"mhacut\[hfds\]"), ("wds/imagenet", r"mhacut\[wds\]")):

@@ -77,8 +77,9 @@ def _build_dinov2(config: Config, shapes: Shapes) -> Built:
         size: str | None = "giant"
     else:
         size = size_name(args)
-    name = f"vit_{size or 'base'}_patch14_{'reg4_' if registers else ''}dinov2"
-    return Built(name, args)
+    ending = f"patch14_{'reg4_' if registers else ''}dinov2"
+    name = f"vit_{size}_{ending}"
+    return Built(name if known_model(name) else f"vit_base_{ending}", args)
 
 
 def _gated_channels(hidden: int) -> int:
