@@ -275,10 +275,21 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in it.model.modules())
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]])
+def test_a_small_batch_size_bounds_the_images_that_are_run_at_once(case):
+    it, seen = Curved(case, "channel"), []
+    job = replace(it.job, options=replace(it.job.options, batch_size=5))
+    with it.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0]))):
+        found = curves_on_all_images(job, it.calibration, it.candidates)
+    assert seen == [10] * (IMAGES // 10)
+    for key, curve in it.curves.items():
+        assert found[key] == pytest.approx(curve, rel=1e-9, abs=1e-18)
+
+
 def test_units_that_are_not_asked_for_are_not_run():
     it, reporter = Curved(CASES[0], "principal"), Recorder()
     candidates = {key: candidate for key, candidate in it.candidates.items() if key[1] != "qk"}
-    with patch.object(module_under_test, "_curve_by_runs", None):
+    with patch.object(module_under_test, "_add_runs", None):
         found = sensitivity_curves(replace(it.job, reporter=reporter), it.calibration, candidates)
     assert set(found) == set(candidates)
     assert all(found[key] == it.curves[key] for key in candidates)

@@ -245,6 +245,43 @@ def test_pooled_features_can_be_preserved_instead(tmp_path):
     assert not any("preserving" in each for each in messages)
 
 
+SIGLIP = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "num_classes": 0})
+CAIT = ModelCase("cait_xxs24_224", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("case", "preserve", "whole"),
+    [
+        (SIGLIP, None, "attn_pool"),
+        (SIGLIP, "pyramid", "attn_pool"),
+        (CAIT, "pyramid", "blocks_token_only.0.attn"),
+    ],
+)
+def test_layers_that_do_not_run_for_what_is_preserved_stay_whole(tmp_path, case, preserve, whole):
+    model = build(case)
+    result, messages = pruned(model, tmp_path, ARGS, preserve=preserve)
+    assert any(re.match(rf"not prunable: {whole}: does not run for the ", one) for one in messages)
+    slim = mhacut.load_model(result.output)
+    shapes = [
+        {name: x.shape for name, x in each.get_submodule(whole).state_dict().items()}
+        for each in (model, slim)
+    ]
+    assert shapes[0] == shapes[1]
+    assert result.slim.flops <= result.budget < result.dense.flops
+    x = image(case)
+    with torch.no_grad():
+        assert slim(x).shape == model(x).shape
+    pooled, messages = pruned(model, tmp_path, ARGS, preserve="pooled", overwrite=True)
+    assert not any("does not run" in one for one in messages)
+    assert any(unit.layer == whole for unit in pooled.plan)
+
+
+def test_indicators_behind_what_is_preserved_follow_the_budget_alone(tmp_path):
+    result, _ = pruned(build(VIT), tmp_path, ARGS, preserve="blocks.0", allocation="indicator", steps=2)
+    assert result.slim.flops <= result.budget
+    assert {unit.layer for unit in result.plan} >= {"blocks.1.attn", "blocks.1.mlp"}
+
+
 @pytest.mark.parametrize("classes", [5, 100], ids=["fewer classes than features", "more"])
 def test_pooled_features_do_not_learn_from_labels(tmp_path, classes):
     model = build(ModelCase(VIT.architecture, {**SMALL, "num_classes": classes}))

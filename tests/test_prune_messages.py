@@ -239,6 +239,13 @@ def test_a_repair_in_order_that_is_left_out_is_logged(tiny_vit, tmp_path, monkey
             {"repair": False, "repair_in_order": True},
             ["repair_in_order=True has no effect: repair=False refits nothing"],
         ),
+        ({"label_weight": 0.5}, ["label_weight has no effect: allocation='curves' trains no indicators"]),
+        ({"repair": False, "label_weight": 0.5}, []),
+        ({"gain_steps": 1, "label_weight": 0.5}, []),
+        (
+            {"allocation": "indicator", "steps": 1, "repair": False, "basis": "principal"},
+            ["basis has no effect: allocation='indicator' chooses among the model's own channels"],
+        ),
         ({"gain_lr": 0.01}, ["gain_lr has no effect: no channel scales are trained; see gain_steps"]),
         ({"tuning_lr": 0.01}, ["tuning_lr has no effect: nothing is tuned; see tuning_steps"]),
     ],

@@ -72,13 +72,14 @@ class Bench:
             plans.append(UnitPlan(unit.layer, unit.kind, unit.width, (kept,) * unit.heads))
         cut(self.slim, Plan(tuple(plans)))
 
-    def reconstructed(self, images=None, held=HELD, reporter=SILENT):
+    def reconstructed(self, images=None, held=HELD, reporter=SILENT, batch_size=16):
         return sequentially_reconstructed(
             self.slim,
             find_prunable_layers(self.slim),
             self.dense,
             self.images if images is None else images,
             replace(self.calibration, held=held),
+            batch_size,
             reporter,
         )
 

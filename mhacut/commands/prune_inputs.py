@@ -25,7 +25,7 @@ from mhacut.commands.prune_names import (
     options_of_each,
     parse_targets,
 )
-from mhacut.commands.prune_outputs import outputs_and_tokens
+from mhacut.commands.prune_outputs import layers_that_run, outputs_and_tokens
 from mhacut.commands.prune_stages import expected_stages
 from mhacut.commands.prune_targets import Reach, stored_dtypes
 from mhacut.commands.stopwatch import Stopwatch
@@ -212,6 +212,8 @@ def _job(
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(model)
+    if preserved.dense:
+        prunable = layers_that_run(model, prunable, preserved, size)
     counted = with_tokens(model, replace(tokens, merged=merged))
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model, size), prunable, size) if merges else None

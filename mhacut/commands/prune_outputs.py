@@ -13,7 +13,8 @@ from mhacut.plan import TokenPlan
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.info import classifier_size, gives_probabilities
 from mhacut.surgery.merging import why_not_merged
 from mhacut.surgery.read import tokens_read
@@ -41,6 +42,22 @@ def outputs_and_tokens(
     preserved = _chosen_outputs(options, dense, input_size, reporter)
     merges = _merges_tokens(options, dense)
     return preserved, _tokens_to_keep(dense, options, preserved, reporter), merges
+
+
+@torch.no_grad()
+def layers_that_run(
+    model: nn.Module, prunable: PrunableLayers, preserved: Preserved, input_size: tuple[int, int, int]
+) -> PrunableLayers:
+    """Return the layers that run for the outputs to preserve; nothing says what cuts of others would cost.
+
+    The pooling head of SigLIP does not run for the features of all tokens, nor does the class attention of
+    CaiT for the levels of its pyramid.
+    """
+    names = [layer.name for layer in prunable.layers]
+    with captured_outputs(model, names, lambda args, output: None) as called:
+        preserved.features.of(model, torch.zeros(1, *input_size))
+    idle = [name for name in names if name not in called]
+    return prunable.without(idle, f"does not run for {preserved}") if idle else prunable
 
 
 def _chosen_outputs(

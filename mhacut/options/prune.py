@@ -211,6 +211,8 @@ class SearchOptions(Options):
         allocation = option_name("allocation", self.allocation)
         if not self.by_indicators:
             found |= dict.fromkeys(_OF_INDICATORS, f"{allocation} trains no indicators")
+            if self.trained_gain_steps == 0:
+                found["label_weight"] = found["steps"]
         elif self.allocation == "refined":
             found |= dict.fromkeys(("similarity", "init"), f"{allocation} starts from the plan of the curves")
             found["selection"] = f"{allocation} keeps what serves best once repaired"
@@ -225,6 +227,8 @@ class SearchOptions(Options):
         if not self.repair:
             reason = f"{option_name('repair', False)} refits nothing"
             found |= dict.fromkeys(("repair_in_order", "swap_moves"), reason)
+            if self.allocation == "indicator":
+                found["basis"] = f"{allocation} chooses among the model's own channels"
         elif self.allocation == "indicator" and self.selection == "indicator":
             found["swap_moves"] = f"{option_name('selection', 'indicator')} keeps the indicators' choice"
         if self.tuned_steps == 0:
@@ -239,7 +243,6 @@ _OF_INDICATORS = (
     "steps",
     "lr",
     "budget_weight",
-    "label_weight",
     "selection",
 )
 

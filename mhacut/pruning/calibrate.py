@@ -32,6 +32,8 @@ from mhacut.runtime.spill import Spill
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 
+WITHOUT_GRADIENTS = 2
+"""Images at once, per image of a batch, where no gradients are computed: each takes less memory."""
 HELD_OUT = 0.25
 """Fraction of the images that is held out, to measure the error of what was fitted to the others."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from mhacut.adapters.base import Layer, Unit
 from mhacut.linalg.reconstruction import LinearProblem, output_error, symmetric_root, weighed_by
 from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.calibrate import WITHOUT_GRADIENTS, Calibration
 from mhacut.pruning.candidates import Candidate, block_diagonal, few_rows, rotated
 from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
@@ -60,6 +60,7 @@ def sensitivity_curves(
         candidates: how each unit would be cut.
     """
     curves: dict[UnitKey, Curve] = {}
+    sums: dict[UnitKey, _Sums] = {}
     to_run = []
     counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:
@@ -78,12 +79,14 @@ def sensitivity_curves(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if module is not job.model.get_submodule(layer.name):
                 return  # a copy made below, which took the hook along
-            run = _Run(layer, module, args, kwargs)
+            run = _Run(layer, module, args, kwargs, len(images))
             for unit in layer.units:
                 if _is_run(unit) and unit.key in candidates:
                     dense = output if not layer.result else run.result(copy.deepcopy(module))
-                    curves[unit.key] = _curve_by_runs(job, calibration, candidates[unit.key], run, dense)
-                    counter.add(1)
+                    if unit.key not in sums:
+                        sums[unit.key] = _Sums()
+                        counter.add(1)
+                    _add_runs(sums[unit.key], job, calibration, candidates[unit.key], run, dense)
 
         return hook
 
@@ -91,9 +94,11 @@ def sensitivity_curves(
         job.model.get_submodule(layer.name).register_forward_hook(replay(layer), with_kwargs=True)
         for layer in to_run
     ):
-        if to_run:
-            job.model(job.images[:REPLAYED].to(job.device))
-    return curves
+        for images in (
+            job.images[:REPLAYED].split(WITHOUT_GRADIENTS * job.options.batch_size) if to_run else ()
+        ):
+            job.model(images.to(job.device))
+    return curves | {key: own.curve(job.choices[key]) for key, own in sums.items()}
 
 
 def _is_run(unit: Unit) -> bool:
@@ -142,6 +147,7 @@ class _Run:
     module: nn.Module
     args: Any
     kwargs: Any
+    images: int
 
     def result(self, module: nn.Module) -> Tensor:
         """Run ``module`` in place of the layer; return what its output projections give."""
@@ -152,24 +158,36 @@ class _Run:
         return output
 
 
-def _curve_by_runs(
-    job: Job, calibration: Calibration, candidate: Candidate, run: _Run, output: Tensor
-) -> Curve:
-    """Curve of ``candidate`` from runs of its layer at several widths; ``output`` is the dense layer's."""
+@dataclass
+class _Sums:
+    """Errors of one unit, by width, over all rows of all batches."""
+
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    rows: int = 0
+
+    def curve(self, choices: Sequence[int]) -> Curve:
+        """Return the curve at all ``choices``."""
+        sampled = {width: float(error / self.rows) / 2 for width, error in self.errors.items()}
+        return _interpolated({**sampled, choices[-1]: 0.0}, choices)
+
+
+def _add_runs(
+    sums: _Sums, job: Job, calibration: Calibration, candidate: Candidate, run: _Run, output: Tensor
+) -> None:
+    """Run a layer with ``candidate`` cut to several widths; ``output`` is the dense layer's."""
     unit, layer, choices = candidate.unit, run.layer, job.choices[candidate.unit.key]
     moments, options = calibration.moments[unit.key], job.options
     dense = output.movedim(layer.channel_dim, -1)  # (B, ..., out)
     fisher = calibration.fisher.matrices[layer.name]
-    images = len(job.images[:REPLAYED])
-    importance = calibration.fisher.token_importance(layer.name, dense.shape[:-1], images)
-    sampled = {choices[-1]: 0.0}
+    importance = calibration.fisher.token_importance(layer.name, dense.shape[:-1], run.images)
     for width in sampled_widths(choices)[:-1]:
         smaller = copy.deepcopy(run.module)
         shrink(smaller, unit, candidate, width, moments, options.temperature, refit=options.repair)
         error = (run.result(smaller).movedim(layer.channel_dim, -1) - dense).flatten(0, -2)
         weighed = error if importance is None else error * importance[:, None].to(error)  # (rows, out)
-        sampled[width] = float((fisher * (error.mT @ weighed)).sum() / len(error)) / 2
-    return _interpolated(sampled, choices)
+        found = (fisher * (error.mT @ weighed)).sum()
+        sums.errors[width] = sums.errors[width] + found if width in sums.errors else found
+    sums.rows += dense[..., 0].numel()
 
 
 def divergence_by_cut(error: float) -> float:

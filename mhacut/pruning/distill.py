@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.augment import varied
 from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.runtime.device import repeatable
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import masked_tensors
@@ -143,14 +142,6 @@ def minimise(
         optimiser.step()
         schedule.step()
         reporter.advance(step + 1, steps, f"loss {float(value.detach()):.4f}")
-
-
-def repeatable(device: torch.device) -> AbstractContextManager[None]:
-    """Choose, on CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
-    if device.type != "cuda":
-        return nullcontext()
-    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

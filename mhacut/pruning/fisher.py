@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
 from mhacut.pruning.preserve import Preserved
+from mhacut.runtime.device import repeatable
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
@@ -188,7 +189,8 @@ def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.enable_grad(), repeatable(image.device), kept:
         outputs = preserved.outputs(model, image.detach().requires_grad_(True))
     del outputs  # until here nothing that was kept is freed, and no address is used twice
     return sum(sizes.values())
@@ -210,7 +212,7 @@ def _differentiate(
     noise: tuple[Tensor, ...] = ()
     for number, part in enumerate(parts):
         sums.images = len(part)
-        with torch.enable_grad():
+        with torch.enable_grad(), repeatable(part.device):
             outputs = preserved.outputs(model, part.detach().requires_grad_(True))
             if not noise:
                 for size in drawn_elsewhere:  # by other processes, for their batches in between

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_map
 
 from mhacut.adapters.base import Layer
 from mhacut.pruning.calibrate import Calibration, fewer
-from mhacut.pruning.distill import minimise, repeatable
+from mhacut.pruning.distill import minimise
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
+from mhacut.runtime.device import repeatable
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs

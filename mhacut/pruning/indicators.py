@@ -198,7 +198,8 @@ def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float,
         prices = [price.clone() for price in torch.autograd.grad(flops, indicators)]
         _normalise(prices)
         for indicator, price in zip(indicators, prices, strict=True):
-            assert indicator.grad is not None
+            if indicator.grad is None:  # of a layer behind all that is preserved
+                indicator.grad = torch.zeros_like(indicator)
             indicator.grad += weight * price
 
 

@@ -104,7 +104,8 @@ def _steps(prunable: PrunableLayers, job: Job, calibration: Calibration) -> tupl
     learning = job.learning(calibration)
 
     def reconstruct(slim: nn.Module) -> nn.Module:
-        return sequentially_reconstructed(slim, prunable, dense, job.images, calibration, reporter)
+        size = options.batch_size
+        return sequentially_reconstructed(slim, prunable, dense, job.images, calibration, size, reporter)
 
     def heal(slim: nn.Module) -> nn.Module:
         return healed(slim, prunable, job, calibration)

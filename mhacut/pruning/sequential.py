@@ -8,6 +8,7 @@ that brings its output nearest to the dense model's. Ours; the order is that of 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -16,7 +17,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from mhacut.pruning.calibrate import Calibration, fewer
+from mhacut.pruning.calibrate import WITHOUT_GRADIENTS, Calibration, fewer
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers
@@ -33,7 +34,7 @@ MOST_BYTES = 2**30
 """Bounds the inputs and outputs of the widest projection, for all images in both models. The cached outputs
 of other modules take several times as much."""
 BATCHES = 8
-"""Number of batches in which the images are run."""
+"""Least number of batches in which many images are run."""
 AT_ONCE = 2
 """Number of projections up to which the dense model runs at once, commonly those of a block: fewer stops take
 less time, and more memory for the outputs."""
@@ -46,6 +47,7 @@ def sequentially_reconstructed(
     dense: nn.Module,
     images: Tensor,
     calibration: Calibration,
+    batch_size: int,
     reporter: Reporter,
 ) -> nn.Module:
     """Return a copy of ``slim`` with its output projections refitted, each on the refitted ones before it.
@@ -57,6 +59,7 @@ def sequentially_reconstructed(
         images: [n, C, H, W], normalised, the held-out ones first, which choose the ridges. If there are more
             than :data:`MOST_IMAGES` or :data:`MOST_BYTES` allow, fewer are used, in the same proportion.
         calibration: of ``dense`` on these images: how many are held out, and how much each token counts.
+        batch_size: images at a time where gradients are computed; here twice as many.
         reporter: advances with every projection.
     """
     refitted = copy.deepcopy(slim)
@@ -64,7 +67,7 @@ def sequentially_reconstructed(
     layers, bytes_per_image = _projections(refitted, prunable, dense, images[:1].to(device))
     most = min(MOST_IMAGES, max(2, MOST_BYTES // bytes_per_image))
     images, held = fewer(images, calibration.held, most)
-    batches = images.to(device).chunk(min(BATCHES, len(images)))
+    batches = images.to(device).split(min(WITHOUT_GRADIENTS * batch_size, math.ceil(len(images) / BATCHES)))
     names, done = list(layers), 0
     with ResumableModel(refitted, batches) as cut, ResumableModel(dense, batches) as whole:
         for group in (names[start : start + AT_ONCE] for start in range(0, len(names), AT_ONCE)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhacut.errors import MhacutError, UsageError, option_name
 
@@ -43,6 +45,14 @@ def same_device(one: torch.device, other: torch.device) -> bool:
         return torch.cuda.current_device() if current else device.index
 
     return one.type == other.type and number(one) == number(other)
+
+
+def repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Choose, on CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
+    if device.type != "cuda":
+        return nullcontext()
+    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return kernel
 
 
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,6 +34,11 @@ class PrunableLayers:
         """Units of these ``kinds``, layer by layer."""
         wanted = set(kinds)
         return tuple(unit for layer in self.layers for unit in layer.units if unit.kind in wanted)
+
+    def without(self, names: Collection[str], reason: str) -> PrunableLayers:
+        """Return the same without the layers of these ``names``, which are skipped for ``reason``."""
+        layers = tuple(layer for layer in self.layers if layer.name not in names)
+        return PrunableLayers(layers, (*self.skipped, *(f"{name}: {reason}" for name in names)))
 
     def unit(self, key: UnitKey) -> Unit:
         """Return the unit named ``key``.
