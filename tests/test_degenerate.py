@@ -16,6 +16,9 @@ from mhacut.linalg.exchange import exchange_channels
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import refit_logits
 from mhacut.linalg.selection import RIDGE, damped_inverse, rank_channels, rank_logit_channels
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.fisher import FisherOptions
+from mhacut.surgery.find import find_prunable_layers
 
 ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8}
 
@@ -238,6 +241,19 @@ def test_numbers_that_are_none_are_refused(tmp_path):
     given = {"model": "vit_tiny_patch16_224", "model_args": {**ARGS, "img_size": 16}, "images": x}
     with pytest.raises(MhacutError, match="the model's outputs are not finite on the calibration images"):
         mhacut.prune(tmp_path / "model.pth", flops="70%", dry_run=True, **given)
+
+
+def test_gradients_whose_squares_are_none_are_refused():
+    model, x = made(), images(made())
+
+    def steeper(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: 1e30 * gradient)
+
+    model.blocks[1].register_forward_hook(steeper)
+    prunable = find_prunable_layers(model.requires_grad_(False))
+    with pytest.raises(MhacutError, match="the model's gradients are not finite on the calibration images"):
+        calibrate(model, prunable, x, batch_size=len(x), fisher=FisherOptions(len(x)))
 
 
 # --- the mathematics ---

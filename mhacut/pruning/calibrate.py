@@ -7,7 +7,7 @@ moments; and the model's outputs. Only the outputs take more memory for more ima
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,7 +163,7 @@ def calibrate(
         processes: those that share the images; None for this one alone.
 
     Raises:
-        MhacutError: an output is not finite.
+        MhacutError: an output, or a gradient, is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out(len(images)), next(model.parameters()).device
@@ -182,6 +182,7 @@ def calibrate(
             counter=counter,
             processes=processes,
         )
+        _check_finite("gradients", information.matrices.values())
     preserved = preserved.thinned(model, images[:1].to(device), count)
     gathered = _Pass(model, prunable, information, spill_for(prunable, device, processes))
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
@@ -192,19 +193,19 @@ def calibrate(
                 outputs = preserved.outputs(model, images[start:stop].to(device))
                 gathered.add_outputs(start, outputs, count)
             counter.add(stop - start)
-    outputs = _finite(gathered.share(processes))
+    outputs = gathered.share(processes)
+    # In parts, since isfinite copies what it is given: with many classes this is hundreds of megabytes.
+    _check_finite("outputs", outputs.split(64))
     statistics = gathered.statistics(model)
     return Calibration(held, gathered.moments(), statistics, information, outputs, preserved)
 
 
-def _finite(outputs: Tensor) -> Tensor:
-    # In parts, since isfinite copies what it is given: with many classes this is hundreds of megabytes.
-    if not all(part.isfinite().all() for part in outputs.split(64)):
+def _check_finite(what: str, tensors: Iterable[Tensor]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise MhacutError(
-            "the model's outputs are not finite on the calibration images; check "
+            f"the model's {what} are not finite on the calibration images; check "
             f"{option_name('mean')}, {option_name('std')} and the file"
         )
-    return outputs
 
 
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
