@@ -239,7 +239,7 @@ def test_numbers_that_are_none_are_refused(tmp_path):
         pruned(model, x)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     given = {"model": "vit_tiny_patch16_224", "model_args": {**ARGS, "img_size": 16}, "images": x}
-    with pytest.raises(MhacutError, match=r"the model's (outputs|gradients) are not finite on the calibration images"):
+    with pytest.raises(MhacutError, match=r"the model's (outputs|gradients) are not finite"):
         mhacut.prune(tmp_path / "model.pth", flops="70%", dry_run=True, **given)
 
 
