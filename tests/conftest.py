@@ -125,3 +125,25 @@ def programs() -> Iterator[Programs]:
 def clock(monkeypatch, tmp_path) -> Counting:
     """A clock of models and layers that goes by their parameters."""
     return Counting(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def compiles_by(monkeypatch):
+    """Lets torch.compile take the given function as its compiler."""
+    real = torch.compile
+
+    def set_to(compiler):
+        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=compiler))
+
+    yield set_to
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_compiler(compiles_by):
+    """Lets torch.compile find no compiler."""
+
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compiles_by(fail)

@@ -195,23 +195,8 @@ def test_the_command(slim_of):
     assert "attention not fused" in text
 
 
-@pytest.fixture
-def compiles_by(monkeypatch):
-    """Lets torch.compile take the given function as its compiler."""
-    real = torch.compile
-
-    def set_to(compiler):
-        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=compiler))
-
-    yield set_to
-    torch._dynamo.reset()
-
-
-def test_what_cannot_be_compiled_is_one_sentence(slim_of, compiles_by):
-    def fail(graph, inputs):
-        raise RuntimeError("no compiler")
-
-    compiles_by(fail)
+@pytest.mark.usefixtures("without_compiler")
+def test_what_cannot_be_compiled_is_one_sentence(slim_of):
     with pytest.raises(
         MhacutError, match=r"^runtime='compile': torch.compile fails \(RuntimeError: no compiler"
     ):

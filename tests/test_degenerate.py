@@ -239,11 +239,11 @@ def test_numbers_that_are_none_are_refused(tmp_path):
         pruned(model, x)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     given = {"model": "vit_tiny_patch16_224", "model_args": {**ARGS, "img_size": 16}, "images": x}
-    with pytest.raises(MhacutError, match=r"the model's (outputs|gradients) are not finite"):
+    with pytest.raises(MhacutError, match="the model's outputs are not finite on the calibration images"):
         mhacut.prune(tmp_path / "model.pth", flops="70%", dry_run=True, **given)
 
 
-def test_gradients_whose_squares_are_none_are_refused():
+def test_gradients_whose_squares_are_not_finite_are_refused():
     model, x = made(), images(made())
 
     def steeper(module, args, output):

@@ -12,6 +12,7 @@ import torch
 
 from helpers.cli import run
 from helpers.pruning import prune_quickly
+from mhacut.errors import MhacutError
 
 prune = partial(prune_quickly, latency=True)
 
@@ -75,3 +76,12 @@ def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
     (target,) = json.loads(result.stdout)["targets"]
     assert target["asked"] == "85%"
     assert target["threads"] == 1
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("options", [{"flops": "80%"}, {"max_latency": "90%"}])
+def test_what_cannot_be_compiled_is_one_sentence(tiny_vit, tmp_path, options):
+    with pytest.raises(
+        MhacutError, match=r"^runtime='compile': torch.compile fails \(RuntimeError: no compiler"
+    ):
+        prune_quickly(tiny_vit, tmp_path / "slim.safetensors", latency=True, runtime="compile", **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhacut.commands import stopwatch
+from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring import latency
 from mhacut.measuring.latency import compare_runs
@@ -280,13 +282,15 @@ def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
     assert found.wall == pytest.approx((200,), rel=1e-3)
 
 
+@pytest.mark.parametrize("precision", [None, 0.01])
 @pytest.mark.parametrize("times", [(0.017, 0.030), (0.002, 0.001), (0.017, 0.100), (2.0, 0.5)])
-def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(monkeypatch, times):
+def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(monkeypatch, times, precision):
     """It has run for some days, so that differences of whole ticks are rounded; one call may take 100."""
     clock, tick = Clock(monkeypatch), 0.0156001
     monkeypatch.setattr(latency.time, "process_time", lambda: 4e5 / 3 + clock.now // tick * tick)
     seconds = 40 * max(times)
-    found = compare_runs([clock.program(own) for own in times], seconds=seconds, device=CPU, threads=1)
+    runs = [clock.program(own) for own in times]
+    found = compare_runs(runs, seconds=seconds, device=CPU, threads=1, precision=precision)
     assert found.ratios == (1, pytest.approx(times[1] / times[0]))
     assert found.milliseconds == found.wall
 
@@ -322,6 +326,22 @@ def test_tries_by_different_clocks_are_not_compared(monkeypatch):
     found = compare_runs([run], seconds=1.5, device=CPU, threads=1)
     assert (len(tries), found.steady) == (3, False)
     assert found.milliseconds == found.wall
+
+
+def test_cut_models_are_timed_precisely_and_layers_are_not(monkeypatch):
+    asked = []
+
+    def compared(runs, *, precision, **options):
+        asked.append(precision)
+        return latency.Comparison((1.0, 0.5), (1.0, 0.5), (1.0, 0.5), 0.0)
+
+    monkeypatch.setattr(stopwatch, "compare_runs", compared)
+    watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, SILENT)
+    target = TimeTarget("50%", watch)
+    target.times = SimpleNamespace(dense=100)
+    assert target.time(torch.nn.Conv2d(3, 1, 1)).nanoseconds == 50
+    watch.parts([], seconds=0.1)
+    assert asked == [0.005, None]
 
 
 def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):

@@ -267,6 +267,10 @@ def test_layers_that_do_not_run_for_what_is_preserved_stay_whole(tmp_path, case,
         for each in (model, slim)
     ]
     assert shapes[0] == shapes[1]
+    assert all(
+        torch.equal(x, slim.get_parameter(f"{whole}.{name}"))
+        for name, x in model.get_submodule(whole).named_parameters()
+    )
     assert result.slim.flops <= result.budget < result.dense.flops
     x = image(case)
     with torch.no_grad():

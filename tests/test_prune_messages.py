@@ -239,7 +239,10 @@ def test_a_repair_in_order_that_is_left_out_is_logged(tiny_vit, tmp_path, monkey
             {"repair": False, "repair_in_order": True},
             ["repair_in_order=True has no effect: repair=False refits nothing"],
         ),
-        ({"label_weight": 0.5}, ["label_weight has no effect: allocation='curves' trains no indicators"]),
+        (
+            {"label_weight": 0.5},
+            ["label_weight has no effect: neither indicators nor channel scales are trained"],
+        ),
         ({"repair": False, "label_weight": 0.5}, []),
         ({"gain_steps": 1, "label_weight": 0.5}, []),
         (

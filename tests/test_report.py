@@ -267,6 +267,7 @@ def test_curves_that_make_no_sense_are_left_out(wrong):
         ({"preserved": {"what": "pooled"}, "divergence_of": "features"}, "features", "over variance"),
         ({"preserved": {"what": "tokens"}, "divergence_of": "dense"}, "dense", "nats per token"),
         ({"preserved": {"what": "tokens"}}, None, "divergence"),
+        ({"divergence_of": "features"}, "features", "over variance"),  # of a single output
         ({"divergence_of": HOSTILE}, None, "divergence"),
         ({"divergence_of": ["dense"]}, None, "divergence"),
     ],

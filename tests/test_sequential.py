@@ -87,6 +87,17 @@ class Bench:
         return distillation_of(self.dense, self.images).divergence_of(model)
 
 
+@torch.no_grad()
+def test_a_small_batch_size_bounds_the_images_that_are_run_at_once():
+    bench, seen = Bench(PLAIN), []
+    for model in (bench.dense, bench.slim):
+        model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    few, many = bench.reconstructed(batch_size=1), bench.reconstructed()
+    assert sorted({*seen}) == [1, 2, 3]
+    same = zip(few.parameters(), many.parameters(), strict=True)
+    assert all(torch.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in same)
+
+
 def runs_of(model, names, images):
     """Name, input and output of each call of these modules."""
     calls = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +106,24 @@ def _out_of_reach(source: str, reason: str) -> str:
 
 
 def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
-    """Return the model with all its weights; without its classifier if there are to be 0 classes.
+    """Return the model with its weights; without its classifier if there are to be 0 classes.
 
-    Where ``num_classes`` is not that of the weights, timm itself would leave whatever lacks weights random.
+    Where ``num_classes`` is not that of the weights, timm itself would leave whatever lacks weights random;
+    for some models it does so in any case.
     """
     import timm
 
     own = {key: value for key, value in args.items() if key != "num_classes"}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _without_weights() as missing:
             model: Any = timm.create_model(name, pretrained=True, **own)
     except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
         lines = str(error).strip().split("\n")
         if lines[0].startswith(_MISFIT):
             raise CheckpointError(_misfit(source, own, lines[1:])) from error
         raise CheckpointError(_out_of_reach(source, lines[0] or type(error).__name__)) from error
+    if missing and own:  # without arguments, timm's own model lacks them
+        raise CheckpointError(_misfit(source, own, [f"no weights of {missing[0]}"]))
     asked = args.get("num_classes", model.num_classes)
     if asked == model.num_classes:
         return model
@@ -130,11 +136,32 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         headless: Any = timm.create_model(name, **args)
     weights = model.state_dict()
-    missing = [key for key in headless.state_dict() if key not in weights]
-    if missing:
-        raise CheckpointError(_misfit(source, args, [f"no weights of {missing[0]}"]))
+    lacking = [key for key in headless.state_dict() if key not in weights]
+    if lacking:
+        raise CheckpointError(_misfit(source, own, [f"no weights of {lacking[0]}"]))
     headless.load_state_dict({key: weights[key] for key in headless.state_dict()})
     return headless
+
+
+@contextmanager
+def _without_weights() -> Iterator[list[str]]:
+    """Give the names of tensors that timm finds no weights for in the block; it only logs them."""
+    found: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        named = re.match(r"Missing keys \((.*?)\)", record.getMessage())
+        found.extend(named[1].split(", ") if named else ())
+        return True
+
+    logger = logging.getLogger("timm.models._builder")
+    before = logger.level
+    logger.addFilter(note)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(before)
 
 
 def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str:

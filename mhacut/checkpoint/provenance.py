@@ -25,7 +25,8 @@ Origin = Literal[
 
 The file; the library that wrote the file; a slim file that used timm's default of the architecture; that
 default, if the file states none; the tag in the option ``model``; timm's pretrained weights; the
-``pretrained_cfg`` of a module; the model's own image size; a rule for small images; an option.
+``pretrained_cfg`` of a module, also of one that a slim file was cut from; the model's own image size; a rule
+for small images; an option.
 """
 _UNSURE = ("assumed", "default", "module")
 """Origins that may have nothing to do with the training of the weights."""

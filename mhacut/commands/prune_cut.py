@@ -95,7 +95,10 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
     layers = find_prunable_layers(slim)
     flops = check_flops(slim, job, planned)  # 5. check
     check_exact(slim, found.masked, job.images[:PROBED])
-    slim = recover(slim, layers, job, planner.calibration, planned.merged)  # 6. recover
+    known = {layer.name for layer in job.prunable.layers}
+    others = [layer.name for layer in layers.layers if layer.name not in known]
+    learning = layers.without(others, "does not run for what is preserved")
+    slim = recover(slim, learning, job, planner.calibration, planned.merged)  # 6. recover
     correction = Correction(plans, fit.amounts.corrected)
     return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1)
 

@@ -63,7 +63,10 @@ def slim_record(
 
 
 def _preserved(preserved: Preserved | None) -> dict[str, Any]:
-    """Return what was preserved, where it was not the answers, as always before."""
-    if preserved is None or preserved.what == "answers":
-        return {}
-    return {"preserved": preserved.to_json(), "divergence_of": preserved.measure}
+    """Return what was preserved, where it was not the answers, and its divergence, where it is no KL."""
+    found: dict[str, Any] = {}
+    if preserved is not None and preserved.what != "answers":
+        found["preserved"] = preserved.to_json()
+    if preserved is not None and preserved.measure != "answers":
+        found["divergence_of"] = preserved.measure
+    return found

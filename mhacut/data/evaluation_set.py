@@ -217,12 +217,13 @@ def _from_named(
 
 def _checked_part(part: tuple[int, int], images: int) -> tuple[int, int]:
     """Return ``part`` unless some of the parts would be empty."""
-    if 1 < part[1] > images:
+    first, step = part
+    if step > max(images, 1):
         raise DataError(
-            f"{images} images to measure accuracy on are fewer than the {part[1]} processes that share them; "
-            f"measure on more ({option_name('eval_images')}) or on none, or start fewer processes"
+            f"{images} images to measure accuracy on are fewer than the {step} processes that share them; "
+            f"start fewer processes, or change {option_name('eval_images')} (0 measures none)"
         )
-    return part
+    return first, step
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:

@@ -61,7 +61,8 @@ class TrainingImages:
     fingerprint: str
     """Digest of names and labels: equal for equal data, wherever it lies."""
     num_classes: int | None = None
-    """Number of classes that each label is checked against when its image is read; None if it was before."""
+    """Number of classes to check labels against when images are read; None if they were checked, or are not
+    used."""
 
 
 def training_images(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -178,17 +179,20 @@ def check_matching(student: Mapping[str, tuple[int, ...]], teacher: Mapping[str,
         teacher: the same of the teacher.
     """
     if not student or student != teacher:
+        both = zip(student.items(), teacher.items(), strict=False)
+        alike = len([*takewhile(lambda pair: pair[0] == pair[1], both)])
+        found, expected = _described(teacher, alike), _described(student, alike)
         raise UsageError(
-            f"{option_name('feature_weight')}: the teacher's blocks ({_described(teacher)}) do not match the "
-            f"slim model's ({_described(student)}); leave it out"
+            f"{option_name('feature_weight')}: the teacher's blocks ({found}) do not match the slim model's "
+            f"({expected}); leave it out"
         )
 
 
-def _described(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _described(shapes: Mapping[str, tuple[int, ...]], place: int) -> str:
     if not shapes:
         return "none with a single output"
-    (first, shape), *_ = shapes.items()
-    return f"{len(shapes)}, the first {first} of shape {'x'.join(map(str, shape[1:]))}"
+    name, shape = list(shapes.items())[min(place, len(shapes) - 1)]
+    return f"{len(shapes)}, {name} of shape {'x'.join(map(str, shape[1:]))}"
 
 
 class Mixing:

@@ -143,8 +143,8 @@ def compare_runs(
         seconds: for everything, after the warm-up, of each try, by the clock that is compared.
         device: where they compute.
         threads: that compute.
-        precision: go on, at most five times as long, until the relative standard error of every ratio is
-            below it; the rounds of all tries then count. None to take the steadiest try as it is.
+        precision: repeat, at most five times in all, until the relative standard error of every ratio is
+            below it; then the rounds of all tries count, for the drift too. None to take the steadiest try.
     """
     by_process = device.type == "cpu" and threads == 1
     clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
@@ -160,8 +160,8 @@ def compare_runs(
             before = times = [[*own, *more] for own, more in zip(before, times, strict=True)]
         found = _compared(times)
         best = found if precision is not None or best is None or found.drift < best.drift else best
-        steady = best.steady or number + 1 >= _TRIES
-        if steady and (precision is None or best.error <= precision):
+        enough = best.steady or number + 1 >= _TRIES
+        if enough and (precision is None or best.error <= precision):
             break
     assert best is not None
     return best

@@ -100,9 +100,9 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
         """Names of options that were changed to no effect, each with the reason."""
         found: dict[str, str] = {}
         if not self.has_images:
-            found = dict.fromkeys(("train_split", "seed"), "there are no images to choose from")
+            found["train_split"] = "there are no images to choose from"
         if not self.sees_images:
-            found |= dict.fromkeys(("batch_size", "device"), "the model is run on no images")
+            found |= dict.fromkeys(("seed", "batch_size", "device"), "the model is run on no images")
         return {name: reason for name, reason in found.items() if name in self.all_changed()}
 
     @property

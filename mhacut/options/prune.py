@@ -212,7 +212,7 @@ class SearchOptions(Options):
         if not self.by_indicators:
             found |= dict.fromkeys(_OF_INDICATORS, f"{allocation} trains no indicators")
             if self.trained_gain_steps == 0:
-                found["label_weight"] = found["steps"]
+                found["label_weight"] = "neither indicators nor channel scales are trained"
         elif self.allocation == "refined":
             found |= dict.fromkeys(("similarity", "init"), f"{allocation} starts from the plan of the curves")
             found["selection"] = f"{allocation} keeps what serves best once repaired"

@@ -7,16 +7,15 @@ moments; and the model's outputs. Only the outputs take more memory for more ima
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
-from mhacut.errors import MhacutError, option_name
 from mhacut.plan import UnitKey
-from mhacut.pruning.fisher import FisherInformation, FisherOptions, measure_fisher
+from mhacut.pruning.fisher import FisherInformation, FisherOptions, check_outputs, measure_fisher
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.pruning.unit_sums import (
     SpilledMoments,
@@ -149,16 +148,15 @@ def calibrate(
 ) -> Calibration:
     """Run ``images`` [n, C, H, W] through ``model`` and gather a :class:`Calibration`.
 
-    Several processes take turns batch by batch and add up their sums: each returns the same as one process
-    alone would, up to the rounding of sums.
+    Several processes share the batches; each returns what one alone would, up to the rounding of sums.
 
     Args:
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
         prunable: its prunable layers.
         images: normalised; all of them in every process.
         batch_size: images at a time.
-        fisher: how to estimate the Fisher information first, and what outputs to gather; None estimates none
-            and gathers the model's own outputs.
+        fisher: how to estimate the Fisher information, and what outputs to gather; None: no estimate, and the
+            model's own outputs.
         reporter: advances with the images, those to differentiate counted twice.
         processes: those that share the images; None for this one alone.
 
@@ -182,7 +180,6 @@ def calibrate(
             counter=counter,
             processes=processes,
         )
-        _check_finite("gradients", information.matrices.values())
     preserved = preserved.thinned(model, images[:1].to(device), count)
     gathered = _Pass(model, prunable, information, spill_for(prunable, device, processes))
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
@@ -194,18 +191,9 @@ def calibrate(
                 gathered.add_outputs(start, outputs, count)
             counter.add(stop - start)
     outputs = gathered.share(processes)
-    # In parts, since isfinite copies what it is given: with many classes this is hundreds of megabytes.
-    _check_finite("outputs", outputs.split(64))
+    check_outputs(outputs)
     statistics = gathered.statistics(model)
     return Calibration(held, gathered.moments(), statistics, information, outputs, preserved)
-
-
-def _check_finite(what: str, tensors: Iterable[Tensor]) -> None:
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise MhacutError(
-            f"the model's {what} are not finite on the calibration images; check "
-            f"{option_name('mean')}, {option_name('std')} and the file"
-        )
 
 
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

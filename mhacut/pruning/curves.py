@@ -75,11 +75,13 @@ def sensitivity_curves(
         if any(_is_run(unit) and unit.key in candidates for unit in layer.units):
             to_run.append(layer)
 
+    count = 0  # images that run at once
+
     def replay(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if module is not job.model.get_submodule(layer.name):
                 return  # a copy made below, which took the hook along
-            run = _Run(layer, module, args, kwargs, len(images))
+            run = _Run(layer, module, args, kwargs, count)
             for unit in layer.units:
                 if _is_run(unit) and unit.key in candidates:
                     dense = output if not layer.result else run.result(copy.deepcopy(module))
@@ -97,6 +99,7 @@ def sensitivity_curves(
         for images in (
             job.images[:REPLAYED].split(WITHOUT_GRADIENTS * job.options.batch_size) if to_run else ()
         ):
+            count = len(images)
             job.model(images.to(job.device))
     return curves | {key: own.curve(job.choices[key]) for key, own in sums.items()}
 
@@ -148,6 +151,7 @@ class _Run:
     args: Any
     kwargs: Any
     images: int
+    """Number of images that run at once."""
 
     def result(self, module: nn.Module) -> Tensor:
         """Run ``module`` in place of the layer; return what its output projections give."""

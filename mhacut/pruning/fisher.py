@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer
+from mhacut.errors import MhacutError, option_name
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.device import repeatable
 from mhacut.runtime.distributed import Processes
@@ -106,6 +107,9 @@ def measure_fisher(
         options: all but the number of images; what is preserved must be stated, and fitted.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
+
+    Raises:
+        MhacutError: outputs or gradients are not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved
@@ -124,7 +128,28 @@ def measure_fisher(
                 drawn_elsewhere.append(len(batch))
             counter.add(len(batch))
     found = sums.shared(processes, len(images))
+    if not all(_finite(matrix) for matrix in found.matrices.values()):
+        check_outputs(preserved.outputs(model, images[:batch_size].to(device)))
+        raise _not_finite("gradients")
     return found if options.token_importance else FisherInformation(found.matrices)
+
+
+def check_outputs(outputs: Tensor) -> None:
+    """Raise a :class:`MhacutError` if the ``outputs`` for calibration images are not finite."""
+    if not _finite(outputs):
+        raise _not_finite("outputs")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # In parts, since isfinite copies what it is given: with many classes this is hundreds of megabytes.
+    return all(bool(part.isfinite().all()) for part in tensor.split(64))
+
+
+def _not_finite(what: str) -> MhacutError:
+    return MhacutError(
+        f"the model's {what} are not finite on the calibration images; check {option_name('mean')}, "
+        f"{option_name('std')} and the file"
+    )
 
 
 class _Sums:

@@ -59,7 +59,7 @@ def sequentially_reconstructed(
         images: [n, C, H, W], normalised, the held-out ones first, which choose the ridges. If there are more
             than :data:`MOST_IMAGES` or :data:`MOST_BYTES` allow, fewer are used, in the same proportion.
         calibration: of ``dense`` on these images: how many are held out, and how much each token counts.
-        batch_size: images at a time where gradients are computed; here twice as many.
+        batch_size: images at a time where gradients are computed; here at most twice as many.
         reporter: advances with every projection.
     """
     refitted = copy.deepcopy(slim)

@@ -29,7 +29,7 @@ _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 _DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
     "answers": ("KL divergence, nats", "KL divergence from"),
-    "features": ("squared error over variance", "error of the features of"),
+    "features": ("squared error over variance", "error of the features, relative to those of"),
     "dense": ("divergence, nats per token", "divergence of all tokens' features from those of"),
     None: ("divergence", "divergence from"),
 }

@@ -285,6 +285,17 @@ def test_timm_weights_never_leave_a_layer_random(fetched, change, hints, shown):
     assert re.search(rf"its weights do not fit the model \({shown}.*; leave model_args=.* out", message)
 
 
+def test_timm_weights_that_timm_itself_loads_in_part(monkeypatch):
+    """timm loads SigLIP's weights into a model of averaged patches, whose norm before the head they lack."""
+    name = "vit_base_patch16_siglip_224"
+    weights = timm.create_model(name, **ARGS).state_dict()
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: dict(weights))
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
+    assert read_model(f"timm:{name}", model_args=ARGS).identity.model_args["num_classes"] == 0
+    message = refusal(f"timm:{name}", model_args={**ARGS, "global_pool": "avg"})
+    assert re.search(r"its weights do not fit the model \(no weights of fc_norm.weight\); leave", message)
+
+
 def test_a_part_is_asked_of_files_that_may_have_some(dense, tmp_path):
     assert part_of_dense(dense[1], "model_ema") == "model_ema"
     assert part_of_dense(tmp_path, "model_ema") == "model_ema"  # a folder

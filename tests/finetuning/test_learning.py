@@ -16,7 +16,7 @@ from helpers.cli import run
 from helpers.files import save_dense
 from helpers.finetuning import same, weights
 from mhacut.checkpoint.load import open_checkpoint
-from mhacut.errors import UsageError
+from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches
@@ -112,6 +112,12 @@ def test_what_timm_has_can_be_asked_for(tune, options):
     result = tune(**options)
     assert result.steps == 6
     assert all(np.isfinite(row.train_loss) for row in result.epochs)
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_what_cannot_be_compiled_is_one_sentence(tune):
+    with pytest.raises(MhacutError, match=r"^compile=True: torch.compile fails \(RuntimeError: no compiler"):
+        tune(compile=True)
 
 
 def test_a_model_without_grad_checkpointing_says_so():

@@ -142,7 +142,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "shown"),
-    [({"embed_dim": 24}, "2, the first blocks.0 of shape 17x24"), ({"depth": 3}, "3, the first blocks.0 of")],
+    [({"embed_dim": 24}, "2, blocks.0 of shape 17x24"), ({"depth": 3}, "3, blocks.2 of")],
 )
 def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_path, change, shown):
     args = {**tiny_vit.args, **change}
