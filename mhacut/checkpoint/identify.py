@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from mhacut.checkpoint.architecture import SIZE_DEPENDENT, cfg_of_tag, completed_cfg, split_tag
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
-from mhacut.checkpoint.foreign.recognise import Conversion, recognise
+from mhacut.checkpoint.foreign.recognise import Conversion, namesakes, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
     OF_WEIGHTS,
@@ -24,22 +25,12 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shap
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
-from mhacut.checkpoint.training import Training, read_training
+from mhacut.checkpoint.training import POOLS, Training, read_training
 from mhacut.checkpoint.wrapping import Naming
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.info import model_input_size, patch_embedding
 from mhacut.surgery.slice import cut
-
-_SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
-"""Keys of a pretrained_cfg that go with its ``input_size`` and mean nothing for another."""
-# fmt: off
-_FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
-    "input_size", "fixed_input_size", "min_input_size", "interpolation", "crop_mode", "mean", "std",
-    "first_conv", "classifier",
-))
-# fmt: on
-"""Keys that timm's default for an architecture may add to a config.json: never labels, license or origin."""
 
 
 def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> Identified:
@@ -84,7 +75,9 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
     try:
-        foreign = recognise(header, headless=hints.num_classes == 0, given=hints.preprocessing)
+        foreign = recognise(
+            header, headless=hints.num_classes == 0, given=hints.preprocessing, model=hints.model
+        )
         if foreign is not None:
             found = _checked(header, _from_conversion(header, foreign, args, hints))
         elif args.get("num_classes") == 0:
@@ -164,9 +157,9 @@ def _from_names(
     ``cfg`` is what is known of its pretrained_cfg.
     """
     if hints.model is not None:
-        name, tag = _split_tag(hints.model)
+        name, tag = split_tag(hints.model)
         _check_name(header, name, option_name("model"))
-        of_tag = _cfg_of_tag(name, tag)
+        of_tag = cfg_of_tag(name, tag)
         if cfg and not tag:
             of_tag = completed_cfg(name, checked_pretrained_cfg(cfg))
         found = infer_from_shapes(name, args, of_tag, header.tensors)
@@ -176,9 +169,27 @@ def _from_names(
         )
         return _with_note(found, f"architecture {name}, as given")
     found = _without_claims(search(header, args, hints.preprocessing))
+    _refuse_namesakes(header, args, found)
+    if cfg:
+        found = _with_preprocessing(found, cfg, of_library=header.config is None)
     default = " (the number of heads is that model's default; tensor shapes cannot show it)"
     heads = "" if "num_heads" in args else default
     return _with_note(found, f"architecture {found.identity.architecture}, from names and shapes{heads}")
+
+
+def _refuse_namesakes(header: FileHeader, args: Mapping[str, Any], found: Identified) -> None:
+    """Raise a :class:`CheckpointError` if another model has these tensors under its authors' names."""
+    for renamed in namesakes(header):
+        with suppress(MhacutError):
+            other = search(renamed, args).identity.architecture
+            break
+    else:
+        return
+    raise CheckpointError(
+        f"{show(header.path)}: the model cannot be identified from names and shapes: they are those of "
+        f"{found.identity.architecture}, and of {other} in its authors' files; give "
+        f"{option_name('model', 'NAME')}"
+    )
 
 
 def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
@@ -186,16 +197,21 @@ def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -
     training = read_training(header.training)
     if training is None:
         return _from_names(header, args, hints)
-    named, tag = _split_tag(hints.model or "")
-    if training.model is not None and not tag and named in ("", _split_tag(training.model)[0]):
-        found = _from_training(header, args, training, given=bool(named))
+    named, tag = split_tag(hints.model or "")
+    if training.model is not None and not tag and named in ("", split_tag(training.model)[0]):
+        try:
+            found = _from_training(header, args, training, given=bool(named))
+        except CheckpointError:
+            if not training.of_script:
+                raise
+            found = _from_names(header, args, hints)
     else:
         found = _from_names(header, args, hints)
     notes = list(training.notes)
-    if named and training.model is not None and _split_tag(training.model)[0] != named:
+    if named and training.model is not None and split_tag(training.model)[0] != named:
         notes.append(f"its {training.origin} says {training.model}; {option_name('model')} counts")
     found = dataclasses.replace(found, notes=(*found.notes, *notes))
-    return found if tag else _with_preprocessing(found, training.cfg)
+    return found if tag else _with_preprocessing(found, training.cfg, of_library=training.of_script)
 
 
 def _from_training(
@@ -203,8 +219,8 @@ def _from_training(
 ) -> Identified:
     """Build the model that the training script names, with its arguments as far as they fit the tensors."""
     assert training.model is not None
-    name, tag = _split_tag(training.model)
-    cfg = _cfg_of_tag(name, tag)
+    name, tag = split_tag(training.model)
+    cfg = cfg_of_tag(name, tag)
     with_size = {} if training.side is None else {"img_size": training.side}
     fault: CheckpointError | None = None
     for stated in ({**with_size, **training.args}, training.args, {}):
@@ -224,13 +240,13 @@ def _from_training(
     )
 
 
-def _with_preprocessing(found: Identified, stated: Mapping[str, Any]) -> Identified:
-    """Override the preprocessing of the architecture with what a training script states."""
+def _with_preprocessing(found: Identified, stated: Mapping[str, Any], *, of_library: bool) -> Identified:
+    """Override the preprocessing of the architecture with what a script states, or its library implies."""
     cfg = found.identity.pretrained_cfg
     if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
-        cfg = {name: value for name, value in cfg.items() if name not in _SIZE_DEPENDENT}
+        cfg = {name: value for name, value in cfg.items() if name not in SIZE_DEPENDENT}
     identity = dataclasses.replace(found.identity, pretrained_cfg={**cfg, **stated})
-    origins = {**found.cfg_origins, **dict.fromkeys(stated, "file")}
+    origins = {**found.cfg_origins, **dict.fromkeys(stated, "library" if of_library else "file")}
     return dataclasses.replace(found, identity=identity, cfg_origins=origins)
 
 
@@ -280,14 +296,21 @@ def _with_note(found: Identified, first: str) -> Identified:
 
 def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
     stated, stated_args, cfg = _read_config(header)
-    if hints.model is not None and _split_tag(hints.model)[0] != stated:
+    if hints.model is not None and split_tag(hints.model)[0] != stated:
         raise CheckpointError(
             f"{show(header.path.parent)}: its config.json says {stated}, {option_name('model')} says "
             f"{hints.model}; leave it out, or give the weights file {header.path.name} itself"
         )
     _check_name(header, stated, "config.json")
     args = {**stated_args, **args}
-    found = infer_from_shapes(stated, args, completed_cfg(stated, cfg), header.tensors, bounded=True)
+    of_file = completed_cfg(stated, cfg)
+    found = infer_from_shapes(stated, args, of_file, header.tensors, bounded=True)
+    pool = (header.config or {}).get("global_pool")
+    # timm writes the pooling that the model has, whether its arguments say so or not.
+    if pool in POOLS and "global_pool" not in args and getattr(found.skeleton, "global_pool", pool) != pool:
+        found = infer_from_shapes(
+            stated, {**args, "global_pool": pool}, of_file, header.tensors, bounded=True
+        )
     found = dataclasses.replace(found, cfg_origins=dict.fromkeys(cfg, "file"))
     return _with_note(found, f"architecture {stated}, from config.json")
 
@@ -296,7 +319,7 @@ def _check_hints(where: str, record: SlimRecord, hints: ModelHints, model: nn.Mo
     """Raise a :class:`CheckpointError` if ``hints`` contradict a slim file of the dense ``model``."""
     stated = record.identity
     wrong = []
-    if hints.model is not None and _split_tag(hints.model)[0] != stated.architecture:
+    if hints.model is not None and split_tag(hints.model)[0] != stated.architecture:
         wrong.append(f"{option_name('model', hints.model)} (it is {stated.architecture})")
     asked = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
@@ -346,41 +369,7 @@ def _read_config(header: FileHeader) -> tuple[str, dict[str, Any], dict[str, Any
             cfg[name] = config[name]
     # The classifier's shape shows it, and for these weights.
     args.pop("num_classes", None)
-    return _split_tag(architecture)[0], args, cfg
-
-
-def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``stated``, completed by timm's default of the architecture for its build and preprocessing."""
-    import timm
-
-    registered = timm.get_pretrained_cfg(architecture)
-    if registered is None:
-        return dict(stated)
-    default = checked_pretrained_cfg(registered.to_dict())
-    names = set(_FROM_DEFAULT)
-    if stated.get("input_size", default.get("input_size")) != default.get("input_size"):
-        names -= _SIZE_DEPENDENT
-    return {**{name: value for name, value in default.items() if name in names}, **stated}
-
-
-def _split_tag(name: str) -> tuple[str, str]:
-    architecture, _, tag = name.partition(".")
-    return architecture, tag
-
-
-def _cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
-    """Return the pretrained_cfg of ``name.tag``; empty for the default tag."""
-    if not tag:
-        return {}
-    from timm.models import get_arch_pretrained_cfgs
-
-    cfgs = get_arch_pretrained_cfgs(name)
-    known = {key.partition(".")[2]: cfg for key, cfg in cfgs.items()}
-    if tag not in known:
-        raise CheckpointError(
-            f"{name} has no pretrained tag {tag!r:.100}; it has {', '.join(sorted(known)) or 'none'}"
-        )
-    return checked_pretrained_cfg(known[tag].to_dict())
+    return split_tag(architecture)[0], args, cfg
 
 
 def _check_name(header: FileHeader, name: str, origin: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.untrusted_json import plain_json, shown
@@ -28,7 +30,9 @@ _MODEL_KEYS = (
 _PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
 _CLASSES = ("num_classes", "nb_classes")
 _CROPS = ("crop_pct", "eval_crop_ratio")
-_POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
+_OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?", re.ASCII)
+"""Names of models in the scripts of DINO, MAE, iBOT and MoCo v3."""
+POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Training:
     """Preprocessing of images, as timm's pretrained_cfg has it."""
     notes: tuple[str, ...]
     """Lines for the user: what was ignored."""
+    of_script: bool = False
+    """Whether ``model`` and ``cfg`` follow from a name that is not timm's, and may be of another model."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -72,10 +78,17 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     for _, group in reversed(list(_groups(stated))):
         options.update(group)
     args = _args(options, notes)
+    by_script = None if model else _of_script(stated)
+    if by_script is not None:
+        model, origin, heads = by_script
+        pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
+        args, notes = {**heads, **pooled, **args}, []
     size = _input_size(options, args)
     cfg = _cfg(options, size, args.get("in_chans", 3), notes)
     side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
-    found = Training(model, origin, args, side, cfg, tuple(notes))
+    if by_script is not None:
+        cfg = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD), **cfg}
+    found = Training(model, origin, args, side, cfg, tuple(notes), by_script is not None)
     return found if model or cfg or notes else None
 
 
@@ -109,6 +122,23 @@ def _model(stated: Mapping[str, Any], notes: list[str]) -> tuple[str | None, str
     return None, ""
 
 
+def _of_script(stated: Mapping[str, Any]) -> tuple[str, str, dict[str, int]] | None:
+    """Return timm's name of a model that a script calls otherwise, the option, and arguments of the model."""
+    for entry, options in _groups(stated):
+        for key in ("model", "arch"):
+            value = options.get(key)
+            found = _OF_SCRIPTS.fullmatch(value) if isinstance(value, str) else None
+            if found is None:
+                continue
+            patch = found[2] or options.get("patch_size")
+            name = f"vit_{found[1]}_patch{patch if is_int(patch) or found[2] else 16}_224"
+            if known_model(name):
+                # MoCo v3, whose small model has heads of 32 channels, saves the name beside its args.
+                heads = {"num_heads": 12} if (entry, value) == ("", "vit_small") else {}
+                return name, f"{entry}.{key}".lstrip("."), heads
+    return None
+
+
 def _has_tag(architecture: str, tag: str) -> bool:
     from timm.models import get_arch_pretrained_cfgs
 
@@ -128,7 +158,7 @@ def _args(options: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
     if is_int(options.get("in_chans")) and 0 < options["in_chans"] <= 4096 and options["in_chans"] != 3:
         args.setdefault("in_chans", options["in_chans"])
     pool = options.get("gp")
-    if isinstance(pool, str) and pool in _POOLS:
+    if isinstance(pool, str) and pool in POOLS:
         args.setdefault("global_pool", pool)
     return args
 

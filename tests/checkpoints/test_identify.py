@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 import mhacut
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from helpers.files import save_dense
-from mhacut.checkpoint.identify import completed_cfg
+from mhacut.checkpoint.architecture import completed_cfg
 from mhacut.checkpoint.load import open_checkpoint, read_model
 
 
@@ -357,3 +357,11 @@ def test_the_dense_file_of_a_headless_slim_one_is_read_without_its_classifier(tm
     )
     seen = mhacut.inspect(slim.output, compare=dense, calibration_images=4)
     assert slim.dense.flops in seen.comparison.flops
+
+
+def test_the_pooling_that_timm_writes_of_a_model_counts(tmp_path):
+    model = tiny(global_pool="avg")
+    save_for_hf(model, tmp_path / "folder", model_args=ARGS)
+    loaded = read_model(tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), model(IMAGES))

@@ -61,6 +61,9 @@ class Family:
     """Values of ``model_type`` in ``config.json``."""
     unlike: tuple[str, ...] = field(default=())
     """Ends of tensor names that no file of the family has."""
+    named: str = ""
+    """Beginning of the names in timm of its models, if other models of timm have the same names and
+    shapes: the file is of the family only where the user names one."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
     """Preprocessing of files that state none, as timm's pretrained_cfg has it."""
     stem: str = "patch_embed.proj.weight"

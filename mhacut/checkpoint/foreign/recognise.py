@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Conversion:
 
 
 def recognise(
-    header: FileHeader, *, headless: bool = False, given: Collection[str] = ()
+    header: FileHeader, *, headless: bool = False, given: Collection[str] = (), model: str | None = None
 ) -> Conversion | None:
     """Return the conversion of another library's file; None if it is not recognised as one.
 
@@ -62,13 +62,14 @@ def recognise(
         header: header of a dense file, and of its folder's configuration.
         headless: leave the classifier out.
         given: names of the values of the preprocessing that the user gave.
+        model: name in timm that the user gave.
 
     Raises:
         CheckpointError: it is such a file, and cannot be converted; the message says why.
     """
     config, family = _stated(header)
     if config is None and header.config is None:
-        family = _family_by_names(header.tensors)
+        family = _family_by_names(header.tensors, model or "")
     if family is None:
         return None
     try:
@@ -186,14 +187,23 @@ def _family_of_open_clip(config: Config, tensors: Mapping[str, object]) -> Famil
     )
 
 
-def _family_by_names(tensors: Mapping[str, object]) -> Family | None:
+def namesakes(header: FileHeader) -> Iterator[FileHeader]:
+    """Yield the file under the names of each family that other models of timm share names and shapes with."""
+    for family in FAMILIES:
+        if family.named and _family_by_names(header.tensors, family.named) is family:
+            yield replace(header, tensors=_conversion(header, family, None, False, ()).tensors)
+
+
+def _family_by_names(tensors: Mapping[str, object], model: str) -> Family | None:
     def has(end: str) -> bool:
         return any(name == end or name.endswith(f".{end}") for name in tensors)
 
     if _is_wrapped(tensors):
         return TIMM_WRAPPER
     for family in FAMILIES:
-        if any(all(map(has, sign)) for sign in family.signs) and not any(map(has, family.unlike)):
+        if not model.startswith(family.named) or any(map(has, family.unlike)):
+            continue
+        if any(all(map(has, sign)) for sign in family.signs):
             return family
     return None
 
