@@ -1,7 +1,8 @@
-"""Who asks for what a processor does slowly is warned."""
+"""Which device is used, and warnings of what one does slowly; GPUs are stood in for."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from typer.testing import CliRunner
 import mhacut
 from helpers.jobs import Recorder
 from mhacut.cli.app import app
+from mhacut.errors import MhacutError
+from mhacut.finetuning.training import check_precision
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
+from mhacut.runtime.distributed import gathered
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
@@ -30,7 +35,6 @@ def processor(monkeypatch):
     [
         ("x86_64", "AVX2", "cpu", 1),
         ("AMD64", "DEFAULT", "cpu", 1),
-        ("x86_64", "AVX2", "cuda", 0),
         ("x86_64", "AVX512", "cpu", 0),
         ("aarch64", "DEFAULT", "cpu", 0),
     ],
@@ -40,6 +44,64 @@ def test_bfloat16_is_slow_where_the_processor_has_none(processor, machine, capab
     notes = []
     warn_of_slow_amp(torch.device(device), notes.append)
     assert len(notes) == warnings
+
+
+class Gpu:
+    """Stand-in for torch.cuda where there is none: notes which device is made the current one."""
+
+    def __init__(self, patch, *, bfloat16=True):
+        self.current = []
+        patch.setattr("torch.cuda.device", self.made_current)
+        patch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bfloat16)
+
+    @contextmanager
+    def made_current(self, device):
+        self.current.append(device)
+        yield
+
+
+def test_bfloat16_is_slow_on_gpus_that_emulate_it(monkeypatch):
+    notes = []
+    device = torch.device("cuda", 1)
+    gpu = Gpu(monkeypatch, bfloat16=False)
+    warn_of_slow_amp(device, notes.append)
+    assert "this GPU has no native bfloat16" in notes[0]
+    options = FinetuneOptions.from_flat(
+        checkpoint="slim.safetensors", data_dir="images", output="run", amp=True
+    )
+    with pytest.raises(MhacutError, match="this GPU has no bfloat16; use amp_dtype='float16'"):
+        check_precision(options, device)
+    assert gpu.current == [device, device]
+    Gpu(monkeypatch, bfloat16=True)
+    warn_of_slow_amp(device, notes.append)
+    check_precision(options, device)
+    assert len(notes) == 1
+
+
+def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr("mhacut.runtime.distributed.resolve_device", lambda name: device)
+    with gathered("cuda:1") as processes:
+        assert gpu.current == [device]
+    assert processes.device == device
+
+
+@pytest.mark.parametrize(("device", "destroyed"), [("cuda", 0), ("cpu", 1)])
+def test_a_process_that_fails_on_a_gpu_waits_for_no_other(monkeypatch, device, destroyed):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("mhacut.runtime.distributed.resolve_device", torch.device)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: calls.append("destroyed"))
+    with pytest.raises(MhacutError, match="of this process"), gathered(device):
+        raise MhacutError("of this process")
+    assert len(calls) == destroyed
+    with gathered(device):
+        pass
+    assert len(calls) == destroyed + 1
 
 
 @pytest.mark.slow

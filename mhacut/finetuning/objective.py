@@ -22,7 +22,12 @@ from mhacut.surgery.find import find_prunable_layers
 class Blocks:
     """Outputs of a model's transformer blocks in its latest forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
+        """Watch the blocks of ``model``; unless it is ``frozen``, only in passes that are differentiated.
+
+        Outputs of a batch that is only measured would take memory for nothing.
+        """
+        self.frozen = frozen
         layers = [layer.name for layer in find_prunable_layers(model).layers]
         self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
         self.outputs: dict[str, Tensor] = {}
@@ -31,7 +36,7 @@ class Blocks:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, arguments: object, output: object) -> None:
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and (self.frozen or torch.is_grad_enabled()):
                 self.outputs[name] = output
 
         return keep
@@ -44,7 +49,7 @@ class Blocks:
         finally:
             self.outputs = {}
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def shapes(self, model: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
         """Run the blocks' ``model`` on an image [1, C, H, W]; return the shape of each block's output."""
         training = model.training
@@ -81,7 +86,7 @@ class Teacher:
         self._scale = (std[0] / std[1]).view(-1, 1, 1)
         self._shift = ((mean[0] - mean[1]) / std[1]).view(-1, 1, 1)
         self._same = bool((self._scale == 1).all()) and bool((self._shift == 0).all())
-        self.blocks = Blocks(model) if matched else None
+        self.blocks = Blocks(model, frozen=True) if matched else None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

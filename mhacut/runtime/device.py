@@ -55,16 +55,25 @@ def repeatable(device: torch.device) -> AbstractContextManager[None]:
     return kernel
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes bfloat16 itself; those before Ampere emulate it, slowly."""
+    with torch.cuda.device(device):
+        found: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+    return found
+
+
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
-    """Warn those who asked for ``--amp`` on a processor without bfloat16, which computes it in software.
+    """Warn those who asked for ``--amp`` on a processor or GPU without bfloat16, which then emulates it.
 
     A training step of a small ViT took 13 times as long there as in float32. Processors with AVX512 but
     without its bfloat16 instructions, and those other than x86, are not reported: torch does not say which
     they are.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and "AVX512" not in capability:
+    slow = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and "AVX512" not in capability
+    if slow or (device.type == "cuda" and not has_bfloat16(device)):
+        this = "GPU" if device.type == "cuda" else "processor"
         note(
-            f"{option_name('amp', True)}: this processor has no native bfloat16 and would be many times "
-            "slower with it; leave it out"
+            f"{option_name('amp', True)}: this {this} has no native bfloat16 and would be many times slower "
+            "with it; leave it out"
         )

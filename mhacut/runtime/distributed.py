@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -130,7 +130,11 @@ def gathered(device: str) -> Iterator[Processes]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Processes(0, 1, resolve_device(device))
+        chosen = resolve_device(device)
+        # Generators, and memory that is pinned for transfers, are those of the current GPU.
+        current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()
+        with current:
+            yield Processes(0, 1, chosen)
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
@@ -146,5 +150,10 @@ def gathered(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), size, chosen)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL waits until the others destroy it too, who wait for this process in an exchange: it would
+        # never end, and torchrun not notice that it failed.
+        if chosen.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -15,7 +15,7 @@ STAGES: Mapping[str, str] = {
     "evaluating": "accuracy on labelled images",
     "calibrating": "Fisher information and second moments of channels",
     "ranking channels": "in which order channels go",
-    "measuring error curves": "the divergence that each width would cost",
+    "measuring sensitivity curves": "the divergence that each width would cost",
     "choosing merges": "how many tokens each block merges",
     "searching": "training indicators",
     "swapping channels": "exchanging kept channels for better ones",

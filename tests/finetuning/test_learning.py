@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -20,6 +21,7 @@ from mhacut.errors import MhacutError, UsageError
 from mhacut.finetuning import training as training_module
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.images import StepBatches
+from mhacut.finetuning.objective import Blocks
 from mhacut.finetuning.training import Trainer, _checkpoint_gradients
 
 
@@ -247,3 +249,33 @@ def test_a_single_output_is_learnt_from_the_teacher_and_not_from_labels(tiny_vit
     assert result.after is None  # all images are of the only class
     with pytest.raises(UsageError, match="has a single output, so labels teach it nothing; give a teacher"):
         mhacut.finetune(slim, output=tmp_path / "labels", **given)
+
+
+def test_a_kernel_that_sums_in_random_order_is_refused_by_the_option(tune, monkeypatch):
+    says = (
+        "avg_pool_backward_cuda does not have a deterministic implementation, but you set something. You can"
+    )
+
+    def fail(self, number, batch):
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(Trainer, "_loss", fail)
+    with pytest.raises(
+        MhacutError, match=r"^deterministic=True: avg_pool_backward_cuda .* something; leave it out$"
+    ):
+        tune(deterministic=True)
+    with pytest.raises(RuntimeError, match="avg_pool"):
+        tune(overwrite=True)
+
+
+def test_blocks_of_images_that_are_only_measured_are_not_kept():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
+    images = torch.randn(1, 3, 32, 32)
+    student, teacher = Blocks(model), Blocks(copy.deepcopy(model), frozen=True)
+    assert student.shapes(model, images).keys() == {"blocks.0", "blocks.1"}
+    with torch.inference_mode():
+        model(images)
+    assert student.outputs == {}
+    model(images)
+    assert student.outputs.keys() == {"blocks.0", "blocks.1"}
+    assert teacher.outputs == {}
