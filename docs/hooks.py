@@ -20,6 +20,11 @@ def on_page_content(html: str, **_: Any) -> str:
     return _ROLE.sub("", html)
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lead links to notebooks in examples/, which the repository shows, to the pages made of them."""
+    return re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.ipynb\)", r"](\1notebooks/\2.md)", markdown)
+
+
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add a page for each notebook of examples/, with the outputs that are kept in it.
 

@@ -15,7 +15,7 @@ class MhacutError(Exception):
 
 
 class UsageError(MhacutError):
-    """An argument that cannot be understood (``flops="2,0G"``): the command line exits 2."""
+    """An option that cannot be understood (``flops="2,0G"``) or does not fit: the command line exits 2."""
 
 
 class CheckpointError(MhacutError):

@@ -25,7 +25,7 @@ LAYERS = [
 
 
 class Problem:
-    """Units with convex error curves, FLOPs linear in their widths."""
+    """Units with convex sensitivity curves, FLOPs linear in their widths."""
 
     def __init__(self, keys, choices, curves, price, fixed):
         self.keys, self.choices, self.curves = keys, choices, curves

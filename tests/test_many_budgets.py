@@ -39,7 +39,7 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
         assert result.output.read_bytes() == alone.output.read_bytes()
         assert result.divergence == alone.divergence
     assert "calibrating" in results[0].seconds
-    assert not {"calibrating", "measuring error curves", "reading"} & results[1].seconds.keys()
+    assert not {"calibrating", "measuring sensitivity curves", "reading"} & results[1].seconds.keys()
 
 
 @pytest.mark.slow

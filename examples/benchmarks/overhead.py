@@ -27,7 +27,7 @@ STAGES = (
     "loading images",
     "calibrating",
     "ranking channels",
-    "measuring error curves",
+    "measuring sensitivity curves",
     "swapping channels",
     "repairing",
     "repairing in order",

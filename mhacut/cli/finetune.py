@@ -41,7 +41,8 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
     """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
 
     Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
-    DIR holds last.safetensors, best.safetensors, summary.csv, args.yaml, and state.pt to --resume from. Flags
+    DIR holds last.safetensors, summary.csv, args.yaml, state.pt to --resume from and, where labelled images
+    measure it, best.safetensors. Flags
     have the names and meanings of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut
     finetune ... (with several machines, all must have access to DIR)
 

@@ -54,8 +54,8 @@ def prune(
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
-            module, which is copied. For a module, ``model_args`` states the arguments that it was built with,
-            except for ``num_classes`` and ``img_size``.
+            module, which is copied. For a module, ``model_args`` states arguments that its weights do not
+            show, such as ``num_heads``; one of :func:`load_model` needs none.
         flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
             ``size``, ``max_latency``, ``max_kl`` or ``max_drop`` can replace it; the first three can also be
             combined with it. For several budgets of FLOPs, see :func:`prune_many`.

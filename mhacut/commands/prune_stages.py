@@ -29,7 +29,7 @@ _WRITTEN = 0.5
 _TIMED = 3.0
 _REPORTED = 1.0
 
-_SHARED = frozenset({"calibrating", "ranking channels", "measuring error curves", "timing"})
+_SHARED = frozenset({"calibrating", "ranking channels", "measuring sensitivity curves", "timing"})
 """Stages that are run once for several files."""
 
 
@@ -61,7 +61,7 @@ def expected_stages(options: PruneOptions, job: Job, measured: int, files: int =
         "evaluating": measured * search.batch_size * (2 * _READ + _FORWARD * (gflops + kept)),
         "calibrating": passes * (_PASS * gflops + _GATHERED * channels),
         "ranking channels": ranked,
-        "measuring error curves": ranked * by_curves,
+        "measuring sensitivity curves": ranked * by_curves,
         "choosing merges": _FORWARD * 6 * 64 * gflops * job.merges_tokens,
         "searching": trained * search.steps * search.by_indicators,
         "swapping channels": _EXCHANGED * channels * search.swaps,

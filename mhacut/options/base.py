@@ -93,7 +93,7 @@ class ImageSource(Options):
 
     data_dir: PathLike | None = option(
         None,
-        "Folder with train/ and val/, or a folder of unlabelled images.",
+        "Folder with train/ and val/, a folder of class folders or, where no labels are needed, of images.",
         panel="Data",
         metavar="DIR",
         reads="data_dir",

@@ -112,8 +112,8 @@ class ExportOptions(CheckpointOptions):
         if self.output is not None:
             self._require_ending(os.fspath(self.output))
         if self.fixed_batch is not None:
-            traced = f"{option_name('format', 'onnx')} or {option_name('format', 'pt2')}"
-            expected = f"{traced}; timm takes any number"
+            traced = ", ".join(option_name("format", name) for name in ("onnx", "openvino", "pt2"))
+            expected = f"one of {traced}; timm takes any number"
             require("fixed_batch", self.fixed_batch, self.format != "timm", expected)
         if self.license is not None:
             is_name = LICENSE.fullmatch(self.license) is not None

@@ -51,7 +51,7 @@ class CheckpointKeywords(ModelKeywords, total=False):
 class ImageSourceKeywords(TypedDict, total=False):
     """Source of images."""
     data_dir: str | os.PathLike[str] | None
-    """Folder with train/ and val/, or a folder of unlabelled images."""
+    """Folder with train/ and val/, a folder of class folders or, where no labels are needed, of images."""
     dataset: str | None
     """Dataset by its name in timm: hfds/NAME, wds/NAME, tfds/NAME, torch/NAME."""
 
@@ -477,8 +477,8 @@ class PruneKeywords(
     calibration_images: int | None
     """Number of images to calibrate on; by default the effort decides."""
     calibration: str | os.PathLike[str] | None
-    """File that keeps the calibration: read if it exists and fits this run, otherwise computed and
-    written."""
+    """File that keeps the calibration: written if it is not there, otherwise read; one made under other
+    conditions is refused."""
     labels: bool
     """Use labels if there are any; off: search by the dense model's outputs alone and measure no accuracy.
     Default: True."""

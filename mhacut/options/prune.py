@@ -339,8 +339,8 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     )
     calibration: PathLike | None = option(
         None,
-        "File that keeps the calibration: read if it exists and fits this run, otherwise computed and "
-        "written.",
+        "File that keeps the calibration: written if it is not there, otherwise read; one made under "
+        "other conditions is refused.",
         panel="Data",
         metavar="FILE",
         endings=(".safetensors",),

@@ -119,9 +119,9 @@ class TargetOptions(Options):
             require("allocation", allocation, allocation == "curves", expected)
             if self.flops is None and self.max_latency is None and not self.bounds_loss:
                 raise UsageError(
-                    f"{option_name('scope', scope)}: expected {option_name('flops')} or "
-                    f"{option_name('max_latency')}; merging tokens changes neither the number of parameters "
-                    "nor the size of the file"
+                    f"{option_name('scope', scope)}: expected {option_name('flops')}, "
+                    f"{option_name('max_latency')}, {option_name('max_kl')} or {option_name('max_drop')}; "
+                    "merging tokens changes neither the number of parameters nor the size of the file"
                 )
         for name in set(TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")

@@ -207,7 +207,7 @@ class Planner:
     def curves(self) -> Mapping[UnitKey, Curve]:
         """Sensitivity curves of every unit."""
         candidates = self.candidates
-        self.reporter.start("measuring error curves")
+        self.reporter.start("measuring sensitivity curves")
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
 

@@ -59,7 +59,7 @@ _ALONE = {
     "plain": ("none of them: uniform widths", ()),
     "plain-repair": ("repair alone", ("--repair",)),
     "plain-principal": ("principal basis alone", ("--basis", "principal")),
-    "plain-curves": ("error curves alone", ("--allocation", "curves")),
+    "plain-curves": ("sensitivity curves alone", ("--allocation", "curves")),
     "plain-indicator": ("learnable search alone", (*SEARCH, *BARE)),
     "plain-similarity": ("learnable search and similarity weight", (*SEARCH, *BARE, "--similarity")),
     "plain-init": (
