@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
-from mhacut.checkpoint.wrapping import same_network
+from mhacut.checkpoint.wrapping import check_teacher, same_network
 from mhacut.errors import CheckpointError
 
 _TIMM_AVERAGES = ("state_dict_ema", "model_ema")
@@ -45,7 +45,7 @@ def pick_part(
     path: Entry = ()
     found: Mapping[Any, Any] = checkpoint
     while len(path) < _MAX_NESTING:
-        entry = (asked,) if asked is not None and asked in found else _entry(found)
+        entry = (asked,) if asked is not None and asked in found else _entry(where, found)
         if entry is None:
             break
         path += entry
@@ -70,8 +70,12 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
     return tuple(name for name in known if name != part and checkpoint.get(name) in states)
 
 
-def _entry(checkpoint: Mapping[Any, Any]) -> Entry | None:
-    """Return the entry with the state dict; None if the checkpoint itself is one."""
+def _entry(where: str, checkpoint: Mapping[Any, Any]) -> Entry | None:
+    """Return the entry with the state dict; None if the checkpoint itself is one.
+
+    Raises:
+        CheckpointError: it may be either of two.
+    """
     if yacs.holds_config(checkpoint) and "model" in checkpoint:
         return ("model",)  # what these scripts evaluate, and publish the accuracy of
     states = _States()
@@ -89,6 +93,8 @@ def _entry(checkpoint: Mapping[Any, Any]) -> Entry | None:
             return (name,)
     student, teacher = (checkpoint.get(name) for name in ("student", "teacher"))
     if teacher in states and (student not in states or same_network(_shapes(teacher), _shapes(student))):
+        if student in states:
+            check_teacher(where, "student", "teacher", _shapes(teacher))
         return ("teacher",)
     if student in states:
         return ("student",)

@@ -22,6 +22,8 @@ OWN = ("model", "net", "network", "student", "student_backbone", "backbone", "mo
 """Words for the network that is trained."""
 AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
 """Words for an average of it over training steps, which is what gets published."""
+_TEACHERS = ("teacher", "teacher_backbone")
+"""Those of them that may also be another network, from which this one learns."""
 _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
 """Modules that no model of timm has, and that only training needs."""
 _BESIDE = re.compile(
@@ -31,15 +33,19 @@ _BESIDE = re.compile(
 """Modules that may lie beside a network without being part of it; a plain ``head`` only if it is no
 classifier."""
 _CLASSIFIER = re.compile(
-    r"head|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
+    r"heads?|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
 """Words for a linear layer beside a network without classifier."""
+_LAYER = re.compile(rf"(?:(?:{_CLASSIFIER.pattern})\.){{1,2}}(\d+\.)?(weight|bias)")
+"""Tensors of a classifier in its network."""
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
 """Tensors of such a layer, maybe with a dropout before it."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
 """Single numbers that weight averaging keeps."""
 _PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
 """Tensors of the projection head of DINO and its like."""
+_PROJECTED = re.compile(r"(^|\.)(dino_head|ibot_head|last_layer\d?|prototypes\d*)\.")
+"""Those of them that no other head has."""
 _KEPT = ("timm_model", "visual", "features", "body")
 """Prefixes by which files of other libraries are recognised, and those of models without classifier."""
 _ENCODER_ITSELF = (
@@ -155,6 +161,29 @@ def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[i
     return _canonical(one) == _canonical(other)
 
 
+def check_teacher(where: str, own: str, teacher: str, shapes: Shapes) -> None:
+    """Refuse to take a teacher for the average of a network of the same shapes if it may be another network.
+
+    A network that is its own teacher, as in DINO, has a projection head or none; others have a classifier.
+
+    Args:
+        where: the file, for messages.
+        own: name of the network.
+        teacher: name of what may be its average.
+        shapes: tensors of both, and beside them, in whatever wrappers.
+
+    Raises:
+        CheckpointError: nobody knows which of the two was trained.
+    """
+    names = _canonical(shapes)
+    classified = any(CLASSIFIERS.fullmatch(name) or _LAYER.fullmatch(name) for name in names)
+    if teacher in _TEACHERS and classified and not any(map(_PROJECTED.search, names)):
+        raise CheckpointError(
+            f"{where}: {own!r} and {teacher!r} have the same shapes and a classifier, so either may be the "
+            f"trained network; {option_name('part', own)} or {option_name('part', teacher)} reads one of them"
+        )
+
+
 def _canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, shape in shapes.items():
@@ -215,6 +244,9 @@ def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes
             {rest: shapes[file] for file, rest in modules[word].items()} for word in (own, average)
         )
         chosen: str | None = average if same_network(found, other) else own
+        if chosen == average:
+            level = {f"{word}.{rest}": shapes[file] for word in groups for file, rest in groups[word].items()}
+            check_teacher(where, own, average, level)
     else:
         chosen = own or average
     if chosen is None:

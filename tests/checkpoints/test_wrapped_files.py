@@ -175,6 +175,34 @@ def test_the_user_chooses_another_part(tmp_path, states):
     assert "'student'" in said
 
 
+TAUGHT = {
+    "model": lambda w, o: lightning(w, o, state_dict={**under("model.", w), **under("teacher.", o)}),
+    "student": lambda w, o: {"student": under("module.", w), "teacher": o, "epoch": 3},
+    "student_backbone": lambda w, o: (
+        {**under("x.student_backbone.model.", w), **under("x.teacher_backbone.model.", o)}
+    ),
+}
+
+
+@pytest.mark.parametrize("own", TAUGHT)
+def test_a_teacher_with_a_classifier_may_be_another_network(tmp_path, states, own):
+    path, teacher = tmp_path / "model.pth", "teacher_backbone" if "_" in own else "teacher"
+    torch.save(TAUGHT[own](*states), path)
+    said = refusal(path, model=NAME, model_args=ARGS)
+    assert f"{own!r} and {teacher!r} have the same shapes and a classifier" in said
+    assert f"part={own!r} or part={teacher!r} reads one of them" in said
+    for part, state in zip((own, teacher), states, strict=True):
+        assert torch.equal(logits_of(path, part=part)[0], logits_with(state))
+
+
+def test_a_classifier_beside_a_network_and_its_teacher_may_be_of_either(tmp_path, states):
+    bare = [without_head(state) for state in states]
+    content = {**under("model.", bare[0]), **under("teacher.", bare[1]), "head.weight": torch.ones(10, 48)}
+    torch.save(content, tmp_path / "model.pth")
+    said = refusal(tmp_path / "model.pth", model=NAME, model_args=ARGS)
+    assert "part='model' or part='teacher' reads one of them" in said
+
+
 def test_what_has_no_parts_says_so(tmp_path, states):
     path = save(tiny(), tmp_path / "plain.safetensors")
     said = refusal(path, model=NAME, model_args=ARGS, part="model")
