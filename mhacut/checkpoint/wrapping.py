@@ -36,8 +36,10 @@ _CLASSIFIER = re.compile(
     r"heads?|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
 """Words for a linear layer beside a network without classifier."""
-_LAYER = re.compile(rf"(?:(?:{_CLASSIFIER.pattern})\.){{1,2}}(\d+\.)?(weight|bias)")
-"""Tensors of a classifier in its network."""
+_LAYER = re.compile(
+    rf"(?P<module>(?:(?:{_CLASSIFIER.pattern})\.){{1,2}})((?P<number>\d+)\.)?(?P<kind>weight|bias)"
+)
+"""Tensors of a classifier in its network, maybe in a sequence."""
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
 """Tensors of such a layer, maybe with a dropout before it."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
@@ -75,6 +77,8 @@ class Naming:
     """Linear layer beside the network that became its ``head``."""
     trunk: str | None = None
     """Module that it lay beside."""
+    numbered: str | None = None
+    """Layer of a sequence that became the classifier, as in the file, if others come before it."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
         """Return the line for the user; None for a plain state dict.
@@ -91,6 +95,9 @@ class Naming:
             listed = [f"{name:.100} ({count})" for name, count in list(self.left_out.items())[:_MAX_NAMES]]
             more = ", ..." if len(self.left_out) > _MAX_NAMES else ""
             said.append(f"left out {', '.join(listed)}{more}")
+        if self.numbered is not None:
+            before = "the layers before it have no weights and are taken for dropout"
+            said.append(f"{self.numbered:.150} is the classifier: {before}")
         if others:
             said.append(f"{' or '.join(option_name('part', name) for name in others)} reads another part")
         return "; ".join(said) or None
@@ -137,7 +144,7 @@ def unwrap(
             if layer is not None:  # one beside a network, and one beside what holds it: nobody knows which
                 raise CheckpointError(_may_belong(where, trunk or "", head))
             layer, trunk = classifier, chosen
-            head = {file: f"head.{rest.rpartition('.')[2]}" for file, rest in groups.pop(classifier).items()}
+            head = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
         part = None if part == chosen else part
         for word in groups.keys() - {chosen}:
             _leave_out(left_out, word, groups[word])
@@ -153,7 +160,8 @@ def unwrap(
         raise CheckpointError(_may_belong(where, trunk or "", head))
     _check_unique(where, names, prefixes)
     left = dict(sorted(left_out.items()))
-    return Naming({**names, **head}, tuple(prefixes), left, tuple(others), layer, trunk)
+    plain, numbered = _without_sequence({**names, **head}, shapes)
+    return Naming(plain, tuple(prefixes), left, tuple(others), layer, trunk, numbered)
 
 
 def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
@@ -288,6 +296,25 @@ def _is_linear(group: Mapping[str, str], shapes: Shapes) -> bool:
     found = {rest.rpartition(".")[2]: shapes[file] for file, rest in group.items()}
     weight = found.get("weight", ())
     return len(found) == len(group) and len(weight) == 2 and found.get("bias", weight[:1]) == weight[:1]
+
+
+def _without_sequence(names: Mapping[str, str], shapes: Shapes) -> tuple[dict[str, str], str | None]:
+    """Give the only layer of a sequence, which is linear, the name of the sequence if it is a classifier.
+
+    Returns:
+        The names, and the layer's name in the file if layers without weights come before it.
+    """
+    plain, numbered = dict(names), None
+    for file, name in names.items():
+        found = _LAYER.fullmatch(name)
+        if found is None or found["number"] is None:
+            continue
+        module = found["module"]
+        inside = {key: other.removeprefix(module) for key, other in names.items() if other.startswith(module)}
+        if _is_linear(inside, shapes):
+            plain[file] = module + found["kind"]
+            numbered = file.rpartition(".")[0] if int(found["number"]) else None
+    return plain, numbered
 
 
 def _is_module(groups: Mapping[str, Mapping[str, str]], word: str | None) -> bool:

@@ -161,6 +161,28 @@ def test_a_bare_file_is_recognised_by_its_names(folder):
     assert "(converted from ViT of transformers; the folder with its configuration" in refusal(path)
 
 
+def test_a_classifier_may_be_the_only_layer_of_a_sequence(folder):
+    tensors = {name.replace("classifier.", "classifier.1."): t for name, t in vit_tensors().items()}
+    checkpoint = read_model(folder(tensors=tensors))
+    assert torch.equal(checkpoint.model.state_dict()["head.weight"], tensors["classifier.1.weight"])
+    assert "classifier.1 is the classifier: the layers before it have no weights" in checkpoint.notes[-1]
+
+
+def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
+    path = tmp_path / "model.safetensors"
+    names = {name: re.sub("^vit", "backbone", name).replace("classifier", "fc") for name in vit_tensors()}
+    tensors = {names[name]: tensor for name, tensor in vit_tensors().items()}
+    save_file(tensors, path)
+    args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
+    given = {"model": "vit_base_patch16_224", "model_args": args}
+    said = refusal(path, **given)
+    assert "the classifier beside the network may read the pooler, for which timm has no place" in said
+    assert "part='backbone' reads the network without it" in said
+    assert read_model(path, **given, num_classes=0).identity.model_args["num_classes"] == 0
+    save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name}, path)
+    assert torch.equal(read_model(path, **given).model.state_dict()["head.weight"], tensors["fc.weight"])
+
+
 def test_the_classifier_can_be_left_out(folder):
     model = mhacut.load_model(folder(), num_classes=0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 24)

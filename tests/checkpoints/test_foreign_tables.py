@@ -11,6 +11,7 @@ from mhacut.checkpoint.foreign.dino import DINOV2, DINOV3
 from mhacut.checkpoint.foreign.images import image_side, transformers_cfg
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.foreign.swin import SWIN, SWINV2
+from mhacut.checkpoint.foreign.torchvision import TORCHVISION_VIT
 from mhacut.checkpoint.foreign.vit import BEIT, VIT
 from mhacut.errors import CheckpointError
 
@@ -139,6 +140,8 @@ def test_the_norms_of_a_vit_may_add_as_much_as_those_of_clip():
     [
         (BEIT, "beit.layernorm.weight", "norm.weight"),
         (BEIT, "data2vec_vision.layernorm.weight", "norm.weight"),
+        (TORCHVISION_VIT, "heads.weight", "head.weight"),
+        (TORCHVISION_VIT, "heads.head.bias", "head.bias"),
         (
             MOBILEVIT,
             "mobilevit.encoder.layer.2.downsampling_layer.reduce_1x1.convolution.weight",

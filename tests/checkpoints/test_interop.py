@@ -353,6 +353,24 @@ def test_torchvisions_answers_are_timms(name, tmp_path):
     assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "before"),
+    [("vit", "heads", None), ("vit", "heads", 0), ("vit", "heads.head", 1), ("swin", "head", 1)],
+)
+def test_a_new_classifier_in_a_model_of_torchvision_is_read(name, module, before, tmp_path):
+    original = torchvision_models()[name]()
+    linear = torch.nn.Linear(24, 5)
+    layers = [torch.nn.Dropout(0.5)] * (before or 0)
+    original.set_submodule(module, linear if before is None else torch.nn.Sequential(*layers, linear))
+    torch.save(original.state_dict(), tmp_path / "model.pth")
+    args: dict[str, Any] = {}
+    if name == "vit":
+        args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
+        args["model"] = "vit_base_patch16_224"
+    model = mhacut.load_model(tmp_path / "model.pth", **args)
+    assert torch.equal(model.get_classifier().weight, linear.weight)
+
+
 TOWER = {"image_size": 32, "layers": 2, "width": 24, "patch_size": 8, "head_width": 8, "mlp_ratio": 2.0}
 TEXTS = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 3, "layers": 1}
 TRUNK = {

@@ -226,6 +226,7 @@ def without_head(state):
         ("model.backbone.", "model.classifier.", "backbone", "classifier"),
         ("module.encoder.", "module.linear.", "encoder", "linear"),
         ("model.", "head.1.", "model", "head"),
+        ("model.", "heads.0.", "model", "heads"),
         ("backbone.model.", "head.", "backbone", "head"),
     ],
 )
@@ -240,6 +241,25 @@ def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, net
     alone = read_model(path, model=NAME, model_args=ARGS, part=trunk)
     assert alone.identity.model_args["num_classes"] == 0
     assert not any("was read as" in note for note in alone.notes)
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "first"),
+    [("", "head.1.", False), ("model.", "model.head.0.", True), ("backbone.", "fc.2.", False)],
+)
+def test_a_classifier_may_be_the_only_layer_of_a_sequence(tmp_path, states, network, layer, first):
+    path = tmp_path / "model.pth"
+    classifier = {f"{layer}{kind}": states[0][f"head.{kind}"] for kind in ("weight", "bias")}
+    torch.save({**under(network, without_head(states[0])), **classifier}, path)
+    found, notes = logits_of(path)
+    assert torch.equal(found, logits_with(states[0]))
+    line = f"{layer[:-1]} is the classifier: the layers before it have no weights and are taken for dropout"
+    assert any(line in note for note in notes) is not first, notes
+    torch.save(
+        {**without_head(states[0]), "head.0.weight": torch.ones(48, 48), "head.2.weight": torch.ones(10, 48)},
+        path,
+    )
+    assert "'head.2.weight'" in refusal(path, model=NAME, model_args=ARGS)
 
 
 def test_a_classifier_beside_a_network_gets_its_name_in_timm(tmp_path):

@@ -22,6 +22,8 @@ from mhacut.runtime.files import show
 
 _HEADS = ("head.", "head_dist.")
 """Beginnings of the names of classifiers, and of norms before them, in timm."""
+_NAMED = ("classifier", "heads.head")
+"""Names of classifiers in other libraries."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
 """Part of a configuration that is the image tower's, by the model types of an image and a text tower."""
@@ -105,6 +107,8 @@ def _conversion(
     header: FileHeader, family: Family, config: Config | None, headless: bool, given: Collection[str]
 ) -> Conversion:
     renaming = family.renaming(header.shapes)
+    if header.naming.classifier is not None:
+        renaming = _with_layer(renaming)
     processor = _processor(header)
     if config is not None and flips_channels(processor):
         renaming = _flipped(renaming, family.stem)
@@ -150,6 +154,18 @@ def _processor(header: FileHeader) -> Config | None:
     if header.preprocessor is None:
         return None
     return Config(header.preprocessor, show(header.path.parent / "preprocessor_config.json"))
+
+
+def _with_layer(renaming: Renaming) -> Renaming:
+    """Return the table for a file whose classifier, ``head``, lay beside the network."""
+    names, refused = dict(renaming.names), dict(renaming.refused_classifier)
+    for name in names.keys() & set(_NAMED):
+        names["head"] = names[name]
+    if "pooler" in renaming.left_out:
+        refused["pooler"] = (
+            "the classifier beside the network may read the pooler, for which timm has no place"
+        )
+    return replace(renaming, names=names, refused_classifier=refused)
 
 
 def _flipped(renaming: Renaming, stem: str) -> Renaming:

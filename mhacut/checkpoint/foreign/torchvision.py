@@ -29,6 +29,8 @@ _VIT_NAMES = {
     "encoder.layers.encoder_layer_*.mlp.linear_2": "blocks.*.mlp.fc2",
     "encoder.ln": "norm",
     "heads.head": "head",
+    "heads.weight": "head.weight",
+    "heads.bias": "head.bias",
 }
 _MAX_STAGES = 8
 
