@@ -27,11 +27,12 @@ _TEACHERS = ("teacher", "teacher_backbone")
 _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
 """Modules that no model of timm has, and that only training needs."""
 _BESIDE = re.compile(
-    r"((student|teacher)_)?(dino_head|ibot_head|head)|projector|predictor|(projection|prediction)_head"
+    r"((student|teacher)_)?(dino_head|ibot_head)|projector|predictor|(projection|prediction)_head"
     r"|queue|queue_ptr|center"
 )
-"""Modules that may lie beside a network without being part of it; a plain ``head`` only if it is no
-classifier."""
+"""Modules that may lie beside a network without being part of it."""
+_HEAD = re.compile(r"((student|teacher)_)?head")
+"""Such a module if it is a projection head, and not a classifier."""
 _CLASSIFIER = re.compile(
     r"heads?|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
@@ -44,10 +45,10 @@ _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
 """Tensors of such a layer, maybe with a dropout before it."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
 """Single numbers that weight averaging keeps."""
-_PROJECTION = re.compile(r"mlp\.|last_layer\d?\.|prototypes\d*\.")
-"""Tensors of the projection head of DINO and its like."""
 _PROJECTED = re.compile(r"(^|\.)(dino_head|ibot_head|last_layer\d?|prototypes\d*)\.")
-"""Those of them that no other head has."""
+"""Tensors that only projection heads have, those of DINO and its like."""
+_PROJECTION = re.compile(r"(mlp|layers|last_layer\d?|prototypes\d*)\.")
+"""All tensors of such a head."""
 _KEPT = ("timm_model", "visual", "features", "body")
 """Prefixes by which files of other libraries are recognised, and those of models without classifier."""
 _ENCODER_ITSELF = (
@@ -268,14 +269,17 @@ def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes
         return chosen
     if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
         return None
-    raise CheckpointError(_may_belong(where, chosen, [file for word in rest for file in groups[word]]))
+    why = ""
+    if all(_CLASSIFIER.fullmatch(word) and not _is_linear(groups[word], shapes) for word in rest):
+        why = "mhacut reads a classifier of one linear layer; "
+    raise CheckpointError(_may_belong(where, chosen, [file for word in rest for file in groups[word]], why))
 
 
-def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
+def _may_belong(where: str, network: str, files: Iterable[str], why: str = "") -> str:
     listed = ", ".join(f"{file!r:.150}" for file in list(files)[:_MAX_NAMES])
     return (
         f"{where}: beside the network {network!r} there are tensors that may belong to it: {listed}; "
-        f"{option_name('part', network)} reads the network alone"
+        f"{why}{option_name('part', network)} reads the network alone"
     )
 
 
@@ -339,6 +343,7 @@ def _is_for_training(word: str, groups: Mapping[str, Mapping[str, str]], shapes:
 
 def _is_beside(word: str, group: Mapping[str, str]) -> bool:
     """Whether these tensors, beside a network, are not part of it."""
-    if word == "head":
-        return all(map(_PROJECTION.match, group.values()))
+    if _HEAD.fullmatch(word):
+        names = group.values()
+        return all(map(_PROJECTION.match, names)) and any(map(_PROJECTED.match, names))
     return _BESIDE.fullmatch(word) is not None

@@ -126,7 +126,8 @@ IN_ANY_FILE = {
     ),
     "lightly": (
         lambda w, o: {**under("teacher_backbone.", w), **under("student_backbone.", o)}
-        | {**under("student_head.", HEAD), **under("teacher_head.", HEAD)},
+        | {f"{word}_head.layers.0.weight": torch.ones(3, 2) for word in ("student", "teacher")}
+        | {f"{word}_head.last_layer.weight_g": torch.ones(3, 1) for word in ("student", "teacher")},
         "part='student_backbone' reads another part",
     ),
     "averaged": (
@@ -285,6 +286,14 @@ def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     assert line in said
     assert "part='backbone' reads the network alone" in refused_beside(
         path, states, {"head.0.weight": torch.ones(9, 48), "head.2.weight": torch.ones(10, 9)}
+    )
+    said = refused_beside(
+        path, states, {"head.mlp.0.weight": torch.ones(9, 48), "head.mlp.2.weight": torch.ones(10, 9)}
+    )
+    assert "'head.mlp.0.weight', 'head.mlp.2.weight'; mhacut reads a classifier of one linear layer; " in said
+    assert "part='backbone' reads the network alone" in said
+    assert (
+        read_model(path, model=NAME, model_args=ARGS, part="backbone").identity.model_args["num_classes"] == 0
     )
     two = {"head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
     assert "part='backbone' reads the network alone" in refused_beside(path, states, two)
