@@ -62,10 +62,10 @@ def pick_part(
 
 
 def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
-    """Return entries beside ``part`` that are the same network or its student, for the option ``part``."""
+    """Return entries beside ``part`` with weights of the network or its teacher, for the option ``part``."""
     if part is None or not isinstance(checkpoint, dict):
         return ()
-    known = (*_TIMM_AVERAGES, *_AVERAGES, *_TIMM_MODELS, "teacher", "student", *_MODELS)
+    known = (*_TIMM_AVERAGES, *_AVERAGES, *_TIMM_MODELS, "teacher", "student", *_MODELS, "target_encoder")
     states = _States()
     return tuple(name for name in known if name != part and checkpoint.get(name) in states)
 

@@ -97,6 +97,15 @@ IN_TORCH_FILES = {
     "nested": (lambda w, o: {"model": {"state_dict": under("net.", w)}}, "read the part 'model.state_dict'"),
     "dino": (dino, "part 'teacher' of the checkpoint; removed the prefix backbone. from"),
     "dino's head": (dino, "left out head. (2); part='student' reads another part"),
+    "i-jepa": (
+        lambda w, o: {
+            "encoder": under("module.", w),
+            "predictor": {"module.blocks.0.x": torch.ones(9), "module.blocks.1.x": torch.ones(9)},
+            "target_encoder": under("module.", o),
+        },
+        "read the part 'encoder' of the checkpoint; removed the prefix module. from the tensor names; "
+        "part='target_encoder' reads another part",
+    ),
     "distilled": (
         lambda w, o: {"student": w, "teacher": {"blocks.0.x": torch.ones(9), "head.y": torch.ones(9)}},
         "read the part 'student' of the checkpoint; part='teacher' reads another part",
@@ -168,6 +177,8 @@ def test_the_user_chooses_another_part(tmp_path, states):
     found, notes = logits_of(path, part="student")
     assert torch.equal(found, logits_with(states[1]))
     assert any("read the part 'student'" in note for note in notes)
+    torch.save(IN_TORCH_FILES["i-jepa"][0](*states), path)
+    assert torch.equal(logits_of(path, part="target_encoder")[0], logits_with(states[1]))
     torch.save(IN_ANY_FILE["dinov2"][0](*states), path)
     assert torch.equal(logits_of(path, part="student")[0], logits_with(states[1]))
     assert torch.equal(load_model(path, NAME, part="teacher", **ARGS)(IMAGES), logits_with(states[0]))
