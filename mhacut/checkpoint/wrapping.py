@@ -18,17 +18,22 @@ _LEADING = ("module.", "_orig_mod.")
 """Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
 _INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Wrappers of single layers, anywhere in a name."""
-OWN = ("model", "net", "network", "student", "student_backbone", "backbone", "module", "encoder")
+OWN = (
+    *("model", "online_model", "net", "network", "student", "student_backbone", "backbone"),
+    *("module", "encoder"),
+)
 """Words for the network that is trained."""
 AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
 """Words for an average of it over training steps, which is what gets published."""
 _TEACHERS = ("teacher", "teacher_backbone")
 """Those of them that may also be another network, from which this one learns."""
+_MOMENTUM = ("momentum_backbone",)
+"""Words for an average that is a target of the training only; a classifier belongs to the network itself."""
 _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
 """Modules that no model of timm has, and that only training needs."""
 _BESIDE = re.compile(
-    r"((student|teacher)_)?(dino_head|ibot_head)|projector|predictor|(projection|prediction)_head"
-    r"|queue|queue_ptr|center"
+    r"((student|teacher)_)?(dino_head|ibot_head)|(momentum_)?projector|predictor"
+    r"|(projection|prediction)_head|momentum_(backbone|classifier)|queue|queue_ptr|center"
 )
 """Modules that may lie beside a network without being part of it."""
 _HEAD = re.compile(r"((student|teacher)_)?head")
@@ -149,7 +154,7 @@ def unwrap(
         part = None if part == chosen else part
         for word in groups.keys() - {chosen}:
             _leave_out(left_out, word, groups[word])
-        others += [word for word in groups if word != chosen and word in (*OWN, *AVERAGED)]
+        others += [word for word in groups if word != chosen and word in (*OWN, *AVERAGED, *_MOMENTUM)]
         prefixes.append(f"{chosen}.")
         names = groups[chosen]
     if part is not None:

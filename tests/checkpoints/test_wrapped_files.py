@@ -144,6 +144,18 @@ IN_ANY_FILE = {
         | {"ema_model.n_averaged": torch.tensor(3)},
         "left out model. (32), n_averaged (1); part='model' reads another part",
     ),
+    "ema_pytorch": (
+        lambda w, o: {**under("online_model.", o), **under("ema_model.", w)}
+        | {"initted": torch.tensor(True), "step": torch.tensor(9)},
+        "removed the prefix ema_model. from the tensor names; left out initted (1), online_model. (32), step "
+        "(1); part='online_model' reads another part",
+    ),
+    "solo-learn": (
+        lambda w, o: {**under("backbone.", without_head(w)), **under("momentum_backbone.", without_head(o))}
+        | {f"classifier.{kind}": w[f"head.{kind}"] for kind in ("weight", "bias")}
+        | {"projector.0.weight": torch.ones(3, 2), "momentum_projector.0.weight": torch.ones(3, 2)},
+        "left out momentum_backbone. (30), momentum_projector. (1), projector. (1); part='momentum_backbone'",
+    ),
     "distilling": (
         lambda w, o: {**under("model.", w), **under("teacher.", {"stem.weight": torch.ones(2)})},
         "the prefix model. from the tensor names; left out teacher. (1); part='teacher' reads another part",
