@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from mhacut.checkpoint.foreign.clip import finish_clip
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.family import Built, Family, Shapes, mlp_ratio
+from mhacut.checkpoint.foreign.family import Built, Family, Shapes, depth_of, mlp_ratio
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.foreign.vit import size_name, vit_name
 from mhacut.errors import CheckpointError
 
 _TEXT = "the text tower"
+_OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's own archives keep among the tensors; no other file of these names has them."""
+_IMAGES_OF_OPENAI: dict[str, Any] = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 NOT_THE_TOWER = {
     "transformer": _TEXT,
     "token_embedding": _TEXT,
@@ -24,6 +34,7 @@ NOT_THE_TOWER = {
     "attn_mask": "",
     "logit_scale": "",
     "logit_bias": "",
+    **dict.fromkeys(_OF_OPENAI, ""),
 }
 """Tensors that are not part of the image tower, and what they are, for the log."""
 _NAMES = {
@@ -93,8 +104,31 @@ def _build(config: Config, shapes: Shapes) -> Built:
     }
     if tower.raw("ls_init_value") is not None:
         args["init_values"] = tower.number("ls_init_value")
+    return Built(_name(args, quick), args)
+
+
+def _name(args: dict[str, Any], quick: bool) -> str:
     suffix = "_clip_quickgelu" if quick else "_clip"
-    return Built(vit_name(size_name(args), args["patch_size"], args["img_size"], suffix), args)
+    return vit_name(size_name(args), args["patch_size"], args["img_size"], suffix)
+
+
+def _guess(shapes: Shapes, original: Shapes) -> Built | None:
+    """Return the model of OpenAI's weights, which have QuickGELU and heads of 64; that of others is open."""
+    if not set(_OF_OPENAI) <= original.keys():
+        return None
+    patches = shapes["patch_embed.proj.weight"]
+    width, patch = patches[0], patches[3]
+    args: dict[str, Any] = {
+        "img_size": patch * math.isqrt(max(shapes["pos_embed"][1] - 1, 1)),
+        "patch_size": patch,
+        "in_chans": patches[1],
+        "embed_dim": width,
+        "depth": depth_of(shapes),
+        "num_heads": max(width // 64, 1),
+        "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
+        "act_layer": "quick_gelu",
+    }
+    return Built(_name(args, quick=True), args, cfg=_IMAGES_OF_OPENAI)
 
 
 OPEN_CLIP = Family(
@@ -102,6 +136,7 @@ OPEN_CLIP = Family(
     (("visual.transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"),),
     _renaming,
     _build,
+    _guess,
 )
 
 
