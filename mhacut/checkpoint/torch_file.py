@@ -185,6 +185,11 @@ def _broken(where: str, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{where}: quantised, sparse or complex weights are not supported; save them dense (to_dense())"
         )
+    if isinstance(error, RuntimeError) and "affine_quantized" in str(error):  # as quantize_dynamic makes them
+        return CheckpointError(
+            f"{where}: quantized weights are not supported, expected float ones; give the checkpoint from "
+            "before quantization"
+        )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return CheckpointError(
         f"{where}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"

@@ -235,6 +235,14 @@ def test_torch_files_without_a_state_dict_say_what_they_hold(tmp_path, checkpoin
     assert says in refusal(path)
 
 
+def test_quantized_weights_are_no_damaged_file(tmp_path):
+    path = tmp_path / "model.pth"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates them
+        torch.save({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}, path)
+    assert "quantized weights are not supported, expected float ones; give the checkpoint from" in refusal(path)
+
+
 @pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
 def test_code_in_a_pickle_is_not_run(tmp_path, how):
     target = tmp_path / "side_effect"
