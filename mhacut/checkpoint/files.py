@@ -27,6 +27,19 @@ from mhacut.runtime.inputs import is_directory, regular_size
 
 _MAX_HEADER_BYTES = 100_000_000
 """Largest safetensors header; the limit of the library."""
+_MADE_FROM = "give the safetensors or torch file that it was made from"
+_CONVERT = "convert it with the library that wrote it, and give a safetensors or torch file"
+_UNPACK = "unpack it, and give the file with the weights"
+_OTHERS = (
+    (rb"\x93NUMPY", "a NumPy array (.npy)", _CONVERT),
+    (rb"\x89HDF\r\n", "an HDF5 file (.h5), as Keras writes them", _CONVERT),
+    (rb"GGUF", "a GGUF file", _MADE_FROM),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model", _MADE_FROM),
+    (rb"\x1f\x8b", "compressed by gzip (.gz, .tgz)", _UNPACK),
+    (rb"BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed (.bz2, .xz, .zst)", _UNPACK),
+    (rb"7z\xbc\xaf|Rar!", "an archive (.7z, .rar)", _UNPACK),
+)
+"""First bytes of files that are no checkpoints, what they are, and what to do with them."""
 
 
 def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
@@ -170,6 +183,9 @@ def _sniff(path: Path, size: int) -> Format:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", start):
         return "torch"
+    for magic, what, then in _OTHERS:
+        if re.match(magic, start):
+            raise CheckpointError(f"{show(path)}: this is {what}, not a checkpoint; {then}")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<"):
         raise CheckpointError(

@@ -114,6 +114,11 @@ def _check_zip(path: Path, size: int) -> None:
             "torch.save(torch.jit.load(FILE).state_dict(), ...)"
         )
     pickles = [member for member in members if re.fullmatch(r"[^/]+/data\.pkl", member.filename)]
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(
+            f"{where}: a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
+            'm = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), "weights.pth")'
+        )
     if len(pickles) != 1:
         raise CheckpointError(f"{where}: a zip file, but not a torch checkpoint (no data.pkl inside)")
     deflated = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]

@@ -77,6 +77,12 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
         (b"\n <!DOCTYPE html><html>", "this is an HTML page"),
         (b'{"a": {"weight_map": {}}}', "this is JSON text"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '<f4'}", "this is a NumPy array (.npy), not a checkpoint; convert it"),
+        (b"\x89HDF\r\n\x1a\n\0\0\0", "this is an HDF5 file (.h5), as Keras writes them, not a checkpoint;"),
+        (b"GGUF\x03\0\0\0\0\0", "this is a GGUF file, not a checkpoint; give the safetensors or torch"),
+        (b"\x08\x08\x12\x07pytorch", "this is an ONNX model, not a checkpoint; give the safetensors or"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\xff", "this is compressed by gzip (.gz, .tgz), not a checkpoint; unpack"),
+        (b"\xfd7zXZ\0\0\0\0\0", "this is compressed (.bz2, .xz, .zst), not a checkpoint; unpack it, and"),
         (b"just some text, too long to be small", "not a checkpoint: neither safetensors nor a torch file"),
         (struct.pack("<Q", 2**63) + b"{}", "header would be 9223372036854775808 bytes"),
         (struct.pack("<Q", 5000) + b"{}", "the header says 5000 bytes, the file has 2"),
@@ -240,7 +246,9 @@ def test_quantized_weights_are_no_damaged_file(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates them
         torch.save({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}, path)
-    assert "quantized weights are not supported, expected float ones; give the checkpoint from" in refusal(path)
+    assert "quantized weights are not supported, expected float ones; give the checkpoint from" in refusal(
+        path
+    )
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "raw pickle"])
@@ -280,6 +288,8 @@ def test_zip_files_that_are_no_checkpoints(tmp_path):
     pack({"../evil.txt": b"x"})
     assert "a zip file, but not a torch checkpoint" in refusal(path)
     assert not (tmp_path.parent / "evil.txt").exists()
+    pack({"embedding/kernel.npy": b"x", "cls.npy": b"x"})
+    assert "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its" in refusal(path)
     pack({"m/data.pkl": b"\x80\x02N.", "m/data/0": b"0" * 10**7}, zipfile.ZIP_DEFLATED)
     assert "compressed torch files are not supported" in refusal(path)
     pack({"m/data.pkl": b"x", "m/constants.pkl": b"x", "m/code/a.py": b"x"})
