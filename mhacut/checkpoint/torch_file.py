@@ -31,6 +31,12 @@ _MAX_TIMES_CLAIMED = 16
 """Number of times that the tensors of a file, which may share storages, may claim its bytes."""
 _MAX_LISTED_BYTES = 4 * 2**20
 """Number of bytes of a refused pickle that are searched for names."""
+_ARRAYS = (
+    "numpy arrays in a pickle (as detectron2's .pkl), not a torch checkpoint. If you trust its source, "
+    'convert it where it can do no harm: c = pickle.load(open(FILE, "rb"), encoding="latin1"); '
+    'torch.save({k: torch.from_numpy(v) for k, v in c["model"].items()}, "weights.pth") (or c itself)'
+)
+"""What is said of a pickle without torch's storages."""
 
 
 def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
@@ -149,6 +155,8 @@ def _check_legacy(path: Path) -> None:
             for _ in pickletools.genops(start):
                 pass
     if start.tell() >= _MAX_PICKLE_BYTES:
+        if _holds_arrays(path):
+            raise CheckpointError(f"{show(path)}: {_ARRAYS}")
         raise CheckpointError(
             f"{show(path)}: its pickles have too many bytes, expected at most {_MAX_PICKLE_BYTES}; "
             "save the state dict alone: torch.save(model.state_dict(), ...)"
@@ -203,6 +211,8 @@ def _broken(where: str, error: Exception) -> CheckpointError:
 
 def _blocked(path: Path, reason: str) -> str:
     """Return why the safe unpickler stopped, and what to do about it."""
+    if not _is_zip(path) and _holds_arrays(path):
+        return _ARRAYS
     try:
         with open(path, "rb") as file:
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
@@ -226,6 +236,12 @@ def _blocked(path: Path, reason: str) -> str:
     return (
         f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"
     )
+
+
+def _holds_arrays(path: Path) -> bool:
+    """Whether a bare pickle makes arrays of numpy; the first one of a torch file is a number."""
+    makers = ("._reconstruct", "._frombuffer")
+    return any(name.startswith("numpy") and name.endswith(makers) for name in _globals_of_pickle(path))
 
 
 def _globals_of_pickle(path: Path) -> list[str]:

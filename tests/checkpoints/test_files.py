@@ -277,6 +277,18 @@ def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
     assert "float(x)" in refusal(path)
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("size", [4, 3_000_000], ids=["small", "large"])
+def test_arrays_in_a_pickle_say_how_to_convert(tmp_path, size, protocol):
+    numpy = pytest.importorskip("numpy")
+    path = tmp_path / "model.pkl"
+    arrays = {"model": {"a.weight": numpy.ones(size, "f4")}, "__author__": "somebody"}
+    path.write_bytes(pickle.dumps(arrays, protocol))
+    message = refusal(path)
+    assert "numpy arrays in a pickle (as detectron2's .pkl), not a torch checkpoint" in message
+    assert "torch.from_numpy(v)" in message
+
+
 def test_zip_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / "model.pth"
 
