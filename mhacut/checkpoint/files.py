@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhacut.checkpoint.folder import open_folder
+from mhacut.checkpoint.folder import MERGE_FIRST, open_folder
 from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
 from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
@@ -27,6 +27,8 @@ from mhacut.runtime.inputs import is_directory, regular_size
 
 _MAX_HEADER_BYTES = 100_000_000
 """Largest safetensors header; the limit of the library."""
+_OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
+"""Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""
 _MADE_FROM = "give the safetensors or torch file that it was made from"
 _CONVERT = "convert it with the library that wrote it, and give a safetensors or torch file"
 _UNPACK = "unpack it, and give the file with the weights"
@@ -98,6 +100,11 @@ def _named(header: FileHeader) -> FileHeader:
     asked = None if header.asked in (header.part or "").split(".") else header.asked
     parts = () if header.part is None else (header.part, *header.other_parts)
     naming = unwrap(show(header.path), header.shapes, part=asked, parts=parts, layers_only=not own)
+    adapter = next((file for file, name in naming.names.items() if _OF_ADAPTER.search(name)), None)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{show(header.path)}: {adapter!r:.150} is a tensor of an adapter; {MERGE_FIRST}"
+        )
     tensors = {name: header.tensors[file] for file, name in naming.names.items()}
     return dataclasses.replace(header, tensors=tensors, naming=naming)
 

@@ -33,6 +33,11 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 INDEX = "model.safetensors.index.json"
 """Name of the list of the files that a model is spread over."""
 _MAX_SHARDS = 500
+MERGE_FIRST = (
+    "merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
+    'torch.save(merged.state_dict(), "weights.pth")'
+)
+"""Advice for an adapter of PEFT."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def open_folder(folder: Path) -> Folder:
     """
     one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, one)
+    if one is None and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{show(folder)}: holds an adapter of PEFT and no whole model; {MERGE_FIRST}")
     if config is None:
         hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
         raise CheckpointError(

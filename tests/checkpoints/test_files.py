@@ -241,6 +241,19 @@ def test_torch_files_without_a_state_dict_say_what_they_hold(tmp_path, checkpoin
     assert says in refusal(path)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "unmerged"])
+def test_adapters_are_to_be_merged_first(tmp_path, kind):
+    path = tmp_path / "adapter_model.safetensors"
+    layer, name = "base_model.model.blocks.0.attn.qkv", "default." if kind == "unmerged" else ""
+    tensors = {f"{layer}.lora_{one}.{name}weight": torch.ones(2, 2) for one in "AB"}
+    if kind == "unmerged":
+        tensors[f"{layer}.base_layer.weight"] = torch.ones(2, 2)
+    save_file(tensors, path)
+    assert "is a tensor of an adapter; merge it into its model first: merged = PeftModel" in refusal(path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter of PEFT and no whole model; merge it into its model first" in refusal(tmp_path)
+
+
 def test_quantized_weights_are_no_damaged_file(tmp_path):
     path = tmp_path / "model.pth"
     with warnings.catch_warnings():
