@@ -78,7 +78,8 @@ class Checkpoint:
             CheckpointError: not a readable checkpoint, or what it states makes no sense.
         """
         header = read_file_header(source, None if hints is None else hints.part)
-        stem = Path(source).resolve().name if header.config is not None else stem_of(header.path)
+        of_folder = header.config is not None or bool(header.shards)
+        stem = Path(source).resolve().name if of_folder else stem_of(header.path)
         return cls(os.fspath(source), stem, record=_record_of(header), header=header, hints=hints)
 
     @classmethod

@@ -110,20 +110,21 @@ def _named(header: FileHeader) -> FileHeader:
 
 
 def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
-    """Return the header of several safetensors files that hold one model."""
+    """Return the header of several files that hold one model."""
     tensors: dict[str, TensorInfo] = {}
     shards = {}
+    formats: dict[Format, None] = {}
     for path in paths:
         header = _file_header(path)
+        formats[header.format] = None
         twice = tensors.keys() & header.tensors.keys()
-        if header.format != "safetensors" or twice:
-            what = (
-                f"tensor {min(twice)!r:.150} is in another shard too" if twice else "not a safetensors file"
-            )
+        if len(formats) > 1 or header.part is not None or twice:
+            what = f"not a {next(iter(formats))} file" if len(formats) > 1 else "a training checkpoint"
+            what = f"tensor {min(twice)!r:.150} is in another shard too" if twice else what
             raise CheckpointError(f"{show(path)}: {what}; download the folder again")
         shards[path] = header.tensors
         tensors |= header.tensors
-    return FileHeader(paths[0], "safetensors", tensors, shards=shards, asked=part)
+    return FileHeader(paths[0], next(iter(formats)), tensors, shards=shards, asked=part)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
@@ -133,13 +134,14 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read, or is no longer what the header announced.
     """
     names = header.naming.names
-    if header.format == "safetensors":
-        tensors: dict[str, Tensor] = {}
-        stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
-        for path, inside in stored.items():
-            tensors |= safetensors_tensors(path, [name for name in inside if name in names])
-    else:
-        tensors = torch_tensors(header)
+    tensors: dict[str, Tensor] = {}
+    stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
+    for path, inside in stored.items():
+        wanted = [name for name in inside if name in names]
+        if header.format == "safetensors":
+            tensors |= safetensors_tensors(path, wanted)
+        else:
+            tensors |= torch_tensors(path, None if header.shards else header.asked, frozenset(wanted))
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != dict(header.tensors):

@@ -29,9 +29,8 @@ _NO_MODEL = re.compile(
     r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)([._-].*)?\.|.*-of-\d+\."
 )
 """Beginnings of the names of files beside a model's, and of parts of one."""
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-INDEX = "model.safetensors.index.json"
-"""Name of the list of the files that a model is spread over."""
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Names of the lists of the files that a model is spread over, in the order in which they are sought."""
 _MAX_SHARDS = 500
 MERGE_FIRST = (
     "merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
@@ -46,8 +45,8 @@ class Folder:
 
     weights: Sequence[Path]
     """The file with the weights, or the files they are spread over."""
-    config: dict[str, Any]
-    """Content of ``config.json`` or ``open_clip_config.json``; untrusted."""
+    config: dict[str, Any] | None
+    """Content of ``config.json`` or ``open_clip_config.json``; untrusted. None if there is neither."""
     preprocessor: dict[str, Any] | None
     """Content of ``preprocessor_config.json`` of transformers; untrusted."""
 
@@ -58,24 +57,38 @@ def open_folder(folder: Path) -> Folder:
     Names of shards are those that transformers gives; no name is taken from the index.
 
     Raises:
-        CheckpointError: there is no configuration, or no weights, or not all shards.
+        CheckpointError: there are no weights, or not all shards, or one whole file without a configuration.
     """
     one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, one)
-    if one is None and (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{show(folder)}: holds an adapter of PEFT and no whole model; {MERGE_FIRST}")
-    if config is None:
-        hint = f"; it holds {one.name}: give that file, and {option_name('model', 'NAME')}" if one else ""
-        raise CheckpointError(
-            f"{show(folder)}: is a directory without a config.json{hint or _other_files(folder)}"
-        )
+    if config is None and one is not None:
+        hint = f"it holds {one.name}: give that file, and {option_name('model', 'NAME')}"
+        raise CheckpointError(f"{show(folder)}: is a directory without a config.json; {hint}")
     weights = [one] if one is not None else _shards(folder)
     if not weights:
-        raise CheckpointError(
-            f"{show(folder)}: holds no weights, expected model.safetensors beside config.json"
-        )
-    of_timm = "architecture" in config
+        expected = "holds no weights, expected model.safetensors beside config.json"
+        without = f"is a directory without a config.json{_other_files(folder)}"
+        found = _in_parts(folder) or (without if config is None else expected)
+        raise CheckpointError(f"{show(folder)}: {found}")
+    of_timm = config is None or "architecture" in config
     return Folder(weights, config, None if of_timm else _preprocessor(folder))
+
+
+def _in_parts(folder: Path) -> str | None:
+    """Return what a folder without weights of its own holds, and how to get them; None if nobody knows."""
+    if (folder / "adapter_config.json").is_file():
+        return f"holds an adapter of PEFT and no whole model; {MERGE_FIRST}"
+    if (folder / ".metadata").is_file() and any(folder.glob("*.distcp")):
+        return (
+            "is a distributed checkpoint of torch; convert it, and give the file: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth"
+        )
+    if any(folder.glob("global_step*/")) or (folder / "zero_to_fp32.py").is_file():
+        return (
+            "is a checkpoint of DeepSpeed; convert it there with python zero_to_fp32.py . OUTPUT, and give "
+            "what that writes; of a run without ZeRO-3, give global_stepN/mp_rank_00_model_states.pt"
+        )
+    return None
 
 
 def _other_files(folder: Path) -> str:
@@ -107,20 +120,36 @@ def _preprocessor(folder: Path) -> dict[str, Any] | None:
 
 def _shards(folder: Path) -> list[Path]:
     """Return the shards of a model in order, which must be complete."""
-    found = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_file())
-    totals = {path.name.split("-of-")[1][:5] for path in found}
-    count = int(totals.pop()) if len(totals) == 1 else 0
-    expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, min(count, _MAX_SHARDS) + 1)]
-    if found and [path.name for path in found] != expected:
-        missing = sorted(set(expected) - {path.name for path in found})
-        what = f"{missing[0]} is missing" if missing else "shards of several models"
-        raise CheckpointError(f"{show(folder)}: {what}; download the folder again")
-    if not found and (folder / INDEX).exists():
-        raise CheckpointError(
-            f"{show(folder)}: the files that {INDEX} lists are missing, expected "
-            "model-00001-of-0000N.safetensors and so on; download the folder again"
-        )
-    return found
+    for index in INDEXES:
+        shard = re.compile(_shard_name(index, r"\d{5}", r"\d{5}"))
+        found = sorted(path for path in folder.iterdir() if shard.fullmatch(path.name) and path.is_file())
+        totals = {path.name.split("-of-")[1][:5] for path in found}
+        count = int(totals.pop()) if len(totals) == 1 else 0
+        expected = _shard_names(index, count if count <= _MAX_SHARDS else 0)
+        if found and [path.name for path in found] != expected:
+            missing = sorted(set(expected) - {path.name for path in found})
+            what = f"{missing[0]} is missing" if missing else "shards of several models"
+            raise CheckpointError(f"{show(folder)}: {what}; download the folder again")
+        if found:
+            return found
+    for index in INDEXES:
+        if (folder / index).exists():
+            raise CheckpointError(
+                f"{show(folder)}: the files that {index} lists are missing, expected "
+                f"{_shard_name(index, '00001', '0000N')} and so on; download the folder again"
+            )
+    return []
+
+
+def _shard_name(index: str, number: str, count: str) -> str:
+    """Return the name of a shard of the model that an index lists, both numbers with five digits."""
+    stem, _, ending = index.removesuffix(".index.json").rpartition(".")
+    return f"{stem}-{number}-of-{count}.{ending}"
+
+
+def _shard_names(index: str, count: int) -> list[str]:
+    """Return the names of all shards."""
+    return [_shard_name(index, f"{number:05d}", f"{count:05d}") for number in range(1, count + 1)]
 
 
 def shard_names(index: Path) -> list[str]:
@@ -134,12 +163,12 @@ def shard_names(index: Path) -> list[str]:
     listed = read_object(index).get("weight_map")
     found = set(map(str, listed.values())) if isinstance(listed, dict) else set()
     count = len(found)
-    expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    expected = _shard_names(index.name, count)
     if not 0 < count <= _MAX_SHARDS or found != set(expected):
         odd = min(found - set(expected), default=f"{count} files" if found else "no weight_map")
         raise CheckpointError(
-            f"{show(index)}: expected model-00001-of-0000N.safetensors and so on, at most {_MAX_SHARDS}, "
-            f"found {odd!r:.150}"
+            f"{show(index)}: expected {_shard_name(index.name, '00001', '0000N')} and so on, "
+            f"at most {_MAX_SHARDS}, found {odd!r:.150}"
         )
     return expected
 

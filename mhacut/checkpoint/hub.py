@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.folder import INDEX, WEIGHT_FILES, read_object, shard_names
+from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, read_object, shard_names
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.errors import CheckpointError, option_name
 
@@ -70,11 +70,11 @@ def _fetch(source: str, repository: str) -> Path:
                 f"{source}: is not in the cache, and the Hugging Face hub cannot be reached; go online once, "
                 "or give a folder or file"
             )
-        missing = f"holds no weights ({', '.join((*WEIGHT_FILES, INDEX))})"
+        missing = f"holds no weights ({', '.join((*WEIGHT_FILES, *INDEXES))})"
         if found is None:
             missing = "holds no config.json"
-        elif get(INDEX) is not None:
-            missing = f"lacks files that its {INDEX} lists"
+        elif listed := [index for index in INDEXES if get(index) is not None]:
+            missing = f"lacks files that its {listed[0]} lists"
         raise CheckpointError(
             f"{source}: {missing}; download its weights and give the file, and {option_name('model', 'NAME')}"
         )
@@ -83,7 +83,7 @@ def _fetch(source: str, repository: str) -> Path:
 
 def _shards(get: Callable[[str], Path | None]) -> Path | None:
     """Return the first of several files with weights, once all are there; None if one is missing."""
-    index = get(INDEX)
+    index = next((path for path in map(get, INDEXES) if path is not None), None)
     paths = [] if index is None else list(map(get, shard_names(index)))
     return paths[0] if paths and None not in paths else None
 

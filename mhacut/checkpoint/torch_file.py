@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 import zipfile
+from collections.abc import Collection
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -261,15 +262,19 @@ def _globals_of_pickle(path: Path) -> list[str]:
     return names
 
 
-def torch_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the tensors of the model, by their names in the file.
+def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict[str, Tensor]:
+    """Read the tensors of these names, on the CPU, in the file's dtypes.
+
+    Args:
+        path: the file.
+        asked: part of the checkpoint, as for :func:`torch_header`.
+        names: names in the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no longer what the header announced.
+        CheckpointError: the file cannot be read, or lacks one of them.
     """
-    where = show(header.path)
-    _, state_dict = pick_part(where, _torch_load(header.path, "cpu"), header.asked)
-    names = header.naming.names
+    where = show(path)
+    _, state_dict = pick_part(where, _torch_load(path, "cpu"), asked)
     found = {name: tensor for name, tensor in state_dict.items() if name in names}
     if len(found) != len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{where}: changed while it was read; try again")

@@ -151,7 +151,7 @@ def test_a_folder_needs_timms_config(tmp_path, good):
         "scaler.pt",
         "sampler_1.bin",
         "rng_state_0.pth",
-        shard,
+        "weights-00001-of-00002.bin",
     ]
     for name in (*beside, "best.safetensors", "last.safetensors"):
         (folder / name).touch()
@@ -159,6 +159,7 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     (folder / "checkpoint.pth.tar").touch()
     assert "best.safetensors, checkpoint.pth.tar, last.safetensors" in refusal(folder)
     good.rename(folder / "model.safetensors")
+    (folder / shard).touch()
     assert "it holds model.safetensors: give that file, and model='NAME'" in refusal(folder)
     config = folder / "config.json"
     config.write_text('{"architecture": "vit_tiny_patch16_224", "architecture": "x"}')
@@ -171,6 +172,27 @@ def test_a_folder_needs_timms_config(tmp_path, good):
     assert "holds no weights" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     assert "the files that model.safetensors.index.json lists are missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["config", "bare"])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (
+            [".metadata", "__0_0.distcp"],
+            "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth",
+        ),
+        (["latest", "global_step9/mp_rank_00_model_states.pt"], "python zero_to_fp32.py . OUTPUT, and give"),
+        (["zero_to_fp32.py"], "of a run without ZeRO-3, give global_stepN/mp_rank_00_model_states.pt"),
+    ],
+)
+def test_folders_of_distributed_training_say_how_to_convert(tmp_path, files, says, config):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if config:
+        (tmp_path / "config.json").write_text("{}")
+    assert says in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

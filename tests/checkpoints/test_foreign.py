@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mhacut
-from helpers.checkpoints import ARGS, refusal, tiny
+from helpers.checkpoints import ARGS, NAME, refusal, tiny
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.identity import ModelHints
@@ -139,6 +139,40 @@ def test_shards_are_read_as_one_file(folder):
     assert len(mhacut.inspect(path).inspection.layers) == 4
     (path / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors is missing" in refusal(path)
+
+
+def test_shards_of_torch_are_read_as_one_file(folder):
+    whole = mhacut.load_model(folder()).state_dict()
+    path = folder(shards=2)
+    (path / "model.safetensors").unlink()
+    first, second = (path / f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2))
+    for number, file in enumerate((first, second), 1):
+        shard = path / f"model-0000{number}-of-00002.safetensors"
+        torch.save(load_file(shard), file)
+        shard.unlink()
+    parts = mhacut.load_model(path).state_dict()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    torch.save({"state_dict": torch.load(second)}, second)
+    assert "00002-of-00002.bin: a training checkpoint; download the folder again" in refusal(path)
+    save_file({"a": torch.ones(1)}, second)
+    assert "00002-of-00002.bin: not a torch file; download the folder again" in refusal(path)
+    second.unlink()
+    assert "pytorch_model-00002-of-00002.bin is missing" in refusal(path)
+    first.unlink()
+    (path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    said = refusal(path)
+    assert (
+        "the files that pytorch_model.bin.index.json lists are missing, expected pytorch_model-0000" in said
+    )
+
+
+def test_shards_without_a_configuration_are_read_as_a_bare_file(tmp_path):
+    state = tiny().state_dict()
+    for number, part in enumerate((list(state)[:9], list(state)[9:]), 1):
+        save_file({name: state[name] for name in part}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    found = read_model(tmp_path, model=NAME, model_args=ARGS)
+    assert all(torch.equal(found.model.state_dict()[name], state[name]) for name in state)
+    assert found.stem == tmp_path.name
 
 
 def test_a_shard_of_another_model_is_refused(folder):

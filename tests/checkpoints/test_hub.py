@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from mhacut.checkpoint import hub
-from mhacut.checkpoint.folder import INDEX
+from mhacut.checkpoint.folder import INDEXES
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.cli.paths import check_paths
 from mhacut.options.evaluate import EvaluateOptions
 
+INDEX, INDEX_OF_TORCH = INDEXES
 REVISION = "0" * 40
 CONFIG = {"architecture": NAME, "model_args": ARGS, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
 
@@ -92,6 +93,21 @@ def test_shards_in_the_cache_are_opened_as_one(cache):
     loaded = read_model("hf-hub:some/vit")
     with torch.no_grad():
         assert torch.equal(loaded.model(IMAGES), tiny()(IMAGES))
+
+
+def test_shards_of_torch_in_the_cache_are_opened_as_one(cache):
+    folder, tensors = cache(CONFIG, weights=False), tiny().state_dict()
+    names = [f"pytorch_model-{number:05d}-of-00002.bin" for number in (1, 2)]
+    for name, part in zip(names, (list(tensors)[:9], list(tensors)[9:]), strict=True):
+        torch.save({key: tensors[key] for key in part}, folder / name)
+    index = {key: names[number >= 9] for number, key in enumerate(tensors)}
+    (folder / INDEX_OF_TORCH).write_text(json.dumps({"weight_map": index}))
+    with torch.no_grad():
+        assert torch.equal(read_model("hf-hub:some/vit").model(IMAGES), tiny()(IMAGES))
+    (folder / INDEX_OF_TORCH).write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
+    )
+    assert "expected pytorch_model-00001-of-0000N.bin and so on" in refusal("hf-hub:some/vit")
 
 
 def test_an_index_may_list_a_single_file(cache):
