@@ -183,7 +183,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if size > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {_MAX_CONFIG_BYTES}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{show(path)}: cannot be read: {error}") from None
     document = parse_json(text, show(path))

@@ -167,6 +167,8 @@ def test_a_folder_needs_timms_config(tmp_path, good):
         read_file_header(folder)
     config.write_text('{"architecture": "vit_tiny_patch16_224"}')
     assert read_file_header(folder).config == {"architecture": "vit_tiny_patch16_224"}
+    config.write_text('{"architecture": "a"}', encoding="utf-8-sig")
+    assert read_file_header(folder).config == {"architecture": "a"}
     for name in ("model.safetensors", shard):
         (folder / name).unlink()
     assert "holds no weights" in refusal(folder)
