@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -203,6 +206,20 @@ def test_a_configuration_lets_nothing_else_in(where, tmp_path):
     assert not trace.exists()
 
 
+def test_harmless_values_beside_a_configuration_are_read_as_nothing(tmp_path):
+    state = official("flatten_pvt_v2_b0")
+    beside = {
+        "max_accuracy": np.float64(82.1),
+        "meters": defaultdict(list, {"a": [1]}),
+        "output": Path("a/b"),
+    }
+    path = training_file(tmp_path / "ckpt.pth", state, **beside)
+    same(
+        mhacut.load_model(path, model="flatten_pvt_v2_b0", **SMALL["flatten_pvt_v2_b0"]),
+        model_of("flatten_pvt_v2_b0"),
+    )
+
+
 def test_attributes_set_on_what_a_pickle_names_do_not_stay():
     from mhacut.checkpoint import yacs
 
@@ -213,6 +230,8 @@ def test_attributes_set_on_what_a_pickle_names_do_not_stay():
         ("yacs.config", "CfgNode"),
         ("collections", "OrderedDict"),
         ("torch._utils", "_rebuild_tensor_v2"),
+        ("pathlib", "PosixPath"),
+        ("collections", "defaultdict"),
     ):
         named(*known).left_behind = 1
         assert not hasattr(named(*known), "left_behind")

@@ -167,6 +167,8 @@ GLOBALS = (
     b"collections\nOrderedDict",
     b"torch._utils\n_rebuild_tensor_v2",
     b"yacs.config\nCfgNode",
+    b"collections\ndefaultdict",
+    b"numpy\ndtype",
     b"os\nsystem",
 )
 PHRASES = [b"}q\x00", b"X\x01\x00\x00\x00a", b"\x85R", b"K\x01", *(b"c%b\n" % name for name in GLOBALS)]

@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint import yacs
+from mhacut.checkpoint import inert, yacs
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
 from mhacut.checkpoint.parts import other_parts, pick_part
 from mhacut.checkpoint.training import statements
@@ -167,16 +167,16 @@ def _check_legacy(path: Path) -> None:
 def _torch_load(path: Path, device: str) -> Any:
     """Call ``torch.load`` as timm's loader does: weights only, ``argparse.Namespace`` allowed.
 
-    The only other thing allowed is a yacs configuration, which has a strict reader of its own.
+    The only other things allowed are those of :mod:`mhacut.checkpoint.inert`, and a yacs configuration, which
+    has a strict reader of its own.
     """
-    import argparse
     import pickle
 
     where = show(path)
     try:
         # An open file, since torch too would go by the suffix of a path.
         with (
-            torch.serialization.safe_globals([argparse.Namespace]),
+            _allowed(),
             open(path, "rb") as file,
             warnings.catch_warnings(),
         ):
@@ -191,6 +191,14 @@ def _torch_load(path: Path, device: str) -> Any:
         return yacs.load(path, device)
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
         raise _broken(where, error) from None
+
+
+def _allowed() -> AbstractContextManager[None]:
+    """Return the context in which PyTorch's safe unpickler knows a few names more."""
+    import argparse
+
+    found = [(stand_in, ".".join(name)) for name, stand_in in inert.stand_ins().items()]
+    return torch.serialization.safe_globals([argparse.Namespace, *found])
 
 
 def _broken(where: str, error: Exception) -> CheckpointError:
@@ -215,7 +223,7 @@ def _blocked(path: Path, reason: str) -> str:
     if not _is_zip(path) and _holds_arrays(path):
         return _ARRAYS
     try:
-        with open(path, "rb") as file:
+        with _allowed(), open(path, "rb") as file:
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # legacy files and bare pickles cannot be listed
         names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
@@ -231,8 +239,8 @@ def _blocked(path: Path, reason: str) -> str:
         name.startswith(("numpy", "_codecs")) for name in names
     ):
         return (
-            f"contains numpy values beside the weights ({listed}), and loading them could run code; save "
-            f"them as float(x), or the state dict alone. {convert}"
+            f"contains numpy arrays beside the weights ({listed}), and loading them could run code; save "
+            f"them as x.tolist(), or the state dict alone. {convert}"
         )
     return (
         f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"

@@ -2,7 +2,7 @@
 
 The training scripts of Swin, and of what grew from them, save ``{"model": ..., "config": CfgNode, ...}``.
 PyTorch's safe unpickler refuses it, and no allow-list helps: it fills no subclass of dict. The reader here is
-as strict: it knows five names, none of which can run code from the file. A configuration becomes a dict.
+as strict: it knows a few names, none of which can run code from the file. A configuration becomes a dict.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhacut.checkpoint import inert
 from mhacut.errors import CheckpointError
 
 _CONFIG = ("yacs.config", "CfgNode")
+_SETS = ("builtins.set", "__builtin__.set")
 
 
 class YacsConfig(dict[Any, Any]):
@@ -36,7 +38,7 @@ def is_only_obstacle(path: Path) -> bool:
             names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # broken pickles fail in every way
         return False
-    return ".".join(_CONFIG) in names and names <= {".".join(_CONFIG), "builtins.set", "__builtin__.set"}
+    return ".".join(_CONFIG) in names and names <= {".".join(_CONFIG), *_SETS, *inert.NAMES}
 
 
 def load(path: Path, device: str) -> Any:
@@ -81,7 +83,12 @@ def _pickle_module() -> Any:
         made: Tensor = rebuild(data, requires_grad, OrderedDict())
         return made
 
+    def encode(*_: object) -> bytes:  # of the bytes of a number of numpy
+        return b""
+
     known: dict[tuple[str, str], Any] = {
+        **inert.stand_ins(),
+        ("_codecs", "encode"): encode,
         _CONFIG: Config,
         ("collections", "OrderedDict"): Ordered,
         ("builtins", "set"): Set,

@@ -10,6 +10,8 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import defaultdict
+from pathlib import PosixPath
 
 import pytest
 import safetensors
@@ -19,6 +21,7 @@ from torch import nn
 
 from helpers.checkpoints import Hostile
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
+from mhacut.checkpoint.training import read_training
 from mhacut.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
@@ -309,9 +312,56 @@ def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
     assert "contains a pickled model" in refusal(path)
     assert "torch.save(c.state_dict()" in refusal(path)
     numpy = pytest.importorskip("numpy")
-    torch.save({"state_dict": TENSORS, "best": numpy.float64(3.0)}, path)
-    assert "numpy values beside the weights" in refusal(path)
-    assert "float(x)" in refusal(path)
+    torch.save({"state_dict": TENSORS, "best": numpy.float64(3.0), "all": numpy.ones(3)}, path)
+    message = refusal(path)
+    assert "numpy arrays beside the weights (numpy" in message
+    assert ".scalar" not in message
+    assert "save them as x.tolist()" in message
+
+
+def beside_weights():
+    numpy = pytest.importorskip("numpy")
+    scores = defaultdict(list, {"top1": [numpy.float32(81.5), numpy.int64(3)]})
+    return {
+        "best": numpy.float64(3.0),
+        "scores": scores,
+        "counts": defaultdict(int, {"a": 1}),
+        "args": argparse.Namespace(
+            output=PosixPath("/tmp/run"), model="vit_tiny_patch16_224", mean=[scores["top1"]]
+        ),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_harmless_values_beside_the_weights_are_read_as_nothing(tmp_path, zipped):
+    path = tmp_path / "model.pth"
+    torch.save({"model": TENSORS, **beside_weights()}, path, _use_new_zipfile_serialization=zipped)
+    header = read_file_header(path)
+    assert all(torch.equal(read_tensors(header)[name], tensor) for name, tensor in TENSORS.items())
+    training = read_training(header.training)
+    assert training.model == "vit_tiny_patch16_224"
+    assert "mean" not in training.cfg
+    torch.save({**TENSORS, **beside_weights()}, path, _use_new_zipfile_serialization=zipped)
+    assert "'best' is a scalar, expected a tensor" in refusal(path)
+    assert "Unread" not in str(torch.serialization.get_safe_globals())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        defaultdict(os.getcwd),
+        defaultdict(list, {"a": Hostile(os.mkdir, "side_effect")}),
+        Hostile(PosixPath, Hostile(os.mkdir, "side_effect")),
+    ],
+    ids=["factory", "inside", "argument"],
+)
+def test_harmless_names_let_nothing_else_in(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": TENSORS, "wrong": wrong}, tmp_path / "model.pth")
+    message = refusal(tmp_path / "model.pth")
+    assert "nothing was run" in message
+    assert "pathlib" not in message
+    assert not (tmp_path / "side_effect").exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

@@ -82,7 +82,7 @@ FILES = {
     "16 TorchScript": (torchscript, "TorchScript archives are not supported; save the state dict"),
     "16 tar": (bytes(257) + b"ustar" + bytes(250), "this is a tar archive (a very old torch format)"),
     "18 pickled model": (lambda: torch_file(nn.Linear(2, 2)), "contains a pickled model or other objects"),
-    "19 numpy scalars": (torch_file({"a": TENSOR, "best": np.float64(3)}), "save them as float(x)"),
+    "19 numpy arrays": (torch_file({"a": TENSOR, "best": np.ones(3)}), "save them as x.tolist()"),
     "20 zip bomb": (zipped(BOMB, zipfile.ZIP_DEFLATED), "compressed torch files are not supported"),
     "20 shared storage": (
         torch_file({str(n): tensor for n, tensor in enumerate(torch.ones(999).expand(99, 999))}),
