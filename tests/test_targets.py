@@ -75,7 +75,10 @@ def test_labels_name_what_is_bounded():
         ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 searches for the smallest model"),
         ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
         ({"params": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or uniform"),
-        ({"size": "6MB", "scope": "attention+mlp+tokens"}, "expected flops, max_latency, max_kl or max_drop; merging tokens"),
+        (
+            {"size": "6MB", "scope": "attention+mlp+tokens"},
+            "expected flops, max_latency, max_kl or max_drop; merging tokens",
+        ),
     ],
 )
 def test_contradictory_targets_are_refused(given, message):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mhacut.checkpoint import write
-from mhacut.checkpoint.folder import INDEX, WEIGHT_FILES
+from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES
 from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
@@ -138,7 +138,7 @@ def test_every_file_that_is_read_from_a_folder_is_an_input():
         "preprocessor_config.json",
         "processor_config.json",
     ]
-    shards = [INDEX, "model-00002-of-00003.safetensors"]
+    shards = [INDEXES[0], "model-00002-of-00003.safetensors"]
     assert all(map(READ_IN_FOLDERS.fullmatch, [*WEIGHT_FILES, *configurations, *shards]))
     assert not any(
         map(READ_IN_FOLDERS.fullmatch, ["slim.safetensors", "report.html", "model-2.0G.safetensors"])
