@@ -206,7 +206,7 @@ def test_a_configuration_lets_nothing_else_in(where, tmp_path):
     assert not trace.exists()
 
 
-def test_harmless_values_beside_a_configuration_are_read_as_nothing(tmp_path):
+def test_harmless_values_beside_a_configuration_do_not_matter(tmp_path):
     state = official("flatten_pvt_v2_b0")
     beside = {
         "max_accuracy": np.float64(82.1),

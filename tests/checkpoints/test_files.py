@@ -321,29 +321,30 @@ def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
 
 def beside_weights():
     numpy = pytest.importorskip("numpy")
-    scores = defaultdict(list, {"top1": [numpy.float32(81.5), numpy.int64(3)]})
+    options = {"output": PosixPath("/tmp/run"), "model": "vit_tiny_patch16_224", "img_size": numpy.int64(32)}
+    options |= {"mean": [numpy.float64(0.5)] * 3, "std": list(numpy.ones(3, ">f4")), "amp": numpy.bool_(True)}
     return {
         "best": numpy.float64(3.0),
-        "scores": scores,
+        "scores": defaultdict(list, {"top1": [numpy.float32(81.5)]}),
         "counts": defaultdict(int, {"a": 1}),
-        "args": argparse.Namespace(
-            output=PosixPath("/tmp/run"), model="vit_tiny_patch16_224", mean=[scores["top1"]]
-        ),
+        "text": numpy.str_("a"),
+        "args": argparse.Namespace(**options),
     }
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_harmless_values_beside_the_weights_are_read_as_nothing(tmp_path, zipped):
+def test_harmless_values_beside_the_weights_do_not_matter(tmp_path, zipped):
     path = tmp_path / "model.pth"
     torch.save({"model": TENSORS, **beside_weights()}, path, _use_new_zipfile_serialization=zipped)
     header = read_file_header(path)
     assert all(torch.equal(read_tensors(header)[name], tensor) for name, tensor in TENSORS.items())
+    assert header.training["args"]["amp"] is True
     training = read_training(header.training)
-    assert training.model == "vit_tiny_patch16_224"
-    assert "mean" not in training.cfg
+    assert (training.model, training.side) == ("vit_tiny_patch16_224", 32)
+    assert training.cfg == {"mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0], "input_size": [3, 32, 32]}
     torch.save({**TENSORS, **beside_weights()}, path, _use_new_zipfile_serialization=zipped)
-    assert "'best' is a scalar, expected a tensor" in refusal(path)
-    assert "Unread" not in str(torch.serialization.get_safe_globals())
+    assert "'best' is a float, expected a tensor" in refusal(path)
+    assert "pathlib" not in str(torch.serialization.get_safe_globals())
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,9 @@ def test_harmless_values_beside_the_weights_are_read_as_nothing(tmp_path, zipped
         defaultdict(os.getcwd),
         defaultdict(list, {"a": Hostile(os.mkdir, "side_effect")}),
         Hostile(PosixPath, Hostile(os.mkdir, "side_effect")),
+        Hostile(dict, Hostile(os.mkdir, "side_effect")),
     ],
-    ids=["factory", "inside", "argument"],
+    ids=["factory", "inside", "path", "dict"],
 )
 def test_harmless_names_let_nothing_else_in(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)
