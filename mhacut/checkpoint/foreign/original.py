@@ -141,6 +141,7 @@ BEIT_ORIGINAL = Family(
     "BEiT of its authors",
     (("blocks.0.attn.relative_position_index",),),
     _table({}),
+    unlike=("layers.0.blocks.0.norm1.weight",),  # Swin, and FLatten Transformers
 )
 SWIN_ORIGINAL = Family(
     "Swin of its authors",
@@ -197,7 +198,7 @@ ORIGINAL = (
     PRETRAINED_VIT,
     DEIT3_ORIGINAL,
     EVA02_ORIGINAL,
-    SWIN_ORIGINAL,  # before BEiT, whose sign its blocks have too
+    SWIN_ORIGINAL,
     BEIT_ORIGINAL,
     PVT_V2_ORIGINAL,
     XCIT_ORIGINAL,
