@@ -95,8 +95,10 @@ def eva02(state):
     rules = (
         (r"mlp\.fc1_g", "mlp.w1"),
         (r"mlp\.fc1_x", "mlp.w2"),
+        (r"mlp\.fc1\.", "mlp.w12."),
         (r"mlp\.fc2", "mlp.w3"),
         (r"mlp\.norm", "mlp.ffn_ln"),
+        (r"attn\.([qv])_proj\.bias", r"attn.\1_bias"),
     )
     buffers = {"rope.freqs_cos": torch.ones(16, 16), "blocks.0.attn.rope.freqs_sin": torch.ones(16, 16)}
     return {**renamed(state, *rules), **buffers}
@@ -148,6 +150,7 @@ CASES = {
     "mae": ("vit_base_patch16_224", {**VIT, "num_classes": 0}, mae),
     "ibot": ("vit_small_patch16_224", {**VIT, "num_classes": 0}, ibot),
     "eva02": ("eva02_base_patch14_224", EVA, eva02),
+    "eva02, joined": ("eva02_small_patch14_224", EVA, eva02),
     "beit": ("beit_base_patch16_224", VIT, beit),
     "swin": ("swin_tiny_patch4_window7_224", SWIN, swin),
     "swin v2": ("swinv2_tiny_window8_256", SWIN, swin),

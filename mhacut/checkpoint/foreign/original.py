@@ -126,16 +126,11 @@ DEIT3_ORIGINAL = Family(
 )
 EVA02_ORIGINAL = Family(
     "EVA-02 of its authors",
-    (("blocks.0.mlp.w1.weight", "blocks.0.mlp.w3.weight"),),
-    _table(
-        {
-            "blocks.*.mlp.w1": "blocks.*.mlp.fc1_g",
-            "blocks.*.mlp.w2": "blocks.*.mlp.fc1_x",
-            "blocks.*.mlp.w3": "blocks.*.mlp.fc2",
-            "blocks.*.mlp.ffn_ln": "blocks.*.mlp.norm",
-            "blocks.*.attn.inner_attn_ln": "blocks.*.attn.norm",
-        },
+    (
+        ("blocks.0.mlp.w1.weight", "blocks.0.mlp.w3.weight"),
+        ("blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"),
     ),
+    lambda shapes: _table(_eva02_names(shapes))(shapes),
 )
 BEIT_ORIGINAL = Family(
     "BEiT of its authors",
@@ -182,6 +177,21 @@ SAM_ORIGINAL = Family(
         left_out={"prompt_encoder": "the encoder of prompts", "mask_decoder": "the decoder of masks"},
     ),
 )
+
+
+def _eva02_names(shapes: Shapes) -> dict[str, str]:
+    """Biases of queries and values are those of their layers, where each has its own."""
+    apart = "blocks.0.attn.q_proj.weight" in shapes
+    biases = {f"blocks.*.attn.{part}_bias": f"blocks.*.attn.{part}_proj.bias" for part in "qv"}
+    return {
+        "blocks.*.mlp.w12": "blocks.*.mlp.fc1",
+        "blocks.*.mlp.w1": "blocks.*.mlp.fc1_g",
+        "blocks.*.mlp.w2": "blocks.*.mlp.fc1_x",
+        "blocks.*.mlp.w3": "blocks.*.mlp.fc2",
+        "blocks.*.mlp.ffn_ln": "blocks.*.mlp.norm",
+        "blocks.*.attn.inner_attn_ln": "blocks.*.attn.norm",
+        **(biases if apart else {}),
+    }
 
 
 def _swin_names(shapes: Shapes) -> dict[str, str]:
