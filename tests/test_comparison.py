@@ -121,14 +121,14 @@ def test_a_part_is_the_dense_models(slim_of, tmp_path):
     dense = load_file(slim_of("vit").parent / "dense.safetensors")
     other = {name: tensor + 0.1 for name, tensor in dense.items()}
     training = tmp_path / "training.pth"
-    torch.save({"student": dense, "teacher": other}, training)
+    torch.save({"model": dense, "model_ema": other}, training)
     given = {"compare": training, "calibration_images": 2}
-    student = inspect(slim_of("vit"), part="student", **given).comparison
+    model = inspect(slim_of("vit"), part="model", **given).comparison
     plain = inspect(
         slim_of("vit"), compare=slim_of("vit").parent / "dense.safetensors", calibration_images=2
     ).comparison
-    assert student.layers == plain.layers
-    assert inspect(slim_of("vit"), **given).comparison.layers != plain.layers  # the teacher comes first
+    assert model.layers == plain.layers
+    assert inspect(slim_of("vit"), **given).comparison.layers != plain.layers  # the average comes first
     with pytest.raises(CheckpointError, match="part='pupil': there is no such part"):
         inspect(slim_of("vit"), part="pupil", **given)
     with pytest.raises(CheckpointError, match="a slim file has no parts"):

@@ -121,7 +121,8 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
         if len(formats) > 1 or header.part is not None or twice:
             what = f"not a {next(iter(formats))} file" if len(formats) > 1 else "a training checkpoint"
             what = f"tensor {min(twice)!r:.150} is in another shard too" if twice else what
-            raise CheckpointError(f"{show(path)}: {what}; download the folder again")
+            again = "save the state dict alone" if header.part is not None else "download the folder again"
+            raise CheckpointError(f"{show(path)}: {what}; {again}")
         shards[path] = header.tensors
         tensors |= header.tensors
     return FileHeader(paths[0], next(iter(formats)), tensors, shards=shards, asked=part)

@@ -168,7 +168,7 @@ def _from_names(
             found, cfg_origins=dict.fromkeys(of_tag, "tag") if tag else _origins(header, cfg or ())
         )
         return _with_note(found, f"architecture {name}, as given")
-    found = _without_claims(search(header, args, hints.preprocessing))
+    found = _without_claims(search(header, args, {*hints.preprocessing, *(cfg or ())}))
     _refuse_namesakes(header, args, found)
     if cfg:
         found = _with_preprocessing(found, cfg, of_library=header.config is None)
@@ -192,26 +192,33 @@ def _refuse_namesakes(header: FileHeader, args: Mapping[str, Any], found: Identi
     )
 
 
-def _from_file(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
-    """Build the model of a bare file: from what the user or its training script says, or the shapes show."""
+def _from_file(
+    header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
+) -> Identified:
+    """Build the model of a bare file: from what the user or its training script says, or the shapes show.
+
+    ``cfg`` is what its library implies of its pretrained_cfg.
+    """
     training = read_training(header.training)
     if training is None:
-        return _from_names(header, args, hints)
+        return _from_names(header, args, hints, cfg)
     named, tag = split_tag(hints.model or "")
-    if training.model is not None and not tag and named in ("", split_tag(training.model)[0]):
+    stated = split_tag(training.model or "")[0]
+    found, notes = None, training.notes
+    if stated and not tag and (not named or (named == stated and not training.implied)):
         try:
             found = _from_training(header, args, training, given=bool(named))
+            found = _with_preprocessing(found, {**(cfg or {}), **training.implied}, of_library=True)
         except CheckpointError:
-            if not training.of_script:
+            if not training.implied:
                 raise
-            found = _from_names(header, args, hints)
-    else:
-        found = _from_names(header, args, hints)
-    notes = list(training.notes)
-    if named and training.model is not None and split_tag(training.model)[0] != named:
-        notes.append(f"its {training.origin} says {training.model}; {option_name('model')} counts")
+    if found is None:
+        found = _from_names(header, args, hints, cfg)
+        notes = () if training.implied else notes
+    if named and stated and stated != named:
+        notes = (*notes, f"its {training.origin} says {training.model}; {option_name('model')} counts")
     found = dataclasses.replace(found, notes=(*found.notes, *notes))
-    return found if tag else _with_preprocessing(found, training.cfg, of_library=training.of_script)
+    return found if tag else _with_preprocessing(found, training.cfg)
 
 
 def _from_training(
@@ -240,7 +247,9 @@ def _from_training(
     )
 
 
-def _with_preprocessing(found: Identified, stated: Mapping[str, Any], *, of_library: bool) -> Identified:
+def _with_preprocessing(
+    found: Identified, stated: Mapping[str, Any], *, of_library: bool = False
+) -> Identified:
     """Override the preprocessing of the architecture with what a script states, or its library implies."""
     cfg = found.identity.pretrained_cfg
     if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
@@ -268,8 +277,10 @@ def _from_conversion(
         )
     if built is None or (header.config is None and hints.model is not None):
         renamed = dataclasses.replace(header, tensors=foreign.tensors, config=None)
+        # The names of a file may prove what those of timm's models do not show.
+        proved = {} if built is None else {k: built.args[k] for k in ("act_layer",) if k in built.args}
         try:
-            found = _from_names(renamed, args, hints, foreign.cfg)
+            found = _from_file(renamed, {**proved, **args}, hints, foreign.cfg)
         except CheckpointError as error:
             folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
             raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None

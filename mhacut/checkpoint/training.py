@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,7 +18,7 @@ from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.untrusted_json import plain_json, shown
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, DataError
+from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.limits import is_int, is_number, too_large
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
@@ -51,8 +51,8 @@ class Training:
     """Preprocessing of images, as timm's pretrained_cfg has it."""
     notes: tuple[str, ...]
     """Lines for the user: what was ignored."""
-    of_script: bool = False
-    """Whether ``model`` and ``cfg`` follow from a name that is not timm's, and may be of another model."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Preprocessing of the script's evaluation, where ``model`` follows from a name of its own."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -83,12 +83,19 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
         model, origin, heads = by_script
         pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
         args, notes = {**heads, **pooled, **args}, []
+        if heads:
+            notes.append(
+                f"12 heads, as its {origin} has in MoCo v3; {option_name('model_args')} says another"
+            )
     size = _input_size(options, args)
     cfg = _cfg(options, size, args.get("in_chans", 3), notes)
     side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
+    implied: dict[str, Any] = {}
     if by_script is not None:
-        cfg = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD), **cfg}
-    found = Training(model, origin, args, side, cfg, tuple(notes), by_script is not None)
+        implied = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+        if side in (None, 224):
+            implied["crop_pct"] = 0.875  # 224 of 256 pixels
+    found = Training(model, origin, args, side, cfg, tuple(notes), implied)
     return found if model or cfg or notes else None
 
 

@@ -43,7 +43,7 @@ _CLASSIFIER = re.compile(
 )
 """Words for a linear layer beside a network without classifier."""
 _LAYER = re.compile(
-    rf"(?P<module>(?:(?:{_CLASSIFIER.pattern})\.){{1,2}})((?P<number>\d+)\.)?(?P<kind>weight|bias)"
+    rf"(?P<module>(?:(?:{_CLASSIFIER.pattern})\.){{1,2}})((?P<number>\d{{1,6}})\.)?(?P<kind>weight|bias)"
 )
 """Tensors of a classifier in its network, maybe in a sequence."""
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
@@ -124,7 +124,8 @@ def unwrap(
         shapes: shape of each tensor, by its name in the file.
         part: module that the user takes for the model.
         parts: what else the user could have named, for messages.
-        layers_only: take the wrappers of data parallel and compiled modules off, and nothing else.
+        layers_only: take off the wrappers of data parallel and compiled modules, and the number of a
+            classifier that is alone in a sequence, and nothing else.
 
     Raises:
         CheckpointError: there is no such part, or a network among tensors that may belong to it, or two
@@ -314,15 +315,14 @@ def _without_sequence(names: Mapping[str, str], shapes: Shapes) -> tuple[dict[st
         The names, and the layer's name in the file if layers without weights come before it.
     """
     plain, numbered = dict(names), None
-    for file, name in names.items():
-        found = _LAYER.fullmatch(name)
-        if found is None or found["number"] is None:
+    layers = {file: found for file, name in names.items() if (found := _LAYER.fullmatch(name))}
+    for module in {found["module"] for found in layers.values() if found["number"] is not None}:
+        inside = {key: name.removeprefix(module) for key, name in names.items() if name.startswith(module)}
+        if not _is_linear(inside, shapes):
             continue
-        module = found["module"]
-        inside = {key: other.removeprefix(module) for key, other in names.items() if other.startswith(module)}
-        if _is_linear(inside, shapes):
-            plain[file] = module + found["kind"]
-            numbered = file.rpartition(".")[0] if int(found["number"]) else None
+        for file in inside:
+            plain[file] = module + layers[file]["kind"]
+            numbered = file.rpartition(".")[0] if int(layers[file]["number"] or 0) else numbered
     return plain, numbered
 
 

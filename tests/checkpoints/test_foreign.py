@@ -153,7 +153,7 @@ def test_shards_of_torch_are_read_as_one_file(folder):
     parts = mhacut.load_model(path).state_dict()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     torch.save({"state_dict": torch.load(second)}, second)
-    assert "00002-of-00002.bin: a training checkpoint; download the folder again" in refusal(path)
+    assert "00002-of-00002.bin: a training checkpoint; save the state dict alone" in refusal(path)
     save_file({"a": torch.ones(1)}, second)
     assert "00002-of-00002.bin: not a torch file; download the folder again" in refusal(path)
     second.unlink()
@@ -342,6 +342,9 @@ def test_the_state_dict_of_openais_archive_is_its_image_tower(tmp_path):
     assert (args["num_heads"], args["depth"], args["img_size"]) == (1, 1, 32)
     assert (cfg["mean"][0], cfg["crop_pct"]) == (0.48145466, 1.0)
     assert "QuickGELU" in str(checkpoint.model.blocks[0].mlp.act)
+    args = {"depth": 1, "embed_dim": 64, "num_heads": 1, "patch_size": 8}
+    named = read_model(path, model="vit_base_patch16_clip_224", model_args=args)
+    assert "QuickGELU" in str(named.model.blocks[0].mlp.act)
 
 
 def test_the_configuration_beside_the_weights_counts(tmp_path):

@@ -11,9 +11,11 @@ Not shown: autocast, which is without effect here, kernels that a GPU lacks, the
 from __future__ import annotations
 
 import copy
+import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -21,14 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
-from torch.utils import backend_registration
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     return_and_correct_aliasing,
 )
 
-NAME = "second"
+import mhacut
+
+NAME = "lazy"
+"""A device that every torch knows, and that does nothing unless a program asks for it."""
 aten = torch.ops.aten
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
@@ -149,26 +153,14 @@ def _refuse_mixed(function: Any, tensors: list[Tensor], generator: bool) -> None
         raise RuntimeError(f"{function}: expected all tensors on {NAME}, found on the CPU: {shapes}")
 
 
-def _register() -> torch.library.Library:
-    """Tell torch of the device, once in a process."""
-
-    class Backend(backend_registration._DummyBackendModule):  # not in every torch
-        def get_amp_supported_dtype(self) -> list[torch.dtype]:
-            return [torch.bfloat16, torch.float16]
-
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    return library
-
-
 @contextmanager
 def second_device() -> Iterator[str]:
-    """Let commands take ``device="second"``, which is the name that this yields."""
-    global _registered
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch has no devices made in Python")
-    _registered = _registered or _register()
+    """Let commands take the device, whose name this yields."""
+    for module in pkgutil.walk_packages(
+        mhacut.__path__, "mhacut."
+    ):  # what comes later would keep what is patched
+        if not module.name.endswith(("__main__", "_timm_hook")):
+            importlib.import_module(module.name)
     with pytest.MonkeyPatch.context() as patch, _Constructors(), _Calls():
         _everywhere(
             patch,
@@ -176,10 +168,13 @@ def second_device() -> Iterator[str]:
             lambda real, name: torch.device(NAME, 0) if name.startswith(NAME) else real(name),
         )
         _everywhere(patch, "count_flops", _count_on_the_cpu)
+        autocast = torch.autocast
+        patch.setattr(
+            "torch.autocast", lambda type, *a, **k: nullcontext() if type == NAME else autocast(type, *a, **k)
+        )
+        enabled = torch.is_autocast_enabled
+        patch.setattr("torch.is_autocast_enabled", lambda *type: NAME not in type and enabled(*type))
         yield NAME
-
-
-_registered: torch.library.Library | None = None
 
 
 def _count_on_the_cpu(real: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:

@@ -31,6 +31,8 @@ _PRETRAINING = {
     "local_cls_norm": "the norm of small crops",
 }
 _STAGES = range(8)
+_MOST = 64
+"""Modules of a model, and kinds of buffers, that are looked for; each is compared with all names."""
 
 
 def _table(
@@ -44,13 +46,12 @@ def _table(
 
     def renaming(shapes: Shapes) -> Renaming:
         names = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
-        modules = {name.partition(".")[0] for name in names}
+        modules = {name.partition(".")[0] for name in names} - renamed.keys()
         kept = sorted(module for module in modules if re.fullmatch(r"\w+", module))
-        computed = dict.fromkeys((name for name in names if _BUFFERS.fullmatch(name)), "")
-        without = {**_PRETRAINING, **(left_out or {}), **computed}
+        computed = {_without_numbers(name) for name in names if _BUFFERS.fullmatch(name)}
         return Renaming(
-            {**renamed, **{name: name for name in kept if name not in renamed}},
-            without,
+            {**renamed, **{name: name for name in kept[:_MOST]}},
+            {**_PRETRAINING, **(left_out or {}), **dict.fromkeys(sorted(computed)[:_MOST], "")},
             prefixes=(prefix,),
             finish=finish,
         )
@@ -81,13 +82,21 @@ def _finish_xcit(tensors: dict[str, Tensor]) -> None:
             tensors[name.replace("qkv", part)] = rows.clone()
 
 
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def _named(tensors: Iterable[str], pattern: str) -> list[str]:
     return [name for name in tensors if re.fullmatch(pattern, name)]
 
 
-_CHUNKED = {"blocks.*.*": "blocks.{1}"}
-"""Training of DINOv2 and DINOv3 shards blocks in chunks, whose number stands before the block's."""
 _GATED = {"blocks.*.mlp.w12": "blocks.*.mlp.fc1", "blocks.*.mlp.w3": "blocks.*.mlp.fc2"}
+_CHUNKED = {
+    "blocks.*.*.mlp.w12": "blocks.{1}.mlp.fc1",
+    "blocks.*.*.mlp.w3": "blocks.{1}.mlp.fc2",
+    "blocks.*.*": "blocks.{1}",
+}
+"""Training of DINOv2 shards blocks in chunks, whose number stands before the block's."""
 _SCALES = {"blocks.*.ls1.gamma": "blocks.*.gamma_1", "blocks.*.ls2.gamma": "blocks.*.gamma_2"}
 
 DINOV3_ORIGINAL = Family(
@@ -106,7 +115,12 @@ DINOV3_ORIGINAL = Family(
 )
 DINOV2_ORIGINAL = Family(
     "DINOv2 of its authors",
-    (("mask_token", "blocks.0.ls1.gamma"), ("mask_token", "blocks.0.0.ls1.gamma")),
+    (
+        ("mask_token", "blocks.0.ls1.gamma"),
+        ("mask_token", "blocks.0.0.ls1.gamma"),
+        ("register_tokens", "blocks.0.ls1.gamma"),
+        ("blocks.0.mlp.w12.weight", "blocks.0.ls1.gamma"),
+    ),
     _table({"register_tokens": "reg_token", **_GATED, **_CHUNKED}, finish=_finish_dinov2),
 )
 PRETRAINED_VIT = Family(
