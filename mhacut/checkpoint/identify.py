@@ -205,16 +205,18 @@ def _from_file(
     named, tag = split_tag(hints.model or "")
     stated = split_tag(training.model or "")[0]
     found, notes = None, training.notes
-    if stated and not tag and (not named or (named == stated and not training.implied)):
+    if stated and not tag and named in ("", stated):
         try:
             found = _from_training(header, args, training, given=bool(named))
             found = _with_preprocessing(found, {**(cfg or {}), **training.implied}, of_library=True)
         except CheckpointError:
-            if not training.implied:
+            if not training.implied and cfg is None:
                 raise
+            if not training.implied:  # another part of a converted file, maybe
+                notes = (*notes, f"its {training.origin} says {training.model}, which does not fit")
     if found is None:
         found = _from_names(header, args, hints, cfg)
-        notes = () if training.implied else notes
+        notes = (*training.unknown, *notes)
     if named and stated and stated != named:
         notes = (*notes, f"its {training.origin} says {training.model}; {option_name('model')} counts")
     found = dataclasses.replace(found, notes=(*found.notes, *notes))
@@ -230,7 +232,10 @@ def _from_training(
     cfg = cfg_of_tag(name, tag)
     with_size = {} if training.side is None else {"img_size": training.side}
     fault: CheckpointError | None = None
-    for stated in ({**with_size, **training.args}, training.args, {}):
+    heads = {
+        name: training.args[name] for name in ("num_heads",) if training.implied and name in training.args
+    }
+    for stated in ({**with_size, **training.args}, training.args, heads):
         try:
             found = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
             check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
@@ -238,9 +243,12 @@ def _from_training(
             fault = fault or error
             continue
         found = dataclasses.replace(_without_claims(found), cfg_origins=dict.fromkeys(cfg, "file"))
-        return _with_note(
-            found, f"architecture {name}, {'as given' if given else f'from its {training.origin}'}"
-        )
+        how = "as given" if given else f"from its {training.origin}"
+        if heads.keys() - args.keys():
+            how += (
+                f", with {heads['num_heads']} heads as in MoCo v3; {option_name('model_args')} says another"
+            )
+        return _with_note(found, f"architecture {name}, {how}")
     model = option_name("model", "NAME")
     raise CheckpointError(
         f"{fault}\n  the file's {training.origin} says {name}; give {model} if it is another"
@@ -294,6 +302,9 @@ def _from_conversion(
         )
         origin = "its configuration" if header.config is not None else "names and shapes"
         found = _with_note(found, f"architecture {built.architecture}, from {origin}")
+        training = read_training(header.training) if header.config is None else None
+        if training is not None:
+            found = _with_preprocessing(found, training.cfg)
     own = found.skeleton.state_dict()
     heads = {name: info for name, info in foreign.heads.items() if name in own}
     found = dataclasses.replace(found, tensors={**found.tensors, **heads})

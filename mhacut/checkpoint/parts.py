@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint import yacs
+from mhacut.checkpoint.untrusted_json import shown
 from mhacut.checkpoint.wrapping import check_teacher, same_network
 from mhacut.errors import CheckpointError
 
@@ -67,7 +68,8 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
         return ()
     known = (*_TIMM_AVERAGES, *_AVERAGES, *_TIMM_MODELS, "teacher", "student", *_MODELS, "target_encoder")
     states = _States()
-    return tuple(name for name in known if name != part and checkpoint.get(name) in states)
+    own = part.partition(".")[0]
+    return tuple(name for name in known if name not in (part, own) and checkpoint.get(name) in states)
 
 
 def _entry(where: str, checkpoint: Mapping[Any, Any]) -> Entry | None:
@@ -146,9 +148,15 @@ class _States:
         return len(named) > 1 or (depth > 0 and any(self._holds(item, depth - 1) for item in value.values()))
 
 
-def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(item.shape) for name, item in state.items() if isinstance(item, Tensor)}
+def _shapes(state: Any, depth: int = 2) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state dict, or of the first one that it holds, whose name is then before theirs."""
+    found = {name: tuple(item.shape) for name, item in state.items() if isinstance(item, Tensor)}
+    states = _States()
+    inner = next((name for name, item in state.items() if not found and depth and item in states), None)
+    if inner is None:
+        return found
+    return {f"{inner}.{name}": shape for name, shape in _shapes(state[inner], depth - 1).items()}
 
 
 def _shown(path: Entry) -> str:
-    return ".".join(map(str, path))
+    return ".".join(key if isinstance(key, str) else shown(key) for key in path)

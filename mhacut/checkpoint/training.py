@@ -18,7 +18,7 @@ from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.untrusted_json import plain_json, shown
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, DataError, option_name
+from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, is_number, too_large
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
@@ -53,6 +53,8 @@ class Training:
     """Lines for the user: what was ignored."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Preprocessing of the script's evaluation, where ``model`` follows from a name of its own."""
+    unknown: tuple[str, ...] = ()
+    """A line for the user if that model is not taken."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     if not stated:
         return None
     notes: list[str] = []
-    model, origin = _model(stated, notes)
+    unknown: list[str] = []
+    model, origin = _model(stated, unknown)
     options: dict[Any, Any] = {}
     for _, group in reversed(list(_groups(stated))):
         options.update(group)
@@ -82,11 +85,9 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     if by_script is not None:
         model, origin, heads = by_script
         pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
-        args, notes = {**heads, **pooled, **args}, []
-        if heads:
-            notes.append(
-                f"12 heads, as its {origin} has in MoCo v3; {option_name('model_args')} says another"
-            )
+        args = {**heads, **pooled, **args}
+    else:
+        notes = unknown + notes
     size = _input_size(options, args)
     cfg = _cfg(options, size, args.get("in_chans", 3), notes)
     side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
@@ -95,7 +96,8 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
         implied = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
         if side in (None, 224):
             implied["crop_pct"] = 0.875  # 224 of 256 pixels
-    found = Training(model, origin, args, side, cfg, tuple(notes), implied)
+    unread = tuple(unknown) if by_script is not None else ()
+    found = Training(model, origin, args, side, cfg, tuple(notes), implied, unread)
     return found if model or cfg or notes else None
 
 
@@ -195,6 +197,10 @@ def _cfg(
         "crop_mode": str,
     }
     given = {name: value for name, value in stated.items() if isinstance(value, kinds[name]) and value}
+    of_imagenet = options.get("imagenet_default_mean_and_std")  # BEiT's
+    if isinstance(of_imagenet, bool) and not {"mean", "std"} & given.keys():
+        values = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if of_imagenet else ((0.5,) * 3, (0.5,) * 3)
+        given |= dict(zip(("mean", "std"), values, strict=True))
     if len({"mean", "std"} & given.keys()) == 1:  # not those of images
         given = {name: value for name, value in given.items() if name not in ("mean", "std")}
     sane: dict[str, Any] = {

@@ -65,6 +65,7 @@ _ENCODER_ITSELF = (
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
 """Names that tell a whole network from a part of one."""
 _MAX_NAMES = 5
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,17 @@ def unwrap(
     return Naming(plain, tuple(prefixes), left, tuple(others), layer, trunk, numbered)
 
 
+def _check_names(where: str, names: Iterable[str]) -> None:
+    """Refuse names that no file of a model has, and that others take long for or cannot write."""
+    for name in names:
+        is_text = name.isascii() or not re.search("[\ud800-\udfff]", name)
+        if len(name) > _LONGEST_NAME or not is_text:
+            raise CheckpointError(
+                f"{where}: a tensor is named {name!r:.100}: expected at most {_LONGEST_NAME} characters "
+                "of text"
+            )
+
+
 def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether two state dicts are of one architecture, whatever wrappers and counters they have."""
     return _canonical(one) == _canonical(other)
@@ -212,6 +224,7 @@ def _canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
     """Return names without the prefixes of data parallelism and compilation, and the removed prefixes."""
+    _check_names(where, shapes)
     names: dict[str, str] = {}
     prefixes: dict[str, None] = {}
     for file in shapes:

@@ -115,7 +115,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     Raises:
         MhacutError: an option, a file or the images do not fit; one of its kinds, in :mod:`mhacut.errors`.
     """
-    if options.amp:
+    if options.amp and options.amp_dtype == "bfloat16":
         warn_of_slow_amp(processes.device, reporter.log)
     reporter.start("reading")
     loaded = _read_slim(options)

@@ -38,11 +38,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether both are the same device; ``cuda`` without a number is the current GPU."""
+    """Whether both are the same device; ``cuda`` without a number is the current GPU, others are number 0."""
 
-    def number(device: torch.device) -> int | None:
+    def number(device: torch.device) -> int:
         current = device.type == "cuda" and device.index is None
-        return torch.cuda.current_device() if current else device.index
+        return torch.cuda.current_device() if current else device.index or 0
 
     return one.type == other.type and number(one) == number(other)
 

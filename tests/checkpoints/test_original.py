@@ -279,14 +279,15 @@ def test_what_a_script_states_counts_for_files_of_authors_too(tmp_path):
     assert found.cfg_origins["mean"] == "file"
 
 
-def test_heads_of_moco_are_told_and_the_users_model_counts(tmp_path):
+def test_heads_of_moco_are_told(tmp_path):
     vit_file(tmp_path / "a.pth", {"arch": "vit_small"})
-    told = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert told.identity.model_args["num_heads"] == 12
-    assert any("12 heads, as its arch has in MoCo v3; model_args" in note for note in told.notes)
-    for known in ({"model_args": {"depth": 2, "num_heads": 6}}, {"model": "vit_small_patch16_224"}):
-        found = read_model(tmp_path / "a.pth", **{"model_args": {"depth": 2}, **known})
-        assert found.identity.model_args.get("num_heads", 6) == 6
+    for given in ({}, {"model": "vit_small_patch16_224"}):
+        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
+        assert found.identity.model_args["num_heads"] == 12
+        assert any("with 12 heads as in MoCo v3; model_args says another" in note for note in found.notes)
+    known = read_model(tmp_path / "a.pth", model_args={"depth": 2, "num_heads": 6})
+    assert known.identity.model_args["num_heads"] == 6
+    assert not any("MoCo" in note for note in known.notes)
 
 
 def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
@@ -295,9 +296,32 @@ def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
     for given in ({}, {"model": "vit_tiny_patch16_224"}):
         found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
         assert found.identity.pretrained_cfg["mean"] == [0.5] * 3
+    assert any("its args.arch 'vit_base' is not a timm model and was ignored" in note for note in found.notes)
     vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
     cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
     assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)
+
+
+def test_beits_script_says_how_images_are_normalised(tmp_path):
+    stated = {"args": argparse.Namespace(model="beit_base_patch16_224", imagenet_default_mean_and_std=True)}
+    vit_file(tmp_path / "a.pth", stated, name="beit_base_patch16_224", rename=beit)
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_statements_about_another_network_do_not_refuse_a_converted_file(tmp_path):
+    stated = {"hyper_parameters": {"model": "resnet50", "mean": [0.1] * 3, "std": [0.2] * 3}}
+    vit_file(tmp_path / "a.pth", stated, rename=ibot)
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    assert found.identity.architecture == "vit_small_patch16_224"
+    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
+    assert any("its hyper_parameters.model says resnet50, which does not fit" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["model." * 20_000 + "a.b", "\ud800.weight"])
+def test_names_that_no_model_has_are_refused(name, tmp_path):
+    torch.save({"a.weight": torch.zeros(1), name: torch.zeros(1)}, tmp_path / "a.pth")
+    assert "expected at most 1000 characters of text" in refusal(tmp_path / "a.pth")
 
 
 def test_many_names_are_no_long_work(tmp_path):

@@ -496,3 +496,17 @@ def test_a_model_out_of_proportion_is_not_built(tmp_path):
 )
 def test_output_names_begin_with_the_name_without_its_endings(tmp_path, states, name, stem):
     assert opened(tmp_path / name, states[0], model=NAME, model_args=ARGS).stem == stem
+
+
+def test_a_nested_teacher_is_compared_with_its_student(tmp_path, states):
+    named = {"model": NAME, "model_args": ARGS}
+    wider = tiny(embed_dim=96).state_dict()
+    found = opened(
+        tmp_path / "a.pth", {"student": {"model": states[0]}, "teacher": {"model": wider}}, **named
+    )
+    assert {name: tensor.shape for name, tensor in found.model.state_dict().items()}["norm.weight"] == (48,)
+    both = {"student": {"model": states[0]}, "teacher": {"model": states[1]}}
+    torch.save(both, tmp_path / "b.pth")
+    assert "part='student' or part='teacher' reads one of them" in refusal(tmp_path / "b.pth", **named)
+    found = opened(tmp_path / "c.pth", both, part="teacher", **named)
+    assert not any("part='teacher'" in note for note in found.notes)

@@ -119,7 +119,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     aliases = any(argument.alias_info for argument in function._schema.arguments)
     # What shares memory with a tensor made outside of inference mode is not made in it either.
     with torch.inference_mode(
-        torch.is_inference_mode_enabled() and not (aliases and not args[0].is_inference())
+        torch.is_inference_mode_enabled() and not (aliases and not tensors[0].is_inference())
     ):
         out = tree.tree_map(lambda x: OnSecond(x) if isinstance(x, Tensor) else x, out)
     return return_and_correct_aliasing(function, args_there, kwargs_there, out) if there else out
@@ -133,7 +133,8 @@ def _converted(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     dtype = next((x for x in [*to, kwargs.get("dtype")] if isinstance(x, torch.dtype)), None)
     device = device or (like[0].device if like else tensor.device)
     dtype = dtype or (like[0].dtype if like else tensor.dtype)
-    if (device.type, dtype) == (tensor.device.type, tensor.dtype):
+    copied = kwargs.get("copy") or True in to
+    if (device.type, dtype) == (tensor.device.type, tensor.dtype) and not copied:
         return tensor
     return _run(aten._to_copy.default, (tensor,), {"device": device, "dtype": dtype})
 
@@ -188,4 +189,4 @@ def _everywhere(patch: pytest.MonkeyPatch, name: str, of: Any) -> None:
     """Call ``of`` with the function of this name first, wherever mhacut has imported it."""
     for module in [module for key, module in sys.modules.items() if key.startswith("mhacut.")]:
         if (real := getattr(module, name, None)) is not None:
-            patch.setattr(module, name, lambda *args, real=real: of(real, *args))
+            patch.setattr(module, name, lambda *args, real=real, **named: of(real, *args, **named))
