@@ -170,9 +170,11 @@ def second_device() -> Iterator[str]:
         )
         _everywhere(patch, "count_flops", _count_on_the_cpu)
         autocast = torch.autocast
-        patch.setattr(
-            "torch.autocast", lambda type, *a, **k: nullcontext() if type == NAME else autocast(type, *a, **k)
-        )
+
+        def without(device_type: str, *args: Any, **options: Any) -> Any:
+            return nullcontext() if device_type == NAME else autocast(device_type, *args, **options)
+
+        patch.setattr("torch.autocast", without)
         enabled = torch.is_autocast_enabled
         patch.setattr("torch.is_autocast_enabled", lambda *type: NAME not in type and enabled(*type))
         yield NAME
