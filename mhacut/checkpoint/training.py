@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from mhacut.checkpoint.build import known_model
+from mhacut.checkpoint.foreign.images import OF_IMAGENET, OF_INCEPTION
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.untrusted_json import plain_json, shown
 from mhacut.data import Preprocessing
@@ -93,7 +92,7 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
     implied: dict[str, Any] = {}
     if by_script is not None:
-        implied = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+        implied = dict(OF_IMAGENET)
         if side in (None, 224):
             implied["crop_pct"] = 0.875  # 224 of 256 pixels
     unread = tuple(unknown) if by_script is not None else ()
@@ -199,8 +198,7 @@ def _cfg(
     given = {name: value for name, value in stated.items() if isinstance(value, kinds[name]) and value}
     of_imagenet = options.get("imagenet_default_mean_and_std")  # BEiT's
     if isinstance(of_imagenet, bool) and not {"mean", "std"} & given.keys():
-        values = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if of_imagenet else ((0.5,) * 3, (0.5,) * 3)
-        given |= dict(zip(("mean", "std"), values, strict=True))
+        given |= OF_IMAGENET if of_imagenet else OF_INCEPTION
     if len({"mean", "std"} & given.keys()) == 1:  # not those of images
         given = {name: value for name, value in given.items() if name not in ("mean", "std")}
     sane: dict[str, Any] = {

@@ -25,3 +25,10 @@ def zeros():
         return {key: torch.zeros(tensor.shape) for key, tensor in model.state_dict().items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def states():
+    """Tensors of a model, and others of the same shapes."""
+    one = tiny().state_dict()
+    return one, {name: tensor + 0.01 for name, tensor in one.items()}

@@ -336,15 +336,24 @@ def torchvision_models():
     }
 
 
+SIZES: dict[str, dict[str, Any]] = {
+    "vit": {
+        "model": "vit_base_patch16_224",
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "patch_size": 8,
+        "mlp_ratio": mlp_ratio(50, 24),
+    }
+}
+"""What the tensors of torchvision's models do not show."""
+
+
 @pytest.mark.parametrize("name", ["vit", "swin", "swinv2"])
 def test_torchvisions_answers_are_timms(name, tmp_path):
     original = randomised(torchvision_models()[name]())
     torch.save(original.state_dict(), tmp_path / "model.pth")
-    args: dict[str, Any] = {}
-    if name == "vit":
-        args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
-        args["model"] = "vit_base_patch16_224"
-    model = mhacut.load_model(tmp_path / "model.pth", **args)
+    model = mhacut.load_model(tmp_path / "model.pth", **SIZES.get(name, {}))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected, found = original(images), model(images)
@@ -363,11 +372,7 @@ def test_a_new_classifier_in_a_model_of_torchvision_is_read(name, module, before
     layers = [torch.nn.Dropout(0.5)] * (before or 0)
     original.set_submodule(module, linear if before is None else torch.nn.Sequential(*layers, linear))
     torch.save(original.state_dict(), tmp_path / "model.pth")
-    args: dict[str, Any] = {}
-    if name == "vit":
-        args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
-        args["model"] = "vit_base_patch16_224"
-    model = mhacut.load_model(tmp_path / "model.pth", **args)
+    model = mhacut.load_model(tmp_path / "model.pth", **SIZES.get(name, {}))
     assert torch.equal(model.get_classifier().weight, linear.weight)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import re
 import time
@@ -233,89 +232,6 @@ def test_images_are_prepared_as_the_authors_did(tmp_path):
     found = read_model(tmp_path / "a.pth")
     assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
     assert found.cfg_origins["mean"] == "library"
-
-
-def test_moco_v3_has_small_heads(tmp_path):
-    model = timm.create_model("vit_small_patch16_224", num_classes=10, num_heads=12, depth=2).eval()
-    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
-    torch.save({"epoch": 3, "arch": "vit_small", "state_dict": state}, tmp_path / "a.pth")
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    images = torch.randn(1, 3, 224, 224)
-    assert torch.equal(found.model(images), model(images))
-    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
-
-
-def test_names_of_models_in_scripts_are_no_other_models(tmp_path):
-    model = timm.create_model("vit_large_patch16_224", depth=1, num_classes=10, global_pool="avg")
-    args = {"model": "vit_large_patch16", "nb_classes": 10, "global_pool": True}
-    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**args)}, tmp_path / "a.pth")
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 1})
-    assert found.identity.architecture == "vit_large_patch16_224"
-    assert found.cfg_origins["mean"] == "library"
-    # a name of a script may also be that of another model
-    small = timm.create_model("vit_tiny_patch16_224", depth=2)
-    torch.save(
-        {"model": small.state_dict(), "args": argparse.Namespace(model="vit_large")}, tmp_path / "b.pth"
-    )
-    assert (
-        read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.architecture
-        == "vit_tiny_patch16_224"
-    )
-
-
-def vit_file(path, args=None, *, name="vit_small_patch16_224", rename=dict, **changes):
-    """A file of a ViT of two blocks, with what its script stated."""
-    model = timm.create_model(name, depth=2, **changes).eval()
-    torch.save({"state_dict": rename(model.state_dict()), **(args or {})}, path)
-    return model
-
-
-def test_what_a_script_states_counts_for_files_of_authors_too(tmp_path):
-    stated = {"args": argparse.Namespace(model="beitv2_base_patch16_224", mean=[0.1] * 3, std=[0.2] * 3)}
-    vit_file(tmp_path / "a.pth", stated, name="beitv2_base_patch16_224", rename=beit)
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert found.identity.architecture == "beitv2_base_patch16_224"
-    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
-    assert found.cfg_origins["mean"] == "file"
-
-
-def test_heads_of_moco_are_told(tmp_path):
-    vit_file(tmp_path / "a.pth", {"arch": "vit_small"})
-    for given in ({}, {"model": "vit_small_patch16_224"}):
-        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
-        assert found.identity.model_args["num_heads"] == 12
-        assert any("with 12 heads as in MoCo v3; model_args says another" in note for note in found.notes)
-    known = read_model(tmp_path / "a.pth", model_args={"depth": 2, "num_heads": 6})
-    assert known.identity.model_args["num_heads"] == 6
-    assert not any("MoCo" in note for note in known.notes)
-
-
-def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
-    args = {"args": argparse.Namespace(arch="vit_base")}
-    vit_file(tmp_path / "a.pth", args, name="vit_tiny_patch16_224")
-    for given in ({}, {"model": "vit_tiny_patch16_224"}):
-        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
-        assert found.identity.pretrained_cfg["mean"] == [0.5] * 3
-    assert any("its args.arch 'vit_base' is not a timm model and was ignored" in note for note in found.notes)
-    vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
-    cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
-    assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)
-
-
-def test_beits_script_says_how_images_are_normalised(tmp_path):
-    stated = {"args": argparse.Namespace(model="beit_base_patch16_224", imagenet_default_mean_and_std=True)}
-    vit_file(tmp_path / "a.pth", stated, name="beit_base_patch16_224", rename=beit)
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
-
-
-def test_statements_about_another_network_do_not_refuse_a_converted_file(tmp_path):
-    stated = {"hyper_parameters": {"model": "resnet50", "mean": [0.1] * 3, "std": [0.2] * 3}}
-    vit_file(tmp_path / "a.pth", stated, rename=ibot)
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert found.identity.architecture == "vit_small_patch16_224"
-    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
-    assert any("its hyper_parameters.model says resnet50, which does not fit" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", ["model." * 20_000 + "a.b", "\ud800.weight"])

@@ -9,42 +9,33 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
+from helpers.checkpoints import (
+    ARGS,
+    IMAGES,
+    NAME,
+    logits_with,
+    make_slim,
+    opened,
+    refusal,
+    save,
+    tiny,
+    under,
+)
 from mhacut.checkpoint.build import without_values
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.module import copy_of_module
-from mhacut.checkpoint.provenance import provenance
 from mhacut.checkpoint.wrapping import unwrap
 from mhacut.errors import CheckpointError
-from mhacut.options.base import PreprocessingOptions
 
 SIZES = {**ARGS, "num_classes": 10}
 HEAD = {"mlp.0.weight": torch.ones(3, 2), "last_layer.weight_g": torch.ones(3, 1)}
-
-
-@pytest.fixture(scope="module")
-def states():
-    """Tensors of a model, and others of the same shapes."""
-    one = tiny().state_dict()
-    return one, {name: tensor + 0.01 for name, tensor in one.items()}
-
-
-def under(prefix, tensors):
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def logits_of(path, **args):
     loaded = read_model(path, **{"model": NAME, "model_args": ARGS, **args})
     with torch.no_grad():
         return loaded.model(IMAGES), loaded.notes
-
-
-def logits_with(tensors):
-    model = tiny()
-    model.load_state_dict(tensors)
-    with torch.no_grad():
-        return model(IMAGES)
 
 
 def dino(w, other):
@@ -359,129 +350,6 @@ def test_models_that_have_such_names_themselves_keep_them(name):
         model = timm.create_model(name, num_classes=0)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     assert unwrap("x", shapes).names == {key: key for key in shapes}
-
-
-def opened(path, content, **args):
-    torch.save(content, path)
-    return read_model(path, **args)
-
-
-def timm_script(w, **args):
-    options = {
-        "model": NAME,
-        "num_classes": 10,
-        "img_size": 32,
-        "in_chans": 3,
-        "lr": 1e-3,
-        "input_size": None,
-    }
-    kwargs = {key: value for key, value in ARGS.items() if key != "img_size"}
-    options |= {
-        "mean": None,
-        "std": None,
-        "interpolation": "",
-        "crop_pct": None,
-        "model_kwargs": kwargs,
-        **args,
-    }
-    return {"arch": options["model"], "args": argparse.Namespace(**options), "state_dict": w, "epoch": 3}
-
-
-def test_timms_script_states_model_arguments_and_preprocessing(tmp_path, states):
-    path = tmp_path / "model_best.pth.tar"
-    stated = {"mean": [0.5, 0.5, 0.4], "std": [0.2], "interpolation": "bilinear", "crop_pct": 0.95}
-    loaded = opened(path, timm_script(states[0], **stated))
-    with torch.no_grad():
-        assert torch.equal(loaded.model(IMAGES), logits_with(states[0]))
-    assert f"architecture {NAME}, from its args.model" in loaded.notes
-    assert loaded.identity.model_args == SIZES
-    assert loaded.stem == "model_best"
-    found = provenance(loaded, PreprocessingOptions()).origins
-    assert {found[name] for name in ("mean", "std", "interpolation", "crop_pct")} == {"file"}
-    assert loaded.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.4)
-    assert loaded.model.pretrained_cfg["std"] == (0.2, 0.2, 0.2)
-    assert loaded.model.pretrained_cfg["crop_pct"] == 0.95
-    plain = opened(path, timm_script(states[0]))
-    assert provenance(plain, PreprocessingOptions()).origins["mean"] == "default"
-    assert "license" not in plain.identity.pretrained_cfg
-    # Of the architecture's own, all but what goes with 224 pixels.
-    assert plain.identity.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
-    assert "crop_pct" not in plain.identity.pretrained_cfg
-
-
-def test_timms_script_states_how_outputs_are_pooled(tmp_path):
-    model = tiny(global_pool="avg")
-    found = opened(tmp_path / "last.pth", timm_script(model.state_dict(), gp="avg"))
-    assert found.identity.model_args["global_pool"] == "avg"
-
-
-def test_the_user_knows_better_than_the_script(tmp_path, states):
-    path, other = tmp_path / "last.pth", "deit_tiny_patch16_224"
-    loaded = opened(path, timm_script(states[0], mean=[0.1] * 3, std=[0.3] * 3), model=other, model_args=ARGS)
-    assert loaded.identity.architecture == other
-    assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.1, 0.1)
-    assert f"its args.model says {NAME}; model counts" in loaded.notes
-    assert f"architecture {NAME}, as given" in opened(path, timm_script(states[0]), model=NAME).notes
-    said = refusal(path, model_args={"depth": 3})
-    assert f"the file's args.model says {NAME}; give model='NAME' if it is another" in said
-
-
-@pytest.mark.parametrize(
-    ("entry", "origin"),
-    [
-        ({"args": argparse.Namespace(model="test_vit", nb_classes=5, input_size=64)}, "args.model"),
-        ({"args": {"arch": "test_vit.r160_in1k"}}, "args.arch"),
-        ({"arch": "test_vit"}, "arch"),
-        (
-            {"hyper_parameters": {"backbone": "timm/test_vit.r160_in1k", "std": 0.02}},
-            "hyper_parameters.backbone",
-        ),
-        ({"hyper_parameters": {"model": {"name": "test_vit"}, "lr": 0.1}}, "hyper_parameters.model.name"),
-        ({"hyper_parameters": {"name": "resnet18", "model_name": "test_vit"}}, "hyper_parameters.model_name"),
-    ],
-)
-def test_scripts_name_their_model(tmp_path, entry, origin):
-    model = timm.create_model("test_vit", num_classes=5, img_size=64)
-    content = {"state_dict": under("model.", model.state_dict()), **entry}
-    loaded = opened(tmp_path / "last.ckpt", content)
-    assert f"architecture test_vit, from its {origin}" in loaded.notes
-    assert loaded.identity.model_args == {"img_size": 64, "num_classes": 5}
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        ({"model": "my_vit"}, "its args.model 'my_vit' is not a timm model and was ignored"),
-        ({"model": "../../etc/passwd"}, "is not a timm model and was ignored"),
-        (
-            {"model": NAME, "model_kwargs": {"checkpoint_path": "/etc/passwd"}},
-            "its args.model_kwargs were ignored",
-        ),
-        ({"model": NAME, "model_kwargs": {"depth": 10**9}}, "its args.model_kwargs were ignored"),
-        ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] is invalid"),
-        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
-        ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
-        ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
-        ({"mean": [torch.ones(1)] * 3, "std": [0.1] * 3}, "its mean [Tensor, Tensor, Tensor] is invalid"),
-        ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[...]]]] is invalid"),
-        ({"model": NAME, "model_kwargs": {"x": [[0] * 999] * 999}}, "holds more than 200000 values"),
-    ],
-)
-def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
-    content = timm_script(states[0], **args)
-    if "model" in args:
-        content["arch"] = args["model"]
-    loaded = opened(tmp_path / "last.pth", content, model=NAME, model_args=ARGS)
-    assert [note for note in loaded.notes if says in note], loaded.notes
-    assert loaded.identity.model_args == SIZES
-
-
-def test_a_model_out_of_proportion_is_not_built(tmp_path):
-    path = tmp_path / "last.pth"
-    torch.save(
-        {"arch": "vit_giant_patch14_224", "state_dict": {"a.b": torch.ones(1), "c": torch.ones(1)}}, path
-    )
-    assert "is far too large for the tensors" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,22 @@ def save(model, path, **changes):
     return path
 
 
+def under(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def opened(path, content, **args):
+    torch.save(content, path)
+    return read_model(path, **args)
+
+
+def logits_with(tensors):
+    model = tiny()
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        return model(IMAGES)
+
+
 def random_plan(model, widths, seed=0) -> Plan:
     choose = random.Random(seed)
     units = []

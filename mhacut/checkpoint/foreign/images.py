@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.limits import MAX_CROP_PCT
 
+OF_IMAGENET: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+OF_INCEPTION: dict[str, Any] = {"mean": list(IMAGENET_INCEPTION_MEAN), "std": list(IMAGENET_INCEPTION_STD)}
+OF_CLIP: dict[str, Any] = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Filters of Pillow by number."""
 _MAX_LABEL = 200

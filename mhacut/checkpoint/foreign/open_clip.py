@@ -10,6 +10,7 @@ from torch import Tensor
 from mhacut.checkpoint.foreign.clip import finish_clip
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, depth_of, mlp_ratio
+from mhacut.checkpoint.foreign.images import OF_CLIP
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.foreign.vit import size_name, vit_name
 from mhacut.errors import CheckpointError
@@ -18,8 +19,7 @@ _TEXT = "the text tower"
 _OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's own archives keep among the tensors; no other file of these names has them."""
 _IMAGES_OF_OPENAI: dict[str, Any] = {
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
+    **OF_CLIP,
     "interpolation": "bicubic",
     "crop_pct": 1.0,
     "crop_mode": "center",

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from mhacut.checkpoint.foreign.family import Family, Shapes
-from mhacut.checkpoint.foreign.rename import Renaming
+from mhacut.checkpoint.foreign.images import OF_IMAGENET
+from mhacut.checkpoint.foreign.rename import Renaming, without_numbers
 
-_IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 _BUFFERS = re.compile(
     r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|bias_mask"
     r"|rope(_embed)?\.(periods|freqs_cos|freqs_sin))"
@@ -48,7 +47,7 @@ def _table(
         names = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
         modules = {name.partition(".")[0] for name in names} - renamed.keys()
         kept = sorted(module for module in modules if re.fullmatch(r"\w+", module))
-        computed = {_without_numbers(name) for name in names if _BUFFERS.fullmatch(name)}
+        computed = {without_numbers(name) for name in names if _BUFFERS.fullmatch(name)}
         return Renaming(
             {**renamed, **{name: name for name in kept[:_MOST]}},
             {**_PRETRAINING, **(left_out or {}), **dict.fromkeys(sorted(computed)[:_MOST], "")},
@@ -80,10 +79,6 @@ def _finish_xcit(tensors: dict[str, Tensor]) -> None:
     for name in _named(tensors, r"cls_attn_blocks\.\d+\.attn\.qkv\.(weight|bias)"):
         for part, rows in zip("qkv", tensors.pop(name).chunk(3), strict=True):
             tensors[name.replace("qkv", part)] = rows.clone()
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _named(tensors: Iterable[str], pattern: str) -> list[str]:
@@ -130,7 +125,7 @@ PRETRAINED_VIT = Family(
         ("masked_embed", "blocks.0.attn.qkv.weight"),
     ),
     _table({}),
-    cfg=_IMAGENET,
+    cfg=OF_IMAGENET,
 )
 DEIT3_ORIGINAL = Family(
     "DeiT III of its authors",

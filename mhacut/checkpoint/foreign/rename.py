@@ -114,7 +114,7 @@ class Renaming:
 
     def _joined(self, name: str, parts: Mapping[int, Tensor]) -> Tensor:
         count = max(parts) + 1
-        count = max(count, self._parts_of.get(_without_numbers(name), count))
+        count = max(count, self._parts_of.get(without_numbers(name), count))
         missing = [index for index in range(count) if index not in parts]
         if missing:
             raise CheckpointError(f"{name!r:.150} is joined of {count} tensors, found only {len(parts)}")
@@ -149,5 +149,6 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\*", r"(\d{1,6})") + r"(\..+)?")
 
 
-def _without_numbers(name: str) -> str:
+def without_numbers(name: str) -> str:
+    """Return a name of a tensor with ``*`` for each number inside."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

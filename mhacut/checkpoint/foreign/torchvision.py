@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, depth_of, mlp_ratio
+from mhacut.checkpoint.foreign.images import OF_IMAGENET
 from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.checkpoint.foreign.swin import swin_size
 from mhacut.checkpoint.foreign.vit import SIZES, vit_name
 
-_IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-"""Normalisation of all of torchvision's weights."""
 _VIT_NAMES = {
     "class_token": "cls_token",
     "conv_proj": "patch_embed.proj",
@@ -64,7 +63,7 @@ def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
     if side == 224 and size != "huge":
         resized = 242 if (size, patch) == ("large", 16) else 256
         crop = {"crop_pct": 224 / resized, "interpolation": "bilinear"}
-    return Built(vit_name(size, patch, side), args, cfg={**_IMAGENET, **crop})
+    return Built(vit_name(size, patch, side), args, cfg={**OF_IMAGENET, **crop})
 
 
 TORCHVISION_VIT = Family(
@@ -72,7 +71,7 @@ TORCHVISION_VIT = Family(
     (("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "conv_proj.weight"),),
     _vit_renaming,
     guess=_guess_vit,
-    cfg=_IMAGENET,
+    cfg=OF_IMAGENET,
 )
 
 
@@ -127,7 +126,7 @@ def _guess_swin(shapes: Shapes, _: Shapes) -> Built:
     args = _swin_args(shapes, "relative_position_bias_table", (math.isqrt(positions) + 1) // 2)
     size = swin_size(args)
     resized = {"tiny": 232, "small": 246, "base": 238}.get(size, 256)
-    cfg = {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 224 / resized}
+    cfg = {**OF_IMAGENET, "interpolation": "bicubic", "crop_pct": 224 / resized}
     name = size if size in ("tiny", "small", "base") else "tiny"
     return Built(f"swin_{name}_patch4_window7_224", args, cfg=cfg)
 
@@ -136,7 +135,7 @@ def _guess_swinv2(shapes: Shapes, original: Shapes) -> Built:
     window = (original["features.1.0.attn.relative_coords_table"][1] + 1) // 2
     args = _swin_args(shapes, "logit_scale", window)
     size = swin_size(args)
-    cfg = {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 256 / (272 if size == "base" else 260)}
+    cfg = {**OF_IMAGENET, "interpolation": "bicubic", "crop_pct": 256 / (272 if size == "base" else 260)}
     name = size if size in ("tiny", "small", "base") else "tiny"
     return Built(f"swinv2_{name}_window8_256", args, cfg=cfg)
 
@@ -146,14 +145,14 @@ TORCHVISION_SWIN = Family(
     (("features.1.0.attn.relative_position_bias_table", "features.0.0.weight"),),
     _swin_renaming,
     guess=_guess_swin,
-    cfg=_IMAGENET,
+    cfg=OF_IMAGENET,
 )
 TORCHVISION_SWINV2 = Family(
     "Swin V2 of torchvision",
     (("features.1.0.attn.logit_scale", "features.1.0.attn.relative_coords_table"),),
     _swin_renaming,
     guess=_guess_swinv2,
-    cfg=_IMAGENET,
+    cfg=OF_IMAGENET,
 )
 
 

@@ -1,0 +1,218 @@
+"""What a training script states beside its weights: its model, the model's arguments, the preprocessing."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import timm
+import torch
+
+from checkpoints.test_original import beit, ibot
+from helpers.checkpoints import ARGS, IMAGES, NAME, logits_with, opened, refusal, tiny, under
+from mhacut.checkpoint.load import read_model
+from mhacut.checkpoint.provenance import provenance
+from mhacut.options.base import PreprocessingOptions
+
+SIZES = {**ARGS, "num_classes": 10}
+
+
+def timm_script(w, **args):
+    options = {
+        "model": NAME,
+        "num_classes": 10,
+        "img_size": 32,
+        "in_chans": 3,
+        "lr": 1e-3,
+        "input_size": None,
+    }
+    kwargs = {key: value for key, value in ARGS.items() if key != "img_size"}
+    options |= {
+        "mean": None,
+        "std": None,
+        "interpolation": "",
+        "crop_pct": None,
+        "model_kwargs": kwargs,
+        **args,
+    }
+    return {"arch": options["model"], "args": argparse.Namespace(**options), "state_dict": w, "epoch": 3}
+
+
+def test_timms_script_states_model_arguments_and_preprocessing(tmp_path, states):
+    path = tmp_path / "model_best.pth.tar"
+    stated = {"mean": [0.5, 0.5, 0.4], "std": [0.2], "interpolation": "bilinear", "crop_pct": 0.95}
+    loaded = opened(path, timm_script(states[0], **stated))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IMAGES), logits_with(states[0]))
+    assert f"architecture {NAME}, from its args.model" in loaded.notes
+    assert loaded.identity.model_args == SIZES
+    assert loaded.stem == "model_best"
+    found = provenance(loaded, PreprocessingOptions()).origins
+    assert {found[name] for name in ("mean", "std", "interpolation", "crop_pct")} == {"file"}
+    assert loaded.model.pretrained_cfg["mean"] == (0.5, 0.5, 0.4)
+    assert loaded.model.pretrained_cfg["std"] == (0.2, 0.2, 0.2)
+    assert loaded.model.pretrained_cfg["crop_pct"] == 0.95
+    plain = opened(path, timm_script(states[0]))
+    assert provenance(plain, PreprocessingOptions()).origins["mean"] == "default"
+    assert "license" not in plain.identity.pretrained_cfg
+    # Of the architecture's own, all but what goes with 224 pixels.
+    assert plain.identity.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+    assert "crop_pct" not in plain.identity.pretrained_cfg
+
+
+def test_timms_script_states_how_outputs_are_pooled(tmp_path):
+    model = tiny(global_pool="avg")
+    found = opened(tmp_path / "last.pth", timm_script(model.state_dict(), gp="avg"))
+    assert found.identity.model_args["global_pool"] == "avg"
+
+
+def test_the_user_knows_better_than_the_script(tmp_path, states):
+    path, other = tmp_path / "last.pth", "deit_tiny_patch16_224"
+    loaded = opened(path, timm_script(states[0], mean=[0.1] * 3, std=[0.3] * 3), model=other, model_args=ARGS)
+    assert loaded.identity.architecture == other
+    assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.1, 0.1)
+    assert f"its args.model says {NAME}; model counts" in loaded.notes
+    assert f"architecture {NAME}, as given" in opened(path, timm_script(states[0]), model=NAME).notes
+    said = refusal(path, model_args={"depth": 3})
+    assert f"the file's args.model says {NAME}; give model='NAME' if it is another" in said
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin"),
+    [
+        ({"args": argparse.Namespace(model="test_vit", nb_classes=5, input_size=64)}, "args.model"),
+        ({"args": {"arch": "test_vit.r160_in1k"}}, "args.arch"),
+        ({"arch": "test_vit"}, "arch"),
+        (
+            {"hyper_parameters": {"backbone": "timm/test_vit.r160_in1k", "std": 0.02}},
+            "hyper_parameters.backbone",
+        ),
+        ({"hyper_parameters": {"model": {"name": "test_vit"}, "lr": 0.1}}, "hyper_parameters.model.name"),
+        ({"hyper_parameters": {"name": "resnet18", "model_name": "test_vit"}}, "hyper_parameters.model_name"),
+    ],
+)
+def test_scripts_name_their_model(tmp_path, entry, origin):
+    model = timm.create_model("test_vit", num_classes=5, img_size=64)
+    content = {"state_dict": under("model.", model.state_dict()), **entry}
+    loaded = opened(tmp_path / "last.ckpt", content)
+    assert f"architecture test_vit, from its {origin}" in loaded.notes
+    assert loaded.identity.model_args == {"img_size": 64, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"model": "my_vit"}, "its args.model 'my_vit' is not a timm model and was ignored"),
+        ({"model": "../../etc/passwd"}, "is not a timm model and was ignored"),
+        (
+            {"model": NAME, "model_kwargs": {"checkpoint_path": "/etc/passwd"}},
+            "its args.model_kwargs were ignored",
+        ),
+        ({"model": NAME, "model_kwargs": {"depth": 10**9}}, "its args.model_kwargs were ignored"),
+        ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] is invalid"),
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
+        ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
+        ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
+        ({"mean": [torch.ones(1)] * 3, "std": [0.1] * 3}, "its mean [Tensor, Tensor, Tensor] is invalid"),
+        ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[...]]]] is invalid"),
+        ({"model": NAME, "model_kwargs": {"x": [[0] * 999] * 999}}, "holds more than 200000 values"),
+    ],
+)
+def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
+    content = timm_script(states[0], **args)
+    if "model" in args:
+        content["arch"] = args["model"]
+    loaded = opened(tmp_path / "last.pth", content, model=NAME, model_args=ARGS)
+    assert [note for note in loaded.notes if says in note], loaded.notes
+    assert loaded.identity.model_args == SIZES
+
+
+def test_a_model_out_of_proportion_is_not_built(tmp_path):
+    path = tmp_path / "last.pth"
+    torch.save(
+        {"arch": "vit_giant_patch14_224", "state_dict": {"a.b": torch.ones(1), "c": torch.ones(1)}}, path
+    )
+    assert "is far too large for the tensors" in refusal(path)
+
+
+def test_moco_v3_has_small_heads(tmp_path):
+    model = timm.create_model("vit_small_patch16_224", num_classes=10, num_heads=12, depth=2).eval()
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "arch": "vit_small", "state_dict": state}, tmp_path / "a.pth")
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(found.model(images), model(images))
+    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_names_of_models_in_scripts_are_no_other_models(tmp_path):
+    model = timm.create_model("vit_large_patch16_224", depth=1, num_classes=10, global_pool="avg")
+    args = {"model": "vit_large_patch16", "nb_classes": 10, "global_pool": True}
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**args)}, tmp_path / "a.pth")
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 1})
+    assert found.identity.architecture == "vit_large_patch16_224"
+    assert found.cfg_origins["mean"] == "library"
+    # a name of a script may also be that of another model
+    small = timm.create_model("vit_tiny_patch16_224", depth=2)
+    torch.save(
+        {"model": small.state_dict(), "args": argparse.Namespace(model="vit_large")}, tmp_path / "b.pth"
+    )
+    assert (
+        read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.architecture
+        == "vit_tiny_patch16_224"
+    )
+
+
+def vit_file(path, args=None, *, name="vit_small_patch16_224", rename=dict, **changes):
+    """A file of a ViT of two blocks, with what its script stated."""
+    model = timm.create_model(name, depth=2, **changes).eval()
+    torch.save({"state_dict": rename(model.state_dict()), **(args or {})}, path)
+    return model
+
+
+def test_what_a_script_states_counts_for_files_of_authors_too(tmp_path):
+    stated = {"args": argparse.Namespace(model="beitv2_base_patch16_224", mean=[0.1] * 3, std=[0.2] * 3)}
+    vit_file(tmp_path / "a.pth", stated, name="beitv2_base_patch16_224", rename=beit)
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    assert found.identity.architecture == "beitv2_base_patch16_224"
+    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
+    assert found.cfg_origins["mean"] == "file"
+
+
+def test_heads_of_moco_are_told(tmp_path):
+    vit_file(tmp_path / "a.pth", {"arch": "vit_small"})
+    for given in ({}, {"model": "vit_small_patch16_224"}):
+        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
+        assert found.identity.model_args["num_heads"] == 12
+        assert any("with 12 heads as in MoCo v3; model_args says another" in note for note in found.notes)
+    known = read_model(tmp_path / "a.pth", model_args={"depth": 2, "num_heads": 6})
+    assert known.identity.model_args["num_heads"] == 6
+    assert not any("MoCo" in note for note in known.notes)
+
+
+def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
+    args = {"args": argparse.Namespace(arch="vit_base")}
+    vit_file(tmp_path / "a.pth", args, name="vit_tiny_patch16_224")
+    for given in ({}, {"model": "vit_tiny_patch16_224"}):
+        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
+        assert found.identity.pretrained_cfg["mean"] == [0.5] * 3
+    assert any("its args.arch 'vit_base' is not a timm model and was ignored" in note for note in found.notes)
+    vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
+    cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
+    assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)
+
+
+def test_beits_script_says_how_images_are_normalised(tmp_path):
+    stated = {"args": argparse.Namespace(model="beit_base_patch16_224", imagenet_default_mean_and_std=True)}
+    vit_file(tmp_path / "a.pth", stated, name="beit_base_patch16_224", rename=beit)
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_statements_about_another_network_do_not_refuse_a_converted_file(tmp_path):
+    stated = {"hyper_parameters": {"model": "resnet50", "mean": [0.1] * 3, "std": [0.2] * 3}}
+    vit_file(tmp_path / "a.pth", stated, rename=ibot)
+    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
+    assert found.identity.architecture == "vit_small_patch16_224"
+    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
+    assert any("its hyper_parameters.model says resnet50, which does not fit" in note for note in found.notes)
