@@ -32,6 +32,12 @@ except SystemExit as error:
 after, total = usage()
 print(code, after - memory, total - spent)
 """
+UNCOUNTED = f"""
+from mhacut.checkpoint import pickle_bounds
+pickle_bounds._MAX_PARTS = 10**99
+{MEASURED}
+"""
+"""The same where the parts of a pickle's values are not counted before it is loaded."""
 
 
 def header(text: bytes, data: bytes = b"") -> bytes:
@@ -76,7 +82,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], bytes], int, int]] = {
     "100,000 tensors": (lambda: many_tensors(100_000), 400, 20),
     "header of 100 MB of spaces": (lambda: header(b"{" + b" " * 99_999_998 + b"}"), 400, 5),
     "the deepest metadata": (deep_metadata, 200, 5),
-    "pickle of 1 MB of lists": (lambda: pickled(2**20), 150, 15),
+    "pickle of 7 MB of lists": (lambda: pickled(7 * 2**20), 900, 60),
     "pickle of 64 MB of lists": (lambda: pickled(64 * 2**20), 100, 10),
     "zip of 256 MB in 1": (inflating, 50, 2),
     "2,000 tensors of one storage": (shared, 50, 2),
@@ -123,17 +129,45 @@ def test_values_of_a_pickle_that_share_others(programs, tmp_path, case):
     path = tmp_path / "model.pth"
     torch.save(SHARING[case], path)
     assert path.stat().st_size < 300_000
-    measure(programs, 100, 5, "inspect", path)
+    measure(programs, 100, 5, "inspect", path, script=UNCOUNTED)
 
 
-def measure(programs, megabytes: int, seconds: int, *arguments: object) -> None:
-    done = programs.run(MEASURED, *arguments)
+def zipped(pickle: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("m/data.pkl", pickle)
+        archive.writestr("m/version", b"3\n")
+    return buffer.getvalue()
+
+
+NESTED = b"NN\x86q\x00" + b"h\x00\x86q\x00" * 40
+"""A pair of None, and 40 times a pair of the one before twice."""
+CONFIG = b"cyacs.config\nCfgNode\n)\x81"
+PICKLES = {
+    "a key of 2^40 parts": b"\x80\x02}" + NESTED + b"Ns.",
+    "bytes by their number": b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R.",
+    "a number of a value, with yacs": b"\x80\x02}N" + CONFIG + b"r\x00\x00\x00\x04s.",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PICKLES)
+def test_pickles_that_ask_for_much(programs, tmp_path, case):
+    path = tmp_path / "model.pth"
+    path.write_bytes(zipped(PICKLES[case]))
+    message = measure(programs, 60, 5, "inspect", path)
+    assert "its pickle may take too much time or memory: " in message
+
+
+def measure(programs, megabytes: int, seconds: int, *arguments: object, script: str = MEASURED) -> str:
+    done = programs.run(script, *arguments)
     code, memory, spent = map(float, done.stdout.split())
     print(f"{memory:.0f} MB, {spent:.1f} s: {done.stderr.strip():.200}")
     assert code in (1, 2), done.stderr
     assert "Traceback" not in done.stderr
     assert memory < megabytes
     assert spent < seconds
+    return done.stderr
 
 
 @pytest.mark.slow

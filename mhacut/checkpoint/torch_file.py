@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import warnings
-import zipfile
 from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
 from math import prod
@@ -15,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint import inert, yacs
+from mhacut.checkpoint import inert, pickle_bounds, yacs
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
 from mhacut.checkpoint.parts import other_parts, pick_part
+from mhacut.checkpoint.torch_archive import check_zip, is_zip, loads_as_zip
 from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 from mhacut.text import dtype_name
 
-_MAX_PICKLE_BYTES = 8 * 2**20
-"""Largest pickle. That of a training state of 10,000 tensors has 2 MB; each byte can make an object of 64."""
 _PICKLES_OF_LEGACY = 5
 """Number of pickles that a file of torch before 1.6 begins with."""
 _MAX_TIMES_CLAIMED = 16
@@ -51,10 +49,10 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
         asked: part of the checkpoint that the user wants, an entry or a module in it.
     """
     where = show(path)
-    if _is_zip(path):
-        _check_zip(path, size)
-    elif size > _MAX_PICKLE_BYTES:
-        _check_legacy(path)
+    if is_zip(path):
+        check_zip(path, size)
+    if not loads_as_zip(path):
+        _check_legacy(path, size)
     checkpoint = _torch_load(path, "meta")
     part, state_dict = pick_part(where, checkpoint, asked)
     tensors: dict[str, TensorInfo] = {}
@@ -93,74 +91,33 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
     )
 
 
-def _is_zip(path: Path) -> bool:
-    """Whether a file is, or says it is, a zip archive: by its first bytes, or a directory at its end."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"PK":
-            return True
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # a directory, and a part of several disks
-        return True
-
-
-def _check_zip(path: Path, size: int) -> None:
-    """Refuse archives that are not a state dict's, or that would inflate; nothing is ever extracted."""
-    where = show(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{where}: truncated, or not a torch checkpoint ({error}); download or copy it again"
-        ) from None
-    names = [member.filename for member in members]
-    if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
-        raise CheckpointError(
-            f"{where}: TorchScript archives are not supported; save the state dict: "
-            "torch.save(torch.jit.load(FILE).state_dict(), ...)"
-        )
-    pickles = [member for member in members if re.fullmatch(r"[^/]+/data\.pkl", member.filename)]
-    if names and all(name.endswith(".npy") for name in names):
-        raise CheckpointError(
-            f"{where}: a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
-            'm = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), "weights.pth")'
-        )
-    if len(pickles) != 1:
-        raise CheckpointError(f"{where}: a zip file, but not a torch checkpoint (no data.pkl inside)")
-    deflated = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    unpacked = sum(member.file_size for member in members)
-    if deflated or unpacked > size:
-        raise CheckpointError(
-            f"{where}: compressed torch files are not supported (torch writes none): {unpacked} bytes "
-            f"unpacked from {size}; save the state dict again with torch.save"
-        )
-    if pickles[0].file_size > _MAX_PICKLE_BYTES:
-        raise CheckpointError(
-            f"{where}: its pickle has {pickles[0].file_size} bytes, expected at most {_MAX_PICKLE_BYTES}; "
-            "save the state dict alone: torch.save(model.state_dict(), ...)"
-        )
-
-
-def _check_legacy(path: Path) -> None:
-    """Refuse a file that is no zip archive if its pickles, which are read as one, are too large.
+def _check_legacy(path: Path, size: int) -> None:
+    """Refuse a file that is no zip archive if its pickles, which are read as one, are or make too much.
 
     They are followed opcode by opcode, without running them.
     """
+    with open(path, "rb") as file:
+        start = file.read(pickle_bounds.MAX_PICKLE_BYTES)
+    if size > pickle_bounds.MAX_PICKLE_BYTES:
+        _check_end(path, io.BytesIO(start))
+    pickle_bounds.check_pickles(show(path), start, _PICKLES_OF_LEGACY)
+
+
+def _check_end(path: Path, start: io.BytesIO) -> None:
+    """Refuse a file whose pickles do not end within ``start``."""
     import pickletools
 
-    with open(path, "rb") as file:
-        start = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     with suppress(Exception):  # a broken pickle fails in every way, here as when it is loaded
         for _ in range(_PICKLES_OF_LEGACY):
             for _ in pickletools.genops(start):
                 pass
-    if start.tell() >= _MAX_PICKLE_BYTES:
+    if start.tell() >= pickle_bounds.MAX_PICKLE_BYTES:
         if _holds_arrays(path):
             raise CheckpointError(f"{show(path)}: {_ARRAYS}")
         raise CheckpointError(
-            f"{show(path)}: its pickles have too many bytes, expected at most {_MAX_PICKLE_BYTES}; "
-            "save the state dict alone: torch.save(model.state_dict(), ...)"
+            f"{show(path)}: its pickles have too many bytes, expected at most "
+            f"{pickle_bounds.MAX_PICKLE_BYTES}; save the state dict alone: "
+            "torch.save(model.state_dict(), ...)"
         )
 
 
@@ -220,7 +177,7 @@ def _broken(where: str, error: Exception) -> CheckpointError:
 
 def _blocked(path: Path, reason: str) -> str:
     """Return why the safe unpickler stopped, and what to do about it."""
-    if not _is_zip(path) and _holds_arrays(path):
+    if not is_zip(path) and _holds_arrays(path):
         return _ARRAYS
     try:
         with _allowed(), open(path, "rb") as file:

@@ -132,7 +132,7 @@ def test_files_that_are_no_checkpoints(tmp_path, case):
 
 @pytest.mark.parametrize("how", ["zip", "legacy"])
 def test_pickles_that_are_much_larger_than_those_of_weights(tmp_path, monkeypatch, how):  # 20
-    monkeypatch.setattr("mhacut.checkpoint.torch_file._MAX_PICKLE_BYTES", 2**10)
+    monkeypatch.setattr("mhacut.checkpoint.pickle_bounds.MAX_PICKLE_BYTES", 2**10)
     path, bomb = tmp_path / "model.pth", b"\x80\x02]" + b"]" * 2**11 + b"."
     path.write_bytes(zipped({"m/data.pkl": bomb}) if how == "zip" else bomb)
     message = refusal(tmp_path, "inspect", path)

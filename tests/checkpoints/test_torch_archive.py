@@ -1,0 +1,97 @@
+"""Archives that Python and PyTorch would read in two ways are read in none."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from helpers.checkpoints import refusal
+from mhacut.checkpoint.files import read_file_header, read_tensors
+
+TENSORS = {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(4)}
+END, MOST = struct.Struct("<4s4HLLH"), 2**32 - 1
+ELSEWHERE = "the directory of this zip file is not where its end says"
+
+
+def saved() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(TENSORS, buffer)
+    return buffer.getvalue()
+
+
+def archive(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as writer:
+        for name, content in members.items():
+            writer.writestr(name, content)
+    return buffer.getvalue()
+
+
+def with_end(content: bytes, **changes: int) -> bytes:
+    """The archive with other numbers at its end."""
+    fields = dict(zip(("magic", "disk", "first", "here", "all", "length", "start", "comment"),
+                      END.unpack(content[-END.size :]), strict=True))  # fmt: skip
+    return content[: -END.size] + END.pack(*(fields | changes).values())
+
+
+def repacked() -> bytes:
+    """The same without the end that large archives have, and that torch always writes."""
+    with zipfile.ZipFile(io.BytesIO(saved())) as reader:
+        return archive({name: reader.read(name) for name in reader.namelist()})
+
+
+def moved() -> bytes:
+    """An archive whose end names another place for the end of large archives."""
+    at = len(saved()) - END.size - 12
+    return saved()[:at] + bytes([saved()[at] ^ 1]) + saved()[at + 1 :]
+
+
+@pytest.mark.parametrize("content", [saved(), repacked(), with_end(saved(), start=MOST, length=MOST)])
+def test_archives_that_say_where_their_directory_is_are_read(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    found = read_tensors(read_file_header(tmp_path / "model.pth"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_end(saved(), start=7),
+        with_end(saved(), length=7),
+        saved()[:-2] + b"\x01\x00x",
+        with_end(repacked(), start=7),
+        moved(),
+        b"PK\x03\x04" + saved(),
+    ],
+)
+def test_archives_that_say_otherwise_are_refused(tmp_path, content):
+    (tmp_path / "model.pth").write_bytes(content)
+    assert ELSEWHERE in refusal(tmp_path / "model.pth")
+
+
+def test_what_pytorch_alone_would_see_is_refused(tmp_path):
+    """Python finds the second archive, before the end; PyTorch the first, where the end says."""
+    hidden = archive(
+        {"m/data.pkl": b"\x80\x02]" + b"]" * 10**6 + b".", "m/version": b"3\n"}, zipfile.ZIP_DEFLATED
+    )
+    shown = archive({"m/data.pkl": b"\x80\x02N.", "m/version": b"3\n"})
+    start = END.unpack(hidden[-END.size :])[6]
+    both = hidden + shown
+    path = tmp_path / "model.pth"
+    path.write_bytes(with_end(both, start=start))
+    reader = torch._C.PyTorchFileReader(str(path))
+    assert len(reader.get_record("data.pkl")) > 10**6
+    with zipfile.ZipFile(path) as found:
+        assert found.getinfo("m/data.pkl").file_size == 4
+    assert ELSEWHERE in refusal(path)
+
+
+def test_a_pickle_in_front_of_an_archive_is_followed_too(tmp_path):
+    pairs = b"NN\x86q\x00" + b"h\x00\x86q\x00" * 40
+    (tmp_path / "model.pth").write_bytes(b"\x80\x02}" + pairs + b"Ns." + saved())
+    message = refusal(tmp_path / "model.pth")
+    assert ELSEWHERE in message or "names again have more than" in message
