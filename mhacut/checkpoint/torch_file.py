@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, suppress
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
+from mhacut.runtime.inputs import regular_size
 from mhacut.text import dtype_name
 
 _PICKLES_OF_LEGACY = 5
@@ -244,3 +245,51 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
     if len(found) != len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise CheckpointError(f"{where}: changed while it was read; try again")
     return found
+
+
+def load_plain(path: Path) -> Any:
+    """Load a file that mhacut itself made by ``torch.save``: tensors and plain values, on the CPU.
+
+    The bounds are those of checkpoints, and no code in the file is run.
+
+    Raises:
+        CheckpointError: it is no such file, or its tensors claim far more bytes than it has.
+        OSError: it cannot be read.
+    """
+    where, size = show(path), regular_size(path)
+    if not loads_as_zip(path):
+        raise CheckpointError(f"{where}: not a zip archive, which torch.save writes")
+    check_zip(path, size)
+    found = [leaf for leaf in leaves(_plain_load(path, "meta")) if isinstance(leaf, Tensor)]
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found)
+    if claimed > _MAX_TIMES_CLAIMED * size:
+        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
+    return _plain_load(path, "cpu")
+
+
+def _plain_load(path: Path, device: str) -> Any:
+    try:
+        # An open file, since torch would go by the suffix of a path.
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location=device, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged zip or a hostile pickle fails in many ways
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]:.100}"
+        reason = f"it names {blocked[1]:.100}, which was not run" if blocked else reason
+        raise CheckpointError(f"{show(path)}: {reason}") from None
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Everything in dicts, lists, tuples and sets, each of which is looked at once."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if not isinstance(each, dict | list | tuple | set):
+            yield each
+        elif id(each) not in seen:
+            seen.add(id(each))
+            waiting += dict.values(each) if isinstance(each, dict) else each

@@ -19,12 +19,21 @@ from typing import Any
 
 import yaml
 
+from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.finetuning.logs import remove_logs
+from mhacut.limits import is_int
 from mhacut.options.base import PathLike
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.runtime.files import check_output, lock_directory, remove_temporaries, unlock, write_whole
+from mhacut.runtime.files import (
+    check_output,
+    lock_directory,
+    reason_alone,
+    remove_temporaries,
+    unlock,
+    write_whole,
+)
 from mhacut.runtime.inputs import REMOTE, stem_of
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
@@ -184,7 +193,8 @@ class RunFolder:
         torch.save({"version": _STATE_VERSION, **state}, buffer)
         write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
 
-    def _not_resumable(self, why: str) -> CheckpointError:
+    def not_resumable(self, why: str) -> CheckpointError:
+        """Return the error of a run whose state ``why`` it cannot be resumed from, with what to do."""
         again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"
         return CheckpointError(
             f"{self.file(STATE)}: {why}, and the run cannot be resumed without it; {LAST} holds its weights, "
@@ -195,30 +205,30 @@ class RunFolder:
         """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.
 
         Raises:
-            CheckpointError: the file is damaged, removed, or of another version.
+            CheckpointError: the file is damaged, removed, not a run's, or of another version.
         """
-        import torch
+        from mhacut.checkpoint.torch_file import load_plain
 
         path = self.file(STATE)
         if not path.exists():
             if self._epochs() > 1:  # one that was killed before its first state has no more
-                raise self._not_resumable("is gone")
+                raise self.not_resumable("is gone")
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_plain(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged zip or pickle fails in many ways
-            why = f"cannot be read ({type(error).__name__}: {str(error).partition('. ')[0]:.100})"
-            raise self._not_resumable(why) from None
-        version = state.get("version") if isinstance(state, dict) else None
+        except CheckpointError as error:
+            why = f"cannot be read ({reason_alone(error, path)})"
+            raise self.not_resumable(why) from None
+        version = dict.get(state, "version") if isinstance(state, dict) else None
+        if not is_int(version):
+            raise self.not_resumable("is not the state of a run, which states its version")
         if version != _STATE_VERSION:
             raise CheckpointError(
-                f"{path}: this mhacut can resume from version {_STATE_VERSION}, found {version!r:.50}"
+                f"{path}: this mhacut can resume from version {_STATE_VERSION}, found {shown(version):.50}"
             )
-        return dict(state)
+        return dict(dict.items(state))
 
 
 def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:

@@ -16,6 +16,8 @@ from mhacut.runtime.signals import StopRequest
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""
+_MOST_LISTED = 50_000
+"""Number of them above which it ends in any case: the saved state lists them, and its size is bounded."""
 _NAMED = 10
 """Number of unreadable images that are logged by name; the result counts and lists all."""
 
@@ -100,7 +102,7 @@ def log_unreadable(run: Run, image: str) -> None:
 
 def _write_last(run: Run, evaluation: Evaluation | None) -> None:
     unreadable = run.progress.unreadable
-    if len(unreadable) > _MOST_UNREADABLE * run.images.count:
+    if len(unreadable) > min(_MOST_UNREADABLE * run.images.count, _MOST_LISTED):
         raise DataError(
             f"{len(unreadable)} of {run.images.count} images cannot be read, first "
             f"{next(iter(unreadable))}; repair or remove them"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mhacut.finetuning.folder import BEST, files_read
 from mhacut.finetuning.progress import Progress
-from mhacut.finetuning.resuming import check_same
 from mhacut.finetuning.run import Run
+from mhacut.finetuning.saved_state import read_saved, unfit
 from mhacut.finetuning.saving import write_weights
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.runtime.inputs import REMOTE
@@ -25,19 +26,19 @@ def start(run: Run) -> None:
 
     Raises:
         OutputError: the directory holds a run, another process writes one there, or it cannot be written.
-        CheckpointError: the saved state is damaged or gone, or the run now has other inputs.
+        CheckpointError: the saved state is damaged, gone or another run's, or the run now has other inputs.
     """
-    state = None
+    saved = None
     with run.processes.together():
         if run.options.resume is not None:
-            state = _saved_state(run)
+            saved = _saved_state(run)
         elif run.processes.first:
             _make_directory(run)
-    if state is not None:
-        progress = Progress.from_state(state)
+    if saved is not None:
+        progress, state = saved
         if progress.best is not None and progress.before is not None:
             _restore_best(run, progress, progress.before)
-        run.trainer.restore(state["trainer"])
+        run.trainer.restore_weights(state)
         run.progress = progress
         done = run.progress.step >= run.total_steps
         run.reporter.log(
@@ -67,14 +68,16 @@ def _restore_best(run: Run, progress: Progress, before: Evaluation) -> None:
         write_weights(run, BEST, before)
 
 
-def _saved_state(run: Run) -> dict[str, Any] | None:
+def _saved_state(run: Run) -> tuple[Progress, Mapping[str, Any]] | None:
+    """Return the saved progress, and the state of the trainer; restore all of that but the weights."""
     if run.processes.first:
         run.lock = run.folder.claim()
         run.folder.sweep()
-    state = run.folder.read_state()
-    if state is not None:
-        check_same(state["began_with"], run.inputs(), str(run.folder.path))
-    return state
+    steps = run.total_steps, run.batches.steps_per_epoch
+    saved = read_saved(run.folder, run.trainer, run.inputs(), steps)
+    if saved is not None:
+        run.trainer.restore_optimizer(saved[1], partial(unfit, run.folder))
+    return saved
 
 
 def _make_directory(run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -80,6 +80,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
         """Module that is called in a step: the model, or what :meth:`connect` wraps it in."""
+        self._unfit: Callable[[str], MhacutError] | None = None
+        """Error of a restored state that is not the optimiser's, until a step has shown that it is."""
 
     def connect(self) -> None:
         """Share gradients among processes, and compile if asked; every process must call this first."""
@@ -133,7 +135,9 @@ class Trainer:
             # As timm: the head's gradient is large when training begins, and agc would hold it back.
             clipped = model_parameters(self.model, exclude_head=training.clip_mode == "agc")
             dispatch_clip_grad(clipped, training.clip_grad, mode=training.clip_mode)
-        self.scaler.step(self.optimizer)
+        with self.processes.together() if self._unfit is not None else nullcontext(), self._fitting():
+            self.scaler.step(self.optimizer)
+        self._unfit = None
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
@@ -175,13 +179,37 @@ class Trainer:
             "average": None if self.average is None else self.average.module.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Load the result of :meth:`state`, in a run with the same options."""
+    def restore_optimizer(self, state: Mapping[str, Any], unfit: Callable[[str], MhacutError]) -> None:
+        """Load the optimiser and the scaler from the result of :meth:`state`, in a run with the same options.
+
+        Args:
+            state: as :func:`mhacut.finetuning.saved_state.read_saved` returns it.
+            unfit: makes the error, from a reason, where the optimiser cannot work with it; its next step may
+                raise that too.
+        """
+        self._unfit = unfit
+        with self._fitting():
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+
+    def restore_weights(self, state: Mapping[str, Any]) -> None:
+        """Load the weights and their moving average from what :meth:`restore_optimizer` was given."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Context in which the optimiser fails because of the state that was restored, if one was."""
+        try:
+            yield
+        except (MhacutError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # each optimiser fails in its own way
+            if self._unfit is None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise self._unfit(f"optimizer: {type(error).__name__}: {reason:.100}") from error
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
@@ -236,7 +264,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
             momentum=options.momentum,
             layer_decay=options.layer_decay,
         )
-    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+    except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
         raise UsageError(f"{option_name('opt', options.opt)}: cannot be created: {error}") from error
     if getattr(made, "is_second_order", False):
         raise UsageError(

@@ -32,6 +32,11 @@ def show(path: AnyPath) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
+def reason_alone(error: Exception, path: AnyPath) -> str:
+    """Return the message of ``error`` about the file ``path`` without its name, and without what to do."""
+    return str(error).removeprefix(f"{show(path)}: ").partition("; ")[0]
+
+
 def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
     """Raise an :class:`OutputError` if ``path`` must not or cannot be written. Leaves nothing behind.
 
