@@ -18,15 +18,17 @@ from torch import Tensor
 from mhacut.checkpoint.folder import MERGE_FIRST, open_folder
 from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
 from mhacut.checkpoint.record import METADATA_KEY
-from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
+from mhacut.checkpoint.safetensors_file import (
+    MAX_HEADER_BYTES,
+    safetensors_header,
+    safetensors_tensors,
+)
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import is_directory, regular_size
 
-_MAX_HEADER_BYTES = 100_000_000
-"""Largest safetensors header; the limit of the library."""
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
 """Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""
 _MADE_FROM = "give the safetensors or torch file that it was made from"
@@ -189,7 +191,7 @@ def _sniff(path: Path, size: int) -> Format:
             f"{show(path)}: this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
         )
     header_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
+    if start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES:
         return "safetensors"
     if re.match(rb"\x80[\x02-\x05]", start):
         return "torch"
@@ -215,7 +217,7 @@ def _sniff(path: Path, size: int) -> Format:
     if start[8:9] == b"{":
         raise CheckpointError(
             f"{show(path)}: not a safetensors file: its header would be {header_bytes} bytes, "
-            f"at most {_MAX_HEADER_BYTES} are allowed"
+            f"at most {MAX_HEADER_BYTES} are allowed"
         )
     raise CheckpointError(
         f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "

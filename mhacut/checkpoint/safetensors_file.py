@@ -17,6 +17,8 @@ from mhacut.runtime.files import show
 
 _MAX_TENSORS = 100_000
 """Largest number of tensors; the largest model of timm has about 3,000."""
+MAX_HEADER_BYTES = 100_000_000
+"""Largest header; the limit of the library."""
 _END_OF_TENSOR = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})\s*\]')
 
 
@@ -68,6 +70,11 @@ def _bounded_header(path: Path, size: int) -> bytes:
     """Return the header's bytes, refused where parsing them would take more than any real file needs."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{show(path)}: not a safetensors file: its header would be {length} bytes, at most "
+                f"{MAX_HEADER_BYTES} are allowed"
+            )
         if length > size - 8:
             raise CheckpointError(
                 f"{show(path)}: truncated: the header says {length} bytes, the file has {size - 8} after "

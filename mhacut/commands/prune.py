@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
+from mhacut.commands.prune_calibration import calibrated
 from mhacut.commands.prune_cut import CutModel, cut_to_budget, cut_within_bound
 from mhacut.commands.prune_files import Measured, final_record, finish_file, measure, write_checked
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
@@ -24,7 +25,6 @@ from mhacut.data import ImagesInMemory
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.pruning.calibration_file import calibrated
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.distributed import Processes, gathered

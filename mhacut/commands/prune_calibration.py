@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhacut._version import __version__
-from mhacut.errors import DataError, option_name
+from mhacut.adapters.base import Layer, Unit
+from mhacut.checkpoint.record import MAX_RECORD_CHARS
+from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
+from mhacut.checkpoint.untrusted_json import kind_of, parse_json
+from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.linalg.moments import Moments
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.calibrate import Calibration, held_out
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_sums import UnitMoments, UnitStatistics
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import write_whole
+from mhacut.runtime.files import reason_alone, write_whole
+from mhacut.runtime.inputs import regular_size
 from mhacut.runtime.tensor_file import save_tensors
+from mhacut.surgery.hooks import registered
 from mhacut.surgery.tokens import tokens_of
+from mhacut.text import dtype_name, safe
 
 METADATA_KEY = "mhacut-calibration"
 """Key of the document in the ``__metadata__`` of the file."""
 
 Fingerprint = Mapping[str, str]
 """Conditions that a calibration depends on, in words or as a digest, by name."""
+
+
+class _Unfit(Exception):
+    """A value that calibrating this job would not have given."""
 
 
 def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration:
@@ -53,10 +64,13 @@ def calibrated(job: Job, path: Path | None, processes: Processes) -> Calibration
     # All look before the first writes; where disks are not shared, it may not be there for all.
     everywhere = processes.union([str(os.path.exists(path))]) == ["True"]
     with processes.together():
-        found = read_calibration(path, fingerprint, job.device) if everywhere else None
+        found = read_calibration(path, fingerprint, job) if everywhere else None
     if found is not None:
+        found = replace(found, preserved=_preserved(job, found.held, processes))
+        with processes.together():
+            check_run(path, found, job)
         job.reporter.log(f"calibration read from {path}")
-        return replace(found, preserved=_preserved(job, found.held, processes))
+        return found
     calibration = job.calibrate(processes)
     with processes.together():
         if processes.first and not os.path.exists(path):
@@ -114,35 +128,142 @@ def write_calibration(path: Path, calibration: Calibration, fingerprint: Fingerp
     write_whole(path, lambda temporary: save_tensors(tensors, temporary, metadata), overwrite=False)
 
 
-def read_calibration(path: Path, fingerprint: Fingerprint, device: torch.device) -> Calibration:
+def read_calibration(path: Path, fingerprint: Fingerprint, job: Job) -> Calibration:
     """Read a calibration back, to the bit.
 
     Args:
         path: what :func:`write_calibration` wrote.
         fingerprint: that the file must have.
-        device: to put the moments on.
+        job: what is pruned; the moments are put on its device.
 
     Raises:
         DataError: it is stale (the message names what differs), or not a calibration.
     """
     try:
-        with safe_open(path, "pt") as file:
-            document = json.loads((file.metadata() or {})[METADATA_KEY])
-            stored = document["fingerprint"]
-            differs = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
-            if differs:
-                raise DataError(_stale(path, stored, fingerprint, differs))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _restored(tensors, document, device)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not a calibration file written by mhacut: {error!r:.100}") from error
+        announced, metadata = safetensors_header(path, regular_size(path))
+        document = _document(metadata.get(METADATA_KEY))
+        stored = document["fingerprint"]
+        differs = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+        if differs:
+            raise DataError(_stale(path, stored, fingerprint, differs))
+        found = _restored(safetensors_tensors(path, announced), document, job.device)
+        _check(found, job)
+        return found
+    except (_Unfit, CheckpointError, OSError) as error:
+        raise _refused(path, reason_alone(error, path)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise _refused(path, f"{error!r:.100}") from error
+
+
+def _refused(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path}: is not a calibration file written by mhacut: {safe(why)}. Name another file by "
+        f"{option_name('calibration')} to calibrate again, or remove this one"
+    )
+
+
+def _document(text: str | None) -> dict[str, Any]:
+    """Return the document in the metadata of a file, with its fingerprint checked."""
+    if text is None:
+        raise _Unfit(f"no {METADATA_KEY} in its metadata")
+    if len(text) > MAX_RECORD_CHARS:
+        raise _Unfit(f"{len(text)} characters of {METADATA_KEY}, expected at most {MAX_RECORD_CHARS}")
+    document = parse_json(text, METADATA_KEY)
+    stored = document.get("fingerprint") if isinstance(document, dict) else None
+    if not isinstance(stored, dict) or not all(isinstance(value, str) for value in stored.values()):
+        raise _Unfit(f"fingerprint: expected texts by name, found {kind_of(stored)}")
+    return dict(document)
+
+
+def _check(found: Calibration, job: Job) -> None:
+    """Raise :class:`_Unfit` where a number or tensor is none that calibrating ``job`` gives."""
+    held, units = held_out(len(job.images)), job.prunable.units()
+    if found.held != held:
+        raise _Unfit(f"held: expected {held}, found {found.held}")
+    if list(found.moments) != [unit.key for unit in units]:
+        raise _Unfit(f"units: expected {len(units)} of this model, found {len(found.moments)}, or others")
+    for unit in units:
+        for name, tensor, shape in _of_unit(found, unit):
+            _check_tensor(f"{'.'.join(unit.key)}: {name}", tensor, torch.float64, shape)
+    for layer, grids in found.fisher.importance.items():
+        for grid, values in grids.items():
+            if min(grid, default=0) < 1:
+                raise _Unfit(f"{layer}: importance: expected a grid of positive numbers, found {grid}")
+            _check_tensor(f"{layer}: importance", values, torch.float64, (math.prod(grid),))
+
+
+def _of_unit(found: Calibration, unit: Unit) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+    """Tensors of one unit, with their names and the shapes that they must have."""
+    each = (unit.heads, unit.width)
+    summed = each if unit.kind == "qk" else (unit.heads * unit.width,)
+    moments, statistics = found.moments[unit.key], found.statistics[unit.key]
+    for part, sides in (("fit", moments.fit), ("held", moments.held)):
+        expected = 2 if unit.kind == "qk" and not unit.linear else 1
+        if len(sides) != expected or not all(side.rows > 0 for side in sides):
+            rows = [side.rows for side in sides]
+            raise _Unfit(f"{'.'.join(unit.key)}: {part}: expected {expected} counts of rows, found {rows}")
+        for side in sides:
+            yield f"{part} total", side.total, summed
+            yield f"{part} second", side.second, (*summed, summed[-1])
+    yield "redundancy", statistics.redundancy, each
+    yield "difference", statistics.difference, each
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+        found = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+        raise _Unfit(f"{name}: expected {dtype_name(dtype)} {shape}, found {found}")
+    # In parts, since isfinite copies what it is given.
+    if not all(bool(part.isfinite().all()) for part in tensor.split(64)):
+        raise _Unfit(f"{name}: values that are not finite")
+
+
+@torch.no_grad()
+def check_run(path: Path, found: Calibration, job: Job) -> None:
+    """Check what depends on the model's outputs: Fisher information, and what is preserved. Runs one image.
+
+    Args:
+        path: the file that it was read from.
+        found: the calibration, with what it preserves.
+        job: what is pruned.
+
+    Raises:
+        DataError: a tensor is none that calibrating ``job`` gives.
+    """
+    widths: dict[str, int] = {}
+
+    def watch(layer: Layer) -> Any:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            widths[layer.name] = output.shape[layer.channel_dim]
+
+        return hook
+
+    with registered(
+        job.model.get_submodule(f"{layer.name}.{layer.result}".rstrip(".")).register_forward_hook(
+            watch(layer)
+        )
+        for layer in job.prunable.layers
+        if layer.units
+    ):
+        outputs = found.preserved.outputs(job.model, job.images[:1].to(job.device))
+    expected, matrices = widths if job.fisher_options.images else {}, found.fisher.matrices
+    count = f"expected {len(expected)} layers, found {len(matrices)}, or others"
+    try:
+        if matrices.keys() != expected.keys() or not found.fisher.importance.keys() <= expected.keys():
+            raise _Unfit(f"Fisher information: {count}")
+        for layer, width in expected.items():
+            _check_tensor(f"{layer}: Fisher information", matrices[layer], torch.float64, (width, width))
+        shape = (len(job.images), *outputs.shape[1:])
+        _check_tensor("outputs of the dense model", found.teacher, torch.float32, shape)
+    except _Unfit as error:
+        raise _refused(path, str(error)) from None
 
 
 def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: list[str]) -> str:
     lines = [
         f"another {name}"
         if len(wanted[name]) == 64  # digests say nothing to readers
-        else f"{name}: {stored.get(name, 'not stated')!s:.60}, now {wanted[name]}"
+        else f"{name}: {safe(stored.get(name, 'not stated')):.60}, now {wanted[name]}"
         for name in differs
     ]
     return (
