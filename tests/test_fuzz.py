@@ -12,21 +12,29 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
+from helpers.finetuning import go_on, small_state, small_trainer, take_steps
+from helpers.jobs import job_of
+from helpers.models import ModelCase, build
 from mhacut.budget import RESOURCES, Budget
 from mhacut.checkpoint.files import read_file_header, read_tensors
 from mhacut.checkpoint.folder import open_folder
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.training import read_training
-from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.commands.prune_calibration import METADATA_KEY, _flat, check_run, fingerprint_of, read_calibration
+from mhacut.errors import CheckpointError, DataError, MhacutError, UsageError
 from mhacut.options.config import key_value, read_config
 from mhacut.options.prune import PruneOptions
+from mhacut.pruning.job import Job
 
 few = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20")),
@@ -184,17 +192,22 @@ def test_any_pickle(tmp_path, content):
     read(tmp_path / "model", buffer.getvalue())
 
 
+def replace_some(data, document: dict, others: st.SearchStrategy) -> None:
+    """Put other values in up to two places of a document, however deep."""
+    for _ in range(data.draw(st.integers(0, 2))):
+        place, key = document, data.draw(st.sampled_from(sorted(document, key=str)))
+        while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            keys = sorted(place, key=str) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(list(keys)))
+        place[key] = data.draw(others)
+
+
 @few
 @given(data=st.data())
 def test_records_of_slim_files(data):
     document = slim_document()
-    for _ in range(data.draw(st.integers(0, 2))):
-        place, key = document, data.draw(st.sampled_from(sorted(document)))
-        while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
-            place = place[key]
-            keys = sorted(place) if isinstance(place, dict) else range(len(place))
-            key = data.draw(st.sampled_from(list(keys)))
-        place[key] = data.draw(values)
+    replace_some(data, document, values)
     text = data.draw(st.just(json.dumps(document)) | changed(json.dumps(document).encode()).map(
         lambda content: content.decode(errors="replace")))  # fmt: skip
     with refused_only_as(CheckpointError, ""):
@@ -268,3 +281,117 @@ def test_seeds_are_read(tmp_path):
     read(tmp_path / "zip", FILES["zip"])
     assert set(read_tensors(read_file_header(tmp_path / "zip"))) == set(SAFE)
     assert SlimRecord.from_json(json.dumps(slim_document())).plan.units
+    (tmp_path / "state.pt").write_bytes(state_bytes(state_of_a_run()))
+    assert go_on(tmp_path, small_trainer()).step == 4
+    job, tensors, document = calibrated_job()
+    (tmp_path / "kept").write_bytes(save(tensors, {METADATA_KEY: json.dumps(document)}))
+    check_run(tmp_path / "kept", read_calibration(tmp_path / "kept", document["fingerprint"], job), job)
+
+
+def state_of_a_run() -> dict:
+    """What a small run saves after its fourth step."""
+    trainer = small_trainer()
+    take_steps(trainer, 0, 4)
+    return small_state(trainer)
+
+
+def resume(folder, content: bytes) -> None:
+    """Go on with a run to its end, or have its state refused."""
+    (folder / "state.pt").write_bytes(content)
+    with refused_only_as(CheckpointError, str(folder)):
+        assert go_on(folder, small_trainer()).step <= 8
+
+
+def state_bytes(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"version": 1, **state}, buffer)
+    return buffer.getvalue()
+
+
+@few
+@given(data=st.data())
+def test_damaged_states_of_runs(tmp_path, data):
+    resume(tmp_path, data.draw(changed(state_bytes(state_of_a_run()))))
+
+
+@few
+@given(data=st.data())
+def test_states_of_runs(tmp_path, data):
+    state = state_of_a_run()
+    replace_some(data, state, SAVED)
+    resume(tmp_path, state_bytes(state))
+
+
+@cache
+def calibrated_job() -> tuple[Job, dict[str, torch.Tensor], dict]:
+    """A job, and the tensors and the document of its calibration."""
+    args = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    torch.manual_seed(0)
+    job = job_of(build(ModelCase("vit_tiny_patch16_224", args)), torch.randn(3, 3, 32, 32))
+    tensors, document = _flat(job.calibrate())
+    return job, tensors, {"fingerprint": fingerprint_of(job), **document}
+
+
+SHAPES = st.lists(st.integers(0, 3), max_size=3)
+
+
+def calibrate(path, content: bytes) -> None:
+    """Read a calibration, or have it refused."""
+    path.write_bytes(content)
+    job, _, document = calibrated_job()
+    with refused_only_as(DataError, f"{path}: is not a calib", f"{path}: was made under other conditions"):
+        found = read_calibration(path, document["fingerprint"], job)
+        check_run(path, found, job)
+        assert list(found.moments) == [unit.key for unit in job.units]
+
+
+@few
+@given(data=st.data())
+def test_damaged_calibrations(tmp_path, data):
+    _, tensors, document = calibrated_job()
+    content = save(tensors, {METADATA_KEY: json.dumps(document)})
+    size = 8 + int.from_bytes(content[:8], "little")
+    if data.draw(st.booleans()):
+        content = data.draw(changed(content))
+    else:
+        header = data.draw(changed(content[8:size]))
+        content = struct.pack("<Q", len(header)) + header + content[size:]
+    calibrate(tmp_path / "kept.safetensors", content)
+
+
+@few
+@given(data=st.data())
+def test_calibrations(tmp_path, data):
+    _, tensors, document = calibrated_job()
+    document = json.loads(json.dumps(document))
+    replace_some(data, document, values)
+    if data.draw(st.booleans()):
+        tensors = {**tensors, data.draw(st.sampled_from(sorted(tensors))): torch.zeros(data.draw(SHAPES))}
+    calibrate(tmp_path / "kept.safetensors", save(tensors, {METADATA_KEY: json.dumps(document)}))
+
+
+FUZZER = Path(__file__).parents[1] / "examples" / "robustness" / "fuzz.py"
+SEEDS = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+sys.modules["atheris"] = SimpleNamespace(instrument_imports=lambda **_: nullcontext())
+fuzzer = run_path(sys.argv[1])
+for name, target in fuzzer["TARGETS"].items():
+    fuzzer["seeds"](name, Path(name))
+    for seed in Path(name).iterdir():
+        target(seed.read_bytes())
+        print(name)
+"""
+
+
+@pytest.mark.slow
+def test_the_fuzzer_begins_with_inputs_that_are_read(programs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = programs.run(SEEDS, FUZZER)
+    assert done.stderr == ""
+    targets = "header torch torch pickle yacs record yaml state calibration"
+    assert done.stdout.split() == targets.split()
