@@ -21,6 +21,7 @@ from mhacut.errors import BudgetError
 from mhacut.measuring.kept_times import kept_table
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable
 from mhacut.options.timing import TimingOptions
+from mhacut.plan import Plan
 from mhacut.runtime.progress import SILENT
 
 prune = partial(prune_quickly, latency=True)
@@ -69,7 +70,7 @@ def test_a_runtime_may_come_from_a_package_of_another_name(monkeypatch):
     )
     dense = torch.nn.Conv2d(3, 1, 1)
     watch = Stopwatch(TimingOptions(runtime="onnx"), dense, (3, 4, 4), torch.device("cpu"), SILENT)
-    key = TimeTarget("50%", watch)._key(SimpleNamespace(choices={}), dense)
+    key = TimeTarget("50%", watch, Plan(()))._key(SimpleNamespace(choices={}), dense)
     assert key["versions"]["onnxruntime"] == "1.99.0"
     assert key["versions"]["torch"] == torch.__version__
 

@@ -19,6 +19,7 @@ from mhacut.measuring import latency
 from mhacut.measuring.latency import compare_runs
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
 from mhacut.options.timing import TimingOptions
+from mhacut.plan import Plan
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import width_choices
@@ -337,9 +338,10 @@ def test_cut_models_are_timed_precisely_and_layers_are_not(monkeypatch):
 
     monkeypatch.setattr(stopwatch, "compare_runs", compared)
     watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, SILENT)
-    target = TimeTarget("50%", watch)
+    monkeypatch.setattr(TimeTarget, "_afresh", lambda *_: None)
+    target = TimeTarget("50%", watch, Plan(()))
     target.times = SimpleNamespace(dense=100)
-    assert target.time(torch.nn.Conv2d(3, 1, 1)).nanoseconds == 50
+    assert target.time(torch.nn.Conv2d(3, 1, 1), None).nanoseconds == 50
     watch.parts([], seconds=0.1)
     assert asked == [0.005, None]
 

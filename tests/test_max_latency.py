@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import mhacut
 from helpers.jobs import Recorder
@@ -19,7 +20,7 @@ from helpers.models import slow_except
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_cut, prune_files
+from mhacut.commands import prune_cut, prune_files, stopwatch
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.errors import BudgetError, MhacutError, OutputError, UsageError
 from mhacut.options.prune import PruneOptions
@@ -119,6 +120,20 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert "runtime" not in last_step(result.output)["options"]
 
 
+def test_widths_suit_the_kernels_of_a_gpu_that_is_timed(tiny_vit, tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(stopwatch, "timing_device", lambda *_: torch.device("cuda"))  # the clock runs nothing
+    monkeypatch.setattr(stopwatch, "machine", lambda _: "a GPU")
+    reporter = Recorder()
+    options = {"max_latency": "90%", "reporter": reporter, "dry_run": True}
+    told = "widths are multiples of 16, not 8, for the kernels of GPUs; round_to=8 allows more widths"
+    for given, multiple in ({}, 16), ({"round_to": 4}, 4):
+        reporter.messages.clear()
+        plan = prune(tiny_vit, tmp_path / "slim.safetensors", **options, **given).plan
+        assert all(unit.width % multiple == 0 for unit in plan)
+        assert any(unit.width % 16 for unit in plan) == (multiple < 16)
+        assert (told in reporter.messages) == (multiple == 16)
+
+
 def test_what_tokens_would_leave_is_of_the_flops_that_are_left(tiny_vit, tmp_path, clock, monkeypatch):
     budgets = []
     monkeypatch.setattr(prune_files, "MUCH", -1.0)
@@ -171,7 +186,7 @@ def at_shares_of_the_budget(clock, monkeypatch, shares):
     """Let cut models take these shares of the budget, one after the other, and the last one ever after."""
     left, took = iter(shares), []
 
-    def time(target, model):
+    def time(target, model, record):
         dense = target.times.dense
         most = target.budget.amount(dense)
         if not hasattr(model, "took"):

@@ -55,4 +55,4 @@ def test_the_output_of_a_dry_run_is_refused():
 def test_keywords_resolve_at_run_time():
     from mhacut.options.keywords import PruneKeywords
 
-    assert typing.get_type_hints(PruneKeywords)["round_to"] is int
+    assert typing.get_type_hints(PruneKeywords)["batch_size"] is int

@@ -91,8 +91,9 @@ def prune_many(
 ) -> PruneResults:
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 
-    The files are those that :func:`prune` would write. For each budget after the first, only planning, repair
-    and measuring are repeated. The result is a tuple, which notebooks show as a table and charts.
+    The files are those that :func:`prune` would write. Calibration and curves are shared; planning, repair,
+    healing and measuring are repeated for each budget. The result is a tuple, which notebooks show as a table
+    and charts.
 
     Args:
         checkpoint: as :func:`prune` takes it.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from mhacut.budget import format_flops
-from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.commands.prune_latency import CORRECTIONS
@@ -234,11 +233,12 @@ def _stored(inputs: PruneInputs, planned: Planned, slim: nn.Module, limit: Limit
     if limit.resource == "max_latency":
         assert inputs.time_target is not None
         inputs.stopwatch.start("timing")
-        timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens))
+        record = slim_record(inputs, planned, inputs.job.table.dense)
+        timed = inputs.time_target.time(with_tokens(slim, planned.plan.tokens), record)
         return timed.nanoseconds, timed.most
     if limit.resource == "params":
         return count_parameters(slim), limit.most
-    record: SlimRecord = slim_record(inputs, planned, inputs.job.table.dense)
+    record = slim_record(inputs, planned, inputs.job.table.dense)
     spare = _SPARE if inputs.time_target is None else _SPARE + _SPARE_OF_TIME
     return file_size(slim, record, inputs.dtypes) + spare, limit.most
 

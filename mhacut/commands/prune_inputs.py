@@ -41,7 +41,7 @@ from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.options.prune import PruneOptions
-from mhacut.plan import UnitKind
+from mhacut.plan import Plan, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
@@ -61,6 +61,8 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention+mlp": ("qk", "v", "hidden"),
     "attention+mlp+tokens": ("qk", "v", "hidden"),
 }
+_MULTIPLE, _GPU_MULTIPLE = 8, 16
+"""What widths are multiples of by default, and where the time on a GPU counts."""
 _USUAL, _LARGE = 224, 448
 """Usual size of images, in pixels, and the largest about which nothing is logged."""
 
@@ -132,7 +134,8 @@ def read_inputs(
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     _log_large_images(options, loaded, preprocessing.input_size, reporter)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
-    time_target = _time_target(options, stopwatch, processes)
+    before = Plan(()) if loaded.record is None else loaded.record.plan
+    time_target = _time_target(options, stopwatch, before, processes)
     job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
     _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
@@ -176,13 +179,29 @@ def _log_large_images(
         )
 
 
+def _multiple(options: PruneOptions, time_target: TimeTarget | None, reporter: Reporter) -> int:
+    """Return what widths are multiples of."""
+    if options.round_to is not None:
+        return options.round_to
+    if time_target is None or time_target.stopwatch.device.type == "cpu":
+        return _MULTIPLE
+    # Layers are timed at quarters of their widths: between them, odd widths are slower than the line shows.
+    reporter.log(
+        f"widths are multiples of {_GPU_MULTIPLE}, not {_MULTIPLE}, for the kernels of GPUs; "
+        f"{option_name('round_to', _MULTIPLE)} allows more widths"
+    )
+    return _GPU_MULTIPLE
+
+
 def _expect_stages(options: PruneOptions, job: Job, validation: LabelledBatches | None, files: int) -> None:
     if not options.bounds_loss:  # else nobody knows how many models it takes
         measured = 0 if validation is None else len(validation)
         expect(job.reporter, expected_stages(options, job, measured, files))
 
 
-def _time_target(options: PruneOptions, stopwatch: Stopwatch, processes: Processes) -> TimeTarget | None:
+def _time_target(
+    options: PruneOptions, stopwatch: Stopwatch, before: Plan, processes: Processes
+) -> TimeTarget | None:
     """Return the budget of time, where there is one.
 
     Raises:
@@ -192,7 +211,7 @@ def _time_target(options: PruneOptions, stopwatch: Stopwatch, processes: Process
     if asked is not None and processes.size > 1:
         found = f"found {processes.size} of torchrun"
         raise UsageError(f"{option_name('max_latency', asked)}: expected one process, {found}")
-    return None if asked is None else TimeTarget(asked, stopwatch)
+    return None if asked is None else TimeTarget(asked, stopwatch, before)
 
 
 def _job(
@@ -226,7 +245,7 @@ def _job(
         budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=options.round_to,
+        round_to=_multiple(options, asked[1], reporter),
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,

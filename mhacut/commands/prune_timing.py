@@ -31,8 +31,9 @@ def time_file(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> Timed
         return None
     slim = found.model if inputs.options.dry_run else _reloaded(inputs, found, reporter)
     target.stopwatch.start("timing")
-    timed = target.time(slim)
-    return timed if timed.nanoseconds <= timed.most else target.time(slim)
+    record = slim_record(inputs, found.planned, found.flops)
+    timed = target.time(slim, record)
+    return timed if timed.nanoseconds <= timed.most else target.time(slim, record)
 
 
 def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Module:

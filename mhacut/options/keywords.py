@@ -382,8 +382,7 @@ class SearchKeywords(TypedDict, total=False):
     repair: bool
     """Refit by least squares the weights that read the output of a pruned layer. Default: True."""
     swap_moves: bool | None
-    """Exchange kept v and hidden channels for removed ones while that lowers the error after the repair; by
-    default the effort decides."""
+    """Exchange kept for removed channels while that lowers the error; by default the effort decides."""
     repair_in_order: bool | None
     """Refit once more, layer by layer, on the outputs of the pruned layers before; by default only if the
     effort asks for it and blocks are not healed."""
@@ -391,20 +390,19 @@ class SearchKeywords(TypedDict, total=False):
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
     block; by default the effort decides."""
     tuning_steps: int | None
-    """Training steps for all weights of the pruned model, to match the dense one on the calibration images;
-    by default none."""
+    """Training steps of the whole pruned model to match the dense one on the images; by default none."""
     tuning_lr: float
     """Learning rate of the tuning steps. Default: 3e-05."""
     token_weights: bool
     """Weight each token by its influence on the model's output; off: all tokens count alike. Default:
     True."""
     temperature: Literal["kept", "dense"]
-    """Softmax scale of a pruned layer if the repair finds no better one: 1/sqrt(kept width) (kept), or the
-    dense model's (dense). Default: 'kept'."""
+    """Softmax scale if repair finds no better one: 1/sqrt(kept width) (kept) or the dense one (dense).
+    Default: 'kept'."""
     reweight: bool
     """Train a scale per kept channel, merged into the weights. Default: True."""
     gain_steps: int | None
-    """Optimiser steps of the channel scales; by default 40 without repair, none with it."""
+    """Optimiser steps of the channel scales; by default 40, or none with repair."""
     gain_lr: float
     """Learning rate of the channel scales. Default: 0.003."""
     selection: Literal["repair", "indicator"]
@@ -464,10 +462,10 @@ class PruneKeywords(
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
     By default answers, or tokens if there is no classifier."""
     keep_dead_tokens: bool
-    """Compute all tokens in the last block, although the classifier reads only the first; for models whose
-    patch features are used. Default: False."""
-    round_to: int
-    """Round widths to multiples of N. Default: 8."""
+    """Compute all tokens in the last block, for use of patch features: the classifier reads the first.
+    Default: False."""
+    round_to: int | None
+    """Round widths to multiples of N; by default 8, or 16 with a budget of time on a GPU."""
     overwrite: bool
     """Replace an existing file; the checkpoint is never replaced. Default: False."""
     dry_run: bool

@@ -73,8 +73,7 @@ class SearchOptions(Options):
     )
     swap_moves: bool | None = option(
         None,
-        "Exchange kept v and hidden channels for removed ones while that lowers the error after the repair; "
-        "by default the effort decides.",
+        "Exchange kept for removed channels while that lowers the error; by default the effort decides.",
         panel="Research switches",
     )
     repair_in_order: bool | None = option(
@@ -93,8 +92,7 @@ class SearchOptions(Options):
     )
     tuning_steps: int | None = option(
         None,
-        "Training steps for all weights of the pruned model, to match the dense one on the calibration "
-        "images; by default none.",
+        "Training steps of the whole pruned model to match the dense one on the images; by default none.",
         panel="Research switches",
         metavar="N",
         at_least=0,
@@ -107,8 +105,7 @@ class SearchOptions(Options):
     )
     temperature: Temperature = option(
         "kept",
-        "Softmax scale of a pruned layer if the repair finds no better one: 1/sqrt(kept width) (kept), or "
-        "the dense model's (dense).",
+        "Softmax scale if repair finds no better one: 1/sqrt(kept width) (kept) or the dense one (dense).",
         panel="Research switches",
     )
     reweight: bool = option(
@@ -116,8 +113,7 @@ class SearchOptions(Options):
     )
     gain_steps: int | None = option(
         None,
-        f"Optimiser steps of the channel scales; by default {UNREPAIRED_GAIN_STEPS} without repair, none "
-        "with it.",
+        f"Optimiser steps of the channel scales; by default {UNREPAIRED_GAIN_STEPS}, or none with repair.",
         panel="Research switches",
         metavar="N",
         at_least=0,
@@ -313,11 +309,16 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     )
     keep_dead_tokens: bool = option(
         False,
-        "Compute all tokens in the last block, although the classifier reads only the first; for models "
-        "whose patch features are used.",
+        "Compute all tokens in the last block, for use of patch features: the classifier reads the first.",
         panel="Result",
     )
-    round_to: int = option(8, "Round widths to multiples of N.", panel="Result", metavar="N", at_least=1)
+    round_to: int | None = option(
+        None,
+        "Round widths to multiples of N; by default 8, or 16 with a budget of time on a GPU.",
+        panel="Result",
+        metavar="N",
+        at_least=1,
+    )
     overwrite: bool = option(
         False, "Replace an existing file; the checkpoint is never replaced.", panel="Result"
     )

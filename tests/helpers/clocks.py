@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring.latency import Comparison
 from mhacut.surgery.flops import count_parameters
@@ -26,6 +27,7 @@ class Counting:
             clock.layers += len(parts)
             return found([*map(alone, parts)])
 
+        monkeypatch.setattr(TimeTarget, "_afresh", lambda *_: None)
         monkeypatch.setattr(Stopwatch, "ready", lambda stopwatch, part: part)
         monkeypatch.setattr(Stopwatch, "beside", beside)
         monkeypatch.setattr(Stopwatch, "parts", parts_alone)
