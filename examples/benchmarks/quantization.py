@@ -3,7 +3,8 @@
     python examples/benchmarks/quantization.py DENSE SLIM --model vit_tiny_patch16_224 --data-dir images/
 
 All take turns on one image and one thread, in CPU time; KL divergence is from the dense float32 model on
-validation images. INT8 is what ``mhacut export --int8`` writes without images.
+validation images, and the largest difference of an output from PyTorch's with the same float32 weights. INT8
+is what ``mhacut export --int8`` writes without images.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 
 import torch
+from process import describe_machine
 
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
@@ -38,11 +40,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="time to measure, all together")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    programs, sizes = {}, {}
+    programs, sizes, networks = {}, {}, {}
     for name, path, model in (("dense", args.dense, args.model), ("slim", args.slim, None)):
         checkpoint = read_model(path, model=model)
         preprocessing = resolve_preprocessing(checkpoint, PreprocessingOptions())
         network, size = checkpoint.model.requires_grad_(False), preprocessing.input_size
+        networks[name] = network
         exact = onnx_content(network, size)
         int8 = quantize(exact, "dynamic", exclude=layers_with_outliers(exact, [fixed_images(8, size)]))
         for kind, content in (("float32", exact), ("INT8", int8)):
@@ -53,9 +56,14 @@ def main() -> None:
     data = DataOptions(data_dir=args.data_dir, train_split="val")
     images = calibration_images(preprocessing, data, count=args.images, seed=0, use_labels=False).images
     outputs = {name: torch.cat([run(image) for image in images.split(1)]) for name, run in programs.items()}
+    with torch.inference_mode():
+        reference = {
+            name: torch.cat([run(image) for image in images.split(1)]) for name, run in networks.items()
+        }
     runs = [run_of(run, fixed_images(1, size)) for run in programs.values()]
     device = torch.device("cpu")
     times = take_turns(runs, seconds=args.seconds, device=device, clock=time.process_time)
+    print(json.dumps({"machine": describe_machine(1), "images": args.images}))
     for name, own in zip(programs, times, strict=True):
         found = agreement(outputs["dense float32"], outputs[name], classes=True)
         ratios = [first / seconds for first, seconds in zip(times[0], own, strict=True)]
@@ -65,6 +73,7 @@ def main() -> None:
             "speedup": statistics.median(ratios),
             "mb": sizes.get(name),
             "kl": found.kl,
+            "difference": float((outputs[name] - reference[name.split()[0]]).abs().max()),
             "same_first_class": found.same_answer,
             "rounds": len(own),
         }

@@ -62,6 +62,13 @@ class Setup:
             flags += [] if value is None else [name, value]
         return flags
 
+    def arguments(self) -> dict[str, Any]:
+        """``model_args`` as keyword arguments take them."""
+        import yaml
+
+        pairs = (argument.partition("=") for argument in self.model_args)
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
+
     def told(self) -> dict[str, Any]:
         """For the table's file: names instead of paths, and a digest that tells checkpoints apart."""
         told = asdict(self) | {"model_args": list(self.model_args)}
@@ -85,15 +92,11 @@ def digest(checkpoint: str) -> str:
 
 def read(setup: Setup) -> tuple[Checkpoint, Preprocessing]:
     """Model and preprocessing, as ``mhacut prune`` reads them."""
-    import yaml
-
     from mhacut.checkpoint.load import read_model
     from mhacut.checkpoint.preprocessing import resolve_preprocessing
     from mhacut.options.base import PreprocessingOptions
 
-    pairs = (argument.partition("=") for argument in setup.model_args)
-    model_args = {name: yaml.safe_load(value) for name, _, value in pairs}
-    loaded = read_model(setup.checkpoint, model=setup.model, model_args=model_args or None)
+    loaded = read_model(setup.checkpoint, model=setup.model, model_args=setup.arguments() or None)
     mean, std = (
         None if text is None else tuple(float(part) for part in text.split(","))
         for text in (setup.mean, setup.std)

@@ -45,6 +45,9 @@ _FULL = {
     "full-dead": ("dead tokens kept", ("--keep-dead-tokens",)),
     "full-128": ("128 images", ("--calibration-images", "128")),
     "full-512": ("512 images, or all there are", ("--calibration-images", "512")),
+    "full-64": ("64 images", ("--calibration-images", "64")),
+    "full-best": ("the effort `best`", ("--effort", "best")),
+    "full-best-no-swaps": ("the effort `best` without exchanges", ("--effort", "best", "--no-swap-moves")),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
     "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),
 }
