@@ -126,8 +126,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "no classes": lambda: made(num_classes=0),
     "one token": lambda: made(img_size=8, class_token=False, global_pool="avg"),
 }
-BOTH = {"rank-deficient", "one head of zeros", "values of 1e22", "one class"}
-"""Models that are tried in both bases; the others are in the principal one only."""
 IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "one image": lambda x: x[:1],
     "the same image": lambda x: x[:1].repeat(8, 1, 1, 1),
@@ -192,15 +190,8 @@ def test_what_says_nothing_is_cut_at_no_cost(case, basis):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "basis"),
-    [
-        (case, basis)
-        for case in MODELS
-        for basis in ("channel", "principal")
-        if basis == "principal" or case in BOTH
-    ],
-)
+@bases
+@pytest.mark.parametrize("case", MODELS)
 def test_models_at_the_edge(case, basis):
     model = MODELS[case]()
     assert_sound(model, images(model), basis)
