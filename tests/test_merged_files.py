@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mhacut
+from helpers.cli import FAST, refusal, run
 from helpers.data import write_split
+from helpers.files import save_dense
 from helpers.models import ModelCase, build, slow_but
 from mhacut.plan import TokenPlan
 from mhacut.pruning.choose_merges import MergeSearch
@@ -109,3 +112,37 @@ def test_a_file_is_fine_tuned_timed_and_described(merged_file, tmp_path):
     counted = measure_flops(tuned, (3, 64, 64))
     assert counted == run.flops == described.inspection.flops
     assert {model.flops for model in timed.models} == {counted}
+
+
+@pytest.mark.slow
+def test_what_is_said_of_a_file_states_its_merges(merged_file, tmp_path):
+    """In the terminal, on the page of ``inspect`` and on that of ``prune``."""
+    tokens = tokens_of(mhacut.load_model(merged_file))
+    assert any(tokens.merged)
+    stated = f"tokens merged per block: {', '.join(map(str, tokens.merged))}"
+    inspected = run("inspect", merged_file, "--html", tmp_path / "inspect.html")
+    assert inspected.exit_code == 0, inspected.stderr
+    assert stated in " ".join(inspected.stdout.split())
+    given = ["--flops", "90%", *FAST, "-o", tmp_path / "again.safetensors"]
+    pruned = run("prune", merged_file, *given, "--report", tmp_path / "prune.html")
+    assert pruned.exit_code == 0, pruned.stderr
+    for name in ("inspect.html", "prune.html"):
+        assert stated in (tmp_path / name).read_text()
+
+
+@pytest.mark.slow
+def test_a_file_learns_from_a_teacher_that_merges_nothing(merged_file, tmp_path, monkeypatch):
+    """From its answers; its blocks have tokens that the student's have not."""
+    monkeypatch.chdir(tmp_path)
+    teacher = save_dense(build(VIT), tmp_path / "dense.safetensors")
+    write_split(tmp_path / "data" / "train", classes=tuple("abcde"))
+    given = ["finetune", merged_file, "--teacher", teacher, "--data-dir", tmp_path / "data"]
+    given += ["--steps", "2", "-b", "5", "-j", "0", "-o", tmp_path / "run"]
+    refused = refusal(tmp_path, *given, "--feature-weight", "1", code=2)
+    assert "--feature-weight: the blocks of a model that merges tokens match no teacher's blocks" in refused
+    result = run(*given, "--label-weight", "0")
+    assert result.exit_code == 0, result.stderr
+    tuned = mhacut.load_model(tmp_path / "run" / "last.safetensors")
+    before = mhacut.load_model(merged_file)
+    assert tokens_of(tuned) == tokens_of(before)
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), before.parameters(), strict=True))
