@@ -10,8 +10,9 @@ from functools import partial
 import pytest
 import torch
 
+import mhacut
 from helpers.cli import run
-from helpers.pruning import prune_quickly
+from helpers.pruning import last_step, prune_quickly
 from mhacut.errors import MhacutError
 
 prune = partial(prune_quickly, latency=True)
@@ -76,6 +77,27 @@ def test_yaml_knows_the_option(tiny_vit, tmp_path, clock):
     (target,) = json.loads(result.stdout)["targets"]
     assert target["asked"] == "85%"
     assert target["threads"] == 1
+
+
+@pytest.mark.slow
+def test_a_target_by_the_machine_s_own_clock_is_met_or_missed_cleanly(tiny_vit, tmp_path, monkeypatch):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mhacut.commands.prune_latency._WHOLE_SECONDS", 0.5)
+    out = tmp_path / "new" / "slim.safetensors"
+    flags = ["--max-latency", "95%", "--runtime", "onnx", "--threads", "1", "--effort", "fast", "-o", out]
+    flags += ["--calibration-images", "8", "--batch-size", "4", "--keep-dead-tokens"]
+    flags += ["--exclude", "*attn*", "--round-to", "32"]  # few layers to time
+    result = run("prune", *tiny_vit.flags, *flags)
+    if result.exit_code == 0:
+        (target,) = last_step(out)["targets"]
+        assert target["reached"] <= target["most"] == pytest.approx(0.95 * target["dense"], rel=1e-3)
+        assert mhacut.load_model(out).num_classes == 7
+    else:
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "error: --max-latency 95%: not met: after 3 corrections" in result.stderr
+        assert list(out.parent.rglob("*")) == []
 
 
 @pytest.mark.usefixtures("without_compiler")
