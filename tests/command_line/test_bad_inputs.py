@@ -14,8 +14,11 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.checkpoints import Hostile
-from helpers.cli import FAST, refusal, run
+from helpers.cli import FAST, refusal, run, unchanged
 from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
@@ -118,16 +121,30 @@ BY_SAFETENSORS_0_5 = {
 """Where the oldest safetensors says less."""
 
 
+@pytest.mark.parametrize(
+    "harm", [Path.unlink, lambda file: file.write_bytes(b"y"), lambda file: os.utime(file, (0, 0))]
+)
+def test_what_happens_to_an_input_is_seen(tmp_path, harm):
+    file = tmp_path / "folder" / "x"
+    file.parent.mkdir()
+    for named in (file, file.parent):
+        file.write_bytes(b"x")
+        with pytest.raises(AssertionError), unchanged(named):
+            harm(file)
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_are_no_checkpoints(tmp_path, case):
     content, says = FILES[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content() if callable(content) else content)
-    message = refusal(tmp_path, "prune", path, "--flops", "50%", "-o", tmp_path / "out.safetensors")
-    assert message.startswith(f"error: {path}: ")
     if metadata.version("safetensors").startswith("0.5."):
         says = BY_SAFETENSORS_0_5.get(case, says)
-    assert says in message
+    for command in ("inspect", path), ("prune", path, "--flops", "50%", "-o", tmp_path / "out.safetensors"):
+        message = refusal(tmp_path, *command)
+        assert message.startswith(f"error: {path}: ")
+        assert says in message
+        assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy"])
@@ -217,24 +234,74 @@ def test_metadata_that_lies(slim, tmp_path, case):
     assert says in message
 
 
-def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 24
-    hostile = "</script><script>x()</script>\x1b[2J\u202e[a](javascript:x)"
+HOSTILE = "</script><script>x()</script>\x1b[2J\r\n\u202e[a](javascript:x)" + 5000 * "y"
+
+
+def hostile(slim: Path, path: Path) -> Path:
+    """A slim file that states hostile text wherever text may be anything."""
 
     def change(document):
-        entry = {**document["history"][0], "data": hostile, "seed": hostile, "license": hostile}
-        entry |= {"accuracy": {"top1_before": hostile}, "versions": {"mhacut": hostile}, hostile: hostile}
+        entry = {**document["history"][0], "data": HOSTILE, "seed": HOSTILE, "license": HOSTILE}
+        entry |= {"accuracy": {"top1_before": HOSTILE}, "versions": {"mhacut": HOSTILE}, HOSTILE: HOSTILE}
         document["history"] = [entry]
-        document["pretrained_cfg"]["license"] = hostile
+        document["pretrained_cfg"] |= {"license": HOSTILE, "label_names": [HOSTILE] * 7}
 
-    path = stating(slim, tmp_path / "hostile.safetensors", change)
-    exported = run("export", path, "--format", "timm", "-o", tmp_path / "out")
-    assert exported.exit_code == 0, exported.stderr
-    reported = run("inspect", path, "--html", tmp_path / "page.html")
+    return stating(slim, path, change)
+
+
+def exported(slim: Path, path: Path, format: str) -> Path:
+    """What ``export`` makes of the file of :func:`hostile`, which lies beside it."""
+    source = hostile(slim, path.with_name("hostile.safetensors"))
+    result = run("export", source, "--format", format, "-o", path)
+    assert result.exit_code == 0, result.stderr
+    return path
+
+
+def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 24
+    exported(slim, tmp_path / "out", "timm")
+    reported = run("inspect", tmp_path / "hostile.safetensors", "--html", tmp_path / "page.html")
     assert reported.exit_code == 0, reported.stderr
     for text in ((tmp_path / "out" / "README.md").read_text(), (tmp_path / "page.html").read_text()):
         assert all(char == "\n" or char.isprintable() for char in text)
         assert "<script>x()" not in text
     assert "javascript" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def texts(message: Any) -> Iterator[str]:
+    """Every text in a message of protobuf."""
+    for field, value in message.ListFields():
+        if field.type in (field.TYPE_MESSAGE, field.TYPE_STRING):
+            for one in [value] if isinstance(value, str) or hasattr(value, "ListFields") else value:
+                yield from [one] if isinstance(one, str) else texts(one)
+
+
+def assert_escaped(texts: Iterable[str], about: str) -> None:
+    """``about`` states what :func:`hostile` did, and none of ``texts`` holds it as it was."""
+    assert all(char in "\n\t" or char.isprintable() for text in texts for char in text)
+    (entry,) = json.loads(about)["history"]
+    assert entry["data"] == entry[HOSTILE] == HOSTILE
+
+
+@pytest.mark.slow
+def test_what_a_history_says_is_escaped_in_an_onnx_file(slim, tmp_path):  # 24
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = exported(slim, tmp_path / "model.onnx", "onnx")
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    about = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["mhacut"]
+    assert about in texts(model)
+    assert_escaped(texts(model), about)
+
+
+@pytest.mark.slow
+def test_what_a_history_says_is_escaped_in_an_openvino_file(slim, tmp_path):  # 24
+    openvino = pytest.importorskip("openvino")
+    path = exported(slim, tmp_path / "model.xml", "openvino")
+    content = path.read_text(encoding="utf-8")
+    assert "<script>" not in content
+    assert ElementTree.fromstring(content).tag == "net"
+    assert_escaped([content], openvino.Core().read_model(path).get_rt_info("mhacut").value)
 
 
 def test_what_a_history_says_was_cut_may_be_no_text(slim, tiny_vit, tmp_path):
@@ -285,12 +352,11 @@ def test_a_model_without_attention(tmp_path):  # 29
     assert "ResNet has no attention layer mhacut can cut; `mhacut models` lists what can be cut" in message
 
 
-def test_attention_that_is_not_known(tiny_vit, monkeypatch):  # 30
+def test_attention_that_is_not_known(tiny_vit, tmp_path, monkeypatch):  # 30
     monkeypatch.setattr("mhacut.surgery.find.adapter_for", lambda module: None)
-    result = run("inspect", *tiny_vit.flags)
-    assert result.exit_code == 1
-    assert "attention class not supported: timm.layers.attention.Attention (first at" in result.stderr
-    assert "`mhacut models` lists what can be cut" in result.stderr
+    message = refusal(tmp_path, "inspect", *tiny_vit.flags)
+    assert "attention class not supported: timm.layers.attention.Attention (first at" in message
+    assert "`mhacut models` lists what can be cut" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -350,6 +416,25 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     assert "content is safetensors, despite the name" in result.stderr
 
 
+@pytest.mark.parametrize("basis", ["channel", "principal"])
+def test_scores_that_are_all_equal(tiny_vit, tmp_path, basis):  # 42
+    """A head of zeros, and one whose channels are all the same: cut alike each time, none to nothing."""
+    tensors, path = load_file(tiny_vit.path), tmp_path / "model.safetensors"
+    for name in ("qkv.weight", "qkv.bias"):
+        heads = tensors[f"blocks.0.attn.{name}"].unflatten(0, (3, 3, 16))  # q, k and v of each head
+        heads[:, 0], heads[:, 1] = 0, heads[:, 1, :1].clone()
+    save_file(tensors, path)
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    with unchanged(path):
+        for file in files:
+            given = ["--flops", "60%", "--basis", basis, "--effort", "fast", *FAST, "-o", file]
+            result = run("prune", path, *tiny_vit.flags[1:], *given)
+            assert result.exit_code == 0, result.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    plan = open_checkpoint(files[0]).record.plan
+    assert all(kept for unit in plan.units for kept in unit.kept)
+
+
 def evaluate(slim: Path, folder: Path, *more: object) -> str:
     return refusal(folder, "evaluate", slim, "--data-dir", folder, "-j", "0", *more)
 
@@ -402,9 +487,10 @@ def test_a_device_that_is_not_there(slim, images, tmp_path):  # 55
 def test_narrow_terminals_and_odd_names(slim, tmp_path):  # 58
     path = tmp_path / "a [red] \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
-    result = run("inspect", path, env={"COLUMNS": "20"})
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout == run("inspect", path).stdout
+    with unchanged(path):
+        result = run("inspect", path, env={"COLUMNS": "20"})
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == run("inspect", path).stdout
     missing = refusal(tmp_path, "inspect", tmp_path / os.fsdecode(b"no [red] \xff"))
     assert "no [red] \ufffd" in missing
     path.rename(tmp_path / os.fsdecode(b"[red] \xff.safetensors"))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from helpers.cli import refusal, run, tree
+from helpers.cli import FAST, refusal, run, tree
 from mhacut.runtime import files
 
 
@@ -31,17 +32,53 @@ def report_of(slim: Path, out: Path) -> list[object]:
     return ["inspect", slim, "--html", out]
 
 
-WRITERS = {"export": (export_of, "out"), "inspect": (report_of, "out.html")}
+def prune_of(slim: Path, out: Path) -> list[object]:
+    return ["prune", slim, "--flops", "95%", "--effort", "fast", *FAST, "-o", out]
 
 
+WRITERS = {
+    "export": (export_of, "out"),
+    "inspect": (report_of, "out.html"),
+    "prune": (prune_of, "out.safetensors"),
+}
+
+
+def put_old(command: str, out: Path) -> None:
+    """Let what the command is to replace be there."""
+    file = out / "config.json" if command == "export" else out
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"old")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
 @pytest.mark.parametrize(
-    ("command", "number"), [("export", errno.ENOSPC), ("inspect", errno.EROFS), ("inspect", errno.EIO)]
+    ("command", "number"),
+    [("export", errno.ENOSPC), ("inspect", errno.EROFS), ("inspect", errno.EIO), ("prune", errno.ENOSPC)],
 )
-def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number):  # 48
+def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number, old):  # 48
     arguments, name = WRITERS[command]
+    if old:
+        put_old(command, tmp_path / name)
     monkeypatch.setattr(files, "sync", fail_with(number))
-    message = refusal(tmp_path, *arguments(slim, tmp_path / name))
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name), *["--overwrite"] * old)
     assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
+
+
+@pytest.fixture
+def small_files():
+    """The system lets no file grow beyond a thousand bytes, as if the disk were full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_writes_that_fail_midway(slim, tmp_path, small_files, command):  # 48
+    arguments, name = WRITERS[command]
+    put_old(command, tmp_path / name)
+    message = refusal(tmp_path, *arguments(slim, tmp_path / name), "--overwrite")
+    assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(errno.EFBIG)}\n")
 
 
 @pytest.mark.parametrize(("format", "target"), [("onnx", "x.onnx"), ("pt2", "new/x.pt2"), ("timm", "folder")])

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import mhacut
-from helpers.cli import run
+from helpers.cli import refusal, run, tree, unchanged
 from helpers.finetuning import same, weights
 from helpers.jobs import Recorder
 from mhacut.commands import finetune as run_module
 from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
 from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime import files
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
@@ -152,27 +158,69 @@ def test_the_command_refuses(slim, images, tmp_path):
     assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
 
 
-def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, monkeypatch):
+def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, monkeypatch):  # 56
     monkeypatch.setattr(Trainer, "step", lambda self, number, batches: (float("nan"), 12))
     given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
-    result = run(*given, "--steps", "2")
+    with unchanged(slim, images):
+        result = run(*given, "--steps", "2")
     assert result.exit_code == 1
     assert "loss became nan at step 1 of 2" in result.stderr
     assert "Traceback" not in result.stderr
     assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
 
 
-def test_the_command_goes_on_with_its_own_inputs_only(finished, tiny_vit, images, tmp_path):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+def test_the_command_goes_on_with_its_own_inputs_only(
+    finished, finished_run, images, tmp_path, monkeypatch
+):  # 57
+    monkeypatch.chdir(tmp_path)
+    fewer = shutil.copytree(images, tmp_path / "fewer")
+    next((fewer / "train").rglob("*.png")).unlink()
     for flags, code, message in (
         (["-b", "6"], 1, "images per step (12, now 6)"),
         (["--lr", "0.5"], 2, "--lr 0.5: the run in"),
         (["--epochs", "9"], 2, "was started with 2; leave it out, or start another run"),
+        (["--data-dir", fewer], 1, "training images"),
+        ([finished_run.output], 1, "slim file"),
     ):
-        result = run("finetune", "--resume", finished, *flags)
-        assert (result.exit_code, result.stdout) == (code, "")
-        assert message in result.stderr
-    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+        assert message in refusal(tmp_path, "finetune", *flags, "--resume", finished, code=code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("disk", "last.safetensors: cannot be written: No space left on device\n"),
+        ("memory", "error: out of memory; use a smaller --batch-size, or --device cpu\n"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_what_ends_a_run_leaves_its_last_save(
+    slim, images, finished_run, tmp_path, monkeypatch, fails, message
+):  # 48, 55
+    folder, step, kept = tmp_path / "run", Trainer.step, {}
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fifth(self, number, batches):
+        if number == 4:
+            kept.update(tree(folder))
+            if fails == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            monkeypatch.setattr(files, "sync", full)
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", fifth)
+    given = ["--data-dir", images, "-b", "12", "-j", "0", "--epochs", "2", "--lr", "1e-3"]
+    with unchanged(slim, images):
+        result = run("finetune", slim, *given, "--save-every", "1", "-o", folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.endswith(message)
+    assert tree(folder) == kept
+    assert RunFolder(folder).read_state()["step"] == 4
+    monkeypatch.undo()
+    assert run("finetune", "--resume", folder).exit_code == 0
+    assert same(weights(folder), weights(finished_run.folder))
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

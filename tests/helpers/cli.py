@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from click.testing import Result
@@ -32,10 +34,40 @@ def tree(folder: Path) -> dict[str, bytes | str]:
     return found
 
 
+_LARGEST = 2**24
+"""Bytes of a file up to which it is compared whole; of larger ones, size and time are."""
+_MOST = 10_000
+"""Files under a folder that are compared."""
+
+
+def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, int, bytes]]:
+    """Size, time and bytes of every file among ``paths``, and of those under its folders."""
+    found = {}
+    for path in paths:
+        for file in islice(path.rglob("*"), _MOST) if path.is_dir() else [path]:
+            if file.is_file():
+                status = file.stat()
+                content = file.read_bytes() if status.st_size <= _LARGEST else b""
+                found[file] = status.st_size, status.st_mtime_ns, content
+    return found
+
+
+@contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    """A block that leaves these files, and those under these folders, as they are; others may be missing."""
+    before = _states(paths)
+    yield
+    assert _states(paths) == before
+
+
 def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
-    """The message of a command that is refused, and that leaves all under ``folder``, and here, as it is."""
+    """The message of a command that is refused, and that leaves all as it is: its inputs, ``folder``, here.
+
+    Inputs are the files and folders that ``arguments`` name, wherever they lie.
+    """
     before, here = tree(folder), tree(Path.cwd())
-    result = run(*arguments)
+    with unchanged(*(Path(str(argument)) for argument in arguments)):
+        result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     assert all(char == "\n" or char.isprintable() for char in result.stderr)
