@@ -16,6 +16,7 @@ from mhacut.finetuning.images import Batch, training_loader
 from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import end_epoch, log_unreadable, save
+from mhacut.runtime.distributed import of_lost_process
 from mhacut.runtime.signals import StopRequest
 from mhacut.runtime.workers import worker_count
 
@@ -52,7 +53,16 @@ def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
     with closing(loader):
-        return _take_steps(run, loader, logs, request)
+        try:
+            return _take_steps(run, loader, logs, request)
+        except RuntimeError as error:
+            # While this process waited for others, Python took two signals for one: it was only asked to
+            # stop, and those that had seen the first were ended by the second.
+            if of_lost_process(error) and request.asked:
+                raise Interrupted(
+                    f"interrupted again; what was saved is whole. {_how_to_go_on(run)}"
+                ) from error
+            raise
 
 
 def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequest) -> Trained:
@@ -80,8 +90,8 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequ
             run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
         if stop and progress.step < run.total_steps:
             raise Interrupted(
-                f"stopped after step {progress.step} of {run.total_steps}; everything is saved. Continue "
-                f"with: {_launcher(run)}mhacut finetune --resume {quote(str(run.folder.path))}"
+                f"stopped after step {progress.step} of {run.total_steps}; everything is saved. "
+                f"{_how_to_go_on(run)}"
             )
     return Trained(images / seconds if seconds else 0.0, stop > 0)
 
@@ -121,7 +131,9 @@ def _report_step(run: Run, loss: float, rate: float) -> None:
     )
 
 
-def _launcher(run: Run) -> str:
-    """Beginning of the command line that starts as many processes on this machine."""
-    size = run.processes.size
-    return "" if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
+def _how_to_go_on(run: Run) -> str:
+    """Return the command line that resumes the run, with as many processes on this machine."""
+    size, launcher = run.processes.size, ""
+    if size > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
+    return f"Continue with: {launcher}mhacut finetune --resume {quote(str(run.folder.path))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhacut.errors import FailedElsewhere, UsageError, option_name
+from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
 from mhacut.runtime.device import resolve_device
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
 """Processes may wait for the first one for as long as a search takes; torchrun ends them if another dies."""
+_LOST = re.compile(r"gloo[/\\]transport")
+"""Stands in gloo's errors if a process at the other end is gone."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ class Processes:
             raise FailedElsewhere("another process failed; see its message")
 
 
+def of_lost_process(error: BaseException) -> bool:
+    """Whether ``error`` is gloo's, and says that another process is gone; NCCL ends this one, too."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
 @contextmanager
 def gathered(device: str) -> Iterator[Processes]:
     """Connect the processes that torchrun started, or this one alone, until the block ends.
@@ -127,6 +135,7 @@ def gathered(device: str) -> Iterator[Processes]:
 
     Raises:
         UsageError: ``device`` names one GPU for several processes.
+        MhacutError: another process ended before this one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -150,10 +159,15 @@ def gathered(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), size, chosen)
-    except BaseException:
+    except BaseException as error:
         # NCCL waits until the others destroy it too, who wait for this process in an exchange: it would
         # never end, and torchrun not notice that it failed.
         if chosen.type != "cuda":
             dist.destroy_process_group()
+        if of_lost_process(error):
+            raise MhacutError(
+                "another process ended before its work was done; see its own message, or whether the system "
+                "ended it (for want of memory?), and start the run again"
+            ) from error
         raise
     dist.destroy_process_group()

@@ -104,6 +104,30 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(programs, tune
         assert "did not foresee" not in done.stderr
 
 
+DIES = """
+import os
+from mhacut.finetuning.training import Trainer
+
+def step(self, number, batches, original=Trainer.step):
+    if number == 1 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return original(self, number, batches)
+
+Trainer.step = step
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_other_has_died_says_so(programs, slim, images, tmp_path):
+    """As the system ends one that takes too much memory."""
+    flags = ["--data-dir", images, "--epochs", "2", "-b", "6", "-j", "0", "--save-every", "1"]
+    done = programs.run(DIES + BY_TWO, free_port(), "finetune", slim, *flags, "-o", tmp_path / "cut")
+    assert done.returncode == 1
+    assert "error: another process ended before its work was done" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert RunFolder(tmp_path / "cut").read_state()["step"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]
@@ -133,6 +157,47 @@ def test_a_command_that_is_asked_to_stop_can_go_on(programs, slim, images, tmp_p
     state = RunFolder(tmp_path / "cut").read_state()
     assert f"stopped after step {state['step']} of 1200" in stderr
     assert state["step"] < 1200
+
+
+SLOW_STATE = """
+import time
+from pathlib import Path
+from mhacut.runtime import files
+
+def late(path, sync=files.sync):
+    if Path(path).name == "state.pt":
+        time.sleep(1)
+    sync(path)
+
+files.sync = late
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "code"), [(1, 130), (2, -signal.SIGTERM)])
+def test_a_second_sigterm_while_it_saves_is_quiet_and_loses_nothing(
+    programs, slim, images, tmp_path, processes, code
+):
+    """Of two processes the one that writes ends at the second; the other still waits for it by the first."""
+    folder, script = tmp_path / "cut", MAIN if processes == 1 else BY_TWO
+    flags = ["--data-dir", images, "--epochs", "2", "--lr", "1e-3", "-b", 12 // processes, "-o", folder]
+    flags += ["-j", 2 if processes == 1 else 0, "--save-every", "1"]
+    first = [] if processes == 1 else [free_port()]
+    run = programs.start(SLOW_STATE + script, *first, "finetune", slim, *flags)
+    with run.stdout, run.stderr:
+        deadline = time.monotonic() + 200
+        while not ((folder / "state.pt").exists() and [*folder.glob(".state.pt.*.tmp/state.pt")]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for _ in range(2):
+            os.killpg(run.pid, signal.SIGTERM)
+            time.sleep(0.2)
+        assert run.end(200) == code
+        stderr = run.stderr.read()  # until all have ended
+    assert "Traceback" not in stderr
+    assert "did not foresee" not in stderr
+    assert RunFolder(folder).read_state()["step"] >= 1
+    assert resume(folder, batch_size=12).steps == 6
 
 
 def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
