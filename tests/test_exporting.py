@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import twins, vision_transformer
@@ -18,7 +20,7 @@ from torch import nn
 import mhacut
 from helpers.cli import run
 from helpers.files import SLIM
-from helpers.models import build, image
+from helpers.models import build, image, slow_but
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
@@ -59,6 +61,13 @@ def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, exported)
     assert max(result.difference.values()) < 1e-5
     assert result.file_bytes == result.output.stat().st_size
     assert list(result.output.parent.iterdir()) == [result.output]
+
+
+@pytest.mark.parametrize("format", slow_but({"pt2"}, ["pt2", "onnx"]))
+def test_the_file_names_no_folder_of_this_machine(format, exported):
+    """As traces of the code that each operation comes from do."""
+    content = exported("vit", format).output.read_bytes()
+    assert os.path.dirname(timm.__file__).encode() not in content
 
 
 ALONE = """
@@ -315,7 +324,7 @@ def test_an_opset_that_nobody_here_knows_is_refused(asked, written, says, slim_o
 
     of_model = [helper.make_opsetid("", written)]
     proto = helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=of_model)
-    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}), model_proto=proto)
+    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}, graph=[]), model_proto=proto)
     monkeypatch.setattr(runtimes, "_exported", lambda *_, **__: program)
     with pytest.raises(MhacutError, match=says):
         mhacut.export(slim_of("vit"), opset=asked, output=tmp_path / "model.onnx")

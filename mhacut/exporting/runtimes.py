@@ -32,6 +32,8 @@ _OPSET_TO_TIME = 18
 """ONNX opset of models that are timed or converted, the default of ``mhacut export``."""
 _OPSET_OF_ATTENTION = 23
 """First ONNX opset with an operator for attention."""
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Key of torch's in a node: lines of code, with folders of this machine."""
 
 Runner = Callable[[Tensor], Tensor]
 """Runs an exported program: images [B, C, H, W] to outputs [B, classes], float32."""
@@ -82,6 +84,8 @@ def _pt2(
     with refused, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # names folders of this machine
         written = io.BytesIO()
         torch.export.save(program, written, extra_files={f"{METADATA}.json": about})
         again: Any = torch.export.load(io.BytesIO(written.getvalue())).module()
@@ -148,6 +152,8 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
     names = {"input_names": [INPUT], "output_names": [OUTPUT]}
     program = _exported(model, (images,), opset, dynamic_shapes=shapes, **names)
     program.model.metadata_props[METADATA] = about
+    for node in program.model.graph:
+        node.metadata_props.pop(_STACK_TRACE, None)
     proto = program.model_proto
     written = max(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:  # an opset beyond those that it can convert to leaves the model as it was
