@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -92,11 +91,11 @@ def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
 def test_the_process_that_measures_memory_reads_the_same_part(slim_of, monkeypatch):
     jobs = []
 
-    def run_child(command, *, input, **options):
-        jobs.append(json.loads(input))
-        return subprocess.CompletedProcess(command, 0, "1.0\n", "")
+    def run_child(module, function, job):
+        jobs.append(job)
+        return 1.0
 
-    monkeypatch.setattr(benching.subprocess, "run", run_child)
+    monkeypatch.setattr(benching, "in_new_process", run_child)
     mhacut.bench(slim_of("vit"), part="student", **QUICK)
     assert [job["options"]["part"] for job in jobs] == ["student"]
 

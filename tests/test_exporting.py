@@ -70,6 +70,24 @@ def test_the_file_names_no_folder_of_this_machine(format, exported):
     assert os.path.dirname(timm.__file__).encode() not in content
 
 
+class Autocast(torch.nn.Module):
+    """What runs under autocast becomes a graph within the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = torch.nn.Linear(3, 2)
+
+    def forward(self, images):
+        with torch.autocast("cpu", enabled=False):
+            return self.classifier(images.mean((2, 3)))
+
+
+def test_graphs_within_a_graph_name_no_folder_either():
+    options = ExportOptions(checkpoint="none", format="pt2")
+    content, *_ = runtimes.RUNTIMES["pt2"](Autocast().eval(), (3, 8, 8), "{}", options)
+    assert os.path.dirname(__file__).encode() not in content
+
+
 ALONE = """
 import sys
 from collections.abc import Callable

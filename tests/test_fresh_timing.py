@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mhacut
+from helpers.jobs import Recorder
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import fresh_timing, prune_latency
+from mhacut.commands import fresh_timing, prune_latency, prune_timing
 from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import OutputError
@@ -17,6 +19,9 @@ from mhacut.measuring.latency import Comparison
 from mhacut.options.timing import TimingOptions
 from mhacut.plan import Plan
 from mhacut.runtime.progress import SILENT
+
+FRESH = Comparison((2.0, 1.4), (2.0, 1.4), (1.0, 0.7), 0.0)
+HERE = Comparison((2.0, 1.0), (2.0, 1.0), (1.0, 0.5), 0.0)
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_both_models_are_timed_in_another_process(cut, monkeypatch):
 
 
 def test_without_a_result_there_is_none(cut, monkeypatch):
-    monkeypatch.setattr(fresh_timing, "_COMMAND", "raise SystemExit(3)")
+    monkeypatch.setattr(fresh_timing, "in_new_process", lambda *_: None)
     assert afresh(cut) is None
 
     def full(*_):
@@ -60,15 +65,51 @@ def test_without_a_result_there_is_none(cut, monkeypatch):
 )
 def test_pytorch_on_the_cpu_is_timed_afresh(cut, monkeypatch, runtime, device, ratio):
     slim, watch = cut
-    monkeypatch.setattr(
-        prune_latency, "compare_afresh", lambda *_, **__: Comparison((2.0, 1.4), (2.0, 1.4), (1.0, 0.7), 0.0)
-    )
-    here = Comparison((2.0, 1.0), (2.0, 1.0), (1.0, 0.5), 0.0)
-    monkeypatch.setattr(Stopwatch, "beside", lambda *_, **__: here)
+    monkeypatch.setattr(prune_latency, "compare_afresh", lambda *_, **__: FRESH)
+    monkeypatch.setattr(Stopwatch, "beside", lambda *_, **__: HERE)
     watch.timing, watch.device = replace(watch.timing, runtime=runtime), torch.device(device)
-    target = TimeTarget("60%", watch, Plan(()))
+    assert target_of(cut).time(slim.model, slim.record).ratio == ratio
+
+
+def target_of(cut, budget="60%"):
+    target = TimeTarget(budget, cut[1], Plan(()))
     target.times = prune_latency.TimeTable((), (), 1.0, dense=1000)
-    assert target.time(slim.model, slim.record).ratio == ratio
+    return target
+
+
+def test_times_of_this_process_are_announced_once(cut, monkeypatch):
+    slim, watch = cut
+    watch.reporter = Recorder()
+    asked = []
+    monkeypatch.setattr(prune_latency, "compare_afresh", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(Stopwatch, "beside", lambda *_, **__: HERE)
+    target = target_of(cut)
+    for _ in range(2):
+        assert not target.time(slim.model, slim.record).fresh
+    assert len(asked) == 1
+    (line,) = watch.reporter.messages
+    assert "no new process can time this model" in line
+
+
+def test_milliseconds_are_those_of_the_new_process(cut, monkeypatch):
+    slim, _ = cut
+    found = iter([FRESH, replace(FRESH, milliseconds=(4.0, 2.8))])  # the machine got slower, nothing else
+    monkeypatch.setattr(prune_latency, "compare_afresh", lambda *_, **__: next(found))
+    target = target_of(cut, "1.5ms")
+    for _ in range(2):
+        timed = target.time(slim.model, slim.record)
+        assert (timed.nanoseconds, timed.most) == (1_400_000, 1_500_000)
+
+
+def test_a_miss_is_not_overruled_by_this_process(cut, monkeypatch):
+    slim, _ = cut
+    found = iter([replace(FRESH, ratios=(1.0, 0.7)), None])
+    monkeypatch.setattr(prune_latency, "compare_afresh", lambda *_, **__: next(found))
+    monkeypatch.setattr(Stopwatch, "beside", lambda *_, **__: HERE)
+    monkeypatch.setattr(prune_timing, "slim_record", lambda *_: slim.record)
+    inputs = SimpleNamespace(time_target=target_of(cut), options=SimpleNamespace(dry_run=True))
+    timed = prune_timing.time_file(inputs, SimpleNamespace(model=slim.model, planned=None, flops=0), SILENT)
+    assert timed.ratio == 0.7
 
 
 @pytest.mark.slow
@@ -77,8 +118,8 @@ def test_a_slim_file_that_is_cut_again_is_timed_beside_itself(pruned, tmp_path, 
 
     def compared(watch, given, slim, **how):
         records.append(given)
-        assert not slim_size(watch.dense) < slim_size(slim)
-        return fresh_timing.compare_afresh(watch, given, slim, seconds=0.1, precision=1.0)
+        assert fresh_timing.compare_afresh(watch, given, slim, seconds=0.1, precision=1.0) is not None
+        return replace(FRESH, ratios=(1.0, 0.97))
 
     monkeypatch.setattr(prune_latency, "compare_afresh", compared)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -86,7 +127,3 @@ def test_a_slim_file_that_is_cut_again_is_timed_beside_itself(pruned, tmp_path, 
     mhacut.prune(pruned.output, max_latency="99%", output=tmp_path / "again.safetensors", **options)
     assert all(given["dense"].plan == read_model(pruned.output).record.plan for given in records)
     assert records
-
-
-def slim_size(model):
-    return sum(tensor.numel() for tensor in model.state_dict().values())

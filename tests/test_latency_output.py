@@ -96,7 +96,9 @@ def test_a_target_by_the_machine_s_own_clock_is_met_or_missed_cleanly(tiny_vit, 
         assert mhacut.load_model(out).num_classes == 7
     else:
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "error: --max-latency 95%: not met: after 3 corrections" in result.stderr
+        assert re.search(
+            "error: --max-latency 95%(: not met: after 3 corrections| is out of reach)", result.stderr
+        )
         assert list(out.parent.rglob("*")) == []
 
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from helpers.models import slow_except
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget, Targets
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_cut, prune_files, stopwatch
+from mhacut.commands import prune_cut, prune_files, prune_inputs
 from mhacut.commands.prune_latency import TimedCut, TimeTarget
 from mhacut.errors import BudgetError, MhacutError, OutputError, UsageError
 from mhacut.options.prune import PruneOptions
@@ -117,21 +118,27 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert entry["threads"] >= 1
     assert entry["machine"]
     assert last_step(result.output)["options"]["max_latency"] == asked
+    assert last_step(result.output)["options"]["round_to"] == 8  # not that it was the default
     assert "runtime" not in last_step(result.output)["options"]
 
 
-def test_widths_suit_the_kernels_of_a_gpu_that_is_timed(tiny_vit, tmp_path, clock, monkeypatch):
-    monkeypatch.setattr(stopwatch, "timing_device", lambda *_: torch.device("cuda"))  # the clock runs nothing
-    monkeypatch.setattr(stopwatch, "machine", lambda _: "a GPU")
-    reporter = Recorder()
-    options = {"max_latency": "90%", "reporter": reporter, "dry_run": True}
+@pytest.mark.parametrize(
+    ("given", "widths", "device", "multiple"),
+    [
+        (None, (64, 1536), "cuda", 16),
+        (None, (64, 1536), "cpu", 8),
+        (None, (32, 1536), "cuda", 8),  # few widths would be left
+        (4, (64, 1536), "cuda", 4),
+    ],
+)
+def test_widths_suit_the_kernels_of_a_gpu_that_is_timed(given, widths, device, multiple):
+    target = SimpleNamespace(stopwatch=SimpleNamespace(device=torch.device(device)))
+    units = [SimpleNamespace(width=width) for width in widths]
+    options, reporter = SimpleNamespace(round_to=given), Recorder()
+    assert prune_inputs._multiple(options, units, target, reporter) == multiple
     told = "widths are multiples of 16, not 8, for the kernels of GPUs; round_to=8 allows more widths"
-    for given, multiple in ({}, 16), ({"round_to": 4}, 4):
-        reporter.messages.clear()
-        plan = prune(tiny_vit, tmp_path / "slim.safetensors", **options, **given).plan
-        assert all(unit.width % multiple == 0 for unit in plan)
-        assert any(unit.width % 16 for unit in plan) == (multiple < 16)
-        assert (told in reporter.messages) == (multiple == 16)
+    assert reporter.messages == [told] * (multiple == 16)
+    assert prune_inputs._multiple(options, units, None, reporter) == (given or 8)  # no time is asked for
 
 
 def test_what_tokens_would_leave_is_of_the_flops_that_are_left(tiny_vit, tmp_path, clock, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +29,7 @@ from mhacut.exporting.programs import (
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
+from mhacut.runtime.child import in_new_process
 from mhacut.runtime.compiling import many_compiled, refusing_compile
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent, expect
@@ -317,9 +317,8 @@ def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, setup: 
         "size": entry.size,
         "threads": setup.threads,
     }
-    command = [sys.executable, "-c", "from mhacut.commands.bench import write_peak_memory as f; f()"]
-    child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    return float(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
+    found: float | None = in_new_process("mhacut.commands.bench", "write_peak_memory", job)
+    return found
 
 
 def write_peak_memory() -> None:

@@ -8,12 +8,12 @@ Runtime, which keeps its memory, both agree.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +25,9 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import MhacutError
 from mhacut.measuring.latency import Comparison
 from mhacut.options.timing import TimingOptions
+from mhacut.runtime.child import in_new_process
+from mhacut.runtime.files import temporary_folder
 from mhacut.runtime.progress import Silent
-
-_COMMAND = "from mhacut.commands.fresh_timing import write_comparison as run; run()"
 
 
 def compare_afresh(
@@ -48,33 +48,36 @@ def compare_afresh(
         precision: relative standard error of the ratio until which it goes on, up to five times as long.
 
     Returns:
-        None if there is no room for the files, or the process ends without a result.
+        None if there is no room for the files, or no such process ends with a result: it knows no models
+        that this one has registered.
     """
-    with tempfile.TemporaryDirectory(prefix="mhacut-") as folder:
-        files = {name: Path(folder, f"{name}.safetensors") for name in records}
-        try:
+    try:
+        with temporary_folder(Path(tempfile.gettempdir(), "mhacut-times")) as folder:
+            files = {name: folder / f"{name}.safetensors" for name in records}
             for name, model in (("dense", stopwatch.dense), ("slim", slim)):
                 slim_content(files[name], model, records[name], {})(files[name])
-        except (MhacutError, OSError):
-            return None
-        job = {
-            "files": {name: str(file) for name, file in files.items()},
-            "timing": {
-                **stopwatch.timing.flat(),
-                "threads": stopwatch.timing.threads or torch.get_num_threads(),
-            },
-            "size": stopwatch.size,
-            "seconds": seconds,
-            "precision": precision,
-        }
-        command = [sys.executable, "-c", _COMMAND]
-        child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    return None if child.returncode else Comparison(**json.loads(child.stdout.splitlines()[-1]))
+            found = in_new_process(__name__, "write_comparison", _job(stopwatch, files, seconds, precision))
+    except (MhacutError, OSError):
+        return None
+    return None if found is None else Comparison(**found)
+
+
+def _job(stopwatch: Stopwatch, files: Mapping[str, Path], seconds: float, precision: float) -> dict[str, Any]:
+    threads = stopwatch.timing.threads or torch.get_num_threads()
+    return {
+        "files": {name: str(file) for name, file in files.items()},
+        "timing": {**stopwatch.timing.flat(), "threads": threads},
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "size": stopwatch.size,
+        "seconds": seconds,
+        "precision": precision,
+    }
 
 
 def write_comparison() -> None:
     """Time what stdin names, and write the comparison to stdout; called in a process of its own."""
     job = json.load(sys.stdin)
+    torch.set_float32_matmul_precision(job["matmul_precision"])
     dense, slim = (load_model(job["files"][name]) for name in ("dense", "slim"))
     timing = TimingOptions.from_flat(**job["timing"])
     stopwatch = Stopwatch(timing, dense, tuple(job["size"]), torch.device("cpu"), Silent())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mhacut.adapters.base import Unit
 from mhacut.budget import Targets
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import ModelHints
@@ -63,6 +64,8 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {
 }
 _MULTIPLE, _GPU_MULTIPLE = 8, 16
 """What widths are multiples of by default, and where the time on a GPU counts."""
+_QUARTERS = 4
+"""Least number of widths that are left to choose from there; layers are timed at as many."""
 _USUAL, _LARGE = 224, 448
 """Usual size of images, in pixels, and the largest about which nothing is logged."""
 
@@ -179,13 +182,15 @@ def _log_large_images(
         )
 
 
-def _multiple(options: PruneOptions, time_target: TimeTarget | None, reporter: Reporter) -> int:
+def _multiple(
+    options: PruneOptions, units: Sequence[Unit], time_target: TimeTarget | None, reporter: Reporter
+) -> int:
     """Return what widths are multiples of."""
     if options.round_to is not None:
         return options.round_to
-    if time_target is None or time_target.stopwatch.device.type == "cpu":
+    narrow = any(unit.width < _QUARTERS * _GPU_MULTIPLE for unit in units)  # or few widths would be left
+    if time_target is None or time_target.stopwatch.device.type == "cpu" or narrow:
         return _MULTIPLE
-    # Layers are timed at quarters of their widths: between them, odd widths are slower than the line shows.
     reporter.log(
         f"widths are multiples of {_GPU_MULTIPLE}, not {_MULTIPLE}, for the kernels of GPUs; "
         f"{option_name('round_to', _MULTIPLE)} allows more widths"
@@ -245,7 +250,7 @@ def _job(
         budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=_multiple(options, asked[1], reporter),
+        round_to=_multiple(options, units, asked[1], reporter),
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,

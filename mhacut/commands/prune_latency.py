@@ -62,6 +62,8 @@ class TimedCut:
     """Nanoseconds that the budget allows."""
     wall_ms: float
     """Wall time per batch of the cut model."""
+    fresh: bool = False
+    """Whether it was measured in a process of its own."""
 
     @property
     def nanoseconds(self) -> int:
@@ -97,6 +99,10 @@ class TimeTarget:
         self.times: TimeTable | TimeCurve | None = None
         """Layer times that plans use, once they are measured; if tokens may be merged, times by FLOPs."""
         self._last: TimedCut | None = None
+        self._fresh_dense: int | None = None
+        """Nanoseconds per batch of the dense model, as a new process measured it first."""
+        self._fresh = stopwatch.timing.runtime == "eager" and stopwatch.device.type == "cpu"
+        """Whether new processes measure cut models."""
 
     def time(self, model: nn.Module, record: SlimRecord) -> TimedCut:
         """Time a cut model in turns with the dense one.
@@ -106,17 +112,29 @@ class TimeTarget:
             record: by which its file can be opened.
         """
         dense, found = self._known.dense, self._afresh(model, record)
-        if found is None:
-            found = self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, precision=_PRECISION)
-        self._last = TimedCut(found.ratios[1], dense, self.budget.amount(dense), found.wall[1])
+        if found is not None:
+            self._fresh_dense = self._fresh_dense or round(1e6 * found.milliseconds[0])
+            dense = dense if self.budget.relative else self._fresh_dense
+        here = found or self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, precision=_PRECISION)
+        fresh = found is not None
+        self._last = TimedCut(here.ratios[1], dense, self.budget.amount(dense), here.wall[1], fresh)
         return self._last
 
     def _afresh(self, model: nn.Module, record: SlimRecord) -> Comparison | None:
         """Return times of another process; None where this one's are as good, or there are none."""
-        if self.stopwatch.timing.runtime != "eager" or self.stopwatch.device.type != "cpu":
+        if not self._fresh:
             return None
-        records = {"dense": replace(record, plan=self.before), "slim": record}
-        return compare_afresh(self.stopwatch, records, model, seconds=_WHOLE_SECONDS, precision=_PRECISION)
+        how, records = self.stopwatch, {"dense": replace(record, plan=self.before), "slim": record}
+        found = compare_afresh(how, records, model, seconds=_WHOLE_SECONDS, precision=_PRECISION)
+        if found is None:
+            self._fresh = False
+            how.reporter.log(
+                "no new process can time this model; it is timed in this one, where it may be faster or "
+                "slower than where it is used"
+            )
+        else:
+            how.log_busy(found)
+        return found
 
     def foreseen(self, planned: Planned) -> int:
         """Return the nanoseconds that are predicted of the cut model."""

@@ -36,7 +36,7 @@ def slim_record(
     bounded = inputs.targets["flops"] is not None or options.bounds_loss
     entry: dict[str, Any] = {
         "command": "prune",
-        "options": recorded_options(options),
+        "options": {**recorded_options(options), "round_to": inputs.job.round_to},
         "seed": options.search.seed,
         **({"budget": inputs.job.budget} if bounded else {}),
         "flops_before": inputs.job.table.dense,

@@ -117,13 +117,17 @@ class Stopwatch:
             found = compare_runs(
                 runs, seconds=seconds, device=self.device, threads=threads, precision=precision
             )
+        self.log_busy(found)
+        return found
+
+    def log_busy(self, found: Comparison) -> None:
+        """Log, once per stage, that the machine was busy, if it was."""
         if not found.steady and not self._logged_busy:
             self._logged_busy = True
             self.reporter.log(
                 f"this machine is busy: the time of the same program varied by {100 * found.drift:.0f} % "
                 "while it was measured"
             )
-        return found
 
     def _run(self, model: nn.Module, threads: int) -> Run:
         images = fixed_images(self.timing.latency_batch_size, self.size)

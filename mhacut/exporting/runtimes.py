@@ -84,8 +84,11 @@ def _pt2(
     with refused, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # names folders of this machine
+        for graph in filter(
+            lambda part: isinstance(part, torch.fx.GraphModule), program.graph_module.modules()
+        ):
+            for node in graph.graph.nodes:
+                node.meta.pop("stack_trace", None)  # names folders of this machine
         written = io.BytesIO()
         torch.export.save(program, written, extra_files={f"{METADATA}.json": about})
         again: Any = torch.export.load(io.BytesIO(written.getvalue())).module()
@@ -152,8 +155,9 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
     names = {"input_names": [INPUT], "output_names": [OUTPUT]}
     program = _exported(model, (images,), opset, dynamic_shapes=shapes, **names)
     program.model.metadata_props[METADATA] = about
-    for node in program.model.graph:
-        node.metadata_props.pop(_STACK_TRACE, None)
+    for graph in (program.model.graph, *program.model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.pop(_STACK_TRACE, None)
     proto = program.model_proto
     written = max(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:  # an opset beyond those that it can convert to leaves the model as it was

@@ -60,7 +60,8 @@ def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
             # stop, and those that had seen the first were ended by the second.
             if of_lost_process(error) and request.asked:
                 raise Interrupted(
-                    f"interrupted again; what was saved is whole. {_how_to_go_on(run)}"
+                    f"another process ended while this one stopped; what was saved is whole. "
+                    f"{_how_to_go_on(run)}"
                 ) from error
             raise
 

@@ -20,7 +20,9 @@ from mhacut.runtime.device import resolve_device
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
 """Processes may wait for the first one for as long as a search takes; torchrun ends them if another dies."""
-_LOST = re.compile(r"gloo[/\\]transport")
+_LOST = re.compile(
+    r"gloo[/\\]transport.*(?:[Cc]onnection|closed|reset|[Bb]roken pipe|[Tt]imed out)", re.DOTALL
+)
 """Stands in gloo's errors if a process at the other end is gone."""
 
 
