@@ -307,7 +307,8 @@ def in_lines(header):
         (lambda content: b"PK" + content, "its header would be"),
     ],
 )
-def test_the_command_refuses_a_damaged_one_in_a_line(tiny_vit, kept, tmp_path, damage, says):
+def test_the_command_refuses_a_damaged_one_in_a_line(tiny_vit, kept, tmp_path, monkeypatch, damage, says):
+    monkeypatch.chdir(tmp_path)
     kept.write_bytes(damage(kept.read_bytes()))
     flags = ["--calibration", kept, "--effort", "fast", *FAST, "-o", tmp_path / "slim.safetensors"]
     message = refusal(tmp_path, "prune", *tiny_vit.flags, "--flops", "60%", *flags)

@@ -342,7 +342,9 @@ def test_an_opset_that_nobody_here_knows_is_refused(asked, written, says, slim_o
 
     of_model = [helper.make_opsetid("", written)]
     proto = helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=of_model)
-    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}, graph=[]), model_proto=proto)
+    graph = SimpleNamespace(all_nodes=list)
+    model = SimpleNamespace(metadata_props={}, graph=graph, functions={})
+    program = SimpleNamespace(model=model, model_proto=proto)
     monkeypatch.setattr(runtimes, "_exported", lambda *_, **__: program)
     with pytest.raises(MhacutError, match=says):
         mhacut.export(slim_of("vit"), opset=asked, output=tmp_path / "model.onnx")

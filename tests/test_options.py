@@ -34,7 +34,7 @@ EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.o
         ({"round_to": 8.0}, "round_to=8.0: expected a whole number, at least 1"),
         ({"round_to": "8"}, "round_to='8': expected a whole number, at least 1"),
         ({"round_to": True}, "round_to=True: expected a whole number"),
-        ({"round_to": None}, "round_to=None: expected a value"),
+        ({"batch_size": None}, "batch_size=None: expected a value"),
         ({"lr": float("nan")}, "lr=nan: expected above 0"),
         ({"lr": float("inf")}, "lr=inf: expected above 0"),
         ({"lr": 10**400}, "lr: expected a number"),

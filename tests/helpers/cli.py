@@ -34,6 +34,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
     return found
 
 
+ROOT = Path(__file__).parents[2]
 _LARGEST = 2**24
 """Bytes of a file up to which it is compared whole; of larger ones, size and time are."""
 _MOST = 10_000
@@ -65,11 +66,12 @@ def refusal(folder: Path, *arguments: object, code: int = 1) -> str:
 
     Inputs are the files and folders that ``arguments`` name, wherever they lie.
     """
-    before, here = tree(folder), tree(Path.cwd())
+    places = {folder, Path.cwd()} - {ROOT}  # the repository, where tests beside this one may write
+    before = [tree(place) for place in places]
     with unchanged(*(Path(str(argument)) for argument in arguments)):
         result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr
     assert "Traceback" not in result.stderr
     assert all(char == "\n" or char.isprintable() for char in result.stderr)
-    assert (tree(folder), tree(Path.cwd())) == (before, here)
+    assert [tree(place) for place in places] == before
     return result.stderr
