@@ -78,7 +78,9 @@ def test_writes_that_fail_midway(slim, tmp_path, small_files, command):  # 48
     arguments, name = WRITERS[command]
     put_old(command, tmp_path / name)
     message = refusal(tmp_path, *arguments(slim, tmp_path / name), "--overwrite")
-    assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(errno.EFBIG)}\n")
+    line = message.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path / name}: cannot be written: ")
+    assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
 
 
 @pytest.mark.parametrize(("format", "target"), [("onnx", "x.onnx"), ("pt2", "new/x.pt2"), ("timm", "folder")])
