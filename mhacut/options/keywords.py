@@ -462,7 +462,7 @@ class PruneKeywords(
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
     By default answers, or tokens if there is no classifier."""
     keep_dead_tokens: bool
-    """Compute all tokens in the last block, for use of patch features: the classifier reads the first.
+    """Compute all tokens in the last block, not only the one the classifier reads; for patch features.
     Default: False."""
     round_to: int | None
     """Round widths to multiples of N; by default 8, or 16 with a budget of time on a GPU."""

@@ -309,7 +309,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
     )
     keep_dead_tokens: bool = option(
         False,
-        "Compute all tokens in the last block, for use of patch features: the classifier reads the first.",
+        "Compute all tokens in the last block, not only the one the classifier reads; for patch features.",
         panel="Result",
     )
     round_to: int | None = option(

@@ -9,26 +9,13 @@ import zipfile
 import pytest
 import torch
 
-from helpers.checkpoints import refusal
+from helpers.checkpoints import refusal, torch_file, zipped
 from mhacut.checkpoint.files import read_file_header, read_tensors
 
 TENSORS = {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(4)}
 END, MOST = struct.Struct("<4s4HLLH"), 2**32 - 1
 ELSEWHERE = "the directory of this zip file is not where its end says"
-
-
-def saved() -> bytes:
-    buffer = io.BytesIO()
-    torch.save(TENSORS, buffer)
-    return buffer.getvalue()
-
-
-def archive(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as writer:
-        for name, content in members.items():
-            writer.writestr(name, content)
-    return buffer.getvalue()
+SAVED = torch_file(TENSORS)
 
 
 def with_end(content: bytes, **changes: int) -> bytes:
@@ -40,17 +27,17 @@ def with_end(content: bytes, **changes: int) -> bytes:
 
 def repacked() -> bytes:
     """The same without the end that large archives have, and that torch always writes."""
-    with zipfile.ZipFile(io.BytesIO(saved())) as reader:
-        return archive({name: reader.read(name) for name in reader.namelist()})
+    with zipfile.ZipFile(io.BytesIO(SAVED)) as reader:
+        return zipped({name: reader.read(name) for name in reader.namelist()})
 
 
 def moved() -> bytes:
     """An archive whose end names another place for the end of large archives."""
-    at = len(saved()) - END.size - 12
-    return saved()[:at] + bytes([saved()[at] ^ 1]) + saved()[at + 1 :]
+    at = len(SAVED) - END.size - 12
+    return SAVED[:at] + bytes([SAVED[at] ^ 1]) + SAVED[at + 1 :]
 
 
-@pytest.mark.parametrize("content", [saved(), repacked(), with_end(saved(), start=MOST, length=MOST)])
+@pytest.mark.parametrize("content", [SAVED, repacked(), with_end(SAVED, start=MOST, length=MOST)])
 def test_archives_that_say_where_their_directory_is_are_read(tmp_path, content):
     (tmp_path / "model.pth").write_bytes(content)
     found = read_tensors(read_file_header(tmp_path / "model.pth"))
@@ -60,12 +47,12 @@ def test_archives_that_say_where_their_directory_is_are_read(tmp_path, content):
 @pytest.mark.parametrize(
     "content",
     [
-        with_end(saved(), start=7),
-        with_end(saved(), length=7),
-        saved()[:-2] + b"\x01\x00x",
+        with_end(SAVED, start=7),
+        with_end(SAVED, length=7),
+        SAVED[:-2] + b"\x01\x00x",
         with_end(repacked(), start=7),
         moved(),
-        b"PK\x03\x04" + saved(),
+        b"PK\x03\x04" + SAVED,
     ],
 )
 def test_archives_that_say_otherwise_are_refused(tmp_path, content):
@@ -75,10 +62,10 @@ def test_archives_that_say_otherwise_are_refused(tmp_path, content):
 
 def test_what_pytorch_alone_would_see_is_refused(tmp_path):
     """Python finds the second archive, before the end; PyTorch the first, where the end says."""
-    hidden = archive(
+    hidden = zipped(
         {"m/data.pkl": b"\x80\x02]" + b"]" * 10**6 + b".", "m/version": b"3\n"}, zipfile.ZIP_DEFLATED
     )
-    shown = archive({"m/data.pkl": b"\x80\x02N.", "m/version": b"3\n"})
+    shown = zipped({"m/data.pkl": b"\x80\x02N.", "m/version": b"3\n"})
     start = END.unpack(hidden[-END.size :])[6]
     both = hidden + shown
     path = tmp_path / "model.pth"
@@ -92,6 +79,6 @@ def test_what_pytorch_alone_would_see_is_refused(tmp_path):
 
 def test_a_pickle_in_front_of_an_archive_is_followed_too(tmp_path):
     pairs = b"NN\x86q\x00" + b"h\x00\x86q\x00" * 40
-    (tmp_path / "model.pth").write_bytes(b"\x80\x02}" + pairs + b"Ns." + saved())
+    (tmp_path / "model.pth").write_bytes(b"\x80\x02}" + pairs + b"Ns." + SAVED)
     message = refusal(tmp_path / "model.pth")
     assert ELSEWHERE in message or "names again have more than" in message

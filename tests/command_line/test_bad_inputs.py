@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.checkpoints import Hostile
+from helpers.checkpoints import Hostile, torch_file, zipped
 from helpers.cli import FAST, refusal, run, unchanged
 from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
@@ -42,20 +42,6 @@ def header(document: object, data: bytes = b"") -> bytes:
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def torch_file(value: object, **options) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
-def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def torchscript() -> bytes:

@@ -1,8 +1,10 @@
-"""A tiny ViT in a file, dense or slim, and how a file is refused."""
+"""A tiny ViT in a file, dense or slim, contents of other files, and how a file is refused."""
 
 from __future__ import annotations
 
+import io
 import random
+import zipfile
 
 import pytest
 import timm
@@ -27,6 +29,22 @@ class Hostile:
 
     def __reduce__(self):
         return self.call
+
+
+def torch_file(value: object, **options) -> bytes:
+    """What ``torch.save`` writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip archive."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
 
 
 NAME = "vit_tiny_patch16_224"
