@@ -172,6 +172,7 @@ def member(name: str, size: int, content: bytes = b"", kind: bytes = tarfile.REG
     "content",
     [
         member("a.png", 512, bytes(512)) + member("b.png", -1024),  # back to itself, for ever
+        member("a.png", 512, bytes(512)) + b"no header".ljust(512, b"x"),
         member("a.png", -(2**60)),
         member("a.png", 2**60),
         member("a.png", 4, b"data") + member("a.cls", 2**62, b"1"),

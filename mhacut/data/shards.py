@@ -118,6 +118,11 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"member {member.name!r:.100} lies before the one that precedes it")
         end = member.offset_data
         yield member
+    # To tarfile a header that it cannot read is the end, as of Python 3.13 one with a negative size, too.
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def by_index(opened: Any) -> ShardedSamples | None:

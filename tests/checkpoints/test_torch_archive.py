@@ -15,6 +15,7 @@ from mhacut.checkpoint.files import read_file_header, read_tensors
 TENSORS = {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(4)}
 END, MOST = struct.Struct("<4s4HLLH"), 2**32 - 1
 ELSEWHERE = "the directory of this zip file is not where its end says"
+CORRUPT = "truncated, or not a torch checkpoint (Corrupt zip64 end of central directory"  # as of Python 3.13
 SAVED = torch_file(TENSORS)
 
 
@@ -57,7 +58,8 @@ def test_archives_that_say_where_their_directory_is_are_read(tmp_path, content):
 )
 def test_archives_that_say_otherwise_are_refused(tmp_path, content):
     (tmp_path / "model.pth").write_bytes(content)
-    assert ELSEWHERE in refusal(tmp_path / "model.pth")
+    message = refusal(tmp_path / "model.pth")
+    assert ELSEWHERE in message or CORRUPT in message
 
 
 def test_what_pytorch_alone_would_see_is_refused(tmp_path):
