@@ -397,9 +397,12 @@ def test_zip_files_that_are_no_checkpoints(tmp_path):
     assert "TorchScript archives are not supported" in refusal(path)
     several_disks = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 2) + struct.pack("<4s18x", b"PK\x05\x06")
     path.write_bytes(b"\x80\x02" + several_disks)  # found by fuzzing
-    assert "zipfiles that span multiple disks are not supported" in refusal(path)
+    pickled, message = "a pickle, but no torch checkpoint that loads safely", refusal(path)
+    assert (
+        "zipfiles that span multiple disks are not supported" in message or pickled in message
+    )  # Python 3.13
     path.write_bytes(b"\x80\x04garbage")
-    assert "a pickle, but no torch checkpoint that loads safely" in refusal(path)
+    assert pickled in refusal(path)
     path.write_bytes(b"\0" * 257 + b"ustar" + b"\0" * 250)
     assert "tar archive" in refusal(path)
 
