@@ -295,6 +295,10 @@ def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
         ({"size": "10KB"}, r"size='10KB' is out of reach: the lowest is \S+KB"),
         ({"params": "100%"}, r"nothing to prune: the model's \S+K parameters are already within 100%"),
         ({"flops": "60%", "size": "1KB"}, "size='1KB' is out of reach"),
+        (
+            {"flops": "60%", "params": "1%", "size": "1KB"},
+            r"^params='1%' is out of reach: the lowest is .*; size='1KB' is out of reach: .* scope=",
+        ),
         ({"max_drop": 1.0}, r"max_drop=1\.0: expected labelled images to measure accuracy on"),
     ],
 )

@@ -41,21 +41,26 @@ def reachable_amounts(
             for budget in asked.budgets
         )
         raise BudgetError(f"nothing to prune: the model's {within}")
-    for budget in asked.budgets:
-        resource = budget.resource
-        if amounts[resource] < lowest[resource]:
-            raise BudgetError(_out_of_reach(budget, dense[resource], lowest[resource], options))
+    missed = [budget for budget in asked.budgets if amounts[budget.resource] < lowest[budget.resource]]
+    if missed:
+        told = [_out_of_reach(each, dense[each.resource], lowest[each.resource]) for each in missed]
+        meant = "".join(map(_meant, missed))
+        raise BudgetError(f"{'; '.join(told)} with {_listed(options)}{meant}")
     return amounts
 
 
-def _out_of_reach(asked: Budget, dense: int, lowest: int, options: Sequence[str]) -> str:
-    share = 100 * asked.value if asked.value < 1 else asked.value
-    meant = f"; did you mean {share:g}%?" if re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text) else ""
+def _out_of_reach(asked: Budget, dense: int, lowest: int) -> str:
     return (
         f"{option_name(asked.resource, asked.text)} is out of reach: the lowest is "
         f"{format_amount(lowest, asked.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
-        f"{format_amount(dense, asked.resource)}) with {_listed(options)}{meant}"
+        f"{format_amount(dense, asked.resource)})"
     )
+
+
+def _meant(asked: Budget) -> str:
+    if not re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text):
+        return ""
+    return f"; did you mean {100 * asked.value if asked.value < 1 else asked.value:g}%?"
 
 
 def _listed(options: Sequence[str]) -> str:
