@@ -94,6 +94,7 @@ def test_the_command(slim_of, tmp_path):
     result = run("export", slim_of("vit"), "--format", "openvino", "-o", file)
     assert result.exit_code == 0, result.stderr
     assert f"saved {file}, " in result.stdout
+    assert "unless compile_model is given {'INFERENCE_PRECISION_HINT': 'f32'}" in result.stdout
 
 
 def test_neither_file_is_replaced(slim_of, tmp_path, monkeypatch):

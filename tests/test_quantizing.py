@@ -310,6 +310,7 @@ def test_the_command(slim_of, few_digits, tmp_path):
         "INT8 compared with float32, on 4 held-out",
         "times as fast",
         "times as small",
+        ", INT8\ndifference: largest difference of outputs in INT8 from those in float32",
     ):
         assert words in result.stdout
     assert "WARNING" not in result.stderr

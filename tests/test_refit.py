@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.models import relative
 from helpers.moments import exact, rows
-from mhacut.linalg.moments import Moments
+from mhacut.linalg.moments import Moments, gram
 from mhacut.linalg.reconstruction import RIDGES, LinearProblem, output_error, refit_linear, refit_logits
 from mhacut.linalg.selection import rank_channels
 
@@ -37,6 +37,13 @@ def test_rows_count_as_often_as_their_weights_say(mean):
     assert relative(found.covariance, repeated.covariance) < 1e-4
     halves = Moments.of(x[:, :11], weights[:11]) + Moments.of(x[:, 11:], weights[11:])
     assert torch.allclose(halves.energy, repeated.energy, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 191, 383, 384, 385, 576, 700])
+def test_a_gram_matrix_is_the_product_whatever_its_size(size):
+    x = torch.randn(2, 9, size, dtype=torch.float64)
+    found = gram(x)
+    assert torch.allclose(found, torch.einsum("bri,brj->bij", x, x), rtol=1e-12)
 
 
 @pytest.mark.parametrize("mean", [0, 30, 3000])

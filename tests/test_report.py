@@ -198,6 +198,21 @@ def test_points_lie_where_their_numbers_are():
         assert y0 > y2  # SVG counts downwards
 
 
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("ys", [(97.67, 97.67), (97.66, 97.67), (0.01, 0.01), (16.3, 16.3)])
+def test_numbers_on_an_axis_differ(ys, logarithmic):
+    """Where all models are equal, or nearly, an axis said the same number five times."""
+    line = Line("l", list(zip((80.0, 81.0), ys, strict=True)), "depth-0")
+    drawn = draw(LineChart("t", [line], "x", "y", logarithmic))
+    for anchor, count in (("end", 5), ("middle", 5)):
+        written = [
+            s.text for s in drawn.shapes if s.element == "text" and s.attributes["text-anchor"] == anchor
+        ]
+        numbers = [text for text in written if text not in ("x", "y")]
+        assert len(numbers) == count
+        assert len(set(numbers)) == count if anchor == "middle" or not logarithmic else len(set(numbers)) > 1
+
+
 # --- curves in a file ---
 
 PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))

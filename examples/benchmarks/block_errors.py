@@ -26,6 +26,7 @@ from subjects import add_flags, complete
 from torch import Tensor, nn
 
 import mhacut
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import captured_outputs
 
 BATCH = 32
@@ -105,14 +106,15 @@ def _of(rows: int, total: Tensor, squares: Tensor, error: Tensor) -> BlockError:
 
 def widths_of(slim: nn.Module) -> list[Mapping[str, int]]:
     """Widths per block: of q/k, of v, and of the MLP."""
-    found = []
-    for block in slim.blocks:
-        attention, mlp = block.attn, block.mlp
-        heads = attention.num_heads
-        v = attention.proj.in_features // heads
-        qk = (attention.qkv.out_features // heads - v) // 2
-        found.append({"q/k": qk, "v": v, "MLP": mlp.fc1.out_features})
-    return found
+    widths = {unit.key: unit.width for unit in find_prunable_layers(slim).units()}
+    return [
+        {
+            "q/k": widths[f"blocks.{number}.attn", "qk"],
+            "v": widths[f"blocks.{number}.attn", "v"],
+            "MLP": widths[f"blocks.{number}.mlp", "hidden"],
+        }
+        for number in range(len(slim.blocks))
+    ]
 
 
 def as_text(errors: Sequence[BlockError], widths: Sequence[Mapping[str, int]]) -> str:

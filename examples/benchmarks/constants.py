@@ -5,8 +5,7 @@ r"""What a constant of mhacut is worth: models pruned with other values of it, o
 
 Constants have no flags. The script sets those that ``--constant`` names, prunes by unlabelled images, and
 prints top-1, KL divergence from the dense model and CPU seconds on one half of the validation images, to
-choose by, or on the other, to report. A constant that another module imports by name is named there too; one
-inside another, such as ``mhacut.options.prune.EFFORTS.balanced.fisher_share``, by its path.
+choose by, or on the other, to report. A constant that another module imports by name is named there too.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,10 +86,11 @@ def measure(asked: argparse.Namespace, value: str, flops: str, seed: int) -> dic
     loaded, preprocessing = read(setup)
     held = read_images(Path(asked.data_dir, "val"), preprocessing)
     images = Images(*held, *held, preprocessing.mean, preprocessing.std)
-    places = [place_of(constant) for constant in asked.constant]
-    before = [getattr(owner, name) for owner, name in places]
-    for owner, name in places:
-        put(owner, name, yaml.safe_load(value))
+    places = [constant.rpartition(".")[::2] for constant in asked.constant]
+    modules = [(importlib.import_module(module), name) for module, name in places]
+    before = [getattr(module, name) for module, name in modules]
+    for module, name in modules:
+        setattr(module, name, yaml.safe_load(value))
     began = time.process_time()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -112,34 +111,10 @@ def measure(asked: argparse.Namespace, value: str, flops: str, seed: int) -> dic
             )
             slim = mhacut.load_model(result.output)
     finally:
-        for (owner, name), own in zip(places, before, strict=True):
-            put(owner, name, own)
+        for (module, name), own in zip(modules, before, strict=True):
+            setattr(module, name, own)
     cpu_s = time.process_time() - began
     return {**scores_of(outputs(loaded.model, images), outputs(slim, images), held[1]), "cpu_s": cpu_s}
-
-
-def place_of(constant: str) -> tuple[Any, str]:
-    """Object that has the constant, and its name there.
-
-    >>> owner, name = place_of("mhacut.options.prune.EFFORTS.fast.fisher_share")
-    >>> type(owner).__name__, name
-    ('Work', 'fisher_share')
-    """
-    *parts, name = constant.split(".")
-    owner: Any = importlib.import_module(parts[0])
-    for end, part in enumerate(parts[1:], 2):
-        if isinstance(owner, Mapping):
-            owner = owner[part]
-        elif hasattr(owner, part):
-            owner = getattr(owner, part)
-        else:
-            owner = importlib.import_module(".".join(parts[:end]))
-    return owner, name
-
-
-def put(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute, of a frozen dataclass too."""
-    (setattr if isinstance(owner, ModuleType) else object.__setattr__)(owner, name, value)
 
 
 if __name__ == "__main__":

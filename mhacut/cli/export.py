@@ -31,17 +31,27 @@ def export(options: ExportOptions, console: Console) -> None:
     console.result(_text(result), _document(result))
 
 
+BFLOAT16 = (
+    "compared in float32; on CPUs that have bfloat16 OpenVINO computes in it, "
+    "unless compile_model is given {'INFERENCE_PRECISION_HINT': 'f32'}"
+)
+
+
 def _text(result: ExportResult) -> str:
     channels, height, width = result.input_size
     batch = "any batch" if result.fixed_batch is None else f"batch {result.fixed_batch}"
     rows = [["batch", "difference"]]
     rows += [[str(count), f"{difference:.1e}"] for count, difference in result.difference.items()]
+    dtype, what = result.dtype, "between the outputs of the two"
+    if result.int8 is not None:
+        dtype, what = "INT8", "of outputs in INT8 from those in float32"
     lines = [
         table(rows),
         "",
-        f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {result.dtype}",
-        "difference: largest difference between the outputs of the two, relative to the largest output",
+        f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {dtype}",
+        f"difference: largest difference {what}, relative to the largest output",
         *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
+        *([BFLOAT16] if result.format == "openvino" else []),
         f"saved {safe(result.output)}, {result.file_bytes / 1e6:.1f} MB",
         *([] if result.pushed is None else [f"pushed {safe(result.pushed)}"]),
     ]

@@ -88,6 +88,10 @@ def _values(options: Mapping[str, Option], config: str | None, given: Mapping[st
         option = options[name]
         if value is None or value == []:
             continue
+        if option.once:
+            if len(value) > 1:
+                raise UsageError(f"{option.flag}: expected one value, found {' and '.join(map(str, value))}")
+            (value,) = value
         if option.takes_pairs:
             value = {**values.get(name, {}), **dict(key_value(option.flag, pair) for pair in value)}
         if option.repeats and (option.element or len(value) == 1):
@@ -181,6 +185,8 @@ def _flag(option: Option) -> inspect.Parameter:
     python: Any = option.kind if option.kind in (bool, int, float) else str
     if option.takes_pairs or option.repeats:
         python = list[str]
+    elif option.once:
+        python = list[python]
     return _parameter(option.name, Annotated[python | None, info], None)
 
 

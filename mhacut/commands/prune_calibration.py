@@ -261,7 +261,7 @@ def check_run(path: Path, found: Calibration, job: Job) -> None:
 
 def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: list[str]) -> str:
     lines = [
-        f"another {name}"
+        f"{name}: not the same"
         if len(wanted[name]) == 64  # digests say nothing to readers
         else f"{name}: {safe(stored.get(name, 'not stated')):.60}, now {wanted[name]}"
         for name in differs

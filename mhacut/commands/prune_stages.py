@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mhacut.options.prune import EFFORTS, PruneOptions
+from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import held_out
+from mhacut.pruning.fisher import FISHER_IMAGES
 from mhacut.pruning.job import Job
 from mhacut.runtime.stages import StageShare
 
@@ -47,7 +48,7 @@ def expected_stages(options: PruneOptions, job: Job, measured: int, files: int =
     held = held_out(count)
     fitted = count - held
     channels = sum(unit.heads * unit.width for unit in job.units)
-    differentiated = EFFORTS[search.effort].fisher_share * fitted
+    differentiated = min(FISHER_IMAGES, fitted)
     together = [
         (unit.heads, unit.width) if unit.kind == "qk" else (1, unit.heads * unit.width) for unit in job.units
     ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_AT_ONCE = 192
+"""Columns of a block of :func:`gram`."""
 _SMALL, _LARGE = 1e-15, 1e15
 """Bounds of activations within which float32 can hold their squares and sums of 1e8 of these."""
 
@@ -48,7 +50,7 @@ class Moments:
         rest = total - weight * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
         second = torch.stack([middle, rest], -1) @ torch.stack([total, middle], -2)
-        return cls(rows, total, second.add_(x.mT @ x))
+        return cls(rows, total, second.add_(gram(x)))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
@@ -86,3 +88,20 @@ class Moments:
     def energy(self) -> Tensor:
         """Mean of x x^T, not centred, [..., d, d]."""
         return self.second / self.rows
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return x^T x, [..., d, d], of rows [..., rows, d], in little more than half the time where d is large.
+
+    Blocks below the diagonal are copies of those above.
+    """
+    size = x.shape[-1]
+    if size < 2 * _AT_ONCE:
+        return x.mT @ x
+    found = x.new_empty(*x.shape[:-2], size, size)
+    for start in range(0, size, _AT_ONCE):
+        stop = start + _AT_ONCE
+        block = x[..., start:stop].mT @ x[..., start:]
+        found[..., start:stop, start:] = block
+        found[..., stop:, start:stop] = block[..., _AT_ONCE:].mT
+    return found

@@ -92,6 +92,8 @@ class Option:
     """Kind of what is read from the path, or from each of several."""
     repeats: bool = False
     """Whether the flag may be given several times, for as many values."""
+    once: bool = False
+    """Whether a flag that is given again is refused; of others that do not repeat, the last value counts."""
     name: str = ""
     """Name in Python and in YAML; filled in by :class:`Options`, as are type and default."""
     type: Any = None
@@ -223,6 +225,7 @@ def option(
     endings: tuple[str, ...] = (),
     reads: Reads | None = None,
     repeats: bool = False,
+    once: bool = False,
 ) -> T:
     """State an option as a field of an :class:`Options` dataclass; see :class:`Option` for the arguments.
 
@@ -247,6 +250,7 @@ def option(
         endings=endings,
         reads=reads,
         repeats=repeats,
+        once=once,
     )
     metadata = {"option": stated}
     made: Any

@@ -248,8 +248,6 @@ class Work:
     """Amount of work that an effort stands for."""
 
     calibration_images: int
-    fisher_share: float
-    """Fraction of the images to fit for which gradients are computed."""
     swap_moves: bool
     repair_in_order: bool
     heal_steps: int
@@ -258,21 +256,18 @@ class Work:
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(
         calibration_images=128,
-        fisher_share=0.5,
         swap_moves=False,
         repair_in_order=False,
         heal_steps=0,
     ),
     "balanced": Work(
         calibration_images=256,
-        fisher_share=1.0,
         swap_moves=False,
         repair_in_order=True,
         heal_steps=40,
     ),
     "best": Work(
         calibration_images=1024,
-        fisher_share=0.5,
         swap_moves=True,
         repair_in_order=True,
         heal_steps=150,

@@ -28,12 +28,14 @@ class TargetOptions(Options):
         "Budget of parameters: 2.8M or 50%. Several kinds of budget can be combined; all are met.",
         panel="Result",
         metavar="BUDGET",
+        once=True,
     )
     size: str | None = option(
         None,
         "Budget for the size of the written file: 6MB, 5.5MiB or 50%, in the checkpoint's dtype.",
         panel="Result",
         metavar="BUDGET",
+        once=True,
     )
     max_latency: str | None = option(
         None,
@@ -41,6 +43,7 @@ class TargetOptions(Options):
         "beside the dense one, on the device and under the conditions that the options of latency state.",
         panel="Result",
         metavar="TIME",
+        once=True,
     )
     max_kl: float | None = option(
         None,
@@ -49,6 +52,7 @@ class TargetOptions(Options):
         panel="Result",
         metavar="NATS",
         above=0,
+        once=True,
     )
     max_drop: float | None = option(
         None,
@@ -58,6 +62,7 @@ class TargetOptions(Options):
         metavar="POINTS",
         at_least=0,
         at_most=100,
+        once=True,
     )
 
     exclude: tuple[str, ...] = option(

@@ -41,7 +41,7 @@ FEW_WIDTHS = 5
 """The same of more than :data:`WIDE` channels that were seen in few rows."""
 WIDE = 2048
 """Channels above which each of these widths takes seconds."""
-REPLAYED = 32
+REPLAYED = 16
 """Calibration images on which layers are run again."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of

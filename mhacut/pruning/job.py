@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
-from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out
 from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.fisher import FisherOptions
+from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.widths import width_choices
@@ -98,7 +98,7 @@ class Job:
         count = 0
         if options.allocation in ("curves", "refined") or options.repair:
             fitted = len(self.images) - held_out(len(self.images))
-            count = max(1, round(EFFORTS[options.effort].fisher_share * fitted))
+            count = min(FISHER_IMAGES, fitted)
         return FisherOptions(count, options.seed, options.token_weights, self.preserved)
 
     def calibrate(self, processes: Processes | None = None) -> Calibration:

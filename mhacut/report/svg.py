@@ -97,16 +97,17 @@ class _Axes:
         points = [point for line in lines for point in line.points]
         xs, ys = [x for x, _ in points], [self.scaled(y) for _, y in points]
         self.logarithmic = logarithmic
-        self.x_range = min(xs), max(xs)
-        self.y_range = min(ys), max(ys)
+        self.x_range = _spread(min(xs), max(xs))
+        self.y_range = _spread(min(ys), max(ys))
         if logarithmic:  # whole powers of ten
-            self.y_range = float(math.floor(min(ys))), float(math.ceil(max(ys)))
+            low = math.floor(min(ys))
+            self.y_range = float(low), float(max(math.ceil(max(ys)), low + 1))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Coordinates of a point of the data."""
         (x_low, x_high), (y_low, y_high) = self.x_range, self.y_range
-        along = (x - x_low) / ((x_high - x_low) or 1)
-        above = (self.scaled(y) - y_low) / ((y_high - y_low) or 1)
+        along = (x - x_low) / (x_high - x_low)
+        above = (self.scaled(y) - y_low) / (y_high - y_low)
         return self.left + along * self.width, self.top + (1 - above) * self.height
 
     def shapes(self, x_label: str, y_label: str) -> list[Shape]:
@@ -117,11 +118,11 @@ class _Axes:
         for step in range(5):
             x, y = self.left + self.width * step / 4, bottom - self.height * step / 4
             value = _between(self.y_range, step / 4)
-            number = f"{10**value:.0e}" if self.logarithmic else f"{value:.3g}"
+            number = f"{10**value:.0e}" if self.logarithmic else _number(value, self.y_range)
             shapes += [
                 Shape("line", {"class": "grid", "x1": self.left, "x2": right, "y1": y, "y2": y}),
                 _text(self.left - 6, y + 4, number, "end"),
-                _text(x, bottom + 16, f"{_between(self.x_range, step / 4):.3g}", "middle"),
+                _text(x, bottom + 16, _number(_between(self.x_range, step / 4), self.x_range), "middle"),
             ]
         shapes.append(_text(self.left + self.width / 2, bottom + 34, x_label, "middle"))
         turned = {"x": 14, "y": middle, "text-anchor": "middle", "transform": f"rotate(-90 14 {middle:.0f})"}
@@ -141,6 +142,18 @@ def _line_chart(chart: LineChart) -> Drawing:
             dot = {"class": f"mark {line.colour}", "cx": x, "cy": y, "r": 3.5}
             shapes.append(Shape("circle", dot, title=title))
     return Drawing(chart.title, axes.left + axes.width + 20, axes.top + axes.height + 40, shapes)
+
+
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis: of one value, with some room on both sides."""
+    room = 0.0 if high > low else 0.01 * abs(low) or 1.0
+    return low - room, high + room
+
+
+def _number(value: float, ends: tuple[float, float]) -> str:
+    """Text of a number on an axis, with enough digits to tell quarters of the axis apart."""
+    digits = math.log10(max(map(abs, ends)) / (ends[1] - ends[0])) + 2
+    return f"{value:.{max(3, math.ceil(digits))}g}"
 
 
 def _between(ends: tuple[float, float], fraction: float) -> float:

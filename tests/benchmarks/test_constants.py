@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from helpers.benchmarks import script
-from mhacut.options.prune import EFFORTS
 from mhacut.pruning import fisher, heal
 
 FLAGS = [
@@ -42,18 +41,6 @@ def test_every_value_is_a_row_over_all_seeds_and_kept(tmp_path, capsys, monkeypa
     module.main(flags)
     assert len(made) == 4  # what is in the file is not run again
     assert capsys.readouterr().out == printed
-
-
-def test_a_constant_inside_another_is_set_and_taken_back():
-    module = script("constants")
-    owner, name = module.place_of("mhacut.options.prune.EFFORTS.balanced.fisher_share")
-    assert owner is EFFORTS["balanced"]
-    before = getattr(owner, name)
-    module.put(owner, name, 0.125)
-    assert EFFORTS["balanced"].fisher_share == 0.125
-    module.put(owner, name, before)
-    owner, name = module.place_of("mhacut.pruning.fisher.SHRINKAGE")
-    assert (owner, name) == (fisher, "SHRINKAGE")
 
 
 @pytest.mark.slow

@@ -32,6 +32,27 @@ def test_defaults_are_the_options(captured):
     assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
 
 
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--params", ("60%", "80%")),
+        ("--size", ("6MB", "7MB")),
+        ("--max-latency", ("12ms", "60%")),
+        ("--max-kl", ("0.5", "0.25")),
+        ("--max-drop", ("1.0", "2.0")),
+    ],
+)
+def test_a_target_that_is_given_twice_is_refused(captured, flag, values):
+    """The last one counted, without a word; the guide says that all targets are met."""
+    first, second = values
+    result = run("prune", "a.safetensors", flag, first, flag, second)
+    assert (result.exit_code, captured) == (2, [])
+    assert result.stderr.strip() == f"error: {flag}: expected one value, found {first} and {second}"
+    run("prune", "a.safetensors", flag, second)
+    (options,) = captured
+    assert str(getattr(options, flag.removeprefix("--").replace("-", "_"))) == second
+
+
 FULL = PruneOptions.from_flat(
     checkpoint="a.safetensors",
     flops="2.0G",
