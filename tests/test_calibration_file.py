@@ -142,6 +142,20 @@ def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path
     assert prune(tiny_vit, tmp_path / "other.safetensors", calibration=kept, flops="80%", round_to=4).budget
 
 
+def test_gradients_of_few_images_serve_every_effort(tiny_vit, tmp_path, monkeypatch):
+    """``fast`` and ``balanced`` differentiate the same images, at most ``FISHER_IMAGES``."""
+    monkeypatch.setattr("mhacut.pruning.job.FISHER_IMAGES", 2)
+    kept = tmp_path / "kept.safetensors"
+    assert prune(tiny_vit, tmp_path / "a.safetensors", calibration=kept, effort="fast").budget
+    before = kept.read_bytes()
+    with safe_open(kept, "pt") as file:
+        assert "2 images, seed 42" in json.dumps(file.metadata())
+    assert prune(
+        tiny_vit, tmp_path / "b.safetensors", calibration=kept, effort="balanced", heal_steps=0
+    ).budget
+    assert kept.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -75,9 +75,9 @@ def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_fo
 def test_budgets_may_be_numbers(tiny_vit, tmp_path):
     flops = 900_000
     assert prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops, dry_run=True).budget == flops
-    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+    with pytest.raises(BudgetError, match=r"did you mean flops='50%'\?"):
         prune(tiny_vit, tmp_path / "other.safetensors", flops=50)
-    with pytest.raises(BudgetError, match=r"did you mean 50%\?"):
+    with pytest.raises(BudgetError, match=r"did you mean flops='50%'\?"):
         prune(tiny_vit, tmp_path / "other.safetensors", flops=0.5)
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         prune(tiny_vit, tmp_path / "slim.pth")

@@ -199,7 +199,18 @@ def test_points_lie_where_their_numbers_are():
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])
-@pytest.mark.parametrize("ys", [(97.67, 97.67), (97.66, 97.67), (0.01, 0.01), (16.3, 16.3)])
+@pytest.mark.parametrize(
+    "ys",
+    [
+        (97.67, 97.67),
+        (97.66, 97.67),
+        (97.67, 97.6700001),
+        (100.0, 100.0),
+        (0.01, 0.01),
+        (16.3, 16.4),
+        (1e9, 1e9),
+    ],
+)
 def test_numbers_on_an_axis_differ(ys, logarithmic):
     """Where all models are equal, or nearly, an axis said the same number five times."""
     line = Line("l", list(zip((80.0, 81.0), ys, strict=True)), "depth-0")
@@ -210,7 +221,16 @@ def test_numbers_on_an_axis_differ(ys, logarithmic):
         ]
         numbers = [text for text in written if text not in ("x", "y")]
         assert len(numbers) == count
-        assert len(set(numbers)) == count if anchor == "middle" or not logarithmic else len(set(numbers)) > 1
+        assert len(set(numbers)) == count
+        assert max(map(len, numbers)) <= 9
+        if anchor == "end" and not logarithmic:
+            assert max(map(float, numbers)) == pytest.approx(max(ys), rel=1e-3)
+
+
+def test_an_axis_of_zeros_has_room_above():
+    drawn = draw(LineChart("t", [Line("l", [(0.0, 0.0), (1.0, 0.0)], "depth-0")], "x", "y", False))
+    numbers = [s.text for s in drawn.shapes if s.element == "text" and s.attributes["text-anchor"] == "end"]
+    assert numbers == ["0", "0.25", "0.5", "0.75", "1"]
 
 
 # --- curves in a file ---

@@ -3,10 +3,9 @@
     python examples/benchmarks/block_errors.py slim.safetensors --subject wide430 --root downloads
 
 runs the dense and the pruned model side by side on validation images and prints, per block, the squared error
-of the stream behind it over the dense stream's deviation from its mean; the mean of the same over channels,
-each divided by its own variance; the largest channel's share of the variance, and its variance over the
-median one's; and the widths that were kept. Models that merge tokens are refused: their blocks have other
-rows.
+of the stream behind it over the dense stream's variance; the mean of that ratio over channels, each with its
+own variance; the largest channel's share of the variance, and its variance over the median one's; and the
+widths that were kept. Models that merge tokens are refused: their blocks have other rows.
 """
 
 from __future__ import annotations
@@ -28,22 +27,23 @@ from torch import Tensor, nn
 import mhacut
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.read import read_of
 
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """What is known of the stream behind one block."""
+    """Error of the residual stream behind one block, and variance of its channels."""
 
     relative: float
-    """Squared error over squared deviation of the dense stream from its mean, all channels together."""
+    """Squared error over the dense stream's variance, each summed over channels."""
     scaled: float
-    """The same with each channel divided by its own deviation: the mean over channels."""
+    """Squared error over variance of each channel, the mean over channels."""
     largest_share: float
-    """Variance of the channel that has most, over that of all channels."""
+    """Variance of the channel that has most, over the sum of all variances."""
     largest_ratio: float
-    """The same over that of the median channel."""
+    """Variance of the channel that has most, over the median variance."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded, preprocessing = read(Setup.of(asked, calibration_images=0, seed=0))
     slim = mhacut.load_model(asked.slim)
     images, _ = read_images(Path(asked.data_dir, "val"), preprocessing)
-    every = torch.linspace(0, len(images) - 1, min(asked.images, len(images))).long()  # of all classes
+    chosen = torch.linspace(0, len(images) - 1, min(asked.images, len(images))).long()  # of all classes
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
-    pixels = (images[every].float() / 255 - mean) / std
+    pixels = (images[chosen].float() / 255 - mean) / std
     found = block_errors(loaded.model.eval(), slim.eval(), pixels)
     print(as_text(found, widths_of(slim)))
 
@@ -74,11 +74,12 @@ def block_errors(dense: nn.Module, slim: nn.Module, images: Tensor) -> list[Bloc
     for batch in images.split(BATCH):
         with ExitStack() as stack:
             outputs = [stack.enter_context(captured_outputs(model, names)) for model in (dense, slim)]
-            dense(batch), slim(batch)
+            dense(batch)
+            slim(batch)
         for name in names:
             rows, other = (found[name][-1].double() for found in outputs)  # (n, tokens, C)
             if name == names[-1]:
-                rows = rows[:, : other.shape[1]]  # tokens that nothing reads may be left out
+                rows = rows[:, : read_of(slim)]  # those that nothing reads are not computed
             if rows.shape != other.shape:
                 sys.exit(f"{name}: expected {rows.shape[1]} tokens, found {other.shape[1]}: the model merges")
             rows, other = rows.flatten(0, 1), other.flatten(0, 1)
@@ -90,11 +91,11 @@ def block_errors(dense: nn.Module, slim: nn.Module, images: Tensor) -> list[Bloc
                 ("error", (rows - other).square().sum(0)),
             ):
                 own[key] = own.get(key, 0) + value
-    return [_of(**sums[name]) for name in names]
+    return [_error_of(**sums[name]) for name in names]
 
 
-def _of(rows: int, total: Tensor, squares: Tensor, error: Tensor) -> BlockError:
-    variance = squares / rows - (total / rows).square()
+def _error_of(rows: int, total: Tensor, squares: Tensor, error: Tensor) -> BlockError:
+    variance = (squares / rows - (total / rows).square()).clamp_min(torch.finfo(torch.float64).tiny)
     error = error / rows
     return BlockError(
         relative=float(error.sum() / variance.sum()),

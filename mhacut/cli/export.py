@@ -32,9 +32,10 @@ def export(options: ExportOptions, console: Console) -> None:
 
 
 BFLOAT16 = (
-    "compared in float32; on CPUs that have bfloat16 OpenVINO computes in it, "
+    "compared in float32; OpenVINO itself computes in bfloat16 on CPUs that have it, "
     "unless compile_model is given {'INFERENCE_PRECISION_HINT': 'f32'}"
 )
+"""Line about the precision of OpenVINO files."""
 
 
 def _text(result: ExportResult) -> str:

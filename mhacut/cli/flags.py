@@ -90,7 +90,8 @@ def _values(options: Mapping[str, Option], config: str | None, given: Mapping[st
             continue
         if option.once:
             if len(value) > 1:
-                raise UsageError(f"{option.flag}: expected one value, found {' and '.join(map(str, value))}")
+                found = " and ".join(shlex.quote(str(one)) for one in value)
+                raise UsageError(f"{option.flag}: expected one value, found {found}")
             (value,) = value
         if option.takes_pairs:
             value = {**values.get(name, {}), **dict(key_value(option.flag, pair) for pair in value)}

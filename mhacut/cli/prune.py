@@ -64,7 +64,7 @@ def _text(result: PruneResult) -> str:
         lines += map(_target, result.targets)
     unit = _UNITS[result.divergence_of]
     if any(target.name in ("max_kl", "max_drop") for target in result.targets):
-        unit += " at these FLOPs"  # what a constraint costs under a bound on the loss is FLOPs
+        unit += " at these FLOPs"  # the bound holds with and without the constraint; FLOPs differ
     lines += [
         f"{option_name(one.name, one.value)}: costs an estimated {one.nats:.2g} {unit}"
         for one in result.constraints

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import held_out
-from mhacut.pruning.fisher import FISHER_IMAGES
 from mhacut.pruning.job import Job
 from mhacut.runtime.stages import StageShare
 
@@ -46,9 +45,8 @@ def expected_stages(options: PruneOptions, job: Job, measured: int, files: int =
     search, count = options.search, len(job.images)
     gflops, kept = job.table.dense / 1e9, job.budget / 1e9
     held = held_out(count)
-    fitted = count - held
     channels = sum(unit.heads * unit.width for unit in job.units)
-    differentiated = min(FISHER_IMAGES, fitted)
+    differentiated = job.fisher_options.images
     together = [
         (unit.heads, unit.width) if unit.kind == "qk" else (1, unit.heads * unit.width) for unit in job.units
     ]

@@ -30,8 +30,7 @@ SHRINKAGE = 0.5
 are not the small ones that gradients describe, so importance is shrunk towards uniform."""
 
 FISHER_IMAGES = 48
-"""Most images that are differentiated: each takes three times as long as another one, and more of them bring
-nothing."""
+"""Most images that are differentiated. More would take longer and change little."""
 
 MOST_BYTES = 2**31
 """Bounds the memory that a backward pass needs from the forward pass: a larger batch is run in parts."""

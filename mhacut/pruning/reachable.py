@@ -43,9 +43,9 @@ def reachable_amounts(
         raise BudgetError(f"nothing to prune: the model's {within}")
     missed = [budget for budget in asked.budgets if amounts[budget.resource] < lowest[budget.resource]]
     if missed:
-        told = [_out_of_reach(each, dense[each.resource], lowest[each.resource]) for each in missed]
-        meant = "".join(map(_meant, missed))
-        raise BudgetError(f"{'; '.join(told)} with {_listed(options)}{meant}")
+        refusals = [_out_of_reach(each, dense[each.resource], lowest[each.resource]) for each in missed]
+        questions = "".join(map(_meant, missed))
+        raise BudgetError(f"{'; '.join(refusals)} with {_listed(options)}{questions}")
     return amounts
 
 
@@ -58,9 +58,11 @@ def _out_of_reach(asked: Budget, dense: int, lowest: int) -> str:
 
 
 def _meant(asked: Budget) -> str:
+    """Return a question if ``asked`` may be a percentage without its sign."""
     if not re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text):
         return ""
-    return f"; did you mean {100 * asked.value if asked.value < 1 else asked.value:g}%?"
+    percent = f"{100 * asked.value if asked.value < 1 else asked.value:g}%"
+    return f"; did you mean {option_name(asked.resource, percent)}?"
 
 
 def _listed(options: Sequence[str]) -> str:

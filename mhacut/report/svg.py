@@ -14,6 +14,8 @@ _LABEL = 170
 """Width in pixels of the names at the left; a character takes about 6.5."""
 _NAME = 26
 """Characters of a name that fit there."""
+_ALIKE = 1e-4
+"""Relative difference of values that an axis does not tell apart: its numbers have seven characters."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class _Axes:
         for step in range(5):
             x, y = self.left + self.width * step / 4, bottom - self.height * step / 4
             value = _between(self.y_range, step / 4)
-            number = f"{10**value:.0e}" if self.logarithmic else _number(value, self.y_range)
+            number = f"{10**value:.1e}" if self.logarithmic else _number(value, self.y_range)
             shapes += [
                 Shape("line", {"class": "grid", "x1": self.left, "x2": right, "y1": y, "y2": y}),
                 _text(self.left - 6, y + 4, number, "end"),
@@ -145,9 +147,10 @@ def _line_chart(chart: LineChart) -> Drawing:
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """Ends of an axis: of one value, with some room on both sides."""
-    room = 0.0 if high > low else 0.01 * abs(low) or 1.0
-    return low - room, high + room
+    """Ends of an axis; where all values are equal or nearly, with room below, above if they are 0."""
+    if high - low > _ALIKE * max(abs(low), abs(high)):
+        return low, high
+    return (high - 0.02 * abs(high), high) if high else (0.0, 1.0)
 
 
 def _number(value: float, ends: tuple[float, float]) -> str:

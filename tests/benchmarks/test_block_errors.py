@@ -33,6 +33,14 @@ def test_errors_are_those_of_a_slow_reference():
     assert second.largest_ratio == pytest.approx(float(variance.max() / variance.median()), rel=1e-5)
 
 
+def test_a_model_that_merges_is_refused():
+    module, dense = script("block_errors"), small_vit().eval()
+    slim = copy.deepcopy(dense)
+    slim.blocks[1].register_forward_hook(lambda block, args, output: output[:, :-2])
+    with pytest.raises(SystemExit, match=r"blocks\.1: expected 17 tokens, found 15: the model merges"):
+        module.block_errors(dense, slim, torch.randn(2, 3, 16, 16))
+
+
 @pytest.mark.slow
 def test_a_pruned_file_has_a_row_per_block(tmp_path, capsys):
     module, file = script("block_errors"), tmp_path / "vit.safetensors"
