@@ -71,9 +71,9 @@ class SearchOptions(Options):
         "Refit by least squares the weights that read the output of a pruned layer.",
         panel="Research switches",
     )
-    swap_moves: bool | None = option(
-        None,
-        "Exchange kept for removed channels while that lowers the error; by default the effort decides.",
+    swap_moves: bool = option(
+        False,
+        "Exchange kept for removed channels while that lowers the error.",
         panel="Research switches",
     )
     repair_in_order: bool | None = option(
@@ -180,8 +180,7 @@ class SearchOptions(Options):
     @property
     def swaps(self) -> bool:
         """Whether kept channels are exchanged for others."""
-        asked = EFFORTS[self.effort].swap_moves if self.swap_moves is None else self.swap_moves
-        return self.repair and asked
+        return self.repair and self.swap_moves
 
     @property
     def repairs_in_order(self) -> bool:
@@ -248,7 +247,6 @@ class Work:
     """Amount of work that an effort stands for."""
 
     calibration_images: int
-    swap_moves: bool
     repair_in_order: bool
     heal_steps: int
 
@@ -256,19 +254,16 @@ class Work:
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(
         calibration_images=128,
-        swap_moves=False,
         repair_in_order=False,
         heal_steps=0,
     ),
     "balanced": Work(
         calibration_images=256,
-        swap_moves=False,
         repair_in_order=True,
         heal_steps=40,
     ),
     "best": Work(
         calibration_images=1024,
-        swap_moves=True,
         repair_in_order=True,
         heal_steps=150,
     ),
