@@ -61,7 +61,7 @@ def test_a_pruned_file_has_a_row_per_block(tmp_path, capsys):
     module.main([str(result.output), *flags, "--images", "10"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[0][5:] == ["q/k", "v", "MLP"]
-    widths = {(one.layer, one.kind): str(one.width) for one in result.layers}
+    widths = {key: str(width) for key, width in result.plan.widths().items()}
     units = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
     assert [row[5:] for row in rows[2:]] == [
         [widths[f"blocks.{number}.{layer}", kind] for layer, kind in units] for number in range(2)
