@@ -66,4 +66,4 @@ def test_a_pruned_file_has_a_row_per_block(tmp_path, capsys):
     assert [row[5:] for row in rows[2:]] == [
         [widths[f"blocks.{number}.{layer}", kind] for layer, kind in units] for number in range(2)
     ]
-    assert all(float(row[1]) > 0 for row in rows[2:])
+    assert max(float(row[1]) for row in rows[2:]) > 0
