@@ -162,6 +162,15 @@ def test_constraints_are_flags(tiny_vit, tmp_path):
     assert re.search(r"^--equal-qkv: costs an estimated \S+ nats$", text, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_under_a_bound_on_the_loss_a_cost_is_that_at_the_same_flops(tiny_vit):
+    """The bound holds with the constraint and without it: what it costs then is FLOPs, not divergence."""
+    flags = ["--max-kl", "0.5", "--exclude", "blocks.1.mlp", "--dry-run"]
+    text = run("prune", *tiny_vit.flags, *flags, *FAST).stdout
+    found = r"^--exclude blocks.1.mlp: costs an estimated \S+ nats at these FLOPs$"
+    assert re.search(found, text, re.MULTILINE), text
+
+
 def test_the_lowest_budget_is_that_under_the_constraints(tiny_vit, tmp_path):
     with pytest.raises(mhacut.BudgetError, match=r"out of reach: the lowest is .*exclude='\*\.mlp'"):
         prune(tiny_vit, tmp_path / "slim.safetensors", exclude=("*.mlp",), flops="40%")

@@ -42,7 +42,7 @@ FEW_WIDTHS = 5
 WIDE = 2048
 """Channels above which each of these widths takes seconds."""
 REPLAYED = 16
-"""Calibration images on which layers are run again: with 8 or 32 of them, plans are as good."""
+"""Calibration images on which layers are run again."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
 an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
