@@ -12,7 +12,7 @@ from mhacut import prune
 from mhacut.linalg.exchange import LEAST_GAIN, _Choice, exchange_channels
 from mhacut.linalg.reconstruction import output_error
 from mhacut.linalg.selection import rank_channels
-from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.options.prune import EFFORTS, PruneOptions, SearchOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import exchanged, find_candidates
 from mhacut.surgery.find import find_prunable_layers
@@ -188,6 +188,9 @@ def test_what_is_seen_in_few_rows_is_not_exchanged(monkeypatch):
 def test_no_effort_exchanges_unasked():
     for effort in EFFORTS:
         assert not SearchOptions(effort=effort).swaps
+        assert not PruneOptions.from_flat(
+            checkpoint="m", flops="50%", effort=effort, swap_moves=None
+        ).search.swaps
         assert SearchOptions(effort=effort, swap_moves=True).swaps
 
 

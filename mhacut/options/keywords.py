@@ -381,8 +381,8 @@ class SearchKeywords(TypedDict, total=False):
     error on held-out images (auto). Default: 'auto'."""
     repair: bool
     """Refit by least squares the weights that read the output of a pruned layer. Default: True."""
-    swap_moves: bool
-    """Exchange kept for removed channels while that lowers the error. Default: False."""
+    swap_moves: bool | None
+    """Exchange kept for removed channels while that lowers the error; by default not."""
     repair_in_order: bool | None
     """Refit once more, layer by layer, on the outputs of the pruned layers before; by default only if the
     effort asks for it and blocks are not healed."""

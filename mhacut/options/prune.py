@@ -71,9 +71,9 @@ class SearchOptions(Options):
         "Refit by least squares the weights that read the output of a pruned layer.",
         panel="Research switches",
     )
-    swap_moves: bool = option(
-        False,
-        "Exchange kept for removed channels while that lowers the error.",
+    swap_moves: bool | None = option(
+        None,  # was a choice of the effort; files of options may say null
+        "Exchange kept for removed channels while that lowers the error; by default not.",
         panel="Research switches",
     )
     repair_in_order: bool | None = option(
@@ -180,7 +180,7 @@ class SearchOptions(Options):
     @property
     def swaps(self) -> bool:
         """Whether kept channels are exchanged for others."""
-        return self.repair and self.swap_moves
+        return self.repair and bool(self.swap_moves)
 
     @property
     def repairs_in_order(self) -> bool:
