@@ -47,6 +47,7 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits
+from mhacut.pruning.widths import MULTIPLE
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter, expect
@@ -62,8 +63,8 @@ _KINDS: dict[str, tuple[UnitKind, ...]] = {
     "attention+mlp": ("qk", "v", "hidden"),
     "attention+mlp+tokens": ("qk", "v", "hidden"),
 }
-_MULTIPLE, _GPU_MULTIPLE = 8, 16
-"""What widths are multiples of by default, and where the time on a GPU counts."""
+_GPU_MULTIPLE = 16
+"""What widths are multiples of where the time on a GPU counts."""
 _QUARTERS = 4
 """Least number of widths that are left to choose from there; layers are timed at as many."""
 _USUAL, _LARGE = 224, 448
@@ -190,10 +191,10 @@ def _multiple(
         return options.round_to
     narrow = any(unit.width < _QUARTERS * _GPU_MULTIPLE for unit in units)  # or few widths would be left
     if time_target is None or time_target.stopwatch.device.type == "cpu" or narrow:
-        return _MULTIPLE
+        return MULTIPLE
     reporter.log(
-        f"widths are multiples of {_GPU_MULTIPLE}, not {_MULTIPLE}, for the kernels of GPUs; "
-        f"{option_name('round_to', _MULTIPLE)} allows more widths"
+        f"widths are multiples of {_GPU_MULTIPLE}, not {MULTIPLE}, for the kernels of GPUs; "
+        f"{option_name('round_to', MULTIPLE)} allows more widths"
     )
     return _GPU_MULTIPLE
 
@@ -242,6 +243,8 @@ def _job(
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model, size), prunable, size) if merges else None
     units = prunable.units(_KINDS[options.scope])
+    multiple = _multiple(options, units, asked[1], reporter)
+    unusual = options.round_to is not None or multiple != MULTIPLE
     job = Job(
         model=model,
         prunable=prunable,
@@ -250,14 +253,16 @@ def _job(
         budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=_multiple(options, units, asked[1], reporter),
+        round_to=multiple,
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
         fewest=fewest,
         preserved=preserved,
         merged=merged,
-        constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
+        constraints=Constraints(
+            options.exclude, options.min_width, options.equal_qkv, multiple if unusual else None
+        ),
     )
     targets, time_target = asked
     times: TimeTable | TimeCurve | None = None

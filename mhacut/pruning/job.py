@@ -17,7 +17,7 @@ from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.preserve import Preserved
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.widths import MULTIPLE, width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import CostTable
@@ -44,7 +44,7 @@ class Job:
     options: SearchOptions
     labels: Tensor | None = None
     """Classes of the images, [n], where they are known and may be used; answers alone learn from them."""
-    round_to: int = 8
+    round_to: int = MULTIPLE
     """Widths are multiples of it, or the dense width."""
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
@@ -77,6 +77,18 @@ class Job:
     def choices(self) -> dict[UnitKey, tuple[int, ...]]:
         """Widths of every unit that rounding allows, ascending, the dense one last."""
         return {unit.key: width_choices(unit.width, self.round_to) for unit in self.units}
+
+    @cached_property
+    def measured(self) -> dict[UnitKey, tuple[int, ...]]:
+        """Widths of every unit at which its error is measured, ascending, the dense one last.
+
+        Beside :attr:`choices` they include the usual multiples if those are finer: the cost of rounding is
+        estimated against them.
+        """
+        finer = min(self.round_to, MULTIPLE)
+        return {
+            key: tuple(sorted({*own, *width_choices(own[-1], finer)})) for key, own in self.choices.items()
+        }
 
     @cached_property
     def allowed(self) -> dict[UnitKey, tuple[int, ...]]:

@@ -177,7 +177,7 @@ class Planner:
                 self.job.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
-                self.job.choices[unit.key][0],
+                self.job.measured[unit.key][0],
                 self.options,
                 self.calibration.fisher.matrices.get(unit.layer),
             )

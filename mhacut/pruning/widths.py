@@ -8,6 +8,8 @@ from typing import NamedTuple
 from mhacut.plan import UnitKey
 from mhacut.pruning.limits import Limit, Limits, keeps
 
+MULTIPLE = 8
+"""Usual divisor of all widths but the dense ones."""
 NEAR = 0.99
 """Fraction of the budget above which the budget counts as used up."""
 REACH = 6
