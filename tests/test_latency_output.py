@@ -26,7 +26,8 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     assert result.exit_code == 0, result.stderr
     line = r"^--max-latency 85%: \S+ms of at most \S+ms, 8\d\.\d% of the dense model's \S+ms; predicted \S+ms"
     assert re.search(line, result.stdout, re.MULTILINE)
-    assert re.search(r"^timed in eager, batch 8, \d+ thread\(s\), cpu: \S", result.stdout, re.MULTILINE)
+    line = r"^timed in eager, batch 8, \d+ thread\(s\), cpu: \S.*; wall time \S+ms$"
+    assert re.search(line, result.stdout, re.MULTILINE)
     assert "target max_latency 85%" in page.read_text()
     (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
     assert target["reached"] <= target["most"] < target["dense"]

@@ -104,9 +104,9 @@ def _target(target: Reached) -> str:
 def _time(asked: str, target: Reached) -> str:
     """Return the lines about a budget of time."""
     about = target.measured
-    reached, most, predicted, dense = (
+    reached, most, predicted, dense, wall = (
         format_amount(1e6 * amount, "max_latency")
-        for amount in (target.reached, target.most, about["predicted"], about["dense"])
+        for amount in (target.reached, target.most, *(about[name] for name in ("predicted", "dense", "wall")))
     )
     share = 100 * target.reached / about["dense"]
     where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
@@ -114,7 +114,8 @@ def _time(asked: str, target: Reached) -> str:
     return (
         f"{asked}: {reached} of at most {most}, {share:.1f}% of the dense model's {dense}; predicted "
         f"{predicted}{corrected}\n"
-        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {safe(about['machine'])}"
+        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {safe(about['machine'])}; "
+        f"wall time {wall}"
     )
 
 
