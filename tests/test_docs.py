@@ -89,6 +89,15 @@ def test_links_and_anchors_lead_somewhere():
     assert not dead
 
 
+def test_tests_of_bad_inputs_exist():
+    code = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = {name for text in code.values() for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)}
+    page = (DOCS / "reference" / "bad-inputs.md").read_text()
+    found = set(re.findall(r"`(test_\w+(?:\.py)?)`", page))
+    assert len(found) > 40
+    assert found - tests - code.keys() == set()
+
+
 def test_pages_link_within_the_site_only():
     """The site has no page for what lies outside of docs/, but for notebooks."""
     outside = [
