@@ -10,6 +10,7 @@ are nearer to zero than to that mean, as one image may be, nothing is predicted 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ class LinearProblem:
             kept: indices of the kept channels, [kept], ascending.
         """
         gone = others(kept, len(self._seen))
-        return min(self._removal(gone), *self._errors(kept, gone).values())
+        removed = torch.ones_like(self._seen[0]).index_fill_(0, kept, 0.0)
+        by_mean = float((removed @ self._products @ removed).clamp_min(0))
+        return min(self._removal(gone, by_mean), *self._errors(kept, gone, by_mean).values())
 
     def solve(self, kept: Tensor) -> LinearRefit:
         """Return the best B and c.
@@ -86,12 +89,14 @@ class LinearProblem:
             kept: indices of the kept channels, [kept], ascending.
         """
         gone = others(kept, len(self._seen))
-        errors = self._errors(kept, gone)
+        lost = self._columns[:, gone]
+        by_mean = float((lost @ _part(self._unseen, gone, gone) * lost).sum())
+        errors = self._errors(kept, gone, by_mean)
         ridge = min(errors, key=lambda choice: errors[choice])
         both = self._fit + self._held
         prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
         offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
-        baseline = self._removal(gone)
+        baseline = self._removal(gone, by_mean)
         if errors[ridge] > baseline:
             return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
         if ridge < float("inf"):
@@ -101,18 +106,31 @@ class LinearProblem:
             offset = both.mean[gone] - prediction @ both.mean[kept]
         return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
 
-    def _removal(self, gone: Tensor) -> float:
-        """Return the squared error of the output on held-out images, per row, if ``gone`` are taken as 0."""
+    @cached_property
+    def _products(self) -> Tensor:
+        """Products of the channels' parts in the output, [d, d]: those of removed ones sum to their error."""
+        return (self._columns.mT @ self._columns).mul_(self._unseen)
+
+    def _removal(self, gone: Tensor, by_mean: float) -> float:
+        """Return the squared error of the output on held-out images, per row, if ``gone`` are taken as 0.
+
+        Args:
+            gone: indices of the removed channels, [removed].
+            by_mean: the error if they are predicted by what :meth:`_centred` subtracts.
+        """
+        if not self._constant:
+            return by_mean
         lost = self._columns[:, gone]
-        return float((lost @ _part(self._held.second, gone, gone) * lost).sum()) / self._held.rows
+        seen, unseen = lost @ self._fit.mean[gone], lost @ self._held.mean[gone]
+        return max(by_mean + float(seen @ (2 * unseen - seen)), 0.0)
 
     def _centred(self, moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if self._constant else moments.energy
 
-    def _errors(self, kept: Tensor, gone: Tensor) -> dict[float, float]:
+    def _errors(self, kept: Tensor, gone: Tensor, by_mean: float) -> dict[float, float]:
         """Return the squared error of the output on held-out images, per row, for every ridge."""
         lost = self._columns[:, gone]  # (out, P)
-        errors = {float("inf"): float((lost @ _part(self._unseen, gone, gone) * lost).sum())}
+        errors = {float("inf"): by_mean}
         values, vectors = torch.linalg.eigh(_part(self._seen, kept, kept))
         size = float(values.clamp_min(0).mean())
         rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
