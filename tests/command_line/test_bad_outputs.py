@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,20 +65,26 @@ def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number, old):  # 
     assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """The system lets no file grow beyond a thousand bytes, as if the disk were full then."""
+    """The system lets no file grow beyond a thousand bytes, as if the disk were full then.
+
+    For a command only: pytest may be writing to a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_writes_that_fail_midway(slim, tmp_path, small_files, command):  # 48
+def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
     arguments, name = WRITERS[command]
     put_old(command, tmp_path / name)
-    message = refusal(tmp_path, *arguments(slim, tmp_path / name), "--overwrite")
+    with small_files():
+        message = refusal(tmp_path, *arguments(slim, tmp_path / name), "--overwrite")
     line = message.splitlines()[-1]
     assert line.startswith(f"error: {tmp_path / name}: cannot be written: ")
     assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
