@@ -90,7 +90,7 @@ def test_equal_widths_are_equal_whatever_they_cost():
 
 def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_path):
     free = prune(tiny_vit, tmp_path / "free.safetensors", round_to=4)
-    assert [one.name for one in free.constraints] == ["round_to"]
+    assert free.constraints == ()
     cut = [unit for unit in free.plan if not unit.keeps_all]
     whole, wider = cut[0], cut[-1]
     least = wider.dense_width - 4
@@ -109,12 +109,11 @@ def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_pat
     assert [(one.name, one.value) for one in result.constraints] == [
         ("exclude", names[0]),
         ("min_width", f"{names[1]}={least}"),
-        ("round_to", 4),
     ]
     # Without the other constraint each saves at most what both cost, but for the last step.
     both = expected(result) - expected(free)
     assert both > 0
-    nats = [one.nats for one in result.constraints[:2]]
+    nats = [one.nats for one in result.constraints]
     assert all(0 <= each <= 1.05 * both + 1e-12 for each in nats)
     assert sum(nats) > 0.2 * both
 
@@ -125,38 +124,43 @@ def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
     pairs = [(widths[layer, "qk"], widths[layer, "v"]) for layer, kind in widths if kind == "v"]
     assert all(qk == v for qk, v in pairs)
     assert any(v < 16 for _, v in pairs)
-    assert [(one.name, one.value) for one in result.constraints] == [("equal_qkv", True), ("round_to", 2)]
+    (constraint,) = result.constraints
+    assert (constraint.name, constraint.value) == ("equal_qkv", True)
 
 
-@pytest.mark.parametrize("round_to", [1, 4, 6, 12])
-def test_cost_of_multiples_is_what_all_widths_would_save(round_to):
-    """Against every plan, with curves that interpolation reproduces: geometric, then linear."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("round_to", "share"), [(16, 0.85), (24, 0.8), (24, 0.9), (64, 1.0)])
+def test_cost_of_multiples_is_what_the_usual_ones_would_save(round_to, share):
     model = timm.create_model(
-        "vit_tiny_patch16_224", depth=1, embed_dim=16, num_heads=1, img_size=32, patch_size=2, num_classes=3
+        "vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, patch_size=2, num_classes=3
     ).eval()
-    job = job_of(model, torch.randn(2, 3, 32, 32), share=0.85, kinds=("qk", "v"), round_to=round_to)
-    job = replace(job, constraints=Constraints(round_to=round_to))
+    job = job_of(model, torch.randn(2, 3, 32, 32), share=share, kinds=("qk", "v"), round_to=round_to)
 
     def true(key, width):
-        scale, base = (3.0, 0.8) if key[1] == "qk" else (5.0, 0.6)
-        narrow = [scale * base**each for each in range(1, 17)]
-        last = job.measured[key][-2] if round_to > 1 else 15
-        return narrow[width - 1] if width <= last else narrow[last - 1] * (16 - width) / (16 - last)
+        scale, base = (3.0, 0.95) if key[1] == "qk" else (5.0, 0.9)
+        return scale * (base**width - base**64)
 
-    curves = {key: {width: true(key, width) for width in widths} for key, widths in job.measured.items()}
+    curves, usual = (
+        {key: {width: true(key, width) for width in widths} for key, widths in choices.items()}
+        for choices in (job.choices, replace(job, round_to=8).choices)
+    )
     chosen = job_widths(job, curves)
-    keys, least = list(curves), min(8, round_to)
-    plans = [dict(zip(keys, widths, strict=True)) for widths in product(range(least, 17), repeat=len(keys))]
-    allowed = [plan for plan in plans if job.table.flops(plan) <= job.budget]
-    best = min(sum(true(*unit) for unit in plan.items()) for plan in allowed)
-    expected = 6.9 * sum(true(*unit) for unit in chosen.items()) ** 1.22 - 6.9 * best**1.22
-    ((name, value, nats),) = [
-        (one.name, one.value, one.nats) for one in costs_of_constraints(job, curves, chosen, job.table)
+    plans = (dict(zip(usual, widths, strict=True)) for widths in product(range(8, 65, 8), repeat=2))
+    errors = [
+        sum(true(*unit) for unit in plan.items()) for plan in plans if job.table.flops(plan) <= job.budget
     ]
-    assert (name, value) == ("round_to", round_to)
-    assert nats == pytest.approx(expected, rel=1e-6)
-    assert (nats > 0.1) == (round_to > 1)
+    (cost,) = costs_of_constraints(job, curves, chosen, job.table, usual)
+    assert (cost.name, cost.value) == ("round_to", round_to)
+    expected = [6.9 * error**1.22 for error in (sum(true(*unit) for unit in chosen.items()), min(errors))]
+    assert cost.nats == pytest.approx(expected[0] - expected[1])
+    assert (cost.nats > 0.1) == (share < 1)
+
+
+@pytest.mark.parametrize(("round_to", "stated"), [("4", False), ("8", False), ("16", True)])
+def test_multiples_larger_than_usual_are_a_constraint(tiny_vit, round_to, stated):
+    flags = ["--flops", "80%", "--dry-run", "--round-to", round_to, *FAST]
+    text = run("prune", *tiny_vit.flags, *flags).stdout
+    assert bool(re.search(r"^--round-to 16: costs an estimated \S+ nats$", text, re.MULTILINE)) == stated
+    assert ("--round-to" in text) == stated
 
 
 def test_equal_widths_need_curves(tiny_vit, tmp_path):
@@ -193,12 +197,10 @@ def test_constraints_are_flags(tiny_vit, tmp_path):
         ("exclude", "blocks.1.mlp"),
         ("exclude", "blocks.0.attn.v"),
         ("min_width", "*.qk=8"),
-        ("round_to", 4),
     ]
     text = run("prune", *tiny_vit.flags, "--flops", "80%", "--dry-run", *flags, "--equal-qkv", *FAST).stdout
     assert re.search(r"^--exclude blocks.1.mlp: costs an estimated \S+ nats$", text, re.MULTILINE)
     assert re.search(r"^--equal-qkv: costs an estimated \S+ nats$", text, re.MULTILINE)
-    assert re.search(r"^--round-to 4: costs an estimated \S+ nats$", text, re.MULTILINE)
 
 
 @pytest.mark.slow

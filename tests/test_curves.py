@@ -315,7 +315,7 @@ def test_between_measured_widths_the_error_lies_between_theirs(data):
     known = sorted(inner | {choices[0], choices[-1]})
     errors = data.draw(st.lists(st.floats(1e-9, 1e3), min_size=len(known), max_size=len(known)))
     sampled = dict(zip(known, [*sorted(errors, reverse=True)[:-1], 0.0], strict=True))
-    curve = module_under_test.interpolated(sampled, choices)
+    curve = module_under_test._interpolated(sampled, choices)
     assert tuple(curve) == choices
     assert all(curve[width] == pytest.approx(sampled[width]) for width in known)
     assert list(curve.values()) == sorted(curve.values(), reverse=True)

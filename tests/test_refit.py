@@ -129,6 +129,15 @@ def test_many_choices_of_one_problem_have_the_errors_of_their_rows(seed, constan
         assert problem.solve(torch.tensor(kept)).left == pytest.approx(min(errors), rel=1e-6)
 
 
+def test_held_out_images_far_from_the_mean_have_the_error_of_their_rows():
+    fit, held = rows(25, 7, 0) + 1e6, 0.01 * rows(15, 7, 1)
+    columns, kept, gone = torch.ones(3, 7).double(), torch.tensor([0, 2]), [1, 3, 4, 5, 6]
+    problem = LinearProblem(exact(fit), exact(held), columns, constant=True)
+    as_zero = float((held[:, gone] @ columns[:, gone].T).square().sum() / len(held))
+    assert problem.error(kept) == pytest.approx(as_zero, rel=1e-9)
+    assert problem.solve(kept).left == pytest.approx(as_zero, rel=1e-9)
+
+
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), width=st.integers(1, 6))
 @example(seed=5456975, rank=3, width=3)  # of three directions, one with 6e-7 of the variance of the others
 @settings(deadline=None, max_examples=25)

@@ -95,13 +95,13 @@ def _target(target: Reached) -> str:
     if target.name == "max_drop":
         return f"{asked}: {target.reached:.2f} points lost, standard error {target.standard_error:.2f}"
     if target.name == "max_latency":
-        return _time(asked, target)
+        return time_lines(asked, target)
     resource = next(resource for resource in RESOURCES if resource == target.name)
     most, reached = (format_amount(amount, resource) for amount in (target.most, target.reached))
     return f"{asked}: {reached} of at most {most} {NOUNS[resource]}".rstrip()
 
 
-def _time(asked: str, target: Reached) -> str:
+def time_lines(asked: str, target: Reached) -> str:
     """Return the lines about a budget of time."""
     about = target.measured
     reached, most, predicted, dense, wall = (
@@ -111,11 +111,13 @@ def _time(asked: str, target: Reached) -> str:
     share = 100 * target.reached / about["dense"]
     where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
     corrected = f"; corrected {about['corrections']} time(s)" if about["corrections"] else ""
+    machine = safe(about["machine"])
+    if (about["device"], about["threads"]) == ("cpu", 1):  # else it is the time above
+        machine += f"; wall time {wall}"
     return (
         f"{asked}: {reached} of at most {most}, {share:.1f}% of the dense model's {dense}; predicted "
         f"{predicted}{corrected}\n"
-        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {safe(about['machine'])}; "
-        f"wall time {wall}"
+        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {machine}"
     )
 
 

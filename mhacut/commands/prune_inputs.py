@@ -243,8 +243,6 @@ def _job(
     table = _cost_table(dense, counted, prunable, size)
     fewest = _cost_table(dense, with_all_merged(model, size), prunable, size) if merges else None
     units = prunable.units(_KINDS[options.scope])
-    multiple = _multiple(options, units, asked[1], reporter)
-    unusual = options.round_to is not None or multiple != MULTIPLE
     job = Job(
         model=model,
         prunable=prunable,
@@ -253,16 +251,14 @@ def _job(
         budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=multiple,
+        round_to=_multiple(options, units, asked[1], reporter),
         amp=options.amp,
         reporter=reporter,
         merges_tokens=merges,
         fewest=fewest,
         preserved=preserved,
         merged=merged,
-        constraints=Constraints(
-            options.exclude, options.min_width, options.equal_qkv, multiple if unusual else None
-        ),
+        constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
     targets, time_target = asked
     times: TimeTable | TimeCurve | None = None

@@ -99,7 +99,7 @@ class PruneResult:
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, and what each is expected to cost; empty where no curve was needed."""
+    """Constraints on widths, and what each is expected to cost; empty unless curves chose the widths."""
     _model: nn.Module | None = field(default=None, compare=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:

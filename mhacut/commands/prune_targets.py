@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -106,8 +106,7 @@ class Reach:
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
         scope += "+tokens" if job.fewest else ""
         named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
-        others = replace(job.constraints, round_to=None)
-        named += [(name, value) for name, value, _ in others.without_each()]
+        named += [(name, value) for name, value, _ in job.constraints.without_each()]
         amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
         if "max_latency" in amounts:
             amounts["max_latency"] = math.ceil(AIM * amounts["max_latency"])

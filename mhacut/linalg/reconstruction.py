@@ -79,8 +79,8 @@ class LinearProblem:
         """
         gone = others(kept, len(self._seen))
         removed = torch.ones_like(self._seen[0]).index_fill_(0, kept, 0.0)
-        by_mean = float((removed @ self._products @ removed).clamp_min(0))
-        return min(self._removal(gone, by_mean), *self._errors(kept, gone, by_mean).values())
+        as_zero, by_mean = (float((removed @ each @ removed).clamp_min(0)) for each in self._products)
+        return min(as_zero, *self._errors(kept, gone, by_mean).values())
 
     def solve(self, kept: Tensor) -> LinearRefit:
         """Return the best B and c.
@@ -89,14 +89,12 @@ class LinearProblem:
             kept: indices of the kept channels, [kept], ascending.
         """
         gone = others(kept, len(self._seen))
-        lost = self._columns[:, gone]
-        by_mean = float((lost @ _part(self._unseen, gone, gone) * lost).sum())
-        errors = self._errors(kept, gone, by_mean)
+        errors = self._errors(kept, gone, self._energy(self._unseen, gone))
         ridge = min(errors, key=lambda choice: errors[choice])
         both = self._fit + self._held
         prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
         offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
-        baseline = self._removal(gone, by_mean)
+        baseline = self._energy(self._held.energy, gone)
         if errors[ridge] > baseline:
             return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
         if ridge < float("inf"):
@@ -106,29 +104,32 @@ class LinearProblem:
             offset = both.mean[gone] - prediction @ both.mean[kept]
         return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
 
-    @cached_property
-    def _products(self) -> Tensor:
-        """Products of the channels' parts in the output, [d, d]: those of removed ones sum to their error."""
-        return (self._columns.mT @ self._columns).mul_(self._unseen)
-
-    def _removal(self, gone: Tensor, by_mean: float) -> float:
-        """Return the squared error of the output on held-out images, per row, if ``gone`` are taken as 0.
-
-        Args:
-            gone: indices of the removed channels, [removed].
-            by_mean: the error if they are predicted by what :meth:`_centred` subtracts.
-        """
-        if not self._constant:
-            return by_mean
+    def _energy(self, second: Tensor, gone: Tensor) -> float:
+        """Return the mean square that channels of this second moment, [d, d], bring to the output."""
         lost = self._columns[:, gone]
-        seen, unseen = lost @ self._fit.mean[gone], lost @ self._held.mean[gone]
-        return max(by_mean + float(seen @ (2 * unseen - seen)), 0.0)
+        return float((lost @ _part(second, gone, gone) * lost).sum())
+
+    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """Products of the parts of each two channels in the output, [d, d], on held-out images.
+
+        Those of the removed channels sum to the error if they are taken as 0; in the second matrix, if they
+        are predicted by what :meth:`_centred` subtracts.
+        """
+        both = self._columns.mT @ self._columns
+        return both * self._held.energy, both * self._unseen
 
     def _centred(self, moments: Moments, about: Moments) -> Tensor:
         return moments.about(about.mean) if self._constant else moments.energy
 
     def _errors(self, kept: Tensor, gone: Tensor, by_mean: float) -> dict[float, float]:
-        """Return the squared error of the output on held-out images, per row, for every ridge."""
+        """Return the squared error of the output on held-out images, per row, for every ridge.
+
+        Args:
+            kept: indices of the kept channels, [kept], ascending.
+            gone: the others, [removed].
+            by_mean: the error if nothing is predicted from kept channels.
+        """
         lost = self._columns[:, gone]  # (out, P)
         errors = {float("inf"): by_mean}
         values, vectors = torch.linalg.eigh(_part(self._seen, kept, kept))

@@ -20,7 +20,7 @@ class Constraint:
     name: str
     """Name of the option."""
     value: str | bool | int
-    """Value as the user wrote it."""
+    """Value of the option."""
     nats: float
     """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
     answers are preserved, in the unit of ``PruneResult.divergence_of`` otherwise."""
@@ -28,7 +28,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Units that stay whole, least widths, widths that are equal, and multiples.
+    """Units that stay whole, least widths, and widths that are equal.
 
     Patterns match the name of a layer (``blocks.0.attn``) or of a unit (``blocks.0.attn.qk``).
     """
@@ -37,9 +37,9 @@ class Constraints:
     min_width: tuple[str, ...] = ()
     """``PATTERN=N`` each."""
     equal_qkv: bool = False
-    round_to: int | None = None
-    """Divisor of all widths but the dense ones, where the user or a GPU asks for one; :meth:`allowed` takes
-    widths that are rounded already."""
+
+    def __bool__(self) -> bool:
+        return bool(self.exclude or self.min_width or self.equal_qkv)
 
     def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
         """Return the widths of ``choices`` that are left.
@@ -73,7 +73,7 @@ class Constraints:
                     found[key] = found[key][-1:]
         return found
 
-    def without_each(self) -> Iterator[tuple[str, str | bool | int, Constraints]]:
+    def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
         """Name and value of each constraint, and the others without it."""
         for name in ("exclude", "min_width"):
             values: tuple[str, ...] = getattr(self, name)
@@ -85,8 +85,6 @@ class Constraints:
                     yield name, value, replace(self, min_width=others)
         if self.equal_qkv:
             yield "equal_qkv", True, replace(self, equal_qkv=False)
-        if self.round_to is not None:
-            yield "round_to", self.round_to, replace(self, round_to=None)
 
 
 NO_CONSTRAINTS = Constraints()

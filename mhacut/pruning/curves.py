@@ -52,7 +52,7 @@ an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curv
 def sensitivity_curves(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate]
 ) -> dict[UnitKey, Curve]:
-    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.measured`.
+    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.choices`.
 
     Args:
         job: what is pruned.
@@ -69,7 +69,7 @@ def sensitivity_curves(
             if unit.key in candidates and not _is_run(unit):
                 fisher, moments = calibration.fisher.matrices[layer.name], calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
-                    module, candidates[unit.key], moments, fisher, job.measured[unit.key], job.options.repair
+                    module, candidates[unit.key], moments, fisher, job.choices[unit.key], job.options.repair
                 )
                 counter.add(1)
         if any(_is_run(unit) and unit.key in candidates for unit in layer.units):
@@ -101,7 +101,7 @@ def sensitivity_curves(
         ):
             count = len(images)
             job.model(images.to(job.device))
-    return curves | {key: own.curve(job.measured[key]) for key, own in sums.items()}
+    return curves | {key: own.curve(job.choices[key]) for key, own in sums.items()}
 
 
 def _is_run(unit: Unit) -> bool:
@@ -139,7 +139,7 @@ def _output_curve(
     for width in sampled_widths(choices, FEW_WIDTHS if slow else MOST_WIDTHS):
         if width < unit.width:
             sampled[width] = error((ranking.kept(width) + heads).reshape(-1)) / 2
-    return interpolated(sampled, choices)
+    return _interpolated(sampled, choices)
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,14 @@ class _Sums:
     def curve(self, choices: Sequence[int]) -> Curve:
         """Return the curve at all ``choices``."""
         sampled = {width: float(error / self.rows) / 2 for width, error in self.errors.items()}
-        return interpolated({**sampled, choices[-1]: 0.0}, choices)
+        return _interpolated({**sampled, choices[-1]: 0.0}, choices)
 
 
 def _add_runs(
     sums: _Sums, job: Job, calibration: Calibration, candidate: Candidate, run: _Run, output: Tensor
 ) -> None:
     """Run a layer with ``candidate`` cut to several widths; ``output`` is the dense layer's."""
-    unit, layer, choices = candidate.unit, run.layer, job.measured[candidate.unit.key]
+    unit, layer, choices = candidate.unit, run.layer, job.choices[candidate.unit.key]
     moments, options = calibration.moments[unit.key], job.options
     dense = output.movedim(layer.channel_dim, -1)  # (B, ..., out)
     fisher = calibration.fisher.matrices[layer.name]
@@ -208,16 +208,8 @@ def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]
     return sorted({min(choices, key=lambda width: abs(width - target)) for target in wanted})
 
 
-def interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve:
-    """Return the errors at all ``choices``, never rising with the width.
-
-    Args:
-        sampled: errors at some widths, the least and the largest of ``choices`` among them.
-        choices: ascending.
-
-    >>> interpolated({4: 0.4, 8: 0.1, 16: 0.0}, [4, 6, 8, 12, 16])
-    {4: 0.4, 6: 0.2, 8: 0.1, 12: 0.05, 16: 0.0}
-    """
+def _interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve:
+    """Errors at all ``choices``, never rising with the width."""
     known = sorted(sampled)
     tiny = 1e-30
     curve: dict[int, float] = {}

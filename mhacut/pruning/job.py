@@ -79,18 +79,6 @@ class Job:
         return {unit.key: width_choices(unit.width, self.round_to) for unit in self.units}
 
     @cached_property
-    def measured(self) -> dict[UnitKey, tuple[int, ...]]:
-        """Widths of every unit at which its error is measured, ascending, the dense one last.
-
-        Beside :attr:`choices` they include the usual multiples if those are finer: the cost of rounding is
-        estimated against them.
-        """
-        finer = min(self.round_to, MULTIPLE)
-        return {
-            key: tuple(sorted({*own, *width_choices(own[-1], finer)})) for key, own in self.choices.items()
-        }
-
-    @cached_property
     def allowed(self) -> dict[UnitKey, tuple[int, ...]]:
         """Widths in :attr:`choices` that the constraints allow."""
         return self.constraints.allowed(self.choices)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mhacut.plan import UnitKey
 from mhacut.pruning.allocate import cheapest_widths, total_error
-from mhacut.pruning.constraints import Choices, Constraint
-from mhacut.pruning.curves import Curve, divergence_by_cut, interpolated
+from mhacut.pruning.constraints import Constraint
+from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
+from mhacut.pruning.widths import MULTIPLE
 from mhacut.surgery.costs import CostTable
 
 
@@ -28,28 +30,34 @@ def job_widths(
 
 
 def costs_of_constraints(
-    job: Job, curves: Mapping[UnitKey, Curve], widths: Mapping[UnitKey, int], table: CostTable
+    job: Job,
+    curves: Mapping[UnitKey, Curve],
+    widths: Mapping[UnitKey, int],
+    table: CostTable,
+    usual: Mapping[UnitKey, Curve] | None = None,
 ) -> tuple[Constraint, ...]:
     """Return the job's constraints, each with the divergence that would be saved without it.
 
-    Without multiples, every width is allowed from the least one that was measured on; curves are
-    interpolated. So is a table of times, which does not know what odd widths cost kernels.
+    Multiples are one where they are larger than the usual ones, which they are compared with. Where time is
+    limited, widths between its multiples are taken to be as fast as the table of times interpolates.
 
     Args:
         job: what is pruned.
         curves: of its units.
         widths: those that were chosen under all constraints.
         table: FLOPs of its model with the merges that were chosen.
+        usual: curves at the usual multiples; None leaves multiples out.
     """
-    found, expected = [], divergence_by_cut(total_error(curves, widths))
-    limits = job.limits(table)
-    for name, value, others in job.constraints.without_each():
-        choices: Choices = job.choices
-        own = curves
-        if name == "round_to":
-            choices = {key: range(some[0], some[-1] + 1) for key, some in job.measured.items()}
-            own = {key: interpolated(curve, choices[key]) for key, curve in curves.items()}
-        freer = cheapest_widths(own, others.allowed(choices), limits, exchange=False, equal=others.equal_qkv)
-        without = divergence_by_cut(total_error(own, freer))
-        found.append(Constraint(name, value, max(expected - without, 0.0)))
+    expected = divergence_by_cut(total_error(curves, widths))
+
+    def cost(freer: Job, own: Mapping[UnitKey, Curve]) -> float:
+        without = total_error(own, job_widths(freer, own, table, exchange=False))
+        return max(expected - divergence_by_cut(without), 0.0)
+
+    found = [
+        Constraint(name, value, cost(replace(job, constraints=others), curves))
+        for name, value, others in job.constraints.without_each()
+    ]
+    if usual is not None:
+        found.append(Constraint("round_to", job.round_to, cost(replace(job, round_to=MULTIPLE), usual)))
     return tuple(found)

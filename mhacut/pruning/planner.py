@@ -26,6 +26,7 @@ from mhacut.pruning.job_widths import costs_of_constraints, job_widths
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
+from mhacut.pruning.widths import MULTIPLE
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.rotate import rotate
@@ -52,7 +53,7 @@ class Planned:
     merged: Schedule = ()
     """Number of tokens that each block merges, once channels are cut; empty if none does."""
     constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, with what each is expected to cost; empty where there are no curves."""
+    """Constraints on widths, with what each is expected to cost; empty unless curves chose the widths."""
 
     @property
     def plan(self) -> Plan:
@@ -126,10 +127,10 @@ class Planner:
                 self.reporter.log(described(choice))
             else:
                 widths = job_widths(job, curves)
-        costs = costs_of_constraints(job, curves, widths, table) if curves else ()
         chosen = self._exchanged(candidates, widths)
         ready = self._reconstructed(chosen, widths)
         if self.options.allocation != "refined":
+            costs = costs_of_constraints(job, curves, widths, table, self._usual_curves) if curves else ()
             return Planned(ready, curves, (), table, merged, costs)
         widths, log = self._refined(job, chosen, ready)
         refined = self._reconstructed(self._exchanged(candidates, widths), widths)
@@ -177,7 +178,7 @@ class Planner:
                 self.job.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
-                self.job.measured[unit.key][0],
+                self.job.choices[unit.key][0],
                 self.options,
                 self.calibration.fisher.matrices.get(unit.layer),
             )
@@ -210,6 +211,12 @@ class Planner:
         self.reporter.start("measuring sensitivity curves")
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
+
+    @cached_property
+    def _usual_curves(self) -> Mapping[UnitKey, Curve] | None:
+        """Curves at the usual multiples, with which larger ones are compared; None if there is no need."""
+        usual = replace(self.job, round_to=MULTIPLE)
+        return Planner(usual, self.calibration).curves if self.job.round_to > MULTIPLE else None
 
     def _reconstructed(self, candidates: Candidates, widths: Widths) -> ReconstructedModel:
         self.reporter.start("repairing")
