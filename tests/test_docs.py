@@ -101,7 +101,8 @@ def test_tests_of_bad_inputs_exist():
             "test_bad_outputs.py",
         ]
         tests = [name for name in found if not name.endswith(".py")]
-        assert found and files[0] in code, part
+        assert found, part
+        assert files[0] in code, part
         assert all(any(f"\ndef {test}(" in code[file] for file in files) for test in tests), part
 
 
