@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--values", nargs="+", required=True, help="numbers, as YAML reads them")
     parser.add_argument("--flops", nargs="+", default=["50%"])
     parser.add_argument("--effort", default="balanced")
+    parser.add_argument("--scope", help="what is cut; by default channels alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
     parser.add_argument(
         "--half", choices=("all", *HALVES), default="all", help="of the images, for the table"
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for value in asked.values:
             for flops in asked.flops:
                 name = f"{' '.join(asked.constant)} {value} {flops} {asked.effort} {seed}"
+                name += f" {asked.scope}" * bool(asked.scope)
                 names.setdefault((value, flops), []).append(name)
                 if name in rows:
                     continue
@@ -104,6 +106,7 @@ def measure(asked: argparse.Namespace, value: str, flops: str, seed: int) -> dic
                 std=preprocessing.std,
                 labels=False,
                 effort=asked.effort,
+                **({"scope": asked.scope} if asked.scope else {}),
                 seed=seed,
                 eval_images=0,
                 latency=False,
