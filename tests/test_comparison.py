@@ -18,6 +18,7 @@ from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.inspection.compare import compare
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.merging import set_merged
 from mhacut.surgery.slice import cut
 
 CASE = ModelCase("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
@@ -73,6 +74,39 @@ def test_a_model_agrees_with_itself():
     for layer in found.layers:
         assert (layer.own_error, layer.error) == (0.0, 0.0)
         assert layer.agreement == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dense_merges", [False, True])
+def test_tokens_that_are_merged_are_compared_with_the_same_patches(dense_merges):
+    """Each layer against one of the dense model whose tokens are merged as the slim model merges them."""
+    merges = (4, 3, 0)
+    dense = build(ModelCase(CASE.architecture, {**CASE.args, "depth": 3, "patch_size": 8}))
+    slim = halved(dense)
+    with torch.no_grad():  # so that it matches other tokens
+        slim.pos_embed += 2 * torch.randn(slim.pos_embed.shape, generator=torch.Generator().manual_seed(0))
+    set_merged(slim, merges)
+    if dense_merges:
+        set_merged(dense, merges)
+    images = image(CASE, batch=5)
+    found = compare(dense, slim, images, source="dense", data="noise", batch_size=2)
+
+    same = copy.deepcopy(dense)
+    set_merged(same, merges)
+    chosen = []
+    for block in (0, 1):
+        _, own = outputs(same, images, f"blocks.{block}.matcher")
+        _, taken = outputs(slim, images, f"blocks.{block}.matcher")
+        chosen.append(taken)
+        assert own.merged.tolist() != taken.merged.tolist()
+    for block, taken in enumerate(chosen):
+        same.blocks[block].matcher.register_forward_hook(lambda m, args, out, taken=taken: taken)
+    for layer in found.layers:
+        _, expected = outputs(same, images, layer.name)
+        _, other = outputs(slim, images, layer.name)
+        assert layer.error == pytest.approx(float((other - expected).norm() / expected.norm()), rel=1e-5)
+    with torch.no_grad():  # outputs are those of the dense model as it is
+        p, q = dense(images).log_softmax(-1), slim(images).log_softmax(-1)
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum() / 5), rel=1e-4)
 
 
 def test_no_hook_is_left():

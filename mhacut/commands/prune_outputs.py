@@ -122,7 +122,8 @@ def _check_tokens(options: PruneOptions, dense: nn.Module) -> None:
     applied = tokens_of(dense)
     if options.scope.endswith("+tokens"):
         raise UnsupportedModelError(
-            f"{option_name('scope', options.scope)} merges tokens, whose own features are then lost"
+            f"{option_name('scope', options.scope)} merges tokens, whose own features are then lost; "
+            "choose a scope without tokens"
         )
     if applied.merged:
         raise UnsupportedModelError(
@@ -161,6 +162,8 @@ def _tokens_to_keep(
             reporter.log(f"{asked} has no effect: the last block of the checkpoint computes no other tokens")
         return applied
     if options.keep_dead_tokens:
+        if options.scope.endswith("+tokens"):
+            reporter.log(f"{asked}: merged tokens have no features of their own, in the last block neither")
         return applied
     if preserved.dense:
         if classifier_size(dense):

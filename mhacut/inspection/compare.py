@@ -20,6 +20,8 @@ from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.info import gives_probabilities
+from mhacut.surgery.merge import Match, Matcher
+from mhacut.surgery.merging import merged_of
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
 
@@ -78,7 +80,7 @@ def compare(
     The outputs of all layers for one batch are held in memory.
 
     Args:
-        dense: in eval mode, float32. Its layers are given the tokens that those of ``slim`` are given.
+        dense: in eval mode, float32. Its layers are given the tokens that those of ``slim`` get, merged alike.
         slim: likewise, on the same device.
         images: normalised.
         source: name of ``dense``, for readers.
@@ -100,8 +102,8 @@ def compare(
     with registered(_LayerHooks(same_tokens, slim, tallies).register()):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            seen, found = same_tokens(batch).float(), slim(batch).float()
-            expected = seen if same_tokens is dense else dense(batch).float()
+            found, seen = slim(batch).float(), same_tokens(batch).float()
+            expected = seen if same_tokens is dense and not merged_of(dense) else dense(batch).float()
             _check_same_classes(expected, found, source)
             divergence += float(measured.divergence(found, expected)) * len(batch)
             same += float((expected.argmax(-1) == found.argmax(-1)).sum())
@@ -200,11 +202,12 @@ def _relative(square_error: float, square: float) -> float:
 
 
 class _LayerHooks:
-    """Hooks on the layers of both models; the dense model must run first."""
+    """Hooks on the layers of both models; the slim model must run first."""
 
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies
-        self._dense_outputs: dict[str, Tensor] = {}
+        self._slim_outputs: dict[str, Tensor] = {}
+        self._matches: dict[str, Match] = {}
         self._on_dense_input = False
         """Whether a slim layer runs by itself, on the input of the dense one."""
 
@@ -212,10 +215,22 @@ class _LayerHooks:
         for name in self.tallies:
             for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
                 yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        for name in [name for name, module in self.slim.named_modules() if isinstance(module, Matcher)]:
+            yield self.slim.get_submodule(name).register_forward_hook(self._slim_matcher_hook(name))
+            yield self.dense.get_submodule(name).register_forward_hook(self._dense_matcher_hook(name))
+
+    def _slim_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if not self._on_dense_input:
+                self._slim_outputs[name] = output
+
+        return hook
 
     def _dense_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            self._dense_outputs[name] = output
+            if name not in self._slim_outputs:
+                return  # the dense model runs once more, with its own merges
+            self.tallies[name].add(output, self._slim_outputs.pop(name))
             self._on_dense_input = True
             try:
                 self.tallies[name].add_own(output, self.slim.get_submodule(name)(*args, **kwargs))
@@ -224,10 +239,15 @@ class _LayerHooks:
 
         return hook
 
-    def _slim_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if not self._on_dense_input:
-                self.tallies[name].add(self._dense_outputs.pop(name), output)
+    def _slim_matcher_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Match) -> None:
+            self._matches[name] = output
+
+        return hook
+
+    def _dense_matcher_hook(self, name: str) -> Callable[..., Match | None]:
+        def hook(module: nn.Module, args: Any, output: Match) -> Match | None:
+            return self._matches.pop(name, None)
 
         return hook
 
