@@ -80,7 +80,7 @@ def compare(
     The outputs of all layers for one batch are held in memory.
 
     Args:
-        dense: in eval mode, float32. Its layers are given the tokens that those of ``slim`` are, merged alike.
+        dense: in eval mode, float32. Its layers get the tokens that those of ``slim`` get, merged alike.
         slim: likewise, on the same device.
         images: normalised.
         source: name of ``dense``, for readers.
