@@ -276,7 +276,8 @@ def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[
     if not options.data.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
         noise = fixed_images(count, preprocessing.input_size)
-        return [], list(noise.split(size)), f"{count} images of noise, which say little about real ones"
+        about = f"{count} images of noise, which say little about real ones; give {option_name('data_dir')}"
+        return [], list(noise.split(size)), about
     data = DataOptions(
         data_dir=options.data.data_dir, dataset=options.data.dataset, train_split=options.data.train_split
     )
