@@ -119,6 +119,15 @@ def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
     assert relative(model(x), build(VIT)(x)) < 1e-5
 
 
+def test_kept_beside_merged_ones_they_are_said_to_bring_no_features(dense):
+    given = {"keep_dead_tokens": True, "scope": "attention+mlp+tokens", "dry_run": True}
+    _, lines = prune(dense, None, VIT, **given)
+    assert (
+        "keep_dead_tokens=True: merged tokens have no features; for those, choose a scope without tokens"
+        in lines
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_dead_tokens", [True, False])
 @torch.no_grad()

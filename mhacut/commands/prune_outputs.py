@@ -163,7 +163,7 @@ def _tokens_to_keep(
         return applied
     if options.keep_dead_tokens:
         if options.scope.endswith("+tokens"):
-            reporter.log(f"{asked}: merged tokens have no features of their own, in the last block neither")
+            reporter.log(f"{asked}: merged tokens have no features; for those, choose a scope without tokens")
         return applied
     if preserved.dense:
         if classifier_size(dense):
