@@ -51,7 +51,7 @@ def test_the_search_finds_the_smallest_budget_within_a_step(data):
     assert best.found == min(passing)
     # A step lower the loss is out of the bound, or there is nothing lower.
     assert best.found - step < low or factor * expected(best.found - step) > bound * (1 - 1e-9)
-    assert len(tried) <= 3 + 2 * math.log2(max(2, (high - low) / step + 2))
+    assert len(tried) <= 6 + 2 * math.log2(max(2, (high - low) / step + 2))
 
 
 def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape():
@@ -63,7 +63,39 @@ def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape
 
     best, _ = smallest_within(Bracket(50, 1000, 2), attempt, lambda budget: math.exp(-budget / 100), 0.02)
     assert best.found == pytest.approx(100 * math.log(40 / 0.02), abs=2)
-    assert len(tried) <= 6
+    assert len(tried) <= 6 + 3  # the last three miss
+
+
+@settings(deadline=None)
+@given(noise=st.lists(st.floats(-1, 1), min_size=101, max_size=101), bound=st.floats(-2, 2), step=st.just(10))
+def test_three_steps_below_the_smallest_model_miss(noise, bound, step):
+    """Losses fall by 4 from the lowest budget to the highest, but not steadily."""
+    tried = {}
+
+    def attempt(budget):
+        assert budget not in tried
+        tried[budget] = math.exp(2 - 4 * budget / 1000 + noise[budget // 10] - bound)
+        return Trial(budget, tried[budget], budget)
+
+    best, _ = smallest_within(
+        Bracket(0, 1000, step), attempt, lambda budget: math.exp(2 - 4 * budget / 1000), math.exp(bound)
+    )
+    within = [budget for budget, ratio in tried.items() if ratio <= 1]
+    assert (best is None) == (not within)
+    if best is not None:
+        assert best.found == min(within)
+        for steps in (1, 2, 3):
+            below = best.found - steps * step
+            assert below < 0 or any(abs(below - budget) <= step / 2 for budget in tried if tried[budget] > 1)
+
+
+def test_smaller_models_within_the_bound_are_found_beyond_one_that_is_not():
+    def attempt(budget):
+        within = any(budget in part for part in (range(668, 673), range(683, 688), range(700, 1001)))
+        return Trial(budget, 0.9 if within else 1.1, budget)
+
+    best, _ = smallest_within(Bracket(0, 1000, 5), attempt, lambda budget: 1 - budget / 1000, 0.3)
+    assert best.found in range(668, 673)
 
 
 def test_the_standard_error_is_that_of_paired_answers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,6 +12,8 @@ _SHRINKS = 0.5
 """Fraction of the bracket that two trials must leave at most; else the next one halves it."""
 _LEAST = 1e-9
 """Ratio of a loss to its bound below which it says nothing about the next budget."""
+_MISSES = 3
+"""Budgets in a row, a step apart, that must miss the bound below the smallest model within it."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ def smallest_within(
 ) -> tuple[Trial[T] | None, Trial[T]]:
     """Return the trial of least cost within the bound, and the one of least loss.
 
-    Losses are assumed to fall as budgets grow. Until one trial passes and one fails, the next budget is the
-    one at which the expected loss, scaled to the last measurement, meets the bound. Then it is the one at
-    which the logarithm of the loss, interpolated linearly between the two nearest trials, meets it. A bracket
-    that hardly shrinks is halved. The search ends when passing and failing budgets are at most a step apart.
+    Losses are assumed to fall as budgets grow, though not steadily. Until one trial passes and one fails, the
+    next budget is the one at which the expected loss, scaled to the last measurement, meets the bound. Then
+    it is the one at which the logarithm of the loss, interpolated linearly between the two nearest trials,
+    meets it. A bracket that hardly shrinks is halved. When passing and failing budgets are at most a step
+    apart, those below are tried, a step at a time, until :data:`_MISSES` in a row miss.
 
     Args:
         bracket: budgets to look at.
@@ -66,7 +69,7 @@ def smallest_within(
     failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
     best: Trial[T] | None = None
     nearest: Trial[T] | None = None
-    sizes: list[int] = []
+    sizes, failed = list[int](), list[int]()
     above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
     while passing - failing > bracket.step:
         sizes.append(passing - failing)
@@ -88,10 +91,35 @@ def smallest_within(
                 best = trial
         else:
             failing, above = budget, trial.ratio
+            failed.append(budget)
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
             goal = expected(budget) / trial.ratio
     assert nearest is not None
-    return best, nearest
+    return None if best is None else _below(best, passing, failed, bracket, attempt), nearest
+
+
+def _below(
+    best: Trial[T], passing: int, failed: Sequence[int], bracket: Bracket, attempt: Callable[[int], Trial[T]]
+) -> Trial[T]:
+    """Return the smallest trial within the bound, ``best`` or one below it.
+
+    Args:
+        best: smallest so far.
+        passing: its cost, or its budget if that is less.
+        failed: budgets that missed the bound; one near to a budget stands for it.
+        bracket: budgets to look at.
+        attempt: cuts to a budget and judges.
+    """
+    missed, step = 0, bracket.step
+    while missed < _MISSES and passing - (missed + 1) * step >= bracket.low:
+        missed += 1
+        budget = passing - missed * step
+        if any(abs(budget - other) <= step / 2 for other in failed):
+            continue
+        trial = attempt(budget)
+        if trial.passes:
+            best, passing, missed = trial, min(trial.cost, budget), 0
+    return best
 
 
 def _where(expected: Callable[[int], float], goal: float, bracket: Bracket) -> int:
