@@ -12,75 +12,18 @@ from torch import nn
 
 import mhacut
 from helpers.flatten import FLATTEN
+from helpers.healing import CASES, HELD, SWIN, VIT, Bench
 from helpers.jobs import Recorder, job_of
-from helpers.models import ModelCase, build, image
-from helpers.plans import distillation_of
+from helpers.models import build, image
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
-from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning import heal
-from mhacut.pruning.calibrate import Calibration, calibrate
-from mhacut.pruning.fisher import SHRINKAGE, FisherInformation, FisherOptions
+from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.heal import blocks_of, healed
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
-from mhacut.surgery.merging import set_merged
-from mhacut.surgery.slice import cut
 from properties.cases import MODELS
-
-VIT = ModelCase(
-    "vit_tiny_patch16_224",
-    {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8},
-)
-SWIN = ModelCase(
-    "swin_tiny_patch4_window7_224",
-    {"depths": (1, 2), "embed_dim": 12, "num_heads": (2, 2), "img_size": 32, "window_size": 4},
-)
-ROPE = ModelCase(
-    "vit_small_patch16_rope_224",
-    {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16, "patch_size": 8, "qkv_fused": False},
-)
-CASES = {
-    "class token": VIT,
-    "windows": SWIN,
-    "rotary positions": ROPE,
-    "sizes": FLATTEN["flatten_pvt_tiny"],
-    "channels first": ModelCase(
-        "levit_conv_128s",
-        {"embed_dim": (16, 32), "key_dim": 8, "num_heads": (2, 4), "depth": (1, 1), "img_size": 32},
-    ),
-}
-HELD = 4
-
-
-class Bench:
-    """A dense model, one that was cut to half of its widths, and what healing takes."""
-
-    def __init__(self, case, images=16, dtype=torch.float64):
-        self.dense = build(case, dtype=dtype).requires_grad_(False)
-        self.images = image(case, batch=images, dtype=dtype)
-        self.prunable = find_prunable_layers(self.dense)
-        options = FisherOptions(images)
-        self.calibration = calibrate(
-            self.dense, self.prunable, self.images, batch_size=images, fisher=options
-        )
-        assert self.calibration.held == HELD
-        self.slim = copy.deepcopy(self.dense)
-        plans = []
-        for unit in self.prunable.units():
-            kept = tuple(range(max(unit.width // 2, 1)))
-            plans.append(UnitPlan(unit.layer, unit.kind, unit.width, (kept,) * unit.heads))
-        cut(self.slim, Plan(tuple(plans)))
-        self.reporter = Recorder()
-
-    def healed(self, slim=None, steps=4, seed=1):
-        slim = self.slim if slim is None else slim
-        options = SearchOptions(heal_steps=steps, seed=seed, batch_size=5)
-        job = job_of(self.dense, self.images, prunable=self.prunable, options=options, reporter=self.reporter)
-        return healed(slim, find_prunable_layers(slim), job, self.calibration)
-
-    def divergence(self, model):
-        return distillation_of(self.dense, self.images).divergence_of(model)
 
 
 def calls_of(model, name, images):
@@ -432,50 +375,3 @@ def test_a_run_keeps_what_helps(monkeypatch, case):
         assert (result.divergence < without.divergence) == helps
         assert result.divergence <= without.divergence
         assert "healing" in result.seconds
-
-
-MERGING = ModelCase(
-    "vit_tiny_patch16_224",
-    {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8},
-)
-
-
-def test_what_merges_tokens_is_compared_token_by_token():
-    """With nothing cut, blocks give what they aim at, whatever was merged before and by whom."""
-    bench = Bench(MERGING)
-    slim = copy.deepcopy(bench.dense)
-    set_merged(slim, (4, 3, 2))
-    healed = bench.healed(slim)
-    assert all(torch.equal(a, b) for a, b in zip(healed.parameters(), slim.parameters(), strict=True))
-
-
-def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
-    bench, seen = Bench(MERGING), []
-    set_merged(bench.slim, (4, 0, 2))
-    monkeypatch.setattr("mhacut.pruning.heal._train", lambda model, name, parts, *_: seen.append(parts))
-    bench.healed()
-    teacher = copy.deepcopy(bench.dense)
-    set_merged(teacher, (4, 0, 2))
-    outputs, matches = [], []
-    for block in bench.slim.blocks:
-        block.register_forward_hook(lambda module, args, output: outputs.append(output))
-    for block in (bench.slim.blocks[0], bench.slim.blocks[2]):
-        block.matcher.register_forward_hook(lambda module, args, output: matches.append(output))
-    bench.slim(bench.images[:HELD])
-    for block, found in zip((teacher.blocks[0], teacher.blocks[2]), matches, strict=True):
-        block.matcher.register_forward_hook(lambda module, args, output, found=found: found)
-    aims = []
-    for block in teacher.blocks:
-        block.register_forward_hook(lambda module, args, output: aims.append(output))
-    teacher(bench.images[:HELD])
-    assert len(seen) == len(aims) == 3
-    for block, (unseen, _), aim, output in zip(bench.slim.blocks, seen, [*aims], [*outputs], strict=True):
-        torch.testing.assert_close(unseen[0].aim, getattr(aim, "x", aim), rtol=0, atol=1e-12)
-        found = unseen[0].output(block)
-        torch.testing.assert_close(found, getattr(output, "x", output), rtol=0, atol=1e-12)
-
-
-def test_healing_helps_a_model_that_merges_tokens():
-    bench = Bench(MERGING)
-    set_merged(bench.slim, (4, 3, 0))
-    assert bench.divergence(bench.healed(steps=30)) < 0.9 * bench.divergence(bench.slim)

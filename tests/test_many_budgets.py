@@ -12,14 +12,24 @@ import pytest
 import mhacut
 from helpers.cli import FAST, run
 from helpers.jobs import Recorder
-from helpers.pruning import QUICK, prune_quickly
+from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import UsageError
 from mhacut.pruning import planner
+from mhacut.pruning.kept_outputs import KeptOutputs
 
 
 @pytest.mark.slow
-def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
+def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path, monkeypatch):
+    kept, on = [], KeptOutputs.on
+
+    def counted(self, *args):
+        outputs = on(self, *args)
+        kept.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(KeptOutputs, "on", counted)
+    options = {**BALANCED, "heal_steps": 2}
     budgets = ("80%", "60%", "900K")
     results = mhacut.prune_many(
         tiny_vit.path,
@@ -27,15 +37,18 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
         model=tiny_vit.architecture,
         model_args=tiny_vit.args,
         output=tmp_path / "many-{}.safetensors",
-        **QUICK,
+        **options,
     )
+    assert kept == [0, 2, 2]  # two blocks of the dense model, which ran for the first budget alone
     assert [result.output.name for result in results] == [
         "many-80pct.safetensors",
         "many-60pct.safetensors",
         "many-900K.safetensors",
     ]
     for budget, result in zip(budgets, results, strict=True):
-        alone = prune_quickly(tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True)
+        alone = prune_quickly(
+            tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True, **options
+        )
         assert result.output.read_bytes() == alone.output.read_bytes()
         assert result.divergence == alone.divergence
     assert "calibrating" in results[0].seconds

@@ -46,6 +46,7 @@ from mhacut.plan import Plan, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
+from mhacut.pruning.kept_outputs import KeptOutputs
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.widths import MULTIPLE
 from mhacut.runtime.device import warn_of_slow_amp
@@ -259,6 +260,7 @@ def _job(
         preserved=preserved,
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
+        dense_outputs=KeptOutputs() if options.several or options.bounds_loss else None,
     )
     targets, time_target = asked
     times: TimeTable | TimeCurve | None = None

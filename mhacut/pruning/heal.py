@@ -54,6 +54,8 @@ class Block:
     """The last prunable layer in the block; its tokens are those of the block's output."""
     channel_dim: int = -1
     """Dimension of the channels in the block's output, once it has run; it may not be the layer's."""
+    nbytes: int = 0
+    """Size of the output for one image, once it has run."""
 
 
 def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
@@ -79,11 +81,15 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     images, held = fewer(job.images, calibration.held, most)
     images, size = images.to(job.device), min(job.options.batch_size, BATCH)
     unseen, fit = images[:held].split(size), images[held:].split(size)
+    kept = None
+    if job.dense_outputs is not None and not merged_of(teacher):
+        sizes = tuple(map(len, (*unseen, *fit)))
+        kept = job.dense_outputs.on(sizes, len(images) * sum(block.nbytes for block in blocks))
     generator = torch.Generator().manual_seed(job.options.seed)
     counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
     with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(teacher, [*unseen, *fit]) as dense:
         for block in blocks:
-            calls = _calls_of(block, cut, dense)
+            calls = _calls_of(block, cut, dense, kept)
             last = block is blocks[-1]
             error = _Error.of(calls[len(unseen) :], block, calibration.fisher, last, _prefix(slim))
             parts = (calls[: len(unseen)], calls[len(unseen) :])
@@ -94,17 +100,24 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     return model
 
 
-def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
-    """Run both models to ``block``; return its calls in the slim model, and their target outputs."""
+def _calls_of(
+    block: Block, cut: ResumableModel, dense: ResumableModel, kept: dict[str, list[Tensor]] | None
+) -> list[_Call]:
+    """Run both models to ``block``; return its calls in the slim model, and their target outputs.
+
+    The dense model does not run where its outputs are in ``kept``; else they are added, unless that is None.
+    """
     given = cut.run_up_to(block.name)
     with cut.paused():
         matches = _matches(cut.model.get_submodule(block.name), given)
-    _answer(dense, block, matches)
-    (passes,) = dense.run_to(block.name)
-    return [
-        _Call(*arguments, _tokens(aim), found)
-        for arguments, (_, aim), found in zip(given, passes, matches, strict=True)
-    ]
+    aims = None if kept is None else kept.get(block.name)
+    if aims is None:
+        _answer(dense, block, matches)
+        (passes,) = dense.run_to(block.name)
+        aims = [_tokens(output) for _, output in passes]
+        if kept is not None:
+            aims = kept[block.name] = [aim.clone() for aim in aims]  # later layers may overwrite them
+    return [_Call(*arguments, aim, found) for arguments, aim, found in zip(given, aims, matches, strict=True)]
 
 
 def _merging_as(slim: nn.Module, dense: nn.Module) -> nn.Module:
@@ -202,12 +215,12 @@ def _comparable(
     for name, outputs in in_slim.items():
         shapes = [_shape(output) for output in outputs]
         if len(outputs) == 1 and None not in shapes and shapes == [*map(_shape, in_dense.get(name, ()))]:
-            found.append(named[name])
+            found.append(replace(named[name], nbytes=outputs[0].nbytes))
     # A Sequential passes outputs on; other modules keep those of all that they have run so far.
     passed_on, kept = [0], [0]
     for block in found:
         within = slim.get_submodule(block.name.rpartition(".")[0])
-        (passed_on if isinstance(within, nn.Sequential) else kept).append(in_slim[block.name][0].nbytes)
+        (passed_on if isinstance(within, nn.Sequential) else kept).append(block.nbytes)
     return _with_channel_dims(slim, found, image), 2 * (2 * max(passed_on + kept) + sum(kept))
 
 

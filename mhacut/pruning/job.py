@@ -15,6 +15,7 @@ from mhacut.pruning.calibrate import Calibration, calibrate, held_out
 from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
+from mhacut.pruning.kept_outputs import KeptOutputs
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.widths import MULTIPLE, width_choices
@@ -62,6 +63,8 @@ class Job:
     """Limits on parameters, bytes and time."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
+    dense_outputs: KeptOutputs | None = None
+    """Keeps outputs of the dense model's blocks where several slim models are healed; None to keep none."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
