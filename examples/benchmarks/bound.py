@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--effort", default="fast", help="of the bound and the sweep")
     parser.add_argument("--step", type=float, default=0.25, help="between budgets, percent of all FLOPs")
     parser.add_argument("--steps", type=int, default=4, help="on either side")
-    parser.add_argument("--efforts", nargs="+", default=["fast", "balanced"], help="of the costs")
+    parser.add_argument("--efforts", nargs="*", default=["fast", "balanced"], help="of the costs")
     parser.add_argument("--budgets", nargs="+", default=["75%", "60%", "50%"], help="the last one alone, too")
     parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=42)

@@ -205,8 +205,8 @@ def _sniff(path: Path, size: int) -> Format:
         )
     if start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{show(path)}: this is a tar archive (a very old torch format); load it with the torch version "
-            "that made it, and save the state dict again"
+            f"{show(path)}: this is a tar archive, not a checkpoint; unpack it, and give the file with the "
+            "weights. If a very old torch wrote it, load it with that version, and save the state dict again"
         )
     if size < 9:
         raise CheckpointError(f"{show(path)}: {size} bytes are too few for a checkpoint")

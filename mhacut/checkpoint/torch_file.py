@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -25,6 +26,8 @@ from mhacut.runtime.files import show
 from mhacut.runtime.inputs import regular_size
 from mhacut.text import dtype_name
 
+_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+"""First bytes of a file of torch before 1.6."""
 _PICKLES_OF_LEGACY = 5
 """Number of pickles that a file of torch before 1.6 begins with."""
 _MAX_TIMES_CLAIMED = 16
@@ -128,8 +131,6 @@ def _torch_load(path: Path, device: str) -> Any:
     The only other things allowed are those of :mod:`mhacut.checkpoint.inert`, and a yacs configuration, which
     has a strict reader of its own.
     """
-    import pickle
-
     where = show(path)
     try:
         # An open file, since torch too would go by the suffix of a path.
@@ -190,7 +191,7 @@ def _blocked(path: Path, reason: str) -> str:
     listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     convert = (
         "If you trust its source, convert it where it can do no harm: "
-        'c = torch.load(FILE, weights_only=False); torch.save(c.state_dict(), "weights.pth") '
+        f'c = {_loader_of(path)}; torch.save(c.state_dict(), "weights.pth") '
         '(or c["state_dict"], c["model"])'
     )
     if any(name.startswith("numpy") for name in names) and all(
@@ -203,6 +204,13 @@ def _blocked(path: Path, reason: str) -> str:
     return (
         f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"
     )
+
+
+def _loader_of(path: Path) -> str:
+    """Code that loads ``FILE`` if anything does; ``torch.load`` reads no bare pickles."""
+    with open(path, "rb") as file:
+        by_torch = is_zip(path) or file.read(len(_LEGACY_START)) == _LEGACY_START
+    return "torch.load(FILE, weights_only=False)" if by_torch else 'pickle.load(open(FILE, "rb"))'
 
 
 def _holds_arrays(path: Path) -> bool:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -317,6 +318,20 @@ def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
     assert "numpy arrays beside the weights (numpy" in message
     assert ".scalar" not in message
     assert "save them as x.tolist()" in message
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "bare pickle"])
+def test_the_advice_for_a_pickled_model_loads_it(tmp_path, how):
+    path, model = tmp_path / "model.pth", nn.Linear(2, 2)
+    if how == "bare pickle":
+        path.write_bytes(pickle.dumps(model))
+    else:
+        torch.save(model, path, _use_new_zipfile_serialization=how == "zip")
+    advice = re.search(r"c = (.*?\)); torch.save", refusal(path)).group(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = eval(advice, {"torch": torch, "pickle": pickle, "open": open, "FILE": path})
+    assert torch.equal(loaded.weight, model.weight)
 
 
 def beside_weights():

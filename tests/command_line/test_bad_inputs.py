@@ -69,7 +69,7 @@ FILES = {
     "14 truncated zip": (torch_file({"a": TENSOR})[:-99], "truncated, or not a torch checkpoint"),
     "15 plain zip": (zipped({"../evil.txt": b"x"}), "a zip file, but not a torch checkpoint"),
     "16 TorchScript": (torchscript, "TorchScript archives are not supported; save the state dict"),
-    "16 tar": (bytes(257) + b"ustar" + bytes(250), "this is a tar archive (a very old torch format)"),
+    "16 tar": (bytes(257) + b"ustar" + bytes(250), "this is a tar archive, not a checkpoint; unpack it"),
     "18 pickled model": (lambda: torch_file(nn.Linear(2, 2)), "contains a pickled model or other objects"),
     "19 numpy arrays": (torch_file({"a": TENSOR, "best": np.ones(3)}), "save them as x.tolist()"),
     "20 zip bomb": (zipped(BOMB, zipfile.ZIP_DEFLATED), "compressed torch files are not supported"),
