@@ -21,14 +21,14 @@ from mhacut.pruning.kept_outputs import KeptOutputs
 
 @pytest.mark.slow
 def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path, monkeypatch):
-    kept, on = [], KeptOutputs.on
+    kept, of_batches = [], KeptOutputs.of_batches
 
     def counted(self, *args):
-        outputs = on(self, *args)
+        outputs = of_batches(self, *args)
         kept.append(len(outputs))
         return outputs
 
-    monkeypatch.setattr(KeptOutputs, "on", counted)
+    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
     options = {**BALANCED, "heal_steps": 2}
     budgets = ("80%", "60%", "900K")
     results = mhacut.prune_many(

@@ -99,11 +99,11 @@ def test_memory_bounds_what_is_kept(monkeypatch, most, keeps):
 
 def test_outputs_of_other_batches_are_dropped():
     kept = KeptOutputs()
-    outputs = kept.on((4, 4), 1)
+    outputs = kept.of_batches((4, 4), 1)
     outputs["blocks.0"] = [torch.zeros(4), torch.zeros(4)]
-    assert kept.on((4, 4), 1) == outputs
-    assert kept.on((4, 2), 1) == {}
-    assert kept.on((4, 4), 1) == {}
+    assert kept.of_batches((4, 4), 1) == outputs
+    assert kept.of_batches((4, 2), 1) == {}
+    assert kept.of_batches((4, 4), 1) == {}
 
 
 def test_outputs_with_merged_tokens_are_not_kept():

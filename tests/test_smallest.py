@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import mhacut
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build
-from helpers.pruning import QUICK, last_step, prune_quickly
+from helpers.pruning import BALANCED, QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
+from mhacut.pruning.kept_outputs import KeptOutputs
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.merging import set_merged
@@ -67,26 +68,62 @@ def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape
 
 
 @settings(deadline=None)
-@given(noise=st.lists(st.floats(-1, 1), min_size=101, max_size=101), bound=st.floats(-2, 2), step=st.just(10))
-def test_three_steps_below_the_smallest_model_miss(noise, bound, step):
-    """Losses fall by 4 from the lowest budget to the highest, but not steadily."""
-    tried = {}
+@given(
+    noise=st.lists(st.floats(-1, 1), min_size=101, max_size=101),
+    bound=st.floats(-2, 2),
+    plateau=st.sampled_from([1, 7, 40]),
+)
+def test_three_models_below_the_smallest_miss(noise, bound, plateau):
+    """Losses fall by 4 from the lowest budget to the highest, but not steadily; models may be far apart."""
+    tried = []
 
     def attempt(budget):
-        assert budget not in tried
-        tried[budget] = math.exp(2 - 4 * budget / 1000 + noise[budget // 10] - bound)
-        return Trial(budget, tried[budget], budget)
+        assert 0 <= budget <= 1000
+        cost = budget // plateau * plateau
+        tried.append(Trial(cost, math.exp(2 - 4 * cost / 1000 + noise[cost // 10] - bound), budget))
+        return tried[-1]
 
     best, _ = smallest_within(
-        Bracket(0, 1000, step), attempt, lambda budget: math.exp(2 - 4 * budget / 1000), math.exp(bound)
+        Bracket(0, 1000, 10), attempt, lambda budget: math.exp(2 - 4 * budget / 1000), math.exp(bound)
     )
-    within = [budget for budget, ratio in tried.items() if ratio <= 1]
-    assert (best is None) == (not within)
-    if best is not None:
-        assert best.found == min(within)
-        for steps in (1, 2, 3):
-            below = best.found - steps * step
-            assert below < 0 or any(abs(below - budget) <= step / 2 for budget in tried if tried[budget] > 1)
+    within = [trial.cost for trial in tried if trial.passes]
+    if best is None:
+        assert not within
+        return
+    assert best.cost == min(within)
+    missing = sorted({trial.cost for trial in tried if trial.cost < best.cost}, reverse=True)
+    lowest, count = min(missing, default=best.cost), len(missing)
+    assert count >= 3 or lowest < 10
+    assert best.cost - (missing[2] if count > 2 else lowest) <= 3 * max(15, plateau + 10)
+
+
+def test_plateaus_count_once():
+    """All budgets of a plateau give one model, so three of them say no more than one."""
+    tried = []
+
+    def attempt(budget):
+        cost = budget // 40 * 40
+        tried.append(cost)
+        return Trial(cost, 0.9 if cost >= 720 or cost in (640, 600) else 1.1, budget)
+
+    best, _ = smallest_within(Bracket(0, 1000, 10), attempt, lambda budget: 1 - budget / 1000, 0.3)
+    assert best.cost == 600
+    walked = tried[tried.index(640) :]
+    assert walked == [640, 600, 560, 520, 480]
+
+
+def test_the_walk_takes_strides_of_a_quarter_of_a_percent():
+    """However small a step is."""
+    tried = []
+
+    def attempt(budget):
+        tried.append(budget)
+        return Trial(budget, 0.9 if budget >= 9500 else 1.1, budget)
+
+    best, _ = smallest_within(Bracket(8000, 10000, 1), attempt, lambda budget: 1 - budget / 1e4, 0.1)
+    assert best.cost == 9500
+    assert all(any(abs(budget - below) <= 13 for budget in tried) for below in (9475, 9450, 9425))
+    assert len(tried) <= 20
 
 
 def test_smaller_models_within_the_bound_are_found_beyond_one_that_is_not():
@@ -134,6 +171,22 @@ def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     assert entry["options"]["flops"] is None
     assert entry["budget"] == found.budget
     assert entry["targets"][0]["target"] == "max_kl"
+
+
+@pytest.mark.slow
+def test_the_trials_of_a_bound_share_the_dense_outputs_of_healing(tiny_vit, tmp_path, monkeypatch):
+    kept, of_batches = [], KeptOutputs.of_batches
+
+    def counted(self, *args):
+        outputs = of_batches(self, *args)
+        kept.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
+    options = {**BALANCED, "heal_steps": 1, "max_kl": 1e-4}
+    prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
+    assert len(kept) > 1
+    assert kept == [0] + [2] * (len(kept) - 1)  # blocks of the dense model
 
 
 @pytest.mark.slow

@@ -206,7 +206,8 @@ def _sniff(path: Path, size: int) -> Format:
     if start[257:262] == b"ustar":
         raise CheckpointError(
             f"{show(path)}: this is a tar archive, not a checkpoint; unpack it, and give the file with the "
-            "weights. If a very old torch wrote it, load it with that version, and save the state dict again"
+            "weights. If a very old torch wrote it, and you trust its source, save it again where it can do "
+            "no harm: c = torch.load(FILE, weights_only=False); torch.save(c, NEW_FILE)"
         )
     if size < 9:
         raise CheckpointError(f"{show(path)}: {size} bytes are too few for a checkpoint")

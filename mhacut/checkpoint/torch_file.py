@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -26,8 +25,8 @@ from mhacut.runtime.files import show
 from mhacut.runtime.inputs import regular_size
 from mhacut.text import dtype_name
 
-_LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-"""First bytes of a file of torch before 1.6."""
+_LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+"""Bytes of the number that a file of torch before 1.6 begins with, in its first pickle."""
 _PICKLES_OF_LEGACY = 5
 """Number of pickles that a file of torch before 1.6 begins with."""
 _MAX_TIMES_CLAIMED = 16
@@ -131,6 +130,8 @@ def _torch_load(path: Path, device: str) -> Any:
     The only other things allowed are those of :mod:`mhacut.checkpoint.inert`, and a yacs configuration, which
     has a strict reader of its own.
     """
+    import pickle
+
     where = show(path)
     try:
         # An open file, since torch too would go by the suffix of a path.
@@ -187,7 +188,11 @@ def _blocked(path: Path, reason: str) -> str:
     except Exception:  # legacy files and bare pickles cannot be listed
         names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
     if not names:
-        return "a pickle, but no torch checkpoint that loads safely; save the state dict with torch.save"
+        return (
+            "a pickle, but none that torch loads safely: of protocol 4, or damaged; nothing was run. If you "
+            "trust its source, save it again where it can do no harm: "
+            f'torch.save({_loader_of(path)}, "weights.pth")'
+        )
     listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
     convert = (
         "If you trust its source, convert it where it can do no harm: "
@@ -209,7 +214,7 @@ def _blocked(path: Path, reason: str) -> str:
 def _loader_of(path: Path) -> str:
     """Code that loads ``FILE`` if anything does; ``torch.load`` reads no bare pickles."""
     with open(path, "rb") as file:
-        by_torch = is_zip(path) or file.read(len(_LEGACY_START)) == _LEGACY_START
+        by_torch = is_zip(path) or _LEGACY_NUMBER in file.read(40)
     return "torch.load(FILE, weights_only=False)" if by_torch else 'pickle.load(open(FILE, "rb"))'
 
 

@@ -84,7 +84,7 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     kept = None
     if job.dense_outputs is not None and not merged_of(teacher):
         sizes = tuple(map(len, (*unseen, *fit)))
-        kept = job.dense_outputs.on(sizes, len(images) * sum(block.nbytes for block in blocks))
+        kept = job.dense_outputs.of_batches(sizes, len(images) * sum(block.nbytes for block in blocks))
     generator = torch.Generator().manual_seed(job.options.seed)
     counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
     with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(teacher, [*unseen, *fit]) as dense:

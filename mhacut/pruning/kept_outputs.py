@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 MOST_BYTES = 2**31
 """Bounds the memory of all that is kept; outputs that need more are computed again."""
 
 
-@dataclass
 class KeptOutputs:
-    """Outputs of blocks of one model on the same images in the same batches.
+    """Outputs of the blocks of one job's dense model on its images, in the same batches.
 
     They are the same for every slim model that merges no tokens: several budgets, and a search within a bound
     on the loss, compute them once.
     """
 
-    _sizes: tuple[int, ...] = ()
-    """Images in each batch."""
-    _outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._sizes: tuple[int, ...] = ()
+        self._outputs: dict[str, list[Tensor]] = {}
 
-    def on(self, sizes: tuple[int, ...], nbytes: int) -> dict[str, list[Tensor]] | None:
+    def of_batches(self, sizes: tuple[int, ...], nbytes: int) -> dict[str, list[Tensor]] | None:
         """Return the outputs kept so far, one per batch, by block; what is added to them is kept.
 
+        Outputs of batches of other sizes are dropped.
+
         Args:
-            sizes: images in each batch. Those of other batches are dropped.
+            sizes: images in each batch.
             nbytes: memory that the outputs of all blocks need.
 
         Returns:

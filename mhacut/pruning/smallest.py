@@ -1,4 +1,4 @@
-"""Search for the smallest model within a bound: a bracket of budgets that closes to one width step."""
+"""Search for the smallest model within a bound: a bracket of budgets that closes, then a walk below it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _SHRINKS = 0.5
 _LEAST = 1e-9
 """Ratio of a loss to its bound below which it says nothing about the next budget."""
 _MISSES = 3
-"""Budgets in a row, a step apart, that must miss the bound below the smallest model within it."""
+"""Models in a row, a stride apart, that must miss the bound below the smallest one within it."""
+_STRIDES = 400
+"""Most strides of the walk from the highest budget down; a stride is no less than a step."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ def smallest_within(
     expected: Callable[[int], float],
     goal: float,
 ) -> tuple[Trial[T] | None, Trial[T]]:
-    """Return the trial of least cost within the bound, and the one of least loss.
+    """Return the trial of least cost within the bound, and the one of least loss, for when there is none.
 
     Losses are assumed to fall as budgets grow, though not steadily. Until one trial passes and one fails, the
     next budget is the one at which the expected loss, scaled to the last measurement, meets the bound. Then
     it is the one at which the logarithm of the loss, interpolated linearly between the two nearest trials,
     meets it. A bracket that hardly shrinks is halved. When passing and failing budgets are at most a step
-    apart, those below are tried, a step at a time, until :data:`_MISSES` in a row miss.
+    apart, smaller models are tried until :data:`_MISSES` in a row miss.
 
     Args:
         bracket: budgets to look at.
@@ -69,7 +71,7 @@ def smallest_within(
     failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
     best: Trial[T] | None = None
     nearest: Trial[T] | None = None
-    sizes, failed = list[int](), list[int]()
+    sizes, failed = list[int](), list[tuple[int, Trial[T]]]()
     above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
     while passing - failing > bracket.step:
         sizes.append(passing - failing)
@@ -86,39 +88,46 @@ def smallest_within(
         if nearest is None or trial.ratio < nearest.ratio:
             nearest = trial
         if trial.passes:
-            passing, below = min(trial.cost, budget), trial.ratio
+            passing, below = trial.cost, trial.ratio
             if best is None or trial.cost <= best.cost:
                 best = trial
         else:
             failing, above = budget, trial.ratio
-            failed.append(budget)
+            failed.append((budget, trial))
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
             goal = expected(budget) / trial.ratio
     assert nearest is not None
-    return None if best is None else _below(best, passing, failed, bracket, attempt), nearest
+    return None if best is None else _below(best, failed, bracket, attempt), nearest
 
 
 def _below(
-    best: Trial[T], passing: int, failed: Sequence[int], bracket: Bracket, attempt: Callable[[int], Trial[T]]
+    best: Trial[T],
+    failed: Sequence[tuple[int, Trial[T]]],
+    bracket: Bracket,
+    attempt: Callable[[int], Trial[T]],
 ) -> Trial[T]:
-    """Return the smallest trial within the bound, ``best`` or one below it.
+    """Walk down from ``best``; return the smallest trial within the bound.
 
     Args:
         best: smallest so far.
-        passing: its cost, or its budget if that is less.
-        failed: budgets that missed the bound; one near to a budget stands for it.
+        failed: budgets that missed the bound, and their trials, which stand for budgets near them.
         bracket: budgets to look at.
         attempt: cuts to a budget and judges.
     """
-    missed, step = 0, bracket.step
-    while missed < _MISSES and passing - (missed + 1) * step >= bracket.low:
-        missed += 1
-        budget = passing - missed * step
-        if any(abs(budget - other) <= step / 2 for other in failed):
-            continue
-        trial = attempt(budget)
+    stride = max(bracket.step, bracket.high // _STRIDES)
+    budget, missed = best.cost - stride, 0
+    while missed < _MISSES and budget >= bracket.low:
+        near = (
+            trial
+            for high, trial in failed
+            if trial.cost - stride / 2 <= budget <= high + stride / 2  # models between are this one
+        )
+        trial = next(near, None) or attempt(budget)
         if trial.passes:
-            best, passing, missed = trial, min(trial.cost, budget), 0
+            best, missed = trial, 0
+        else:
+            missed += 1
+        budget = min(budget, trial.cost) - stride
     return best
 
 

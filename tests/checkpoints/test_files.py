@@ -320,18 +320,35 @@ def test_a_pickled_model_and_numpy_values_say_how_to_convert(tmp_path):
     assert "save them as x.tolist()" in message
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("how", ["zip", "legacy", "bare pickle"])
-def test_the_advice_for_a_pickled_model_loads_it(tmp_path, how):
+def test_the_advice_for_a_pickled_model_loads_it(tmp_path, how, protocol):
     path, model = tmp_path / "model.pth", nn.Linear(2, 2)
     if how == "bare pickle":
-        path.write_bytes(pickle.dumps(model))
+        path.write_bytes(pickle.dumps(model, protocol))
     else:
-        torch.save(model, path, _use_new_zipfile_serialization=how == "zip")
+        torch.save(model, path, pickle_protocol=protocol, _use_new_zipfile_serialization=how == "zip")
     advice = re.search(r"c = (.*?\)); torch.save", refusal(path)).group(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = eval(advice, {"torch": torch, "pickle": pickle, "open": open, "FILE": path})
     assert torch.equal(loaded.weight, model.weight)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "bare pickle"])
+def test_the_advice_for_pickles_of_another_protocol_makes_a_file_that_opens(tmp_path, how):
+    path = tmp_path / "model.pth"
+    if how == "bare pickle":
+        path.write_bytes(pickle.dumps({"epoch": 1}, protocol=4))
+    else:
+        new = how == "zip"
+        torch.save(TENSORS, path, pickle_protocol=4, _use_new_zipfile_serialization=new)
+    advice = re.search(r"(torch.save\(.*), \"weights.pth\"\)$", refusal(path)).group(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eval(f"{advice}, NEW)", {"torch": torch, "pickle": pickle, "open": open, "FILE": path, "NEW": path})
+    if how != "bare pickle":
+        assert read_file_header(path).tensors.keys() == TENSORS.keys()
 
 
 def beside_weights():
@@ -412,7 +429,7 @@ def test_zip_files_that_are_no_checkpoints(tmp_path):
     assert "TorchScript archives are not supported" in refusal(path)
     several_disks = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 2) + struct.pack("<4s18x", b"PK\x05\x06")
     path.write_bytes(b"\x80\x02" + several_disks)  # found by fuzzing
-    pickled, message = "a pickle, but no torch checkpoint that loads safely", refusal(path)
+    pickled, message = "a pickle, but none that torch loads safely", refusal(path)
     assert (
         "zipfiles that span multiple disks are not supported" in message or pickled in message
     )  # Python 3.13

@@ -1,4 +1,4 @@
-"""What healing is tested on: a dense model, one cut to half of its widths, and a job."""
+"""A dense model, one that was cut to half of its widths, and a job, to test healing on."""
 
 from __future__ import annotations
 
