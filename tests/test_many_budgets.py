@@ -11,24 +11,17 @@ import pytest
 
 import mhacut
 from helpers.cli import FAST, run
+from helpers.healing import counting_kept_blocks
 from helpers.jobs import Recorder
 from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import UsageError
 from mhacut.pruning import planner
-from mhacut.pruning.kept_outputs import KeptOutputs
 
 
 @pytest.mark.slow
 def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path, monkeypatch):
-    kept, of_batches = [], KeptOutputs.of_batches
-
-    def counted(self, *args):
-        outputs = of_batches(self, *args)
-        kept.append(len(outputs))
-        return outputs
-
-    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
+    kept = counting_kept_blocks(monkeypatch)
     options = {**BALANCED, "heal_steps": 2}
     budgets = ("80%", "60%", "900K")
     results = mhacut.prune_many(

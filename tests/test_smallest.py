@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mhacut
+from helpers.healing import counting_kept_blocks
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build
 from helpers.pruning import BALANCED, QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
-from mhacut.pruning.kept_outputs import KeptOutputs
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.merging import set_merged
@@ -175,14 +175,7 @@ def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
 
 @pytest.mark.slow
 def test_the_trials_of_a_bound_share_the_dense_outputs_of_healing(tiny_vit, tmp_path, monkeypatch):
-    kept, of_batches = [], KeptOutputs.of_batches
-
-    def counted(self, *args):
-        outputs = of_batches(self, *args)
-        kept.append(len(outputs))
-        return outputs
-
-    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
+    kept = counting_kept_blocks(monkeypatch)
     options = {**BALANCED, "heal_steps": 1, "max_kl": 1e-4}
     prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert len(kept) > 1

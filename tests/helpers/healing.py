@@ -16,6 +16,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.heal import healed
+from mhacut.pruning.kept_outputs import KeptOutputs
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
@@ -77,3 +78,16 @@ class Bench:
 
     def divergence(self, model):
         return distillation_of(self.dense, self.images).divergence_of(model)
+
+
+def counting_kept_blocks(monkeypatch):
+    """A list of the number of dense blocks whose outputs are kept, as each healing from now on begins."""
+    kept, of_batches = [], KeptOutputs.of_batches
+
+    def counted(self, *args):
+        outputs = of_batches(self, *args)
+        kept.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
+    return kept
