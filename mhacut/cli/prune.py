@@ -77,7 +77,7 @@ def _text(result: PruneResult) -> str:
     if result.divergence_with_tokens is not None:
         lines.append(
             f"with {option_name('scope', 'attention+mlp+tokens')} the same FLOPs would leave a KL of "
-            f"about {result.divergence_with_tokens:.2g}"
+            f"about {result.divergence_with_tokens:.1g}"
         )
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
