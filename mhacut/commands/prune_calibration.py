@@ -41,6 +41,9 @@ METADATA_KEY = "mhacut-calibration"
 Fingerprint = Mapping[str, str]
 """Conditions that a calibration depends on, in words or as a digest, by name."""
 
+_COUNT, _FISHER = "number of images", "Fisher information"
+"""Conditions that depend on how many images there are."""
+
 
 class _Unfit(Exception):
     """A value that calibrating this job would not have given."""
@@ -99,10 +102,10 @@ def fingerprint_of(job: Job) -> Fingerprint:
         "model": _digest(
             {"": torch.tensor(list(text.encode()), dtype=torch.uint8), **job.model.state_dict()}
         ),
-        "number of images": str(len(job.images)),
+        _COUNT: str(len(job.images)),
         "images": _digest({"": job.images}),
         "batch_size": str(job.options.batch_size),
-        "Fisher information": differentiated,
+        _FISHER: differentiated,
         "token_weights": weights,
         "preserved outputs": json.dumps(preserved.to_json()),
     }
@@ -266,8 +269,13 @@ def _stale(path: Path, stored: Mapping[str, str], wanted: Fingerprint, differs: 
         else f"{name}: {safe(stored.get(name, 'not stated')):.60}, now {wanted[name]}"
         for name in differs
     ]
+    count = stored.get(_COUNT, "")
+    only_images = _COUNT in differs and set(differs) <= {_COUNT, "images", _FISHER}
+    name = "Name"
+    if only_images and count.isdecimal():  # efforts have numbers of their own
+        name = f"Give {option_name('calibration_images', int(count))} to use it, or name"
     return (
-        f"{path}: was made under other conditions: {'; '.join(lines)}. Name another file by "
+        f"{path}: was made under other conditions: {'; '.join(lines)}. {name} another file by "
         f"{option_name('calibration')} to calibrate again, or remove this one"
     )
 

@@ -263,7 +263,8 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
         ratio = max(_ratio(bound) for bound in found.bounds)
         shown = ", ".join(f"{_shown(bound)}" for bound in found.bounds)
         share = 100 * found.flops / job.table.dense
-        reporter.log(f"{format_flops(found.flops)} FLOPs ({share:.1f} %): {shown}")
+        judged = "within the bound" if ratio <= 1 else "too much"
+        reporter.log(f"{format_flops(found.flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
         return Trial(found.flops, ratio, found)
 
     best, least = smallest_within(bracket, attempt, _expected(planner), _goal(inputs))
@@ -274,6 +275,8 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
             f"the nearest, with {100 * nearest.flops / job.table.dense:.1f}% of the FLOPs, has "
             f"{', '.join(_shown(bound) for bound in nearest.bounds)}"
         )
+    if best.cost <= lowest:
+        reporter.log("this is the smallest model that these options allow")
     return best.found
 
 

@@ -187,5 +187,6 @@ def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
     found = [Choice("dense", results[0].dense, None)]
     for result in results:
         asked = next(target.asked for target in result.targets if target.name == "flops")
-        found.append(Choice(asked, result.slim, result.divergence))
+        page = "" if result.report is None else result.report.name
+        found.append(Choice(asked, result.slim, result.divergence, page))
     return tuple(found)

@@ -115,8 +115,9 @@ def _below(
         attempt: cuts to a budget and judges.
     """
     stride = max(bracket.step, bracket.high // _STRIDES)
-    budget, missed = best.cost - stride, 0
-    while missed < _MISSES and budget >= bracket.low:
+    budget, missed = best.cost, 0
+    while missed < _MISSES and budget > bracket.low:
+        budget = max(budget - stride, bracket.low)
         near = (
             trial
             for high, trial in failed
@@ -127,7 +128,7 @@ def _below(
             best, missed = trial, 0
         else:
             missed += 1
-        budget = min(budget, trial.cost) - stride
+        budget = min(budget, trial.cost)
     return best
 
 

@@ -24,6 +24,8 @@ class Choice:
     divergence: float | None
     """Divergence from the dense model on held-out images: KL divergence in nats, or, for features, squared
     error over variance. None for the dense model itself."""
+    page: str = ""
+    """File name of its own report, beside the page that compares; "" without one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; ``size`` is in bytes, ``top1`` in percent."""

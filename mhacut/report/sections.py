@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
@@ -42,6 +43,13 @@ class Table:
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    pages: Sequence[str] = ()
+    """File name of the page about each row, "" for none; nothing if no row has one."""
+
+    @property
+    def links(self) -> list[str]:
+        """Relative address of the page about each row, or ""."""
+        return [quote(page) for page in self.pages] or [""] * len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def _choices(choices: Sequence[Choice]) -> Section | None:
         return None
     headings, *rows = choice_rows(choices, "divergence")
     text = "Each budget has its own file; all share one calibration. Point at a dot to see its numbers."
-    return Section("Budgets", text, charts=choice_charts(choices), table=Table(headings, rows))
+    table = Table(headings, rows, [choice.page for choice in choices])
+    return Section("Budgets", text, charts=choice_charts(choices), table=table)
 
 
 def _numbers(contents: Contents) -> Section:
