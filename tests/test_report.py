@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -29,7 +30,7 @@ from mhacut.report.inline_svg import chart_html
 from mhacut.report.page import page
 from mhacut.report.pareto import Choice, choice_charts
 from mhacut.report.picture import heat_values
-from mhacut.report.sections import sections
+from mhacut.report.sections import Table, sections
 from mhacut.report.stored_curves import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.svg import draw
 
@@ -79,6 +80,12 @@ def contents(slim_of):
     steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
     sensitivity = StoredCurves((curve,), 2_000_000)
     return Contents(found, HOSTILE, layers, None, sensitivity, steps, ((HOSTILE, HOSTILE, HOSTILE),))
+
+
+def test_rows_link_to_pages_of_any_name():
+    table = Table(["a"], [["1"], ["2"], ["3"]], ["", "a b:?#.html", os.fsdecode(b"\xff.html")])
+    assert table.links == ["", "a%20b%3A%3F%23.html", "%FF.html"]
+    assert Table(["a"], [["1"]]).links == [""]
 
 
 def test_text_never_becomes_markup(contents):

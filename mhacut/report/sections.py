@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
@@ -49,7 +50,7 @@ class Table:
     @property
     def links(self) -> list[str]:
         """Relative address of the page about each row, or ""."""
-        return [quote(page) for page in self.pages] or [""] * len(self.rows)
+        return [quote(os.fsencode(page)) for page in self.pages] or [""] * len(self.rows)
 
 
 @dataclass(frozen=True)
