@@ -196,6 +196,7 @@ def _save_state(path: Path) -> None:
 def main() -> None:
     """Run the fuzzer on one of the targets."""
     target, corpus, *flags = sys.argv[1:]
+    corpus = str(Path(corpus).resolve())
     seeds(target, Path(corpus))
     run = TARGETS[target]
 
@@ -204,7 +205,7 @@ def main() -> None:
             run(data)
 
     os.chdir(FILE.parent)
-    atheris.Setup([sys.argv[0], str(Path(corpus).resolve()), *flags], test_one)
+    atheris.Setup([sys.argv[0], corpus, *flags], test_one)
     atheris.Fuzz()
 
 
