@@ -71,7 +71,7 @@ def check_zip(path: Path, size: int) -> None:
             "torch.save(model.state_dict(), ...)"
         )
     _check_directory(path, size)
-    with open(path, "rb") as file, suppress(RuntimeError):  # which loading it will meet, too
+    with open(path, "rb") as file, suppress(RuntimeError, UnicodeDecodeError):  # which loading will meet, too
         pickle_bounds.check_pickles(where, torch._C.PyTorchFileReader(file).get_record("data.pkl"))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
 
 from helpers.checkpoints import refusal, torch_file, zipped
 from mhacut.checkpoint.files import read_file_header, read_tensors
+from mhacut.checkpoint.torch_file import load_plain
+from mhacut.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(4)}
 END, MOST = struct.Struct("<4s4HLLH"), 2**32 - 1
@@ -84,3 +87,15 @@ def test_a_pickle_in_front_of_an_archive_is_followed_too(tmp_path):
     (tmp_path / "model.pth").write_bytes(b"\x80\x02}" + pairs + b"Ns." + SAVED)
     message = refusal(tmp_path / "model.pth")
     assert ELSEWHERE in message or "names again have more than" in message
+
+
+def test_a_version_that_is_no_text_is_no_crash(tmp_path):
+    """PyTorch's reader quotes it in its error, which Python cannot decode; found by fuzzing."""
+    path = tmp_path / "model.pth"
+    with zipfile.ZipFile(io.BytesIO(SAVED)) as reader:
+        members = {name: reader.read(name) for name in reader.namelist()}
+    (version,) = (name for name in members if name.endswith("/version"))
+    path.write_bytes(zipped(members | {version: b"\xcc\xf5"}))
+    for read in (read_file_header, load_plain):
+        with suppress(CheckpointError):  # another version of torch may read it
+            read(path)
