@@ -100,7 +100,9 @@ def _check_progress(state: Mapping[str, Any], steps: tuple[int, int], *, measure
         raise _Unfit(f"rows: expected {epochs} after step {step}, found {len(rows)}")
     for row in rows:
         _check_fields(row, EpochSummary, "rows")
-    if state.get("before") is not None:
+    if "before" not in state:
+        raise _Unfit("before: expected an evaluation or None, found nothing")
+    if state["before"] is not None:
         _check_fields(state["before"], Evaluation, "before")
     if not all(isinstance(name, str) for name in _list(state.get("unreadable"), "unreadable")):
         raise _Unfit("unreadable: expected names of images")

@@ -80,6 +80,7 @@ WRONG = {
     "a step of another run": (put(9, "step"), "step: expected a whole number of 0 to 8, found 9"),
     "half a step": (put(4.5, "step"), "step: expected a whole number of 0 to 8, found 4.5"),
     "a true step": (put(True, "step"), "step: expected a whole number of 0 to 8, found True"),
+    "no evaluation": (drop("before"), "before: expected an evaluation or None, found nothing"),
     "no best": (put(NAN, "best"), "best: expected a number of 0 to 100, found nan"),
     "a loss": (put(float("inf"), "epoch_loss"), "epoch_loss: expected a number of"),
     "a loss without end": (put(10**400, "rows", 0, "train_loss"), "rows: train_loss: expected a number"),
