@@ -16,6 +16,7 @@ from mhacut.errors import MhacutError, UnsupportedModelError
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.pruning import choose_merges
 from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
+from mhacut.pruning.distill import Distillation
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
@@ -146,6 +147,22 @@ def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
     assert (result.divergence_with_tokens is not None) == said
     assert ("attention+mlp+tokens' the same FLOPs would leave a KL of about" in _text(result)) == said
     assert _document(result)["divergence_with_tokens"] == result.divergence_with_tokens
+
+
+@pytest.mark.slow
+def test_the_hint_about_tokens_is_measured_on_few_images(model, tmp_path, monkeypatch):
+    counts, divergence_of = [], Distillation.divergence_of
+
+    def counted(self, *given):
+        counts.append(len(self.images))
+        return divergence_of(self, *given)
+
+    monkeypatch.setattr(commands, "MUCH", 0.0)
+    monkeypatch.setattr(choose_merges, "_FEW", 1)
+    monkeypatch.setattr(Distillation, "divergence_of", counted)
+    prune(model, tmp_path / "slim.safetensors", "80%")
+    assert counts[-1] == 1
+    assert counts[-2] > 1  # of the slim model itself
 
 
 @pytest.fixture
