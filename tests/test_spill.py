@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import os
+import weakref
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -44,19 +46,48 @@ def test_what_is_kept_stays_after_its_pages_were_dropped():
     assert torch.equal(kept[2], tensors[2] + 1)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
-def test_dropped_pages_leave_the_process():
-    def resident() -> int:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("RssFile"))  # KiB
+def resident(kind: str) -> int:
+    """KiB of this process in memory, ``RssFile`` or ``RssAnon``."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(kind))
 
-    spill, before = Spill(), resident()
+
+on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
+
+
+@on_linux
+def test_dropped_pages_leave_the_process():
+    spill, before = Spill(), resident("RssFile")
     kept = spill.keep(torch.ones(32 << 20, dtype=torch.uint8))
-    held = resident() - before
+    held = resident("RssFile") - before
     spill.drop()
     assert held > 30 << 10
-    assert resident() - before < 4 << 10
+    assert resident("RssFile") - before < 4 << 10
     assert int(kept.sum()) == 32 << 20
+
+
+@on_linux
+def test_freed_memory_leaves_the_process():
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("needs glibc")
+    moments = SpilledMoments({"unit": None}, Spill())
+    assert moments["unit"] is None
+    small = [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(1024)]  # 64 MiB
+    before = resident("RssAnon")
+    del small[:-1]  # the last one lies above the others, which the allocator keeps
+    assert moments["unit"] is None
+    assert before - resident("RssAnon") > 48 << 10
+
+
+def test_a_pass_that_was_measured_is_freed():
+    model, job = build(CASE), job_of(build(CASE), image(CASE, batch=2), share=0.6, round_to=2)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for block in model.blocks:
+        block.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    fisher._bytes_kept(model, job.images[:1], Preserved.outputs_of(model))
+    gc.collect()
+    assert len(seen) == 2
+    assert not [each for each in seen if each() is not None]
 
 
 def test_a_full_disk_leaves_tensors_in_memory():

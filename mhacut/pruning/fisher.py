@@ -216,7 +216,7 @@ def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the pass that made it, which holds it, for ever
 
     kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with torch.enable_grad(), repeatable(image.device), kept:

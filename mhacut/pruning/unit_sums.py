@@ -20,7 +20,7 @@ from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.spill import Spill
+from mhacut.runtime.spill import Spill, return_freed
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.output import effective_output_weights
 
@@ -210,6 +210,7 @@ class SpilledMoments(Mapping[UnitKey, UnitMoments]):
 
     def __getitem__(self, key: UnitKey) -> UnitMoments:
         self._spill.drop()
+        return_freed()
         return self._moments[key]
 
     def __iter__(self) -> Iterator[UnitKey]:
