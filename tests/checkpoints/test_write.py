@@ -212,11 +212,23 @@ def test_shared_and_strided_tensors_are_written_whole(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **ARGS)
     model.norm.weight = model.norm.bias
     model.head.weight.data = torch.arange(48.0).reshape(24, 2).t()
+    numbers = torch.arange(200.0)
+    model.cls_token.data = numbers[10:34].view(1, 1, 24)
+    model.blocks[0].norm1.bias.data = numbers[20:44]
     path = tmp_path / "slim.safetensors"
     write_slim(path, model, RECORD, dtypes={}, overwrite=False, input_path=None)
     stored = load_file(path)
-    assert torch.equal(stored["head.weight"], model.head.weight)
-    assert torch.equal(stored["norm.weight"], model.norm.bias)
+    assert stored.keys() == model.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_large_tensors_are_written_without_a_copy_of_the_model(put, model, tmp_path, monkeypatch):
+    saved = {}
+    monkeypatch.setattr(write, "save_tensors", lambda tensors, path, metadata: saved.update(tensors))
+    with pytest.raises(OutputError):  # nothing was written
+        put(tmp_path / "slim.safetensors", dtypes={"head.weight": torch.float16})
+    own = model.state_dict()
+    assert [name for name in own if own[name].data_ptr() != saved[name].data_ptr()] == ["head.weight"]
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
