@@ -75,16 +75,18 @@ def test_freed_memory_leaves_the_process():
     small = [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(1024)]  # 64 MiB
     before = resident("RssAnon")
     del small[:-1]  # the last one lies above the others, which the allocator keeps
+    if before - resident("RssAnon") > 1 << 10:
+        pytest.skip("another allocator")
     assert moments["unit"] is None
     assert before - resident("RssAnon") > 48 << 10
 
 
 def test_a_pass_that_was_measured_is_freed():
-    model, job = build(CASE), job_of(build(CASE), image(CASE, batch=2), share=0.6, round_to=2)
+    model = build(CASE)
     seen: list[weakref.ref[torch.Tensor]] = []
     for block in model.blocks:
         block.mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
-    fisher._bytes_kept(model, job.images[:1], Preserved.outputs_of(model))
+    fisher._bytes_kept(model, image(CASE, batch=1), Preserved.outputs_of(model))
     gc.collect()
     assert len(seen) == 2
     assert not [each for each in seen if each() is not None]

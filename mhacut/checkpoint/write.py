@@ -213,27 +213,20 @@ def _expected_shapes(header: FileHeader, record: SlimRecord) -> dict[str, tuple[
 
 
 def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return the tensors as they go to disk: contiguous, in the dtype asked for, finite.
-
-    They are the model's own where they already are so; those that share memory are copied.
-    """
+    """Return the tensors as they go to disk: contiguous, in the dtype asked for, finite; copied if needed."""
     stored: dict[str, Tensor] = {}
-    memory = set[int]()
     for name, tensor in model.state_dict().items():
         dtype = dtypes.get(name, tensor.dtype)
         if tensor.dtype not in FLOAT_DTYPES:
             dtype = tensor.dtype  # counters and index tables
-        fresh = tensor.detach().to("cpu", dtype).contiguous()
-        if fresh.untyped_storage().data_ptr() in memory:
-            fresh = fresh.clone()
-        memory.add(fresh.untyped_storage().data_ptr())
-        if fresh.is_floating_point() and not bool(torch.isfinite(fresh).all()):
+        written = tensor.detach().to("cpu", dtype).contiguous()
+        if written.is_floating_point() and not bool(torch.isfinite(written).all()):
             too_large = bool(torch.isfinite(tensor).all())
             reason = "is not finite"
             if too_large:
                 reason = f"has values too large for {dtype_name(dtype)}; give float32 or bfloat16 weights"
             raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
-        stored[name] = fresh
+        stored[name] = written
     return stored
 
 

@@ -303,13 +303,7 @@ def _flat(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"importance{len(grids)}"] = values
             grids.append({"layer": layer, "grid": list(grid)})
     bare = [layer for layer, importance in calibration.fisher.importance.items() if not importance]
-    own, seen = dict[str, Tensor](), set[int]()
-    for name, tensor in tensors.items():
-        alone = tensor.detach().cpu().contiguous()
-        place = alone.untyped_storage().data_ptr()
-        # The file may share no memory, as moments of few images do; moments of large models are not copied.
-        own[name] = alone.clone() if place in seen else alone
-        seen.add(place)
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return own, {"held": calibration.held, "units": units, "fisher": layers, "grids": grids, "bare": bare}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +113,7 @@ def finish_file(
             return written
     return write_slim(
         inputs.target,
-        copy.deepcopy(slim).cpu(),
+        slim,
         record,
         dtypes=inputs.dtypes,
         overwrite=there or inputs.options.overwrite,

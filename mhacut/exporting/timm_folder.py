@@ -128,7 +128,7 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
 
 def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
     tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().clone()
-        for name, tensor in model.state_dict().items()  # some share memory
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
     }
     save_tensors(tensors, path, {"format": "pt"})

@@ -51,7 +51,7 @@ class Spill:
 
 
 def return_freed() -> None:
-    """Return freed memory to the system. glibc keeps it: a quarter of the whole process, for a ViT-L."""
+    """Return freed memory to the system, much of which glibc keeps when layers are large."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
-        trim(0)
+        trim(ctypes.c_size_t(0))

@@ -224,7 +224,7 @@ def test_shared_and_strided_tensors_are_written_whole(tmp_path):
 
 def test_large_tensors_are_written_without_a_copy_of_the_model(put, model, tmp_path, monkeypatch):
     saved = {}
-    monkeypatch.setattr(write, "save_tensors", lambda tensors, path, metadata: saved.update(tensors))
+    monkeypatch.setattr(tensor_file, "save_file", lambda tensors, path, metadata: saved.update(tensors))
     with pytest.raises(OutputError):  # nothing was written
         put(tmp_path / "slim.safetensors", dtypes={"head.weight": torch.float16})
     own = model.state_dict()
