@@ -12,9 +12,16 @@ it is 16,384 tokens, whose attention logits take 1 GB per head where they are he
 MAX_VALUES = 16 * MAX_PIXELS
 """Largest number of values of an image, all channels together; 256 MB in float32."""
 
+MIN_CROP_PCT = 0.1
+"""Smallest ``crop_pct``: images are made larger by its inverse before they are cropped."""
 MAX_CROP_PCT = 1.25
 """Largest ``crop_pct``. Above 1 an image is made smaller than the input and a border put around it, as timm's
 VOLO at 448 and 512 pixels does."""
+
+MAX_MEAN = 1e6
+"""Largest ``mean``, positive or negative, and ``std`` of pixels in 0..1."""
+MIN_STD = 1e-6
+"""Smallest ``std`` of pixels in 0..1. In float32, which divides by it, much smaller ones are 0."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
 """Name of a license on the hub."""

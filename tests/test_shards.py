@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import tarfile
 import warnings
 
@@ -200,3 +201,29 @@ def test_members_outside_and_links_are_neither_followed_nor_unpacked(tmp_path):
         (b"evil", 2)
     ]
     assert list(tmp_path.rglob("*")) == [inside, inside / "a.tar"]
+
+
+@pytest.mark.parametrize("name", ["../outside.tar", "/tmp/outside.tar", 1, "part/../../outside.tar"])
+def test_shards_outside_the_folder_are_refused(root, name):
+    info = json.loads((root / "_info.json").read_text())
+    for split in info["splits"].values():
+        split["filenames"][0] = name
+    (root / "_info.json").write_text(json.dumps(info))
+    (root.parent / "outside.tar").write_bytes((root / "any-0000.tar").read_bytes())
+    says = r"_info\.json names the shard .*; expected files in this folder|cannot be opened: TypeError"
+    with pytest.raises(DataError, match=says):
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
+
+
+@pytest.mark.parametrize("name", ["_info.json", "any-0000.tar"])
+def test_pipes_in_place_of_files_do_not_block(root, name):
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    with pytest.raises(DataError, match=f"{name}: is not a regular file"):
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
+
+
+def test_a_label_beyond_all_classes_is_none(tmp_path):
+    root = write_shards(tmp_path / "huge", [("a", png(3), 10**30), ("b", png(4), 1)])
+    with pytest.raises(DataError, match="its cls is no label, found"):
+        open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)

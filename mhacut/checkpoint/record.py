@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhacut.checkpoint.identity import ARGUMENT, ModelIdentity, check_input_size
-from mhacut.checkpoint.untrusted_json import MAX_NUMBER, kind_of, parse_json, plain_json
+from mhacut.checkpoint.untrusted_json import kind_of, parse_json, plain_json
 from mhacut.errors import CheckpointError, PlanError
-from mhacut.limits import MAX_CROP_PCT, is_int, is_number
+from mhacut.limits import MAX_CROP_PCT, MAX_MEAN, MIN_CROP_PCT, MIN_STD, is_int, is_number
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 2
@@ -143,14 +143,16 @@ def _checked_preprocessing(preprocessing: object) -> dict[str, Any]:
     plain: dict[str, Any] = plain_json(preprocessing)
     size, mean, std = plain["input_size"], plain["mean"], plain["std"]
     check_input_size(size, f"{where}: input_size")
-    for name, values, lowest in (("mean", mean, -MAX_NUMBER), ("std", std, 0.0)):
+    for name, values, lowest in (("mean", mean, -MAX_MEAN), ("std", std, 0.0)):
         numbers = isinstance(values, list) and len(values) in (1, size[0]) and all(map(is_number, values))
-        if not numbers or not all(lowest <= value <= MAX_NUMBER for value in values):
+        if not numbers or not all(lowest <= value <= MAX_MEAN for value in values):
             raise CheckpointError(f"{where}: {name} is 1 or {size[0]} numbers, found {values!r:.100}")
-    if not all(value > 0 for value in std):
-        raise CheckpointError(f"{where}: std is above 0, found {std!r:.100}")
-    if not is_number(plain["crop_pct"]) or not 0 < plain["crop_pct"] <= MAX_CROP_PCT:
-        raise CheckpointError(f"{where}: crop_pct is a fraction, found {plain['crop_pct']!r:.100}")
+    if not all(value >= MIN_STD for value in std):
+        raise CheckpointError(f"{where}: std is at least {MIN_STD:g}, found {std!r:.100}")
+    if not is_number(plain["crop_pct"]) or not MIN_CROP_PCT <= plain["crop_pct"] <= MAX_CROP_PCT:
+        raise CheckpointError(
+            f"{where}: crop_pct is {MIN_CROP_PCT} to {MAX_CROP_PCT}, found {plain['crop_pct']!r:.100}"
+        )
     for name in ("interpolation", "crop_mode"):
         if not isinstance(plain[name], str) or not ARGUMENT.fullmatch(plain[name].replace("-", "_")):
             raise CheckpointError(f"{where}: {name} is a word, found {plain[name]!r:.100}")

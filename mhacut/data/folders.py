@@ -7,7 +7,9 @@ class folder vanishes and shifts the classes after it. So folders are scanned he
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from timm.utils.misc import natural_key
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
-from mhacut.runtime.inputs import check_data_dir
+from mhacut.runtime.inputs import check_class_map, check_data_dir
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files that count as images, in lower case."""
@@ -62,8 +64,9 @@ def split_folder(root: Path, split: str) -> Path | None:
     """Return the folder of a split, under its name or an alias of it."""
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *synonyms):
-        if (root / name).is_dir():
-            return root / name
+        with suppress(OSError):  # of a name that is too long
+            if (root / name).is_dir():
+                return root / name
     return None
 
 
@@ -73,7 +76,10 @@ def _is_split_name(name: str) -> bool:
 
 def subfolders(root: Path) -> list[str]:
     """Names of the visible folders in ``root``, in timm's order of classes."""
-    names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    try:
+        names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as error:  # removed meanwhile
+        raise DataError(f"{root}: cannot be read: {error.strerror}") from None
     # natural_key alone leaves the order of "a" and "A" to the file system
     return sorted(names, key=lambda name: (natural_key(name), name))
 
@@ -98,8 +104,10 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
     Raises:
         DataError: no such directory, a root of other splits, or no such split.
     """
-    root = Path(data_dir)
+    root, inside = Path(data_dir), Path(split)
     check_data_dir(root)
+    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+        raise DataError(f"{option_name(option, split)}: expected the name of a folder in {root}")
     folder = split_folder(root, split)
     if folder is not None:
         return folder
@@ -118,8 +126,18 @@ def scan(folder: Path) -> Folder:
     Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are skipped.
     """
     found: list[tuple[str, str]] = []
+    # Folders on the way to each, itself included, with links resolved.
+    ways: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
     for at, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        way = ways.pop(at)
+        for name in tuple(folders):
+            path = os.path.join(at, name)
+            place = os.path.realpath(path) if os.path.islink(path) else os.path.join(way[-1], name)
+            if place in way:  # a link to a folder that holds it
+                folders.remove(name)
+            else:
+                ways[path] = (*way, place)
         inside = Path(at).relative_to(folder)
         name = inside.parts[0] if inside.parts else ""
         for file in files:
@@ -138,6 +156,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
         DataError: unreadable, a name twice, or not as many names as the head has classes.
     """
     path = Path(file)
+    check_class_map(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +164,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     while lines and not lines[-1].strip():
         lines.pop()
     names = [line.strip() for line in lines]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(
             f"{path}: class map names {twice[0]!r} twice; expected one class a line "

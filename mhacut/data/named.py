@@ -114,6 +114,9 @@ def open_named(
     if kind == "torch" and mapped is not None:
         raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
     root = None if data.data_dir is None else os.fspath(data.data_dir)
+    info = None if kind != "wds" or root is None else os.path.join(root, "_info.json")
+    if info is not None and os.path.exists(info) and not os.path.isfile(info):  # reading a FIFO would block
+        raise DataError(f"{info}: is not a regular file")
     streamed: dict[str, Any] = {}
     if kind not in ("torch", "hfds"):  # seeds of NumPy and TensorFlow, which are never negative
         streamed = {"seed": (seed or 0) % 2**32, "is_training": seed is not None}

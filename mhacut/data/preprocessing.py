@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from mhacut.errors import DataError, UsageError, option_name
-from mhacut.limits import MAX_CROP_PCT, too_large
+from mhacut.limits import MAX_CROP_PCT, MAX_MEAN, MIN_CROP_PCT, MIN_STD, too_large
 from mhacut.options.base import PreprocessingOptions
 
 SMALL_IMAGE = 64
@@ -52,17 +51,18 @@ class Preprocessing:
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
             values = values * channels if len(values) == 1 else values
-            low = 0.0 if name == "std" else -math.inf
-            if len(values) != channels or not all(low < value < math.inf for value in values):
-                kind = "positive " if name == "std" else ""
+            low = MIN_STD if name == "std" else -MAX_MEAN
+            if len(values) != channels or not all(low <= value <= MAX_MEAN for value in values):
                 raise DataError(
-                    f"{name} {getattr(self, name)}: expected {channels} {kind}number(s) for "
-                    f"{channels} channel(s), in units of a pixel range of 0..1"
+                    f"{name} {getattr(self, name)}: expected {channels} number(s) from {low:g} to "
+                    f"{MAX_MEAN:g}, in units of a pixel range of 0..1"
                 )
             object.__setattr__(self, name, values)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
-        if not 0 < self.crop_pct <= MAX_CROP_PCT:
-            raise DataError(f"crop_pct {self.crop_pct}: expected above 0, at most {MAX_CROP_PCT}")
+        if not MIN_CROP_PCT <= self.crop_pct <= MAX_CROP_PCT:
+            raise DataError(
+                f"crop_pct {self.crop_pct}: expected at least {MIN_CROP_PCT}, at most {MAX_CROP_PCT}"
+            )
         if self.interpolation not in _INTERPOLATIONS:
             raise DataError(
                 f"interpolation {self.interpolation!r}: expected one of {', '.join(_INTERPOLATIONS)}"

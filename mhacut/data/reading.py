@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ UNREADABLE = (
 )
 """Exceptions of Pillow for files that are no images, cut short, or absurdly large; the last two are those of
 damaged AVIF, of kinds of DDS that it does not know, and of damaged SPIDER."""
+_READ_BY_PROGRAMS = ("EPS", "WMF")
+"""Formats for which Pillow runs Ghostscript, or asks Windows: both execute what the file says."""
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
@@ -31,7 +34,7 @@ def open_image(file: Any, channels: int) -> Image.Image:
     Raises:
         OSError: or another of :data:`UNREADABLE`.
     """
-    with Image.open(file) as opened:
+    with Image.open(file, formats=_formats()) as opened:
         opened.load()
         picture: Image.Image = opened
         if picture.mode.startswith("I"):
@@ -44,6 +47,13 @@ def open_image(file: Any, channels: int) -> Image.Image:
         elif picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
         return picture.convert("RGB" if channels == 3 else "L")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Formats that Pillow reads itself, in the order in which it tries them."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _READ_BY_PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class ImageFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.images[index]
+        if path.exists() and not path.is_file():  # reading a FIFO would block
+            return Unreadable(str(path), "is not a regular file"), self.labels[index]
         try:
             picture = open_image(path, self._channels)
         except UNREADABLE as error:

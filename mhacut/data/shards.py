@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from array import array
@@ -24,6 +25,7 @@ _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 
 _DAMAGED = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """Exceptions of :mod:`tarfile` for files that are damaged, or lie about the sizes of their members."""
+_MAX_LABEL = 2**31
 _MAX_LABEL_BYTES = 2**20
 """Number of bytes that are read of a label, or of the json that holds it."""
 
@@ -87,6 +89,8 @@ class ShardedSamples(Dataset[tuple[io.BytesIO, int]]):
             text = b"" if held is None else held.read(_MAX_LABEL_BYTES)
             try:
                 label = int(json.loads(text)[label_field] if label_field else text)
+                if abs(label) > _MAX_LABEL:
+                    raise OverflowError
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 where = f"{label_field!r} of its json" if label_field else "its cls"
                 raise DataError(
@@ -129,13 +133,24 @@ def by_index(opened: Any) -> ShardedSamples | None:
     """Return the samples of timm's stream ``opened``; None where they cannot be indexed.
 
     That is the case if the shards are no plain tar files on this machine, or the labels no single number.
+
+    Raises:
+        DataError: a shard is damaged or no file, or ``_info.json`` names one outside its folder.
     """
     reader = getattr(opened, "reader", None)
     split: Any = getattr(reader, "split_info", None)
     names = getattr(split, "filenames", None)
     if reader is None or not names or not hasattr(split, "alt_label"):
         return None
-    shards = [Path(getattr(reader, "root", None) or "", name) for name in names]
+    root = Path(getattr(reader, "root", None) or "")
+    for name in names:
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(
+                f"{root}: _info.json names the shard {name!r:.200}; expected files in this folder"
+            )
+        if (root / name).exists() and not (root / name).is_file():  # reading a FIFO would block
+            raise DataError(f"{root / name}: is not a regular file")
+    shards = [root / name for name in names]
     plain = all(shard.suffix == ".tar" and shard.is_file() for shard in shards)
     if not plain or reader.remap_class or getattr(reader, "target_keys", None):
         return None

@@ -43,7 +43,7 @@ def kept_table(
                 kept = TimeTable.from_json(document["table"])
             else:
                 log(f"{show(path)}: its content does not match its name; layer times are measured again")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             log(f"{show(path)}: cannot be read ({error!s:.80}); layer times are measured again")
     found = None if kept is None else today(kept)
     if found is not None:
