@@ -11,7 +11,8 @@ from mhacut.runtime.files import check_outputs
 
 
 def _check_outputs(options: InspectOptions) -> None:
-    check_outputs((options.html, options.png), overwrite=options.overwrite, input_path=options.checkpoint)
+    written = (options.html, options.png)
+    check_outputs(written, overwrite=options.overwrite, input_paths=options.files_read())
 
 
 @command(InspectOptions, check_outputs=_check_outputs)

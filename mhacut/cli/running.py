@@ -26,6 +26,9 @@ from mhacut.errors import (
 )
 
 FAILED, USAGE = 1, 2
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""Words of a RuntimeError of torch on the CPU, and of the system."""
+_TOO_MANY = "Too many open files"
 _SECONDS_TO_SAY_WHY = 10
 """Delay before a process that fails because of another exits: torchrun ends all processes at the first
 failure, and the process that reports the reason must be first."""
@@ -86,6 +89,9 @@ def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Ite
             if _out_of_memory(error) and not debug:
                 console.error(f"error: out of memory{_advice(known)}")
                 code = FAILED
+            elif _TOO_MANY in str(error) and not debug:
+                console.error("error: too many open files; allow more, as with `ulimit -n 4096`")
+                code = FAILED
             else:
                 code = _unforeseen(console, error)
         finally:
@@ -112,7 +118,8 @@ def _advice(known: Collection[str]) -> str:
 
 def _out_of_memory(error: Exception) -> bool:
     # By name: this module must not import torch, nor wait for it.
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(words in str(error) for words in _NO_MEMORY)
 
 
 class _ToConsole(logging.Handler):

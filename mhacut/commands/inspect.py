@@ -127,7 +127,8 @@ def _expected_stages(options: InspectOptions) -> list[StageShare]:
 def _check_outputs(options: InspectOptions) -> None:
     if options.png is not None:
         need(option_name("png"), "matplotlib", "plot")
-    check_outputs((options.html, options.png), overwrite=options.overwrite, input_path=options.checkpoint)
+    written = (options.html, options.png)
+    check_outputs(written, overwrite=options.overwrite, input_paths=options.files_read())
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:

@@ -74,8 +74,8 @@ def check_files(options: PruneOptions, each: Sequence[PruneOptions], read: PathL
     written = [options.report]
     for own in each:
         written += [own.report, None if own.dry_run else own.output]
-    for source in (read or named, kept):
-        check_outputs(dict.fromkeys(written), overwrite=options.overwrite, input_path=source)
+    sources = (read or named, kept, *options.files_read())
+    check_outputs(dict.fromkeys(written), overwrite=options.overwrite, input_paths=sources)
 
 
 def check_files_before_reading(options: PruneOptions) -> None:

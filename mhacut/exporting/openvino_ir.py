@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.errors import MhacutError
+from mhacut.errors import MhacutError, OutputError
 from mhacut.exporting.runtimes import METADATA, Runner, arrays_by_name, onnx_content
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import AnyPath, check_outputs, write_whole
+from mhacut.runtime.files import AnyPath, check_outputs, show, write_whole
 
 _F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
 """Precision of inference. By default OpenVINO computes in bfloat16 on CPUs that have it."""
@@ -36,7 +36,7 @@ def weights_file(target: AnyPath) -> Path:
 
 def check_ir(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
     """Raise an :class:`OutputError` if one of the two files must not or cannot be written."""
-    check_outputs((target, weights_file(target)), overwrite=overwrite, input_path=input_path)
+    check_outputs((target, weights_file(target)), overwrite=overwrite, input_paths=(input_path,))
 
 
 def write_ir(
@@ -74,7 +74,13 @@ def write_ir(
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "model.xml")
         # Stated, because OpenVINO stores float16 by default.
-        openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
+        try:
+            openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
+        except RuntimeError as error:  # of a full disk it says "iostream error" alone
+            raise OutputError(
+                f"{show(target)}: OpenVINO cannot write to {folder}: {error!s:.200}; is the disk full? "
+                "TMPDIR chooses another"
+            ) from error
         compare(_runner(openvino.Core().read_model(written), None))
         # The weights first: a reader looks for the .xml file.
         for file, source in ((weights_file(target), weights_file(written)), (target, written)):

@@ -28,13 +28,12 @@ from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.files import (
     check_output,
-    lock_directory,
     reason_alone,
     remove_temporaries,
-    unlock,
     write_whole,
 )
 from mhacut.runtime.inputs import REMOTE, stem_of
+from mhacut.runtime.locks import lock_directory, unlock
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -47,18 +46,21 @@ class RunFolder:
 
     path: Path
 
-    def claim(self) -> int | None:
+    def claim(self, *, shared: bool = False) -> int | None:
         """Lock the directory, so that no other process writes a run there.
 
+        Args:
+            shared: only as long as none does; several processes may hold such a lock.
+
         Returns:
-            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks, and of a
+            The lock, for :func:`mhacut.runtime.locks.unlock`; None where there are no locks, and of a
             directory that may not be listed: nothing guards these.
 
         Raises:
             OutputError: another process does, or there is no such directory.
         """
         try:
-            return lock_directory(self.path)
+            return lock_directory(self.path, shared=shared)
         except BlockingIOError:
             raise OutputError(
                 f"{self.path}: another process is writing a run there; wait until it has ended, or choose "
@@ -91,7 +93,8 @@ class RunFolder:
         try:
             self._held(overwrite)
         except OutputError:
-            unlock(self.claim())  # where another process is still writing the run, that is what to say
+            # Where another process is still writing the run, that is what to say; all of torchrun look here.
+            unlock(self.claim(shared=True))
             raise
 
     def open_new(self, *, overwrite: bool) -> int | None:
@@ -258,6 +261,8 @@ def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / ARGUMENTS
     try:
+        if path.exists() and not path.is_file():  # reading a FIFO would block
+            raise OSError("is not a regular file")
         return read_config(path, FinetuneOptions.options(), str(path))
     except OSError as error:
         raise UsageError(

@@ -130,6 +130,7 @@ class LabelledImages(ImageSource):
         metavar="N",
         short="-j",
         at_least=0,
+        at_most=1024,
     )
 
 

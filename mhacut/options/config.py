@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import yaml
 
 _MAX_BYTES = 2**16
+_MAX_BITS = 1024
+"""Largest size of a whole number: Python writes no numbers of many thousand digits."""
 _MAX_VALUES = 10_000
 """Largest number of values in a file; a value that aliases repeat counts each time."""
 
@@ -103,6 +105,8 @@ def _check_size(document: object, where: str) -> None:
     sizes: dict[int, int | None] = {}
 
     def size(value: object) -> int:
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise UsageError(f"{where}: expected numbers of at most {_MAX_BITS} bits")
         if not isinstance(value, dict | list | tuple | set):
             return 1
         if id(value) not in sizes:

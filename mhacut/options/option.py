@@ -10,21 +10,19 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
-from numbers import Integral, Real
-from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
     TypeVar,
-    Union,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 from mhacut.errors import UsageError, option_name
+from mhacut.options.values import is_one, is_text, plain, types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,6 +63,8 @@ _NOUNS: Mapping[Any, str] = {
     os.PathLike: "a path",
     Mapping: "a mapping",
 }
+_MOST = {bool: 1, int: 2**31 - 1, float: 1e30}
+"""Largest numbers, positive or negative, where an option states no bound: the libraries overflow above."""
 _LONGEST = 200
 """Longest value, in characters, that a message about its type shows."""
 
@@ -160,7 +160,7 @@ class Option:
         Raises:
             UsageError: it is none of the option's values; the message names the option.
         """
-        value = _plain(value)
+        value = plain(value)
         if value is None:
             require(self.name, value, self.takes_none, "a value")
             return None
@@ -175,16 +175,18 @@ class Option:
         if isinstance(value, str) or not isinstance(value, Iterable):
             expected = "a list of numbers" if numbers else "text, or a list of texts"
             raise UsageError(f"{self._shown(value)}: expected {expected}")
-        return tuple(self._checked(_plain(part), self.element) for part in value)
+        return tuple(self._checked(plain(part), self.element) for part in value)
 
     def _checked(self, value: Any, kind: Any) -> Any:
         """Return one value in its type, within the bounds."""
-        types = _types(kind)
-        if tuple in types:
+        known = types(kind)
+        if tuple in known:
             return value  # one budget, or several
-        if not _is_one(value, types):
+        if not is_one(value, known):
             limits = f", {self.limits}" if self.limits else ""
-            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[types[-1]]}{limits}")
+            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[known[-1]]}{limits}")
+        if isinstance(value, str | os.PathLike):
+            require(self.name, value, is_text(os.fspath(value)), "text without NUL that UTF-8 can encode")
         for ending in self.endings[:1]:
             name = os.fspath(value)
             require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
@@ -195,6 +197,8 @@ class Option:
         except OverflowError:  # a whole number beyond all others
             raise UsageError(f"{self._shown(value)}: expected {_NOUNS[kind]}") from None
         require(self.name, value, self._holds(number), self.limits)
+        if self.at_most is None and self.below is None and math.isfinite(number):
+            require(self.name, value, abs(number) <= _MOST[kind], f"at most {_MOST[kind]}")
         return number
 
     def _shown(self, value: Any) -> str:
@@ -352,6 +356,16 @@ class Options:
                 values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         return values
 
+    def files_read(self) -> tuple[str, ...]:
+        """Files and folders that the options name to be read; names on the hub may be among them."""
+        values = self.flat()
+        found: list[str] = []
+        for name, stated in self.options().items():
+            value = values[name]
+            if stated.reads is not None and value:
+                found += map(os.fspath, value if stated.element else (value,))
+        return tuple(found)
+
     def changed(self) -> list[str]:
         """Names of the options, those of groups excepted, that differ from their defaults."""
         return [name for name, stated in self.own_options().items() if getattr(self, name) != stated.default]
@@ -360,26 +374,6 @@ class Options:
         """Names of the options, those of groups included, that differ from their defaults."""
         groups = [getattr(self, name).all_changed() for name in self.groups()]
         return set(self.changed()).union(*groups)
-
-
-def _plain(value: Any) -> Any:
-    """Return a number or an array of NumPy or torch as Python's own numbers; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _types(kind: Any) -> tuple[Any, ...]:
-    """Return the classes of which one must be the value's; None is left out."""
-    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return tuple(get_origin(part) or part for part in parts if part is not type(None))
-
-
-def _is_one(value: object, types: tuple[Any, ...]) -> bool:
-    """Whether ``value`` is of one of ``types``; whole numbers are numbers, and True is none."""
-    if types == (bool,):
-        return isinstance(value, int) and value in (0, 1)
-    if types in ((int,), (float,)):
-        return isinstance(value, Integral if int in types else Real) and not isinstance(value, bool)
-    return isinstance(value, types)
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:

@@ -90,11 +90,26 @@ def _check_allowed(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None
         _check_replaceable(target, overwrite)
 
 
-def check_outputs(paths: Iterable[AnyPath | None], *, overwrite: bool, input_path: AnyPath | None) -> None:
-    """Call :func:`check_output` for each of ``paths``; None is no file."""
+def check_outputs(
+    paths: Iterable[AnyPath | None], *, overwrite: bool, input_paths: Iterable[AnyPath | None]
+) -> None:
+    """Call :func:`check_output` for each of ``paths``, which must be different files; None is no file.
+
+    Args:
+        paths: files to be written.
+        overwrite: whether existing files may be replaced.
+        input_paths: files and folders that are read, which are never replaced.
+    """
+    sources, seen = tuple(input_paths), dict[str, AnyPath]()
     for path in paths:
-        if path is not None:
-            check_output(path, overwrite=overwrite, input_path=input_path)
+        if path is None:
+            continue
+        for source in sources:
+            _check_not_input(Path(path), source)
+        check_output(path, overwrite=overwrite, input_path=None)
+        first = seen.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            raise OutputError(f"{show(path)}: is the same file as {show(first)}; choose another name")
 
 
 def write_whole(
@@ -255,58 +270,6 @@ def _locked(folder: Path) -> int | None:
         os.close(lock)
         raise
     return lock
-
-
-_held: set[int] = set()
-"""Descriptors of :func:`lock_directory`."""
-
-
-def lock_directory(path: Path) -> int | None:
-    """Lock a directory for this process; return the descriptor for :func:`unlock`.
-
-    Processes that this one forks do not share the lock, so that it ends with this one.
-
-    Returns:
-        None where there are no locks, and of a directory that this process may not list.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-        OSError: there is no such directory, or it cannot be opened.
-    """
-    if sys.platform == "win32":
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:
-        return None  # a directory of mode 0300 may be written, but not opened
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    _held.add(descriptor)
-    return descriptor
-
-
-def unlock(descriptor: int | None) -> None:
-    """Release what :func:`lock_directory` locked, if it did."""
-    if descriptor is None:
-        return
-    assert sys.platform != "win32"
-    _held.remove(descriptor)
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may not have closed its own yet
-    os.close(descriptor)
-
-
-def _forget_locks() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _prefix(target: Path) -> str:

@@ -12,6 +12,9 @@ from mhacut.runtime.files import AnyPath, show
 REMOTE = ("timm:", "hf-hub:", "hf_hub:")
 """Beginnings of checkpoints that are no paths."""
 
+_MAX_CLASS_MAP = 2**24
+"""Largest size of a class map: 21,841 names of ImageNet-21k take half a megabyte."""
+
 
 def stem_of(path: Path) -> str:
     """Return the beginning of default output names.
@@ -25,6 +28,8 @@ def stem_of(path: Path) -> str:
 
 def check_checkpoint(path: AnyPath) -> None:
     """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
+    if not os.fspath(path):
+        raise CheckpointError("expected the name of a checkpoint, found an empty one")
     if os.fspath(path).endswith(os.sep) and not os.path.lexists(Path(path)):
         raise CheckpointError(f"no such folder: {show(path)}")
     if not is_directory(Path(path)):
@@ -87,9 +92,17 @@ def check_data_dir(path: AnyPath) -> None:
 
 
 def check_class_map(path: AnyPath) -> None:
-    """Raise a :class:`DataError` if ``path`` cannot be read."""
+    """Raise a :class:`DataError` if ``path`` cannot be read, or is no small file."""
+    option = option_name("class_map")
     try:
-        with open(path, "rb"):
-            pass
+        status = os.stat(path)  # opening a FIFO would block
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb"):
+                pass
     except OSError as error:
-        raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
+        raise DataError(f"{path}: class map cannot be read: {error} ({option})") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_CLASS_MAP:
+        raise DataError(
+            f"{path}: class map cannot be read: expected a file of at most {_MAX_CLASS_MAP} bytes, one class "
+            f"a line ({option})"
+        )

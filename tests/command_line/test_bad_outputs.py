@@ -143,3 +143,31 @@ def test_the_input_is_no_output(slim, tmp_path):  # 47
     ):
         message = refusal(tmp_path, *arguments)
         assert "is the input" in message or "is a file; --format timm writes a folder" in message
+
+
+def test_a_link_to_what_is_read_or_written_is_refused(slim, tiny_vit, images, tmp_path):
+    dense, names = tmp_path / "dense.html", tmp_path / "names.html"
+    dense.write_bytes(tiny_vit.path.read_bytes())
+    names.write_text("".join(f"class{number}\n" for number in range(7)))
+    for target in (dense, names):
+        (tmp_path / f"to {target.name}").symlink_to(target)
+    compared = [
+        "inspect",
+        slim,
+        "--compare",
+        dense,
+        "--model",
+        "vit_tiny_patch16_224",
+        "--overwrite",
+        "--html",
+    ]
+    for page in (dense, tmp_path / "to dense.html"):
+        assert "is the input" in refusal(tmp_path, *compared, page)
+    pruned = ["prune", *tiny_vit.flags, "--flops", "60%", *FAST, "--overwrite"]
+    page = tmp_path / "to names.html"
+    message = refusal(tmp_path, *pruned, "--data-dir", images, "--class-map", names, "--report", page)
+    assert f"{page}: is the input {names}, which is never overwritten" in message
+    out, page = tmp_path / "slim.safetensors", tmp_path / "slim.html"
+    page.symlink_to(out)
+    message = refusal(tmp_path, *pruned, "-o", out, "--report", page)
+    assert f"{out}: is the same file as {page}; choose another name" in message

@@ -24,7 +24,7 @@ from mhacut.finetuning import saving
 from mhacut.finetuning.folder import RunFolder, read_arguments
 from mhacut.finetuning.resuming import completed
 from mhacut.finetuning.training import Trainer
-from mhacut.runtime.files import unlock
+from mhacut.runtime.locks import unlock
 
 LONGER = {"epochs": 2, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
 
@@ -381,6 +381,19 @@ def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
     assert resume(finished).steps == 6
 
 
+def test_processes_that_look_at_a_run_together_find_the_same(finished):
+    other = RunFolder(finished).claim(shared=True)  # as torchrun's processes do
+    with pytest.raises(OutputError, match="already holds a run"):
+        RunFolder(finished).check_new([], overwrite=False)
+    with pytest.raises(OutputError, match="another process is writing a run there"):
+        RunFolder(finished).claim()
+    unlock(other)
+    lock = RunFolder(finished).claim()
+    with pytest.raises(OutputError, match="another process is writing a run there"):
+        RunFolder(finished).check_new([], overwrite=False)
+    unlock(lock)
+
+
 def test_a_directory_that_is_refused_is_free_again(finished):
     with pytest.raises(OutputError, match="already holds a run"):
         RunFolder(finished).open_new(overwrite=False)
@@ -418,7 +431,7 @@ def test_a_directory_that_may_not_be_listed_holds_runs_without_a_lock(tmp_path, 
 
 FORKED = """
 import os, signal, sys
-from mhacut.runtime.files import lock_directory
+from mhacut.runtime.locks import lock_directory
 
 lock = lock_directory(sys.argv[1])
 runs, running = os.pipe()
