@@ -4,6 +4,9 @@
 resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last. If the run
 is killed before that, the steps since the previous ``state.pt`` are repeated, with the same result.
 
+In a directory that holds a run, a new one writes to a hidden directory until its first save is complete.
+Only then do its files take the place of the earlier run's, which is whole until then.
+
 Imports torch only to read and write ``state.pt``, so that a directory is checked without waiting for it.
 """
 
@@ -13,7 +16,8 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,8 @@ from mhacut.runtime.files import (
     check_output,
     reason_alone,
     remove_temporaries,
+    sync_directory,
+    temporary_folder,
     write_whole,
 )
 from mhacut.runtime.inputs import REMOTE, stem_of
@@ -37,6 +43,9 @@ from mhacut.runtime.locks import lock_directory, unlock
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
+_FILES = (SUMMARY, BEST, LAST, STATE, ARGUMENTS)
+_NEW = "new-run"
+"""Beginning of the name of the hidden directory of a run that is not saved yet."""
 _STATE_VERSION = 1
 
 
@@ -45,6 +54,8 @@ class RunFolder:
     """Files of a run."""
 
     path: Path
+    hidden: Path | None = None
+    """Directory within it of a new run's files, until these take the place of an earlier run's."""
 
     def claim(self, *, shared: bool = False) -> int | None:
         """Lock the directory, so that no other process writes a run there.
@@ -74,14 +85,14 @@ class RunFolder:
 
     def file(self, name: str) -> Path:
         """Return the path of the file of this name."""
-        return self.path / name
+        return (self.hidden or self.path) / name
 
     def check_new(self, read: Iterable[PathLike], *, overwrite: bool) -> None:
         """Raise an :class:`OutputError` if no new run can be written there. Leaves nothing behind.
 
         Args:
             read: files that the run reads, which are never replaced.
-            overwrite: whether the files of a run that it holds may be removed.
+            overwrite: whether the files of a run that it holds may be replaced.
         """
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(
@@ -91,7 +102,7 @@ class RunFolder:
             for path in read:
                 check_output(self.file(name), overwrite=True, input_path=path)
         try:
-            self._held(overwrite)
+            self._check_held(overwrite)
         except OutputError:
             # Where another process is still writing the run, that is what to say; all of torchrun look here.
             unlock(self.claim(shared=True))
@@ -101,7 +112,7 @@ class RunFolder:
         """Make the directory of a new run, :meth:`claim` it, and return the lock.
 
         Args:
-            overwrite: remove the files of a run that it holds.
+            overwrite: whether it may hold a run, which is left as it is.
 
         Raises:
             OutputError: it holds a run, another process is writing one, or it cannot be made.
@@ -110,37 +121,76 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.claim()
             try:
-                self._empty(overwrite)
+                self._check_held(overwrite)
             except BaseException:
                 unlock(lock)
                 raise
         except OSError as error:
             raise self._cannot_be_written(error) from error
+        self.sweep()
         return lock
 
-    def _held(self, overwrite: bool) -> list[str]:
-        """Names of the files of a run that it holds; there may be some only if ``overwrite``."""
-        held = [name for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY) if self.file(name).exists()]
+    def held(self) -> list[str]:
+        """Names of the files of a run that it holds."""
+        return [name for name in reversed(_FILES) if self.file(name).exists()]
+
+    def _check_held(self, overwrite: bool) -> None:
+        held = self.held()
         if held and not overwrite:
             raise OutputError(
                 f"{self.path}: already holds a run ({', '.join(held)}); continue it with "
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
-        return held
 
-    def _empty(self, overwrite: bool) -> None:
-        held = self._held(overwrite)
-        for name in held:
-            self.file(name).unlink()
-        if held:
+    def beside_held(self, until: ExitStack) -> RunFolder:
+        """Return the directory of a new run, which leaves the one held there until :meth:`replace_held`.
+
+        Args:
+            until: removes the hidden directory of the new files when it is closed.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            hidden = until.enter_context(temporary_folder(self.path / _NEW))
+        except OSError as error:
+            raise self._cannot_be_written(error) from error
+        return replace(self, hidden=hidden)
+
+    def replace_held(self) -> RunFolder:
+        """Put the hidden files, if they are hidden, in the place of the earlier run's; return the directory.
+
+        Nothing is resumed without ``args.yaml``, which is removed first and comes back last: files of two
+        runs are never taken for those of one, whenever this is killed.
+
+        Raises:
+            OutputError: they cannot be moved.
+        """
+        if self.hidden is None:
+            return self
+        place = replace(self, hidden=None)
+        try:
+            os.stat(self.file(ARGUMENTS))  # fails before anything is removed, if somebody removed the files
+            place.file(ARGUMENTS).unlink(missing_ok=True)
+            sync_directory(self.path)
             remove_logs(self.path)
-        self.sweep()
+            for name in _FILES:
+                if name == ARGUMENTS:
+                    sync_directory(self.path)
+                if self.file(name).exists():
+                    os.replace(self.file(name), place.file(name))
+                else:
+                    place.file(name).unlink(missing_ok=True)
+            sync_directory(self.path)
+        except OSError as error:
+            raise self._cannot_be_written(error) from error
+        return place
 
     def sweep(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""
-        for name in (ARGUMENTS, STATE, LAST, BEST, SUMMARY):
-            remove_temporaries(self.file(name))
+        for name in (*_FILES, _NEW):
+            remove_temporaries(self.path / name)
 
     def write_arguments(self, values: Mapping[str, Any]) -> None:
         """Write the options of the run as YAML that ``--config`` reads."""
@@ -183,7 +233,7 @@ class RunFolder:
         try:
             if os.path.samestat(os.fstat(lock), found):
                 return True
-            ours, there = os.stat(ARGUMENTS, dir_fd=lock), os.stat(self.file(ARGUMENTS))
+            ours, there = os.stat(ARGUMENTS, dir_fd=lock), os.stat(self.path / ARGUMENTS)
         except OSError:  # no such file in one of them; NFS: the locked one is gone
             return False
         return (ours.st_size, ours.st_mtime_ns) == (there.st_size, there.st_mtime_ns)

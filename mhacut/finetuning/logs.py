@@ -132,21 +132,25 @@ class _Curve:
 
 
 class _TensorBoard:
-    """TensorBoard events, one scalar per column."""
+    """TensorBoard events, one scalar per column, in a file that the first row makes."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(folder / _EVENTS))
+        self._folder = folder / _EVENTS
+        self._writer: Any = None
 
     def write(self, rows: Sequence[Row]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder))
         for name, value in rows[-1].items():
             if name != "epoch" and value is not None:
                 self._writer.add_scalar(name, value, int(rows[-1]["epoch"] or 0))
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class _WandB:

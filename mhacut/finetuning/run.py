@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,6 +67,10 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     lock: int | None = None
     """Lock of the folder, in the first process, where there is one."""
+    replaces: bool = False
+    """Whether the folder still holds an earlier run, which the first save replaces."""
+    hidden: ExitStack = field(default_factory=ExitStack)
+    """Removes the hidden files of a run that ends before it replaced an earlier one."""
     unreadable_found: int = 0
     """Number of unreadable images found since this process began; a resumed run knows others from before."""
 
@@ -76,6 +81,7 @@ class Run:
 
     def release(self) -> None:
         """Let other processes have the folder."""
+        self.hidden.close()
         unlock(self.lock)
         self.lock = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mhacut.checkpoint.write import write_slim
@@ -69,12 +71,13 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
 
     Raises:
         DataError: too many images cannot be read.
-        OutputError: a file cannot be written; the files of the previous save stay whole.
+        OutputError: a file cannot be written; the files of the previous save stay whole, and before the
+            first save an earlier run's.
     """
     _share_unreadable(run)
     with run.processes.together():
         _write_last(run, evaluation)
-    run.progress.saved = run.progress.step
+    run.progress.saved, run.replaces = run.progress.step, False
 
 
 def _share_unreadable(run: Run) -> None:
@@ -112,6 +115,7 @@ def _write_last(run: Run, evaluation: Evaluation | None) -> None:
         run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
         run.folder.write_state(state)
+        run.folder = run.folder.replace_held()
 
 
 def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
@@ -130,6 +134,8 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
     if not run.processes.first:
         return
     there = run.folder.still_there(run.lock)
+    if not there:
+        run.folder = replace(run.folder, hidden=None)  # the earlier run is gone, too
     dtypes = dict(run.loaded.dtypes)
     if run.options.dtype is not None:
         chosen = getattr(torch, run.options.dtype)
@@ -155,7 +161,8 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
             input_path=run.loaded.path,
         )
     except OutputError as error:
-        raise OutputError(f"after step {run.progress.step}: {error}") from error
+        kept = f"; {run.folder.path} keeps its earlier run" if run.replaces and there else ""
+        raise OutputError(f"after step {run.progress.step}: {error}{kept}") from error
     if not there:
         raise OutputError(
             f"{run.folder.path}: was removed meanwhile, and what the run is resumed from with it; {name} "

@@ -22,6 +22,7 @@ _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 def start(run: Run) -> None:
     """Make the directory of ``run``, or restore the state saved there; without one, measure accuracy first.
 
+    A run that is already in the directory of a new one stays until the first :func:`saving.save`.
     Every process must call this.
 
     Raises:
@@ -49,6 +50,8 @@ def start(run: Run) -> None:
         return
     if run.options.resume is not None:
         run.reporter.log(f"{run.folder.path}: no step was saved; starting from the first")
+    else:
+        run.replaces = run.processes.from_first(lambda: run.folder.hidden is not None)
     if run.validation is not None:
         run.reporter.start("evaluating")
         run.progress.before = run.measure(run.trainer.result)
@@ -83,6 +86,8 @@ def _saved_state(run: Run) -> tuple[Progress, Mapping[str, Any]] | None:
 def _make_directory(run: Run) -> None:
     run.folder.check_new(files_read(run.options), overwrite=run.options.overwrite)
     run.lock = run.folder.open_new(overwrite=run.options.overwrite)
+    if run.folder.held():
+        run.folder = run.folder.beside_held(run.hidden)
     run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
 
 

@@ -59,10 +59,8 @@ def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
             # While this process waited for others, Python took two signals for one: it was only asked to
             # stop, and those that had seen the first were ended by the second.
             if of_lost_process(error) and request.asked:
-                raise Interrupted(
-                    f"another process ended while this one stopped; what was saved is whole. "
-                    f"{_how_to_go_on(run)}"
-                ) from error
+                kept = _unsaved(run) if run.replaces else f"what was saved is whole. {_how_to_go_on(run)}"
+                raise Interrupted(f"another process ended while this one stopped; {kept}") from error
             raise
 
 
@@ -111,7 +109,7 @@ def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
 def _check_finite(run: Run, loss: float) -> None:
     if math.isfinite(loss):
         return
-    kept = "nothing was saved yet"
+    kept = _unsaved(run)
     if run.progress.saved is not None:
         kept = f"{run.folder.path} keeps what was saved after step {run.progress.saved}"
     advice = f", or go without {option_name('amp')}" if run.options.amp else ""
@@ -120,6 +118,10 @@ def _check_finite(run: Run, loss: float) -> None:
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. "
             f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}{advice}"
         )
+
+
+def _unsaved(run: Run) -> str:
+    return "nothing was saved yet" + (f", {run.folder.path} keeps its earlier run" if run.replaces else "")
 
 
 def _report_step(run: Run, loss: float, rate: float) -> None:

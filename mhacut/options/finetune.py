@@ -208,7 +208,8 @@ class FinetuneOptions(DeviceOptions):
     )
     overwrite: bool = option(
         False,
-        "Start again in a directory that already holds a run; the slim file is never replaced.",
+        "Start again in a directory that already holds a run, which stays until the new one is first "
+        "saved; the slim file is never replaced.",
         panel="Result",
     )
     resume: PathLike | None = option(

@@ -267,8 +267,8 @@ class FinetuneKeywords(
     """Directory of the run; by default the file's name without its ending, plus -finetuned, in the working
     directory."""
     overwrite: bool
-    """Start again in a directory that already holds a run; the slim file is never replaced. Default:
-    False."""
+    """Start again in a directory that already holds a run, which stays until the new one is first saved; the
+    slim file is never replaced. Default: False."""
     resume: str | os.PathLike[str] | None
     """Continue the run in this directory, with the options it was started with."""
     save_every: int
