@@ -90,7 +90,9 @@ def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
 @pytest.mark.parametrize(("device", "destroyed"), [("cuda", 0), ("cpu", 1)])
 def test_a_process_that_fails_on_a_gpu_waits_for_no_other(monkeypatch, device, destroyed):
     calls = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setattr("mhacut.runtime.distributed.resolve_device", torch.device)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **options: None)

@@ -320,6 +320,9 @@ def test_who_shows_the_progress(monkeypatch, notebook, capsys):
     assert capsys.readouterr().err == "reading: 1 of 2 (50 %), 0:00 elapsed\n"
     monkeypatch.setenv("RANK", "1")
     with reporting(None, True) as found:
+        assert found is not SILENT  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with reporting(None, True) as found:
         assert found is SILENT
 
 

@@ -8,8 +8,10 @@ def main() -> None:
     from mhacut.cli.quitting import quit_when_interrupted
 
     quit_when_interrupted()
+    from mhacut.cli.streams import guard_streams
     from mhacut.cli.threads import wait_briefly
 
+    guard_streams()
     wait_briefly()  # OpenMP reads it when torch is imported
     from mhacut.cli.app import app  # imports for 0.2 s
 

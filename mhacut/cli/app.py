@@ -17,8 +17,9 @@ from mhacut.cli.flags import PAIR, QUIET, VERBOSE, with_flags_repeated
 from mhacut.cli.inspect import inspect
 from mhacut.cli.models import models
 from mhacut.cli.prune import prune
-from mhacut.cli.running import Globals
+from mhacut.cli.running import FAILED, Globals
 from mhacut.cli.versions import versions
+from mhacut.errors import OutputError
 from mhacut.options.option import Panel
 
 
@@ -38,6 +39,9 @@ class _Program(TyperGroup):
 def _refused_in_one_line(group: Any = None) -> Iterator[None]:
     try:
         yield
+    except OutputError as error:  # help or the version cannot be printed
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(FAILED) from None
     except Exception as error:
         # By name: typer has brought its own copy of click since 0.26, and used click's before.
         if hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from mhacut.cli.streams import give_up
 from mhacut.runtime.progress_bar import LinesView, TerminalView, View
 from mhacut.runtime.stages import StageClock, StageShare
 from mhacut.text import safe, table
@@ -63,8 +63,7 @@ class Console:
         try:
             _write(sys.stdout, text)
         except BrokenPipeError:
-            # Nobody reads on (``| head``). Python flushes stdout again at its end: give it somewhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            give_up(sys.stdout)
 
     # -- the rest --
 
@@ -115,10 +114,7 @@ class Console:
     def say(self, line: str) -> None:
         """Print one line on stderr, above the bar if there is one."""
         if not isinstance(self._view, TerminalView):
-            try:
-                _write(sys.stderr, line)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            _write(sys.stderr, line)
         else:
             from rich.text import Text
 

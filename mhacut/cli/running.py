@@ -24,6 +24,7 @@ from mhacut.errors import (
     option_name,
     options_written_by,
 )
+from mhacut.runtime.launch import believed, rank
 
 FAILED, USAGE = 1, 2
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -56,18 +57,13 @@ def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Ite
     mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
     ``MHACUT_DEBUG=1`` shows every traceback.
     """
-    rank = os.environ.get("RANK", "0")  # set by torchrun
-    console = Console(
-        quiet=flags.quiet,
-        verbose=flags.verbose,
-        as_json=flags.as_json,
-        rank=int(rank) if rank.isdecimal() else 0,
-    )
+    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json, rank=believed(rank))
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
     with options_written_by(writer), _library_logs(console):
         try:
             with interruptible():
+                _check_current_directory()
                 yield console
         except KeyboardInterrupt:
             if console.rank == 0:
@@ -98,6 +94,14 @@ def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Ite
             console.finish()
     if code:
         raise typer.Exit(code)
+
+
+def _check_current_directory() -> None:
+    """Check that it is still there; without it torch cannot be imported, whatever the paths."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise MhacutError("the current directory no longer exists; change to another (cd)") from None
 
 
 def _unforeseen(console: Console, error: Exception) -> int:

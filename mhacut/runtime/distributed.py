@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
 from mhacut.runtime.device import resolve_device
+from mhacut.runtime.launch import check_launch, local_rank, world_size
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
@@ -136,10 +136,10 @@ def gathered(device: str) -> Iterator[Processes]:
     NCCL connects GPUs, gloo CPUs.
 
     Raises:
-        UsageError: ``device`` names one GPU for several processes.
+        UsageError: ``device`` names one GPU for several processes, or torchrun's variables are wrong.
         MhacutError: another process ended before this one.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if size == 1:
         chosen = resolve_device(device)
         # Generators, and memory that is pinned for transfers, are those of the current GPU.
@@ -147,7 +147,7 @@ def gathered(device: str) -> Iterator[Processes]:
         with current:
             yield Processes(0, 1, chosen)
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = local_rank()
     if device.startswith("cuda:"):
         asked = option_name("device", device)
         raise UsageError(f"{asked}: {size} processes cannot share it; use {option_name('device', 'cuda')}")
@@ -158,6 +158,7 @@ def gathered(device: str) -> Iterator[Processes]:
     if dist.is_initialized():  # by whoever calls mhacut as a library
         yield Processes(dist.get_rank(), size, chosen)
         return
+    check_launch()
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), size, chosen)

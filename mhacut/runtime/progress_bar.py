@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mhacut.runtime.launch import believed, rank
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.runtime.stages import Snapshot, StageClock, StageShare, clock
 from mhacut.text import safe
@@ -209,7 +209,7 @@ def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Repo
 
 
 def _view(progress: bool | None) -> View | None:
-    if progress is False or os.environ.get("RANK", "0") != "0":  # set by torchrun
+    if progress is False or believed(rank) > 0:
         return None
     if in_notebook():
         return NotebookView()
