@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.errors import CheckpointError, MhacutError
+from mhacut.limits import is_int
 
 _DENSE_TO_FILE = 64
 """Largest ratio of a dense model's parameters to those in the file that describes it; no cut goes so deep."""
@@ -143,6 +144,7 @@ def _create(identity: ModelIdentity) -> nn.Module:
     """Build the dense model on the current default device, its ``pretrained_cfg`` as the identity says."""
     import timm
 
+    _check_heads(identity)
     try:
         model: nn.Module = timm.create_model(
             identity.architecture,
@@ -159,6 +161,13 @@ def _create(identity: ModelIdentity) -> nn.Module:
             f"timm cannot build {identity.architecture} with {args or 'its defaults'}: {reason:.300}"
         ) from error
     return model
+
+
+def _check_heads(identity: ModelIdentity) -> None:
+    """Refuse what timm builds, but does not run."""
+    for name, value in identity.model_args.items():
+        if name.endswith("heads") and is_int(value) and value < 1:
+            raise CheckpointError(f"{identity.architecture}: {name}={value}: expected at least 1")
 
 
 def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,6 +146,12 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         else:
             tensors |= torch_tensors(path, None if header.shards else header.asked, frozenset(wanted))
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{show(header.path)}: tensor {empty[0]!r:.150} has no values, only a shape (device meta); "
+            "save the model after its weights were read"
+        )
     found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if found != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
@@ -113,6 +113,12 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     """Return the architecture and the pretrained_cfg of a timm module."""
     if hints.part is not None:
         raise CheckpointError(f"{option_name('part', hints.part)}: a module has no parts; leave it out")
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r:.150} of the module has no values of its own (it is on device meta, or was "
+                "quantised); give the module with its weights, before it was quantised"
+            )
     stated: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     stated = stated if isinstance(stated, Mapping) else {}
     architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]

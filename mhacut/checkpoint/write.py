@@ -21,6 +21,7 @@ from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.files import check_output, show, write_whole
 from mhacut.runtime.tensor_file import save_tensors
 from mhacut.surgery.slice import cut
@@ -137,6 +138,7 @@ def expected_header(stated: Sequence[Any], *, tensors: int, curves: int) -> int:
     return len(text) + tensors * _DESCRIBED + curves * _CURVE + _PROSE
 
 
+@in_usual_torch
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -149,6 +151,8 @@ def save_model(
         model = mhacut.load_model("vit-2.0G.safetensors")
         train(model)
         mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
+
+    Weights alone are written: other activations, hooks, or settings of modules are not.
 
     The new file states the same cut, with one more step in its history. A classifier that
     ``reset_classifier`` replaced is saved too, or removed where it left none; names of the classes are

@@ -31,6 +31,7 @@ from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
 from mhacut.runtime.child import in_new_process
 from mhacut.runtime.compiling import many_compiled, refusing_compile
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.progress import Reporter, Silent, expect
 from mhacut.runtime.progress_bar import reporting
@@ -119,6 +120,7 @@ class _Setup:
     threads: int
 
 
+@in_usual_torch
 def bench(
     *checkpoints: PathLike,
     progress: bool | None = None,

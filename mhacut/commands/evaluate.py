@@ -23,6 +23,7 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
 from mhacut.report.html_table import html_table
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
 from mhacut.runtime.progress import Reporter, expect
 from mhacut.runtime.progress_bar import reporting
@@ -74,6 +75,7 @@ class EvaluateResult:
         return [(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"]
 
 
+@in_usual_torch
 def evaluate(
     checkpoint: PathLike | nn.Module,
     *,

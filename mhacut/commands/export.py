@@ -25,6 +25,7 @@ from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, requi
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.progress import Reporter
 from mhacut.runtime.progress_bar import reporting
@@ -66,6 +67,7 @@ class ExportResult:
     """Address of the commit on the hub; None where nothing was pushed."""
 
 
+@in_usual_torch
 def export(
     checkpoint: PathLike,
     *,

@@ -22,6 +22,7 @@ from mhacut.finetuning.training import check_precision, repeatable
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.progress import Reporter, Silent, expect
 from mhacut.runtime.progress_bar import reporting
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import FinetuneKeywords
 
 
+@in_usual_torch
 def finetune(
     checkpoint: PathLike | None = None,
     *,

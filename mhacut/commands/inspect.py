@@ -25,6 +25,7 @@ from mhacut.report.contents import Contents
 from mhacut.report.page import write_page
 from mhacut.report.picture import write_picture
 from mhacut.report.stored_curves import stored_curves
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import check_outputs
@@ -57,6 +58,7 @@ class InspectResult:
     """Files that the report was written to."""
 
 
+@in_usual_torch
 def inspect(
     checkpoint: PathLike,
     *,

@@ -27,6 +27,7 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.prune_page import measured_figures, write_overview, write_report
+from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer
 from mhacut.runtime.progress_bar import reporting
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import PruneKeywords
 
 
+@in_usual_torch
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
@@ -80,6 +82,7 @@ def prune(
     return result
 
 
+@in_usual_torch
 def prune_many(
     checkpoint: PathLike | nn.Module,
     *,

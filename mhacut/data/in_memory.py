@@ -69,6 +69,8 @@ class Expected:
             raise DataError(
                 f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}; {hint}"
             )
+        if len(images) == 0:
+            raise DataError(f"{where}: expected images, found none")
         if not images.is_floating_point():
             raise DataError(
                 f"{where}: expected floating-point images, normalised for the model, found "

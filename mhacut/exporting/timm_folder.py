@@ -86,7 +86,9 @@ def write_folder(
             slim_content(target, model, loaded.record, dtypes)(folder / WEIGHTS)
         card = model_card(source, loaded, preprocessing, options.license)
         (folder / CARD).write_text(card, encoding="utf-8")
-        opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        opened = opened.eval().requires_grad_(False)
         compare(lambda images: opened(images))
 
     write_whole_folder(target, fill)
@@ -108,20 +110,22 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
         arguments.setdefault("img_size", list(built_for[1:]))
     made: Any
     if loaded.record is None:
-        made = timm.create_model(identity.architecture, **arguments)
+        with torch.random.fork_rng(devices=[]):
+            made = timm.create_model(identity.architecture, **arguments)
         made.pretrained_cfg = {**given, "architecture": identity.architecture}
         made.default_cfg = made.pretrained_cfg
     else:
         plan = loaded.record.plan
         if plan.tokens:
             arguments["tokens"] = plan.tokens.to_json()
-        made = timm.create_model(
-            NAME,
-            pretrained_cfg={**given, "architecture": NAME},
-            base_architecture=identity.architecture,
-            plan=plan.to_json(),
-            **arguments,
-        )
+        with torch.random.fork_rng(devices=[]):
+            made = timm.create_model(
+                NAME,
+                pretrained_cfg={**given, "architecture": NAME},
+                base_architecture=identity.architecture,
+                plan=plan.to_json(),
+                **arguments,
+            )
     made.load_state_dict(loaded.model.state_dict())
     return made
 

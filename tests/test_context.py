@@ -1,0 +1,108 @@
+"""What callers set in torch does not reach into mhacut, and mhacut leaves all of it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import timm
+import torch
+
+import mhacut
+from mhacut.errors import CheckpointError, DataError
+
+ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
+QUICK = {"flops": "60%", "effort": "fast", "latency": False, "progress": False, "overwrite": True}
+QUICK |= {"model_args": ARGS}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype
+        torch.set_default_dtype(before)
+
+
+CONTEXTS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **ARGS).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory):
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("expected")
+    slim = mhacut.prune(model, output=folder / "slim.safetensors", images=images, **QUICK).output
+    return images, slim
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_context_changes_nothing(model, expected, tmp_path, context):
+    images, slim = expected
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    with CONTEXTS[context]():
+        again = mhacut.prune(model, output=tmp_path / "slim.safetensors", images=images, **QUICK).output
+        loaded = mhacut.load_model(slim)
+        mhacut.save_model(loaded, tmp_path / "saved.safetensors", like=slim)
+        labels = torch.zeros(12, dtype=torch.int64, device="cpu")
+        measured = mhacut.evaluate(slim, images=(images, labels), progress=False)
+    assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (grad, autocast)
+    assert again.read_bytes() == slim.read_bytes()
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}
+    assert {tensor.device.type for tensor in loaded.parameters()} == {"cpu"}
+    assert not any(tensor.is_inference() for tensor in loaded.parameters())
+    with torch.no_grad():
+        right = int((loaded(images).argmax(1) == 0).sum())
+    assert measured.evaluation.top1 == pytest.approx(100 * right / 12)
+
+
+@pytest.mark.parametrize("format", ["timm", "pt2"])
+def test_an_export_leaves_the_seed(expected, tmp_path, format):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    mhacut.export(expected[1], output=tmp_path / f"to.{format}", format=format, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modules_without_values_are_refused(model, tmp_path):
+    meta = timm.create_model("vit_tiny_patch16_224", **ARGS).to("meta")
+    quantised = timm.create_model("vit_tiny_patch16_224", **ARGS)  # as torch's quantised layers state theirs
+    quantised.register_state_dict_post_hook(lambda module, state, *_: state.update({"head._packed": ()}))
+    for given in (meta, quantised):
+        with pytest.raises(CheckpointError, match="has no values of its own"):
+            mhacut.prune(given, output=tmp_path / "x.safetensors", **QUICK)
+
+
+def test_files_without_values_are_refused(model, tmp_path):
+    state = dict(model.state_dict())
+    state["norm.weight"] = state["norm.weight"].to("meta")
+    torch.save(state, tmp_path / "meta.pth")
+    with pytest.raises(CheckpointError, match=r"meta.pth: tensor 'norm.weight' has no values, only a shape"):
+        mhacut.load_model(tmp_path / "meta.pth", "vit_tiny_patch16_224", **ARGS)
+
+
+def test_heads_are_at_least_one(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"num_heads=-3: expected at least 1"):
+        mhacut.load_model(tmp_path / "model.pth", "vit_tiny_patch16_224", **{**ARGS, "num_heads": -3})
+
+
+def test_batches_without_images_end(model, tmp_path):
+    batches = iter(lambda: torch.zeros(0, 3, 16, 16), None)  # without end
+    with pytest.raises(DataError, match="images, batch 1: expected images, found none"):
+        mhacut.prune(model, output=tmp_path / "x.safetensors", images=batches, **QUICK)
