@@ -70,7 +70,7 @@ class Expected:
                 f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}; {hint}"
             )
         if len(images) == 0:
-            raise DataError(f"{where}: expected images, found none")
+            raise DataError(f"{where}: holds no images")
         if not images.is_floating_point():
             raise DataError(
                 f"{where}: expected floating-point images, normalised for the model, found "
