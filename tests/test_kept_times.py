@@ -143,6 +143,16 @@ def test_a_table_is_measured_once_for_each_machine(cache):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_times_nested_deeper_than_python_reads_are_measured_again(cache):
+    of = Measurements()
+    first = of.table(machine="one")[0]
+    (file,) = cache.iterdir()
+    file.write_text("[" * 100_000)
+    assert of.table(machine="one") == (first, False)
+    assert re.search(r"cannot be read \(.*\); layer times are measured again$", of.log[-1])
+    assert of.table(machine="one") == (first, True)
+
+
 def test_times_of_a_busy_machine_are_not_kept(cache):
     of = Measurements()
     of.steady = False

@@ -57,6 +57,20 @@ def test_files_that_differ_are_not_kept(slim_of, tmp_path, monkeypatch):
 
 
 @installed
+def test_a_full_disk_is_told(slim_of, tmp_path):
+    resource = pytest.importorskip("resource")
+    slim, target = slim_of("vit"), tmp_path / "model.xml"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"model\.xml: OpenVINO cannot write to .*; is the disk full\?"):
+            mhacut.export(slim, format="openvino", output=target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@installed
 def test_what_openvino_cannot_convert_is_named(slim_of, tmp_path, monkeypatch):
     import onnx
 

@@ -17,6 +17,7 @@ from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reas
 from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
+from mhacut.runtime.inputs import is_no_file
 
 _EXTRAS = {
     "hfds": ("datasets", "mhacut[hfds]"),
@@ -115,7 +116,7 @@ def open_named(
         raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
     root = None if data.data_dir is None else os.fspath(data.data_dir)
     info = None if kind != "wds" or root is None else os.path.join(root, "_info.json")
-    if info is not None and os.path.exists(info) and not os.path.isfile(info):  # reading a FIFO would block
+    if info is not None and is_no_file(info):
         raise DataError(f"{info}: is not a regular file")
     streamed: dict[str, Any] = {}
     if kind not in ("torch", "hfds"):  # seeds of NumPy and TensorFlow, which are never negative

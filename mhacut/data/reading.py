@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
+from mhacut.runtime.inputs import is_no_file
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
@@ -96,7 +97,7 @@ class ImageFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.images[index]
-        if path.exists() and not path.is_file():  # reading a FIFO would block
+        if is_no_file(path):
             return Unreadable(str(path), "is not a regular file"), self.labels[index]
         try:
             picture = open_image(path, self._channels)

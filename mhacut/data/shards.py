@@ -19,6 +19,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mhacut.errors import DataError
+from mhacut.runtime.inputs import is_no_file
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 """A sample's key, and the part of the sample in the member, as webdataset splits names."""
@@ -148,7 +149,7 @@ def by_index(opened: Any) -> ShardedSamples | None:
             raise DataError(
                 f"{root}: _info.json names the shard {name!r:.200}; expected files in this folder"
             )
-        if (root / name).exists() and not (root / name).is_file():  # reading a FIFO would block
+        if is_no_file(root / name):
             raise DataError(f"{root / name}: is not a regular file")
     shards = [root / name for name in names]
     plain = all(shard.suffix == ".tar" and shard.is_file() for shard in shards)

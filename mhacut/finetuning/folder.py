@@ -38,7 +38,7 @@ from mhacut.runtime.files import (
     temporary_folder,
     write_whole,
 )
-from mhacut.runtime.inputs import REMOTE, stem_of
+from mhacut.runtime.inputs import is_no_file, stem_of
 from mhacut.runtime.locks import lock_directory, unlock
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
@@ -289,18 +289,12 @@ def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
     return RunFolder(Path(options.resume or options.output or f"{stem}-finetuned"))
 
 
-def files_read(options: FinetuneOptions) -> list[PathLike]:
-    """Return the files that a run is made from and must not replace."""
-    named = (options.checkpoint, options.teaching.teacher)
-    return [path for path in named if path is not None and not os.fspath(path).startswith(REMOTE)]
-
-
 def check_folder_before_reading(options: FinetuneOptions) -> None:
     """Raise an :class:`OutputError` if no new run can be written, as far as its directory is known by now."""
     if options.resume is not None or (options.output is None and not os.path.isfile(options.checkpoint)):
         return
     folder = folder_of(options, stem_of(Path(options.checkpoint)))
-    folder.check_new(files_read(options), overwrite=options.overwrite)
+    folder.check_new(options.files_read(), overwrite=options.overwrite)
 
 
 def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -311,7 +305,7 @@ def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / ARGUMENTS
     try:
-        if path.exists() and not path.is_file():  # reading a FIFO would block
+        if is_no_file(path):
             raise OSError("is not a regular file")
         return read_config(path, FinetuneOptions.options(), str(path))
     except OSError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mhacut.finetuning.folder import BEST, files_read
+from mhacut.finetuning.folder import BEST
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saved_state import read_saved, unfit
@@ -84,7 +84,7 @@ def _saved_state(run: Run) -> tuple[Progress, Mapping[str, Any]] | None:
 
 
 def _make_directory(run: Run) -> None:
-    run.folder.check_new(files_read(run.options), overwrite=run.options.overwrite)
+    run.folder.check_new(run.options.files_read(), overwrite=run.options.overwrite)
     run.lock = run.folder.open_new(overwrite=run.options.overwrite)
     if run.folder.held():
         run.folder = run.folder.beside_held(run.hidden)

@@ -64,7 +64,7 @@ _NOUNS: Mapping[Any, str] = {
     Mapping: "a mapping",
 }
 _MOST = {bool: 1, int: 2**31 - 1, float: 1e30}
-"""Largest numbers, positive or negative, where an option states no bound: the libraries overflow above."""
+"""Largest absolute values where an option states no bound: the libraries overflow above."""
 _LONGEST = 200
 """Longest value, in characters, that a message about its type shows."""
 

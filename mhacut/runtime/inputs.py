@@ -65,6 +65,11 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
+def is_no_file(path: AnyPath) -> bool:
+    """Whether ``path`` exists, but is no regular file; reading a FIFO would block."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def _stat(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
