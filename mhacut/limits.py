@@ -23,6 +23,9 @@ MAX_MEAN = 1e6
 MIN_STD = 1e-6
 """Smallest ``std`` of pixels in 0..1. In float32, which divides by it, much smaller ones are 0."""
 
+MAX_PARALLEL = 1024
+"""Largest number of threads or processes. Of many more, OpenMP ends the process without a message."""
+
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
 """Name of a license on the hub."""
 

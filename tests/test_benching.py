@@ -242,3 +242,8 @@ def test_nothing_to_time():
     result = run("bench")
     assert result.exit_code == 2
     assert "CHECKPOINT is missing" in result.stderr
+
+
+def test_no_batch_size_is_refused(slim_of):
+    with pytest.raises(UsageError, match=r"^batch_sizes=\[\]: expected at least one$"):
+        mhacut.bench(slim_of("vit"), batch_sizes=())

@@ -79,6 +79,15 @@ def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
     assert (record["format_version"], record["tokens"]) == (2, {"read": 1})
 
 
+def test_a_classifier_that_reads_others_is_refused(slim):
+    model = mhacut.load_model(slim)
+    model.reset_classifier(3, "token")
+    assert model(torch.zeros(1, *VIT.size)).shape == (1, 3)
+    with pytest.raises(UnsupportedModelError, match="global_pool='avg': this model computes only the tokens"):
+        model.reset_classifier(3, "avg")
+    assert model.global_pool == "token"
+
+
 def test_without_them_the_format_is_what_it_was(dense, tmp_path):
     result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, keep_dead_tokens=True)
     assert lines == []

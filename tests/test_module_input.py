@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import prune
 
 import mhacut
 from mhacut.checkpoint.identity import ModelHints
@@ -148,3 +151,30 @@ def test_another_number_of_classes_is_refused(tiny_vit):
     for opened in (rebuilt_module, copy_of_module):
         with pytest.raises(CheckpointError, match="in memory: has 7 classes, not num_classes=4"):
             opened(module_of(tiny_vit), hints)
+
+
+def _pruned_by_torch(model):
+    prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
+
+
+def _with_a_lock(model):
+    model.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("change", [_pruned_by_torch, _with_a_lock])
+def test_a_module_that_cannot_be_copied_is_told(tiny_vit, change):
+    model = module_of(tiny_vit)
+    model(torch.zeros(1, 3, 32, 32))  # a weight that was pruned is no longer a parameter
+    change(model)
+    with pytest.raises(CheckpointError, match=r"cannot be copied: .*; end what was added to it"):
+        copy_of_module(model)
+
+
+@pytest.mark.parametrize("wrapped", [torch.compile, nn.DataParallel])
+def test_wrappers_of_torch_are_looked_through(tiny_vit, wrapped):
+    model = module_of(tiny_vit)
+    plain, found = (
+        mhacut.prune(given, model_args=tiny_vit.args, dry_run=True, **QUICK)
+        for given in (model, wrapped(model))
+    )
+    assert found.plan == plain.plan

@@ -74,3 +74,42 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     with pytest.raises(CheckpointError, match="not the file that this model was opened from"):
         mhacut.save_model(model, tmp_path / "new.safetensors", like=other)
     assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
+    slim = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", flops="60%", keep_dead_tokens=True).output
+    model = mhacut.load_model(slim)
+    model.reset_classifier(7, "token")
+    mhacut.save_model(model, tmp_path / "same.safetensors", like=slim)
+    model.reset_classifier(7, "avg")
+    with pytest.raises(
+        CheckpointError, match=r"states global_pool='token', the model has 'avg', which would"
+    ):
+        mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", ["path", "like", "model", "meta", "classes"])
+def test_what_is_no_model_or_path_is_refused(pruned, tmp_path, case):
+    model, target, like = mhacut.load_model(pruned.output), tmp_path / "other.safetensors", pruned.output
+    if case == "classes":
+        model.num_classes = "x"
+    if case == "meta":
+        model = model.to("meta")
+    given, says = {
+        "path": ((model, None, like), "path: expected a path, found NoneType"),
+        "like": ((model, target, model), "like: expected a path, found .*ViT"),
+        "model": ((None, target, like), "model: expected a torch module, found NoneType"),
+        "meta": ((model, target, like), "model: its tensors are on the device meta"),
+        "classes": ((model, target, like), "model.num_classes: expected a whole number, found 'x'"),
+    }[case]
+    with pytest.raises(CheckpointError, match=f"^{says}"):
+        mhacut.save_model(given[0], given[1], like=given[2])
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("given", [3, torch.nn.Identity()])
+def test_only_a_path_is_loaded(given):
+    expected = f"^path: expected the name of a checkpoint, found {type(given).__name__}$"
+    with pytest.raises(CheckpointError, match=expected):
+        mhacut.load_model(given)

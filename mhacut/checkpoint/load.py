@@ -156,6 +156,8 @@ def load_model(
     """
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"path: expected the name of a checkpoint, found {type(path).__name__}")
     num_classes = model_args.pop("num_classes", None)
     found = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
     return with_args(found.model, found.identity)

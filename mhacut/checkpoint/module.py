@@ -28,6 +28,8 @@ from mhacut.surgery.info import classifier_size, model_input_size, patch_embeddi
 
 _ARGS = "mhacut_model_args"
 """Attribute of a loaded module: the arguments that it was built with."""
+_WRAPPED = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""Attribute in which torch's wrappers of a model keep it, by class; OptimizedModule is of torch.compile."""
 _SAME = 1e-5
 """Largest relative difference of outputs that two builds of one model may have in float32."""
 
@@ -55,7 +57,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         CheckpointError: it is not a timm module, has another number of classes, or holds NaN or infinite
             values.
     """
-    hints = hints or ModelHints()
+    module, hints = _unwrapped(module), hints or ModelHints()
     architecture, _ = _stated(module, hints)
     source = _source(architecture)
     _check_classes(module, hints, source)
@@ -81,7 +83,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     Raises:
         CheckpointError: it is not a timm module, or another model than the one built again.
     """
-    hints = hints or ModelHints()
+    module, hints = _unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = _source(architecture)
     identified = _identify(module, architecture, cfg, hints, source)
@@ -107,6 +109,12 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         notes=(f"architecture {architecture}, of the module", *identified.notes),
         cfg_origin="module",
     )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while type(module).__name__ in _WRAPPED:
+        module = getattr(module, _WRAPPED[type(module).__name__])
+    return module
 
 
 def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
@@ -179,8 +187,20 @@ def _image_size(model: nn.Module) -> int | list[int] | None:
 
 
 def _as_loaded(module: nn.Module) -> nn.Module:
-    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients."""
-    return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients.
+
+    Raises:
+        CheckpointError: something in the module cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(module)
+    # Whatever hangs on a module is copied, too, and raises what it likes.
+    except Exception as error:
+        raise CheckpointError(
+            f"the module cannot be copied: {error!s:.200}; end what was added to it, for example by "
+            "torch.nn.utils.prune.remove or remove_weight_norm"
+        ) from error
+    return copied.cpu().float().eval().requires_grad_(False)
 
 
 def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:

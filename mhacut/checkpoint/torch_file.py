@@ -68,9 +68,10 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
                 "save the state dict alone: torch.save(model.state_dict(), ...)"
             )
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             raise CheckpointError(
                 f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
-                f"found {dtype_name(tensor.dtype)}, expected a float dtype"
+                f"found {dtype_name(kind)}, expected a dense tensor of a float dtype"
             )
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
+from mhacut.limits import is_int
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.files import check_output, show, write_whole
 from mhacut.runtime.tensor_file import save_tensors
@@ -171,6 +172,7 @@ def save_model(
     """
     if like is None:
         raise CheckpointError("there is no slim file to save like; a dry run of prune writes none")
+    _check_given(model, path, like)
     original = Checkpoint.open(like)
     record, header = original.record, original.header
     if record is None or header is None:
@@ -179,13 +181,7 @@ def save_model(
         )
     identity = _with_classes(record.identity, int(getattr(model, "num_classes", 0) or 0))
     record = dataclasses.replace(record, identity=identity)
-    shapes, expected = shapes_of(model), _expected_shapes(header, record)
-    different = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
-    if different:
-        raise CheckpointError(
-            f"{os.fspath(like)}: is not the file that this model was opened from; {len(different)} tensors "
-            f"differ, first {different[0]}"
-        )
+    _check_same(model, _skeleton(header, record), like)
     step = {
         "command": "save",
         "source_sha256": sha256_of(header.path),
@@ -193,6 +189,35 @@ def save_model(
     }
     record = dataclasses.replace(record, history=(*record.history, step))
     write_slim(path, model, record, dtypes=header.dtypes, overwrite=overwrite, input_path=like)
+
+
+def _check_given(model: object, path: object, like: object) -> None:
+    for name, value in (("path", path), ("like", like)):
+        if not isinstance(value, str | os.PathLike):
+            raise CheckpointError(f"{name}: expected a path, found {type(value).__name__}")
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"model: expected a torch module, found {type(model).__name__}")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise CheckpointError("model: its tensors are on the device meta and hold no values")
+    classes = getattr(model, "num_classes", None)
+    if classes is not None and not is_int(classes):
+        raise CheckpointError(f"model.num_classes: expected a whole number, found {classes!r:.80}")
+
+
+def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[str]) -> None:
+    shapes, expected = shapes_of(model), shapes_of(skeleton)
+    different = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+    if different:
+        raise CheckpointError(
+            f"{os.fspath(like)}: is not the file that this model was opened from; {len(different)} tensors "
+            f"differ, first {different[0]}"
+        )
+    pooled, stated = (getattr(one, "global_pool", None) for one in (model, skeleton))
+    if pooled != stated:
+        raise CheckpointError(
+            f"{os.fspath(like)}: states global_pool={stated!r}, the model has {pooled!r}, which would be "
+            "lost; leave global_pool as it is in reset_classifier"
+        )
 
 
 def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:
@@ -206,14 +231,14 @@ def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:
     )
 
 
-def _expected_shapes(header: FileHeader, record: SlimRecord) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a later reader expects of a file with ``record``."""
+def _skeleton(header: FileHeader, record: SlimRecord) -> nn.Module:
+    """Return the model, without values, that a later reader of a file with ``record`` builds."""
     try:
         skeleton = build_skeleton(record.identity, limit=header.tensors)
         cut(skeleton, record.plan)
     except MhacutError as error:
         raise CheckpointError(f"{show(header.path)}: metadata: {error}") from error
-    return shapes_of(skeleton)
+    return skeleton
 
 
 def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitKind
+from mhacut.pruning.calibrate import HELD_OUT, held_out
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
@@ -68,6 +69,8 @@ _GPU_MULTIPLE = 16
 """What widths are multiples of where the time on a GPU counts."""
 _QUARTERS = 4
 """Least number of widths that are left to choose from there; layers are timed at as many."""
+_FEW_HELD_OUT = 16
+"""Number of held-out images below which a bound that is measured on them gets a warning."""
 _USUAL, _LARGE = 224, 448
 """Usual size of images, in pixels, and the largest about which nothing is logged."""
 
@@ -139,12 +142,12 @@ def read_inputs(
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
     _log_large_images(options, loaded, preprocessing.input_size, reporter)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
-    before = Plan(()) if loaded.record is None else loaded.record.plan
-    time_target = _time_target(options, stopwatch, before, processes)
+    time_target = _time_target(options, stopwatch, loaded, processes)
     job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
     _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
     dense.to(processes.device)
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
+    _check_held_out(options.max_kl, len(images.images), reporter)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
     _expect_stages(options, replace(job, budget=limits[0][0]), validation, len(each))
     evaluated = _evaluated(dense, validation, processes, reporter)
@@ -207,7 +210,7 @@ def _expect_stages(options: PruneOptions, job: Job, validation: LabelledBatches 
 
 
 def _time_target(
-    options: PruneOptions, stopwatch: Stopwatch, before: Plan, processes: Processes
+    options: PruneOptions, stopwatch: Stopwatch, loaded: Checkpoint, processes: Processes
 ) -> TimeTarget | None:
     """Return the budget of time, where there is one.
 
@@ -218,6 +221,7 @@ def _time_target(
     if asked is not None and processes.size > 1:
         found = f"found {processes.size} of torchrun"
         raise UsageError(f"{option_name('max_latency', asked)}: expected one process, {found}")
+    before = Plan(()) if loaded.record is None else loaded.record.plan
     return None if asked is None else TimeTarget(asked, stopwatch, before)
 
 
@@ -352,6 +356,26 @@ def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in
         raise UsageError(
             f"{asked}: expected labelled images to measure accuracy on, in the {where}; without labels, "
             f"{option_name('max_kl')} bounds the KL divergence"
+        )
+
+
+def _check_held_out(max_kl: float | None, images: int, reporter: Reporter) -> None:
+    """Refuse a bound on the loss where no image is held out to measure it, and warn of few.
+
+    Raises:
+        UsageError: there is one image.
+    """
+    if max_kl is None:
+        return
+    bound, held = option_name("max_kl", max_kl), held_out(images)
+    if not held:
+        raise UsageError(
+            f"{bound}: expected two images or more, of which some are held out to measure it; found {images}"
+        )
+    if held < _FEW_HELD_OUT:
+        reporter.log(
+            f"{bound} is measured on {held} of {images} images, which say little about others; "
+            f"give {_FEW_HELD_OUT * round(1 / HELD_OUT)} or more"
         )
 
 

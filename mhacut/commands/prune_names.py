@@ -71,11 +71,10 @@ def check_files(options: PruneOptions, each: Sequence[PruneOptions], read: PathL
     kept = options.calibration
     if kept is not None and not os.path.exists(kept):  # else it is read
         check_output(kept, overwrite=False, input_path=read or named)
-    written = [options.report]
-    for own in each:
-        written += [own.report, None if own.dry_run else own.output]
+    pages = {os.fspath(own.report) for own in (options, *each) if own.report is not None}
+    written = [*sorted(pages), *(None if own.dry_run else own.output for own in each)]
     sources = (read or named, kept, *options.files_read())
-    check_outputs(dict.fromkeys(written), overwrite=options.overwrite, input_paths=sources)
+    check_outputs(written, overwrite=options.overwrite, input_paths=sources)
 
 
 def check_files_before_reading(options: PruneOptions) -> None:

@@ -124,7 +124,8 @@ class PruneResult:
             sizes = format_amount(dense.size, "size"), format_amount(slim.size, "size")
             rows.append(("file", *sizes, ratio))
         label = _DIVERGENCE[self.divergence_of]
-        rows.append((f"{label} ({self.judged_on} images)", "", f"{self.divergence:.2g}", ""))
+        images = f"{self.judged_on} image{'s' * (self.judged_on != 1)}"
+        rows.append((f"{label} ({images})", "", f"{self.divergence:.2g}", ""))
         return rows
 
     def __repr__(self) -> str:

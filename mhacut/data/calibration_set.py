@@ -92,7 +92,7 @@ def _from_folder(
     labels = [-1] * len(folder.images)
     if labelled:
         hint = f", or leave labels out with {option_name('labels', False)}"
-        labels = label_images(folder, data.class_map, num_classes, hint)
+        labels = label_images(folder, data, num_classes, hint, other=data.val_split)
     files = ImageFiles(folder.path, folder.images, labels, preprocessing)
     return _choose(files, folder.names, count, seed, f"under {folder.name}/", labelled)
 

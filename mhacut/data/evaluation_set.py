@@ -25,7 +25,7 @@ from mhacut.data.reading import (
     label_outside,
 )
 from mhacut.errors import DataError, UsageError, option_name
-from mhacut.options.base import LabelledImages
+from mhacut.options.base import DataOptions, LabelledImages
 from mhacut.runtime.signals import outlive_signals, start_reading
 from mhacut.runtime.workers import warned_once, worker_count
 
@@ -178,7 +178,9 @@ def _from_folder(
             f"{folder.path}: images without class folders; accuracy needs {data.val_split}/<class>/<image>. "
             f"Folders in {os.fspath(data.data_dir)}: {listed(subfolders(Path(data.data_dir)))}"
         )
-    labels = label_images(folder, data.class_map, num_classes, "")
+    # Whoever reads a training split too compares it with this one, if it uses the labels of both.
+    other = None if isinstance(data, DataOptions) else "train"
+    labels = label_images(folder, data, num_classes, "", other=other)
     indices = _spread(labels, limit)
     images, labels = [folder.images[index] for index in indices], [labels[index] for index in indices]
     first, step = _checked_part(part, len(images))

@@ -7,8 +7,8 @@ class folder vanishes and shifts the classes after it. So folders are scanned he
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from timm.utils.misc import natural_key
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
-from mhacut.runtime.inputs import check_class_map, check_data_dir
+from mhacut.runtime.inputs import check_class_map, check_data_dir, stays_inside
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files that count as images, in lower case."""
@@ -104,9 +104,9 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
     Raises:
         DataError: no such directory, a root of other splits, or no such split.
     """
-    root, inside = Path(data_dir), Path(split)
+    root = Path(data_dir)
     check_data_dir(root)
-    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+    if not stays_inside(split) or not Path(split).parts:
         raise DataError(f"{option_name(option, split)}: expected the name of a folder in {root}")
     folder = split_folder(root, split)
     if folder is not None:
@@ -123,30 +123,50 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
 def scan(folder: Path) -> Folder:
     """List every image under ``folder``; the first folder on the way to an image is its class.
 
-    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are skipped.
+    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are skipped. Links are followed; below each
+    class folder every folder is read once, however many links lead to it.
     """
-    found: list[tuple[str, str]] = []
-    # Folders on the way to each, itself included, with links resolved.
-    ways: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
-    for at, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        way = ways.pop(at)
-        for name in tuple(folders):
-            path = os.path.join(at, name)
-            place = os.path.realpath(path) if os.path.islink(path) else os.path.join(way[-1], name)
-            if place in way:  # a link to a folder that holds it
-                folders.remove(name)
-            else:
-                ways[path] = (*way, place)
-        inside = Path(at).relative_to(folder)
-        name = inside.parts[0] if inside.parts else ""
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
-                found.append(((inside / file).as_posix(), name))
+    root = Path(os.path.realpath(folder))
+    _, names, files = next(os.walk(folder), ("", [], []))
+    found = [(file, "") for file in files if _is_image(file)]
+    for name in names:
+        if name.startswith("."):
+            continue
+        for at, files in _each_once(folder / name, root):
+            inside = at.relative_to(folder)
+            found += (((inside / file).as_posix(), name) for file in files if _is_image(file))
     # by name, so that no choice depends on the order in which a file system lists files
     found.sort()
-    images, names = tuple(image for image, _ in found), tuple(name for _, name in found)
-    return Folder(folder, images, names, tuple(subfolders(folder)))
+    images, classes = tuple(image for image, _ in found), tuple(name for _, name in found)
+    return Folder(folder, images, classes, tuple(subfolders(folder)))
+
+
+def _is_image(file: str) -> bool:
+    return not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+
+
+def _each_once(start: Path, root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the visible folders under ``start``, itself included, each once, and the files in each.
+
+    Links are followed after all else, in the order of their names: which of several paths to a folder is
+    taken does not depend on the order in which a file system lists it. ``root`` is left out.
+    """
+    seen, starts = {root}, deque([start])
+    while starts:
+        start = starts.popleft()
+        place = Path(os.path.realpath(start))
+        for path, folders, files in os.walk(start, followlinks=True):
+            at = Path(path)
+            here = place / at.relative_to(start)
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            yield at, files
+            links = {name for name in folders if os.path.islink(at / name)}
+            visible = sorted(name for name in folders if not name.startswith("."))
+            starts += (at / name for name in visible if name in links)
+            folders[:] = (name for name in visible if name not in links)
 
 
 def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
@@ -178,19 +198,23 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def label_images(folder: Folder, class_map: PathLike | None, num_classes: int | None, hint: str) -> list[int]:
+def label_images(
+    folder: Folder, data: LabelledImages, num_classes: int | None, hint: str, *, other: str | None
+) -> list[int]:
     """Return the class index of every image.
 
     Args:
-        folder: images with their class folders.
-        class_map: file that names the classes in the order of the model's head.
+        folder: images with their class folders, one split of ``data``.
+        data: options that name them, and may name the classes in the order of the model's head.
         num_classes: of the model's head, to check the folders against.
         hint: advice that ends the message where labels are wrong.
+        other: another labelled split, whose class folders must be the same where they give the labels.
 
     Raises:
-        DataError: images outside class folders, an empty class folder, or classes that the head does not
-            have.
+        DataError: images outside class folders, an empty class folder, classes that the head does not have,
+            or that are not those of the other split.
     """
+    class_map = data.class_map
     if "" in folder.names:
         stray = folder.images[folder.names.index("")]
         raise DataError(
@@ -218,5 +242,25 @@ def label_images(folder: Folder, class_map: PathLike | None, num_classes: int | 
             f"the model's head has {num_classes} classes. Name the classes in the head's order with "
             f"{option_name('class_map')}{hint}"
         )
+    beside = None if other is None or data.data_dir is None else split_folder(Path(data.data_dir), other)
+    if beside is not None:
+        _check_same_classes(folder, beside, hint)
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]
+
+
+def _check_same_classes(folder: Folder, beside: Path, hint: str) -> None:
+    """Refuse another split with as many class folders of other names: its labels would mean other classes.
+
+    One with more or fewer is refused when it is read, or has none for labels.
+    """
+    theirs = subfolders(beside)
+    here = [name for name in folder.classes if name not in set(theirs)]
+    there = [name for name in theirs if name not in set(folder.classes)]
+    if here and len(here) == len(there):
+        raise DataError(
+            f"{folder.path}: class folders are not those of {beside}: {listed(here)} only here, "
+            f"{listed(there)} only there. Labels are the places of the sorted names, so they would differ. "
+            "Rename the folders, or name the classes in the head's order with "
+            f"{option_name('class_map')}{hint}"
+        )

@@ -50,6 +50,10 @@ class Expected:
                 f"{where}: expected a tensor of images, or (images, labels), found {_shown(batch)}; "
                 "torch.as_tensor makes a tensor of an array"
             )
+        if _without_values(images):
+            raise DataError(
+                f"{where}: expected a dense tensor with values, found one {_without_values(images)}"
+            )
         self._check_images(images, where)
         images = images.detach()
         if labels is None or self.num_classes is None:
@@ -79,6 +83,10 @@ class Expected:
 
     def _check_labels(self, labels: Any, count: int, classes: int, where: str) -> Tensor:
         fits = isinstance(labels, Tensor) and labels.dtype in _INTEGERS and labels.shape == (count,)
+        if isinstance(labels, Tensor) and _without_values(labels):
+            raise DataError(
+                f"{where}: expected labels in a dense tensor with values, found one {_without_values(labels)}"
+            )
         if not fits:
             raise DataError(
                 f"{where}: expected one whole number per image as labels, [{count}], found {_shown(labels)}"
@@ -233,6 +241,15 @@ def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, T
     for number, batch in enumerate(given, 1):
         where = f"{name}, batch {number}"
         yield where, *expected.check(batch, where)
+
+
+def _without_values(tensor: Tensor) -> str:
+    """Say what keeps the values of ``tensor`` from being read one by one; empty if nothing does."""
+    if tensor.is_meta:
+        return "on the meta device, which holds no values"
+    if tensor.is_nested:
+        return "that is nested"
+    return "" if tensor.layout == torch.strided else f"of layout {str(tensor.layout).removeprefix('torch.')}"
 
 
 def _check_finite(images: Tensor, chosen: Iterable[int], where: str) -> None:

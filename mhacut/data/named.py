@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from mhacut.data.folders import read_class_map
 from mhacut.data.preprocessing import Preprocessing, Transform
-from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of
+from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of, run_no_programs
 from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
@@ -59,6 +59,7 @@ class NamedImages(Dataset[Sample]):
         position = self.indices[index]
         reader = getattr(self.opened, "reader", None)
         target: Any = -1
+        run_no_programs()  # torchvision's datasets open images themselves
         try:
             # Past timm's ImageDataset, which puts the next image in place of one it cannot read.
             source, target = (self.opened if reader is None else reader)[position]
@@ -79,6 +80,7 @@ class NamedStream(IterableDataset[Sample]):
         self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
 
     def __iter__(self) -> Iterator[Sample]:
+        run_no_programs()  # timm opens the images of a stream
         for number, (picture, target) in enumerate(_with_labels(self.name, self.opened)):
             if self.limit is not None and number == self.limit:
                 return
@@ -109,15 +111,17 @@ def open_named(
         DataError: an extra is missing, it cannot be opened, or its classes are not the head's.
         UsageError: timm knows no such name, or ``data.class_map`` cannot be used with it.
     """
+    run_no_programs()
     name = str(data.dataset)
     kind, asked = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
     if kind == "torch" and mapped is not None:
         raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
-    root = None if data.data_dir is None else os.fspath(data.data_dir)
-    info = None if kind != "wds" or root is None else os.path.join(root, "_info.json")
-    if info is not None and is_no_file(info):
-        raise DataError(f"{info}: is not a regular file")
+    # Joined to "", a shard "pipe:COMMAND" of _info.json would stay one, and webdataset would run it.
+    root = None if data.data_dir is None else os.fspath(data.data_dir) or os.curdir
+    for info in ("_info.json", "info.json"):
+        if kind == "wds" and root is not None and is_no_file(os.path.join(root, info)):
+            raise DataError(f"{os.path.join(root, info)}: is not a regular file")
     streamed: dict[str, Any] = {}
     if kind not in ("torch", "hfds"):  # seeds of NumPy and TensorFlow, which are never negative
         streamed = {"seed": (seed or 0) % 2**32, "is_training": seed is not None}
@@ -135,7 +139,7 @@ def open_named(
             f"{asked}: {known} classes, the model's head has {num_classes}. "
             f"Name the classes in the head's order with {option_name('class_map')}"
         )
-    return (by_index(opened) or opened) if kind == "wds" else opened
+    return (by_index(opened, split) or opened) if kind == "wds" else opened
 
 
 def _kind(name: str) -> str:

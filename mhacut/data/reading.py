@@ -6,13 +6,12 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, WmfImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,8 +24,18 @@ UNREADABLE = (
 )
 """Exceptions of Pillow for files that are no images, cut short, or absurdly large; the last two are those of
 damaged AVIF, of kinds of DDS that it does not know, and of damaged SPIDER."""
-_READ_BY_PROGRAMS = ("EPS", "WMF")
-"""Formats for which Pillow runs Ghostscript, or asks Windows: both execute what the file says."""
+
+
+def run_no_programs() -> None:
+    """Keep Pillow, in this process and for good, from handing images to Ghostscript or to Windows.
+
+    These execute what EPS and WMF files say. To leave these formats out of ``Image.open`` is not enough: an
+    IPTC file can hold an EPS, and timm and torchvision open images themselves. So it is called wherever
+    images are about to be read, in processes that load them, too.
+    """
+    for name in ("gs_binary", "gs_windows_binary"):  # the second is all that Pillow before 10 looks at
+        setattr(EpsImagePlugin, name, False)
+    WmfImagePlugin.register_handler(None)
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
@@ -35,7 +44,8 @@ def open_image(file: Any, channels: int) -> Image.Image:
     Raises:
         OSError: or another of :data:`UNREADABLE`.
     """
-    with Image.open(file, formats=_formats()) as opened:
+    run_no_programs()
+    with Image.open(file) as opened:
         opened.load()
         picture: Image.Image = opened
         if picture.mode.startswith("I"):
@@ -48,13 +58,6 @@ def open_image(file: Any, channels: int) -> Image.Image:
         elif picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
         return picture.convert("RGB" if channels == 3 else "L")
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Formats that Pillow reads itself, in the order in which it tries them."""
-    Image.init()
-    return tuple(name for name in Image.ID if name not in _READ_BY_PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class ImageFiles(Dataset[Sample]):
 
 def reason_of(error: BaseException, path: object = "") -> str:
     """Return Pillow's message without the path, which messages name anyway."""
+    if "Ghostscript" in str(error):  # Pillow says that there is none
+        return "is PostScript, which mhacut does not run"
     return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
 
 

@@ -6,6 +6,7 @@ processes image by image. Files on a disk can: their members are found once, by 
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mhacut.errors import DataError
-from mhacut.runtime.inputs import is_no_file
+from mhacut.runtime.inputs import is_no_file, stays_inside
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 """A sample's key, and the part of the sample in the member, as webdataset splits names."""
@@ -130,10 +131,15 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
-def by_index(opened: Any) -> ShardedSamples | None:
+def by_index(opened: Any, asked: str) -> ShardedSamples | None:
     """Return the samples of timm's stream ``opened``; None where they cannot be indexed.
 
     That is the case if the shards are no plain tar files on this machine, or the labels no single number.
+
+    Args:
+        opened: the stream.
+        asked: the split that was asked for: a name in ``_info.json``, or a pattern of names of shards, which
+            may lie anywhere.
 
     Raises:
         DataError: a shard is damaged or no file, or ``_info.json`` names one outside its folder.
@@ -145,14 +151,14 @@ def by_index(opened: Any) -> ShardedSamples | None:
         return None
     root = Path(getattr(reader, "root", None) or "")
     for name in names:
-        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+        if not isinstance(name, str) or not (stays_inside(name) or _is_in_pattern(name, asked)):
             raise DataError(
                 f"{root}: _info.json names the shard {name!r:.200}; expected files in this folder"
             )
         if is_no_file(root / name):
             raise DataError(f"{root / name}: is not a regular file")
     shards = [root / name for name in names]
-    plain = all(shard.suffix == ".tar" and shard.is_file() for shard in shards)
+    plain = all(shard.suffix == ".tar" and os.path.isfile(shard) for shard in shards)
     if not plain or reader.remap_class or getattr(reader, "target_keys", None):
         return None
     endings = tuple(str(reader.input_key).lower().split(";"))
@@ -165,3 +171,9 @@ def by_index(opened: Any) -> ShardedSamples | None:
             "truncated or damaged, or _info.json belongs to other shards"
         )
     return samples
+
+
+def _is_in_pattern(name: str, asked: str) -> bool:
+    """Whether the user named the shard: timm takes a pattern and, behind a bar, the number of samples."""
+    shardlists = importlib.import_module("webdataset.shardlists")  # an extra, which the stream has imported
+    return name in shardlists.expand_urls(asked.partition("|")[0])

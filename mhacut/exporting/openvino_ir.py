@@ -76,10 +76,11 @@ def write_ir(
         # Stated, because OpenVINO stores float16 by default.
         try:
             openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
-        except RuntimeError as error:  # of a full disk it says "iostream error" alone
+        except RuntimeError as error:
+            full = "iostream error" in str(error)  # all that it says of a full disk
+            advice = "; is the disk full? TMPDIR chooses another" if full else ""
             raise OutputError(
-                f"{show(target)}: OpenVINO cannot write to {folder}: {error!s:.200}; is the disk full? "
-                "TMPDIR chooses another"
+                f"{show(target)}: OpenVINO cannot write to {folder}: {error!s:.200}{advice}"
             ) from error
         compare(_runner(openvino.Core().read_model(written), None))
         # The weights first: a reader looks for the .xml file.

@@ -15,8 +15,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.files import (
     check_output,
+    left_on_error,
     reason_alone,
     remove_temporaries,
     sync_directory,
@@ -46,6 +48,8 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 _FILES = (SUMMARY, BEST, LAST, STATE, ARGUMENTS)
 _NEW = "new-run"
 """Beginning of the name of the hidden directory of a run that is not saved yet."""
+_OLD = "old"
+"""Directory within it of the earlier run's files, while the new ones take their place."""
 _STATE_VERSION = 1
 
 
@@ -142,6 +146,12 @@ class RunFolder:
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
+        for name in held:
+            if is_no_file(self.file(name)):
+                raise OutputError(
+                    f"{self.file(name)}: is not a regular file, and is not replaced; move it away, or choose "
+                    f"another directory ({option_name('output')})"
+                )
 
     def beside_held(self, until: ExitStack) -> RunFolder:
         """Return the directory of a new run, which leaves the one held there until :meth:`replace_held`.
@@ -158,34 +168,95 @@ class RunFolder:
             raise self._cannot_be_written(error) from error
         return replace(self, hidden=hidden)
 
+    @contextmanager
+    def saying_what_stays(self) -> Iterator[None]:
+        """Context that adds to an :class:`OutputError`, where it is so, that the earlier run is kept."""
+        try:
+            yield
+        except OutputError as error:
+            if self.hidden is None or not replace(self, hidden=None).held():
+                raise
+            raise OutputError(f"{error}; {self.path} keeps its earlier run") from error
+
     def replace_held(self) -> RunFolder:
         """Put the hidden files, if they are hidden, in the place of the earlier run's; return the directory.
 
-        Nothing is resumed without ``args.yaml``, which is removed first and comes back last: files of two
-        runs are never taken for those of one, whenever this is killed.
+        If a file cannot be moved, or on Ctrl-C, those that were moved go back: the earlier run is whole.
 
         Raises:
-            OutputError: they cannot be moved.
+            OutputError: they cannot be moved, or something in their place is not a file; or the earlier run
+                cannot be put back, and the hidden directory, which has the rest of it, is left.
         """
         if self.hidden is None:
             return self
-        place = replace(self, hidden=None)
+        place, moved, failed = replace(self, hidden=None), list[tuple[Path, Path]](), None
+        with self.saying_what_stays():
+            place._check_held(overwrite=True)
+        with left_on_error(self.hidden):
+            try:
+                self._exchange(self.hidden / _OLD, moved)
+            except (OSError, KeyboardInterrupt) as error:
+                self._put_back(moved)
+                failed = error
+        if isinstance(failed, OSError):
+            with self.saying_what_stays():
+                raise self._cannot_be_written(failed) from failed
+        if failed is not None:
+            raise failed
+        shutil.rmtree(self.hidden / _OLD, ignore_errors=True)
+        remove_logs(self.path)
+        return place
+
+    def _exchange(self, old: Path, moved: list[tuple[Path, Path]]) -> None:
+        """Move each file of the earlier run to the directory ``old``, and the new one to its place.
+
+        Nothing is resumed without ``args.yaml``, which goes first and comes back last: files of two runs are
+        never taken for those of one, whenever this is killed. Some are always there, so that nobody takes
+        the directory for an unused one.
+
+        Args:
+            old: is made.
+            moved: receives where each file was and where it goes, before it is moved.
+
+        Raises:
+            OSError: one cannot be moved.
+        """
+
+        def move(source: Path, target: Path) -> None:
+            if os.path.lexists(source):
+                moved.append((source, target))
+                os.replace(source, target)
+
+        os.stat(self.file(ARGUMENTS))  # fails before anything is moved, if somebody removed the files
+        old.mkdir()
+        move(self.path / ARGUMENTS, old / ARGUMENTS)
+        sync_directory(self.path)
+        for name in _FILES:
+            if name == ARGUMENTS:
+                sync_directory(self.path)
+            else:
+                move(self.path / name, old / name)
+            move(self.file(name), self.path / name)
+        sync_directory(self.path)
+
+    def _put_back(self, moved: Sequence[tuple[Path, Path]]) -> None:
+        """Undo the moves of :meth:`_exchange`, the old ``args.yaml`` last.
+
+        Raises:
+            OutputError: one cannot be undone.
+        """
         try:
-            os.stat(self.file(ARGUMENTS))  # fails before anything is removed, if somebody removed the files
-            place.file(ARGUMENTS).unlink(missing_ok=True)
-            sync_directory(self.path)
-            remove_logs(self.path)
-            for name in _FILES:
-                if name == ARGUMENTS:
+            for source, target in reversed(moved):
+                if source.name == ARGUMENTS:
                     sync_directory(self.path)
-                if self.file(name).exists():
-                    os.replace(self.file(name), place.file(name))
-                else:
-                    place.file(name).unlink(missing_ok=True)
+                if os.path.lexists(target) and not os.path.lexists(source):  # the last may not have moved
+                    os.replace(target, source)
             sync_directory(self.path)
         except OSError as error:
-            raise self._cannot_be_written(error) from error
-        return place
+            raise OutputError(
+                f"{self._cannot_be_written(error)}, and its earlier run cannot be put back; move the files "
+                f"in {self.file(_OLD)} to {self.path} before the next run there removes them"
+            ) from error
 
     def sweep(self) -> None:
         """Remove temporary files of a process that was killed while it wrote."""

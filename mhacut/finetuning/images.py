@@ -109,7 +109,7 @@ def training_images(
     labels = [-1] * len(folder.images)
     if labelled:
         hint = f", or leave labels out with {option_name('labels', False)}"
-        labels = label_images(folder, data.class_map, num_classes, hint)
+        labels = label_images(folder, data, num_classes, hint, other=data.val_split)
     with_labels = "with labels" if labelled else "without labels"
     return TrainingImages(
         samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +38,13 @@ def check_logs(names: Sequence[str]) -> None:
 
 
 def remove_logs(folder: Path) -> None:
-    """Remove the logs of an earlier run in ``folder``, so that nobody takes its curves for another's."""
+    """Remove the logs of an earlier run in ``folder``, so that nobody takes its curves for another's.
+
+    One that cannot be removed stays: it is no reason to end a run.
+    """
     for path in (folder / _CURVE, *(folder / _EVENTS).glob("events.out.tfevents.*")):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 class _Log(Protocol):

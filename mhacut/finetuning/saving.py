@@ -112,9 +112,10 @@ def _write_last(run: Run, evaluation: Evaluation | None) -> None:
         )
     write_weights(run, LAST, evaluation)
     if run.processes.first:
-        run.folder.write_summary(run.progress.summary())
         state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
-        run.folder.write_state(state)
+        with run.folder.saying_what_stays():
+            run.folder.write_summary(run.progress.summary())
+            run.folder.write_state(state)
         run.folder = run.folder.replace_held()
 
 
@@ -152,17 +153,17 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
         data=run.images.description,
     )
     try:
-        write_slim(
-            run.folder.file(name),
-            run.trainer.result,
-            record,
-            dtypes=dtypes,
-            overwrite=True,
-            input_path=run.loaded.path,
-        )
+        with run.folder.saying_what_stays():
+            write_slim(
+                run.folder.file(name),
+                run.trainer.result,
+                record,
+                dtypes=dtypes,
+                overwrite=True,
+                input_path=run.loaded.path,
+            )
     except OutputError as error:
-        kept = f"; {run.folder.path} keeps its earlier run" if run.replaces and there else ""
-        raise OutputError(f"after step {run.progress.step}: {error}{kept}") from error
+        raise OutputError(f"after step {run.progress.step}: {error}") from error
     if not there:
         raise OutputError(
             f"{run.folder.path}: was removed meanwhile, and what the run is resumed from with it; {name} "

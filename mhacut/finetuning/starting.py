@@ -88,7 +88,8 @@ def _make_directory(run: Run) -> None:
     run.lock = run.folder.open_new(overwrite=run.options.overwrite)
     if run.folder.held():
         run.folder = run.folder.beside_held(run.hidden)
-    run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
+    with run.folder.saying_what_stays():
+        run.folder.write_arguments(_with_absolute_paths({**run.options.flat(), "overwrite": False}))
 
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:

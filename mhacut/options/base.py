@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mhacut.limits import MAX_PARALLEL
 from mhacut.options.option import REQUIRED, Options, Panel, option
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
@@ -130,7 +131,7 @@ class LabelledImages(ImageSource):
         metavar="N",
         short="-j",
         at_least=0,
-        at_most=1024,
+        at_most=MAX_PARALLEL,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mhacut.errors import UsageError, option_name
+from mhacut.limits import MAX_PARALLEL
 from mhacut.options.base import DeviceOptions, ExportDtype, ModelOptions, PathLike
 from mhacut.options.option import REQUIRED, option, require
 from mhacut.options.timing import Runtime
@@ -40,7 +41,12 @@ class BenchOptions(ModelOptions, DeviceOptions):
         above=0,
     )
     threads: int | None = option(
-        None, "CPU threads; by default torch's own choice.", panel="Computing", metavar="N", at_least=1
+        None,
+        "CPU threads; by default torch's own choice.",
+        panel="Computing",
+        metavar="N",
+        at_least=1,
+        at_most=MAX_PARALLEL,
     )
     dtype: ExportDtype = option("float32", "Precision of the computation.", panel="Computing")
     fused: bool = option(True, "Use fused attention where a layer can.", panel="Computing")
@@ -49,6 +55,7 @@ class BenchOptions(ModelOptions, DeviceOptions):
         super().__post_init__()
         if not self.checkpoints:
             raise UsageError(f"{option_name('checkpoints')}: expected at least one")
+        require("batch_sizes", list(self.batch_sizes), bool(self.batch_sizes), "at least one")
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")

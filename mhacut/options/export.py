@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mhacut.errors import option_name
-from mhacut.limits import LICENSE, REPOSITORY
+from mhacut.limits import LICENSE, MAX_PARALLEL, REPOSITORY
 from mhacut.options.base import CheckpointOptions, ExportDtype, ImageSource, PathLike
 from mhacut.options.option import option, require
 
@@ -104,6 +104,7 @@ class ExportOptions(CheckpointOptions):
         panel="Quantization",
         metavar="N",
         at_least=1,
+        at_most=MAX_PARALLEL,
     )
     data: QuantizationImages = field(default_factory=QuantizationImages)
 

@@ -198,7 +198,9 @@ class Option:
             raise UsageError(f"{self._shown(value)}: expected {_NOUNS[kind]}") from None
         require(self.name, value, self._holds(number), self.limits)
         if self.at_most is None and self.below is None and math.isfinite(number):
-            require(self.name, value, abs(number) <= _MOST[kind], f"at most {_MOST[kind]}")
+            most = _MOST[kind]
+            require(self.name, value, number <= most, f"at most {most}")
+            require(self.name, value, number >= -most, f"at least {-most}")
         return number
 
     def _shown(self, value: Any) -> str:
@@ -357,12 +359,15 @@ class Options:
         return values
 
     def files_read(self) -> tuple[str, ...]:
-        """Files and folders that the options name to be read; names on the hub may be among them."""
+        """Files, and folders of checkpoints, that the options name to be read; also names on the hub.
+
+        Not folders of images: a file that is written can never be one, and may lie in one.
+        """
         values = self.flat()
         found: list[str] = []
         for name, stated in self.options().items():
             value = values[name]
-            if stated.reads is not None and value:
+            if stated.reads not in (None, "data_dir") and value:
                 found += map(os.fspath, value if stated.element else (value,))
         return tuple(found)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mhacut.errors import option_name
+from mhacut.limits import MAX_PARALLEL
 from mhacut.options.option import Options, option, require
 
 Runtime = Literal["eager", "compile", "onnx", "openvino"]
@@ -36,6 +37,7 @@ class TimingOptions(Options):
         panel="Measuring",
         metavar="N",
         at_least=1,
+        at_most=MAX_PARALLEL,
     )
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ READ_IN_FOLDERS = re.compile(
 """Names of the files of a folder that are read as one checkpoint."""
 _LOCK = "lock"
 """Name of the file in a temporary folder that is locked while its process runs."""
+_left: set[Path] = set()
+"""Temporary folders that their own process does not remove."""
 
 
 def show(path: AnyPath) -> str:
@@ -107,9 +109,10 @@ def check_outputs(
         for source in sources:
             _check_not_input(Path(path), source)
         check_output(path, overwrite=overwrite, input_path=None)
-        first = seen.setdefault(os.path.realpath(path), path)
-        if first is not path:
-            raise OutputError(f"{show(path)}: is the same file as {show(first)}; choose another name")
+        real = os.path.realpath(path)
+        if real in seen:
+            raise OutputError(f"{show(path)}: is the same file as {show(seen[real])}; choose another name")
+        seen[real] = path
 
 
 def write_whole(
@@ -213,9 +216,18 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder not in _left:
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def left_on_error(folder: Path) -> Iterator[None]:
+    """Leave the :func:`temporary_folder` if the block fails: it may hold the only copy of a file."""
+    _left.add(folder)
+    yield
+    _left.remove(folder)
 
 
 def remove_temporaries(target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.runtime.files import AnyPath, show
@@ -68,6 +68,16 @@ def regular_size(path: Path) -> int:
 def is_no_file(path: AnyPath) -> bool:
     """Whether ``path`` exists, but is no regular file; reading a FIFO would block."""
     return os.path.exists(path) and not os.path.isfile(path)
+
+
+def stays_inside(name: str) -> bool:
+    r"""Whether ``name``, joined to a folder, is a place in that folder, links aside.
+
+    >>> stays_inside("part/a.tar"), stays_inside("/a.tar"), stays_inside("part/../../a.tar")
+    (True, False, False)
+    """
+    # On Windows, "\\x" and "C:x" leave the folder and are not absolute; both have an anchor.
+    return not PurePath(name).anchor and ".." not in PurePath(name).parts
 
 
 def _stat(path: Path) -> os.stat_result:

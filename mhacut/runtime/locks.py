@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -11,6 +12,8 @@ if sys.platform != "win32":
 
 _held: set[int] = set()
 """Descriptors of :func:`lock_directory`."""
+_PATIENCE, _AGAIN_AFTER = 0.3, 0.02
+"""Seconds until an exclusive lock is given up, and between two attempts: others share one for a moment."""
 
 
 def lock_directory(path: Path, *, shared: bool = False) -> int | None:
@@ -36,7 +39,7 @@ def lock_directory(path: Path, *, shared: bool = False) -> int | None:
     except PermissionError:
         return None  # a directory of mode 0300 may be written, but not opened
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        _flock(descriptor, shared)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
@@ -44,6 +47,20 @@ def lock_directory(path: Path, *, shared: bool = False) -> int | None:
         return None
     _held.add(descriptor)
     return descriptor
+
+
+def _flock(descriptor: int, shared: bool) -> None:
+    assert sys.platform != "win32"
+    until = time.monotonic() + (0 if shared else _PATIENCE)
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_AGAIN_AFTER)
+        else:
+            return
 
 
 def unlock(descriptor: int | None) -> None:

@@ -106,6 +106,22 @@ class FewTokens:
         self.check_features(indices)
         return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
 
+    def reset_classifier(
+        self: Any, num_classes: int, global_pool: str | None = None, *args: Any, **options: Any
+    ) -> None:
+        """Replace the classifier, as timm's model does, by one that reads the same tokens.
+
+        Raises:
+            UnsupportedModelError: ``global_pool`` needs tokens that are not there.
+        """
+        if global_pool not in (None, self.global_pool):
+            raise UnsupportedModelError(
+                f"global_pool={global_pool!r}: this model computes only the tokens that global_pool="
+                f"{self.global_pool!r} reads, not those of patches; leave it, or prune with "
+                f"{option_name('keep_dead_tokens', True)}"
+            )
+        super().reset_classifier(num_classes, global_pool, *args, **options)  # type: ignore[misc]
+
     def check_features(self: Any, indices: int | list[int] | None) -> None:
         """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens.
 

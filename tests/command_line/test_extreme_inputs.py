@@ -42,15 +42,19 @@ def test_data_and_preprocessing_out_of_bounds(slim, images, given, says):
     ("command", "given", "says"),
     [
         ("evaluate", ["--batch-size", "9" * 20], "expected at most 2147483647"),
+        ("prune", ["--model-arg", "depth=1", "--seed", "-" + "9" * 20], "expected at least "),
         ("evaluate", ["--workers", "1000000"], "--workers 1000000: expected at least 0, at most 1024"),
         ("bench", ["--batch-sizes", "9" * 20], "expected at most 2147483647"),
+        ("bench", ["--threads", "50000"], "--threads 50000: expected at least 1, at most 1024"),
+        ("export", ["--threads", "50000"], "--threads 50000: expected at least 1, at most 1024"),
+        ("prune", ["--threads", "50000"], "--threads 50000: expected at least 1, at most 1024"),
         ("finetune", ["--warmup-epochs", "1e308"], "--warmup-epochs 1e+308: expected at most 1e+30"),
         ("finetune", ["--decay-epochs", "1e308"], "expected at most 1e+30"),
         ("finetune", ["--color-jitter", "1e308"], "expected at most 1e+30"),
     ],
 )
 def test_numbers_that_libraries_could_not_hold(slim, images, tmp_path, command, given, says):
-    where = [] if command == "bench" else ["--data-dir", images]
+    where = [] if command in ("bench", "export") else ["--data-dir", images]
     assert says in refusal(tmp_path, command, slim, *where, *given, code=2)
 
 

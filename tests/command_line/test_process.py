@@ -316,7 +316,7 @@ def test_sigterm_as_an_object_is_deleted_ends_the_command(programs, slim):
 
 def test_sigterm_is_left_alone_where_several_processes_work(monkeypatch):
     default = signal.getsignal(signal.SIGTERM)
-    for size in (None, "1", "2"):
+    for size in (None, "", "1", "2"):
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", size)
         with interruptible():

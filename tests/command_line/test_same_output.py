@@ -171,7 +171,7 @@ def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
 def test_of_two_that_finetune_one_is_refused(programs, slim, images, tmp_path, overwrite):
     command = ["finetune", slim, "--data-dir", images, "--train-split", "val", "-b", "7", "-j", "0"]
     command += ["--epochs", "OWN", "-o", tmp_path / "run", *["--overwrite"] * overwrite]
-    codes, said = pair(programs, "run", ("2", "3"), *command)
+    codes, said = pair(programs, "run", ("20", "30"), *command)  # longer than one waits for the other
     assert codes == [0, 1]
     assert f"{tmp_path / 'run'}: another process is writing a run there; wait" in said
     files = {"args.yaml", "best.safetensors", "last.safetensors", "state.pt", "summary.csv"}

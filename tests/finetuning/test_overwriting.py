@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,7 +110,7 @@ def test_what_was_cut_off_after_the_first_save_is_the_new_run(tune, finished, ki
     assert len(again.epochs) == 2
 
 
-@pytest.mark.parametrize("call", range(1, 6))
+@pytest.mark.parametrize("call", range(2, 11))
 def test_files_of_two_runs_are_never_taken_for_one(tune, finished, tmp_path, kill, monkeypatch, call):
     """Killed before each rename of the first save."""
     new = shutil.copytree(tune("new", lr=1e-4).folder, tmp_path / "hidden")
@@ -118,14 +119,124 @@ def test_files_of_two_runs_are_never_taken_for_one(tune, finished, tmp_path, kil
     with pytest.raises(Killed):
         RunFolder(finished, hidden=new).replace_held()
     monkeypatch.undo()
-    assert names(finished) == ALL - {"args.yaml"}
-    for name in names(finished):
-        held = (finished / name).read_bytes()
-        assert held in ((tmp_path / "new" / name).read_bytes(), before[name])
+    assert "args.yaml" not in names(finished)
+    assert len(names(finished)) >= 3
+    for name in ALL:
+        there = [folder / name for folder in (finished, new, new / "old") if (folder / name).exists()]
+        held = {file.read_bytes() for file in there}
+        assert held == {(tmp_path / "new" / name).read_bytes(), before[name]}  # none is lost
     with pytest.raises(UsageError, match=r"no run to continue, args.yaml"):
         resume(finished)
     assert tune(overwrite=True).steps == 6
     assert names(finished) == ALL
+
+
+@pytest.fixture
+def unsaved(tmp_path):
+    """Folder of a small run, and a function that puts another in its place."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name in ALL:
+        (folder / name).write_text(f"old {name}")
+
+    def replace_it():
+        with ExitStack() as until:
+            new = RunFolder(folder).beside_held(until)
+            for name in ALL - {"summary.csv"}:
+                new.file(name).write_text(f"new {name}")
+            new.replace_held()
+
+    return folder, replace_it
+
+
+def failing(monkeypatch, calls, error):
+    """Let the renames of these numbers fail."""
+    original, done = os.replace, []
+
+    def rename(*paths):
+        done.append(paths)
+        if len(done) in calls:
+            raise error
+        original(*paths)
+
+    monkeypatch.setattr(folder_module.os, "replace", rename)
+
+
+@pytest.mark.parametrize("call", range(1, 10))
+def test_a_file_that_cannot_be_moved_leaves_the_earlier_run_whole(unsaved, monkeypatch, call):
+    folder, replace_it = unsaved
+    before = tree(folder)
+    with monkeypatch.context() as patch:
+        failing(patch, [call], PermissionError(errno.EACCES, "Permission denied"))
+        with pytest.raises(OutputError) as refused:
+            replace_it()
+    reason = "cannot be written: Permission denied"
+    assert str(refused.value) == f"{folder}: {reason}; {folder} keeps its earlier run"
+    assert tree(folder) == before
+    replace_it()
+    assert names(folder) == ALL - {"summary.csv"}
+    assert all((folder / name).read_text() == f"new {name}" for name in names(folder))
+
+
+def test_so_does_ctrl_c(unsaved, monkeypatch):
+    folder, replace_it = unsaved
+    before = tree(folder)
+    failing(monkeypatch, [5], KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_it()
+    assert tree(folder) == before
+
+
+def test_files_that_cannot_be_put_back_are_left_and_named(unsaved, monkeypatch):
+    folder, replace_it = unsaved
+    failing(monkeypatch, range(5, 99), OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OutputError, match="its earlier run cannot be put back") as refused:
+        replace_it()
+    (old,) = folder.glob(".new-run.*.tmp/old")
+    assert f"move the files in {old} to {folder} before the next run" in str(refused.value)
+    assert "keeps" not in str(refused.value)
+    assert (old / "args.yaml").read_text() == "old args.yaml"
+    assert "args.yaml" not in names(folder)
+
+
+def test_a_directory_in_the_place_of_a_file_is_not_replaced(tune, unsaved, finished):
+    folder, replace_it = unsaved
+    for place in (folder, finished):
+        (place / "summary.csv").unlink()
+        (place / "summary.csv").mkdir()
+        (place / "summary.csv" / "notes").write_text("mine")
+    with pytest.raises(OutputError, match=r"summary.csv: is not a regular file.*; .*keeps its earlier run"):
+        replace_it()
+    with pytest.raises(OutputError, match=r"run/summary.csv: is not a regular file"):
+        tune(overwrite=True)
+    for place in (folder, finished):
+        assert (place / "summary.csv" / "notes").read_text() == "mine"
+
+
+def test_a_log_that_cannot_be_removed_stays(unsaved):
+    folder, replace_it = unsaved
+    (folder / "curve.png").mkdir()
+    replace_it()
+    assert names(folder) == ALL - {"summary.csv"} | {"curve.png"}
+    assert (folder / "args.yaml").read_text() == "new args.yaml"
+
+
+@pytest.mark.parametrize("name", ["args.yaml", "best.safetensors", "summary.csv", "state.pt"])
+def test_a_file_that_cannot_be_written_says_that_the_earlier_run_stays(tune, finished, monkeypatch, name):
+    before, sync = tree(finished), files.sync
+
+    def fails(path):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", fails)
+    with pytest.raises(OutputError) as refused:
+        tune(overwrite=True)
+    kept = f"; {finished} keeps its earlier run"
+    assert str(refused.value).endswith(f"{name}: cannot be written: No space left on device{kept}")
+    assert str(refused.value).count("keeps") == 1
+    assert tree(finished) == before
 
 
 def test_where_the_new_files_are_gone_the_earlier_run_stays(finished, tmp_path):

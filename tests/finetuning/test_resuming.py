@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -392,6 +393,14 @@ def test_processes_that_look_at_a_run_together_find_the_same(finished):
     with pytest.raises(OutputError, match="another process is writing a run there"):
         RunFolder(finished).check_new([], overwrite=False)
     unlock(lock)
+
+
+def test_a_run_begins_although_others_look_for_a_moment(finished):
+    other = RunFolder(finished).claim(shared=True)
+    looking = threading.Timer(0.05, unlock, [other])
+    looking.start()
+    unlock(RunFolder(finished).open_new(overwrite=True))
+    looking.join()
 
 
 def test_a_directory_that_is_refused_is_free_again(finished):

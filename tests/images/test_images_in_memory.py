@@ -136,6 +136,22 @@ WRONG = [
         torch.zeros(4, 3, 4, 4, dtype=torch.uint8),
         r"found uint8; for bytes that is \(images / 255 - mean\) / std",
     ),
+    (
+        torch.zeros(4, 3, 4, 4, device="meta"),
+        "images: expected a dense tensor with values, found one on the meta",
+    ),
+    (
+        torch.zeros(4, 3, 4, 4).to_sparse(),
+        "images: expected a dense tensor .*, found one of layout sparse_coo",
+    ),
+    (
+        torch.nested.nested_tensor([torch.zeros(3, 4, 4)], layout=torch.jagged),
+        "images: expected a dense .*, found one that is nested",
+    ),
+    (
+        (numbered(4), torch.zeros(4, dtype=torch.int64, device="meta")),
+        "images: expected labels in a dense tensor with values, found one on the meta device",
+    ),
     (torch.zeros(0, 3, 4, 4), "images: holds no images"),
     ([], "images: holds no images"),
     (NAN, "image 2 holds NaN or infinite values"),

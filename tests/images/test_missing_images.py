@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 import torch
 
 from helpers.data import PLAIN, calibrated, evaluated, evaluation, levels, write_image
+from mhacut.data import evaluation_loader
 from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.finetuning.images import training_images
+from mhacut.options.augmentation import AugmentationOptions
+from mhacut.options.base import DataOptions, LabelledImages
 from mhacut.runtime import inputs
 
 
@@ -128,3 +133,54 @@ def test_evaluation_needs_labels(tmp_path) -> None:
     write_image(tmp_path / "val" / "0.png")
     with pytest.raises(DataError, match=r"images without class folders; .* Folders in .*: val"):
         evaluation(tmp_path)
+
+
+@pytest.fixture
+def shifted(root):
+    """As many class folders in both splits, not the same ones: ant and bee of one are bee and zebra there."""
+    (root / "val" / "ant").rename(root / "val" / "zebra")
+    return root
+
+
+DIFFER = "class folders are not those of .*: {} only here, {} only there.*class_map"
+
+
+def test_splits_with_other_classes_are_refused(shifted, tmp_path) -> None:
+    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra") + ".*labels=False"):
+        calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3)
+    alone = LabelledImages(data_dir=shifted)  # as evaluate has them
+    with pytest.raises(DataError, match=DIFFER.format("zebra", "ant")):
+        evaluation_loader(PLAIN, alone, num_classes=3, batch_size=1)
+    # Without labels, and with names for all classes, no label is shifted.
+    assert calibrated(PLAIN, count=1, seed=0, data_dir=shifted, use_labels=False).labels is None
+    assert evaluation(shifted).images == 12
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\nzebra\n")
+    chosen = calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=4, class_map=names)
+    assert chosen.labels is not None
+    (shifted / "val").rename(shifted / "valid")
+    (shifted / "valid" / ".hidden").mkdir()
+    with pytest.raises(DataError, match=r"those of .*valid"):
+        calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3)
+    calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3, val_split="test")  # not there
+
+
+def test_images_to_train_on_have_the_classes_of_the_others(shifted) -> None:
+    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra")):
+        training_images(
+            DataOptions(data_dir=shifted),
+            PLAIN,
+            AugmentationOptions(),
+            num_classes=3,
+            use_labels=True,
+            need_labels=False,
+        )
+
+
+@pytest.mark.parametrize("kind", [PurePosixPath, PureWindowsPath])
+def test_names_that_leave_a_folder_are_known_on_every_system(monkeypatch, kind) -> None:
+    monkeypatch.setattr(inputs, "PurePath", kind)
+    assert inputs.stays_inside("part/a..tar")
+    assert not any(map(inputs.stays_inside, ("/a.tar", "../a.tar", "part/../../a.tar", "..")))
+    on_windows = ("\\a.tar", "C:a.tar", "C:\\a.tar", "..\\a.tar", "\\\\host\\share\\a.tar")
+    assert {inputs.stays_inside(name) for name in on_windows} == {kind is PurePosixPath}
