@@ -170,6 +170,15 @@ def test_a_module_that_cannot_be_copied_is_told(tiny_vit, change):
         copy_of_module(model)
 
 
+def test_a_copy_without_memory_is_no_matter_of_the_module(tiny_vit, monkeypatch):
+    def fail(module):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(copy, "deepcopy", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        copy_of_module(module_of(tiny_vit))
+
+
 @pytest.mark.parametrize("wrapped", [torch.compile, nn.DataParallel])
 def test_wrappers_of_torch_are_looked_through(tiny_vit, wrapped):
     model = module_of(tiny_vit)

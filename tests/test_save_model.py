@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from helpers.pruning import BALANCED, prune_quickly
+from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import CheckpointError, OutputError
 
@@ -87,6 +88,34 @@ def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
     ):
         mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
     assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [("efficientvit_m0", {}), ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)})],
+)
+def test_pooling_may_be_a_module_or_the_head_s(architecture, args, tmp_path):
+    torch.manual_seed(0)
+    dense = timm.create_model(architecture, num_classes=7, **args).eval()
+    slim = tmp_path / "slim.safetensors"
+    mhacut.prune(dense, model_args=args, output=slim, **QUICK, flops="80%")
+    model = mhacut.load_model(slim)
+    mhacut.save_model(model, tmp_path / "same.safetensors", like=slim)
+    model.reset_classifier(3)
+    mhacut.save_model(model, tmp_path / "classes.safetensors", like=slim)
+    model.reset_classifier(3, "max")
+    with pytest.raises(
+        CheckpointError, match=r"='avg', the model has 'max', which would be lost; give reset"
+    ):
+        mhacut.save_model(model, tmp_path / "max.safetensors", like=slim)
+
+
+@pytest.mark.parametrize("wrapped", [torch.compile, torch.nn.DataParallel])
+def test_wrappers_of_torch_are_left_out(pruned, tmp_path, wrapped):
+    model = mhacut.load_model(pruned.output)
+    mhacut.save_model(wrapped(model), tmp_path / "other.safetensors", like=pruned.output)
+    saved, before = (load_file(path) for path in (tmp_path / "other.safetensors", pruned.output))
+    assert saved.keys() == before.keys()
 
 
 @pytest.mark.parametrize("case", ["path", "like", "model", "meta", "classes"])

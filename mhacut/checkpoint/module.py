@@ -57,7 +57,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         CheckpointError: it is not a timm module, has another number of classes, or holds NaN or infinite
             values.
     """
-    module, hints = _unwrapped(module), hints or ModelHints()
+    module, hints = unwrapped(module), hints or ModelHints()
     architecture, _ = _stated(module, hints)
     source = _source(architecture)
     _check_classes(module, hints, source)
@@ -83,7 +83,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     Raises:
         CheckpointError: it is not a timm module, or another model than the one built again.
     """
-    module, hints = _unwrapped(module), hints or ModelHints()
+    module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = _source(architecture)
     identified = _identify(module, architecture, cfg, hints, source)
@@ -111,7 +111,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     )
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model within torch's wrappers, ``torch.compile`` and those of several GPUs."""
     while type(module).__name__ in _WRAPPED:
         module = getattr(module, _WRAPPED[type(module).__name__])
     return module
@@ -194,6 +195,8 @@ def _as_loaded(module: nn.Module) -> nn.Module:
     """
     try:
         copied = copy.deepcopy(module)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     # Whatever hangs on a module is copied, too, and raises what it likes.
     except Exception as error:
         raise CheckpointError(

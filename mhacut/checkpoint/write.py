@@ -19,6 +19,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import read_tensors, sha256_of
 from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
+from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.limits import is_int
@@ -167,12 +168,13 @@ def save_model(
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: ``like`` is not a slim file, or not the file of this model.
+        CheckpointError: ``like`` is not a slim file, or not the file of this model; or the model holds no
+            values, or pools otherwise than the file says.
         OutputError: the file must not or cannot be written.
     """
     if like is None:
         raise CheckpointError("there is no slim file to save like; a dry run of prune writes none")
-    _check_given(model, path, like)
+    model = _checked(model, path, like)
     original = Checkpoint.open(like)
     record, header = original.record, original.header
     if record is None or header is None:
@@ -191,17 +193,20 @@ def save_model(
     write_slim(path, model, record, dtypes=header.dtypes, overwrite=overwrite, input_path=like)
 
 
-def _check_given(model: object, path: object, like: object) -> None:
+def _checked(model: object, path: object, like: object) -> nn.Module:
+    """Return the model without wrappers, once everything is of a kind that can be written."""
     for name, value in (("path", path), ("like", like)):
         if not isinstance(value, str | os.PathLike):
             raise CheckpointError(f"{name}: expected a path, found {type(value).__name__}")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"model: expected a torch module, found {type(model).__name__}")
+    model = unwrapped(model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise CheckpointError("model: its tensors are on the device meta and hold no values")
     classes = getattr(model, "num_classes", None)
     if classes is not None and not is_int(classes):
         raise CheckpointError(f"model.num_classes: expected a whole number, found {classes!r:.80}")
+    return model
 
 
 def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[str]) -> None:
@@ -212,12 +217,23 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
             f"{os.fspath(like)}: is not the file that this model was opened from; {len(different)} tensors "
             f"differ, first {different[0]}"
         )
-    pooled, stated = (getattr(one, "global_pool", None) for one in (model, skeleton))
-    if pooled != stated:
-        raise CheckpointError(
-            f"{os.fspath(like)}: states global_pool={stated!r}, the model has {pooled!r}, which would be "
-            "lost; leave global_pool as it is in reset_classifier"
-        )
+    pooled, stated = _pooling(model), _pooling(skeleton)
+    for name in stated:
+        if pooled.get(name, stated[name]) != stated[name]:
+            raise CheckpointError(
+                f"{os.fspath(like)}: states {name}={stated[name]!r}, the model has {pooled[name]!r}, which "
+                f"would be lost; give reset_classifier global_pool={stated[name]!r}"
+            )
+
+
+def _pooling(model: nn.Module) -> dict[str, str]:
+    """Return the kinds of pooling by name; timm keeps them in the model, its head, or a module of these."""
+    return {
+        f"{name}.{kind}".lstrip("."): found
+        for name, module in model.named_modules()
+        for kind in ("global_pool", "pool_type")
+        if isinstance(found := vars(module).get(kind), str)
+    }
 
 
 def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:

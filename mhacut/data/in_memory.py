@@ -82,11 +82,11 @@ class Expected:
             )
 
     def _check_labels(self, labels: Any, count: int, classes: int, where: str) -> Tensor:
-        fits = isinstance(labels, Tensor) and labels.dtype in _INTEGERS and labels.shape == (count,)
         if isinstance(labels, Tensor) and _without_values(labels):
             raise DataError(
                 f"{where}: expected labels in a dense tensor with values, found one {_without_values(labels)}"
             )
+        fits = isinstance(labels, Tensor) and labels.dtype in _INTEGERS and labels.shape == (count,)
         if not fits:
             raise DataError(
                 f"{where}: expected one whole number per image as labels, [{count}], found {_shown(labels)}"

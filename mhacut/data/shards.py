@@ -150,8 +150,11 @@ def by_index(opened: Any, asked: str) -> ShardedSamples | None:
     if reader is None or not names or not hasattr(split, "alt_label"):
         return None
     root = Path(getattr(reader, "root", None) or "")
+    named = {name for name in names if isinstance(name, str) and stays_inside(name)}
+    if len(named) < len(names):
+        named |= _pattern(asked)
     for name in names:
-        if not isinstance(name, str) or not (stays_inside(name) or _is_in_pattern(name, asked)):
+        if name not in named:
             raise DataError(
                 f"{root}: _info.json names the shard {name!r:.200}; expected files in this folder"
             )
@@ -173,7 +176,7 @@ def by_index(opened: Any, asked: str) -> ShardedSamples | None:
     return samples
 
 
-def _is_in_pattern(name: str, asked: str) -> bool:
-    """Whether the user named the shard: timm takes a pattern and, behind a bar, the number of samples."""
+def _pattern(asked: str) -> set[str]:
+    """Shards that the user named: timm takes a pattern and, behind a bar, the number of samples."""
     shardlists = importlib.import_module("webdataset.shardlists")  # an extra, which the stream has imported
-    return name in shardlists.expand_urls(asked.partition("|")[0])
+    return set(shardlists.expand_urls(asked.partition("|")[0]))

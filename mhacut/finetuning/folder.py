@@ -157,7 +157,8 @@ class RunFolder:
         """Return the directory of a new run, which leaves the one held there until :meth:`replace_held`.
 
         Args:
-            until: removes the hidden directory of the new files when it is closed.
+            until: removes the hidden directory of the new files when it is closed, but for files of an
+                earlier run that could not be put back.
 
         Raises:
             OutputError: it cannot be written.
@@ -181,7 +182,7 @@ class RunFolder:
     def replace_held(self) -> RunFolder:
         """Put the hidden files, if they are hidden, in the place of the earlier run's; return the directory.
 
-        If a file cannot be moved, or on Ctrl-C, those that were moved go back: the earlier run is whole.
+        If that fails, or on Ctrl-C, the files that were moved go back: the earlier run is whole.
 
         Raises:
             OutputError: they cannot be moved, or something in their place is not a file; or the earlier run
@@ -189,13 +190,14 @@ class RunFolder:
         """
         if self.hidden is None:
             return self
-        place, moved, failed = replace(self, hidden=None), list[tuple[Path, Path]](), None
+        place, moved = replace(self, hidden=None), list[tuple[Path, Path]]()
+        failed: BaseException | None = None
         with self.saying_what_stays():
             place._check_held(overwrite=True)
         with left_on_error(self.hidden):
             try:
                 self._exchange(self.hidden / _OLD, moved)
-            except (OSError, KeyboardInterrupt) as error:
+            except BaseException as error:  # also torch's, of a worker that died
                 self._put_back(moved)
                 failed = error
         if isinstance(failed, OSError):
@@ -211,8 +213,7 @@ class RunFolder:
         """Move each file of the earlier run to the directory ``old``, and the new one to its place.
 
         Nothing is resumed without ``args.yaml``, which goes first and comes back last: files of two runs are
-        never taken for those of one, whenever this is killed. Some are always there, so that nobody takes
-        the directory for an unused one.
+        never taken for those of one, whenever this is killed.
 
         Args:
             old: is made.
@@ -252,10 +253,11 @@ class RunFolder:
                 if os.path.lexists(target) and not os.path.lexists(source):  # the last may not have moved
                     os.replace(target, source)
             sync_directory(self.path)
-        except OSError as error:
+        except BaseException as error:  # a second Ctrl-C, too: the files must be named
+            reason = error.strerror if isinstance(error, OSError) else None
             raise OutputError(
-                f"{self._cannot_be_written(error)}, and its earlier run cannot be put back; move the files "
-                f"in {self.file(_OLD)} to {self.path} before the next run there removes them"
+                f"{self.path}: its earlier run cannot be put back: {reason or type(error).__name__}; move "
+                f"the files in {self.file(_OLD)} to {self.path} before the next run there removes them"
             ) from error
 
     def sweep(self) -> None:
@@ -315,7 +317,8 @@ class RunFolder:
 
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
-        write_whole(self.file(STATE), buffer.getbuffer(), overwrite=True)
+        with buffer.getbuffer() as content:  # released also where writing fails: else Python complains later
+            write_whole(self.file(STATE), content, overwrite=True)
 
     def not_resumable(self, why: str) -> CheckpointError:
         """Return the error of a run whose state ``why`` it cannot be resumed from, with what to do."""

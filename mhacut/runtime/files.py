@@ -207,6 +207,8 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
 
+    It stays where :func:`left_on_error` says so.
+
     A folder, because libraries write temporary files of their own beside the file that they are given.
     Folders left by killed processes are removed first.
     """

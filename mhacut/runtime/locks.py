@@ -19,6 +19,8 @@ _PATIENCE, _AGAIN_AFTER = 0.3, 0.02
 def lock_directory(path: Path, *, shared: bool = False) -> int | None:
     """Lock a directory for this process; return the descriptor for :func:`unlock`.
 
+    For a lock that is not shared, it waits a moment (:data:`_PATIENCE`) where another process has one.
+
     Processes that this one forks do not share the lock, so that it ends with this one.
 
     Args:

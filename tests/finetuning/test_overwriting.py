@@ -111,12 +111,12 @@ def test_what_was_cut_off_after_the_first_save_is_the_new_run(tune, finished, ki
 
 
 @pytest.mark.parametrize("call", range(2, 11))
-def test_files_of_two_runs_are_never_taken_for_one(tune, finished, tmp_path, kill, monkeypatch, call):
-    """Killed before each rename of the first save."""
+def test_files_of_two_runs_are_never_taken_for_one(tune, finished, tmp_path, monkeypatch, call):
+    """Killed before each rename of the first save: no later one is done, not even to put files back."""
     new = shutil.copytree(tune("new", lr=1e-4).folder, tmp_path / "hidden")
     before = tree(finished)
-    kill(folder_module.os, "replace", call)
-    with pytest.raises(Killed):
+    failing(monkeypatch, range(call, 99), Killed)
+    with pytest.raises(OutputError, match="cannot be put back: Killed"):
         RunFolder(finished, hidden=new).replace_held()
     monkeypatch.undo()
     assert "args.yaml" not in names(finished)
@@ -178,19 +178,22 @@ def test_a_file_that_cannot_be_moved_leaves_the_earlier_run_whole(unsaved, monke
     assert all((folder / name).read_text() == f"new {name}" for name in names(folder))
 
 
-def test_so_does_ctrl_c(unsaved, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_so_does_what_ends_it_otherwise(unsaved, monkeypatch, error):
     folder, replace_it = unsaved
     before = tree(folder)
-    failing(monkeypatch, [5], KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    failing(monkeypatch, [5], error)
+    with pytest.raises(error):
         replace_it()
     assert tree(folder) == before
 
 
-def test_files_that_cannot_be_put_back_are_left_and_named(unsaved, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_files_that_cannot_be_put_back_are_left_and_named(unsaved, monkeypatch, error):
     folder, replace_it = unsaved
-    failing(monkeypatch, range(5, 99), OSError(errno.EIO, "Input/output error"))
-    with pytest.raises(OutputError, match="its earlier run cannot be put back") as refused:
+    failing(monkeypatch, range(5, 99), error)
+    reason = getattr(error, "strerror", None) or "KeyboardInterrupt"
+    with pytest.raises(OutputError, match=f"its earlier run cannot be put back: {reason}; ") as refused:
         replace_it()
     (old,) = folder.glob(".new-run.*.tmp/old")
     assert f"move the files in {old} to {folder} before the next run" in str(refused.value)
@@ -299,3 +302,18 @@ def test_two_processes_leave_it_and_replace_it_too(programs, slim, images, finis
     assert done.returncode == 0, done.stderr
     assert RunFolder(finished).read_state()["step"] == 3
     assert names(finished) == ALL
+
+
+def test_a_state_that_cannot_be_written_leaves_no_buffer(tmp_path, monkeypatch):
+    """Of one that is still exported Python complains whenever it is collected, in anybody's output."""
+    taken = []
+
+    def write(path, content, **options):
+        taken.append(content)
+        raise OutputError("full")
+
+    monkeypatch.setattr(folder_module, "write_whole", write)
+    with pytest.raises(OutputError, match="full"):
+        RunFolder(tmp_path).write_state({})
+    with pytest.raises(ValueError, match="released"):
+        len(taken[0])

@@ -25,6 +25,7 @@ from mhacut.finetuning import saving
 from mhacut.finetuning.folder import RunFolder, read_arguments
 from mhacut.finetuning.resuming import completed
 from mhacut.finetuning.training import Trainer
+from mhacut.runtime import locks
 from mhacut.runtime.locks import unlock
 
 LONGER = {"epochs": 2, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
@@ -395,7 +396,8 @@ def test_processes_that_look_at_a_run_together_find_the_same(finished):
     unlock(lock)
 
 
-def test_a_run_begins_although_others_look_for_a_moment(finished):
+def test_a_run_begins_although_others_look_for_a_moment(finished, monkeypatch):
+    monkeypatch.setattr(locks, "_PATIENCE", 60)
     other = RunFolder(finished).claim(shared=True)
     looking = threading.Timer(0.05, unlock, [other])
     looking.start()

@@ -176,6 +176,16 @@ def test_what_does_not_fit_is_refused(images, message):
         split(images)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_labels_are_refused():
+    """Of the older layout, which has no shape."""
+    labels = torch.nested.nested_tensor([LABELS[:1], LABELS[1:]])
+    with pytest.raises(
+        DataError, match="expected labels in a dense tensor with values, found one that is nested"
+    ):
+        split((numbered(4), labels))
+
+
 @pytest.mark.parametrize("images", ["photos/", 3, {"images": numbered(4)}])
 def test_what_holds_no_images_at_all_is_refused(images):
     with pytest.raises(UsageError, match=r"images: expected a tensor, \(images, labels\), or a DataLoader"):
