@@ -142,3 +142,10 @@ def test_only_a_path_is_loaded(given):
     expected = f"^path: expected the name of a checkpoint, found {type(given).__name__}$"
     with pytest.raises(CheckpointError, match=expected):
         mhacut.load_model(given)
+
+
+def test_an_empty_name_is_not_the_working_directory(pruned, tmp_path, monkeypatch):
+    monkeypatch.chdir(pruned.output.parent)
+    for take in (mhacut.load_model, mhacut.inspect):
+        with pytest.raises(CheckpointError, match=r"^expected the name of a checkpoint, found an empty one$"):
+            take("")

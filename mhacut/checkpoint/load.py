@@ -17,7 +17,7 @@ from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions, PreprocessingOptions
 from mhacut.runtime.context import in_usual_torch
-from mhacut.runtime.inputs import REMOTE
+from mhacut.runtime.inputs import REMOTE, check_checkpoint
 from mhacut.runtime.progress import Reporter
 
 
@@ -51,6 +51,7 @@ def _open(source: str | os.PathLike[str], hints: ModelHints) -> Checkpoint:
         return open_pretrained(source, hints)
     if isinstance(source, str) and source.startswith(HUB_PREFIXES):
         return open_from_hub(source, hints)
+    check_checkpoint(source)  # an empty name, too, which pathlib takes for the working directory
     return Checkpoint.open(source, hints)
 
 

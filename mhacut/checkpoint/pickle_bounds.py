@@ -19,6 +19,8 @@ MAX_PICKLE_BYTES = 8 * 2**20
 _MAX_PARTS = 2**24
 """Largest number of parts of all values that a pickle names again or gives to a function. A checkpoint of
 100,000 tensors has a tenth of them."""
+_MAX_NESTING = 1000
+"""Largest number of containers within each other. To hash tuples, Python calls itself as often, unchecked."""
 _UNBOUNDED = {
     "builtins.bytearray": "it makes bytearrays, which are no weights",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": (
@@ -85,13 +87,15 @@ def check_pickles(where: str, data: bytes, pickles: int = 1) -> None:
 class _Made:
     """A value in place of the one that a pickle makes."""
 
-    __slots__ = ("depth", "name", "named", "parts")
+    __slots__ = ("depth", "name", "named", "nesting", "parts")
 
     def __init__(self, parts: int = 1, depth: int = _FAR, name: str = "") -> None:
         self.parts = parts
         """Number of values in it, itself included, as often as they occur."""
         self.depth = depth
         """Number of containers around the tensor in it that is in the fewest; 0 for a tensor."""
+        self.nesting = 0
+        """Number of containers within each other."""
         self.name = name
         """Name of a function or class, with that of its module, as Python 3 spells it."""
         self.named = False
@@ -182,6 +186,9 @@ class _Follower:
     def _fill(self, target: _Made, values: list[_Made]) -> None:
         target.parts += sum(value.parts for value in values)
         target.depth = min(target.depth, *(value.depth + 1 for value in values), _FAR)
+        target.nesting = max(target.nesting, *(value.nesting + 1 for value in values), 0)
+        if target.nesting > _MAX_NESTING:
+            raise self._refused(f"it nests more than {_MAX_NESTING} values in each other")
 
     def _call(self, given: _Made) -> None:
         name = self.stack[-1].name
@@ -190,6 +197,7 @@ class _Follower:
         makes_tensor = name.startswith("torch.") and name not in _NO_TENSORS
         depth = 0 if makes_tensor else 1 if given.depth < _FAR else _FAR
         self.stack[-1] = _Made(given.parts + 1, depth)
+        self.stack[-1].nesting = given.nesting + 1
 
     def _check_depth(self, given: _Made, least: int) -> None:
         if given.depth < least:

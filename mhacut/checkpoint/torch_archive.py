@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,7 +74,19 @@ def check_zip(path: Path, size: int) -> None:
         )
     _check_directory(path, size)
     with open(path, "rb") as file, suppress(RuntimeError, UnicodeDecodeError):  # which loading will meet, too
-        pickle_bounds.check_pickles(where, torch._C.PyTorchFileReader(file).get_record("data.pkl"))
+        reader = torch._C.PyTorchFileReader(file)
+        _check_byte_order(where, reader)
+        pickle_bounds.check_pickles(where, reader.get_record("data.pkl"))
+
+
+def _check_byte_order(where: str, reader: Any) -> None:
+    """Refuse numbers whose bytes torch would swap, which ends the process on the meta device."""
+    order = reader.get_record("byteorder") if reader.has_record("byteorder") else b""
+    if order not in (b"", sys.byteorder.encode()):
+        raise CheckpointError(
+            f"{where}: its numbers are {order.decode(errors='replace')!r:.20}-endian, this machine's are "
+            f"{sys.byteorder!r}; save it again: torch.save(torch.load(FILE, weights_only=True), ...)"
+        )
 
 
 def _check_directory(path: Path, size: int) -> None:

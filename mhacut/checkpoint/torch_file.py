@@ -142,16 +142,34 @@ def _torch_load(path: Path, device: str) -> Any:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
-            return torch.load(file, map_location=device, weights_only=True)
+            loaded = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         if not yacs.is_only_obstacle(path):
             raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
         raise _broken(where, error) from None
+    else:
+        _check_attributes(where, loaded)
+        return loaded
     try:
         return yacs.load(path, device)
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
         raise _broken(where, error) from None
+
+
+def _check_attributes(where: str, loaded: object) -> None:
+    """Refuse values that were given an attribute in the place of a method: nothing of these would work.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for value in leaves(loaded, containers=True):
+        for name in getattr(value, "__dict__", ()):
+            if hasattr(type(value), name):
+                raise CheckpointError(
+                    f"{where}: a {type(value).__name__} in it has an attribute {name!r:.50} in the place of "
+                    "its own; save the state dict alone: torch.save(model.state_dict(), ...)"
+                )
 
 
 def _allowed() -> AbstractContextManager[None]:
@@ -286,7 +304,7 @@ def _plain_load(path: Path, device: str) -> Any:
         # An open file, since torch would go by the suffix of a path.
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location=device, weights_only=True)
+            loaded = torch.load(file, map_location=device, weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged zip or a hostile pickle fails in many ways
@@ -294,10 +312,17 @@ def _plain_load(path: Path, device: str) -> Any:
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0]:.100}"
         reason = f"it names {blocked[1]:.100}, which was not run" if blocked else reason
         raise CheckpointError(f"{show(path)}: {reason}") from None
+    _check_attributes(show(path), loaded)
+    return loaded
 
 
-def leaves(value: object) -> Iterator[object]:
-    """Everything in dicts, lists, tuples and sets, each of which is looked at once."""
+def leaves(value: object, *, containers: bool = False) -> Iterator[object]:
+    """Everything in dicts, lists, tuples and sets, each of which is looked at once.
+
+    Args:
+        value: what to look into.
+        containers: give these, too.
+    """
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -307,3 +332,5 @@ def leaves(value: object) -> Iterator[object]:
         elif id(each) not in seen:
             seen.add(id(each))
             waiting += dict.values(each) if isinstance(each, dict) else each
+            if containers:
+                yield each

@@ -7,13 +7,12 @@ class folder vanishes and shifts the classes after it. So folders are scanned he
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from timm.utils.misc import natural_key
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
@@ -80,8 +79,13 @@ def subfolders(root: Path) -> list[str]:
         names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as error:  # removed meanwhile
         raise DataError(f"{root}: cannot be read: {error.strerror}") from None
-    # natural_key alone leaves the order of "a" and "A" to the file system
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    # The name itself last, or the file system would have the order of "a" and "A".
+    return sorted(names, key=lambda name: (_natural(name), name))
+
+
+def _natural(name: str) -> list[int | str]:
+    """Return timm's ``natural_key``, by which 2 is before 10; of names such as "x\u00b2", that one fails."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -13,7 +13,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from mhacut.data.folders import read_class_map
 from mhacut.data.preprocessing import Preprocessing, Transform
-from mhacut.data.reading import UNREADABLE, Sample, Unreadable, open_image, reason_of, run_no_programs
+from mhacut.data.reading import (
+    UNREADABLE,
+    Sample,
+    Unreadable,
+    open_image,
+    reason_of,
+    run_no_programs,
+    with_channels,
+)
 from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
@@ -64,7 +72,7 @@ class NamedImages(Dataset[Sample]):
             # Past timm's ImageDataset, which puts the next image in place of one it cannot read.
             source, target = (self.opened if reader is None else reader)[position]
             if isinstance(source, Image.Image):
-                picture = source.convert("RGB" if self._channels == 3 else "L")
+                picture = with_channels(source, self._channels)
             else:
                 picture = open_image(source, self._channels)
         except UNREADABLE as error:
@@ -84,8 +92,11 @@ class NamedStream(IterableDataset[Sample]):
         for number, (picture, target) in enumerate(_with_labels(self.name, self.opened)):
             if self.limit is not None and number == self.limit:
                 return
-            mode = "RGB" if self._channels == 3 else "L"
-            yield self._transform(picture.convert(mode)), -1 if target is None else int(target)
+            label = -1 if target is None else int(target)
+            try:
+                yield self._transform(with_channels(picture, self._channels)), label
+            except ValueError as error:
+                yield Unreadable(f"{self.name}[{number}]", str(error)), label
 
 
 def open_named(

@@ -26,6 +26,12 @@ UNREADABLE = (
 damaged AVIF, of kinds of DDS that it does not know, and of damaged SPIDER."""
 
 
+_SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose mode I is one of 16 bits without signs, to Pillow before 11.3 or for good."""
+_MAX_ASPECT = 256
+"""Largest ratio of sides: the shorter one is brought to the model's size, and the other one with it."""
+
+
 def run_no_programs() -> None:
     """Keep Pillow, in this process and for good, from handing images to Ghostscript or to Windows.
 
@@ -48,6 +54,8 @@ def open_image(file: Any, channels: int) -> Image.Image:
     with Image.open(file) as opened:
         opened.load()
         picture: Image.Image = opened
+        if picture.mode == "I" and opened.format not in _SIXTEEN_BITS:
+            raise ValueError("pixels are whole numbers of 32 bits or with signs, their range is unknown")
         if picture.mode.startswith("I"):
             # 16 bits: Pillow's own conversion would clip everything above 255 to white
             picture = Image.fromarray(
@@ -57,7 +65,18 @@ def open_image(file: Any, channels: int) -> Image.Image:
             raise ValueError("pixels are floating point, their range is unknown")
         elif picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
-        return picture.convert("RGB" if channels == 3 else "L")
+        return with_channels(picture, channels)
+
+
+def with_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """Return a picture as RGB or grey.
+
+    Raises:
+        ValueError: it is so narrow that it would take far more memory in the size that the model takes.
+    """
+    if max(picture.size) > _MAX_ASPECT * min(picture.size):
+        raise ValueError(f"has {picture.width}x{picture.height} pixels, too narrow to be resized")
+    return picture.convert("RGB" if channels == 3 else "L")
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,11 @@ class RunFolder:
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
-        for name in held:
+        self.check_files()
+
+    def check_files(self) -> None:
+        """Raise an :class:`OutputError` if one of a run's files is none, which no save could replace."""
+        for name in _FILES:
             if is_no_file(self.file(name)):
                 raise OutputError(
                     f"{self.file(name)}: is not a regular file, and is not replaced; move it away, or choose "
@@ -381,7 +385,10 @@ def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if is_no_file(path):
             raise OSError("is not a regular file")
-        return read_config(path, FinetuneOptions.options(), str(path))
+        found = read_config(path, FinetuneOptions.options(), str(path))
+        if "checkpoint" not in found:  # which every run states
+            raise OSError("names no checkpoint")
+        return found
     except OSError as error:
         raise UsageError(
             f"{option_name('resume', folder)}: no run to continue, {ARGUMENTS}: {error.strerror or error}"

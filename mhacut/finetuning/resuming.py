@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from mhacut.errors import CheckpointError, UsageError, option_name
-from mhacut.finetuning.folder import read_arguments
+from mhacut.finetuning.folder import ARGUMENTS, read_arguments
 from mhacut.options.finetune import FinetuneOptions
 
 _FREE = frozenset(
@@ -30,7 +31,7 @@ _FREE = frozenset(
     }
 )
 """Options that may differ in a resumed run."""
-_IMAGES = "images per step"
+_IMAGES, _OPTIONS = "images per step", "options"
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +66,12 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**began, **given, "output": folder}
 
 
+def text_of_options(options: FinetuneOptions) -> str:
+    """Return, as JSON, the options that must not differ in a resumed run, where they are no defaults."""
+    changed = options.all_changed() - _FREE - {"output"}
+    return json.dumps({name: value for name, value in options.flat().items() if name in changed})
+
+
 def _plain(value: object) -> object:
     """Return a value of an option as YAML gives it back: with lists in place of tuples."""
     if isinstance(value, Mapping):
@@ -83,8 +90,10 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     changed = [
         f"{name} ({_short(before.get(name))}, now {_short(now[name])})"
         for name in now
-        if before.get(name) != now[name]
+        if name != _OPTIONS and before.get(name) != now[name]
     ]
+    if before.get(_OPTIONS) is not None and before[_OPTIONS] != now.get(_OPTIONS):  # older runs state none
+        changed.append(f"options in {ARGUMENTS}, which were {before[_OPTIONS]!s:.200}")
     if changed:
         raise CheckpointError(
             f"{where}: the run cannot be resumed, because these differ from its start: {'; '.join(changed)}"

@@ -26,6 +26,7 @@ from mhacut.finetuning.images import StepBatches, TrainingImages, training_image
 from mhacut.finetuning.measuring import measure, validation_images
 from mhacut.finetuning.objective import Mixing
 from mhacut.finetuning.progress import Progress
+from mhacut.finetuning.resuming import text_of_options
 from mhacut.finetuning.teacher import make_objective
 from mhacut.finetuning.training import Trainer
 from mhacut.measuring.accuracy import Evaluation
@@ -95,6 +96,7 @@ class Run:
             "training images": self.images.fingerprint,
             "validation images": None if self.validation is None else self.validation.fingerprint,
             "images per step": self.images_per_step,
+            "options": text_of_options(self.options),
         }
 
     def measure(self, model: nn.Module, request: StopRequest | None = None) -> Evaluation:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.errors import CheckpointError, option_name
 from mhacut.finetuning.folder import BEST
+from mhacut.finetuning.history import record_of
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saved_state import read_saved, unfit
@@ -62,8 +66,15 @@ def start(run: Run) -> None:
 
 
 def _restore_best(run: Run, progress: Progress, before: Evaluation) -> None:
-    """Put the weights that training began with in the place of the best ones, if these were removed."""
-    if run.processes.from_first(run.folder.file(BEST).exists):
+    """Put the weights that training began with in the place of the best ones, if these were removed.
+
+    Raises:
+        CheckpointError: the best ones are damaged, or another run's.
+    """
+    best = run.folder.file(BEST)
+    if run.processes.from_first(best.exists):
+        with run.processes.together():
+            _check_best(run, best)
         return
     run.reporter.log(f"{run.folder.file(BEST)} is gone; the weights that training began with take its place")
     progress.best, run.progress.before = before.top1, before
@@ -71,10 +82,25 @@ def _restore_best(run: Run, progress: Progress, before: Evaluation) -> None:
         write_weights(run, BEST, before)
 
 
+def _check_best(run: Run, best: Path) -> None:
+    if not run.processes.first:
+        return
+    resume = option_name("resume", run.folder.path)
+    advice = f"move it away, and {resume} puts those there that training began with"
+    try:
+        record = Checkpoint.open(best).record
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; the run's best weights: {advice}") from None
+    source = None if record is None or not record.history else record.history[-1].get("source_sha256")
+    if record is None or record.plan != record_of(run.loaded).plan or source != run.loaded.sha256:
+        raise CheckpointError(f"{best}: holds other weights than this run's best ones; {advice}")
+
+
 def _saved_state(run: Run) -> tuple[Progress, Mapping[str, Any]] | None:
     """Return the saved progress, and the state of the trainer; restore all of that but the weights."""
     if run.processes.first:
         run.lock = run.folder.claim()
+        run.folder.check_files()
         run.folder.sweep()
     steps = run.total_steps, run.batches.steps_per_epoch
     saved = read_saved(run.folder, run.trainer, run.inputs(), steps)

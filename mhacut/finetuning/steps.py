@@ -112,11 +112,15 @@ def _check_finite(run: Run, loss: float) -> None:
     kept = _unsaved(run)
     if run.progress.saved is not None:
         kept = f"{run.folder.path} keeps what was saved after step {run.progress.saved}"
-    advice = f", or go without {option_name('amp')}" if run.options.amp else ""
+    advice = f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}"
+    if run.progress.step == 0:
+        teacher = "" if run.options.teaching.teacher is None else f" and of {option_name('teacher')}"
+        advice = f"No weight has changed yet: look at the outputs of the model{teacher} on these images"
+    if run.options.amp:
+        advice += f", or go without {option_name('amp')}"
     with run.processes.together():
         raise MhacutError(
-            f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. "
-            f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}{advice}"
+            f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. {advice}"
         )
 
 

@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import PosixPath
 
 import pytest
@@ -461,3 +461,24 @@ def test_a_file_that_changed_after_its_header_was_read_is_refused(good):
     save_file({"a.weight": torch.ones(1)}, good)
     with pytest.raises(CheckpointError, match=r"cannot be read|changed while"):
         read_tensors(header)
+
+
+@pytest.mark.parametrize("name", ["items", "values", "get", "keys"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_dicts_with_an_attribute_in_the_place_of_a_method_are_refused(tmp_path, name, outside):
+    class Shadowed:
+        def __reduce__(self):
+            return OrderedDict, (), {name: 1}, None, iter([("a", torch.ones(2))])
+
+    tensors = Shadowed()
+    path = tmp_path / "model.pth"
+    torch.save({"model": tensors} if outside else tensors, path)
+    assert f"a OrderedDict in it has an attribute {name!r} in the place of its own" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["numel", "element_size"])
+def test_tensors_with_one_are_refused(tmp_path, name):
+    tensor = nn.Parameter(torch.ones(2))
+    tensor.__dict__[name] = 1
+    torch.save({"a": tensor}, tmp_path / "model.pth")
+    assert f"a Parameter in it has an attribute {name!r}" in refusal(tmp_path / "model.pth")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.checkpoints import refusal, torch_file, zipped
+from mhacut.checkpoint import torch_archive
 from mhacut.checkpoint.files import read_file_header, read_tensors
 from mhacut.checkpoint.torch_file import load_plain
 from mhacut.errors import CheckpointError
@@ -99,3 +100,22 @@ def test_a_version_that_is_no_text_is_no_crash(tmp_path):
     for read in (read_file_header, load_plain):
         with suppress(CheckpointError):  # another version of torch may read it
             read(path)
+
+
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_numbers_in_another_order_of_bytes_are_refused(tmp_path, monkeypatch, order):
+    """To swap bytes that are not there ends torch's process."""
+    monkeypatch.setattr(torch_archive.sys, "byteorder", order)  # in place of a file of another machine
+    with zipfile.ZipFile(io.BytesIO(SAVED)) as reader:
+        members = {name: reader.read(name) for name in reader.namelist()}
+    path = tmp_path / "model.pth"
+    path.write_bytes(
+        zipped({name: b"little" if "byteorder" in name else data for name, data in members.items()})
+    )
+    if order == "little":
+        read_file_header(path)
+        return
+    with pytest.raises(
+        CheckpointError, match="its numbers are 'little'-endian, this machine's are 'big'; save"
+    ):
+        read_file_header(path)

@@ -110,6 +110,12 @@ def test_the_arguments_of_a_run_are_a_file(tmp_path):
     assert "no run to continue, args.yaml: is not a regular file" in message
 
 
+def test_the_arguments_of_a_run_name_its_checkpoint(tmp_path):
+    (tmp_path / "args.yaml").touch()
+    message = refusal(tmp_path, "finetune", "--resume", tmp_path, code=2)
+    assert "no run to continue, args.yaml: names no checkpoint" in message
+
+
 def test_images_that_vanish_while_they_are_listed(slim, images, tmp_path, monkeypatch):
     shutil.copytree(images, tmp_path / "images")
     find = folders.split_folder

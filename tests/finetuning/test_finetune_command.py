@@ -165,6 +165,7 @@ def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, mo
         result = run(*given, "--steps", "2")
     assert result.exit_code == 1
     assert "loss became nan at step 1 of 2" in result.stderr
+    assert "No weight has changed yet: look at the outputs of the model on these images" in result.stderr
     assert "Traceback" not in result.stderr
     assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
 

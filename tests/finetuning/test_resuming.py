@@ -312,6 +312,39 @@ def test_without_the_best_weights_a_run_goes_on(tune, kill, finished, slim, monk
     assert any("best.safetensors is gone" in message for message in reporter.messages)
 
 
+@pytest.mark.parametrize("damage", ["cut", "random", "directory", "other"])
+def test_best_weights_that_are_not_this_run_s_are_refused_before_the_work(finished, slim, damage):
+    best = finished / "best.safetensors"
+    content = best.read_bytes()
+    best.unlink()
+    if damage == "directory":
+        best.mkdir()
+    else:
+        other = slim.read_bytes()  # nobody trained it
+        best.write_bytes({"cut": content[:-9], "random": b"x" * 99, "other": other}[damage])
+    says = "not a regular file" if damage == "directory" else "move it away, and resume="
+    with pytest.raises(MhacutError, match=says):
+        resume(finished)
+    if damage != "directory":
+        best.unlink()
+        assert resume(finished).steps == 6
+
+
+def test_a_run_with_other_options_than_it_began_with_is_refused(finished):
+    arguments = finished / "args.yaml"
+    lines = arguments.read_text().splitlines(keepends=True)
+    arguments.write_text("".join(line for line in lines if not line.startswith("lr:")))
+    with pytest.raises(CheckpointError, match=r'differ from its start: options in args.yaml, .*"lr": 0.001'):
+        resume(finished)
+
+
+def test_runs_of_before_options_were_saved_go_on(finished):
+    state = torch.load(finished / "state.pt", weights_only=True)
+    del state["began_with"]["options"]
+    torch.save(state, finished / "state.pt")
+    assert resume(finished).steps == 6
+
+
 def removed(folder: Path) -> None:
     shutil.rmtree(folder)
 

@@ -8,11 +8,12 @@ import os
 import struct
 import warnings
 
+import numpy as np
 import pytest
 from PIL import Image, WmfImagePlugin
 
 from mhacut.data import Preprocessing
-from mhacut.data.folders import scan
+from mhacut.data.folders import scan, subfolders
 from mhacut.data.named import NamedImages, NamedStream, open_named
 from mhacut.data.reading import ImageFiles, Unreadable
 from mhacut.options.base import DataOptions
@@ -151,3 +152,38 @@ def test_a_folder_counts_under_its_own_name_rather_than_a_link(tmp_path):
     (tmp_path / "ant" / "c").mkdir()
     (tmp_path / "ant" / "c" / "2.png").touch()
     assert scan(tmp_path).images == ("ant/b/0.png", "ant/c/2.png")
+
+
+def test_an_image_that_is_far_too_narrow_is_unreadable(tmp_path):
+    """Its shorter side would be brought to the model's size, and the longer one with it."""
+    Image.new("L", (1, 257)).save(tmp_path / "0.png")
+    Image.new("L", (1, 256)).save(tmp_path / "1.png")
+    images = ImageFiles(tmp_path, ["0.png", "1.png"], [0, 0], PLAIN)
+    assert images[0][0].reason == "has 1x257 pixels, too narrow to be resized"
+    assert images[1][0].shape == (3, 16, 16)
+
+
+def test_such_an_image_of_a_stream_is_counted():
+    stream = NamedStream(
+        "wds/x", [(Image.new("RGB", (1000, 1)), 3), (Image.new("RGB", (9, 9)), 4)], None, PLAIN
+    )
+    (bad, label), (good, _) = stream
+    assert (bad.file, bad.reason, label) == ("wds/x[0]", "has 1000x1 pixels, too narrow to be resized", 3)
+    assert good.shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint16"])
+def test_integers_of_which_nobody_knows_the_range_are_unreadable(tmp_path, dtype):
+    written = np.full((16, 16), 100 if dtype == "int32" else 25700).astype(dtype)
+    Image.fromarray(written).save(tmp_path / "0.tif")
+    found, _ = ImageFiles(tmp_path, ["0.tif"], [0], PLAIN)[0]
+    if dtype == "int32":
+        assert found.reason.startswith("pixels are whole numbers of 32 bits or with signs, their range is")
+    else:
+        assert abs(float(found.mean()) - 100 / 255) < 0.01
+
+
+def test_classes_may_be_named_by_any_digits(tmp_path):
+    for name in ("10", "2", "1\u00b2", "\u2462", "\u0663"):
+        (tmp_path / name).mkdir()
+    assert subfolders(tmp_path) == ["1\u00b2", "2", "\u0663", "10", "\u2462"]
