@@ -164,7 +164,7 @@ def _check_attributes(where: str, loaded: object) -> None:
         CheckpointError: there is one.
     """
     for value in leaves(loaded, containers=True):
-        for name in getattr(value, "__dict__", ()):
+        for name in () if isinstance(value, type) else getattr(value, "__dict__", ()):
             if hasattr(type(value), name):
                 raise CheckpointError(
                     f"{where}: a {type(value).__name__} in it has an attribute {name!r:.50} in the place of "

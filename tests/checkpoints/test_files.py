@@ -476,6 +476,12 @@ def test_dicts_with_an_attribute_in_the_place_of_a_method_are_refused(tmp_path, 
     assert f"a OrderedDict in it has an attribute {name!r} in the place of its own" in refusal(path)
 
 
+def test_classes_beside_the_weights_have_their_own_attributes(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"a": torch.ones(2)}, "kind": OrderedDict}, path)
+    assert list(read_file_header(path).tensors) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["numel", "element_size"])
 def test_tensors_with_one_are_refused(tmp_path, name):
     tensor = nn.Parameter(torch.ones(2))
