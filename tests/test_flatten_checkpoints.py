@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ import mhacut
 from helpers.checkpoints import Hostile
 from helpers.flatten_official import official_state
 from helpers.models import slow_except
+from mhacut.checkpoint.files import read_file_header
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.errors import CheckpointError
 from mhacut.flatten import checkpoint_filter
@@ -218,6 +219,18 @@ def test_harmless_values_beside_a_configuration_do_not_matter(tmp_path):
         mhacut.load_model(path, model="flatten_pvt_v2_b0", **SMALL["flatten_pvt_v2_b0"]),
         model_of("flatten_pvt_v2_b0"),
     )
+
+
+@pytest.mark.parametrize("name", ["items", "get"])
+def test_dicts_with_an_attribute_in_the_place_of_a_method_are_refused(tmp_path, name):
+    class Shadowed:
+        def __reduce__(self):
+            return OrderedDict, (), {name: 1}, None, iter([("a", torch.ones(2))])
+
+    path = tmp_path / "checkpoint.pth"
+    training_file(path, Shadowed())
+    with pytest.raises(CheckpointError, match=f"has an attribute '{name}' in the place of its own"):
+        read_file_header(path)
 
 
 def test_attributes_set_on_what_a_pickle_names_do_not_stay():

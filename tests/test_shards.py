@@ -213,10 +213,10 @@ def renamed(root, name):
     return DataOptions(data_dir=root, dataset=NAME)
 
 
-@pytest.mark.parametrize("name", ["../outside.tar", "/tmp/outside.tar", 1, "part/../../outside.tar"])
+@pytest.mark.parametrize("name", ["../outside.tar", "/tmp/outside.tar", 1, ["a.tar"], "a/../../outside.tar"])
 def test_shards_outside_the_folder_are_refused(root, name):
     says = r"_info\.json names the shard .*; expected files in this folder"
-    if name == 1:  # some versions of timm refuse what is no text themselves
+    if not isinstance(name, str):  # some versions of timm refuse what is no text themselves
         says += "|cannot be opened: TypeError"
     with pytest.raises(DataError, match=says):
         open_named(renamed(root, name), "train", 3, check_classes=True)

@@ -84,7 +84,7 @@ def _check_byte_order(where: str, reader: Any) -> None:
     order = reader.get_record("byteorder") if reader.has_record("byteorder") else b""
     if order not in (b"", sys.byteorder.encode()):
         raise CheckpointError(
-            f"{where}: its numbers are {order.decode(errors='replace')!r:.20}-endian, this machine's are "
+            f"{where}: its numbers are {order[:20].decode(errors='replace')!r}-endian, this machine's are "
             f"{sys.byteorder!r}; save it again: torch.save(torch.load(FILE, weights_only=True), ...)"
         )
 

@@ -146,15 +146,18 @@ def _torch_load(path: Path, device: str) -> Any:
     except pickle.UnpicklingError as error:
         if not yacs.is_only_obstacle(path):
             raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
+        loaded = _with_config(path, device)
     except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
         raise _broken(where, error) from None
-    else:
-        _check_attributes(where, loaded)
-        return loaded
+    _check_attributes(where, loaded)
+    return loaded
+
+
+def _with_config(path: Path, device: str) -> Any:
     try:
         return yacs.load(path, device)
-    except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
-        raise _broken(where, error) from None
+    except Exception as error:  # as above
+        raise _broken(show(path), error) from None
 
 
 def _check_attributes(where: str, loaded: object) -> None:
@@ -163,9 +166,13 @@ def _check_attributes(where: str, loaded: object) -> None:
     Raises:
         CheckpointError: there is one.
     """
-    for value in leaves(loaded, containers=True):
-        for name in () if isinstance(value, type) else getattr(value, "__dict__", ()):
-            if hasattr(type(value), name):
+    known: dict[type, frozenset[str]] = {}
+    for value in {id(each): each for each in leaves(loaded, containers=True)}.values():
+        given = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+        if given and type(value) not in known:
+            known[type(value)] = frozenset().union(*(vars(base) for base in type(value).__mro__))
+        for name in given:
+            if name in known[type(value)]:
                 raise CheckpointError(
                     f"{where}: a {type(value).__name__} in it has an attribute {name!r:.50} in the place of "
                     "its own; save the state dict alone: torch.save(model.state_dict(), ...)"

@@ -113,19 +113,29 @@ def _choose(
         labels.append(label)
         if len(images) == count:
             break
-    if 2 * len(images) < min(count, len(groups)):
-        raise DataError(
-            f"{len(bad)} of {len(bad) + len(images)} images {where} cannot be read, which leaves "
-            f"{len(images)} of the {min(count, len(groups))} needed. First: {bad[0].file}: {bad[0].reason}"
-        )
+    left_out = _left_out(bad, len(images), min(count, len(groups)), where)
     with_labels = "with labels" if labelled else "without labels"
-    description = f"{len(images)} of {len(groups)} images {where} ({with_labels})"
-    if bad:
-        # This text ends up in slim files, which need not know where somebody keeps their images.
-        first = "/".join(Path(bad[0].file).parts[-2:])
-        description += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
+    description = f"{len(images)} of {len(groups)} images {where} ({with_labels}){left_out}"
     indices = torch.tensor(labels, dtype=torch.int64) if labelled else None
     return CalibrationImages(torch.stack(images).float(), indices, description)
+
+
+def _left_out(bad: Sequence[Unreadable], readable: int, needed: int, where: str) -> str:
+    """Return what a description says of unreadable images; empty without any.
+
+    Raises:
+        DataError: fewer than half of the images that are needed are readable.
+    """
+    if 2 * readable < needed:
+        raise DataError(
+            f"{len(bad)} of {len(bad) + readable} images {where} cannot be read, which leaves {readable} of "
+            f"the {needed} needed. First: {bad[0].file}: {bad[0].reason}"
+        )
+    if not bad:
+        return ""
+    # This text ends up in slim files, which need not know where somebody keeps their images.
+    first = "/".join(Path(bad[0].file).parts[-2:])
+    return f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
 
 
 def _from_named(
@@ -143,9 +153,10 @@ def _from_named(
         samples = list(NamedStream(name, opened, count, preprocessing))
         if not samples:
             raise DataError(f"{option_name('dataset', name)}, split {split!r}: gave no images")
-        images, labels, _ = collate(samples)
+        images, labels, bad = collate(samples)
+        left_out = _left_out(bad, len(labels), len(samples), where)
         with_labels = "with labels" if use_labels else "without labels"
-        description = f"the first {len(labels)} images {where}, shuffled ({with_labels})"
+        description = f"the first {len(labels)} images {where}, shuffled ({with_labels}){left_out}"
         chosen = CalibrationImages(images, labels, description)
     else:
         if not len(opened):

@@ -248,13 +248,13 @@ def label_images(
         )
     beside = None if other is None or data.data_dir is None else split_folder(Path(data.data_dir), other)
     if beside is not None:
-        _check_same_places(folder, beside, hint)
+        _check_same_classes(folder, beside, hint)
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]
 
 
-def _check_same_places(folder: Folder, beside: Path, hint: str) -> None:
-    """Refuse another split whose class folders are as many, but of which one has another place, so label.
+def _check_same_classes(folder: Folder, beside: Path, hint: str) -> None:
+    """Refuse another split with as many class folders, of which some have other names.
 
     One with more or fewer is refused when it is read, or has none for labels. Names that are all different
     may mean the same classes in the same order.
@@ -263,13 +263,11 @@ def _check_same_places(folder: Folder, beside: Path, hint: str) -> None:
         theirs = subfolders(beside)
     except DataError:  # which may not be read at all
         return
-    places = {name: place for place, name in enumerate(theirs)}
-    moved = [name for place, name in enumerate(folder.classes) if places.get(name, place) != place]
-    if moved and len(theirs) == len(folder.classes):
-        here = [name for name in folder.classes if name not in places]
-        there = [name for name in theirs if name not in set(folder.classes)]
+    here = [name for name in folder.classes if name not in set(theirs)]
+    there = [name for name in theirs if name not in set(folder.classes)]
+    if len(here) == len(there) and 0 < len(here) < len(theirs):
         raise DataError(
             f"{folder.path}: class folders are not those of {beside}: {listed(here)} only here, "
-            f"{listed(there)} only there. So {moved[0]} is class {folder.classes.index(moved[0])} here and "
-            f"{places[moved[0]]} there. Give both the same folders{hint}"
+            f"{listed(there)} only there. Labels are the places of the sorted names; give both the same "
+            f"folders{hint}"
         )

@@ -94,9 +94,11 @@ class NamedStream(IterableDataset[Sample]):
                 return
             label = -1 if target is None else int(target)
             try:
-                yield self._transform(with_channels(picture, self._channels)), label
+                picture = with_channels(picture, self._channels)
             except ValueError as error:
                 yield Unreadable(f"{self.name}[{number}]", str(error)), label
+            else:
+                yield self._transform(picture), label
 
 
 def open_named(

@@ -154,7 +154,7 @@ def by_index(opened: Any, asked: str) -> ShardedSamples | None:
     if len(named) < len(names):
         named |= _pattern(asked)
     for name in names:
-        if name not in named:
+        if not isinstance(name, str) or name not in named:
             raise DataError(
                 f"{root}: _info.json names the shard {name!r:.200}; expected files in this folder"
             )

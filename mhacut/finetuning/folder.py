@@ -153,8 +153,7 @@ class RunFolder:
         for name in _FILES:
             if is_no_file(self.file(name)):
                 raise OutputError(
-                    f"{self.file(name)}: is not a regular file, and is not replaced; move it away, or choose "
-                    f"another directory ({option_name('output')})"
+                    f"{self.file(name)}: is not a regular file, and is not replaced; move it away"
                 )
 
     def beside_held(self, until: ExitStack) -> RunFolder:

@@ -67,9 +67,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of_options(options: FinetuneOptions) -> str:
-    """Return, as JSON, the options that must not differ in a resumed run, where they are no defaults."""
-    changed = options.all_changed() - _FREE - {"output"}
-    return json.dumps({name: value for name, value in options.flat().items() if name in changed})
+    """Return, as JSON, the options that must not differ in a resumed run."""
+    free = _FREE | {"output"}
+    return json.dumps({name: value for name, value in options.flat().items() if name not in free})
 
 
 def _plain(value: object) -> object:
@@ -92,13 +92,26 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
         for name in now
         if name != _OPTIONS and before.get(name) != now[name]
     ]
-    if before.get(_OPTIONS) is not None and before[_OPTIONS] != now.get(_OPTIONS):  # older runs state none
-        changed.append(f"options in {ARGUMENTS}, which were {before[_OPTIONS]!s:.200}")
+    began, goes_on = (_options(each.get(_OPTIONS)) for each in (before, now))
+    changed += [
+        f"{name} of {ARGUMENTS} ({began[name]!s:.80}, now {goes_on[name]!s:.80})"
+        for name in goes_on
+        if name in began and began[name] != goes_on[name]
+    ]
     if changed:
         raise CheckpointError(
             f"{where}: the run cannot be resumed, because these differ from its start: {'; '.join(changed)}"
             + (_of_as_many_images() if before.get(_IMAGES) != now.get(_IMAGES) else "")
         )
+
+
+def _options(text: object) -> dict[str, Any]:
+    """Return the options in what :func:`text_of_options` gave; none of an older run, which stated none."""
+    try:
+        found = json.loads(str(text))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _of_as_many_images() -> str:

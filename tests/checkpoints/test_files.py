@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers.checkpoints import Hostile
+from mhacut.checkpoint import torch_file
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of
 from mhacut.checkpoint.training import read_training
 from mhacut.errors import CheckpointError
@@ -474,6 +475,29 @@ def test_dicts_with_an_attribute_in_the_place_of_a_method_are_refused(tmp_path, 
     path = tmp_path / "model.pth"
     torch.save({"model": tensors} if outside else tensors, path)
     assert f"a OrderedDict in it has an attribute {name!r} in the place of its own" in refusal(path)
+
+
+def test_attributes_that_hide_nothing_are_none_of_our_business(tmp_path):
+    class Numbered:
+        def __reduce__(self):
+            return OrderedDict, (), {1: 1}, None, iter([("a", torch.ones(2))])
+
+    path = tmp_path / "model.pth"
+    torch.save({"model": Numbered(), "args": argparse.Namespace(mro=1, items=2)}, path)
+    assert list(read_file_header(path).tensors) == ["a"]
+
+
+def test_each_value_is_looked_at_once_however_often_it_is_named():
+    class Counted:
+        looked = 0
+
+        @property
+        def __dict__(self):
+            Counted.looked += 1
+            return {}
+
+    torch_file._check_attributes("file", [Counted()] * 1000 + [[value] for value in [Counted()] * 1000])
+    assert Counted.looked == 2
 
 
 def test_classes_beside_the_weights_have_their_own_attributes(tmp_path):

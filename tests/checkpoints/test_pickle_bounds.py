@@ -116,9 +116,9 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(NQtR"
 TAKEN = "it gives a tensor to what takes a list"
 
 
-def copied(times: int) -> bytes:
-    """A set of a set of a set, and so on, and in the end a list of as many values."""
-    return b"cbuiltins\nset\n" * times + b"](" + b"N" * times + b"e" + b"\x85R" * times + b"."
+def copied(times: int, values: int) -> bytes:
+    """A set of a set of a set, and so on, and in the end a list of values."""
+    return b"cbuiltins\nset\n" * times + b"](" + b"N" * values + b"e" + b"\x85R" * times + b"."
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,9 @@ def copied(times: int) -> bytes:
         (b"ctorch._tensor\n_rebuild_from_type_v2\n(" + SET + SET + b"(" + TENSOR + b"ttR.", TAKEN),
         (b"ctorch._tensor\n_rebuild_from_type_v2\n(ca\nb\nca\nb\n(" + TENSOR + b"tNtR.", None),
         (b"ccollections\ndefaultdict\n" + SET + b"\x85R.", None),
-        (copied(20), None),
-        (copied(6000), "it nests more than 1000 values in each other"),
+        (copied(20, 20), None),
+        (copied(400, 50_000), "names again have more than 16777216 parts"),
+        (copied(6000, 1), "it nests more than 1000 values in each other"),
         (b"}N" + b"\x85" * 1001 + b"Ns.", "it nests more than 1000 values in each other"),
         (b"}N" + b"\x85" * 999 + b"Ns.", None),
         (b"}" + NESTED + b"Ns.", "names again have more than 16777216 parts"),

@@ -142,16 +142,14 @@ def shifted(root):
     return root
 
 
-DIFFER = (
-    "class folders are not those of .*: {} only here, {} only there. So bee is class {} here and {} there"
-)
+DIFFER = "class folders are not those of .*: {} only here, {} only there. Labels are the places of the sorted"
 
 
 def test_splits_with_other_classes_are_refused(shifted, tmp_path) -> None:
-    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra", 1, 0) + ".*labels=False"):
+    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra") + ".*labels=False"):
         calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3)
     alone = LabelledImages(data_dir=shifted)  # as evaluate has them
-    with pytest.raises(DataError, match=DIFFER.format("zebra", "ant", 0, 1)):
+    with pytest.raises(DataError, match=DIFFER.format("zebra", "ant")):
         evaluation_loader(PLAIN, alone, num_classes=3, batch_size=1)
     # Without labels, and with names for all classes, no label is shifted.
     assert calibrated(PLAIN, count=1, seed=0, data_dir=shifted, use_labels=False).labels is None
@@ -165,15 +163,13 @@ def test_splits_with_other_classes_are_refused(shifted, tmp_path) -> None:
     with pytest.raises(DataError, match=r"those of .*valid"):
         calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3)
     calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3, val_split="test")  # not there
-    for name in ("bee", "cat", "zebra"):
+    for name in ("bee", "cat", "zebra"):  # all others, maybe of the same classes in this order
         (shifted / "valid" / name).rename(shifted / "valid" / f"n{name}")
-    calibrated(
-        PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3
-    )  # all other names, maybe in this order
+    calibrated(PLAIN, count=1, seed=0, data_dir=shifted, num_classes=3)
 
 
 def test_images_to_train_on_have_the_classes_of_the_others(shifted) -> None:
-    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra", 1, 0)):
+    with pytest.raises(DataError, match=DIFFER.format("ant", "zebra")):
         training_images(
             DataOptions(data_dir=shifted),
             PLAIN,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -54,6 +56,26 @@ def opens(monkeypatch):
         monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: object())
 
     return set_to
+
+
+def narrow(sample):
+    return sample[0].resize((1000, 1)), sample[1]
+
+
+def test_unreadable_images_of_a_stream_are_left_out_and_told(opens):
+    stream = Stream()
+    samples = list(stream)
+    stream.pictures = [narrow(samples[0]), *samples[1:]]
+    opens(stream)
+    found = calibrated(PLAIN, count=3, seed=0, dataset="wds/any", num_classes=3, use_labels=False)
+    assert len(found.images) == 2
+    first = r"1 unreadable left out \(first wds/any\[0\]: has 1000x1 pixels, too narrow to be resized\)"
+    assert re.search(first, found.description)
+    stream.pictures = [*map(narrow, samples[:2]), samples[2]]
+    with pytest.raises(
+        DataError, match="2 of 3 images of wds/any train cannot be read, which leaves 1 of the 3"
+    ):
+        calibrated(PLAIN, count=3, seed=0, dataset="wds/any", num_classes=3)
 
 
 def test_a_dataset_by_index_gives_a_balanced_choice_and_every_image(opens) -> None:
