@@ -1,4 +1,4 @@
-"""The rules of the house: short functions and modules, few parameters, docstrings in plain words."""
+"""The rules of the house: a budget of lines for each room, docstrings in plain words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,30 @@ import pytest
 import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
-LONGEST_FUNCTION, LONGEST_MODULE, MOST_PARAMETERS, MOST_LOOSE_MODULES = 60, 400, 7, 10
-FEW_PARAMETERS = ("mhacut.pruning", "mhacut.surgery", "mhacut.adapters", "mhacut.linalg")
-"""Where whole objects are passed on, not their parts."""
+LINES = {
+    "adapters": 2802,
+    "checkpoint": 8426,
+    "cli": 1893,
+    "commands": 4557,
+    "data": 1819,
+    "exporting": 1461,
+    "finetuning": 3073,
+    "flatten": 1771,
+    "inspection": 798,
+    "linalg": 1236,
+    "measuring": 1010,
+    "options": 2837,
+    "pruning": 4998,
+    "report": 1446,
+    "runtime": 1885,
+    "surgery": 2558,
+    "top": 857,
+}
+"""Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")
 """No first word of a docstring: it is an imperative or a noun phrase."""
 PEOPLE_ONLY = re.compile(r"\b(told|tells?|heard|hears?|listen\w*|said)\b", re.IGNORECASE)
 """What people do, and models, files and functions do not."""
-GENERATED = {"mhacut.options.keywords"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -31,39 +47,6 @@ def modules() -> dict[str, ast.Module]:
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): ast.parse(path.read_text())
         for path in sorted(PACKAGE.rglob("*.py"))
     }
-
-
-def functions(tree: ast.AST, within: str) -> Iterator[tuple[str, Function]]:
-    """Every function, method and function within a function, by its qualified name."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, Function):
-            yield f"{within}.{node.name}", node
-        name = f"{within}.{node.name}" if isinstance(node, Function | ast.ClassDef) else within
-        yield from functions(node, name)
-
-
-def long_functions() -> Iterator[str]:
-    for module, tree in modules().items():
-        for name, node in functions(tree, module):
-            start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            if node.end_lineno - start + 1 > LONGEST_FUNCTION:
-                yield name
-
-
-def long_modules() -> Iterator[str]:
-    for module, tree in modules().items():
-        longest = max((node.end_lineno for node in tree.body), default=0)
-        if longest > LONGEST_MODULE and module not in GENERATED:
-            yield module
-
-
-def long_signatures() -> Iterator[str]:
-    for module, tree in modules().items():
-        if module.startswith(FEW_PARAMETERS):
-            for name, node in functions(tree, module):
-                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if len([arg for arg in given if arg.arg not in ("self", "cls")]) > MOST_PARAMETERS:
-                    yield name
 
 
 def docstrings(tree: ast.AST, within: str) -> Iterator[tuple[str, str]]:
@@ -107,19 +90,19 @@ def docstrings_in_which_code_speaks() -> Iterator[str]:
                 yield name
 
 
-RULES = [
-    long_functions,
-    long_modules,
-    long_signatures,
-    docstrings_without_a_noun,
-    docstrings_in_which_code_speaks,
-]
+def test_docstrings_begin_with_an_imperative_or_a_noun_phrase():
+    assert list(docstrings_without_a_noun()) == []
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_house_is_kept(rule):
-    assert set(rule()) == set()
+def test_only_people_speak():
+    assert list(docstrings_in_which_code_speaks()) == []
 
 
-def test_few_modules_are_loose():
-    assert len(list(PACKAGE.glob("*.py"))) <= MOST_LOOSE_MODULES
+@pytest.mark.parametrize("room", LINES)
+def test_a_room_keeps_its_lines(room):
+    files = PACKAGE.glob("*.py") if room == "top" else (PACKAGE / room).rglob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in files) <= LINES[room]
+
+
+def test_every_room_has_a_budget():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == LINES.keys() - {"top"}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, WmfImagePlugin
 
+from images.test_shards import png, write_shards
 from mhacut.data import Preprocessing
 from mhacut.data.folders import scan, subfolders
 from mhacut.data.named import NamedImages, NamedStream, open_named
 from mhacut.data.reading import ImageFiles, Unreadable
 from mhacut.options.base import DataOptions
-from test_shards import png, write_shards
 
 PLAIN = Preprocessing((3, 16, 16), (0.0,), (1.0,), "bicubic", 1.0, "center")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"

@@ -1,0 +1,294 @@
+"""From file to file through the public API."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import levit
+
+import mhacut
+from helpers.data import write_image
+from helpers.jobs import Recorder
+from helpers.models import build, relative
+from helpers.programs import BY_TWO, free_port
+from helpers.pruning import BALANCED, QUICK, prune_quickly
+from mhacut.adapters.registry import adapter_for
+from mhacut.checkpoint.load import read_model
+from mhacut.commands import prune_files
+from mhacut.errors import MhacutError
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.indicators import search
+from mhacut.pruning.repair import shrink
+from properties.cases import FIRST_MODEL, UNLIKE, VITS
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+prune = partial(prune_quickly, flops="60%", **BALANCED)
+
+
+def test_prune_writes_what_load_model_opens(pruned):
+    result = pruned
+    assert result.output.name == "slim.safetensors"
+    assert 0.99 * result.budget <= result.slim.flops <= result.budget < result.dense.flops
+    model = mhacut.load_model(result.output)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == result.slim.parameters < result.dense.parameters
+    with safe_open(result.output, "pt") as file:
+        record = json.loads(file.metadata()["mhacut"])
+    step = record["history"][0]
+    assert step["command"] == "prune"
+    assert (step["flops_before"], step["flops_after"]) == (result.dense.flops, result.slim.flops)
+    assert step["options"]["flops"] == "60%"
+    assert str(result.output.parent) not in json.dumps(record)
+    assert record["preprocessing"]["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.slow
+def test_another_process_reads_the_same_model(programs, pruned, tmp_path):
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    code = (
+        "import sys, mhacut; from safetensors.torch import load_file, save_file;"
+        "model = mhacut.load_model(sys.argv[1]);"
+        "y = model(load_file(sys.argv[2])['x']);"
+        "save_file({**model.state_dict(), 'y': y.detach()}, sys.argv[3])"
+    )
+    paths = pruned.output, tmp_path / "x.safetensors", tmp_path / "found.safetensors"
+    assert programs.run(code, *paths).returncode == 0
+    found = load_file(tmp_path / "found.safetensors")
+    model = mhacut.load_model(pruned.output)
+    # Weights to the bit. Logits to rounding: BLAS sums in another order when a buffer is aligned otherwise.
+    torch.testing.assert_close(found.pop("y"), model(x), rtol=0, atol=1e-6)
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
+    # A softmax over one output is 1: by its divergence, every cut would be perfect.
+    tensors = load_file(tiny_vit.path)
+    tensors |= {name: tensors[name][:1].clone() for name in ("head.weight", "head.bias")}
+    save_file(tensors, tmp_path / "one.safetensors")
+    reporter, checkpoint = Recorder(), tmp_path / "one.safetensors"
+    result = prune(
+        tiny_vit, tmp_path / "slim.safetensors", checkpoint=checkpoint, tuning_steps=1, reporter=reporter
+    )
+    (tuning,) = (note for note in reporter.messages if note.startswith("tuning"))
+    assert float(re.search(r"images (\S+) without", tuning)[1]) > 0
+    assert result.divergence_of == "features"
+    assert result.divergence > 0
+    # Nor have labels a meaning for it, whatever classes a folder has.
+    folder = tmp_path / "images"
+    for number in range(24):
+        write_image(folder / f"{number % 2}" / f"{number}.png", 10 * number)
+    result = prune(tiny_vit, tmp_path / "of_images.safetensors", checkpoint=checkpoint, data_dir=folder)
+    assert result.slim.evaluation is None
+    with pytest.raises(MhacutError, match="the model has one output, so it has no accuracy"):
+        mhacut.evaluate(result.output, data_dir=folder)
+
+
+def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
+    first = pruned
+    second = mhacut.prune(first.output, flops="70%", output=tmp_path / "second.safetensors", **BALANCED)
+    assert second.dense.flops == first.slim.flops
+    assert second.slim.flops <= 0.7 * first.slim.flops
+    record = read_model(second.output).record
+    assert [step["command"] for step in record.history] == ["prune", "prune"]
+    # Kept channels are in the dense model's indices, whatever lay between.
+    before = {unit.key: unit for unit in first.plan}
+    for unit in record.plan:
+        assert unit.dense_width == before[unit.key].dense_width
+        for now, earlier in zip(unit.kept, before[unit.key].kept, strict=True):
+            assert set(now) <= set(earlier)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
+    half = tmp_path / "half.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
+    result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
+    assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path):
+    """Repair changes those of batch norms, in single precision."""
+    case = FIRST_MODEL[levit.Attention]
+    output = tmp_path / "slim.safetensors"
+    result = mhacut.prune(build(case).to(dtype), flops="70%", output=output, model_args=case.args, **QUICK)
+    stored = {tensor.dtype for tensor in load_file(result.output).values() if tensor.is_floating_point()}
+    assert stored == {dtype}
+
+
+def test_a_file_whose_model_gives_other_outputs_never_appears(tiny_vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_files, "same_outputs", lambda *_: False)
+    with pytest.raises(MhacutError, match=r"slim.safetensors: the model in the file gives other outputs .*"):
+        prune(tiny_vit, tmp_path / "slim.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_seed_same_file(tiny_vit, pruned, tmp_path):
+    # Often enough that an order left to chance would show.
+    files = {prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "ab"}
+    assert files == {pruned.output.read_bytes()}
+
+
+def test_dry_run_finds_the_same_plan_and_writes_nothing(tiny_vit, pruned, tmp_path):
+    dry = prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert dry.output is None
+    assert dry.plan == pruned.plan
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
+    options = {"repair": repair, "reweight": False, "effort": "fast"}
+    found = [
+        prune(tiny_vit, tmp_path / f"{choice}.safetensors", temperature=choice, **options)
+        for choice in ("kept", "dense")
+    ]
+    assert load_file(found[0].output).keys() == load_file(found[1].output).keys()
+    assert found[0].output.read_bytes() != found[1].output.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(UNLIKE))
+def test_every_class_repeats(name, tmp_path):
+    case = VITS[name]
+    path = tmp_path / "dense.safetensors"
+    save_file(build(case).state_dict(), path)
+    options = {"flops": "95%", "model": case.architecture, "model_args": case.args, **BALANCED}
+    first, second = (mhacut.prune(path, output=tmp_path / f"{name}.safetensors", **options) for name in "ab")
+    assert first.plan == second.plan
+    assert first.output.read_bytes() == second.output.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_example_loses_little(tmp_path):
+    result = mhacut.prune(
+        DIGITS / "model",
+        flops="50%",
+        data_dir=DIGITS / "images",
+        calibration_images=100,
+        output=tmp_path / "slim.safetensors",
+        latency=False,
+    )
+    assert result.dense.evaluation.top1 > 96
+    assert result.slim.evaluation.top1 > result.dense.evaluation.top1 - 3
+    # The accuracy is that of the file.
+    from mhacut.data import Preprocessing, evaluation_loader
+    from mhacut.measuring.accuracy import evaluate
+    from mhacut.options.base import LabelledImages
+
+    loaded = read_model(result.output)
+    loader = evaluation_loader(
+        Preprocessing(**loaded.record.preprocessing),
+        LabelledImages(data_dir=DIGITS / "images", workers=0),
+        num_classes=10,
+        batch_size=50,
+    )
+    assert evaluate(loaded.model, loader, device=torch.device("cpu")).top1 == result.slim.evaluation.top1
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tiny_vit, tmp_path, programs):
+    """Each calibrates on half of the images; the first one searches, writes and prints."""
+    alone = prune(tiny_vit, tmp_path / "alone.safetensors", calibration_images=24)
+    flags = [
+        "--flops",
+        "60%",
+        "--calibration-images",
+        "24",
+        "--batch-size",
+        "4",
+        "--gain-steps",
+        "2",
+        "--json",
+        "--no-latency",
+    ]
+    flags += ["-o", tmp_path / "both.safetensors"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "mhacut", "prune", *tiny_vit.flags, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "both.safetensors")
+    both = read_model(tmp_path / "both.safetensors")
+    assert both.record.plan.widths() == alone.plan.widths()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = both.model(images), mhacut.load_model(alone.output)(images)
+    assert relative(found, expected) < 1e-3
+    again = programs.run(BY_TWO, free_port(), "prune", *tiny_vit.flags, *flags)
+    assert again.returncode != 0
+    assert again.stderr.count("exists") == 1, again.stderr
+    assert "did not foresee" not in again.stderr
+
+
+@pytest.mark.slow
+def test_a_single_image_does_not_break_the_model(few_digits):
+    # There is nothing to judge refits by, and fewer tokens than channels to fit them to.
+    result = mhacut.prune(
+        DIGITS / "model",
+        flops="50%",
+        data_dir=few_digits,
+        calibration_images=1,
+        latency=False,
+        dry_run=True,
+    )
+    assert result.slim.evaluation.top1 > 90
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
+    tiny_vit, tmp_path, monkeypatch, repair
+):
+    seen = {}
+
+    def finding(module, unit, moments, smallest, options, fisher):
+        seen["find_candidates"] = options.repair
+        return find_candidates(module, unit, moments, smallest, options, fisher)
+
+    def shrinking(*args, refit):
+        seen["shrink"] = refit
+        return shrink(*args, refit=refit)
+
+    monkeypatch.setattr("mhacut.pruning.planner.find_candidates", finding)
+    monkeypatch.setattr("mhacut.pruning.curves.shrink", shrinking)
+    prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
+    assert seen == {"find_candidates": repair, "shrink": repair}
+
+
+def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
+    rotated = []
+
+    def searching(job, calibration, distillation, start):
+        rotated.append({key for key, begun in start.items() if begun.basis == "principal"})
+        return search(job, calibration, distillation, start)
+
+    monkeypatch.setattr("mhacut.pruning.planner.search", searching)
+    options = {"allocation": "refined", "steps": 1, "dry_run": True}
+    prune(tiny_vit, tmp_path / "slim.safetensors", basis="principal", **options)
+    prune(tiny_vit, tmp_path / "slim.safetensors", basis="channel", **options)
+    assert {kind for _, kind in rotated[0]} == {"qk", "v"}
+    assert rotated[1] == set()
+
+
+def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatch):
+    roots = []
+
+    def asked(module):
+        if hasattr(module, "forward_features"):
+            roots.append(module)
+        return adapter_for(module)
+
+    monkeypatch.setattr("mhacut.surgery.find.adapter_for", asked)
+    prune(tiny_vit, tmp_path / "slim.safetensors", report=tmp_path / "page.html", tuning_steps=1)
+    assert 0 < len(roots) <= 3  # of the dense model, of the slim one, of the one in the file

@@ -1,0 +1,1 @@
+"""FLatten Transformers."""

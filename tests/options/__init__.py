@@ -1,0 +1,1 @@
+"""Options: their types, texts and keywords."""

@@ -1,0 +1,58 @@
+"""The public API as type checkers and editors see it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import mhacut
+from helpers.docs import PAGES, blocks
+from mhacut.options.generate import KEYWORDS, keywords_module
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_good_calls_and_the_documentation_pass_mypy_strict_and_mistakes_do_not(tmp_path):
+    pytest.importorskip("mypy")
+    config, examples = HERE / "typing" / "mypy.ini", HERE / "typing" / "examples.py"
+    pages = []
+    for page in PAGES:
+        written = "\n".join(block.text for block in blocks(page) if block.language == "python")
+        if written:
+            pages.append(tmp_path / f"page_{page.stem.replace('-', '_').lower()}.py")
+            pages[-1].write_text(written)  # later blocks use names of earlier ones
+    assert len(pages) >= 6
+    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", os.devnull]
+    command += [examples, *pages]
+    result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_keywords_are_generated_from_the_options():
+    assert KEYWORDS.read_text() == keywords_module(), "run python -m mhacut.options.generate"
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(mhacut, name) is not None for name in mhacut.__all__)
+    assert set(mhacut.__all__) <= set(dir(mhacut))
+    assert (Path(mhacut.__file__).parent / "py.typed").exists()
+
+
+def test_the_output_of_a_dry_run_is_refused():
+    with pytest.raises(mhacut.CheckpointError, match="a dry run of prune writes none"):
+        mhacut.load_model(None)
+    with pytest.raises(mhacut.CheckpointError, match="a dry run of prune writes none"):
+        mhacut.save_model(nn.Linear(1, 1), "x.safetensors", like=None)
+
+
+def test_keywords_resolve_at_run_time():
+    from mhacut.options.keywords import PruneKeywords
+
+    assert typing.get_type_hints(PruneKeywords)["batch_size"] is int

@@ -1,0 +1,1 @@
+"""Docs, notebooks, examples and packaging."""

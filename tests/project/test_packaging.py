@@ -1,0 +1,114 @@
+"""The wheel and the sdist hold what they should, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mhacut
+
+ROOT = Path(__file__).parents[2]
+VERSION = mhacut.__version__
+
+
+def test_the_versions_of_python_are_stated_alike():
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r"Programming Language :: Python :: 3\.(\d+)", project)
+    assert list(map(int, named)) == list(range(int(named[0]), int(named[-1]) + 1))
+    assert f'requires-python = ">=3.{named[0]}"' in project
+    assert f'target-version = "py3{named[0]}"' in project
+    assert f'python_version = "3.{named[0]}"' in project
+    assert f"with Python 3.{named[0]} or later" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with both, built from the files that git knows."""
+    pytest.importorskip("build", reason="needs pip install 'mhacut[dev]'")
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone: the files that git knows are not known")
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in git_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder
+
+
+def git_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package(built):
+    with zipfile.ZipFile(built / f"mhacut-{VERSION}-py3-none-any.whl") as wheel:
+        names = set(wheel.namelist())
+        info = f"mhacut-{VERSION}.dist-info"
+        metadata = wheel.read(f"{info}/METADATA").decode()
+        entry_points = wheel.read(f"{info}/entry_points.txt").decode()
+    packaged = {name for name in names if not name.startswith(info)}
+    assert packaged == {name for name in git_files() if name.startswith("mhacut/")}
+    assert "mhacut/py.typed" in packaged
+    assert f"{info}/licenses/LICENSE" in names
+    assert f"Version: {VERSION}" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Dist: timm>=1.0.31" in metadata
+    assert "mhacut = mhacut.cli:main" in entry_points
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_the_command_of_the_readme(built, tmp_path):
+    """With the dependencies of the tests; tests/tools/wheels.py tries it with its own."""
+    wheel, place = built / f"mhacut-{VERSION}-py3-none-any.whl", tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        place,
+        wheel,
+    ]
+    subprocess.run(install, check=True)
+    (tmp_path / "examples").mkdir()
+    shutil.copytree(ROOT / "examples" / "digits", tmp_path / "examples" / "digits")
+    environment = {**os.environ, "PYTHONPATH": str(place)}
+    code = "import runpy, mhacut; print(mhacut.__file__); runpy.run_module('mhacut', run_name='__main__')"
+    marked = (ROOT / "README.md").read_text().split("<!-- main-job -->")[1].split("\n```")[1]
+    arguments = marked.split("mhacut ")[-1].split()
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--effort", "fast", "--no-latency"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[0] == str(place / "mhacut" / "__init__.py")
+    assert re.search(r"^FLOPs +32\.6M +16\.\dM +49\.\d%$", ran.stdout, re.MULTILINE)
+    assert (tmp_path / "model-50pct.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_sources_tests_and_documentation(built):
+    with tarfile.open(built / f"mhacut-{VERSION}.tar.gz") as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    left_out = {name for name in git_files() if not name.startswith(".")} - names
+    assert not left_out
+    assert names - set(git_files()) == {"PKG-INFO"}

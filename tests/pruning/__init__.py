@@ -1,0 +1,1 @@
+"""The method: calibration, curves, plans, repair, healing."""

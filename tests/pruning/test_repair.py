@@ -1,0 +1,155 @@
+"""Repair of whole models: what it keeps, and its promises."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers.models import build, image, relative
+from mhacut.checkpoint.load import read_model
+from mhacut.data import Preprocessing, calibration_images
+from mhacut.linalg.reconstruction import refit_logits
+from mhacut.options.base import DataOptions
+from mhacut.options.prune import BasisChoice, SearchOptions
+from mhacut.plan import Plan, UnitPlan
+from mhacut.pruning.calibrate import calibrate
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.repair import repair
+from mhacut.surgery.axes import channels_of
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
+from properties.cases import UNLIKE, VITS
+
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
+        for name, case in VITS.items()
+    ],
+)
+
+
+@each_case
+@pytest.mark.parametrize("basis", get_args(BasisChoice))
+def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
+    model = build(case, dtype=torch.float64).requires_grad_(False)
+    x = image(case, batch=6, dtype=torch.float64)
+    prunable = find_prunable_layers(model)
+    plan, moments = plan_of(prunable, 3), moments_of(model, prunable, x)
+    candidates = {
+        unit.key: find_candidates(
+            model.get_submodule(unit.layer), unit, moments[unit.key], 1, SearchOptions(basis=basis)
+        )
+        for unit in prunable.units()
+    }
+    report = repair(model, prunable, plan, moments, candidates=candidates)
+    chosen = Plan(tuple(report[unit.key].plan for unit in plan))
+    assert chosen.widths() == plan.widths()
+    shaped = model(x)
+    cut(model, chosen)
+    assert relative(model(x), shaped) < 1e-9
+
+
+def moments_of(model, prunable, images):
+    return calibrate(model, prunable, images, batch_size=4).moments
+
+
+def plan_of(prunable, seed, share=0.6):
+    generator = torch.Generator().manual_seed(seed)
+    units = []
+    for unit in prunable.units():
+        width = max(1, int(share * unit.width))
+        kept = [
+            torch.randperm(unit.width, generator=generator)[:width].sort().values.tolist()
+            for _ in range(unit.heads)
+        ]
+        units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept))))
+    return Plan(tuple(units))
+
+
+@each_case
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31))
+def test_after_repair_the_cut_is_a_mere_slice(case, seed):
+    model, x = (
+        build(case, dtype=torch.float64).requires_grad_(False),
+        image(case, batch=6, dtype=torch.float64),
+    )
+    prunable = find_prunable_layers(model)
+    plan = plan_of(prunable, seed)
+    repair(model, prunable, plan, moments_of(model, prunable, x))
+    shaped = model(x)
+    cut(model, plan)
+    assert relative(model(x), shaped) < 1e-9
+
+
+@each_case
+def test_repair_is_never_worse_than_removing_where_it_was_not_fitted(case):
+    model = build(case).requires_grad_(False)
+    prunable = find_prunable_layers(model)
+    plan = plan_of(prunable, 0)
+    report = repair(model, prunable, plan, moments_of(model, prunable, image(case, batch=24)))
+    assert set(report) == {unit.key for unit in plan}
+    assert all(unit.error <= 1 + 1e-9 for unit in report.values())
+
+
+@pytest.mark.slow
+def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
+    digits = Path(__file__).parents[2] / "examples" / "digits"
+    loaded = read_model(digits / "model")
+    model, size = loaded.model.requires_grad_(False), (3, 32, 32)
+    preprocessing = Preprocessing.resolve(loaded.identity.pretrained_cfg, size)
+    images = calibration_images(
+        preprocessing, DataOptions(data_dir=digits / "images"), count=200, seed=0
+    ).images
+    unseen = calibration_images(
+        preprocessing,
+        DataOptions(data_dir=digits / "images", train_split="val"),
+        count=100,
+        seed=0,
+        use_labels=False,
+    ).images
+    prunable = find_prunable_layers(model)
+    plan, dense = plan_of(prunable, 0, share=0.5), model(unseen)
+    plain = copy.deepcopy(model)
+    cut(plain, plan)
+    repair(model, prunable, plan, moments_of(model, prunable, images))
+    cut(model, plan)
+    assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
+
+
+def test_the_mixing_of_the_logits_is_folded_into_the_queries_as_it_was_solved():
+    """Logits of the refitted layer are q_S C k_S^T, C the best mixing, which is not symmetric."""
+    model = build(VITS["plain"], dtype=torch.float64).requires_grad_(False)
+    prunable = find_prunable_layers(model)
+    unit = next(unit for unit in prunable.units() if unit.kind == "qk")
+    module = model.get_submodule(unit.layer)
+    before = [channels_of(module, unit, axis).double() for axis in unit.scale_axes]
+    seen = moments_of(model, prunable, image(VITS["plain"], batch=8, dtype=torch.float64))[unit.key]
+    plan = Plan((next(each for each in plan_of(prunable, 0) if each.kind == "qk"),))
+    repair(model, prunable, plan, {unit.key: seen})
+    kept = torch.tensor(plan.units[0].kept)
+    mixing = refit_logits(seen.fit, seen.held, kept, plain=1.0).mixing
+    assert relative(mixing, mixing.mT) > 0.01
+    for axis, rows in zip(unit.scale_axes, before, strict=True):
+        after = channels_of(module, unit, axis).double()
+        for head, channels in enumerate(kept):
+            # Rows of the weights are channels of q = x W^T: (q_S C)^T is C^T times them.
+            expected = torch.zeros_like(rows[head])
+            expected[channels] = torch.einsum("ji,j...->i...", mixing[head], rows[head, channels])
+            assert relative(after[head], expected) < 1e-9
+
+
+def test_units_that_keep_everything_are_not_touched():
+    model = build(VITS["plain"]).requires_grad_(False)
+    prunable = find_prunable_layers(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = Plan(tuple(u.keep_first(u.width) for u in prunable.units()))
+    assert repair(model, prunable, whole, moments_of(model, prunable, image(VITS["plain"]))) == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,1 @@
+"""A model and a plan in, the same model smaller out."""
