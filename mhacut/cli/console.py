@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from mhacut.cli.streams import give_up
-from mhacut.runtime.progress_bar import LinesView, TerminalView, View
-from mhacut.runtime.stages import StageClock, StageShare
+from mhacut.runtime.progress import SILENT, StageDisplay, StageTimer
 from mhacut.text import safe, table
 
 __all__ = ["SCHEMA_VERSION", "Console", "safe", "safe_lines", "table"]
@@ -40,8 +39,9 @@ class Console:
         self.quiet = quiet or rank > 0
         self.verbose = verbose
         self.as_json = as_json
-        self._clock = StageClock()
-        self._view: View | None = None
+        self._timer = StageTimer(SILENT)
+        self._display: StageDisplay | None = None
+        self._has_bar = False
 
     # -- result --
 
@@ -53,7 +53,7 @@ class Console:
         self.finish()
         if self.rank > 0:
             return
-        seconds = self._clock.seconds
+        seconds = self._timer.seconds
         if self.verbose and not self.quiet:
             rows = [[stage, f"{spent:.1f} s"] for stage, spent in seconds.items()]
             self.say(table([*rows, ["all stages", f"{sum(seconds.values()):.1f} s"]]))
@@ -71,30 +71,27 @@ class Console:
         if not self.quiet:
             self.say(safe(message))
 
-    def expect(self, shares: Sequence[StageShare]) -> None:
-        self._clock.expect(shares)
-
     def start(self, stage: str) -> None:
-        self._clock.start(stage)
+        self._timer.start(stage)
         if self.quiet:
             return
-        if self._view is None:
-            self._view = TerminalView() if self._shows_a_bar() else LinesView(self.say)
-        if self.verbose and not isinstance(self._view, TerminalView):
+        if self._display is None:
+            self._has_bar = not self.as_json and sys.stderr.isatty()
+            self._display = StageDisplay(None if self._has_bar else self.say)
+        if self.verbose and not self._has_bar:
             self.say(safe(stage))
-        self._view.start(self._clock.snapshot())
+        self._display.start(stage)
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
-        self._clock.advance(done, total, detail)
-        if self._view is not None:
-            self._view.show(self._clock.snapshot())
+        if self._display is not None:
+            self._display.advance(done, total, detail)
 
     def finish(self) -> None:
         """End the last stage, and take the bar off the terminal."""
-        self._clock.stop()
-        if self._view is not None:
-            self._view.close()
-            self._view = None
+        self._timer.stop()
+        if self._display is not None:
+            self._display.close()
+            self._display, self._has_bar = None, False
 
     def error(self, text: str) -> None:
         """Print ``text`` whatever the verbosity."""
@@ -108,18 +105,15 @@ class Console:
         self.finish()
         self.say(safe_lines(traceback.format_exc().rstrip()))
 
-    def _shows_a_bar(self) -> bool:
-        return not self.as_json and sys.stderr.isatty()
-
     def say(self, line: str) -> None:
         """Print one line on stderr, above the bar if there is one."""
-        if not isinstance(self._view, TerminalView):
+        if self._display is None or not self._has_bar:
             _write(sys.stderr, line)
         else:
             from rich.text import Text
 
             encoding = sys.stderr.encoding or "ascii"
-            self._view.console.print(Text(_encodable(line, encoding)), soft_wrap=True)
+            self._display.console.print(Text(_encodable(line, encoding)), soft_wrap=True)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -10,7 +10,6 @@ from mhacut.cli.console import Console, table
 from mhacut.cli.flags import command
 from mhacut.errors import UsageError
 from mhacut.options.models import ModelsOptions
-from mhacut.runtime.stages import StageShare
 
 if TYPE_CHECKING:
     from mhacut.commands.models import CatalogueEntry
@@ -26,7 +25,6 @@ def models(options: ModelsOptions, console: Console) -> None:
     """
     from mhacut.commands.models import catalogue
 
-    console.expect([StageShare("building models", 1.0)])
     console.start("building models")
     found = catalogue(options.pattern, console.advance)
     if not found:

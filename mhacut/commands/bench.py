@@ -33,9 +33,7 @@ from mhacut.runtime.child import in_new_process
 from mhacut.runtime.compiling import many_compiled, refusing_compile
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.inputs import REMOTE
-from mhacut.runtime.progress import Reporter, Silent, expect
-from mhacut.runtime.progress_bar import reporting
-from mhacut.runtime.stages import StageShare
+from mhacut.runtime.progress import Reporter, Silent, reporting
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 if TYPE_CHECKING:
@@ -161,7 +159,6 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             reporter.start("quantizing")
             entries += [_in_int8(entry, setup) for entry in entries]
         timings = []
-        expect(reporter, [StageShare("timing", 1.0)])
         reporter.start("timing")
         for batch_size in options.batch_sizes:
             timings.append(_timings(entries, batch_size, setup))

@@ -25,9 +25,7 @@ from mhacut.options.evaluate import EvaluateOptions
 from mhacut.report.html_table import html_table
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
-from mhacut.runtime.progress import Reporter, expect
-from mhacut.runtime.progress_bar import reporting
-from mhacut.runtime.stages import StageShare
+from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.surgery.info import classifier_size
 from mhacut.text import safe_table
@@ -149,7 +147,6 @@ def run_evaluate(
     else:
         # They were normalised elsewhere: there is nothing to check.
         loader = InMemoryBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)
-    expect(reporter, [StageShare("evaluating", 1.0)])
     reporter.start("evaluating")
     evaluation = measure_accuracy(
         loaded.model, loader, device=device, amp=options.amp, progress=reporter.advance

@@ -27,8 +27,7 @@ from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.files import check_output, write_whole
-from mhacut.runtime.progress import Reporter
-from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.progress import Reporter, reporting
 from mhacut.text import dtype_name
 
 if TYPE_CHECKING:

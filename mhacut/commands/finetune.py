@@ -24,10 +24,8 @@ from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.distributed import gathered
-from mhacut.runtime.progress import Reporter, Silent, expect
-from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.progress import Reporter, Silent, reporting
 from mhacut.runtime.signals import stop_request
-from mhacut.runtime.stages import StageShare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,7 +84,6 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
 def _finetune(run: Run) -> FinetuneResult:
     began = time.perf_counter()
     start(run)
-    expect(run.reporter, _expected_stages(run))
     run.trainer.connect()
     if run.progress.step < run.total_steps:
         run.reporter.log(f"training on {run.images.description}")
@@ -114,18 +111,6 @@ def _finetune(run: Run) -> FinetuneResult:
         processes=run.processes.size,
         seconds=time.perf_counter() - began,
     )
-
-
-def _expected_stages(run: Run) -> list[StageShare]:
-    """Return the shares of the stages: a step costs about three forward passes of its images, or four."""
-    images = run.total_steps * run.images_per_step / run.processes.size
-    done = run.progress.step / run.total_steps
-    training = StageShare("training", images * (3 if run.teacher_sha256 is None else 4), done=done)
-    if run.validation is None:
-        return [training]
-    epochs = -(-run.total_steps // run.batches.steps_per_epoch) - len(run.progress.rows)
-    visits = epochs + 1 + (run.options.resume is None)  # the file at the end, and what was read
-    return [StageShare("evaluating", run.validation.images * visits, visits), training]
 
 
 def _measure_file(run: Run, output: Path, asked_to_stop: bool) -> Evaluation | None:

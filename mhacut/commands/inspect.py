@@ -29,9 +29,7 @@ from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.extras import need
 from mhacut.runtime.files import check_outputs
-from mhacut.runtime.progress import Reporter, expect
-from mhacut.runtime.progress_bar import reporting
-from mhacut.runtime.stages import StageShare
+from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import find_prunable_layers
 
 if TYPE_CHECKING:
@@ -90,7 +88,6 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]
     wanted = _wanted(names, options.layer)
     evidence = comparison = None
-    expect(reporter, _expected_stages(options))
     if options.sees_images:
         opened.model.requires_grad_(False).to(resolve_device(options.device))
         images = _images(options, opened)
@@ -118,12 +115,6 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         if path is not None
     )
     return InspectResult(inspection, line, tuple(chosen), comparison, written)
-
-
-def _expected_stages(options: InspectOptions) -> list[StageShare]:
-    """Return rough shares: calibration runs forward and gathers moments, a comparison runs two models."""
-    shares = {"calibrating": 2.0 * options.has_images, "comparing": float(options.compare is not None)}
-    return [StageShare(stage, share) for stage, share in {**shares, "looking at heads": 1.0}.items() if share]
 
 
 def _check_outputs(options: InspectOptions) -> None:

@@ -29,8 +29,7 @@ from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.prune_page import measured_figures, write_overview, write_report
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.distributed import Processes, gathered
-from mhacut.runtime.progress import SILENT, Reporter, StageTimer
-from mhacut.runtime.progress_bar import reporting
+from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
 from mhacut.surgery.find import find_prunable_layers
 
 if TYPE_CHECKING:

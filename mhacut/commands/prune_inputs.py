@@ -27,7 +27,6 @@ from mhacut.commands.prune_names import (
     parse_targets,
 )
 from mhacut.commands.prune_outputs import layers_that_run, outputs_and_tokens
-from mhacut.commands.prune_stages import expected_stages
 from mhacut.commands.prune_targets import Reach, stored_dtypes
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import (
@@ -52,7 +51,7 @@ from mhacut.pruning.limits import Limits
 from mhacut.pruning.widths import MULTIPLE
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.progress import Reporter, expect
+from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
@@ -149,7 +148,6 @@ def read_inputs(
     images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
     _check_held_out(options.max_kl, len(images.images), reporter)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
-    _expect_stages(options, replace(job, budget=limits[0][0]), validation, len(each))
     evaluated = _evaluated(dense, validation, processes, reporter)
     return tuple(
         PruneInputs(
@@ -201,12 +199,6 @@ def _multiple(
         f"{option_name('round_to', MULTIPLE)} allows more widths"
     )
     return _GPU_MULTIPLE
-
-
-def _expect_stages(options: PruneOptions, job: Job, validation: LabelledBatches | None, files: int) -> None:
-    if not options.bounds_loss:  # else nobody knows how many models it takes
-        measured = 0 if validation is None else len(validation)
-        expect(job.reporter, expected_stages(options, job, measured, files))
 
 
 def _time_target(

@@ -76,7 +76,7 @@ class PruneResult:
     loss; "measuring" counts all measurements of the pruned model. Stages that several budgets share are
     counted for the first."""
     stage_seconds: Mapping[str, float]
-    """Wall time of each stage, by its name in :data:`mhacut.runtime.stages.STAGES`."""
+    """Wall time of each stage, by its name."""
     log: tuple[SearchStep, ...]
     """Training steps of the indicators, if they were trained."""
     curves: Mapping[UnitKey, Curve]

@@ -1,11 +1,22 @@
-"""Progress of commands, passed on to the part that shows it."""
+"""Progress of commands: what they report, how long their stages take, and rich's bar that shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
-from mhacut.runtime.stages import StageClock, StageShare
+from mhacut.runtime.launch import believed, rank
+from mhacut.text import safe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Time between two lines of progress where there is no bar."""
 
 
 class Reporter(Protocol):
@@ -15,24 +26,10 @@ class Reporter(Protocol):
         """Take a message worth reading once: something inferred, chosen or left out."""
 
     def start(self, stage: str) -> None:
-        """Begin a stage, one of :data:`mhacut.runtime.stages.STAGES`; the one before is over."""
+        """Begin a stage; the one before is over. The same work has the same name in all commands."""
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         """Receive the state of the current stage: ``done`` of ``total``."""
-
-
-@runtime_checkable
-class Estimator(Protocol):
-    """A reporter that estimates what is left."""
-
-    def expect(self, shares: Sequence[StageShare]) -> None:
-        """Take the stages of the command in their order, and their shares of its time."""
-
-
-def expect(reporter: Reporter, shares: Sequence[StageShare]) -> None:
-    """Give the stages of a command to ``reporter``, if it estimates what is left."""
-    if isinstance(reporter, Estimator):
-        reporter.expect(shares)
 
 
 class Silent:
@@ -56,35 +53,34 @@ class StageTimer:
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
-        self._clock = StageClock()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each stage; of one that was run twice, both together."""
-        return self._clock.seconds
-
-    def expect(self, shares: Sequence[StageShare]) -> None:
-        expect(self.reporter, shares)
+        self.seconds: dict[str, float] = {}
+        """Seconds of each stage that is over; of one that was run twice, both together."""
+        self._stage: str | None = None
+        self._began = 0.0
 
     def log(self, message: str) -> None:
         self.reporter.log(message)
 
     def start(self, stage: str) -> None:
-        self._clock.start(stage)
+        self.stop()
+        self._stage, self._began = stage, time.perf_counter()
         self.reporter.start(stage)
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         self.reporter.advance(done, total, detail)
 
+    def stop(self) -> None:
+        """End the current stage."""
+        if self._stage is not None:
+            spent = time.perf_counter() - self._began
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
+            self._stage = None
+
     def taken(self) -> dict[str, float]:
         """End the current stage; return the seconds of all stages, and begin to count anew."""
         self.stop()
-        seconds, self._clock = self.seconds, StageClock()
+        seconds, self.seconds = self.seconds, {}
         return seconds
-
-    def stop(self) -> None:
-        """End the current stage."""
-        self._clock.stop()
 
 
 class Counter:
@@ -97,3 +93,91 @@ class Counter:
         """Report that ``pieces`` more are done."""
         self.done += pieces
         self.reporter.advance(self.done, self.total)
+
+
+class StageDisplay:
+    """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then.
+
+    Args:
+        say: called with each line; None for rich's bar, on a terminal or in a notebook.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        from rich import progress  # takes as long to import as a short command
+        from rich.console import Console
+
+        self._say = say
+        self._elapsed, self._remaining = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.fields[detail]}", markup=False),
+            self._elapsed,
+            progress.TextColumn("elapsed,", markup=False),
+            self._remaining,
+            progress.TextColumn("left", markup=False),
+            console=Console(stderr=True, markup=False, highlight=False, emoji=False),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=say is not None,
+        )
+        self._task = self._progress.add_task("", total=None, detail="")
+        self._shown = 0.0
+        self._progress.start()
+
+    @property
+    def console(self) -> Console:
+        """Console to print on above the bar."""
+        return self._progress.console
+
+    def log(self, message: str) -> None:
+        pass
+
+    def start(self, stage: str) -> None:
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(safe(stage), total=None, detail="")
+        self._shown = time.perf_counter()
+
+    def advance(self, done: int, total: int, detail: str = "") -> None:
+        shown = ", ".join(part for part in (f"{done}/{total}" if total else "", safe(detail)) if part)
+        self._progress.update(self._task, completed=done, total=total or None, detail=shown)
+        if self._say is not None and time.perf_counter() - self._shown >= SECONDS_BETWEEN_LINES:
+            self._shown = time.perf_counter()
+            (task,) = self._progress.tasks
+            elapsed, left = self._elapsed.render(task), self._remaining.render(task)
+            self._say(f"{task.description}: {shown}, {elapsed} elapsed, {left} left")
+
+    def close(self) -> None:
+        """Take the bar off."""
+        self._progress.stop()
+
+
+@contextmanager
+def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Reporter]:
+    """Give the reporter of a call from Python: ``reporter``, else a bar, else a silent one.
+
+    Args:
+        reporter: reporter of the caller, which shows everything itself.
+        progress: whether to show a bar, or lines where there is neither a terminal nor a notebook with
+            ``ipywidgets``, which rich needs; None for a bar there only.
+    """
+    bar = (sys.stderr is not None and sys.stderr.isatty()) or _notebook_has_widgets()
+    if reporter is not None or progress is False or not (bar or progress) or believed(rank) > 0:
+        yield reporter or SILENT
+        return
+    display = StageDisplay(None if bar else _to_stderr)
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _notebook_has_widgets() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None and importlib.util.find_spec("ipywidgets") is not None
