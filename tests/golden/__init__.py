@@ -1,0 +1,1 @@
+"""Golden runs: what pruning computed before the package was rebuilt."""
