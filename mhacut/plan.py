@@ -24,7 +24,7 @@ _TOKEN_KEYS = {"read", "merged", "rule"}
 MOST_TOKENS = 2**20
 """Largest number of tokens in a plan."""
 MERGE_RULE = "weights"
-"""Name of the rule by which tokens are merged (:mod:`mhacut.surgery.merge`), for files to state it."""
+"""Name of the rule by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state it."""
 MOST_BLOCKS = 2**12
 """Largest number of blocks in a plan."""
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")

@@ -35,7 +35,7 @@ from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.training import Trainer
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.distributed import Processes
-from mhacut.surgery.info import classifier_size
+from mhacut.surgery.find import classifier_size
 
 ENDLESS = 10**6
 

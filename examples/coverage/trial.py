@@ -28,11 +28,10 @@ from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.commands.models import CatalogueEntry, build_weightless, entry_of
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery.axes import axes_of
+from mhacut.surgery.channels import axes_of
 from mhacut.surgery.costs import build_cost_table
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers, model_input_size
 from mhacut.surgery.flops import count_parameters, measure_flops, weightless
-from mhacut.surgery.info import model_input_size
 from mhacut.surgery.slice import cut
 
 BATCH = 2

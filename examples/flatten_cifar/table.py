@@ -45,7 +45,7 @@ from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.widths import width_choices
-from mhacut.surgery.axes import channels_of
+from mhacut.surgery.channels import channels_of
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops

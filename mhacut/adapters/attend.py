@@ -1,7 +1,8 @@
-"""softmax(q k^T * scale) v, where q/k and v may differ in width, fused or as products and a softmax."""
+"""softmax(q k^T * scale) v, where q/k and v may differ in width; layouts of tokens, maps and heads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,3 +72,26 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 def _exporting_or_compiling() -> bool:
     """Whether a graph is recorded: padding would stay in it, and exporters decompose SDPA anyway."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+# B images, N tokens, H heads of d channels.
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H * d] as [B, H, N, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merged(x: Tensor) -> Tensor:
+    """[B, H, N, d] as [B, N, H * d]."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """[B, C, height, width] as [B, N, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def as_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, N, C] as [B, C, height, width] of ``size`` (height, width)."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)

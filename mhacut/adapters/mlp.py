@@ -10,8 +10,7 @@ from timm import layers, models
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer
-from mhacut.adapters.projection import Projection
+from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Projection
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Adapters by the classes that they serve, and what is recognised of other classes by name.
 
 A new class of softmax attention is a row of :mod:`mhacut.adapters.softmax_table`, a new MLP one of
-:mod:`mhacut.adapters.mlp`; other attention is an :class:`~mhacut.adapters.base.Adapter` in a file of its own.
+:mod:`mhacut.adapters.mlp`; other attention is an :class:`~mhacut.adapters.base.Adapter`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,23 @@ import re
 
 from torch import nn
 
-from mhacut.adapters.additive_attention import AdditiveAdapter, SeparableAdapter
 from mhacut.adapters.base import Adapter
-from mhacut.adapters.cascaded_attention import CascadedAdapter
-from mhacut.adapters.channel_attention import CHANNEL_ATTENTION
-from mhacut.adapters.coat_attention import FactorAttentionAdapter
-from mhacut.adapters.cswin_attention import CswinAttentionAdapter
-from mhacut.adapters.focused_attention import FocusedAttentionAdapter
-from mhacut.adapters.lambda_attention import LambdaAdapter
+from mhacut.adapters.flatten_attention import CswinAttentionAdapter, FocusedAttentionAdapter
+from mhacut.adapters.linear_attention import (
+    AdditiveAdapter,
+    FactorAttentionAdapter,
+    LambdaAdapter,
+    MultiScaleAdapter,
+    SeparableAdapter,
+)
 from mhacut.adapters.mlp import MLPS
-from mhacut.adapters.multi_scale_attention import MultiScaleAdapter
-from mhacut.adapters.outlook_attention import OutlookAdapter
+from mhacut.adapters.other_attention import (
+    CHANNEL_ATTENTION,
+    UNPRUNABLE,
+    CascadedAdapter,
+    OutlookAdapter,
+)
 from mhacut.adapters.softmax_table import SOFTMAX
-from mhacut.adapters.whole_attention import WHOLE_ATTENTION
 
 ADAPTERS: tuple[Adapter, ...] = (
     *SOFTMAX,
@@ -36,7 +40,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     FactorAttentionAdapter(),
     OutlookAdapter(),
     *CHANNEL_ATTENTION,
-    *WHOLE_ATTENTION,
+    *UNPRUNABLE,
     *MLPS,
 )
 

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhacut.adapters.attend import attend_as
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Unit
-from mhacut.adapters.projection import Projection
-from mhacut.adapters.shapes import as_map, merged
+from mhacut.adapters.attend import as_map, attend_as, merged
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Projection, Unit
 from mhacut.plan import UnitKind
 
 NORMALISED = "q and k are normalised over the channels of a head"
@@ -157,7 +155,7 @@ class Softmax(Adapter):
     """Mixing of v channels without ``g`` rows; with them it is ``refit``."""
     norm_behind: str = ""
     """A norm between attention and projection, over all channels."""
-    v_whole: str = ""
+    v_refusal: str = ""
     """Reason why v is not prunable; empty if it is."""
     channel_dim: int | None = None
     """Channel dimension of the layer's output, where it is not that of the projection's."""
@@ -222,8 +220,8 @@ class Softmax(Adapter):
             reasons["qk"] = NORMALISED
         if self.norm_behind and _is_there(module, self.norm_behind):
             reasons["v"] = NORM_BEHIND
-        if self.v_whole:
-            reasons["v"] = self.v_whole
+        if self.v_refusal:
+            reasons["v"] = self.v_refusal
         return reasons
 
     def describe(self, name: str, module: Any) -> Layer:

@@ -15,8 +15,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor, nn
 
-from mhacut.adapters.attend import attend_as
-from mhacut.adapters.shapes import as_map, as_tokens, by_head
+from mhacut.adapters.attend import as_map, as_tokens, attend_as, by_head
 from mhacut.adapters.softmax import read
 
 # What q, k and v are made of.

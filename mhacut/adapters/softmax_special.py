@@ -1,19 +1,22 @@
-"""Classes of softmax attention whose units a row of the table cannot describe."""
+"""Classes of softmax attention that need more than a row of the table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from timm import layers
+from timm.layers import apply_rot_embed_cat
+from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Mixing, Unit, table_device
-from mhacut.adapters.projection import Projection
-from mhacut.adapters.shapes import by_head, merged
+from mhacut.adapters.attend import by_head, merged
+from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Mixing, Projection, Unit, table_device
 from mhacut.adapters.softmax import Hook, Softmax, Twin
-from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, masked, own_queries
+from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, gated, mask_of, masked, own_queries
 from mhacut.plan import UnitKind
 
 ROTATED = "q and k are rotated by their position"
@@ -48,7 +51,7 @@ class GlobalContext(Softmax):
             softmax_scaled=True,
         )
 
-    def keep(self, module: Any, unit: Unit, kept: Tensor) -> None:
+    def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Record the channels of the stage's queries that remain."""
         if unit.kind != "qk" or not module.use_global:
             return
@@ -161,7 +164,7 @@ class Positional(TiedHeads):
     )
     scaled: bool = False
     qk_mixing: Callable[[Any], Mixing] = lambda m: "select"
-    v_whole: str = NO_PROJECTION
+    v_refusal: str = NO_PROJECTION
     channel_dim: int | None = 1
 
     def v_size(self, module: Any) -> tuple[int, int]:
@@ -257,3 +260,180 @@ class Parallel(Softmax):
 
 def _layer_scale(module: Any) -> str | None:
     return None if type(module.ls) is nn.Identity else "ls.gamma"
+
+
+class Read:
+    """Mixed into an attention class, in front of it: q is computed for the first tokens, k and v for all.
+
+    timm has such a class for CaiT only. These are made of timm's, never constructed, for the last block of a
+    ViT (:func:`mhacut.surgery.read.read_first`); their forward pass is that of their row in the softmax
+    table.
+    """
+
+    read: int
+    """Number of first tokens that are read."""
+
+
+class ReadAttention(Read, layers.Attention):  # type: ignore[misc]
+    """timm's attention with projections ``q`` and ``kv``."""
+
+
+class ReadRelPosAttention(Read, vision_transformer_relpos.RelPosAttention):  # type: ignore[misc]
+    """Attention of a relative-position ViT with projections ``q`` and ``kv``."""
+
+
+class ReadBeitAttention(Read, beit.Attention):  # type: ignore[misc]
+    """BEiT's attention with projections ``q``, ``k`` (which has no bias) and ``v``."""
+
+
+class ReadRopeAttention(Read, layers.attention.AttentionRope):  # type: ignore[misc]
+    """Rotary attention with separate projections, as timm has it with ``qkv_fused=False``."""
+
+
+class ReadEvaAttention(Read, eva.EvaAttention):  # type: ignore[misc]
+    """EVA's attention with separate projections, as timm has it with ``qkv_fused=False``."""
+
+
+SHARED_KEYS = "several heads share their keys"
+_KEPT = "kept_channels"
+"""Buffer with the numbers of a cut layer's q/k channels in the dense one, [H, d]."""
+
+
+def rotated(
+    m: Any,
+    q: Tensor,
+    k: Tensor,
+    x: Tensor,
+    rope: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> tuple[Any, ...]:
+    """Rotate q and k [B, H, N, d] by ``rope``, sines and cosines [..., N, 2 * dense width]."""
+    dtype = q.dtype
+    q, k = m.q_norm(q), m.k_norm(k)
+    if rope is not None:
+        table = _angles(rope, getattr(m, _KEPT, None))
+        q, k = (_rotate(m, part, table).to(dtype) for part in (q, k))
+    return q, k, mask_of(x, attn_mask, is_causal)
+
+
+def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
+    """Rotate all but the prefix tokens, which have no position; there may be queries of those only."""
+    if x.shape[2] <= m.num_prefix_tokens:
+        return x
+    prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
+    return torch.cat((prefix, apply_rot_embed_cat(rest, table, half=m.rotate_half)), dim=2)
+
+
+def _angles(rope: Tensor, channels: Tensor | None) -> Tensor:
+    """Sines and cosines, [..., N, 2 * dense], of ``channels`` [H, d]: [..., H, N, 2 * d]."""
+    if channels is None:
+        return rope
+    heads, width = channels.shape
+    rope = rope if rope.dim() > 2 else rope[None]
+    rope = rope.expand(*rope.shape[:-3], heads, -1, -1)
+    index = channels[:, None].expand(*rope.shape[:-1], width)
+    return torch.cat([part.gather(-1, index) for part in rope.chunk(2, dim=-1)], dim=-1)
+
+
+@dataclass(eq=False)
+class Rope(Softmax):
+    """Rotary attention (RoPE): EVA-02, DINOv3, RoPE-ViT, PE, Qwen3-ViT, ...
+
+    It has one ``qkv``, whose bias may be in parts, or a projection each. A q/k channel is a pair of rows that
+    rotate together: neighbours, or one from each half of a head. Pairs rotate at different speeds, so that
+    they are selected, each head its own, and never mixed; a cut layer keeps the numbers of its pairs to look
+    up their angles. v channels do not rotate and can be mixed.
+
+    If several heads of q share keys and values, v has as many heads as the keys, and a v channel is read once
+    for each head of q.
+    """
+
+    written_by: Mapping[str, str] = field(
+        default_factory=lambda: {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"}
+    )
+    logits: Hook = rotated
+    finish: Hook = gated
+    norm_behind: str = "norm"
+
+    def v_size(self, module: Any) -> tuple[int, int]:
+        heads, width = super().v_size(module)
+        return heads // _queries_per_key(module), width
+
+    def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
+        sizes = super().sizes(module)
+        (heads, qk), (key_heads, v) = sizes["q"], sizes["v"]
+        return sizes | {"k": (key_heads, qk), "g": (heads, v)}
+
+    def not_prunable(self, module: Any) -> dict[UnitKind, str]:
+        shared: dict[UnitKind, str] = {"qk": SHARED_KEYS} if _queries_per_key(module) > 1 else {}
+        return shared | super().not_prunable(module)
+
+    def qk(self, name: str, module: Any) -> Unit:
+        """The unit of pairs of rows that rotate together."""
+        plain, half = super().qk(name, module), module.rotate_half
+        pairs = plain.width // 2
+        copies, step = ((0, pairs), 1) if half else ((0, 1), 2)
+
+        def paired(axes: tuple[ChannelAxis, ...]) -> tuple[ChannelAxis, ...]:
+            place = partial(replace, head_step=2 * pairs, channel_step=step, copies=copies)
+            return tuple(map(place, axes))
+
+        return replace(
+            plain,
+            width=pairs,
+            axes=paired(plain.axes),
+            scale_axes=paired(plain.scale_axes),
+            hooks={name: _of_pairs(hook, plain.heads, pairs, half) for name, hook in plain.hooks.items()},
+            mixing="select",
+        )
+
+    def v(self, name: str, module: Any) -> Unit:
+        """The unit of v, of the heads of keys."""
+        unit, queries = super().v(name, module), _queries_per_key(module)
+        if queries == 1:
+            return unit
+        copies = tuple(unit.width * query for query in range(queries))
+        by_each = partial(replace, head_step=queries * unit.width, copies=copies)
+        gate = self.axes(module, "g") if module.gate is not None else ()
+        axes = tuple(by_each(axis) if axis in gate else axis for axis in unit.axes)
+        output = replace(unit.hooks["output"], then=partial(_apart, unit.width, queries))
+        return replace(unit, axes=axes).read_at(by_each(unit.scale_axes[0]), output)
+
+    def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Record the numbers, in the dense layer, of the channels whose angles the cut one needs."""
+        if unit.kind != "qk":
+            return
+        kept = kept.to(table_device(module.proj.weight))
+        if module.rotate_half:
+            channels = torch.cat((kept, kept + unit.width), dim=-1)
+        else:
+            channels = (2 * kept[..., None] + torch.arange(2, device=kept.device)).flatten(1)
+        earlier = getattr(module, _KEPT, None)
+        if earlier is not None:
+            channels = earlier.gather(1, channels)
+        module.register_buffer(_KEPT, channels, persistent=False)
+
+
+def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
+    """Return ``hook`` with the two channels of each pair apart: [..., 2, heads * pairs]."""
+
+    def split(module: Any, x: Tensor) -> Tensor:
+        x = x if hook.then is None else hook.then(module, x)
+        x = x[..., hook.offset : hook.offset + heads * 2 * pairs]
+        if half:
+            return x.reshape(*x.shape[:-1], heads, 2, pairs).transpose(-2, -3).flatten(-2)
+        return x.reshape(*x.shape[:-1], heads * pairs, 2).transpose(-1, -2)
+
+    return replace(hook, offset=0, then=split)
+
+
+def _queries_per_key(module: Any) -> int:
+    """Number of heads of q that share one head of keys and values; 1 for EVA's attention."""
+    return getattr(module, "num_kv_groups", 1)
+
+
+def _apart(width: int, queries: int, module: Any, x: Tensor) -> Tensor:
+    """[..., N, heads * queries * d], each head of q an observation: [..., N, queries, heads * d]."""
+    x = x.reshape(*x.shape[:-1], -1, queries, width)
+    return x.transpose(-2, -3).flatten(-2)

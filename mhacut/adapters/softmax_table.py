@@ -10,10 +10,8 @@ from typing import Any
 
 from timm import layers, models
 
-from mhacut.adapters import read_attention as first
 from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.base import Mixing
-from mhacut.adapters.rope import Rope, rotated
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
     GlobalContext,
@@ -22,7 +20,14 @@ from mhacut.adapters.softmax_special import (
     Parallel,
     PoolingHead,
     Positional,
+    ReadAttention,
+    ReadBeitAttention,
+    ReadEvaAttention,
+    ReadRelPosAttention,
+    ReadRopeAttention,
+    Rope,
     Sam,
+    rotated,
 )
 
 NORM_WITHIN = "a norm before the projection runs over the v channels of a head"
@@ -67,7 +72,7 @@ READ_ROPE = partial(
     inputs=hooks.first_tokens,
     logits=hooks.of_first(rotated),
 )
-DIFFERENTIAL: dict[str, Any] = {"query_heads": 2, "weigh": hooks.difference, "v_whole": NORM_WITHIN}
+DIFFERENTIAL: dict[str, Any] = {"query_heads": 2, "weigh": hooks.difference, "v_refusal": NORM_WITHIN}
 
 SOFTMAX = (
     Softmax(
@@ -80,7 +85,7 @@ SOFTMAX = (
         norm_behind="norm",
     ),
     READ(
-        first.ReadAttention,
+        ReadAttention,
         {**Q_KV, "gate": "g"},
         logits=hooks.of_first(hooks.masked),
         finish=hooks.gated,
@@ -88,11 +93,11 @@ SOFTMAX = (
         norm_behind="norm",
     ),
     Rope(layers.attention.AttentionRope),
-    READ_ROPE(first.ReadRopeAttention),
+    READ_ROPE(ReadRopeAttention),
     Rope(models.eva.EvaAttention),
-    READ_ROPE(first.ReadEvaAttention),
+    READ_ROPE(ReadEvaAttention),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
-    READ(first.ReadBeitAttention, Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
+    READ(ReadBeitAttention, Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
     Softmax(models.convit.MHSA),
@@ -174,7 +179,7 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
-    READ(first.ReadRelPosAttention, Q_KV, logits=hooks.of_first(hooks.rel_pos)),
+    READ(ReadRelPosAttention, Q_KV, logits=hooks.of_first(hooks.rel_pos)),
     Sam(models.vision_transformer_sam.Attention, logits=hooks.tables, scaled=False),
     Softmax(models.visformer.Attention, finish=to_map),
     Softmax(models.volo.Attention),

@@ -23,7 +23,7 @@ from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 from mhacut.runtime.inputs import stem_of
-from mhacut.surgery.info import model_input_size
+from mhacut.surgery.find import model_input_size
 from mhacut.text import dtype_name
 
 _MAX_NAMES = 5

@@ -29,7 +29,7 @@ from mhacut.checkpoint.training import POOLS, Training, read_training
 from mhacut.checkpoint.wrapping import Naming
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
-from mhacut.surgery.info import model_input_size, patch_embedding
+from mhacut.surgery.find import model_input_size, patch_embedding
 from mhacut.surgery.slice import cut
 
 

@@ -24,7 +24,7 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
-from mhacut.surgery.info import classifier_size, model_input_size, patch_embedding
+from mhacut.surgery.find import classifier_size, model_input_size, patch_embedding
 
 _ARGS = "mhacut_model_args"
 """Attribute of a loaded module: the arguments that it was built with."""

@@ -11,8 +11,8 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.options.base import PreprocessingOptions
+from mhacut.surgery.find import patch_embedding
 from mhacut.surgery.flops import weightless
-from mhacut.surgery.info import patch_embedding
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:

@@ -16,7 +16,7 @@ from mhacut.checkpoint.unlisted import unlisted_models
 from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
-from mhacut.surgery.info import model_input_size
+from mhacut.surgery.find import model_input_size
 
 _MOST_NAMED = 4
 """Architectures in a message."""

@@ -9,7 +9,7 @@ from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError
-from mhacut.surgery.info import model_input_size
+from mhacut.surgery.find import model_input_size
 
 
 def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) -> None:

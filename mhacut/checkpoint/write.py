@@ -26,8 +26,8 @@ from mhacut.limits import is_int
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.files import check_output, show, write_whole
 from mhacut.runtime.tensor_file import save_tensors
+from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
-from mhacut.surgery.storage import count_bytes
 from mhacut.text import dtype_name
 
 _SPARE_BYTES = 2**20

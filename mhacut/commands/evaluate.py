@@ -26,8 +26,8 @@ from mhacut.report.html_table import html_table
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
 from mhacut.runtime.progress import Reporter, reporting
+from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters, measure_flops
-from mhacut.surgery.info import classifier_size
 from mhacut.text import safe_table
 
 if TYPE_CHECKING:

@@ -23,11 +23,10 @@ from mhacut.pruning.recover import recover
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 from mhacut.pruning.widths import NEAR, lowest_flops
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.costs import round_to_stored
+from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.info import classifier_size
 from mhacut.surgery.slice import cut
-from mhacut.surgery.storage import round_to_stored
 from mhacut.surgery.tokens import with_tokens
 
 PROBED = 4

@@ -29,8 +29,8 @@ from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.files import check_still, show
 from mhacut.runtime.progress import Reporter
+from mhacut.surgery.costs import count_bytes, round_to_stored
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.storage import count_bytes, round_to_stored
 
 
 @torch.no_grad()

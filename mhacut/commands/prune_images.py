@@ -25,7 +25,7 @@ from mhacut.measuring.normalisation import SAMPLE, Batches
 from mhacut.options.prune import PruneOptions
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.info import classifier_size
+from mhacut.surgery.find import classifier_size
 
 
 class LabelledBatches(Protocol):

@@ -52,11 +52,9 @@ from mhacut.pruning.widths import MULTIPLE
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.costs import CostTable, build_cost_table
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.costs import CostTable, Dtypes, build_cost_table
+from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.info import classifier_size
-from mhacut.surgery.storage import Dtypes
 from mhacut.surgery.tokens import with_tokens
 
 _KINDS: dict[str, tuple[UnitKind, ...]] = {

@@ -30,9 +30,9 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.merging import prefix_attended
-from mhacut.surgery.replay import Call, Replay, cut_to_widths, likeness, recorded_calls
+from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import prefix_attended
 
 AIM = 0.97
 """Fraction of the budget that a plan aims at: in another process, times differ a little."""
@@ -210,7 +210,7 @@ class TimeTarget:
     def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:
         """Everything that the times depend on."""
         packages = ("torch", "timm", *_PACKAGES.get(self.stopwatch.timing.runtime, ()))
-        parts = [likeness(self.stopwatch.dense), likeness(counted), sorted(job.choices.items())]
+        parts = [cost_key(self.stopwatch.dense), cost_key(counted), sorted(job.choices.items())]
         return {
             **self.stopwatch.conditions(),
             "image": list(self.stopwatch.size),
@@ -258,7 +258,7 @@ class TimeTarget:
             for call in recorded.get(layer.name, ()):
                 module, prefix = counted.get_submodule(layer.name), prefix_attended(counted, layer.name)
                 own = by_name[layer.name]
-                key = (likeness(module), repr(call), prefix, tuple(own.items()))
+                key = (cost_key(module), repr(call), prefix, tuple(own.items()))
                 if key not in places:
                     places[key] = len(found)
                     found.append(_Distinct(module, layer, call, prefix, points_to_measure(own)))

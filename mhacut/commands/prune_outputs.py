@@ -13,12 +13,10 @@ from mhacut.plan import TokenPlan
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers, gives_probabilities
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.info import classifier_size, gives_probabilities
-from mhacut.surgery.merging import why_not_merged
 from mhacut.surgery.read import tokens_read
-from mhacut.surgery.tokens import tokens_of
+from mhacut.surgery.tokens import tokens_of, why_not_merged
 
 
 def outputs_and_tokens(

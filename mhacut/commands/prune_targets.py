@@ -24,8 +24,8 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.reachable import reachable_amounts
 from mhacut.pruning.widths import lowest_flops
+from mhacut.surgery.costs import Dtypes, byte_table, count_bytes, parameter_table
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.storage import Dtypes, byte_table, count_bytes, parameter_table
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mhacut.options.timing import TimingOptions
 from mhacut.runtime.compiling import many_compiled, refusing_compile
 from mhacut.runtime.device import same_device
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.replay import Replay
+from mhacut.surgery.hooks import Replay
 
 
 class Stopwatch:

@@ -24,7 +24,7 @@ from mhacut.measuring.agreement import Agreement, agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions
 from mhacut.options.export import ExportOptions
-from mhacut.surgery.info import gives_probabilities
+from mhacut.surgery.find import gives_probabilities
 
 Method = Literal["dynamic", "static"]
 

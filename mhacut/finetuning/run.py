@@ -38,8 +38,8 @@ from mhacut.runtime.inputs import REMOTE
 from mhacut.runtime.locks import unlock
 from mhacut.runtime.progress import Reporter
 from mhacut.runtime.signals import StopRequest
+from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.info import classifier_size
 
 
 @dataclass

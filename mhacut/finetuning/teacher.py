@@ -27,7 +27,7 @@ from mhacut.finetuning.objective import Blocks, Objective, Teacher, check_matchi
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.info import classifier_size
+from mhacut.surgery.find import classifier_size
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _OPTIONS = {

@@ -16,13 +16,10 @@ from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, option_
 from mhacut.plan import LayerFamily, UnitKind
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.hooks import registered
-from mhacut.surgery.info import gives_probabilities
-from mhacut.surgery.merge import Match, Matcher
-from mhacut.surgery.merging import merged_of
-from mhacut.surgery.tokens import tokens_of, with_tokens
+from mhacut.surgery.tokens import Match, Matcher, merged_of, tokens_of, with_tokens
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mhacut.checkpoint.load import part_of_dense, read_model, states_its_model
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import PathLike
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.info import model_input_size
+from mhacut.surgery.find import model_input_size
 
 
 def read_dense(

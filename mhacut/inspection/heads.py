@@ -14,7 +14,7 @@ from mhacut.linalg.spectrum import effective_rank, falling_eigenvalues, logit_en
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.unit_sums import UnitMoments
-from mhacut.surgery.output import effective_output_weights
+from mhacut.surgery.channels import effective_output_weights
 
 SHARES = (75, 50, 25)
 """Percentages of its width for which each head lists the channels that it would keep."""

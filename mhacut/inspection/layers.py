@@ -21,9 +21,8 @@ from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Basis, LayerFamily, TokenPlan, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.weight_moments import white_moments
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
-from mhacut.surgery.info import classifier_size
 from mhacut.surgery.tokens import tokens_of
 from mhacut.text import dtype_name
 

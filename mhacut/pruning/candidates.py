@@ -22,7 +22,7 @@ from mhacut.linalg.selection import (
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, UnitPlan
 from mhacut.pruning.unit_sums import UnitMoments
-from mhacut.surgery.output import effective_output_weights
+from mhacut.surgery.channels import effective_output_weights
 
 FEW_ROWS = 2
 """Rows of images to fit, per channel, below which errors are measured on held-out images: as many channels as
@@ -35,7 +35,7 @@ class Candidate:
 
     unit: Unit
     rotation: Tensor | None
-    """Matrix for :func:`mhacut.surgery.rotate.rotate`, [H, d, d]; None for the unit's own channels."""
+    """Matrix for :func:`mhacut.surgery.channels.rotate`, [H, d, d]; None for the unit's own channels."""
     ranking: Ranking
     """Order of importance of the channels, after the rotation if there is one."""
     unshared: bool = False
@@ -129,7 +129,7 @@ def few_rows(unit: Unit, moments: UnitMoments) -> bool:
 
 
 def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:
-    """Return ``moments`` as they are after :func:`mhacut.surgery.rotate.rotate` on the layer."""
+    """Return ``moments`` as they are after :func:`mhacut.surgery.channels.rotate` on the layer."""
     if rotation is None:
         return moments
     inverse = torch.linalg.inv(rotation).mT

@@ -13,7 +13,7 @@ from mhacut.pruning.planner import Planned
 from mhacut.pruning.repair import ReconstructedModel
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import masked_tensors, run_with
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.tokens import set_merged
 
 EXACTNESS = 1e-3
 """Largest relative difference of masked and sliced outputs that rounding explains; it grows with depth."""

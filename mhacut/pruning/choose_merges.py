@@ -36,9 +36,9 @@ from mhacut.pruning.merge_law import (
 from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.merging import set_merged, why_not_merged
+from mhacut.surgery.hooks import recorded_calls
 from mhacut.surgery.read import read_of
-from mhacut.surgery.replay import recorded_calls
+from mhacut.surgery.tokens import set_merged, why_not_merged
 
 TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""

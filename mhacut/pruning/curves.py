@@ -30,8 +30,8 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.unit_sums import UnitMoments
 from mhacut.runtime.progress import Counter
+from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.hooks import captured_outputs, registered
-from mhacut.surgery.output import effective_output_weights
 
 Curve = Mapping[int, float]
 """Estimated KL divergence in nats at each width; 0 at the dense width."""

@@ -28,11 +28,10 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.device import repeatable
 from mhacut.runtime.progress import Counter
+from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.layout import channel_dims
-from mhacut.surgery.merge import Match, SizedTokens
-from mhacut.surgery.merging import merged_of, set_merged
+from mhacut.surgery.tokens import Match, SizedTokens, merged_of, set_merged
 
 LR = 7e-4
 """Learning rate of the first step of each block."""

@@ -27,9 +27,9 @@ from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
 from mhacut.pruning.widths import MULTIPLE
+from mhacut.surgery.channels import rotate
 from mhacut.surgery.costs import CostTable
 from mhacut.surgery.mask import masked_tensors
-from mhacut.surgery.rotate import rotate
 
 _SPREAD = 0.1
 """Distance from the threshold at which the best and the worst channel of a head start to refine a plan."""

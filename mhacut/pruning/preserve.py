@@ -20,7 +20,7 @@ from mhacut.linalg.moments import Moments
 from mhacut.linalg.whitening import Whitening
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import Features
-from mhacut.surgery.info import gives_probabilities
+from mhacut.surgery.find import gives_probabilities
 
 MOST_BYTES = 2**30
 """Bounds the memory of the dense model's features of all calibration images; if they need more, only every

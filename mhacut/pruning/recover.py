@@ -16,7 +16,7 @@ from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.sequential import GUARD, sequentially_reconstructed
 from mhacut.pruning.tune import tuned
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.tokens import set_merged
 
 
 @dataclass(frozen=True)

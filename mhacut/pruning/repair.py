@@ -22,10 +22,9 @@ from mhacut.pruning.candidates import Candidate, block_diagonal, rotated
 from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.job import Job
 from mhacut.pruning.unit_sums import UnitMoments
+from mhacut.surgery.channels import add_constant, effective_output_weights, mix, output_weights, rotate
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import kept_channels, scale, set_gate, temperature_factor
-from mhacut.surgery.output import add_constant, effective_output_weights, output_weights
-from mhacut.surgery.rotate import mix, rotate
 from mhacut.surgery.tokens import tokens_of
 
 

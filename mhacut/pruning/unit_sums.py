@@ -21,8 +21,8 @@ from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.spill import Spill, return_freed
+from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.output import effective_output_weights
 
 MOST_BYTES = 2**30
 """Size above which moments on the CPU are kept in a temporary file."""

@@ -13,7 +13,7 @@ from mhacut.linalg.moments import Moments
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.pruning.candidates import block_diagonal
 from mhacut.pruning.unit_sums import UnitMoments
-from mhacut.surgery.axes import channels_of
+from mhacut.surgery.channels import channels_of
 
 
 def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:

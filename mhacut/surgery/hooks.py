@@ -1,18 +1,24 @@
-"""Capture activations of units and outputs of modules while a model runs."""
+"""Capture what modules get and give while a model runs, and run single layers again at other widths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from mhacut.adapters.base import ActivationHook, Unit
+from mhacut.adapters.base import ActivationHook, Layer, Unit
+from mhacut.plan import UnitKind
+from mhacut.surgery.slice import slice_layer
+from mhacut.surgery.tokens import class_attention
 
 Capture = Callable[[Unit, str, Tensor], None]
 """Called with a unit, the name of one of its hooks, and the activation, [..., heads, width]."""
@@ -108,3 +114,121 @@ def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation:
     stride = hook.stride or width
     channels = channels[..., hook.offset : hook.offset + (unit.heads - 1) * stride + width]
     return channels.unfold(-1, width, stride)  # (..., H, width)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Stand-in for a tensor of which only the shape matters."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one run of a layer, tensors as :class:`Shape`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
+    """Record the calls of the named modules while ``model`` runs in the block.
+
+    Yields:
+        The calls by name, which fill up as the model runs.
+    """
+    calls: dict[str, list[Call]] = {name: [] for name in names}
+    with registered(
+        model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
+        for name, recorded in calls.items()
+    ):
+        yield calls
+
+
+def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(Call(*tree_map(_shape_only, (args, kwargs))))
+
+    return hook
+
+
+def _shape_only(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.dim() == 0 and not leaf.is_floating_point():  # a size, which is a tensor while torch traces
+        return int(leaf)
+    return Shape(tuple(int(size) for size in leaf.shape), leaf.dtype)
+
+
+class Replay(nn.Module):
+    """One recorded call of a layer, as a module whose inputs are the tensors of that call.
+
+    With a ``prefix`` it computes what the block around the layer does with the layer's weights, too.
+    """
+
+    def __init__(self, module: nn.Module, call: Call, prefix: int | None) -> None:
+        super().__init__()
+        self.module, self.prefix = module, prefix
+        self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
+
+    def zeros(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return inputs of the call's shapes that are 0."""
+        return tuple(torch.zeros(each.shape, dtype=each.dtype, device=device) for each in self._shapes())
+
+    def noise(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return inputs of the call's shapes to time it on: numbers are normal noise, all else is 0."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(
+            torch.randn(each.shape, generator=generator).to(device, each.dtype)
+            if each.dtype.is_floating_point
+            else torch.zeros(each.shape, dtype=each.dtype, device=device)
+            for each in self._shapes()
+        )
+
+    def _shapes(self) -> list[Shape]:
+        return [leaf for leaf in self._leaves if isinstance(leaf, Shape)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Shape) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        output = self.module(*args, **kwargs)
+        if self.prefix is None:
+            return output
+        sizes = torch.ones_like(args[0][..., :1])
+        return output, class_attention(self.module, args[0], sizes, self.prefix)
+
+
+def cost_key(module: nn.Module) -> tuple[Any, ...]:
+    """Key of all modules that cost the same for the same inputs: classes, shapes, functions, switches.
+
+    Fractions (probabilities of dropout, scales) change no shape and are left out.
+    """
+    parts: list[Any] = []
+    for name, part in module.named_modules():
+        attributes = vars(part).items()
+        switches = [
+            (key, value if isinstance(value, FunctionType) else repr(value))
+            for key, value in attributes
+            if isinstance(value, int | str | tuple | list | FunctionType)
+        ]
+        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        shapes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
+        parts.append((name, type(part), *switches, *shapes))
+    return tuple(parts)
+
+
+def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int]) -> nn.Module:
+    """Return a copy of a layer with the first channels of each head, as many as ``widths`` says by kind.
+
+    Args:
+        module: the layer, on any device, meta included.
+        layer: its description.
+        widths: of all its units, channels per head.
+    """
+    plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
+    slim = copy.deepcopy(module)
+    slice_layer(slim, layer, plans)
+    return slim

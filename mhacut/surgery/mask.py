@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from mhacut.adapters.base import ChannelAxis, Unit
 from mhacut.options.prune import Temperature
 from mhacut.plan import Basis, UnitKey, UnitPlan
-from mhacut.surgery.axes import norm_axis, select_heads
+from mhacut.surgery.channels import norm_axis, output_weights, select_heads
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.output import output_weights
 
 
 def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis: Basis) -> float:

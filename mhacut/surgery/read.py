@@ -18,15 +18,15 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from mhacut.adapters.read_attention import (
+from mhacut.adapters.registry import adapter_for
+from mhacut.adapters.softmax import Softmax
+from mhacut.adapters.softmax_special import (
     ReadAttention,
     ReadBeitAttention,
     ReadEvaAttention,
     ReadRelPosAttention,
     ReadRopeAttention,
 )
-from mhacut.adapters.registry import adapter_for
-from mhacut.adapters.softmax import Softmax
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 

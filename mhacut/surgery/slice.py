@@ -11,10 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.adapters.base import Layer, Unit
 from mhacut.plan import Plan, UnitKey, UnitKind, UnitPlan
-from mhacut.surgery.axes import axes_of, tensor_of
+from mhacut.surgery.channels import add_constant, axes_of, tensor_of
 from mhacut.surgery.find import PrunableLayers, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
-from mhacut.surgery.output import add_constant
 from mhacut.surgery.tokens import apply_tokens, tokens_of
 
 _LEAST_GATE = 1e-60
@@ -65,7 +64,7 @@ def cut(
         _scale_kept(module, layer, by_layer[layer.name], channel_scales or {})
         slice_layer(module, layer, by_layer[layer.name])
     for adapter in dict.fromkeys(layer.adapter for layer in cut_layers):
-        adapter.settle(model)
+        adapter.fix_shared_modules(model)
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, U
     """
     for unit in layer.units:
         if unit.kind in unit_plans:
-            layer.adapter.keep(module, unit, torch.tensor(unit_plans[unit.kind].kept))
+            layer.adapter.record_kept(module, unit, torch.tensor(unit_plans[unit.kind].kept))
     _slice(module, layer, unit_plans)
     widths = {u.kind: unit_plans[u.kind].width if u.kind in unit_plans else u.width for u in layer.units}
     layer.adapter.resize(module, widths)

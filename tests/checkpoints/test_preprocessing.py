@@ -16,8 +16,8 @@ from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspection.layers import inspect_model
 from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Plan
+from mhacut.surgery.find import model_input_size
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.info import model_input_size
 
 
 def opened(tmp_path, name, **args):

@@ -28,10 +28,10 @@ from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps
 from mhacut.pruning.widths import width_choices
 from mhacut.report.history import step
+from mhacut.surgery.costs import byte_table, count_bytes, parameter_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
-from mhacut.surgery.storage import byte_table, count_bytes, parameter_table
 from properties.cases import CASES
 
 # --- budgets as people write them ---

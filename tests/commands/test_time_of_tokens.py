@@ -17,7 +17,7 @@ from mhacut.errors import BudgetError
 from mhacut.measuring.latency import Comparison
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.merging import merged_of
+from mhacut.surgery.tokens import merged_of
 
 SIDE = 64
 ARGS = {"depth": 2, "embed_dim": 48, "num_heads": 3}

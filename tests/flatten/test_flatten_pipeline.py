@@ -34,9 +34,9 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.repair import repair, shrink
+from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
-from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
 
 DEIT, PVT = FLATTEN["flatten_deit_tiny"], FLATTEN["flatten_pvt_v2_b0"]

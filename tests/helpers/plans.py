@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.distill import Distillation
-from mhacut.surgery.axes import axes_of, channels_of, set_channels
+from mhacut.surgery.channels import axes_of, channels_of, set_channels
 from mhacut.surgery.find import PrunableLayers
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from helpers.models import double, relative
 from helpers.plans import kill
 from mhacut.plan import Plan, UnitPlan
+from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import capturing
-from mhacut.surgery.output import effective_output_weights
 from properties.cases import CASES
 
 

@@ -13,9 +13,9 @@ from helpers.models import build, double, image, relative
 from helpers.plans import keep_everything, kill, random_plan
 from mhacut.checkpoint.build import allocate
 from mhacut.plan import Plan
+from mhacut.surgery.channels import rotate
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
-from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 
 few = settings(max_examples=2, deadline=None)

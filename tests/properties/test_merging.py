@@ -18,15 +18,13 @@ from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.exporting import runtimes
 from mhacut.plan import Plan, TokenPlan
 from mhacut.pruning.resumable import ResumableModel
+from mhacut.surgery.channels import rotate
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
-from mhacut.surgery.merge import Match
-from mhacut.surgery.merging import class_attention, set_merged
-from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import apply_tokens, tokens_of
+from mhacut.surgery.tokens import Match, apply_tokens, class_attention, set_merged, tokens_of
 
 
 def merging(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:

@@ -18,7 +18,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair, shrink
 from mhacut.pruning.unit_sums import UnitMoments
-from mhacut.surgery.axes import channels_of, set_channels
+from mhacut.surgery.channels import channels_of, set_channels
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import CASES

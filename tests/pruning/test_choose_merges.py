@@ -20,7 +20,7 @@ from mhacut.pruning.distill import Distillation
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.merging import merged_of
+from mhacut.surgery.tokens import merged_of
 
 ARGS = {"depth": 3, "img_size": 96, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 VIT = ModelCase("vit_tiny_patch16_224", ARGS)

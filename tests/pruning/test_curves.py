@@ -24,9 +24,9 @@ from mhacut.pruning.curves import FEW_WIDTHS, MOST_WIDTHS, sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.repair import shrink
 from mhacut.pruning.widths import width_choices
+from mhacut.surgery.channels import rotate
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
-from mhacut.surgery.rotate import rotate
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 CASES = (

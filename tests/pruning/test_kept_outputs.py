@@ -8,7 +8,7 @@ import torch
 from helpers.healing import CASES, MERGING, VIT, Bench
 from mhacut.pruning import kept_outputs
 from mhacut.pruning.kept_outputs import KeptOutputs
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.tokens import set_merged
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from helpers.healing import HELD, MERGING, Bench
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.tokens import set_merged
 
 
 def test_what_merges_tokens_is_compared_token_by_token():

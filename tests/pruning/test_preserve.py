@@ -27,9 +27,8 @@ from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import Preserved
 from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
-from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
+from mhacut.surgery.features import channel_dims, find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.layout import channel_dims
 from properties.cases import CASES
 
 SMALL = {

@@ -18,9 +18,8 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
 from mhacut.pruning.repair import repair
+from mhacut.surgery.channels import effective_output_weights, rotate
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.output import effective_output_weights
-from mhacut.surgery.rotate import rotate
 from mhacut.surgery.slice import cut
 from properties.cases import CASES, VITS
 

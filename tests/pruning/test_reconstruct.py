@@ -20,9 +20,9 @@ from mhacut.pruning.recover import Recovery
 from mhacut.pruning.repair import reconstruct
 from mhacut.pruning.widths import width_choices
 from mhacut.runtime.progress import SILENT
+from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
-from mhacut.surgery.output import effective_output_weights
 from mhacut.surgery.slice import cut
 from properties.cases import UNLIKE, VITS
 

@@ -21,7 +21,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
-from mhacut.surgery.axes import channels_of
+from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import UNLIKE, VITS

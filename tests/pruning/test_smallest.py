@@ -21,7 +21,7 @@ from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.merging import set_merged
+from mhacut.surgery.tokens import set_merged
 
 # --- search ---
 

@@ -12,7 +12,7 @@ from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.weight_moments import white_moments
-from mhacut.surgery.axes import channels_of
+from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 

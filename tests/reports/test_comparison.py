@@ -18,8 +18,8 @@ from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.inspection.compare import compare
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.merging import set_merged
 from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import set_merged
 
 CASE = ModelCase("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_classes": 7, "embed_dim": 48})
 

@@ -19,8 +19,7 @@ from mhacut.checkpoint.write import write_slim
 from mhacut.data.preprocessing import Preprocessing
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan
-from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.info import model_input_size
+from mhacut.surgery.find import find_prunable_layers, model_input_size
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut as cut_model
 from tools import Done

@@ -28,7 +28,7 @@ from timm.models import (
 from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
-from mhacut.adapters.read_attention import (
+from mhacut.adapters.softmax_special import (
     ReadAttention,
     ReadBeitAttention,
     ReadEvaAttention,

@@ -1,25 +1,30 @@
-"""Focused linear attention of the FLatten Transformers, :mod:`mhacut.flatten.attention`.
-
-q/k channels end in a ReLU and a power over all heads, so that they are selected, never mixed; a gate on their
-features removes them exactly. v channels pass a depthwise convolution: they are selected too, and where heads
-share its filters, either at equal positions or with a copy of the filters for each head.
-"""
+"""Attention of the FLatten Transformers: :mod:`mhacut.flatten.attention`, and CSWin's branches."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Unit
-from mhacut.adapters.projection import Projection
+from mhacut.adapters.attend import attend_as
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Projection, Unit
+from mhacut.adapters.softmax import Softmax
 from mhacut.flatten.attention import FusedFocusedAttention, SeparateFocusedAttention, scale_with_gate
+from mhacut.flatten.cswin_attention import CswinAttention, FocusedLepeAttention, StripeAttention
 from mhacut.flatten.flatten_deit import FocusedVitAttention
+from mhacut.plan import UnitKind
 
 
 class FocusedAttentionAdapter(Adapter):
-    """One ``qkv``, or ``q`` and ``kv``; widths are read from the tensors."""
+    """Focused linear attention with one ``qkv``, or ``q`` and ``kv``; widths are read from the tensors.
+
+    q/k channels end in a ReLU and a power over all heads, so that they are selected, never mixed; a gate on
+    their features removes them exactly. v channels pass a depthwise convolution: they are selected too, and
+    where heads share its filters, either at equal positions or with a copy of the filters for each head.
+    """
 
     family = "attention"
     module_classes: tuple[type[nn.Module], ...] = (
@@ -85,3 +90,48 @@ class FocusedAttentionAdapter(Adapter):
         merged = scale_with_gate(scale.detach().double(), gate, inner.focusing_factor)
         with torch.no_grad():
             scale.copy_(torch.where(gate == 1, scale, merged.to(scale.dtype)))
+
+
+class SlimStripeAttention(StripeAttention):
+    """``StripeAttention`` with other widths for q/k than for v. Made by ``resize``, never constructed."""
+
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_as(self, q, k, v)
+
+
+class Stripes(Softmax):
+    """Softmax within stripes; of two branches, the first takes half the heads."""
+
+    def v(self, name: str, module: Any) -> Unit:
+        plain = super().v(name, module)
+        share = plain.heads // len(module.attns)
+        lepe = [
+            ChannelAxis(f"attns.{number}.get_v.{part}", 0, heads=(number * share, (number + 1) * share))
+            for part in ("weight", "bias")
+            for number in range(len(module.attns))
+        ]
+        constants = tuple(lepe[len(module.attns) :]) if plain.output_bias is not None else ()
+        return replace(plain, axes=(*plain.axes, *lepe), mixing="refit", constants=constants)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        for attn in module.attns:
+            attn.scale = widths["qk"] ** -0.5
+            attn.__class__ = StripeAttention if widths["qk"] == widths["v"] else SlimStripeAttention
+
+
+class CswinAttentionAdapter(FocusedAttentionAdapter):
+    """FLatten-CSWin's attention: a pair of projections around branches, linear over the map or in stripes.
+
+    Rows of the fused ``qkv`` are [q | k | v], each head-major. LePE convolves every v channel by itself, so
+    that v channels are selected, each head its own.
+    """
+
+    module_classes: tuple[type[nn.Module], ...] = (CswinAttention,)
+    stripes = Stripes(CswinAttention, mixins=())
+
+    def branch(self, module: Any) -> tuple[str, Any]:
+        return "attns.0.", module.attns[0]
+
+    def describe(self, name: str, module: Any) -> Layer:
+        linear = isinstance(module.attns[0], FocusedLepeAttention)
+        return super().describe(name, module) if linear else self.stripes.describe(name, module)

@@ -1,0 +1,173 @@
+"""Read, write and mix the channels of a unit, in its tensors and in the projection behind them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Unit
+
+
+def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
+    """Axes of ``unit``, including those in the batch norms after them."""
+    axes: list[ChannelAxis] = []
+    for axis in unit.axes:
+        axes.append(axis)
+        if axis.norm is not None:
+            axes += [norm_axis(axis, name) for name in NORM_TENSORS]
+    return tuple(axes)
+
+
+def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
+    """Return a copy of the unit's channels in one tensor, [H, d, copies, ...]."""
+    tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
+    return tensor[axis.rows(unit.heads, unit.width).to(tensor.device)]
+
+
+def set_channels(module: nn.Module, unit: Unit, axis: ChannelAxis, channels: Tensor) -> None:
+    """Write ``channels``, of the shape that :func:`channels_of` returns, into one tensor in place."""
+    tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
+    tensor[axis.rows(unit.heads, unit.width).to(tensor.device)] = channels.to(tensor.dtype)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer of ``module`` by its dotted name."""
+    owner, _, last = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), last)
+    assert isinstance(tensor, Tensor), name
+    return tensor
+
+
+def has_tensor(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` has a parameter or buffer of this name that is not None."""
+    owner, _, last = name.rpartition(".")
+    return isinstance(getattr(module.get_submodule(owner), last, None), Tensor)
+
+
+def norm_axis(axis: ChannelAxis, tensor: str) -> ChannelAxis:
+    """Axis of the same channels in one tensor of the batch norm behind ``axis``."""
+    return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
+
+
+def select_heads(axis: ChannelAxis, values: Tensor) -> Tensor:
+    """Return the part of ``values`` [H, ...] of the heads whose channels lie along ``axis``."""
+    if axis.shared:  # all alike
+        return values[:1]
+    return values if axis.heads is None else values[slice(*axis.heads)]
+
+
+def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
+    """Output projection of the unit, times the scale or batch norm after it, [out, heads * width], float64.
+
+    It maps errors of the unit's channels to errors of the layer's output. Where a channel is read at several
+    places (by a convolution, or for several queries) it is [places * out, heads * width], place by place:
+    squared errors sum to that of one place of the output if errors at the places are independent.
+
+    Args:
+        module: the layer.
+        unit: one of its units, with an output projection.
+    """
+    assert unit.output_projection is not None
+    columns = output_weights(module, unit).detach().double()
+    projection = module.get_submodule(unit.output_projection.tensor.rpartition(".")[0])
+    if isinstance(projection, nn.ConvTranspose2d):
+        assert unit.output_scale is None
+        assert unit.output_norm is None
+        columns = columns / math.prod(projection.stride) ** 0.5  # an error spreads over so many more places
+    if unit.output_scale is not None:
+        columns = module.get_parameter(unit.output_scale).detach().double()[:, None] * columns
+    if unit.output_norm is None:
+        return columns
+    return norm_factor(module.get_submodule(unit.output_norm))[:, None] * columns
+
+
+def output_weights(module: nn.Module, unit: Unit) -> Tensor:
+    """Output projection of the unit, [(places *) out, heads * width], as it is stored."""
+    assert unit.output_projection is not None
+    weight = module.get_parameter(unit.output_projection.tensor).movedim(unit.output_projection.dim, -1)
+    columns = unit.output_projection.rows(unit.heads, unit.width).to(weight.device)  # (H, d, copies)
+    # (..., out, H, d, copies) -> (copies, ..., out, H * d)
+    read = weight.movedim(0, -2)[..., columns].movedim(-1, 0).flatten(-2)
+    return read.reshape(-1, read.shape[-1])
+
+
+@torch.no_grad()
+def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
+    """Add ``constant``, [out] or [places * out], to the output of the unit's projection, in place.
+
+    It goes into the bias after the projection, or the mean of the batch norm; without either, it is lost.
+    """
+    if unit.output_bias is not None:
+        bias = module.get_parameter(unit.output_bias)
+        bias.add_(constant.view(-1, len(bias)).sum(0).to(bias))
+    elif unit.output_norm is not None:
+        mean = module.get_submodule(unit.output_norm).running_mean
+        assert isinstance(mean, Tensor)
+        mean.sub_(constant.to(mean))
+
+
+def norm_factor(norm: nn.Module) -> Tensor:
+    """Factor of a batch norm in eval mode, [C], float64."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.detach().double()
+
+
+@torch.no_grad()
+def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
+    """Change the basis of the unit's channels in place; the layer computes the same as before.
+
+    Args:
+        module: the layer.
+        unit: one of its units, whose mixing is ``rotate``.
+        basis: A, [H, d, d], invertible: scale axes are multiplied by A, the other axes by A^-T. The same for
+            all heads where their channels are tied.
+    """
+    assert unit.mixing == "rotate"
+    inverse = torch.linalg.inv(basis).mT
+    for axis in unit.axes:
+        mix(module, unit, axis, basis if axis in unit.scale_axes else inverse)
+
+
+@torch.no_grad()
+def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> None:
+    """Multiply the unit's channels in one tensor, and the batch norm behind it, by ``mixing`` [H, d, d].
+
+    A batch norm scales single channels, so its factor moves into the rows first. Its variances become those
+    of the mixed rows, as if the rows were independent, and its weight undoes them: in eval mode it scales by
+    1, and in training its statistics stay about what they are.
+    """
+    linear, mixing = [axis], select_heads(axis, mixing)
+    if axis.norm is not None:
+        norm = module.get_submodule(axis.norm)
+        factor = norm_factor(norm)
+        factor = factor[axis.rows(unit.heads, unit.width).to(factor.device)]  # (H, d, copies)
+        for part in (axis, norm_axis(axis, "running_mean")):
+            rows = channels_of(module, unit, part).double()
+            set_channels(module, unit, part, rows * factor.view(*factor.shape, *[1] * (rows.dim() - 3)))
+        bias = replace(axis, tensor=axis.tensor.removesuffix("weight") + "bias", dim=0, norm=None)
+        if has_tensor(module, bias.tensor):  # moves into the norm's mean
+            own, mean = (
+                channels_of(module, unit, part).double() for part in (bias, norm_axis(axis, "running_mean"))
+            )
+            set_channels(module, unit, norm_axis(axis, "running_mean"), mean - own * factor)
+            set_channels(module, unit, bias, torch.zeros_like(own))
+        variance = channels_of(module, unit, norm_axis(axis, "running_var")).double() * factor.square()
+        mixed = torch.einsum("hij,hj...->hi...", mixing.square(), variance)
+        set_channels(module, unit, norm_axis(axis, "running_var"), mixed)
+        mixed = channels_of(module, unit, norm_axis(axis, "running_var")).double()  # as it was rounded
+        set_channels(module, unit, norm_axis(axis, "weight"), (mixed + _eps(norm)).sqrt())
+        linear += [norm_axis(axis, "running_mean"), norm_axis(axis, "bias")]
+    for part in linear:
+        rows = channels_of(module, unit, part).double()
+        set_channels(module, unit, part, torch.einsum("hij,hj...->hi...", mixing, rows))
+
+
+def _eps(norm: nn.Module) -> float:
+    assert isinstance(norm, _BatchNorm)
+    return norm.eps
