@@ -20,8 +20,8 @@ RIDGE = 1e-6
 """Added to the variances before they are inverted, relative to their mean: channels may be linearly
 dependent."""
 AT_ONCE = 0.02
-"""Fraction of the remaining channels that go in one step (one by one below 100), or are exchanged in one
-round. Removal one by one is much slower and leaves hardly less error."""
+"""Fraction of the remaining channels that go in one step (one by one below 100). Removal one by one is much
+slower and leaves hardly less error (docs/explanation/choices.md)."""
 
 DENSE_ENOUGH = 0.9
 """Share of rows still in use below which matrices are packed again."""

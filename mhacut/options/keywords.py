@@ -360,6 +360,10 @@ class TargetKeywords(TypedDict, total=False):
 
 class SearchKeywords(TypedDict, total=False):
     """Search for the plan; every ingredient can be switched off for ablation."""
+    method: Literal["mhacut", "paper"]
+    """Ingredients of the search: those of mhacut, or those of the paper (arXiv 2405.20867), which is
+    --allocation indicator --selection indicator --no-repair --heal-steps 0; other options override it.
+    Default: 'mhacut'."""
     effort: Literal["fast", "balanced", "best"]
     """Amount of work: for a DeiT-S on two cores, fast takes 45 s, balanced 2 minutes, best 6. Default:
     'balanced'."""
@@ -367,10 +371,9 @@ class SearchKeywords(TypedDict, total=False):
     """Images per batch. Default: 16."""
     seed: int
     """Random seed. Default: 42."""
-    allocation: Literal["curves", "indicator", "refined", "uniform"]
+    allocation: Literal["curves", "indicator", "uniform"]
     """Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in the
-    paper (indicator), by indicators that start from the curves' plan and are used if they do better on held-
-    out images (refined), or uniformly (uniform). Default: 'curves'."""
+    paper (indicator), or uniformly (uniform). Default: 'curves'."""
     basis: Literal["auto", "channel", "principal"]
     """Channels to choose from: the model's own (channel), principal components where that is exact
     (principal), or, per layer, those that leave the smaller error on held-out images (auto). Default:
@@ -381,18 +384,9 @@ class SearchKeywords(TypedDict, total=False):
     error on held-out images (auto). Default: 'auto'."""
     repair: bool
     """Refit by least squares the weights that read the output of a pruned layer. Default: True."""
-    swap_moves: bool | None
-    """Exchange kept for removed channels while that lowers the error; by default not."""
-    repair_in_order: bool | None
-    """Refit once more, layer by layer, on the outputs of the pruned layers before; by default only if the
-    effort asks for it and blocks are not healed."""
     heal_steps: int | None
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
     block; by default the effort decides."""
-    tuning_steps: int | None
-    """Training steps of the whole pruned model to match the dense one on the images; by default none."""
-    tuning_lr: float
-    """Learning rate of the tuning steps. Default: 3e-05."""
     token_weights: bool
     """Weight each token by its influence on the model's output; off: all tokens count alike. Default:
     True."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import (
@@ -21,13 +21,17 @@ from mhacut.options.option import Options, option, require
 from mhacut.options.targets import TargetOptions
 from mhacut.options.timing import TimingOptions
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Scope = Literal["attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
 BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
-Allocation = Literal["curves", "indicator", "refined", "uniform"]
+Allocation = Literal["curves", "indicator", "uniform"]
+Method = Literal["mhacut", "paper"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
@@ -39,6 +43,12 @@ small gain on the calibration images hardly transfers to other images."""
 class SearchOptions(Options):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
+    method: Method = option(
+        "mhacut",
+        "Ingredients of the search: those of mhacut, or those of the paper (arXiv 2405.20867), which is "
+        "--allocation indicator --selection indicator --no-repair --heal-steps 0; other options override it.",
+        panel="Research switches",
+    )
     effort: Effort = option(
         "balanced",
         "Amount of work: for a DeiT-S on two cores, fast takes 45 s, balanced 2 minutes, best 6.",
@@ -49,8 +59,7 @@ class SearchOptions(Options):
     allocation: Allocation = option(
         "curves",
         "Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in "
-        "the paper (indicator), by indicators that start from the curves' plan and are used if they do "
-        "better on held-out images (refined), or uniformly (uniform).",
+        "the paper (indicator), or uniformly (uniform).",
         panel="Research switches",
     )
     basis: BasisChoice = option(
@@ -71,17 +80,6 @@ class SearchOptions(Options):
         "Refit by least squares the weights that read the output of a pruned layer.",
         panel="Research switches",
     )
-    swap_moves: bool | None = option(
-        None,  # was a choice of the effort; files of options may say null
-        "Exchange kept for removed channels while that lowers the error; by default not.",
-        panel="Research switches",
-    )
-    repair_in_order: bool | None = option(
-        None,
-        "Refit once more, layer by layer, on the outputs of the pruned layers before; by default only "
-        "if the effort asks for it and blocks are not healed.",
-        panel="Research switches",
-    )
     heal_steps: int | None = option(
         None,
         "Training steps per block of the pruned model, in order, to reproduce the output of the dense "
@@ -90,14 +88,6 @@ class SearchOptions(Options):
         metavar="N",
         at_least=0,
     )
-    tuning_steps: int | None = option(
-        None,
-        "Training steps of the whole pruned model to match the dense one on the images; by default none.",
-        panel="Research switches",
-        metavar="N",
-        at_least=0,
-    )
-    tuning_lr: float = rate_option(3e-5, "Learning rate of the tuning steps.", panel="Research switches")
     token_weights: bool = option(
         True,
         "Weight each token by its influence on the model's output; off: all tokens count alike.",
@@ -166,7 +156,7 @@ class SearchOptions(Options):
     @property
     def by_indicators(self) -> bool:
         """Whether indicators are trained."""
-        return self.allocation in ("indicator", "refined")
+        return self.allocation == "indicator"
 
     @property
     def trained_gain_steps(self) -> int:
@@ -178,27 +168,9 @@ class SearchOptions(Options):
         return 0 if self.repair else UNREPAIRED_GAIN_STEPS
 
     @property
-    def swaps(self) -> bool:
-        """Whether kept channels are exchanged for others."""
-        return self.repair and bool(self.swap_moves)
-
-    @property
-    def repairs_in_order(self) -> bool:
-        """Whether layers are refitted on the outputs of the pruned layers before them."""
-        asked = self.repair_in_order
-        if asked is None:  # what it fits to the images leaves healing less to learn from them
-            asked = EFFORTS[self.effort].repair_in_order and self.healed_steps == 0
-        return self.repair and asked
-
-    @property
     def healed_steps(self) -> int:
         """Steps that train each block by itself."""
         return EFFORTS[self.effort].heal_steps if self.heal_steps is None else self.heal_steps
-
-    @property
-    def tuned_steps(self) -> int:
-        """Steps that train all weights."""
-        return self.tuning_steps or 0
 
     def idle(self) -> dict[str, str]:
         """Names of options that were changed to no effect, each with the reason."""
@@ -208,9 +180,6 @@ class SearchOptions(Options):
             found |= dict.fromkeys(_OF_INDICATORS, f"{allocation} trains no indicators")
             if self.trained_gain_steps == 0:
                 found["label_weight"] = "neither indicators nor channel scales are trained"
-        elif self.allocation == "refined":
-            found |= dict.fromkeys(("similarity", "init"), f"{allocation} starts from the plan of the curves")
-            found["selection"] = f"{allocation} keeps what serves best once repaired"
         if not self.reweight:
             reason = f"{option_name('reweight', False)} trains no channel scales"
             found |= dict.fromkeys(("gain_steps", "gain_lr"), reason)
@@ -219,18 +188,16 @@ class SearchOptions(Options):
         if self.gain_steps is None and self.repair and not self.by_indicators:
             asked = option_name("gain_steps")
             found["reweight"] = f"after a repair no channel scales are trained unless {asked} asks for it"
-        if not self.repair:
-            reason = f"{option_name('repair', False)} refits nothing"
-            found |= dict.fromkeys(("repair_in_order", "swap_moves"), reason)
-            if self.allocation == "indicator":
-                found["basis"] = f"{allocation} chooses among the model's own channels"
-        elif self.allocation == "indicator" and self.selection == "indicator":
-            found["swap_moves"] = f"{option_name('selection', 'indicator')} keeps the indicators' choice"
-        if self.tuned_steps == 0:
-            found["tuning_lr"] = f"nothing is tuned; see {option_name('tuning_steps')}"
+        if self.by_indicators and not self.repair:
+            found["basis"] = f"{allocation} chooses among the model's own channels"
         return {name: found[name] for name in found if name in self.changed()}
 
 
+METHODS: Mapping[Method, Mapping[str, object]] = {
+    "mhacut": {},
+    "paper": {"allocation": "indicator", "selection": "indicator", "repair": False, "heal_steps": 0},
+}
+"""Values of the options that a method decides, unless they are given."""
 _OF_INDICATORS = (
     "similarity",
     "score_adjustment",
@@ -247,26 +214,13 @@ class Work:
     """Amount of work that an effort stands for."""
 
     calibration_images: int
-    repair_in_order: bool
     heal_steps: int
 
 
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(
-        calibration_images=128,
-        repair_in_order=False,
-        heal_steps=0,
-    ),
-    "balanced": Work(
-        calibration_images=256,
-        repair_in_order=True,
-        heal_steps=40,
-    ),
-    "best": Work(
-        calibration_images=1024,
-        repair_in_order=True,
-        heal_steps=150,
-    ),
+    "fast": Work(calibration_images=128, heal_steps=0),
+    "balanced": Work(calibration_images=256, heal_steps=40),
+    "best": Work(calibration_images=1024, heal_steps=150),
 }
 
 
@@ -360,6 +314,12 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         if kept is not None and self.output is not None and Path(kept) == Path(self.output):
             raise UsageError(f"{option_name('calibration', kept)}: expected another file than the output")
 
+    @classmethod
+    def from_flat(cls, **values: Any) -> Self:
+        """Make the options from values by flat names; the method decides some that are not given."""
+        preset = METHODS.get(values.get("method", "mhacut"), {})
+        return super().from_flat(**{**preset, **values})
+
     @property
     def images_wanted(self) -> int:
         """``calibration_images``, or the number that the effort stands for."""
@@ -375,7 +335,7 @@ class PruneOptions(TargetOptions, CheckpointOptions, DeviceOptions):
         """
         search = self.search
         found = search.idle() | self.timing.idle(bounded=self.max_latency is not None)
-        trained = search.trained_gain_steps or search.healed_steps or search.tuned_steps
+        trained = search.trained_gain_steps or search.healed_steps
         if self.amp and not (search.by_indicators or trained):
             found["amp"] = "nothing is trained"
         if in_memory:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
-from mhacut.linalg.exchange import exchange_channels
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.selection import (
     Ranking,
-    Removal,
     rank_channels,
     rank_logit_channels,
     rank_parts,
@@ -94,33 +92,6 @@ def find_candidates(
         ranking = rank_shared_channels(second, effective_output_weights(module, unit), unit.heads, smallest)
         found.append(Candidate(unit, None, ranking))
     return tuple(found)
-
-
-def exchanged(
-    module: nn.Module, candidate: Candidate, moments: UnitMoments, width: int, fisher: Tensor | None
-) -> Candidate:
-    """Return ``candidate`` with its channels at ``width`` improved by exchanges; it is valid for that width.
-
-    It is returned unchanged if nothing is removed; if its channels are not those that
-    :func:`mhacut.linalg.selection.rank_channels` ranks (v and hidden channels in their own basis, each head's
-    its own); or if they are seen in few rows, to which exchanges would overfit.
-
-    Args:
-        module: the layer.
-        candidate: for a unit of that layer.
-        moments: of the unit's channels.
-        width: channels per head that will stay.
-        fisher: Fisher information of the layer's output, [out, out], float64; None is plain squared error.
-    """
-    unit = candidate.unit
-    if not isinstance(candidate.ranking, Removal) or width == unit.width or few_rows(unit, moments):
-        return candidate
-    second, kept = _second(unit, moments.every[0], True), candidate.ranking.kept(width)
-    kept = exchange_channels(second, effective_output_weights(module, unit), kept, fisher)
-    order = candidate.ranking.order
-    gone = torch.ones_like(order, dtype=torch.bool).scatter(-1, kept, False)
-    places = gone.gather(-1, order).sort(dim=-1, stable=True).indices  # those kept first, else as they were
-    return replace(candidate, ranking=Ranking(order.gather(-1, places)))
 
 
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
-from mhacut.pruning.augment import varied
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.runtime.device import repeatable
 from mhacut.runtime.progress import SILENT, Reporter
@@ -92,23 +91,6 @@ class Distillation:
         if self.labels is not None and weight > 0:
             loss = loss + weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
         return loss
-
-    def varied_loss(self, model: nn.Module, dense: nn.Module, generator: torch.Generator) -> Tensor:
-        """Return the divergence of ``model`` on variations of the next batch; all its weights get gradients.
-
-        Args:
-            model: eval mode.
-            dense: the teacher, which runs on the varied images too. Labels, which are not theirs, are left
-                out.
-            generator: of :func:`mhacut.pruning.augment.varied`, on the CPU.
-        """
-        device = next(model.parameters()).device
-        images = varied(self.images[next(self._batches)], generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
-            with torch.no_grad():
-                teacher = self.preserved.outputs(dense, images).float()
-            outputs = self.preserved.outputs(model, images).float()
-        return self.preserved.divergence(outputs, teacher)
 
 
 @torch.enable_grad()

@@ -24,7 +24,7 @@ from mhacut.linalg.indicator import (
     top_channels,
 )
 from mhacut.linalg.similarity import similarity_weight
-from mhacut.plan import Basis, Plan, UnitKey, UnitPlan
+from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import ADAM_BETAS, Distillation
 from mhacut.pruning.job import Job
@@ -59,22 +59,11 @@ class SearchResult:
     log: tuple[SearchStep, ...]
 
 
-@dataclass(frozen=True)
-class Start:
-    """Initial indicators of one unit, in place of those that the options ask for."""
-
-    scores: Tensor
-    """[H, d]; channels above 1/2 are kept."""
-    basis: Basis
-    """Basis of the unit's channels in the model that is searched."""
-
-
 class _UnitState:
     """Indicators and channel scales of one unit while they are trained."""
 
-    def __init__(self, unit: Unit, job: Job, calibration: Calibration, start: Start | None) -> None:
+    def __init__(self, unit: Unit, job: Job, calibration: Calibration) -> None:
         self.unit, options = unit, job.options
-        self.basis: Basis = "channel" if start is None else start.basis
         # Heads that share filters then keep the same channels, by their mean score.
         shares = unit.sharing != "own"
         self.equal = shares and (unit.sharing == "tied" or options.positions == "equal")
@@ -82,13 +71,10 @@ class _UnitState:
         statistics = calibration.statistics[unit.key]
         shape = (unit.heads, unit.width)
         weight = torch.ones(shape)
-        if start is None:
-            if options.similarity:
-                weight = similarity_weight(statistics.redundancy)
-            difference = statistics.difference if options.init == "attention-difference" else None
-            scores = initial_indicator(difference, shape, weight.double())
-        else:
-            scores = start.scores
+        if options.similarity:
+            weight = similarity_weight(statistics.redundancy)
+        difference = statistics.difference if options.init == "attention-difference" else None
+        scores = initial_indicator(difference, shape, weight.double())
         self.weight = weight.float().to(job.device)
         self.indicator = nn.Parameter(scores.float().to(job.device))
         self.channel_scale = nn.Parameter(
@@ -108,12 +94,7 @@ class _UnitState:
         return UnitPlan(unit.layer, unit.kind, unit.width, kept, unshared=unshared)
 
 
-def search(
-    job: Job,
-    calibration: Calibration,
-    distillation: Distillation,
-    start: Mapping[UnitKey, Start] | None = None,
-) -> SearchResult:
+def search(job: Job, calibration: Calibration, distillation: Distillation) -> SearchResult:
     """Train indicators together with channel scales; return the plan that they define.
 
     The gradients of the task and of the budget are each brought to unit scale before they are added, so that
@@ -124,22 +105,19 @@ def search(
         job: what is pruned; its model is not modified.
         calibration: of that model.
         distillation: images to train on.
-        start: for every unit; the target is then the budget from the first step on.
 
     Raises:
         MhacutError: the loss is not finite.
     """
     options, budget = job.options, job.budget
-    states = [
-        _UnitState(unit, job, calibration, None if start is None else start[unit.key]) for unit in job.units
-    ]
+    states = [_UnitState(unit, job, calibration) for unit in job.units]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
     if options.reweight:
         groups.append({"params": [state.channel_scale for state in states], "lr": options.gain_lr})
     optimiser = torch.optim.Adam(groups, betas=ADAM_BETAS)
     log: list[SearchStep] = []
     for step in range(options.steps):
-        sunk = 1.0 if start is not None else min(1.0, (step + 1) / (_DESCENT * options.steps))
+        sunk = min(1.0, (step + 1) / (_DESCENT * options.steps))
         target = job.table.dense + (budget - job.table.dense) * sunk
         channel_scales, widths = _soft_scales(states, job)
         flops = job.table.flops(widths)
@@ -171,7 +149,7 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
         width = nearest_width(count, unit.width, job.round_to)
         if job.options.score_adjustment:
             score = adjust_scores(score, width)
-        factor = temperature_factor(unit, width, job.options.temperature, state.basis)
+        factor = temperature_factor(unit, width, job.options.temperature, "channel")
         channel_scales[unit.key] = straight_through_mask(score) * state.channel_scale * factor
         soft = state.indicator.sum() / unit.heads
         widths[unit.key] = width + soft - soft.detach()

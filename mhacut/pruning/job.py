@@ -99,7 +99,7 @@ class Job:
         """Options of the estimate of the Fisher information: with no images if nothing needs it."""
         options = self.options
         count = 0
-        if options.allocation in ("curves", "refined") or options.repair:
+        if options.allocation == "curves" or options.repair:
             fitted = len(self.images) - held_out(len(self.images))
             count = min(FISHER_IMAGES, fitted)
         return FisherOptions(count, options.seed, options.token_weights, self.preserved)

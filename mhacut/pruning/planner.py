@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mhacut.linalg.indicator import THRESHOLD
 from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.candidates import Candidate, exchanged, find_candidates
+from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.choose_merges import MergeSearch, described
 from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
-from mhacut.pruning.indicators import SearchStep, Start, search
+from mhacut.pruning.indicators import SearchStep, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import costs_of_constraints, job_widths
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
 from mhacut.pruning.widths import MULTIPLE
-from mhacut.surgery.channels import rotate
 from mhacut.surgery.costs import CostTable
-from mhacut.surgery.mask import masked_tensors
 
-_SPREAD = 0.1
-"""Distance from the threshold at which the best and the worst channel of a head start to refine a plan."""
-
-Widths = Mapping[UnitKey, int]
 Candidates = Mapping[UnitKey, tuple[Candidate, ...]]
 
 
@@ -112,10 +103,9 @@ class Planner:
         if self.options.allocation == "indicator":
             return self._by_indicators(job)
         curves: Mapping[UnitKey, Curve] = {}
-        widths: Widths
+        widths: Mapping[UnitKey, int]
         table: CostTable = job.table
         merged: Schedule = job.merged
-        candidates = self.candidates
         if self.options.allocation == "uniform":
             widths = uniform_widths(job.allowed, job.limits())
         else:
@@ -127,18 +117,9 @@ class Planner:
                 self.reporter.log(described(choice))
             else:
                 widths = job_widths(job, curves)
-        chosen = self._exchanged(candidates, widths)
-        ready = self._reconstructed(chosen, widths)
-        if self.options.allocation != "refined":
-            costs = costs_of_constraints(job, curves, widths, table, self._usual_curves) if curves else ()
-            return Planned(ready, curves, (), table, merged, costs)
-        widths, log = self._refined(job, chosen, ready)
-        refined = self._reconstructed(self._exchanged(candidates, widths), widths)
-        before, after = self._divergence(ready), self._divergence(refined)
-        self.reporter.log(
-            f"divergence on held-out images: {before:.3g} by curves, {after:.3g} refined by indicators"
-        )
-        return Planned(refined if after < before else ready, curves, log, table, merged)
+        ready = self._reconstructed(widths)
+        costs = costs_of_constraints(job, curves, widths, table, self._usual_curves) if curves else ()
+        return Planned(ready, curves, (), table, merged, costs)
 
     def expected_divergence(self, job: Job) -> float:
         """Divergence in nats that is expected of a plan by curves, within the limits of ``job``; nearly."""
@@ -147,22 +128,11 @@ class Planner:
         widths = job_widths(job, self.curves, exchange=False)
         return divergence_by_cut(total_error(self.curves, widths))
 
-    def _divergence(self, ready: ReconstructedModel) -> float:
-        """Divergence of the cut model from the dense one, mean over held-out images.
-
-        The same images chose the ridges of the repair, so the value is too small, but good for comparing
-        plans.
-        """
-        scales = {key: scale.to(self.job.device) for key, scale in ready.channel_scales.items()}
-        masked = masked_tensors(ready.model, self.job.prunable, scales)
-        return self.job.judge(self.calibration).divergence_of(ready.model, masked)
-
     def _by_indicators(self, job: Job) -> Planned:
         self.reporter.start("searching")
         found = search(job, self.calibration, job.distillation(self.calibration))
-        candidates = None
-        if self.options.repair and self.options.selection == "repair":
-            candidates = self._exchanged(self.candidates, found.plan.widths())
+        by_repair = self.options.repair and self.options.selection == "repair"
+        candidates = self.candidates if by_repair else None
         self.reporter.start("repairing")
         scales = found.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
@@ -189,21 +159,6 @@ class Planner:
     def _merge_search(self) -> MergeSearch:
         return MergeSearch(self.job, self.calibration)
 
-    def _exchanged(self, candidates: Candidates, widths: Widths) -> Candidates:
-        """Return ``candidates`` with channels exchanged at ``widths``, where that is asked for."""
-        if not self.options.swaps:
-            return candidates
-        self.reporter.start("swapping channels")
-        found = {}
-        for done, (key, of_unit) in enumerate(candidates.items(), 1):
-            module, moments = self.job.model.get_submodule(key[0]), self.calibration.moments[key]
-            fisher = self.calibration.fisher.matrices.get(key[0])
-            found[key] = tuple(
-                exchanged(module, candidate, moments, widths[key], fisher) for candidate in of_unit
-            )
-            self.reporter.advance(done, len(candidates))
-        return found
-
     @cached_property
     def curves(self) -> Mapping[UnitKey, Curve]:
         """Sensitivity curves of every unit."""
@@ -218,41 +173,8 @@ class Planner:
         usual = replace(self.job, round_to=MULTIPLE)
         return Planner(usual, self.calibration).curves if self.job.round_to > MULTIPLE else None
 
-    def _reconstructed(self, candidates: Candidates, widths: Widths) -> ReconstructedModel:
+    def _reconstructed(self, widths: Mapping[UnitKey, int]) -> ReconstructedModel:
+        candidates = self.candidates
         self.reporter.start("repairing")
         plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in self.job.units))
         return reconstruct(self.job, self.calibration, plan, candidates)
-
-    def _refined(
-        self, job: Job, candidates: Candidates, ready: ReconstructedModel
-    ) -> tuple[Widths, tuple[SearchStep, ...]]:
-        """Return the widths to which indicators move from those of ``ready``, in its bases."""
-        model = copy.deepcopy(self.job.model)
-        start = {}
-        for unit_plan in ready.plan:
-            unit = self.job.prunable.unit(unit_plan.key)
-            # The candidate that the plan chose; several fit a unit that keeps all channels.
-            candidate = next(
-                candidate
-                for candidate in candidates[unit.key]
-                if candidate.plan(unit_plan.width) == unit_plan
-            )
-            if candidate.rotation is not None:
-                rotate(model.get_submodule(unit.layer), unit, candidate.rotation)
-            scores = _scores(candidate.ranking.order.cpu(), unit_plan.width)
-            start[unit.key] = Start(scores, candidate.basis)
-        self.reporter.start("searching")
-        # Held-out images will judge what comes out.
-        learning = self.job.learning(self.calibration)
-        found = search(replace(job, model=model), self.calibration, learning, start)
-        return found.plan.widths(), found.log
-
-
-def _scores(order: Tensor, width: int) -> Tensor:
-    """Return scores that keep the first ``width`` of ``order`` [H, d] and fall along it, [H, d]."""
-    channels = order.shape[1]
-    place = torch.arange(channels, dtype=torch.float64)
-    above = (width - place - 0.5) / max(width, channels - width)
-    return torch.zeros(order.shape, dtype=torch.float64).scatter(
-        -1, order, (THRESHOLD + _SPREAD * above).expand(order.shape)
-    )

@@ -111,8 +111,8 @@ def repair(
 ) -> Mapping[UnitKey, UnitRepair]:
     """Refit ``model`` in place for ``plan``: removed channels are zero, and kept ones compensate for them.
 
-    Every layer is refitted on the dense model's activations; :mod:`mhacut.pruning.sequential` refits again on
-    those of the cut model.
+    Every layer is refitted on the dense model's activations. Refits on those of the cut model would leave
+    healing less to learn (docs/explanation/choices.md).
 
     Args:
         model: the dense model, eval mode, float32.

@@ -46,9 +46,8 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
         merged_file,
         flops="80%",
         output=tmp_path / "again.safetensors",
-        effort="best",  # heals and tunes under the merges
+        effort="best",  # heals under the merges
         calibration_images=12,
-        tuning_steps=2,
         heal_steps=2,
         round_to=4,
         latency=False,

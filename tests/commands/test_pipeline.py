@@ -26,7 +26,6 @@ from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune_files
 from mhacut.errors import MhacutError
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.indicators import search
 from mhacut.pruning.repair import shrink
 from properties.cases import FIRST_MODEL, UNLIKE, VITS
 
@@ -79,10 +78,10 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
     save_file(tensors, tmp_path / "one.safetensors")
     reporter, checkpoint = Recorder(), tmp_path / "one.safetensors"
     result = prune(
-        tiny_vit, tmp_path / "slim.safetensors", checkpoint=checkpoint, tuning_steps=1, reporter=reporter
+        tiny_vit, tmp_path / "slim.safetensors", checkpoint=checkpoint, gain_steps=1, reporter=reporter
     )
-    (tuning,) = (note for note in reporter.messages if note.startswith("tuning"))
-    assert float(re.search(r"images (\S+) without", tuning)[1]) > 0
+    (scales,) = (note for note in reporter.messages if note.startswith("training channel scales"))
+    assert float(re.search(r"images (\S+) without", scales)[1]) > 0
     assert result.divergence_of == "features"
     assert result.divergence > 0
     # Nor have labels a meaning for it, whatever classes a folder has.
@@ -266,21 +265,6 @@ def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
     assert seen == {"find_candidates": repair, "shrink": repair}
 
 
-def test_the_search_knows_which_channels_are_principal(tiny_vit, tmp_path, monkeypatch):
-    rotated = []
-
-    def searching(job, calibration, distillation, start):
-        rotated.append({key for key, begun in start.items() if begun.basis == "principal"})
-        return search(job, calibration, distillation, start)
-
-    monkeypatch.setattr("mhacut.pruning.planner.search", searching)
-    options = {"allocation": "refined", "steps": 1, "dry_run": True}
-    prune(tiny_vit, tmp_path / "slim.safetensors", basis="principal", **options)
-    prune(tiny_vit, tmp_path / "slim.safetensors", basis="channel", **options)
-    assert {kind for _, kind in rotated[0]} == {"qk", "v"}
-    assert rotated[1] == set()
-
-
 def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatch):
     roots = []
 
@@ -290,5 +274,5 @@ def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatc
         return adapter_for(module)
 
     monkeypatch.setattr("mhacut.surgery.find.adapter_for", asked)
-    prune(tiny_vit, tmp_path / "slim.safetensors", report=tmp_path / "page.html", tuning_steps=1)
+    prune(tiny_vit, tmp_path / "slim.safetensors", report=tmp_path / "page.html")
     assert 0 < len(roots) <= 3  # of the dense model, of the slim one, of the one in the file

@@ -6,7 +6,6 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,19 +19,16 @@ from torch import Tensor
 import mhacut
 from helpers.files import save_dense
 from helpers.flatten import FLATTEN
-from helpers.jobs import job_of
 from helpers.models import ModelCase, build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.linalg.attention_difference import linear_attention_energy, linear_contributions
-from mhacut.linalg.indicator import THRESHOLD
 from mhacut.linalg.reconstruction import output_error, refit_linear
 from mhacut.linalg.selection import Ranking, rank_parts, rank_shared_channels
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import Candidate, find_candidates
-from mhacut.pruning.planner import Planner
 from mhacut.pruning.repair import repair, shrink
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
@@ -254,35 +250,6 @@ def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_imag
             assert report[unit.key].plan == best.plan(8)
             chosen.add(best.unshared)
     assert chosen == {True, False}
-
-
-@torch.no_grad()
-def test_indicators_that_refine_a_plan_start_from_its_channels(monkeypatch):
-    model, images = build(DEIT), image(DEIT, batch=8)
-    prunable = find_prunable_layers(model)
-    calibration = calibrate(model, prunable, images, batch_size=8)
-    moments = calibration.moments
-    candidates = {
-        unit.key: find_candidates(
-            model.get_submodule(unit.layer), unit, moments[unit.key], 4, SearchOptions(basis="channel")
-        )
-        for unit in prunable.units(("v",))
-    }
-    for number in range(2):  # each its own, or equal positions
-        plan = Plan(tuple(choices[number].plan(8) for choices in candidates.values()))
-        started = {}
-
-        def search(job, calibration, distillation, start, plan=plan, started=started):
-            started.update(start)
-            return SimpleNamespace(plan=plan, log=())
-
-        monkeypatch.setattr("mhacut.pruning.planner.search", search)
-        planner = Planner(job_of(model, images, prunable=prunable), calibration)
-        planner._refined(planner.job, candidates, SimpleNamespace(plan=plan))
-        for unit_plan in plan:
-            assert started[unit_plan.key].basis == "channel"
-            masks = started[unit_plan.key].scores > THRESHOLD
-            assert tuple(tuple(row.nonzero()[:, 0].tolist()) for row in masks) == unit_plan.kept
 
 
 def checkpoint(case: ModelCase, folder: Path) -> tuple[Path, dict[str, Any]]:

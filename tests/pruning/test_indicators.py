@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 
 import pytest
@@ -11,19 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from helpers.jobs import Recorder
 from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
 from mhacut.linalg.similarity import cosine_similarity, redundancy
-from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.options.prune import EFFORTS, PruneOptions, SearchOptions
 from mhacut.pruning import indicators
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.indicators import Start, search
+from mhacut.pruning.indicators import search
 from mhacut.pruning.job import Job
-from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
@@ -61,9 +58,9 @@ class Bench:
             options=options,
         )
 
-    def search(self, share=0.6, options=SHORT, start=None, **more):
+    def search(self, share=0.6, options=SHORT, **more):
         job = self.job(share, options, **more)
-        return search(job, self.calibration, job.distillation(self.calibration), start)
+        return search(job, self.calibration, job.distillation(self.calibration))
 
     def slim(self, share, options=SHORT):
         """Search and cut."""
@@ -172,42 +169,6 @@ def test_without_reweight_scales_are_masks_and_temperature(bench):
             assert channel_scale.count_nonzero() == unit.width
 
 
-def test_logits_of_principal_channels_are_not_scaled(bench):
-    """From a start that keeps half, the first step with and without the kept width's temperature."""
-    start = {}
-    for unit in bench.prunable.units():
-        order = torch.arange(unit.width, dtype=torch.float64).expand(unit.heads, -1)
-        start[unit.key] = torch.where(order < unit.width // 2, 0.9, 0.1)
-
-    def loss(temperature, rotated):
-        begun = {
-            key: Start(scores, "principal" if key in rotated else "channel") for key, scores in start.items()
-        }
-        options = replace(SHORT, steps=1, temperature=temperature)
-        return bench.search(0.6, options, begun).log[0].loss
-
-    principal = [unit.key for unit in bench.prunable.units(("qk",))]
-    assert loss("kept", principal) == loss("dense", ())
-    assert loss("kept", ()) != loss("dense", ())
-
-
-def test_a_refined_plan_is_judged_on_held_out_images_and_the_model_stays():
-    bench = Bench(ModelCase("vit_tiny_patch16_224", {**SMALL, "embed_dim": 48, "num_heads": 3}))
-    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
-    reporter = Recorder()
-    options = SearchOptions(allocation="refined", steps=2, batch_size=4, effort="fast")
-    job = replace(bench.job(0.5, options), reporter=reporter)
-    calibration = job.calibrate()
-    planned = Planner(job, calibration).plan()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
-    (judged,) = (message for message in reporter.messages if "held-out" in message)
-    cut(planned.ready.model, planned.plan, planned.ready.channel_scales)
-    held = job.judge(calibration)
-    least = min(float(number) for number in re.findall(r"\d+\.\d+", judged))
-    assert least > 0.001
-    assert held.divergence_of(planned.ready.model) == pytest.approx(least, abs=1e-4)
-
-
 def test_scales_are_trained_as_long_as_asked_or_as_the_effort_says():
     assert [SearchOptions(effort=effort).trained_gain_steps for effort in EFFORTS] == [0, 0, 0]
     assert SearchOptions(repair=False).trained_gain_steps == 40
@@ -216,9 +177,17 @@ def test_scales_are_trained_as_long_as_asked_or_as_the_effort_says():
     assert SearchOptions(gain_steps=7, reweight=False).trained_gain_steps == 0
 
 
+def test_the_papers_method_is_a_preset_that_other_options_override():
+    given = {"checkpoint": "vit.safetensors", "flops": "50%", "method": "paper"}
+    search = PruneOptions.from_flat(**given).search
+    assert (search.allocation, search.selection) == ("indicator", "indicator")
+    assert not search.repair
+    assert (search.healed_steps, search.trained_gain_steps) == (0, 40)
+    assert PruneOptions.from_flat(**given, repair=True).search.repair
+
+
 def test_indicators_are_trained_where_they_are_asked_for():
     assert not any(SearchOptions(effort=effort).by_indicators for effort in EFFORTS)
-    assert SearchOptions(allocation="refined").by_indicators
     assert not SearchOptions(allocation="uniform").by_indicators
     assert SHORT.by_indicators
 

@@ -11,7 +11,7 @@ from helpers.checkpoints import NAME as ARCHITECTURE
 from helpers.second_device import NAME, second_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own
-QUICK = {"calibration_images": 16, "latency": False, "overwrite": True, "heal_steps": 2, "tuning_steps": 2}
+QUICK = {"calibration_images": 16, "latency": False, "overwrite": True, "heal_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_tensors_of_two_devices_do_not_mix(device):
     [
         {"effort": "best", "amp": True, "reweight": True, "batch_size": 4},
         {"scope": "attention+mlp+tokens", "labels": False},
-        {"preserve": "tokens", "swap_moves": True, "repair_in_order": True, "basis": "channel"},
+        {"preserve": "tokens", "basis": "channel"},
         {"allocation": "indicator", "steps": 3, "gain_steps": 2},
     ],
     ids=lambda options: " ".join(map(str, options.values())),

@@ -6,17 +6,7 @@ from collections.abc import Iterable
 
 from methods.method import Method
 
-PAPER = (
-    "--allocation",
-    "indicator",
-    "--selection",
-    "indicator",
-    "--basis",
-    "channel",
-    "--no-repair",
-    "--heal-steps",
-    "0",
-)
+PAPER = ("--method", "paper")
 """The ingredients of arXiv 2405.20867 and nothing else; scales are trained where there is no repair."""
 PLAIN = ("--allocation", "uniform", "--basis", "channel", "--no-repair", "--no-reweight", "--heal-steps", "0")
 """Widths the same everywhere, and of each head the channels without which least goes."""
@@ -30,16 +20,9 @@ _FULL = {
     "full-principal": ("principal channels wherever exact", ("--basis", "principal")),
     "full-uniform": ("uniform widths", ("--allocation", "uniform")),
     "full-indicator": ("widths by learnable search", ("--allocation", "indicator")),
-    "full-refined": ("widths by curves, then learnable search", ("--allocation", "refined")),
     "full-no-repair": ("no repair", ("--no-repair", "--no-reweight")),
     "full-no-token-weights": ("tokens all alike", ("--no-token-weights",)),
-    "full-order": ("repair in order before healing", ("--repair-in-order",)),
-    "full-swaps": ("exchanges", ("--swap-moves",)),
-    "full-no-heal": ("no healing: repair in order", ("--heal-steps", "0")),
-    "full-no-heal-no-order": (
-        "neither healing nor repair in order",
-        ("--heal-steps", "0", "--no-repair-in-order"),
-    ),
+    "full-no-heal": ("no healing", ("--heal-steps", "0")),
     "full-heal": ("healing with 150 steps", ("--heal-steps", "150")),
     "full-tokens": ("tokens merged too", ("--scope", "attention+mlp+tokens")),
     "full-dead": ("dead tokens kept", ("--keep-dead-tokens",)),
@@ -47,9 +30,7 @@ _FULL = {
     "full-512": ("512 images, or all there are", ("--calibration-images", "512")),
     "full-64": ("64 images", ("--calibration-images", "64")),
     "full-best": ("the effort `best`", ("--effort", "best")),
-    "full-best-no-swaps": ("the effort `best` without exchanges", ("--effort", "best", "--no-swap-moves")),
     "full-gains": ("reweight gains after the repair", ("--gain-steps", "40")),
-    "full-tuning": ("tuning after the repair", ("--tuning-steps", "200")),
 }
 _PAPER = {
     "paper": ("the paper's ingredients", ()),
