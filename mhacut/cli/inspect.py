@@ -11,7 +11,7 @@ from mhacut.runtime.files import check_outputs
 
 
 def _check_outputs(options: InspectOptions) -> None:
-    written = (options.html, options.png)
+    written = (options.html,)
     check_outputs(written, overwrite=options.overwrite, input_paths=options.files_read())
 
 

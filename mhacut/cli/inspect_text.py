@@ -14,8 +14,7 @@ from mhacut.text import ranges
 if TYPE_CHECKING:
     from mhacut.commands.inspect import InspectResult
     from mhacut.inspection.compare import Comparison
-    from mhacut.inspection.heads import HeadFindings
-    from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
+    from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
 
 _WIDTH = 80
 

@@ -22,7 +22,7 @@ from mhacut.measuring.accuracy import evaluate as measure_accuracy
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
-from mhacut.report.html_table import html_table
+from mhacut.report.choices import html_table
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp
 from mhacut.runtime.progress import Reporter, reporting

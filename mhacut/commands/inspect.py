@@ -14,20 +14,17 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.commands.idle import log_idle_options
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError, option_name
-from mhacut.inspection.compare import Comparison, compare
-from mhacut.inspection.dense import read_dense
+from mhacut.inspection.compare import Comparison, compare, read_dense
 from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.options.base import DataOptions, PathLike
 from mhacut.options.inspect import InspectOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.report.contents import Contents
+from mhacut.report.history import stored_curves
 from mhacut.report.page import write_page
-from mhacut.report.picture import write_picture
-from mhacut.report.stored_curves import stored_curves
+from mhacut.report.sections import Contents
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.device import resolve_device
-from mhacut.runtime.extras import need
 from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import find_prunable_layers
@@ -81,7 +78,7 @@ def inspect(
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """Run :func:`inspect` with its options in one object."""
-    _check_outputs(options)
+    check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
     log_idle_options(options, options.idle(), reporter)
     reporter.start("reading")
     opened = _open(options, reporter)
@@ -109,19 +106,10 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     chosen.sort(key=_order(options.sort))
     line = summary(inspection)
     contents = Contents(inspection, line, tuple(chosen), comparison, stored_curves(inspection.history))
-    written = tuple(
-        write(path, contents, options.overwrite, opened.path)
-        for path, write in ((options.html, write_page), (options.png, write_picture))
-        if path is not None
-    )
+    written: tuple[Path, ...] = ()
+    if options.html is not None:
+        written = (write_page(options.html, contents, options.overwrite, opened.path),)
     return InspectResult(inspection, line, tuple(chosen), comparison, written)
-
-
-def _check_outputs(options: InspectOptions) -> None:
-    if options.png is not None:
-        need(option_name("png"), "matplotlib", "plot")
-    written = (options.html, options.png)
-    check_outputs(written, overwrite=options.overwrite, input_paths=options.files_read())
 
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:

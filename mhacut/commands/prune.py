@@ -26,7 +26,7 @@ from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.report.prune_page import measured_figures, write_overview, write_report
+from mhacut.report.page import measured_figures, write_overview, write_report
 from mhacut.runtime.context import in_usual_torch
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting

@@ -12,7 +12,7 @@ from mhacut.commands.prune_targets import Reached, recorded_options
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.preserve import Preserved
-from mhacut.report.stored_curves import curves_to_json
+from mhacut.report.history import curves_to_json
 from mhacut.runtime.versions import software_versions
 
 

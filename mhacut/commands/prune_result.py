@@ -24,9 +24,7 @@ from mhacut.pruning.curves import Curve
 from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.pruning.repair import UnitRepair
-from mhacut.report.html_table import html_table
-from mhacut.report.inline_svg import chart_html
-from mhacut.report.pareto import COST_FLOPS, Choice, choice_charts, choice_rows
+from mhacut.report.choices import Choice, choice_charts, choice_rows, html_table
 from mhacut.text import safe_table
 
 MUCH = 0.05
@@ -162,8 +160,7 @@ class PruneResults(tuple[PruneResult, ...]):
         return safe_table(self.rows()) if self else "no results"
 
     def _repr_html_(self) -> str:
-        charts = [chart for chart in choice_charts(choices_of(self)) if chart.x_label == COST_FLOPS]
-        return "".join([html_table(self.rows()), *map(chart_html, charts)])
+        return "".join([html_table(self.rows()), *choice_charts(choices_of(self), flops_only=True)])
 
 
 def equal_models(results: Sequence[PruneResult]) -> Iterator[str]:

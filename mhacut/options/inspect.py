@@ -53,13 +53,6 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
         metavar="FILE",
         endings=(".html", ".htm"),
     )
-    png: PathLike | None = option(
-        None,
-        "Draw the report's charts; needs pip install 'mhacut[plot]'.",
-        panel="What is shown",
-        metavar="FILE",
-        endings=(".png",),
-    )
     overwrite: bool = option(False, "Replace existing files.", panel="What is shown")
     compare: PathLike | None = option(
         None,
@@ -83,10 +76,10 @@ class InspectOptions(CheckpointOptions, ImageSource, DeviceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.overwrite and self.html is None and self.png is None:
+        if self.overwrite and self.html is None:
             raise UsageError(
-                f"{option_name('overwrite', True)}: nothing is written without {option_name('html')} or "
-                f"{option_name('png')}; leave it out"
+                f"{option_name('overwrite', True)}: nothing is written without {option_name('html')}; "
+                "leave it out"
             )
         if self.shapes:
             self._require_shapes_only()

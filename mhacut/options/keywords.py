@@ -315,8 +315,6 @@ class InspectKeywords(
     """Show widths and costs from the file's header alone, without reading weights. Default: False."""
     html: str | os.PathLike[str] | None
     """Write the report as one HTML page that needs no network."""
-    png: str | os.PathLike[str] | None
-    """Draw the report's charts; needs pip install 'mhacut[plot]'."""
     overwrite: bool
     """Replace existing files. Default: False."""
     compare: str | os.PathLike[str] | None

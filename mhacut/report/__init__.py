@@ -1,1 +1,1 @@
-"""Report on a checkpoint: one HTML page, or one picture."""
+"""Report on a checkpoint: one HTML page."""

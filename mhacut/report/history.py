@@ -1,16 +1,23 @@
-"""Description of a slim file's history."""
+"""A slim file's history: a line about each command, and the sensitivity curves of the last cut.
+
+The history is untrusted: it is JSON that anyone may have written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from mhacut.budget import format_flops
 from mhacut.limits import is_number
+from mhacut.plan import UNIT_KINDS, Plan, UnitKey
+from mhacut.pruning.curves import Curve, sampled_widths
+from mhacut.pruning.preserve import Measure
 from mhacut.text import safe
 
 _LARGEST = 1e18
-_MOST_TARGETS = 8
 
 
 def step(entry: Mapping[str, Any]) -> str:
@@ -34,7 +41,7 @@ def _targets(entry: Mapping[str, Any]) -> str:
     """Return the budget, and other targets where there are any."""
     budget = [f"budget {_flops(entry['budget'])}"] if "budget" in entry else []
     stated = entry.get("targets")
-    targets = stated[:_MOST_TARGETS] if isinstance(stated, list) else []
+    targets = stated if isinstance(stated, list) else []
     others = [
         f"{_text(target.get('target'))} {_text(target.get('asked'))}"
         for target in targets
@@ -64,3 +71,74 @@ def _flops(value: Any) -> str:
 
 def _text(value: object) -> str:
     return safe("?" if value is None else f"{value!s:.100}")
+
+
+@dataclass(frozen=True)
+class StoredCurve:
+    """Sensitivity curve of one unit, and the width that it was cut to."""
+
+    layer: str
+    kind: str
+    points: tuple[tuple[int, float], ...]
+    """Widths, ascending, each with its estimated divergence; the last is that before the cut."""
+    chosen: int
+    """Width that was chosen."""
+
+
+@dataclass(frozen=True)
+class StoredCurves:
+    """Sensitivity curves of one cut."""
+
+    curves: tuple[StoredCurve, ...] = ()
+    budget: int | None = None
+    """Budget in FLOPs of the cut, where it had one."""
+    measure: Measure | None = "answers"
+    """Divergence that the curves are of; None where the file does not say."""
+
+
+def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
+    """Return the curves of a search as JSON: a few points each, with four digits.
+
+    Curves with a value that is not finite are left out.
+
+    Args:
+        curves: divergence by width, for each unit.
+        plan: plan with the widths that were chosen.
+    """
+    chosen = plan.widths()
+    documents = []
+    for (layer, kind), curve in curves.items():
+        if not all(map(math.isfinite, curve.values())):
+            continue  # JSON has no infinity
+        widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
+        points = [[width, float(f"{curve[width]:.4g}")] for width in widths]
+        documents.append({"layer": layer, "kind": kind, "points": points, "chosen": chosen[layer, kind]})
+    return documents
+
+
+def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
+    """Return the curves of the last cut in a slim file's history, without those that make no sense."""
+    last = StoredCurves()
+    for entry in history:
+        listed, budget = entry.get("curves"), entry.get("budget")
+        if isinstance(listed, list):
+            curves = tuple(filter(None, map(_curve, listed)))
+            known = int(budget) if is_number(budget) and 0 <= budget < _LARGEST else None
+            last = StoredCurves(curves, known, _measure(entry)) if curves else StoredCurves()
+    return last
+
+
+def _measure(entry: Mapping[str, Any]) -> Measure | None:
+    """Return the divergence that a cut was chosen by; files whose cut preserved answers do not state it."""
+    stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
+    return next((measure for measure in get_args(Measure) if measure == stated), None)
+
+
+def _curve(entry: Any) -> StoredCurve | None:
+    try:
+        points = tuple((int(width), float(error)) for width, error in entry["points"])
+        curve = StoredCurve(str(entry["layer"]), str(entry["kind"]), points, int(entry["chosen"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    makes_sense = points and curve.kind in UNIT_KINDS and 0 < points[-1][0] < _LARGEST
+    return curve if makes_sense and all(0 <= error < _LARGEST for _, error in points) else None

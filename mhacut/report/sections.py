@@ -1,4 +1,4 @@
-"""Sections of a report: their text, charts and tables, as data that any writer can draw."""
+"""Sections of a report: their text, charts and tables, and the rows of the table of all heads."""
 
 from __future__ import annotations
 
@@ -11,22 +11,37 @@ from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.plan import UnitKind
+from mhacut.pruning.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.report.charts import (
+    COLOURS,
+    DEPTHS,
     Bar,
     Cell,
-    Chart,
-    HeatMap,
     Line,
-    LineChart,
-    Waterfall,
     depth_colour,
-    is_empty,
+    heat_map,
+    line_chart,
+    waterfall,
 )
-from mhacut.report.contents import Contents
-from mhacut.report.pareto import Choice, choice_charts, choice_rows
-from mhacut.report.stored_curves import StoredCurve
+from mhacut.report.choices import Choice, choice_charts, choice_rows
+from mhacut.report.history import StoredCurve, StoredCurves
+from mhacut.text import ranges
 
+HEADINGS = (
+    ("layer", "Module name"),
+    ("head", "Number of the head; MLPs have none"),
+    ("kind", "q/k, v, or hidden channels"),
+    ("width", "Channels now"),
+    ("dense", "Channels before any cut"),
+    ("similarity", "Mean similarity of a channel to the others of its head"),
+    ("rank 90 %", "Principal channels that hold 90 % of the energy"),
+    ("rank 99 %", "Principal channels that hold 99 % of the energy"),
+    ("FLOPs %", "Share of the model's FLOPs that the whole head, or MLP, takes"),
+    ("parameters %", "Share of the model's parameters that the whole head, or MLP, has"),
+    ("channels", "Channels that were kept and removed, and those that a cut would keep"),
+)
+"""Name of each column and its explanation."""
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 _DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
@@ -36,6 +51,26 @@ _DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
     None: ("divergence", "divergence from"),
 }
 """Name of a sensitivity curve's axis, and words before "the dense model"."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that a report shows."""
+
+    inspection: Inspection
+    summary: str
+    """Summary of the inspection in one line."""
+    layers: tuple[LayerReport, ...]
+    """Layers to show, in the order to show them."""
+    comparison: Comparison | None = None
+    sensitivity: StoredCurves = field(default_factory=StoredCurves)
+    """Sensitivity curves of the last cut."""
+    steps: tuple[SearchStep, ...] = ()
+    """Log of the search, where indicators were trained."""
+    figures: tuple[tuple[str, str, str], ...] = ()
+    """Measurements of a run: name, value before, value after."""
+    choices: tuple[Choice, ...] = ()
+    """Models of a run with several budgets, the dense one first."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +95,9 @@ class Section:
     title: str
     text: str = ""
     legend: Mapping[str, str] = field(default_factory=dict)
-    """Colour, a name of :data:`mhacut.report.charts.COLOURS`, to its meaning."""
-    charts: Sequence[Chart] = ()
+    """Meaning of each colour."""
+    charts: Sequence[str] = ()
+    """Figures, as HTML that is safe."""
     table: Table | None = None
 
 
@@ -105,13 +141,13 @@ def _numbers(contents: Contents) -> Section:
 
 def _answers(comparison: Comparison) -> str:
     if comparison.agreement is None:
-        found = f"squared error of the features {comparison.divergence:.2g} of their variance"
+        answer = f"squared error of the features {comparison.divergence:.2g} of their variance"
     else:
-        found = (
+        answer = (
             f"{100 * comparison.agreement:.1f} % of images have the same top-1 class, "
             f"KL divergence {comparison.divergence:.2g} nats"
         )
-    return f"Compared with {comparison.dense}, on {comparison.data}: {found}."
+    return f"Compared with {comparison.dense}, on {comparison.data}: {answer}."
 
 
 def _heads(contents: Contents) -> Section | None:
@@ -120,7 +156,7 @@ def _heads(contents: Contents) -> Section | None:
     if not attention:
         return None
     charts = [
-        HeatMap(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0)
+        heat_map(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0)
         for kind in _ATTENTION_KINDS
     ]
     if contents.inspection.judged_by is not None:
@@ -132,10 +168,12 @@ def _heads(contents: Contents) -> Section | None:
     return Section("Heads", text, charts=charts)
 
 
-def _redundancy(attention: Sequence[LayerReport], kind: UnitKind) -> HeatMap:
+def _redundancy(attention: Sequence[LayerReport], kind: UnitKind) -> str:
     rows = _cells(attention, kind, _similarity)
     maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
-    return HeatMap(f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}", rows, maximum)
+    return heat_map(
+        f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}", rows, maximum
+    )
 
 
 def _cells(
@@ -163,24 +201,25 @@ def _kept(layer: LayerReport, unit: UnitReport, head: int) -> Cell:
 def _similarity(layer: LayerReport, unit: UnitReport, head: int) -> Cell | None:
     if head >= len(unit.heads):
         return None
-    found = unit.heads[head]
+    one = unit.heads[head]
     return Cell(
-        found.similarity,
-        f"{layer.name}, head {head}: similarity {found.similarity:.3f}; {found.rank90} and {found.rank99} of "
+        one.similarity,
+        f"{layer.name}, head {head}: similarity {one.similarity:.3f}; {one.rank90} and {one.rank99} of "
         f"{unit.now} principal channels hold 90 and 99 % of the energy",
     )
 
 
 def _flops(contents: Contents) -> Section:
     """FLOPs of each layer, or, compared with a dense model, those that each layer saves."""
-    legend = {"attention": "attention", "mlp": "MLP", "total": "the whole model"}
+    meanings = {"attention": "attention", "mlp": "MLP", "total": "the whole model", "rest": "the rest"}
+    legend = {COLOURS[name]: meaning for name, meaning in meanings.items()}
     if contents.comparison is not None:
+        del legend[COLOURS["rest"]]
         return Section("FLOPs", legend=legend, charts=[_saved_flops(contents.comparison)])
-    chart = _spent_flops(contents.inspection)
-    return Section("FLOPs", legend={**legend, "rest": "the rest"}, charts=[chart])
+    return Section("FLOPs", legend=legend, charts=[_spent_flops(contents.inspection)])
 
 
-def _saved_flops(comparison: Comparison) -> Waterfall:
+def _saved_flops(comparison: Comparison) -> str:
     dense, slim = comparison.flops
     bars = [Bar("dense", 0, dense, "total", format_flops(dense))]
     left = dense
@@ -189,10 +228,10 @@ def _saved_flops(comparison: Comparison) -> Waterfall:
         bars.append(Bar(layer.name, left, left - saved, layer.family, f"-{format_flops(saved)}"))
         left -= saved
     bars.append(Bar("slim", 0, slim, "total", format_flops(slim)))
-    return Waterfall("FLOPs that each layer saves", bars)
+    return waterfall("FLOPs that each layer saves", bars)
 
 
-def _spent_flops(inspection: Inspection) -> Waterfall:
+def _spent_flops(inspection: Inspection) -> str:
     layers = inspection.layers
     so_far = inspection.flops - sum(layer.flops for layer in layers)
     bars = [Bar("outside these layers", 0, so_far, "rest", format_flops(so_far))]
@@ -201,7 +240,7 @@ def _spent_flops(inspection: Inspection) -> Waterfall:
         bars.append(Bar(layer.name, so_far, so_far + layer.flops, layer.family, description))
         so_far += layer.flops
     bars.append(Bar("total", 0, so_far, "total", format_flops(so_far)))
-    return Waterfall("FLOPs of each layer", bars)
+    return waterfall("FLOPs of each layer", bars)
 
 
 def _errors(comparison: Comparison | None) -> Section | None:
@@ -210,9 +249,9 @@ def _errors(comparison: Comparison | None) -> Section | None:
         return None
     layers = comparison.layers
     lines = [
-        Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], "depth-0"),
+        Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], DEPTHS[0]),
         Line(
-            "error inside the pruned model", [(i, layer.error) for i, layer in enumerate(layers)], "depth-4"
+            "error inside the pruned model", [(i, layer.error) for i, layer in enumerate(layers)], DEPTHS[-1]
         ),
     ]
     rows = [
@@ -233,7 +272,7 @@ def _errors(comparison: Comparison | None) -> Section | None:
         "the dense model's input. Agreement: mean cosine similarity of the two outputs of a token.",
         legend={line.colour: line.label for line in lines},
         charts=[
-            LineChart("Relative error of each layer's output", lines, "layer, in the model's order", "error")
+            line_chart("Relative error of each layer's output", lines, "layer, in the model's order", "error")
         ],
         table=Table(headings, rows),
     )
@@ -245,17 +284,17 @@ def _curves(contents: Contents) -> Section | None:
     if not sensitivity.curves:
         return None
     axis, divergence = _DIVERGENCE[sensitivity.measure]
-    charts: list[Chart] = []
+    charts = []
     for kind, name in _NAMES.items():
         curves = [curve for curve in sensitivity.curves if curve.kind == kind]
         lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
         title = f"{name}: error against width"
-        charts.append(LineChart(title, lines, "share of width", axis, logarithmic=True))
+        charts.append(line_chart(title, lines, "share of width", axis, logarithmic=True))
     text = f"Estimated {divergence} the dense model if one unit alone is cut to a width and repaired."
     if sensitivity.budget is not None:
         text += f" Dots: widths that were chosen for a budget of {format_flops(sensitivity.budget)} FLOPs."
-    legend = {"depth-0": "first layers", "depth-2": "middle", "depth-4": "last layers"}
-    return Section("Sensitivity", text, legend, [chart for chart in charts if not is_empty(chart)])
+    legend = {DEPTHS[0]: "first layers", DEPTHS[2]: "middle", DEPTHS[4]: "last layers"}
+    return Section("Sensitivity", text, legend, [chart for chart in charts if chart])
 
 
 def _curve_line(curve: StoredCurve, depth: float) -> Line:
@@ -280,9 +319,59 @@ def _search(contents: Contents) -> Section | None:
         if kind in steps[-1].kept
     ]
     charts = [
-        LineChart("Loss", [losses], "step", "loss"),
-        LineChart("FLOPs of the masked model", [flops], "step", "MFLOPs"),
-        LineChart("Share of width kept", kept, "step", "share"),
+        line_chart("Loss", [losses], "step", "loss"),
+        line_chart("FLOPs of the masked model", [flops], "step", "MFLOPs"),
+        line_chart("Share of width kept", kept, "step", "share"),
     ]
     legend = {line.colour: line.label for line in kept}
-    return Section("Search", legend=legend, charts=[chart for chart in charts if not is_empty(chart)])
+    return Section("Search", legend=legend, charts=[chart for chart in charts if chart])
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """Row for one kind of channels of one head, or for one MLP."""
+
+    layer: str
+    cells: tuple[str, ...]
+    """Columns between the first and the last of :data:`HEADINGS`."""
+    channels: tuple[tuple[str, str], ...]
+    """Last column: names of groups of channels, and the indices of each."""
+
+
+def head_rows(layers: Sequence[LayerReport]) -> list[HeadRow]:
+    """Return one row per head and kind, and one per MLP."""
+    return [
+        _row(layer, unit, head)
+        for layer in layers
+        for unit in layer.units.values()
+        for head in range(unit.head_count)
+    ]
+
+
+def _row(layer: LayerReport, unit: UnitReport, head: int) -> HeadRow:
+    findings = ("", "", "")
+    if head < len(unit.heads):
+        head_findings = unit.heads[head]
+        findings = (f"{head_findings.similarity:.3f}", str(head_findings.rank90), str(head_findings.rank99))
+    cells = (
+        "" if layer.heads is None else str(head),
+        unit.kind,
+        str(unit.now),
+        str(unit.dense),
+        *findings,
+        f"{100 * layer.share / unit.head_count:.2f}",
+        f"{100 * layer.parameter_share / unit.head_count:.2f}",
+    )
+    return HeadRow(layer.name, cells, tuple(_channels(unit, head)))
+
+
+def _channels(unit: UnitReport, head: int) -> list[tuple[str, str]]:
+    listed = []
+    if unit.kept is not None:
+        kept = unit.kept[head]
+        removed = sorted(set(range(unit.dense)) - set(kept))
+        listed += [(f"kept ({unit.basis})", ranges(kept)), ("removed", ranges(removed))]
+    if unit.heads:
+        keeps = unit.heads[head].keeps
+        listed += [(f"a cut to {share} % would keep", ranges(channels)) for share, channels in keeps.items()]
+    return listed

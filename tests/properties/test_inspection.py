@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.models import build
-from mhacut.inspection.heads import describe_heads
+from mhacut.inspection.layers import describe_heads
 from mhacut.pruning.weight_moments import white_moments
 from mhacut.surgery.find import find_prunable_layers
 

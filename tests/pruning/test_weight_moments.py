@@ -7,7 +7,7 @@ import timm
 import torch
 
 from helpers.models import build
-from mhacut.inspection.heads import SHARES, describe_heads
+from mhacut.inspection.layers import SHARES, describe_heads
 from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates

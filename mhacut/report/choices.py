@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from mhacut.budget import format_amount, format_flops
 from mhacut.measuring.figures import ModelFigures
-from mhacut.report.charts import Line, LineChart, is_empty
-
-COST_FLOPS = "FLOPs, millions"
-"""Name of the axis of FLOPs."""
+from mhacut.report.charts import Line, line_chart
+from mhacut.text import safe
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,17 @@ class Choice:
     """Divergence from the dense model on held-out images: KL divergence in nats, or, for features, squared
     error over variance. None for the dense model itself."""
     page: str = ""
-    """File name of its own report, beside the page that compares; "" without one."""
+    """File name of its own report, next to the page that compares; "" without one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; ``size`` is in bytes, ``top1`` in percent."""
-        evaluation = self.figures.evaluation
         return {
             "budget": self.name,
             "flops": self.figures.flops,
             "parameters": self.figures.parameters,
             "size": self.figures.size,
             "latency_ms": self.figures.latency_ms,
-            "top1": None if evaluation is None else evaluation.top1,
+            "top1": _top1(self),
             "divergence": self.divergence,
         }
 
@@ -45,7 +43,7 @@ def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
     """Return a table of ``choices``, its headings first; columns that nothing fills are left out.
 
     Args:
-        choices: the dense model first.
+        choices: models to compare, the dense one first.
         divergence: heading of the column of divergences.
     """
     dense = choices[0].figures
@@ -67,28 +65,50 @@ def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
     return [list(filled), *([cell(one) or "" for cell in filled.values()] for one in choices)]
 
 
-def choice_charts(choices: Sequence[Choice]) -> list[LineChart]:
-    """Return charts of accuracy and divergence against each cost that is known."""
+def choice_charts(choices: Sequence[Choice], *, flops_only: bool = False) -> list[str]:
+    """Return charts of accuracy and divergence against each cost that is known, or against FLOPs only."""
     costs: dict[str, Callable[[Choice], float | None]] = {
-        COST_FLOPS: lambda one: one.figures.flops / 1e6,
+        "FLOPs, millions": lambda one: one.figures.flops / 1e6,
         "parameters, millions": lambda one: one.figures.parameters / 1e6,
         "latency, ms": lambda one: one.figures.latency_ms,
     }
     values: dict[str, Callable[[Choice], float | None]] = {
-        "top-1, %": lambda one: None if one.figures.evaluation is None else one.figures.evaluation.top1,
+        "top-1, %": _top1,
         "divergence": lambda one: one.divergence,
     }
-    charts: list[LineChart] = []
+    charts = []
     for value, of_value in values.items():
-        for cost, of_cost in costs.items():
-            found = [(one.name, of_cost(one), of_value(one)) for one in choices]
-            points = sorted((x, y, name) for name, x, y in found if x is not None and y is not None)
+        for cost, of_cost in list(costs.items())[: 1 if flops_only else None]:
+            known = [(one.name, of_cost(one), of_value(one)) for one in choices]
+            points = sorted((x, y, name) for name, x, y in known if x is not None and y is not None)
             if len(points) < 2:
                 continue
-            line = Line("budgets", [(x, y) for x, y, _ in points], "attention")
+            line = Line("budgets", [(x, y) for x, y, _ in points])
             # A line of a single point for each budget, so that pointing at it shows its name.
-            dots = [Line(name, [(x, y)], "attention", (x, y)) for x, y, name in points]
-            logarithmic = value == "divergence"
+            dots = [Line(name, [(x, y)], marked=(x, y)) for x, y, name in points]
             title = f"{value} against {cost.partition(',')[0]}"
-            charts.append(LineChart(title, [line, *dots], cost, value, logarithmic))
-    return [chart for chart in charts if not is_empty(chart)]  # a logarithm has no place for 0
+            charts.append(line_chart(title, [line, *dots], cost, value, logarithmic=value == "divergence"))
+    return [chart for chart in charts if chart]  # a logarithm has no place for 0
+
+
+def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Return a table for the cells of notebooks; the first column and the first row are headings.
+
+    >>> html_table([["<vit>", "dense"], ["FLOPs", "1.26G"]])
+    '<table><tr><th>&lt;vit&gt;</th><th>dense</th></tr><tr><th>FLOPs</th><td>1.26G</td></tr></table>'
+
+    Args:
+        rows: cells as text, which is escaped.
+        notes: lines below the table, which are escaped too.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        tags = ["th" if number == 0 or column == 0 else "td" for column in range(len(row))]
+        cells = (f"<{tag}>{escape(safe(cell))}</{tag}>" for tag, cell in zip(tags, row, strict=True))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    below = "".join(f"<div>{escape(safe(note))}</div>" for note in notes)
+    return f"<table>{''.join(lines)}</table>{below}"
+
+
+def _top1(choice: Choice) -> float | None:
+    return None if choice.figures.evaluation is None else choice.figures.evaluation.top1
