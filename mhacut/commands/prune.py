@@ -220,7 +220,7 @@ def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Writ
             assert inputs.time_target is not None
             raise inputs.time_target.missed()
         after = with_less_time(inputs, found, timed)
-    inputs, slim = replace(inputs, job=found.job), found.model
+    inputs, slim = replace(inputs, budget=found.budget), found.model
     if not inputs.options.dry_run:
         timer.start("writing")
         record = slim_record(inputs, found.planned, found.flops)
@@ -296,7 +296,7 @@ def _result(
         output=None if inputs.options.dry_run else inputs.target,
         architecture=inputs.loaded.identity.architecture,
         plan=planned.plan,
-        budget=inputs.job.budget,
+        budget=inputs.budget,
         dense=measured.dense,
         slim=measured.slim,
         data=inputs.images.description,

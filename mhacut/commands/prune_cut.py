@@ -64,8 +64,8 @@ class CutModel:
     """Its prunable layers."""
     planned: Planned
     flops: int
-    job: Job
-    """The job, with the limits that it was cut to."""
+    budget: int
+    """Budget of FLOPs that it was cut to."""
     correction: Correction
     """Limits of the plan that would follow if this one were too slow."""
     corrections: int
@@ -88,17 +88,17 @@ def cut_to_budget(inputs: PruneInputs, planner: Planner, after: Correction | Non
         BudgetError: the last of the plans misses the budget of time.
         MhacutError: the cut is not as planned.
     """
-    fit, plans = _cut_within(inputs, planner, after or Correction(0, inputs.job.storage))
+    fit, plans = _cut_within(inputs, planner, after or Correction(0, inputs.storage))
     found, slim, planned, job = fit.found, fit.found.model, fit.found.planned, inputs.job
     layers = find_prunable_layers(slim)
-    flops = check_flops(slim, job, planned)  # 5. check
+    flops = check_flops(slim, job, planned, inputs.budget)  # 5. check
     check_exact(slim, found.masked, job.images[:PROBED])
     known = {layer.name for layer in job.prunable.layers}
     others = [layer.name for layer in layers.layers if layer.name not in known]
     learning = layers.without(others, "does not run for what is preserved")
     slim = recover(slim, learning, job, planner.calibration, planned.merged)  # 6. recover
     correction = Correction(plans, fit.amounts.corrected)
-    return CutModel(slim, layers, planned, flops, job, correction, fit.plans - 1)
+    return CutModel(slim, layers, planned, flops, inputs.budget, correction, fit.plans - 1)
 
 
 @dataclass(frozen=True)
@@ -166,19 +166,19 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
     Returns:
         The cut model, and the number of plans that were made.
     """
-    job, fits, plans, reason = replace(inputs.job, storage=after.limits), list[_Fit](), after.plans, ""
-    never = {limit.resource for limit in job.storage}  # limits that no plan kept
+    limits, fits, plans, reason = after.limits, list[_Fit](), after.plans, ""
+    never = {limit.resource for limit in limits}  # limits that no plan kept
     while plans < _ROUNDS:
-        planned = planner.plan(job)  # 3. plan
+        planned = planner.plan(inputs.limits(limits))  # 3. plan
         if fits and planned.plan == fits[-1].found.planned.plan:
             break
         if reason:
             inputs.stopwatch.reporter.log(reason)
         plans += 1
         inputs.stopwatch.start("cutting")
-        slim = _Cut.of(planned, job)
+        slim = _Cut.of(planned, inputs.job)
         del planned  # the model
-        amounts = _amounts(inputs, slim, job, first=plans == 1)
+        amounts = _amounts(inputs, slim, limits, first=plans == 1)
         never &= {limit.resource for limit in amounts.missed}
         if not amounts.missed:
             fits.append(_Fit(slim, plans, amounts))
@@ -188,7 +188,7 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
             break  # the last plan is for a model that is slower when it is read from its file
         target = inputs.time_target
         reason = target.reason_to_go_on(_SURE) if target is not None and amounts.time_decides else ""
-        job = replace(job, storage=amounts.corrected)
+        limits = amounts.corrected
     if fits:
         # The first may use too little, but so may the second.
         return max(fits, key=lambda fit: fit.rank), plans
@@ -202,18 +202,18 @@ def _cut_within(inputs: PruneInputs, planner: Planner, after: Correction) -> tup
     )
 
 
-def _amounts(inputs: PruneInputs, slim: _Cut, job: Job, *, first: bool) -> _Amounts:
+def _amounts(inputs: PruneInputs, slim: _Cut, limits: Limits, *, first: bool) -> _Amounts:
     """Measure a cut model.
 
     Args:
         inputs: of the command, with the limits that were asked for.
         slim: the cut model.
-        job: with the limits that it was planned by.
+        limits: limits that it was planned by.
         first: whether it is of the first plan.
     """
     planned = slim.planned
     corrected, missed, unused, share = [], [], set[str](), 0.0
-    for asked, limit in zip(inputs.job.storage, job.storage, strict=True):
+    for asked, limit in zip(inputs.storage, limits, strict=True):
         stored, most = _stored(inputs, planned, slim.model, asked)
         missed += [asked] if stored > most else []
         if limit.resource == "max_latency":
@@ -254,11 +254,11 @@ def cut_within_bound(inputs: PruneInputs, planner: Planner, reporter: Reporter) 
     bracket = Bracket(lowest, highest, _step(job))
 
     def attempt(budget: int) -> Trial[CutModel]:
-        found = cut_to_budget(replace(inputs, job=replace(job, budget=budget)), planner)
+        found = cut_to_budget(replace(inputs, budget=budget), planner)
         round_to_stored(found.model, inputs.dtypes)
         bounds, evaluation = judge(found.model)
         found.model.cpu()
-        found = replace(found, job=replace(job, budget=budget), bounds=bounds, evaluation=evaluation)
+        found = replace(found, bounds=bounds, evaluation=evaluation)
         ratio = max(_ratio(bound) for bound in found.bounds)
         shown = ", ".join(f"{_shown(bound)}" for bound in found.bounds)
         share = 100 * found.flops / job.table.dense
@@ -297,7 +297,7 @@ def _expected(planner: Planner) -> Callable[[int], float]:
     if job.options.allocation != "curves":
         return lambda budget: 1 - budget / job.table.dense
 
-    return lambda budget: planner.expected_divergence(replace(job, budget=budget))
+    return lambda budget: planner.expected_divergence((Limit(job.table.flops, budget),))
 
 
 def _goal(inputs: PruneInputs) -> float:

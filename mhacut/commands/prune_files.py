@@ -146,7 +146,7 @@ class Measured:
     def with_size(self, size: int, inputs: PruneInputs) -> Measured:
         """Return the same with the file's size, and with the targets that are budgets."""
         slim = replace(self.slim, size=size)
-        counted = reached_budgets(inputs.targets, inputs.job, slim, inputs.loaded)
+        counted = reached_budgets(inputs, slim)
         measured = (target for target in self.targets if target.name not in RESOURCES or target.measured)
         return replace(self, slim=slim, targets=(*counted, *measured))
 
@@ -173,7 +173,7 @@ def measure(
     stored = any(inputs.targets[resource] is not None for resource in ("params", "size"))
     in_nats = judge.preserved.measure == "answers"
     if divergence > MUCH and in_nats and not job.merges_tokens and not stored:  # merging stores no less
-        merging = divergence_by_merging(replace(job, budget=found.flops), calibration)
+        merging = divergence_by_merging(job, found.flops, calibration)
     size = count_bytes(dense, inputs.loaded.dtypes)
     before = ModelFigures(job.table.dense, count_parameters(dense), None, inputs.evaluation, size)
     after = ModelFigures(found.flops, count_parameters(slim), None, evaluation)

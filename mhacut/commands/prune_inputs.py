@@ -47,7 +47,7 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
 from mhacut.pruning.kept_outputs import KeptOutputs
-from mhacut.pruning.limits import Limits
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.widths import MULTIPLE
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
@@ -91,13 +91,21 @@ class PruneInputs:
     target: Path
     """Slim file to write."""
     job: Job
-    """The job, with the limits that the targets set; none where a bound on the loss decides."""
+    """The job."""
+    budget: int
+    """Budget of FLOPs; the dense model's FLOPs where none is given or a bound on the loss decides."""
+    storage: Limits
+    """Limits on parameters, bytes and time."""
     targets: Targets
     """Budgets of this file."""
     stopwatch: Stopwatch
     """Measures times."""
     time_target: TimeTarget | None
     """Budget of time, where there is one."""
+
+    def limits(self, storage: Limits) -> Limits:
+        """Return limits on FLOPs and on what is stored."""
+        return (Limit(self.job.table.flops, self.budget), *storage)
 
     @property
     def dtypes(self) -> Dtypes:
@@ -157,7 +165,9 @@ def read_inputs(
             validation,
             *evaluated,
             Path(str(own.output)),
-            replace(job, budget=flops, storage=storage),
+            job,
+            flops,
+            storage,
             asked,
             stopwatch,
             time_target,
@@ -243,13 +253,11 @@ def _job(
         prunable=prunable,
         units=units,
         table=table,
-        budget=table.dense,
         images=torch.empty(0, *size),
         options=options.search,
         round_to=_multiple(options, units, asked[1], reporter),
         amp=options.amp,
         reporter=reporter,
-        merges_tokens=merges,
         fewest=fewest,
         preserved=preserved,
         merged=merged,

@@ -38,7 +38,7 @@ def slim_record(
         "command": "prune",
         "options": {**recorded_options(options), "round_to": inputs.job.round_to},
         "seed": options.search.seed,
-        **({"budget": inputs.job.budget} if bounded else {}),
+        **({"budget": inputs.budget} if bounded else {}),
         "flops_before": inputs.job.table.dense,
         "flops_after": flops,
         "source_sha256": loaded.sha256,

@@ -153,19 +153,16 @@ class Reach:
         return expected_header(stated, tensors=len(self.job.model.state_dict()), curves=len(self.job.units))
 
 
-def reached_budgets(
-    targets: Targets, job: Job, slim: ModelFigures, loaded: Checkpoint
-) -> tuple[Reached, ...]:
+def reached_budgets(inputs: Any, slim: ModelFigures) -> tuple[Reached, ...]:
     """Return the amount that the model uses of each budget.
 
     Args:
-        targets: of the file.
-        job: the job that was cut.
+        inputs: inputs of the file.
         slim: figures of the slim model.
-        loaded: the dense checkpoint.
     """
-    most: dict[Resource, int] = {"flops": job.budget}
-    most.update({limit.resource: limit.most for limit in job.storage})
+    targets, job, loaded = inputs.targets, inputs.job, inputs.loaded
+    most: dict[Resource, int] = {"flops": inputs.budget}
+    most.update({limit.resource: limit.most for limit in inputs.storage})
     used = {"flops": slim.flops, "params": slim.parameters, "size": slim.size or 0}
     dense = {"params": count_parameters(loaded.model), "size": count_bytes(loaded.model, loaded.dtypes)}
     return tuple(

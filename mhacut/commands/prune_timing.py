@@ -44,7 +44,7 @@ def _reloaded(inputs: PruneInputs, found: CutModel, reporter: Reporter) -> nn.Mo
     reporter.start("writing")
     try:
         with temporary_folder(inputs.target) as folder:
-            draft = replace(inputs, job=found.job, target=folder / inputs.target.name)
+            draft = replace(inputs, budget=found.budget, target=folder / inputs.target.name)
             slim, _ = write_checked(draft, found.model, slim_record(draft, found.planned, found.flops))
             return slim
     except OSError as error:
@@ -60,7 +60,7 @@ def with_less_time(inputs: PruneInputs, found: CutModel, missed: TimedCut) -> Co
         missed: its time.
     """
     limits = []
-    for asked, limit in zip(inputs.job.storage, found.correction.limits, strict=True):
+    for asked, limit in zip(inputs.storage, found.correction.limits, strict=True):
         late = limit.resource == "max_latency"
         limits.append(found.planned.corrected(limit, asked, missed.nanoseconds) if late else limit)
     return replace(found.correction, limits=tuple(limits))

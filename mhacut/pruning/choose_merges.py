@@ -23,6 +23,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import job_widths
+from mhacut.pruning.limits import Limits
 from mhacut.pruning.merge_law import (
     TYPICAL,
     BlockCost,
@@ -78,14 +79,14 @@ class MergeSearch:
         self.law = measured_law(job, calibration, self.tokens, self.last)
         self._tables: dict[Schedule, CostTable] = {}
 
-    def choose(self, job: Job, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
+    def choose(self, limits: Limits, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
         """Return the merges and widths of least predicted divergence within reachable limits.
 
         Args:
-            job: the search's own, with any limits.
-            curves: of its units.
+            limits: limits that the plan must keep.
+            curves: curves of the job's units.
         """
-        return _best(job, curves, self)
+        return _best(limits, curves, self)
 
     @cached_property
     def schedules(self) -> list[Schedule]:
@@ -103,14 +104,15 @@ class MergeSearch:
         return self._tables[schedule]
 
 
-def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
-    """Measure the divergence that merges alone would leave at about the budget, on a few held-out images.
+def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> float | None:
+    """Measure the divergence that merges alone would leave at about ``flops``, on a few held-out images.
 
     The schedule follows typical costs and is not searched on this model; a search with ``tokens`` in the
     scope finds a smaller divergence.
 
     Args:
         job: what is pruned, a classifier.
+        flops: FLOPs of the model that merges tokens, at most.
         calibration: of its model.
 
     Returns:
@@ -120,7 +122,7 @@ def divergence_by_merging(job: Job, calibration: Calibration) -> float | None:
         return None
     tokens = tokens_of_model(job.model, job.input_size)
     costs, last = block_costs(job, tokens), merging_blocks(job.model, tokens)
-    saved = job.table.flops({}) - job.budget
+    saved = job.table.flops({}) - flops
     dense = flops_of_blocks(costs, (0,) * tokens.depth, tokens)
     prices = [price / job.table.dense for price in _PRICES]
     schedules = cheapest_schedules(TYPICAL, tokens, costs, last, prices)
@@ -175,16 +177,17 @@ def measured_law(job: Job, calibration: Calibration, tokens: Tokens, last: int) 
     return MergeLaw.fit(trials, measured, tokens)
 
 
-def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
+def _best(limits: Limits, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
     """Search the schedules of least cost, from few merges to many, for the best division of the budget."""
-    schedules = search.schedules
+    job, schedules = search.job, search.schedules
 
     @cache
     def choice(index: int) -> MergeChoice | None:
         table = search.table(schedules[index])
-        if any(lowest_flops(job.allowed, limit.cost) > limit.most for limit in job.limits(table)):
+        within = job.limits_on_widths(limits, table)
+        if any(lowest_flops(job.allowed, limit.cost) > limit.most for limit in within):
             return None
-        widths = job_widths(job, curves, table, exchange=False)
+        widths = job_widths(job, limits, curves, table, exchange=False)
         predicted = divergence_by_cut(total_error(curves, widths))
         if schedules[index]:
             predicted += search.law.divergence(schedules[index], search.tokens)
@@ -205,17 +208,18 @@ def _best(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> Mer
     # No merges are no part of the valley where merging takes time that its FLOPs do not show.
     found = [each for each in map(choice, {0, *range(low, high + 1)}) if each is not None]
     if not found:
-        return _least(job, curves, search)
+        return _least(limits, curves, search)
     best = min(found, key=lambda each: each.predicted)
-    return replace(best, widths=job_widths(job, curves, best.table))
+    return replace(best, widths=job_widths(job, limits, curves, best.table))
 
 
-def _least(job: Job, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
+def _least(limits: Limits, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
     """Return the narrowest layers, with the merges that miss the limits least: no choice keeps them."""
+    job = search.job
 
     def excess(schedule: Schedule) -> int:
-        limits = job.limits(search.table(schedule))
-        return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in limits)
+        within = job.limits_on_widths(limits, search.table(schedule))
+        return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
 
     schedule = min((search.schedules[0], search.schedules[-1]), key=excess)
     widths = {key: choices[0] for key, choices in job.allowed.items()}

@@ -28,6 +28,7 @@ from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import ADAM_BETAS, Distillation
 from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Limits
 from mhacut.pruning.widths import fill_budget, nearest_width
 from mhacut.surgery.mask import temperature_factor
 
@@ -94,7 +95,7 @@ class _UnitState:
         return UnitPlan(unit.layer, unit.kind, unit.width, kept, unshared=unshared)
 
 
-def search(job: Job, calibration: Calibration, distillation: Distillation) -> SearchResult:
+def search(job: Job, limits: Limits, calibration: Calibration, distillation: Distillation) -> SearchResult:
     """Train indicators together with channel scales; return the plan that they define.
 
     The gradients of the task and of the budget are each brought to unit scale before they are added, so that
@@ -103,13 +104,14 @@ def search(job: Job, calibration: Calibration, distillation: Distillation) -> Se
 
     Args:
         job: what is pruned; its model is not modified.
+        limits: limit on FLOPs, the only one that indicators are trained for.
         calibration: of that model.
         distillation: images to train on.
 
     Raises:
         MhacutError: the loss is not finite.
     """
-    options, budget = job.options, job.budget
+    options, budget = job.options, limits[0].most
     states = [_UnitState(unit, job, calibration) for unit in job.units]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
     if options.reweight:
@@ -136,7 +138,7 @@ def search(job: Job, calibration: Calibration, distillation: Distillation) -> Se
         detail = f"loss {log[-1].loss:.4f}, {format_flops(log[-1].flops)}"
         job.reporter.advance(step + 1, options.steps, detail)
     channel_scales = {state.unit.key: state.channel_scale.detach().cpu() for state in states}
-    return SearchResult(_final_plan(states, job), channel_scales, tuple(log))
+    return SearchResult(_final_plan(states, job, limits), channel_scales, tuple(log))
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
@@ -190,12 +192,12 @@ def _normalise(tensors: list[Tensor]) -> None:
             tensor /= rms
 
 
-def _final_plan(states: list[_UnitState], job: Job) -> Plan:
+def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
     """Return the plan that the indicators define, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
     ranked = {
         key: score.sort(dim=-1, descending=True).values.mean(0).tolist() for key, score in scores.items()
     }
-    widths = fill_budget(ranked, job.choices, job.limits())
+    widths = fill_budget(ranked, job.choices, limits)
     return Plan(tuple(state.plan(scores[state.unit.key], widths[state.unit.key]) for state in states))

@@ -16,7 +16,7 @@ from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
 from mhacut.pruning.kept_outputs import KeptOutputs
-from mhacut.pruning.limits import Limit, Limits
+from mhacut.pruning.limits import Limits
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.widths import MULTIPLE, width_choices
 from mhacut.runtime.distributed import Processes
@@ -37,9 +37,6 @@ class Job:
     """Units that may be cut."""
     table: CostTable
     """FLOPs of the model at any widths."""
-    budget: int
-    """FLOPs; reachable (:func:`mhacut.pruning.reachable.reachable_amounts`). The dense model's FLOPs if only
-    other limits apply."""
     images: Tensor
     """Calibration images, [n, C, H, W], normalised."""
     options: SearchOptions
@@ -50,17 +47,13 @@ class Job:
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
-    merges_tokens: bool = False
-    """Whether the budget is shared by channels and tokens."""
     fewest: CostTable | None = None
-    """FLOPs with all mergeable tokens merged, where the budget is shared; None otherwise."""
+    """FLOPs with all mergeable tokens merged, where channels and tokens share the budget; None otherwise."""
     preserved: Preserved | None = None
     """Outputs of the model to preserve; None for the model's own outputs."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
     merges, but ``model`` does not merge."""
-    storage: Limits = ()
-    """Limits on parameters, bytes and time."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
     dense_outputs: KeptOutputs | None = None
@@ -86,13 +79,25 @@ class Job:
         """Widths in :attr:`choices` that the constraints allow."""
         return self.constraints.allowed(self.choices)
 
-    def limits(self, table: CostTable | None = None) -> Limits:
-        """Return the limits on widths; that of FLOPs, by ``table`` or the job's own, unless it is slack."""
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether the budget is shared by channels and tokens."""
+        return self.fewest is not None
+
+    def limits_on_widths(self, limits: Limits, table: CostTable | None = None) -> Limits:
+        """Return ``limits`` on the widths of the model with the merges of ``table``, by default the job's.
+
+        A limit on FLOPs that the uncut model keeps is left out beside others: each costs search time.
+        """
         merges = table is not None and table is not self.table
-        table = table or self.table
-        flops = Limit(table.flops, self.budget)
-        others = tuple(limit.decided(table.flops, merges=merges) for limit in self.storage)
-        return others if others and flops.holds({}) else (flops, *others)
+        cost = (table or self.table).flops
+        flops = [
+            limit.with_merges_fixed(cost, merges=merges) for limit in limits if limit.resource == "flops"
+        ]
+        others = [
+            limit.with_merges_fixed(cost, merges=merges) for limit in limits if limit.resource != "flops"
+        ]
+        return others if others and all(limit.holds({}) for limit in flops) else [*flops, *others]
 
     @property
     def fisher_options(self) -> FisherOptions:

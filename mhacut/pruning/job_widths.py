@@ -10,27 +10,35 @@ from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Limits
 from mhacut.pruning.widths import MULTIPLE
 from mhacut.surgery.costs import CostTable
 
 
 def job_widths(
-    job: Job, curves: Mapping[UnitKey, Curve], table: CostTable | None = None, *, exchange: bool = True
+    job: Job,
+    limits: Limits,
+    curves: Mapping[UnitKey, Curve],
+    table: CostTable | None = None,
+    *,
+    exchange: bool = True,
 ) -> dict[UnitKey, int]:
-    """Return the widths of least total error that the job's limits and constraints allow.
+    """Return the widths of least total error within limits and the job's constraints.
 
     Args:
         job: what is pruned.
-        curves: of its units.
+        limits: limits that the plan must keep.
+        curves: curves of the job's units.
         table: FLOPs of its model with merges; None for the job's own.
         exchange: whether steps may be exchanged, which takes seconds.
     """
-    equal, limits = job.constraints.equal_qkv, job.limits(table)
-    return cheapest_widths(curves, job.allowed, limits, exchange=exchange, equal=equal)
+    equal, within = job.constraints.equal_qkv, job.limits_on_widths(limits, table)
+    return cheapest_widths(curves, job.allowed, within, exchange=exchange, equal=equal)
 
 
 def costs_of_constraints(
     job: Job,
+    limits: Limits,
     curves: Mapping[UnitKey, Curve],
     widths: Mapping[UnitKey, int],
     table: CostTable,
@@ -43,7 +51,8 @@ def costs_of_constraints(
 
     Args:
         job: what is pruned.
-        curves: of its units.
+        limits: limits that the plan keeps.
+        curves: curves of the job's units.
         widths: those that were chosen under all constraints.
         table: FLOPs of its model with the merges that were chosen.
         usual: curves at the usual multiples; None leaves multiples out.
@@ -51,7 +60,7 @@ def costs_of_constraints(
     expected = divergence_by_cut(total_error(curves, widths))
 
     def cost(freer: Job, own: Mapping[UnitKey, Curve]) -> float:
-        without = total_error(own, job_widths(freer, own, table, exchange=False))
+        without = total_error(own, job_widths(freer, limits, own, table, exchange=False))
         return max(expected - divergence_by_cut(without), 0.0)
 
     found = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mhacut.budget import Resource
 from mhacut.measuring.time_curve import TimeCurve
@@ -21,13 +21,15 @@ class Limit:
     curve: TimeCurve | None = None
     """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
 
-    def decided(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
-        """Return the same limit on the widths of a model whose merges are decided.
+    def with_merges_fixed(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
+        """Return the limit on the widths of a model whose merges are fixed; a time becomes one on FLOPs.
 
         Args:
-            flops: of that model, at given widths.
+            flops: FLOPs of that model at given widths.
             merges: whether it merges tokens.
         """
+        if self.resource == "flops":
+            return replace(self, cost=flops)
         if self.curve is None:
             return self
         return Limit(flops, self.curve.flops(self.most, merges=merges))

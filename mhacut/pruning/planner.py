@@ -20,7 +20,7 @@ from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.indicators import SearchStep, search
 from mhacut.pruning.job import Job
 from mhacut.pruning.job_widths import costs_of_constraints, job_widths
-from mhacut.pruning.limits import Limit
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
 from mhacut.pruning.widths import MULTIPLE
@@ -92,45 +92,45 @@ class Planner:
         self.job, self.calibration = job, calibration
         self.options, self.reporter = job.options, job.reporter
 
-    def plan(self, job: Job | None = None) -> Planned:
-        """Return the plan that the options ask for, on a model ready to be cut.
+    def plan(self, limits: Limits) -> Planned:
+        """Return the plan within ``limits`` that the options ask for, on a model ready to be cut.
 
-        Args:
-            job: the planner's own with other limits; None for those it has. What does not depend on limits is
-                found once.
+        What does not depend on the limits is found once.
         """
-        job = job or self.job
+        job = self.job
         if self.options.allocation == "indicator":
-            return self._by_indicators(job)
+            return self._by_indicators(limits)
         curves: Mapping[UnitKey, Curve] = {}
         widths: Mapping[UnitKey, int]
         table: CostTable = job.table
         merged: Schedule = job.merged
         if self.options.allocation == "uniform":
-            widths = uniform_widths(job.allowed, job.limits())
+            widths = uniform_widths(job.allowed, job.limits_on_widths(limits))
         else:
             curves = self.curves
             if job.merges_tokens:
                 self.reporter.start("choosing merges")
-                choice = self._merge_search.choose(job, curves)
+                choice = self._merge_search.choose(limits, curves)
                 widths, table, merged = choice.widths, choice.table, choice.merged
                 self.reporter.log(described(choice))
             else:
-                widths = job_widths(job, curves)
+                widths = job_widths(job, limits, curves)
         ready = self._reconstructed(widths)
-        costs = costs_of_constraints(job, curves, widths, table, self._usual_curves) if curves else ()
+        costs: tuple[Constraint, ...] = ()
+        if curves:
+            costs = costs_of_constraints(job, limits, curves, widths, table, self._usual_curves)
         return Planned(ready, curves, (), table, merged, costs)
 
-    def expected_divergence(self, job: Job) -> float:
-        """Divergence in nats that is expected of a plan by curves, within the limits of ``job``; nearly."""
-        if job.merges_tokens:
-            return self._merge_search.choose(job, self.curves).predicted
-        widths = job_widths(job, self.curves, exchange=False)
+    def expected_divergence(self, limits: Limits) -> float:
+        """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
+        if self.job.merges_tokens:
+            return self._merge_search.choose(limits, self.curves).predicted
+        widths = job_widths(self.job, limits, self.curves, exchange=False)
         return divergence_by_cut(total_error(self.curves, widths))
 
-    def _by_indicators(self, job: Job) -> Planned:
+    def _by_indicators(self, limits: Limits) -> Planned:
         self.reporter.start("searching")
-        found = search(job, self.calibration, job.distillation(self.calibration))
+        found = search(self.job, limits, self.calibration, self.job.distillation(self.calibration))
         by_repair = self.options.repair and self.options.selection == "repair"
         candidates = self.candidates if by_repair else None
         self.reporter.start("repairing")

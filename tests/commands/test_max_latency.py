@@ -144,7 +144,7 @@ def test_widths_suit_the_kernels_of_a_gpu_that_is_timed(given, widths, device, m
 def test_what_tokens_would_leave_is_of_the_flops_that_are_left(tiny_vit, tmp_path, clock, monkeypatch):
     budgets = []
     monkeypatch.setattr(prune_files, "MUCH", -1.0)
-    monkeypatch.setattr(prune_files, "divergence_by_merging", lambda job, _: budgets.append(job.budget))
+    monkeypatch.setattr(prune_files, "divergence_by_merging", lambda job, flops, _: budgets.append(flops))
     result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
     assert budgets == [result.slim.flops]
 
@@ -210,9 +210,9 @@ def test_there_are_three_corrections_whatever_misses(tiny_vit, tmp_path, clock, 
     at_shares_of_the_budget(clock, monkeypatch, 4 * [1.1, 0.9, 1.2])
     planned = []
 
-    def plan(planner, job, plan=Planner.plan):
-        planned.append(job.storage[0].most)
-        return plan(planner, job)
+    def plan(planner, limits, plan=Planner.plan):
+        planned.append(limits[1].most)
+        return plan(planner, limits)
 
     monkeypatch.setattr(Planner, "plan", plan)
     with pytest.raises(BudgetError, match="not met: after 3 corrections"):
@@ -276,12 +276,12 @@ def test_of_models_within_the_budget_the_larger_is_kept(tiny_vit, tmp_path, cloc
     first = prune(tiny_vit, tmp_path / "first.safetensors", max_latency="80%", dry_run=True)
     planned = []
 
-    def plan(planner, job, plan=Planner.plan):
-        planned.append(job)
-        return plan(planner, job if len(planned) == 1 else replace(job, storage=smaller(job.storage)))
+    def plan(planner, limits, plan=Planner.plan):
+        planned.append(limits)
+        return plan(planner, limits if len(planned) == 1 else smaller(limits))
 
     def smaller(limits):
-        return tuple(replace(limit, most=int(0.9 * planned[0].storage[0].most)) for limit in limits)
+        return (limits[0], replace(limits[1], most=int(0.9 * planned[0][1].most)))
 
     monkeypatch.setattr(Planner, "plan", plan)
     at_shares_of_the_budget(clock, monkeypatch, [0.80, 0.75])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UNIT_KINDS
 from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
@@ -36,7 +37,7 @@ def job_of(
     model: nn.Module,
     images: Tensor,
     *,
-    share: float | None = None,
+    counted: bool = False,
     kinds=UNIT_KINDS,
     round_to: int = 8,
     labels: Tensor | None = None,
@@ -44,18 +45,22 @@ def job_of(
     reporter: Reporter = SILENT,
     options: SearchOptions | None = None,
 ) -> Job:
-    """A job for ``model`` with a budget of ``share`` of its FLOPs; None leaves the cost table out."""
+    """A job for ``model``, without a cost table unless its FLOPs are ``counted``."""
     prunable = prunable or find_prunable_layers(model)
-    table = None if share is None else build_cost_table(model, prunable, tuple(images.shape[1:]))
+    table = build_cost_table(model, prunable, tuple(images.shape[1:])) if counted else None
     return Job(
         model=model,
         prunable=prunable,
         units=prunable.units(kinds),
         table=table,
-        budget=0 if table is None else int(share * table.dense),
         images=images,
         labels=labels,
         options=options or SearchOptions(),
         round_to=round_to,
         reporter=reporter,
     )
+
+
+def flops_limit(job: Job, share: float) -> Limits:
+    """A limit of ``share`` of the job's dense FLOPs."""
+    return (Limit(job.table.flops, int(share * job.table.dense)),)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import mhacut
-from helpers.jobs import job_of
+from helpers.jobs import flops_limit, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune_files as commands
@@ -58,7 +56,7 @@ def test_tokens_and_channels_share_a_budget(model, tmp_path):
 
 def test_schedules_go_from_no_merges_to_as_many_as_there_can_be(model, monkeypatch):
     monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
-    search = MergeSearch(job_of(model, image(VIT, batch=2), share=0.5), None)
+    search = MergeSearch(job_of(model, image(VIT, batch=2), counted=True), None)
     none, *some, most = search.schedules
     assert none == ()
     assert most == most_merged(search.tokens, search.last)
@@ -170,7 +168,7 @@ def tried(monkeypatch):
     """What was measured of merges alone: divergences, and the FLOPs of the models."""
     found = []
 
-    def measured(job, calibration):
+    def measured(job, budget, calibration):
         flops = []
         own = choose_merges.set_merged
 
@@ -180,7 +178,7 @@ def tried(monkeypatch):
 
         with monkeypatch.context() as within:
             within.setattr(choose_merges, "set_merged", counted)
-            found.append((choose_merges.divergence_by_merging(job, calibration), flops, job.budget))
+            found.append((choose_merges.divergence_by_merging(job, budget, calibration), flops, budget))
 
     monkeypatch.setattr(commands, "MUCH", 0.0)
     monkeypatch.setattr(commands, "divergence_by_merging", measured)
@@ -239,13 +237,13 @@ def test_of_a_single_patch_nothing_is_merged():
 
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model, monkeypatch):
     monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
-    job = job_of(model, image(VIT, batch=2), share=1.0)
+    job = job_of(model, image(VIT, batch=2), counted=True)
     search = MergeSearch(job, None)
     # No model without merges meets half the time, however narrow; those that merge take the time of their
     # FLOPs.
     dense, most = job.table.dense, search.table(search.schedules[-1])
     curve = TimeCurve.through([(1, 0.6), (dense, 1.0)], [(1, 1 / dense), (dense, 1.0)], 10**6)
-    timed = replace(job, storage=(Limit(lambda widths: 0, 500_000, "max_latency", curve),))
+    timed = (*flops_limit(job, 1), Limit(lambda widths: 0, 500_000, "max_latency", curve))
     curves = {
         unit.key: {width: (1 - width / unit.width) ** 2 for width in job.choices[unit.key]}
         for unit in job.units
@@ -254,6 +252,6 @@ def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model, monkeypatch):
     assert any(choice.merged)
     assert 0.4 * dense < choice.table.flops(choice.widths) <= 0.5 * dense
     least = {key: widths[0] for key, widths in job.allowed.items()}
-    late = replace(job, storage=(Limit(lambda widths: 0, 1, "max_latency", curve),))
+    late = (*flops_limit(job, 1), Limit(lambda widths: 0, 1, "max_latency", curve))
     assert search.choose(late, curves).widths == least
     assert search.choose(late, curves).table.flops(least) == most.flops(least)

@@ -14,7 +14,7 @@ import torch
 
 import mhacut
 from helpers.cli import FAST, run
-from helpers.jobs import job_of
+from helpers.jobs import flops_limit, job_of
 from helpers.pruning import prune_quickly
 from mhacut.errors import UsageError
 from mhacut.options.prune import PruneOptions
@@ -133,7 +133,7 @@ def test_cost_of_multiples_is_what_the_usual_ones_would_save(round_to, share):
     model = timm.create_model(
         "vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, patch_size=2, num_classes=3
     ).eval()
-    job = job_of(model, torch.randn(2, 3, 32, 32), share=share, kinds=("qk", "v"), round_to=round_to)
+    job = job_of(model, torch.randn(2, 3, 32, 32), counted=True, kinds=("qk", "v"), round_to=round_to)
 
     def true(key, width):
         scale, base = (3.0, 0.95) if key[1] == "qk" else (5.0, 0.9)
@@ -143,12 +143,11 @@ def test_cost_of_multiples_is_what_the_usual_ones_would_save(round_to, share):
         {key: {width: true(key, width) for width in widths} for key, widths in choices.items()}
         for choices in (job.choices, replace(job, round_to=8).choices)
     )
-    chosen = job_widths(job, curves)
+    limits = flops_limit(job, share)
+    chosen = job_widths(job, limits, curves)
     plans = (dict(zip(usual, widths, strict=True)) for widths in product(range(8, 65, 8), repeat=2))
-    errors = [
-        sum(true(*unit) for unit in plan.items()) for plan in plans if job.table.flops(plan) <= job.budget
-    ]
-    (cost,) = costs_of_constraints(job, curves, chosen, job.table, usual)
+    errors = [sum(true(*unit) for unit in plan.items()) for plan in plans if limits[0].holds(plan)]
+    (cost,) = costs_of_constraints(job, limits, curves, chosen, job.table, usual)
     assert (cost.name, cost.value) == ("round_to", round_to)
     expected = [6.9 * error**1.22 for error in (sum(true(*unit) for unit in chosen.items()), min(errors))]
     assert cost.nats == pytest.approx(expected[0] - expected[1])

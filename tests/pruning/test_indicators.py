@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from helpers.jobs import flops_limit
 from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.attention_difference import logit_energy
@@ -46,21 +47,20 @@ class Bench:
         self.table = build_cost_table(self.model, self.prunable, self.size)
         self.calibration = calibrate(self.model, self.prunable, self.images, batch_size=5)
 
-    def job(self, share=0.6, options=SHORT, labels=None, kinds=("qk", "v", "hidden")):
+    def job(self, options=SHORT, labels=None, kinds=("qk", "v", "hidden")):
         return Job(
             model=self.model,
             prunable=self.prunable,
             units=self.prunable.units(kinds),
             table=self.table,
-            budget=int(share * self.table.dense),
             images=self.images,
             labels=labels,
             options=options,
         )
 
     def search(self, share=0.6, options=SHORT, **more):
-        job = self.job(share, options, **more)
-        return search(job, self.calibration, job.distillation(self.calibration))
+        job = self.job(options, **more)
+        return search(job, flops_limit(job, share), self.calibration, job.distillation(self.calibration))
 
     def slim(self, share, options=SHORT):
         """Search and cut."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mhacut
-from helpers.jobs import Recorder, job_of
+from helpers.jobs import Recorder, flops_limit, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.errors import UnsupportedModelError, UsageError
 from mhacut.linalg.moments import Moments
@@ -185,7 +185,7 @@ def test_fisher_information_foretells_the_divergence_of_small_errors():
 
 def test_layers_behind_all_that_is_preserved_cost_nothing():
     model, x = build(VIT).requires_grad_(False), image(VIT, batch=8)
-    job = job_of(model, x, share=0.7, round_to=1, options=SearchOptions(effort="fast", batch_size=4))
+    job = job_of(model, x, counted=True, round_to=1, options=SearchOptions(effort="fast", batch_size=4))
     preserved = preserved_of(model, "blocks.0", x)
     object.__setattr__(job, "preserved", preserved)
     calibration = job.calibrate()
@@ -195,7 +195,7 @@ def test_layers_behind_all_that_is_preserved_cost_nothing():
     candidates = {key: each[0] for key, each in planner.candidates.items()}
     curves = sensitivity_curves(job, calibration, candidates)
     assert all(not any(curves[key].values()) for key in curves if key[0].startswith("blocks.1."))
-    widths = planner.plan().plan.widths()
+    widths = planner.plan(flops_limit(job, 0.7)).plan.widths()
     assert widths["blocks.1.mlp", "hidden"] < widths["blocks.0.mlp", "hidden"]
 
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from helpers.jobs import job_of
+from helpers.jobs import flops_limit, job_of
 from helpers.models import ModelCase, build, image, relative
 from mhacut.pruning import fisher, unit_sums
 from mhacut.pruning.calibrate import calibrate
@@ -113,13 +113,13 @@ def test_a_file_goes_with_its_tensor():
 
 def test_plans_are_the_same_from_a_file():
     model = build(CASE)
-    job = job_of(model, image(CASE, batch=12), share=0.6, round_to=2)
-    plan = Planner(job, job.calibrate()).plan()
+    job = job_of(model, image(CASE, batch=12), counted=True, round_to=2)
+    plan = Planner(job, job.calibrate()).plan(flops_limit(job, 0.6))
     with patch.object(unit_sums, "MOST_BYTES", 0), patch.object(spill_module, "LEAST_BYTES", 0):
         calibration = job.calibrate()
         assert isinstance(calibration.moments, SpilledMoments)
         assert len(calibration.moments) == len(list(calibration.moments)) == len(job.units)
-        spilled = Planner(job, calibration).plan()
+        spilled = Planner(job, calibration).plan(flops_limit(job, 0.6))
     assert spilled.plan == plan.plan
     assert all(
         torch.equal(a, b)
@@ -137,7 +137,7 @@ def test_a_batch_in_parts_gives_the_same_fisher_information(what):
         "pooled": Preserved("pooled", "features", Features("pooled")),
         "tokens": Preserved("tokens", "dense", tokens),
     }[what]
-    job = replace(job_of(model, images, share=0.6, round_to=2), preserved=preserved)
+    job = replace(job_of(model, images, counted=True, round_to=2), preserved=preserved)
     sizes: list[int] = []
 
     def gather():

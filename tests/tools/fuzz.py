@@ -119,7 +119,7 @@ def _job() -> Job:
     sizes = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
     model = timm.create_model("vit_tiny_patch16_224", **sizes).eval().requires_grad_(False)
     prunable, images = find_prunable_layers(model), torch.zeros(3, 3, 32, 32)
-    return Job(model, prunable, prunable.units(), None, 0, images, SearchOptions())
+    return Job(model, prunable, prunable.units(), None, images, SearchOptions())
 
 
 TARGETS = {
