@@ -21,8 +21,7 @@ from mhacut.checkpoint.names import to_model_names
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError
-from mhacut.runtime.files import show
-from mhacut.runtime.inputs import stem_of
+from mhacut.runtime.files import show, stem_of
 from mhacut.surgery.find import model_input_size
 from mhacut.text import dtype_name
 

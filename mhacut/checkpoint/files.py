@@ -26,8 +26,7 @@ from mhacut.checkpoint.safetensors_file import (
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
 from mhacut.errors import CheckpointError, option_name
-from mhacut.runtime.files import show
-from mhacut.runtime.inputs import is_directory, regular_size
+from mhacut.runtime.files import is_directory, regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
 """Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""

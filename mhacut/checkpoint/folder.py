@@ -10,8 +10,7 @@ from typing import Any
 
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError, option_name
-from mhacut.runtime.files import show
-from mhacut.runtime.inputs import regular_size
+from mhacut.runtime.files import regular_size, show
 
 _MAX_CONFIG_BYTES = 4 * 2**20
 WEIGHT_FILES = (

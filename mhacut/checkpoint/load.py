@@ -16,8 +16,8 @@ from mhacut.checkpoint.module import with_args
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions, PreprocessingOptions
-from mhacut.runtime.context import in_usual_torch
-from mhacut.runtime.inputs import REMOTE, check_checkpoint
+from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.files import REMOTE, check_checkpoint
 from mhacut.runtime.progress import Reporter
 
 
@@ -131,7 +131,7 @@ def open_from_options(
     return checkpoint
 
 
-@in_usual_torch
+@with_default_torch
 def load_model(
     path: str | os.PathLike[str] | None,
     model: str | None = None,

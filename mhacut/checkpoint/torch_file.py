@@ -21,8 +21,7 @@ from mhacut.checkpoint.torch_archive import check_zip, is_zip, loads_as_zip
 from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
-from mhacut.runtime.files import show
-from mhacut.runtime.inputs import regular_size
+from mhacut.runtime.files import regular_size, show
 from mhacut.text import dtype_name
 
 _LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")

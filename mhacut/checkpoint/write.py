@@ -23,9 +23,9 @@ from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, MhacutError, OutputError
 from mhacut.limits import is_int
-from mhacut.runtime.context import in_usual_torch
+from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.files import check_output, show, write_whole
-from mhacut.runtime.tensor_file import save_tensors
+from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
 from mhacut.text import dtype_name
@@ -65,7 +65,7 @@ def write_slim(
         check: takes the name of the complete file before it appears; nothing does if it raises.
 
     Returns:
-        Status of the file, for :func:`mhacut.runtime.files.check_still`.
+        Status of the file.
 
     Raises:
         OutputError: the file must not or cannot be written; what was there before is untouched.
@@ -140,7 +140,7 @@ def expected_header(stated: Sequence[Any], *, tensors: int, curves: int) -> int:
     return len(text) + tensors * _DESCRIBED + curves * _CURVE + _PROSE
 
 
-@in_usual_torch
+@with_default_torch
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -16,7 +16,7 @@ from mhacut.cli.running import Globals, running
 from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
 from mhacut.options.config import convert, key_value, read_config
 from mhacut.options.option import REQUIRED, Option, Options
-from mhacut.runtime.launch import believed, local_rank
+from mhacut.runtime.process import local_rank
 
 Body = Callable[[Any, Console], None]
 QUIET = "Show the result and errors only."
@@ -77,7 +77,7 @@ def _check_paths(options: Options, check_outputs: Callable[[Any], None] | None) 
         if check_outputs is not None:
             check_outputs(options)
     except MhacutError as error:
-        if believed(local_rank) > 0:
+        if local_rank() > 0:
             raise FailedElsewhere from error
         raise
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mhacut.cli.quitting import quit_at_once
-from mhacut.runtime.launch import believed, world_size
+from mhacut.runtime.process import world_size
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -33,7 +33,7 @@ def interruptible() -> Iterator[None]:
     deletes an object has no effect and is not shown; SIGTERM, which nobody sends twice, comes again.
     """
     ours: dict[signal.Signals, Any] = {signal.SIGINT: quit_at_once, signal.SIGTERM: signal.SIG_DFL}
-    if believed(world_size) > 1:
+    if world_size() > 1:
         del ours[signal.SIGTERM]
     before = {number: handler for number, handler in ours.items() if signal.getsignal(number) is handler}
     if not before or threading.current_thread() is not threading.main_thread():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhacut.options.option import Options, Reads
-from mhacut.runtime.inputs import REMOTE, check_checkpoint, check_class_map, check_data_dir
+from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, check_data_dir
 
 _CHECKS: Mapping[Reads, Callable[[Any], None]] = {
     "checkpoint": check_checkpoint,

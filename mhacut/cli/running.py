@@ -24,7 +24,7 @@ from mhacut.errors import (
     option_name,
     options_written_by,
 )
-from mhacut.runtime.launch import believed, rank
+from mhacut.runtime.process import rank
 
 FAILED, USAGE = 1, 2
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -57,7 +57,7 @@ def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Ite
     mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
     ``MHACUT_DEBUG=1`` shows every traceback.
     """
-    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json, rank=believed(rank))
+    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json, rank=rank())
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
     with options_written_by(writer), _library_logs(console):

@@ -29,10 +29,9 @@ from mhacut.exporting.programs import (
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.bench import BenchOptions
-from mhacut.runtime.child import in_new_process
-from mhacut.runtime.compiling import many_compiled, refusing_compile
-from mhacut.runtime.context import in_usual_torch
-from mhacut.runtime.inputs import REMOTE
+from mhacut.runtime.device import many_compiled, refusing_compile, with_default_torch
+from mhacut.runtime.files import REMOTE
+from mhacut.runtime.process import in_new_process
 from mhacut.runtime.progress import Reporter, Silent, reporting
 from mhacut.surgery.flops import count_parameters, measure_flops
 
@@ -118,7 +117,7 @@ class _Setup:
     threads: int
 
 
-@in_usual_torch
+@with_default_torch
 def bench(
     *checkpoints: PathLike,
     progress: bool | None = None,

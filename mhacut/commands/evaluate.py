@@ -23,8 +23,7 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.evaluate import EvaluateOptions
 from mhacut.report.choices import html_table
-from mhacut.runtime.context import in_usual_torch
-from mhacut.runtime.device import resolve_device, warn_of_slow_amp
+from mhacut.runtime.device import resolve_device, warn_of_slow_amp, with_default_torch
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters, measure_flops
@@ -73,7 +72,7 @@ class EvaluateResult:
         return [(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"]
 
 
-@in_usual_torch
+@with_default_torch
 def evaluate(
     checkpoint: PathLike | nn.Module,
     *,

@@ -25,7 +25,7 @@ from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, requi
 from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.context import in_usual_torch
+from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.text import dtype_name
@@ -66,7 +66,7 @@ class ExportResult:
     """Address of the commit on the hub; None where nothing was pushed."""
 
 
-@in_usual_torch
+@with_default_torch
 def export(
     checkpoint: PathLike,
     *,

@@ -22,10 +22,10 @@ from mhacut.finetuning.training import check_precision, repeatable
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.runtime.context import in_usual_torch
+from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.distributed import gathered
+from mhacut.runtime.process import stop_request
 from mhacut.runtime.progress import Reporter, Silent, reporting
-from mhacut.runtime.signals import stop_request
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import FinetuneKeywords
 
 
-@in_usual_torch
+@with_default_torch
 def finetune(
     checkpoint: PathLike | None = None,
     *,

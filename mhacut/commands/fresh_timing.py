@@ -25,8 +25,8 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import MhacutError
 from mhacut.measuring.latency import Comparison
 from mhacut.options.timing import TimingOptions
-from mhacut.runtime.child import in_new_process
 from mhacut.runtime.files import temporary_folder
+from mhacut.runtime.process import in_new_process
 from mhacut.runtime.progress import Silent
 
 

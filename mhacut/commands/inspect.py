@@ -23,8 +23,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.report.history import stored_curves
 from mhacut.report.page import write_page
 from mhacut.report.sections import Contents
-from mhacut.runtime.context import in_usual_torch
-from mhacut.runtime.device import resolve_device
+from mhacut.runtime.device import resolve_device, with_default_torch
 from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import find_prunable_layers
@@ -53,7 +52,7 @@ class InspectResult:
     """Files that the report was written to."""
 
 
-@in_usual_torch
+@with_default_torch
 def inspect(
     checkpoint: PathLike,
     *,

@@ -27,7 +27,7 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.page import measured_figures, write_overview, write_report
-from mhacut.runtime.context import in_usual_torch
+from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
 from mhacut.surgery.find import find_prunable_layers
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mhacut.options.keywords import PruneKeywords
 
 
-@in_usual_torch
+@with_default_torch
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
@@ -81,7 +81,7 @@ def prune(
     return result
 
 
-@in_usual_torch
+@with_default_torch
 def prune_many(
     checkpoint: PathLike | nn.Module,
     *,

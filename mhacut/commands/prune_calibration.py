@@ -28,9 +28,8 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_sums import UnitMoments, UnitStatistics
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import reason_alone, write_whole
-from mhacut.runtime.inputs import regular_size
-from mhacut.runtime.tensor_file import save_tensors
+from mhacut.runtime.files import reason_alone, regular_size, write_whole
+from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.tokens import tokens_of
 from mhacut.text import dtype_name, safe

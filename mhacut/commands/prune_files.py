@@ -27,7 +27,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.preserve import Preserved
-from mhacut.runtime.files import check_still, show
+from mhacut.runtime.files import show
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import count_bytes, round_to_stored
 from mhacut.surgery.flops import count_parameters
@@ -92,7 +92,7 @@ def final_record(
 def finish_file(
     inputs: PruneInputs, slim: nn.Module, record: SlimRecord, stated: SlimRecord, written: os.stat_result
 ) -> os.stat_result:
-    """Write the file again where it lacks what was measured, or was removed meanwhile; return its status.
+    """Write the file again where it lacks what was measured; return its status.
 
     The first write makes sure that an interrupted measurement loses no file.
 
@@ -104,19 +104,16 @@ def finish_file(
         written: status of the first file.
 
     Raises:
-        OutputError: another file is in the place of the first one, or it cannot be written.
+        OutputError: it cannot be written.
     """
-    there = inputs.target.exists()
-    if there:
-        check_still(inputs.target, written)  # another's, made during the measurement, is not ours to replace
-        if record == stated:
-            return written
+    if record == stated:
+        return written
     return write_slim(
         inputs.target,
         slim,
         record,
         dtypes=inputs.dtypes,
-        overwrite=there or inputs.options.overwrite,
+        overwrite=True,
         input_path=inputs.loaded.path,
     )
 

@@ -11,8 +11,7 @@ from mhacut.budget import Targets
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.runtime.files import check_output, check_outputs
-from mhacut.runtime.inputs import stem_of
+from mhacut.runtime.files import check_output, check_outputs, stem_of
 
 PLACE = "{}"
 """Placeholder in an output's name for the budget of each of several files."""

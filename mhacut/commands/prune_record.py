@@ -13,7 +13,7 @@ from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.preserve import Preserved
 from mhacut.report.history import curves_to_json
-from mhacut.runtime.versions import software_versions
+from mhacut.runtime.device import software_versions
 
 
 def slim_record(

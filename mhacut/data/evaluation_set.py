@@ -26,8 +26,7 @@ from mhacut.data.reading import (
 )
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime.signals import outlive_signals, start_reading
-from mhacut.runtime.workers import warned_once, worker_count
+from mhacut.runtime.process import outlive_signals, worker_count
 
 
 class WithoutLabels(DataError):
@@ -59,14 +58,13 @@ class EvaluationLoader:
         self.images = total
         """Number of images of a pass; 0 if a stream does not state it."""
         self._batch_size, self._num_classes = batch_size, num_classes
-        with warned_once(workers):
-            self._loader: DataLoader[Sample] = DataLoader(
-                samples,
-                batch_size=batch_size,
-                num_workers=workers,
-                collate_fn=collate,
-                worker_init_fn=outlive_signals,
-            )
+        self._loader: DataLoader[Sample] = DataLoader(
+            samples,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=outlive_signals,
+        )
 
     def __len__(self) -> int:
         """Number of batches of a pass; 0 if a stream does not state it."""
@@ -75,7 +73,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         bad: list[Unreadable] = []
         seen = 0
-        for images, labels, unreadable in start_reading(self._loader):
+        for images, labels, unreadable in self._loader:
             bad += unreadable
             seen += len(labels)
             if not len(labels):

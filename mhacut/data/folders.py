@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
-from mhacut.runtime.inputs import check_class_map, check_data_dir, stays_inside
+from mhacut.runtime.files import check_class_map, check_data_dir, stays_inside
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files that count as images, in lower case."""

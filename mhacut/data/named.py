@@ -25,7 +25,7 @@ from mhacut.data.reading import (
 from mhacut.data.shards import by_index
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
-from mhacut.runtime.inputs import is_no_file
+from mhacut.runtime.files import is_no_file
 
 _EXTRAS = {
     "hfds": ("datasets", "mhacut[hfds]"),

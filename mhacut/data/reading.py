@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
-from mhacut.runtime.inputs import is_no_file
+from mhacut.runtime.files import is_no_file
 
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),

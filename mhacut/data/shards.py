@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mhacut.errors import DataError
-from mhacut.runtime.inputs import is_no_file, stays_inside
+from mhacut.runtime.files import is_no_file, stays_inside
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)")
 """A sample's key, and the part of the sample in the member, as webdataset splits names."""

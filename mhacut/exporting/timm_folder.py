@@ -23,7 +23,7 @@ from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_creatable, write_whole_folder
-from mhacut.runtime.tensor_file import save_tensors
+from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import model_input_size
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -33,15 +33,17 @@ from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.files import (
     check_output,
+    is_no_file,
     left_on_error,
+    lock_directory,
     reason_alone,
     remove_temporaries,
+    stem_of,
     sync_directory,
     temporary_folder,
+    unlock,
     write_whole,
 )
-from mhacut.runtime.inputs import is_no_file, stem_of
-from mhacut.runtime.locks import lock_directory, unlock
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -68,7 +70,7 @@ class RunFolder:
             shared: only as long as none does; several processes may hold such a lock.
 
         Returns:
-            The lock, for :func:`mhacut.runtime.locks.unlock`; None where there are no locks, and of a
+            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks, and of a
             directory that may not be listed: nothing guards these.
 
         Raises:

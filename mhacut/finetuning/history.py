@@ -11,7 +11,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.runtime.versions import software_versions
+from mhacut.runtime.device import software_versions
 
 # A slim file is passed on: it does not reveal where files lie on the machine that made it.
 _LOCAL_OPTIONS = frozenset(

@@ -24,8 +24,7 @@ from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
-from mhacut.runtime.signals import outlive_signals, start_reading
-from mhacut.runtime.workers import warned_once
+from mhacut.runtime.process import outlive_signals
 
 _TRIES = 10
 """Largest number of images that are tried for one place in a batch, the intended one included."""
@@ -280,16 +279,15 @@ def training_loader(
     Raises:
         DataError: too many images in a row cannot be read, or a label is not a class of the model's head.
     """
-    with warned_once(workers):
-        loader: DataLoader[Drawn] = DataLoader(
-            _Seeded(images.samples, images.count, batches.seed),
-            batch_sampler=_Parts(batches, range(start, stop), mine),
-            num_workers=workers,
-            collate_fn=_stack,
-            pin_memory=pin_memory,
-            worker_init_fn=outlive_signals,
-        )
-    for stacked, labels, unreadable in start_reading(loader):
+    loader: DataLoader[Drawn] = DataLoader(
+        _Seeded(images.samples, images.count, batches.seed),
+        batch_sampler=_Parts(batches, range(start, stop), mine),
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_signals,
+    )
+    for stacked, labels, unreadable in loader:
         if len(stacked) < len(labels):
             raise DataError(
                 f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "

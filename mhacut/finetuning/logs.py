@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhacut.errors import option_name
-from mhacut.runtime.extras import need
+from mhacut.errors import need, option_name
 from mhacut.runtime.files import write_whole
 from mhacut.runtime.progress import Reporter
 

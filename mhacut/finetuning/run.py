@@ -34,10 +34,9 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.inputs import REMOTE
-from mhacut.runtime.locks import unlock
+from mhacut.runtime.files import REMOTE, unlock
+from mhacut.runtime.process import StopRequest
 from mhacut.runtime.progress import Reporter
-from mhacut.runtime.signals import StopRequest
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
 

@@ -14,7 +14,7 @@ from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
 from mhacut.measuring.accuracy import Evaluation
-from mhacut.runtime.signals import StopRequest
+from mhacut.runtime.process import StopRequest
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""

@@ -17,7 +17,7 @@ from mhacut.finetuning.run import Run
 from mhacut.finetuning.saved_state import read_saved, unfit
 from mhacut.finetuning.saving import write_weights
 from mhacut.measuring.accuracy import Evaluation
-from mhacut.runtime.inputs import REMOTE
+from mhacut.runtime.files import REMOTE
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 """Options that are paths, or begin with one of :data:`REMOTE`."""

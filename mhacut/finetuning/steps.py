@@ -17,8 +17,7 @@ from mhacut.finetuning.logs import Logs
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import end_epoch, log_unreadable, save
 from mhacut.runtime.distributed import of_lost_process
-from mhacut.runtime.signals import StopRequest
-from mhacut.runtime.workers import worker_count
+from mhacut.runtime.process import StopRequest, worker_count
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from mhacut.finetuning.objective import Mixing, Objective
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.finetune import FinetuneOptions, TrainingOptions
 from mhacut.options.option import unknown_option
-from mhacut.runtime.compiling import refusing_compile
-from mhacut.runtime.device import has_bfloat16
+from mhacut.runtime.device import has_bfloat16, refusing_compile
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2

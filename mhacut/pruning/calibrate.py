@@ -27,7 +27,7 @@ from mhacut.pruning.unit_sums import (
 )
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
-from mhacut.runtime.spill import Spill
+from mhacut.runtime.tensor_files import Spill
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.preserve import ANSWERS, Preserved
-from mhacut.runtime.device import repeatable
+from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import masked_tensors
@@ -83,7 +83,7 @@ class Distillation:
         device = next(model.parameters()).device
         chosen = next(self._batches)
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), repeatable(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), ordered_attention(device):
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
             outputs = self.preserved.outputs(model, self.images[chosen].to(device), tensors).float()
         loss = self.preserved.divergence(outputs, self.teacher[chosen].to(device))

@@ -19,7 +19,7 @@ from mhacut.adapters.base import Layer
 from mhacut.errors import MhacutError, option_name
 from mhacut.linalg.moments import gram
 from mhacut.pruning.preserve import Preserved
-from mhacut.runtime.device import repeatable
+from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.find import PrunableLayers
@@ -219,7 +219,7 @@ def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
         return tensor.detach()  # itself, it would hold the pass that made it, which holds it, for ever
 
     kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with torch.enable_grad(), repeatable(image.device), kept:
+    with torch.enable_grad(), ordered_attention(image.device), kept:
         outputs = preserved.outputs(model, image.detach().requires_grad_(True))
     del outputs  # until here nothing that was kept is freed, and no address is used twice
     return sum(sizes.values())
@@ -241,7 +241,7 @@ def _differentiate(
     noise: tuple[Tensor, ...] = ()
     for number, part in enumerate(parts):
         sums.images = len(part)
-        with torch.enable_grad(), repeatable(part.device):
+        with torch.enable_grad(), ordered_attention(part.device):
             outputs = preserved.outputs(model, part.detach().requires_grad_(True))
             if not noise:
                 for size in drawn_elsewhere:  # by other processes, for their batches in between

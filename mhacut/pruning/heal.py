@@ -26,7 +26,7 @@ from mhacut.pruning.distill import minimise
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.resumable import ResumableModel
-from mhacut.runtime.device import repeatable
+from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
@@ -358,7 +358,7 @@ def _train(
     def loss() -> Tensor:
         nonlocal left
         call = fit[next(order)]
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), repeatable(job.device):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
             output = call.output(block)
         counter.add(1)
         left -= 1

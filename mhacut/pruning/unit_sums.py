@@ -20,7 +20,7 @@ from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.spill import Spill, return_freed
+from mhacut.runtime.tensor_files import Spill, return_freed
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import PrunableLayers
 

@@ -1,15 +1,25 @@
-"""Devices, and what they do slowly."""
+"""Where and how torch computes: devices, defaults that callers may have changed, and torch.compile."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mhacut._version import __version__
 from mhacut.errors import MhacutError, UsageError, option_name
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MOST_COMPILED = 1000
+"""Largest number of programs that torch.compile keeps of one class. Beyond it, models run eagerly."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,7 +57,7 @@ def same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and number(one) == number(other)
 
 
-def repeatable(device: torch.device) -> AbstractContextManager[None]:
+def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
     """Choose, on CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
     if device.type != "cuda":
         return nullcontext()
@@ -58,8 +68,8 @@ def repeatable(device: torch.device) -> AbstractContextManager[None]:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU computes bfloat16 itself; those before Ampere emulate it, slowly."""
     with torch.cuda.device(device):
-        found: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-    return found
+        native: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+    return native
 
 
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
@@ -77,3 +87,91 @@ def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
             f"{option_name('amp', True)}: this {this} has no native bfloat16 and would be many times slower "
             "with it; leave it out"
         )
+
+
+# -- torch's defaults --
+
+
+def with_default_torch(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` under torch's default dtype, device and grad mode; restore the caller's."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with default_torch():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def default_torch() -> Iterator[None]:
+    """Make tensors in float32 on the CPU by default, with gradients and without autocast."""
+    with ExitStack() as stack:
+        dtype = torch.get_default_dtype()
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.empty(0).device.type != "cpu":  # torch.get_default_device has not always seen all contexts
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions that a file's history states: mhacut, Python, torch and timm."""
+    import timm
+
+    return {
+        "mhacut": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+# -- torch.compile --
+
+
+@contextmanager
+def many_compiled() -> Iterator[None]:
+    """A block in which torch.compile keeps a program for each of many models or layers of one class."""
+    import torch._dynamo as dynamo
+
+    config: Any = dynamo.config
+    limits = {
+        name: _MOST_COMPILED
+        for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit")
+        if hasattr(config, name)
+    }
+    with config.patch(**limits):
+        yield
+
+
+@contextmanager
+def refusing_compile(option: str) -> Iterator[None]:
+    """A block in which compiled models run: where they cannot be compiled, a :class:`MhacutError` is raised.
+
+    Args:
+        option: option that asked for torch.compile, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Importing dynamo takes seconds, and without it nothing was compiled.
+        known: Any = sys.modules.get("torch._dynamo.exc")
+        if known is None or not isinstance(error, known.TorchDynamoException):
+            raise
+        cause: BaseException = error
+        while (inner := getattr(cause, "inner_exception", None) or cause.__cause__) is not None:
+            cause = inner
+        if isinstance(cause, (MhacutError, MemoryError, torch.OutOfMemoryError)):
+            raise cause from None
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise MhacutError(
+            f"{option}: torch.compile fails ({reason:.200}); on CPUs it needs a C++ compiler. Without the "
+            "option, PyTorch runs the model eagerly"
+        ) from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
 from mhacut.runtime.device import resolve_device
-from mhacut.runtime.launch import check_launch, local_rank, world_size
+from mhacut.runtime.process import local_rank, world_size
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
@@ -158,8 +158,10 @@ def gathered(device: str) -> Iterator[Processes]:
     if dist.is_initialized():  # by whoever calls mhacut as a library
         yield Processes(dist.get_rank(), size, chosen)
         return
-    check_launch()
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except ValueError as error:  # a variable of torchrun is missing or wrong
+        raise UsageError(f"{error}; torchrun sets it, without torchrun unset WORLD_SIZE") from None
     try:
         yield Processes(dist.get_rank(), size, chosen)
     except BaseException as error:

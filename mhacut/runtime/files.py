@@ -1,32 +1,39 @@
-"""Write files whole or not at all, and never over the input."""
+"""Files that are read and written: checks before the work, outputs that appear complete or not at all, locks.
+
+Imports nothing that takes time.
+"""
 
 from __future__ import annotations
 
-import errno
+import glob
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from mhacut.errors import OutputError, option_name
+from mhacut.errors import CheckpointError, DataError, OutputError, option_name
 
 if sys.platform != "win32":
     import fcntl
 
 AnyPath = str | os.PathLike[str]
+REMOTE = ("timm:", "hf-hub:", "hf_hub:")
+"""Beginnings of checkpoints that are no paths."""
 READ_IN_FOLDERS = re.compile(
     r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
 )
 """Names of the files of a folder that are read as one checkpoint."""
-_LOCK = "lock"
-"""Name of the file in a temporary folder that is locked while its process runs."""
+_MAX_CLASS_MAP = 2**24
+"""Largest size of a class map: 21,841 names of ImageNet-21k take half a megabyte."""
 _left: set[Path] = set()
 """Temporary folders that their own process does not remove."""
+_locks: set[int] = set()
+"""Descriptors of :func:`lock_directory`."""
 
 
 def show(path: AnyPath) -> str:
@@ -39,8 +46,112 @@ def reason_alone(error: Exception, path: AnyPath) -> str:
     return str(error).removeprefix(f"{show(path)}: ").partition("; ")[0]
 
 
+def stem_of(path: Path) -> str:
+    """Return the beginning of default output names.
+
+    >>> stem_of(Path("runs/vit.safetensors")), stem_of(Path("vit.pth.tar"))
+    ('vit', 'vit')
+    """
+    stem = Path(path.stem)
+    return stem.stem if path.suffix == ".tar" and stem.suffix in (".pth", ".pt") else str(stem)
+
+
+# -- inputs --
+
+
+def check_checkpoint(path: AnyPath) -> None:
+    """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
+    if not os.fspath(path):
+        raise CheckpointError("expected the name of a checkpoint, found an empty one")
+    if not is_directory(Path(path)):
+        regular_size(Path(path))
+    elif not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{show(path)}: no permission to read the folder")
+
+
+def is_directory(path: Path) -> bool:
+    """Whether ``path`` is a directory, not a file.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    return stat.S_ISDIR(_status(path).st_mode)
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block.
+
+    Raises:
+        CheckpointError: it is no regular file, empty, or may not be read.
+    """
+    status = _status(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is a directory, expected a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
+    if status.st_size == 0:
+        raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{show(path)}: no permission to read it")
+    return status.st_size
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        hint = "; it is a link to a missing file" if path.is_symlink() else ""
+        raise CheckpointError(f"no such file: {show(path)}{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{show(path)}: cannot be opened: {reason}") from None
+
+
+def is_no_file(path: AnyPath) -> bool:
+    """Whether ``path`` exists, but is no regular file; reading a FIFO would block."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def stays_inside(name: str) -> bool:
+    r"""Whether ``name``, joined to a folder, is a place in that folder, links aside.
+
+    >>> stays_inside("part/a.tar"), stays_inside("/a.tar"), stays_inside("part/../../a.tar")
+    (True, False, False)
+    """
+    # On Windows, "\\x" and "C:x" leave the folder and are not absolute; both have an anchor.
+    return not PurePath(name).anchor and ".." not in PurePath(name).parts
+
+
+def check_data_dir(path: AnyPath) -> None:
+    """Raise a :class:`DataError` unless ``path`` is a directory that may be read."""
+    option = option_name("data_dir")
+    if os.path.isfile(path):
+        raise DataError(f"{path}: is a file; {option} expects a directory with images")
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such directory ({option})")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise DataError(f"{path}: no permission to read it ({option})")
+
+
+def check_class_map(path: AnyPath) -> None:
+    """Raise a :class:`DataError` if ``path`` cannot be read, or is no small file."""
+    option = option_name("class_map")
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: class map cannot be read: {error} ({option})") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_CLASS_MAP:
+        raise DataError(
+            f"{path}: class map cannot be read: expected a file of at most {_MAX_CLASS_MAP} bytes, one class "
+            f"a line ({option})"
+        )
+
+
+# -- outputs --
+
+
 def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
-    """Raise an :class:`OutputError` if ``path`` must not or cannot be written. Leaves nothing behind.
+    """Raise an :class:`OutputError` if ``path`` must not or cannot be written.
 
     Commands call it before they begin to work.
 
@@ -49,47 +160,43 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
         overwrite: whether an existing file may be replaced.
         input_path: the checkpoint it is made from (a file or a timm folder), which is never replaced.
     """
-    _check_allowed(path, overwrite=overwrite, input_path=input_path)
-    check_creatable(_destination(path, overwrite))
-
-
-def check_creatable(target: Path) -> None:
-    """Raise an :class:`OutputError` if a file or folder cannot be made there: make one, and remove it.
-
-    Permissions do not suffice to know: there are file systems that are read-only, full, or like ``/proc``.
-
-    Args:
-        target: its name; what is made has another, and lies in the nearest directory that exists.
-    """
-    nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), None)
-    if nearest is None:
-        raise OutputError(f"{show(target)}: cannot be created, it lies in no directory; choose another place")
-    if not os.path.isdir(nearest):
-        raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
-    try:
-        with temporary_folder(nearest / target.name) as folder:
-            (folder / target.name).touch()
-    except OSError as error:
-        raise OutputError(
-            f"{show(target)}: cannot be created in {show(nearest)}: {error.strerror or error}; "
-            "choose another place"
-        ) from error
-
-
-def _destination(path: AnyPath, overwrite: bool) -> Path:
-    """Return the file to write: a link stays a link, and what it points to is replaced."""
-    return Path(os.path.realpath(path)) if overwrite else Path(path)
-
-
-def _check_allowed(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
     target = Path(path)
     if not target.name or str(path).endswith(("/", os.sep)):
         raise OutputError(f"{show(path)}: expected the name of a file to write, found a directory's")
-    if target.suffix == ".safetensors" and show(path) != os.fspath(path):
-        raise OutputError(f"{show(path)}: is not UTF-8, which safetensors needs; choose another name")
-    _check_not_input(target, input_path)
-    if os.path.lexists(target):
-        _check_replaceable(target, overwrite)
+    if input_path is not None and _is_part_of(target, Path(input_path)):
+        raise OutputError(
+            f"{show(path)}: is the input {show(input_path)}, which is never overwritten; choose another name"
+        )
+    if os.path.isdir(target):
+        raise OutputError(f"{show(path)}: is a directory; give the name of a file in it")
+    if os.path.lexists(target) and not overwrite:
+        raise OutputError(
+            f"{show(path)}: exists already; choose another name, or {option_name('overwrite', True)}"
+        )
+    if is_no_file(target):
+        raise OutputError(
+            f"{show(path)}: is not a regular file (a device, pipe or socket); choose another name"
+        )
+    check_creatable(target)
+
+
+def _is_part_of(target: Path, source: Path) -> bool:
+    """Whether ``target`` is the file ``source``, or one that is read in the folder ``source``."""
+    if os.path.isdir(source):
+        in_folder = os.path.realpath(target.parent) == os.path.realpath(source)
+        return in_folder and READ_IN_FOLDERS.fullmatch(target.name) is not None
+    return target.exists() and source.exists() and os.path.samefile(target, source)
+
+
+def check_creatable(target: Path) -> None:
+    """Raise an :class:`OutputError` if ``target`` cannot be made in the nearest directory that exists."""
+    nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path("/"))
+    if not os.path.isdir(nearest):
+        raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{show(target)}: cannot be created, {show(nearest)} is not writable; choose another place"
+        )
 
 
 def check_outputs(
@@ -102,13 +209,14 @@ def check_outputs(
         overwrite: whether existing files may be replaced.
         input_paths: files and folders that are read, which are never replaced.
     """
-    sources, seen = tuple(input_paths), dict[str, AnyPath]()
+    sources = [source for source in input_paths if source is not None]
+    seen: dict[str, AnyPath] = {}
     for path in paths:
         if path is None:
             continue
-        for source in sources:
-            _check_not_input(Path(path), source)
         check_output(path, overwrite=overwrite, input_path=None)
+        for source in sources:
+            check_output(path, overwrite=overwrite, input_path=source)
         real = os.path.realpath(path)
         if real in seen:
             raise OutputError(f"{show(path)}: is the same file as {show(seen[real])}; choose another name")
@@ -134,13 +242,13 @@ def write_whole(
         input_path: the checkpoint the content is made from, which is never replaced.
 
     Returns:
-        Status of the file, by which :func:`check_still` knows it again.
+        Status of the file.
 
     Raises:
         OutputError: the file must not or cannot be written; an existing file is untouched.
     """
-    _check_allowed(path, overwrite=overwrite, input_path=input_path)
-    target = _destination(path, overwrite)
+    check_output(path, overwrite=overwrite, input_path=input_path)
+    target = Path(os.path.realpath(path))
     try:
         with temporary_folder(target) as folder:
             temporary = folder / target.name
@@ -148,26 +256,17 @@ def write_whole(
                 content(temporary)
             else:
                 temporary.write_bytes(content)
-            _open_to_others(temporary)
-            sync(temporary)
-            status = os.stat(temporary)
-            _publish(temporary, target, overwrite)
+            _finish(temporary)
+            if not overwrite and os.path.lexists(target):
+                raise OutputError(
+                    f"{show(path)}: was created by someone else meanwhile; choose another name, or "
+                    f"{option_name('overwrite', True)}"
+                )
+            os.replace(temporary, target)
+        sync_directory(target.parent)
+        return os.stat(target)
     except OSError as error:
-        raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
-    return status
-
-
-def check_still(path: AnyPath, written: os.stat_result) -> None:
-    """Raise an :class:`OutputError` if ``path`` is not the file that :func:`write_whole` wrote."""
-    try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise OutputError(
-            f"{show(path)}: was removed by another process meanwhile; choose another name"
-        ) from None
-    # Not by its inode: that of a removed file is used again, and some network file systems change it.
-    if (found.st_size, found.st_mtime_ns) != (written.st_size, written.st_mtime_ns):
-        raise OutputError(f"{show(path)}: was replaced by another process meanwhile; choose another name")
+        raise OutputError(f"{show(path)}: cannot be written: {error.strerror or error}") from error
 
 
 def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
@@ -189,16 +288,14 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
             temporary.mkdir()
             fill(temporary)
             for file in temporary.iterdir():
-                _open_to_others(file)
-                sync(file)
-            sync_directory(temporary)
+                _finish(file)
             if os.path.isdir(target):
                 for file in temporary.iterdir():
                     os.replace(file, target / file.name)
                 sync_directory(target)
             else:
                 os.rename(temporary, target)
-            sync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
 
@@ -207,21 +304,16 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
 
-    It stays where :func:`left_on_error` says so.
-
-    A folder, because libraries write temporary files of their own beside the file that they are given.
-    Folders left by killed processes are removed first.
+    It stays where :func:`left_on_error` says so. A folder, because libraries write temporary files of their
+    own beside the file that they are given.
     """
-    _make_directory(target.parent)
-    remove_temporaries(target)
-    folder, lock = _locked_folder(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(".tmp", _prefix(target), target.parent))
     try:
         yield folder
     finally:
         if folder not in _left:
             shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 @contextmanager
@@ -233,80 +325,24 @@ def left_on_error(folder: Path) -> Iterator[None]:
 
 
 def remove_temporaries(target: Path) -> None:
-    """Remove the temporary folders of ``target`` that killed processes left, not those being written."""
-    pattern = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{12}\.tmp")
-    with suppress(OSError):
-        for name in os.listdir(target.parent):
-            if pattern.fullmatch(name):
-                with suppress(OSError):
-                    _remove_abandoned(target.parent / name)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    lock = _locked(folder)
-    if lock is not None:
-        try:
-            shutil.rmtree(folder)
-        finally:
-            os.close(lock)
-
-
-def _locked_folder(target: Path) -> tuple[Path, int | None]:
-    """Make a temporary folder; return it, and the descriptor whose lock lasts as long as this process."""
-    while True:
-        folder = target.parent / f"{_prefix(target)}{secrets.token_hex(6)}.tmp"
-        folder.mkdir(mode=0o700)
-        try:
-            lock = _locked(folder)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another process took it for abandoned, before it was locked
-        except OSError:
-            return folder, None  # no locks on this file system, so that nobody takes it for abandoned
-        return folder, lock
-
-
-def _locked(folder: Path) -> int | None:
-    """Lock a temporary folder; return the descriptor that holds the lock until it is closed, however that is.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: the folder is gone.
-        OSError: there are no locks here.
-    """
-    if sys.platform == "win32":
-        return None
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK)):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
+    """Remove the temporary folders of ``target`` that killed processes left; none may be writing it."""
+    for folder in target.parent.glob(f"{glob.escape(_prefix(target))}*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:
     return f".{target.name[:100]}."
 
 
-def _make_directory(path: Path) -> None:
-    """Make a directory with its parents, and flush the entry of each that is new to disk."""
-    missing = [parent for parent in (path, *path.parents) if not os.path.exists(parent)]
-    path.mkdir(parents=True, exist_ok=True)
-    for parent in missing:
-        sync_directory(parent.parent)
-
-
-def _open_to_others(path: Path) -> None:
-    """Give a file the mode that the umask asks for: libraries make files that only their owner can read."""
+def _finish(path: Path) -> None:
+    """Flush a file to disk, with the mode that the umask asks for: libraries may not."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
+    sync(path)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -320,58 +356,53 @@ def sync_directory(path: Path) -> None:
         sync(path)
 
 
-def _check_not_input(target: Path, input_path: AnyPath | None) -> None:
-    if input_path is None:
-        return
-    source = Path(input_path)
-    inputs = [source]
-    with suppress(OSError):  # may not be looked at
-        if os.path.isdir(source):
-            inputs += [file for file in source.iterdir() if READ_IN_FOLDERS.fullmatch(file.name)]
-    for existing in inputs:
-        with suppress(OSError):
-            if os.path.realpath(target) == os.path.realpath(existing) or os.path.samefile(target, existing):
-                raise OutputError(
-                    f"{show(target)}: is the input {show(existing)}, which is never overwritten; "
-                    "choose another name"
-                )
+# -- locks --
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if os.path.isdir(target):
-        raise OutputError(f"{show(target)}: is a directory; give the name of a file in it")
-    if not overwrite:
-        raise OutputError(
-            f"{show(target)}: exists already; choose another name, or {option_name('overwrite', True)}"
-        )
-    if os.path.exists(target) and not stat.S_ISREG(target.stat().st_mode):
-        raise OutputError(
-            f"{show(target)}: is not a regular file (a device, pipe or socket); choose another name"
-        )
+def lock_directory(path: Path, *, shared: bool = False) -> int | None:
+    """Lock a directory for this process, without waiting; return the descriptor for :func:`unlock`.
 
+    The lock ends with the process: those that it forks do not share it.
 
-def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Give the finished file its name; without ``overwrite`` in a step that fails if the name was taken."""
-    if overwrite:
-        os.replace(temporary, target)
-    else:
-        try:
-            _rename_to_unused(temporary, target)
-        except FileExistsError:
-            raise OutputError(
-                f"{show(target)}: was created by someone else meanwhile; choose another name, or "
-                f"{option_name('overwrite', True)}"
-            ) from None
-    sync_directory(target.parent)
+    Args:
+        path: path of the directory.
+        shared: other processes may hold a shared lock, too.
 
+    Returns:
+        None on Windows.
 
-def _rename_to_unused(temporary: Path, target: Path) -> None:
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: there is no such directory, or it cannot be opened.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.link(temporary, target)
-    except OSError as error:
-        without_links = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-        if error.errno not in without_links:
-            raise
-        # No hard links on this file system: claim the name first, then fill it.
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, target)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        pass  # a file system without locks
+    _locks.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor: int | None) -> None:
+    """Release what :func:`lock_directory` locked, if it did."""
+    if descriptor is not None and sys.platform != "win32":
+        _locks.remove(descriptor)
+        fcntl.flock(
+            descriptor, fcntl.LOCK_UN
+        )  # a process that was just forked may not have closed its own yet
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from mhacut.runtime.launch import believed, rank
+from mhacut.runtime.process import rank
 from mhacut.text import safe
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Repo
             ``ipywidgets``, which rich needs; None for a bar there only.
     """
     bar = (sys.stderr is not None and sys.stderr.isatty()) or _notebook_has_widgets()
-    if reporter is not None or progress is False or not (bar or progress) or believed(rank) > 0:
+    if reporter is not None or progress is False or not (bar or progress) or rank() > 0:
         yield reporter or SILENT
         return
     display = StageDisplay(None if bar else _to_stderr)

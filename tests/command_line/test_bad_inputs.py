@@ -163,7 +163,7 @@ def test_paths_that_are_no_files(tmp_path, monkeypatch, tiny_vit):  # 1, 2, 4
     (tmp_path / "secret").write_bytes(b"x")
     (tmp_path / "secret").chmod(0)
     if os.geteuid() == 0:  # who may read anything
-        monkeypatch.setattr("mhacut.runtime.inputs.os.access", lambda *_: False)
+        monkeypatch.setattr("mhacut.runtime.files.os.access", lambda *_: False)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda path: b"")  # nor may the test read it
         assert "no permission to read it" in prune("secret")

@@ -95,13 +95,6 @@ def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
     assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
 
 
-@pytest.mark.parametrize(("format", "target"), [("onnx", "x.onnx"), ("pt2", "new/x.pt2"), ("timm", "folder")])
-def test_a_place_that_takes_no_file_is_found_before_the_work(slim, tmp_path, monkeypatch, format, target):
-    monkeypatch.setattr("mhacut.commands.export._write", None)
-    message = refusal(tmp_path, "export", slim, "--format", format, "-o", f"/proc/{target}")
-    assert f"/proc/{target}: cannot be created in /proc: " in message
-
-
 def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
     place = tmp_path / "place"
     place.mkdir()

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from mhacut.finetuning import saving
 from mhacut.finetuning.folder import RunFolder, read_arguments
 from mhacut.finetuning.resuming import completed
 from mhacut.finetuning.training import Trainer
-from mhacut.runtime import locks
-from mhacut.runtime.locks import unlock
+from mhacut.runtime.files import unlock
 
 LONGER = {"epochs": 2, "model_ema": True, "drop_path": 0.2, "mixup": 0.5}
 
@@ -429,15 +427,6 @@ def test_processes_that_look_at_a_run_together_find_the_same(finished):
     unlock(lock)
 
 
-def test_a_run_begins_although_others_look_for_a_moment(finished, monkeypatch):
-    monkeypatch.setattr(locks, "_PATIENCE", 60)
-    other = RunFolder(finished).claim(shared=True)
-    looking = threading.Timer(0.05, unlock, [other])
-    looking.start()
-    unlock(RunFolder(finished).open_new(overwrite=True))
-    looking.join()
-
-
 def test_a_directory_that_is_refused_is_free_again(finished):
     with pytest.raises(OutputError, match="already holds a run"):
         RunFolder(finished).open_new(overwrite=False)
@@ -457,25 +446,9 @@ def test_a_directory_that_is_gone_when_it_is_claimed_is_refused(finished, monkey
     assert not finished.exists()
 
 
-def test_a_directory_that_may_not_be_listed_holds_runs_without_a_lock(tmp_path, monkeypatch):
-    """Root may list all directories, so that a mode does not tell."""
-    original = os.open
-
-    def refused(path, *args, **options):
-        if path == tmp_path:
-            raise PermissionError(13, "Permission denied")
-        return original(path, *args, **options)
-
-    monkeypatch.setattr(os, "open", refused)
-    folder = RunFolder(tmp_path)
-    assert folder.open_new(overwrite=False) is None
-    folder.write_arguments({"epochs": 2})
-    assert (tmp_path / "args.yaml").read_text() == "epochs: 2\n"
-
-
 FORKED = """
 import os, signal, sys
-from mhacut.runtime.locks import lock_directory
+from mhacut.runtime.files import lock_directory
 
 lock = lock_directory(sys.argv[1])
 runs, running = os.pipe()

@@ -14,7 +14,7 @@ from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.finetuning.images import training_images
 from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime import inputs
+from mhacut.runtime import files
 
 
 def test_missing_places_are_named(tmp_path) -> None:
@@ -40,11 +40,11 @@ def test_a_place_that_may_not_be_read_is_named(tmp_path, monkeypatch, where) -> 
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr(inputs.os, where, refuse)
+        patched.setattr(files.os, where, refuse)
         with pytest.raises(DataError, match=r"no permission to read it \(data_dir\)$"):
-            inputs.check_data_dir(tmp_path)
+            files.check_data_dir(tmp_path)
         with pytest.raises(CheckpointError, match=r"no permission|cannot be opened: Permission denied"):
-            inputs.check_checkpoint(tmp_path)
+            files.check_checkpoint(tmp_path)
 
 
 def test_the_folder_that_one_is_in_has_a_name(root, monkeypatch) -> None:
@@ -182,8 +182,8 @@ def test_images_to_train_on_have_the_classes_of_the_others(shifted) -> None:
 
 @pytest.mark.parametrize("kind", [PurePosixPath, PureWindowsPath])
 def test_names_that_leave_a_folder_are_known_on_every_system(monkeypatch, kind) -> None:
-    monkeypatch.setattr(inputs, "PurePath", kind)
-    assert inputs.stays_inside("part/a..tar")
-    assert not any(map(inputs.stays_inside, ("/a.tar", "../a.tar", "part/../../a.tar", "..")))
+    monkeypatch.setattr(files, "PurePath", kind)
+    assert files.stays_inside("part/a..tar")
+    assert not any(map(files.stays_inside, ("/a.tar", "../a.tar", "part/../../a.tar", "..")))
     on_windows = ("\\a.tar", "C:a.tar", "C:\\a.tar", "..\\a.tar", "\\\\host\\share\\a.tar")
-    assert {inputs.stays_inside(name) for name in on_windows} == {kind is PurePosixPath}
+    assert {files.stays_inside(name) for name in on_windows} == {kind is PurePosixPath}

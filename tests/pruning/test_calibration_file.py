@@ -28,7 +28,7 @@ from mhacut.commands.prune_calibration import (
     write_calibration,
 )
 from mhacut.errors import DataError, OutputError
-from mhacut.runtime import tensor_file
+from mhacut.runtime import tensor_files
 from properties.cases import FIRST_MODEL
 
 prune = partial(prune_quickly, flops="60%")
@@ -104,8 +104,8 @@ def test_tensors_are_copied_only_where_they_share_memory(monkeypatch):
     model = build(CASES[0])
     calibration = job_of(model, torch.randn(1, *CASES[0].size)).calibrate()  # to fit is to hold out
     saved: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(tensor_file, "save_file", lambda tensors, path, metadata: saved.update(tensors))
-    tensor_file.save_tensors(_flat(calibration)[0], "unused", {})
+    monkeypatch.setattr(tensor_files, "save_file", lambda tensors, path, metadata: saved.update(tensors))
+    tensor_files.save_tensors(_flat(calibration)[0], "unused", {})
     places = [tensor.untyped_storage().data_ptr() for tensor in saved.values()]
     assert len(set(places)) == len(places)
     (side, *_) = calibration.moments[next(iter(calibration.moments))].fit

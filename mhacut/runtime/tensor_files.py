@@ -1,18 +1,25 @@
-"""Large tensors in temporary files that are mapped into memory."""
+"""Tensors in files: large ones in temporary files mapped into memory, and those of safetensors files."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import re
 import tempfile
 import weakref
+from collections.abc import Mapping
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+
+from mhacut.runtime.files import AnyPath
 
 LEAST_BYTES = 2**20
 """Smaller tensors stay in memory."""
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
 
 
 class Spill:
@@ -29,7 +36,7 @@ class Spill:
         """Return a copy of ``tensor`` in a file; the tensor itself if it is small, or the disk has no space.
 
         Args:
-            tensor: on the CPU.
+            tensor: tensor on the CPU.
         """
         if tensor.nbytes < LEAST_BYTES or not hasattr(os, "posix_fallocate"):
             return tensor
@@ -55,3 +62,32 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_whole`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(_apart(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with copies in place of those that share memory, which the library refuses.
+
+    Of those in one storage, all but the first are copied: a copy of a large model may not fit into memory.
+    """
+    apart: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return apart

@@ -1,0 +1,144 @@
+"""Processes of a command: those that torchrun started, new ones, and the signals that stop them.
+
+Imports no torch, since commands check their options before they wait for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+DEFAULT_WORKERS = 2
+
+# -- torchrun --
+
+
+def world_size() -> int:
+    """Return the number of processes that share the run; 1 where nothing launched them."""
+    return max(_variable("WORLD_SIZE"), 1)
+
+
+def rank() -> int:
+    """Return the number of this process among all; a lone ``RANK`` is left over from something else."""
+    return _variable("RANK") if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine."""
+    return _variable("LOCAL_RANK") if world_size() > 1 else 0
+
+
+def _variable(name: str) -> int:
+    # What is no number counts as 0 here: torch refuses it when it connects the processes.
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
+
+
+# -- new processes --
+
+
+def in_new_process(module: str, function: str, job: object) -> Any:
+    """Call a function in a new process; it reads ``job`` as JSON from stdin and prints a line of JSON.
+
+    Args:
+        module: module of mhacut.
+        function: name of a function in it, which takes no arguments.
+        job: anything that JSON can hold.
+
+    Returns:
+        What the last line says; None if no process can be started, or it ends without one.
+    """
+    # The search path is the caller's: `-c` alone would put the working directory first.
+    code = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import {function} as run; run()"
+    command = [sys.executable, "-c", code, *sys.path]
+    try:
+        child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=True)
+        return json.loads(child.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def cpu_count() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(asked: int | None) -> int:
+    """Return ``asked``; if that is None, :data:`DEFAULT_WORKERS`, or the number of CPUs if that is less."""
+    return min(DEFAULT_WORKERS, cpu_count()) if asked is None else asked
+
+
+# -- signals --
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Sent by Ctrl-C and by schedulers."""
+
+
+class StopRequest:
+    """Whether a signal asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.answered = False
+        """Whether the log says that this takes a while."""
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Make the first signal inside the block only set ``asked``; a second one has its usual effect.
+
+    Outside the main thread, where Python delivers no signals, nothing changes.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.asked = True
+        restore()
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+def outlive_signals(worker: int) -> None:
+    """Make a process that reads images ignore signals; a ``worker_init_fn`` for ``DataLoader``.
+
+    Ctrl-C, and many schedulers, signal all processes of a group: the main one still needs images for what it
+    finishes first. When that ends, torch ends the others.
+
+    Args:
+        worker: number of the process.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_readers() -> None:
+    # At its end Python sends SIGTERM, which readers ignore, and would wait for ever for one that still reads.
+    readers = [child for child in multiprocessing.active_children() if child.daemon]
+    if readers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in this process
+    for child in readers:
+        child.kill()
