@@ -30,21 +30,12 @@ def test_missing_places_are_named(tmp_path) -> None:
         evaluated(PLAIN, batch_size=1, workers=0, num_classes=3)
 
 
-@pytest.mark.parametrize("where", ["stat", "access"])
-def test_a_place_that_may_not_be_read_is_named(tmp_path, monkeypatch, where) -> None:
-    """Of the folder itself, or of one above it."""
-
-    def refuse(path, *_, **__):
-        if where == "access":
-            return False
-        raise PermissionError(13, "Permission denied")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.os, where, refuse)
-        with pytest.raises(DataError, match=r"no permission to read it \(data_dir\)$"):
-            files.check_data_dir(tmp_path)
-        with pytest.raises(CheckpointError, match=r"no permission|cannot be opened: Permission denied"):
-            files.check_checkpoint(tmp_path)
+def test_a_place_that_may_not_be_read_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(DataError, match=r"no permission to read it \(data_dir\)$"):
+        files.check_data_dir(tmp_path)
+    with pytest.raises(CheckpointError, match="no permission to read the folder"):
+        files.check_checkpoint(tmp_path)
 
 
 def test_the_folder_that_one_is_in_has_a_name(root, monkeypatch) -> None:
