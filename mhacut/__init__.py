@@ -69,35 +69,22 @@ __all__ = [
     "save_model",
 ]
 
-_HOMES = {
-    "BenchResult": "mhacut.commands.bench",
-    "BudgetError": "mhacut.errors",
-    "CheckpointError": "mhacut.errors",
-    "DataError": "mhacut.errors",
-    "EvaluateResult": "mhacut.commands.evaluate",
-    "ExportResult": "mhacut.commands.export",
-    "FinetuneResult": "mhacut.finetuning.result",
-    "InspectResult": "mhacut.commands.inspect",
-    "Interrupted": "mhacut.errors",
-    "MhacutError": "mhacut.errors",
-    "OutputError": "mhacut.errors",
-    "Plan": "mhacut.plan",
-    "PlanError": "mhacut.errors",
-    "PruneResult": "mhacut.commands.prune_result",
-    "PruneResults": "mhacut.commands.prune_result",
-    "UnsupportedModelError": "mhacut.errors",
-    "UsageError": "mhacut.errors",
-    "bench": "mhacut.commands.bench",
-    "evaluate": "mhacut.commands.evaluate",
-    "export": "mhacut.commands.export",
-    "finetune": "mhacut.commands.finetune",
-    "inspect": "mhacut.commands.inspect",
-    "load_model": "mhacut.checkpoint.load",
-    "prune": "mhacut.commands.prune",
-    "prune_many": "mhacut.commands.prune",
-    "save_model": "mhacut.checkpoint.write",
+_NAMES = {
+    "mhacut.checkpoint.load": ["load_model"],
+    "mhacut.checkpoint.write": ["save_model"],
+    "mhacut.commands.bench": ["BenchResult", "bench"],
+    "mhacut.commands.evaluate": ["EvaluateResult", "evaluate"],
+    "mhacut.commands.export": ["ExportResult", "export"],
+    "mhacut.commands.finetune": ["finetune"],
+    "mhacut.commands.inspect": ["InspectResult", "inspect"],
+    "mhacut.commands.prune": ["prune", "prune_many"],
+    "mhacut.commands.prune_result": ["PruneResult", "PruneResults"],
+    "mhacut.errors": [name for name in __all__ if name.endswith("Error") or name == "Interrupted"],
+    "mhacut.finetuning.result": ["FinetuneResult"],
+    "mhacut.plan": ["Plan"],
 }
-"""Module of each name that is imported when it is first asked for."""
+"""Modules, and the names in each that are imported when they are first asked for."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 register_with_timm()  # timm.create_model("flatten_swin_tiny_224")
 

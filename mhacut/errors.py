@@ -5,7 +5,6 @@ A message says what happened, where, what was expected, what was found and what 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,18 +48,6 @@ class Interrupted(MhacutError):
 
 class FailedElsewhere(MhacutError):
     """The end of this process because another process of the run failed, which reports the reason."""
-
-
-def need(flag: str, module: str, extra: str) -> None:
-    """Raise a :class:`MhacutError` that says what to install unless ``module`` is there.
-
-    Args:
-        flag: what needs it, as on the command line.
-        module: name of the module in Python; nothing of it is imported.
-        extra: extra of mhacut that installs it.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise MhacutError(f"{flag}: needs the package {module}; pip install 'mhacut[{extra}]'")
 
 
 OptionWriter = Callable[..., str]

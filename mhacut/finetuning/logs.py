@@ -6,6 +6,7 @@ the run is refused before the work. A log that fails later ends with a message, 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mhacut.errors import need, option_name
+from mhacut.errors import MhacutError, option_name
 from mhacut.runtime.files import write_whole
 from mhacut.runtime.progress import Reporter
 
@@ -33,7 +34,9 @@ def check_logs(names: Sequence[str]) -> None:
     """Raise a :class:`MhacutError` that names the package to install, if a log lacks one."""
     for name in names:
         module, extra = _NEEDS[name]
-        need(option_name("log", name), module, extra)
+        if importlib.util.find_spec(module) is None:
+            asked = option_name("log", name)
+            raise MhacutError(f"{asked}: needs the package {module}; pip install 'mhacut[{extra}]'")
 
 
 def remove_logs(folder: Path) -> None:
