@@ -84,7 +84,7 @@ class Scorer:
     def _nats(self, tokens: Any) -> float:
         """Mean over tokens and blocks of the divergence that ``--preserve`` keeps small."""
         from mhacut.linalg.moments import Moments
-        from mhacut.linalg.whitening import Whitening
+        from mhacut.pruning.preserve import Whitening
 
         found = 0.0
         for block, dense in enumerate(self.dense_tokens.unbind(1)):

@@ -38,13 +38,12 @@ from mhacut.adapters.base import Unit
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
-from mhacut.linalg.indicator import top_channels
 from mhacut.measuring.latency import compare_latency
 from mhacut.options.base import DataOptions, LabelledImages, PreprocessingOptions
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
-from mhacut.pruning.limits import Limit
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.limits import Limit, width_choices
+from mhacut.pruning.paper.indicators import top_channels
 from mhacut.surgery.channels import channels_of
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers

@@ -142,7 +142,7 @@ class Unit:
     """The channels feed others of the layer before the output projection reads them, so that the loss shows
     only when the layer runs without them; least-squares reconstruction makes up for the projection only."""
     white_inputs: bool = True
-    """Without images, inputs may be taken as white (:mod:`mhacut.pruning.weight_moments`)."""
+    """Without images, inputs may be taken as white (:mod:`mhacut.pruning.unit_moments`)."""
     gate: str | None = None
     """Buffer for a scale per channel, [heads * width], at least 0; None except in a masked model. It is for
     channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges its scales."""

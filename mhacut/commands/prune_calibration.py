@@ -22,11 +22,12 @@ from mhacut.checkpoint.untrusted_json import kind_of, parse_json
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.linalg.moments import Moments
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration, held_out
+from mhacut.pruning.calibrate import Calibration, held_out_count
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.job import Job
+from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import Preserved
-from mhacut.pruning.unit_sums import UnitMoments, UnitStatistics
+from mhacut.pruning.unit_moments import UnitMoments
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import reason_alone, regular_size, write_whole
 from mhacut.runtime.tensor_files import save_tensors
@@ -179,7 +180,7 @@ def _document(text: str | None) -> dict[str, Any]:
 
 def _check(found: Calibration, job: Job) -> None:
     """Raise :class:`_Unfit` where a number or tensor is none that calibrating ``job`` gives."""
-    held, units = held_out(len(job.images)), job.prunable.units()
+    held, units = held_out_count(len(job.images)), job.prunable.units()
     if found.held != held:
         raise _Unfit(f"held: expected {held}, found {found.held}")
     if list(found.moments) != [unit.key for unit in units]:

@@ -15,13 +15,13 @@ from mhacut.commands.prune_record import slim_record
 from mhacut.commands.prune_targets import Reached
 from mhacut.errors import BudgetError, MhacutError, option_name
 from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
+from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limit, Limits
+from mhacut.pruning.limits import Limit, Limits, lowest_flops
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
 from mhacut.pruning.smallest import Bracket, Trial, smallest_within
-from mhacut.pruning.widths import NEAR, lowest_flops
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import round_to_stored
 from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
@@ -327,7 +327,7 @@ class _Judge:
         options, job, found = self.inputs.options, self.inputs.job, []
         model.to(job.device)
         if options.max_kl is not None:
-            judge = job.judge(self.planner.calibration)
+            judge = job.held_out(self.planner.calibration)
             kl = judge.divergence_of(model)
             found.append(Reached("max_kl", f"{options.max_kl:g}", options.max_kl, kl))
         evaluation = None

@@ -164,7 +164,7 @@ def measure(
         reporter.start("evaluating")
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=reporter.advance)
     reporter.start("comparing")
-    judge = job.judge(calibration)
+    judge = job.held_out(calibration)
     divergence = judge.divergence_of(slim)
     merging = None
     stored = any(inputs.targets[resource] is not None for resource in ("params", "size"))

@@ -42,13 +42,10 @@ from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitKind
-from mhacut.pruning.calibrate import HELD_OUT, held_out
+from mhacut.pruning.calibrate import HELD_OUT, held_out_count
 from mhacut.pruning.choose_merges import with_all_merged
-from mhacut.pruning.constraints import Constraints
 from mhacut.pruning.job import Job
-from mhacut.pruning.kept_outputs import KeptOutputs
-from mhacut.pruning.limits import Limit, Limits
-from mhacut.pruning.widths import MULTIPLE
+from mhacut.pruning.limits import MULTIPLE, Constraints, Limit, Limits
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
@@ -262,7 +259,6 @@ def _job(
         preserved=preserved,
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
-        dense_outputs=KeptOutputs() if options.several or options.bounds_loss else None,
     )
     targets, time_target = asked
     times: TimeTable | TimeCurve | None = None
@@ -365,7 +361,7 @@ def _check_held_out(max_kl: float | None, images: int, reporter: Reporter) -> No
     """
     if max_kl is None:
         return
-    bound, held = option_name("max_kl", max_kl), held_out(images)
+    bound, held = option_name("max_kl", max_kl), held_out_count(images)
     if not held:
         raise UsageError(
             f"{bound}: expected two images or more, of which some are held out to measure it; found {images}"

@@ -27,8 +27,8 @@ from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
+from mhacut.pruning.limits import lowest_flops
 from mhacut.pruning.planner import Planned
-from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut

@@ -19,9 +19,9 @@ from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
-from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve
-from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.limits import Constraint
+from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.pruning.repair import UnitRepair
 from mhacut.report.choices import Choice, choice_charts, choice_rows, html_table

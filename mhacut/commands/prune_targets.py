@@ -21,9 +21,7 @@ from mhacut.options.prune import PruneOptions
 from mhacut.options.targets import TARGETS
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limit, Limits
-from mhacut.pruning.reachable import reachable_amounts
-from mhacut.pruning.widths import lowest_flops
+from mhacut.pruning.limits import Limit, Limits, lowest_flops, reachable_amounts
 from mhacut.surgery.costs import Dtypes, byte_table, count_bytes, parameter_table
 from mhacut.surgery.flops import count_parameters
 

@@ -17,14 +17,13 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance
 from mhacut.data import Preprocessing
 from mhacut.linalg.moments import Moments
-from mhacut.linalg.spectrum import effective_rank, falling_eigenvalues, logit_energies, output_energies
+from mhacut.linalg.pca import effective_rank, falling_eigenvalues, logit_energies, output_energies
 from mhacut.options.base import PreprocessingOptions
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, LayerFamily, TokenPlan, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.unit_sums import UnitMoments
-from mhacut.pruning.weight_moments import white_moments
+from mhacut.pruning.unit_moments import UnitMoments, white_moments
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation, FisherOptions, check_outputs, measure_fisher
+from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import ANSWERS, Preserved
-from mhacut.pruning.unit_sums import (
-    SpilledMoments,
-    UnitMoments,
-    UnitStatistics,
-    UnitSums,
-    output_gram_of,
-    spill_for,
-)
+from mhacut.pruning.unit_moments import SpilledMoments, UnitMoments, UnitSums, output_gram_of, spill_for
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
 from mhacut.runtime.tensor_files import Spill
@@ -37,7 +31,7 @@ HELD_OUT = 0.25
 """Fraction of the images that is held out, to measure the error of what was fitted to the others."""
 
 
-def held_out(images: int) -> int:
+def held_out_count(images: int) -> int:
     """Number of held-out images among ``images``; 0 if there is a single image."""
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
@@ -164,7 +158,7 @@ def calibrate(
         MhacutError: an output, or a gradient, is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
-    count, held, device = len(images), held_out(len(images)), next(model.parameters()).device
+    count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device
     differentiated = images[held:][: 0 if fisher is None else fisher.images]
     counter = Counter(reporter, len(differentiated) + count)
     asked = None if fisher is None else fisher.preserved

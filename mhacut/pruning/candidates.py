@@ -19,7 +19,7 @@ from mhacut.linalg.selection import (
 )
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, UnitPlan
-from mhacut.pruning.unit_sums import UnitMoments
+from mhacut.pruning.unit_moments import UnitMoments, block_diagonal
 from mhacut.surgery.channels import effective_output_weights
 
 FEW_ROWS = 2
@@ -97,25 +97,6 @@ def find_candidates(
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:
     """Whether a fit to these images would overfit."""
     return moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
-
-
-def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:
-    """Return ``moments`` as they are after :func:`mhacut.surgery.channels.rotate` on the layer."""
-    if rotation is None:
-        return moments
-    inverse = torch.linalg.inv(rotation).mT
-    matrices = (rotation, inverse) if unit.kind == "qk" else (block_diagonal(inverse),)
-
-    def transformed(part: tuple[Moments, ...]) -> tuple[Moments, ...]:
-        return tuple(side.transformed(matrix) for side, matrix in zip(part, matrices, strict=True))
-
-    return UnitMoments(transformed(moments.fit), transformed(moments.held))
-
-
-def block_diagonal(blocks: Tensor) -> Tensor:
-    """Return [H, d, d] as one [H * d, H * d]."""
-    matrix: Tensor = torch.block_diag(*blocks)
-    return matrix
 
 
 def _pca_rotation(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bool) -> Tensor:

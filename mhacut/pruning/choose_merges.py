@@ -18,12 +18,11 @@ from torch import nn
 
 from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
-from mhacut.pruning.allocate import total_error
+from mhacut.pruning.allocate import job_widths, total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
-from mhacut.pruning.job_widths import job_widths
-from mhacut.pruning.limits import Limits
+from mhacut.pruning.limits import Limits, lowest_flops
 from mhacut.pruning.merge_law import (
     TYPICAL,
     BlockCost,
@@ -34,7 +33,6 @@ from mhacut.pruning.merge_law import (
     most_merged,
     trial_schedules,
 )
-from mhacut.pruning.widths import lowest_flops
 from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import recorded_calls
@@ -132,7 +130,7 @@ def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> flo
         return None
     model = copy.deepcopy(job.model)
     set_merged(model, schedule)
-    return job.judge(calibration).part(0, _FEW).divergence_of(model)
+    return job.held_out(calibration).part(0, _FEW).divergence_of(model)
 
 
 def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Tokens) -> float:

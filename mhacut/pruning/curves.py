@@ -25,10 +25,10 @@ from mhacut.linalg.reconstruction import LinearProblem, output_error, symmetric_
 from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import WITHOUT_GRADIENTS, Calibration
-from mhacut.pruning.candidates import Candidate, block_diagonal, few_rows, rotated
+from mhacut.pruning.candidates import Candidate, few_rows
 from mhacut.pruning.job import Job
 from mhacut.pruning.repair import shrink
-from mhacut.pruning.unit_sums import UnitMoments
+from mhacut.pruning.unit_moments import UnitMoments, block_diagonal, rotated
 from mhacut.runtime.progress import Counter
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.hooks import captured_outputs, registered

@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from mhacut.adapters.base import Unit
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
-from mhacut.pruning.calibrate import Calibration, calibrate, held_out
-from mhacut.pruning.constraints import NO_CONSTRAINTS, Constraints
+from mhacut.pruning.calibrate import Calibration, calibrate, held_out_count
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
-from mhacut.pruning.kept_outputs import KeptOutputs
-from mhacut.pruning.limits import Limits
+from mhacut.pruning.limits import MULTIPLE, NO_CONSTRAINTS, Constraints, Limits, width_choices
 from mhacut.pruning.preserve import Preserved
-from mhacut.pruning.widths import MULTIPLE, width_choices
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.costs import CostTable
@@ -56,8 +53,6 @@ class Job:
     merges, but ``model`` does not merge."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
-    dense_outputs: KeptOutputs | None = None
-    """Keeps outputs of the dense model's blocks where several slim models are healed; None to keep none."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -105,7 +100,7 @@ class Job:
         options = self.options
         count = 0
         if options.allocation == "curves" or options.repair:
-            fitted = len(self.images) - held_out(len(self.images))
+            fitted = len(self.images) - held_out_count(len(self.images))
             count = min(FISHER_IMAGES, fitted)
         return FisherOptions(count, options.seed, options.token_weights, self.preserved)
 
@@ -130,10 +125,10 @@ class Job:
             self.images, calibration.teacher, labels, self.options, preserved=preserved, amp=self.amp
         )
 
-    def judge(self, calibration: Calibration) -> Distillation:
+    def held_out(self, calibration: Calibration) -> Distillation:
         """Return the held-out part of :meth:`distillation`; with a single image, that one."""
         return self.distillation(calibration).part(0, max(calibration.held, 1))
 
-    def learning(self, calibration: Calibration) -> Distillation:
+    def training(self, calibration: Calibration) -> Distillation:
         """Return the part of :meth:`distillation` that is not held out."""
         return self.distillation(calibration).part(calibration.held, None)

@@ -1,11 +1,18 @@
-"""Limits: upper bounds on costs of the pruned model that its widths have to keep."""
+"""Widths that are allowed: multiples, constraints set by hand, and limits on costs.
+
+A budget out of reach is refused before the work, with the nearest budget that can be reached.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
-from mhacut.budget import Resource
+from mhacut.budget import NOUNS, Budget, Resource, Targets, format_amount
+from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import UnitKey
 
@@ -45,3 +52,201 @@ Limits = Sequence[Limit]
 def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
     """Whether ``widths`` keep all of ``limits``."""
     return all(limit.holds(widths) for limit in limits)
+
+
+MULTIPLE = 8
+"""Usual divisor of all widths but the dense ones."""
+
+
+def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
+    """Return the multiples of ``round_to`` below the dense width, and the dense width itself.
+
+    >>> width_choices(20, 8)
+    (8, 16, 20)
+    >>> width_choices(6, 8)
+    (6,)
+    """
+    return (*range(round_to, dense, round_to), dense)
+
+
+def nearest_width(count: float, dense: int, round_to: int) -> int:
+    """Return the allowed width nearest to ``count``; the smaller of two at the same distance."""
+    return min(width_choices(dense, round_to), key=lambda width: abs(width - count))
+
+
+def lowest_flops(
+    choices: Mapping[UnitKey, Sequence[int]], flops: Callable[[Mapping[UnitKey, int]], int]
+) -> int:
+    """FLOPs, or another cost, of the model at the least allowed width of every unit."""
+    return flops({key: widths[0] for key, widths in choices.items()})
+
+
+Choices = Mapping[UnitKey, Sequence[int]]
+"""Allowed widths of every unit, ascending, the dense one last."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One constraint, and what it is expected to cost."""
+
+    name: str
+    """Name of the option."""
+    value: str | bool | int
+    """Value of the option."""
+    nats: float
+    """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
+    answers are preserved, in the unit of ``PruneResult.divergence_of`` otherwise."""
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Units that stay whole, least widths, and widths that are equal.
+
+    Patterns match the name of a layer (``blocks.0.attn``) or of a unit (``blocks.0.attn.qk``).
+    """
+
+    exclude: tuple[str, ...] = ()
+    min_width: tuple[str, ...] = ()
+    """``PATTERN=N`` each."""
+    equal_qkv: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.exclude or self.min_width or self.equal_qkv)
+
+    def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
+        """Return the widths of ``choices`` that are left.
+
+        With equal q/k and v widths, if one of the two must keep all channels, so must the other; the larger
+        of two least widths holds for both; and if only one of the two can be cut, neither is.
+
+        Raises:
+            UsageError: a pattern matches nothing, a least width is malformed, or q/k and v cannot be equal.
+        """
+        found = {key: tuple(widths) for key, widths in choices.items()}
+        for pattern in self.exclude:
+            for key in _matching("exclude", pattern, pattern, choices):
+                found[key] = found[key][-1:]
+        for text in self.min_width:
+            pattern, least = _parsed(text)
+            for key in _matching("min_width", text, pattern, choices):
+                found[key] = tuple(width for width in found[key] if width >= least) or found[key][-1:]
+        if self.equal_qkv:
+            for qk, v in qk_and_v(choices):
+                if choices[qk][-1] != choices[v][-1]:
+                    raise UsageError(
+                        f"{option_name('equal_qkv', True)}: expected q/k and v of one width, found "
+                        f"{choices[qk][-1]} and {choices[v][-1]} channels per head in {qk[0]}"
+                    )
+                both = set(found[qk]) & set(found[v])
+                found[qk] = found[v] = tuple(width for width in found[qk] if width in both)
+            paired = {key for pair in qk_and_v(choices) for key in pair}
+            for key in found:
+                if key[1] != "hidden" and key not in paired:
+                    found[key] = found[key][-1:]
+        return found
+
+    def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
+        """Name and value of each constraint, and the others without it."""
+        for name in ("exclude", "min_width"):
+            values: tuple[str, ...] = getattr(self, name)
+            for value in values:
+                others = tuple(other for other in values if other != value)
+                if name == "exclude":
+                    yield name, value, replace(self, exclude=others)
+                else:
+                    yield name, value, replace(self, min_width=others)
+        if self.equal_qkv:
+            yield "equal_qkv", True, replace(self, equal_qkv=False)
+
+
+NO_CONSTRAINTS = Constraints()
+
+
+def qk_and_v(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
+    """Return the q/k and v units of each layer that has both."""
+    return [
+        ((layer, "qk"), (layer, "v")) for layer, kind in choices if kind == "v" and (layer, "qk") in choices
+    ]
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    pattern, equals, number = text.rpartition("=")
+    if not equals or not pattern or not number.isdecimal() or int(number) < 1:
+        raise UsageError(
+            f"{option_name('min_width', text)}: expected PATTERN=N, like blocks.0.*=32, with N at least 1"
+        )
+    return pattern, int(number)
+
+
+def _matching(option: str, value: str, pattern: str, choices: Choices) -> list[UnitKey]:
+    found = [
+        (layer, kind)
+        for layer, kind in choices
+        if fnmatchcase(layer, pattern) or fnmatchcase(f"{layer}.{kind}", pattern)
+    ]
+    if not found:
+        names = [f"{layer}.{kind}" for layer, kind in choices]
+        raise UsageError(
+            f"{option_name(option, value)}: matches no layer that may be pruned; found {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        )
+    return found
+
+
+def reachable_amounts(
+    asked: Targets, dense: Mapping[Resource, int], lowest: Mapping[Resource, int], options: Sequence[str]
+) -> dict[Resource, int]:
+    """Return the amount that each budget allows.
+
+    Costs grow with every width (times nearly so: see :class:`mhacut.pruning.limits.Limit`), so that budgets
+    which can each be reached can be reached together.
+
+    Args:
+        asked: as the user wrote them; none where a bound on the loss decides.
+        dense: amounts of the model as it was read.
+        lowest: amounts at the least widths, with all mergeable tokens merged if merging is asked for.
+        options: those that decide how low a budget may be, for errors.
+
+    Raises:
+        BudgetError: the model already meets all of them, or exceeds one even at the least widths; without
+            budgets, no model has fewer FLOPs.
+    """
+    if not asked.budgets:
+        if lowest["flops"] >= dense["flops"]:
+            have = f"the model's {format_amount(dense['flops'], 'flops')} FLOPs"
+            raise BudgetError(f"nothing to prune with {_listed(options)}: {have} are the lowest")
+        return {}
+    amounts = {budget.resource: budget.amount(dense[budget.resource]) for budget in asked.budgets}
+    if all(amount >= dense[resource] for resource, amount in amounts.items()):
+        within = " and ".join(
+            f"{format_amount(dense[budget.resource], budget.resource)} {NOUNS[budget.resource]}".rstrip()
+            + f" are already within {budget.text}"
+            for budget in asked.budgets
+        )
+        raise BudgetError(f"nothing to prune: the model's {within}")
+    missed = [budget for budget in asked.budgets if amounts[budget.resource] < lowest[budget.resource]]
+    if missed:
+        refusals = [_out_of_reach(each, dense[each.resource], lowest[each.resource]) for each in missed]
+        questions = "".join(map(_meant, missed))
+        raise BudgetError(f"{'; '.join(refusals)} with {_listed(options)}{questions}")
+    return amounts
+
+
+def _out_of_reach(asked: Budget, dense: int, lowest: int) -> str:
+    return (
+        f"{option_name(asked.resource, asked.text)} is out of reach: the lowest is "
+        f"{format_amount(lowest, asked.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
+        f"{format_amount(dense, asked.resource)})"
+    )
+
+
+def _meant(asked: Budget) -> str:
+    """Return a question if ``asked`` may be a percentage without its sign."""
+    if not re.fullmatch(r"\d{1,2}|0?\.\d+", asked.text):
+        return ""
+    percent = f"{100 * asked.value if asked.value < 1 else asked.value:g}%"
+    return f"; did you mean {option_name(asked.resource, percent)}?"
+
+
+def _listed(options: Sequence[str]) -> str:
+    return f"{', '.join(options[:-1])} and {options[-1]}"

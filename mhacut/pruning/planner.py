@@ -11,19 +11,16 @@ from torch import nn
 from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, TokenPlan, UnitKey
-from mhacut.pruning.allocate import total_error, uniform_widths
+from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.choose_merges import MergeSearch, described
-from mhacut.pruning.constraints import Constraint
 from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
-from mhacut.pruning.indicators import SearchStep, search
 from mhacut.pruning.job import Job
-from mhacut.pruning.job_widths import costs_of_constraints, job_widths
-from mhacut.pruning.limits import Limit, Limits
+from mhacut.pruning.limits import MULTIPLE, Constraint, Limit, Limits
 from mhacut.pruning.merge_law import Schedule
+from mhacut.pruning.paper.indicators import SearchStep, search
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
-from mhacut.pruning.widths import MULTIPLE
 from mhacut.surgery.costs import CostTable
 
 Candidates = Mapping[UnitKey, tuple[Candidate, ...]]

@@ -18,10 +18,9 @@ from mhacut.linalg.reconstruction import LinearRefit, LogitRefit, refit_linear, 
 from mhacut.options.prune import Temperature
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.candidates import Candidate, block_diagonal, rotated
-from mhacut.pruning.channel_scales import plan_channel_scales
+from mhacut.pruning.candidates import Candidate
 from mhacut.pruning.job import Job
-from mhacut.pruning.unit_sums import UnitMoments
+from mhacut.pruning.unit_moments import UnitMoments, block_diagonal, rotated
 from mhacut.surgery.channels import add_constant, effective_output_weights, mix, output_weights, rotate
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import kept_channels, scale, set_gate, temperature_factor
@@ -96,6 +95,31 @@ def reconstruct(
                 rotate(model.get_submodule(unit.layer), prunable.unit(unit.key), rotation)
     scales = plan_channel_scales(prunable, plan, channel_scales, options.temperature)
     return ReconstructedModel(model, replace(plan, tokens=tokens_of(model)), scales, {})
+
+
+def plan_channel_scales(
+    prunable: PrunableLayers,
+    plan: Plan,
+    channel_scales: Mapping[UnitKey, Tensor] | None,
+    temperature: Temperature,
+) -> dict[UnitKey, Tensor]:
+    """Return the scales with which :func:`~mhacut.surgery.slice.cut` makes ``plan``, [heads, dense width].
+
+    Args:
+        prunable: prunable layers of the model.
+        plan: channels that it removes get the scale 0.
+        channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
+        temperature: of the softmax.
+    """
+    masked: dict[UnitKey, Tensor] = {}
+    for unit_plan in plan:
+        unit = prunable.unit(unit_plan.key)
+        scale = torch.ones(unit.heads, unit.width) if channel_scales is None else channel_scales[unit.key]
+        kept = torch.tensor(unit_plan.kept, device=scale.device)
+        mask = torch.zeros_like(scale).scatter(-1, kept, 1.0)
+        factor = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
+        masked[unit.key] = mask * scale * factor
+    return masked
 
 
 @torch.no_grad()

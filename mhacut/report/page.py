@@ -24,7 +24,7 @@ from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.report.choices import Choice
 from mhacut.report.history import step, stored_curves
 from mhacut.report.sections import HEADINGS, Contents, head_rows, sections

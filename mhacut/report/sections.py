@@ -11,7 +11,7 @@ from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.plan import UnitKind
-from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.report.charts import (
     COLOURS,

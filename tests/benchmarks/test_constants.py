@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from helpers.benchmarks import script
-from mhacut.pruning import fisher, heal
+from mhacut.pruning import fisher
+from mhacut.pruning import recover as heal
 
 FLAGS = [
     "--checkpoint",
@@ -21,7 +22,7 @@ FLAGS = [
     "1",
     "2",
 ]
-NAMES = ("mhacut.pruning.fisher.SHRINKAGE", "mhacut.pruning.heal.SHRINKAGE")
+NAMES = ("mhacut.pruning.fisher.SHRINKAGE", "mhacut.pruning.recover.SHRINKAGE")
 
 
 def test_every_value_is_a_row_over_all_seeds_and_kept(tmp_path, capsys, monkeypatch):

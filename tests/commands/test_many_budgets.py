@@ -11,7 +11,6 @@ import pytest
 
 import mhacut
 from helpers.cli import FAST, run
-from helpers.healing import counting_kept_blocks
 from helpers.jobs import Recorder
 from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.commands import prune_cut
@@ -20,8 +19,7 @@ from mhacut.pruning import planner
 
 
 @pytest.mark.slow
-def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path, monkeypatch):
-    kept = counting_kept_blocks(monkeypatch)
+def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
     options = {**BALANCED, "heal_steps": 2}
     budgets = ("80%", "60%", "900K")
     results = mhacut.prune_many(
@@ -32,7 +30,6 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path, m
         output=tmp_path / "many-{}.safetensors",
         **options,
     )
-    assert kept == [0, 2, 2]  # two blocks of the dense model, which ran for the first budget alone
     assert [result.output.name for result in results] == [
         "many-80pct.safetensors",
         "many-60pct.safetensors",

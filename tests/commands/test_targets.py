@@ -25,8 +25,7 @@ from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.allocate import cheapest_widths
-from mhacut.pruning.limits import Limit, keeps
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.limits import Limit, keeps, width_choices
 from mhacut.report.history import step
 from mhacut.surgery.costs import byte_table, count_bytes, parameter_table
 from mhacut.surgery.find import find_prunable_layers

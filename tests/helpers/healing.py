@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 
@@ -15,8 +14,7 @@ from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.fisher import FisherOptions
-from mhacut.pruning.heal import healed
-from mhacut.pruning.kept_outputs import KeptOutputs
+from mhacut.pruning.recover import healed
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
@@ -69,25 +67,11 @@ class Bench:
         cut(self.slim, Plan(tuple(plans)))
         self.reporter = Recorder()
 
-    def healed(self, slim=None, steps=4, seed=1, kept=None):
+    def healed(self, slim=None, steps=4, seed=1):
         slim = self.slim if slim is None else slim
         options = SearchOptions(heal_steps=steps, seed=seed, batch_size=5)
         job = job_of(self.dense, self.images, prunable=self.prunable, options=options, reporter=self.reporter)
-        job = replace(job, dense_outputs=kept)
         return healed(slim, find_prunable_layers(slim), job, self.calibration)
 
     def divergence(self, model):
         return distillation_of(self.dense, self.images).divergence_of(model)
-
-
-def counting_kept_blocks(monkeypatch):
-    """A list of the number of dense blocks whose outputs are kept, as each healing from now on begins."""
-    kept, of_batches = [], KeptOutputs.of_batches
-
-    def counted(self, *args):
-        outputs = of_batches(self, *args)
-        kept.append(len(outputs))
-        return outputs
-
-    monkeypatch.setattr(KeptOutputs, "of_batches", counted)
-    return kept

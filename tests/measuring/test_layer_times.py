@@ -21,8 +21,7 @@ from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to
 from mhacut.options.timing import TimingOptions
 from mhacut.plan import Plan
 from mhacut.pruning.allocate import cheapest_widths, total_error
-from mhacut.pruning.limits import Limit
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.limits import Limit, width_choices
 from mhacut.runtime.progress import SILENT, Silent
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 
 from helpers.models import build
 from mhacut.inspection.layers import describe_heads
-from mhacut.pruning.weight_moments import white_moments
+from mhacut.pruning.unit_moments import white_moments
 from mhacut.surgery.find import find_prunable_layers
 
 UNSEEN = {

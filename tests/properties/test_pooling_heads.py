@@ -14,7 +14,7 @@ from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
-from mhacut.pruning.weight_moments import white_moments
+from mhacut.pruning.unit_moments import white_moments
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import VITS

@@ -17,7 +17,7 @@ from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair, shrink
-from mhacut.pruning.unit_sums import UnitMoments
+from mhacut.pruning.unit_moments import UnitMoments
 from mhacut.surgery.channels import channels_of, set_channels
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut

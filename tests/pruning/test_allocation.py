@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.pruning.allocate import TIE, cheapest_widths, total_error, uniform_widths
-from mhacut.pruning.limits import Limit
-from mhacut.pruning.widths import NEAR, width_choices
+from mhacut.pruning.allocate import NEAR, TIE, cheapest_widths, total_error, uniform_widths
+from mhacut.pruning.limits import Limit, width_choices
 
 quick = settings(deadline=None, max_examples=60)
 

@@ -18,10 +18,8 @@ from helpers.jobs import flops_limit, job_of
 from helpers.pruning import prune_quickly
 from mhacut.errors import UsageError
 from mhacut.options.prune import PruneOptions
-from mhacut.pruning.allocate import cheapest_widths
-from mhacut.pruning.constraints import Constraints
-from mhacut.pruning.job_widths import costs_of_constraints, job_widths
-from mhacut.pruning.limits import Limit
+from mhacut.pruning.allocate import cheapest_widths, costs_of_constraints, job_widths
+from mhacut.pruning.limits import Constraints, Limit
 
 prune = partial(prune_quickly, flops="60%")
 CHOICES = {

@@ -19,11 +19,10 @@ from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.curves import FEW_WIDTHS, MOST_WIDTHS, sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
-from mhacut.pruning.repair import shrink
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.limits import width_choices
+from mhacut.pruning.repair import plan_channel_scales, shrink
 from mhacut.surgery.channels import rotate
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors

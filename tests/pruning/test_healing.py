@@ -17,10 +17,10 @@ from helpers.jobs import Recorder, job_of
 from helpers.models import build, image
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
-from mhacut.pruning import heal
+from mhacut.pruning import recover as heal
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
-from mhacut.pruning.heal import blocks_of, healed
+from mhacut.pruning.recover import blocks_of, healed
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 from properties.cases import MODELS
@@ -155,7 +155,7 @@ def test_the_seed_decides_the_bytes():
 
 @torch.no_grad()
 def test_what_does_not_help_is_put_back(monkeypatch):
-    monkeypatch.setattr("mhacut.pruning.heal.LR", 10.0)
+    monkeypatch.setattr("mhacut.pruning.recover.LR", 10.0)
     bench = Bench(VIT)
     before, after = bench.slim.state_dict(), bench.healed(steps=1).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -163,7 +163,7 @@ def test_what_does_not_help_is_put_back(monkeypatch):
 
 @torch.no_grad()
 def test_a_block_whose_training_diverges_is_put_back_and_counted_whole(monkeypatch):
-    monkeypatch.setattr("mhacut.pruning.heal.LR", 1e200)
+    monkeypatch.setattr("mhacut.pruning.recover.LR", 1e200)
     bench = Bench(VIT)
     before, after = bench.slim.state_dict(), bench.healed().state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -207,7 +207,7 @@ def test_blocks_that_run_twice_are_left_alone():
 @pytest.mark.parametrize("bytes_left", [1, 10**9])
 @torch.no_grad()
 def test_memory_bounds_the_number_of_images(monkeypatch, bytes_left):
-    monkeypatch.setattr("mhacut.pruning.heal.MOST_BYTES", bytes_left)
+    monkeypatch.setattr("mhacut.pruning.recover.MOST_BYTES", bytes_left)
     bench, runs = Bench(VIT), []
     handle = bench.dense.blocks[1].register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
     bench.healed()
@@ -308,8 +308,8 @@ class Overwriting(nn.Linear):
 @pytest.mark.parametrize("kind", [nn.Linear, Overwriting])
 @torch.no_grad()
 def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, weighted):
-    monkeypatch.setattr("mhacut.pruning.heal.LR", 0.05)
-    monkeypatch.setattr("mhacut.pruning.heal.BATCH", 40)
+    monkeypatch.setattr("mhacut.pruning.recover.LR", 0.05)
+    monkeypatch.setattr("mhacut.pruning.recover.BATCH", 40)
     torch.manual_seed(0)
     dense, slim = (Toy(block).double().requires_grad_(False) for block in (Curved(), kind(4, 3)))
     images = torch.randn(60, 4, 2, 2).double()
@@ -360,7 +360,7 @@ def test_a_run_keeps_what_helps(monkeypatch, case):
     without = prune(Recorder(), 0)
     assert "healing" not in without.seconds
     for lr, helps in ((1e-3, True), (1e3, False)):
-        monkeypatch.setattr("mhacut.pruning.heal.LR", lr)
+        monkeypatch.setattr("mhacut.pruning.recover.LR", lr)
         reporter = Recorder()
         result = prune(reporter, 20)
         (note,) = (note for note in reporter.messages if note.startswith("healing"))

@@ -13,16 +13,15 @@ from torch.func import functional_call
 from helpers.jobs import flops_limit
 from helpers.models import SMALL, ModelCase, build, image, relative
 from mhacut.errors import MhacutError
-from mhacut.linalg.attention_difference import logit_energy
-from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import EFFORTS, PruneOptions, SearchOptions
-from mhacut.pruning import indicators
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.channel_scales import plan_channel_scales
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.indicators import search
 from mhacut.pruning.job import Job
+from mhacut.pruning.paper import indicators
+from mhacut.pruning.paper.indicators import search
+from mhacut.pruning.paper.statistics import cosine_similarity, logit_energy, redundancy
 from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.pruning.repair import plan_channel_scales
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers

@@ -22,7 +22,7 @@ def test_what_merges_tokens_is_compared_token_by_token():
 def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
     bench, seen = Bench(MERGING), []
     set_merged(bench.slim, (4, 0, 2))
-    monkeypatch.setattr("mhacut.pruning.heal._train", lambda model, name, parts, *_: seen.append(parts))
+    monkeypatch.setattr("mhacut.pruning.recover._train", lambda model, name, parts, *_: seen.append(parts))
     bench.healed()
     teacher = copy.deepcopy(bench.dense)
     set_merged(teacher, (4, 0, 2))

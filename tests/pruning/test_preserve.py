@@ -18,13 +18,12 @@ from helpers.jobs import Recorder, flops_limit, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.errors import UnsupportedModelError, UsageError
 from mhacut.linalg.moments import Moments
-from mhacut.linalg.whitening import FLOOR, SHRINKAGE, Whitening
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.preserve import Preserved
+from mhacut.pruning.preserve import FLOOR, SHRINKAGE, Preserved, Whitening
 from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import channel_dims, find_layers, find_pyramid, find_token_map

@@ -16,8 +16,9 @@ from mhacut.linalg.reconstruction import output_error, refit_logits
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
+from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
+from mhacut.pruning.unit_moments import block_diagonal, rotated
 from mhacut.surgery.channels import effective_output_weights, rotate
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut

@@ -14,10 +14,11 @@ from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import block_diagonal, find_candidates, rotated
-from mhacut.pruning.channel_scales import with_trained_scales
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.limits import width_choices
+from mhacut.pruning.paper.channel_scales import with_trained_scales
 from mhacut.pruning.repair import reconstruct
-from mhacut.pruning.widths import width_choices
+from mhacut.pruning.unit_moments import block_diagonal, rotated
 from mhacut.runtime.progress import SILENT
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers

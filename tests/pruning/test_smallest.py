@@ -12,10 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mhacut
-from helpers.healing import counting_kept_blocks
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build
-from helpers.pruning import BALANCED, QUICK, last_step, prune_quickly
+from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.commands import prune_cut
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
@@ -188,15 +187,6 @@ def test_a_bound_on_the_divergence_needs_images_to_hold_out(tiny_vit):
         UsageError, match=r"^max_kl=1000\.0: expected two images or more, of which some are held"
     ):
         mhacut.prune(model, **given | {"images": torch.randn(1, 3, 32, 32)})
-
-
-@pytest.mark.slow
-def test_the_trials_of_a_bound_share_the_dense_outputs_of_healing(tiny_vit, tmp_path, monkeypatch):
-    kept = counting_kept_blocks(monkeypatch)
-    options = {**BALANCED, "heal_steps": 1, "max_kl": 1e-4}
-    prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
-    assert len(kept) > 1
-    assert kept == [0] + [2] * (len(kept) - 1)  # blocks of the dense model
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhacut.linalg.pca import logit_basis, output_basis
-from mhacut.linalg.spectrum import effective_rank, logit_energies, output_energies
+from mhacut.linalg.pca import effective_rank, logit_basis, logit_energies, output_basis, output_energies
 
 HEADS, WIDTH, ROWS, OUT = 3, 6, 40, 10
 

@@ -7,15 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.linalg.attention_difference import logit_energy, output_energy
-from mhacut.linalg.indicator import (
+from mhacut.pruning.paper.indicators import (
     THRESHOLD,
     adjust_scores,
     initial_indicator,
     straight_through_mask,
     top_channels,
 )
-from mhacut.linalg.similarity import cosine_similarity, redundancy, similarity_weight
+from mhacut.pruning.paper.statistics import (
+    cosine_similarity,
+    logit_energy,
+    output_energy,
+    redundancy,
+    similarity_weight,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 

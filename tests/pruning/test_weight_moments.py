@@ -8,10 +8,10 @@ import torch
 
 from helpers.models import build
 from mhacut.inspection.layers import SHARES, describe_heads
-from mhacut.linalg.similarity import cosine_similarity, redundancy
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.weight_moments import white_moments
+from mhacut.pruning.paper.statistics import cosine_similarity, redundancy
+from mhacut.pruning.unit_moments import white_moments
 from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES

@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.pruning.limits import Limit
-from mhacut.pruning.widths import fill_budget, lowest_flops, nearest_width, width_choices
+from mhacut.pruning.allocate import fill_budget
+from mhacut.pruning.limits import Limit, lowest_flops, nearest_width, width_choices
 
 
 @given(dense=st.integers(1, 100), round_to=st.integers(1, 20), count=st.floats(0, 100))

@@ -20,7 +20,7 @@ from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.measuring.figures import ModelFigures
 from mhacut.plan import Plan, UnitPlan
-from mhacut.pruning.indicators import SearchStep
+from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.report.charts import COLOURS, Bar, Cell, Line, heat_map, line_chart, waterfall
 from mhacut.report.choices import Choice, choice_charts
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves

@@ -14,11 +14,11 @@ import torch
 
 from helpers.jobs import flops_limit, job_of
 from helpers.models import ModelCase, build, image, relative
-from mhacut.pruning import fisher, unit_sums
+from mhacut.pruning import fisher, unit_moments
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import Preserved
-from mhacut.pruning.unit_sums import SpilledMoments
+from mhacut.pruning.unit_moments import SpilledMoments
 from mhacut.runtime import tensor_files as spill_module
 from mhacut.runtime.tensor_files import LEAST_BYTES, Spill
 from mhacut.surgery.features import Features, find_token_map
@@ -103,7 +103,7 @@ def test_plans_are_the_same_from_a_file():
     model = build(CASE)
     job = job_of(model, image(CASE, batch=12), counted=True, round_to=2)
     plan = Planner(job, job.calibrate()).plan(flops_limit(job, 0.6))
-    with patch.object(unit_sums, "MOST_BYTES", 0), patch.object(spill_module, "LEAST_BYTES", 0):
+    with patch.object(unit_moments, "MOST_BYTES", 0), patch.object(spill_module, "LEAST_BYTES", 0):
         calibration = job.calibrate()
         assert isinstance(calibration.moments, SpilledMoments)
         assert len(calibration.moments) == len(list(calibration.moments)) == len(job.units)

@@ -1,8 +1,4 @@
-"""Change of attention when one channel is removed, from which indicators start.
-
-Source: "initialization ... based on difference of attention between original structure and each channel"
-(arXiv 2405.20867, abstract); the formulas are ours.
-"""
+"""Linear attention: what each channel adds to its weights and to its output. The formulas are ours."""
 
 from __future__ import annotations
 
@@ -11,32 +7,6 @@ from torch import Tensor
 
 EPSILON = 1e-6
 """Constant that linear attention adds to the sum of its weights."""
-
-
-def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
-    """Return the squared Frobenius norm of what each qk channel adds to the logits, sum over images, [H, d].
-
-    ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||, exactly. What is constant over keys
-    does not pass the softmax, so each key channel is centred over the tokens of its image first.
-
-    Args:
-        query: [B, H, N, d].
-        key: [B, H, M, d].
-        centre: False if something acts on keys before the product, so that their constant part matters.
-    """
-    if centre:
-        key = key - key.mean(dim=-2, keepdim=True)
-    return (query.square().sum(-2) * key.square().sum(-2)).sum(0)
-
-
-def output_energy(second_moment: Tensor, output_projection: Tensor) -> Tensor:
-    """Return the squared Frobenius norm of what each v or hidden channel adds to the output, [H, d].
-
-    Args:
-        second_moment: sum of squares of the channel over all tokens, [H, d].
-        output_projection: columns that read it, [out, H, d].
-    """
-    return second_moment * output_projection.square().sum(0)
 
 
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:

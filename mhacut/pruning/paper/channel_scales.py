@@ -8,43 +8,15 @@ the rows of W_q.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mhacut.options.prune import Temperature
-from mhacut.plan import Plan, UnitKey
+from mhacut.plan import Plan
 from mhacut.pruning.distill import Distillation, minimise
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.find import PrunableLayers
-from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
-
-
-def plan_channel_scales(
-    prunable: PrunableLayers,
-    plan: Plan,
-    channel_scales: Mapping[UnitKey, Tensor] | None,
-    temperature: Temperature,
-) -> dict[UnitKey, Tensor]:
-    """Return the scales with which :func:`~mhacut.surgery.slice.cut` makes ``plan``, [heads, dense width].
-
-    Args:
-        prunable: prunable layers of the model.
-        plan: channels that it removes get the scale 0.
-        channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
-        temperature: of the softmax.
-    """
-    masked: dict[UnitKey, Tensor] = {}
-    for unit_plan in plan:
-        unit = prunable.unit(unit_plan.key)
-        scale = torch.ones(unit.heads, unit.width) if channel_scales is None else channel_scales[unit.key]
-        kept = torch.tensor(unit_plan.kept, device=scale.device)
-        mask = torch.zeros_like(scale).scatter(-1, kept, 1.0)
-        factor = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
-        masked[unit.key] = mask * scale * factor
-    return masked
 
 
 def with_trained_scales(
