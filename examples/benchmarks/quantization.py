@@ -21,10 +21,8 @@ from process import describe_machine
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import calibration_images
-from mhacut.exporting.openvino_ir import openvino_runner
-from mhacut.exporting.quantization_error import layers_with_outliers
-from mhacut.exporting.quantize import quantize
-from mhacut.exporting.runtimes import onnx_content, onnx_file_runner
+from mhacut.exporting.quantize import layers_with_outliers, quantize
+from mhacut.exporting.runtimes import onnx_content, onnx_runner, openvino_runner
 from mhacut.measuring.agreement import agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions, PreprocessingOptions
@@ -47,9 +45,9 @@ def main() -> None:
         network, size = checkpoint.model.requires_grad_(False), preprocessing.input_size
         networks[name] = network
         exact = onnx_content(network, size)
-        int8 = quantize(exact, "dynamic", exclude=layers_with_outliers(exact, [fixed_images(8, size)]))
+        int8 = quantize(exact, exclude=layers_with_outliers(exact, [fixed_images(8, size)]))
         for kind, content in (("float32", exact), ("INT8", int8)):
-            programs[f"{name} {kind}"] = onnx_file_runner(content, 1)
+            programs[f"{name} {kind}"] = onnx_runner(content, 1)
             sizes[f"{name} {kind}"] = len(content) / 1e6
         if importlib.util.find_spec("openvino") is not None:
             programs[f"{name} OpenVINO"] = openvino_runner(network, size, threads=1)

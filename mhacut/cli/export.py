@@ -60,18 +60,14 @@ def _text(result: ExportResult) -> str:
 
 
 def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
-    rows = [["activations", "KL divergence", "same top-1 class", "cosine"]]
-    for method, found in {int8.method: int8.agreement, **int8.others}.items():
-        kl = "" if found.kl is None else f"{found.kl:.2g} nats"
-        same = "" if found.same_answer is None else f"{100 * found.same_answer:.1f}%"
-        rows.append(
-            [f"{method}, not used" if method in int8.others else method, kl, same, f"{found.cosine:.4f}"]
-        )
+    found = int8.agreement
+    agreed = f"cosine {found.cosine:.4f}"
+    if found.kl is not None and found.same_answer is not None:
+        same = f"same top-1 class {100 * found.same_answer:.1f}%"
+        agreed = f"KL divergence {found.kl:.2g} nats, {same}, {agreed}"
     return [
         "",
-        table(rows),
-        "",
-        f"INT8 compared with float32, on {safe(int8.compared_on)}",
+        f"INT8 compared with float32, on {safe(int8.compared_on)}: {agreed}",
         *(
             [f"kept in float32 because of outliers: {safe(', '.join(kept))}"]
             if (kept := int8.float32_layers)

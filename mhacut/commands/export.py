@@ -18,17 +18,22 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.commands.idle import log_idle_options
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
-from mhacut.exporting.openvino_ir import check_ir, require_openvino, weights_file, write_ir
-from mhacut.exporting.push import check_hub, push_folder
-from mhacut.exporting.quantize import Quantization, quantize_best
-from mhacut.exporting.runtimes import ENDINGS, RUNTIMES, Runner, in_dtype, require_onnx
-from mhacut.exporting.timm_folder import FILES, check_folder, write_folder
+from mhacut.exporting.quantize import Quantization, quantize_and_compare
+from mhacut.exporting.runtimes import (
+    ENDINGS,
+    RUNTIMES,
+    Runner,
+    in_dtype,
+    require_packages,
+    weights_file,
+    write_ir,
+)
+from mhacut.exporting.timm_folder import FILES, check_folder, check_hub, push_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.device import with_default_torch
-from mhacut.runtime.files import check_output, write_whole
+from mhacut.runtime.files import check_outputs, write_whole
 from mhacut.runtime.progress import Reporter, reporting
-from mhacut.text import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,10 +97,7 @@ def export(
 
 def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     """Run :func:`export` with its options in one object."""
-    if options.format == "onnx":
-        require_onnx(option_name("format", "onnx"))
-    if options.format == "openvino":
-        require_openvino(option_name("format", "openvino"))
+    require_packages(option_name("format", options.format), options.format)
     if options.push_to_hub is not None:
         check_hub(options)
     if options.output is not None:
@@ -105,16 +107,13 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)
-    wider = _wider_than_the_file(loaded, options)
-    if wider is not None:
-        reporter.log(wider)
     loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     differences, quantized = _write(target, loaded, preprocessing, options, reporter)
     pushed = None
     if options.push_to_hub is not None:
         reporter.start("pushing")
-        pushed = push_folder(target, FILES, options)
+        pushed = push_folder(target, options)
     return ExportResult(
         output=target,
         format=options.format,
@@ -152,7 +151,9 @@ def _write(
         compare(run)
         if options.int8:
             reporter.start("quantizing")
-            content, run, measured = quantize_best(content, model, preprocessing, options, reporter.log)
+            content, run, measured = quantize_and_compare(
+                content, model, preprocessing, options, reporter.log
+            )
             quantized.append(measured)
             differences.update(_differences(model, run, size, options, bounded=False))
         temporary.write_bytes(content)
@@ -177,27 +178,9 @@ def _files(target: Path, options: ExportOptions) -> list[Path]:
 def _check(target: Path, options: ExportOptions, input_path: Path | None) -> None:
     if options.format == "timm":
         check_folder(target, overwrite=options.overwrite, input_path=input_path)
-    elif options.format == "openvino":
-        check_ir(target, overwrite=options.overwrite, input_path=input_path)
     else:
-        check_output(target, overwrite=options.overwrite, input_path=input_path)
-
-
-def _wider_than_the_file(loaded: Checkpoint, options: ExportOptions) -> str | None:
-    """Return the line that says so if weights of half precision are written in float32, the default."""
-    stored = {dtype_name(dtype) for dtype in loaded.dtypes.values() if dtype.is_floating_point}
-    if options.dtype != "float32" or not stored or not stored <= {"float16", "bfloat16"}:
-        return None
-    own = max(stored)
-    keeps = (
-        f"; {option_name('dtype', own)} keeps {own}"
-        if own != "bfloat16" or options.format in ("pt2", "timm")
-        else ""
-    )
-    return (
-        f"weights are {' and '.join(sorted(stored))} in the file; {options.format} is written in float32, "
-        f"which every runtime supports{keeps}"
-    )
+        files = _files(target, options)
+        check_outputs(files, overwrite=options.overwrite, input_paths=(input_path,))
 
 
 def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,8 +207,8 @@ def _differences(
     Args:
         model: the model that was exported.
         run: the runner of what was written.
-        size: of the images, [C, H, W].
-        options: of the command.
+        size: size of the images, [C, H, W].
+        options: options of the command.
         bounded: whether only rounding may make it differ.
 
     Raises:

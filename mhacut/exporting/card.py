@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from mhacut.budget import format_flops
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.provenance import provenance, stated_license
@@ -101,21 +98,16 @@ def _dense_flops(record: SlimRecord | None) -> str:
 def _accuracy(record: SlimRecord | None) -> dict[str, str]:
     """Return top-1 of the dense and of the pruned model, as far as a slim file's history states it."""
     history = () if record is None else record.history
-    stated: list[Mapping[str, Any]] = [entry.get("accuracy") or {} for entry in history]
-    if not stated or not all(isinstance(one, dict) for one in stated):
+    stated = [entry["accuracy"] for entry in history if isinstance(entry.get("accuracy"), dict)]
+    if not stated or len(stated) < len(history):
         return {}
-    figures = {
-        "dense": _share(stated[0].get("top1_before"), stated[0].get("images")),
-        "this model": _share(stated[-1].get("top1_after"), stated[-1].get("images")),
-    }
-    known = [f"{who} {share}" for who, share in figures.items() if share]
+    figures = {"dense": (stated[0], "top1_before"), "this model": (stated[-1], "top1_after")}
+    known = [
+        f"{who} {entry[key]:.2f} % of {entry['images']} images"
+        for who, (entry, key) in figures.items()
+        if is_number(entry.get(key)) and 0 <= entry[key] <= 100 and is_int(entry.get("images"))
+    ]
     return {"Top-1 accuracy": ", ".join(known)} if known else {}
-
-
-def _share(top1: object, images: object) -> str:
-    if not is_number(top1) or not is_int(images) or not 0 <= top1 <= 100 or not 0 < images < _MOST:
-        return ""
-    return f"{top1:.2f} % of {images} images"
 
 
 def _usage(source: str, *, cut: bool) -> list[str]:
@@ -142,7 +134,4 @@ def _widths(record: SlimRecord) -> str:
         lines.append(
             f"| `{unit.layer}` | {unit.kind} | {heads} | {unit.width} | {unit.dense_width} | {unit.basis} |"
         )
-    whole = sum(unit.keeps_all for unit in record.plan)
-    if whole:
-        lines += ["", f"{whole} more pairs of layer and kind keep all their channels."]
     return "\n".join(lines) + "\n"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError, option_name
-from mhacut.exporting.openvino_ir import openvino_program, openvino_runner, require_openvino
-from mhacut.exporting.quantization_error import layers_with_outliers
-from mhacut.exporting.quantize import NothingToQuantizeError, quantize
+from mhacut.exporting.quantize import NothingToQuantizeError, layers_with_outliers, quantize
 from mhacut.exporting.runtimes import (
     DTYPES,
+    in_dtype,
     onnx_content,
-    onnx_file_runner,
     onnx_program,
     onnx_runner,
+    openvino_program,
+    openvino_runner,
     part_content,
-    require_onnx,
+    require_packages,
 )
 from mhacut.measuring.latency import fixed_images, run_of
 from mhacut.options.base import ExportDtype
@@ -50,7 +50,7 @@ def timing_device(runtime: Runtime, device: str) -> torch.device:
     if runtime not in ("onnx", "openvino"):
         return resolve_device(device)
     asked = option_name("runtime", runtime)
-    (require_onnx if runtime == "onnx" else require_openvino)(asked)
+    require_packages(asked, runtime)
     if device not in ("auto", "cpu"):
         raise UsageError(f"{option_name('device', device)}: {asked} is measured on the CPU only")
     return torch.device("cpu")
@@ -63,7 +63,7 @@ def model_program(
     if conditions.runtime == "openvino":
         return openvino_runner(model, size, threads=conditions.threads)
     if conditions.runtime == "onnx":
-        return onnx_runner(model, size, conditions.dtype, threads=conditions.threads)
+        return onnx_runner(onnx_content(in_dtype(model, conditions.dtype), size), conditions.threads)
     dtype = DTYPES[conditions.dtype]
     program: Callable[[Tensor], object] = model.to(conditions.device, dtype)
     if conditions.runtime == "compile":
@@ -76,7 +76,7 @@ def int8_program(
 ) -> tuple[Callable[[Tensor], object], int]:
     """Return ``model`` with its linear layers in INT8, as ``mhacut export --int8`` quantizes without images.
 
-    Quantization is dynamic; layers whose inputs have outliers for images of noise stay float32.
+    Layers whose inputs have outliers for images of noise stay float32.
 
     Returns:
         The function of images in ONNX Runtime, and the size of its file in bytes.
@@ -86,8 +86,8 @@ def int8_program(
     """
     content = onnx_content(model, size)
     fragile = layers_with_outliers(content, [fixed_images(4, size)])
-    content = quantize(content, "dynamic", exclude=fragile)
-    return onnx_file_runner(content, threads), len(content)
+    content = quantize(content, exclude=fragile)
+    return onnx_runner(content, threads), len(content)
 
 
 def part_run(
@@ -106,20 +106,14 @@ def part_run(
         if conditions.runtime == "openvino":
             return openvino_program(content, inputs, conditions.threads)
         if int8:
-            content = _in_int8(content)
+            with suppress(NothingToQuantizeError):  # it stays float32 in the model too
+                content = quantize(content)
         return onnx_program(content, inputs, conditions.threads)
     placed: Callable[..., object] = part.to(conditions.device)
     if conditions.runtime == "compile":
         placed = torch.compile(part)
     on_device = tuple(tensor.to(conditions.device) for tensor in inputs)
     return run_of(lambda _: placed(*on_device), on_device[0])
-
-
-def _in_int8(content: bytes) -> bytes:
-    try:
-        return quantize(content, "dynamic")
-    except NothingToQuantizeError:  # it stays float32 in the model too
-        return content
 
 
 @contextmanager

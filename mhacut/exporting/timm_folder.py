@@ -1,23 +1,23 @@
-"""Write a folder that timm opens, as ``local-dir:`` or from the hub, with a card that says what was cut."""
+"""Write a folder that timm opens, with a card that says what was cut, and push it to the Hugging Face hub."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 import timm
 import torch
 from timm.models import save_for_hf
-from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
 from mhacut.checkpoint.provenance import stated_license
 from mhacut.checkpoint.write import slim_content
 from mhacut.data import Preprocessing
-from mhacut.errors import OutputError, option_name
+from mhacut.errors import MhacutError, OutputError, option_name
 from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
@@ -81,7 +81,11 @@ def write_folder(
         # nor as safetensors (True): it cannot where a module has several names, or the disk is full.
         save_for_hf(model, str(folder), safe_serialization=cast(Any, None))
         if loaded.record is None:
-            _save_plain(folder / WEIGHTS, model, DTYPES[options.dtype])
+            tensors = {
+                name: tensor.to(dtypes[name] if tensor.is_floating_point() else tensor.dtype).contiguous()
+                for name, tensor in model.state_dict().items()
+            }
+            save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         else:
             slim_content(target, model, loaded.record, dtypes)(folder / WEIGHTS)
         card = model_card(source, loaded, preprocessing, options.license)
@@ -130,9 +134,53 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
     return made
 
 
-def _save_plain(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
-    tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    save_tensors(tensors, path, {"format": "pt"})
+def check_hub(options: ExportOptions) -> None:
+    """Raise a :class:`MhacutError` unless the hub answers and accepts the token; nothing is uploaded."""
+    from huggingface_hub import whoami
+
+    try:
+        whoami()
+    except Exception as error:  # the hub and the network fail in types of their own libraries
+        raise MhacutError(
+            f"{option_name('push_to_hub', options.push_to_hub)}: the Hugging Face hub takes no upload "
+            f"({_reason(error)}); run hf auth login, or export without it and upload the folder later"
+        ) from error
+
+
+def push_folder(folder: Path, options: ExportOptions) -> str:
+    """Create the repository if there is none, and commit the files of :func:`write_folder` to it.
+
+    Args:
+        folder: folder to push; other files in it are not pushed.
+        options: options of the command; ``push_to_hub`` and ``private`` are used.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        MhacutError: the hub refuses, or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import create_repo, upload_folder
+
+    repository = str(options.push_to_hub)
+    try:
+        create_repo(repository, private=options.private, exist_ok=True)
+        pushed = upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            commit_message="Add model exported by mhacut",
+        )
+    except Exception as error:  # as above
+        raise MhacutError(
+            f"{option_name('push_to_hub', repository)}: failed ({_reason(error)}); {folder} was written and "
+            f"stays: try again with hf upload {repository} {quote(str(folder))}"
+        ) from error
+    return str(pushed.commit_url)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error and of its cause."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    cause = "" if error.__cause__ is None else f": {_reason(error.__cause__)}"
+    return f"{first + cause:.200}"

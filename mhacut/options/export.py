@@ -12,19 +12,18 @@ from mhacut.options.base import CheckpointOptions, ExportDtype, ImageSource, Pat
 from mhacut.options.option import option, require
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
-Quantization = Literal["auto", "dynamic", "static"]
 _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationImages(ImageSource):
-    """Images for INT8; without any, activations are quantized dynamically and compared on noise."""
+    """Images to compare INT8 with float32 on; without any, the two are compared on noise."""
 
     train_split: str = option("train", "Split to take images from.", panel="Data", metavar="NAME")
     calibration_images: int = option(
         256,
-        "Number of images to find the ranges of activations on; a quarter of them is held out for the "
-        "comparison with float32.",
+        "Number of images to look for outliers on; a quarter of them is held out for the comparison with "
+        "float32.",
         panel="Data",
         metavar="N",
         at_least=8,
@@ -75,8 +74,7 @@ class ExportOptions(CheckpointOptions):
     private: bool = option(False, "If the repository is created, make it private.", panel="Result")
     opset: int = option(
         18,
-        "ONNX opset; 23 and later have an operator for attention with q/k as wide as v, used where torch can "
-        "write it.",
+        "ONNX opset.",
         panel="Result",
         metavar="N",
         at_least=18,
@@ -84,13 +82,6 @@ class ExportOptions(CheckpointOptions):
     int8: bool = option(
         False,
         "Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32.",
-        panel="Quantization",
-    )
-    quantization: Quantization = option(
-        "auto",
-        "Quantization of activations: by their range at run time (dynamic), or by a fixed range found on "
-        "images, which other runtimes expect (static; needs images). If images are given, auto takes the one "
-        "closer to float32; otherwise dynamic.",
         panel="Quantization",
     )
     reduce_range: bool = option(
@@ -150,11 +141,8 @@ class ExportOptions(CheckpointOptions):
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
-            needs_images = self.quantization == "static" and not self.data.has_images
-            with_images = f"{option_name('data_dir')} or {option_name('dataset')} with it"
-            require("quantization", self.quantization, not needs_images, with_images)
             return
-        own = {name: getattr(self, name) for name in ("quantization", "reduce_range", "threads")}
+        own = {name: getattr(self, name) for name in ("reduce_range", "threads")}
         for name, value in (own | self.data.flat()).items():
             unchanged = value == type(self).options()[name].default
             require(name, value, unchanged, f"{option_name('int8', True)} with it")

@@ -95,12 +95,12 @@ class EvaluateKeywords(
 
 
 class QuantizationImagesKeywords(ImageSourceKeywords, total=False):
-    """Images for INT8; without any, activations are quantized dynamically and compared on noise."""
+    """Images to compare INT8 with float32 on; without any, the two are compared on noise."""
     train_split: str
     """Split to take images from. Default: 'train'."""
     calibration_images: int
-    """Number of images to find the ranges of activations on; a quarter of them is held out for the comparison
-    with float32. Default: 256."""
+    """Number of images to look for outliers on; a quarter of them is held out for the comparison with
+    float32. Default: 256."""
 
 
 class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False):
@@ -126,15 +126,10 @@ class ExportKeywords(CheckpointKeywords, QuantizationImagesKeywords, total=False
     private: bool
     """If the repository is created, make it private. Default: False."""
     opset: int
-    """ONNX opset; 23 and later have an operator for attention with q/k as wide as v, used where torch can
-    write it. Default: 18."""
+    """ONNX opset. Default: 18."""
     int8: bool
     """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32.
     Default: False."""
-    quantization: Literal["auto", "dynamic", "static"]
-    """Quantization of activations: by their range at run time (dynamic), or by a fixed range found on images,
-    which other runtimes expect (static; needs images). If images are given, auto takes the one closer to
-    float32; otherwise dynamic. Default: 'auto'."""
     reduce_range: bool
     """Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI. Default: False."""
     threads: int | None

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.models import twins, vision_transformer
+from timm.models import twins
 from torch import nn
 
 import mhacut
@@ -25,10 +24,9 @@ from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.exporting import programs, runtimes
-from mhacut.exporting.quantize import quantize
+from mhacut.exporting import runtimes
+from mhacut.exporting.runtimes import refusing
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.progress import Silent
 from properties.cases import FIRST_MODEL
 
 
@@ -134,23 +132,6 @@ def test_half_precision_behind_float32_images(exported, slim_of, tmp_path):
     assert program.module()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
 
 
-def test_weights_of_half_precision_that_become_wider_are_said_so(tiny_vit, tmp_path):
-    path = tmp_path / "half.safetensors"
-    save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, path)
-    reporter = Silent()
-    lines: list[str] = []
-    reporter.log = lines.append
-    model = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, "reporter": reporter}
-    mhacut.export(path, format="timm", output=tmp_path / "wide", **model)
-    assert (
-        "weights are float16 in the file; timm is written in float32, which every runtime supports; "
-        "dtype='float16' keeps float16"
-    ) in lines
-    lines.clear()
-    mhacut.export(path, format="timm", dtype="float16", output=tmp_path / "half", **model)
-    assert not [line for line in lines if "is written in" in line]
-
-
 def test_a_fixed_batch(slim_of, tmp_path):
     result = mhacut.export(slim_of("vit"), format="pt2", fixed_batch=1, output=tmp_path / "one.pt2")
     assert set(result.difference) == {1}
@@ -195,160 +176,39 @@ def test_what_is_there_is_not_replaced(slim_of, tmp_path):
         mhacut.export(slim_of("vit"), format="pt2", output=slim_of("vit"), overwrite=True)
 
 
-def test_onnx_is_an_extra(slim_of, monkeypatch):
-    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MhacutError, match=r"onnxruntime.*pip install 'mhacut\[onnx\]'"):
-        mhacut.export(slim_of("vit"), format="onnx")
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_runtimes_are_extras(runtime, slim_of, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wanted = rf"='{runtime}' needs onnx, .*pip install 'mhacut\[{runtime}\]'"
+    with pytest.raises(MhacutError, match="format" + wanted):
+        mhacut.export(slim_of("vit"), format=runtime)
+    with pytest.raises(MhacutError, match="runtime" + wanted):
+        mhacut.bench(slim_of("vit"), runtime=runtime)
 
 
-def test_what_torch_export_cannot_trace_is_refused_in_one_line(slim_of, tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise RuntimeError("no such operator\nwith advice to developers")
-
-    monkeypatch.setattr(torch.export, "export", fail)
-    with pytest.raises(
-        MhacutError, match=r"^format='pt2': torch.export fails \(RuntimeError: no such operator\)$"
-    ):
-        mhacut.export(slim_of("vit"), format="pt2", output=tmp_path / "file.pt2")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_cannot_be_translated_is_refused_in_one_line(slim_of, tmp_path, monkeypatch):
-    def wrapped(*_, **__):
-        try:
-            raise ValueError("the reason\nand more")
-        except ValueError as error:
-            raise RuntimeError("advice to developers") from error
-
-    monkeypatch.setattr(runtimes, "_exported", wrapped)
-    with pytest.raises(MhacutError) as found:
-        mhacut.export(slim_of("vit"), output=tmp_path / "model.onnx")
-    reason = "onnxscript or ONNX Runtime fails (ValueError: the reason)"
-    assert str(found.value) == f"format='onnx': {reason}; try format='pt2'"
-
-
-@pytest.mark.parametrize(
-    ("cause", "error"),
-    [(MemoryError("no space left"), MemoryError), (OSError(28, "no space left"), OutputError)],
-)
-def test_what_no_opset_is_to_blame_for_is_not_put_on_it(cause, error, slim_of, tmp_path, monkeypatch):
-    def wrapped(*_, **__):
-        raise RuntimeError("advice to developers") from cause
-
-    monkeypatch.setattr(runtimes, "_exported", wrapped)
-    with pytest.raises(error, match="no space left"):
-        mhacut.export(slim_of("vit"), opset=20, output=tmp_path / "model.onnx")
-
-
-def test_a_reason_without_text_is_one_of_the_reasons_around_it(monkeypatch):
-    def wrapped(*_, **__):
-        raise RuntimeError("outer") from AssertionError()
-
-    monkeypatch.setattr(runtimes, "_exported", wrapped)
-    with pytest.raises(MhacutError, match=r"fails \(RuntimeError: outer\); PyTorch may run it"):
-        runtimes.onnx_content(torch.nn.Identity(), (3, 8, 8))
-
-
-def test_what_cannot_be_run_as_onnx_is_refused_wherever_it_is_to_run(monkeypatch):
+def test_what_a_translator_cannot_do_is_refused_in_one_line():
+    said = r"^format='onnx': fails: ValueError: the reason; try pt2$"
+    with pytest.raises(MhacutError, match=said), refusing("format='onnx': fails", "try pt2"):
+        raise RuntimeError("advice to developers") from ValueError("the reason\nand more")
+    with pytest.raises(MemoryError), refusing("format='onnx'", "try pt2"):
+        raise RuntimeError("advice to developers") from MemoryError("no space left")
     with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*; PyTorch may run it"):
-        runtimes.onnx_file_runner(b"no model")
-    with pytest.raises(MhacutError, match="cannot be run as ONNX"):
-        runtimes.onnx_program(b"no model", (torch.ones(1),), 1)
-
-    def fail(*_, **__):
-        raise AssertionError
-
-    monkeypatch.setattr(runtimes, "_exported", fail)
-    for content in (runtimes.onnx_content, runtimes.part_content):
-        with pytest.raises(MhacutError, match=r"cannot be run as ONNX: .*fails \(AssertionError\)"):
-            content(torch.nn.Identity(), (1, 1, 1))
+        runtimes.onnx_runner(b"no model")
 
 
-def test_what_fails_only_when_it_runs_is_refused_too(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("bad allocation")
-
-    session = SimpleNamespace(run=fail, get_inputs=list)
-    monkeypatch.setattr(runtimes, "_session", lambda *_: session)
-    reason = r".*\(RuntimeError: bad allocation\)"
-    images = torch.zeros(1, 3, 8, 8)
-    for program in (lambda: runtimes.onnx_file_runner(b"")(images), runtimes.onnx_program(b"", (), 1)):
-        with pytest.raises(MhacutError, match="cannot be run as ONNX: " + reason):
-            program()
-    monkeypatch.setattr(runtimes, "_onnx_content", lambda *_: b"")
-    options = ExportOptions(checkpoint="model", opset=20)
-    _, export = runtimes.RUNTIMES["onnx"](torch.nn.Identity(), (3, 8, 8), "{}", options)
-    with pytest.raises(MhacutError, match="opset=20: " + reason):
-        export(images)
-
-
-def test_what_cannot_be_quantized_is_refused_in_one_line(monkeypatch):
-    """A model, and a layer alone: one that has nothing to quantize is timed in float32, as in the model."""
-    onnx = pytest.importorskip("onnx")
-
-    def fail(*_, **__):
-        raise onnx.checker.ValidationError("the reason")
-
-    content = runtimes.part_content(torch.nn.Linear(4, 4).eval(), (torch.zeros(2, 4),))
-    monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", fail)
-    with pytest.raises(MhacutError, match=r"int8=True: .*\(ValidationError: the reason\); without it"):
-        quantize(content, "dynamic")
-    conditions = programs.Conditions("onnx", torch.device("cpu"), threads=1)
-    with pytest.raises(MhacutError, match=r"int8=True: .*; without it"):
-        programs.part_run(torch.nn.Linear(4, 4).eval(), (torch.zeros(2, 4),), conditions, int8=True)
-    monkeypatch.setattr(programs, "onnx_content", lambda *_: b"no model")
-    with pytest.raises(MhacutError, match=r"int8=True: .*; without it"):
-        programs.int8_program(torch.nn.Identity(), (3, 8, 8), threads=1)
-
-
-def test_sources_that_cannot_be_read_are_no_full_disk(monkeypatch):
-    def wrapped(*_, **__):
-        raise RuntimeError("advice") from OSError("could not get source code")
-
-    monkeypatch.setattr(runtimes, "_exported", wrapped)
-    with pytest.raises(MhacutError, match=r"\(OSError: could not get source code\)"):
-        runtimes.onnx_content(torch.nn.Identity(), (3, 8, 8))
+def test_an_opset_that_nobody_here_knows_is_refused(slim_of, tmp_path):
+    with pytest.raises(MhacutError, match=r"opset=999: onnxscript or ONNX Runtime fails: .*; try opset=18"):
+        mhacut.export(slim_of("vit"), opset=999, output=tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cls", "opset", "expected"),
-    [
-        (vision_transformer.Attention, 22, 0),
-        (vision_transformer.Attention, 23, 2),
-        (twins.LocallyGroupedAttn, 23, 0),
-    ],
-)
-def test_attention_is_one_operator_from_opset_23_on(cls, opset, expected):
-    """Twins' has five dimensions, which torch does not translate into it."""
-    onnx = pytest.importorskip("onnx")
-    case = FIRST_MODEL[cls]
-    options = ExportOptions(checkpoint="model", opset=opset)
-    content, program = runtimes.RUNTIMES["onnx"](build(case).requires_grad_(False), case.size, "{}", options)
-    operators = [node.op_type for node in onnx.load_from_string(content).graph.node]
-    assert operators.count("Attention") == expected
+def test_attention_of_five_dimensions_is_exported():
+    """Twins' has five dimensions, which torch does not translate as one operator."""
+    case = FIRST_MODEL[twins.LocallyGroupedAttn]
+    options = ExportOptions(checkpoint="model", opset=23)
+    _, program = runtimes.RUNTIMES["onnx"](build(case).requires_grad_(False), case.size, "{}", options)
     assert program(image(case, batch=3)).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("asked", "written", "says"),
-    [
-        (26, 18, r"opset=26: the installed onnxscript writes opset 18 instead; try a lower one, or opset=18"),
-        (999, 999, r"opset=999: onnxscript or ONNX Runtime fails \(.*; try a lower one, or opset=18"),
-    ],
-)
-def test_an_opset_that_nobody_here_knows_is_refused(asked, written, says, slim_of, tmp_path, monkeypatch):
-    from onnx import helper
-
-    of_model = [helper.make_opsetid("", written)]
-    proto = helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=of_model)
-    graph = SimpleNamespace(all_nodes=list)
-    model = SimpleNamespace(metadata_props={}, graph=graph, functions={})
-    program = SimpleNamespace(model=model, model_proto=proto)
-    monkeypatch.setattr(runtimes, "_exported", lambda *_, **__: program)
-    with pytest.raises(MhacutError, match=says):
-        mhacut.export(slim_of("vit"), opset=asked, output=tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

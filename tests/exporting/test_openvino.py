@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import mhacut
 from helpers.cli import run
 from mhacut.commands import export as exporting
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.exporting import openvino_ir
+from mhacut.exporting.runtimes import onnx_program, openvino_program, part_content
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino, an extra, is not installed"
@@ -71,20 +72,13 @@ def test_a_full_disk_is_told(slim_of, tmp_path):
 
 
 @installed
-def test_what_openvino_cannot_convert_is_named(slim_of, tmp_path, monkeypatch):
+def test_what_openvino_cannot_convert_is_named():
     import onnx
 
-    real = openvino_ir.onnx_content
-
-    def with_a_strange_operator(*arguments):
-        model = onnx.load_from_string(real(*arguments))
-        model.graph.node[-1].op_type = "Frobnicate"
-        return model.SerializeToString()
-
-    monkeypatch.setattr(openvino_ir, "onnx_content", with_a_strange_operator)
-    with pytest.raises(MhacutError, match=r"OpenVINO cannot convert VisionTransformer: .*Frobnicate"):
-        mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
-    assert list(tmp_path.iterdir()) == []
+    model = onnx.load_from_string(part_content(torch.nn.Linear(3, 2).eval(), (torch.zeros(1, 3),)))
+    model.graph.node[-1].op_type = "Frobnicate"
+    with pytest.raises(MhacutError, match=r"OpenVINO cannot convert the model: .*Frobnicate"):
+        openvino_program(model.SerializeToString(), (torch.zeros(1, 3),), 1)
 
 
 @installed
@@ -111,20 +105,12 @@ def test_the_command(slim_of, tmp_path):
     assert "unless compile_model is given {'INFERENCE_PRECISION_HINT': 'f32'}" in result.stdout
 
 
-def test_neither_file_is_replaced(slim_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "require_openvino", lambda option: None)
+@installed
+def test_neither_file_is_replaced(slim_of, tmp_path):
     (tmp_path / "model.bin").write_text("mine")
     with pytest.raises(OutputError, match=r"model.bin: exists already"):
         mhacut.export(slim_of("vit"), format="openvino", output=tmp_path / "model.xml")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
-
-
-@pytest.mark.parametrize("command", [mhacut.export, mhacut.bench])
-def test_openvino_is_an_extra(command, slim_of, monkeypatch):
-    monkeypatch.setattr(openvino_ir.importlib.util, "find_spec", lambda name: None)
-    runtime = {"format": "openvino"} if command is mhacut.export else {"runtime": "openvino"}
-    with pytest.raises(MhacutError, match=r"='openvino' needs onnx, .*openvino.*'mhacut\[openvino\]'"):
-        command(slim_of("vit"), **runtime)
 
 
 @pytest.mark.parametrize(
@@ -142,3 +128,33 @@ def test_openvino_is_an_extra(command, slim_of, monkeypatch):
 def test_refused_before_any_work(command, options, expected):
     with pytest.raises(UsageError, match=expected):
         command("no such file", **options)
+
+
+class Difference(nn.Module):
+    """Its second input decides nothing."""
+
+    def forward(self, *given):
+        return given[0] - given[2]
+
+
+@pytest.fixture
+def inputs():
+    return tuple(torch.full((2, 3), float(number)) for number in (5, 7, 1))
+
+
+@pytest.mark.slow
+def test_inputs_of_another_order_are_paired_by_name(inputs):
+    import onnx
+
+    program = onnx.load_from_string(part_content(Difference().eval(), inputs))
+    turned = list(program.graph.input)[::-1]
+    del program.graph.input[:]
+    program.graph.input.extend(turned)
+    (found,) = onnx_program(program.SerializeToString(), inputs, 1)()
+    assert torch.equal(torch.from_numpy(found), torch.full((2, 3), 4.0))
+
+
+@installed
+def test_what_openvino_leaves_out_moves_no_other_input(inputs):
+    run = openvino_program(part_content(Difference().eval(), inputs), inputs, 1)
+    assert torch.equal(torch.from_numpy(run()[0]), torch.full((2, 3), 4.0))

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -155,27 +154,13 @@ def test_a_folder_that_the_hub_refuses_stays(refused, hub, slim_of, tmp_path):
     assert hub.files == {}
 
 
-def test_without_a_token(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(MhacutError, match="no token for the Hugging Face hub was found; run hf auth login"):
-        mhacut.export("no such file", output=tmp_path / "a", format="timm", push_to_hub="some/vit")
-
-
-def test_with_a_wrong_token(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(MhacutError, match="the hub does not accept the token"):
-        mhacut.export("no such file", output=tmp_path / "a", format="timm", push_to_hub="some/vit")
+def test_with_a_wrong_token_or_none(hub, tmp_path, monkeypatch):
+    asked = {"output": tmp_path / "a", "format": "timm", "push_to_hub": "some/vit"}
+    for token in ("hf_wrong", ""):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(MhacutError, match=r"takes no upload \(.*\); run hf auth login, or"):
+            mhacut.export("no such file", **asked)
     assert hub.created == []
-
-
-def test_offline_is_one_sentence_at_once(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    began = time.perf_counter()
-    with pytest.raises(
-        MhacutError, match=r"the Hugging Face hub \(http.*\) cannot be reached; export without"
-    ):
-        mhacut.export("no such file", output=tmp_path / "a", format="timm", push_to_hub="some/vit")
-    assert time.perf_counter() - began < 5
     assert list(tmp_path.iterdir()) == []
 
 

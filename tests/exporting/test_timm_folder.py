@@ -196,9 +196,7 @@ def test_the_card_says_what_was_cut(exported):
     assert "pip install" not in card
     assert "library_name: mhacut" in card
     plan = read_model(folder).record.plan
-    whole = [unit for unit in plan if unit.keeps_all]
-    assert whole
-    assert f"{len(whole)} more pairs of layer and kind keep all their channels." in card
+    assert any(unit.keeps_all for unit in plan)
     for unit in plan:
         assert (f"| `{unit.layer}` | {unit.kind} |" in card) != unit.keeps_all
         assert unit.keeps_all or f"| {unit.width} | {unit.dense_width} | {unit.basis} |" in card
@@ -279,7 +277,7 @@ def test_the_card_states_accuracy_where_it_is_known(tiny_vit, tmp_path):
         assert ", dense " in card
 
 
-@pytest.mark.parametrize("entry", [{"accuracy": 3}, {"accuracy": {"top1_after": float(10**9), "images": 5}}])
+@pytest.mark.parametrize("entry", [{"accuracy": 3}, {"accuracy": {"top1_after": 1e9, "images": 5}}])
 def test_accuracy_and_license_of_any_history_are_no_claims(tiny_vit, tmp_path, entry):
     path = tmp_path / "slim.safetensors"
     model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)

@@ -8,7 +8,7 @@ from timm.models import gemma4_vit, hiera, twins
 
 from helpers.models import Case, LayerCase, ModelCase, build, image, relative
 from helpers.plans import random_plan
-from mhacut.exporting.runtimes import onnx_content, onnx_file_runner
+from mhacut.exporting.runtimes import onnx_content, onnx_runner
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import BY_CLASS, FIRST_MODEL, IN_CI, mlps
@@ -71,5 +71,5 @@ def test_a_dense_model_is_an_onnx_program_of_any_batch(case):
     fused = [getattr(module, "fused_attn", None) for module in model.modules()]
     with torch.no_grad():
         expected = model(more)  # and caches of positions are filled, which torch warns of in an export
-    assert relative(onnx_file_runner(onnx_content(model, case.size))(more), expected) < 1e-4
+    assert relative(onnx_runner(onnx_content(model, case.size))(more), expected) < 1e-4
     assert fused == [getattr(module, "fused_attn", None) for module in model.modules()]
