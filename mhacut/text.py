@@ -28,6 +28,16 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first ``most`` names as text, and how many more there are.
+
+    >>> listed(["a", "b", "c"], most=2), listed([])
+    ('a, b and 1 more', 'none')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) + more) or "none"
+
+
 def ranges(indices: Sequence[int]) -> str:
     """Ascending indices with neighbours drawn together.
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mhacut.data.calibration_set import CalibrationImages
-from mhacut.data.reading import balanced_order
+from mhacut.data.reading import balanced_order, label_outside
+from mhacut.data.sets import CalibrationImages
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 from mhacut.text import dtype_name
@@ -21,7 +21,6 @@ ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
 """Images [N, C, H, W]; these and labels [N]; or an iterable of such batches, as a ``DataLoader`` is one."""
 _MEASURED = 4
 """At least one labelled image in this many is left out of the calibration, to measure accuracy on it."""
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Expected:
         """Return the images [B, C, H, W] and the labels [B], if any, of one batch.
 
         Args:
-            batch: whatever somebody gave.
-            where: its name in messages.
+            batch: images, or a pair of images and labels.
+            where: name of the batch in messages.
 
         Raises:
             DataError: it is something else.
@@ -49,10 +48,6 @@ class Expected:
             raise DataError(
                 f"{where}: expected a tensor of images, or (images, labels), found {_shown(batch)}; "
                 "torch.as_tensor makes a tensor of an array"
-            )
-        if _without_values(images):
-            raise DataError(
-                f"{where}: expected a dense tensor with values, found one {_without_values(images)}"
             )
         self._check_images(images, where)
         images = images.detach()
@@ -82,23 +77,19 @@ class Expected:
             )
 
     def _check_labels(self, labels: Any, count: int, classes: int, where: str) -> Tensor:
-        if isinstance(labels, Tensor) and _without_values(labels):
-            raise DataError(
-                f"{where}: expected labels in a dense tensor with values, found one {_without_values(labels)}"
-            )
-        fits = isinstance(labels, Tensor) and labels.dtype in _INTEGERS and labels.shape == (count,)
+        fits = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
         if not fits:
             raise DataError(
                 f"{where}: expected one whole number per image as labels, [{count}], found {_shown(labels)}"
             )
-        found: Tensor = labels.to("cpu", torch.int64)
-        wrong = ((found < 0) | (found >= classes)).nonzero().flatten().tolist()
-        if wrong:
+        numbers: Tensor = labels.to("cpu", torch.int64)
+        wrong = label_outside(numbers, classes)
+        if wrong is not None:
             raise DataError(
-                f"{where}: label {int(found[wrong[0]])} of image {wrong[0]}; the model's head has {classes} "
-                "classes, counted from 0. Without labels, give the images alone"
+                f"{where}: found label {wrong}; the model's head has {classes} classes, counted from 0. "
+                "Without labels, give the images alone"
             )
-        return found
+        return numbers
 
 
 class InMemoryBatches:
@@ -111,19 +102,18 @@ class InMemoryBatches:
         """Take images and labels.
 
         Args:
-            given: with labels.
-            expected: by the model.
-            batch_size: images at a time, where they do not come in batches.
+            given: images with labels.
+            expected: images that the model takes.
+            batch_size: number of images at a time, where they do not come in batches.
         """
         self._given, self._expected, self._batch_size = given, expected, batch_size
 
     def __len__(self) -> int:
         """Number of batches of a pass; 0 if nobody knows."""
-        if _is_whole(self._given):
-            whole: Any = self._given
-            images = whole if isinstance(whole, Tensor) else whole[0]
-            return math.ceil(len(images) / self._batch_size) if isinstance(images, Sized) else 0
-        return len(self._given) if isinstance(self._given, Sized) else 0
+        given: Any = self._given
+        if _is_whole(given):
+            return math.ceil(len(given if isinstance(given, Tensor) else given[0]) / self._batch_size)
+        return len(given) if isinstance(given, Sized) else 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for where, images, labels in _batches(self._given, self._expected):
@@ -134,7 +124,7 @@ class InMemoryBatches:
                 )
             parts = (images, labels)
             size = self._batch_size if _is_whole(self._given) else max(len(images), 1)
-            _check_finite(images, range(len(images)), where)
+            _check_finite(images, where)
             for some, their_labels in zip(*(part.split(size) for part in parts), strict=True):
                 yield some.float(), their_labels
 
@@ -164,11 +154,11 @@ def split_in_memory(
 
     Args:
         given: images, with or without labels.
-        expected: by the model.
+        expected: images that the model takes.
         count: number of images to calibrate on, or all there are if fewer.
         measured: largest number of images to measure accuracy on; 0 for none.
-        seed: of the choice.
-        batch_size: images at a time when accuracy is measured.
+        seed: seed of the choice.
+        batch_size: number of images at a time when accuracy is measured.
 
     Returns:
         The second is None without labels, without a classifier, or if there are too few images.
@@ -183,17 +173,18 @@ def split_in_memory(
     order = list(balanced_order(groups, seed))
     fitted = order[: min(count, total - left)]
     others = order[len(fitted) :][:left]
-    where = "images"
-    _check_finite(images, [*fitted, *others], where)
+    chosen, rest = images[fitted].float().cpu(), images[others].cpu()
+    for some in (chosen, rest):
+        _check_finite(some, "images")
     calibration = CalibrationImages(
-        images[fitted].float().cpu(),
+        chosen,
         None if labels is None else labels[fitted],
         f"{len(fitted)} of {'the first ' if more else ''}{total} images in memory "
         f"({'without' if labels is None else 'with'} labels)",
     )
     if labels is None or not others:
         return calibration, None
-    return calibration, InMemoryBatches((images[others].cpu(), labels[others]), expected, batch_size)
+    return calibration, InMemoryBatches((rest, labels[others]), expected, batch_size)
 
 
 def _collected(
@@ -243,23 +234,9 @@ def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, T
         yield where, *expected.check(batch, where)
 
 
-def _without_values(tensor: Tensor) -> str:
-    """Say what keeps the values of ``tensor`` from being read one by one; empty if nothing does."""
-    if tensor.is_meta:
-        return "on the meta device, which holds no values"
-    if tensor.is_nested:
-        return "that is nested"
-    return "" if tensor.layout == torch.strided else f"of layout {str(tensor.layout).removeprefix('torch.')}"
-
-
-def _check_finite(images: Tensor, chosen: Iterable[int], where: str) -> None:
-    """Raise a :class:`DataError` if one of the chosen images holds NaN or infinity; image by image."""
-    for index in chosen:
-        if not bool(images[index].isfinite().all()):
-            raise DataError(
-                f"{where}: image {index} holds NaN or infinite values; leave it out, or check the "
-                "normalisation"
-            )
+def _check_finite(images: Tensor, where: str) -> None:
+    if not bool(images.isfinite().all()):
+        raise DataError(f"{where}: an image holds NaN or infinite values; check the normalisation")
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,71 +10,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import EpsImagePlugin, Image, WmfImagePlugin
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
-from mhacut.runtime.files import is_no_file
 
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
-    *(RuntimeError, AttributeError),
-)
-"""Exceptions of Pillow for files that are no images, cut short, or absurdly large; the last two are those of
-damaged AVIF, of kinds of DDS that it does not know, and of damaged SPIDER."""
-
-
+# EPS files are programs, which Pillow would hand to Ghostscript. Leaving the format out of Image.open is not
+# enough: an IPTC file can hold one, and timm and torchvision open images themselves.
+EpsImagePlugin.gs_binary = EpsImagePlugin.gs_windows_binary = False
 _SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose mode I is one of 16 bits without signs, to Pillow before 11.3 or for good."""
-_MAX_ASPECT = 256
-"""Largest ratio of sides: the shorter one is brought to the model's size, and the other one with it."""
-
-
-def run_no_programs() -> None:
-    """Keep Pillow, in this process and for good, from handing images to Ghostscript or to Windows.
-
-    These execute what EPS and WMF files say. To leave these formats out of ``Image.open`` is not enough: an
-    IPTC file can hold an EPS, and timm and torchvision open images themselves. So it is called wherever
-    images are about to be read, in processes that load them, too.
-    """
-    for name in ("gs_binary", "gs_windows_binary"):  # the second is all that Pillow before 10 looks at
-        setattr(EpsImagePlugin, name, False)
-    WmfImagePlugin.register_handler(None)
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
     """Return the decoded picture as RGB or grey.
 
     Raises:
-        OSError: or another of :data:`UNREADABLE`.
+        Exception: whatever Pillow raises for files that are damaged, or no images.
+        ValueError: the range of the pixels is unknown.
     """
-    run_no_programs()
     with Image.open(file) as opened:
         opened.load()
         picture: Image.Image = opened
-        if picture.mode == "I" and opened.format not in _SIXTEEN_BITS:
-            raise ValueError("pixels are whole numbers of 32 bits or with signs, their range is unknown")
+        if picture.mode == "F" or (picture.mode == "I" and opened.format not in _SIXTEEN_BITS):
+            raise ValueError("pixels are floating point or 32-bit numbers, their range is unknown")
         if picture.mode.startswith("I"):
             # 16 bits: Pillow's own conversion would clip everything above 255 to white
-            picture = Image.fromarray(
-                (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            )
-        elif picture.mode == "F":
-            raise ValueError("pixels are floating point, their range is unknown")
+            picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
         elif picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
         return with_channels(picture, channels)
 
 
 def with_channels(picture: Image.Image, channels: int) -> Image.Image:
-    """Return a picture as RGB or grey.
-
-    Raises:
-        ValueError: it is so narrow that it would take far more memory in the size that the model takes.
-    """
-    if max(picture.size) > _MAX_ASPECT * min(picture.size):
-        raise ValueError(f"has {picture.width}x{picture.height} pixels, too narrow to be resized")
+    """Return a picture as RGB or grey."""
     return picture.convert("RGB" if channels == 3 else "L")
 
 
@@ -104,11 +73,11 @@ class ImageFiles(Dataset[Sample]):
         """List images to read.
 
         Args:
-            root: the folder they are in.
-            images: paths relative to it.
-            labels: one per image.
-            preprocessing: of the model.
-            transform: used in place of the one for evaluation.
+            root: folder they are in.
+            images: paths relative to ``root``.
+            labels: label of each image.
+            preprocessing: preprocessing of the model.
+            transform: transform in place of the one for evaluation.
         """
         self.root, self.images, self.labels = root, images, labels
         self._channels = preprocessing.input_size[0]
@@ -119,11 +88,9 @@ class ImageFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.images[index]
-        if is_no_file(path):
-            return Unreadable(str(path), "is not a regular file"), self.labels[index]
         try:
             picture = open_image(path, self._channels)
-        except UNREADABLE as error:
+        except Exception as error:
             return Unreadable(str(path), reason_of(error, path)), self.labels[index]
         return self._transform(picture), self.labels[index]
 

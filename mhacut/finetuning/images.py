@@ -108,7 +108,7 @@ def training_images(
     labels = [-1] * len(folder.images)
     if labelled:
         hint = f", or leave labels out with {option_name('labels', False)}"
-        labels = label_images(folder, data, num_classes, hint, other=data.val_split)
+        labels = label_images(folder, data, num_classes, hint)
     with_labels = "with labels" if labelled else "without labels"
     return TrainingImages(
         samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from mhacut.errors import CheckpointError, DataError, OutputError, option_name
 
@@ -110,16 +110,6 @@ def _status(path: Path) -> os.stat_result:
 def is_no_file(path: AnyPath) -> bool:
     """Whether ``path`` exists, but is no regular file; reading a FIFO would block."""
     return os.path.exists(path) and not os.path.isfile(path)
-
-
-def stays_inside(name: str) -> bool:
-    r"""Whether ``name``, joined to a folder, is a place in that folder, links aside.
-
-    >>> stays_inside("part/a.tar"), stays_inside("/a.tar"), stays_inside("part/../../a.tar")
-    (True, False, False)
-    """
-    # On Windows, "\\x" and "C:x" leave the folder and are not absolute; both have an anchor.
-    return not PurePath(name).anchor and ".." not in PurePath(name).parts
 
 
 def check_data_dir(path: AnyPath) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,18 +13,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mhacut
 from helpers.jobs import Recorder
-from mhacut.commands.prune import _check_same_images
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.data.in_memory import Expected, InMemoryBatches, split_in_memory
-from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.errors import DataError, UsageError
 from mhacut.options.base import DataOptions
-from mhacut.runtime.distributed import Processes
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 SIZE = (3, 4, 4)
 EXPECTED = Expected(SIZE, 5)
 QUICK = {"effort": "fast", "latency": False, "batch_size": 8}
-TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 16, "num_classes": 5}
 
 
 def numbered(count):
@@ -105,12 +100,6 @@ def test_batches_are_read_only_until_there_are_enough():
     assert found.description == "10 of the first 12 images in memory (without labels)"
 
 
-def test_labels_that_nobody_reads_may_be_anything():
-    pair = (numbered(6), torch.full((6,), 99))
-    found, validation = split(pair, expected=Expected(SIZE, None))
-    assert (found.labels, validation) == (None, None)
-
-
 def test_a_list_of_images_and_labels_is_a_batch_of_them():
     """As ``next(iter(loader))`` gives it; two batches in a list are two batches."""
     pair = [numbered(6), torch.arange(6) % 4]
@@ -136,33 +125,17 @@ WRONG = [
         torch.zeros(4, 3, 4, 4, dtype=torch.uint8),
         r"found uint8; for bytes that is \(images / 255 - mean\) / std",
     ),
-    (
-        torch.zeros(4, 3, 4, 4, device="meta"),
-        "images: expected a dense tensor with values, found one on the meta",
-    ),
-    (
-        torch.zeros(4, 3, 4, 4).to_sparse(),
-        "images: expected a dense tensor .*, found one of layout sparse_coo",
-    ),
-    (
-        torch.nested.nested_tensor([torch.zeros(3, 4, 4)], layout=torch.jagged),
-        "images: expected a dense .*, found one that is nested",
-    ),
-    (
-        (numbered(4), torch.zeros(4, dtype=torch.int64, device="meta")),
-        "images: expected labels in a dense tensor with values, found one on the meta device",
-    ),
     (torch.zeros(0, 3, 4, 4), "images: holds no images"),
     ([], "images: holds no images"),
-    (NAN, "image 2 holds NaN or infinite values"),
+    (NAN, "an image holds NaN or infinite values"),
     (
         (numbered(4), LABELS[:3]),
         r"one whole number per image as labels, \[4\], found a tensor \[3\]",
     ),
     ((numbered(4), LABELS.float()), "found a tensor .4. of float32"),
     ((numbered(4), [0, 1, 2, 3]), "found list of 4"),
-    ((numbered(4), LABELS + 3), "label 5 of image 2; the model's head has 5 classes"),
-    ((numbered(4), LABELS - 1), "label -1 of image 0"),
+    ((numbered(4), LABELS + 3), "found label 6; the model's head has 5 classes"),
+    ((numbered(4), LABELS - 1), "found label -1"),
     ([numbered(4).numpy()], "batch 1: expected a tensor of images, .* found ndarray; torch.as_tensor"),
     ([numbered(4), (numbered(4), LABELS)], "batch 2: some batches have labels, and others have none"),
     ([{"pixel_values": numbered(4)}], "batch 1: .* found dict"),
@@ -174,16 +147,6 @@ WRONG = [
 def test_what_does_not_fit_is_refused(images, message):
     with pytest.raises(DataError, match=message):
         split(images)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_labels_are_refused():
-    """Of the older layout, which has no shape."""
-    labels = torch.nested.nested_tensor([LABELS[:1], LABELS[1:]])
-    with pytest.raises(
-        DataError, match="expected labels in a dense tensor with values, found one that is nested"
-    ):
-        split((numbered(4), labels))
 
 
 @pytest.mark.parametrize("images", ["photos/", 3, {"images": numbered(4)}])
@@ -209,7 +172,7 @@ def test_batches_to_measure_on_come_as_they_are_or_in_the_size_asked_for():
         assert [len(some) for some, _ in batches] == sizes
     with pytest.raises(DataError, match=r"accuracy needs; give images=\(images, labels\)"):
         list(InMemoryBatches(images, EXPECTED, 3))
-    with pytest.raises(DataError, match="image 2 holds NaN"):
+    with pytest.raises(DataError, match="holds NaN"):
         list(InMemoryBatches((NAN, LABELS), EXPECTED, 2))
 
 
@@ -252,18 +215,10 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     assert accuracy.data == "300 images in memory"
     # Python prints both as tables, and notebooks show them.
     assert repr(found).splitlines()[0].split() == [found.architecture, "dense", "slim", "ratio"]
-    assert f"searched on {found.data}" in repr(found).splitlines()
-    assert repr(accuracy).splitlines()[1].split()[:2] == ["top-1", f"{accuracy.evaluation.top1:.2f}%"]
-    shown = found._repr_html_()
-    for text in ("top-1, % of 236 images", "KL to dense (16 images)", "FLOPs", "parameters", "saved "):
-        assert text in shown
-    assert f"<td>{found.slim.evaluation.top1:.2f}</td>" in shown
     assert f"<td>{accuracy.evaluation.top1:.2f}% (± " in accuracy._repr_html_()
-    hostile = replace(found, architecture="<script>\x1b[2J", output=Path("<b>"))
+    hostile = replace(found, architecture="<script>\x1b[2J")
     assert "\x1b" not in repr(hostile)
-    shown = hostile._repr_html_()
-    assert r"<th>&lt;script&gt;\x1b[2J</th>" in shown
-    assert "saved &lt;b&gt;" in shown
+    assert r"<th>&lt;script&gt;\x1b[2J</th>" in hostile._repr_html_()
 
 
 @pytest.mark.slow
@@ -302,26 +257,3 @@ def test_options_of_folders_have_no_effect(digits):
     mhacut.prune(DIGITS / "model", images=digits, train_split="val", reporter=recorder, **options)
     idle = [message for message in recorder.messages if "has no effect" in message]
     assert idle == ["train_split has no effect: images are in memory"]
-
-
-@pytest.mark.parametrize(("other", "same"), [(0.0, True), (1.0, False)])
-def test_several_processes_are_given_the_same_images(other, same):
-    class Two(Processes):
-        def union(self, texts):
-            theirs = hashlib.sha256((numbered(4) + other).numpy().tobytes()).hexdigest()
-            return list(dict.fromkeys([*texts, theirs]))
-
-    processes = Two(0, 2, torch.device("cpu"))
-    if same:
-        _check_same_images(numbered(4), processes)
-    else:
-        with pytest.raises(DataError, match="images: processes share them, but were given different ones"):
-            _check_same_images(numbered(4), processes)
-
-
-def test_a_result_of_another_process_finds_its_model_in_the_file(digits):
-    options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 0}
-    found = mhacut.prune(timm.create_model("vit_tiny_patch16_224", **TINY), model_args=TINY, **options)
-    object.__setattr__(found, "_model", None)
-    with pytest.raises(CheckpointError, match="a dry run of prune writes none"):
-        found.model()
