@@ -61,7 +61,7 @@ def split_folder(root: Path, split: str) -> Path | None:
     """Return the folder of a split, under its name or an alias of it."""
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *synonyms):
-        if (root / name).is_dir():
+        if os.path.isdir(root / name):
             return root / name
     return None
 
