@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,8 +22,6 @@ _TRIES = 3
 _MOST_TRIES = 5
 _DEVIATION = 1.4826 * 1.2533
 """Standard error of a Gaussian's median, times the square root of the count, over its median deviation."""
-_TICK = 0.01
-"""Tick of a clock, relative to the fastest program's time, above which it is too coarse."""
 _PATIENCE = 3.0
 """Wall time, relative to the time asked for, after which a measurement of processor time ends: other programs
 use the rest."""
@@ -53,11 +51,11 @@ def compare_latency(
     """Return the median milliseconds per batch of each model, in the order given; see :func:`take_turns`.
 
     Args:
-        models: in eval mode; moved to ``device``.
+        models: models in eval mode; moved to ``device``.
         input_size: [C, H, W] in pixels.
-        batch_size: images at a time.
-        seconds: for everything, after the warm-up.
-        device: to compute on.
+        batch_size: number of images at a time.
+        seconds: seconds for everything, after the warm-up.
+        device: device to compute on.
     """
     images = fixed_images(batch_size, input_size).to(device)
     runs = [run_of(model.to(device), images) for model in models]
@@ -92,13 +90,13 @@ def take_turns(
     """Return the seconds of every call of each of ``runs``, in the order given.
 
     They take turns, and every other round runs backwards, so that a machine that slows down or warms up
-    slows all of them alike. Compare only times of one call of this function.
+    slows all of them down. Compare only times of one call of this function.
 
     Args:
-        runs: what to time.
-        seconds: for everything, after the warm-up; at least five rounds are run whatever they take.
-        device: where they compute; it is waited for before the clock is read.
-        clock: what measures a call, in seconds; ``time.process_time`` for CPU time.
+        runs: functions to time.
+        seconds: seconds for everything, after the warm-up; at least five rounds are run whatever they take.
+        device: device they compute on; it is waited for before the clock is read.
+        clock: clock that measures a call, in seconds; ``time.process_time`` for CPU time.
     """
     return [[own for (own,) in times] for times in _turns(runs, seconds, device, (clock,))]
 
@@ -135,31 +133,27 @@ def compare_runs(
 ) -> Comparison:
     """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
-    For one thread on a CPU, ratios compare process time, which excludes other programs, unless its clock is
-    too coarse: some systems count the time of a process in ticks of 16 ms.
+    For one thread on a CPU, ratios compare process time, which excludes other programs.
 
     Args:
-        runs: the first is what the others are compared with.
-        seconds: for everything, after the warm-up, of each try, by the clock that is compared.
-        device: where they compute.
-        threads: that compute.
+        runs: functions to time; the others are compared with the first.
+        seconds: seconds for everything, after the warm-up, of each try, by the clock that is compared.
+        device: device they compute on.
+        threads: number of threads that compute.
         precision: repeat, at most five times in all, until the relative standard error of every ratio is
             below it; then the rounds of all tries count, for the drift too. None to take the steadiest try.
     """
-    by_process = device.type == "cpu" and threads == 1
+    # Windows counts the time of a process in ticks of 16 ms, which is too coarse.
+    by_process = device.type == "cpu" and threads == 1 and sys.platform != "win32"
     clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
     best: Comparison | None = None
-    before: list[list[list[float]]] = [[] for _ in runs]
+    earlier: list[list[list[float]]] = [[] for _ in runs]
     for number in range(_TRIES if precision is None else _MOST_TRIES):
         times = _turns(runs, seconds, device, clocks, _PATIENCE)
-        if by_process and _coarse(times):  # from here on; the drift of other clocks tells nothing
-            by_process, best = False, None
-            clocks = clocks[:1]
-            before, times = ([[call[:1] for call in own] for own in part] for part in (before, times))
         if precision is not None:
-            before = times = [[*own, *more] for own, more in zip(before, times, strict=True)]
-        found = _compared(times)
-        best = found if precision is not None or best is None or found.drift < best.drift else best
+            earlier = times = [[*own, *more] for own, more in zip(earlier, times, strict=True)]
+        compared = _compared(times)
+        best = compared if precision is not None or best is None or compared.drift < best.drift else best
         enough = best.steady or number + 1 >= _TRIES
         if enough and (precision is None or best.error <= precision):
             break
@@ -187,19 +181,6 @@ def _relative_error(values: Sequence[float]) -> float:
     middle = statistics.median(values)
     deviation = statistics.median(abs(value - middle) for value in values)
     return _DEVIATION * deviation / middle / math.sqrt(len(values))
-
-
-def _coarse(times: Sequence[Sequence[Sequence[float]]]) -> bool:
-    """Whether the second clock's ticks are too long for these calls: their seconds show its least step.
-
-    A few calls by a fine clock may be as far apart, but hardly two of them take equally long.
-    """
-    # Differences of a clock that has run for long are rounded.
-    compared = [[round(second, 9) for _, second in own] for own in times]
-    seen = sorted({0.0, *(second for own in compared for second in own)})
-    tick = min((late - early for early, late in pairwise(seen)), default=math.inf)
-    repeats = sum(map(len, compared)) > len(seen) - 1
-    return repeats and tick > _TICK * min(map(statistics.median, compared))
 
 
 def _turns(

@@ -73,9 +73,9 @@ def better_normalisation(
     Args:
         model: classifier in eval mode, on ``device``.
         batches: images normalised by ``mean`` and ``std``.
-        mean: per channel.
-        std: per channel.
-        device: to compute on.
+        mean: mean per channel, for pixels in 0..1.
+        std: standard deviation per channel.
+        device: device to compute on.
 
     Returns:
         None if none is clearly better, or images have other than three channels.
@@ -83,26 +83,26 @@ def better_normalisation(
     if len(mean) != 3:
         return None
     own = Normalisation("", tuple(mean), tuple(std))
-    candidates = [usual for usual in USUAL if not _alike(usual, own)]
+    candidates = [usual for usual in USUAL if not _nearly_equal(usual, own)]
     screened = _right(model, batches, own, (own, *candidates), device, screening=True)
     more = (screened[1:].sum(dim=1) > screened[0].sum()).tolist()
     chosen = [one for one, is_more in zip(candidates, more, strict=True) if is_more]
     if not chosen:
         return None
-    judged = _right(model, batches, own, (own, *chosen), device, screening=False)
-    images = screened.shape[1] + judged.shape[1]
-    counts = judged.sum(dim=1) + screened[[True, *more]].sum(dim=1)
+    compared = _right(model, batches, own, (own, *chosen), device, screening=False)
+    images = screened.shape[1] + compared.shape[1]
+    counts = compared.sum(dim=1) + screened[[True, *more]].sum(dim=1)
     own_top1, *top1 = (100 * counts / images).tolist()
     clear = [
         (one, percent)
-        for one, percent, right in zip(chosen, top1, judged[1:], strict=True)
-        if _clearly_more(right, judged[0])
+        for one, percent, right in zip(chosen, top1, compared[1:], strict=True)
+        if _clearly_more(right, compared[0])
     ]
     clear.sort(key=lambda pair: -pair[1])
     return Better(tuple(clear), own_top1, images) if clear else None
 
 
-def _alike(first: Normalisation, second: Normalisation) -> bool:
+def _nearly_equal(first: Normalisation, second: Normalisation) -> bool:
     pairs = zip((*first.mean, *first.std), (*second.mean, *second.std), strict=True)
     return all(abs(one - other) <= _SAME for one, other in pairs)
 
@@ -117,12 +117,12 @@ def _right(
     screening: bool,
 ) -> Tensor:
     """Return for each normalisation tried which images are classified rightly, [tried, images] bool."""
-    found: list[Tensor] = []
+    right: list[Tensor] = []
     for images, labels in _part(batches(), screening):
         images, labels = images.to(device), labels.to(device)
         answers = [model(_renormalised(images, own, one)).argmax(dim=1) for one in tried]
-        found.append(torch.stack(answers) == labels)
-    return torch.cat(found, dim=1) if found else torch.zeros(len(tried), 0, dtype=torch.bool, device=device)
+        right.append(torch.stack(answers) == labels)
+    return torch.cat(right, dim=1) if right else torch.zeros(len(tried), 0, dtype=torch.bool, device=device)
 
 
 def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
-import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.commands import stopwatch
-from mhacut.commands.prune_latency import TimeTarget
-from mhacut.commands.stopwatch import Stopwatch
-from mhacut.measuring import latency
-from mhacut.measuring.latency import compare_runs
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
-from mhacut.options.timing import TimingOptions
-from mhacut.plan import Plan
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit, width_choices
-from mhacut.runtime.progress import SILENT, Silent
 
 CPU = torch.device("cpu")
 REST = 100.0
@@ -67,25 +56,33 @@ def test_a_cost_that_is_linear_in_every_width_is_found_exactly(data):
         assert times.at(own) == pytest.approx(time(own), abs=1e-9)
 
 
-def test_equal_widths_may_be_faster_than_unequal_ones():
-    def time(widths):
-        return widths["qk"] + widths["v"] + 10 * (widths["qk"] != widths["v"])
+def unequal_is_slower(qk, v):
+    return qk + v + 10 * (qk != v)
 
-    times = measured(ATTENTION, time)
-    for widths in itertools.product(*ATTENTION.values()):
+
+def narrower_is_padded(qk, v):
+    return 3 * qk + v + 2 * max(qk, v) + 5 * (qk != v)
+
+
+def linear(qk, v):
+    return 3 * qk + v + 7
+
+
+@pytest.mark.parametrize(
+    ("dense", "time"),
+    [
+        ((32, 32), unequal_is_slower),
+        ((32, 32), narrower_is_padded),
+        *(((qk, v), linear) for qk, v in ((32, 24), (24, 32), (32, 16), (16, 32))),
+    ],
+)
+def test_times_of_attention_at_any_widths(dense, time):
+    """Also of a slim file's layer, of which one width alone can be cut to the other."""
+    choices = {kind: tuple(range(8, width + 1, 8)) for kind, width in zip(ATTENTION, dense, strict=True)}
+    times = measured(choices, lambda widths: time(**widths))
+    for widths in itertools.product(*choices.values()):
         own = dict(zip(ATTENTION, widths, strict=True))
-        assert times.at(own) == pytest.approx(time(own))
-
-
-def test_the_narrower_of_unequal_widths_may_be_padded_to_the_wider():
-    def time(widths):
-        qk, v = widths["qk"], widths["v"]
-        return 3 * qk + v + 2 * max(qk, v) + 5 * (qk != v)
-
-    times = measured(ATTENTION, time)
-    for widths in itertools.product(*ATTENTION.values()):
-        own = dict(zip(ATTENTION, widths, strict=True))
-        assert times.at(own) == pytest.approx(time(own))
+        assert times.at(own) == pytest.approx(time(**own))
 
 
 def test_measured_times_are_those_measured():
@@ -110,20 +107,6 @@ def test_unequal_widths_never_seem_faster_than_both_at_the_lesser():
     for qk, v in itertools.product(*ATTENTION.values()):
         lesser = min(qk, v)
         assert times.at({"qk": qk, "v": v}) >= times.at({"qk": lesser, "v": lesser})
-
-
-@pytest.mark.parametrize("dense", [(32, 24), (24, 32), (32, 16), (16, 32)])
-def test_layers_whose_dense_widths_differ_have_times(dense):
-    """As a layer of a slim file has; one of its widths alone can be cut to the other."""
-    choices = {kind: tuple(range(8, width + 1, 8)) for kind, width in zip(ATTENTION, dense, strict=True)}
-
-    def time(widths):
-        return 3 * widths["qk"] + widths["v"] + 7
-
-    times = measured(choices, time)
-    for widths in itertools.product(*choices.values()):
-        own = dict(zip(ATTENTION, widths, strict=True))
-        assert times.at(own) == pytest.approx(time(own))
 
 
 def test_noise_never_makes_a_narrower_layer_slower():
@@ -197,200 +180,3 @@ def test_a_layer_that_runs_twice_counts_twice():
     cut = {("a", "hidden"): 8}
     assert once.dense - once.at(cut) == 80_000_000
     assert twice.dense - twice.at(cut) == 160_000_000
-
-
-# --- measuring ---
-
-
-class Clock:
-    """A clock that runs as programs say."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        for name in ("perf_counter", "process_time"):
-            monkeypatch.setattr(latency.time, name, lambda: self.now)
-        monkeypatch.setattr(latency, "_MAX_ROUNDS", 40)
-
-    def program(self, seconds, until=float("inf"), after=1.0):
-        """Takes ``seconds``, and ``after`` times as long once it is ``until``."""
-
-        def run():
-            self.now += seconds * (after if self.now > until else 1)
-
-        return run
-
-
-def test_ratios_are_to_the_first(monkeypatch):
-    clock = Clock(monkeypatch)
-    runs = [clock.program(0.02), clock.program(0.01)]
-    found = compare_runs(runs, seconds=1, device=CPU, threads=1)
-    assert found.ratios == (1.0, pytest.approx(0.5))
-    assert found.milliseconds == pytest.approx((20, 10))
-    assert found.steady
-
-
-def test_a_machine_that_slows_down_is_measured_again(monkeypatch):
-    clock = Clock(monkeypatch)
-    # The first try ends within its second second; what slows down does so in its midst.
-    found = compare_runs([clock.program(0.02, until=0.6, after=1.5)], seconds=1, device=CPU, threads=1)
-    assert found.steady
-    assert found.milliseconds == pytest.approx((30,))
-
-
-def test_a_machine_that_never_stands_still_is_reported(monkeypatch):
-    clock = Clock(monkeypatch)
-
-    def slower_and_slower():
-        clock.now += 0.01 + clock.now / 10
-
-    found = compare_runs([slower_and_slower], seconds=0.1, device=CPU, threads=1)
-    assert not found.steady
-
-
-@pytest.mark.parametrize(("spread", "tries"), [(0.0, 1), (0.02, 1), (0.08, 2), (0.5, 5)])
-def test_ratios_that_scatter_are_measured_for_longer(monkeypatch, spread, tries):
-    """Their standard error is that of the median of all rounds of all tries."""
-    clock, count, original = Clock(monkeypatch), [], latency._turns
-    monkeypatch.setattr(latency, "_turns", lambda *given: count.append(None) or original(*given))
-    generator = random.Random(0)
-
-    def run():
-        clock.now += 0.01 * math.exp(spread * generator.gauss(0, 1))
-
-    runs, precision = [clock.program(0.02), run], 0.015
-    found = compare_runs(runs, seconds=1, device=CPU, threads=1, precision=precision)
-    assert len(count) == tries
-    assert found.ratios[1] == pytest.approx(0.5, rel=4 * precision)
-    per_try = 34
-    assert found.error == pytest.approx(1.2533 * spread / (per_try * tries) ** 0.5, rel=0.4, abs=1e-9)
-    assert (found.error <= precision) == (tries < 5)
-
-
-def test_other_programs_do_not_take_rounds_from_process_time(monkeypatch):
-    """Half of the wall time is theirs: there are as many rounds, in twice the time."""
-    clock = Clock(monkeypatch)
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now)
-    rounds = []
-
-    def run():
-        clock.now += 0.1 + 1e-5 * (len(rounds) % 2)  # a clock that is always the same would be coarse
-        rounds.append(clock.now)
-
-    found = compare_runs([run], seconds=1.0, device=CPU, threads=1)
-    assert len(rounds) == pytest.approx(3 + 10, abs=1)
-    assert found.milliseconds == pytest.approx((100,), rel=1e-3)
-    assert found.wall == pytest.approx((200,), rel=1e-3)
-
-
-@pytest.mark.parametrize("precision", [None, 0.01])
-@pytest.mark.parametrize("times", [(0.017, 0.030), (0.002, 0.001), (0.017, 0.100), (2.0, 0.5)])
-def test_wall_time_is_compared_where_the_clock_of_the_process_ticks_coarsely(monkeypatch, times, precision):
-    """It has run for some days, so that differences of whole ticks are rounded; one call may take 100."""
-    clock, tick = Clock(monkeypatch), 0.0156001
-    monkeypatch.setattr(latency.time, "process_time", lambda: 4e5 / 3 + clock.now // tick * tick)
-    seconds = 40 * max(times)
-    runs = [clock.program(own) for own in times]
-    found = compare_runs(runs, seconds=seconds, device=CPU, threads=1, precision=precision)
-    assert found.ratios == (1, pytest.approx(times[1] / times[0]))
-    assert found.milliseconds == found.wall
-
-
-def test_few_calls_that_are_far_apart_are_no_coarse_clock(monkeypatch):
-    """The least step between ten readings of a busy machine may be hundredths of a call."""
-    clock, calls = Clock(monkeypatch), []
-
-    def run():
-        calls.append(None)
-        clock.now += 1 + 0.05 * len(calls)
-
-    monkeypatch.setattr(latency.time, "process_time", lambda: clock.now / 2)
-    found = compare_runs([run, run], seconds=0, device=CPU, threads=1)
-    assert found.milliseconds[0] == pytest.approx(found.wall[0] / 2)
-
-
-def test_tries_by_different_clocks_are_not_compared(monkeypatch):
-    """The clock of the process turns coarse after the first try, which has drifted less than the others."""
-    clock, tries, original = Clock(monkeypatch), [], latency._turns
-    monkeypatch.setattr(latency, "_turns", lambda *given: tries.append(clock.now) or original(*given))
-
-    def run():
-        clock.now += 0.02 + (0.002 if len(tries) == 1 else 0.01) * clock.now
-
-    def process_time():
-        tick = 1e-6 if len(tries) == 1 else 0.25
-        return clock.now // tick * tick
-
-    monkeypatch.setattr(latency.time, "process_time", process_time)
-    readings = itertools.count()  # each takes a microsecond
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: 2 * clock.now + 1e-6 * next(readings))
-    found = compare_runs([run], seconds=1.5, device=CPU, threads=1)
-    assert (len(tries), found.steady) == (3, False)
-    assert found.milliseconds == found.wall
-
-
-def test_cut_models_are_timed_precisely_and_layers_are_not(monkeypatch):
-    asked = []
-
-    def compared(runs, *, precision, **options):
-        asked.append(precision)
-        return latency.Comparison((1.0, 0.5), (1.0, 0.5), (1.0, 0.5), 0.0)
-
-    monkeypatch.setattr(stopwatch, "compare_runs", compared)
-    watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, SILENT)
-    monkeypatch.setattr(TimeTarget, "_afresh", lambda *_: None)
-    target = TimeTarget("50%", watch, Plan(()))
-    target.times = SimpleNamespace(dense=100)
-    assert target.time(torch.nn.Conv2d(3, 1, 1), None).nanoseconds == 50
-    watch.parts([], seconds=0.1)
-    assert asked == [0.005, None]
-
-
-def test_a_busy_machine_is_logged_once_in_each_stage(monkeypatch):
-    busy = latency.Comparison((1.0,), (1.0,), (1.0,), drift=0.2)
-    monkeypatch.setattr(stopwatch, "compare_runs", lambda runs, **options: busy)
-    log = Log()
-    watch = Stopwatch(TimingOptions(), torch.nn.Conv2d(3, 1, 1), (3, 4, 4), CPU, log)
-    for stage in ("timing layers", "timing"):
-        watch.start(stage)
-        watch.parts([], seconds=0.1)
-        watch.beside([], seconds=0.1)
-    line = "this machine is busy: the time of the same program varied by 20 % while it was measured"
-    assert log.lines == ["timing layers", line, "timing", line]
-
-
-class Log(Silent):
-    """A reporter that keeps stages and messages."""
-
-    def __init__(self):
-        self.lines = []
-        self.start = self.log = self.lines.append
-
-
-@pytest.mark.parametrize(
-    ("device", "at", "copied"),
-    [("cuda", "cuda:1", False), ("cuda:1", "cuda:1", False), ("cuda", "cuda:0", True), ("cuda", "cpu", True)],
-)
-def test_a_model_that_is_on_the_device_is_not_copied(monkeypatch, device, at, copied):
-    """The current GPU is the second."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(stopwatch, "timing_device", lambda runtime, name: torch.device(device))
-    timed = []
-    monkeypatch.setattr(stopwatch, "model_program", lambda model, size, conditions: timed.append(model))
-    monkeypatch.setattr(stopwatch, "fixed_images", lambda number, size: Placed(device))
-    monkeypatch.setattr(stopwatch, "run_of", lambda program, images: program)
-    model = Placed(at)
-    Stopwatch(TimingOptions(), model, (3, 4, 4), CPU, SILENT)._run(model, 1)
-    assert (timed[0] is not model) == copied
-
-
-class Placed:
-    """A model, or images, on a device that this machine may not have."""
-
-    def __init__(self, device):
-        self.device = torch.device(device)
-
-    def parameters(self):
-        return iter([self])
-
-    def to(self, device):
-        return Placed(device)

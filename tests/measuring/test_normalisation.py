@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -11,15 +10,14 @@ from timm.models import save_for_hf
 from torch import nn
 
 import mhacut
-from helpers.checkpoints import ARGS, make_slim, tiny
+from helpers.checkpoints import ARGS, tiny
 from helpers.cli import FAST, run
 from helpers.data import write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
-from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
-from mhacut.measuring.normalisation import USUAL, Better, _right, better_normalisation
+from mhacut.measuring.normalisation import USUAL, Better, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 
 CPU = torch.device("cpu")
@@ -84,11 +82,6 @@ def test_what_may_be_chance_is_not_told(wrong, told):
     batches = [(images, torch.zeros(256, dtype=torch.long))]
     better = better_normalisation(WrongAboutOnes(), lambda: batches, INCEPTION.mean, INCEPTION.std, CPU)
     assert (better is not None) == told
-
-
-def test_no_images_are_on_the_device_of_others():
-    device = torch.device("meta")  # one image finds candidates, and none is left to compare them
-    assert _right(nn.Identity(), list, INCEPTION, USUAL, device, screening=False).device == device
 
 
 def test_few_images_or_other_channels_say_nothing():
@@ -174,31 +167,6 @@ def test_a_slim_file_keeps_what_its_cut_assumed(tiny_vit, tmp_path):
 
 
 @pytest.fixture
-def origin_of_mean(tiny_vit, tmp_path):
-    """Origin of the mean of a slim file whose history has the given entry, and whether it is sure."""
-
-    def found(entry):
-        path = tmp_path / "slim.safetensors"
-        model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)
-        record = dataclasses.replace(record, history=(entry,))
-        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        write_slim(path, model, record, dtypes=dtypes, overwrite=True, input_path=None)
-        given = provenance(open_checkpoint(path), PreprocessingOptions())
-        return given.origins["mean"], given.normalisation_is_sure
-
-    return found
-
-
-@pytest.mark.parametrize("entry", [{}, {"preprocessing_from": 3}, {"preprocessing_from": {"mean": []}}])
-def test_any_history_is_read(origin_of_mean, entry):
-    assert origin_of_mean(entry) == ("file", True)
-
-
-def test_a_module_s_normalisation_stays_unsure_in_the_files_cut_from_it(origin_of_mean):
-    assert origin_of_mean({"preprocessing_from": {"mean": "module", "std": "module"}}) == ("module", False)
-
-
-@pytest.fixture
 def photos(tmp_path):
     for split in ("train", "val"):
         write_split(tmp_path / split, map(str, range(7)), per_class=2)
@@ -232,13 +200,3 @@ def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):
         assert document["preprocessing_from"]["mean"] == "assumed"
         assert document["preprocessing"]["mean"] == [0.5, 0.5, 0.5]  # nothing is switched
     assert origins(tmp_path / "run" / "last.safetensors")[0].origins["std"] == "assumed"
-
-
-@pytest.mark.slow
-def test_a_flag_or_no_labels_ask_no_question(tiny_vit, photos, always_better):
-    begun = ["prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *FAST]
-    given = ["--data-dir", photos, "--workers", "0", "--mean", "0.5"]
-    for more in (given, []):
-        document = json.loads(run(*begun, *more).stdout)
-        assert document["preprocessing_hint"] is None
-    assert document["preprocessing_from"]["mean"] == "default"
