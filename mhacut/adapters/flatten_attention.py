@@ -13,8 +13,7 @@ from mhacut.adapters.attend import attend_as
 from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Projection, Unit
 from mhacut.adapters.softmax import Softmax
 from mhacut.flatten.attention import FusedFocusedAttention, SeparateFocusedAttention, scale_with_gate
-from mhacut.flatten.cswin_attention import CswinAttention, FocusedLepeAttention, StripeAttention
-from mhacut.flatten.flatten_deit import FocusedVitAttention
+from mhacut.flatten.flatten_cswin import CswinAttention, FocusedLepeAttention, StripeAttention
 from mhacut.plan import UnitKind
 
 
@@ -30,7 +29,6 @@ class FocusedAttentionAdapter(Adapter):
     module_classes: tuple[type[nn.Module], ...] = (
         FusedFocusedAttention,
         SeparateFocusedAttention,
-        FocusedVitAttention,
     )
 
     def branch(self, module: Any) -> tuple[str, Any]:

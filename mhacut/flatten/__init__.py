@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from mhacut.flatten import flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt_v2, flatten_swin
-from mhacut.flatten.checkpoints import encoded_img_size
+from mhacut.flatten.family import encoded_img_size
 
 FAMILIES = (flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt_v2, flatten_swin)
 """Modules of the families; timm lists models by their names, ``list_models(module="flatten_swin")``."""

@@ -15,6 +15,7 @@ head of a layer has the same; and ``dwc`` may have a separate filter for every c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +24,8 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mhacut.errors import UsageError
 
 Grid = tuple[int, int]
 """Height and width of a map of tokens."""
@@ -124,15 +127,18 @@ def merge_heads(heads: Tensor) -> Tensor:
 
 
 class FocusedLinearAttention(nn.Module):
-    """Common part of all families: from q, k, v to the output, without projections.
+    """Attention of all families; a subclass names its projections and runs them around :meth:`attend`.
 
-    Families differ in their projections; parameters have the official names.
+    Parameters have the official names and order.
 
     Args:
         dim: channels of q, k and v, of all heads together.
         num_heads: number of heads.
         grid_size: height and width of the map, in tokens.
+        qkv_bias: whether q, k and v have biases.
+        proj_drop: dropout after the output projection.
         focusing_factor: power p.
+        kernel_size: size of the depthwise convolution.
         device: as in torch.
         dtype: as in torch.
 
@@ -140,6 +146,8 @@ class FocusedLinearAttention(nn.Module):
         ValueError: the heads do not divide the channels.
     """
 
+    projections: Mapping[str, int]
+    """Names of the linear layers, and how many times ``dim`` channels each writes."""
     scale: nn.Parameter
     """[1, 1, C_qk], before its softplus; the same for q and k."""
     positional_encoding: nn.Parameter
@@ -155,29 +163,34 @@ class FocusedLinearAttention(nn.Module):
         num_heads: int,
         grid_size: Grid,
         *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
         focusing_factor: int = FOCUSING_FACTOR,
+        kernel_size: int = DWC_KERNEL,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
-        self.num_heads = num_heads
-        self.grid_size = grid_size
-        self.focusing_factor = focusing_factor
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
-        tokens = grid_size[0] * grid_size[1]
-        self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, device=device, dtype=dtype))
+        dd, width, tokens = {"device": device, "dtype": dtype}, dim // num_heads, grid_size[0] * grid_size[1]
+        self.num_heads, self.grid_size, self.focusing_factor = num_heads, grid_size, focusing_factor
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim, **dd))
+        self.positional_encoding = nn.Parameter(torch.zeros(1, tokens, dim, **dd))
         self.register_buffer("feature_gate", None, persistent=False)
         # For activation hooks on the features, (B, N, C_qk)
         self.query_features, self.key_features = nn.Identity(), nn.Identity()
+        for name, times in self.projections.items():
+            setattr(self, name, nn.Linear(dim, times * dim, bias=qkv_bias or name == "proj", **dd))
+        self.add_convolutions(dim, **dd)
+        self.dwc = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        for name in self.projections:
+            init_linear(getattr(self, name))
 
-    def _add_dwc(self, dim: int, kernel_size: int, device: Any, dtype: Any) -> None:
-        """Make the depthwise convolution; called last, so that parameters have the official order."""
-        width = dim // self.num_heads
-        self.dwc = nn.Conv2d(
-            width, width, kernel_size, padding=kernel_size // 2, groups=width, device=device, dtype=dtype
-        )
+    def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
+        """Make what a family has between its projections and ``dwc``."""
+        return
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return the sum of linear attention and depthwise convolution, heads merged, [B, N, C_v].
@@ -226,29 +239,14 @@ class FusedFocusedAttention(FocusedLinearAttention):
     Tokens [B, N, C] to [B, N, C].
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid_size: Grid,
-        *,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        focusing_factor: int = FOCUSING_FACTOR,
-        kernel_size: int = DWC_KERNEL,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self._add_dwc(dim, kernel_size, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        for linear in (self.qkv, self.proj):
-            init_linear(linear)
+    projections: Mapping[str, int] = {"qkv": 3, "proj": 1}
+    qkv: nn.Linear
+    proj: nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend; timm's ViT passes the other arguments, which must not ask for a mask."""
+        if attn_mask is not None or is_causal:
+            raise UsageError("focused linear attention has no attention weights that a mask could act on")
         q, k, v = split_qkv(self.qkv(x), self.proj.in_features)
         return self.proj_drop(self.proj(self.attend(q, k, v)))
 
@@ -259,28 +257,10 @@ class SeparateFocusedAttention(FocusedLinearAttention):
     Tokens [B, N, C] to [B, N, C].
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid_size: Grid,
-        *,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        focusing_factor: int = FOCUSING_FACTOR,
-        kernel_size: int = DWC_KERNEL,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, grid_size, focusing_factor=focusing_factor, **dd)
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self._add_dwc(dim, kernel_size, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        for linear in (self.q, self.kv, self.proj):
-            init_linear(linear)
+    projections: Mapping[str, int] = {"q": 1, "kv": 2, "proj": 1}
+    q: nn.Linear
+    kv: nn.Linear
+    proj: nn.Linear
 
     def forward(self, x: Tensor, feat_size: Any = None) -> Tensor:
         """Attend; ``feat_size`` is the map's height and width, which timm's PVTv2 passes."""

@@ -3,26 +3,178 @@
 Stages 3 and 4 are those of CSWin (Dong et al., CVPR 2022, arXiv 2107.00652): in stage 3 one half of the
 channels attends within vertical stripes of the map, the other half within horizontal ones; in stage 4 all
 channels attend over the whole map.
+Every branch adds LePE: a depthwise 3x3 convolution ``get_v`` of the values.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple
+import torch
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, use_fused_attn
 from timm.layers.trace_utils import _assert
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhacut.errors import UsageError
-from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FocusedBlock, Grid, init_linear
-from mhacut.flatten.checkpoints import resize_encodings, unwrap
-from mhacut.flatten.configs import config
-from mhacut.flatten.cswin_attention import Branch, CswinAttention, linear_branches, stripe_branches
+from mhacut.flatten.attention import (
+    DWC_KERNEL,
+    FOCUSING_FACTOR,
+    FocusedBlock,
+    FocusedLinearAttention,
+    Grid,
+    convolve_channels,
+    init_linear,
+    merge_heads,
+    split_heads,
+    split_qkv,
+)
+from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 from mhacut.flatten.pyramid import Pyramid, make_head
+
+
+class FocusedLepeAttention(FocusedLinearAttention):
+    """Focused linear attention plus LePE over the whole map, without projections."""
+
+    projections: Mapping[str, int] = {}
+
+    def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
+        """Make the filters of LePE."""
+        self.get_v = _lepe(dim, device, dtype)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend: [B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
+        return self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
+
+
+class StripeAttention(nn.Module):
+    """Softmax attention within stripes of the map, plus LePE within each stripe.
+
+    Args:
+        dim: channels of q, k and v in this branch: all or half of the block's.
+        num_heads: heads of this branch.
+        grid_size: height and width of the map.
+        stripe: height and width of a stripe; stripes tile the map.
+        attn_drop: dropout of the attention weights.
+        device: as in torch.
+        dtype: as in torch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        stripe: Grid,
+        *,
+        attn_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.grid_size, self.stripe = num_heads, grid_size, stripe
+        self.scale = (dim // num_heads) ** -0.5
+        self.fused_attn = use_fused_attn()
+        self.get_v = _lepe(dim, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend: [B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
+        q, k, v = (self._to_stripes(tokens) for tokens in (q, k, v))  # (B * stripes, tokens, C)
+        lepe = convolve_channels(v, self.get_v, self.stripe)
+        q, k, v = (split_heads(tokens, self.num_heads) for tokens in (q, k, v))
+        out = self.attend_within(q, k, v)
+        return self._from_stripes(merge_heads(out) + lepe)
+
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention within each stripe, [B * stripes, h, tokens, d]."""
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        weights: Tensor = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        return self.attn_drop(weights) @ v
+
+    def _to_stripes(self, tokens: Tensor) -> Tensor:
+        (height, width), (high, wide) = self.grid_size, self.stripe
+        tiles = tokens.reshape(tokens.shape[0], height // high, high, width // wide, wide, tokens.shape[-1])
+        return tiles.transpose(2, 3).flatten(0, 2).flatten(1, 2)  # (B * stripes, tokens, C)
+
+    def _from_stripes(self, tokens: Tensor) -> Tensor:
+        (height, width), (high, wide) = self.grid_size, self.stripe
+        tiles = tokens.reshape(-1, height // high, width // wide, high, wide, tokens.shape[-1])
+        return tiles.transpose(2, 3).flatten(1, 4)  # (B, N, C)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, grid_size={self.grid_size}, stripe={self.stripe}"
+
+
+Branch = FocusedLepeAttention | StripeAttention
+
+
+class CswinAttention(nn.Module):
+    """Branches of attention between one input and one output projection: tokens [B, N, C] to [B, N, C].
+
+    Each branch has an equal part of the heads: branch b of ``attns`` takes the b-th part of q, k and v.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attns: Sequence[Branch],
+        *,
+        qkv_bias: bool,
+        proj_drop: float,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = sum(attn.num_heads for attn in attns)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.attns = nn.ModuleList(attns)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = split_qkv(self.qkv(x), self.proj.in_features)
+        branches = zip(*(part.chunk(len(self.attns), dim=-1) for part in qkv), strict=True)
+        attended = [attn(q, k, v) for attn, (q, k, v) in zip(self.attns, branches, strict=True)]
+        return self.proj_drop(self.proj(torch.cat(attended, dim=-1)))
+
+
+def stripe_branches(
+    dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
+) -> list[Branch]:
+    """Make the branches of a softmax block: one of vertical and one of horizontal stripes, or a single one.
+
+    Args:
+        dim: channels of the block.
+        num_heads: heads of the block.
+        grid: height and width of the map.
+        split_size: width of the stripes, in tokens; None, or the side of a square map, for one branch over
+            the whole map.
+        kwargs: those of :class:`StripeAttention`.
+
+    Raises:
+        UsageError: the stripes do not tile the map.
+    """
+    height, width = grid
+    if split_size is None or grid == (split_size, split_size):
+        return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
+    if split_size < 1 or height % split_size or width % split_size:
+        raise UsageError(
+            f"split_size {split_size}: stripes of this width do not tile a map of {height}x{width} tokens; "
+            "give an img_size or a split_size that fits"
+        )
+    return [
+        StripeAttention(dim // 2, num_heads // 2, grid, stripe, **kwargs)
+        for stripe in ((height, split_size), (split_size, width))
+    ]
+
+
+def _lepe(dim: int, device: Any = None, dtype: Any = None) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
 
 class ConvStem(nn.Sequential):
@@ -136,23 +288,30 @@ class FlattenCswin(Pyramid):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stage1_conv_embed = ConvStem(to_2tuple(img_size), in_chans, embed_dim, **dd)
         grid: Grid = self.stage1_conv_embed.grid_size
-        linear: Callable[..., list[Branch]] = partial(
-            linear_branches, focusing_factor=focusing_factor, kernel_size=kernel_size, **dd
-        )
-        stripes: Callable[..., list[Branch]] = partial(stripe_branches, attn_drop=attn_drop_rate, **dd)
-        block: Callable[..., FocusedBlock] = partial(
-            _block, qkv_bias=qkv_bias, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, **dd
-        )
         for index, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
             if index:
                 setattr(self, f"merge{index}", MergeBlock(dims[index - 1], dim, **dd))
                 grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
-            width = None if index == len(dims) - 1 else split_size
             blocks = []
             for rate in drop_paths[index]:
-                size = (dim, heads, grid)
-                branches = linear(*size) if kind == "L" else stripes(*size, split_size=width)
-                blocks.append(block(dim, branches, drop_path=rate))
+                branches: Sequence[Branch]
+                if kind == "L":
+                    linear = {"focusing_factor": focusing_factor, "kernel_size": kernel_size, **dd}
+                    branches = [FocusedLepeAttention(dim, heads, grid, **linear)]
+                else:
+                    width = None if index == len(dims) - 1 else split_size
+                    branches = stripe_branches(
+                        dim, heads, grid, split_size=width, attn_drop=attn_drop_rate, **dd
+                    )
+                blocks.append(
+                    FocusedBlock(
+                        norm1=nn.LayerNorm(dim, **dd),
+                        attn=CswinAttention(dim, branches, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd),
+                        norm2=nn.LayerNorm(dim, **dd),
+                        mlp=Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd),
+                        drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
+                    )
+                )
             setattr(self, f"stage{index + 1}", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(dims[-1], **dd)
         self.head = make_head(dims[-1], num_classes, **dd)
@@ -190,27 +349,6 @@ class FlattenCswin(Pyramid):
         }
 
 
-def _block(
-    dim: int,
-    branches: Sequence[Branch],
-    *,
-    qkv_bias: bool,
-    mlp_ratio: float,
-    proj_drop: float,
-    drop_path: float,
-    device: Any,
-    dtype: Any,
-) -> FocusedBlock:
-    dd = {"device": device, "dtype": dtype}
-    return FocusedBlock(
-        norm1=nn.LayerNorm(dim, **dd),
-        attn=CswinAttention(dim, branches, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd),
-        norm2=nn.LayerNorm(dim, **dd),
-        mlp=Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd),
-        drop_path=DropPath(drop_path) if drop_path > 0 else nn.Identity(),
-    )
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename the attention's tensors of an official state dict, and resize encodings."""
     own = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
@@ -220,61 +358,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 _OF_ATTENTION = re.compile(r"^(stage\d+\.\d+\.)((?:qkv|attns|proj)\.)")
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenCswin:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        FlattenCswin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
-def _config(**own: Any) -> dict[str, Any]:
-    return config(first_conv="stage1_conv_embed.0", **own)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "flatten_cswin_tiny_224.untrained": _config(),
-        "flatten_cswin_small_224.untrained": _config(),
-        "flatten_cswin_base_224.untrained": _config(),
-        "flatten_cswin_base_384.untrained": _config(input_size=(3, 384, 384), pool_size=(12, 12)),
-    }
-)
-
-
-@register_model
-def flatten_cswin_tiny_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
-    """FLatten-CSWin-T: 21.2M parameters, 4.3G FLOPs."""
-    args = {"embed_dim": 64, "depths": (2, 4, 18, 1), "num_heads": (2, 4, 8, 16), **kwargs}
-    return _create("flatten_cswin_tiny_224", pretrained, **args)
-
-
-@register_model
-def flatten_cswin_small_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
-    """FLatten-CSWin-S: 35.5M parameters, 6.8G FLOPs."""
-    args = {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16), **kwargs}
-    return _create("flatten_cswin_small_224", pretrained, **args)
-
-
-@register_model
-def flatten_cswin_base_224(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
-    """FLatten-CSWin-B: 74.9M parameters, 15.0G FLOPs."""
-    args = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32), **kwargs}
-    return _create("flatten_cswin_base_224", pretrained, **args)
-
-
-@register_model
-def flatten_cswin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenCswin:
-    """FLatten-CSWin-B at 384 pixels, stripes of 12: 78.4M parameters, 46.4G FLOPs."""
-    args = {
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # Parameters and FLOPs: 21.2M, 4.3G; 35.5M, 6.8G; 74.9M, 15.0G; 78.4M, 46.4G
+    "flatten_cswin_tiny_224": {"embed_dim": 64, "depths": (2, 4, 18, 1), "num_heads": (2, 4, 8, 16)},
+    "flatten_cswin_small_224": {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16)},
+    "flatten_cswin_base_224": {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)},
+    "flatten_cswin_base_384": {
         "embed_dim": 96,
         "depths": (3, 6, 29, 2),
         "num_heads": (4, 8, 16, 32),
         "split_size": 12,
-        **kwargs,
-    }
-    return _create("flatten_cswin_base_384", pretrained, **args)
+    },
+}
+default_cfgs = configs(VARIANTS, first_conv="stage1_conv_embed.0")
+register(FlattenCswin, VARIANTS, out_indices=(0, 1, 2, 3), feature_cls="getter")

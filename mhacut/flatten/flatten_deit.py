@@ -11,27 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError
 from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FusedFocusedAttention
-from mhacut.flatten.checkpoints import resize_encodings, unwrap
-from mhacut.flatten.configs import config
-
-
-class FocusedVitAttention(FusedFocusedAttention):
-    """Focused attention with the arguments that timm's ViT blocks pass."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise UsageError("focused linear attention has no attention weights that a mask could act on")
-        return super().forward(x)
+from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenDeit(VisionTransformer):  # type: ignore[misc]
-    """timm's ViT without a class token, with :class:`FocusedVitAttention` in every block.
+    """timm's ViT without a class token, with :class:`FusedFocusedAttention` in every block.
 
     Args:
         qkv_bias: whether q, k and v have biases.
@@ -61,7 +50,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate, **{**fixed, **kwargs})
         for block in self.blocks:
-            block.attn = FocusedVitAttention(
+            block.attn = FusedFocusedAttention(
                 self.embed_dim,
                 block.attn.num_heads,
                 self.patch_embed.grid_size,
@@ -90,21 +79,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     return resize_encodings(unwrap(state_dict), model)
 
 
-default_cfgs = generate_default_cfgs(
-    {"flatten_deit_tiny.untrained": config(first_conv="patch_embed.proj", pool_size=None)}
-)
-
-
-@register_model
-def flatten_deit_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenDeit:
-    """FLatten-DeiT-T as read from the paper: 6.2M parameters, 1.1G FLOPs; no official code exists."""
-    out_indices = kwargs.pop("out_indices", 3)
-    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, **kwargs}
-    return build_model_with_cfg(
-        FlattenDeit,
-        "flatten_deit_tiny",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **args,
-    )
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # 6.2M parameters and 1.1G FLOPs
+    "flatten_deit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+}
+default_cfgs = configs(VARIANTS, first_conv="patch_embed.proj", pool_size=None)
+register(FlattenDeit, VARIANTS, out_indices=3, feature_cls="getter")

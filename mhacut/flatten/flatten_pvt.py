@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,8 +22,7 @@ from mhacut.flatten.attention import (
     SeparateFocusedAttention,
     init_linear,
 )
-from mhacut.flatten.checkpoints import resize_encodings, unwrap
-from mhacut.flatten.configs import config
+from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 from mhacut.flatten.pyramid import Pyramid, make_head
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -98,9 +96,15 @@ class FlattenPvt(Pyramid):
             size, channels = embed.grid_size, dim
             blocks = []
             for rate in drop_paths[index]:
-                attn = attention(dim, num_heads[index], size)
-                mlp = Mlp(dim, int(dim * mlp_ratios[index]), drop=proj_drop_rate, **dd)
-                blocks.append(_block(dim, attn, mlp, rate, **dd))
+                blocks.append(
+                    FocusedBlock(
+                        norm1=_norm(dim, **dd),
+                        attn=attention(dim, num_heads[index], size),
+                        norm2=_norm(dim, **dd),
+                        mlp=Mlp(dim, int(dim * mlp_ratios[index]), drop=proj_drop_rate, **dd),
+                        drop_path=DropPath(rate) if rate > 0 else nn.Identity(),
+                    )
+                )
             setattr(self, f"patch_embed{index + 1}", embed)
             setattr(self, f"pos_embed{index + 1}", nn.Parameter(torch.empty(1, size[0] * size[1], dim, **dd)))
             setattr(self, f"block{index + 1}", nn.ModuleList(blocks))
@@ -158,62 +162,16 @@ class FlattenPvt(Pyramid):
         }
 
 
-def _block(
-    dim: int, attn: SeparateFocusedAttention, mlp: Mlp, drop_path: float, device: Any, dtype: Any
-) -> FocusedBlock:
-    return FocusedBlock(
-        norm1=_norm(dim, device=device, dtype=dtype),
-        attn=attn,
-        norm2=_norm(dim, device=device, dtype=dtype),
-        mlp=mlp,
-        drop_path=DropPath(drop_path) if drop_path > 0 else nn.Identity(),
-    )
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Resize the encodings of an official state dict; its names are those of the model."""
     return resize_encodings(unwrap(state_dict), model)
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvt:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        FlattenPvt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"flatten_pvt_{size}.untrained": config(first_conv="patch_embed1.proj")
-        for size in ("tiny", "small", "medium", "large")
-    }
-)
-
-
-@register_model
-def flatten_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
-    """FLatten-PVT-T: 12.2M parameters, 2.0G FLOPs."""
-    return _create("flatten_pvt_tiny", pretrained, **{"depths": (2, 2, 2, 2), **kwargs})
-
-
-@register_model
-def flatten_pvt_small(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
-    """FLatten-PVT-S: 21.7M parameters, 4.0G FLOPs."""
-    return _create("flatten_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
-
-
-@register_model
-def flatten_pvt_medium(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
-    """FLatten-PVT-M: 37.2M parameters, 7.1G FLOPs."""
-    return _create("flatten_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), **kwargs})
-
-
-@register_model
-def flatten_pvt_large(pretrained: bool = False, **kwargs: Any) -> FlattenPvt:
-    """FLatten-PVT-L: 50.6M parameters, 10.4G FLOPs."""
-    return _create("flatten_pvt_large", pretrained, **{"depths": (3, 8, 27, 3), **kwargs})
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "flatten_pvt_tiny": {"depths": (2, 2, 2, 2)},  # 12.2M parameters, 2.0G FLOPs
+    "flatten_pvt_small": {"depths": (3, 4, 6, 3)},  # 21.7M, 4.0G
+    "flatten_pvt_medium": {"depths": (3, 4, 18, 3)},  # 37.2M, 7.1G
+    "flatten_pvt_large": {"depths": (3, 8, 27, 3)},  # 50.6M, 10.4G
+}
+default_cfgs = configs(VARIANTS, first_conv="patch_embed1.proj")
+register(FlattenPvt, VARIANTS, out_indices=(0, 1, 2, 3), feature_cls="getter")

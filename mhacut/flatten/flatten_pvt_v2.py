@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_v2_filter_fn
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError
 from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, SeparateFocusedAttention
-from mhacut.flatten.checkpoints import resize_encodings, unwrap
-from mhacut.flatten.configs import config
+from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
@@ -73,56 +71,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
     return resize_encodings(pvt_v2_filter_fn(unwrap(state_dict), model), model)
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenPvtV2:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        FlattenPvtV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
-        **{"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), **kwargs},
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {f"flatten_pvt_v2_b{number}.untrained": config(first_conv="patch_embed.proj") for number in range(6)}
-)
-
-
-@register_model
-def flatten_pvt_v2_b0(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B0: 3.6M parameters, 0.59G FLOPs."""
-    args = {"depths": (2, 2, 2, 2), "embed_dims": (32, 64, 160, 256), **kwargs}
-    return _create("flatten_pvt_v2_b0", pretrained, **args)
-
-
-@register_model
-def flatten_pvt_v2_b1(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B1: 12.9M parameters, 2.2G FLOPs."""
-    return _create("flatten_pvt_v2_b1", pretrained, **{"depths": (2, 2, 2, 2), **kwargs})
-
-
-@register_model
-def flatten_pvt_v2_b2(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B2: 22.5M parameters, 4.3G FLOPs."""
-    return _create("flatten_pvt_v2_b2", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
-
-
-@register_model
-def flatten_pvt_v2_b3(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B3: 38.3M parameters, 7.3G FLOPs."""
-    return _create("flatten_pvt_v2_b3", pretrained, **{"depths": (3, 4, 18, 3), **kwargs})
-
-
-@register_model
-def flatten_pvt_v2_b4(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B4: 51.8M parameters, 10.7G FLOPs."""
-    return _create("flatten_pvt_v2_b4", pretrained, **{"depths": (3, 8, 27, 3), **kwargs})
-
-
-@register_model
-def flatten_pvt_v2_b5(pretrained: bool = False, **kwargs: Any) -> FlattenPvtV2:
-    """FLatten-PVTv2-B5: 67.1M parameters, 12.5G FLOPs."""
-    args = {"depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4), **kwargs}
-    return _create("flatten_pvt_v2_b5", pretrained, **args)
+_WIDTHS = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8)}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # Parameters and FLOPs: 3.6M, .59G; 12.9M, 2.2G; 22.5M, 4.3G; 38.3M, 7.3G; 51.8M, 10.7G; 67.1M, 12.5G
+    "flatten_pvt_v2_b0": {**_WIDTHS, "depths": (2, 2, 2, 2), "embed_dims": (32, 64, 160, 256)},
+    "flatten_pvt_v2_b1": {**_WIDTHS, "depths": (2, 2, 2, 2)},
+    "flatten_pvt_v2_b2": {**_WIDTHS, "depths": (3, 4, 6, 3)},
+    "flatten_pvt_v2_b3": {**_WIDTHS, "depths": (3, 4, 18, 3)},
+    "flatten_pvt_v2_b4": {**_WIDTHS, "depths": (3, 8, 27, 3)},
+    "flatten_pvt_v2_b5": {**_WIDTHS, "depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4)},
+}
+default_cfgs = configs(VARIANTS, first_conv="patch_embed.proj")
+register(FlattenPvtV2, VARIANTS, out_indices=(0, 1, 2, 3), flatten_sequential=True)

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError
 from mhacut.flatten.attention import DWC_KERNEL, FOCUSING_FACTOR, FocusedBlock, FusedFocusedAttention, Grid
-from mhacut.flatten.checkpoints import resize_encodings, unwrap
-from mhacut.flatten.configs import config
+from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FocusedSwinBlock(FocusedBlock):
@@ -131,64 +129,17 @@ def _for_timm(name: str, tensor: Tensor) -> bool:
     return not name.endswith("relative_position_bias_table") and name not in ("model", "state_dict")
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> FlattenSwin:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        FlattenSwin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True, "out_indices": out_indices},
-        **kwargs,
-    )
-
-
-def _config(**own: Any) -> dict[str, Any]:
-    return config(first_conv="patch_embed.proj", classifier="head.fc", **own)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "flatten_swin_tiny_224.untrained": _config(),
-        "flatten_swin_small_224.untrained": _config(),
-        "flatten_swin_base_224.untrained": _config(),
-        # The only one that the authors evaluate without a crop.
-        "flatten_swin_base_384.untrained": _config(
-            input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0
-        ),
-    }
-)
-
-
-@register_model
-def flatten_swin_tiny_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
-    """FLatten-Swin-T: 29.2M parameters, 4.5G FLOPs."""
-    args = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs}
-    return _create("flatten_swin_tiny_224", pretrained, **args)
-
-
-@register_model
-def flatten_swin_small_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
-    """FLatten-Swin-S: 50.5M parameters, 8.8G FLOPs."""
-    args = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs}
-    return _create("flatten_swin_small_224", pretrained, **args)
-
-
-@register_model
-def flatten_swin_base_224(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
-    """FLatten-Swin-B: 89.0M parameters, 15.5G FLOPs."""
-    args = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs}
-    return _create("flatten_swin_base_224", pretrained, **args)
-
-
-@register_model
-def flatten_swin_base_384(pretrained: bool = False, **kwargs: Any) -> FlattenSwin:
-    """FLatten-Swin-B at 384 pixels, windows of 12: 91.4M parameters, 46.5G FLOPs."""
-    args = {
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    # Parameters and FLOPs: 29.2M, 4.5G; 50.5M, 8.8G; 89.0M, 15.5G; 91.4M, 46.5G
+    "flatten_swin_tiny_224": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "flatten_swin_small_224": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "flatten_swin_base_224": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    "flatten_swin_base_384": {
         "embed_dim": 128,
         "depths": (2, 2, 18, 2),
         "num_heads": (4, 8, 16, 32),
         "window_size": 12,
-        **kwargs,
-    }
-    return _create("flatten_swin_base_384", pretrained, **args)
+    },
+}
+default_cfgs = configs(VARIANTS, first_conv="patch_embed.proj", classifier="head.fc")
+register(FlattenSwin, VARIANTS, out_indices=(0, 1, 2, 3), flatten_sequential=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from helpers.flatten import FLATTEN
 from helpers.models import build, double, relative
 from helpers.plans import random_plan
 from mhacut.adapters.base import Unit
-from mhacut.adapters.registry import adapter_for
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
@@ -100,15 +98,6 @@ def test_a_gate_is_as_if_channels_were_not_there(seed, channels, power):
     torch.testing.assert_close(products, expected, rtol=1e-9, atol=0)
 
 
-def test_merging_scales_of_one_changes_no_bit():
-    model = build(FLATTEN["flatten_pvt_v2_b0"])
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    prunable = find_prunable_layers(model)
-    units = [u.keep_first(u.width) for u in prunable.units()]
-    cut(model, Plan(tuple(units)), {u.key: torch.ones(u.heads, u.width) for u in prunable.units()})
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-
-
 @pytest.mark.parametrize("name", ["flatten_pvt_v2_b0", "flatten_cswin_tiny_224"])
 @torch.no_grad()
 def test_scales_that_were_trained_away_leave_nothing_of_a_kept_channel(name):
@@ -131,29 +120,3 @@ def test_a_gate_is_open_in_a_model_at_rest():
     set_gate(layer, qk, torch.ones(qk.heads, qk.width))
     assert layer.feature_gate.shape == (qk.heads * qk.width,)
     assert not [key for key in model.state_dict() if "gate" in key]
-
-
-def test_every_class_of_flatten_attention_has_an_adapter():
-    def subclasses(cls):
-        return [cls, *(sub for child in cls.__subclasses__() for sub in subclasses(child))]
-
-    whole = [cls for cls in subclasses(FocusedLinearAttention) if hasattr(cls, "forward")]
-    served = {
-        type(module) for case in FLATTEN.values() for module in build(case).modules() if adapter_for(module)
-    }
-    used = {type(module) for case in FLATTEN.values() for module in build(case).modules()} & set(whole)
-    # CSWin's is a branch of the attention that is served.
-    assert {cls.__name__ for cls in used - served} == {"FocusedLepeAttention"}
-
-
-def test_plans_say_what_is_unshared():
-    plan = UnitPlan("blocks.0.attn", "v", 4, ((0, 1), (0, 2)), unshared=True)
-    document = Plan((plan,)).to_json()
-    assert document[0]["unshared"] is True
-    assert Plan.from_json(document) == Plan((plan,))
-    assert "unshared" not in Plan((UnitPlan("a", "v", 4, ((0, 1),)),)).to_json()[0]
-    later = UnitPlan("blocks.0.attn", "v", 2, ((0,), (0,)))
-    assert later.after(plan).unshared
-    with pytest.raises(PlanError, match="unshared"):
-        Plan.from_json([{**document[0], "unshared": 1}])
-    assert all(a != b for a, b in pairwise([plan, later]))

@@ -19,7 +19,7 @@ from mhacut.flatten.attention import (
     linear_attention,
     split_qkv,
 )
-from mhacut.flatten.cswin_attention import FocusedLepeAttention, StripeAttention
+from mhacut.flatten.flatten_cswin import FocusedLepeAttention, StripeAttention
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -116,17 +116,6 @@ def test_lepe_is_added_per_channel_of_all_heads():
     torch.testing.assert_close(module(q, k, v), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_focusing_keeps_lengths_and_sharpens_directions():
-    x = tokens(2, 7, 12)
-    scale = tokens(1, 1, 12, seed=3)
-    plain = focus(x, scale, 1)
-    sharp = focus(x, scale, 3)
-    torch.testing.assert_close(sharp.norm(dim=-1), plain.norm(dim=-1))
-    largest = plain.argmax(dim=-1, keepdim=True)
-    assert (sharp.gather(-1, largest) >= plain.gather(-1, largest)).all()
-    assert (sharp > 0).all()
-
-
 def test_where_no_channel_is_active_attention_is_finite_and_fades():
     features = focus(torch.full((1, 4, 8), -1.0), torch.zeros(1, 1, 8)).reshape(1, 4, 2, 4).transpose(1, 2)
     v = tokens(1, 2, 4, 3)
@@ -178,11 +167,6 @@ def test_parameters_come_in_the_official_order():
     assert list(dict.fromkeys(name.partition(".")[0] for name in names)) == order
     names = [name for name, _ in FocusedLepeAttention(8, 2, (2, 2)).named_parameters()]
     assert list(dict.fromkeys(name.partition(".")[0] for name in names)) == [*order[:2], "get_v", "dwc"]
-
-
-def test_channels_that_heads_cannot_share():
-    with pytest.raises(ValueError, match="10 channels cannot be shared by 3 heads"):
-        FusedFocusedAttention(10, 3, (2, 2))
 
 
 @torch.no_grad()

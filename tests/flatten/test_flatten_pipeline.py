@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from helpers.models import ModelCase, build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.linalg.linear_attention import linear_attention_energy, linear_contributions
-from mhacut.linalg.reconstruction import output_error, refit_linear
-from mhacut.linalg.selection import Ranking, rank_parts, rank_shared_channels
+from mhacut.linalg.reconstruction import output_error
+from mhacut.linalg.selection import rank_parts, rank_shared_channels
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import Candidate, find_candidates
-from mhacut.pruning.repair import repair, shrink
+from mhacut.pruning.candidates import find_candidates
+from mhacut.pruning.repair import repair
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
@@ -201,55 +199,6 @@ def test_repair_helps_v_and_mlps_and_leaves_linear_q_and_k_alone(case):
     assert (masked - dense).norm() < (plain - dense).norm()
     cut(model, plan, channel_scales)
     assert relative(model(images), masked) < 1e-4
-
-
-@torch.no_grad()
-def test_channels_behind_a_gate_are_dead_once_it_is_narrowed():
-    """Curves measure linear q and k by it."""
-    case = FLATTEN["flatten_swin_tiny_224"]
-    dense, x = build(case, dtype=torch.float64), image(case, batch=2, dtype=torch.float64)
-    prunable = find_prunable_layers(dense)
-    unit = next(unit for unit in prunable.units(("qk",)) if unit.gate is not None)
-    order = torch.arange(unit.width).flip(0).expand(unit.heads, -1)
-    candidate, width = Candidate(unit, None, Ranking(order)), unit.width // 2
-    shrunk, slim = copy.deepcopy(dense), copy.deepcopy(dense)
-    shrink(shrunk.get_submodule(unit.layer), unit, candidate, width, None, "kept")
-    cut(slim, Plan((candidate.plan(width),)))
-    assert relative(shrunk(x), slim(x)) < 1e-8
-    assert relative(shrunk(x), dense(x)) > 1e-3
-
-
-@torch.no_grad()
-def test_of_own_and_equal_positions_those_stay_that_leave_less_on_held_back_images():
-    model, images = build(DEIT), image(DEIT, batch=24)
-    prunable = find_prunable_layers(model)
-    moments = calibrate(model, prunable, images, batch_size=8).moments
-    chosen = set()
-    for unit in prunable.units(("v",)):
-        module, seen = model.get_submodule(unit.layer), moments[unit.key]
-        own, equal = find_candidates(module, unit, seen, 4, SearchOptions(basis="channel"))
-        bad = replace(own, ranking=Ranking(own.ranking.order.flip(-1)))  # keeps what matters least
-        columns, first = (
-            effective_output_weights(module, unit),
-            torch.arange(unit.heads)[:, None] * unit.width,
-        )
-        for candidates in ((own, equal), (equal, own), (bad, equal), (equal, bad)):
-            left = [
-                refit_linear(
-                    seen.fit[0],
-                    seen.held[0],
-                    (torch.tensor(candidate.plan(8).kept) + first).reshape(-1),
-                    columns,
-                    constant=True,
-                ).left
-                for candidate in candidates
-            ]
-            best = candidates[left.index(min(left))]
-            plan = Plan((best.plan(8),))
-            report = repair(copy.deepcopy(model), prunable, plan, moments, candidates={unit.key: candidates})
-            assert report[unit.key].plan == best.plan(8)
-            chosen.add(best.unshared)
-    assert chosen == {True, False}
 
 
 def checkpoint(case: ModelCase, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -1,14 +1,85 @@
-"""Image size of official checkpoints, and resizing of their encodings, for all families."""
+"""Common parts of the families: timm's record of a model, its registration, and official checkpoints."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mhacut.flatten.attention import FocusedLinearAttention
+
+
+def configs(variants: Mapping[str, Any], **values: Any) -> Any:
+    """Return timm's ``default_cfgs`` of the models of these names; ``values`` are those of a family.
+
+    The preprocessing is that of the authors: images are resized to a square of 256/224 of the image size,
+    then cropped; FLatten-Swin-B at 384 pixels, alone, was evaluated without a crop. There are no weights to
+    download, and there is no ``license``: the official repository states none for its weights.
+    """
+    large = {"input_size": (3, 384, 384), "pool_size": (12, 12)}
+    return generate_default_cfgs(
+        {
+            f"{name}.untrained": {
+                "url": "",
+                "num_classes": 1000,
+                "input_size": (3, 224, 224),
+                "fixed_input_size": True,
+                "pool_size": (7, 7),
+                "crop_pct": 1.0 if name == "flatten_swin_base_384" else 224 / 256,
+                "crop_mode": "squash",
+                "interpolation": "bicubic",
+                "mean": IMAGENET_DEFAULT_MEAN,
+                "std": IMAGENET_DEFAULT_STD,
+                "classifier": "head",
+                "origin_url": "https://github.com/LeapLabTHU/FLatten-Transformer",
+                "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
+                "paper_ids": "arXiv:2308.00442",
+                **(large if name.endswith("384") else {}),
+                **values,
+            }
+            for name in variants
+        }
+    )
+
+
+def register(
+    model_class: type[nn.Module], variants: Mapping[str, Mapping[str, Any]], **feature_cfg: Any
+) -> None:
+    """Register a family with timm, a function in its module for each model.
+
+    Args:
+        model_class: class of the models; its module has ``default_cfgs`` and ``checkpoint_filter_fn``.
+        variants: arguments of each model, by its name.
+        feature_cfg: how timm makes feature extractors of the models.
+    """
+    module: Any = sys.modules[model_class.__module__]
+
+    def factory(name: str, defaults: Mapping[str, Any]) -> Any:
+        def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            args = {**feature_cfg, **defaults, **kwargs}
+            features = {key: args.pop(key) for key in feature_cfg}
+            model: nn.Module = build_model_with_cfg(
+                model_class,
+                name,
+                pretrained,
+                pretrained_filter_fn=module.checkpoint_filter_fn,
+                feature_cfg=features,
+                **args,
+            )
+            return model
+
+        create.__name__ = create.__qualname__ = name
+        create.__module__ = model_class.__module__
+        return create
+
+    for name, defaults in variants.items():
+        setattr(module, name, register_model(factory(name, defaults)))
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
