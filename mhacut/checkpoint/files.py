@@ -11,18 +11,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from mhacut.checkpoint.folder import MERGE_FIRST, open_folder
-from mhacut.checkpoint.header import FileHeader, Format, TensorInfo
+from mhacut.checkpoint.header import DTYPES, FileHeader, Format, TensorInfo
 from mhacut.checkpoint.record import METADATA_KEY
-from mhacut.checkpoint.safetensors_file import (
-    MAX_HEADER_BYTES,
-    safetensors_header,
-    safetensors_tensors,
-)
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
 from mhacut.errors import CheckpointError, option_name
@@ -30,17 +25,21 @@ from mhacut.runtime.files import is_directory, regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
 """Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header of a safetensors file; the limit of the library."""
 _MADE_FROM = "give the safetensors or torch file that it was made from"
 _CONVERT = "convert it with the library that wrote it, and give a safetensors or torch file"
 _UNPACK = "unpack it, and give the file with the weights"
 _OTHERS = (
+    (rb"version https://git-lfs", "a git-lfs pointer", "run git lfs pull"),
+    (rb"(\xef\xbb\xbf)?\s*<", "an HTML page", "download the file itself"),
+    (rb"(\xef\xbb\xbf)?\s*\{", "JSON text", "give the file with the weights"),
     (rb"\x93NUMPY", "a NumPy array (.npy)", _CONVERT),
     (rb"\x89HDF\r\n", "an HDF5 file (.h5), as Keras writes them", _CONVERT),
     (rb"GGUF", "a GGUF file", _MADE_FROM),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX model", _MADE_FROM),
-    (rb"\x1f\x8b", "compressed by gzip (.gz, .tgz)", _UNPACK),
-    (rb"BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed (.bz2, .xz, .zst)", _UNPACK),
-    (rb"7z\xbc\xaf|Rar!", "an archive (.7z, .rar)", _UNPACK),
+    (rb"\x1f\x8b|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed (.gz, .bz2, .xz, .zst)", _UNPACK),
+    (rb"7z\xbc\xaf|Rar!|(?s:.{257}ustar)", "an archive (.7z, .rar, .tar)", _UNPACK),
 )
 """First bytes of files that are no checkpoints, what they are, and what to do with them."""
 
@@ -141,7 +140,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
     for path, inside in stored.items():
         wanted = [name for name in inside if name in names]
         if header.format == "safetensors":
-            tensors |= safetensors_tensors(path, wanted)
+            tensors |= read_safetensors(path, wanted)
         else:
             tensors |= torch_tensors(path, None if header.shards else header.asked, frozenset(wanted))
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
@@ -157,28 +156,68 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
     return tensors
 
 
+def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read the tensors of these names, on the CPU, in the file's dtypes; they are views of the mapped file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or lacks one of them.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # the library raises what its bindings raise
+        raise CheckpointError(f"{show(path)}: cannot be read: {error!s:.200}") from None
+
+
+def safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors and the metadata that a safetensors file of ``size`` bytes announces.
+
+    The library checks that the tensors cover the file without holes and overlaps.
+
+    Raises:
+        CheckpointError: the file is cut off or damaged, or announces dtypes that are not supported.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{show(path)}: truncated: the header says {length} bytes, the file has {size - 8} after its "
+            "first 8; download or copy it again"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            announced = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except Exception as error:  # as above
+        reason = ascii(str(error).removeprefix("Error while deserializing header: "))[1:-1]
+        raise CheckpointError(
+            f"{show(path)}: truncated or damaged ({reason:.200}); download or copy it again"
+        ) from None
+    if not announced:
+        raise CheckpointError(f"{show(path)}: holds no tensors")
+    for name, (dtype, _) in announced.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{show(path)}: tensor {name!r:.200}: quantised or complex weights are not supported, "
+                f"found {dtype}, expected a float dtype"
+            )
+    return {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in announced.items()}, metadata
+
+
 def sha256_of_file(header: FileHeader) -> str:
     """Return the hex digest of the file's bytes; of several, the digest of their digests in order."""
     if not header.shards:
         return sha256_of(header.path)
-    digests = "".join(map(sha256_of, header.shards))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, header.shards)).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
     """Return the hex digest of the file's bytes."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(file)
-        )
-
-
-def _sha256(file: Any) -> str:
     digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(2**20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -189,42 +228,16 @@ def _sniff(path: Path, size: int) -> Format:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{show(path)}: cannot be opened: {error.strerror}") from None
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "torch"
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{show(path)}: this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
-        )
     header_bytes = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header_bytes <= MAX_HEADER_BYTES:
+    if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         return "safetensors"
-    if re.match(rb"\x80[\x02-\x05]", start):
+    if re.match(rb"PK\x03\x04|PK\x05\x06|\x80[\x02-\x05]", start):
         return "torch"
     for magic, what, then in _OTHERS:
         if re.match(magic, start):
             raise CheckpointError(f"{show(path)}: this is {what}, not a checkpoint; {then}")
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith(b"<"):
-        raise CheckpointError(
-            f"{show(path)}: this is an HTML page, not a checkpoint; download the file itself"
-        )
-    if start[257:262] == b"ustar":
-        raise CheckpointError(
-            f"{show(path)}: this is a tar archive, not a checkpoint; unpack it, and give the file with the "
-            "weights. If a very old torch wrote it, and you trust its source, save it again where it can do "
-            "no harm: c = torch.load(FILE, weights_only=False); torch.save(c, NEW_FILE)"
-        )
     if size < 9:
         raise CheckpointError(f"{show(path)}: {size} bytes are too few for a checkpoint")
-    if text.startswith(b"{"):
-        raise CheckpointError(
-            f"{show(path)}: this is JSON text, not a checkpoint; give the file with the weights"
-        )
-    if start[8:9] == b"{":
-        raise CheckpointError(
-            f"{show(path)}: not a safetensors file: its header would be {header_bytes} bytes, "
-            f"at most {MAX_HEADER_BYTES} are allowed"
-        )
     raise CheckpointError(
         f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "
         f"{start[:8]!r}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, read_object, shard_names
+from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, shard_names
 from mhacut.checkpoint.identity import ModelHints
+from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.errors import CheckpointError, option_name
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -27,15 +27,9 @@ def open_from_hub(source: str, hints: ModelHints) -> Checkpoint:
     Raises:
         CheckpointError: there is no such folder, or it is neither in the cache nor online, or cannot be read.
     """
-    from timm.models._hub import hf_split
-
     repository = source.partition(":")[2]
-    try:
-        name = hf_split(repository)[0]
-    except AssertionError as error:
-        raise CheckpointError(f"{source}: {error}") from None
     opened = Checkpoint.open(_fetch(source, repository), hints)
-    opened.source, opened.stem = source, name.rpartition("/")[2]
+    opened.source, opened.stem = source, repository.partition("@")[0].rpartition("/")[2]
     return opened
 
 
@@ -56,36 +50,31 @@ def _fetch(source: str, repository: str) -> Path:
     """Return the folder of the cache, once it holds a configuration and weights."""
     answers = hub_answers()
 
-    def get(file: str) -> Path | None:
-        return _file(source, repository, file, offline=not answers)
+    def get(*names: str) -> list[Path]:
+        found = (_file(source, repository, name, offline=not answers) for name in names)
+        return [path for path in found if path is not None]
 
-    config = get("config.json")
-    others = () if config is not None and "architecture" in read_object(config) else _OTHER_CONFIGS
-    configs = [config, *map(get, others)]
-    weights = next((path for path in map(get, WEIGHT_FILES) if path is not None), None) or _shards(get)
-    found = next((path for path in configs if path is not None), None)
-    if found is None or weights is None:
-        if not answers:
-            raise CheckpointError(
-                f"{source}: is not in the cache, and the Hugging Face hub cannot be reached; go online once, "
-                "or give a folder or file"
-            )
-        missing = f"holds no weights ({', '.join((*WEIGHT_FILES, *INDEXES))})"
-        if found is None:
-            missing = "holds no config.json"
-        elif listed := [index for index in INDEXES if get(index) is not None]:
-            missing = f"lacks files that its {listed[0]} lists"
+    configs = get("config.json")
+    if not configs or "architecture" not in read_json(configs[0]):
+        configs += get(*_OTHER_CONFIGS)
+    weights = next((path for name in WEIGHT_FILES for path in get(name)), None)
+    if weights is None:
+        index = next((path for name in INDEXES for path in get(name)), None)
+        names = [] if index is None else shard_names(index)
+        shards = get(*names)
+        weights = shards[0] if shards and len(shards) == len(names) else None
+    if configs and weights is not None:
+        return weights.parent
+    if not answers:
         raise CheckpointError(
-            f"{source}: {missing}; download its weights and give the file, and {option_name('model', 'NAME')}"
+            f"{source}: is not in the cache, and the Hugging Face hub cannot be reached; go online once, or "
+            "give a folder or file"
         )
-    return weights.parent
-
-
-def _shards(get: Callable[[str], Path | None]) -> Path | None:
-    """Return the first of several files with weights, once all are there; None if one is missing."""
-    index = next((path for path in map(get, INDEXES) if path is not None), None)
-    paths = [] if index is None else list(map(get, shard_names(index)))
-    return paths[0] if paths and None not in paths else None
+    missing = f"all weights ({', '.join((*WEIGHT_FILES, *INDEXES))})" if configs else "config.json"
+    raise CheckpointError(
+        f"{source}: lacks {missing}; download its weights and give the file, and "
+        f"{option_name('model', 'NAME')}"
+    )
 
 
 def _file(source: str, repository: str, file: str, *, offline: bool) -> Path | None:
@@ -97,9 +86,9 @@ def _file(source: str, repository: str, file: str, *, offline: bool) -> Path | N
     from huggingface_hub.errors import EntryNotFoundError
     from timm.models import _hub
 
-    name, revision = _hub.hf_split(repository)
     download: Any = _hub.hf_hub_download
     try:
+        name, revision = _hub.hf_split(repository)
         return Path(download(name, file, revision=revision, local_files_only=offline))
     except EntryNotFoundError:
         return None

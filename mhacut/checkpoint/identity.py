@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json, shown
+from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
@@ -86,7 +87,7 @@ def checked_model_args(args: object) -> dict[str, Any]:
         raise CheckpointError(f"model_args: expected an object, found {kind_of(args)}")
     for name in args:
         if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
-            raise CheckpointError(f"model_args: {shown(name):.100} is not an argument name")
+            raise CheckpointError(f"model_args: {reprlib.repr(name):.100} is not an argument name")
         if name in _RESERVED_ARGS:
             raise CheckpointError(
                 f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"

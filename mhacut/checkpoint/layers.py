@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.safetensors_file import safetensors_tensors
+from mhacut.checkpoint.files import read_safetensors
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
@@ -60,7 +60,7 @@ class LayerReader:
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         if self._whole is not None:
             return {name: _wide(self._whole[name]) for name in names}
-        tensors = safetensors_tensors(self._path, names)
+        tensors = read_safetensors(self._path, names)
         return {name: _wide(tensor) for name, tensor in tensors.items()}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mhacut.checkpoint import yacs
-from mhacut.checkpoint.untrusted_json import shown
 from mhacut.checkpoint.wrapping import check_teacher, same_network
 from mhacut.errors import CheckpointError
 
@@ -78,7 +77,7 @@ def _entry(where: str, checkpoint: Mapping[Any, Any]) -> Entry | None:
     Raises:
         CheckpointError: it may be either of two.
     """
-    if yacs.holds_config(checkpoint) and "model" in checkpoint:
+    if hasattr(checkpoint.get("config"), "of_yacs") and "model" in checkpoint:
         return ("model",)  # what these scripts evaluate, and publish the accuracy of
     states = _States()
     average = _of_callback(checkpoint, states)
@@ -159,4 +158,4 @@ def _shapes(state: Any, depth: int = 2) -> dict[str, tuple[int, ...]]:
 
 
 def _shown(path: Entry) -> str:
-    return ".".join(key if isinstance(key, str) else shown(key) for key in path)
+    return ".".join(key if isinstance(key, str) else reprlib.repr(key) for key in path)

@@ -1,43 +1,126 @@
-"""Read torch checkpoints without running code from them."""
+"""Read torch checkpoints by torch's safe unpickler, which runs nothing from a file.
+
+Training scripts save more than weights: their arguments, accuracies as NumPy's numbers, folders, a yacs
+configuration. torch refuses a whole file for one of these, so harmless classes stand in for them here. They
+make plain numbers and dicts, or nothing.
+"""
 
 from __future__ import annotations
 
-import io
+import argparse
+import pickle
 import re
+import struct
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, suppress
-from math import prod
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint import inert, pickle_bounds, yacs
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
 from mhacut.checkpoint.parts import other_parts, pick_part
-from mhacut.checkpoint.torch_archive import check_zip, is_zip, loads_as_zip
 from mhacut.checkpoint.training import statements
-from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError
-from mhacut.runtime.files import regular_size, show
+from mhacut.runtime.files import show
 from mhacut.text import dtype_name
 
-_LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
-"""Bytes of the number that a file of torch before 1.6 begins with, in its first pickle."""
-_PICKLES_OF_LEGACY = 5
-"""Number of pickles that a file of torch before 1.6 begins with."""
+_MAX_PICKLE_BYTES = 8 * 2**20
+"""Largest pickle in a zip archive. That of a training state of 10,000 tensors has 2 MB."""
 _MAX_TIMES_CLAIMED = 16
 """Number of times that the tensors of a file, which may share storages, may claim its bytes."""
-_MAX_LISTED_BYTES = 4 * 2**20
-"""Number of bytes of a refused pickle that are searched for names."""
-_ARRAYS = (
-    "numpy arrays in a pickle (as detectron2's .pkl), not a torch checkpoint. If you trust its source, "
-    'convert it where it can do no harm: c = pickle.load(open(FILE, "rb"), encoding="latin1"); '
-    'torch.save({k: torch.from_numpy(v) for k, v in c["model"].items()}, "weights.pth") (or c itself)'
-)
-"""What is said of a pickle without torch's storages."""
+_LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+"""Bytes of the number that a file of torch before 1.6 begins with."""
+# fmt: off
+_FORMATS = {
+    "f2": "e", "f4": "f", "f8": "d", "b1": "?",
+    "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+}
+# fmt: on
+"""Formats of :mod:`struct` by the codes of NumPy's dtypes."""
+_SAVE_ALONE = "save the state dict alone: torch.save(model.state_dict(), ...)"
+
+
+class _Unread:
+    """A value that is not read: a path, or what a defaultdict makes."""
+
+    def __init__(self, *_: object) -> None:
+        """Drop what it was made of."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drop the attributes of the original."""
+
+
+class _Dtype(_Unread):
+    """Kind of a NumPy number."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.format, self.order = _FORMATS.get(code), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+class _Config:
+    """A ``CfgNode`` of yacs, which becomes a plain mapping: torch fills no other subclass of dict."""
+
+    def __new__(cls, *_: object) -> Any:
+        made: Any = OrderedDict()
+        made.of_yacs = True  # which says how the checkpoint around it is made
+        return made
+
+
+def _scalar(kind: Any, data: bytes = b"") -> object:
+    return struct.unpack(kind.order + kind.format, data)[0] if kind.format else _Unread()
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    return {}
+
+
+def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """Return what torch may call beside its own names, each with the name that it stands in for."""
+    paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    unread = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths]
+    unread += [f"builtins.{name}" for name in ("list", "dict", "int", "float", "str", "bool")]
+    return [
+        argparse.Namespace,
+        *((_Unread, name) for name in unread),
+        *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+        (_Dtype, "numpy.dtype"),
+        (_plain_dict, "collections.defaultdict"),
+        (_Config, "yacs.config.CfgNode"),
+    ]
+
+
+def read_torch(path: Path, device: str = "cpu") -> Any:
+    """Load what ``torch.save`` wrote; no code in the file is run.
+
+    Args:
+        path: the file.
+        device: where tensors go; ``meta`` reads their shapes alone.
+
+    Raises:
+        CheckpointError: it is damaged, of another kind, or holds objects that only running code would make.
+    """
+    try:
+        # An open file, since torch would go by the suffix of a path.
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
+            if file.read(4) == b"PK\x03\x04":
+                _check_archive(path)
+            file.seek(0)
+            with torch.serialization.safe_globals(_stand_ins()):
+                return torch.load(file, map_location=device, weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{show(path)}: {_blocked(path, str(error))}") from None
+    except Exception as error:  # a damaged file fails in any way
+        raise _broken(path, error) from None
 
 
 def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
@@ -49,221 +132,34 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
         path: the file.
         size: its size in bytes.
         asked: part of the checkpoint that the user wants, an entry or a module in it.
-    """
-    where = show(path)
-    if is_zip(path):
-        check_zip(path, size)
-    if not loads_as_zip(path):
-        _check_legacy(path, size)
-    checkpoint = _torch_load(path, "meta")
-    part, state_dict = pick_part(where, checkpoint, asked)
-    tensors: dict[str, TensorInfo] = {}
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str):
-            raise CheckpointError(f"{where}: expected tensor names, found key {shown(name):.100}")
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; "
-                "save the state dict alone: torch.save(model.state_dict(), ...)"
-            )
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
-            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            raise CheckpointError(
-                f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
-                f"found {dtype_name(kind)}, expected a dense tensor of a float dtype"
-            )
-        if tensor.numel() * tensor.element_size() > size:
-            raise CheckpointError(
-                f"{where}: tensor {name!r:.200} claims {tensor.numel() * tensor.element_size()} bytes, "
-                f"the whole file has {size}"
-            )
-        tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
-    if not tensors:
-        raise CheckpointError(f"{where}: holds no tensors")
-    claimed = sum(prod(info.shape) * info.dtype.itemsize for info in tensors.values())
-    if claimed > _MAX_TIMES_CLAIMED * size:
-        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
-    return FileHeader(
-        path,
-        "torch",
-        tensors,
-        part=part,
-        other_parts=other_parts(checkpoint, part),
-        asked=asked,
-        training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
-    )
-
-
-def _check_legacy(path: Path, size: int) -> None:
-    """Refuse a file that is no zip archive if its pickles, which are read as one, are or make too much.
-
-    They are followed opcode by opcode, without running them.
-    """
-    with open(path, "rb") as file:
-        start = file.read(pickle_bounds.MAX_PICKLE_BYTES)
-    if size > pickle_bounds.MAX_PICKLE_BYTES:
-        _check_end(path, io.BytesIO(start))
-    pickle_bounds.check_pickles(show(path), start, _PICKLES_OF_LEGACY)
-
-
-def _check_end(path: Path, start: io.BytesIO) -> None:
-    """Refuse a file whose pickles do not end within ``start``."""
-    import pickletools
-
-    with suppress(Exception):  # a broken pickle fails in every way, here as when it is loaded
-        for _ in range(_PICKLES_OF_LEGACY):
-            for _ in pickletools.genops(start):
-                pass
-    if start.tell() >= pickle_bounds.MAX_PICKLE_BYTES:
-        if _holds_arrays(path):
-            raise CheckpointError(f"{show(path)}: {_ARRAYS}")
-        raise CheckpointError(
-            f"{show(path)}: its pickles have too many bytes, expected at most "
-            f"{pickle_bounds.MAX_PICKLE_BYTES}; save the state dict alone: "
-            "torch.save(model.state_dict(), ...)"
-        )
-
-
-def _torch_load(path: Path, device: str) -> Any:
-    """Call ``torch.load`` as timm's loader does: weights only, ``argparse.Namespace`` allowed.
-
-    The only other things allowed are those of :mod:`mhacut.checkpoint.inert`, and a yacs configuration, which
-    has a strict reader of its own.
-    """
-    import pickle
-
-    where = show(path)
-    try:
-        # An open file, since torch too would go by the suffix of a path.
-        with (
-            _allowed(),
-            open(path, "rb") as file,
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # about pickles it then refuses; the refusal says it all
-            loaded = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not yacs.is_only_obstacle(path):
-            raise CheckpointError(f"{where}: {_blocked(path, str(error))}") from None
-        loaded = _with_config(path, device)
-    except Exception as error:  # a hostile pickle may fail in any way; none of them is a fault of mhacut
-        raise _broken(where, error) from None
-    _check_attributes(where, loaded)
-    return loaded
-
-
-def _with_config(path: Path, device: str) -> Any:
-    try:
-        return yacs.load(path, device)
-    except Exception as error:  # as above
-        raise _broken(show(path), error) from None
-
-
-def _check_attributes(where: str, loaded: object) -> None:
-    """Refuse values that were given an attribute in the place of a method: nothing of these would work.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: as :func:`read_torch`; or it holds no state dict of dense float tensors.
     """
-    known: dict[type, frozenset[str]] = {}
-    for value in {id(each): each for each in leaves(loaded, containers=True)}.values():
-        given = {} if isinstance(value, type) else getattr(value, "__dict__", {})
-        if given and type(value) not in known:
-            known[type(value)] = frozenset().union(*(vars(base) for base in type(value).__mro__))
-        for name in given:
-            if name in known[type(value)]:
-                raise CheckpointError(
-                    f"{where}: a {type(value).__name__} in it has an attribute {name!r:.50} in the place of "
-                    "its own; save the state dict alone: torch.save(model.state_dict(), ...)"
-                )
-
-
-def _allowed() -> AbstractContextManager[None]:
-    """Return the context in which PyTorch's safe unpickler knows a few names more."""
-    import argparse
-
-    found = [(stand_in, ".".join(name)) for name, stand_in in inert.stand_ins().items()]
-    return torch.serialization.safe_globals([argparse.Namespace, *found])
-
-
-def _broken(where: str, error: Exception) -> CheckpointError:
-    # torch 2.15 looks into sparse tensors, which are not there to be seen.
-    if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
-        return CheckpointError(
-            f"{where}: quantised, sparse or complex weights are not supported; save them dense (to_dense())"
-        )
-    if isinstance(error, RuntimeError) and "affine_quantized" in str(error):  # as quantize_dynamic makes them
-        return CheckpointError(
-            f"{where}: quantized weights are not supported, expected float ones; give the checkpoint from "
-            "before quantization"
-        )
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return CheckpointError(
-        f"{where}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
-    )
-
-
-def _blocked(path: Path, reason: str) -> str:
-    """Return why the safe unpickler stopped, and what to do about it."""
-    if not is_zip(path) and _holds_arrays(path):
-        return _ARRAYS
+    where = show(path)
+    checkpoint = read_torch(path, "meta")
     try:
-        with _allowed(), open(path, "rb") as file:
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # legacy files and bare pickles cannot be listed
-        names = re.findall(r"GLOBAL ([\w.]+)", reason)[:1] or _globals_of_pickle(path)
-    if not names:
-        return (
-            "a pickle, but none that torch loads safely: of protocol 4, or damaged; nothing was run. If you "
-            "trust its source, save it again where it can do no harm: "
-            f'torch.save({_loader_of(path)}, "weights.pth")'
+        part, state_dict = pick_part(where, checkpoint, asked)
+        tensors = {name: _info(where, name, tensor) for name, tensor in state_dict.items()}
+        header = FileHeader(
+            path,
+            "torch",
+            tensors,
+            part=part,
+            other_parts=other_parts(checkpoint, part),
+            asked=asked,
+            training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
         )
-    listed = ", ".join(repr(name)[1:-1] for name in names[:5]) + (", ..." if len(names) > 5 else "")
-    convert = (
-        "If you trust its source, convert it where it can do no harm: "
-        f'c = {_loader_of(path)}; torch.save(c.state_dict(), "weights.pth") '
-        '(or c["state_dict"], c["model"])'
-    )
-    if any(name.startswith("numpy") for name in names) and all(
-        name.startswith(("numpy", "_codecs")) for name in names
-    ):
-        return (
-            f"contains numpy arrays beside the weights ({listed}), and loading them could run code; save "
-            f"them as x.tolist(), or the state dict alone. {convert}"
-        )
-    return (
-        f"contains a pickled model or other objects, not a state dict ({listed}); nothing was run. {convert}"
-    )
-
-
-def _loader_of(path: Path) -> str:
-    """Code that loads ``FILE`` if anything does; ``torch.load`` reads no bare pickles."""
-    with open(path, "rb") as file:
-        by_torch = is_zip(path) or _LEGACY_NUMBER in file.read(40)
-    return "torch.load(FILE, weights_only=False)" if by_torch else 'pickle.load(open(FILE, "rb"))'
-
-
-def _holds_arrays(path: Path) -> bool:
-    """Whether a bare pickle makes arrays of numpy; the first one of a torch file is a number."""
-    makers = ("._reconstruct", "._frombuffer")
-    return any(name.startswith("numpy") and name.endswith(makers) for name in _globals_of_pickle(path))
-
-
-def _globals_of_pickle(path: Path) -> list[str]:
-    """Return the names a bare pickle would import, read from its opcodes without running them."""
-    import pickletools
-
-    names: list[str] = []
-    texts: list[str] = []
-    with open(path, "rb") as file, suppress(Exception):  # broken pickles fail in every way
-        for opcode, argument, _ in pickletools.genops(file.read(_MAX_LISTED_BYTES)):
-            if opcode.name == "GLOBAL":
-                names.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.append(".".join(texts[-2:]))
-            elif isinstance(argument, str):
-                texts.append(argument)
-    return names
+        claimed = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    except CheckpointError:
+        raise
+    except Exception as error:  # attributes in a pickle may take the place of a dict's or a tensor's methods
+        raise _broken(path, error) from None
+    if not tensors:
+        raise CheckpointError(f"{where}: holds no tensors")
+    if claimed > _MAX_TIMES_CLAIMED * size:
+        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
+    return header
 
 
 def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict[str, Tensor]:
@@ -277,66 +173,82 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
     Raises:
         CheckpointError: the file cannot be read, or lacks one of them.
     """
-    where = show(path)
-    _, state_dict = pick_part(where, _torch_load(path, "cpu"), asked)
+    _, state_dict = pick_part(show(path), read_torch(path), asked)
     found = {name: tensor for name, tensor in state_dict.items() if name in names}
-    if len(found) != len(names) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise CheckpointError(f"{where}: changed while it was read; try again")
+    if len(found) != len(names):
+        raise CheckpointError(f"{show(path)}: changed while it was read; try again")
     return found
 
 
-def load_plain(path: Path) -> Any:
-    """Load a file that mhacut itself made by ``torch.save``: tensors and plain values, on the CPU.
-
-    The bounds are those of checkpoints, and no code in the file is run.
-
-    Raises:
-        CheckpointError: it is no such file, or its tensors claim far more bytes than it has.
-        OSError: it cannot be read.
-    """
-    where, size = show(path), regular_size(path)
-    if not loads_as_zip(path):
-        raise CheckpointError(f"{where}: not a zip archive, which torch.save writes")
-    check_zip(path, size)
-    found = [leaf for leaf in leaves(_plain_load(path, "meta")) if isinstance(leaf, Tensor)]
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found)
-    if claimed > _MAX_TIMES_CLAIMED * size:
-        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
-    return _plain_load(path, "cpu")
+def _info(where: str, name: object, tensor: object) -> TensorInfo:
+    """Return shape and dtype of an entry of a state dict, once checked to be a tensor of a model."""
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; {_SAVE_ALONE}"
+        )
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise CheckpointError(
+            f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
+            f"found {dtype_name(kind)}, expected a dense tensor of a float dtype"
+        )
+    return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
 
-def _plain_load(path: Path, device: str) -> Any:
-    try:
-        # An open file, since torch would go by the suffix of a path.
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a damaged zip or a hostile pickle fails in many ways
-        blocked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]:.100}"
-        reason = f"it names {blocked[1]:.100}, which was not run" if blocked else reason
-        raise CheckpointError(f"{show(path)}: {reason}") from None
-    _check_attributes(show(path), loaded)
-    return loaded
+def _check_archive(path: Path) -> None:
+    """Refuse zip archives that are no state dict's, or that would inflate; nothing is ever extracted."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names = [member.filename for member in members]
+    if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
+        fault = "TorchScript archives are not supported; save the state dict: "
+        fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
+    elif names and all(name.endswith(".npy") for name in names):
+        fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
+        fault += (
+            'm = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), "weights.pth")'
+        )
+    elif sum(name.endswith("/data.pkl") for name in names) != 1:
+        fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
+    elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        fault = "compressed torch files are not supported (torch writes none); save it again with torch.save"
+    elif any(
+        member.file_size > _MAX_PICKLE_BYTES for member in members if member.filename.endswith("/data.pkl")
+    ):
+        fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_SAVE_ALONE}"
+    else:
+        return
+    raise CheckpointError(f"{show(path)}: {fault}")
 
 
-def leaves(value: object, *, containers: bool = False) -> Iterator[object]:
-    """Everything in dicts, lists, tuples and sets, each of which is looked at once.
+def _broken(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if "quantized" in reason or "meta tensor" in reason:  # torch 2.15 looks into sparse tensors
+        return CheckpointError(
+            f"{show(path)}: quantised, sparse or complex weights are not supported, expected dense float "
+            "ones; give the checkpoint from before quantisation, or save it dense (to_dense())"
+        )
+    return CheckpointError(
+        f"{show(path)}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
+    )
 
-    Args:
-        value: what to look into.
-        containers: give these, too.
-    """
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if not isinstance(each, dict | list | tuple | set):
-            yield each
-        elif id(each) not in seen:
-            seen.add(id(each))
-            waiting += dict.values(each) if isinstance(each, dict) else each
-            if containers:
-                yield each
+
+def _blocked(path: Path, reason: str) -> str:
+    """Return why the safe unpickler stopped, and what to do about it."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    named = re.search(r"GLOBAL ([\w.]+)", reason)
+    what = f"objects that are no weights, first {named[1]:.100}" if named else "a pickle of another protocol"
+    trust = "nothing was run. If you trust its source, convert it where it can do no harm"
+    if start.startswith(b"PK") or _LEGACY_NUMBER in start:
+        return (
+            f"contains {what}; {trust}: c = torch.load(FILE, weights_only=False); "
+            'torch.save(c.state_dict(), "weights.pth") (or c["state_dict"], c["model"], c itself)'
+        )
+    return (
+        f"a pickle that torch did not write (as detectron2's .pkl), or damaged: {what}; {trust}: "
+        'c = pickle.load(open(FILE, "rb"), encoding="latin1"); '
+        'torch.save({k: torch.as_tensor(v) for k, v in c["model"].items()}, "weights.pth") (or c itself)'
+    )

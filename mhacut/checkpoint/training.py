@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.foreign.images import OF_IMAGENET, OF_INCEPTION
-from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
-from mhacut.checkpoint.untrusted_json import plain_json, shown
+from mhacut.checkpoint.identity import checked_model_args
+from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, is_number, too_large
@@ -57,16 +58,21 @@ class Training:
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the entries of a training checkpoint that :func:`read_training` reads, as dicts."""
-    found: dict[str, Any] = {}
-    for entry in _ENTRIES:
-        value = checkpoint.get(entry)
-        options = vars(value) if isinstance(value, argparse.Namespace) else value
-        if isinstance(options, Mapping):
-            found[entry] = options
+    """Return the entries of a training checkpoint that :func:`read_training` reads, as plain dicts."""
+    plain = {entry: _plain(checkpoint.get(entry), 4) for entry in _ENTRIES}
+    found = {entry: options for entry, options in plain.items() if isinstance(options, dict)}
     if isinstance(checkpoint.get("arch"), str):
         found[""] = {"arch": checkpoint["arch"]}
     return found
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """Return ``value`` with its containers, ``depth`` within each other, as dicts of names and lists."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict) and depth:
+        return {key: _plain(item, depth - 1) for key, item in value.items() if isinstance(key, str)}
+    return [_plain(item, depth - 1) for item in value] if isinstance(value, list | tuple) and depth else value
 
 
 def read_training(stated: Mapping[str, Any]) -> Training | None:
@@ -105,11 +111,8 @@ def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]
     for entry, options in stated.items():
         yield entry, options
         for key in ("model", "backbone", "data"):
-            inner = options.get(key)
-            if isinstance(inner, argparse.Namespace):
-                inner = vars(inner)
-            if isinstance(inner, Mapping):
-                yield f"{entry}.{key}", inner
+            if isinstance(options.get(key), dict):
+                yield f"{entry}.{key}", options[key]
 
 
 def _model(stated: Mapping[str, Any], notes: list[str]) -> tuple[str | None, str]:
@@ -173,11 +176,10 @@ def _args(options: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
 
 def _input_size(options: Mapping[Any, Any], args: Mapping[str, Any]) -> list[int] | None:
     """Return [C, H, W] of images, from timm's ``input_size`` or ``img_size``, or DeiT's ``input_size``."""
-    channels = args.get("in_chans", 3)
     for value in (options.get("input_size"), options.get("img_size")):
         sides = [value, value] if is_int(value) else value
-        if isinstance(sides, list | tuple) and len(sides) in (2, 3) and all(map(is_int, sides)):
-            size = [channels, *sides[-2:]]
+        if isinstance(sides, list) and len(sides) in (2, 3) and all(map(is_int, sides)):
+            size = [args.get("in_chans", 3), *sides[-2:]]
             if all(number > 0 for number in size) and not too_large(size):
                 return size
     return None
@@ -188,33 +190,19 @@ def _cfg(
 ) -> dict[str, Any]:
     """Return the preprocessing that is stated; each value that makes no sense is ignored."""
     crop = next((options[name] for name in _CROPS if is_number(options.get(name))), None)
-    stated = {name: options.get(name) for name in ("mean", "std", "interpolation", "crop_mode")}
-    kinds: dict[str, Any] = {
-        "mean": (list, tuple),
-        "std": (list, tuple),
-        "interpolation": str,
-        "crop_mode": str,
-    }
+    kinds = {"mean": list, "std": list, "interpolation": str, "crop_mode": str}
+    stated = {name: options.get(name) for name in kinds}
     given = {name: value for name, value in stated.items() if isinstance(value, kinds[name]) and value}
     of_imagenet = options.get("imagenet_default_mean_and_std")  # BEiT's
     if isinstance(of_imagenet, bool) and not {"mean", "std"} & given.keys():
         given |= OF_IMAGENET if of_imagenet else OF_INCEPTION
     if len({"mean", "std"} & given.keys()) == 1:  # not those of images
         given = {name: value for name, value in given.items() if name not in ("mean", "std")}
-    sane: dict[str, Any] = {
-        "input_size": [channels, 224, 224],
-        "mean": [0.5],
-        "std": [0.5],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-    }
+    sane = Preprocessing((channels, 224, 224), (0.5,), (0.5,), "bicubic", 1.0, "center").to_json()
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
     for name, value in ({**given, "crop_pct": crop} if crop is not None else given).items():
         try:
-            cfg[name] = checked_pretrained_cfg(Preprocessing(**{**sane, name: plain_json(value)}).to_json())[
-                name
-            ]
-        except (DataError, CheckpointError, TypeError, ValueError, OverflowError):
-            notes.append(f"its {name} {shown(value):.60} is invalid and was ignored")
+            cfg[name] = plain_json(Preprocessing(**{**sane, name: value}).to_json())[name]
+        except (DataError, TypeError, ValueError, OverflowError, RuntimeError):
+            notes.append(f"its {name} {reprlib.repr(value):.60} is invalid and was ignored")
     return cfg

@@ -1,11 +1,10 @@
-"""Write slim files, compared with the model before they get their name."""
+"""Write slim files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mhacut._version import __version__
 from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.files import read_tensors, sha256_of
+from mhacut.checkpoint.files import sha256_of
 from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.module import unwrapped
@@ -30,8 +29,6 @@ from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
 from mhacut.text import dtype_name
 
-_SPARE_BYTES = 2**20
-"""Disk space to leave free."""
 _DESCRIBED = 120
 """Bytes of a file's header per tensor: name, dtype, shape and offsets."""
 _CURVE = 9 * 18 + 120
@@ -50,10 +47,7 @@ def write_slim(
     input_path: str | os.PathLike[str] | None,
     check: Callable[[Path], None] | None = None,
 ) -> os.stat_result:
-    """Write ``model`` and its record to ``path`` as one safetensors file.
-
-    The file appears under its name complete, flushed and compared with the model bit for bit, or not at
-    all; its mode follows the umask.
+    """Write ``model`` and its record to ``path`` as one safetensors file, which appears whole or not at all.
 
     Args:
         path: the file; its directory is created.
@@ -71,39 +65,40 @@ def write_slim(
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
-    content = slim_content(Path(path), model, record, dtypes)
 
     def write(temporary: Path) -> None:
-        content(temporary)
+        save_slim(temporary, model, record, dtypes)
         if check is not None:
             check(temporary)
 
     return write_whole(path, write, overwrite=overwrite, input_path=input_path)
 
 
-def slim_content(
-    target: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]
-) -> Callable[[Path], None]:
-    """Return a function that writes the slim file of ``model`` under the name it is given, and compares it.
+def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write the slim file of ``model`` under this very name, for callers that rename it when it is complete.
 
     Args:
-        target: name that the file is to get, for messages; in its directory space is needed.
+        path: the file.
         model: the slim model.
         record: the record to write with it.
         dtypes: per tensor name the dtype to write it in.
 
     Raises:
         OutputError: a tensor does not fit its dtype, or is not finite.
+        OSError: the file cannot be written.
     """
-    tensors = _as_stored(model, dtypes)
-    metadata = {"format": "pt", METADATA_KEY: record.to_json()}
-
-    def write(temporary: Path) -> None:
-        _check_space(target, tensors, metadata)
-        _save(temporary, tensors, metadata)
-        _compare(temporary, target, tensors, record)
-
-    return write
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        # Counters and index tables keep their dtype.
+        dtype = dtypes.get(name, tensor.dtype) if tensor.dtype in FLOAT_DTYPES else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
+            reason = "is not finite"
+            if bool(torch.isfinite(tensor).all()):
+                reason = f"has values too large for {dtype_name(dtype)}; give float32 or bfloat16 weights"
+            raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
+    save_tensors(tensors, path, {"format": "pt", METADATA_KEY: record.to_json()})
+    _sort_metadata(path)
 
 
 def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -257,37 +252,6 @@ def _skeleton(header: FileHeader, record: SlimRecord) -> nn.Module:
     return skeleton
 
 
-def _as_stored(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return the tensors as they go to disk: contiguous, in the dtype asked for, finite; copied if needed."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        dtype = dtypes.get(name, tensor.dtype)
-        if tensor.dtype not in FLOAT_DTYPES:
-            dtype = tensor.dtype  # counters and index tables
-        written = tensor.detach().to("cpu", dtype).contiguous()
-        if written.is_floating_point() and not bool(torch.isfinite(written).all()):
-            too_large = bool(torch.isfinite(tensor).all())
-            reason = "is not finite"
-            if too_large:
-                reason = f"has values too large for {dtype_name(dtype)}; give float32 or bfloat16 weights"
-            raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
-        stored[name] = written
-    return stored
-
-
-def _check_space(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    needed += sum(map(len, metadata.values())) + _SPARE_BYTES
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise OutputError(f"{show(target)}: needs {needed} bytes, the disk has {free} free")
-
-
-def _save(temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_tensors(tensors, temporary, metadata)
-    _sort_metadata(temporary)
-
-
 def _sort_metadata(path: Path) -> None:
     """Put the metadata in a fixed order (the library's is random), so that equal models are equal files."""
     with open(path, "r+b") as file:
@@ -298,24 +262,3 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
-
-
-def _compare(temporary: Path, target: Path, tensors: Mapping[str, Tensor], record: SlimRecord) -> None:
-    """Read back what was written, as a later reader will, and compare it bit for bit."""
-    try:
-        written = Checkpoint.open(temporary)
-        assert written.header is not None
-        found = read_tensors(written.header)
-    except MhacutError as error:
-        raise OutputError(f"{show(target)}: what was written could not be read back: {error}") from error
-    if written.record != record or set(found) != set(tensors):
-        raise OutputError(f"{show(target)}: the data read back is not what was written; check the disk")
-    for name, tensor in tensors.items():
-        if tensor.dtype != found[name].dtype or not _same_bits(tensor, found[name]):
-            raise OutputError(f"{show(target)}: tensor {name!r} read back differs; check the disk")
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-    )

@@ -20,7 +20,7 @@ from torch import nn
 
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import slim_content
+from mhacut.checkpoint.write import save_slim
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import MhacutError
 from mhacut.measuring.latency import Comparison
@@ -55,7 +55,7 @@ def compare_afresh(
         with temporary_folder(Path(tempfile.gettempdir(), "mhacut-times")) as folder:
             files = {name: folder / f"{name}.safetensors" for name in records}
             for name, model in (("dense", stopwatch.dense), ("slim", slim)):
-                slim_content(files[name], model, records[name], {})(files[name])
+                save_slim(files[name], model, records[name], {})
             found = in_new_process(__name__, "write_comparison", _job(stopwatch, files, seconds, precision))
     except (MhacutError, OSError):
         return None

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.adapters.base import Layer, Unit
-from mhacut.checkpoint.record import MAX_RECORD_CHARS
-from mhacut.checkpoint.safetensors_file import safetensors_header, safetensors_tensors
+from mhacut.checkpoint.files import read_safetensors, safetensors_header
 from mhacut.checkpoint.untrusted_json import kind_of, parse_json
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.linalg.moments import Moments
@@ -149,7 +148,7 @@ def read_calibration(path: Path, fingerprint: Fingerprint, job: Job) -> Calibrat
         differs = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
         if differs:
             raise DataError(_stale(path, stored, fingerprint, differs))
-        found = _restored(safetensors_tensors(path, announced), document, job.device)
+        found = _restored(read_safetensors(path, announced), document, job.device)
         _check(found, job)
         return found
     except (_Unfit, CheckpointError, OSError) as error:
@@ -169,8 +168,6 @@ def _document(text: str | None) -> dict[str, Any]:
     """Return the document in the metadata of a file, with its fingerprint checked."""
     if text is None:
         raise _Unfit(f"no {METADATA_KEY} in its metadata")
-    if len(text) > MAX_RECORD_CHARS:
-        raise _Unfit(f"{len(text)} characters of {METADATA_KEY}, expected at most {MAX_RECORD_CHARS}")
     document = parse_json(text, METADATA_KEY)
     stored = document.get("fingerprint") if isinstance(document, dict) else None
     if not isinstance(stored, dict) or not all(isinstance(value, str) for value in stored.values()):

@@ -53,7 +53,6 @@ def write_checked(
             reloaded.append(load_model(file))
         except MhacutError as error:
             raise OutputError(f"{show(target)}: what was written cannot be opened: {error}") from error
-        # The tensors were compared bit for bit when they were written.
         if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
             raise MhacutError(
                 f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "

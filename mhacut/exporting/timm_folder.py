@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
 from mhacut.checkpoint.provenance import stated_license
-from mhacut.checkpoint.write import slim_content
+from mhacut.checkpoint.write import save_slim
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, OutputError, option_name
 from mhacut.exporting.card import model_card
@@ -87,7 +87,7 @@ def write_folder(
             }
             save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         else:
-            slim_content(target, model, loaded.record, dtypes)(folder / WEIGHTS)
+            save_slim(folder / WEIGHTS, model, loaded.record, dtypes)
         card = model_card(source, loaded, preprocessing, options.license)
         (folder / CARD).write_text(card, encoding="utf-8")
         with torch.random.fork_rng(devices=[]):

@@ -20,11 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import yaml
 
-from mhacut.checkpoint.untrusted_json import shown
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.finetuning.logs import remove_logs
 from mhacut.limits import is_int
@@ -339,7 +339,7 @@ class RunFolder:
         Raises:
             CheckpointError: the file is damaged, removed, not a run's, or of another version.
         """
-        from mhacut.checkpoint.torch_file import load_plain
+        from mhacut.checkpoint.torch_file import read_torch
 
         path = self.file(STATE)
         if not path.exists():
@@ -347,7 +347,7 @@ class RunFolder:
                 raise self.not_resumable("is gone")
             return None
         try:
-            state = load_plain(path)
+            state = read_torch(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
         except CheckpointError as error:

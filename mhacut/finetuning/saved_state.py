@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from math import inf
+from reprlib import repr as shown
 from sys import float_info
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from mhacut.checkpoint.torch_file import leaves
-from mhacut.checkpoint.untrusted_json import kind_of, shown
+from mhacut.checkpoint.untrusted_json import kind_of
 from mhacut.errors import CheckpointError
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.progress import Progress
@@ -203,7 +204,7 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
         if wrong:
             expected, given = shown(like[wrong[0]]), shown(found.get(wrong[0]))
             raise _Unfit(f"param_groups: {wrong[0]}: expected {expected:.50}, found {given:.50}")
-    for leaf in leaves(_dict(state.get("state"), "optimizer")):
+    for leaf in tree_leaves(_dict(state.get("state"), "optimizer")):
         _check_leaf(leaf, "optimizer")
 
 

@@ -85,7 +85,7 @@ def test_what_the_cache_lacks_is_one_clear_sentence(cache):
 def test_a_repository_without_weights_or_configuration_says_so(cache, monkeypatch):
     cache(CONFIG, weights=False)
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
-    assert "hf-hub:some/vit: holds no weights (model.safetensors, " in refusal("hf-hub:some/vit")
+    assert "hf-hub:some/vit: lacks all weights (model.safetensors, " in refusal("hf-hub:some/vit")
 
 
 def test_shards_in_the_cache_are_opened_as_one(cache):
@@ -104,10 +104,6 @@ def test_shards_of_torch_in_the_cache_are_opened_as_one(cache):
     (folder / INDEX_OF_TORCH).write_text(json.dumps({"weight_map": index}))
     with torch.no_grad():
         assert torch.equal(read_model("hf-hub:some/vit").model(IMAGES), tiny()(IMAGES))
-    (folder / INDEX_OF_TORCH).write_text(
-        json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})
-    )
-    assert "expected pytorch_model-00001-of-0000N.bin and so on" in refusal("hf-hub:some/vit")
 
 
 def test_an_index_may_list_a_single_file(cache):
@@ -138,7 +134,7 @@ def test_shards_are_fetched_whole(cache, tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(loaded.model(IMAGES), tiny()(IMAGES))
     (remote / shard_name(2)).unlink()
-    assert f"lacks files that its {INDEX} lists" in refusal("hf-hub:some/vit")
+    assert "lacks all weights (model.safetensors, " in refusal("hf-hub:some/vit")
 
 
 def test_a_cache_without_all_shards_is_incomplete(cache):
@@ -146,23 +142,11 @@ def test_a_cache_without_all_shards_is_incomplete(cache):
     assert "hf-hub:some/vit: is not in the cache, and the" in refusal("hf-hub:some/vit")
 
 
-@pytest.mark.parametrize(
-    ("weight_map", "found"),
-    [
-        ({"a": "../../etc/passwd"}, "'../../etc/passwd'"),
-        ({"a": "model-00001-of-00002.safetensors"}, "'model-00001-of-00002.safetensors'"),
-        ({"a": ["model-00001-of-00001.safetensors"]}, "['model-00001-of-00001.safetensors']"),
-        ({}, "'no weight_map'"),
-        ([], "'no weight_map'"),
-        ({str(n): f"model-{n:05d}-of-00900.safetensors" for n in range(1, 901)}, "'900 files'"),
-    ],
-)
-def test_an_index_names_nothing_but_shards(cache, weight_map, found):
+@pytest.mark.parametrize("weight_map", [{"a": "../../etc/passwd"}, {"a": ["a.bin"]}, {}, []])
+def test_an_index_names_nothing_but_files_beside_it(cache, weight_map):
     folder = cache(CONFIG, weights=False, shards=(1,))
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    said = refusal("hf-hub:some/vit")
-    assert "expected model-00001-of-0000N.safetensors and so on, at most 500, found" in said
-    assert found in said
+    assert "expected a weight_map with the names of files beside it" in refusal("hf-hub:some/vit")
 
 
 def test_a_hub_out_of_reach_is_asked_once(cache, monkeypatch):

@@ -113,9 +113,7 @@ def test_scripts_name_their_model(tmp_path, entry, origin):
         ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
         ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
         ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
-        ({"mean": [torch.ones(1)] * 3, "std": [0.1] * 3}, "its mean [Tensor, Tensor, Tensor] is invalid"),
-        ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[...]]]] is invalid"),
-        ({"model": NAME, "model_kwargs": {"x": [[0] * 999] * 999}}, "holds more than 200000 values"),
+        ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[0.5]]]] is invalid"),
     ],
 )
 def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
@@ -125,14 +123,6 @@ def test_what_a_script_says_is_not_trusted(tmp_path, states, args, says):
     loaded = opened(tmp_path / "last.pth", content, model=NAME, model_args=ARGS)
     assert [note for note in loaded.notes if says in note], loaded.notes
     assert loaded.identity.model_args == SIZES
-
-
-def test_a_model_out_of_proportion_is_not_built(tmp_path):
-    path = tmp_path / "last.pth"
-    torch.save(
-        {"arch": "vit_giant_patch14_224", "state_dict": {"a.b": torch.ones(1), "c": torch.ones(1)}}, path
-    )
-    assert "is far too large for the tensors" in refusal(path)
 
 
 def test_moco_v3_has_small_heads(tmp_path):

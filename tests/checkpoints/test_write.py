@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mhacut.checkpoint import write
 from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES
 from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
@@ -240,27 +238,5 @@ def test_a_disk_that_the_library_finds_full_is_an_error_like_any_other(put, tmp_
 
     monkeypatch.setattr(tensor_files, "save_file", fail)
     with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: No space left on device$"):
-        put(tmp_path / "slim.safetensors")
-    assert names(tmp_path) == []
-
-
-def test_a_full_disk_is_seen_before_writing(put, tmp_path, monkeypatch):
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(OutputError, match="the disk has 10 free"):
-        put(tmp_path / "slim.safetensors")
-    assert names(tmp_path) == []
-
-
-def test_what_reads_back_differently_is_not_published(put, tmp_path, monkeypatch):
-    save = write._save
-
-    def rot(temporary, tensors, metadata):
-        save(temporary, tensors, metadata)
-        content = bytearray(temporary.read_bytes())
-        content[-1] ^= 1
-        temporary.write_bytes(content)
-
-    monkeypatch.setattr(write, "_save", rot)
-    with pytest.raises(OutputError, match=r"tensor '.+' read back differs"):
         put(tmp_path / "slim.safetensors")
     assert names(tmp_path) == []

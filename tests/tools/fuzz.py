@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["mhacut", "torch._weights_only_unpickle
 
     importlib.reload(torch._weights_only_unpickler)  # all of torch would take minutes
 
-    from mhacut.checkpoint import files, record, torch_file, training, yacs  # noqa: F401
+    from mhacut.checkpoint import files, record, torch_file, training  # noqa: F401
     from mhacut.commands import prune_calibration
     from mhacut.errors import MhacutError
     from mhacut.finetuning import folder, saved_state
