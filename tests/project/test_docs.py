@@ -89,23 +89,6 @@ def test_links_and_anchors_lead_somewhere():
     assert not dead
 
 
-def test_tests_of_bad_inputs_exist():
-    page = (DOCS / "reference" / "bad-inputs.md").read_text()
-    cells = [row.rsplit("|", 2)[1] for row in re.findall(r"^\| \d.*\|$", page, re.MULTILINE)]
-    assert len(cells) > 30
-    code = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
-    for part in (part for cell in cells for part in cell.split(";")):  # `test_a`, `test_b` in `test_c.py`
-        found = re.findall(r"`(test_\w+(?:\.py)?)`", part)
-        files = [name for name in found if name.endswith(".py")] or [
-            "test_bad_inputs.py",
-            "test_bad_outputs.py",
-        ]
-        tests = [name for name in found if not name.endswith(".py")]
-        assert found, part
-        assert files[0] in code, part
-        assert all(any(f"\ndef {test}(" in code[file] for file in files) for test in tests), part
-
-
 def test_pages_link_within_the_site_only():
     """The site has no page for what lies outside of docs/, but for notebooks."""
     outside = [
