@@ -36,20 +36,6 @@ def held_out_count(images: int) -> int:
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
 
-def fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
-    """Return at most ``most`` of ``images``, and how many of them are held out.
-
-    Args:
-        images: [n, C, H, W], the held-out ones first.
-        held: their number.
-        most: at least 2; both kinds are cut to the same fraction, but to no less than one image.
-    """
-    if len(images) <= most:
-        return images, held
-    share = min(max(round(held * most / len(images)), 1), most - 1)
-    return torch.cat([images[:share], images[held:][: most - share]]), share
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Statistics from one pass over the calibration images."""

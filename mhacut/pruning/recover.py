@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mhacut.adapters.base import Layer
-from mhacut.pruning.calibrate import Calibration, fewer
+from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import minimise
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
@@ -21,7 +21,6 @@ from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.channel_scales import with_trained_scales
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.device import ordered_attention
-from mhacut.runtime.progress import Counter
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
@@ -76,30 +75,36 @@ def _better(slim: nn.Module, changed: nn.Module, job: Job, calibration: Calibrat
 
 
 LR = 7e-4
-"""Learning rate of the first step of each block."""
+"""Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
 BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
 MOST_BYTES = 5 * 2**29
-"""Bounds the memory of the images and of the activations that both models keep for them: inputs and outputs
-of blocks, and of the layers before the first block."""
+"""Bounds the memory of the images and of the activations that both models keep for them."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is trained as a whole."""
+    """A module that is trained as one."""
 
     name: str
     layer: Layer
     """The last prunable layer in the block; its tokens are those of the block's output."""
     channel_dim: int = -1
     """Dimension of the channels in the block's output, once it has run; it may not be the layer's."""
-    nbytes: int = 0
-    """Size of the output for one image, once it has run."""
 
 
-def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration) -> nn.Module:
+def healed(
+    slim: nn.Module,
+    prunable: PrunableLayers,
+    job: Job,
+    calibration: Calibration,
+    *,
+    lr: float = LR,
+    batch: int = BATCH,
+    most_bytes: int = MOST_BYTES,
+) -> nn.Module:
     """Return a copy of ``slim`` whose blocks were trained in order to reproduce those of the dense model.
 
     The input of a block is the output of the healed blocks before it. Unlike a refit of output projections,
@@ -107,76 +112,89 @@ def healed(slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Cal
     merges the same ones, so that tokens stand for the same patches. Ours; STARFISH (arXiv 2606.01126) trains
     all blocks at once by one loss.
 
-    A block keeps its weights if training does not help on held-out images.
-    Weights that another module uses too are not trained, nor are those outside the blocks.
+    A block keeps its weights if training does not help on held-out images. Weights that another module uses
+    too are not trained, nor are those outside the blocks.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
         prunable: prunable layers of ``slim``.
-        job: what is pruned; its images are fewer where :data:`MOST_BYTES` does not allow all.
-        calibration: of the job's model: how many images are held out, and how much each token counts.
+        job: what is pruned.
+        calibration: calibration of the job's model: number of held-out images, importance of tokens.
+        lr: learning rate of the first step of each block.
+        batch: most images per step.
+        most_bytes: bounds the memory of images and activations; fewer images are used if need be.
     """
-    model = copy.deepcopy(slim)
-    teacher = _merging_as(slim, job.model)
+    model: Any = copy.deepcopy(slim)
+    teacher = job.model
+    if merged_of(slim) != merged_of(teacher):
+        teacher = copy.deepcopy(teacher)
+        set_merged(teacher, merged_of(slim))
     image = job.images[:1].to(job.device)
     blocks, bytes_per_image = _comparable(model, teacher, blocks_of(prunable), image)
-    if not blocks:
-        return model
-    bytes_per_image += sum(_bytes_before(blocks[0], part, image) for part in (model, teacher))
-    most = max(2, MOST_BYTES // bytes_per_image)
-    images, held = fewer(job.images, calibration.held, most)
-    images, size = images.to(job.device), min(job.options.batch_size, BATCH)
-    unseen, fit = images[:held].split(size), images[held:].split(size)
+    images, held = _fewer(job.images, calibration.held, max(2, most_bytes // max(bytes_per_image, 1)))
+    images, size = images.to(job.device), min(job.options.batch_size, batch)
+    batches = [*images[:held].split(size), *images[held:].split(size)]
+    unseen = len(images[:held].split(size))
+    prefix = model.num_prefix_tokens if merged_of(model) else 0
     generator = torch.Generator().manual_seed(job.options.seed)
-    counter = Counter(job.reporter, len(blocks) * job.options.healed_steps)
-    with ResumableModel(model, [*unseen, *fit]) as cut, ResumableModel(teacher, [*unseen, *fit]) as dense:
-        for block in blocks:
+    with ResumableModel(model, batches) as cut, ResumableModel(teacher, batches) as dense:
+        for number, block in enumerate(blocks, 1):
             calls = _calls_of(block, cut, dense)
-            last = block is blocks[-1]
-            error = _Error.of(calls[len(unseen) :], block, calibration.fisher, last, _prefix(slim))
-            parts = (calls[: len(unseen)], calls[len(unseen) :])
+            error = _Error.of(calls[unseen:], block, calibration.fisher, number == len(blocks), prefix)
             with cut.paused():
-                _train(model, block.name, parts, error, job, generator, counter)
-            _answer(cut, block, [call.found for call in calls])
-            del calls, parts  # the next block's take their place
-    return model
+                _train(model, block.name, calls[:unseen], calls[unseen:], error, job, generator, lr)
+            _answer(cut, block, [call.match for call in calls])
+            del calls  # the next block's take their place in memory
+            job.reporter.advance(number, len(blocks))
+    healed_model: nn.Module = model
+    return healed_model
+
+
+def _fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
+    """Return at most ``most`` of ``images``, and how many of them are held out.
+
+    Args:
+        images: [n, C, H, W], the held-out ones first.
+        held: number of held-out images.
+        most: at least 2; both kinds are cut to the same fraction, but to no less than one image.
+    """
+    if len(images) <= most:
+        return images, held
+    share = min(max(round(held * most / len(images)), 1), most - 1)
+    return torch.cat([images[:share], images[held:][: most - share]]), share
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one call of a block of the slim model, and the dense model's output to aim at."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    aim: Tensor
+    match: Match | None
+    """Tokens that the block must merge, if any."""
+
+    def output(self, block: Any) -> Tensor:
+        """Return the tokens that ``block`` gives; it merges those of ``match``, not those it would choose."""
+        match = self.match
+        hook = nullcontext() if match is None else block.matcher.register_forward_hook(lambda *_: match)
+        with hook:
+            return _run(block, self.args, self.kwargs).to(self.aim.dtype)
 
 
 def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
     """Run both models to ``block``; return its calls in the slim model, and their target outputs."""
     given = cut.run_up_to(block.name)
-    with cut.paused():
-        matches = _matches(cut.model.get_submodule(block.name), given)
+    module = cut.model.get_submodule(block.name)
+    matches: list[Match | None] = [None] * len(given)
+    if isinstance(getattr(module, "matcher", None), nn.Module):
+        with cut.paused(), torch.no_grad(), captured_outputs(module, ["matcher"]) as outputs:
+            for args, kwargs in given:
+                _run(module, args, kwargs)
+        matches = outputs.get("matcher", [])
     _answer(dense, block, matches)
-    (passes,) = dense.run_to(block.name)
-    aims = [_tokens(output) for _, output in passes]
-    return [_Call(*arguments, aim, found) for arguments, aim, found in zip(given, aims, matches, strict=True)]
-
-
-def _merging_as(slim: nn.Module, dense: nn.Module) -> nn.Module:
-    """Return ``dense``, or a copy that merges as many tokens as ``slim`` does."""
-    merged = merged_of(slim)
-    if merged == merged_of(dense):
-        return dense
-    dense = copy.deepcopy(dense)
-    set_merged(dense, merged)
-    return dense
-
-
-def _prefix(model: Any) -> int:
-    """Number of first tokens that are never merged."""
-    prefix: int = model.num_prefix_tokens if merged_of(model) else 0
-    return prefix
-
-
-def _matches(block: nn.Module, given: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Match | None]:
-    """Match the tokens of each call of ``block``, None where it merges none."""
-    if not isinstance(getattr(block, "matcher", None), nn.Module):
-        return [None] * len(given)
-    with torch.no_grad(), captured_outputs(block, ["matcher"]) as found:
-        for args, kwargs in given:
-            _run(block, args, kwargs)
-    return found.get("matcher", [])
+    aims = [_tokens(output) for output in dense.run_through(block.name)]
+    return [_Call(*arguments, aim, match) for arguments, aim, match in zip(given, aims, matches, strict=True)]
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
@@ -184,16 +202,6 @@ def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]
     if None not in matches:
         model.run_up_to(f"{block.name}.matcher")
         model.answer(matches)
-
-
-@contextmanager
-def _matching(block: Any, found: Match | None) -> Iterator[None]:
-    """Let ``block`` merge the tokens in ``found`` instead of those it would choose itself."""
-    if found is None:
-        yield
-        return
-    with block.matcher.register_forward_hook(lambda module, args, output: found):
-        yield
 
 
 def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -225,7 +233,7 @@ def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
 
 
 def _block_around(name: str, layers: Sequence[Layer]) -> str:
-    """Name of the smallest module around a layer that holds layers of both families; "" for the model."""
+    """Return the name of the smallest module around a layer that holds both families; "" for the model."""
     while name:
         inside = (layer for layer in layers if f"{layer.name}.".startswith(f"{name}."))
         if len({layer.adapter.family for layer in inside}) == 2:
@@ -236,68 +244,47 @@ def _block_around(name: str, layers: Sequence[Layer]) -> str:
 
 def _comparable(
     slim: nn.Module, dense: nn.Module, blocks: Iterable[Block], image: Tensor
-) -> tuple[tuple[Block, ...], int]:
+) -> tuple[list[Block], int]:
     """Find the blocks that both models run once per pass and that give one tensor of the same shape.
 
     Returns:
         The blocks, in the order in which ``slim`` runs them, and the bytes that wait for one image.
     """
     named = {block.name: block for block in blocks}
-    in_slim, in_dense = (_calls(model, named, image) for model in (slim, dense))
-    found = []
+    in_slim, in_dense = (_outputs(model, named, image) for model in (slim, dense))
+    found, sizes = [], []
     for name, outputs in in_slim.items():
-        shapes = [_shape(output) for output in outputs]
-        if len(outputs) == 1 and None not in shapes and shapes == [*map(_shape, in_dense.get(name, ()))]:
-            found.append(replace(named[name], nbytes=outputs[0].nbytes))
-    # A Sequential passes outputs on; other modules keep those of all that they have run so far.
-    passed_on, kept = [0], [0]
-    for block in found:
-        within = slim.get_submodule(block.name.rpartition(".")[0])
-        (passed_on if isinstance(within, nn.Sequential) else kept).append(block.nbytes)
-    return _with_channel_dims(slim, found, image), 2 * (2 * max(passed_on + kept) + sum(kept))
+        both = [*outputs, *in_dense.get(name, ())]
+        shapes = {each.shape if isinstance(each, Tensor) else None for each in both}
+        if len(outputs) == 1 and len(both) == 2 and len(shapes) == 1 and getattr(outputs[0], "ndim", 0) > 2:
+            found.append(named[name])
+            sizes.append(outputs[0].nbytes)
+    if not found:
+        return [], 0
 
-
-def _with_channel_dims(model: nn.Module, blocks: Sequence[Block], image: Tensor) -> tuple[Block, ...]:
     def run(images: Tensor) -> list[Tensor]:
-        return [output for (output,) in _calls(model, [block.name for block in blocks], images).values()]
+        return [output for (output,) in _outputs(slim, [block.name for block in found], images).values()]
 
-    dims = channel_dims(model, run, [block.layer for block in blocks], image)
-    return tuple(replace(block, channel_dim=dim) for block, dim in zip(blocks, dims, strict=True))
-
-
-def _bytes_before(block: Block, model: nn.Module, image: Tensor) -> int:
-    """Size of what a pass of ``image`` keeps when it reaches the first block, the image included."""
-    with ResumableModel(model, [image]) as one:
-        one.run_up_to(block.name)
-        return one.nbytes
-
-
-def _shape(output: object) -> torch.Size | None:
-    return output.shape if isinstance(output, Tensor) and output.ndim > 2 else None
+    dims = channel_dims(slim, run, [block.layer for block in found], image)
+    # At a block each of the two models holds its input and its output, at most twice the largest output.
+    # Besides, a pass keeps the outputs of all blocks that have run, unless a Sequential has passed them on,
+    # and whatever was kept before the first block.
+    within = [slim.get_submodule(block.name.rpartition(".")[0]) for block in found]
+    kept = sum(size for size, one in zip(sizes, within, strict=True) if not isinstance(one, nn.Sequential))
+    waiting = 2 * (2 * max(sizes) + kept)
+    for model in (slim, dense):
+        with ResumableModel(model, [image]) as one:
+            one.run_up_to(found[0].name)
+            waiting += one.nbytes
+    return [replace(block, channel_dim=dim) for block, dim in zip(found, dims, strict=True)], waiting
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
-    """Outputs of each call of these modules, in the order of their first calls."""
+def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
+    """Return the outputs of each call of these modules, in the order of their first calls."""
     with captured_outputs(model, names, lambda args, output: _tokens(output)) as outputs:
         model(image)
     return outputs
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of one call of a block of the slim model, and the dense model's output to aim at."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    aim: Tensor
-    found: Match | None
-    """Tokens that the block must merge, if any."""
-
-    def output(self, block: nn.Module) -> Tensor:
-        """Return the tokens that ``block`` gives."""
-        with _matching(block, self.found):
-            return _run(block, self.args, self.kwargs).to(self.aim.dtype)
 
 
 @dataclass(frozen=True)
@@ -364,44 +351,44 @@ def _by_token(output: Tensor, channel_dim: int) -> Tensor:
 def _train(
     model: nn.Module,
     name: str,
-    parts: tuple[Sequence[_Call], Sequence[_Call]],
+    unseen: Sequence[_Call],
+    fit: Sequence[_Call],
     error: _Error,
     job: Job,
     generator: torch.Generator,
-    counter: Counter,
+    lr: float,
 ) -> None:
-    """Train one block in place; put its weights back if that does not help.
+    """Train one block of ``model`` in place on calls to ``fit``; put it back if ``unseen`` ones do not agree.
 
     Args:
-        model: whose block it is.
-        name: of the block.
-        parts: held-out calls, and calls to train on.
-        error: what to minimise.
-        job: its steps, and whether to use autocast.
-        generator: of the order of the batches.
-        counter: counts steps.
+        model: the slim model.
+        name: name of the block.
+        unseen: calls on held-out images.
+        fit: calls to train on.
+        error: error to minimise.
+        job: number of steps, and whether to use autocast.
+        generator: generator of the order of the batches.
+        lr: learning rate of the first step.
     """
-    block, (unseen, fit), steps = model.get_submodule(name), parts, job.options.healed_steps
+    block = model.get_submodule(name)
     before, stored = _mean_error(block, unseen, error), copy.deepcopy(block.state_dict())
-    trained = _own_parameters(model, name) if before > NEGLIGIBLE else []
-    if not trained:
-        counter.add(steps)
+    # Parameters that no module outside of the block uses.
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    elsewhere = {id(parameter) for path, parameter in everywhere if not path.startswith(f"{name}.")}
+    trained = [parameter for parameter in block.parameters() if id(parameter) not in elsewhere]
+    if not trained or not before > NEGLIGIBLE:
         return
-    order, left = _shuffled(len(fit), generator), steps
+    order = _shuffled(len(fit), generator)
 
     def loss() -> Tensor:
-        nonlocal left
         call = fit[next(order)]
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
             output = call.output(block)
-        counter.add(1)
-        left -= 1
         return error(output, call.aim)
 
     for parameter in trained:
         parameter.requires_grad_(True)
-    minimise(loss, trained, steps=steps, lr=LR)
-    counter.add(left)  # of training that diverged
+    minimise(loss, trained, steps=job.options.healed_steps, lr=lr)
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -414,13 +401,6 @@ def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> floa
     """Error of ``block``, mean over images."""
     total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
     return total / sum(len(call.aim) for call in calls)
-
-
-def _own_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Parameters of a module of ``model`` that no module outside of it uses."""
-    everywhere = list(model.named_parameters(remove_duplicate=False))
-    elsewhere = {id(parameter) for path, parameter in everywhere if not path.startswith(f"{name}.")}
-    return [p for p in model.get_submodule(name).parameters() if id(p) not in elsewhere]
 
 
 def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:

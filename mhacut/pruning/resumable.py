@@ -58,6 +58,11 @@ def _versions(value: Any) -> list[int]:
 class _TargetReached(BaseException):
     """Cuts a pass short. Not an Exception, which a model might catch."""
 
+    def __init__(self, value: Any) -> None:
+        """Take arguments or output of the call that was reached."""
+        super().__init__()
+        self.value = value
+
 
 class ResumableModel:
     """A model and passes of several batches through it, which stop at one module after another.
@@ -74,9 +79,9 @@ class ResumableModel:
         """Unfinished calls of each batch, the innermost last."""
         self._stack: list[_Call] = []
         """Stack of the batch at work."""
-        self._reached: dict[nn.Module, list[tuple[_Call, Any, Any]]] = {}
-        """Call of each target, its arguments and its output, of each batch. The last target ends the run."""
-        self._ahead: nn.Module | None = None
+        self._until: nn.Module | None = None
+        """Module whose next call ends the run once it is finished."""
+        self._before: nn.Module | None = None
         """Module whose next call ends the run before it is made."""
         self._replaced: list[tuple[nn.Module, Any]] = []
 
@@ -94,22 +99,14 @@ class ResumableModel:
         self._replaced.clear()
 
     @torch.no_grad()
-    def run_to(self, *names: str) -> list[list[tuple[Tensor, Tensor]]]:
-        """Run every batch on to the next call of the last of these modules, past one call of the others.
-
-        Args:
-            names: modules that take and return one tensor, in the order in which they run.
-
-        Returns:
-            Input and output of the call, for each module and batch.
+    def run_through(self, name: str) -> list[Any]:
+        """Run every batch on through the next call of this module; return its output for each.
 
         Raises:
-            ValueError: a batch does not reach the last module any more.
+            ValueError: a batch does not reach the module any more.
         """
-        self._ahead = None
-        self._reached = {self.model.get_submodule(name): [] for name in names}
-        self._run(names[-1])
-        return [[(args[0], output) for _, (args, _), output in calls] for calls in self._reached.values()]
+        self._until, self._before = self.model.get_submodule(name), None
+        return [self._run(stack, name) for stack in self._stacks]
 
     @torch.no_grad()
     def run_up_to(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -121,9 +118,8 @@ class ResumableModel:
         Raises:
             ValueError: a batch does not reach the module any more.
         """
-        self._ahead, self._reached = self.model.get_submodule(name), {}
-        self._run(name)
-        return [stack[-1].value for stack in self._stacks]
+        self._until, self._before = None, self.model.get_submodule(name)
+        return [self._run(stack, name) for stack in self._stacks]
 
     @property
     def nbytes(self) -> int:
@@ -150,22 +146,15 @@ class ResumableModel:
         finally:
             self.__enter__()
 
-    def repeat_target(self) -> None:
-        """Repeat the call that ended the last run, on the same input, in the next one: its module changed."""
-        for stack, (call, arguments, _) in zip(self._stacks, [*self._reached.values()][-1], strict=True):
-            call.set(arguments, finished=False)
-            stack.append(call)
-
-    def _run(self, name: str) -> None:
-        """Run every batch until it comes to the module of this name."""
-        for stack in self._stacks:
-            self._stack = stack
-            try:
-                while stack:
-                    self._run_innermost()
-            except _TargetReached:
-                continue
-            raise ValueError(f"the forward pass does not reach {name} any more")
+    def _run(self, stack: list[_Call], name: str) -> Any:
+        """Run one batch until it comes to the module of this name; return what its call holds."""
+        self._stack = stack
+        try:
+            while stack:
+                self._run_innermost()
+        except _TargetReached as reached:
+            return reached.value
+        raise ValueError(f"the forward pass does not reach {name} any more")
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self._stack[-1]
@@ -175,23 +164,21 @@ class ResumableModel:
         outer.position += 1
         if not call.finished:
             self._stack.append(call)
-            if module is self._ahead:
-                raise _TargetReached
+            if module is self._before:
+                raise _TargetReached(call.value)
             self._run_innermost()
         return call.value
 
     def _run_innermost(self) -> None:
-        call, arguments = self._stack[-1], self._stack[-1].value
+        call = self._stack[-1]
         if call.overwritten and len(self._stack) > 1:
             self._stack.pop()  # the call around it makes a new one in its place
             return
-        call.position, (args, kwargs) = 0, arguments
+        call.position, (args, kwargs) = 0, call.value
         call.set(call.forward(*args, **kwargs), finished=True)
         self._stack.pop()
         if self._stack and self._stack[-1].chained:
             for earlier in self._stack[-1].calls:  # their outputs are freed
                 earlier.set(call.value, finished=True)
-        if call.module in self._reached:
-            self._reached[call.module].append((call, arguments, call.value))
-            if call.module is next(reversed(self._reached)):
-                raise _TargetReached
+        if call.module is self._until:
+            raise _TargetReached(call.value)

@@ -67,11 +67,11 @@ class Bench:
         cut(self.slim, Plan(tuple(plans)))
         self.reporter = Recorder()
 
-    def healed(self, slim=None, steps=4, seed=1):
+    def healed(self, slim=None, steps=4, seed=1, **more):
         slim = self.slim if slim is None else slim
         options = SearchOptions(heal_steps=steps, seed=seed, batch_size=5)
         job = job_of(self.dense, self.images, prunable=self.prunable, options=options, reporter=self.reporter)
-        return healed(slim, find_prunable_layers(slim), job, self.calibration)
+        return healed(slim, find_prunable_layers(slim), job, self.calibration, **more)
 
     def divergence(self, model):
         return distillation_of(self.dense, self.images).divergence_of(model)

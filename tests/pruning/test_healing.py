@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,9 @@ from torch import nn
 
 import mhacut
 from helpers.flatten import FLATTEN
-from helpers.healing import CASES, HELD, SWIN, VIT, Bench
-from helpers.jobs import Recorder, job_of
-from helpers.models import build, image
+from helpers.healing import CASES, HELD, MERGING, SWIN, VIT, Bench
+from helpers.jobs import job_of
+from helpers.models import build
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.pruning import recover as heal
@@ -23,6 +22,7 @@ from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.recover import blocks_of, healed
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers
+from mhacut.surgery.tokens import set_merged
 from properties.cases import MODELS
 
 
@@ -106,7 +106,7 @@ def test_each_block_is_nearer_to_the_dense_one_on_held_out_images_or_as_it_was(c
         better += 1
     assert better > len(blocks) / 2
     assert bench.divergence(model) < bench.divergence(bench.slim)
-    assert bench.reporter.steps[-1] == (4 * len(blocks), 4 * len(blocks))
+    assert bench.reporter.steps[-1] == (len(blocks), len(blocks))
     for module in (*model.modules(), *bench.dense.modules()):
         assert "forward" not in vars(module)
         assert not module._forward_hooks
@@ -124,7 +124,9 @@ def test_errors_are_weighted_by_channel_where_a_block_gives_maps_around_layers_o
     monkeypatch, name, blocks, by_token
 ):
     errors = {}
-    monkeypatch.setattr(heal, "_train", lambda model, name, parts, error, *_: errors.update({name: error}))
+    monkeypatch.setattr(
+        heal, "_train", lambda model, name, unseen, fit, error, *_: errors.update({name: error})
+    )
     bench = Bench(MODELS[name])
     bench.healed()
     for block in blocks:
@@ -154,20 +156,11 @@ def test_the_seed_decides_the_bytes():
 
 
 @torch.no_grad()
-def test_what_does_not_help_is_put_back(monkeypatch):
-    monkeypatch.setattr("mhacut.pruning.recover.LR", 10.0)
+@pytest.mark.parametrize(("steps", "lr"), [(1, 10.0), (4, 1e200)])
+def test_what_does_not_help_or_diverges_is_put_back(steps, lr):
     bench = Bench(VIT)
-    before, after = bench.slim.state_dict(), bench.healed(steps=1).state_dict()
+    before, after = bench.slim.state_dict(), bench.healed(steps=steps, lr=lr).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@torch.no_grad()
-def test_a_block_whose_training_diverges_is_put_back_and_counted_whole(monkeypatch):
-    monkeypatch.setattr("mhacut.pruning.recover.LR", 1e200)
-    bench = Bench(VIT)
-    before, after = bench.slim.state_dict(), bench.healed().state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert bench.reporter.steps[-1] == (8, 8)
 
 
 @torch.no_grad()
@@ -175,7 +168,6 @@ def test_a_block_that_already_gives_what_the_dense_one_gives_is_not_trained():
     bench = Bench(VIT)
     before, after = bench.dense.state_dict(), bench.healed(bench.dense).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert bench.reporter.steps[-1] == (8, 8)
 
 
 @torch.no_grad()
@@ -206,70 +198,27 @@ def test_blocks_that_run_twice_are_left_alone():
 
 @pytest.mark.parametrize("bytes_left", [1, 10**9])
 @torch.no_grad()
-def test_memory_bounds_the_number_of_images(monkeypatch, bytes_left):
-    monkeypatch.setattr("mhacut.pruning.recover.MOST_BYTES", bytes_left)
+def test_memory_bounds_the_number_of_images(bytes_left):
     bench, runs = Bench(VIT), []
     handle = bench.dense.blocks[1].register_forward_pre_hook(lambda _, args: runs.append(len(args[0])))
-    bench.healed()
+    bench.healed(most_bytes=bytes_left)
     handle.remove()
     assert sum(runs[1:]) == (2 if bytes_left == 1 else 16)  # the first run finds the blocks
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("class token", 10**5), ("windows", 10**6), ("channels first", 10**6)]
-)
-def test_no_more_waits_than_memory_allows(monkeypatch, name, most):
-    monkeypatch.setattr(heal, "MOST_BYTES", most)
-    waiting: dict[int, int] = {}
-    kept = []
-
-    def counted(run):
-        def until(self, module):
-            found = run(self, module)
-            waiting[id(self)] = self.nbytes
-            kept.append(sum(waiting.values()))
-            return found
-
-        return until
-
-    def alone(of_one_image):
-        def measured(*args):
-            found = of_one_image(*args)
-            waiting.clear()
-            return found
-
-        return measured
-
-    for each in ("run_up_to", "run_to"):
-        monkeypatch.setattr(ResumableModel, each, counted(getattr(ResumableModel, each)))
-    monkeypatch.setattr(heal, "_bytes_before", alone(heal._bytes_before))
-    Bench(CASES[name]).healed()
-    assert most / 2 < max(kept) <= most
-
-
-def test_tensors_of_one_block_wait_at_a_time(monkeypatch):
-    """Inputs and aims of a block would take as much memory again while the next one's are computed."""
-    alive, run_up_to = [], ResumableModel.run_up_to
-
-    def counted(self, name):
-        alive.append(sum(type(found) is heal._Call for found in gc.get_objects()))
-        return run_up_to(self, name)
-
-    monkeypatch.setattr(ResumableModel, "run_up_to", counted)
-    bench = Bench(VIT)
-    bench.healed()
-    assert alive == [0] * len(alive)
-    assert len(alive) > 2
-
-
-def test_what_passes_keep_is_counted_once():
-    """Of images that are part of a larger tensor, only their own part."""
-    model, images = build(VIT), image(VIT, batch=64)
-    with ResumableModel(model, [images[:1], images[1:2]]) as passes:
-        assert passes.nbytes == images[:2].nbytes
-        tokens = passes.run_up_to("blocks.0")[0][0][0]
-        # What patch_embed gave, and the tokens with their positions.
-        assert passes.nbytes == images[:2].nbytes + 2 * (tokens.nbytes + tokens[:, 1:].nbytes)
+@pytest.mark.parametrize("name", ["class token", "windows", "channels first"])
+@torch.no_grad()
+def test_what_waits_for_an_image_is_bounded_closely(name):
+    bench = Bench(CASES[name])
+    one, blocks = bench.images[:1], blocks_of(find_prunable_layers(bench.slim))
+    blocks, bound = heal._comparable(bench.slim, bench.dense, blocks, one)
+    with ResumableModel(bench.slim, [one]) as slim, ResumableModel(bench.dense, [one]) as dense:
+        waiting = []
+        for block in blocks:
+            slim.run_up_to(block.name)
+            dense.run_through(block.name)
+            waiting.append(slim.nbytes + dense.nbytes)
+    assert bound / 3 < max(waiting) <= bound
 
 
 # --- a linear block: the optimum is known ---
@@ -307,9 +256,7 @@ class Overwriting(nn.Linear):
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("kind", [nn.Linear, Overwriting])
 @torch.no_grad()
-def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, weighted):
-    monkeypatch.setattr("mhacut.pruning.recover.LR", 0.05)
-    monkeypatch.setattr("mhacut.pruning.recover.BATCH", 40)
+def test_a_linear_block_comes_to_the_least_squares_optimum(kind, weighted):
     torch.manual_seed(0)
     dense, slim = (Toy(block).double().requires_grad_(False) for block in (Curved(), kind(4, 3)))
     images = torch.randn(60, 4, 2, 2).double()
@@ -321,7 +268,7 @@ def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, we
     job = job_of(
         dense, images, prunable=prunable, options=SearchOptions(heal_steps=400, batch_size=40, seed=0)
     )
-    block = healed(slim, prunable, job, calibration).block
+    block = healed(slim, prunable, job, calibration, lr=0.05, batch=40).block
 
     tokens = images[20:].flatten(2).mT  # (B, 4, 4)
     roots = (importance - SHRINKAGE if weighted else torch.ones(4).double()).sqrt().repeat(40)[:, None]
@@ -329,6 +276,50 @@ def test_a_linear_block_comes_to_the_least_squares_optimum(monkeypatch, kind, we
     expected = torch.linalg.lstsq(roots * x, roots * dense.block(tokens).flatten(0, 1)).solution
     torch.testing.assert_close(block.weight, expected[:4].mT, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(block.bias, expected[4], rtol=1e-4, atol=1e-5)
+
+
+# --- merged tokens ---
+
+
+def test_what_merges_tokens_is_compared_token_by_token():
+    """With nothing cut, blocks give what they aim at, whatever was merged before and by whom."""
+    bench = Bench(MERGING)
+    slim = copy.deepcopy(bench.dense)
+    set_merged(slim, (4, 3, 2))
+    model = bench.healed(slim)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), slim.parameters(), strict=True))
+
+
+def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
+    bench, seen = Bench(MERGING), []
+    set_merged(bench.slim, (4, 0, 2))
+    monkeypatch.setattr(heal, "_train", lambda model, name, unseen, *_: seen.append(unseen))
+    bench.healed()
+    teacher = copy.deepcopy(bench.dense)
+    set_merged(teacher, (4, 0, 2))
+    outputs, matches = [], []
+    for block in bench.slim.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    for block in (bench.slim.blocks[0], bench.slim.blocks[2]):
+        block.matcher.register_forward_hook(lambda module, args, output: matches.append(output))
+    bench.slim(bench.images[:HELD])
+    for block, found in zip((teacher.blocks[0], teacher.blocks[2]), matches, strict=True):
+        block.matcher.register_forward_hook(lambda module, args, output, found=found: found)
+    aims = []
+    for block in teacher.blocks:
+        block.register_forward_hook(lambda module, args, output: aims.append(output))
+    teacher(bench.images[:HELD])
+    assert len(seen) == len(aims) == 3
+    for block, unseen, aim, output in zip(bench.slim.blocks, seen, [*aims], [*outputs], strict=True):
+        torch.testing.assert_close(unseen[0].aim, getattr(aim, "x", aim), rtol=0, atol=1e-12)
+        found = unseen[0].output(block)
+        torch.testing.assert_close(found, getattr(output, "x", output), rtol=0, atol=1e-12)
+
+
+def test_healing_helps_a_model_that_merges_tokens():
+    bench = Bench(MERGING)
+    set_merged(bench.slim, (4, 3, 0))
+    assert bench.divergence(bench.healed(steps=30)) < 0.9 * bench.divergence(bench.slim)
 
 
 # --- mhacut prune ---
@@ -341,30 +332,12 @@ def test_the_effort_decides_unless_steps_are_given():
 
 @pytest.mark.parametrize("case", ["class token", "windows", "sizes"])
 @pytest.mark.slow
-def test_a_run_keeps_what_helps(monkeypatch, case):
+def test_a_run_is_nearer_to_the_dense_model_once_healed(case):
     module, args = build(CASES[case]), dict(CASES[case].args)
     del args["img_size"]
-    options = {
-        "model_args": args,
-        "calibration_images": 32,
-        "repair": False,
-        "gain_steps": 0,
-        "latency": False,
-    }
-
-    def prune(reporter, steps):
-        return mhacut.prune(
-            module, flops="40%", round_to=1, heal_steps=steps, reporter=reporter, dry_run=True, **options
-        )
-
-    without = prune(Recorder(), 0)
+    options = {"model_args": args, "calibration_images": 32, "repair": False, "gain_steps": 0}
+    options |= {"latency": False, "flops": "40%", "round_to": 1, "dry_run": True}
+    without, result = (mhacut.prune(module, heal_steps=steps, **options) for steps in (0, 20))
     assert "healing" not in without.seconds
-    for lr, helps in ((1e-3, True), (1e3, False)):
-        monkeypatch.setattr("mhacut.pruning.recover.LR", lr)
-        reporter = Recorder()
-        result = prune(reporter, 20)
-        (note,) = (note for note in reporter.messages if note.startswith("healing"))
-        assert note.startswith("healing was left out") != helps
-        assert (result.divergence < without.divergence) == helps
-        assert result.divergence <= without.divergence
-        assert "healing" in result.seconds
+    assert "healing" in result.seconds
+    assert result.divergence < without.divergence
