@@ -185,7 +185,7 @@ def _best(limits: Limits, curves: Mapping[UnitKey, Curve], search: MergeSearch) 
         within = job.limits_on_widths(limits, table)
         if any(lowest_flops(job.allowed, limit.cost) > limit.most for limit in within):
             return None
-        widths = job_widths(job, limits, curves, table, exchange=False)
+        widths = job_widths(job, limits, curves, table, close_gap=False)
         predicted = divergence_by_cut(total_error(curves, widths))
         if schedules[index]:
             predicted += search.law.divergence(schedules[index], search.tokens)

@@ -17,7 +17,7 @@ from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.choose_merges import MergeSearch, described
 from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import MULTIPLE, Constraint, Limit, Limits
+from mhacut.pruning.limits import Constraint, Limit, Limits
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.indicators import SearchStep, search
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
@@ -115,14 +115,14 @@ class Planner:
         ready = self._reconstructed(widths)
         costs: tuple[Constraint, ...] = ()
         if curves:
-            costs = costs_of_constraints(job, limits, curves, widths, table, self._usual_curves)
+            costs = costs_of_constraints(job, limits, curves, widths, table)
         return Planned(ready, curves, (), table, merged, costs)
 
     def expected_divergence(self, limits: Limits) -> float:
         """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
         if self.job.merges_tokens:
             return self._merge_search.choose(limits, self.curves).predicted
-        widths = job_widths(self.job, limits, self.curves, exchange=False)
+        widths = job_widths(self.job, limits, self.curves, close_gap=False)
         return divergence_by_cut(total_error(self.curves, widths))
 
     def _by_indicators(self, limits: Limits) -> Planned:
@@ -163,12 +163,6 @@ class Planner:
         self.reporter.start("measuring sensitivity curves")
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
-
-    @cached_property
-    def _usual_curves(self) -> Mapping[UnitKey, Curve] | None:
-        """Curves at the usual multiples, with which larger ones are compared; None if there is no need."""
-        usual = replace(self.job, round_to=MULTIPLE)
-        return Planner(usual, self.calibration).curves if self.job.round_to > MULTIPLE else None
 
     def _reconstructed(self, widths: Mapping[UnitKey, int]) -> ReconstructedModel:
         candidates = self.candidates

@@ -24,6 +24,7 @@ from mhacut.budget import Budget, Targets
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitPlan
+from mhacut.pruning import allocate
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps, width_choices
 from mhacut.report.history import step
@@ -158,9 +159,9 @@ def test_ratios_of_multipliers_are_searched(monkeypatch):
         )
 
     limits = [limit(price) for price in prices]
-    searched = cheapest_widths(curves, choices, limits, exchange=False)
-    monkeypatch.setattr("mhacut.pruning.allocate._multipliers", lambda number: [(1.0, 0.0), (0.0, 1.0)])
-    alone = cheapest_widths(curves, choices, limits, exchange=False)
+    searched = cheapest_widths(curves, choices, limits, close_gap=False)
+    monkeypatch.setitem(allocate._RATIOS, 2, 1)
+    alone = cheapest_widths(curves, choices, limits, close_gap=False)
     assert keeps(limits, searched)
     errors = [sum(curves[key][plan[key]] for key in keys) for plan in (searched, alone)]
     assert errors[0] < 0.97 * errors[1]

@@ -151,8 +151,8 @@ def test_channels_are_bought_by_the_error_they_save_per_flop():
         return sum(price[key] * width for key, width in widths.items())
 
     limit = Limit(flops, flops({("a", "v"): 11, ("b", "hidden"): 1}))
-    for exchange in (False, True):
-        found = cheapest_widths(curves, choices, [limit], exchange=exchange)
+    for close_gap in (False, True):
+        found = cheapest_widths(curves, choices, [limit], close_gap=close_gap)
         assert found == {("a", "v"): 11, ("b", "hidden"): 1}
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import pytest
-import timm
-import torch
 
 import mhacut
 from helpers.cli import FAST, run
-from helpers.jobs import flops_limit, job_of
 from helpers.pruning import prune_quickly
 from mhacut.errors import UsageError
 from mhacut.options.prune import PruneOptions
-from mhacut.pruning.allocate import cheapest_widths, costs_of_constraints, job_widths
+from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Constraints, Limit
 
 prune = partial(prune_quickly, flops="60%")
@@ -124,40 +119,6 @@ def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
     assert any(v < 16 for _, v in pairs)
     (constraint,) = result.constraints
     assert (constraint.name, constraint.value) == ("equal_qkv", True)
-
-
-@pytest.mark.parametrize(("round_to", "share"), [(16, 0.85), (24, 0.8), (24, 0.9), (64, 1.0)])
-def test_cost_of_multiples_is_what_the_usual_ones_would_save(round_to, share):
-    model = timm.create_model(
-        "vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, patch_size=2, num_classes=3
-    ).eval()
-    job = job_of(model, torch.randn(2, 3, 32, 32), counted=True, kinds=("qk", "v"), round_to=round_to)
-
-    def true(key, width):
-        scale, base = (3.0, 0.95) if key[1] == "qk" else (5.0, 0.9)
-        return scale * (base**width - base**64)
-
-    curves, usual = (
-        {key: {width: true(key, width) for width in widths} for key, widths in choices.items()}
-        for choices in (job.choices, replace(job, round_to=8).choices)
-    )
-    limits = flops_limit(job, share)
-    chosen = job_widths(job, limits, curves)
-    plans = (dict(zip(usual, widths, strict=True)) for widths in product(range(8, 65, 8), repeat=2))
-    errors = [sum(true(*unit) for unit in plan.items()) for plan in plans if limits[0].holds(plan)]
-    (cost,) = costs_of_constraints(job, limits, curves, chosen, job.table, usual)
-    assert (cost.name, cost.value) == ("round_to", round_to)
-    expected = [6.9 * error**1.22 for error in (sum(true(*unit) for unit in chosen.items()), min(errors))]
-    assert cost.nats == pytest.approx(expected[0] - expected[1])
-    assert (cost.nats > 0.1) == (share < 1)
-
-
-@pytest.mark.parametrize(("round_to", "stated"), [("4", False), ("8", False), ("16", True)])
-def test_multiples_larger_than_usual_are_a_constraint(tiny_vit, round_to, stated):
-    flags = ["--flops", "80%", "--dry-run", "--round-to", round_to, *FAST]
-    text = run("prune", *tiny_vit.flags, *flags).stdout
-    assert bool(re.search(r"^--round-to 16: costs an estimated \S+ nats$", text, re.MULTILINE)) == stated
-    assert ("--round-to" in text) == stated
 
 
 def test_equal_widths_need_curves(tiny_vit, tmp_path):
